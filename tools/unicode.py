@@ -1,0 +1,162 @@
+#!/usr/bin/env python3
+"""Print the C table of Unicode character classes that the tokenizer's patterns need.
+
+    python3 tools/unicode.py > table.inc           print the table
+    python3 tools/unicode.py --check               compare it with Hugging Face tokenizers as well
+
+The pre-tokenizer patterns of Llama-3 and of Mistral's tekken ask about letters (Lu, Ll, Lt, Lm,
+Lo), marks (M), numbers (N) and white space (\\s), so a code point belongs to one of nine classes.
+What counts is what Hugging Face tokenizers answers: its regex engine, Oniguruma, has Unicode 16.0
+(measured with tokenizers 0.23.3 on every code point). Python's own `unicodedata` may be older:
+Python 3.11 has 14.0. No letter, mark or number of 14.0 changed its class until 16.0, so ADDED
+below, the code points that came since, is all that differs.
+
+Whatever Python runs this, the class of every code point must have the digest CLASSES_SHA256, or
+nothing is printed. `--check` asks the regex engine of an installed `tokenizers` about each class
+and each code point. No network is used.
+"""
+
+import hashlib
+import sys
+import unicodedata
+
+UNICODE_VERSION = "16.0"
+N_CODE_POINTS = 0x110000
+OTHER, LU, LL, LT, LM, LO, M, N, SPACE, ALT, ALT_ODD = range(11)
+CLASSES = {"Lu": LU, "Ll": LL, "Lt": LT, "Lm": LM, "Lo": LO, "M": M, "N": N}
+CLASSES_SHA256 = "5d7411aaf446704e798a5c25e16ecdc8f111002157adacf40b21f0dcb6933d8d"
+
+# White space is Oniguruma's \s: the property White_Space. Python's str.isspace() differs, it adds
+# U+001C to U+001F.
+WHITE_SPACE = "9-D 20 85 A0 1680 2000-200A 2028-2029 202F 205F 3000"
+
+# Letters, marks and numbers that Unicode 15.0, 15.1 and 16.0 added.
+ADDED = """
+    M:897 M:CF3 M:ECE Lu:1C89 Ll:1C8A Lu:A7CB-A7CC Ll:A7CD Lu:A7DA Ll:A7DB Lu:A7DC Lo:105C0-105F3
+    N:10D40-10D49 Lo:10D4A-10D4D Lm:10D4E Lo:10D4F Lu:10D50-10D65 M:10D69-10D6D Lm:10D6F
+    Ll:10D70-10D85 Lo:10EC2-10EC4 M:10EFC-10EFF Lo:1123F-11240 M:11241 Lo:11380-11389 Lo:1138B
+    Lo:1138E Lo:11390-113B5 Lo:113B7 M:113B8-113C0 M:113C2 M:113C5 M:113C7-113CA M:113CC-113D0
+    Lo:113D1 M:113D2 Lo:113D3 M:113E1-113E2 N:116D0-116E3 Lo:11BC0-11BE0 N:11BF0-11BF9
+    M:11F00-11F01 Lo:11F02 M:11F03 Lo:11F04-11F10 Lo:11F12-11F33 M:11F34-11F3A M:11F3E-11F42
+    N:11F50-11F59 M:11F5A Lo:1342F M:13440 Lo:13441-13446 M:13447-13455 Lo:13460-143FA
+    Lo:16100-1611D M:1611E-1612F N:16130-16139 Lm:16D40-16D42 Lo:16D43-16D6A Lm:16D6B-16D6C
+    N:16D70-16D79 Lo:18CFF Lo:1B132 Lo:1B155 N:1CCF0-1CCF9 N:1D2C0-1D2D3 Ll:1DF25-1DF2A
+    Lm:1E030-1E06D M:1E08F Lo:1E4D0-1E4EA Lm:1E4EB M:1E4EC-1E4EF N:1E4F0-1E4F9 Lo:1E5D0-1E5ED
+    M:1E5EE-1E5EF Lo:1E5F0 N:1E5F1-1E5FA Lo:2B739 Lo:2EBF0-2EE5D Lo:31350-323AF
+"""
+
+
+def span(text):
+    """The code points of "2028" or "2028-2029"."""
+    first, _, last = text.partition("-")
+    return range(int(first, 16), int(last or first, 16) + 1)
+
+
+def classify():
+    """One byte per code point: its class."""
+    classes = bytearray(N_CODE_POINTS)
+    for c in range(N_CODE_POINTS):
+        category = unicodedata.category(chr(c))
+        classes[c] = CLASSES.get(category, CLASSES.get(category[0], OTHER))
+    for entry in ADDED.split():
+        name, _, where = entry.partition(":")
+        for c in span(where):
+            classes[c] = CLASSES[name]
+    for where in WHITE_SPACE.split():
+        for c in span(where):
+            classes[c] = SPACE
+    return bytes(classes)
+
+
+def alternating(c, kind):
+    """The class of code point c inside a run of kind ALT (upper when even) or ALT_ODD."""
+    return LU if c % 2 == (kind == ALT_ODD) else LL
+
+
+def encode(classes):
+    """The shortest list of (first code point, kind): each run is the one that lasts longest."""
+    runs = []
+    c = 0
+    while c < N_CODE_POINTS:
+        best, best_end = None, c
+        for kind in (classes[c], ALT, ALT_ODD):
+            end = c
+            while end < N_CODE_POINTS and classes[end] == (
+                    kind if kind < ALT else alternating(end, kind)):
+                end += 1
+            if end > best_end:  # a plain class comes first, so it wins a tie
+                best, best_end = kind, end
+        runs.append((c, best))
+        c = best_end
+    return runs
+
+
+def decode(words):
+    """Back from table words to one byte per code point, as the C code reads them."""
+    classes = bytearray(N_CODE_POINTS)
+    for i, word in enumerate(words):
+        first, kind = word >> 4, word & 15
+        last = words[i + 1] >> 4 if i + 1 < len(words) else N_CODE_POINTS
+        for c in range(first, last):
+            classes[c] = alternating(c, kind) if kind >= ALT else kind
+    return bytes(classes)
+
+
+def check_against_tokenizers(classes):
+    """Ask Hugging Face tokenizers' regex engine about every class and code point."""
+    import tokenizers
+    from tokenizers import Regex, pre_tokenizers
+    characters = [c for c in range(N_CODE_POINTS) if not 0xD800 <= c <= 0xDFFF]
+    wrong = 0
+    for name, kind in list(CLASSES.items()) + [("s", SPACE)]:
+        pattern = r"\s" if kind == SPACE else r"\p{%s}" % name
+        split = pre_tokenizers.Split(Regex(pattern), "removed", invert=True)
+        found = set()
+        for i in range(0, len(characters), 4096):
+            text = "".join(map(chr, characters[i:i + 4096]))
+            for piece, _ in split.pre_tokenize_str(text):
+                found.update(map(ord, piece))
+        for c in characters:
+            if (c in found) != (classes[c] == kind):
+                print("U+%04X: %s is %s in tokenizers" % (c, pattern, c in found), file=sys.stderr)
+                wrong += 1
+    print("tokenizers %s: %d differences in %d code points" %
+          (tokenizers.__version__, wrong, len(characters)), file=sys.stderr)
+    return wrong
+
+
+def main():
+    classes = classify()
+    digest = hashlib.sha256(classes).hexdigest()
+    if digest != CLASSES_SHA256:
+        sys.exit("unicode.py: unicodedata %s does not give the classes of Unicode %s;\n"
+                 "use a Python whose unicodedata is 14.0 to 16.0\nfound  %s\nwanted %s" %
+                 (unicodedata.unidata_version, UNICODE_VERSION, digest, CLASSES_SHA256))
+    words = [first << 4 | kind for first, kind in encode(classes)]
+    assert decode(words) == classes
+    assert words == sorted(words) and words[0] >> 4 == 0
+    if "--check" in sys.argv[1:] and check_against_tokenizers(classes):
+        sys.exit(1)
+
+    print("// Made by tools/unicode.py: Unicode %s, as in Hugging Face tokenizers' regex engine."
+          % UNICODE_VERSION)
+    print("// %d entries, each (first code point << 4 | class); a run lasts until the next entry."
+          % len(words))
+    print("// CLASS_ALT: even code points are upper case, odd ones lower. CLASS_ALT_ODD: odd ones")
+    print("// are upper case, even ones lower.")
+    print("enum { CLASS_OTHER, CLASS_LU, CLASS_LL, CLASS_LT, CLASS_LM, CLASS_LO, CLASS_M, CLASS_N,")
+    print("       CLASS_SPACE, CLASS_ALT, CLASS_ALT_ODD };")
+    print("static const uint32_t unicode_runs[] = {")
+    line = "   "
+    for word in words:
+        entry = " 0x%x," % word
+        if len(line + entry) > 100:
+            print(line)
+            line = "   "
+        line += entry
+    print(line)
+    print("};")
+
+
+if __name__ == "__main__":
+    main()
