@@ -1,0 +1,66 @@
+# medrun: `make run` asks the demo model a question, `make test` runs every test.
+# Anything may be overridden: make CC=clang CFLAGS='-O3 -march=native'
+
+CC     ?= cc
+CFLAGS ?= -O2
+WARN    = -Wall -Wextra -Wshadow -Wconversion
+LIBS    = -lm -lpthread
+PREFIX ?= /usr/local
+DEMO    = tools/demo/demo.mdr
+BUILD   = build
+BIN     = .
+
+UNITS    = 03_basics 04_threads 05_numbers 06_kernels 07_tensor 09_file 10_tokenizer 11_chat \
+           12_model 13_transformer 14_sampler 15_allocation 15_session 20_export
+FIXTURES = llama-plain llama-tied llama-sharded llama-grouped
+MODELS   = $(foreach f,$(FIXTURES),$(BUILD)/$(f)-bf16.mdr $(BUILD)/$(f)-int8.mdr)
+
+all: $(BIN)/medrun $(BIN)/medrun-export
+
+$(BIN)/medrun: medrun.c
+	$(CC) $(CFLAGS) $(WARN) -o $@ medrun.c $(LIBS)
+
+$(BIN)/medrun-export: tools/export.c medrun.c
+	$(CC) $(CFLAGS) $(WARN) -Wno-unused-function -o $@ tools/export.c $(LIBS)
+
+run: $(BIN)/medrun
+	$(BIN)/medrun run $(DEMO) -p "What are the symptoms of diabetes?"
+
+# The fixtures are Hugging Face folders; what the tests open is exported from them.
+$(BUILD)/%-bf16.mdr: $(BIN)/medrun-export tests/fixtures/%/config.json
+	@mkdir -p $(BUILD)
+	$(BIN)/medrun-export -q tests/fixtures/$* $@ --type bf16
+$(BUILD)/%-int8.mdr: $(BIN)/medrun-export tests/fixtures/%/config.json
+	@mkdir -p $(BUILD)
+	$(BIN)/medrun-export -q tests/fixtures/$* $@ --type int8
+$(BUILD)/tokenizer.bin: $(BIN)/medrun-export tests/fixtures/tokenizer/tokenizer.json
+	@mkdir -p $(BUILD)
+	$(BIN)/medrun-export -q --tokenizer-only tests/fixtures/tokenizer $@
+$(BUILD)/test_%: tests/%.c tests/test.h medrun.c tools/export.c
+	@mkdir -p $(BUILD)
+	$(CC) $(CFLAGS) $(WARN) -Wno-unused-function -o $@ $< $(LIBS)
+
+test: all $(MODELS) $(BUILD)/tokenizer.bin $(UNITS:%=$(BUILD)/test_%)
+	@sh tests/run.sh "$(BIN)" "$(BUILD)" $(UNITS)
+
+lint: ; sh tests/lint.sh
+debug:
+	@mkdir -p build/debug
+	$(MAKE) BUILD=build/debug BIN=build/debug CFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" test
+size: $(BIN)/medrun
+	@mkdir -p $(BUILD)
+	strip -o $(BUILD)/medrun.stripped $(BIN)/medrun && size $(BUILD)/medrun.stripped
+install: all
+	install -d $(DESTDIR)$(PREFIX)/bin
+	install $(BIN)/medrun $(BIN)/medrun-export $(DESTDIR)$(PREFIX)/bin
+clean:
+	rm -rf $(BUILD) medrun medrun-export
+help:
+	@echo "make            builds medrun and medrun-export"
+	@echo "make run        asks the demo model a question"
+	@echo "make test       runs every test; with MEDRUN_TEST_DATA also those on real vocabularies"
+	@echo "make debug      the tests under address and undefined-behaviour sanitizers"
+	@echo "make lint       line lengths, function lengths, warnings of gcc and clang, clang-tidy"
+	@echo "make size, make install, make clean"
+
+.PHONY: all run test lint debug size install clean help

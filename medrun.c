@@ -1,0 +1,6474 @@
+/* medrun.c - runs open medical language models on an ordinary CPU.
+ *
+ * One C file: it maps a checkpoint (.mdr, made by medrun-export from a Hugging Face folder) and
+ * answers, with nothing but libc and pthreads. The numbers are the same on every machine: with
+ * int8 weights, or bf16 under --strict, scalar, AVX2 and AVX-512 give the same bits, whatever the
+ * number of threads, the chunks of the prompt or the company in the batch.
+ *
+ *     cc -O2 -o medrun medrun.c -lm -lpthread      the program
+ *     cc -DMEDRUN_NO_MAIN -c medrun.c              the library object
+ *     #define MEDRUN_API_ONLY                      then include: section 1 only, as a header
+ *     #define MEDRUN_NO_MAIN                       then include: every static within reach
+ *
+ * Sections, each using only what stands above it:
+ *
+ *      1 API           what an embedder may call; the manual is the comment above each call
+ *      2 Platform      includes, compilers, what belongs to a system
+ *      3 Basics        errors, memory, UTF-8, SHA-256, JSON
+ *      4 Threads       files, memory, one pool, parallel_for, processor features
+ *      5 Numbers       bf16, f16, int8, and how weights lie in panels
+ *      6 Kernels       the words for each instruction set, the sentences once
+ *      7 Tensor        packing activations, matmul on all threads
+ *      9 Model file    the container: parse and check everything before anything is used
+ *     10 Tokenizer     byte-level BPE, the pre-tokenizer's pattern, Unicode classes
+ *     11 Chat          templates as tables
+ *     12 Model         config, rotary frequencies, binding tensors by name
+ *     13 Transformer   norm, rope, attention, feed-forward, forward    <- the reason to read
+ *     14 Sampler       temperature, top-k, top-p, min-p, repeat penalty
+ *     15 Session       the bodies of the API
+ *     16 Commands      option table, chat, run, show, verify, ...
+ *     17 main
+ *
+ * Ten minutes: read `forward` in section 13, then upwards to its sentences (norm_rows, rotate,
+ * attend_queries); the banner of section 5 on panels; tile_int8 and attend_tile in section 6, where
+ * the time goes; forward's caller medrun_step in section 15; and last the banner of section 6 on
+ * why the bits are the same everywhere.
+ *
+ * MIT licence, see LICENSE. Not a medical device.
+ */
+#ifndef MEDRUN_PASS             /* defined while the file includes itself for section 6 */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+
+/* ============================================================================================
+ * 1 API: what an embedder may call
+ *
+ * The manual is the comment above each call. Every call that can fail returns a code (MEDRUN_OK
+ * is 0) and describes the first failure in the caller's medrun_error, which may be NULL. Library
+ * code never prints, never exits. Text is UTF-8 with an explicit length in bytes; ids are token
+ * ids; logits are float32, one row of vocab_size a position. Tests: tests/15_session.c.
+ *
+ * Threads: a medrun_model may be shared by threads and sessions. A medrun_session belongs to one
+ * thread at a time. Steps of sessions of one model take turns on the model's thread pool.
+ * ============================================================================================ */
+
+#ifndef MEDRUN_H
+#define MEDRUN_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define MEDRUN_VERSION "0.1.0"
+
+/* Codes of every call; the command line uses them as exit codes. */
+enum {
+    MEDRUN_OK = 0,
+    MEDRUN_FAILED = 1,          /* failed while running: reading, writing, a thread            */
+    MEDRUN_USAGE = 2,           /* an argument is out of its range                             */
+    MEDRUN_BAD_FILE = 3,        /* a file is missing, unsupported or malformed                 */
+    MEDRUN_DIFFERS = 4,         /* verification: something differs                             */
+    MEDRUN_TOO_LONG = 5,        /* more tokens than the context holds                          */
+    MEDRUN_NO_MEMORY = 6,
+    MEDRUN_INTERRUPTED = 130,
+};
+
+typedef struct {
+    int code;                   /* MEDRUN_OK until something fails; the first failure is kept  */
+    char text[512];             /* one line: what, where, found, wanted                        */
+} medrun_error;
+
+typedef struct medrun_model medrun_model;       /* read-only after medrun_open                 */
+typedef struct medrun_session medrun_session;   /* one timeline of tokens                      */
+
+/* ---- models -------------------------------------------------------------------------------- */
+
+typedef struct {
+    int threads;                /* 0: one for each processor this process may use              */
+    const char *kernels;        /* NULL: the best this machine has; else scalar, avx2, avx512  */
+} medrun_options;
+
+/* What sampling does; a checkpoint carries its card's values. */
+typedef struct {
+    float temperature;          /* 0: greedy, the largest logit, the lowest id on a tie        */
+    int top_k;                  /* 0: off                                                      */
+    float top_p;                /* 1: off                                                      */
+    float min_p;                /* 0: off                                                      */
+    float repeat_penalty;       /* 1: off; on every token of the session, as transformers does */
+    uint64_t seed;
+} medrun_sampling;
+
+enum { MEDRUN_MAX_STOPS = 8 };
+
+typedef struct {
+    const char *name, *architecture, *type;     /* type: "bf16" or "int8"                      */
+    const char *chat_template, *system;         /* template's name; default system text or ""  */
+    const char *kernels;                        /* the instruction set in use                  */
+    const char *licence, *notice;               /* from the checkpoint, "" when it has none    */
+    int vocab_size, hidden_size, n_layers, n_heads, n_kv_heads, head_dim, ffn_size;
+    int max_positions;                          /* the longest context the model was made for  */
+    int threads;
+    int bos;                                    /* id, or -1                                   */
+    int n_stops, stops[MEDRUN_MAX_STOPS];       /* ids that end an answer                      */
+    uint64_t parameters, file_bytes, weight_bytes;
+    medrun_sampling sampling;                   /* the card's                                  */
+    uint8_t hash[32];                           /* SHA-256 of the header, names the checkpoint */
+} medrun_info;
+
+/* Maps PATH and checks everything in it but the weights' hashes (`medrun verify` does those).
+ * On success *OUT must be given to medrun_close. OPTIONS may be NULL.
+ * Errors: MEDRUN_BAD_FILE, MEDRUN_NO_MEMORY, MEDRUN_USAGE (unknown kernels), MEDRUN_FAILED. */
+int medrun_open(medrun_model **out, const char *path, const medrun_options *options,
+                medrun_error *error);
+void medrun_close(medrun_model *model);                     /* NULL is fine                    */
+
+/* Fills INFO; the strings live as long as the model. Cannot fail. */
+void medrun_describe(const medrun_model *model, medrun_info *info);
+
+/* ---- text and tokens ----------------------------------------------------------------------- */
+
+enum {
+    MEDRUN_ADD_BOS = 1,         /* put the beginning-of-text id first                          */
+    MEDRUN_PARSE_SPECIAL = 2,   /* let "<|eot_id|>" in the text become that id: never for what
+                                   people typed                                                */
+};
+
+/* Text -> ids, as the model's reference tokenizer does it. Writes at most CAP ids, sets *N to the
+ * number there are (call with cap 0 to learn it). Invalid UTF-8 is kept byte for byte.
+ * Errors: MEDRUN_NO_MEMORY. */
+int medrun_tokenize(const medrun_model *model, const char *text, size_t n_bytes, int flags,
+                    int32_t *ids, size_t cap, size_t *n, medrun_error *error);
+
+/* Ids -> the exact bytes. Control tokens give nothing unless SPECIAL. Writes at most CAP bytes, no
+ * NUL, and sets *N to the number there are. Errors: MEDRUN_USAGE (an id out of range). */
+int medrun_detokenize(const medrun_model *model, const int32_t *ids, size_t n_ids, bool special,
+                      char *bytes, size_t cap, size_t *n, medrun_error *error);
+
+typedef struct {
+    const char *role;           /* "system", "user" or "assistant"                             */
+    const char *text;
+    size_t n_bytes;
+} medrun_message;
+
+/* Messages -> ids, by the chat template NAME (NULL: the checkpoint's), with the opening of the
+ * answer when ANSWER. Only the template makes control ids; the messages' text cannot.
+ * Errors: MEDRUN_USAGE (unknown template or role), MEDRUN_NO_MEMORY. */
+int medrun_render(const medrun_model *model, const char *name, const medrun_message *messages,
+                  size_t n_messages, bool answer, int32_t *ids, size_t cap, size_t *n,
+                  medrun_error *error);
+
+/* ---- sessions ------------------------------------------------------------------------------ */
+
+enum { MEDRUN_KV_F16 = 0, MEDRUN_KV_F32 = 1 };
+
+typedef struct {
+    int context;                /* tokens the session can hold; 0: the model's max_positions   */
+    int batch;                  /* tokens in one pass, 0: 256; does not change any logit       */
+    int logit_rows;             /* rows of logits one pass can give, 0: 1                      */
+    int kv;                     /* MEDRUN_KV_F16, MEDRUN_KV_F32                                */
+    bool strict;                /* bf16 weights: fp32 arithmetic, the same bits on any machine */
+    bool custom_sampling;       /* false: the checkpoint's values, with the seed below         */
+    medrun_sampling sampling;
+} medrun_session_options;
+
+/* The exact bytes medrun_start needs for these options; 0 if they are out of range. */
+size_t medrun_session_bytes(const medrun_model *model, const medrun_session_options *options);
+
+/* Starts a session. MEMORY is NULL (the session maps its own) or at least medrun_session_bytes
+ * bytes, 64-byte aligned and ZERO, owned by the caller, who keeps it until medrun_stop.
+ * Errors: MEDRUN_USAGE, MEDRUN_NO_MEMORY. */
+int medrun_start(medrun_session **out, const medrun_model *model,
+                 const medrun_session_options *options, void *memory, size_t bytes,
+                 medrun_error *error);
+void medrun_stop(medrun_session *session);                  /* NULL is fine; model stays open  */
+
+/* Appends ids to the timeline, to be processed by the next steps.
+ * Errors: MEDRUN_TOO_LONG (nothing was added), MEDRUN_USAGE (an id out of range). */
+int medrun_feed(medrun_session *session, const int32_t *ids, size_t n, medrun_error *error);
+
+/* Appends one turn by the checkpoint's template (BOS first on an empty timeline); a "user" turn is
+ * followed by the opening of the answer. Errors: those of medrun_render and medrun_feed. */
+int medrun_say(medrun_session *session, const char *role, const char *text, size_t n_bytes,
+               medrun_error *error);
+
+/* One pass over the weights: takes what is pending in the N sessions, at most `batch` of the first
+ * session in all, in the order given. All must be of one model, with equal kv and strict.
+ * Errors: MEDRUN_USAGE, MEDRUN_FAILED. */
+int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *error);
+
+size_t medrun_pending(const medrun_session *session);       /* fed and not yet processed       */
+size_t medrun_length(const medrun_session *session);        /* the whole timeline              */
+const int32_t *medrun_tokens(const medrun_session *session);/* medrun_length ids               */
+
+/* Logits after the last token: vocab_size floats, valid until the next step; NULL while tokens are
+ * pending. With logit_rows > 1, ROW 0 is the last token, 1 the one before it, ..., as far as the
+ * last pass reached. */
+const float *medrun_logits(const medrun_session *session, size_t row);
+
+/* Picks the next id from the logits by the session's sampling and random state; does not feed it.
+ * Errors: MEDRUN_USAGE (tokens are pending). */
+int medrun_sample(medrun_session *session, int32_t *id, medrun_error *error);
+
+/* The loop most callers want: processes all that is pending, samples, feeds the id. *TEXT gets the
+ * bytes this id completes (never half a UTF-8 character; owned by the session, valid until the
+ * next call), *N_BYTES their number. *ID is a stop id at the end of the answer, which is fed too so
+ * that the next turn follows it; the context being full gives MEDRUN_TOO_LONG. */
+int medrun_next(medrun_session *session, int32_t *id, const char **text, size_t *n_bytes,
+                medrun_error *error);
+
+/* Forgets all but the first N tokens of the timeline. Errors: MEDRUN_USAGE (n > length). */
+int medrun_rewind(medrun_session *session, size_t n, medrun_error *error);
+
+/* Writes the whole state to PATH (tokens, key-value cache, random state); reads it back into a
+ * session of the same checkpoint, kv and strict (any context that is long enough).
+ * Errors: MEDRUN_FAILED (writing), MEDRUN_BAD_FILE (of another model, cut, damaged),
+ * MEDRUN_TOO_LONG. A failed restore leaves the session empty. */
+int medrun_save(const medrun_session *session, const char *path, medrun_error *error);
+int medrun_restore(medrun_session *session, const char *path, medrun_error *error);
+
+/* The observer sees each stage of each pass: LAYER is -1 outside the layers; DATA is ROWS x COLS
+ * floats with STRIDE floats between rows, one row a token of the pass; valid during the call.
+ * Stages in order: embed; attn_norm q k v attn_out attn_resid ffn_norm ffn_act layer_out, for each
+ * layer (q and k after the rotation); final_norm logits. NULL takes it away. No cost unobserved. */
+typedef void medrun_observer(void *user, const char *stage, int layer, size_t rows, size_t cols,
+                             size_t stride, const float *data);
+void medrun_observe(medrun_session *session, medrun_observer *observer, void *user);
+
+#endif /* MEDRUN_H */
+#endif /* MEDRUN_PASS */
+
+#ifndef MEDRUN_API_ONLY
+#ifndef MEDRUN_PASS
+/* ============================================================================================
+ * 2 Platform: the compiler's and the system's side of the file
+ *
+ * With section 4, which asks the system for files, memory and threads, the only place that knows
+ * which machine this is (the words of section 6 apart). Tests: tests/03_basics.c.
+ * ============================================================================================ */
+
+/* The sums are defined in section 6 with explicit fma: the compiler must not make its own. */
+#if defined __clang__
+#pragma STDC FP_CONTRACT OFF
+#define UNROLL _Pragma("clang loop unroll(full)")
+#elif defined __GNUC__
+#pragma GCC optimize("fp-contract=off")
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+#if !defined __GNUC__
+#error "medrun needs gcc or clang"
+#endif
+
+#include <ctype.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <float.h>
+#include <limits.h>
+#include <math.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <termios.h>
+#include <time.h>
+#include <unistd.h>
+#if defined __x86_64__ || defined __i386__
+#define MEDRUN_X86 1
+#include <cpuid.h>
+#include <immintrin.h>
+#endif
+
+#define PRINTF_LIKE(text, first) __attribute__((format(printf, text, first)))
+#define ALWAYS_INLINE static inline __attribute__((always_inline, unused))
+#define MAYBE_UNUSED __attribute__((unused))
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "checkpoints are little-endian and used as they are mapped: this machine is big-endian"
+#endif
+/* ============================================================================================
+ * 3 Basics: errors, memory, bytes, UTF-8, SHA-256, JSON
+ *
+ * What everything below stands on. All of it treats its input as hostile: lengths are checked
+ * before they are used, products before they are formed. Tests: tests/03_basics.c.
+ * ============================================================================================ */
+
+/* ---- errors -------------------------------------------------------------------------------- */
+
+/* Records the first failure and returns CODE, so that a check is one line:
+ * if (n > max) return fail(e, MEDRUN_BAD_FILE, "...", n, max); */
+PRINTF_LIKE(3, 4)
+static int fail(medrun_error *e, int code, const char *format, ...) {
+    if (e && e->code == MEDRUN_OK) {
+        va_list args;
+        va_start(args, format);
+        vsnprintf(e->text, sizeof e->text, format, args);
+        va_end(args);
+        /* a hostile name inside a message must not break the line or drive the terminal */
+        for (char *p = e->text; *p; p++)
+            if ((unsigned char)*p < 32 || *p == 127) *p = '?';
+        e->code = code;
+    }
+    return code;
+}
+
+static int out_of_memory(medrun_error *e, size_t bytes) {
+    return fail(e, MEDRUN_NO_MEMORY, "out of memory: %zu bytes were not to be had", bytes);
+}
+
+/* ---- memory -------------------------------------------------------------------------------- */
+
+/* The tests define MEDRUN_ALLOC to make the n-th allocation fail. */
+#ifndef MEDRUN_ALLOC
+#define MEDRUN_ALLOC realloc
+#endif
+
+static bool mul_overflows(size_t a, size_t b) { return b && a > SIZE_MAX / b; }
+
+/* N zeroed items of SIZE bytes, or NULL; an empty request still gives a pointer. */
+static void *new_array(size_t n, size_t size) {
+    if (mul_overflows(n, size)) return NULL;
+    size_t bytes = n && size ? n * size : 1;
+    void *p = MEDRUN_ALLOC(NULL, bytes);
+    return p ? memset(p, 0, bytes) : NULL;
+}
+
+/* Bytes that grow. A failed growth sets `failed` and drops what follows, so that a writer checks
+ * once, at the end. Always NUL-terminated while not empty. */
+typedef struct {
+    uint8_t *data;
+    size_t n, cap;
+    bool failed;
+} buffer;
+
+static bool buffer_room(buffer *b, size_t more) {
+    if (b->failed || more > SIZE_MAX / 4 - b->n) return b->failed = true, false;
+    if (b->n + more + 1 <= b->cap) return true;
+    size_t cap = b->cap < 64 ? 64 : b->cap;
+    while (cap < b->n + more + 1) cap *= 2;
+    uint8_t *p = MEDRUN_ALLOC(b->data, cap);
+    if (!p) return b->failed = true, false;
+    return b->data = p, b->cap = cap, true;
+}
+
+static void buffer_add(buffer *b, const void *bytes, size_t n) {
+    if (!n || !buffer_room(b, n)) return;
+    memcpy(b->data + b->n, bytes, n);
+    b->n += n;
+    b->data[b->n] = 0;
+}
+
+static void buffer_text(buffer *b, const char *text) { buffer_add(b, text, strlen(text)); }
+
+PRINTF_LIKE(2, 3)
+static void buffer_printf(buffer *b, const char *format, ...) {
+    char small[256];
+    va_list args;
+    va_start(args, format);
+    int n = vsnprintf(small, sizeof small, format, args);
+    va_end(args);
+    if (n < 0) { b->failed = true; return; }
+    if ((size_t)n < sizeof small) { buffer_add(b, small, (size_t)n); return; }
+    if (!buffer_room(b, (size_t)n)) return;
+    va_start(args, format);
+    vsnprintf((char *)b->data + b->n, (size_t)n + 1, format, args);
+    va_end(args);
+    b->n += (size_t)n;
+}
+
+static void buffer_free(buffer *b) {
+    free(b->data);
+    *b = (buffer){0};
+}
+
+/* ---- little-endian bytes with bounds ------------------------------------------------------- */
+
+/* Reads past the end give zeros and set `failed`. */
+typedef struct {
+    const uint8_t *data;
+    size_t n, at;
+    bool failed;
+} reader;
+
+static const uint8_t *read_bytes(reader *r, size_t n) {
+    if (r->failed || n > r->n - r->at) return r->failed = true, NULL;
+    r->at += n;
+    return r->data + r->at - n;
+}
+
+static uint64_t read_le(reader *r, size_t n) {
+    const uint8_t *p = read_bytes(r, n);
+    uint64_t v = 0;
+    for (size_t i = 0; p && i < n; i++) v |= (uint64_t)p[i] << 8 * i;
+    return v;
+}
+
+static uint32_t read_u32(reader *r) { return (uint32_t)read_le(r, 4); }
+static uint64_t read_u64(reader *r) { return read_le(r, 8); }
+
+static void write_le(buffer *b, uint64_t v, size_t n) {
+    uint8_t bytes[8];
+    for (size_t i = 0; i < n; i++) bytes[i] = (uint8_t)(v >> 8 * i);
+    buffer_add(b, bytes, n);
+}
+
+/* ---- UTF-8 (RFC 3629) ---------------------------------------------------------------------- */
+
+/* Decodes one character at P, N > 0 bytes: its length 1..4, or 0 if no valid character starts
+ * there (overlong forms, surrogates and values past U+10FFFF are not valid). */
+static size_t utf8_decode(const uint8_t *p, size_t n, uint32_t *code) {
+    if (p[0] < 0x80) return *code = p[0], 1;
+    size_t len = p[0] >= 0xF0 ? 4 : p[0] >= 0xE0 ? 3 : 2;
+    if (p[0] < 0xC2 || p[0] > 0xF4 || len > n) return 0;
+    uint32_t c = p[0] & (0xFFu >> (len + 1));
+    for (size_t i = 1; i < len; i++) {
+        if ((p[i] & 0xC0) != 0x80) return 0;
+        c = c << 6 | (p[i] & 0x3F);
+    }
+    bool overlong = (len == 3 && c < 0x800) || (len == 4 && c < 0x10000);
+    if (overlong || (c >= 0xD800 && c < 0xE000) || c > 0x10FFFF) return 0;
+    return *code = c, len;
+}
+
+/* Writes CODE's bytes, returns their number 1..4. */
+static size_t utf8_encode(uint32_t code, uint8_t out[4]) {
+    if (code < 0x80) return out[0] = (uint8_t)code, 1;
+    size_t len = code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
+    for (size_t i = len; --i; code >>= 6) out[i] = (uint8_t)(0x80 | (code & 0x3F));
+    out[0] = (uint8_t)((0xF00 >> len) | code);
+    return len;
+}
+
+/* How many bytes at the end of a stream are the valid beginning of a character whose rest has not
+ * come yet: 0..3. What is printed stops before them. */
+static size_t utf8_unfinished(const uint8_t *p, size_t n) {
+    for (size_t back = 1; back <= 3 && back <= n; back++) {
+        const uint8_t *q = p + n - back;
+        if ((q[0] & 0xC0) == 0x80) continue;            /* a continuation: look further back     */
+        size_t len = q[0] >= 0xF0 ? 4 : q[0] >= 0xE0 ? 3 : 2;
+        if (q[0] < 0xC2 || q[0] > 0xF4 || len <= back) return 0;
+        bool bad = back > 1 && ((q[0] == 0xE0 && q[1] < 0xA0) || (q[0] == 0xED && q[1] > 0x9F) ||
+                                (q[0] == 0xF0 && q[1] < 0x90) || (q[0] == 0xF4 && q[1] > 0x8F));
+        return bad ? 0 : back;
+    }
+    return 0;
+}
+
+/* ---- SHA-256 (FIPS 180-4) ------------------------------------------------------------------ */
+
+typedef struct {
+    uint32_t h[8];
+    uint64_t n;                 /* bytes so far */
+    uint8_t block[64];
+} sha256;
+
+static void sha256_block(uint32_t h[8], const uint8_t *p) {
+    static const uint32_t k[64] = {
+        0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4,
+        0xab1c5ed5, 0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe,
+        0x9bdc06a7, 0xc19bf174, 0xe49b69c1, 0xefbe4786, 0x0fc19dc6, 0x240ca1cc, 0x2de92c6f,
+        0x4a7484aa, 0x5cb0a9dc, 0x76f988da, 0x983e5152, 0xa831c66d, 0xb00327c8, 0xbf597fc7,
+        0xc6e00bf3, 0xd5a79147, 0x06ca6351, 0x14292967, 0x27b70a85, 0x2e1b2138, 0x4d2c6dfc,
+        0x53380d13, 0x650a7354, 0x766a0abb, 0x81c2c92e, 0x92722c85, 0xa2bfe8a1, 0xa81a664b,
+        0xc24b8b70, 0xc76c51a3, 0xd192e819, 0xd6990624, 0xf40e3585, 0x106aa070, 0x19a4c116,
+        0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f, 0x682e6ff3,
+        0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7,
+        0xc67178f2};
+#define ROTR(x, r) ((x) >> (r) | (x) << (32 - (r)))
+    uint32_t w[64], s[8];
+    for (int i = 0; i < 16; i++)
+        w[i] = (uint32_t)p[4 * i] << 24 | (uint32_t)p[4 * i + 1] << 16 |
+               (uint32_t)p[4 * i + 2] << 8 | p[4 * i + 3];
+    for (int i = 16; i < 64; i++)
+        w[i] = w[i - 16] + w[i - 7] +
+               (ROTR(w[i - 15], 7) ^ ROTR(w[i - 15], 18) ^ w[i - 15] >> 3) +
+               (ROTR(w[i - 2], 17) ^ ROTR(w[i - 2], 19) ^ w[i - 2] >> 10);
+    memcpy(s, h, sizeof s);
+    for (int i = 0; i < 64; i++) {
+        uint32_t a = s[0], e = s[4];
+        uint32_t t1 = s[7] + (ROTR(e, 6) ^ ROTR(e, 11) ^ ROTR(e, 25)) +
+                      ((e & s[5]) ^ (~e & s[6])) + k[i] + w[i];
+        uint32_t t2 = (ROTR(a, 2) ^ ROTR(a, 13) ^ ROTR(a, 22)) +
+                      ((a & s[1]) ^ (a & s[2]) ^ (s[1] & s[2]));
+        memmove(s + 1, s, 7 * sizeof *s);
+        s[4] += t1;
+        s[0] = t1 + t2;
+    }
+#undef ROTR
+    for (int i = 0; i < 8; i++) h[i] += s[i];
+}
+
+static void sha256_init(sha256 *s) {
+    static const uint32_t h[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
+                                  0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
+    memcpy(s->h, h, sizeof h);
+    s->n = 0;
+}
+
+static void sha256_add(sha256 *s, const void *bytes, size_t n) {
+    const uint8_t *p = bytes;
+    size_t have = s->n % 64;
+    s->n += n;
+    if (have) {
+        size_t take = n < 64 - have ? n : 64 - have;
+        memcpy(s->block + have, p, take);
+        p += take, n -= take, have += take;
+        if (have < 64) return;
+        sha256_block(s->h, s->block);
+    }
+    for (; n >= 64; p += 64, n -= 64) sha256_block(s->h, p);
+    if (n) memcpy(s->block, p, n);
+}
+
+static void sha256_done(sha256 *s, uint8_t digest[32]) {
+    uint64_t bits = s->n * 8;
+    sha256_add(s, "\x80", 1);
+    while (s->n % 64 != 56) sha256_add(s, "", 1);
+    for (int i = 56; i >= 0; i -= 8) sha256_add(s, &(uint8_t){(uint8_t)(bits >> i)}, 1);
+    for (int i = 0; i < 32; i++) digest[i] = (uint8_t)(s->h[i / 4] >> (24 - 8 * (i % 4)));
+}
+
+static void sha256_of(const void *bytes, size_t n, uint8_t digest[32]) {
+    sha256 s;
+    sha256_init(&s);
+    sha256_add(&s, bytes, n);
+    sha256_done(&s, digest);
+}
+
+static void hex_of(const uint8_t digest[32], char hex[65]) {
+    for (int i = 0; i < 32; i++) snprintf(hex + 2 * i, 3, "%02x", (unsigned)digest[i]);
+}
+
+/* ---- JSON (RFC 8259) ----------------------------------------------------------------------- */
+
+/* A parsed text is an array of nodes in the order of the text; a container's children follow it.
+ * Children of node v: for (c = v + 1, i = 0; i < count(v); i++, c = next(c)); in an object keys
+ * and values alternate and `count` counts both. Strings stay in the text until asked for. */
+typedef enum { JSON_NULL, JSON_FALSE, JSON_TRUE, JSON_NUMBER, JSON_STRING, JSON_ARRAY,
+               JSON_OBJECT } json_type;
+
+typedef struct {
+    uint32_t start, end;        /* bytes of the text; a string's without its quotes            */
+    uint32_t next;              /* the node after this value and all inside it                 */
+    uint32_t count : 29, type : 3;
+} json_node;
+
+typedef struct {
+    const char *text;
+    json_node *nodes;
+    size_t n, cap;
+} json;
+
+enum { JSON_MAX_DEPTH = 64, JSON_NONE = 0xFFFFFFFF };
+
+typedef struct {
+    json *j;
+    const uint8_t *p;
+    size_t n, at;
+    medrun_error *e;
+} json_parser;
+
+static int json_wrong(json_parser *s, const char *what) {
+    return fail(s->e, MEDRUN_BAD_FILE, "JSON: %s at byte %zu", what, s->at);
+}
+
+static void json_space(json_parser *s) {
+    while (s->at < s->n && memchr(" \t\r\n", s->p[s->at], 4)) s->at++;
+}
+
+/* Appends a node that starts here; JSON_NONE when memory ends. */
+static uint32_t json_add(json_parser *s, json_type type) {
+    json *j = s->j;
+    if (j->n == j->cap) {
+        size_t cap = j->cap ? j->cap * 2 : 64;
+        json_node *nodes = cap < (1u << 28) ? MEDRUN_ALLOC(j->nodes, cap * sizeof *nodes) : NULL;
+        if (!nodes) return out_of_memory(s->e, cap * sizeof *nodes), JSON_NONE;
+        j->nodes = nodes, j->cap = cap;
+    }
+    j->nodes[j->n] = (json_node){(uint32_t)s->at, (uint32_t)s->at, (uint32_t)j->n + 1, 0, type};
+    return (uint32_t)j->n++;
+}
+
+static int json_hex4(const uint8_t *p, size_t n, uint32_t *v) {
+    if (n < 4) return -1;
+    *v = 0;
+    for (int i = 0; i < 4; i++) {
+        uint32_t c = p[i] | 0x20;
+        uint32_t d = p[i] >= '0' && p[i] <= '9' ? p[i] - 48u : c >= 'a' && c <= 'f' ? c - 87 : 99;
+        if (d == 99) return -1;
+        *v = *v << 4 | d;
+    }
+    return 0;
+}
+
+static int json_string_node(json_parser *s) {
+    s->at++;
+    uint32_t v = json_add(s, JSON_STRING), code;
+    if (v == JSON_NONE) return MEDRUN_NO_MEMORY;
+    for (;;) {
+        if (s->at >= s->n) return json_wrong(s, "unfinished string");
+        const uint8_t *p = s->p + s->at;
+        size_t left = s->n - s->at;
+        if (*p == '"') break;
+        if (*p < 0x20) return json_wrong(s, "control character in a string");
+        if (*p == '\\') {
+            if (left < 2 || !p[1] || !strchr("\"\\/bfnrtu", p[1]))
+                return json_wrong(s, "unknown escape");
+            if (p[1] == 'u' && json_hex4(p + 2, left - 2, &code))
+                return json_wrong(s, "\\u without four hex digits");
+            s->at += p[1] == 'u' ? 6 : 2;
+        } else {
+            size_t len = utf8_decode(p, left, &code);
+            if (!len) return json_wrong(s, "invalid UTF-8");
+            s->at += len;
+        }
+    }
+    s->j->nodes[v].end = (uint32_t)s->at++;
+    return MEDRUN_OK;
+}
+
+static size_t json_digits(json_parser *s) {
+    size_t from = s->at;
+    while (s->at < s->n && s->p[s->at] >= '0' && s->p[s->at] <= '9') s->at++;
+    return s->at - from;
+}
+
+static int json_scalar_node(json_parser *s) {
+    static const char *const words[] = {"null", "false", "true"};
+    for (int t = JSON_NULL; t <= JSON_TRUE; t++) {
+        size_t len = strlen(words[t]);
+        if (s->n - s->at < len || memcmp(s->p + s->at, words[t], len)) continue;
+        if (json_add(s, (json_type)t) == JSON_NONE) return MEDRUN_NO_MEMORY;
+        return s->at += len, MEDRUN_OK;
+    }
+    uint32_t v = json_add(s, JSON_NUMBER);
+    if (v == JSON_NONE) return MEDRUN_NO_MEMORY;
+    if (s->at < s->n && s->p[s->at] == '-') s->at++;
+    size_t first = s->at, whole = json_digits(s);
+    if (!whole) return json_wrong(s, "unexpected character");
+    if (whole > 1 && s->p[first] == '0') return json_wrong(s, "number with a leading zero");
+    if (s->at < s->n && s->p[s->at] == '.') {
+        s->at++;
+        if (!json_digits(s)) return json_wrong(s, "number without digits after the point");
+    }
+    if (s->at < s->n && (s->p[s->at] | 0x20) == 'e') {
+        s->at++;
+        if (s->at < s->n && (s->p[s->at] == '+' || s->p[s->at] == '-')) s->at++;
+        if (!json_digits(s)) return json_wrong(s, "number without digits in the exponent");
+    }
+    s->j->nodes[v].end = (uint32_t)s->at;
+    return MEDRUN_OK;
+}
+
+/* One value of any type; `open` holds the containers around it. */
+static int json_value(json_parser *s) {
+    uint32_t open[JSON_MAX_DEPTH];
+    int depth = 0;
+    for (;;) {
+        json_space(s);
+        uint8_t c = s->at < s->n ? s->p[s->at] : 0;
+        json_node *parent = depth ? &s->j->nodes[open[depth - 1]] : NULL;
+        bool key = parent && parent->type == JSON_OBJECT && parent->count % 2 == 0;
+        if (parent && parent->count == 0 && c == (parent->type == JSON_OBJECT ? '}' : ']')) {
+            goto close;                                 /* an empty container                    */
+        }
+        if (key && c != '"') return json_wrong(s, "a key must be a string");
+        if (parent) parent->count++;
+        if (c == '{' || c == '[') {
+            if (depth == JSON_MAX_DEPTH) return json_wrong(s, "nested too deeply");
+            open[depth++] = json_add(s, c == '{' ? JSON_OBJECT : JSON_ARRAY);
+            if (open[depth - 1] == JSON_NONE) return MEDRUN_NO_MEMORY;
+            s->at++;
+            continue;
+        }
+        int code = c == '"' ? json_string_node(s) : json_scalar_node(s);
+        if (code) return code;
+        for (;;) {                                      /* after a value: , : ] } or the end     */
+            if (!depth) return MEDRUN_OK;
+            json_space(s);
+            c = s->at < s->n ? s->p[s->at] : 0;
+            parent = &s->j->nodes[open[depth - 1]];
+            bool object = parent->type == JSON_OBJECT;
+            if (object && parent->count % 2) {
+                if (c != ':') return json_wrong(s, "expected ':'");
+                s->at++;
+                break;
+            }
+            if (c == ',') { s->at++; break; }
+            if (c != (object ? '}' : ']')) return json_wrong(s, "expected ',' or the end");
+        close:
+            s->at++, depth--;
+            s->j->nodes[open[depth]].end = (uint32_t)s->at;
+            s->j->nodes[open[depth]].next = (uint32_t)s->j->n;
+        }
+        json_space(s);
+        if (s->at < s->n && (s->p[s->at] == ']' || s->p[s->at] == '}'))
+            return json_wrong(s, "a value is missing");
+    }
+}
+
+/* Parses TEXT, which must outlive J. Node 0 is the value. Free with json_free, also on failure. */
+static int json_parse(json *j, const char *text, size_t n, medrun_error *e) {
+    *j = (json){text, NULL, 0, 0};
+    json_parser s = {j, (const uint8_t *)text, n, 0, e};
+    if (n >= 0xFFFFFFF0) return fail(e, MEDRUN_BAD_FILE, "JSON: %zu bytes is too long", n);
+    int code = json_value(&s);
+    if (code) return code;
+    json_space(&s);
+    return s.at == n ? MEDRUN_OK : json_wrong(&s, "text after the end");
+}
+
+static void json_free(json *j) {
+    free(j->nodes);
+    *j = (json){0};
+}
+
+static json_type json_typeof(const json *j, uint32_t v) { return (json_type)j->nodes[v].type; }
+
+/* Appends a string's characters to OUT. Lone surrogates become U+FFFD. */
+static void json_unescape(const json *j, uint32_t v, buffer *out) {
+    const uint8_t *p = (const uint8_t *)j->text + j->nodes[v].start;
+    const uint8_t *end = (const uint8_t *)j->text + j->nodes[v].end;
+    while (p < end) {
+        const uint8_t *stop = memchr(p, '\\', (size_t)(end - p));
+        if (!stop) stop = end;
+        buffer_add(out, p, (size_t)(stop - p));
+        if ((p = stop) == end) break;
+        static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
+        uint8_t bytes[4];
+        if (p[1] != 'u') {
+            buffer_add(out, to + (strchr(from, p[1]) - from), 1);
+            p += 2;
+            continue;
+        }
+        uint32_t code = 0xFFFD, low;
+        json_hex4(p + 2, 4, &code);
+        p += 6;
+        if (code >= 0xD800 && code < 0xDC00 && end - p >= 6 && p[0] == '\\' && p[1] == 'u' &&
+            !json_hex4(p + 2, 4, &low) && low >= 0xDC00 && low < 0xE000) {
+            code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
+            p += 6;
+        }
+        if (code >= 0xD800 && code < 0xE000) code = 0xFFFD;
+        buffer_add(out, bytes, utf8_encode(code, bytes));
+    }
+}
+
+/* Is node V the string TEXT? */
+static bool json_is(const json *j, uint32_t v, const char *text) {
+    if (v == JSON_NONE || json_typeof(j, v) != JSON_STRING) return false;
+    const json_node *n = &j->nodes[v];
+    size_t len = strlen(text), have = n->end - n->start;
+    if (!memchr(j->text + n->start, '\\', have))
+        return have == len && !memcmp(j->text + n->start, text, len);
+    buffer b = {0};
+    json_unescape(j, v, &b);
+    bool same = !b.failed && b.n == len && (len == 0 || !memcmp(b.data, text, len));
+    buffer_free(&b);
+    return same;
+}
+
+/* The value of KEY in object V, or JSON_NONE (also when V is none or no object). */
+static uint32_t json_get(const json *j, uint32_t v, const char *key) {
+    if (v == JSON_NONE || json_typeof(j, v) != JSON_OBJECT) return JSON_NONE;
+    uint32_t c = v + 1;
+    for (uint32_t i = 0; i < j->nodes[v].count; i += 2) {
+        if (json_is(j, c, key)) return c + 1;
+        c = j->nodes[c + 1].next;
+    }
+    return JSON_NONE;
+}
+
+/* A number node as a double, correctly rounded, in any locale: short numbers exactly by one
+ * multiplication or division, the others by strtod on a copy with the locale's own point. */
+static double json_number(const json *j, uint32_t v) {
+    const char *p = j->text + j->nodes[v].start, *end = j->text + j->nodes[v].end;
+    bool minus = p < end && *p == '-', short_enough = true;
+    uint64_t digits = 0;
+    int scale = 0, exponent = 0;
+    const char *q = p + minus;
+    for (bool point = false; q < end && (*q | 0x20) != 'e'; q++) {
+        if (*q == '.') { point = true; continue; }
+        if (digits > (1ull << 53) / 10 - 1) short_enough = false;
+        else digits = digits * 10 + (uint64_t)(*q - '0');
+        scale -= point;
+    }
+    if (q < end) {
+        bool down = *++q == '-';
+        for (q += *q == '-' || *q == '+'; q < end && exponent < 10000; q++)
+            exponent = exponent * 10 + (*q - '0');
+        if (down) exponent = -exponent;
+    }
+    scale += exponent;
+    if (short_enough && scale >= -22 && scale <= 22) {
+        double power = 1, value = (double)digits;
+        for (int i = scale < 0 ? -scale : scale; i; i--) power *= 10;
+        value = scale < 0 ? value / power : value * power;
+        return minus ? -value : value;
+    }
+    char copy[400], point[8];
+    size_t n = (size_t)(end - p) < sizeof copy - 1 ? (size_t)(end - p) : sizeof copy - 1;
+    memcpy(copy, p, n);
+    copy[n] = 0;
+    snprintf(point, sizeof point, "%.1f", 0.5);         /* what this locale puts for the point   */
+    for (char *c = copy; *c; c++) if (*c == '.') *c = point[1];
+    return strtod(copy, NULL);
+}
+
+/* Field readers: field KEY of object V with its type and range checked; WHAT names the file in the
+ * message. They return false and record the failure. */
+static bool json_int(const json *j, uint32_t v, const char *what, const char *key, int64_t min,
+                     int64_t max, int64_t *out, medrun_error *e) {
+    uint32_t f = json_get(j, v, key);
+    if (f == JSON_NONE || json_typeof(j, f) != JSON_NUMBER)
+        return fail(e, MEDRUN_BAD_FILE, "%s: field %s: found %s, wanted a whole number", what, key,
+                    f == JSON_NONE ? "nothing" : "another type"), false;
+    double d = json_number(j, f);
+    if (!(d >= (double)min && d <= (double)max) || d != floor(d))
+        return fail(e, MEDRUN_BAD_FILE, "%s: field %s: found %.17g, wanted a whole number from %lld "
+                    "to %lld", what, key, d, (long long)min, (long long)max), false;
+    return *out = (int64_t)d, true;
+}
+
+static bool json_real(const json *j, uint32_t v, const char *what, const char *key, double min,
+                      double max, double *out, medrun_error *e) {
+    uint32_t f = json_get(j, v, key);
+    if (f == JSON_NONE || json_typeof(j, f) != JSON_NUMBER)
+        return fail(e, MEDRUN_BAD_FILE, "%s: field %s: found %s, wanted a number", what, key,
+                    f == JSON_NONE ? "nothing" : "another type"), false;
+    double d = json_number(j, f);
+    if (!(d >= min && d <= max))
+        return fail(e, MEDRUN_BAD_FILE, "%s: field %s: found %.17g, wanted %g to %g", what, key, d,
+                    min, max), false;
+    return *out = d, true;
+}
+
+/* Copies string field KEY into OUT[CAP] with a NUL; a longer string or one with a NUL is refused. */
+static bool json_text(const json *j, uint32_t v, const char *what, const char *key, char *out,
+                      size_t cap, medrun_error *e) {
+    uint32_t f = json_get(j, v, key);
+    if (f == JSON_NONE || json_typeof(j, f) != JSON_STRING)
+        return fail(e, MEDRUN_BAD_FILE, "%s: field %s: found %s, wanted a string", what, key,
+                    f == JSON_NONE ? "nothing" : "another type"), false;
+    buffer b = {0};
+    json_unescape(j, f, &b);
+    bool fits = !b.failed && b.n < cap && !(b.n && memchr(b.data, 0, b.n));
+    if (fits && b.n) memcpy(out, b.data, b.n);
+    if (fits) out[b.n] = 0;
+    buffer_free(&b);
+    if (!fits) fail(e, MEDRUN_BAD_FILE, "%s: field %s: found a string that does not fit %zu bytes",
+                    what, key, cap - 1);
+    return fits;
+}
+
+/* Appends TEXT as a JSON string with its quotes. Bytes that are not UTF-8 become U+FFFD. */
+static void json_quote(buffer *b, const char *text, size_t n) {
+    buffer_text(b, "\"");
+    for (size_t i = 0, len; i < n; i += len) {
+        uint32_t code;
+        len = utf8_decode((const uint8_t *)text + i, n - i, &code);
+        if (!len) len = 1, buffer_text(b, "\\ufffd");
+        else if (code == '"' || code == '\\') buffer_printf(b, "\\%c", (char)code);
+        else if (code < 0x20 || code == 0x7F) buffer_printf(b, "\\u%04x", (unsigned)code);
+        else buffer_add(b, text + i, len);
+    }
+    buffer_text(b, "\"");
+}
+/* ============================================================================================
+ * 4 Threads: one pool, and what the system gives: clock, memory, files, processor features
+ *
+ * parallel_for hands out ranges of work to threads that were made once. Which thread does which
+ * range never shows in a result: every range writes its own outputs. Tests: tests/04_threads.c.
+ * ============================================================================================ */
+
+static double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* Processors this process may run on. */
+static int processors(void) {
+#ifdef CPU_COUNT
+    cpu_set_t set;
+    if (!sched_getaffinity(0, sizeof set, &set)) return CPU_COUNT(&set);
+#endif
+    long n = sysconf(_SC_NPROCESSORS_ONLN);
+    return n < 1 ? 1 : n > 256 ? 256 : (int)n;
+}
+
+/* Bytes of memory the machine has, and how many of them are free or can be freed at once. */
+static void memory_size(uint64_t *total, uint64_t *available) {
+    *total = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
+    *available = *total;
+    FILE *f = fopen("/proc/meminfo", "r");
+    if (!f) return;
+    char line[128];
+    unsigned long long kib;
+    while (fgets(line, sizeof line, f))
+        if (sscanf(line, "MemAvailable: %llu kB", &kib) == 1) *available = kib * 1024;
+    fclose(f);
+}
+
+/* A whole file mapped for reading. */
+typedef struct {
+    const uint8_t *data;
+    size_t n;
+} file_map;
+
+static int map_file(const char *path, file_map *map, medrun_error *e) {
+    *map = (file_map){0};
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return fail(e, MEDRUN_BAD_FILE, "%s: cannot open: %s", path, strerror(errno));
+    struct stat st;
+    void *p = MAP_FAILED;
+    const char *why = NULL;
+    if (fstat(fd, &st)) why = strerror(errno);
+    else if (S_ISDIR(st.st_mode)) why = "is a folder, wanted a file";
+    else if (!S_ISREG(st.st_mode)) why = "is not a regular file, so it cannot be mapped";
+    else if (st.st_size == 0) why = "is empty";
+    else if ((uint64_t)st.st_size > SIZE_MAX) why = "is larger than this machine can address";
+    else if ((p = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED, fd, 0)) == MAP_FAILED)
+        why = strerror(errno);
+    close(fd);
+    if (why) return fail(e, MEDRUN_BAD_FILE, "%s: %s", path, why);
+    return *map = (file_map){p, (size_t)st.st_size}, MEDRUN_OK;
+}
+
+static void unmap_file(file_map *map) {
+    if (map->data) munmap((void *)(uintptr_t)map->data, map->n);
+    *map = (file_map){0};
+}
+
+/* Zeroed memory straight from the system, given only when touched; NULL if there is none. */
+static void *map_memory(size_t n) {
+    void *p = mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return p == MAP_FAILED ? NULL : p;
+}
+
+static void unmap_memory(void *p, size_t n) {
+    if (p) munmap(p, n);
+}
+
+/* ---- the pool ------------------------------------------------------------------------------ */
+
+/* Work on items [begin, end); THREAD (0 .. threads-1) names scratch that no one else uses. */
+typedef void task_fn(void *context, size_t begin, size_t end, int thread);
+
+enum { MAX_THREADS = 256, SPINS = 2000 };
+
+typedef struct {
+    int threads;                            /* with the caller, who is thread 0                 */
+    pthread_t ids[MAX_THREADS];
+    int started;
+    pthread_mutex_t turn;                   /* held by the session whose step runs              */
+    pthread_mutex_t lock;
+    pthread_cond_t wake, idle;
+    atomic_uint job;                        /* grows by one for each parallel_for               */
+    atomic_int running;                     /* workers that have not finished this job          */
+    atomic_int sleeping;
+    atomic_bool quit;
+    task_fn *task;
+    void *context;
+    size_t n, grain;
+    atomic_size_t next;                     /* first item nobody has taken                      */
+} thread_pool;
+
+typedef struct {
+    thread_pool *pool;
+    int index;
+} worker_start;
+
+static void take_work(thread_pool *p, int thread) {
+    for (;;) {
+        size_t begin = atomic_fetch_add_explicit(&p->next, p->grain, memory_order_relaxed);
+        if (begin >= p->n) return;
+        size_t end = p->n - begin < p->grain ? p->n : begin + p->grain;
+        p->task(p->context, begin, end, thread);
+    }
+}
+
+/* Waits until the job number is no longer SEEN: spins briefly, because the next job mostly comes
+ * within microseconds, then sleeps, because nobody wants a fan to run while a person types. */
+static unsigned wait_for_job(thread_pool *p, unsigned seen) {
+    for (int i = 0; i < SPINS; i++) {
+        unsigned job = atomic_load_explicit(&p->job, memory_order_acquire);
+        if (job != seen) return job;
+#ifdef MEDRUN_X86
+        _mm_pause();
+#endif
+    }
+    pthread_mutex_lock(&p->lock);
+    atomic_fetch_add(&p->sleeping, 1);
+    while (atomic_load(&p->job) == seen) pthread_cond_wait(&p->wake, &p->lock);
+    atomic_fetch_sub(&p->sleeping, 1);
+    pthread_mutex_unlock(&p->lock);
+    return atomic_load(&p->job);
+}
+
+static void *worker_main(void *start) {
+    worker_start s = *(worker_start *)start;
+    free(start);
+    for (unsigned job = 0;;) {
+        job = wait_for_job(s.pool, job);
+        if (atomic_load(&s.pool->quit)) return NULL;
+        take_work(s.pool, s.index);
+        if (atomic_fetch_sub(&s.pool->running, 1) == 1) {
+            pthread_mutex_lock(&s.pool->lock);
+            pthread_cond_signal(&s.pool->idle);
+            pthread_mutex_unlock(&s.pool->lock);
+        }
+    }
+}
+
+static void start_job(thread_pool *p) {
+    atomic_store(&p->running, p->started);
+    atomic_fetch_add(&p->job, 1);
+    if (!atomic_load(&p->sleeping)) return;
+    pthread_mutex_lock(&p->lock);
+    pthread_cond_broadcast(&p->wake);
+    pthread_mutex_unlock(&p->lock);
+}
+
+/* Runs TASK over N items, GRAIN at a time, on all threads, and returns when all are done. */
+static void parallel_for(thread_pool *p, size_t n, size_t grain, task_fn *task, void *context) {
+    if (!n) return;
+    if (grain < 1) grain = 1;
+    if (!p->started || n <= grain) {
+        task(context, 0, n, 0);
+        return;
+    }
+    p->task = task, p->context = context, p->n = n, p->grain = grain;
+    atomic_store(&p->next, 0);
+    start_job(p);
+    take_work(p, 0);
+    for (int i = 0; i < SPINS && atomic_load_explicit(&p->running, memory_order_acquire); i++) {
+#ifdef MEDRUN_X86
+        _mm_pause();
+#endif
+    }
+    if (!atomic_load_explicit(&p->running, memory_order_acquire)) return;
+    pthread_mutex_lock(&p->lock);
+    while (atomic_load(&p->running)) pthread_cond_wait(&p->idle, &p->lock);
+    pthread_mutex_unlock(&p->lock);
+}
+
+static void pool_stop(thread_pool *p) {
+    atomic_store(&p->quit, true);
+    start_job(p);
+    for (int i = 0; i < p->started; i++) pthread_join(p->ids[i], NULL);
+    pthread_mutex_destroy(&p->turn);
+    pthread_mutex_destroy(&p->lock);
+    pthread_cond_destroy(&p->wake);
+    pthread_cond_destroy(&p->idle);
+    p->started = 0;
+}
+
+/* THREADS 0: one for each processor. The pool must not move afterwards. */
+static int pool_start(thread_pool *p, int threads, medrun_error *e) {
+    memset(p, 0, sizeof *p);
+    if (threads < 0 || threads > MAX_THREADS)
+        return fail(e, MEDRUN_USAGE, "threads: found %d, wanted 1 to %d", threads, MAX_THREADS);
+    pthread_mutex_init(&p->turn, NULL);
+    pthread_mutex_init(&p->lock, NULL);
+    pthread_cond_init(&p->wake, NULL);
+    pthread_cond_init(&p->idle, NULL);
+    p->threads = threads ? threads : processors();
+    for (int i = 1; i < p->threads; i++) {
+        worker_start *start = new_array(1, sizeof *start);
+        if (start) *start = (worker_start){p, i};
+        if (!start || pthread_create(&p->ids[i - 1], NULL, worker_main, start)) {
+            free(start);
+            pool_stop(p);
+            return fail(e, MEDRUN_FAILED, "cannot start thread %d of %d", i + 1, p->threads);
+        }
+        p->started++;
+    }
+    return MEDRUN_OK;
+}
+
+/* ---- processor features -------------------------------------------------------------------- */
+
+typedef struct {
+    bool avx2, avx512, avx512_bf16;
+} cpu_features;
+
+/* What the processor has AND the system saves at a task switch (xgetbv). */
+static cpu_features detect_cpu(void) {
+    cpu_features f = {0};
+#ifdef MEDRUN_X86
+    unsigned a, b, c, d, b7, c7, d7, a71 = 0;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return f;
+    bool fma = c >> 12 & 1, f16c = c >> 29 & 1;
+    uint32_t saved, high;
+    __asm__ volatile("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+    if (!__get_cpuid_count(7, 0, &a, &b7, &c7, &d7)) return f;
+    f.avx2 = fma && f16c && (b7 >> 5 & 1) && (saved & 6) == 6;
+    bool wide = (b7 & 0xC0030000) == 0xC0030000;        /* F, DQ, BW, VL */
+    f.avx512 = f.avx2 && wide && (c7 >> 11 & 1) && (saved & 0xE6) == 0xE6;          /* VNNI     */
+    if (a >= 1 && __get_cpuid_count(7, 1, &a71, &b, &c, &d))
+        f.avx512_bf16 = f.avx512 && (a71 >> 5 & 1);
+#endif
+    return f;
+}
+/* ============================================================================================
+ * 5 Numbers: bf16, f16, int8, and how weights lie in memory
+ *
+ * A weight matrix (rows = outputs, cols = inputs K) is stored in panels of 16 rows: lane r of a
+ * panel is row 16p + r, and K is walked in steps of 64 bytes, 4 bytes a row. So one 64-byte load
+ * holds the next few weights of 16 outputs, a lane adds up one output in the order of K, and no
+ * sum ever crosses lanes. The bytes in the file are the bytes of the computation.
+ *
+ *   bf16  a step is 2 consecutive k.  K is padded to 2 with zeros.
+ *   int8  a step is 4 consecutive k, stored as q + 128 (1..255), w = q * scale. A group is 64 k of
+ *         one row: 16 steps and one bf16 scale. K is padded to 64. Two groups share a line of 64
+ *         bytes for their 2 x 16 scales, which stands before them, so that every step is aligned.
+ *
+ * Tests: tests/05_numbers.c.
+ * ============================================================================================ */
+
+enum { TYPE_F32, TYPE_BF16, TYPE_INT8, N_TYPES };
+enum { LANES = 16, GROUP = 64, STEP_BYTES = 64, GROUP_BYTES = GROUP / 4 * STEP_BYTES };
+
+static const char *const type_names[N_TYPES] = {"f32", "bf16", "int8"};
+
+static int type_find(const char *name) {
+    for (int t = 0; t < N_TYPES; t++) if (!strcmp(name, type_names[t])) return t;
+    return -1;
+}
+
+static size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
+static float bits_float(uint32_t bits) {
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+static uint32_t float_bits(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    return bits;
+}
+
+static float bf16_to_f32(uint16_t h) { return bits_float((uint32_t)h << 16); }
+
+/* To the nearest, ties to even; a NaN stays a NaN. */
+static uint16_t f32_to_bf16(float f) {
+    uint32_t bits = float_bits(f);
+    if ((bits & 0x7FFFFFFF) > 0x7F800000) return (uint16_t)(bits >> 16 | 0x40);
+    return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+/* The smallest bf16 that is not below F >= 0: a scale rounded so that no value clips. */
+static uint16_t f32_to_bf16_up(float f) { return (uint16_t)((float_bits(f) + 0xFFFF) >> 16); }
+
+static float f16_to_f32(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7FFF;
+    if (rest >= 0x7C00) return bits_float(sign | 0x7F800000 | (rest & 0x3FF) << 13);
+    if (rest >= 0x400) return bits_float(sign | ((rest << 13) + 0x38000000));
+    float f = (float)rest * 0x1p-24f;                   /* a subnormal half is a normal float    */
+    return bits_float(sign | float_bits(f));
+}
+
+/* To the nearest, ties to even, as the processors' instruction does. */
+static uint16_t f32_to_f16(float f) {
+    uint32_t bits = float_bits(f), sign = bits >> 16 & 0x8000, a = bits & 0x7FFFFFFF;
+    if (a > 0x7F800000) return (uint16_t)(sign | 0x7E00 | (a >> 13 & 0x3FF));
+    if (a >= 0x477FF000) return (uint16_t)(sign | 0x7C00);              /* rounds past 65504     */
+    if (a < 0x38800000)                                 /* subnormal: add so that the sum's last */
+        return (uint16_t)(sign | (float_bits(bits_float(a) + 0.5f) - 0x3F000000));  /* bit fits  */
+    return (uint16_t)(sign | ((a - 0x38000000 + 0xFFF + (a >> 13 & 1)) >> 13));
+}
+
+/* The nearest whole number, ties to even, |f| < 2^22: at 1.5 * 2^23 a float's last bit is 1. */
+static int32_t round_even(float f) {
+    return (int32_t)(float_bits(f + 0x1.8p23f) - float_bits(0x1.8p23f));
+}
+
+/* ---- panels -------------------------------------------------------------------------------- */
+
+/* Where group G of an int8 panel has its 16 scales and its 16 steps. */
+static size_t int8_scales(size_t g) {
+    return g / 2 * (STEP_BYTES + 2 * GROUP_BYTES) + g % 2 * (STEP_BYTES / 2);
+}
+
+static size_t int8_steps(size_t g) {
+    return g / 2 * (STEP_BYTES + 2 * GROUP_BYTES) + STEP_BYTES + g % 2 * GROUP_BYTES;
+}
+
+/* Bytes of one panel of 16 rows. */
+static size_t panel_bytes(int type, size_t cols) {
+    if (type == TYPE_BF16) return (cols + 1) / 2 * STEP_BYTES;
+    size_t groups = (cols + GROUP - 1) / GROUP;
+    return groups * GROUP_BYTES + (groups + 1) / 2 * STEP_BYTES;
+}
+
+static size_t tensor_bytes(int type, size_t rows, size_t cols) {
+    if (type == TYPE_F32) return rows * cols * sizeof(float);
+    return (rows + LANES - 1) / LANES * panel_bytes(type, cols);
+}
+
+static void pack_bf16_row(const float *row, size_t cols, size_t lane, uint8_t *out) {
+    for (size_t k = 0; k < cols; k++) {
+        uint16_t h = f32_to_bf16(row[k]);
+        memcpy(out + k / 2 * STEP_BYTES + 4 * lane + k % 2 * 2, &h, 2);
+    }
+}
+
+/* One group of one row: the scale is the largest magnitude / 127, rounded up to a bf16, and the
+ * weights are rounded with that scale, so that what is stored is what is meant. */
+static void pack_int8_group(const float *row, size_t n, size_t lane, uint8_t *scales,
+                            uint8_t *steps) {
+    float largest = 0;
+    for (size_t k = 0; k < n; k++) largest = fmaxf(largest, fabsf(row[k]));
+    uint16_t scale = largest < 1e-30f ? 0 : f32_to_bf16_up(largest / 127.0f);
+    memcpy(scales + 2 * lane, &scale, 2);
+    float d = bf16_to_f32(scale);
+    for (size_t k = 0; k < GROUP; k++) {
+        int32_t q = k < n && scale ? round_even(row[k] / d) : 0;
+        steps[k / 4 * STEP_BYTES + 4 * lane + k % 4] = (uint8_t)(q + 128);
+    }
+}
+
+/* ROWS (n_rows <= 16, cols), row-major floats -> one panel; missing rows become zeros. */
+static void panel_pack(int type, const float *rows, size_t n_rows, size_t cols, uint8_t *out) {
+    size_t groups = (cols + GROUP - 1) / GROUP;
+    memset(out, 0, panel_bytes(type, cols));
+    if (type == TYPE_BF16) {
+        for (size_t r = 0; r < n_rows; r++) pack_bf16_row(rows + r * cols, cols, r, out);
+        return;
+    }
+    for (size_t g = 0; g < groups; g++)
+        for (size_t r = 0; r < LANES; r++) {
+            size_t n = r >= n_rows ? 0 : cols - g * GROUP < GROUP ? cols - g * GROUP : GROUP;
+            const float *from = n ? rows + r * cols + g * GROUP : rows;
+            pack_int8_group(from, n, r, out + int8_scales(g), out + int8_steps(g));
+        }
+}
+
+/* Row LANE of a panel -> cols floats: how the embedding is looked up. */
+static void panel_unpack_row(int type, const uint8_t *panel, size_t lane, size_t cols,
+                             float *out) {
+    for (size_t k = 0; k < cols; k++) {
+        uint16_t h;
+        if (type == TYPE_BF16) {
+            memcpy(&h, panel + k / 2 * STEP_BYTES + 4 * lane + k % 2 * 2, 2);
+            out[k] = bf16_to_f32(h);
+        } else {
+            size_t g = k / GROUP, i = k % GROUP;
+            memcpy(&h, panel + int8_scales(g) + 2 * lane, 2);
+            int q = panel[int8_steps(g) + i / 4 * STEP_BYTES + 4 * lane + i % 4] - 128;
+            out[k] = (float)q * bf16_to_f32(h);
+        }
+    }
+}
+
+#endif /* MEDRUN_PASS: the file includes itself from here on */
+
+/* ============================================================================================
+ * 6 Kernels: the words for each instruction set, the sentences once
+ *
+ * The engine's arithmetic has one definition, on vectors of 16 floats with explicit fma, and every
+ * instruction set realises it bit for bit. The *words* (load, add, fma, dot4, ...) are written for
+ * each instruction set; the *sentences* (matmul, norm, attention) are written once over the words.
+ * To compile them for each, this file includes itself with MEDRUN_PASS set, inside a region in
+ * which the compiler may use that instruction set. The scalar pass is the definition, the fallback
+ * and the oracle. Tests: tests/06_kernels.c compares every pass with it.
+ * ============================================================================================ */
+
+#ifndef MEDRUN_PASS
+
+/* How activations are packed for a matmul, by tiles of 8, 4, 2, 1 tokens. A tile is a stream of
+ * 4-byte words, the tile's tokens side by side, in the order of K:
+ *   PACK_F32   one float a k                                    (bf16 weights, strict)
+ *   PACK_BF16  two bf16, k and k + 1                            (bf16 weights, vdpbf16ps)
+ *   PACK_INT8  for each group of 64: for each token -128 * the sum of its q; for each token its
+ *              scale; then 16 words of four int8. The sum undoes the +128 of the weights exactly. */
+enum { PACK_F32, PACK_BF16, PACK_INT8, N_PACKS };
+enum { TILE = 8, KEY_BLOCK = 256 };
+
+static size_t pack_bytes(int kind, size_t cols) {       /* for one token */
+    if (kind == PACK_F32) return round_up(cols, 2) * 4;
+    if (kind == PACK_BF16) return round_up(cols, 2) * 2;
+    return (cols + GROUP - 1) / GROUP * (GROUP + 8);
+}
+
+static int tile_width(size_t tokens) {
+    return tokens >= 8 ? 8 : tokens >= 4 ? 4 : tokens >= 2 ? 2 : 1;
+}
+
+/* Attention of up to TILE queries that share one key-value head. Keys lie in panels of 16, walked
+ * along head_dim like weights; values lie row by row. */
+typedef struct {
+    int n;                          /* queries: 8, 4, 2 or 1                                    */
+    bool half;                      /* the cache is f16, else f32                               */
+    size_t head_dim;
+    float scale;                    /* head_dim^-0.5                                            */
+    const float *q[TILE];           /* (head_dim) each                                          */
+    float *out[TILE];               /* (head_dim) each                                          */
+    size_t limit[TILE];             /* query i sees keys 0 .. limit[i]-1                        */
+    const void *keys;               /* (panels, head_dim, 16)                                   */
+    const void *values;             /* (keys, head_dim)                                         */
+    float *scratch;                 /* TILE * KEY_BLOCK floats                                  */
+} attention;
+
+/* One row for each instruction set. Shapes are in floats; all pointers may be unaligned. */
+typedef struct {
+    const char *name;
+    bool bf16_dot;                  /* has a matmul for PACK_BF16                               */
+    /* x (tokens, cols) with STRIDE -> out; cols a multiple of 16 */
+    void (*pack)(int kind, const float *x, size_t stride, size_t cols, size_t tokens,
+                 uint8_t *out);
+    /* out[t * stride + 16 p + lane] = sum over k of w[16 p + lane][k] * x[t][k] */
+    void (*matmul[N_PACKS])(const uint8_t *w, size_t panels, size_t cols, const uint8_t *x,
+                            size_t tokens, float *out, size_t stride);
+    void (*norm)(float *out, const float *x, const float *weight, size_t n, float eps);
+    void (*silu_mul)(float *gate, const float *up, size_t n);   /* gate = silu(gate) * up       */
+    void (*add)(float *x, const float *y, size_t n);            /* x += y                       */
+    void (*attend)(const attention *a);
+    void (*to_half)(uint16_t *out, const float *x, size_t n);   /* f16, clamped to +-65504      */
+} kernel_set;
+
+#define KERNEL_JOIN2(name, suffix) name##_##suffix
+#define KERNEL_JOIN(name, suffix) KERNEL_JOIN2(name, suffix)
+#define K(name) KERNEL_JOIN(name, KERNEL_SUFFIX)        /* vadd -> vadd_avx2 */
+
+/* The words. vec is 16 floats, ivec 16 int32, wvec 64 bytes of weights. */
+#define vec K(vec)
+#define ivec K(ivec)
+#define wvec K(wvec)
+#define vload K(vload)                  /* 16 floats                                             */
+#define vstore K(vstore)
+#define vload_bf16 K(vload_bf16)        /* 16 bf16, widened                                      */
+#define vload_f16 K(vload_f16)          /* 16 f16, widened                                       */
+#define vstore_f16 K(vstore_f16)        /* to the nearest, ties to even                          */
+#define vsplat K(vsplat)                /* one float on all lanes                                */
+#define vadd K(vadd)
+#define vsub K(vsub)
+#define vmul K(vmul)
+#define vdiv K(vdiv)
+#define vmax K(vmax)                    /* a > b ? a : b                                         */
+#define vfma K(vfma)                    /* a * b + c, rounded once                               */
+#define vless K(vless)                  /* a < b ? x : y                                         */
+#define vround K(vround)                /* to int, ties to even                                  */
+#define vfloat K(vfloat)                /* int to float                                          */
+#define vscale2 K(vscale2)              /* v * 2^n by adding to the exponent                     */
+#define vsum K(vsum)                    /* of 16 lanes: lanes 8 apart, then 4, 2, 1              */
+#define vlargest K(vlargest)
+#define isplat K(isplat)
+#define istore8 K(istore8)              /* 16 ints that fit as 16 int8                           */
+#define wload K(wload)                  /* 64 bytes of weights                                   */
+#define weven K(weven)                  /* of 16 pairs of bf16 the first, widened                */
+#define wodd K(wodd)                    /* ... the second                                        */
+#define idot4 K(idot4)                  /* acc + sum of 4 (weight + 128) * int8, exact           */
+#define vdot2 K(vdot2)                  /* acc + w0 x0 + w1 x1 in bf16, as the processor does it */
+/* The sentences. */
+#define vexp K(vexp)
+#define pack_int8 K(pack_int8)
+#define pack K(pack)
+#define tile_f32 K(tile_f32)
+#define tile_bf16 K(tile_bf16)
+#define tile_int8 K(tile_int8)
+#define matmul_f32 K(matmul_f32)
+#define matmul_bf16 K(matmul_bf16)
+#define matmul_int8 K(matmul_int8)
+#define norm K(norm)
+#define silu_mul K(silu_mul)
+#define add K(add)
+#define key_scores K(key_scores)
+#define softmax_block K(softmax_block)
+#define add_values K(add_values)
+#define attend_tile K(attend_tile)
+#define attend K(attend)
+#define to_half K(to_half)
+#define kernel_row K(kernel_row)
+
+ALWAYS_INLINE uint32_t load_word(const uint8_t *p) {
+    uint32_t w;
+    memcpy(&w, p, 4);
+    return w;
+}
+
+ALWAYS_INLINE float load_float(const uint8_t *p) { return bits_float(load_word(p)); }
+
+#else /* ---- MEDRUN_PASS: the words ----------------------------------------------------------- */
+
+#if MEDRUN_PASS == 1
+#define KERNEL_SUFFIX scalar
+#define UNROLLED                /* a lane is a loop here: unrolling tiles would only be long     */
+#define EACH for (int i = 0; i < 16; i++)
+
+typedef struct { float v[16]; } vec;
+typedef struct { int32_t v[16]; } ivec;
+typedef struct { uint8_t v[64]; } wvec;
+
+ALWAYS_INLINE vec vload(const float *p) { vec r; memcpy(&r, p, 64); return r; }
+ALWAYS_INLINE void vstore(float *p, vec a) { memcpy(p, &a, 64); }
+ALWAYS_INLINE vec vload_bf16(const void *p) {
+    uint16_t h[16];
+    vec r;
+    memcpy(h, p, 32);
+    EACH r.v[i] = bf16_to_f32(h[i]);
+    return r;
+}
+ALWAYS_INLINE vec vload_f16(const uint16_t *p) {
+    vec r;
+    EACH r.v[i] = f16_to_f32(p[i]);
+    return r;
+}
+ALWAYS_INLINE void vstore_f16(uint16_t *p, vec a) { EACH p[i] = f32_to_f16(a.v[i]); }
+ALWAYS_INLINE vec vsplat(float x) { vec r; EACH r.v[i] = x; return r; }
+ALWAYS_INLINE vec vadd(vec a, vec b) { EACH a.v[i] = a.v[i] + b.v[i]; return a; }
+ALWAYS_INLINE vec vsub(vec a, vec b) { EACH a.v[i] = a.v[i] - b.v[i]; return a; }
+ALWAYS_INLINE vec vmul(vec a, vec b) { EACH a.v[i] = a.v[i] * b.v[i]; return a; }
+ALWAYS_INLINE vec vdiv(vec a, vec b) { EACH a.v[i] = a.v[i] / b.v[i]; return a; }
+ALWAYS_INLINE vec vmax(vec a, vec b) {
+    EACH a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+    return a;
+}
+ALWAYS_INLINE vec vfma(vec a, vec b, vec c) {
+    EACH a.v[i] = fmaf(a.v[i], b.v[i], c.v[i]);
+    return a;
+}
+ALWAYS_INLINE vec vless(vec a, vec b, vec x, vec y) {
+    EACH x.v[i] = a.v[i] < b.v[i] ? x.v[i] : y.v[i];
+    return x;
+}
+ALWAYS_INLINE ivec vround(vec a) { ivec r; EACH r.v[i] = round_even(a.v[i]); return r; }
+ALWAYS_INLINE vec vfloat(ivec a) { vec r; EACH r.v[i] = (float)a.v[i]; return r; }
+ALWAYS_INLINE vec vscale2(vec a, ivec n) {
+    EACH a.v[i] = bits_float(float_bits(a.v[i]) + ((uint32_t)n.v[i] << 23));
+    return a;
+}
+ALWAYS_INLINE float vsum(vec a) {
+    for (int half = 8; half; half /= 2)
+        for (int i = 0; i < half; i++) a.v[i] = a.v[i] + a.v[i + half];
+    return a.v[0];
+}
+ALWAYS_INLINE float vlargest(vec a) {
+    for (int half = 8; half; half /= 2)
+        for (int i = 0; i < half; i++) a.v[i] = a.v[i] > a.v[i + half] ? a.v[i] : a.v[i + half];
+    return a.v[0];
+}
+ALWAYS_INLINE ivec isplat(int32_t x) { ivec r; EACH r.v[i] = x; return r; }
+ALWAYS_INLINE void istore8(int8_t *p, ivec a) { EACH p[i] = (int8_t)a.v[i]; }
+ALWAYS_INLINE wvec wload(const uint8_t *p) { wvec r; memcpy(&r, p, 64); return r; }
+ALWAYS_INLINE vec weven(wvec w) {
+    vec r;
+    EACH r.v[i] = bits_float(load_word(w.v + 4 * i) << 16);
+    return r;
+}
+ALWAYS_INLINE vec wodd(wvec w) {
+    vec r;
+    EACH r.v[i] = bits_float(load_word(w.v + 4 * i) & 0xFFFF0000);
+    return r;
+}
+ALWAYS_INLINE ivec idot4(ivec acc, wvec w, uint32_t x) {
+    int8_t q[4];
+    memcpy(q, &x, 4);
+    EACH acc.v[i] += w.v[4 * i] * q[0] + w.v[4 * i + 1] * q[1] + w.v[4 * i + 2] * q[2] +
+                     w.v[4 * i + 3] * q[3];
+    return acc;
+}
+#undef EACH
+
+#elif MEDRUN_PASS == 2
+#define KERNEL_SUFFIX avx2
+#define UNROLLED UNROLL
+
+typedef struct { __m256 a, b; } vec;
+typedef struct { __m256i a, b; } ivec;
+typedef struct { __m256i a, b; } wvec;
+#define BOTH(f) (vec){f(x.a, y.a), f(x.b, y.b)}
+
+ALWAYS_INLINE vec vload(const float *p) {
+    return (vec){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)};
+}
+ALWAYS_INLINE void vstore(float *p, vec x) {
+    _mm256_storeu_ps(p, x.a);
+    _mm256_storeu_ps(p + 8, x.b);
+}
+ALWAYS_INLINE __m256 widen_bf16_avx2(const uint8_t *p) {
+    __m256i w = _mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(w, 16));
+}
+ALWAYS_INLINE vec vload_bf16(const void *p) {
+    return (vec){widen_bf16_avx2(p), widen_bf16_avx2((const uint8_t *)p + 16)};
+}
+ALWAYS_INLINE vec vload_f16(const uint16_t *p) {
+    return (vec){_mm256_cvtph_ps(_mm_loadu_si128((const void *)p)),
+                 _mm256_cvtph_ps(_mm_loadu_si128((const void *)(p + 8)))};
+}
+ALWAYS_INLINE void vstore_f16(uint16_t *p, vec x) {
+    _mm_storeu_si128((void *)p, _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128((void *)(p + 8), _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT));
+}
+ALWAYS_INLINE vec vsplat(float x) { return (vec){_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+ALWAYS_INLINE vec vadd(vec x, vec y) { return BOTH(_mm256_add_ps); }
+ALWAYS_INLINE vec vsub(vec x, vec y) { return BOTH(_mm256_sub_ps); }
+ALWAYS_INLINE vec vmul(vec x, vec y) { return BOTH(_mm256_mul_ps); }
+ALWAYS_INLINE vec vdiv(vec x, vec y) { return BOTH(_mm256_div_ps); }
+ALWAYS_INLINE vec vmax(vec x, vec y) { return BOTH(_mm256_max_ps); }
+ALWAYS_INLINE vec vfma(vec x, vec y, vec c) {
+    return (vec){_mm256_fmadd_ps(x.a, y.a, c.a), _mm256_fmadd_ps(x.b, y.b, c.b)};
+}
+ALWAYS_INLINE vec vless(vec a, vec b, vec x, vec y) {
+    return (vec){_mm256_blendv_ps(y.a, x.a, _mm256_cmp_ps(a.a, b.a, _CMP_LT_OQ)),
+                 _mm256_blendv_ps(y.b, x.b, _mm256_cmp_ps(a.b, b.b, _CMP_LT_OQ))};
+}
+ALWAYS_INLINE ivec vround(vec x) {
+    return (ivec){_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)};
+}
+ALWAYS_INLINE vec vfloat(ivec x) {
+    return (vec){_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)};
+}
+ALWAYS_INLINE __m256 scale2_avx2(__m256 x, __m256i n) {
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), _mm256_slli_epi32(n, 23)));
+}
+ALWAYS_INLINE vec vscale2(vec x, ivec n) {
+    return (vec){scale2_avx2(x.a, n.a), scale2_avx2(x.b, n.b)};
+}
+ALWAYS_INLINE float vsum(vec x) {
+    __m256 s = _mm256_add_ps(x.a, x.b);
+    __m128 h = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    h = _mm_add_ps(h, _mm_movehl_ps(h, h));
+    return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
+}
+ALWAYS_INLINE float vlargest(vec x) {
+    __m256 s = _mm256_max_ps(x.a, x.b);
+    __m128 h = _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    h = _mm_max_ps(h, _mm_movehl_ps(h, h));
+    return _mm_cvtss_f32(_mm_max_ss(h, _mm_movehdup_ps(h)));
+}
+ALWAYS_INLINE ivec isplat(int32_t x) { return (ivec){_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+ALWAYS_INLINE void istore8(int8_t *p, ivec x) {
+    __m256i h = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xD8);
+    __m128i q = _mm_packs_epi16(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+    _mm_storeu_si128((void *)p, q);
+}
+ALWAYS_INLINE wvec wload(const uint8_t *p) {
+    return (wvec){_mm256_loadu_si256((const void *)p), _mm256_loadu_si256((const void *)(p + 32))};
+}
+ALWAYS_INLINE vec weven(wvec w) {
+    return (vec){_mm256_castsi256_ps(_mm256_slli_epi32(w.a, 16)),
+                 _mm256_castsi256_ps(_mm256_slli_epi32(w.b, 16))};
+}
+ALWAYS_INLINE vec wodd(wvec w) {
+    __m256i mask = _mm256_set1_epi32((int32_t)0xFFFF0000);
+    return (vec){_mm256_castsi256_ps(_mm256_and_si256(w.a, mask)),
+                 _mm256_castsi256_ps(_mm256_and_si256(w.b, mask))};
+}
+/* Weights are split into their even and odd bytes as int16, activations likewise, and madd adds
+ * two products each: 4 multiplies for 64 products, no saturation (255 * 127 * 2 fits an int32). */
+ALWAYS_INLINE __m256i dot4_avx2(__m256i acc, __m256i w, __m256i even, __m256i odd) {
+    __m256i w_even = _mm256_and_si256(w, _mm256_set1_epi16(0xFF));
+    __m256i w_odd = _mm256_srli_epi16(w, 8);
+    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(w_even, even));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(w_odd, odd));
+}
+ALWAYS_INLINE ivec idot4(ivec acc, wvec w, uint32_t x) {
+    __m256i q = _mm256_set1_epi32((int32_t)x);
+    __m256i odd = _mm256_srai_epi16(q, 8), even = _mm256_srai_epi16(_mm256_slli_epi16(q, 8), 8);
+    return (ivec){dot4_avx2(acc.a, w.a, even, odd), dot4_avx2(acc.b, w.b, even, odd)};
+}
+#undef BOTH
+
+#else /* 3: avx512 with VNNI; 4: with BF16 too */
+#if MEDRUN_PASS == 3
+#define KERNEL_SUFFIX avx512
+#else
+#define KERNEL_SUFFIX avx512bf16
+#endif
+#define UNROLLED UNROLL
+
+typedef __m512 vec;
+typedef __m512i ivec;
+typedef __m512i wvec;
+
+ALWAYS_INLINE vec vload(const float *p) { return _mm512_loadu_ps(p); }
+ALWAYS_INLINE void vstore(float *p, vec x) { _mm512_storeu_ps(p, x); }
+ALWAYS_INLINE vec vload_bf16(const void *p) {
+    __m512i w = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
+}
+ALWAYS_INLINE vec vload_f16(const uint16_t *p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)p));
+}
+ALWAYS_INLINE void vstore_f16(uint16_t *p, vec x) {
+    _mm256_storeu_si256((void *)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+ALWAYS_INLINE vec vsplat(float x) { return _mm512_set1_ps(x); }
+ALWAYS_INLINE vec vadd(vec x, vec y) { return _mm512_add_ps(x, y); }
+ALWAYS_INLINE vec vsub(vec x, vec y) { return _mm512_sub_ps(x, y); }
+ALWAYS_INLINE vec vmul(vec x, vec y) { return _mm512_mul_ps(x, y); }
+ALWAYS_INLINE vec vdiv(vec x, vec y) { return _mm512_div_ps(x, y); }
+ALWAYS_INLINE vec vmax(vec x, vec y) { return _mm512_max_ps(x, y); }
+ALWAYS_INLINE vec vfma(vec x, vec y, vec c) { return _mm512_fmadd_ps(x, y, c); }
+ALWAYS_INLINE vec vless(vec a, vec b, vec x, vec y) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
+}
+ALWAYS_INLINE ivec vround(vec x) { return _mm512_cvtps_epi32(x); }
+ALWAYS_INLINE vec vfloat(ivec x) { return _mm512_cvtepi32_ps(x); }
+ALWAYS_INLINE vec vscale2(vec x, ivec n) {
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x), _mm512_slli_epi32(n, 23)));
+}
+ALWAYS_INLINE float vsum(vec x) {
+    __m256 s = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+    __m128 h = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    h = _mm_add_ps(h, _mm_movehl_ps(h, h));
+    return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
+}
+ALWAYS_INLINE float vlargest(vec x) {
+    __m256 s = _mm256_max_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+    __m128 h = _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    h = _mm_max_ps(h, _mm_movehl_ps(h, h));
+    return _mm_cvtss_f32(_mm_max_ss(h, _mm_movehdup_ps(h)));
+}
+ALWAYS_INLINE ivec isplat(int32_t x) { return _mm512_set1_epi32(x); }
+ALWAYS_INLINE void istore8(int8_t *p, ivec x) {
+    _mm_storeu_si128((void *)p, _mm512_cvtepi32_epi8(x));
+}
+ALWAYS_INLINE wvec wload(const uint8_t *p) { return _mm512_loadu_si512(p); }
+ALWAYS_INLINE vec weven(wvec w) { return _mm512_castsi512_ps(_mm512_slli_epi32(w, 16)); }
+ALWAYS_INLINE vec wodd(wvec w) {
+    return _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32((int32_t)0xFFFF0000)));
+}
+ALWAYS_INLINE ivec idot4(ivec acc, wvec w, uint32_t x) {
+    return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32((int32_t)x));
+}
+#if MEDRUN_PASS == 4
+ALWAYS_INLINE vec vdot2(vec acc, wvec w, uint32_t x) {
+    return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)_mm512_set1_epi32((int32_t)x));
+}
+#endif
+#endif
+
+/* ---- the sentences ------------------------------------------------------------------------- */
+
+/* e^x within 2 ulp for x <= 87; 0 below -86. x = n ln 2 + r with |r| <= ln 2 / 2, then the Taylor
+ * series to r^7 and 2^n. exp(0) is exactly 1. */
+ALWAYS_INLINE vec vexp(vec x) {
+    vec low = vsplat(-86.0f), c = vmax(x, low);
+    ivec n = vround(vmul(c, vsplat(1.44269504f)));
+    vec r = vfma(vfloat(n), vsplat(-0.693359375f), c);
+    r = vfma(vfloat(n), vsplat(2.12194440e-4f), r);
+    vec p = vsplat(1.0f / 5040);
+    p = vfma(p, r, vsplat(1.0f / 720));
+    p = vfma(p, r, vsplat(1.0f / 120));
+    p = vfma(p, r, vsplat(1.0f / 24));
+    p = vfma(p, r, vsplat(1.0f / 6));
+    p = vfma(p, r, vsplat(0.5f));
+    p = vfma(p, r, vsplat(1.0f));
+    p = vfma(p, r, vsplat(1.0f));
+    return vless(x, low, vsplat(0), vscale2(p, n));
+}
+
+/* One tile, one group after the other: scale = largest magnitude / 127, q = x / scale. */
+static void pack_int8(const float *x, size_t stride, size_t cols, size_t nt, uint8_t *out) {
+    for (size_t k = 0; k < cols; k += GROUP, out += nt * (GROUP + 8)) {
+        for (size_t t = 0; t < nt; t++) {
+            const float *from = x + t * stride + k;
+            size_t n = cols - k < GROUP ? cols - k : GROUP;
+            vec big = vsplat(0);
+            for (size_t i = 0; i < n; i += 16) {
+                vec v = vload(from + i);
+                big = vmax(big, vmax(v, vsub(vsplat(0), v)));
+            }
+            float largest = vlargest(big);
+            bool tiny = largest < 1e-30f;
+            float scale = tiny ? 0 : largest / 127.0f;
+            vec inverse = vsplat(tiny ? 0 : 127.0f / largest);
+            int8_t q[GROUP] = {0};
+            int32_t sum = 0;
+            for (size_t i = 0; i < n; i += 16)
+                istore8(q + i, vround(vmul(vload(from + i), inverse)));
+            for (size_t i = 0; i < GROUP; i++) sum += q[i];
+            sum *= -128;
+            memcpy(out + 4 * t, &sum, 4);
+            memcpy(out + 4 * (nt + t), &scale, 4);
+            for (size_t i = 0; i < GROUP / 4; i++)
+                memcpy(out + 4 * ((2 + i) * nt + t), q + 4 * i, 4);
+        }
+    }
+}
+
+static void pack(int kind, const float *x, size_t stride, size_t cols, size_t tokens,
+                 uint8_t *out) {
+    for (size_t t = 0, nt; t < tokens; t += nt) {
+        const float *from = x + t * stride;
+        uint8_t *to = out + t * pack_bytes(kind, cols);
+        nt = (size_t)tile_width(tokens - t);
+        if (kind == PACK_INT8) pack_int8(from, stride, cols, nt, to);
+        else if (kind == PACK_F32)
+            for (size_t i = 0; i < nt; i++)
+                for (size_t k = 0; k < cols; k++)
+                    memcpy(to + 4 * (k * nt + i), from + i * stride + k, 4);
+        else
+            for (size_t i = 0; i < nt; i++)
+                for (size_t k = 0; k < cols; k += 2) {
+                    const float *f = from + i * stride + k;
+                    uint32_t pair = f32_to_bf16(f[0]) | (uint32_t)f32_to_bf16(f[1]) << 16;
+                    memcpy(to + 4 * (k / 2 * nt + i), &pair, 4);
+                }
+    }
+}
+
+/* NP panels times NT tokens. Both are constants after inlining, so that the sums are registers;
+ * every sum is one chain in the order of K, whatever NP and NT are. */
+ALWAYS_INLINE void tile_f32(const size_t np, const size_t nt, const uint8_t *w, size_t cols,
+                            const uint8_t *x, float *out, size_t stride) {
+    vec sum[TILE];
+    size_t bytes = panel_bytes(TYPE_BF16, cols);
+    UNROLLED for (size_t i = 0; i < np * nt; i++) sum[i] = vsplat(0);
+    for (size_t k = 0; k < cols; k += 2, w += STEP_BYTES, x += 8 * nt)
+        UNROLLED for (size_t p = 0; p < np; p++) {
+            wvec step = wload(w + p * bytes);
+            vec even = weven(step), odd = wodd(step);
+            UNROLLED for (size_t t = 0; t < nt; t++) {
+                vec s = vfma(even, vsplat(load_float(x + 4 * t)), sum[p * nt + t]);
+                sum[p * nt + t] = vfma(odd, vsplat(load_float(x + 4 * (nt + t))), s);
+            }
+        }
+    UNROLLED for (size_t p = 0; p < np; p++)
+        UNROLLED for (size_t t = 0; t < nt; t++)
+            vstore(out + t * stride + 16 * p, sum[p * nt + t]);
+}
+
+#if MEDRUN_PASS == 4
+ALWAYS_INLINE void tile_bf16(const size_t np, const size_t nt, const uint8_t *w, size_t cols,
+                             const uint8_t *x, float *out, size_t stride) {
+    vec sum[TILE];
+    size_t bytes = panel_bytes(TYPE_BF16, cols);
+    UNROLLED for (size_t i = 0; i < np * nt; i++) sum[i] = vsplat(0);
+    for (size_t k = 0; k < cols; k += 2, w += STEP_BYTES, x += 4 * nt)
+        UNROLLED for (size_t p = 0; p < np; p++) {
+            wvec step = wload(w + p * bytes);
+            UNROLLED for (size_t t = 0; t < nt; t++)
+                sum[p * nt + t] = vdot2(sum[p * nt + t], step, load_word(x + 4 * t));
+        }
+    UNROLLED for (size_t p = 0; p < np; p++)
+        UNROLLED for (size_t t = 0; t < nt; t++)
+            vstore(out + t * stride + 16 * p, sum[p * nt + t]);
+}
+#endif
+
+ALWAYS_INLINE void tile_int8(const size_t np, const size_t nt, const uint8_t *w, size_t cols,
+                             const uint8_t *x, float *out, size_t stride) {
+    vec sum[TILE];
+    size_t bytes = panel_bytes(TYPE_INT8, cols);
+    UNROLLED for (size_t i = 0; i < np * nt; i++) sum[i] = vsplat(0);
+    for (size_t g = 0; g < (cols + GROUP - 1) / GROUP; g++, x += nt * (GROUP + 8)) {
+        const uint8_t *steps = w + int8_steps(g), *words = x + 8 * nt;
+        ivec dot[TILE];
+        UNROLLED for (size_t i = 0; i < np * nt; i++)
+            dot[i] = isplat((int32_t)load_word(x + 4 * (i % nt)));
+        for (size_t s = 0; s < GROUP / 4; s++, steps += STEP_BYTES, words += 4 * nt)
+            UNROLLED for (size_t p = 0; p < np; p++) {
+                wvec step = wload(steps + p * bytes);
+                UNROLLED for (size_t t = 0; t < nt; t++)
+                    dot[p * nt + t] = idot4(dot[p * nt + t], step, load_word(words + 4 * t));
+            }
+        UNROLLED for (size_t i = 0; i < np * nt; i++) {
+            vec scale = vload_bf16(w + i / nt * bytes + int8_scales(g));
+            scale = vmul(scale, vsplat(load_float(x + 4 * (nt + i % nt))));
+            sum[i] = vfma(vfloat(dot[i]), scale, sum[i]);
+        }
+    }
+    UNROLLED for (size_t p = 0; p < np; p++)
+        UNROLLED for (size_t t = 0; t < nt; t++)
+            vstore(out + t * stride + 16 * p, sum[p * nt + t]);
+}
+
+/* A panel stays in the cache while all tokens pass; a single token takes four panels at once, so
+ * that four chains of sums are in flight. */
+#define MATMUL(name, tile, kind, type)                                                          \
+    static void name(const uint8_t *w, size_t panels, size_t cols, const uint8_t *x,            \
+                     size_t tokens, float *out, size_t stride) {                                \
+        size_t bytes = panel_bytes(type, cols), row = pack_bytes(kind, cols), p = 0;            \
+        if (tokens == 1)                                                                        \
+            for (; p + 4 <= panels; p += 4)                                                     \
+                tile(4, 1, w + p * bytes, cols, x, out + 16 * p, stride);                       \
+        for (; p < panels; p++)                                                                 \
+            for (size_t t = 0, nt; t < tokens; t += nt) {                                       \
+                const uint8_t *wp = w + p * bytes, *xt = x + t * row;                           \
+                float *to = out + t * stride + 16 * p;                                          \
+                nt = (size_t)tile_width(tokens - t);                                            \
+                if (nt == 8) tile(1, 8, wp, cols, xt, to, stride);                              \
+                else if (nt == 4) tile(1, 4, wp, cols, xt, to, stride);                         \
+                else if (nt == 2) tile(1, 2, wp, cols, xt, to, stride);                         \
+                else tile(1, 1, wp, cols, xt, to, stride);                                      \
+            }                                                                                   \
+    }
+
+MATMUL(matmul_f32, tile_f32, PACK_F32, TYPE_BF16)
+#if MEDRUN_PASS == 4
+MATMUL(matmul_bf16, tile_bf16, PACK_BF16, TYPE_BF16)
+#endif
+MATMUL(matmul_int8, tile_int8, PACK_INT8, TYPE_INT8)
+#undef MATMUL
+
+/* RMSNorm (Zhang and Sennrich 2019): x / sqrt(mean(x^2) + eps) * weight. */
+static void norm(float *out, const float *x, const float *weight, size_t n, float eps) {
+    vec squares = vsplat(0);
+    for (size_t i = 0; i < n; i += 16) squares = vfma(vload(x + i), vload(x + i), squares);
+    vec scale = vsplat(1.0f / sqrtf(vsum(squares) / (float)n + eps));
+    for (size_t i = 0; i < n; i += 16)
+        vstore(out + i, vmul(vmul(vload(x + i), scale), vload(weight + i)));
+}
+
+static void silu_mul(float *gate, const float *up, size_t n) {
+    for (size_t i = 0; i < n; i += 16) {
+        vec z = vload(gate + i), most = vsplat(87.0f), minus = vsub(vsplat(0), z);
+        vec e = vexp(vless(minus, most, minus, most));
+        vstore(gate + i, vmul(vdiv(z, vadd(vsplat(1), e)), vload(up + i)));
+    }
+}
+
+static void add(float *x, const float *y, size_t n) {
+    for (size_t i = 0; i < n; i += 16) vstore(x + i, vadd(vload(x + i), vload(y + i)));
+}
+
+static void to_half(uint16_t *out, const float *x, size_t n) {
+    vec most = vsplat(65504.0f), least = vsplat(-65504.0f);
+    for (size_t i = 0; i < n; i += 16) {
+        vec v = vmax(vload(x + i), least);
+        vstore_f16(out + i, vless(v, most, v, most));
+    }
+}
+
+/* scores[t][j] = scale * q[t] . key[first + j] for N keys, in panels of 16. */
+ALWAYS_INLINE void key_scores(const int nt, const bool half, const attention *a, size_t first,
+                              size_t n) {
+    vec scale = vsplat(a->scale);
+    for (size_t j = 0; j < n; j += 16) {
+        size_t at = (first + j) * a->head_dim;
+        vec s[TILE];
+        UNROLLED for (int t = 0; t < nt; t++) s[t] = vsplat(0);
+        for (size_t d = 0; d < a->head_dim; d++, at += 16) {
+            vec key = half ? vload_f16((const uint16_t *)a->keys + at)
+                           : vload((const float *)a->keys + at);
+            UNROLLED for (int t = 0; t < nt; t++) s[t] = vfma(key, vsplat(a->q[t][d]), s[t]);
+        }
+        UNROLLED for (int t = 0; t < nt; t++)
+            vstore(a->scratch + (size_t)t * KEY_BLOCK + j, vmul(s[t], scale));
+    }
+}
+
+/* Scores -> e^(score - largest) in place for the first SEEN of N keys, zero for the rest. Returns
+ * the weights' sum. */
+ALWAYS_INLINE float softmax_block(float *s, size_t seen, size_t n, float *largest) {
+    vec most = vsplat(-INFINITY), sum = vsplat(0);
+    size_t end = round_up(n, 16);
+    for (size_t j = seen; j < end; j++) s[j] = -INFINITY;
+    for (size_t j = 0; j < end; j += 16) most = vmax(vload(s + j), most);
+    *largest = vlargest(most);
+    most = vsplat(*largest);
+    for (size_t j = 0; j < end; j += 16) {
+        vec weight = vexp(vsub(vload(s + j), most));
+        sum = vadd(sum, weight);
+        vstore(s + j, weight);
+    }
+    return vsum(sum);
+}
+
+/* out[t] = out[t] * keep[t] + fresh[t] * sum over j of weight[t][j] * value[first + j] */
+ALWAYS_INLINE void add_values(const int nt, const bool half, const attention *a, size_t first,
+                              size_t n, const float *keep, const float *fresh) {
+    for (size_t c = 0; c < a->head_dim; c += 16) {
+        size_t at = first * a->head_dim + c;
+        vec s[TILE];
+        UNROLLED for (int t = 0; t < nt; t++) s[t] = vsplat(0);
+        for (size_t j = 0; j < n; j++, at += a->head_dim) {
+            vec value = half ? vload_f16((const uint16_t *)a->values + at)
+                             : vload((const float *)a->values + at);
+            UNROLLED for (int t = 0; t < nt; t++)
+                s[t] = vfma(value, vsplat(a->scratch[(size_t)t * KEY_BLOCK + j]), s[t]);
+        }
+        UNROLLED for (int t = 0; t < nt; t++) {
+            vec kept = vmul(vload(a->out[t] + c), vsplat(keep[t]));
+            vstore(a->out[t] + c, vfma(s[t], vsplat(fresh[t]), kept));
+        }
+    }
+}
+
+/* Attention with an online softmax (Milakov and Gimelshein 2018; Dao et al. 2022) over blocks of
+ * KEY_BLOCK keys at absolute positions. Each block is computed by itself and merged in order, so
+ * a query's result does not depend on the queries beside it. */
+ALWAYS_INLINE void attend_tile(const int nt, const bool half, const attention *a) {
+    float largest[TILE], total[TILE], keep[TILE], fresh[TILE];
+    size_t longest = 0;
+    for (int t = 0; t < nt; t++) {
+        largest[t] = -INFINITY, total[t] = 0;
+        memset(a->out[t], 0, a->head_dim * sizeof(float));
+        if (a->limit[t] > longest) longest = a->limit[t];
+    }
+    for (size_t first = 0; first < longest; first += KEY_BLOCK) {
+        size_t n = longest - first < KEY_BLOCK ? longest - first : KEY_BLOCK;
+        key_scores(nt, half, a, first, n);
+        for (int t = 0; t < nt; t++) {
+            float *s = a->scratch + (size_t)t * KEY_BLOCK, block, more;
+            keep[t] = 1, fresh[t] = 0;
+            if (a->limit[t] <= first) {                 /* this query sees none of the block     */
+                memset(s, 0, n * sizeof *s);
+                continue;
+            }
+            size_t seen = a->limit[t] - first < n ? a->limit[t] - first : n;
+            more = softmax_block(s, seen, n, &block);
+            float both = largest[t] > block ? largest[t] : block, scale[16];
+            vstore(scale, vexp(vsub(vsplat(largest[t]), vsplat(both))));
+            keep[t] = scale[0];
+            vstore(scale, vexp(vsub(vsplat(block), vsplat(both))));
+            fresh[t] = scale[0];
+            total[t] = fmaf(more, fresh[t], total[t] * keep[t]);
+            largest[t] = both;
+        }
+        add_values(nt, half, a, first, n, keep, fresh);
+    }
+    for (int t = 0; t < nt; t++)                        /* + 0 turns -0 into 0: skipped and      */
+        for (size_t c = 0; c < a->head_dim; c += 16)    /* zero-weighted keys must look alike    */
+            vstore(a->out[t] + c, vadd(vdiv(vload(a->out[t] + c), vsplat(total[t])), vsplat(0)));
+}
+
+static void attend(const attention *a) {
+#if MEDRUN_PASS == 1
+    attend_tile(a->n, a->half, a);
+#else
+    if (a->n == 8 && a->half) attend_tile(8, true, a);
+    else if (a->n == 4 && a->half) attend_tile(4, true, a);
+    else if (a->n == 2 && a->half) attend_tile(2, true, a);
+    else if (a->half) attend_tile(1, true, a);
+    else if (a->n == 8) attend_tile(8, false, a);
+    else if (a->n == 4) attend_tile(4, false, a);
+    else if (a->n == 2) attend_tile(2, false, a);
+    else attend_tile(1, false, a);
+#endif
+}
+
+#define TEXT2(x) #x
+#define TEXT(x) TEXT2(x)
+static const kernel_set kernel_row = {
+    TEXT(KERNEL_SUFFIX), MEDRUN_PASS == 4, pack,
+#if MEDRUN_PASS == 4
+    {matmul_f32, matmul_bf16, matmul_int8},
+#else
+    {matmul_f32, NULL, matmul_int8},
+#endif
+    norm, silu_mul, add, attend, to_half,
+};
+#undef TEXT
+#undef TEXT2
+#undef KERNEL_SUFFIX
+#undef UNROLLED
+
+#endif /* MEDRUN_PASS */
+
+#ifndef MEDRUN_PASS
+
+#define MEDRUN_PASS 1
+#include "medrun.c"
+#undef MEDRUN_PASS
+#ifdef MEDRUN_X86
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#define MEDRUN_PASS 2
+#include "medrun.c"
+#undef MEDRUN_PASS
+#ifdef __clang__
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target( \
+    "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+#endif
+#define MEDRUN_PASS 3
+#include "medrun.c"
+#undef MEDRUN_PASS
+#ifdef __clang__
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target( \
+    "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16"))), \
+    apply_to = function)
+#else
+#pragma GCC target("avx512bf16")
+#endif
+#define MEDRUN_PASS 4
+#include "medrun.c"
+#undef MEDRUN_PASS
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif /* MEDRUN_X86 */
+
+#undef pack
+#undef norm
+#undef silu_mul
+#undef add
+#undef attend
+#undef to_half
+
+/* The kernel sets this machine can run, best first; at most N_KERNEL_SETS, returns how many. */
+enum { N_KERNEL_SETS = 4 };
+
+static int usable_kernels(const kernel_set *out[N_KERNEL_SETS]) {
+    int n = 0;
+#ifdef MEDRUN_X86
+    cpu_features f = detect_cpu();
+    if (f.avx512_bf16) out[n++] = &kernel_row_avx512bf16;
+    if (f.avx512) out[n++] = &kernel_row_avx512;
+    if (f.avx2) out[n++] = &kernel_row_avx2;
+#endif
+    out[n++] = &kernel_row_scalar;
+    return n;
+}
+
+/* NAME or, when it is NULL, the environment's MEDRUN_KERNELS, or the best. */
+static int choose_kernels(const kernel_set **out, const char *name, medrun_error *e) {
+    const kernel_set *sets[N_KERNEL_SETS];
+    char known[80] = "";
+    int n = usable_kernels(sets);
+    if (!name) name = getenv("MEDRUN_KERNELS");
+    for (int i = 0; i < n; i++) {
+        if (!name || !*name || !strcmp(name, sets[i]->name)) return *out = sets[i], MEDRUN_OK;
+        snprintf(known + strlen(known), sizeof known - strlen(known), " %s", sets[i]->name);
+    }
+    return fail(e, MEDRUN_USAGE, "kernels: found \"%s\", this machine can run:%s", name, known);
+}
+/* ============================================================================================
+ * 7 Tensor: packing activations, multiplying by weights, on all threads
+ *
+ * A thread takes whole panels of a matrix, so which thread did what never shows in the sums.
+ * Tests: tests/07_tensor.c.
+ * ============================================================================================ */
+
+typedef struct {
+    int type;
+    size_t rows, cols;
+    const uint8_t *data;            /* F32: (rows, cols) floats; else panels                    */
+} tensor;
+
+/* What a pass computes with. */
+typedef struct {
+    thread_pool *pool;
+    const kernel_set *k;
+    bool strict;                    /* bf16 weights times f32 activations                       */
+} engine;
+
+static int pack_kind(const engine *g, int weight_type) {
+    if (weight_type == TYPE_INT8) return PACK_INT8;
+    return g->k->bf16_dot && !g->strict ? PACK_BF16 : PACK_F32;
+}
+
+/* Activations packed for a matmul: made by pack_activations, used by matmul. */
+typedef struct {
+    int kind;
+    size_t tokens, cols;
+    uint8_t *data;                  /* tokens * pack_bytes(kind, cols)                          */
+} packed;
+
+typedef struct {
+    const engine *g;
+    const float *x;
+    size_t stride;
+    packed *to;
+} pack_job;
+
+static void pack_task(void *context, size_t begin, size_t end, int thread) {
+    (void)thread;
+    pack_job *j = context;
+    size_t first = begin * TILE, last = end * TILE < j->to->tokens ? end * TILE : j->to->tokens;
+    j->g->k->pack(j->to->kind, j->x + first * j->stride, j->stride, j->to->cols, last - first,
+                  j->to->data + first * pack_bytes(j->to->kind, j->to->cols));
+}
+
+/* x (tokens, cols) with STRIDE -> *TO, whose data has room, for weights of WEIGHT_TYPE. */
+static void pack_activations(const engine *g, packed *to, int weight_type, const float *x,
+                             size_t stride, size_t cols, size_t tokens) {
+    to->kind = pack_kind(g, weight_type), to->tokens = tokens, to->cols = cols;
+    pack_job j = {g, x, stride, to};
+    parallel_for(g->pool, (tokens + TILE - 1) / TILE, 1, pack_task, &j);
+}
+
+/* One matrix of a product: out[t * stride + row] = w[row] . x[t]. OUT has room for rows rounded up
+ * to 16 in each row. */
+typedef struct {
+    const tensor *w;
+    float *out;
+    size_t stride;
+} product;
+
+typedef struct {
+    const engine *g;
+    const product *products;
+    size_t n;
+    const packed *x;
+} matmul_job;
+
+static size_t tensor_panels(const tensor *w) { return (w->rows + LANES - 1) / LANES; }
+
+static void matmul_task(void *context, size_t begin, size_t end, int thread) {
+    (void)thread;
+    matmul_job *j = context;
+    for (const product *p = j->products; p < j->products + j->n && begin < end; p++) {
+        size_t panels = tensor_panels(p->w), n = panels < end ? panels : end;
+        if (begin < n)
+            j->g->k->matmul[j->x->kind](p->w->data + begin * panel_bytes(p->w->type, p->w->cols),
+                                        n - begin, p->w->cols, j->x->data, j->x->tokens,
+                                        p->out + begin * LANES, p->stride);
+        begin = begin < panels ? 0 : begin - panels;
+        end = end < panels ? 0 : end - panels;
+    }
+}
+
+/* Up to a few matrices of one type that multiply the same activations, in one go (q, k and v). */
+static void matmul(const engine *g, const product *products, size_t n, const packed *x) {
+    matmul_job j = {g, products, n, x};
+    size_t panels = 0;
+    for (size_t i = 0; i < n; i++) panels += tensor_panels(products[i].w);
+    size_t grain = panels / ((size_t)g->pool->threads * 8);
+    parallel_for(g->pool, panels, round_up(grain ? grain : 1, 4), matmul_task, &j);
+}
+/* ============================================================================================
+ * 9 Model file: parse and check everything before anything is used
+ *
+ * NAME.mdr is "MEDRUN01", a 64-bit header length, a JSON header, the SHA-256 of all that, and then
+ * sections at multiples of 4096 bytes: the tensors in the order of the header's table, and the
+ * tokenizer. Padding is zero and the file ends with its last section. Everything in it is treated
+ * as hostile. Tests: tests/09_file.c.
+ * ============================================================================================ */
+
+enum { FILE_ALIGN = 4096, MAX_HEADER = 64 << 20, PREAMBLE = 16 };
+
+typedef struct {
+    const char *path;               /* for messages; lives as long as the file                  */
+    file_map map;
+    json header;                    /* nodes over the mapped text                               */
+    uint32_t tensors, tokenizer;    /* nodes of the header                                      */
+    uint8_t hash[32];               /* SHA-256 of preamble and header: names the checkpoint     */
+    size_t at;                      /* end of the last section that was taken                   */
+} model_file;
+
+static bool parse_hex(const char *text, uint8_t digest[32]) {
+    uint32_t high, low;
+    for (int i = 0; i < 32; i += 2) {
+        uint8_t four[4];
+        memcpy(four, text + 2 * i, 4);
+        if (json_hex4(four, 4, &high)) return false;
+        low = high & 0xFF;
+        digest[i] = (uint8_t)(high >> 8), digest[i + 1] = (uint8_t)low;
+    }
+    return true;
+}
+
+static bool all_zero(const uint8_t *p, size_t n) {
+    for (size_t i = 0; i < n; i++) if (p[i]) return false;
+    return true;
+}
+
+/* Takes the next section, which entry V of the header describes: it must stand where the one
+ * before it ended, rounded up, and lie within the file. */
+static int take_section(model_file *f, uint32_t v, const char *what, const uint8_t **data,
+                        size_t *bytes, uint8_t digest[32], medrun_error *e) {
+    int64_t offset, length;
+    char hex[65];
+    if (!json_int(&f->header, v, f->path, "offset", 0, 1ll << 52, &offset, e) ||
+        !json_int(&f->header, v, f->path, "bytes", 1, 1ll << 52, &length, e) ||
+        !json_text(&f->header, v, f->path, "sha256", hex, sizeof hex, e))
+        return e->code;
+    if (strlen(hex) != 64 || !parse_hex(hex, digest))
+        return fail(e, MEDRUN_BAD_FILE, "%s: %s: sha256 is not 64 hex digits", f->path, what);
+    size_t wanted = round_up(f->at, FILE_ALIGN);
+    if ((uint64_t)offset != wanted)
+        return fail(e, MEDRUN_BAD_FILE, "%s: %s: found offset %lld, wanted %zu", f->path, what,
+                    (long long)offset, wanted);
+    if (wanted > f->map.n || (uint64_t)length > f->map.n - wanted)
+        return fail(e, MEDRUN_BAD_FILE, "%s: %s: ends at byte %llu but the file has %zu; it was cut "
+                    "short, copy it again", f->path, what,
+                    (unsigned long long)wanted + (unsigned long long)length, f->map.n);
+    if (!all_zero(f->map.data + f->at, wanted - f->at))
+        return fail(e, MEDRUN_BAD_FILE, "%s: %s: the padding before it is not zero", f->path, what);
+    *data = f->map.data + wanted, *bytes = (size_t)length;
+    f->at = wanted + (size_t)length;
+    return MEDRUN_OK;
+}
+
+static int check_preamble(model_file *f, size_t *header_bytes, medrun_error *e) {
+    reader r = {f->map.data, f->map.n, 0, false};
+    const uint8_t *magic = read_bytes(&r, 8);
+    uint64_t n = read_u64(&r);
+    if (!magic || memcmp(magic, "MEDRUN", 6))
+        return fail(e, MEDRUN_BAD_FILE, "%s: not a medrun checkpoint (it does not begin with "
+                    "MEDRUN01); medrun-export makes one", f->path);
+    if (memcmp(magic, "MEDRUN01", 8))
+        return fail(e, MEDRUN_BAD_FILE, "%s: format version: found \"%c%c\", wanted \"01\"; use a "
+                    "newer medrun", f->path, isprint(magic[6]) ? magic[6] : '?',
+                    isprint(magic[7]) ? magic[7] : '?');
+    if (r.failed || n > MAX_HEADER || n + PREAMBLE + 32 > f->map.n)
+        return fail(e, MEDRUN_BAD_FILE, "%s: header length: found %llu in a file of %zu bytes; it "
+                    "was cut short or damaged, copy it again", f->path, (unsigned long long)n,
+                    f->map.n);
+    return *header_bytes = (size_t)n, MEDRUN_OK;
+}
+
+static void file_close(model_file *f) {
+    json_free(&f->header);
+    unmap_file(&f->map);
+}
+
+/* Maps PATH and checks preamble, header hash and JSON. On failure nothing stays open. */
+static int file_open(model_file *f, const char *path, medrun_error *e) {
+    *f = (model_file){.path = path};
+    size_t n = 0;
+    int code = map_file(path, &f->map, e);
+    if (!code) code = check_preamble(f, &n, e);
+    if (!code) {
+        sha256_of(f->map.data, PREAMBLE + n, f->hash);
+        if (memcmp(f->hash, f->map.data + PREAMBLE + n, 32))
+            code = fail(e, MEDRUN_BAD_FILE, "%s: the header's SHA-256 differs: the file is damaged, "
+                        "copy it again", path);
+    }
+    medrun_error why = {0};
+    if (!code && (code = json_parse(&f->header, (const char *)f->map.data + PREAMBLE, n, &why)))
+        fail(e, code, "%s: header: %s", path, why.text);
+    int64_t format;
+    if (!code && !json_int(&f->header, 0, path, "format", 1, 1, &format, e)) code = MEDRUN_BAD_FILE;
+    if (!code) {
+        f->tensors = json_get(&f->header, 0, "tensors");
+        f->tokenizer = json_get(&f->header, 0, "tokenizer");
+        f->at = PREAMBLE + n + 32;
+        if (f->tensors == JSON_NONE || json_typeof(&f->header, f->tensors) != JSON_ARRAY)
+            code = fail(e, MEDRUN_BAD_FILE, "%s: field tensors: wanted an array", path);
+    }
+    if (code) file_close(f);
+    return code;
+}
+/* ============================================================================================
+ * 10 Tokenizer: text to ids and back
+ *
+ * Byte-level BPE, id for id as Hugging Face `tokenizers` does it: added tokens are cut out, the
+ * pre-tokenizer's pattern splits the rest into pieces (words, numbers, runs of white space), and
+ * inside a piece the neighbours with the lowest rank merge until none has a rank. Everything is
+ * linear in the text (n log n inside one very long piece). A tokenizer is read-only after
+ * tokenizer_open and keeps pointing into the bytes of its file. Uses section 3. Tests:
+ * tests/10_tokenizer.c.
+ * ============================================================================================ */
+
+/* ---- Unicode classes ----------------------------------------------------------------------- */
+
+// Made by tools/unicode.py: Unicode 16.0, as in Hugging Face tokenizers' regex engine.
+// 2206 entries, each (first code point << 4 | class); a run lasts until the next entry.
+// CLASS_ALT: even code points are upper case, odd ones lower. CLASS_ALT_ODD: odd ones
+// are upper case, even ones lower.
+enum { CLASS_OTHER, CLASS_LU, CLASS_LL, CLASS_LT, CLASS_LM, CLASS_LO, CLASS_M, CLASS_N,
+       CLASS_SPACE, CLASS_ALT, CLASS_ALT_ODD };
+static const uint32_t unicode_runs[] = {
+    0x0, 0x98, 0xe0, 0x208, 0x210, 0x307, 0x3a0, 0x411, 0x5b0, 0x612, 0x7b0, 0x858, 0x860, 0xa08,
+    0xa10, 0xaa5, 0xab0, 0xb27, 0xb40, 0xb52, 0xb60, 0xb97, 0xba5, 0xbb0, 0xbc7, 0xbf0, 0xc01,
+    0xd70, 0xd81, 0xdf2, 0xf70, 0xf82, 0x1009, 0x138a, 0x1499, 0x179a, 0x17f2, 0x1811, 0x1839,
+    0x187a, 0x18a1, 0x18c2, 0x18e1, 0x192a, 0x1949, 0x1971, 0x1992, 0x19c1, 0x19ea, 0x1a09, 0x1a7a,
+    0x1ab9, 0x1afa, 0x1b21, 0x1b4a, 0x1b89, 0x1ba2, 0x1bb5, 0x1bc9, 0x1be2, 0x1c05, 0x1c41, 0x1c53,
+    0x1c6a, 0x1c83, 0x1c99, 0x1cb3, 0x1cca, 0x1dd9, 0x1f0a, 0x1f23, 0x1f39, 0x1f71, 0x1f99, 0x2342,
+    0x23a1, 0x23ca, 0x23e9, 0x240a, 0x2441, 0x2479, 0x2502, 0x2945, 0x2952, 0x2b04, 0x2c20, 0x2c64,
+    0x2d20, 0x2e04, 0x2e50, 0x2ec4, 0x2ed0, 0x2ee4, 0x2ef0, 0x3006, 0x3709, 0x3744, 0x3750, 0x3769,
+    0x3780, 0x37a4, 0x37b2, 0x37e0, 0x37f1, 0x3800, 0x3861, 0x3870, 0x3881, 0x38b0, 0x38c1, 0x38d0,
+    0x38e1, 0x390a, 0x3921, 0x3a20, 0x3a31, 0x3ac2, 0x3cfa, 0x3d19, 0x3d31, 0x3d52, 0x3d89, 0x3f02,
+    0x3f49, 0x3f60, 0x3f7a, 0x3fa9, 0x3fca, 0x3fe1, 0x4302, 0x4609, 0x4820, 0x4836, 0x48a9, 0x4c1a,
+    0x4cf9, 0x5300, 0x5311, 0x5570, 0x5594, 0x55a0, 0x5602, 0x5890, 0x5916, 0x5be0, 0x5bf6, 0x5c00,
+    0x5c16, 0x5c30, 0x5c46, 0x5c60, 0x5c76, 0x5c80, 0x5d05, 0x5eb0, 0x5ef5, 0x5f30, 0x6106, 0x61b0,
+    0x6205, 0x6404, 0x6415, 0x64b6, 0x6607, 0x66a0, 0x66e5, 0x6706, 0x6715, 0x6d40, 0x6d55, 0x6d66,
+    0x6dd0, 0x6df6, 0x6e54, 0x6e76, 0x6e90, 0x6ea6, 0x6ee5, 0x6f07, 0x6fa5, 0x6fd0, 0x6ff5, 0x7000,
+    0x7105, 0x7116, 0x7125, 0x7306, 0x74b0, 0x74d5, 0x7a66, 0x7b15, 0x7b20, 0x7c07, 0x7ca5, 0x7eb6,
+    0x7f44, 0x7f60, 0x7fa4, 0x7fb0, 0x7fd6, 0x7fe0, 0x8005, 0x8166, 0x81a4, 0x81b6, 0x8244, 0x8256,
+    0x8284, 0x8296, 0x82e0, 0x8405, 0x8596, 0x85c0, 0x8605, 0x86b0, 0x8705, 0x8880, 0x8895, 0x88f0,
+    0x8976, 0x8a05, 0x8c94, 0x8ca6, 0x8e20, 0x8e36, 0x9045, 0x93a6, 0x93d5, 0x93e6, 0x9505, 0x9516,
+    0x9585, 0x9626, 0x9640, 0x9667, 0x9700, 0x9714, 0x9725, 0x9816, 0x9840, 0x9855, 0x98d0, 0x98f5,
+    0x9910, 0x9935, 0x9a90, 0x9aa5, 0x9b10, 0x9b25, 0x9b30, 0x9b65, 0x9ba0, 0x9bc6, 0x9bd5, 0x9be6,
+    0x9c50, 0x9c76, 0x9c90, 0x9cb6, 0x9ce5, 0x9cf0, 0x9d76, 0x9d80, 0x9dc5, 0x9de0, 0x9df5, 0x9e26,
+    0x9e40, 0x9e67, 0x9f05, 0x9f20, 0x9f47, 0x9fa0, 0x9fc5, 0x9fd0, 0x9fe6, 0x9ff0, 0xa016, 0xa040,
+    0xa055, 0xa0b0, 0xa0f5, 0xa110, 0xa135, 0xa290, 0xa2a5, 0xa310, 0xa325, 0xa340, 0xa355, 0xa370,
+    0xa385, 0xa3a0, 0xa3c6, 0xa3d0, 0xa3e6, 0xa430, 0xa476, 0xa490, 0xa4b6, 0xa4e0, 0xa516, 0xa520,
+    0xa595, 0xa5d0, 0xa5e5, 0xa5f0, 0xa667, 0xa706, 0xa725, 0xa756, 0xa760, 0xa816, 0xa840, 0xa855,
+    0xa8e0, 0xa8f5, 0xa920, 0xa935, 0xaa90, 0xaaa5, 0xab10, 0xab25, 0xab40, 0xab55, 0xaba0, 0xabc6,
+    0xabd5, 0xabe6, 0xac60, 0xac76, 0xaca0, 0xacb6, 0xace0, 0xad05, 0xad10, 0xae05, 0xae26, 0xae40,
+    0xae67, 0xaf00, 0xaf95, 0xafa6, 0xb000, 0xb016, 0xb040, 0xb055, 0xb0d0, 0xb0f5, 0xb110, 0xb135,
+    0xb290, 0xb2a5, 0xb310, 0xb325, 0xb340, 0xb355, 0xb3a0, 0xb3c6, 0xb3d5, 0xb3e6, 0xb450, 0xb476,
+    0xb490, 0xb4b6, 0xb4e0, 0xb556, 0xb580, 0xb5c5, 0xb5e0, 0xb5f5, 0xb626, 0xb640, 0xb667, 0xb700,
+    0xb715, 0xb727, 0xb780, 0xb826, 0xb835, 0xb840, 0xb855, 0xb8b0, 0xb8e5, 0xb910, 0xb925, 0xb960,
+    0xb995, 0xb9b0, 0xb9c5, 0xb9d0, 0xb9e5, 0xba00, 0xba35, 0xba50, 0xba85, 0xbab0, 0xbae5, 0xbba0,
+    0xbbe6, 0xbc30, 0xbc66, 0xbc90, 0xbca6, 0xbce0, 0xbd05, 0xbd10, 0xbd76, 0xbd80, 0xbe67, 0xbf30,
+    0xc006, 0xc055, 0xc0d0, 0xc0e5, 0xc110, 0xc125, 0xc290, 0xc2a5, 0xc3a0, 0xc3c6, 0xc3d5, 0xc3e6,
+    0xc450, 0xc466, 0xc490, 0xc4a6, 0xc4e0, 0xc556, 0xc570, 0xc585, 0xc5b0, 0xc5d5, 0xc5e0, 0xc605,
+    0xc626, 0xc640, 0xc667, 0xc700, 0xc787, 0xc7f0, 0xc805, 0xc816, 0xc840, 0xc855, 0xc8d0, 0xc8e5,
+    0xc910, 0xc925, 0xca90, 0xcaa5, 0xcb40, 0xcb55, 0xcba0, 0xcbc6, 0xcbd5, 0xcbe6, 0xcc50, 0xcc66,
+    0xcc90, 0xcca6, 0xcce0, 0xcd56, 0xcd70, 0xcdd5, 0xcdf0, 0xce05, 0xce26, 0xce40, 0xce67, 0xcf00,
+    0xcf15, 0xcf36, 0xcf40, 0xd006, 0xd045, 0xd0d0, 0xd0e5, 0xd110, 0xd125, 0xd3b6, 0xd3d5, 0xd3e6,
+    0xd450, 0xd466, 0xd490, 0xd4a6, 0xd4e5, 0xd4f0, 0xd545, 0xd576, 0xd587, 0xd5f5, 0xd626, 0xd640,
+    0xd667, 0xd790, 0xd7a5, 0xd800, 0xd816, 0xd840, 0xd855, 0xd970, 0xd9a5, 0xdb20, 0xdb35, 0xdbc0,
+    0xdbd5, 0xdbe0, 0xdc05, 0xdc70, 0xdca6, 0xdcb0, 0xdcf6, 0xdd50, 0xdd66, 0xdd70, 0xdd86, 0xde00,
+    0xde67, 0xdf00, 0xdf26, 0xdf40, 0xe015, 0xe316, 0xe325, 0xe346, 0xe3b0, 0xe405, 0xe464, 0xe476,
+    0xe4f0, 0xe507, 0xe5a0, 0xe815, 0xe830, 0xe845, 0xe850, 0xe865, 0xe8b0, 0xe8c5, 0xea40, 0xea55,
+    0xea60, 0xea75, 0xeb16, 0xeb25, 0xeb46, 0xebd5, 0xebe0, 0xec05, 0xec50, 0xec64, 0xec70, 0xec86,
+    0xecf0, 0xed07, 0xeda0, 0xedc5, 0xee00, 0xf005, 0xf010, 0xf186, 0xf1a0, 0xf207, 0xf340, 0xf356,
+    0xf360, 0xf376, 0xf380, 0xf396, 0xf3a0, 0xf3e6, 0xf405, 0xf480, 0xf495, 0xf6d0, 0xf716, 0xf850,
+    0xf866, 0xf885, 0xf8d6, 0xf980, 0xf996, 0xfbd0, 0xfc66, 0xfc70, 0x10005, 0x102b6, 0x103f5,
+    0x10407, 0x104a0, 0x10505, 0x10566, 0x105a5, 0x105e6, 0x10615, 0x10626, 0x10655, 0x10676,
+    0x106e5, 0x10716, 0x10755, 0x10826, 0x108e5, 0x108f6, 0x10907, 0x109a6, 0x109e0, 0x10a01,
+    0x10c60, 0x10c71, 0x10c80, 0x10cd1, 0x10ce0, 0x10d02, 0x10fb0, 0x10fc4, 0x10fd2, 0x11005,
+    0x12490, 0x124a5, 0x124e0, 0x12505, 0x12570, 0x12585, 0x12590, 0x125a5, 0x125e0, 0x12605,
+    0x12890, 0x128a5, 0x128e0, 0x12905, 0x12b10, 0x12b25, 0x12b60, 0x12b85, 0x12bf0, 0x12c05,
+    0x12c10, 0x12c25, 0x12c60, 0x12c85, 0x12d70, 0x12d85, 0x13110, 0x13125, 0x13160, 0x13185,
+    0x135b0, 0x135d6, 0x13600, 0x13697, 0x137d0, 0x13805, 0x13900, 0x13a01, 0x13f60, 0x13f82,
+    0x13fe0, 0x14015, 0x166d0, 0x166f5, 0x16808, 0x16815, 0x169b0, 0x16a05, 0x16eb0, 0x16ee7,
+    0x16f15, 0x16f90, 0x17005, 0x17126, 0x17160, 0x171f5, 0x17326, 0x17350, 0x17405, 0x17526,
+    0x17540, 0x17605, 0x176d0, 0x176e5, 0x17710, 0x17726, 0x17740, 0x17805, 0x17b46, 0x17d40,
+    0x17d74, 0x17d80, 0x17dc5, 0x17dd6, 0x17de0, 0x17e07, 0x17ea0, 0x17f07, 0x17fa0, 0x180b6,
+    0x180e0, 0x180f6, 0x18107, 0x181a0, 0x18205, 0x18434, 0x18445, 0x18790, 0x18805, 0x18856,
+    0x18875, 0x18a96, 0x18aa5, 0x18ab0, 0x18b05, 0x18f60, 0x19005, 0x191f0, 0x19206, 0x192c0,
+    0x19306, 0x193c0, 0x19467, 0x19505, 0x196e0, 0x19705, 0x19750, 0x19805, 0x19ac0, 0x19b05,
+    0x19ca0, 0x19d07, 0x19db0, 0x1a005, 0x1a176, 0x1a1c0, 0x1a205, 0x1a556, 0x1a5f0, 0x1a606,
+    0x1a7d0, 0x1a7f6, 0x1a807, 0x1a8a0, 0x1a907, 0x1a9a0, 0x1aa74, 0x1aa80, 0x1ab06, 0x1acf0,
+    0x1b006, 0x1b055, 0x1b346, 0x1b455, 0x1b4d0, 0x1b507, 0x1b5a0, 0x1b6b6, 0x1b740, 0x1b806,
+    0x1b835, 0x1ba16, 0x1bae5, 0x1bb07, 0x1bba5, 0x1be66, 0x1bf40, 0x1c005, 0x1c246, 0x1c380,
+    0x1c407, 0x1c4a0, 0x1c4d5, 0x1c507, 0x1c5a5, 0x1c784, 0x1c7e0, 0x1c802, 0x1c89a, 0x1c8b0,
+    0x1c901, 0x1cbb0, 0x1cbd1, 0x1cc00, 0x1cd06, 0x1cd30, 0x1cd46, 0x1ce95, 0x1ced6, 0x1cee5,
+    0x1cf46, 0x1cf55, 0x1cf76, 0x1cfa5, 0x1cfb0, 0x1d002, 0x1d2c4, 0x1d6b2, 0x1d784, 0x1d792,
+    0x1d9b4, 0x1dc06, 0x1e009, 0x1e962, 0x1e9e9, 0x1f002, 0x1f081, 0x1f102, 0x1f160, 0x1f181,
+    0x1f1e0, 0x1f202, 0x1f281, 0x1f302, 0x1f381, 0x1f402, 0x1f460, 0x1f481, 0x1f4e0, 0x1f502,
+    0x1f580, 0x1f591, 0x1f5a0, 0x1f5b1, 0x1f5c0, 0x1f5d1, 0x1f5e0, 0x1f5fa, 0x1f612, 0x1f681,
+    0x1f702, 0x1f7e0, 0x1f802, 0x1f883, 0x1f902, 0x1f983, 0x1fa02, 0x1fa83, 0x1fb02, 0x1fb50,
+    0x1fb62, 0x1fb81, 0x1fbc3, 0x1fbd0, 0x1fbe2, 0x1fbf0, 0x1fc22, 0x1fc50, 0x1fc62, 0x1fc81,
+    0x1fcc3, 0x1fcd0, 0x1fd02, 0x1fd40, 0x1fd62, 0x1fd81, 0x1fdc0, 0x1fe02, 0x1fe81, 0x1fed0,
+    0x1ff22, 0x1ff50, 0x1ff62, 0x1ff81, 0x1ffc3, 0x1ffd0, 0x20008, 0x200b0, 0x20288, 0x202a0,
+    0x202f8, 0x20300, 0x205f8, 0x20600, 0x20707, 0x20714, 0x20720, 0x20747, 0x207a0, 0x207f4,
+    0x20807, 0x208a0, 0x20904, 0x209d0, 0x20d06, 0x20f10, 0x21021, 0x21030, 0x21071, 0x21080,
+    0x210aa, 0x210c1, 0x210e2, 0x21101, 0x21132, 0x21140, 0x21151, 0x21160, 0x21191, 0x211e0,
+    0x21241, 0x21250, 0x21261, 0x21270, 0x21281, 0x21290, 0x212a1, 0x212e0, 0x212f9, 0x21311,
+    0x21342, 0x21355, 0x21392, 0x213a0, 0x213c2, 0x213e1, 0x21400, 0x2145a, 0x21472, 0x214a0,
+    0x214e2, 0x214f0, 0x21507, 0x2183a, 0x21857, 0x218a0, 0x24607, 0x249c0, 0x24ea7, 0x25000,
+    0x27767, 0x27940, 0x2c001, 0x2c302, 0x2c609, 0x2c631, 0x2c652, 0x2c67a, 0x2c6e1, 0x2c719,
+    0x2c74a, 0x2c772, 0x2c7c4, 0x2c7e1, 0x2c819, 0x2ce42, 0x2ce50, 0x2ceba, 0x2cef6, 0x2cf29,
+    0x2cf40, 0x2cfd7, 0x2cfe0, 0x2d002, 0x2d260, 0x2d272, 0x2d280, 0x2d2d2, 0x2d2e0, 0x2d305,
+    0x2d680, 0x2d6f4, 0x2d700, 0x2d7f6, 0x2d805, 0x2d970, 0x2da05, 0x2da70, 0x2da85, 0x2daf0,
+    0x2db05, 0x2db70, 0x2db85, 0x2dbf0, 0x2dc05, 0x2dc70, 0x2dc85, 0x2dcf0, 0x2dd05, 0x2dd70,
+    0x2dd85, 0x2ddf0, 0x2de06, 0x2e000, 0x2e2f4, 0x2e300, 0x30008, 0x30010, 0x30054, 0x30065,
+    0x30077, 0x30080, 0x30217, 0x302a6, 0x30300, 0x30314, 0x30360, 0x30387, 0x303b4, 0x303c5,
+    0x303d0, 0x30415, 0x30970, 0x30996, 0x309b0, 0x309d4, 0x309f5, 0x30a00, 0x30a15, 0x30fb0,
+    0x30fc4, 0x30ff5, 0x31000, 0x31055, 0x31300, 0x31315, 0x318f0, 0x31927, 0x31960, 0x31a05,
+    0x31c00, 0x31f05, 0x32000, 0x32207, 0x322a0, 0x32487, 0x32500, 0x32517, 0x32600, 0x32807,
+    0x328a0, 0x32b17, 0x32c00, 0x34005, 0x4dc00, 0x4e005, 0xa0154, 0xa0165, 0xa48d0, 0xa4d05,
+    0xa4f84, 0xa4fe0, 0xa5005, 0xa60c4, 0xa60d0, 0xa6105, 0xa6207, 0xa62a5, 0xa62c0, 0xa6409,
+    0xa66e5, 0xa66f6, 0xa6730, 0xa6746, 0xa67e0, 0xa67f4, 0xa6809, 0xa69c4, 0xa69e6, 0xa6a05,
+    0xa6e67, 0xa6f06, 0xa6f20, 0xa7174, 0xa7200, 0xa7229, 0xa7302, 0xa7329, 0xa7704, 0xa7712,
+    0xa779a, 0xa77e9, 0xa7884, 0xa7890, 0xa78ba, 0xa78f5, 0xa7909, 0xa7942, 0xa7969, 0xa7ab1,
+    0xa7af9, 0xa7b11, 0xa7b59, 0xa7c51, 0xa7c8a, 0xa7cc9, 0xa7ce0, 0xa7d09, 0xa7d20, 0xa7d32,
+    0xa7d40, 0xa7d59, 0xa7dd0, 0xa7f24, 0xa7f5a, 0xa7f75, 0xa7f84, 0xa7fa2, 0xa7fb5, 0xa8026,
+    0xa8035, 0xa8066, 0xa8075, 0xa80b6, 0xa80c5, 0xa8236, 0xa8280, 0xa82c6, 0xa82d0, 0xa8307,
+    0xa8360, 0xa8405, 0xa8740, 0xa8806, 0xa8825, 0xa8b46, 0xa8c60, 0xa8d07, 0xa8da0, 0xa8e06,
+    0xa8f25, 0xa8f80, 0xa8fb5, 0xa8fc0, 0xa8fd5, 0xa8ff6, 0xa9007, 0xa90a5, 0xa9266, 0xa92e0,
+    0xa9305, 0xa9476, 0xa9540, 0xa9605, 0xa97d0, 0xa9806, 0xa9845, 0xa9b36, 0xa9c10, 0xa9cf4,
+    0xa9d07, 0xa9da0, 0xa9e05, 0xa9e56, 0xa9e64, 0xa9e75, 0xa9f07, 0xa9fa5, 0xa9ff0, 0xaa005,
+    0xaa296, 0xaa370, 0xaa405, 0xaa436, 0xaa445, 0xaa4c6, 0xaa4e0, 0xaa507, 0xaa5a0, 0xaa605,
+    0xaa704, 0xaa715, 0xaa770, 0xaa7a5, 0xaa7b6, 0xaa7e5, 0xaab06, 0xaab15, 0xaab26, 0xaab55,
+    0xaab76, 0xaab95, 0xaabe6, 0xaac05, 0xaac16, 0xaac25, 0xaac30, 0xaadb5, 0xaadd4, 0xaade0,
+    0xaae05, 0xaaeb6, 0xaaf00, 0xaaf25, 0xaaf34, 0xaaf56, 0xaaf70, 0xab015, 0xab070, 0xab095,
+    0xab0f0, 0xab115, 0xab170, 0xab205, 0xab270, 0xab285, 0xab2f0, 0xab302, 0xab5b0, 0xab5c4,
+    0xab602, 0xab694, 0xab6a0, 0xab702, 0xabc05, 0xabe36, 0xabeb0, 0xabec6, 0xabee0, 0xabf07,
+    0xabfa0, 0xac005, 0xd7a40, 0xd7b05, 0xd7c70, 0xd7cb5, 0xd7fc0, 0xf9005, 0xfa6e0, 0xfa705,
+    0xfada0, 0xfb002, 0xfb070, 0xfb132, 0xfb180, 0xfb1d5, 0xfb1e6, 0xfb1f5, 0xfb290, 0xfb2a5,
+    0xfb370, 0xfb385, 0xfb3d0, 0xfb3e5, 0xfb3f0, 0xfb405, 0xfb420, 0xfb435, 0xfb450, 0xfb465,
+    0xfbb20, 0xfbd35, 0xfd3e0, 0xfd505, 0xfd900, 0xfd925, 0xfdc80, 0xfdf05, 0xfdfc0, 0xfe006,
+    0xfe100, 0xfe206, 0xfe300, 0xfe705, 0xfe750, 0xfe765, 0xfefd0, 0xff107, 0xff1a0, 0xff211,
+    0xff3b0, 0xff412, 0xff5b0, 0xff665, 0xff704, 0xff715, 0xff9e4, 0xffa05, 0xffbf0, 0xffc25,
+    0xffc80, 0xffca5, 0xffd00, 0xffd25, 0xffd80, 0xffda5, 0xffdd0, 0x100005, 0x1000c0, 0x1000d5,
+    0x100270, 0x100285, 0x1003b0, 0x1003c5, 0x1003e0, 0x1003f5, 0x1004e0, 0x100505, 0x1005e0,
+    0x100805, 0x100fb0, 0x101077, 0x101340, 0x101407, 0x101790, 0x1018a7, 0x1018c0, 0x101fd6,
+    0x101fe0, 0x102805, 0x1029d0, 0x102a05, 0x102d10, 0x102e06, 0x102e17, 0x102fc0, 0x103005,
+    0x103207, 0x103240, 0x1032d5, 0x103417, 0x103425, 0x1034a7, 0x1034b0, 0x103505, 0x103766,
+    0x1037b0, 0x103805, 0x1039e0, 0x103a05, 0x103c40, 0x103c85, 0x103d00, 0x103d17, 0x103d60,
+    0x104001, 0x104282, 0x104505, 0x1049e0, 0x104a07, 0x104aa0, 0x104b01, 0x104d40, 0x104d82,
+    0x104fc0, 0x105005, 0x105280, 0x105305, 0x105640, 0x105701, 0x1057b0, 0x1057c1, 0x1058b0,
+    0x1058c1, 0x105930, 0x105941, 0x105960, 0x105972, 0x105a20, 0x105a32, 0x105b20, 0x105b32,
+    0x105ba0, 0x105bb2, 0x105bd0, 0x105c05, 0x105f40, 0x106005, 0x107370, 0x107405, 0x107560,
+    0x107605, 0x107680, 0x107804, 0x107860, 0x107874, 0x107b10, 0x107b24, 0x107bb0, 0x108005,
+    0x108060, 0x108085, 0x108090, 0x1080a5, 0x108360, 0x108375, 0x108390, 0x1083c5, 0x1083d0,
+    0x1083f5, 0x108560, 0x108587, 0x108605, 0x108770, 0x108797, 0x108805, 0x1089f0, 0x108a77,
+    0x108b00, 0x108e05, 0x108f30, 0x108f45, 0x108f60, 0x108fb7, 0x109005, 0x109167, 0x1091c0,
+    0x109205, 0x1093a0, 0x109805, 0x109b80, 0x109bc7, 0x109be5, 0x109c07, 0x109d00, 0x109d27,
+    0x10a005, 0x10a016, 0x10a040, 0x10a056, 0x10a070, 0x10a0c6, 0x10a105, 0x10a140, 0x10a155,
+    0x10a180, 0x10a195, 0x10a360, 0x10a386, 0x10a3b0, 0x10a3f6, 0x10a407, 0x10a490, 0x10a605,
+    0x10a7d7, 0x10a7f0, 0x10a805, 0x10a9d7, 0x10aa00, 0x10ac05, 0x10ac80, 0x10ac95, 0x10ae56,
+    0x10ae70, 0x10aeb7, 0x10af00, 0x10b005, 0x10b360, 0x10b405, 0x10b560, 0x10b587, 0x10b605,
+    0x10b730, 0x10b787, 0x10b805, 0x10b920, 0x10ba97, 0x10bb00, 0x10c005, 0x10c490, 0x10c801,
+    0x10cb30, 0x10cc02, 0x10cf30, 0x10cfa7, 0x10d005, 0x10d246, 0x10d280, 0x10d307, 0x10d3a0,
+    0x10d407, 0x10d4a5, 0x10d4e4, 0x10d4f5, 0x10d501, 0x10d660, 0x10d696, 0x10d6e0, 0x10d6f4,
+    0x10d702, 0x10d860, 0x10e607, 0x10e7f0, 0x10e805, 0x10eaa0, 0x10eab6, 0x10ead0, 0x10eb05,
+    0x10eb20, 0x10ec25, 0x10ec50, 0x10efc6, 0x10f005, 0x10f1d7, 0x10f275, 0x10f280, 0x10f305,
+    0x10f466, 0x10f517, 0x10f550, 0x10f705, 0x10f826, 0x10f860, 0x10fb05, 0x10fc57, 0x10fcc0,
+    0x10fe05, 0x10ff70, 0x110006, 0x110035, 0x110386, 0x110470, 0x110527, 0x110706, 0x110715,
+    0x110736, 0x110755, 0x110760, 0x1107f6, 0x110835, 0x110b06, 0x110bb0, 0x110c26, 0x110c30,
+    0x110d05, 0x110e90, 0x110f07, 0x110fa0, 0x111006, 0x111035, 0x111276, 0x111350, 0x111367,
+    0x111400, 0x111445, 0x111456, 0x111475, 0x111480, 0x111505, 0x111736, 0x111740, 0x111765,
+    0x111770, 0x111806, 0x111835, 0x111b36, 0x111c15, 0x111c50, 0x111c96, 0x111cd0, 0x111ce6,
+    0x111d07, 0x111da5, 0x111db0, 0x111dc5, 0x111dd0, 0x111e17, 0x111f50, 0x112005, 0x112120,
+    0x112135, 0x1122c6, 0x112380, 0x1123e6, 0x1123f5, 0x112416, 0x112420, 0x112805, 0x112870,
+    0x112885, 0x112890, 0x1128a5, 0x1128e0, 0x1128f5, 0x1129e0, 0x1129f5, 0x112a90, 0x112b05,
+    0x112df6, 0x112eb0, 0x112f07, 0x112fa0, 0x113006, 0x113040, 0x113055, 0x1130d0, 0x1130f5,
+    0x113110, 0x113135, 0x113290, 0x1132a5, 0x113310, 0x113325, 0x113340, 0x113355, 0x1133a0,
+    0x1133b6, 0x1133d5, 0x1133e6, 0x113450, 0x113476, 0x113490, 0x1134b6, 0x1134e0, 0x113505,
+    0x113510, 0x113576, 0x113580, 0x1135d5, 0x113626, 0x113640, 0x113666, 0x1136d0, 0x113706,
+    0x113750, 0x113805, 0x1138a0, 0x1138b5, 0x1138c0, 0x1138e5, 0x1138f0, 0x113905, 0x113b60,
+    0x113b75, 0x113b86, 0x113c10, 0x113c26, 0x113c30, 0x113c56, 0x113c60, 0x113c76, 0x113cb0,
+    0x113cc6, 0x113d15, 0x113d26, 0x113d35, 0x113d40, 0x113e16, 0x113e30, 0x114005, 0x114356,
+    0x114475, 0x1144b0, 0x114507, 0x1145a0, 0x1145e6, 0x1145f5, 0x114620, 0x114805, 0x114b06,
+    0x114c45, 0x114c60, 0x114c75, 0x114c80, 0x114d07, 0x114da0, 0x115805, 0x115af6, 0x115b60,
+    0x115b86, 0x115c10, 0x115d85, 0x115dc6, 0x115de0, 0x116005, 0x116306, 0x116410, 0x116445,
+    0x116450, 0x116507, 0x1165a0, 0x116805, 0x116ab6, 0x116b85, 0x116b90, 0x116c07, 0x116ca0,
+    0x116d07, 0x116e40, 0x117005, 0x1171b0, 0x1171d6, 0x1172c0, 0x117307, 0x1173c0, 0x117405,
+    0x117470, 0x118005, 0x1182c6, 0x1183b0, 0x118a01, 0x118c02, 0x118e07, 0x118f30, 0x118ff5,
+    0x119070, 0x119095, 0x1190a0, 0x1190c5, 0x119140, 0x119155, 0x119170, 0x119185, 0x119306,
+    0x119360, 0x119376, 0x119390, 0x1193b6, 0x1193f5, 0x119406, 0x119415, 0x119426, 0x119440,
+    0x119507, 0x1195a0, 0x119a05, 0x119a80, 0x119aa5, 0x119d16, 0x119d80, 0x119da6, 0x119e15,
+    0x119e20, 0x119e35, 0x119e46, 0x119e50, 0x11a005, 0x11a016, 0x11a0b5, 0x11a336, 0x11a3a5,
+    0x11a3b6, 0x11a3f0, 0x11a476, 0x11a480, 0x11a505, 0x11a516, 0x11a5c5, 0x11a8a6, 0x11a9a0,
+    0x11a9d5, 0x11a9e0, 0x11ab05, 0x11af90, 0x11bc05, 0x11be10, 0x11bf07, 0x11bfa0, 0x11c005,
+    0x11c090, 0x11c0a5, 0x11c2f6, 0x11c370, 0x11c386, 0x11c405, 0x11c410, 0x11c507, 0x11c6d0,
+    0x11c725, 0x11c900, 0x11c926, 0x11ca80, 0x11ca96, 0x11cb70, 0x11d005, 0x11d070, 0x11d085,
+    0x11d0a0, 0x11d0b5, 0x11d316, 0x11d370, 0x11d3a6, 0x11d3b0, 0x11d3c6, 0x11d3e0, 0x11d3f6,
+    0x11d465, 0x11d476, 0x11d480, 0x11d507, 0x11d5a0, 0x11d605, 0x11d660, 0x11d675, 0x11d690,
+    0x11d6a5, 0x11d8a6, 0x11d8f0, 0x11d906, 0x11d920, 0x11d936, 0x11d985, 0x11d990, 0x11da07,
+    0x11daa0, 0x11ee05, 0x11ef36, 0x11ef70, 0x11f006, 0x11f025, 0x11f036, 0x11f045, 0x11f110,
+    0x11f125, 0x11f346, 0x11f3b0, 0x11f3e6, 0x11f430, 0x11f507, 0x11f5a6, 0x11f5b0, 0x11fb05,
+    0x11fb10, 0x11fc07, 0x11fd50, 0x120005, 0x1239a0, 0x124007, 0x1246f0, 0x124805, 0x125440,
+    0x12f905, 0x12ff10, 0x130005, 0x134300, 0x134406, 0x134415, 0x134476, 0x134560, 0x134605,
+    0x143fb0, 0x144005, 0x146470, 0x161005, 0x1611e6, 0x161307, 0x1613a0, 0x168005, 0x16a390,
+    0x16a405, 0x16a5f0, 0x16a607, 0x16a6a0, 0x16a705, 0x16abf0, 0x16ac07, 0x16aca0, 0x16ad05,
+    0x16aee0, 0x16af06, 0x16af50, 0x16b005, 0x16b306, 0x16b370, 0x16b404, 0x16b440, 0x16b507,
+    0x16b5a0, 0x16b5b7, 0x16b620, 0x16b635, 0x16b780, 0x16b7d5, 0x16b900, 0x16d404, 0x16d435,
+    0x16d6b4, 0x16d6d0, 0x16d707, 0x16d7a0, 0x16e401, 0x16e602, 0x16e807, 0x16e970, 0x16f005,
+    0x16f4b0, 0x16f4f6, 0x16f505, 0x16f516, 0x16f880, 0x16f8f6, 0x16f934, 0x16fa00, 0x16fe04,
+    0x16fe20, 0x16fe34, 0x16fe46, 0x16fe50, 0x16ff06, 0x16ff20, 0x170005, 0x187f80, 0x188005,
+    0x18cd60, 0x18cff5, 0x18d090, 0x1aff04, 0x1aff40, 0x1aff54, 0x1affc0, 0x1affd4, 0x1afff0,
+    0x1b0005, 0x1b1230, 0x1b1325, 0x1b1330, 0x1b1505, 0x1b1530, 0x1b1555, 0x1b1560, 0x1b1645,
+    0x1b1680, 0x1b1705, 0x1b2fc0, 0x1bc005, 0x1bc6b0, 0x1bc705, 0x1bc7d0, 0x1bc805, 0x1bc890,
+    0x1bc905, 0x1bc9a0, 0x1bc9d6, 0x1bc9f0, 0x1ccf07, 0x1ccfa0, 0x1cf006, 0x1cf2e0, 0x1cf306,
+    0x1cf470, 0x1d1656, 0x1d16a0, 0x1d16d6, 0x1d1730, 0x1d17b6, 0x1d1830, 0x1d1856, 0x1d18c0,
+    0x1d1aa6, 0x1d1ae0, 0x1d2426, 0x1d2450, 0x1d2c07, 0x1d2d40, 0x1d2e07, 0x1d2f40, 0x1d3607,
+    0x1d3790, 0x1d4001, 0x1d41a2, 0x1d4341, 0x1d44e2, 0x1d4550, 0x1d4562, 0x1d4681, 0x1d4822,
+    0x1d49c1, 0x1d49d0, 0x1d49e1, 0x1d4a00, 0x1d4a21, 0x1d4a30, 0x1d4a51, 0x1d4a70, 0x1d4a91,
+    0x1d4ad0, 0x1d4ae1, 0x1d4b62, 0x1d4ba0, 0x1d4bb2, 0x1d4bc0, 0x1d4bd2, 0x1d4c40, 0x1d4c52,
+    0x1d4d01, 0x1d4ea2, 0x1d5041, 0x1d5060, 0x1d5071, 0x1d50b0, 0x1d50d1, 0x1d5150, 0x1d5161,
+    0x1d51d0, 0x1d51e2, 0x1d5381, 0x1d53a0, 0x1d53b1, 0x1d53f0, 0x1d5401, 0x1d5450, 0x1d5461,
+    0x1d5470, 0x1d54a1, 0x1d5510, 0x1d5522, 0x1d56c1, 0x1d5862, 0x1d5a01, 0x1d5ba2, 0x1d5d41,
+    0x1d5ee2, 0x1d6081, 0x1d6222, 0x1d63c1, 0x1d6562, 0x1d6701, 0x1d68a2, 0x1d6a60, 0x1d6a81,
+    0x1d6c10, 0x1d6c22, 0x1d6db0, 0x1d6dc2, 0x1d6e21, 0x1d6fb0, 0x1d6fc2, 0x1d7150, 0x1d7162,
+    0x1d71c1, 0x1d7350, 0x1d7362, 0x1d74f0, 0x1d7502, 0x1d7561, 0x1d76f0, 0x1d7702, 0x1d7890,
+    0x1d78a2, 0x1d7901, 0x1d7a90, 0x1d7aa2, 0x1d7c30, 0x1d7c42, 0x1d7ca9, 0x1d7cc0, 0x1d7ce7,
+    0x1d8000, 0x1da006, 0x1da370, 0x1da3b6, 0x1da6d0, 0x1da756, 0x1da760, 0x1da846, 0x1da850,
+    0x1da9b6, 0x1daa00, 0x1daa16, 0x1dab00, 0x1df002, 0x1df0a5, 0x1df0b2, 0x1df1f0, 0x1df252,
+    0x1df2b0, 0x1e0006, 0x1e0070, 0x1e0086, 0x1e0190, 0x1e01b6, 0x1e0220, 0x1e0236, 0x1e0250,
+    0x1e0266, 0x1e02b0, 0x1e0304, 0x1e06e0, 0x1e08f6, 0x1e0900, 0x1e1005, 0x1e12d0, 0x1e1306,
+    0x1e1374, 0x1e13e0, 0x1e1407, 0x1e14a0, 0x1e14e5, 0x1e14f0, 0x1e2905, 0x1e2ae6, 0x1e2af0,
+    0x1e2c05, 0x1e2ec6, 0x1e2f07, 0x1e2fa0, 0x1e4d05, 0x1e4eb4, 0x1e4ec6, 0x1e4f07, 0x1e4fa0,
+    0x1e5d05, 0x1e5ee6, 0x1e5f05, 0x1e5f17, 0x1e5fb0, 0x1e7e05, 0x1e7e70, 0x1e7e85, 0x1e7ec0,
+    0x1e7ed5, 0x1e7ef0, 0x1e7f05, 0x1e7ff0, 0x1e8005, 0x1e8c50, 0x1e8c77, 0x1e8d06, 0x1e8d70,
+    0x1e9001, 0x1e9222, 0x1e9446, 0x1e94b4, 0x1e94c0, 0x1e9507, 0x1e95a0, 0x1ec717, 0x1ecac0,
+    0x1ecad7, 0x1ecb00, 0x1ecb17, 0x1ecb50, 0x1ed017, 0x1ed2e0, 0x1ed2f7, 0x1ed3e0, 0x1ee005,
+    0x1ee040, 0x1ee055, 0x1ee200, 0x1ee215, 0x1ee230, 0x1ee245, 0x1ee250, 0x1ee275, 0x1ee280,
+    0x1ee295, 0x1ee330, 0x1ee345, 0x1ee380, 0x1ee395, 0x1ee3a0, 0x1ee3b5, 0x1ee3c0, 0x1ee425,
+    0x1ee430, 0x1ee475, 0x1ee480, 0x1ee495, 0x1ee4a0, 0x1ee4b5, 0x1ee4c0, 0x1ee4d5, 0x1ee500,
+    0x1ee515, 0x1ee530, 0x1ee545, 0x1ee550, 0x1ee575, 0x1ee580, 0x1ee595, 0x1ee5a0, 0x1ee5b5,
+    0x1ee5c0, 0x1ee5d5, 0x1ee5e0, 0x1ee5f5, 0x1ee600, 0x1ee615, 0x1ee630, 0x1ee645, 0x1ee650,
+    0x1ee675, 0x1ee6b0, 0x1ee6c5, 0x1ee730, 0x1ee745, 0x1ee780, 0x1ee795, 0x1ee7d0, 0x1ee7e5,
+    0x1ee7f0, 0x1ee805, 0x1ee8a0, 0x1ee8b5, 0x1ee9c0, 0x1eea15, 0x1eea40, 0x1eea55, 0x1eeaa0,
+    0x1eeab5, 0x1eebc0, 0x1f1007, 0x1f10d0, 0x1fbf07, 0x1fbfa0, 0x200005, 0x2a6e00, 0x2a7005,
+    0x2b73a0, 0x2b7405, 0x2b81e0, 0x2b8205, 0x2cea20, 0x2ceb05, 0x2ebe10, 0x2ebf05, 0x2ee5e0,
+    0x2f8005, 0x2fa1e0, 0x300005, 0x3134b0, 0x313505, 0x323b00, 0xe01006, 0xe01f00,
+};
+
+enum { CLASS_END = 16 };        /* the end of the text, where a class is asked for             */
+
+static int unicode_class(uint32_t code) {
+    size_t low = 0, high = sizeof unicode_runs / sizeof *unicode_runs;
+    while (high - low > 1) {
+        size_t middle = (low + high) / 2;
+        if (unicode_runs[middle] >> 4 <= code) low = middle;
+        else high = middle;
+    }
+    int class = (int)(unicode_runs[low] & 15);
+    if (class < CLASS_ALT) return class;
+    return (code % 2 == 1) == (class == CLASS_ALT_ODD) ? CLASS_LU : CLASS_LL;
+}
+
+/* The class of the character at P, and its length. A byte that starts no valid character counts as
+ * one of class OTHER: it goes through like a punctuation mark and comes back as it was. */
+static int class_at(const uint8_t *p, size_t n, size_t *len) {
+    uint32_t code;
+    *len = n ? 1 : 0;
+    if (!n) return CLASS_END;
+    if (p[0] < 0x80) {                                  /* the same as the table says, quicker   */
+        if ((uint8_t)(p[0] - 'a') < 26) return CLASS_LL;
+        if ((uint8_t)(p[0] - 'A') < 26) return CLASS_LU;
+        if ((uint8_t)(p[0] - '0') < 10) return CLASS_N;
+        return p[0] == ' ' || (uint8_t)(p[0] - '\t') < 5 ? CLASS_SPACE : CLASS_OTHER;
+    }
+    size_t length = utf8_decode(p, n, &code);
+    if (!length) return CLASS_OTHER;
+    *len = length;
+    return unicode_class(code);
+}
+
+static bool is_letter(int class) { return class >= CLASS_LU && class <= CLASS_LO; }
+static bool is_mark(int class) { return class == CLASS_OTHER || class == CLASS_M; }
+static bool is_line_end(uint8_t c) { return c == '\r' || c == '\n'; }
+
+/* ---- pre-tokenizers ------------------------------------------------------------------------ */
+
+/* A pre-tokenizer's pattern is a list of alternatives; the first that matches at P wins. Its
+ * function takes N > 0 bytes and gives the length of the first piece, at least 1. Each alternative
+ * of a pattern says in a comment what it realises. */
+
+/* From I on: the end of the letters. */
+static size_t skip_letters(const uint8_t *p, size_t n, size_t i) {
+    for (size_t len; is_letter(class_at(p + i, n - i, &len));) i += len;
+    return i;
+}
+
+/* (?i:'s|'t|'re|'ve|'m|'ll|'d), P at the apostrophe: its length, or 0. Ignoring the case, the
+ * reference also takes the long s (U+017F) for an s, and no other letter for another. */
+static size_t contraction(const uint8_t *p, size_t n) {
+    if (n >= 3 && p[1] == 0xC5 && p[2] == 0xBF) return 3;
+    int a = n >= 2 ? p[1] | 0x20 : 0, b = n >= 3 ? p[2] | 0x20 : 0;
+    if (a == 's' || a == 't' || a == 'm' || a == 'd') return 2;
+    return (a == 'l' && b == 'l') || ((a == 'r' || a == 'v') && b == 'e') ? 3 : 0;
+}
+
+/* \s*[\r\n]+ | \s+(?!\S) | \s+, P at white space: up to the last line end of the run if it has
+ * one; else all of it, but for its last character when something follows (it belongs to the next
+ * word). What is left of the run is white space again and is looked at once more, not oftener. */
+static size_t white_space(const uint8_t *p, size_t n) {
+    size_t i = 0, last = 0, line = 0, len;
+    for (; class_at(p + i, n - i, &len) == CLASS_SPACE; i += len) {
+        last = i;
+        if (is_line_end(p[i])) line = i + 1;
+    }
+    if (line) return line;
+    return i < n && last > 0 ? last : i;
+}
+
+static size_t next_llama3(const uint8_t *p, size_t n) {
+    size_t first, second, len;
+    if (p[0] == '\'' && (len = contraction(p, n))) return len;
+    int class = class_at(p, n, &first), next = class_at(p + first, n - first, &second);
+    /* [^\r\n\p{L}\p{N}]?\p{L}+ */
+    if (is_letter(class)) return skip_letters(p, n, first);
+    if (class != CLASS_N && !is_line_end(p[0]) && is_letter(next))
+        return skip_letters(p, n, first + second);
+    /* \p{N}{1,3} */
+    if (class == CLASS_N) {
+        if (next != CLASS_N) return first;
+        next = class_at(p + first + second, n - first - second, &len);
+        return first + second + (next == CLASS_N ? len : 0);
+    }
+    /* " ?[^\s\p{L}\p{N}]+[\r\n]*" */
+    if (is_mark(class) || (p[0] == ' ' && is_mark(next))) {
+        size_t i = first;
+        while (is_mark(class_at(p + i, n - i, &len))) i += len;
+        while (i < n && is_line_end(p[i])) i++;
+        return i;
+    }
+    return white_space(p, n);
+}
+
+typedef struct {
+    const char *name;
+    size_t (*next)(const uint8_t *p, size_t n);
+} pretokenizer;
+
+static const pretokenizer pretokenizers[] = {
+    {"llama3", next_llama3},
+};
+
+/* ---- the tokenizer and its tables ---------------------------------------------------------- */
+
+enum { PIECE_NORMAL = 1, PIECE_CONTROL = 3, PIECE_USER = 4, PIECE_UNUSED = 5 };
+
+enum {
+    TOKENIZER_HEAD = 96,        /* bytes before the first array of the file                    */
+    TOKENIZER_BYTE_LEVEL = 1,   /* kind */
+    TOKENIZER_IGNORE_MERGES = 1, TOKENIZER_ADD_BOS = 2, /* flags                               */
+    TOKENIZER_MAX_PIECES = 1 << 24,
+    TOKENIZER_MAX_ADDED = 256,  /* bytes in an added token, as each start of one may cost them */
+    MAX_PROBES = 256,           /* a table that needs more was made to be slow                 */
+};
+
+#define NO_ID UINT32_MAX        /* no id, no rank, no neighbour; an empty slot                 */
+#define HASH_START 2166136261u
+
+typedef struct {
+    uint32_t hash, id;
+} piece_slot;
+
+typedef struct {
+    uint32_t left, right, result, rank;
+} pair_slot;
+
+typedef struct {
+    const uint8_t *text;
+    uint32_t n, id;
+} added_token;
+
+typedef struct {
+    int vocab_size, bos;        /* bos: id, or -1                                              */
+    bool add_bos, ignore_merges, has_user_tokens;
+    const char *pretokenizer;
+    size_t (*next_piece)(const uint8_t *p, size_t n);
+    const uint8_t *piece_end, *piece_type, *merges, *text;      /* in the file's bytes         */
+    size_t n_merges, longest;   /* longest: bytes of the longest normal piece                  */
+    piece_slot *pieces;         /* open addressing: text -> id, normal pieces only             */
+    pair_slot *pairs;           /* open addressing: two ids -> their merge                     */
+    size_t piece_mask, pair_mask;
+    added_token *added;         /* control and user-defined tokens, sorted by their bytes      */
+    size_t n_added;
+    bool added_first[256];      /* the bytes that added tokens begin with                      */
+    uint32_t byte_id[256];
+} tokenizer;
+
+static uint32_t u32_at(const uint8_t *p, size_t i) {
+    uint32_t v;
+    memcpy(&v, p + 4 * i, 4);
+    return v;
+}
+
+/* The bytes of piece ID, which must be in range; also those of a control token. */
+static const char *tokenizer_piece(const tokenizer *t, int32_t id, size_t *n) {
+    uint32_t start = id ? u32_at(t->piece_end, (size_t)id - 1) : 0;
+    *n = u32_at(t->piece_end, (size_t)id) - start;
+    return (const char *)t->text + start;
+}
+
+static int tokenizer_type(const tokenizer *t, int32_t id) { return t->piece_type[id]; }
+
+/* FNV-1a, to be continued over several parts. */
+static uint32_t hash_text(uint32_t h, const uint8_t *p, size_t n) {
+    for (size_t i = 0; i < n; i++) h = (h ^ p[i]) * 16777619u;
+    return h;
+}
+
+static uint32_t hash_pair(uint32_t left, uint32_t right) {
+    uint64_t h = ((uint64_t)left << 32 | right) * 0x9E3779B97F4A7C15u;
+    return (uint32_t)(h >> 32 ^ h >> 15);
+}
+
+/* The normal piece that reads A then B, or NO_ID. */
+static uint32_t find_piece(const tokenizer *t, const void *a, size_t na, const void *b,
+                           size_t nb) {
+    uint32_t hash = hash_text(hash_text(HASH_START, a, na), b, nb);
+    for (size_t probe = 0; probe < MAX_PROBES; probe++) {
+        const piece_slot *s = &t->pieces[(hash + probe) & t->piece_mask];
+        size_t n;
+        if (s->id == NO_ID) return NO_ID;
+        if (s->hash != hash) continue;
+        const char *text = tokenizer_piece(t, (int32_t)s->id, &n);
+        if (n == na + nb && !memcmp(text, a, na) && !memcmp(text + na, b, nb)) return s->id;
+    }
+    return NO_ID;
+}
+
+/* The merge of two ids, or one with rank NO_ID, which is the largest rank there is. */
+static const pair_slot *find_pair(const tokenizer *t, uint32_t left, uint32_t right) {
+    static const pair_slot none = {NO_ID, NO_ID, NO_ID, NO_ID};
+    uint32_t hash = hash_pair(left, right);
+    for (size_t probe = 0; probe < MAX_PROBES; probe++) {
+        const pair_slot *s = &t->pairs[(hash + probe) & t->pair_mask];
+        if ((s->left == left && s->right == right) || s->rank == NO_ID) return s;
+    }
+    return &none;
+}
+
+static int compare_added(const void *a, const void *b) {
+    const added_token *x = a, *y = b;
+    int order = memcmp(x->text, y->text, x->n < y->n ? x->n : y->n);
+    return order ? order : (x->n > y->n) - (x->n < y->n);
+}
+
+/* The id of the piece that reads TEXT, an added token before a normal one, or -1. */
+static int32_t tokenizer_find(const tokenizer *t, const char *text, size_t n) {
+    if (n == 0 || n > UINT32_MAX) return -1;
+    added_token key = {(const uint8_t *)text, (uint32_t)n, 0};
+    const added_token *a = bsearch(&key, t->added, t->n_added, sizeof key, compare_added);
+    if (a) return (int32_t)a->id;
+    return n > t->longest ? -1 : (int32_t)find_piece(t, text, n, "", 0);
+}
+
+/* ---- opening ------------------------------------------------------------------------------- */
+
+static int bad_tokenizer(const char *what, medrun_error *e, const char *field, size_t found,
+                         const char *wanted) {
+    return fail(e, MEDRUN_BAD_FILE, "%s: tokenizer: %s: found %zu, wanted %s; export it again",
+                what, field, found, wanted);
+}
+
+/* Slots for N entries, at most two thirds of them full. */
+static size_t table_size(size_t n) {
+    size_t size = 16;
+    while (size < n + n / 2) size *= 2;
+    return size;
+}
+
+/* The fixed part of the file; places the arrays after it and checks that they fill the file. */
+static int open_head(tokenizer *t, const uint8_t *bytes, size_t n, const char *what,
+                     medrun_error *e) {
+    if (n < TOKENIZER_HEAD || memcmp(bytes, "MEDTOK01", 8))
+        return fail(e, MEDRUN_BAD_FILE, "%s: tokenizer: this is not a medrun tokenizer (no "
+                    "MEDTOK01 at its start); make one with medrun-export", what);
+    const uint8_t *head = bytes + 40;
+    uint32_t flags = u32_at(head, 2), vocab = u32_at(head, 3), n_merges = u32_at(head, 4);
+    uint32_t bos = u32_at(head, 5), n_text = u32_at(head, 6);
+    if (u32_at(head, 0) != 1) return bad_tokenizer(what, e, "version", u32_at(head, 0), "1");
+    if (u32_at(head, 1) != TOKENIZER_BYTE_LEVEL)
+        return bad_tokenizer(what, e, "kind", u32_at(head, 1), "1 (byte-level BPE)");
+    if (flags > 3) return bad_tokenizer(what, e, "flags", flags, "0 to 3");
+    if (vocab < 256 || vocab > TOKENIZER_MAX_PIECES)
+        return bad_tokenizer(what, e, "vocab_size", vocab, "256 to 16777216");
+    if (n_merges > TOKENIZER_MAX_PIECES)
+        return bad_tokenizer(what, e, "n_merges", n_merges, "at most 16777216");
+    if (u32_at(head, 7)) return bad_tokenizer(what, e, "reserved field", u32_at(head, 7), "0");
+    size_t n_types = ((size_t)vocab + 3) & ~(size_t)3;
+    uint64_t wanted = (uint64_t)TOKENIZER_HEAD + 4ull * vocab + n_types + 8ull * n_merges + n_text;
+    if (wanted != n)
+        return fail(e, MEDRUN_BAD_FILE, "%s: tokenizer: found %zu bytes, its head wants %llu; the "
+                    "file was cut, copy it again", what, n, (unsigned long long)wanted);
+    if (bos != NO_ID && bos >= vocab)
+        return bad_tokenizer(what, e, "bos_id", bos, "an id of the vocabulary");
+    if (bos == NO_ID && flags & TOKENIZER_ADD_BOS)
+        return bad_tokenizer(what, e, "flags", flags, "no add_bos, as there is no bos_id");
+    t->vocab_size = (int)vocab, t->n_merges = n_merges, t->bos = bos == NO_ID ? -1 : (int)bos;
+    t->ignore_merges = flags & TOKENIZER_IGNORE_MERGES, t->add_bos = flags & TOKENIZER_ADD_BOS;
+    t->piece_end = bytes + TOKENIZER_HEAD, t->piece_type = t->piece_end + 4ull * vocab;
+    t->merges = t->piece_type + n_types, t->text = t->merges + 8ull * n_merges;
+    return MEDRUN_OK;
+}
+
+static int open_pretokenizer(tokenizer *t, const uint8_t *bytes, const char *what,
+                             medrun_error *e) {
+    char name[25] = {0};
+    memcpy(name, bytes + 72, 24);
+    size_t len = strlen(name);
+    for (size_t i = 0; i < sizeof pretokenizers / sizeof *pretokenizers; i++) {
+        bool padded = true;
+        for (size_t j = len; j < 24; j++) padded = padded && !name[j];
+        if (!padded || strcmp(name, pretokenizers[i].name)) continue;
+        t->pretokenizer = pretokenizers[i].name, t->next_piece = pretokenizers[i].next;
+        return MEDRUN_OK;
+    }
+    return fail(e, MEDRUN_BAD_FILE, "%s: tokenizer: pretokenizer: found \"%s\", wanted \"llama3\"; "
+                "this medrun does not know that pattern", what, name);
+}
+
+static int check_pieces(tokenizer *t, size_t n_text, const char *what, medrun_error *e) {
+    size_t vocab = (size_t)t->vocab_size, start = 0;
+    for (size_t id = 0; id < vocab; id++) {
+        size_t end = u32_at(t->piece_end, id), n = end - start;
+        int type = t->piece_type[id];
+        if (end < start || end > n_text)
+            return bad_tokenizer(what, e, "piece_end", end, "rising ends inside the text");
+        if (type != PIECE_NORMAL && type != PIECE_CONTROL && type != PIECE_USER &&
+            type != PIECE_UNUSED)
+            return bad_tokenizer(what, e, "piece_type", (size_t)type, "1, 3, 4 or 5");
+        if ((n == 0) != (type == PIECE_UNUSED))
+            return bad_tokenizer(what, e, "bytes of a piece", n, "some, or none and type 5");
+        bool added = type == PIECE_CONTROL || type == PIECE_USER;
+        if (added && n > TOKENIZER_MAX_ADDED)
+            return bad_tokenizer(what, e, "bytes of an added token", n, "at most 256");
+        if (type == PIECE_NORMAL && n > t->longest) t->longest = n;
+        if (type == PIECE_USER) t->has_user_tokens = true;
+        t->n_added += added;
+        start = end;
+    }
+    if (start != n_text) return bad_tokenizer(what, e, "last piece_end", start, "text_bytes");
+    for (const uint8_t *p = t->piece_type + vocab; p < t->merges; p++)
+        if (*p) return bad_tokenizer(what, e, "padding of piece_type", *p, "0");
+    if (t->bos >= 0 && tokenizer_type(t, t->bos) != PIECE_CONTROL)
+        return bad_tokenizer(what, e, "bos_id", (size_t)t->bos, "a control token");
+    return MEDRUN_OK;
+}
+
+static int index_pieces(tokenizer *t, const char *what, medrun_error *e) {
+    size_t size = table_size((size_t)t->vocab_size);
+    if (!(t->pieces = new_array(size, sizeof *t->pieces)))
+        return out_of_memory(e, size * sizeof *t->pieces);
+    memset(t->pieces, 0xFF, size * sizeof *t->pieces);
+    t->piece_mask = size - 1;
+    for (int32_t id = 0; id < t->vocab_size; id++) {
+        size_t n;
+        if (tokenizer_type(t, id) != PIECE_NORMAL) continue;
+        const char *text = tokenizer_piece(t, id, &n);
+        if (find_piece(t, text, n, "", 0) != NO_ID)
+            return bad_tokenizer(what, e, "piece", (size_t)id, "pieces that all differ");
+        uint32_t hash = hash_text(HASH_START, (const uint8_t *)text, n);
+        size_t probe = 0;
+        while (t->pieces[(hash + probe) & t->piece_mask].id != NO_ID)
+            if (++probe == MAX_PROBES)
+                return bad_tokenizer(what, e, "pieces with one hash", probe, "fewer");
+        t->pieces[(hash + probe) & t->piece_mask] = (piece_slot){hash, (uint32_t)id};
+    }
+    for (int b = 0; b < 256; b++) {
+        t->byte_id[b] = find_piece(t, &(uint8_t){(uint8_t)b}, 1, "", 0);
+        if (t->byte_id[b] == NO_ID)
+            return fail(e, MEDRUN_BAD_FILE, "%s: tokenizer: byte 0x%02x is no piece, so some text "
+                        "could not be encoded; export it again", what, (unsigned)b);
+    }
+    return MEDRUN_OK;
+}
+
+static int index_added(tokenizer *t, const char *what, medrun_error *e) {
+    if (!(t->added = new_array(t->n_added, sizeof *t->added)))
+        return out_of_memory(e, t->n_added * sizeof *t->added);
+    added_token *a = t->added;
+    for (int32_t id = 0; id < t->vocab_size; id++) {
+        int type = tokenizer_type(t, id);
+        size_t n;
+        if (type != PIECE_CONTROL && type != PIECE_USER) continue;
+        const uint8_t *text = (const uint8_t *)tokenizer_piece(t, id, &n);
+        *a++ = (added_token){text, (uint32_t)n, (uint32_t)id};
+        t->added_first[text[0]] = true;
+    }
+    qsort(t->added, t->n_added, sizeof *t->added, compare_added);
+    for (size_t i = 1; i < t->n_added; i++)
+        if (!compare_added(&t->added[i - 1], &t->added[i]))
+            return bad_tokenizer(what, e, "added tokens with the same text", t->added[i].id, "one");
+    return MEDRUN_OK;
+}
+
+static int index_merges(tokenizer *t, const char *what, medrun_error *e) {
+    size_t size = table_size(t->n_merges);
+    if (!(t->pairs = new_array(size, sizeof *t->pairs)))
+        return out_of_memory(e, size * sizeof *t->pairs);
+    memset(t->pairs, 0xFF, size * sizeof *t->pairs);
+    t->pair_mask = size - 1;
+    for (uint32_t rank = 0; rank < t->n_merges; rank++) {
+        uint32_t left = u32_at(t->merges, 2 * (size_t)rank);
+        uint32_t right = u32_at(t->merges, 2 * (size_t)rank + 1), top = (uint32_t)t->vocab_size;
+        if (left >= top || right >= top || tokenizer_type(t, (int32_t)left) != PIECE_NORMAL ||
+            tokenizer_type(t, (int32_t)right) != PIECE_NORMAL)
+            return bad_tokenizer(what, e, "merge", rank, "ids of normal pieces in every merge");
+        size_t na, nb;
+        const char *a = tokenizer_piece(t, (int32_t)left, &na);
+        const char *b = tokenizer_piece(t, (int32_t)right, &nb);
+        uint32_t result = na + nb > t->longest ? NO_ID : find_piece(t, a, na, b, nb);
+        if (result == NO_ID)
+            return bad_tokenizer(what, e, "merge", rank, "merges whose result is a piece");
+        if (find_pair(t, left, right)->rank != NO_ID)
+            return bad_tokenizer(what, e, "merge", rank, "each pair of ids once");
+        uint32_t hash = hash_pair(left, right);
+        size_t probe = 0;
+        while (t->pairs[(hash + probe) & t->pair_mask].rank != NO_ID)
+            if (++probe == MAX_PROBES)
+                return bad_tokenizer(what, e, "merges with one hash", probe, "fewer");
+        t->pairs[(hash + probe) & t->pair_mask] = (pair_slot){left, right, result, rank};
+    }
+    return MEDRUN_OK;
+}
+
+static void tokenizer_close(tokenizer *t) {
+    free(t->pieces);
+    free(t->pairs);
+    free(t->added);
+    *t = (tokenizer){0};
+}
+
+/* Opens the N bytes of a tokenizer.bin, which must outlive T; WHAT names the file in messages.
+ * Close it with tokenizer_close, though a failed open needs none. */
+static int tokenizer_open(tokenizer *t, const uint8_t *bytes, size_t n, const char *what,
+                          medrun_error *e) {
+    *t = (tokenizer){.bos = -1};
+    uint8_t digest[32];
+    int code = open_head(t, bytes, n, what, e);
+    if (!code) {
+        sha256_of(bytes + 40, n - 40, digest);
+        if (memcmp(digest, bytes + 8, 32))
+            code = fail(e, MEDRUN_BAD_FILE, "%s: tokenizer: not the SHA-256 that its head says: "
+                        "the file is damaged, copy it again", what);
+    }
+    if (code || (code = open_pretokenizer(t, bytes, what, e)) ||
+        (code = check_pieces(t, u32_at(bytes, 16), what, e)) ||
+        (code = index_pieces(t, what, e)) || (code = index_added(t, what, e)) ||
+        (code = index_merges(t, what, e)))
+        tokenizer_close(t);
+    return code;
+}
+
+/* ---- encoding ------------------------------------------------------------------------------ */
+
+/* A symbol of a long piece: a doubly linked list over the piece's bytes. */
+typedef struct {
+    uint32_t id, previous, next;        /* id NO_ID: merged away; a neighbour NO_ID: none       */
+} bpe_symbol;
+
+typedef struct {
+    const tokenizer *t;
+    buffer *ids;
+    bpe_symbol *symbols;        /* the list and the heap are kept from piece to piece          */
+    uint64_t *heap;             /* rank << 32 | position of the left symbol; smallest first    */
+    size_t n_heap, room;        /* room: symbols there is memory for                           */
+    medrun_error *e;
+} encoder;
+
+enum { BPE_SHORT = 32, MAX_TEXT = 1 << 30 };
+
+static void put_id(encoder *x, uint32_t id) { buffer_add(x->ids, &id, sizeof id); }
+
+static void heap_push(encoder *x, uint64_t key) {
+    size_t i = x->n_heap++;
+    for (; i && x->heap[(i - 1) / 2] > key; i = (i - 1) / 2) x->heap[i] = x->heap[(i - 1) / 2];
+    x->heap[i] = key;
+}
+
+static uint64_t heap_pop(encoder *x) {
+    uint64_t top = x->heap[0], key = x->heap[--x->n_heap];
+    size_t i = 0;
+    for (size_t child; (child = 2 * i + 1) < x->n_heap; i = child) {
+        if (child + 1 < x->n_heap && x->heap[child + 1] < x->heap[child]) child++;
+        if (x->heap[child] >= key) break;
+        x->heap[i] = x->heap[child];
+    }
+    x->heap[i] = key;
+    return top;
+}
+
+/* Memory for a piece of N symbols. Each merge takes one key and brings at most two, so there are
+ * never more than 2 n keys. */
+static int encoder_room(encoder *x, size_t n) {
+    if (n <= x->room) return MEDRUN_OK;
+    size_t room = n < 1024 ? 1024 : n;
+    free(x->symbols);
+    free(x->heap);
+    x->room = 0;
+    x->symbols = MEDRUN_ALLOC(NULL, room * sizeof *x->symbols);
+    x->heap = MEDRUN_ALLOC(NULL, 2 * room * sizeof *x->heap);
+    if (!x->symbols || !x->heap) return out_of_memory(x->e, room * 28);
+    return x->room = room, MEDRUN_OK;
+}
+
+/* Puts the pair at symbol I on the heap if it merges. */
+static void offer_pair(encoder *x, uint32_t i) {
+    uint32_t next = i == NO_ID ? NO_ID : x->symbols[i].next;
+    if (next == NO_ID) return;
+    uint32_t rank = find_pair(x->t, x->symbols[i].id, x->symbols[next].id)->rank;
+    if (rank != NO_ID) heap_push(x, (uint64_t)rank << 32 | i);
+}
+
+/* Merges a piece of any length in n log n: the heap gives the lowest rank, the leftmost of equals.
+ * A key whose pair has changed since is dropped: the rank of what stands there now differs. */
+static int bpe_long(encoder *x, const uint8_t *p, size_t n) {
+    int code = encoder_room(x, n);
+    if (code) return code;
+    bpe_symbol *symbols = x->symbols;
+    for (uint32_t i = 0; i < n; i++)                    /* before the first: 0 - 1 is NO_ID      */
+        symbols[i] = (bpe_symbol){x->t->byte_id[p[i]], i - 1, i + 1 < n ? i + 1 : NO_ID};
+    x->n_heap = 0;
+    for (uint32_t i = 0; i < n; i++) offer_pair(x, i);
+    while (x->n_heap) {
+        uint64_t key = heap_pop(x);
+        bpe_symbol *left = &symbols[(uint32_t)key];
+        if (left->id == NO_ID || left->next == NO_ID) continue;
+        bpe_symbol *right = &symbols[left->next];
+        const pair_slot *s = find_pair(x->t, left->id, right->id);
+        if (s->rank != key >> 32) continue;
+        left->id = s->result, left->next = right->next;
+        right->id = NO_ID;
+        if (left->next != NO_ID) symbols[left->next].previous = (uint32_t)key;
+        offer_pair(x, left->previous);
+        offer_pair(x, (uint32_t)key);
+    }
+    for (uint32_t i = 0; i != NO_ID; i = symbols[i].next) put_id(x, symbols[i].id);
+    return MEDRUN_OK;
+}
+
+/* The same for at most BPE_SHORT bytes, on the stack: what is left is looked through for each
+ * merge, which beats any heap at this length. pairs[i] is the merge of symbols i and i + 1. */
+static void bpe_short(encoder *x, const uint8_t *p, size_t n) {
+    const tokenizer *t = x->t;
+    const pair_slot *pairs[BPE_SHORT];
+    uint32_t ids[BPE_SHORT];
+    for (size_t i = 0; i < n; i++) ids[i] = t->byte_id[p[i]];
+    for (size_t i = 0; i + 1 < n; i++) pairs[i] = find_pair(t, ids[i], ids[i + 1]);
+    while (n > 1) {
+        size_t best = 0;
+        for (size_t i = 1; i + 1 < n; i++)
+            if (pairs[i]->rank < pairs[best]->rank) best = i;
+        if (pairs[best]->rank == NO_ID) break;
+        ids[best] = pairs[best]->result;
+        n--;
+        for (size_t i = best + 1; i < n; i++) ids[i] = ids[i + 1];
+        for (size_t i = best + 1; i + 1 < n; i++) pairs[i] = pairs[i + 1];
+        if (best > 0) pairs[best - 1] = find_pair(t, ids[best - 1], ids[best]);
+        if (best + 1 < n) pairs[best] = find_pair(t, ids[best], ids[best + 1]);
+    }
+    for (size_t i = 0; i < n; i++) put_id(x, ids[i]);
+}
+
+/* Text without added tokens in it. */
+static int encode_run(encoder *x, const uint8_t *p, size_t n) {
+    const tokenizer *t = x->t;
+    for (size_t len; n; p += len, n -= len) {
+        len = t->next_piece(p, n);
+        if (t->ignore_merges && len <= t->longest) {
+            uint32_t id = find_piece(t, p, len, "", 0);
+            if (id != NO_ID) {
+                put_id(x, id);
+                continue;
+            }
+        }
+        int code = MEDRUN_OK;
+        if (len <= BPE_SHORT) bpe_short(x, p, len);
+        else if ((code = bpe_long(x, p, len))) return code;
+    }
+    return MEDRUN_OK;
+}
+
+/* In added[low .. high), which agree before byte AT: the first whose byte AT is at least C. A token
+ * that ends there comes before all others. */
+static size_t added_bound(const tokenizer *t, size_t low, size_t high, size_t at, int c) {
+    while (low < high) {
+        size_t middle = (low + high) / 2;
+        const added_token *a = &t->added[middle];
+        if (a->n <= at || a->text[at] < c) low = middle + 1;
+        else high = middle;
+    }
+    return low;
+}
+
+/* The longest added token that the text begins with, or NULL; control tokens only if SPECIAL. */
+static const added_token *added_at(const tokenizer *t, const uint8_t *p, size_t n, bool special) {
+    const added_token *found = NULL;
+    size_t low = 0, high = t->n_added;
+    for (size_t at = 0; at < n && low < high; at++) {
+        low = added_bound(t, low, high, at, p[at]);
+        high = added_bound(t, low, high, at, p[at] + 1);
+        if (low == high || t->added[low].n > at + 1) continue;
+        if (special || tokenizer_type(t, (int32_t)t->added[low].id) == PIECE_USER)
+            found = &t->added[low];
+    }
+    return found;
+}
+
+/* Cuts the added tokens out, from the left, the longest first; encodes what is between them. */
+static int encode_text(encoder *x, const uint8_t *p, size_t n, bool special) {
+    size_t from = 0;
+    bool look = x->t->n_added && (special || x->t->has_user_tokens);
+    for (size_t i = 0; look && i < n;) {
+        const added_token *a = NULL;
+        if (x->t->added_first[p[i]]) a = added_at(x->t, p + i, n - i, special);
+        if (!a) { i++; continue; }
+        int code = encode_run(x, p + from, i - from);
+        if (code) return code;
+        put_id(x, a->id);
+        from = i += a->n;
+    }
+    return encode_run(x, p + from, n - from);
+}
+
+/* Appends the ids (int32_t) of N bytes of text to IDS. User-defined tokens in the text are always
+ * found; control tokens only with MEDRUN_PARSE_SPECIAL, so what people type cannot make one. */
+static int tokenizer_encode(const tokenizer *t, const char *text, size_t n, int flags, buffer *ids,
+                            medrun_error *e) {
+    if (n > MAX_TEXT)
+        return fail(e, MEDRUN_TOO_LONG, "text: found %zu bytes, wanted at most %d; cut it", n,
+                    MAX_TEXT);
+    encoder x = {.t = t, .ids = ids, .e = e};
+    if (flags & MEDRUN_ADD_BOS && t->bos >= 0) put_id(&x, (uint32_t)t->bos);
+    int code = MEDRUN_OK;
+    if (n) code = encode_text(&x, (const uint8_t *)text, n, flags & MEDRUN_PARSE_SPECIAL);
+    free(x.symbols);
+    free(x.heap);
+    if (!code && ids->failed) code = out_of_memory(e, ids->n);
+    return code;
+}
+
+/* Appends the bytes of N ids, which must be in range; control tokens give none unless SPECIAL. */
+static void tokenizer_decode(const tokenizer *t, const int32_t *ids, size_t n, bool special,
+                             buffer *bytes) {
+    for (size_t i = 0, len; i < n; i++) {
+        const char *piece = tokenizer_piece(t, ids[i], &len);
+        if (special || tokenizer_type(t, ids[i]) != PIECE_CONTROL) buffer_add(bytes, piece, len);
+    }
+}
+/* ============================================================================================
+ * 11 Chat: templates as tables
+ *
+ * A template says with which control tokens and words a conversation is written for its model.
+ * Only the table makes control tokens. What stands between two of them, the table's words and
+ * people's text together, is tokenized as one run with special parsing off: so pasted text cannot
+ * forge a turn, and the ids are those that the reference gives for the whole rendered text. Uses
+ * sections 3 and 10. Tests: tests/11_chat.c.
+ * ============================================================================================ */
+
+enum { PART_END, PART_CONTROL, PART_WORDS, PART_TEXT, PART_TRIMMED, PART_BOS };
+
+typedef struct {
+    int kind;
+    const char *words;          /* of PART_CONTROL and PART_WORDS                              */
+} chat_part;
+
+#define CONTROL(name) {PART_CONTROL, name}
+#define WORDS(words) {PART_WORDS, words}
+#define AS_IS {PART_TEXT, NULL}         /* what a person or the model wrote, as it is           */
+#define STRIPPED {PART_TRIMMED, NULL}   /* the same without white space around it              */
+#define BOS_IF_ADDED {PART_BOS, NULL}   /* where the tokenizer's own policy is to add it        */
+
+enum { ROLE_SYSTEM, ROLE_USER, ROLE_ASSISTANT, N_ROLES };
+static const char *const role_names[N_ROLES] = {"system", "user", "assistant"};
+
+/* Lists of parts end with a zero part. */
+typedef struct {
+    const char *name;
+    chat_part start[4];         /* before the first turn                                       */
+    chat_part turn[N_ROLES][8];
+    chat_part answer[8];        /* what the model goes on from                                 */
+    const char *system;         /* the system text of a conversation without any; NULL: none   */
+} chat_template;
+
+#define LLAMA3_HEADER(role) CONTROL("<|start_header_id|>"), WORDS(role), \
+                            CONTROL("<|end_header_id|>"), WORDS("\n\n")
+#define LLAMA3_TURN(role) {LLAMA3_HEADER(role), STRIPPED, CONTROL("<|eot_id|>")}
+
+static const chat_template chat_templates[] = {
+    /* Llama-3 and Med42. A system message may stand anywhere, as in the original. The original
+     * opens the answer even when it is not asked to; here `answer` decides. */
+    {
+        .name = "llama3",
+        .start = {CONTROL("<|begin_of_text|>")},
+        .turn = {LLAMA3_TURN("system"), LLAMA3_TURN("user"), LLAMA3_TURN("assistant")},
+        .answer = {LLAMA3_HEADER("assistant")},
+    },
+    /* Internist.ai: words only, no BOS and no end of turn. */
+    {
+        .name = "alpaca",
+        .turn = {{WORDS("### System:\n"), AS_IS, WORDS("\n\n")},
+                 {WORDS("### Instruction:\n"), AS_IS, WORDS("\n\n")},
+                 {WORDS("### Response:\n"), AS_IS, WORDS("\n\n")}},
+        .answer = {WORDS("### Response:\n")},
+        .system = "You are a medical assistant, provide accurate and unbiased answers to the "
+                  "questions.",
+    },
+    /* A model without chat: the texts one after another, whoever wrote them. */
+    {
+        .name = "none",
+        .start = {BOS_IF_ADDED},
+        .turn = {{AS_IS}, {AS_IS}, {AS_IS}},
+    },
+};
+
+#define CHAT_NAMES "llama3, alpaca, none"
+
+static const chat_template *chat_find(const char *name) {
+    for (size_t i = 0; i < sizeof chat_templates / sizeof *chat_templates; i++)
+        if (!strcmp(name, chat_templates[i].name)) return &chat_templates[i];
+    return NULL;
+}
+
+/* ---- writing ------------------------------------------------------------------------------- */
+
+typedef struct {
+    const chat_template *c;
+    const tokenizer *t;
+    bool as_text;               /* OUT gets text instead of ids                                */
+    buffer *out, run;           /* run: text since the last control token                      */
+    medrun_error *e;
+} chat_writer;
+
+/* Python's str.strip(), which the templates' `trim` is: white space, and U+001C to U+001F. */
+static void trim(const char **text, size_t *n) {
+    const uint8_t *p = (const uint8_t *)*text;
+    size_t start = 0, end = 0, len;
+    for (size_t i = 0; i < *n; i += len) {
+        bool space = class_at(p + i, *n - i, &len) == CLASS_SPACE || (p[i] >= 0x1C && p[i] < 0x20);
+        if (space) continue;
+        if (!end) start = i;
+        end = i + len;
+    }
+    if (end) *text += start;
+    *n = end ? end - start : 0;
+}
+
+/* Ends the run of text: its ids go out. */
+static int chat_flush(chat_writer *w) {
+    if (w->run.failed || w->out->failed) return out_of_memory(w->e, w->run.n + w->out->n);
+    const buffer *run = &w->run;
+    int code = tokenizer_encode(w->t, (const char *)run->data, run->n, 0, w->out, w->e);
+    w->run.n = 0;
+    return code;
+}
+
+static int chat_control(chat_writer *w, int32_t id) {
+    size_t n;
+    const char *piece = tokenizer_piece(w->t, id, &n);
+    if (w->as_text) return buffer_add(w->out, piece, n), MEDRUN_OK;
+    int code = chat_flush(w);
+    if (!code) buffer_add(w->out, &id, sizeof id);
+    return code;
+}
+
+static int chat_control_named(chat_writer *w, const char *name) {
+    int32_t id = tokenizer_find(w->t, name, strlen(name));
+    if (id < 0 || tokenizer_type(w->t, id) != PIECE_CONTROL)
+        return fail(w->e, MEDRUN_BAD_FILE, "tokenizer: control token %s is missing, which the chat "
+                    "template %s needs; use the template and the tokenizer of one model", name,
+                    w->c->name);
+    return chat_control(w, id);
+}
+
+static int chat_parts(chat_writer *w, const chat_part *part, const char *text, size_t n) {
+    buffer *to = w->as_text ? w->out : &w->run;
+    int code = MEDRUN_OK;
+    for (; !code && part->kind != PART_END; part++) {
+        if (part->kind == PART_CONTROL) code = chat_control_named(w, part->words);
+        if (part->kind == PART_BOS && w->t->add_bos) code = chat_control(w, w->t->bos);
+        if (part->kind == PART_WORDS) buffer_text(to, part->words);
+        if (part->kind == PART_TRIMMED) trim(&text, &n);
+        if (part->kind == PART_TRIMMED || part->kind == PART_TEXT) buffer_add(to, text, n);
+    }
+    return code;
+}
+
+/* The role's number; an unknown one is recorded and gives N_ROLES. */
+static int chat_role(const char *role, medrun_error *e) {
+    for (int r = 0; role && r < N_ROLES; r++)
+        if (!strcmp(role, role_names[r])) return r;
+    fail(e, MEDRUN_USAGE, "role: found \"%s\", wanted system, user or assistant",
+         role ? role : "");
+    return N_ROLES;
+}
+
+/* What stands before the first turn, whose role is FIRST_ROLE; HAS_SYSTEM: some turn is of it. */
+static int chat_start(chat_writer *w, bool has_system) {
+    const chat_template *c = w->c;
+    int code = chat_parts(w, c->start, NULL, 0);
+    if (code || has_system || !c->system) return code;
+    return chat_parts(w, c->turn[ROLE_SYSTEM], c->system, strlen(c->system));
+}
+
+/* Writes the last run; after a failure OUT is as it was. */
+static int chat_end(chat_writer *w, int code, size_t n_before) {
+    if (!code && !w->as_text) code = chat_flush(w);
+    if (!code && w->out->failed) code = out_of_memory(w->e, w->out->n);
+    buffer_free(&w->run);
+    if (code) w->out->n = n_before;
+    return code;
+}
+
+static int chat_write(chat_writer *w, const medrun_message *m, size_t n, bool answer) {
+    size_t n_before = w->out->n;
+    bool has_system = false;
+    for (size_t i = 0; i < n; i++) {
+        int role = chat_role(m[i].role, w->e);
+        if (role == N_ROLES) return MEDRUN_USAGE;
+        has_system |= role == ROLE_SYSTEM;
+    }
+    int code = chat_start(w, has_system);
+    for (size_t i = 0; !code && i < n; i++)
+        code = chat_parts(w, w->c->turn[chat_role(m[i].role, w->e)], m[i].text, m[i].n_bytes);
+    if (!code && answer) code = chat_parts(w, w->c->answer, NULL, 0);
+    return chat_end(w, code, n_before);
+}
+
+/* ---- what others call ---------------------------------------------------------------------- */
+
+/* Appends the ids of a whole conversation, with the opening of the answer when ANSWER. */
+static int chat_render(const chat_template *c, const tokenizer *t, const medrun_message *m,
+                       size_t n, bool answer, buffer *ids, medrun_error *e) {
+    return chat_write(&(chat_writer){.c = c, .t = t, .out = ids, .e = e}, m, n, answer);
+}
+
+/* The same as text, control tokens spelled out: for people to read, not to be tokenized again. */
+static int chat_render_text(const chat_template *c, const tokenizer *t, const medrun_message *m,
+                            size_t n, bool answer, buffer *text, medrun_error *e) {
+    chat_writer w = {.c = c, .t = t, .as_text = true, .out = text, .e = e};
+    return chat_write(&w, m, n, answer);
+}
+
+/* Appends the ids of one turn of a timeline; FIRST: of an empty one. Turn by turn gives what
+ * chat_render gives for the whole, if every answer that the model generated was closed with
+ * chat_close before the next turn. What cannot be so: `none` has nothing between its turns, so a
+ * word that goes on in the next turn is two words here; a system text that is not the first turn
+ * does not take back the default that `alpaca` has put first; and after an answer `alpaca` gives
+ * the same text, but an answer's last token may have been another had the empty line been there. */
+static int chat_turn(const chat_template *c, const tokenizer *t, const char *role,
+                     const char *text, size_t n, bool first, bool answer, buffer *ids,
+                     medrun_error *e) {
+    chat_writer w = {.c = c, .t = t, .out = ids, .e = e};
+    size_t n_before = ids->n;
+    int r = chat_role(role, e);
+    if (r == N_ROLES) return MEDRUN_USAGE;
+    int code = first ? chat_start(&w, r == ROLE_SYSTEM) : MEDRUN_OK;
+    if (!code) code = chat_parts(&w, c->turn[r], text, n);
+    if (!code && answer) code = chat_parts(&w, c->answer, NULL, 0);
+    return chat_end(&w, code, n_before);
+}
+
+/* Appends what the template writes after an answer's text: <|eot_id|> for llama3, an empty line for
+ * alpaca. The stop token with which the model ended it is no part of the template: take it off the
+ * timeline first. (Where llama3 stopped by <|eot_id|>, that comes to the same as leaving it.) */
+static int chat_close(const chat_template *c, const tokenizer *t, buffer *ids, medrun_error *e) {
+    chat_writer w = {.c = c, .t = t, .out = ids, .e = e};
+    size_t n_before = ids->n;
+    const chat_part *part = c->turn[ROLE_ASSISTANT];
+    while (part->kind != PART_TEXT && part->kind != PART_TRIMMED) part++;
+    return chat_end(&w, chat_parts(&w, part + 1, NULL, 0), n_before);
+}
+
+#undef CONTROL
+#undef WORDS
+#undef AS_IS
+#undef STRIPPED
+#undef BOS_IF_ADDED
+/* ============================================================================================
+ * 12 Model: the config, the layers, each tensor bound by name with type and shape checked
+ *
+ * Nothing is implied by a model's name: every number of the forward pass is in the header.
+ * Tests: tests/12_model.c.
+ * ============================================================================================ */
+
+typedef struct {
+    int vocab_size, hidden_size, n_layers, n_heads, n_kv_heads, head_dim, ffn_size;
+    int max_positions;
+    float norm_eps;
+    double rope_theta;
+    bool rope_llama3;               /* Llama 3.1's frequency scaling, with these numbers:       */
+    double rope_factor, rope_low, rope_high, rope_original;
+    bool tied;                      /* the output matrix is the embedding                       */
+} model_config;
+
+typedef struct {
+    const float *attn_norm, *ffn_norm;          /* (hidden_size)                                */
+    tensor q, k, v, o;                          /* outputs x inputs                             */
+    tensor gate, up, down;
+} model_layer;
+
+struct medrun_model {
+    model_file file;
+    char *path;
+    model_config config;
+    int type;                                   /* of all matrices                              */
+    tensor embed, output;                       /* (vocab_size, hidden_size)                    */
+    const float *final_norm;
+    model_layer *layers;
+    float *rope_frequencies;                    /* (head_dim / 2) radians a position            */
+    tokenizer tokenizer;
+    const chat_template *chat;
+    char name[128], architecture[32], template_name[32], licence[128], notice[256];
+    char *system;                               /* default system text                          */
+    int n_stops, stops[MEDRUN_MAX_STOPS];
+    medrun_sampling sampling;
+    thread_pool *pool;
+    const kernel_set *kernels;
+    uint64_t parameters, weight_bytes;
+    size_t longest_piece;                       /* bytes                                        */
+};
+
+/* ---- double precision functions without libm: the same bits on every machine ---------------- */
+
+/* ln x for normal x > 0: x = m 2^k with m near 1, then 2 atanh((m - 1) / (m + 1)). */
+static double ln_exact(double x) {
+    int k;
+    double m = frexp(x, &k);
+    if (m < 0.70710678118654752) m *= 2, k--;
+    double s = (m - 1) / (m + 1), s2 = s * s, sum = 0;
+    for (int i = 23; i >= 1; i -= 2) sum = sum * s2 + 1.0 / i;
+    return 2 * s * sum + k * 0.69314718055994531;
+}
+
+/* e^x for |x| < 700. */
+static double exp_exact(double x) {
+    double n = floor(x * 1.4426950408889634 + 0.5);
+    double r = x - n * 0.69314718036912382 - n * 1.9082149292705877e-10, sum = 1;
+    for (int i = 17; i >= 1; i--) sum = 1 + sum * r / i;
+    return ldexp(sum, (int)n);
+}
+
+/* sin and cos of |x| < 2^24: x = n pi/2 + r, then Taylor series of |r| <= pi/4. */
+static void sin_cos(double x, double *sine, double *cosine) {
+    double n = floor(x * 0.63661977236758134 + 0.5);
+    double r = x - n * 1.5707963267341256;              /* pi/2 in three parts of 33 bits        */
+    r = r - n * 6.0771005063039660e-11 - n * 2.0222662487959506e-21;
+    double r2 = r * r, s = 0, c = 0;
+    for (int i = 17; i >= 3; i -= 2) s = (1 - s) * r2 / (i * (i - 1));
+    for (int i = 18; i >= 2; i -= 2) c = (1 - c) * r2 / (i * (i - 1));
+    s = r * (1 - s), c = 1 - c;
+    switch ((int64_t)n & 3) {
+        case 0: *sine = s, *cosine = c; break;
+        case 1: *sine = c, *cosine = -s; break;
+        case 2: *sine = -s, *cosine = -c; break;
+        default: *sine = -c, *cosine = s; break;
+    }
+}
+
+/* Rotary frequencies (Su et al. 2021), with Llama 3.1's scaling: long waves are slowed by FACTOR,
+ * short ones kept, those between blended. Rounded to float at the same places as transformers'
+ * modeling_rope_utils.py. */
+static void rope_frequencies(const model_config *c, float *out) {
+    double ln_theta = ln_exact(c->rope_theta);
+    float factor = (float)c->rope_factor, low = (float)c->rope_low, high = (float)c->rope_high;
+    for (int i = 0; i < c->head_dim / 2; i++) {
+        float exponent = (float)(2 * i) / (float)c->head_dim;
+        float f = 1.0f / (float)exp_exact((double)exponent * ln_theta);
+        out[i] = f;
+        if (!c->rope_llama3) continue;
+        float wave = (float)(2 * 3.14159265358979324) / f;
+        if ((double)wave < c->rope_original / c->rope_high) continue;
+        if ((double)wave > c->rope_original / c->rope_low) {
+            out[i] = f / factor;
+            continue;
+        }
+        float smooth = ((float)c->rope_original / wave - low) / (high - low);
+        out[i] = (1 - smooth) * f / factor + smooth * f;
+    }
+}
+
+/* ---- the config ---------------------------------------------------------------------------- */
+
+static int wrong_value(const model_file *f, const char *field, const char *found,
+                       const char *wanted, medrun_error *e) {
+    return fail(e, MEDRUN_BAD_FILE, "%s: field %s: found \"%s\", wanted %s", f->path, field, found,
+                wanted);
+}
+
+static int read_rope(const model_file *f, uint32_t v, model_config *c, medrun_error *e) {
+    const json *j = &f->header;
+    char type[16];
+    uint32_t s = json_get(j, v, "rope_scaling");
+    if (!json_real(j, v, f->path, "rope_theta", 1, 1e12, &c->rope_theta, e) ||
+        !json_text(j, s, f->path, "type", type, sizeof type, e)) return MEDRUN_BAD_FILE;
+    if (!strcmp(type, "none")) return MEDRUN_OK;
+    if (strcmp(type, "llama3"))
+        return wrong_value(f, "rope_scaling.type", type, "none or llama3", e);
+    c->rope_llama3 = true;
+    if (!json_real(j, s, f->path, "factor", 1, 1e6, &c->rope_factor, e) ||
+        !json_real(j, s, f->path, "low_freq_factor", 1e-3, 1e6, &c->rope_low, e) ||
+        !json_real(j, s, f->path, "high_freq_factor", 1e-3, 1e6, &c->rope_high, e) ||
+        !json_real(j, s, f->path, "original_max_positions", 1, 1e9, &c->rope_original, e))
+        return MEDRUN_BAD_FILE;
+    if (c->rope_high <= c->rope_low)
+        return fail(e, MEDRUN_BAD_FILE, "%s: field rope_scaling: found high_freq_factor %g, wanted "
+                    "more than low_freq_factor %g", f->path, c->rope_high, c->rope_low);
+    return MEDRUN_OK;
+}
+
+static int read_config(const model_file *f, model_config *c, medrun_error *e) {
+    const json *j = &f->header;
+    uint32_t v = json_get(j, 0, "config"), tied = json_get(j, v, "tied");
+    const struct { const char *key; int64_t min, max; int *to; } fields[] = {
+        {"vocab_size", 257, 1 << 22, &c->vocab_size}, {"hidden_size", 16, 1 << 16, &c->hidden_size},
+        {"n_layers", 1, 1024, &c->n_layers},          {"n_heads", 1, 1024, &c->n_heads},
+        {"n_kv_heads", 1, 1024, &c->n_kv_heads},      {"head_dim", 16, 1024, &c->head_dim},
+        {"ffn_size", 16, 1 << 20, &c->ffn_size},      {"max_positions", 1, 1 << 24, &c->max_positions},
+    };
+    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
+        int64_t n;
+        if (!json_int(j, v, f->path, fields[i].key, fields[i].min, fields[i].max, &n, e))
+            return MEDRUN_BAD_FILE;
+        *fields[i].to = (int)n;
+    }
+    if (c->n_heads % c->n_kv_heads)
+        return fail(e, MEDRUN_BAD_FILE, "%s: field n_heads: found %d, wanted a multiple of "
+                    "n_kv_heads %d", f->path, c->n_heads, c->n_kv_heads);
+    if (c->hidden_size % 16 || c->head_dim % 16 || c->ffn_size % 16)
+        return fail(e, MEDRUN_BAD_FILE, "%s: config: found hidden_size %d, head_dim %d, ffn_size %d, "
+                    "wanted multiples of 16", f->path, c->hidden_size, c->head_dim, c->ffn_size);
+    double eps;
+    char activation[32];
+    if (!json_real(j, v, f->path, "norm_eps", 1e-12, 1, &eps, e) ||
+        !json_text(j, v, f->path, "activation", activation, sizeof activation, e))
+        return MEDRUN_BAD_FILE;
+    c->norm_eps = (float)eps;
+    if (strcmp(activation, "silu")) return wrong_value(f, "activation", activation, "silu", e);
+    if (tied == JSON_NONE || (json_typeof(j, tied) != JSON_TRUE && json_typeof(j, tied) != JSON_FALSE))
+        return fail(e, MEDRUN_BAD_FILE, "%s: field tied: wanted true or false", f->path);
+    c->tied = json_typeof(j, tied) == JSON_TRUE;
+    return read_rope(f, v, c, e);
+}
+
+/* ---- the tensors --------------------------------------------------------------------------- */
+
+/* Binds the next entry of the table: it must be called NAME and have this type and shape. */
+static int bind(medrun_model *m, uint32_t *entry, uint32_t *left, const char *name, int type,
+                int rows, int cols, tensor *out, medrun_error *e) {
+    model_file *f = &m->file;
+    char found[64], found_type[16];
+    int64_t r, c;
+    uint8_t digest[32];
+    size_t bytes, wanted = tensor_bytes(type, (size_t)rows, (size_t)cols);
+    if (!*left) return fail(e, MEDRUN_BAD_FILE, "%s: tensor %s is missing", f->path, name);
+    uint32_t v = *entry;
+    if (!json_text(&f->header, v, f->path, "name", found, sizeof found, e) ||
+        !json_text(&f->header, v, f->path, "type", found_type, sizeof found_type, e) ||
+        !json_int(&f->header, v, f->path, "rows", 1, 1 << 24, &r, e) ||
+        !json_int(&f->header, v, f->path, "cols", 1, 1 << 24, &c, e)) return MEDRUN_BAD_FILE;
+    if (strcmp(found, name) || strcmp(found_type, type_names[type]) || r != rows || c != cols)
+        return fail(e, MEDRUN_BAD_FILE, "%s: tensor: found %s %s (%lld, %lld), wanted %s %s (%d, %d)",
+                    f->path, found, found_type, (long long)r, (long long)c, name, type_names[type],
+                    rows, cols);
+    int code = take_section(f, v, name, &out->data, &bytes, digest, e);
+    if (code) return code;
+    if (bytes != wanted)
+        return fail(e, MEDRUN_BAD_FILE, "%s: tensor %s: found %zu bytes, wanted %zu", f->path, name,
+                    bytes, wanted);
+    out->type = type, out->rows = (size_t)rows, out->cols = (size_t)cols;
+    m->parameters += (uint64_t)rows * (uint64_t)cols;
+    m->weight_bytes += bytes;
+    *entry = f->header.nodes[v].next, --*left;
+    return MEDRUN_OK;
+}
+
+static int bind_all(medrun_model *m, medrun_error *e) {
+    const model_config *c = &m->config;
+    const json *j = &m->file.header;
+    uint32_t entry = m->file.tensors + 1, left = j->nodes[m->file.tensors].count;
+    int hidden = c->hidden_size, heads = c->n_heads * c->head_dim, kv = c->n_kv_heads * c->head_dim;
+    tensor vector;
+    if (bind(m, &entry, &left, "embed", m->type, c->vocab_size, hidden, &m->embed, e))
+        return e->code;
+    for (int l = 0; l < c->n_layers; l++) {
+        model_layer *y = &m->layers[l];
+        const struct { const char *name; int rows, cols; tensor *to; const float **vector; } all[] = {
+            {"attn_norm", 1, hidden, &vector, &y->attn_norm},
+            {"q", heads, hidden, &y->q, NULL},
+            {"k", kv, hidden, &y->k, NULL},
+            {"v", kv, hidden, &y->v, NULL},
+            {"o", hidden, heads, &y->o, NULL},
+            {"ffn_norm", 1, hidden, &vector, &y->ffn_norm},
+            {"gate", c->ffn_size, hidden, &y->gate, NULL},
+            {"up", c->ffn_size, hidden, &y->up, NULL},
+            {"down", hidden, c->ffn_size, &y->down, NULL},
+        };
+        for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
+            char name[64];
+            snprintf(name, sizeof name, "layers.%d.%s", l, all[i].name);
+            int type = all[i].vector ? TYPE_F32 : m->type;
+            if (bind(m, &entry, &left, name, type, all[i].rows, all[i].cols, all[i].to, e))
+                return e->code;
+            if (all[i].vector) *all[i].vector = (const void *)vector.data;
+        }
+    }
+    if (bind(m, &entry, &left, "final_norm", TYPE_F32, 1, hidden, &vector, e)) return e->code;
+    m->final_norm = (const void *)vector.data;
+    m->output = m->embed;
+    if (!c->tied && bind(m, &entry, &left, "output", m->type, c->vocab_size, hidden, &m->output, e))
+        return e->code;
+    if (left) return fail(e, MEDRUN_BAD_FILE, "%s: %u tensors more than the config needs",
+                          m->file.path, left);
+    return MEDRUN_OK;
+}
+
+/* ---- tokenizer, chat, names ---------------------------------------------------------------- */
+
+static int read_tokenizer(medrun_model *m, medrun_error *e) {
+    model_file *f = &m->file;
+    const uint8_t *data;
+    size_t n;
+    uint8_t wanted[32], found[32];
+    if (f->tokenizer == JSON_NONE)
+        return fail(e, MEDRUN_BAD_FILE, "%s: field tokenizer is missing", f->path);
+    int code = take_section(f, f->tokenizer, "tokenizer", &data, &n, wanted, e);
+    if (code) return code;
+    if (f->at != f->map.n)
+        return fail(e, MEDRUN_BAD_FILE, "%s: %zu bytes follow the last section", f->path,
+                    f->map.n - f->at);
+    sha256_of(data, n, found);
+    if (memcmp(found, wanted, 32))
+        return fail(e, MEDRUN_BAD_FILE, "%s: tokenizer: its SHA-256 differs: the file is damaged, "
+                    "copy it again", f->path);
+    if ((code = tokenizer_open(&m->tokenizer, data, n, f->path, e))) return code;
+    if (m->tokenizer.vocab_size != m->config.vocab_size)
+        return fail(e, MEDRUN_BAD_FILE, "%s: tokenizer: found %d pieces, wanted vocab_size %d",
+                    f->path, m->tokenizer.vocab_size, m->config.vocab_size);
+    for (int32_t id = 0; id < m->config.vocab_size; id++) {
+        tokenizer_piece(&m->tokenizer, id, &n);
+        if (n > m->longest_piece) m->longest_piece = n;
+    }
+    return MEDRUN_OK;
+}
+
+static int read_sampling(const model_file *f, uint32_t chat, medrun_sampling *s, medrun_error *e) {
+    const json *j = &f->header;
+    uint32_t v = json_get(j, chat, "sampling");
+    double temperature, top_p, min_p, penalty;
+    int64_t top_k;
+    if (!json_real(j, v, f->path, "temperature", 0, 100, &temperature, e) ||
+        !json_int(j, v, f->path, "top_k", 0, 1 << 24, &top_k, e) ||
+        !json_real(j, v, f->path, "top_p", 0, 1, &top_p, e) ||
+        !json_real(j, v, f->path, "min_p", 0, 1, &min_p, e) ||
+        !json_real(j, v, f->path, "repeat_penalty", 0.01, 100, &penalty, e))
+        return MEDRUN_BAD_FILE;
+    *s = (medrun_sampling){(float)temperature, (int)top_k, (float)top_p, (float)min_p,
+                           (float)penalty, 0};
+    return MEDRUN_OK;
+}
+
+static int read_chat(medrun_model *m, medrun_error *e) {
+    const model_file *f = &m->file;
+    const json *j = &f->header;
+    uint32_t v = json_get(j, 0, "chat"), system = json_get(j, v, "system");
+    uint32_t stops = json_get(j, v, "stop_ids");
+    if (!json_text(j, v, f->path, "template", m->template_name, sizeof m->template_name, e))
+        return MEDRUN_BAD_FILE;
+    if (!(m->chat = chat_find(m->template_name)))
+        return wrong_value(f, "chat.template", m->template_name, CHAT_NAMES, e);
+    if (system == JSON_NONE || json_typeof(j, system) != JSON_STRING)
+        return fail(e, MEDRUN_BAD_FILE, "%s: field chat.system: wanted a string", f->path);
+    buffer b = {0};
+    json_unescape(j, system, &b);
+    buffer_add(&b, "", 1);
+    if (b.failed) return buffer_free(&b), out_of_memory(e, b.n);
+    m->system = (char *)b.data;
+    if (stops == JSON_NONE || json_typeof(j, stops) != JSON_ARRAY ||
+        j->nodes[stops].count > MEDRUN_MAX_STOPS)
+        return fail(e, MEDRUN_BAD_FILE, "%s: field chat.stop_ids: wanted an array of at most %d ids",
+                    f->path, MEDRUN_MAX_STOPS);
+    for (uint32_t i = 0, c = stops + 1; i < j->nodes[stops].count; i++, c = j->nodes[c].next) {
+        double id = json_typeof(j, c) == JSON_NUMBER ? json_number(j, c) : -1;
+        if (!(id >= 0 && id < m->config.vocab_size) || id != floor(id))
+            return fail(e, MEDRUN_BAD_FILE, "%s: field chat.stop_ids: wanted ids below %d", f->path,
+                        m->config.vocab_size);
+        m->stops[m->n_stops++] = (int)id;
+    }
+    return read_sampling(f, v, &m->sampling, e);
+}
+
+static int read_names(medrun_model *m, medrun_error *e) {
+    const model_file *f = &m->file;
+    char type[16];
+    uint32_t from = json_get(&f->header, 0, "provenance");
+    if (!json_text(&f->header, 0, f->path, "name", m->name, sizeof m->name, e) ||
+        !json_text(&f->header, 0, f->path, "architecture", m->architecture, sizeof m->architecture,
+                   e) ||
+        !json_text(&f->header, 0, f->path, "type", type, sizeof type, e) ||
+        !json_text(&f->header, from, f->path, "licence", m->licence, sizeof m->licence, e) ||
+        !json_text(&f->header, from, f->path, "notice", m->notice, sizeof m->notice, e))
+        return MEDRUN_BAD_FILE;
+    if (strcmp(m->architecture, "llama"))
+        return wrong_value(f, "architecture", m->architecture, "llama", e);
+    m->type = type_find(type);
+    if (m->type != TYPE_BF16 && m->type != TYPE_INT8)
+        return wrong_value(f, "type", type, "bf16 or int8", e);
+    return MEDRUN_OK;
+}
+
+static int load_model(medrun_model *m, const medrun_options *options, medrun_error *e) {
+    int code = file_open(&m->file, m->path, e);
+    if (code) return code;
+    if ((code = read_names(m, e)) || (code = read_config(&m->file, &m->config, e))) return code;
+    m->layers = new_array((size_t)m->config.n_layers, sizeof *m->layers);
+    m->rope_frequencies = new_array((size_t)m->config.head_dim / 2, sizeof(float));
+    m->pool = new_array(1, sizeof *m->pool);
+    if (!m->layers || !m->rope_frequencies || !m->pool) return out_of_memory(e, sizeof *m->layers);
+    rope_frequencies(&m->config, m->rope_frequencies);
+    if ((code = bind_all(m, e)) || (code = read_tokenizer(m, e)) || (code = read_chat(m, e)))
+        return code;
+    if ((code = choose_kernels(&m->kernels, options ? options->kernels : NULL, e))) return code;
+    return pool_start(m->pool, options ? options->threads : 0, e);
+}
+
+void medrun_close(medrun_model *m) {
+    if (!m) return;
+    if (m->pool && m->pool->threads) pool_stop(m->pool);
+    free(m->pool);
+    tokenizer_close(&m->tokenizer);
+    free(m->system);
+    free(m->rope_frequencies);
+    free(m->layers);
+    file_close(&m->file);
+    free(m->path);
+    free(m);
+}
+
+int medrun_open(medrun_model **out, const char *path, const medrun_options *options,
+                medrun_error *error) {
+    medrun_error local = {0}, *e = error ? error : &local;
+    *out = NULL;
+    if (!path) return fail(e, MEDRUN_USAGE, "medrun_open: no path");
+    e->code = MEDRUN_OK;
+    medrun_model *m = new_array(1, sizeof *m);
+    if (!m) return out_of_memory(e, sizeof *m);
+    m->path = new_array(strlen(path) + 1, 1);
+    int code = m->path ? MEDRUN_OK : out_of_memory(e, strlen(path));
+    if (!code) {
+        memcpy(m->path, path, strlen(path));
+        code = load_model(m, options, e);
+    }
+    if (code) return medrun_close(m), code;
+    return *out = m, MEDRUN_OK;
+}
+
+void medrun_describe(const medrun_model *m, medrun_info *info) {
+    const model_config *c = &m->config;
+    *info = (medrun_info){
+        .name = m->name, .architecture = m->architecture, .type = type_names[m->type],
+        .chat_template = m->template_name, .system = m->system, .kernels = m->kernels->name,
+        .licence = m->licence, .notice = m->notice, .vocab_size = c->vocab_size,
+        .hidden_size = c->hidden_size, .n_layers = c->n_layers, .n_heads = c->n_heads,
+        .n_kv_heads = c->n_kv_heads, .head_dim = c->head_dim, .ffn_size = c->ffn_size,
+        .max_positions = c->max_positions, .threads = m->pool->threads, .bos = m->tokenizer.bos,
+        .n_stops = m->n_stops, .parameters = m->parameters, .file_bytes = m->file.map.n,
+        .weight_bytes = m->weight_bytes, .sampling = m->sampling};
+    memcpy(info->stops, m->stops, sizeof info->stops);
+    memcpy(info->hash, m->file.hash, 32);
+}
+/* ============================================================================================
+ * 13 Transformer: what happens to a batch of tokens
+ *
+ * The Llama architecture: RMSNorm, rotary positions, attention with grouped key-value heads
+ * (Ainslie et al. 2023), a SwiGLU feed-forward (Shazeer 2020), residual sums around both. A pass
+ * takes rows of any sessions; each row is one token at its own position. `forward` is the story;
+ * what stands above it are its sentences. Tests: tests/13_transformer.c.
+ * ============================================================================================ */
+
+struct medrun_session {
+    const medrun_model *model;
+    medrun_session_options options;             /* zeros replaced by what they stand for        */
+    size_t bytes;                               /* of the arena that this struct begins         */
+    bool owns_memory;
+    int32_t *tokens;                            /* (context) the timeline                       */
+    size_t n_tokens, n_done;                    /* its length; how many have been processed     */
+    void *keys, *values;                        /* see session_keys                             */
+    float *logits;                              /* (logit_rows, vocab rounded up to 16)         */
+    size_t n_logits;                            /* rows the last pass gave; 0 while pending     */
+    uint64_t random;
+    bool answer_open;                           /* the last turn is an answer nobody closed     */
+    struct candidate *candidates;               /* (vocab_size) for the sampler                 */
+    char *text;                                 /* bytes that are not yet whole characters, and */
+    size_t n_text;                              /* those of the next piece behind them          */
+    medrun_observer *observer;
+    void *observer_user;
+    struct pass *pass;                          /* scratch for passes that this session leads   */
+};
+
+/* Rows of one session that stand together in a pass. */
+typedef struct {
+    medrun_session *session;
+    size_t first, n;                            /* rows of the pass                             */
+    size_t position;                            /* of the first                                 */
+} segment;
+
+typedef struct pass {
+    const medrun_model *m;
+    engine g;
+    size_t capacity, n;                         /* rows: room, in use                           */
+    segment *segments;                          /* (capacity)                                   */
+    size_t n_segments;
+    medrun_session **owner;                     /* (capacity) of each row                       */
+    size_t *position;                           /* (capacity)                                   */
+    bool observed;
+    size_t hidden, heads, kv, ffn, vocab;       /* row strides, in floats                       */
+    float *x;                                   /* (n, hidden) the residual stream              */
+    float *h;                                   /* (n, hidden) normed, then a block's output    */
+    float *q, *k, *v;                           /* (n, heads), (n, kv), (n, kv)                 */
+    float *attn;                                /* (n, heads)                                   */
+    float *gate, *up;                           /* (n, ffn)                                     */
+    float *rotation;                            /* (n, head_dim / 2, 2) cosine, sine            */
+    float *scores;                              /* (threads, TILE * KEY_BLOCK)                  */
+    float *logits;                              /* (TILE, vocab)                                */
+    packed a;                                   /* the activations that are multiplied next     */
+    int layer;
+    const float *weight;                        /* of the norm that runs                        */
+} pass;
+
+/* Keys of layer L, head H: panels of 16 positions, (context / 16, head_dim, 16); values lie
+ * (context, head_dim). Context is rounded up to 16. */
+static size_t cache_row(const medrun_session *s, int layer, size_t head) {
+    const model_config *c = &s->model->config;
+    size_t context = round_up((size_t)s->options.context, 16);
+    return ((size_t)layer * (size_t)c->n_kv_heads + head) * context * (size_t)c->head_dim;
+}
+
+static size_t cache_item(const medrun_session *s) { return s->options.kv == MEDRUN_KV_F32 ? 4 : 2; }
+
+static uint8_t *session_keys(const medrun_session *s, int layer, size_t head) {
+    return (uint8_t *)s->keys + cache_row(s, layer, head) * cache_item(s);
+}
+
+static uint8_t *session_values(const medrun_session *s, int layer, size_t head) {
+    return (uint8_t *)s->values + cache_row(s, layer, head) * cache_item(s);
+}
+
+/* Shows a stage to the sessions that have an observer. */
+static void observe(const pass *p, const char *stage, const float *data, size_t cols,
+                    size_t stride) {
+    if (!p->observed) return;
+    for (size_t i = 0; i < p->n_segments; i++) {
+        const segment *s = &p->segments[i];
+        if (s->session->observer)
+            s->session->observer(s->session->observer_user, stage, p->layer, s->n, cols, stride,
+                                 data + s->first * stride);
+    }
+}
+
+/* Runs TASK on all rows, a tile of rows at a time: BEGIN and END count tiles. */
+static void each_tile(pass *p, task_fn *task) {
+    parallel_for(p->g.pool, (p->n + TILE - 1) / TILE, 1, task, p);
+}
+
+static size_t tile_end(const pass *p, size_t end) { return end * TILE < p->n ? end * TILE : p->n; }
+
+static void embed_task(void *context, size_t begin, size_t end, int thread) {
+    (void)thread;
+    pass *p = context;
+    const tensor *e = &p->m->embed;
+    size_t half = (size_t)p->m->config.head_dim / 2;
+    for (size_t r = begin * TILE; r < tile_end(p, end); r++) {
+        size_t id = (size_t)p->owner[r]->tokens[p->position[r]];
+        panel_unpack_row(e->type, e->data + id / LANES * panel_bytes(e->type, e->cols), id % LANES,
+                         e->cols, p->x + r * p->hidden);
+        for (size_t i = 0; i < half; i++) {             /* this position's rotation, once a pass */
+            double sine, cosine;
+            sin_cos((double)((float)p->position[r] * p->m->rope_frequencies[i]), &sine, &cosine);
+            p->rotation[(r * half + i) * 2] = (float)cosine;
+            p->rotation[(r * half + i) * 2 + 1] = (float)sine;
+        }
+    }
+}
+
+static void norm_task(void *context, size_t begin, size_t end, int thread) {
+    (void)thread;
+    pass *p = context;
+    for (size_t r = begin * TILE; r < tile_end(p, end); r++)
+        p->g.k->norm(p->h + r * p->hidden, p->x + r * p->hidden, p->weight, p->hidden,
+                     p->m->config.norm_eps);
+}
+
+/* h = norm(x) * weight, packed for the next matmul */
+static void norm_rows(pass *p, const float *weight, const char *stage) {
+    p->weight = weight;
+    each_tile(p, norm_task);
+    observe(p, stage, p->h, p->hidden, p->hidden);
+    pack_activations(&p->g, &p->a, p->m->type, p->h, p->hidden, p->hidden, p->n);
+}
+
+/* Rotary position embedding (Su et al. 2021), the halves of a head as pairs: (x[i], x[i + D/2]). */
+static void rotate(float *x, const float *rotation, size_t half) {
+    for (size_t i = 0; i < half; i++) {
+        float a = x[i], b = x[i + half], cosine = rotation[2 * i], sine = rotation[2 * i + 1];
+        x[i] = a * cosine - b * sine;
+        x[i + half] = b * cosine + a * sine;
+    }
+}
+
+/* Keys of one row and head -> lane position % 16 of its panel; values -> their row. */
+static void store_row(const pass *p, size_t r, size_t head) {
+    medrun_session *s = p->owner[r];
+    size_t dim = (size_t)p->m->config.head_dim, at = p->position[r];
+    const float *k = p->k + r * p->kv + head * dim, *v = p->v + r * p->kv + head * dim;
+    uint8_t *keys = session_keys(s, p->layer, head), *values = session_values(s, p->layer, head);
+    size_t panel = at / 16 * dim * 16 + at % 16;
+    if (s->options.kv == MEDRUN_KV_F32) {
+        for (size_t d = 0; d < dim; d++) memcpy(keys + 4 * (panel + 16 * d), k + d, 4);
+        memcpy(values + 4 * at * dim, v, 4 * dim);
+        return;
+    }
+    uint16_t half[16];
+    for (size_t d = 0; d < dim; d += 16) {
+        p->g.k->to_half(half, k + d, 16);
+        for (size_t i = 0; i < 16; i++) memcpy(keys + 2 * (panel + 16 * (d + i)), half + i, 2);
+    }
+    p->g.k->to_half((uint16_t *)(void *)values + at * dim, v, dim);
+}
+
+static void rotate_task(void *context, size_t begin, size_t end, int thread) {
+    (void)thread;
+    pass *p = context;
+    size_t dim = (size_t)p->m->config.head_dim;
+    for (size_t r = begin * TILE; r < tile_end(p, end); r++) {
+        const float *rotation = p->rotation + r * dim;
+        for (size_t d = 0; d < p->heads; d += dim) rotate(p->q + r * p->heads + d, rotation, dim / 2);
+        for (size_t d = 0; d < p->kv; d += dim) {
+            rotate(p->k + r * p->kv + d, rotation, dim / 2);
+            store_row(p, r, d / dim);
+        }
+    }
+}
+
+/* Queries [first, end) of a segment's key-value head, counted through rows and then heads. */
+static void attend_queries(const pass *p, const segment *s, size_t head, size_t first, size_t end,
+                           float *scratch) {
+    const model_config *c = &p->m->config;
+    size_t dim = (size_t)c->head_dim, group = (size_t)(c->n_heads / c->n_kv_heads);
+    attention a = {.half = s->session->options.kv == MEDRUN_KV_F16, .head_dim = dim,
+                   .scale = 1.0f / sqrtf((float)dim), .scratch = scratch,
+                   .keys = session_keys(s->session, p->layer, head),
+                   .values = session_values(s->session, p->layer, head)};
+    while (first < end) {
+        a.n = tile_width(end - first);
+        for (int i = 0; i < a.n; i++, first++) {
+            size_t row = first / group, at = (s->first + row) * p->heads;
+            at += (head * group + first % group) * dim;
+            a.q[i] = p->q + at;
+            a.out[i] = p->attn + at;
+            a.limit[i] = s->position + row + 1;
+        }
+        p->g.k->attend(&a);
+    }
+}
+
+/* Tiles of queries over all segments and key-value heads, numbered through. */
+static size_t segment_tiles(const pass *p, const segment *s) {
+    size_t group = (size_t)(p->m->config.n_heads / p->m->config.n_kv_heads);
+    return (s->n * group + TILE - 1) / TILE;
+}
+
+static void attend_task(void *context, size_t begin, size_t end, int thread) {
+    pass *p = context;
+    size_t kv_heads = (size_t)p->m->config.n_kv_heads;
+    size_t group = (size_t)p->m->config.n_heads / kv_heads, at = 0;
+    float *scratch = p->scores + (size_t)thread * TILE * KEY_BLOCK;
+    for (const segment *s = p->segments; s < p->segments + p->n_segments; s++) {
+        size_t tiles = segment_tiles(p, s);
+        for (size_t i = begin > at ? begin - at : 0; i < tiles * kv_heads && at + i < end; i++) {
+            size_t first = i % tiles * TILE, last = first + TILE;
+            attend_queries(p, s, i / tiles, first, last < s->n * group ? last : s->n * group,
+                           scratch);
+        }
+        at += tiles * kv_heads;
+    }
+}
+
+static void attend_rows(pass *p) {
+    size_t items = 0;
+    for (size_t i = 0; i < p->n_segments; i++)
+        items += segment_tiles(p, &p->segments[i]) * (size_t)p->m->config.n_kv_heads;
+    parallel_for(p->g.pool, items, 1, attend_task, p);
+}
+
+static void silu_task(void *context, size_t begin, size_t end, int thread) {
+    (void)thread;
+    pass *p = context;
+    for (size_t r = begin * TILE; r < tile_end(p, end); r++)
+        p->g.k->silu_mul(p->gate + r * p->ffn, p->up + r * p->ffn, p->ffn);
+}
+
+static void residual_task(void *context, size_t begin, size_t end, int thread) {
+    (void)thread;
+    pass *p = context;
+    for (size_t r = begin * TILE; r < tile_end(p, end); r++)
+        p->g.k->add(p->x + r * p->hidden, p->h + r * p->hidden, p->hidden);
+}
+
+/* The tokens of the pass through all layers; x ends as the last layer's output. */
+static void forward(pass *p) {
+    const medrun_model *m = p->m;
+    p->layer = -1;
+    each_tile(p, embed_task);
+    observe(p, "embed", p->x, p->hidden, p->hidden);
+
+    for (p->layer = 0; p->layer < m->config.n_layers; p->layer++) {
+        const model_layer *y = &m->layers[p->layer];
+
+        norm_rows(p, y->attn_norm, "attn_norm");
+        matmul(&p->g, (product[]){{&y->q, p->q, p->heads}, {&y->k, p->k, p->kv},
+                                  {&y->v, p->v, p->kv}}, 3, &p->a);
+        each_tile(p, rotate_task);
+        observe(p, "q", p->q, p->heads, p->heads);
+        observe(p, "k", p->k, p->kv, p->kv);
+        observe(p, "v", p->v, p->kv, p->kv);
+        attend_rows(p);
+        observe(p, "attn_out", p->attn, p->heads, p->heads);
+        pack_activations(&p->g, &p->a, m->type, p->attn, p->heads, p->heads, p->n);
+        matmul(&p->g, &(product){&y->o, p->h, p->hidden}, 1, &p->a);
+        each_tile(p, residual_task);
+        observe(p, "attn_resid", p->x, p->hidden, p->hidden);
+
+        norm_rows(p, y->ffn_norm, "ffn_norm");
+        matmul(&p->g, (product[]){{&y->gate, p->gate, p->ffn}, {&y->up, p->up, p->ffn}}, 2, &p->a);
+        each_tile(p, silu_task);
+        observe(p, "ffn_act", p->gate, p->ffn, p->ffn);
+        pack_activations(&p->g, &p->a, m->type, p->gate, p->ffn, p->ffn, p->n);
+        matmul(&p->g, &(product){&y->down, p->h, p->hidden}, 1, &p->a);
+        each_tile(p, residual_task);
+        observe(p, "layer_out", p->x, p->hidden, p->hidden);
+    }
+}
+
+/* Logits of ROWS[0 .. n), n <= TILE, into p->logits. The rows are gathered at the front of h. */
+static void output_rows(pass *p, const size_t *rows, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        p->g.k->norm(p->h + i * p->hidden, p->x + rows[i] * p->hidden, p->m->final_norm, p->hidden,
+                     p->m->config.norm_eps);
+    pack_activations(&p->g, &p->a, p->m->type, p->h, p->hidden, p->hidden, n);
+    matmul(&p->g, &(product){&p->m->output, p->logits, p->vocab}, 1, &p->a);
+}
+
+/* Final norm and logits for the sessions that this pass brings to the end of their timeline: the
+ * last logit_rows of their rows, last first. */
+static void output(pass *p) {
+    p->layer = -1;
+    for (segment *s = p->segments; s < p->segments + p->n_segments; s++) {
+        medrun_session *to = s->session;
+        to->n_logits = 0;
+        if (to->n_done + s->n < to->n_tokens) continue;
+        size_t wanted = (size_t)to->options.logit_rows, n = wanted < s->n ? wanted : s->n;
+        while (to->n_logits < n) {
+            size_t rows[TILE], take = 0;
+            for (; take < TILE && to->n_logits + take < n; take++)
+                rows[take] = s->first + s->n - 1 - to->n_logits - take;
+            output_rows(p, rows, take);
+            memcpy(to->logits + to->n_logits * p->vocab, p->logits, take * p->vocab * sizeof(float));
+            if (to->observer) {
+                size_t cols = (size_t)p->m->config.vocab_size;
+                to->observer(to->observer_user, "final_norm", -1, take, p->hidden, p->hidden, p->h);
+                to->observer(to->observer_user, "logits", -1, take, cols, p->vocab, p->logits);
+            }
+            to->n_logits += take;
+        }
+    }
+}
+/* ============================================================================================
+ * 14 Sampler: from logits to the next id
+ *
+ * In transformers' order: repeat penalty, temperature, top-k, top-p (Holtzman et al. 2020), min-p
+ * (Nguyen et al. 2024), then one random number. All in doubles without libm, so the same seed
+ * gives the same text on every machine. Tests: tests/14_sampler.c.
+ * ============================================================================================ */
+
+typedef struct candidate {
+    float logit;
+    int32_t id;
+} candidate;
+
+/* splitmix64 (Steele, Lea and Flood 2014): a uniform number in [0, 1). */
+static double random_uniform(uint64_t *state) {
+    uint64_t z = *state += 0x9E3779B97F4A7C15;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9;
+    z = (z ^ z >> 27) * 0x94D049BB133111EB;
+    return (double)((z ^ z >> 31) >> 11) * 0x1p-53;
+}
+
+/* Larger logit first; the lower id on a tie. */
+static bool comes_before(candidate a, candidate b) {
+    return a.logit > b.logit || (a.logit == b.logit && a.id < b.id);
+}
+
+static void sift_down(candidate *heap, size_t n, size_t i) {
+    for (size_t child; (child = 2 * i + 1) < n; i = child) {
+        if (child + 1 < n && comes_before(heap[child + 1], heap[child])) child++;
+        if (!comes_before(heap[child], heap[i])) return;
+        candidate swap = heap[i];
+        heap[i] = heap[child], heap[child] = swap;
+    }
+}
+
+/* Moves the best of a heap of N behind its end: repeated, the array's tail is sorted. */
+static void pop_best(candidate *heap, size_t n) {
+    candidate best = heap[0];
+    heap[0] = heap[n - 1], heap[n - 1] = best;
+    sift_down(heap, n - 1, 0);
+}
+
+/* What a temperature makes of the distance to the best logit. */
+static double weight_of(float logit, float best, float temperature) {
+    double x = ((double)logit - (double)best) / (double)temperature;
+    return x > -80 ? exp_exact(x) : 0;
+}
+
+/* The logits with the repeat penalty (Keskar et al. 2019) on every id of the history. */
+static void list_candidates(candidate *list, const float *logits, size_t vocab, float penalty,
+                            const int32_t *history, size_t n_history) {
+    for (size_t i = 0; i < vocab; i++) list[i] = (candidate){logits[i], (int32_t)i};
+    if (penalty == 1) return;
+    for (size_t i = 0; i < n_history; i++) {
+        float l = logits[history[i]];
+        list[history[i]].logit = l < 0 ? l * penalty : l / penalty;
+    }
+}
+
+/* LIST has room for VOCAB candidates. */
+static int32_t sample_token(candidate *list, const float *logits, size_t vocab,
+                            const medrun_sampling *s, uint64_t *random, const int32_t *history,
+                            size_t n_history) {
+    list_candidates(list, logits, vocab, s->repeat_penalty, history, n_history);
+    candidate best = list[0];
+    for (size_t i = 1; i < vocab; i++) if (comes_before(list[i], best)) best = list[i];
+    if (s->temperature <= 0) return best.id;
+
+    size_t keep = s->top_k > 0 && (size_t)s->top_k < vocab ? (size_t)s->top_k : vocab;
+    double total = 0, so_far = 0;
+    for (size_t i = vocab / 2; i-- > 0;) sift_down(list, vocab, i);
+    if (keep == vocab)                          /* what top-p is a share of                      */
+        for (size_t i = 0; i < vocab; i++) total += weight_of(list[i].logit, best.logit,
+                                                              s->temperature);
+    size_t left = vocab;                        /* list[left ..] are the best, last one first    */
+    for (float last = 0; left; left--) {
+        size_t taken = vocab - left;            /* top-k keeps ties with the k-th                */
+        if (taken >= keep && list[0].logit != last) break;
+        last = list[0].logit;
+        double w = weight_of(last, best.logit, s->temperature);
+        if (taken && w < (double)s->min_p) break;
+        if (keep == vocab && taken && so_far >= (double)s->top_p * total) break;
+        so_far += w;
+        pop_best(list, left);
+    }
+    if (keep < vocab && s->top_p < 1) {         /* top-p of what top-k left                      */
+        double share = 0, all = so_far;
+        size_t n = 0;
+        for (so_far = 0; n < vocab - left && (!n || share < (double)s->top_p * all); n++)
+            share += weight_of(list[vocab - 1 - n].logit, best.logit, s->temperature);
+        left = vocab - n, so_far = share;
+    }
+    double ticket = random_uniform(random) * so_far;
+    size_t i = vocab - 1;
+    for (; i > left; i--) {
+        ticket -= weight_of(list[i].logit, best.logit, s->temperature);
+        if (ticket < 0) break;
+    }
+    return list[i].id;
+}
+/* ============================================================================================
+ * 15 Session: the bodies of the API
+ *
+ * A session is one arena, laid out by one function that both measures and places, so its exact
+ * size is known before anything is allocated. Tests: tests/15_session.c.
+ * ============================================================================================ */
+
+/* Hands out 64-byte aligned pieces of memory that starts at BASE, or only counts when it is NULL. */
+typedef struct {
+    uint8_t *base;
+    size_t at;
+} arena;
+
+static void *arena_take(arena *a, size_t n, size_t size) {
+    size_t at = a->at;
+    a->at += round_up(n * size, 64);
+    return a->base ? a->base + at : NULL;
+}
+
+static void layout_pass(const medrun_session *s, pass *p, arena *a) {
+    const model_config *c = &s->model->config;
+    size_t n = (size_t)s->options.batch, dim = (size_t)c->head_dim, widest;
+    p->hidden = (size_t)c->hidden_size, p->ffn = (size_t)c->ffn_size;
+    p->heads = (size_t)c->n_heads * dim, p->kv = (size_t)c->n_kv_heads * dim;
+    p->vocab = round_up((size_t)c->vocab_size, LANES);
+    widest = p->ffn > p->heads ? p->ffn : p->heads;
+    if (p->hidden > widest) widest = p->hidden;
+    p->m = s->model;
+    p->g = (engine){s->model->pool, s->model->kernels, s->options.strict};
+    p->capacity = n;
+    p->segments = arena_take(a, n, sizeof *p->segments);
+    p->owner = arena_take(a, n, sizeof *p->owner);
+    p->position = arena_take(a, n, sizeof *p->position);
+    p->x = arena_take(a, n * p->hidden, sizeof(float));
+    p->h = arena_take(a, (n > TILE ? n : TILE) * p->hidden, sizeof(float));
+    p->q = arena_take(a, n * p->heads, sizeof(float));
+    p->k = arena_take(a, n * p->kv, sizeof(float));
+    p->v = arena_take(a, n * p->kv, sizeof(float));
+    p->attn = arena_take(a, n * p->heads, sizeof(float));
+    p->gate = arena_take(a, n * p->ffn, sizeof(float));
+    p->up = arena_take(a, n * p->ffn, sizeof(float));
+    p->rotation = arena_take(a, n * dim, sizeof(float));
+    p->scores = arena_take(a, (size_t)s->model->pool->threads * TILE * KEY_BLOCK, sizeof(float));
+    p->logits = arena_take(a, TILE * p->vocab, sizeof(float));
+    p->a.data = arena_take(a, n > TILE ? n : TILE, pack_bytes(pack_kind(&p->g, s->model->type),
+                                                              widest));
+}
+
+/* Lays out S, whose model and options are set, in the arena. */
+static void layout_session(medrun_session *s, arena *a) {
+    const model_config *c = &s->model->config;
+    pass measured, *p = arena_take(a, 1, sizeof *p);
+    size_t cache = cache_row(s, c->n_layers, 0) * cache_item(s);
+    s->tokens = arena_take(a, (size_t)s->options.context, sizeof *s->tokens);
+    s->keys = arena_take(a, cache, 1);
+    s->values = arena_take(a, cache, 1);
+    s->logits = arena_take(a, (size_t)s->options.logit_rows *
+                           round_up((size_t)c->vocab_size, LANES), sizeof(float));
+    s->candidates = arena_take(a, (size_t)c->vocab_size, sizeof *s->candidates);
+    s->text = arena_take(a, s->model->longest_piece + 8, 1);
+    layout_pass(s, p ? p : &measured, a);
+    s->pass = p;
+}
+
+/* Replaces zeros by what they stand for and checks ranges. */
+static int resolve_options(const medrun_model *m, const medrun_session_options *from,
+                           medrun_session_options *o, medrun_error *e) {
+    *o = from ? *from : (medrun_session_options){0};
+    int most = m->config.max_positions;
+    if (o->context < 0 || o->context > most)
+        return fail(e, MEDRUN_USAGE, "context: found %d, wanted 1 to %d, the longest this model was "
+                    "made for", o->context, most);
+    if (o->batch < 0 || o->logit_rows < 0 || (o->kv != MEDRUN_KV_F16 && o->kv != MEDRUN_KV_F32))
+        return fail(e, MEDRUN_USAGE, "session: batch %d, logit_rows %d, kv %d: out of range",
+                    o->batch, o->logit_rows, o->kv);
+    if (!o->context) o->context = most;
+    if (!o->batch) o->batch = 256;
+    if (o->batch > o->context) o->batch = o->context;
+    if (!o->logit_rows) o->logit_rows = 1;
+    if (o->logit_rows > o->batch) o->logit_rows = o->batch;
+    if (!o->custom_sampling) {
+        uint64_t seed = o->sampling.seed;
+        o->sampling = m->sampling;
+        o->sampling.seed = seed;
+    }
+    const medrun_sampling *s = &o->sampling;
+    if (!(s->temperature >= 0 && s->temperature <= 100) || s->top_k < 0 ||
+        !(s->top_p >= 0 && s->top_p <= 1) || !(s->min_p >= 0 && s->min_p <= 1) ||
+        !(s->repeat_penalty >= 0.01f && s->repeat_penalty <= 100))
+        return fail(e, MEDRUN_USAGE, "sampling: temperature %g, top_k %d, top_p %g, min_p %g, "
+                    "repeat_penalty %g: out of range", (double)s->temperature, s->top_k,
+                    (double)s->top_p, (double)s->min_p, (double)s->repeat_penalty);
+    return MEDRUN_OK;
+}
+
+size_t medrun_session_bytes(const medrun_model *model, const medrun_session_options *options) {
+    medrun_session s = {.model = model};
+    if (resolve_options(model, options, &s.options, NULL)) return 0;
+    arena a = {NULL, round_up(sizeof s, 64)};
+    layout_session(&s, &a);
+    return a.at;
+}
+
+int medrun_start(medrun_session **out, const medrun_model *model,
+                 const medrun_session_options *options, void *memory, size_t bytes,
+                 medrun_error *e) {
+    medrun_session_options o;
+    uint64_t total, available;
+    *out = NULL;
+    int code = resolve_options(model, options, &o, e);
+    if (code) return code;
+    size_t need = medrun_session_bytes(model, options);
+    if (memory && (bytes < need || (uintptr_t)memory % 64))
+        return fail(e, MEDRUN_USAGE, "session memory: found %zu bytes at %p, wanted %zu, 64-byte "
+                    "aligned", bytes, memory, need);
+    memory_size(&total, &available);
+    if (!memory && need > total)
+        return fail(e, MEDRUN_NO_MEMORY, "a context of %d tokens needs %llu MB, this machine has "
+                    "%llu MB; ask for a smaller one (-c)", o.context,
+                    (unsigned long long)need >> 20, (unsigned long long)total >> 20);
+    medrun_session *s = memory ? memory : map_memory(need);
+    if (!s) return fail(e, MEDRUN_NO_MEMORY, "a context of %d tokens needs %zu MB, which were not "
+                        "to be had; ask for a smaller one (-c)", o.context, need >> 20);
+    *s = (medrun_session){.model = model, .options = o, .bytes = need, .owns_memory = !memory,
+                          .random = o.sampling.seed};
+    arena a = {(uint8_t *)s, round_up(sizeof *s, 64)};
+    layout_session(s, &a);
+    return *out = s, MEDRUN_OK;
+}
+
+void medrun_stop(medrun_session *s) {
+    if (s && s->owns_memory) unmap_memory(s, s->bytes);
+}
+
+/* ---- the timeline -------------------------------------------------------------------------- */
+
+int medrun_feed(medrun_session *s, const int32_t *ids, size_t n, medrun_error *e) {
+    size_t context = (size_t)s->options.context;
+    if (n > context - s->n_tokens)
+        return fail(e, MEDRUN_TOO_LONG, "%zu tokens after %zu do not fit the context of %zu", n,
+                    s->n_tokens, context);
+    for (size_t i = 0; i < n; i++)
+        if (ids[i] < 0 || ids[i] >= s->model->config.vocab_size)
+            return fail(e, MEDRUN_USAGE, "token id %d: wanted 0 to %d", ids[i],
+                        s->model->config.vocab_size - 1);
+    if (n) memcpy(s->tokens + s->n_tokens, ids, n * sizeof *ids);
+    s->n_tokens += n;
+    return MEDRUN_OK;
+}
+
+static bool is_stop(const medrun_model *m, int32_t id) {
+    for (int i = 0; i < m->n_stops; i++) if (m->stops[i] == id) return true;
+    return false;
+}
+
+int medrun_rewind(medrun_session *s, size_t n, medrun_error *e) {
+    if (n > s->n_tokens)
+        return fail(e, MEDRUN_USAGE, "rewind to %zu of %zu tokens", n, s->n_tokens);
+    s->n_tokens = n, s->n_logits = 0, s->n_text = 0, s->answer_open = false;
+    if (s->n_done >= n) s->n_done = n ? n - 1 : 0;      /* the last one again, for its logits    */
+    return MEDRUN_OK;
+}
+
+int medrun_say(medrun_session *s, const char *role, const char *text, size_t n_bytes,
+               medrun_error *e) {
+    const medrun_model *m = s->model;
+    buffer ids = {0};
+    size_t before = s->n_tokens;
+    bool first = before == 0, answer = !strcmp(role, "user"), was_open = s->answer_open;
+    int code = MEDRUN_OK;
+    if (was_open) {                                 /* the template closes it, not a stop token  */
+        if (is_stop(m, s->tokens[before - 1])) medrun_rewind(s, before - 1, e);
+        code = chat_close(m->chat, &m->tokenizer, &ids, e);
+    }
+    if (first && m->system[0] && strcmp(role, "system")) {
+        code = chat_turn(m->chat, &m->tokenizer, "system", m->system, strlen(m->system), true, false,
+                         &ids, e);
+        first = false;
+    }
+    if (!code)
+        code = chat_turn(m->chat, &m->tokenizer, role, text, n_bytes, first, answer, &ids, e);
+    if (!code) code = medrun_feed(s, (const int32_t *)(void *)ids.data, ids.n / 4, e);
+    buffer_free(&ids);
+    if (code) s->n_tokens = before;                 /* nothing was said                          */
+    s->answer_open = code ? was_open : answer;
+    return code;
+}
+
+size_t medrun_pending(const medrun_session *s) { return s->n_tokens - s->n_done; }
+size_t medrun_length(const medrun_session *s) { return s->n_tokens; }
+const int32_t *medrun_tokens(const medrun_session *s) { return s->tokens; }
+
+const float *medrun_logits(const medrun_session *s, size_t row) {
+    if (medrun_pending(s) || row >= s->n_logits) return NULL;
+    return s->logits + row * s->pass->vocab;
+}
+
+void medrun_observe(medrun_session *s, medrun_observer *observer, void *user) {
+    s->observer = observer, s->observer_user = user;
+}
+
+/* ---- steps --------------------------------------------------------------------------------- */
+
+/* Puts what is pending in S into the pass, as far as there is room. */
+static void add_segment(pass *p, medrun_session *s) {
+    size_t n = medrun_pending(s), room = p->capacity - p->n;
+    if (n > room) n = room;
+    if (!n) return;
+    p->segments[p->n_segments++] = (segment){s, p->n, n, s->n_done};
+    for (size_t i = 0; i < n; i++, p->n++)
+        p->owner[p->n] = s, p->position[p->n] = s->n_done + i;
+    p->observed |= s->observer != NULL;
+}
+
+int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *e) {
+    if (!n) return MEDRUN_OK;
+    const medrun_session *lead = sessions[0];
+    pass *p = lead->pass;
+    for (size_t i = 0; i < n; i++) {
+        const medrun_session *s = sessions[i];
+        if (s->model != lead->model || s->options.strict != lead->options.strict ||
+            s->options.kv != lead->options.kv)
+            return fail(e, MEDRUN_USAGE, "step: session %zu differs from the first in model, strict "
+                        "or kv", i);
+        for (size_t k = 0; k < i; k++)
+            if (sessions[k] == s) return fail(e, MEDRUN_USAGE, "step: session %zu stands twice", i);
+    }
+    p->n = p->n_segments = 0, p->observed = false;
+    for (size_t i = 0; i < n; i++) add_segment(p, sessions[i]);
+    if (!p->n) return MEDRUN_OK;
+    pthread_mutex_lock(&lead->model->pool->turn);
+    forward(p);
+    output(p);
+    pthread_mutex_unlock(&lead->model->pool->turn);
+    for (size_t i = 0; i < p->n_segments; i++) p->segments[i].session->n_done += p->segments[i].n;
+    return MEDRUN_OK;
+}
+
+int medrun_sample(medrun_session *s, int32_t *id, medrun_error *e) {
+    const float *logits = medrun_logits(s, 0);
+    if (!logits) return fail(e, MEDRUN_USAGE, "sample: tokens are pending, call medrun_step first");
+    *id = sample_token(s->candidates, logits, (size_t)s->model->config.vocab_size,
+                       &s->options.sampling, &s->random, s->tokens, s->n_tokens);
+    return MEDRUN_OK;
+}
+
+int medrun_next(medrun_session *s, int32_t *id, const char **text, size_t *n_bytes,
+                medrun_error *e) {
+    const medrun_model *m = s->model;
+    size_t unfinished = utf8_unfinished((const uint8_t *)s->text, s->n_text), n = 0;
+    memmove(s->text, s->text + s->n_text - unfinished, unfinished);
+    s->n_text = unfinished, *text = s->text, *n_bytes = 0;
+    int code = MEDRUN_OK;
+    while (!code && medrun_pending(s)) code = medrun_step(&s, 1, e);
+    if (code || (code = medrun_sample(s, id, e)) || (code = medrun_feed(s, id, 1, e))) return code;
+    const char *piece = tokenizer_piece(&m->tokenizer, *id, &n);
+    bool stop = is_stop(m, *id);
+    if (stop || tokenizer_type(&m->tokenizer, *id) == PIECE_CONTROL) n = 0;
+    memcpy(s->text + s->n_text, piece, n);
+    s->n_text += n;
+    *n_bytes = s->n_text - (stop ? 0 : utf8_unfinished((const uint8_t *)s->text, s->n_text));
+    if (stop) s->n_text = 0;
+    return MEDRUN_OK;
+}
+
+/* ---- text and tokens ----------------------------------------------------------------------- */
+
+/* Copies a buffer of ids to the caller and frees it. */
+static int give_ids(buffer *ids, int code, int32_t *out, size_t cap, size_t *n, medrun_error *e) {
+    if (!code && ids->failed) code = out_of_memory(e, ids->n);
+    *n = code ? 0 : ids->n / 4;
+    if (!code && *n && cap) memcpy(out, ids->data, (*n < cap ? *n : cap) * sizeof *out);
+    buffer_free(ids);
+    return code;
+}
+
+int medrun_tokenize(const medrun_model *m, const char *text, size_t n_bytes, int flags, int32_t *ids,
+                    size_t cap, size_t *n, medrun_error *e) {
+    buffer b = {0};
+    return give_ids(&b, tokenizer_encode(&m->tokenizer, text, n_bytes, flags, &b, e), ids, cap, n, e);
+}
+
+int medrun_detokenize(const medrun_model *m, const int32_t *ids, size_t n_ids, bool special,
+                      char *bytes, size_t cap, size_t *n, medrun_error *e) {
+    *n = 0;
+    for (size_t i = 0; i < n_ids; i++)
+        if (ids[i] < 0 || ids[i] >= m->config.vocab_size)
+            return fail(e, MEDRUN_USAGE, "token id %d: wanted 0 to %d", ids[i],
+                        m->config.vocab_size - 1);
+    buffer b = {0};
+    tokenizer_decode(&m->tokenizer, ids, n_ids, special, &b);
+    int code = b.failed ? out_of_memory(e, b.n) : MEDRUN_OK;
+    if (!code) *n = b.n;
+    if (!code && b.n && cap) memcpy(bytes, b.data, b.n < cap ? b.n : cap);
+    buffer_free(&b);
+    return code;
+}
+
+int medrun_render(const medrun_model *m, const char *name, const medrun_message *messages,
+                  size_t n_messages, bool answer, int32_t *ids, size_t cap, size_t *n,
+                  medrun_error *e) {
+    buffer b = {0};
+    const chat_template *c = name ? chat_find(name) : m->chat;
+    *n = 0;
+    if (!c) return fail(e, MEDRUN_USAGE, "template: found \"%s\", wanted %s", name, CHAT_NAMES);
+    int code = chat_render(c, &m->tokenizer, messages, n_messages, answer, &b, e);
+    return give_ids(&b, code, ids, cap, n, e);
+}
+
+/* ---- save and restore ---------------------------------------------------------------------- */
+
+/* "MEDSESS1", the checkpoint's hash, kv, strict, tokens, processed, random state, the ids, then for
+ * each layer and head the keys and the values, then the SHA-256 of it all. */
+typedef struct {
+    FILE *f;
+    sha256 sum;
+    bool failed;
+} state_file;
+
+static void put(state_file *f, const void *bytes, size_t n) {
+    if (f->failed) return;
+    sha256_add(&f->sum, bytes, n);
+    f->failed = fwrite(bytes, 1, n, f->f) != n;
+}
+
+static void get(state_file *f, void *bytes, size_t n) {
+    if (f->failed || (f->failed = fread(bytes, 1, n, f->f) != n)) return;
+    sha256_add(&f->sum, bytes, n);
+}
+
+/* Moves the cache of the first N tokens, by PUT or GET. */
+static void move_cache(state_file *f, const medrun_session *s, size_t n,
+                       void (*move)(state_file *, void *, size_t)) {
+    size_t dim = (size_t)s->model->config.head_dim * cache_item(s);
+    for (int l = 0; l < s->model->config.n_layers; l++)
+        for (size_t h = 0; h < (size_t)s->model->config.n_kv_heads; h++) {
+            move(f, session_keys(s, l, h), round_up(n, 16) * dim);
+            move(f, session_values(s, l, h), n * dim);
+        }
+}
+
+static void put_bytes(state_file *f, void *bytes, size_t n) { put(f, bytes, n); }
+
+static void state_header(const medrun_session *s, buffer *b) {
+    buffer_add(b, "MEDSESS1", 8);
+    buffer_add(b, s->model->file.hash, 32);
+    write_le(b, (uint64_t)s->options.kv, 4);
+    write_le(b, s->options.strict, 4);
+}
+
+int medrun_save(const medrun_session *s, const char *path, medrun_error *e) {
+    buffer b = {0}, partial = {0};
+    uint8_t digest[32];
+    buffer_printf(&partial, "%s.partial", path);
+    state_header(s, &b);
+    write_le(&b, s->n_tokens, 8);
+    write_le(&b, s->n_done, 8);
+    write_le(&b, s->random, 8);
+    write_le(&b, s->answer_open, 8);
+    if (b.failed || partial.failed) {
+        buffer_free(&b), buffer_free(&partial);
+        return out_of_memory(e, 64);
+    }
+    const char *temporary = (const char *)partial.data;
+    state_file f = {.f = fopen(temporary, "wb")};
+    bool opened = f.f != NULL;
+    f.failed = !opened;
+    sha256_init(&f.sum);
+    put(&f, b.data, b.n);
+    put(&f, s->tokens, s->n_tokens * sizeof *s->tokens);
+    move_cache(&f, s, s->n_done, put_bytes);
+    sha256_done(&f.sum, digest);
+    if (!f.failed) f.failed = fwrite(digest, 1, 32, f.f) != 32;
+    if (opened && fclose(f.f)) f.failed = true;
+    if (!f.failed && rename(temporary, path)) f.failed = true;
+    int code = MEDRUN_OK;
+    if (f.failed) {
+        code = fail(e, MEDRUN_FAILED, "%s: cannot write the session: %s", path, strerror(errno));
+        if (opened) remove(temporary);
+    }
+    buffer_free(&b), buffer_free(&partial);
+    return code;
+}
+
+static int restore_from(medrun_session *s, state_file *f, const char *path, medrun_error *e) {
+    uint8_t head[80], digest[32], wanted[32];
+    buffer b = {0};
+    state_header(s, &b);
+    get(f, head, sizeof head);
+    bool same = !b.failed && !f->failed && !memcmp(head, b.data, b.n);
+    buffer_free(&b);
+    if (!same)
+        return fail(e, MEDRUN_BAD_FILE, "%s: not a session saved from this checkpoint with the same "
+                    "kv and strict", path);
+    reader r = {head, sizeof head, 48, false};
+    uint64_t n = read_u64(&r), done = read_u64(&r), random = read_u64(&r), open = read_u64(&r);
+    if (n > (uint64_t)s->options.context)
+        return fail(e, MEDRUN_TOO_LONG, "%s: %llu tokens do not fit the context of %d", path,
+                    (unsigned long long)n, s->options.context);
+    if (done > n) return fail(e, MEDRUN_BAD_FILE, "%s: damaged", path);
+    get(f, s->tokens, (size_t)n * sizeof *s->tokens);
+    move_cache(f, s, (size_t)done, get);
+    sha256_done(&f->sum, digest);
+    bool whole = !f->failed && fread(wanted, 1, 32, f->f) == 32 && fgetc(f->f) == EOF;
+    if (!whole || memcmp(digest, wanted, 32))
+        return fail(e, MEDRUN_BAD_FILE, "%s: the session is cut short or damaged", path);
+    for (size_t i = 0; i < n; i++)
+        if (s->tokens[i] < 0 || s->tokens[i] >= s->model->config.vocab_size)
+            return fail(e, MEDRUN_BAD_FILE, "%s: a token id is out of range", path);
+    s->n_tokens = (size_t)n, s->n_done = (size_t)done, s->random = random;
+    s->answer_open = open && n;
+    if (done == n && n) s->n_done--;                    /* its logits are computed anew          */
+    return MEDRUN_OK;
+}
+
+int medrun_restore(medrun_session *s, const char *path, medrun_error *e) {
+    state_file f = {.f = fopen(path, "rb")};
+    medrun_rewind(s, 0, NULL);
+    if (!f.f) return fail(e, MEDRUN_BAD_FILE, "%s: cannot open: %s", path, strerror(errno));
+    sha256_init(&f.sum);
+    int code = restore_from(s, &f, path, e);
+    fclose(f.f);
+    return code;
+}
+#ifndef MEDRUN_NO_MAIN
+/* ============================================================================================
+ * 16 Commands: what users type
+ *
+ * The only sections that print and exit are this one and the next. One table of options gives
+ * parsing, environment twins, ranges and help. A command is a function that works on a `command`,
+ * returns a code, and leaves closing to main. The answer goes to stdout, everything else to
+ * stderr. May use everything above. Tests: tests/16_commands.sh.
+ * ============================================================================================ */
+
+/* ---- options ------------------------------------------------------------------------------- */
+
+enum { CHAT, RUN, SHOW, VERIFY, TOKENIZE, DETOKENIZE, RENDER, LOGITS, REPLAY, DOCTOR, HELP,
+       N_COMMANDS };
+
+static const char *const command_names[N_COMMANDS] = {
+    "chat", "run", "show", "verify", "tokenize", "detokenize", "render", "logits", "replay",
+    "doctor", "help"};
+
+#define ON(command) (1u << (command))
+#define ON_ANSWER (ON(CHAT) | ON(RUN))
+#define ON_MODEL (ON_ANSWER | ON(SHOW) | ON(VERIFY) | ON(LOGITS) | ON(REPLAY))
+#define ON_FILE (ON(TOKENIZE) | ON(DETOKENIZE) | ON(RENDER))
+#define ON_SESSION (ON_ANSWER | ON(LOGITS))
+#define ON_TEXT (ON_ANSWER | ON(TOKENIZE))
+#define MAX_SEED 9007199254740991       /* 2^53 - 1: a double, and so JSON, can hold it           */
+
+typedef enum { FLAG, WHOLE, REAL, TEXT, CHOICE } option_kind;
+
+typedef struct {
+    const char *name, *small;   /* --name, -small or NULL                                      */
+    const char *argument;       /* what help calls it; a CHOICE's words with | between         */
+    option_kind kind;
+    double min, max;
+    const char *standard;       /* what holds without it; a number is parsed from here         */
+    unsigned on;                /* the commands that take it                                   */
+    const char *help;
+} option_row;
+
+enum { O_MODEL, O_PROMPT, O_FILE, O_SYSTEM, O_PREDICT, O_CTX, O_THREADS, O_BATCH, O_SEED, O_TEMP,
+       O_TOP_K, O_TOP_P, O_MIN_P, O_REPEAT, O_TEMPLATE, O_STOP, O_KV, O_OVERFLOW, O_RAW, O_MLOCK,
+       O_STRICT, O_RECORD, O_STATS, O_VERBOSE, O_QUIET, O_BOS, O_SPECIAL, O_PIECES, O_MESSAGES,
+       O_RENDER_IDS, O_NO_OPENING, O_IDS, O_ALL, O_OUT, O_HELP, O_VERSION, N_OPTIONS };
+
+static const option_row option_rows[N_OPTIONS] = {
+    [O_MODEL] = {"model", "m", "FILE", TEXT, 0, 0, NULL, ON_MODEL | ON_FILE,
+                 "the checkpoint; may also stand without -m"},
+    [O_PROMPT] = {"prompt", "p", "TEXT", TEXT, 0, 0, NULL, ON_TEXT, "the text"},
+    [O_FILE] = {"file", "f", "FILE", TEXT, 0, 0, NULL, ON_TEXT,
+                "the text from a file (- is stdin), but for a line end that ends it"},
+    [O_SYSTEM] = {"system", "sys", "TEXT", TEXT, 0, 0, "the checkpoint's", ON_ANSWER,
+                  "what the model is told before the conversation"},
+    [O_PREDICT] = {"predict", "n", "N", WHOLE, -1, 1 << 24, "-1", ON_ANSWER,
+                   "most tokens of an answer; -1: until it ends"},
+    [O_CTX] = {"ctx", "c", "N", WHOLE, 0, 1 << 24, "as much of it as memory allows",
+               ON_ANSWER | ON(SHOW), "tokens of context; 0: all that the model was made for"},
+    [O_THREADS] = {"threads", "t", "N", WHOLE, 1, MAX_THREADS, "one for each processor",
+                   ON_MODEL & ~ON(SHOW), "threads; changes no number"},
+    [O_BATCH] = {"batch", "b", "N", WHOLE, 1, 65536, "256", ON_SESSION | ON(SHOW),
+                 "tokens of the prompt in one pass; changes no number"},
+    [O_SEED] = {"seed", "s", "N", WHOLE, -1, MAX_SEED, "-1", ON_ANSWER,
+                "of the random numbers; -1: a new one, which is printed"},
+    [O_TEMP] = {"temp", NULL, "T", REAL, 0, 100, "the card's", ON_ANSWER,
+                "temperature; 0: the likeliest token always"},
+    [O_TOP_K] = {"top-k", NULL, "K", WHOLE, 0, 1 << 24, "the card's", ON_ANSWER,
+                 "choose from the K likeliest; 0: off"},
+    [O_TOP_P] = {"top-p", NULL, "P", REAL, 0, 1, "the card's", ON_ANSWER,
+                 "choose from the likeliest, of probability P together; 1: off"},
+    [O_MIN_P] = {"min-p", NULL, "P", REAL, 0, 1, "the card's", ON_ANSWER,
+                 "leave out what is less than P times as likely as the likeliest"},
+    [O_REPEAT] = {"repeat-penalty", NULL, "R", REAL, 0.01, 100, "the card's", ON_ANSWER,
+                  "makes what has occurred less likely; 1: off"},
+    [O_TEMPLATE] = {"template", NULL, "NAME", TEXT, 0, 0, "the checkpoint's",
+                    ON_ANSWER | ON(RENDER), "chat template: " CHAT_NAMES},
+    [O_STOP] = {"stop", NULL, "TEXT", TEXT, 0, 0, NULL, ON_ANSWER,
+                "end the answer before this text; up to 8 of them"},
+    [O_KV] = {"kv", NULL, "f16|f32", CHOICE, 0, 0, "f16", ON_SESSION | ON(SHOW),
+              "numbers of the key-value cache"},
+    [O_OVERFLOW] = {"overflow", NULL, "error|drop", CHOICE, 0, 0, "error", ON(CHAT),
+                    "a full context: refuse, or forget the oldest turns"},
+    [O_RAW] = {"raw", NULL, NULL, FLAG, 0, 0, NULL, ON(RUN),
+               "no chat template: continue the text as it is"},
+    [O_MLOCK] = {"mlock", NULL, NULL, FLAG, 0, 0, NULL, ON_SESSION,
+                 "keep the weights in memory, or fail"},
+    [O_STRICT] = {"strict", NULL, NULL, FLAG, 0, 0, NULL, ON_SESSION,
+                  "bf16 weights: the same numbers on every machine, slower on some"},
+    [O_RECORD] = {"record", NULL, "FILE", TEXT, 0, 0, NULL, ON(RUN),
+                  "write what replay needs. It holds prompt and answer, as\n"
+                  "                              token ids: keep it as safe as the text"},
+    [O_STATS] = {"stats", NULL, NULL, FLAG, 0, 0, NULL, ON_ANSWER, "print speeds"},
+    [O_VERBOSE] = {"verbose", "v", NULL, FLAG, 0, 0, NULL, ON_ANSWER | ON(VERIFY),
+                   "print the prompt as the model sees it; verify: what is the same"},
+    [O_QUIET] = {"quiet", "q", NULL, FLAG, 0, 0, NULL, ON_ANSWER, "no lines about the run"},
+    [O_BOS] = {"bos", NULL, NULL, FLAG, 0, 0, NULL, ON(TOKENIZE), "add the beginning-of-text token"},
+    [O_SPECIAL] = {"special", NULL, NULL, FLAG, 0, 0, NULL, ON(TOKENIZE) | ON(DETOKENIZE),
+                   "control tokens count: read them in the text, print them"},
+    [O_PIECES] = {"pieces", NULL, NULL, FLAG, 0, 0, NULL, ON(TOKENIZE),
+                  "a line for each token: id, tab, text with escapes"},
+    [O_MESSAGES] = {"messages", NULL, "FILE", TEXT, 0, 0, NULL, ON(RENDER),
+                    "[{\"role\": \"user\", \"content\": \"...\"}, ...], - is stdin"},
+    [O_RENDER_IDS] = {"ids", NULL, NULL, FLAG, 0, 0, NULL, ON(RENDER), "ids instead of text"},
+    [O_NO_OPENING] = {"no-generation-prompt", NULL, NULL, FLAG, 0, 0, NULL, ON(RENDER),
+                      "leave out the opening of the answer"},
+    [O_IDS] = {"ids", NULL, "\"1 2 3\"", TEXT, 0, 0, NULL, ON(LOGITS), "the tokens"},
+    [O_ALL] = {"all", NULL, NULL, FLAG, 0, 0, NULL, ON(LOGITS), "after each token, not only the last"},
+    [O_OUT] = {"out", "o", "OUT.f32", TEXT, 0, 0, NULL, ON(LOGITS),
+               "little-endian float32, vocab_size a row"},
+    [O_HELP] = {"help", "h", NULL, FLAG, 0, 0, NULL, ~0u, "print this"},
+    [O_VERSION] = {"version", NULL, NULL, FLAG, 0, 0, NULL, ~0u, "print the version"},
+};
+
+enum { FROM_DEFAULT, FROM_ENVIRONMENT, FROM_FLAG };
+
+/* What a command works on. main closes what it opened. */
+typedef struct {
+    int which;                                  /* CHAT, RUN, ...                               */
+    const char *text[N_OPTIONS];                /* as given, or NULL                            */
+    double number[N_OPTIONS];                   /* a FLAG's is 0 or 1, a CHOICE's its place     */
+    int from[N_OPTIONS];
+    const char *stops[MEDRUN_MAX_STOPS];
+    size_t n_stops;
+    char **rest;                                /* (n_rest) what is no option                   */
+    int n_rest;
+    medrun_model *m;
+    medrun_session *s;
+    file_map map;                               /* a tokenizer.bin, which `own` points into     */
+    tokenizer own;
+    const tokenizer *t;                         /* own, or the model's                          */
+    const chat_template *chat;
+    medrun_sampling sampling;
+    medrun_error e;
+} command;
+
+static bool given(const command *c, int id) { return c->text[id] != NULL; }
+static bool flag(const command *c, int id) { return c->number[id] != 0; }
+static int whole(const command *c, int id) { return (int)c->number[id]; }
+
+/* Levenshtein's distance, to guess what was meant; a long B is cut. */
+static size_t edit_distance(const char *a, const char *b) {
+    size_t row[40], nb = strlen(b) < 39 ? strlen(b) : 39;
+    for (size_t k = 0; k <= nb; k++) row[k] = k;
+    for (size_t i = 0; a[i]; i++) {
+        size_t corner = i;
+        row[0] = i + 1;
+        for (size_t k = 0; k < nb; k++) {
+            size_t best = corner + (a[i] != b[k]);
+            corner = row[k + 1];
+            if (corner + 1 < best) best = corner + 1;
+            row[k + 1] = row[k] + 1 < best ? row[k] + 1 : best;
+        }
+    }
+    return row[nb];
+}
+
+static const char *nearest(const char *word, const char *const *names, size_t n) {
+    size_t best = 0;
+    for (size_t i = 1; i < n; i++)
+        if (edit_distance(word, names[i]) < edit_distance(word, names[best])) best = i;
+    return names[best];
+}
+
+/* The option that ARG (N bytes, with its dashes) names for one of these commands, or -1. */
+static int find_option(const char *arg, size_t n, unsigned on) {
+    size_t dashes = n > 1 && arg[1] == '-' ? 2 : 1;
+    for (int id = 0; id < N_OPTIONS; id++) {
+        const char *name = dashes == 2 ? option_rows[id].name : option_rows[id].small;
+        if (name && (option_rows[id].on & on) && strlen(name) == n - dashes &&
+            !memcmp(name, arg + dashes, n - dashes)) return id;
+    }
+    return -1;
+}
+
+static int unknown_option(command *c, const char *arg) {
+    const char *names[N_OPTIONS], *mine = command_names[c->which];
+    char where[200] = "";
+    size_t n_names = 0;
+    int id = find_option(arg, strlen(arg), ~0u);
+    for (int k = 0; id >= 0 && k < N_COMMANDS; k++)
+        if (option_rows[id].on & ON(k))
+            snprintf(where + strlen(where), sizeof where - strlen(where), " %s", command_names[k]);
+    if (*where)
+        return fail(&c->e, MEDRUN_USAGE, "%s does not go with %s, but with:%s", arg, mine, where);
+    for (id = 0; id < N_OPTIONS; id++)
+        if (option_rows[id].on & ON(c->which)) names[n_names++] = option_rows[id].name;
+    return fail(&c->e, MEDRUN_USAGE, "unknown option %s; the nearest is --%s (medrun help %s)", arg,
+                nearest(arg + strspn(arg, "-"), names, n_names), mine);
+}
+
+/* A decimal number and nothing else. */
+static bool parse_number(const char *text, double *out) {
+    char *end;
+    if (!*text || text[strspn(text, "+-.0123456789eE")]) return false;
+    *out = strtod(text, &end);
+    return !*end && isfinite(*out);
+}
+
+/* WORDS has | between its words; the place of VALUE among them becomes the number. */
+static int set_choice(command *c, int id, const char *value, const char *words, const char *name) {
+    size_t n = strlen(value), len;
+    int place = 0;
+    for (const char *p = words; *p; p += len + (p[len] == '|'), place++) {
+        len = strcspn(p, "|");
+        if (len == n && !memcmp(p, value, n)) return c->number[id] = place, MEDRUN_OK;
+    }
+    return fail(&c->e, MEDRUN_USAGE, "%s: found \"%s\", wanted %s", name, value, words);
+}
+
+static int set_flag(command *c, int id, const char *value, const char *name) {
+    int code = set_choice(c, id, value, "0|1|off|on|false|true", name);
+    c->number[id] = whole(c, id) % 2;
+    if (!flag(c, id)) c->text[id] = NULL;
+    return code;
+}
+
+/* VALUE was found in NAME, an option or an environment variable. */
+static int set_option(command *c, int id, const char *value, int from, const char *name) {
+    const option_row *r = &option_rows[id];
+    double v;
+    c->text[id] = value, c->from[id] = from;
+    if (r->kind == FLAG) return set_flag(c, id, value, name);
+    if (r->kind == CHOICE) return set_choice(c, id, value, r->argument, name);
+    if (r->kind == WHOLE || r->kind == REAL) {
+        bool good = parse_number(value, &v) && (r->kind == REAL || v == floor(v));
+        if (good && v >= r->min && v <= r->max) return c->number[id] = v, MEDRUN_OK;
+        return fail(&c->e, MEDRUN_USAGE, "%s: found \"%s\", wanted a %snumber from %.16g to %.16g",
+                    name, value, r->kind == WHOLE ? "whole " : "", r->min, r->max);
+    }
+    if (id != O_STOP) return MEDRUN_OK;
+    if (!*value || c->n_stops == MEDRUN_MAX_STOPS)
+        return fail(&c->e, MEDRUN_USAGE, "%s: found %s, wanted 1 to %d texts", name,
+                    *value ? "one more" : "an empty text", MEDRUN_MAX_STOPS);
+    return c->stops[c->n_stops++] = value, MEDRUN_OK;
+}
+
+/* MEDRUN_TOP_K for --top-k, and so on, where the line does not have the option. */
+static int read_environment(command *c) {
+    char name[40];
+    for (int id = 0; id < O_HELP; id++) {
+        if (!(option_rows[id].on & ON(c->which)) || c->from[id] != FROM_DEFAULT) continue;
+        snprintf(name, sizeof name, "MEDRUN_%s", option_rows[id].name);
+        for (char *p = name; *p; p++) *p = *p == '-' ? '_' : (char)toupper(*p);
+        const char *value = getenv(name);
+        int code = value && *value ? set_option(c, id, value, FROM_ENVIRONMENT, name) : 0;
+        if (code) return code;
+    }
+    return MEDRUN_OK;
+}
+
+/* ---- printing ------------------------------------------------------------------------------ */
+
+/* Characters that could drive a terminal, or show text in another order than it has. */
+static bool is_hostile(uint32_t c) {
+    return c < 32 || (c >= 0x7F && c < 0xA0) || c == 0x200E || c == 0x200F ||
+           (c >= 0x202A && c <= 0x202E) || (c >= 0x2066 && c <= 0x2069);
+}
+
+/* TEXT for people's eyes: what is hostile or no UTF-8 becomes '?'; LINES keeps line ends, tabs. */
+static void print_safe(FILE *f, const char *text, size_t n, bool lines) {
+    for (size_t i = 0, len; i < n; i += len ? len : 1) {
+        uint32_t code = 0;
+        len = utf8_decode((const uint8_t *)text + i, n - i, &code);
+        bool keep = len && (!is_hostile(code) || (lines && (code == '\n' || code == '\t')));
+        fwrite(keep ? text + i : "?", 1, keep ? len : 1, f);
+    }
+}
+
+/* With escapes, so that a piece stays on its line and its exact bytes can be read off. */
+static void print_escaped(FILE *f, const char *text, size_t n) {
+    for (size_t i = 0, len; i < n; i += len) {
+        uint32_t code = 0;
+        len = utf8_decode((const uint8_t *)text + i, n - i, &code);
+        if (len && !is_hostile(code)) fwrite("\\", 1, code == '\\', f), fwrite(text + i, 1, len, f);
+        else if (code == '\n') fputs("\\n", f), len = 1;
+        else fprintf(f, "\\x%02x", (unsigned)(uint8_t)text[i]), len = 1;
+    }
+}
+
+static void print_ids(FILE *f, const int32_t *ids, size_t n) {
+    for (size_t i = 0; i < n; i++) fprintf(f, i ? " %d" : "%d", ids[i]);
+    fputc('\n', f);
+}
+
+/* A line on stderr, unless -q. */
+PRINTF_LIKE(2, 3)
+static void note(const command *c, const char *format, ...) {
+    if (flag(c, O_QUIET)) return;
+    va_list args;
+    va_start(args, format);
+    vfprintf(stderr, format, args);
+    va_end(args);
+    fputc('\n', stderr);
+}
+
+/* Whoever read stdout and left does not want to hear about it. */
+static int flush_stdout(command *c) {
+    if (!fflush(stdout) && !ferror(stdout)) return MEDRUN_OK;
+    if (errno == EPIPE || errno == EBADF) return MEDRUN_FAILED;
+    return fail(&c->e, MEDRUN_FAILED, "stdout: cannot write: %s", strerror(errno));
+}
+
+static const char *chars(const buffer *b) { return b->data ? (const char *)b->data : ""; }
+static const int32_t *ids_of(const buffer *b) { return (const int32_t *)(const void *)b->data; }
+
+/* ---- files --------------------------------------------------------------------------------- */
+
+/* Appends all of PATH (- is stdin) to OUT. */
+static int read_file(command *c, const char *path, buffer *out) {
+    bool standard = !strcmp(path, "-");
+    FILE *f = standard ? stdin : fopen(path, "rb");
+    if (!f) return fail(&c->e, MEDRUN_BAD_FILE, "%s: cannot open: %s", path, strerror(errno));
+    for (size_t n = 1; n && buffer_room(out, 65536); out->n += n, out->data[out->n] = 0)
+        n = fread(out->data + out->n, 1, 65536, f);
+    int code = out->failed ? out_of_memory(&c->e, out->cap) : MEDRUN_OK;
+    if (!code && ferror(f))
+        code = fail(&c->e, MEDRUN_BAD_FILE, "%s: cannot read: %s", path, strerror(errno));
+    if (!standard) fclose(f);
+    return code;
+}
+
+/* A file is written beside its place and moved there when it is whole. */
+static FILE *create_file(command *c, const char *path, char partial[1024]) {
+    int n = snprintf(partial, 1024, "%s.partial", path);
+    FILE *f = n < 1024 ? fopen(partial, "wb") : NULL;
+    if (!f) fail(&c->e, MEDRUN_FAILED, "%s: cannot create: %s", path, strerror(errno));
+    return f;
+}
+
+/* CODE: what came of writing F; after a failure nothing is left. */
+static int finish_file(command *c, FILE *f, const char *path, const char *partial, int code) {
+    bool bad = ferror(f);
+    if (fclose(f)) bad = true;
+    if (!code && (bad || rename(partial, path)))
+        code = fail(&c->e, MEDRUN_FAILED, "%s: cannot write: %s", path, strerror(errno));
+    if (code) remove(partial);
+    return code;
+}
+
+static int add_id(command *c, buffer *ids, double id, const char *what) {
+    if (!(id >= 0 && id < c->t->vocab_size) || id != floor(id))
+        return fail(&c->e, MEDRUN_BAD_FILE, "%s: wanted token ids, whole numbers below %d", what,
+                    c->t->vocab_size);
+    buffer_add(ids, &(int32_t){(int32_t)id}, sizeof(int32_t));
+    return ids->failed ? out_of_memory(&c->e, ids->n) : MEDRUN_OK;
+}
+
+/* Ids with white space between. */
+static int parse_ids(command *c, const char *text, size_t n, buffer *ids) {
+    for (size_t i = 0, start; i < n; i++) {
+        int64_t id = 0;
+        for (start = i; i < n && isdigit((uint8_t)text[i]) && id < c->t->vocab_size; i++)
+            id = id * 10 + (text[i] - '0');
+        bool end = i == n || isspace((uint8_t)text[i]);
+        if (!end || id >= c->t->vocab_size)
+            return fail(&c->e, MEDRUN_USAGE, "ids: found \"%.12s\", wanted whole numbers below %d",
+                        text + start, c->t->vocab_size);
+        int code = i > start ? add_id(c, ids, (double)id, "ids") : MEDRUN_OK;
+        if (code) return code;
+    }
+    return MEDRUN_OK;
+}
+
+/* The same from an array in JSON, which may be missing. */
+static int json_ids(command *c, const json *j, uint32_t v, const char *what, buffer *ids) {
+    bool array = v != JSON_NONE && json_typeof(j, v) == JSON_ARRAY;
+    int code = array ? MEDRUN_OK : add_id(c, ids, -1, what);
+    uint32_t x = v + 1;
+    for (uint32_t i = 0; !code && i < j->nodes[v].count; i++, x = j->nodes[x].next)
+        code = add_id(c, ids, json_typeof(j, x) == JSON_NUMBER ? json_number(j, x) : -1, what);
+    return code;
+}
+
+static bool is_string(const json *j, uint32_t v) {
+    return v != JSON_NONE && json_typeof(j, v) == JSON_STRING;
+}
+
+/* [{"role": ..., "content": ...}, ...] -> messages whose texts stand in TEXT. Free both. */
+static int json_messages(command *c, const json *j, uint32_t v, const char *what,
+                         medrun_message **messages, size_t *n, buffer *text) {
+    bool good = v != JSON_NONE && json_typeof(j, v) == JSON_ARRAY;
+    *n = good ? j->nodes[v].count : 0;
+    *messages = new_array(*n, sizeof **messages);
+    /* no text is longer than it is in JSON, with its quotes: TEXT is made once and never moves */
+    if (!*messages || (good && !buffer_room(text, j->nodes[v].end - j->nodes[v].start)))
+        return out_of_memory(&c->e, *n * sizeof **messages);
+    uint32_t x = v + 1;
+    for (size_t i = 0; good && i < *n; i++, x = j->nodes[x].next) {
+        medrun_message *m = *messages + i;
+        uint32_t role = json_get(j, x, "role"), content = json_get(j, x, "content");
+        if (!(good = is_string(j, role) && is_string(j, content))) break;
+        m->role = (const char *)text->data + text->n;
+        json_unescape(j, role, text);
+        buffer_add(text, "", 1);
+        m->text = (const char *)text->data + text->n;
+        json_unescape(j, content, text);
+        m->n_bytes = (size_t)((const char *)text->data + text->n - m->text);
+    }
+    return good ? MEDRUN_OK : fail(&c->e, MEDRUN_BAD_FILE, "%s: wanted [{\"role\": \"...\", "
+                                   "\"content\": \"...\"}, ...]", what);
+}
+
+/* ---- opening ------------------------------------------------------------------------------- */
+
+/* The file that -m or the first argument names. */
+static const char *model_path(command *c) {
+    if (given(c, O_MODEL)) return c->text[O_MODEL];
+    if (c->n_rest) return c->n_rest--, *c->rest++;
+    fail(&c->e, MEDRUN_USAGE, "%s: no model; name one (medrun help %s)", command_names[c->which],
+         command_names[c->which]);
+    return NULL;
+}
+
+static int choose_template(command *c) {
+    if (!given(c, O_TEMPLATE) || (c->chat = chat_find(c->text[O_TEMPLATE]))) return MEDRUN_OK;
+    return fail(&c->e, MEDRUN_USAGE, "--template: found \"%s\", wanted one of: %s",
+                c->text[O_TEMPLATE], CHAT_NAMES);
+}
+
+static int open_path(command *c, const char *path) {
+    medrun_options o = {.threads = ON(c->which) & (ON_FILE | ON(SHOW)) ? 1 : whole(c, O_THREADS)};
+    int code = medrun_open(&c->m, path, &o, &c->e);
+    if (code) return code;
+    c->t = &c->m->tokenizer, c->chat = c->m->chat, c->sampling = c->m->sampling;
+    if (flag(c, O_MLOCK) && mlock(c->m->file.map.data, c->m->file.map.n))
+        return fail(&c->e, MEDRUN_FAILED, "--mlock: %zu MB cannot be locked: %s; see ulimit -l",
+                    c->m->file.map.n >> 20, strerror(errno));
+    return choose_template(c);
+}
+
+static int open_model(command *c) {
+    const char *path = model_path(c);
+    return path ? open_path(c, path) : MEDRUN_USAGE;
+}
+
+/* A checkpoint's tokenizer or a tokenizer.bin, told apart by how the file begins. */
+static int open_tokenizer(command *c) {
+    const char *path = model_path(c);
+    int code = path ? map_file(path, &c->map, &c->e) : MEDRUN_USAGE;
+    if (code) return code;
+    if (c->map.n < 6 || memcmp(c->map.data, "MEDTOK", 6))
+        return unmap_file(&c->map), open_path(c, path);
+    c->t = &c->own;
+    code = tokenizer_open(&c->own, c->map.data, c->map.n, path, &c->e);
+    return code ? code : choose_template(c);
+}
+
+static void close_command(command *c) {
+    medrun_stop(c->s);
+    medrun_close(c->m);
+    if (c->t == &c->own) tokenizer_close(&c->own);
+    unmap_file(&c->map);
+}
+
+static const char *origin(const command *c, int id) {
+    static const char *const origins[] = {"card", "environment", "flag"};
+    return origins[c->from[id]];
+}
+
+static uint64_t new_seed(void) {
+    uint64_t seed = (uint64_t)time(NULL) ^ (uint64_t)getpid() << 32;
+    int fd = open("/dev/urandom", O_RDONLY | O_CLOEXEC);
+    if (fd < 0 || read(fd, &seed, sizeof seed) < 0) seed ^= (uint64_t)clock() << 20;
+    if (fd >= 0) close(fd);
+    return seed & MAX_SEED;
+}
+
+/* The card's values, but for those that were given; says which is which. */
+static void choose_sampling(command *c) {
+    medrun_sampling *s = &c->sampling;
+    if (given(c, O_TEMP)) s->temperature = (float)c->number[O_TEMP];
+    if (given(c, O_TOP_K)) s->top_k = whole(c, O_TOP_K);
+    if (given(c, O_TOP_P)) s->top_p = (float)c->number[O_TOP_P];
+    if (given(c, O_MIN_P)) s->min_p = (float)c->number[O_MIN_P];
+    if (given(c, O_REPEAT)) s->repeat_penalty = (float)c->number[O_REPEAT];
+    bool random = c->number[O_SEED] < 0;
+    s->seed = random ? new_seed() : (uint64_t)c->number[O_SEED];
+    if (s->temperature <= 0)
+        note(c, "sampling: temperature 0 (%s), the likeliest token always; repeat-penalty %g (%s)",
+             origin(c, O_TEMP), (double)s->repeat_penalty, origin(c, O_REPEAT));
+    else
+        note(c, "sampling: temperature %g (%s), top-k %d (%s), top-p %g (%s), min-p %g (%s), "
+             "repeat-penalty %g (%s), seed %llu (%s)", (double)s->temperature, origin(c, O_TEMP),
+             s->top_k, origin(c, O_TOP_K), (double)s->top_p, origin(c, O_TOP_P), (double)s->min_p,
+             origin(c, O_MIN_P), (double)s->repeat_penalty, origin(c, O_REPEAT),
+             (unsigned long long)s->seed, random ? "new" : "given");
+}
+
+static medrun_session_options session_options(const command *c, int context) {
+    return (medrun_session_options){.context = context, .batch = whole(c, O_BATCH),
+                                    .kv = whole(c, O_KV), .strict = flag(c, O_STRICT),
+                                    .custom_sampling = true, .sampling = c->sampling};
+}
+
+/* -c, or the model's context; if nobody asked and that does not fit three quarters of the memory,
+ * the largest power of two that does. */
+static int choose_context(const command *c) {
+    uint64_t total, available;
+    int most = c->m->config.max_positions, context = 1;
+    medrun_session_options o = session_options(c, most);
+    memory_size(&total, &available);
+    if (given(c, O_CTX)) return whole(c, O_CTX) ? whole(c, O_CTX) : most;
+    if (medrun_session_bytes(c->m, &o) <= available / 4 * 3) return most;
+    while (context <= most / 2) context *= 2;
+    for (o.context = context; context > 256; o.context = context /= 2)
+        if (medrun_session_bytes(c->m, &o) <= available / 4 * 3) break;
+    note(c, "context: %d of the model's %d tokens, as this machine has %llu MB free; -c asks for "
+         "another", context, most, (unsigned long long)available >> 20);
+    return context;
+}
+
+static int start_session(command *c) {
+    medrun_session_options o;
+    int context = choose_context(c);
+    note(c, "medrun " MEDRUN_VERSION ": %s, %s, %s kernels, %d threads, context %d, kv %s%s",
+         c->m->name, type_names[c->m->type], c->m->kernels->name, c->m->pool->threads, context,
+         flag(c, O_KV) ? "f32" : "f16", flag(c, O_STRICT) ? ", strict" : "");
+    choose_sampling(c);
+    o = session_options(c, context);
+    return medrun_start(&c->s, c->m, &o, NULL, 0, &c->e);
+}
+
+static size_t context_of(const command *c) { return (size_t)c->s->options.context; }
+
+/* ---- answering ----------------------------------------------------------------------------- */
+
+static volatile sig_atomic_t interrupted;       /* the only thing a signal handler may change    */
+
+static void on_interrupt(int signal_number) {
+    (void)signal_number;
+    interrupted = 1;
+}
+
+/* From here on the first Ctrl-C is noted and the second one ends the program. Who started us with
+ * Ctrl-C ignored meant it. */
+static void watch_interrupts(struct sigaction *before) {
+    struct sigaction action = {.sa_handler = on_interrupt, .sa_flags = (int)SA_RESETHAND};
+    interrupted = 0;
+    sigaction(SIGINT, &action, before);
+    if (before->sa_handler == SIG_IGN) sigaction(SIGINT, before, NULL);
+}
+
+typedef struct {
+    buffer held;                /* not printed yet: it may begin a stop text                   */
+    bool ended;
+    size_t n_prompt, n_answer;  /* tokens                                                      */
+    double prompt_time, answer_time;
+} answer;
+
+/* Where the first stop text begins in what is held, or, in *HOLD, how many bytes at its end may be
+ * the beginning of one. */
+static bool find_stop(const command *c, const buffer *held, size_t *at, size_t *hold) {
+    *at = held->n, *hold = 0;
+    for (size_t i = 0; i < c->n_stops && held->n; i++) {
+        size_t n = strlen(c->stops[i]), k = n - 1 < held->n ? n - 1 : held->n;
+        const uint8_t *p = memmem(held->data, held->n, c->stops[i], n);
+        if (p && (size_t)(p - held->data) < *at) *at = (size_t)(p - held->data);
+        while (k && memcmp(held->data + held->n - k, c->stops[i], k)) k--;
+        if (k > *hold) *hold = k;
+    }
+    return *at < held->n;
+}
+
+/* Prints what can no longer become part of a stop text; all that is left when the answer is OVER.
+ * A terminal does not get control characters that the model made. */
+static int print_held(command *c, answer *a, bool over) {
+    size_t n, hold;
+    if (find_stop(c, &a->held, &n, &hold)) a->ended = true;
+    else if (!over) n -= hold;
+    if (!n) return MEDRUN_OK;
+    if (isatty(STDOUT_FILENO)) print_safe(stdout, chars(&a->held), n, true);
+    else fwrite(a->held.data, 1, n, stdout);
+    a->held.n -= n;
+    memmove(a->held.data, a->held.data + n, a->held.n);
+    return flush_stdout(c);
+}
+
+/* Works through what is pending, a batch at a time so that Ctrl-C is heard. */
+static int process_prompt(command *c) {
+    size_t n = medrun_pending(c->s);
+    bool show = n > (size_t)c->s->options.batch && isatty(STDERR_FILENO) && !flag(c, O_QUIET);
+    int code = MEDRUN_OK;
+    while (!code && medrun_pending(c->s)) {
+        if (show) fprintf(stderr, "\rprompt: %zu of %zu tokens ", n - medrun_pending(c->s), n);
+        code = interrupted ? MEDRUN_INTERRUPTED : medrun_step(&c->s, 1, &c->e);
+    }
+    if (show) fprintf(stderr, "\r%50s\r", "");
+    return code;
+}
+
+static int next_piece(command *c, answer *a) {
+    int32_t id;
+    const char *text;
+    size_t n;
+    int code = interrupted ? MEDRUN_INTERRUPTED : medrun_next(c->s, &id, &text, &n, &c->e);
+    if (code) return code;
+    a->n_answer++;
+    a->ended = is_stop(c->m, id);
+    buffer_add(&a->held, text, n);
+    return a->held.failed ? out_of_memory(&c->e, n) : print_held(c, a, a->ended);
+}
+
+/* Answers what has been fed. A full context cuts the answer: MEDRUN_TOO_LONG. */
+static int print_reply(command *c, answer *a) {
+    struct sigaction before;
+    size_t most = c->number[O_PREDICT] < 0 ? SIZE_MAX : (size_t)c->number[O_PREDICT];
+    double start = seconds();
+    *a = (answer){.n_prompt = medrun_pending(c->s)};
+    watch_interrupts(&before);
+    int code = process_prompt(c), last = MEDRUN_OK;
+    double middle = seconds();
+    while (!code && !a->ended && a->n_answer < most) code = next_piece(c, a);
+    if (!a->ended) last = print_held(c, a, true);
+    sigaction(SIGINT, &before, NULL);
+    a->prompt_time = middle - start, a->answer_time = seconds() - middle;
+    buffer_free(&a->held);
+    if (isatty(STDOUT_FILENO)) puts("");
+    if (code != MEDRUN_TOO_LONG) return code ? code : last;
+    c->e = (medrun_error){0};
+    return fail(&c->e, code, "the answer is cut: the context of %zu tokens is full (-c)",
+                context_of(c));
+}
+
+/* The first token of an answer comes out of the prompt's last pass. */
+static void print_stats(const command *c, const answer *a) {
+    double steps = a->n_answer > 1 ? (double)(a->n_answer - 1) : 0;
+    fprintf(stderr, "prompt %zu tokens, %.1f tokens/s; answer %zu tokens, %.1f tokens/s; context "
+            "%zu of %zu\n", a->n_prompt, (double)a->n_prompt / (a->prompt_time + 1e-9), a->n_answer,
+            steps / (a->answer_time + 1e-9), medrun_length(c->s), context_of(c));
+}
+
+static int too_long(command *c, size_t n) {
+    return fail(&c->e, MEDRUN_TOO_LONG, "prompt %zu tokens > context %zu%s; shorten the text, or ask "
+                "for a larger context (-c)", n, context_of(c), n > context_of(c) ? "" :
+                " less one for the answer");
+}
+
+/* With -v: what the model sees. */
+static void show_prompt(const command *c, const int32_t *ids, size_t n) {
+    buffer text = {0};
+    if (!flag(c, O_VERBOSE)) return;
+    tokenizer_decode(c->t, ids, n, true, &text);
+    fprintf(stderr, "prompt, %zu tokens: ", n);
+    print_ids(stderr, ids, n);
+    print_safe(stderr, chars(&text), text.n, true);
+    fputc('\n', stderr);
+    buffer_free(&text);
+}
+
+static void drop_line_end(buffer *b) {
+    if (b->n && b->data[b->n - 1] == '\n') b->n--;
+    if (b->n && b->data[b->n - 1] == '\r') b->n--;
+}
+
+/* -p, -f or stdin; a flag beats the environment. */
+static int read_prompt(command *c, buffer *text) {
+    bool file = given(c, O_FILE) && c->from[O_FILE] >= c->from[O_PROMPT];
+    if (file && c->from[O_PROMPT] == c->from[O_FILE])
+        return fail(&c->e, MEDRUN_USAGE, "found both --prompt and --file, wanted one");
+    if (!file && given(c, O_PROMPT)) return buffer_text(text, c->text[O_PROMPT]), MEDRUN_OK;
+    if (!file && isatty(STDIN_FILENO))
+        return fail(&c->e, MEDRUN_USAGE, "no text: give -p TEXT or -f FILE, or pipe it in");
+    int code = read_file(c, file ? c->text[O_FILE] : "-", text);
+    if (c->which != TOKENIZE) drop_line_end(text);
+    return code;
+}
+
+static const char *system_text(const command *c) {
+    return given(c, O_SYSTEM) ? c->text[O_SYSTEM] : c->m->system;
+}
+
+/* ---- run, replay --------------------------------------------------------------------------- */
+
+/* The ids of the whole prompt. */
+static int make_prompt(command *c, const buffer *text, buffer *ids) {
+    const char *system = system_text(c);
+    medrun_message all[] = {{"system", system, strlen(system)}, {"user", chars(text), text->n}};
+    size_t skip = *system ? 0 : 1;
+    if (!text->n) return fail(&c->e, MEDRUN_USAGE, "the prompt is empty");
+    if (!flag(c, O_RAW)) return chat_render(c->chat, c->t, all + skip, 2 - skip, true, ids, &c->e);
+    return tokenizer_encode(c->t, chars(text), text->n, c->t->add_bos ? MEDRUN_ADD_BOS : 0, ids,
+                            &c->e);
+}
+
+/* SHA-256 of the logits after the whole timeline. */
+static int hash_logits(command *c, char hex[65]) {
+    uint8_t digest[32];
+    int code = MEDRUN_OK;
+    while (!code && medrun_pending(c->s)) code = medrun_step(&c->s, 1, &c->e);
+    if (code) return code;
+    sha256_of(medrun_logits(c->s, 0), (size_t)c->t->vocab_size * sizeof(float), digest);
+    return hex_of(digest, hex), MEDRUN_OK;
+}
+
+static void record_ids(buffer *b, const char *key, const int32_t *ids, size_t n) {
+    buffer_printf(b, " \"%s\": [", key);
+    for (size_t i = 0; i < n; i++) buffer_printf(b, i ? ",%d" : "%d", ids[i]);
+    buffer_text(b, "],\n");
+}
+
+/* The options are those of a command line, so that replay reads them with the same table. */
+static int write_record(command *c, size_t n_prompt) {
+    const medrun_sampling *s = &c->sampling;
+    const int32_t *ids = medrun_tokens(c->s);
+    char hash[65], logits[65], partial[1024];
+    buffer b = {0};
+    int code = hash_logits(c, logits);
+    hex_of(c->m->file.hash, hash);
+    buffer_text(&b, "{\"engine\": \"medrun " MEDRUN_VERSION "\", \"model\": ");
+    json_quote(&b, c->m->path, strlen(c->m->path));
+    buffer_printf(&b, ",\n \"model_hash\": \"%s\",\n \"kernels\": \"%s\",\n \"options\": {\"--strict\":"
+                  " \"%d\", \"--kv\": \"%s\", \"--ctx\": \"%zu\", \"--seed\": \"%llu\",\n  \"--temp\": "
+                  "\"%.9g\", \"--top-k\": \"%d\", \"--top-p\": \"%.9g\", \"--min-p\": \"%.9g\", "
+                  "\"--repeat-penalty\": \"%.9g\"},\n", hash, c->m->kernels->name,
+                  flag(c, O_STRICT), flag(c, O_KV) ? "f32" : "f16", context_of(c),
+                  (unsigned long long)s->seed, (double)s->temperature, s->top_k, (double)s->top_p,
+                  (double)s->min_p, (double)s->repeat_penalty);
+    record_ids(&b, "prompt", ids, n_prompt);
+    record_ids(&b, "answer", ids + n_prompt, medrun_length(c->s) - n_prompt);
+    buffer_printf(&b, " \"logits_sha256\": \"%s\"}\n", logits);
+    if (!code && b.failed) code = out_of_memory(&c->e, b.n);
+    FILE *f = code ? NULL : create_file(c, c->text[O_RECORD], partial);
+    if (f) fwrite(b.data, 1, b.n, f), code = finish_file(c, f, c->text[O_RECORD], partial, code);
+    buffer_free(&b);
+    return code ? code : c->e.code;
+}
+
+static int run_ids(command *c, const buffer *ids) {
+    answer a;
+    size_t n = ids->n / 4;
+    if (n >= context_of(c)) return too_long(c, n);
+    show_prompt(c, ids_of(ids), n);
+    int code = medrun_feed(c->s, ids_of(ids), n, &c->e);
+    if (code) return code;
+    code = print_reply(c, &a);
+    bool stopped = code == MEDRUN_INTERRUPTED || code == MEDRUN_TOO_LONG;
+    if ((!code || stopped) && flag(c, O_STATS)) print_stats(c, &a);
+    if (!given(c, O_RECORD) || (code && !(stopped && a.n_answer))) return code;
+    medrun_error before = c->e;                         /* a cut answer is recorded as well      */
+    c->e = (medrun_error){0};
+    int written = write_record(c, n);
+    if (!written) c->e = before;
+    return written ? written : code;
+}
+
+static int run_command(command *c) {
+    buffer text = {0}, ids = {0};
+    int code = open_model(c);
+    if (!code) code = read_prompt(c, &text);
+    if (!code) code = make_prompt(c, &text, &ids);
+    if (!code) code = start_session(c);
+    if (!code) code = run_ids(c, &ids);
+    buffer_free(&text), buffer_free(&ids);
+    return code;
+}
+
+/* Sets the options of a record, as if they had been typed. */
+static int replay_options(command *c, const json *j, uint32_t all, const char *path) {
+    uint32_t v = all + 1;
+    bool object = all != JSON_NONE && json_typeof(j, all) == JSON_OBJECT;
+    if (!object) return fail(&c->e, MEDRUN_BAD_FILE, "%s: field options: wanted an object", path);
+    for (uint32_t i = 0; i < j->nodes[all].count; i += 2, v = j->nodes[v + 1].next) {
+        const json_node *key = &j->nodes[v];
+        const char *name = j->text + key->start;
+        char value[40], known[24];
+        int id = find_option(name, key->end - key->start, ON(RUN));
+        if (id < 0 || option_rows[id].kind == TEXT)
+            return fail(&c->e, MEDRUN_BAD_FILE, "%s: options: found %.*s, which this medrun cannot "
+                        "replay", path, (int)(key->end - key->start), name);
+        snprintf(known, sizeof known, "--%s", option_rows[id].name);
+        if (!json_text(j, all, path, known, value, sizeof value, &c->e)) return MEDRUN_BAD_FILE;
+        if (set_option(c, id, value, FROM_FLAG, known)) return c->e.code = MEDRUN_BAD_FILE;
+        c->text[id] = "";                               /* given; but `value` ends here          */
+    }
+    return MEDRUN_OK;
+}
+
+/* Opens what was recorded; -m names another place of the same checkpoint. */
+static int open_recorded(command *c, const json *j, const char *path) {
+    char model[1024], hash[65], found[65];
+    if (!json_text(j, 0, path, "model", model, sizeof model, &c->e) ||
+        !json_text(j, 0, path, "model_hash", hash, sizeof hash, &c->e)) return MEDRUN_BAD_FILE;
+    int code = open_path(c, given(c, O_MODEL) ? c->text[O_MODEL] : model);
+    if (code) return code;
+    hex_of(c->m->file.hash, found);
+    if (strcmp(hash, found))
+        return fail(&c->e, MEDRUN_DIFFERS, "checkpoint: expected %s, found %s", hash, found);
+    code = replay_options(c, j, json_get(j, 0, "options"), path);
+    return code ? code : start_session(c);
+}
+
+static void print_token(const command *c, const char *label, int32_t id) {
+    size_t n;
+    const char *piece = tokenizer_piece(c->t, id, &n);
+    printf("%s %d \"", label, id);
+    print_escaped(stdout, piece, n);
+    putchar('"');
+}
+
+/* Generates again and compares each id with the one that is expected. */
+static int compare_answer(command *c, const int32_t *expected, size_t n) {
+    int32_t id;
+    const char *text;
+    size_t n_bytes;
+    for (size_t i = 0; i < n; i++) {
+        int code = medrun_next(c->s, &id, &text, &n_bytes, &c->e);
+        if (code) return code;
+        if (id == expected[i]) continue;
+        printf("token %zu of the answer:", i + 1);
+        print_token(c, " expected", expected[i]);
+        print_token(c, ", found", id);
+        return puts(""), MEDRUN_DIFFERS;
+    }
+    return MEDRUN_OK;
+}
+
+static int replay_record(command *c, const json *j, const char *path) {
+    buffer prompt = {0}, expected = {0};
+    char wanted[65], found[65], kernels[32];
+    int code = open_recorded(c, j, path);
+    if (!code) code = json_ids(c, j, json_get(j, 0, "prompt"), "prompt", &prompt);
+    if (!code) code = json_ids(c, j, json_get(j, 0, "answer"), "answer", &expected);
+    if (!code && (!json_text(j, 0, path, "logits_sha256", wanted, sizeof wanted, &c->e) ||
+                  !json_text(j, 0, path, "kernels", kernels, sizeof kernels, &c->e) || !prompt.n))
+        code = fail(&c->e, MEDRUN_BAD_FILE, "%s: the prompt is empty", path);
+    if (!code) code = medrun_feed(c->s, ids_of(&prompt), prompt.n / 4, &c->e);
+    if (!code) code = compare_answer(c, ids_of(&expected), expected.n / 4);
+    if (!code && !(code = hash_logits(c, found)) && strcmp(wanted, found)) {
+        printf("logits after the answer: expected %s, found %s\n", wanted, found);
+        code = MEDRUN_DIFFERS;
+    }
+    if (!code) printf("same: %zu tokens and the logits after them\n", expected.n / 4);
+    if (code == MEDRUN_DIFFERS && c->s && strcmp(kernels, c->m->kernels->name))
+        printf("recorded with %s kernels, replayed with %s: bf16 weights give the same numbers on "
+               "both with --strict only\n", kernels, c->m->kernels->name);
+    buffer_free(&prompt), buffer_free(&expected);
+    return code;
+}
+
+/* Reads and parses a JSON file; free both afterwards, also on failure. */
+static int read_json(command *c, const char *path, buffer *text, json *j) {
+    medrun_error why = {0};
+    int code = read_file(c, path, text);
+    if (code || !(code = json_parse(j, chars(text), text->n, &why))) return code;
+    return fail(&c->e, code, "%s: %s", path, why.text);
+}
+
+static int replay_command(command *c) {
+    buffer text = {0};
+    json j = {0};
+    if (!c->n_rest) return fail(&c->e, MEDRUN_USAGE, "replay: wanted a file that --record wrote");
+    int code = read_json(c, c->rest[0], &text, &j);
+    if (!code) code = replay_record(c, &j, c->rest[0]);
+    json_free(&j), buffer_free(&text);
+    return code;
+}
+
+/* ---- show ---------------------------------------------------------------------------------- */
+
+static void show_text(FILE *f, const char *label, const char *text) {
+    fprintf(f, "%-13s", label);
+    print_safe(f, *text ? text : "-", *text ? strlen(text) : 1, false);
+    fputc('\n', f);
+}
+
+static void show_config(FILE *f, const medrun_model *m) {
+    const model_config *c = &m->config;
+    fprintf(f, "%-13s%s, %.3g million parameters, %s\n", "architecture", m->architecture,
+            (double)m->parameters / 1e6, type_names[m->type]);
+    fprintf(f, "%-13s%d layers, hidden %d, %d heads of %d (%d key-value), ffn %d, vocabulary %d%s\n",
+            "config", c->n_layers, c->hidden_size, c->n_heads, c->head_dim, c->n_kv_heads,
+            c->ffn_size, c->vocab_size, c->tied ? ", tied" : "");
+    fprintf(f, "%-13s%d tokens, rope theta %g", "context", c->max_positions, c->rope_theta);
+    if (c->rope_llama3)
+        fprintf(f, ", llama3 scaling %g (%g to %g) from %g", c->rope_factor, c->rope_low,
+                c->rope_high, c->rope_original);
+    fputc('\n', f);
+}
+
+static void show_chat(FILE *f, const medrun_model *m) {
+    const medrun_sampling *s = &m->sampling;
+    show_text(f, "template", m->template_name);
+    show_text(f, "system", m->system);
+    fprintf(f, "%-13s", "stops");
+    for (int i = 0; i < m->n_stops; i++) {
+        size_t n;
+        const char *piece = tokenizer_piece(&m->tokenizer, m->stops[i], &n);
+        fprintf(f, "%s%d ", i ? ", " : "", m->stops[i]);
+        print_safe(f, piece, n, false);
+    }
+    fprintf(f, "%s\n%-13stemperature %g, top-k %d, top-p %g, min-p %g, repeat-penalty %g\n",
+            m->n_stops ? "" : "-", "sampling", (double)s->temperature, s->top_k, (double)s->top_p,
+            (double)s->min_p, (double)s->repeat_penalty);
+}
+
+/* The files it was made from; what is malformed is left out, as nothing rests on it. */
+static void show_sources(FILE *f, const medrun_model *m) {
+    const json *j = &m->file.header;
+    uint32_t all = json_get(j, json_get(j, 0, "provenance"), "sources"), v = all + 1;
+    bool array = all != JSON_NONE && json_typeof(j, all) == JSON_ARRAY;
+    for (uint32_t i = 0; array && i < j->nodes[all].count; i++, v = j->nodes[v].next) {
+        char file[256], hash[65], line[400];
+        int64_t bytes;
+        if (!json_text(j, v, "", "file", file, sizeof file, NULL) ||
+            !json_text(j, v, "", "sha256", hash, sizeof hash, NULL) ||
+            !json_int(j, v, "", "bytes", 0, 1ll << 52, &bytes, NULL)) continue;
+        snprintf(line, sizeof line, "%s, %lld bytes, %s", file, (long long)bytes, hash);
+        show_text(f, i ? "" : "sources", line);
+    }
+}
+
+static double mb(uint64_t bytes) { return (double)bytes / 0x1p20; }
+
+/* What a session with these options takes, beside what the machine has. */
+static void show_memory(FILE *f, const command *c, const medrun_session_options *o) {
+    medrun_session s = {.model = c->m, .options = *o};
+    uint64_t total, available, weights = c->m->file.map.n, session = medrun_session_bytes(c->m, o);
+    uint64_t cache = 2 * cache_row(&s, c->m->config.n_layers, 0) * cache_item(&s);
+    uint64_t all = weights + session;
+    memory_size(&total, &available);
+    const char *verdict = all <= available ? "it fits" :
+        all <= total ? "it fits when other programs leave" :
+        session <= total ? "the weights do not fit and would be read again for each token" :
+        "it does not fit; ask for a smaller context (-c)";
+    fprintf(f, "%-13s%9.1f MB weights, mapped from the file\n", "memory", mb(weights));
+    fprintf(f, "%-13s%9.1f MB key-value cache, context %d, %s\n", "", mb(cache), o->context,
+            o->kv == MEDRUN_KV_F32 ? "f32" : "f16");
+    fprintf(f, "%-13s%9.1f MB scratch\n", "", mb(session - cache));
+    fprintf(f, "%-13s%9.1f MB in all, of %.1f MB; %.1f MB are free: %s\n", "", mb(all), mb(total),
+            mb(available), verdict);
+}
+
+static int show_model(FILE *f, command *c, int context) {
+    const medrun_model *m = c->m;
+    medrun_session_options wanted = session_options(c, context), o;
+    char hash[65];
+    int code = resolve_options(m, &wanted, &o, &c->e);
+    if (code) return code;
+    hex_of(m->file.hash, hash);
+    show_text(f, "file", m->path);
+    show_text(f, "name", m->name);
+    show_config(f, m);
+    show_chat(f, m);
+    show_text(f, "licence", m->licence);
+    show_text(f, "notice", m->notice);
+    show_sources(f, m);
+    show_text(f, "hash", hash);
+    show_memory(f, c, &o);
+    return MEDRUN_OK;
+}
+
+static int show_command(command *c) {
+    int code = open_model(c);
+    return code ? code : show_model(stdout, c, choose_context(c));
+}
+
+/* ---- the line editor ----------------------------------------------------------------------- */
+
+/* A line of text behind a window as wide as the terminal, drawn on stderr, as stdout is for the
+ * answers. A line end that was pasted is part of the text and shows as an arrow. */
+enum { HISTORY = 100 };
+enum { LINE, LINE_INTERRUPTED, LINE_END };      /* what reading a line came to                  */
+
+typedef struct {
+    buffer line;
+    size_t at;                                  /* the cursor, a byte of the line               */
+    char *history[HISTORY];                     /* in memory only                               */
+    int n_history, place;                       /* place: the one that is shown, n: a new line  */
+    bool plain, colour;                         /* plain: nothing that can be drawn on          */
+} editor;
+
+static struct termios cooked_terminal;
+static volatile sig_atomic_t terminal_is_raw;
+
+static void restore_terminal(void) {
+    if (!terminal_is_raw) return;
+    terminal_is_raw = 0;
+    tcsetattr(STDIN_FILENO, TCSADRAIN, &cooked_terminal);
+    if (write(STDERR_FILENO, "\x1b[?2004l", 8) < 0) return;     /* nothing more can be done      */
+}
+
+static void on_fatal_signal(int signal_number) {
+    restore_terminal();
+    raise(signal_number);                               /* now with its default effect           */
+}
+
+/* Keys come one by one and as they are, Ctrl-C too; what is pasted comes between marks. */
+static bool make_raw(void) {
+    struct termios raw;
+    if (tcgetattr(STDIN_FILENO, &cooked_terminal)) return false;
+    raw = cooked_terminal;
+    raw.c_lflag &= ~(tcflag_t)(ECHO | ICANON | ISIG | IEXTEN);
+    raw.c_iflag &= ~(tcflag_t)(IXON | ICRNL | INLCR | ISTRIP);
+    raw.c_cc[VMIN] = 1, raw.c_cc[VTIME] = 0;
+    terminal_is_raw = 1;
+    if (tcsetattr(STDIN_FILENO, TCSADRAIN, &raw)) return terminal_is_raw = 0, false;
+    return fputs("\x1b[?2004h", stderr) >= 0;
+}
+
+static void prepare_editor(editor *ed) {
+    static const int fatal[] = {SIGTERM, SIGHUP, SIGQUIT, SIGINT};
+    struct sigaction action = {.sa_handler = on_fatal_signal, .sa_flags = (int)SA_RESETHAND};
+    const char *term = getenv("TERM"), *no_colour = getenv("NO_COLOR");
+    ed->plain = !isatty(STDERR_FILENO) || !term || !strcmp(term, "dumb");
+    ed->colour = !ed->plain && !(no_colour && *no_colour);
+    atexit(restore_terminal);
+    for (size_t i = 0; i < sizeof fatal / sizeof *fatal; i++) sigaction(fatal[i], &action, NULL);
+}
+
+static void close_editor(editor *ed) {
+    for (int i = 0; i < ed->n_history; i++) free(ed->history[i]);
+    buffer_free(&ed->line);
+}
+
+static int read_byte(void) {
+    uint8_t byte;
+    ssize_t n;
+    while ((n = read(STDIN_FILENO, &byte, 1)) < 0 && errno == EINTR) continue;
+    return n == 1 ? byte : EOF;
+}
+
+enum { KEY_UP = 256, KEY_DOWN, KEY_RIGHT, KEY_LEFT, KEY_HOME, KEY_END, KEY_DELETE, KEY_PASTE,
+       KEY_PASTED, KEY_OTHER };
+
+/* A byte, a KEY_, or EOF. Escape sequences are ESC [ numbers letter, or ESC O letter. */
+static int read_key(void) {
+    static const char letters[] = "ABCDHF";             /* in the order of the KEY_              */
+    int c = read_byte(), number = 0;
+    if (c != 27) return c;
+    if ((c = read_byte()) != '[' && c != 'O') return c == EOF ? EOF : KEY_OTHER;
+    while ((c = read_byte()) != EOF && c < 0x40)        /* of numbers the last: Ctrl-Left is     */
+        number = isdigit(c) ? (number * 10 + c - '0') % 1000 : 0;               /* 1;5D, so Left */
+    const char *letter = c > 0 ? strchr(letters, c) : NULL;
+    if (letter) return KEY_UP + (int)(letter - letters);
+    if (c != '~') return c == EOF ? EOF : KEY_OTHER;
+    switch (number) {
+        case 1: case 7: return KEY_HOME;
+        case 4: case 8: return KEY_END;
+        case 3: return KEY_DELETE;
+        case 200: return KEY_PASTE;
+        case 201: return KEY_PASTED;
+        default: return KEY_OTHER;
+    }
+}
+
+/* Columns of a character: some scripts and symbols take two, marks none. */
+static size_t columns_of(uint32_t c) {
+    static const uint32_t wide[][2] = {{0x1100, 0x115F}, {0x2E80, 0xA4CF}, {0xAC00, 0xD7A3},
+        {0xF900, 0xFAFF}, {0xFE30, 0xFE6F}, {0xFF00, 0xFF60}, {0x1F300, 0x1FAFF}, {0x20000, 0x3FFFD}};
+    if ((c >= 0x300 && c < 0x370) || (c >= 0x200B && c <= 0x200D) || (c >= 0xFE00 && c <= 0xFE0F))
+        return 0;
+    for (size_t i = 0; i < sizeof wide / sizeof *wide; i++)
+        if (c >= wide[i][0] && c <= wide[i][1]) return 2;
+    return 1;
+}
+
+/* Appends to OUT, if there is one, what shows the character at byte I; gives its length. */
+static size_t show_char(const editor *ed, size_t i, size_t *columns, buffer *out) {
+    uint32_t code = 0;
+    size_t len = utf8_decode(ed->line.data + i, ed->line.n - i, &code);
+    bool hostile = !len || is_hostile(code);
+    *columns = hostile ? 1 : columns_of(code);
+    if (!len) len = 1;
+    if (out && hostile) buffer_text(out, code == '\n' ? "\xE2\x86\xB5" : "?");
+    else if (out) buffer_add(out, ed->line.data + i, len);
+    return len;
+}
+
+static size_t char_before(const editor *ed, size_t i) {
+    if (i) i--;
+    while (i && (ed->line.data[i] & 0xC0) == 0x80) i--;
+    return i;
+}
+
+static size_t char_after(const editor *ed, size_t i) {
+    if (i < ed->line.n) i++;
+    while (i < ed->line.n && (ed->line.data[i] & 0xC0) == 0x80) i++;
+    return i;
+}
+
+/* Where the window begins, and the cursor's column in it; a quarter is kept for what follows. */
+static size_t window_start(const editor *ed, size_t room, size_t *cursor) {
+    size_t start = ed->at, follow = 0, columns;
+    for (size_t i = ed->at; i < ed->line.n && follow < room / 4; follow += columns)
+        i += show_char(ed, i, &columns, NULL);
+    for (*cursor = 0; start; *cursor += columns, start = char_before(ed, start)) {
+        show_char(ed, char_before(ed, start), &columns, NULL);
+        if (*cursor + columns + follow > room) break;
+    }
+    return start;
+}
+
+/* Draws the window, or, when the line is DONE, all of it. */
+static void draw_line(const editor *ed, const char *prompt, bool done) {
+    struct winsize size;
+    bool known = !ioctl(STDERR_FILENO, TIOCGWINSZ, &size) && size.ws_col > 10;
+    size_t room = (known ? size.ws_col : 80) - strlen(prompt) - 1, cursor, used = 0, columns;
+    size_t i = window_start(ed, room, &cursor);
+    buffer out = {0};
+    buffer_printf(&out, ed->colour ? "\r\x1b[1m%s\x1b[0m" : "\r%s", prompt);
+    if (done) i = 0, room = SIZE_MAX;
+    while (i < ed->line.n) {
+        size_t n = out.n;
+        i += show_char(ed, i, &columns, &out);
+        if ((used += columns) <= room) continue;
+        out.n = n;
+        break;
+    }
+    if (done) buffer_text(&out, "\x1b[K\r\n");
+    else buffer_printf(&out, "\x1b[K\r\x1b[%zuC", strlen(prompt) + cursor);
+    fwrite(out.data, 1, out.n, stderr);
+    buffer_free(&out);
+}
+
+static void insert(editor *ed, const char *bytes, size_t n) {
+    if (!buffer_room(&ed->line, n)) return;
+    memmove(ed->line.data + ed->at + n, ed->line.data + ed->at, ed->line.n - ed->at);
+    memcpy(ed->line.data + ed->at, bytes, n);
+    ed->at += n, ed->line.n += n;
+}
+
+static void cut(editor *ed, size_t from, size_t to) {
+    if (from < to) memmove(ed->line.data + from, ed->line.data + to, ed->line.n - to);
+    ed->line.n -= to - from, ed->at = from;
+}
+
+static void remember(editor *ed) {
+    char *line = ed->line.n ? new_array(ed->line.n + 1, 1) : NULL;
+    if (!line) return;
+    memcpy(line, ed->line.data, ed->line.n);
+    if (ed->n_history == HISTORY) {
+        free(ed->history[0]);
+        memmove(ed->history, ed->history + 1, sizeof ed->history - sizeof *ed->history);
+        ed->n_history--;
+    }
+    ed->history[ed->n_history++] = line;
+}
+
+static void recall(editor *ed, int step) {
+    if (ed->place + step < 0 || ed->place + step > ed->n_history) return;
+    ed->place += step;
+    cut(ed, 0, ed->line.n);
+    if (ed->place < ed->n_history)
+        insert(ed, ed->history[ed->place], strlen(ed->history[ed->place]));
+}
+
+static void cut_word(editor *ed) {
+    size_t from = ed->at;
+    while (from && isspace(ed->line.data[from - 1])) from--;
+    while (from && !isspace(ed->line.data[from - 1])) from--;
+    cut(ed, from, ed->at);
+}
+
+#define CTRL_KEY(letter) ((letter) - 'A' + 1)
+
+static void edit(editor *ed, int key) {
+    switch (key) {
+        case KEY_LEFT: case CTRL_KEY('B'): ed->at = char_before(ed, ed->at); break;
+        case KEY_RIGHT: case CTRL_KEY('F'): ed->at = char_after(ed, ed->at); break;
+        case KEY_HOME: case CTRL_KEY('A'): ed->at = 0; break;
+        case KEY_END: case CTRL_KEY('E'): ed->at = ed->line.n; break;
+        case KEY_UP: case CTRL_KEY('P'): recall(ed, -1); break;
+        case KEY_DOWN: case CTRL_KEY('N'): recall(ed, 1); break;
+        case KEY_DELETE: case CTRL_KEY('D'): cut(ed, ed->at, char_after(ed, ed->at)); break;
+        case 127: case CTRL_KEY('H'): cut(ed, char_before(ed, ed->at), ed->at); break;
+        case CTRL_KEY('K'): cut(ed, ed->at, ed->line.n); break;
+        case CTRL_KEY('U'): cut(ed, 0, ed->at); break;
+        case CTRL_KEY('W'): cut_word(ed); break;
+        default: if (key >= 32 && key < 256) insert(ed, &(char){(char)key}, 1);
+    }
+}
+
+/* Keys until the line is entered. */
+static int edit_line(editor *ed, const char *prompt) {
+    bool pasting = false;
+    ed->line.n = ed->at = 0, ed->place = ed->n_history;
+    for (;;) {
+        int waiting = 0;
+        ioctl(STDIN_FILENO, FIONREAD, &waiting);        /* draw when the typist pauses           */
+        if (!waiting) draw_line(ed, prompt, false);
+        int key = read_key();
+        bool leaves = key == CTRL_KEY('D') && !ed->line.n;
+        if (key == EOF) return LINE_END;
+        if (key == CTRL_KEY('Z')) restore_terminal(), raise(SIGTSTP), make_raw();
+        else if (key == KEY_PASTE || key == KEY_PASTED) pasting = key == KEY_PASTE;
+        else if (pasting && key < 256) insert(ed, &(char){(char)(key == '\r' ? '\n' : key)}, 1);
+        else if (key == '\r' || key == '\n' || key == CTRL_KEY('C') || leaves) {
+            draw_line(ed, prompt, true);
+            if (key == CTRL_KEY('C') || leaves) return leaves ? LINE_END : LINE_INTERRUPTED;
+            return remember(ed), LINE;
+        } else edit(ed, key);
+    }
+}
+
+/* Where nothing can be drawn the terminal's own editing must do. */
+static int plain_line(editor *ed, const char *prompt) {
+    int c;
+    fputs(prompt, stderr);
+    ed->line.n = 0;
+    while ((c = read_byte()) != EOF && c != '\n') buffer_add(&ed->line, &(char){(char)c}, 1);
+    return c == EOF && !ed->line.n ? LINE_END : LINE;
+}
+
+static int read_line(editor *ed, const char *prompt) {
+    if (ed->plain || !make_raw()) return plain_line(ed, prompt);
+    int got = edit_line(ed, prompt);
+    restore_terminal();
+    return got;
+}
+
+/* A message: a line, or several from """ to """. */
+static int read_message(editor *ed, buffer *m) {
+    static const char quotes[] = "\"\"\"";
+    m->n = 0;
+    for (bool several = false, over = false; !over;) {
+        int got = read_line(ed, several ? ". " : "> ");
+        const char *line = chars(&ed->line);
+        size_t n = ed->line.n;
+        if (got != LINE) return got;
+        if (several) buffer_text(m, m->n ? "\n" : "");
+        else if (n >= 3 && !memcmp(line, quotes, 3)) several = true, line += 3, n -= 3;
+        over = !several || (n >= 3 && !memcmp(line + n - 3, quotes, 3));
+        buffer_add(m, line, over && several ? n - 3 : n);
+    }
+    return LINE;
+}
+
+/* ---- chat ---------------------------------------------------------------------------------- */
+
+typedef struct {
+    command *c;
+    editor ed;
+    buffer system;              /* its text, for the next conversation                         */
+    buffer starts;              /* size_t: where on the timeline each person's turn begins     */
+    answer last;
+    int interrupts;             /* Ctrl-C since the last message                               */
+    bool leave;
+} chat;
+
+static size_t n_turns(const chat *h) { return h->starts.n / sizeof(size_t); }
+
+/* Where turn I begins; after the last: the end of the timeline. */
+static size_t turn_start(const chat *h, size_t i) {
+    return i < n_turns(h) ? ((const size_t *)(const void *)h->starts.data)[i]
+                          : medrun_length(h->c->s);
+}
+
+/* What stands before the first turn. */
+static int chat_opening(chat *h, buffer *ids) {
+    command *c = h->c;
+    if (h->system.n)
+        return chat_turn(c->chat, c->t, "system", chars(&h->system), h->system.n, true, false, ids,
+                         &c->e);
+    chat_writer w = {.c = c->chat, .t = c->t, .out = ids, .e = &c->e};
+    int code = chat_start(&w, false);
+    return chat_end(&w, code, 0);
+}
+
+/* Forgets the oldest K turns; what stood before the first of them stays. */
+static int drop_turns(chat *h, size_t k) {
+    size_t from = turn_start(h, k), gone = from - turn_start(h, 0), left = n_turns(h) - k;
+    buffer keep = {0};
+    buffer_add(&keep, medrun_tokens(h->c->s) + from, (medrun_length(h->c->s) - from) * 4);
+    if (keep.failed) return out_of_memory(&h->c->e, keep.n);
+    fprintf(stderr, "(forgot the oldest %zu turns, %zu tokens)\n", k, gone);
+    int code = medrun_rewind(h->c->s, from - gone, &h->c->e);
+    if (!code) code = medrun_feed(h->c->s, ids_of(&keep), keep.n / 4, &h->c->e);
+    size_t *starts = (size_t *)(void *)h->starts.data;
+    for (size_t i = 0; i < left; i++) starts[i] = starts[i + k] - gone;
+    h->starts.n = left * sizeof *starts;
+    buffer_free(&keep);
+    return code;
+}
+
+/* Makes room for NEED tokens and an answer, for which dropping leaves a quarter of the context. */
+static int make_room(chat *h, size_t need) {
+    size_t context = context_of(h->c), length = medrun_length(h->c->s), k = 0, gone = 0;
+    while (flag(h->c, O_OVERFLOW) && k < n_turns(h) && length - gone + need > context - context / 4)
+        gone = turn_start(h, ++k) - turn_start(h, 0);
+    if (length - gone + need >= context) return too_long(h->c, length - gone + need);
+    return k ? drop_turns(h, k) : MEDRUN_OK;
+}
+
+/* Puts a person's turn on the timeline. It begins with what the template writes after an answer,
+ * in the place of the answer's stop token, as in medrun_say. */
+static int chat_feed(chat *h, const char *text, size_t n) {
+    command *c = h->c;
+    buffer ids = {0};
+    size_t length = medrun_length(c->s), head = 0, skip = 0;
+    int code = MEDRUN_OK;
+    if (!length) code = chat_opening(h, &ids), head = ids.n / 4;
+    if (c->s->answer_open) {
+        if (is_stop(c->m, medrun_tokens(c->s)[length - 1])) medrun_rewind(c->s, length - 1, &c->e);
+        c->s->answer_open = true;                       /* until the turn is fed                 */
+        code = chat_close(c->chat, c->t, &ids, &c->e), skip = ids.n / 4;
+    }
+    bool first = !n_turns(h);
+    if (!code) code = chat_turn(c->chat, c->t, "user", text, n, false, true, &ids, &c->e);
+    if (!code) code = make_room(h, ids.n / 4);
+    if (first || n_turns(h)) skip = 0;                  /* else the answer it closes is gone     */
+    if (!code) {
+        size_t start = medrun_length(c->s) + head;
+        show_prompt(c, ids_of(&ids) + skip, ids.n / 4 - skip);
+        buffer_add(&h->starts, &start, sizeof start);
+        code = medrun_feed(c->s, ids_of(&ids) + skip, ids.n / 4 - skip, &c->e);
+    }
+    buffer_free(&ids);
+    return code;
+}
+
+static int chat_answer(chat *h, const char *text, size_t n) {
+    command *c = h->c;
+    int code = chat_feed(h, text, n);
+    if (code) return code;
+    code = print_reply(c, &h->last);
+    c->s->answer_open = true;
+    if (flag(c, O_STATS)) print_stats(c, &h->last);
+    if (code != MEDRUN_INTERRUPTED) return code;
+    h->interrupts = 1;
+    fprintf(stderr, h->last.n_answer ? "(stopped)\n" : "(stopped; your message is forgotten)\n");
+    if (h->last.n_answer) return MEDRUN_OK;
+    size_t last = n_turns(h) - 1;                       /* nothing came: as if it was never said */
+    code = medrun_rewind(c->s, last ? turn_start(h, last) : 0, &c->e);
+    h->starts.n -= sizeof(size_t);
+    c->s->answer_open = last > 0;
+    return code;
+}
+
+static int chat_clear(chat *h) {
+    h->starts.n = 0;
+    return medrun_rewind(h->c->s, 0, &h->c->e);
+}
+
+/* Where the turns of a loaded conversation begin is not known: all of it counts as one. */
+static int chat_load(chat *h, const char *path) {
+    h->starts.n = 0;
+    int code = medrun_restore(h->c->s, path, &h->c->e);
+    size_t n = medrun_length(h->c->s), start = n && medrun_tokens(h->c->s)[0] == h->c->t->bos;
+    if (code || !n) return code;
+    fprintf(stderr, "(%zu tokens)\n", n);
+    return buffer_add(&h->starts, &start, sizeof start), MEDRUN_OK;
+}
+
+static int chat_read(chat *h, const char *path) {
+    buffer file = {0};
+    int code = read_file(h->c, path, &file);
+    drop_line_end(&file);
+    if (!code) code = chat_answer(h, chars(&file), file.n);
+    buffer_free(&file);
+    return code;
+}
+
+enum { SAY_HELP, SAY_BYE, SAY_CLEAR, SAY_SYSTEM, SAY_SAVE, SAY_LOAD, SAY_READ, SAY_STATS, SAY_SHOW,
+       N_SAY };
+
+static const char *const say_names[N_SAY] = {"/help", "/bye", "/clear", "/system", "/save", "/load",
+                                             "/read", "/stats", "/show"};
+static const char say_help[] =
+    "/help          this\n"
+    "/bye           leave, as Ctrl-D\n"
+    "/clear         forget the conversation\n"
+    "/system TEXT   begin a new conversation with this system text\n"
+    "/save FILE     write the conversation, with all that was said in it\n"
+    "/load FILE     go on with one that was saved\n"
+    "/read FILE     say what stands in the file\n"
+    "/stats         speeds, and how full the context is\n"
+    "/show          the model and what it needs\n"
+    "\"\"\"            begins and ends a message of several lines\n"
+    "Ctrl-C         stop the answer; twice: leave\n"
+    "A message that begins with / needs a space before it.\n";
+
+/* LINE begins with /. */
+static int chat_command(chat *h, char *line) {
+    size_t n = strcspn(line, " \t\n");
+    const char *text = line + n + (line[n] != 0);
+    int which = 0;
+    line[n] = 0;
+    while (which < N_SAY && strcmp(line, say_names[which])) which++;
+    bool takes_file = which == SAY_SAVE || which == SAY_LOAD || which == SAY_READ;
+    if (which == N_SAY)
+        return fail(&h->c->e, MEDRUN_USAGE, "unknown command %s; the nearest is %s, /help lists all",
+                    line, nearest(line, say_names, N_SAY));
+    if (which != SAY_SYSTEM && takes_file != (*text != 0))
+        return fail(&h->c->e, MEDRUN_USAGE, "%s: wanted %s", line, takes_file ? "a file" : "no more");
+    switch (which) {
+        case SAY_BYE: return h->leave = true, MEDRUN_OK;
+        case SAY_CLEAR: return chat_clear(h);
+        case SAY_SYSTEM: return h->system.n = 0, buffer_text(&h->system, text), chat_clear(h);
+        case SAY_SAVE: return medrun_save(h->c->s, text, &h->c->e);
+        case SAY_LOAD: return chat_load(h, text);
+        case SAY_READ: return chat_read(h, text);
+        case SAY_STATS: return print_stats(h->c, &h->last), MEDRUN_OK;
+        case SAY_SHOW: return show_model(stderr, h->c, (int)context_of(h->c));
+        default: return fputs(say_help, stderr), MEDRUN_OK;
+    }
+}
+
+/* Answers messages until the person leaves. */
+static int chat_loop(chat *h, buffer *message) {
+    while (!h->leave) {
+        int code = MEDRUN_OK, got = read_message(&h->ed, message);
+        if (got == LINE_END) return MEDRUN_OK;
+        if (got == LINE_INTERRUPTED) {
+            if (++h->interrupts > 1) return MEDRUN_INTERRUPTED;
+            fprintf(stderr, "(Ctrl-C once more, or Ctrl-D, leaves)\n");
+            continue;
+        }
+        h->interrupts = 0;
+        if (message->n && message->data[0] == '/') code = chat_command(h, (char *)message->data);
+        else if (message->n) code = chat_answer(h, chars(message), message->n);
+        if (code && !h->c->e.code) return code;         /* stdout is gone                        */
+        if (code) fprintf(stderr, "%s\n", h->c->e.text);
+        h->c->e = (medrun_error){0};
+    }
+    return MEDRUN_OK;
+}
+
+static int talk(command *c) {
+    chat h = {.c = c};
+    buffer message = {0};
+    int code = MEDRUN_OK;
+    prepare_editor(&h.ed);
+    fprintf(stderr, "%sFor research and education. Not a clinician; do not use it to decide about "
+            "anyone's care.%s\n", h.ed.colour ? "\x1b[33m" : "", h.ed.colour ? "\x1b[0m" : "");
+    note(c, "/help lists what can be typed.");
+    buffer_text(&h.system, system_text(c));
+    if (given(c, O_PROMPT) || given(c, O_FILE)) code = read_prompt(c, &message);
+    if (!code && message.n) code = chat_answer(&h, chars(&message), message.n);
+    if (!code) code = chat_loop(&h, &message);
+    buffer_free(&message), buffer_free(&h.system), buffer_free(&h.starts);
+    close_editor(&h.ed);
+    return code;
+}
+
+static int converse_command(command *c) {
+    if (!isatty(STDIN_FILENO)) return run_command(c);
+    int code = open_model(c);
+    if (!code) code = start_session(c);
+    return code ? code : talk(c);
+}
+
+/* ---- verify -------------------------------------------------------------------------------- */
+
+typedef struct {
+    uint32_t node;                              /* the header's entry                           */
+    const uint8_t *data;
+    size_t bytes;
+    uint8_t found[32];
+} hashed;
+
+typedef struct {
+    hashed *all;
+    atomic_size_t done;                         /* bytes                                        */
+    size_t total;
+    bool show;
+} hash_job;
+
+static void hash_task(void *context, size_t begin, size_t end, int thread) {
+    hash_job *j = context;
+    for (hashed *h = j->all + begin; h < j->all + end; h++) {
+        sha256_of(h->data, h->bytes, h->found);
+        size_t done = atomic_fetch_add(&j->done, h->bytes) + h->bytes;
+        if (j->show && thread == 0) fprintf(stderr, "\rhashing: %zu %% ", done * 100 / j->total);
+    }
+}
+
+/* Prints a comparison that failed, and with -v also one that did not. */
+static bool report(const command *c, const char *kind, const char *name, const char *expected,
+                   const char *found) {
+    bool same = !strcmp(expected, found);
+    if (same && flag(c, O_VERBOSE)) printf("%-10s %s: the same\n", kind, name);
+    if (!same) printf("%-10s %s DIFFERS: expected %s, found %s\n", kind, name, expected, found);
+    return same;
+}
+
+static bool report_hash(const command *c, const hashed *h, bool is_tensor) {
+    char wanted[65] = "", found[65], name[64] = "SHA-256";
+    uint8_t digest[32] = {0};
+    json_text(&c->m->file.header, h->node, "", "sha256", wanted, sizeof wanted, NULL);
+    if (is_tensor) json_text(&c->m->file.header, h->node, "", "name", name, sizeof name, NULL);
+    parse_hex(wanted, digest);                          /* it may be written in capitals         */
+    hex_of(digest, wanted), hex_of(h->found, found);
+    return report(c, is_tensor ? "tensors" : "tokenizer", name, wanted, found);
+}
+
+/* The tensors' SHA-256, and the tokenizer's, on all threads. Opening has checked the offsets. */
+static int verify_hashes(command *c, bool *same) {
+    const model_file *f = &c->m->file;
+    size_t n = f->header.nodes[f->tensors].count, good = 0;
+    hash_job job = {.all = new_array(n + 1, sizeof(hashed)), .show = isatty(STDERR_FILENO)};
+    if (!job.all) return out_of_memory(&c->e, (n + 1) * sizeof(hashed));
+    uint32_t v = f->tensors + 1;
+    for (size_t i = 0; i <= n; i++, v = f->header.nodes[v].next) {
+        int64_t offset = 0, bytes = 0;
+        uint32_t node = i < n ? v : f->tokenizer;
+        json_int(&f->header, node, "", "offset", 0, 1ll << 52, &offset, NULL);
+        json_int(&f->header, node, "", "bytes", 0, 1ll << 52, &bytes, NULL);
+        job.all[i] = (hashed){.node = node, .data = f->map.data + offset, .bytes = (size_t)bytes};
+        job.total += (size_t)bytes;
+    }
+    parallel_for(c->m->pool, n + 1, 1, hash_task, &job);
+    if (job.show) fprintf(stderr, "\r%20s\r", "");
+    for (size_t i = 0; i < n; i++) good += report_hash(c, &job.all[i], true);
+    bool last = report_hash(c, &job.all[n], false);
+    printf("tensors    %zu of %zu are as exported\ntokenizer  %d of 1\n", good, n, last);
+    if (good < n || !last) *same = false;
+    free(job.all);
+    return MEDRUN_OK;
+}
+
+static void print_to(buffer *text, const buffer *ids) {
+    for (size_t i = 0; i < ids->n / 4; i++)
+        buffer_printf(text, i ? " %d" : "%d", ids_of(ids)[i]);
+}
+
+/* A proof computes anew what entry V records; both as text. */
+typedef int proof(command *c, uint32_t v, buffer *expected, buffer *found);
+
+static int prove_ids(command *c, uint32_t v, bool of_chat, buffer *expected,
+                     buffer *found) {
+    const json *j = &c->m->file.header;
+    buffer text = {0}, wanted = {0}, ids = {0};
+    medrun_message *messages = NULL;
+    size_t n;
+    uint32_t what = json_get(j, v, of_chat ? "messages" : "text");
+    int code = json_ids(c, j, json_get(j, v, "ids"), "proofs: ids", &wanted);
+    if (!code && of_chat) {
+        code = json_messages(c, j, what, "proofs.chats", &messages, &n, &text);
+        if (!code) code = chat_render(c->m->chat, c->t, messages, n, true, &ids, &c->e);
+    } else if (!code && is_string(j, what)) {
+        json_unescape(j, what, &text);
+        code = tokenizer_encode(c->t, chars(&text), text.n, 0, &ids, &c->e);
+    } else if (!code) code = fail(&c->e, MEDRUN_BAD_FILE, "proofs.tokens: text: found none");
+    print_to(expected, &wanted), print_to(found, &ids);
+    buffer_free(&text), buffer_free(&wanted), buffer_free(&ids);
+    free(messages);
+    return code;
+}
+
+static int prove_tokens(command *c, uint32_t v, buffer *expected, buffer *found) {
+    return prove_ids(c, v, false, expected, found);
+}
+
+static int prove_chat(command *c, uint32_t v, buffer *expected, buffer *found) {
+    return prove_ids(c, v, true, expected, found);
+}
+
+static int prove_logits(command *c, uint32_t v, buffer *expected, buffer *found) {
+    const json *j = &c->m->file.header;
+    char hex[65];
+    buffer ids = {0};
+    int code = json_ids(c, j, json_get(j, v, "ids"), "proofs: ids", &ids);
+    medrun_session_options o = {.context = (int)(ids.n / 4), .kv = MEDRUN_KV_F32, .strict = true};
+    if (!code && !ids.n) code = fail(&c->e, MEDRUN_BAD_FILE, "proofs.logits: ids: found none");
+    if (!code && !json_text(j, v, "proofs.logits", "sha256", hex, sizeof hex, &c->e))
+        code = MEDRUN_BAD_FILE;
+    if (!code) buffer_text(expected, hex), code = medrun_start(&c->s, c->m, &o, NULL, 0, &c->e);
+    if (!code) code = medrun_feed(c->s, ids_of(&ids), ids.n / 4, &c->e);
+    if (!code) code = hash_logits(c, hex);
+    if (!code) buffer_text(found, hex);
+    medrun_stop(c->s);
+    c->s = NULL;
+    buffer_free(&ids);
+    return code;
+}
+
+static int verify_proofs(command *c, const char *kind, proof *prove, bool *same) {
+    const json *j = &c->m->file.header;
+    uint32_t all = json_get(j, json_get(j, 0, "proofs"), kind), v = all + 1;
+    if (all == JSON_NONE || json_typeof(j, all) != JSON_ARRAY)
+        return fail(&c->e, MEDRUN_BAD_FILE, "%s: proofs.%s: wanted an array", c->m->path, kind);
+    size_t n = j->nodes[all].count, good = 0;
+    int code = MEDRUN_OK;
+    for (size_t i = 0; !code && i < n; i++, v = j->nodes[v].next) {
+        char name[24];
+        buffer expected = {0}, found = {0};
+        snprintf(name, sizeof name, "proof %zu", i + 1);
+        code = prove(c, v, &expected, &found);
+        if (!code && (expected.failed || found.failed)) code = out_of_memory(&c->e, expected.n);
+        if (!code) good += report(c, kind, name, chars(&expected), chars(&found));
+        buffer_free(&expected), buffer_free(&found);
+    }
+    if (code) return code;
+    printf("%-10s %zu of %zu come out the same\n", kind, good, n);
+    if (good < n) *same = false;
+    return flush_stdout(c);
+}
+
+static int verify_command(command *c) {
+    bool same = true;
+    int code = open_model(c);
+    if (!code) code = verify_hashes(c, &same);
+    if (!code) code = verify_proofs(c, "tokens", prove_tokens, &same);
+    if (!code) code = verify_proofs(c, "chats", prove_chat, &same);
+    if (!code) code = verify_proofs(c, "logits", prove_logits, &same);
+    return code || same ? code : MEDRUN_DIFFERS;
+}
+
+/* ---- tokenize, detokenize, render, logits -------------------------------------------------- */
+
+static int tokenize_command(command *c) {
+    buffer text = {0}, ids = {0};
+    int flags = (flag(c, O_BOS) ? MEDRUN_ADD_BOS : 0) | (flag(c, O_SPECIAL) ? MEDRUN_PARSE_SPECIAL : 0);
+    int code = open_tokenizer(c);
+    if (!code && flag(c, O_BOS) && c->t->bos < 0)
+        code = fail(&c->e, MEDRUN_USAGE, "--bos: this tokenizer has no such token");
+    if (!code) code = read_prompt(c, &text);
+    if (!code) code = tokenizer_encode(c->t, chars(&text), text.n, flags, &ids, &c->e);
+    if (!code && !flag(c, O_PIECES)) print_ids(stdout, ids_of(&ids), ids.n / 4);
+    for (size_t i = 0, n; !code && flag(c, O_PIECES) && i < ids.n / 4; i++) {
+        const char *piece = tokenizer_piece(c->t, ids_of(&ids)[i], &n);
+        printf("%d\t", ids_of(&ids)[i]);
+        print_escaped(stdout, piece, n);
+        puts("");
+    }
+    buffer_free(&text), buffer_free(&ids);
+    return code;
+}
+
+static int detokenize_command(command *c) {
+    buffer text = {0}, ids = {0}, out = {0};
+    int code = open_tokenizer(c);
+    bool from_stdin = !c->n_rest || (c->n_rest == 1 && !strcmp(c->rest[0], "-"));
+    for (int i = 0; !from_stdin && i < c->n_rest; i++) buffer_printf(&text, "%s ", c->rest[i]);
+    if (!code && from_stdin) code = read_file(c, "-", &text);
+    if (!code) code = parse_ids(c, chars(&text), text.n, &ids);
+    if (!code) tokenizer_decode(c->t, ids_of(&ids), ids.n / 4, flag(c, O_SPECIAL), &out);
+    if (!code && out.failed) code = out_of_memory(&c->e, out.n);
+    if (!code) fwrite(chars(&out), 1, out.n, stdout);
+    buffer_free(&text), buffer_free(&ids), buffer_free(&out);
+    return code;
+}
+
+static int render_messages(command *c, const json *j) {
+    medrun_message *messages = NULL;
+    size_t n;
+    buffer text = {0}, out = {0};
+    bool opening = !flag(c, O_NO_OPENING), ids = flag(c, O_RENDER_IDS);
+    int code = json_messages(c, j, 0, c->text[O_MESSAGES], &messages, &n, &text);
+    if (!code)
+        code = (ids ? chat_render : chat_render_text)(c->chat, c->t, messages, n, opening, &out,
+                                                      &c->e);
+    if (!code && ids) print_ids(stdout, ids_of(&out), out.n / 4);
+    else if (!code) fwrite(chars(&out), 1, out.n, stdout);
+    free(messages);
+    buffer_free(&text), buffer_free(&out);
+    return code;
+}
+
+static int render_command(command *c) {
+    buffer text = {0};
+    json j = {0};
+    bool file = given(c, O_MODEL) || c->n_rest;
+    if (!given(c, O_MESSAGES) || (!file && (!given(c, O_TEMPLATE) || flag(c, O_RENDER_IDS))))
+        return fail(&c->e, MEDRUN_USAGE, "render: wanted --messages FILE.json and a model; "
+                    "--template NAME does without a model, but not with --ids");
+    int code = file ? open_tokenizer(c) : choose_template(c);
+    if (!code && !c->chat)
+        code = fail(&c->e, MEDRUN_USAGE, "render: a tokenizer.bin has no template: add --template");
+    if (!code) code = read_json(c, c->text[O_MESSAGES], &text, &j);
+    if (!code) code = render_messages(c, &j);
+    json_free(&j), buffer_free(&text);
+    return code;
+}
+
+/* Feeds the ids, with --all in parts whose passes give a row of logits for each of them. */
+static int write_logits(command *c, const buffer *ids, FILE *f) {
+    size_t n = ids->n / 4, vocab = (size_t)c->t->vocab_size;
+    size_t part = flag(c, O_ALL) ? (size_t)c->s->options.batch : n;
+    for (size_t at = 0; at < n; at += part) {
+        size_t now = n - at < part ? n - at : part;
+        int code = medrun_feed(c->s, ids_of(ids) + at, now, &c->e);
+        while (!code && medrun_pending(c->s)) code = medrun_step(&c->s, 1, &c->e);
+        if (code) return code;
+        for (size_t row = flag(c, O_ALL) ? now : 1; row-- > 0;)
+            fwrite(medrun_logits(c->s, row), sizeof(float), vocab, f);
+    }
+    return MEDRUN_OK;
+}
+
+static int logits_command(command *c) {
+    buffer ids = {0};
+    char partial[1024];
+    if (!given(c, O_IDS) || !given(c, O_OUT))
+        return fail(&c->e, MEDRUN_USAGE, "logits: wanted --ids \"1 2 3\" and -o OUT.f32");
+    int code = open_model(c);
+    if (!code) code = parse_ids(c, c->text[O_IDS], strlen(c->text[O_IDS]), &ids);
+    size_t n = ids.n / 4;
+    if (!code && !n) code = fail(&c->e, MEDRUN_USAGE, "--ids: found none");
+    if (!code && n > (size_t)c->m->config.max_positions)
+        code = fail(&c->e, MEDRUN_TOO_LONG, "prompt %zu tokens > context %d, the model's", n,
+                    c->m->config.max_positions);
+    if (flag(c, O_ALL) && !given(c, O_BATCH)) c->number[O_BATCH] = 32;  /* rows of 0.5 MB        */
+    medrun_session_options o = session_options(c, (int)n);
+    if (flag(c, O_ALL)) o.logit_rows = o.batch;
+    if (!code) code = medrun_start(&c->s, c->m, &o, NULL, 0, &c->e);
+    FILE *f = code ? NULL : create_file(c, c->text[O_OUT], partial);
+    if (f) code = finish_file(c, f, c->text[O_OUT], partial, write_logits(c, &ids, f));
+    buffer_free(&ids);
+    return code ? code : c->e.code;
+}
+
+/* ---- doctor -------------------------------------------------------------------------------- */
+
+enum { CHECK_PANELS = 3, CHECK_COLS = 192, CHECK_TOKENS = 11 };
+
+/* A small product of random numbers. OUT (tokens, rows); false: no memory. */
+static bool small_product(const kernel_set *k, int type, int kind, float *out) {
+    size_t rows = CHECK_PANELS * LANES, cols = CHECK_COLS, panel = panel_bytes(type, cols);
+    uint64_t random = 1;
+    float *x = new_array((rows + CHECK_TOKENS) * cols, sizeof *x);
+    uint8_t *w = new_array(CHECK_PANELS, panel), *a = new_array(CHECK_TOKENS, pack_bytes(kind, cols));
+    bool made = x && w && a;
+    for (size_t i = 0; made && i < (rows + CHECK_TOKENS) * cols; i++)
+        x[i] = (float)(random_uniform(&random) - 0.5);
+    for (size_t p = 0; made && p < CHECK_PANELS; p++)
+        panel_pack(type, x + (CHECK_TOKENS + p * LANES) * cols, LANES, cols, w + p * panel);
+    if (made) k->pack(kind, x, cols, cols, CHECK_TOKENS, a);
+    if (made) k->matmul[kind](w, CHECK_PANELS, cols, a, CHECK_TOKENS, out, rows);
+    free(x), free(w), free(a);
+    return made;
+}
+
+static int doctor_command(command *c) {
+    static float found[CHECK_TOKENS * CHECK_PANELS * LANES], wanted[sizeof found / sizeof *found];
+    static const struct { const char *name; int type, kind; } checks[] = {
+        {"int8", TYPE_INT8, PACK_INT8}, {"bf16, strict", TYPE_BF16, PACK_F32}};
+    const kernel_set *sets[N_KERNEL_SETS], *chosen;
+    uint64_t total, available;
+    int n = usable_kernels(sets), code = choose_kernels(&chosen, NULL, &c->e);
+    if (code) return code;
+    memory_size(&total, &available);
+    printf("processors %d\nmemory     %.1f MB, %.1f MB are free\nkernels    %s\n", processors(),
+           mb(total), mb(available), chosen->name);
+    for (int i = 0; i < 2 * n; i++) {
+        const kernel_set *k = sets[i / 2];
+        int type = checks[i % 2].type, kind = checks[i % 2].kind;
+        if (!small_product(sets[n - 1], type, kind, wanted) || !small_product(k, type, kind, found))
+            return out_of_memory(&c->e, sizeof found);
+        bool same = !memcmp(found, wanted, sizeof found);
+        printf("self-test  %s, %s: %s\n", k->name, checks[i % 2].name,
+               same ? "as scalar" : "DIFFERS from scalar");
+        if (!same) code = MEDRUN_DIFFERS;
+    }
+    return code;
+}
+/* ============================================================================================
+ * 17 main: finds the command, reads the line, reports the error, closes
+ *
+ * Tests: tests/16_commands.sh.
+ * ============================================================================================ */
+
+typedef struct {
+    const char *arguments, *help;
+    int (*run)(command *c);
+    int most;                                   /* arguments that are no options                */
+} command_row;
+
+static int help_command(command *c);
+
+static const command_row command_rows[N_COMMANDS] = {
+    [CHAT] = {"MODEL.mdr", "a conversation; if stdin is no terminal, answers what it says, once",
+              converse_command, 1},
+    [RUN] = {"MODEL.mdr -p TEXT | -f FILE", "answers once", run_command, 1},
+    [SHOW] = {"MODEL.mdr", "what is in the file, and whether this machine has memory for it",
+              show_command, 1},
+    [VERIFY] = {"MODEL.mdr", "computes the file's hashes and proofs anew; exit 4 if one differs",
+                verify_command, 1},
+    [TOKENIZE] = {"FILE [-p TEXT | -f FILE]", "text to ids, by a .mdr or a tokenizer.bin",
+                  tokenize_command, 1},
+    [DETOKENIZE] = {"FILE IDS... | -", "ids to the exact bytes", detokenize_command, INT_MAX},
+    [RENDER] = {"FILE | --template NAME --messages FILE.json", "what the model sees of messages",
+                render_command, 1},
+    [LOGITS] = {"MODEL.mdr --ids \"1 2 3\" -o OUT.f32", "what the model computes, as numbers",
+                logits_command, 1},
+    [REPLAY] = {"RUN.json", "repeats what run --record wrote; exit 4 at the first difference",
+                replay_command, 1},
+    [DOCTOR] = {"", "what this machine has, and whether its kernels agree", doctor_command, 0},
+    [HELP] = {"[COMMAND]", "what there is, or what a command takes", help_command, 1},
+};
+
+static void print_option(const option_row *r) {
+    char left[64], small[8] = "    ";
+    if (r->small) snprintf(small, sizeof small, "-%s, ", r->small);
+    snprintf(left, sizeof left, "%s--%s %s", small, r->name, r->argument ? r->argument : "");
+    printf("  %-27s %s", left, r->help);
+    if (r->max > r->min) printf(" (%.16g to %.16g)", r->min, r->max);
+    if (r->standard) printf(" [%s]", r->standard);
+    puts("");
+}
+
+static int help_on(int which) {
+    printf("medrun %s %s\n%s\n\n", command_names[which], command_rows[which].arguments,
+           command_rows[which].help);
+    for (int id = 0; id < N_OPTIONS; id++)
+        if (option_rows[id].on & ON(which)) print_option(&option_rows[id]);
+    puts("\n(range) [what holds without]. Options may stand anywhere; --option=value works too. What\n"
+         "the environment says, as MEDRUN_TOP_K=20, holds unless the line says otherwise.\n"
+         "MEDRUN_KERNELS=scalar (medrun doctor lists them) chooses the instruction set.");
+    return MEDRUN_OK;
+}
+
+static int help_all(FILE *f) {
+    fputs("medrun " MEDRUN_VERSION ": runs open medical language models on an ordinary CPU. For "
+          "research and\neducation. Not a clinician; do not use it to decide about anyone's care.\n\n",
+          f);
+    for (int i = 0; i < N_COMMANDS; i++)
+        fprintf(f, "medrun %s %s\n      %s\n", i == CHAT ? "[chat]" : command_names[i],
+                command_rows[i].arguments, command_rows[i].help);
+    fputs("\nmedrun help COMMAND lists a command's options. Exit codes: 0 ok, 1 failed while running, "
+          "2 usage,\n3 file missing, unsupported or malformed, 4 verification failed, 5 prompt longer "
+          "than the context,\n6 out of memory, 130 interrupted.\n", f);
+    return MEDRUN_OK;
+}
+
+static int find_command(const char *name) {
+    for (int i = 0; i < N_COMMANDS; i++) if (!strcmp(name, command_names[i])) return i;
+    return -1;
+}
+
+static int unknown_command(command *c, const char *name) {
+    return fail(&c->e, MEDRUN_USAGE, "unknown command %s; the nearest is %s, medrun help lists all",
+                name, nearest(name, command_names, N_COMMANDS));
+}
+
+static int help_command(command *c) {
+    if (!c->n_rest) return help_all(stdout);
+    int which = find_command(c->rest[0]);
+    return which < 0 ? unknown_command(c, c->rest[0]) : help_on(which);
+}
+
+/* The place of the command's name: the first argument that is one and no option's value. */
+static int command_place(int argc, char **argv) {
+    for (int i = 1; i < argc && strcmp(argv[i], "--"); i++) {
+        const char *arg = argv[i];
+        int id = arg[0] == '-' ? find_option(arg, strlen(arg), ~0u) : -1;
+        if (id >= 0 && option_rows[id].kind != FLAG) i++;
+        else if (find_command(arg) >= 0) return i;
+    }
+    return 0;
+}
+
+/* Reads argv[i] as an option; *USED: how many arguments it took. */
+static int read_option(command *c, char **argv, int i, int argc, int *used) {
+    const char *arg = argv[i], *equals = strchr(arg, '=');
+    char name[40];
+    snprintf(name, sizeof name, "%.*s", equals ? (int)(equals - arg) : 39, arg);
+    int id = find_option(name, strlen(name), ON(c->which));
+    if (id < 0) return unknown_option(c, name);
+    bool is_flag = option_rows[id].kind == FLAG, next = !is_flag && !equals;
+    const char *value = is_flag ? "on" : equals ? equals + 1 : argv[i + 1];
+    if (is_flag && equals) return fail(&c->e, MEDRUN_USAGE, "%s: found a value, wanted none", name);
+    if (next && i + 1 == argc)
+        return fail(&c->e, MEDRUN_USAGE, "%s: found nothing, wanted %s", name,
+                    option_rows[id].argument);
+    *used = next ? 2 : 1;
+    return set_option(c, id, value, FROM_FLAG, name);
+}
+
+/* Moves what is no option to the front of argv, where c->rest is. */
+static int read_line_of_arguments(command *c, int argc, char **argv, int place) {
+    bool options_ended = false;
+    c->rest = argv + 1;
+    for (int i = 1, used; i < argc; i += used) {
+        int code = MEDRUN_OK;
+        used = 1;
+        if (i == place) continue;
+        if (!options_ended && !strcmp(argv[i], "--")) options_ended = true;
+        else if (!options_ended && argv[i][0] == '-' && argv[i][1])
+            code = read_option(c, argv, i, argc, &used);
+        else c->rest[c->n_rest++] = argv[i];
+        if (code) return code;
+    }
+    return MEDRUN_OK;
+}
+
+/* Without a command's name the first argument is a model, and must look like a file. */
+static int check_rest(command *c, bool named) {
+    int most = command_rows[c->which].most;
+    if (given(c, O_MODEL) && most == 1 && c->which != REPLAY) most = 0;
+    if (!named && c->n_rest && !strpbrk(c->rest[0], "./") && access(c->rest[0], F_OK))
+        return unknown_command(c, c->rest[0]);
+    if (c->n_rest <= most) return MEDRUN_OK;
+    return fail(&c->e, MEDRUN_USAGE, "%s: found \"%s\" too many; a text with spaces needs quotes",
+                command_names[c->which], c->rest[most]);
+}
+
+static int run_line(command *c, int argc, char **argv) {
+    int place = command_place(argc, argv), code;
+    c->which = place ? find_command(argv[place]) : CHAT;
+    for (int id = 0; id < N_OPTIONS; id++)
+        if (option_rows[id].standard) parse_number(option_rows[id].standard, &c->number[id]);
+    if ((code = read_line_of_arguments(c, argc, argv, place))) return code;
+    if (flag(c, O_VERSION)) return puts("medrun " MEDRUN_VERSION), MEDRUN_OK;
+    if (flag(c, O_HELP)) return place ? help_on(c->which) : help_all(stdout);
+    if ((code = check_rest(c, place)) || (code = read_environment(c))) return code;
+    if (c->which == CHAT && !c->n_rest && !given(c, O_MODEL))
+        return help_all(stderr), fail(&c->e, MEDRUN_USAGE, "no model; name one");
+    return command_rows[c->which].run(c);
+}
+
+int main(int argc, char **argv) {
+    static command c;
+    for (int fd = 0; fd < 3; fd++)      /* no file that is opened may become stdout by chance    */
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd ? O_RDONLY : O_WRONLY) != fd) return 1;
+    signal(SIGPIPE, SIG_IGN);           /* writing fails with EPIPE instead                      */
+    umask(077);                         /* records and sessions hold what a patient said         */
+    int code = run_line(&c, argc, argv), failed = flush_stdout(&c);
+    if (!code) code = failed;
+    if (code && *c.e.text) fprintf(stderr, "medrun: %s\n", c.e.text);
+    close_command(&c);
+    return code;
+}
+
+#endif /* MEDRUN_NO_MAIN */
+#endif /* MEDRUN_PASS */
+#endif /* MEDRUN_API_ONLY */

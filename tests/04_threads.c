@@ -1,0 +1,292 @@
+/* Tests of section 4: the pool, mapped files and memory, processor features. Build it once with
+ * -fsanitize=thread. */
+#define MEDRUN_NO_MAIN
+#include "../medrun.c"
+#include "test.h"
+#include <sys/resource.h>
+
+enum { MOST = 1000 };
+
+/* What a task saw: how often each item came, and whether ranges and thread numbers were right. */
+typedef struct {
+    atomic_int visits[MOST];
+    size_t n, grain;
+    int threads;
+    atomic_int wrong, calls, inside[MAX_THREADS];
+    int slow;                           /* microseconds a call takes                             */
+    double sums[MAX_THREADS];           /* plain memory: TSan sees two threads with one number   */
+    double result[MOST];
+} seen;
+
+static void see(void *context, size_t begin, size_t end, int thread) {
+    seen *s = context;
+    bool whole = begin == 0 && end == s->n;             /* a job too small to share              */
+    if (begin >= end || end > s->n || (!whole && (begin % s->grain || end - begin > s->grain)))
+        atomic_fetch_add(&s->wrong, 1);
+    if (thread < 0 || thread >= s->threads) {
+        atomic_fetch_add(&s->wrong, 1);
+        return;
+    }
+    if (atomic_fetch_add(&s->inside[thread], 1)) atomic_fetch_add(&s->wrong, 1);
+    for (size_t i = begin; i < end && i < MOST; i++) {
+        atomic_fetch_add(&s->visits[i], 1);
+        s->sums[thread] += (double)i;
+        s->result[i] += 1;
+    }
+    if (s->slow) usleep((unsigned)s->slow);
+    atomic_fetch_add(&s->calls, 1);
+    atomic_fetch_sub(&s->inside[thread], 1);
+}
+
+/* Runs one job and counts what was wrong with it. */
+static int wrong_job(thread_pool *p, seen *s, size_t n, size_t grain, int slow) {
+    memset(s, 0, sizeof *s);
+    s->n = n, s->grain = grain ? grain : 1, s->threads = p->threads, s->slow = slow;
+    parallel_for(p, n, grain, see, s);
+    int wrong = atomic_load(&s->wrong);
+    double sum = 0;
+    for (int t = 0; t < p->threads; t++) sum += s->sums[t];
+    for (size_t i = 0; i < MOST; i++)
+        wrong += atomic_load(&s->visits[i]) != (i < n) || s->result[i] != (i < n ? 1 : 0);
+    wrong += sum != (double)n * ((double)n - 1) / 2 && n;
+    wrong += !n && atomic_load(&s->calls);
+    return wrong;
+}
+
+static void test_every_item_once(void) {
+    static const size_t grains[] = {0, 1, 2, 3, 4, 7, 16, 64, 333, 999, 1000, 1001, SIZE_MAX / 2};
+    static seen s;
+    for (int threads = 1; threads <= 8; threads++) {
+        thread_pool p;
+        medrun_error e = {0};
+        int wrong = 0;
+        if (!CHECK_EQ(pool_start(&p, threads, &e), MEDRUN_OK)) continue;
+        CHECK_EQ(p.threads, threads);
+        CHECK_EQ(p.started, threads - 1);
+        for (size_t n = 0; n <= MOST; n += n < 40 ? 1 : 37)
+            for (size_t g = 0; g < sizeof grains / sizeof *grains; g++)
+                wrong += wrong_job(&p, &s, n, grains[g], 0);
+        for (size_t n = 0; n <= MOST; n++)
+            wrong += wrong_job(&p, &s, n, 1 + test_random() % 100, 0);
+        CHECK_EQ(wrong, 0);
+        pool_stop(&p);
+    }
+}
+
+typedef struct {
+    thread_pool *pool;
+    pthread_t ids[4];
+    atomic_int arrived;
+    bool together;
+} meeting;
+
+/* Waits until the task runs on every thread at once: only a pool that shares can finish it. */
+static void meet(void *context, size_t begin, size_t end, int thread) {
+    meeting *m = context;
+    (void)begin, (void)end;
+    m->ids[thread] = pthread_self();
+    atomic_fetch_add(&m->arrived, 1);
+    double start = seconds();
+    while (atomic_load(&m->arrived) < 4 && seconds() - start < 10) sched_yield();
+    if (atomic_load(&m->arrived) < 4) m->together = false;
+}
+
+static void test_all_threads_work(void) {
+    thread_pool p;
+    if (!CHECK_EQ(pool_start(&p, 4, NULL), MEDRUN_OK)) return;
+    meeting m = {.pool = &p, .together = true};
+    parallel_for(&p, 4, 1, meet, &m);
+    CHECK(m.together);
+    CHECK(pthread_equal(m.ids[0], pthread_self()));     /* the caller is thread 0                */
+    int same = 0;
+    for (int i = 0; i < 4; i++) for (int k = 0; k < i; k++) same += pthread_equal(m.ids[i], m.ids[k]);
+    CHECK_EQ(same, 0);
+    pool_stop(&p);
+}
+
+/* Thousands of jobs at once one after the other, then with time for the workers to fall asleep,
+ * then with workers that finish long after the caller. */
+static void test_short_jobs(void) {
+    static const int counts[] = {2, 3, 8};
+    static seen s;
+    for (size_t i = 0; i < sizeof counts / sizeof *counts; i++) {
+        thread_pool p;
+        int wrong = 0;
+        if (!CHECK_EQ(pool_start(&p, counts[i], NULL), MEDRUN_OK)) continue;
+        for (int job = 0; job < 3000; job++) wrong += wrong_job(&p, &s, 2 + (size_t)job % 9, 1, 0);
+        CHECK_EQ(wrong, 0);
+        for (int job = 0; job < 150; job++) {
+            usleep((unsigned)(test_random() % 2000));
+            wrong += wrong_job(&p, &s, (size_t)job, 1 + (size_t)job % 3, 0);
+        }
+        CHECK_EQ(wrong, 0);
+        for (int job = 0; job < 60; job++) wrong += wrong_job(&p, &s, 11, 1, (int)(test_random() % 700));
+        CHECK_EQ(wrong, 0);
+        pool_stop(&p);
+    }
+}
+
+/* Idle workers must sleep, not spin: an engine that waits for a person uses no processor. */
+static void test_workers_sleep(void) {
+    thread_pool p;
+    static seen s;
+    if (!CHECK_EQ(pool_start(&p, 4, NULL), MEDRUN_OK)) return;
+    CHECK_EQ(wrong_job(&p, &s, 100, 1, 0), 0);
+    double start = seconds();
+    while (atomic_load(&p.sleeping) < 3 && seconds() - start < 10) usleep(1000);
+    CHECK_EQ(atomic_load(&p.sleeping), 3);
+    struct rusage before, after;
+    getrusage(RUSAGE_SELF, &before);
+    usleep(300000);
+    getrusage(RUSAGE_SELF, &after);
+    double used = (double)(after.ru_utime.tv_sec - before.ru_utime.tv_sec) +
+                  1e-6 * (double)(after.ru_utime.tv_usec - before.ru_utime.tv_usec);
+    CHECK(used < 0.15);
+    CHECK_EQ(wrong_job(&p, &s, 100, 1, 0), 0);          /* and wake up again                     */
+    pool_stop(&p);
+}
+
+static void test_pool_start(void) {
+    thread_pool p;
+    medrun_error e = {0};
+    CHECK_EQ(pool_start(&p, -1, &e), MEDRUN_USAGE);
+    CHECK(!strcmp(e.text, "threads: found -1, wanted 1 to 256"));
+    e = (medrun_error){0};
+    CHECK_EQ(pool_start(&p, MAX_THREADS + 1, &e), MEDRUN_USAGE);
+    CHECK(strstr(e.text, "257") != NULL);
+    CHECK_EQ(pool_start(&p, 0, NULL), MEDRUN_OK);
+    CHECK_EQ(p.threads, processors());
+    pool_stop(&p);
+    CHECK_EQ(pool_start(&p, MAX_THREADS, NULL), MEDRUN_OK);
+    CHECK_EQ(p.started, MAX_THREADS - 1);
+    pool_stop(&p);
+    int wrong = 0;
+    for (int i = 0; i < 300; i++) {                     /* started and stopped before they run   */
+        wrong += pool_start(&p, 1 + i % 6, NULL) != MEDRUN_OK;
+        pool_stop(&p);
+    }
+    CHECK_EQ(wrong, 0);
+}
+
+/* Threads that the system refuses: an error, and those that did start are gone again. */
+static void test_pool_refused(void) {
+    struct rlimit old, little;
+    getrlimit(RLIMIT_AS, &old);
+    size_t stack;
+    pthread_attr_t a;
+    pthread_attr_init(&a);
+    pthread_attr_getstacksize(&a, &stack);
+    pthread_attr_destroy(&a);
+    unsigned long long pages = 0;
+    FILE *f = fopen("/proc/self/statm", "r");
+    if (f && fscanf(f, "%llu", &pages) != 1) pages = 0;
+    if (f) fclose(f);
+    rlim_t room = pages * (rlim_t)sysconf(_SC_PAGESIZE) + 10 * (rlim_t)stack;
+    little = old;
+    little.rlim_cur = room;
+#if defined __SANITIZE_ADDRESS__ || defined __SANITIZE_THREAD__
+    pages = 0;                                          /* they need address space of their own  */
+#elif defined __has_feature
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+    pages = 0;
+#endif
+#endif
+    if (!pages || stack < 1 << 20 || setrlimit(RLIMIT_AS, &little)) {
+        SKIP("cannot make the system refuse threads here");
+        return;
+    }
+    thread_pool p;
+    medrun_error e = {0};
+    int code = pool_start(&p, MAX_THREADS, &e);
+    setrlimit(RLIMIT_AS, &old);
+    CHECK_EQ(code, MEDRUN_FAILED);
+    CHECK_EQ(e.code, MEDRUN_FAILED);
+    CHECK(strstr(e.text, "of 256") != NULL);
+    CHECK_EQ(p.started, 0);
+    CHECK_EQ(p.threads, 0);                             /* else medrun_close stops it once more  */
+    if (!code) pool_stop(&p);
+}
+
+static volatile sig_atomic_t too_slow;
+
+static void on_alarm(int signal_number) { too_slow = signal_number; }
+
+static void test_map_file(void) {
+    char path[] = "/tmp/medrun_test_XXXXXX", fifo[64];
+    file_map map = {(const uint8_t *)"", 9};
+    medrun_error e = {0};
+    CHECK_EQ(map_file("/nonexistent/x.mdr", &map, &e), MEDRUN_BAD_FILE);
+    CHECK(map.data == NULL && map.n == 0);
+    CHECK(!strcmp(e.text, "/nonexistent/x.mdr: cannot open: No such file or directory"));
+    e = (medrun_error){0};
+    CHECK_EQ(map_file("/tmp", &map, &e), MEDRUN_BAD_FILE);
+    CHECK(strstr(e.text, "folder") != NULL);
+    e = (medrun_error){0};
+    CHECK_EQ(map_file("/dev/null", &map, &e), MEDRUN_BAD_FILE);
+    CHECK(strstr(e.text, "not a regular file") != NULL);
+    int fd = mkstemp(path);
+    if (!CHECK(fd >= 0)) return;
+    e = (medrun_error){0};
+    CHECK_EQ(map_file(path, &map, &e), MEDRUN_BAD_FILE);
+    CHECK(strstr(e.text, "is empty") != NULL);
+    CHECK(write(fd, "twelve bytes", 12) == 12);
+    close(fd);
+    CHECK_EQ(map_file(path, &map, NULL), MEDRUN_OK);
+    CHECK(map.n == 12 && !memcmp(map.data, "twelve bytes", 12));
+    unmap_file(&map);
+    CHECK(map.data == NULL && map.n == 0);
+    unmap_file(&map);
+    unlink(path);
+    snprintf(fifo, sizeof fifo, "%s.fifo", path);       /* a pipe nobody writes must not hang us */
+    if (mkfifo(fifo, 0600) == 0) {
+        sigaction(SIGALRM, &(struct sigaction){.sa_handler = on_alarm}, NULL);
+        alarm(3);
+        CHECK_EQ(map_file(fifo, &map, NULL), MEDRUN_BAD_FILE);
+        alarm(0);
+        CHECK(!too_slow);
+        unlink(fifo);
+    }
+}
+
+static void test_machine(void) {
+    double t = seconds();
+    usleep(20000);
+    t = seconds() - t;
+    CHECK(t >= 0.02 && t < 5);
+    CHECK(processors() >= 1 && processors() <= CPU_SETSIZE);
+    uint64_t total, available;
+    memory_size(&total, &available);
+    CHECK(total >= 16u << 20 && available > 0 && available <= total);
+
+    size_t n = (size_t)64 << 20;
+    uint8_t *p = map_memory(n);
+    CHECK(p && p[0] == 0 && p[n / 2] == 0 && p[n - 1] == 0);
+    if (p) p[0] = p[n - 1] = 1;
+    unmap_memory(p, n);
+    unmap_memory(NULL, n);
+    CHECK(map_memory(SIZE_MAX / 2) == NULL);
+
+    cpu_features f = detect_cpu();                      /* each stands on the one before it      */
+    CHECK((!f.avx512 || f.avx2) && (!f.avx512_bf16 || f.avx512));
+#ifdef MEDRUN_X86
+    CHECK_EQ(f.avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
+    CHECK_EQ(f.avx512, f.avx2 && __builtin_cpu_supports("avx512f") &&
+             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"));
+#if !defined __clang__
+    CHECK_EQ(f.avx512_bf16, f.avx512 && __builtin_cpu_supports("avx512bf16"));
+#endif
+#endif
+}
+
+int main(void) {
+    test_every_item_once();
+    test_all_threads_work();
+    test_short_jobs();
+    test_workers_sleep();
+    test_pool_start();
+    test_map_file();
+    test_machine();
+    test_pool_refused();
+    return report();
+}

@@ -1,0 +1,631 @@
+/* Tests of section 6: every kernel set this machine can run, bit for bit against the scalar pass,
+ * and the scalar pass against double precision. */
+#define MEDRUN_NO_MAIN
+#include "../medrun.c"
+#include "test.h"
+
+static const kernel_set *sets[N_KERNEL_SETS];
+static int n_sets;
+static const kernel_set *const scalar = &kernel_row_scalar;
+
+static const double UNIT = 0x1p-24;         /* what one rounding to float can change, relatively */
+
+static void *need(size_t n) {
+    void *p = malloc(n ? n : 1);
+    if (!p) printf("out of memory\n"), exit(1);
+    return p;
+}
+
+/* Bit for bit, but any NaN is like any other. */
+static int differences(const float *a, const float *b, size_t n) {
+    int wrong = 0;
+    for (size_t i = 0; i < n; i++)
+        wrong += float_bits(a[i]) != float_bits(b[i]) && !(isnan(a[i]) && isnan(b[i]));
+    return wrong;
+}
+
+static float uniform(void) { return (float)((double)test_random() / 0x1p63 - 1); }
+
+enum { STYLES = 10 };
+
+/* Activations and weights of every kind. Most styles change from group to group of 64. */
+static float random_value(int style, size_t k) {
+    float f = uniform();
+    switch (style) {
+        case 0: return f;
+        case 1: return f * f * f * 30;
+        case 2: return test_random() & 1 ? 0.0f : -0.0f;
+        case 3: return f * 1e-39f;                      /* subnormal                             */
+        case 4: return f * 1e30f;
+        case 5: return k / 64 % 2 ? f * 3e-30f : f;     /* groups around what counts as nothing  */
+        case 6: return k / 64 % 2 ? 0 : k % 64 == 5 ? 1e10f : f;
+        case 7: return f > 0 ? 1.0f : -1.0f;
+        case 8: return -2.5f;                           /* all -127                              */
+        default: return (float)((int)(test_random() % 255) - 127) / 2.0f;       /* ties          */
+    }
+}
+
+/* ---- matmul -------------------------------------------------------------------------------- */
+
+typedef struct {
+    int kind, type;
+    size_t tokens, panels, cols, x_stride, out_stride;
+    float *x;                                   /* (tokens, x_stride)                            */
+    uint8_t *w, *w_memory;                      /* panels, at an odd address                     */
+    uint8_t *stream;                            /* x packed by the scalar pass                   */
+    float *out;                                 /* (tokens, out_stride) by the scalar pass       */
+} problem;
+
+static size_t packed_size(const problem *m, size_t tokens) {
+    return tokens * pack_bytes(m->kind, m->cols);
+}
+
+static problem make_problem(int kind, size_t tokens, size_t panels, size_t cols, int style) {
+    problem m = {kind, kind == PACK_INT8 ? TYPE_INT8 : TYPE_BF16, tokens, panels, cols,
+                 cols + test_random() % 20, panels * 16 + test_random() % 20, NULL, NULL, NULL, NULL,
+                 NULL};
+    size_t bytes = panel_bytes(m.type, cols);
+    float *rows = need(16 * cols * sizeof *rows);
+    m.x = need(((tokens - 1) * m.x_stride + cols) * sizeof *m.x);
+    for (size_t t = 0; t < tokens; t++)
+        for (size_t k = 0; k < m.x_stride && t * m.x_stride + k < (tokens - 1) * m.x_stride + cols; k++)
+            m.x[t * m.x_stride + k] = k < cols ? random_value(style, k + 64 * t) : NAN;
+    m.w_memory = need(panels * bytes + 1);
+    m.w = m.w_memory + 1;
+    for (size_t p = 0; p < panels; p++) {
+        int w_style = style == 8 ? 8 : style == 4 ? 0 : (int)(test_random() % 8);
+        for (size_t i = 0; i < 16 * cols; i++)
+            rows[i] = (style == 8 ? -1.0f : 1.0f) * random_value(w_style == 4 ? 1 : w_style, i % cols);
+        panel_pack(m.type, rows, 16, cols, m.w + p * bytes);
+    }
+    free(rows);
+    return m;
+}
+
+static void free_problem(problem *m) {
+    free(m->x), free(m->w_memory), free(m->stream), free(m->out);
+}
+
+/* Packs and multiplies tokens [t, t + n) and panels [p, p + np) alone. OUT holds a guard. */
+static uint8_t *run_part(const kernel_set *k, const problem *m, size_t t, size_t n, size_t p,
+                         size_t np, float *out) {
+    uint8_t *stream = need(packed_size(m, n));
+    k->pack(m->kind, m->x + t * m->x_stride, m->x_stride, m->cols, n, stream);
+    k->matmul[m->kind](m->w + p * panel_bytes(m->type, m->cols), np, m->cols, stream, n,
+                       out + t * m->out_stride + 16 * p, m->out_stride);
+    return stream;
+}
+
+static const float GUARD = 12345.678f;
+
+static float *guarded(const problem *m) {
+    float *out = need(m->tokens * m->out_stride * sizeof *out);
+    for (size_t i = 0; i < m->tokens * m->out_stride; i++) out[i] = GUARD;
+    return out;
+}
+
+/* Where token T's words stand: the tile it is in, and its place there. */
+static const uint8_t *tile_of(const problem *m, size_t t, size_t *width, size_t *place) {
+    size_t first = 0, left = m->tokens, w = 8;
+    for (;; first += w, left -= w) {
+        while (w > left) w /= 2;
+        if (t < first + w) break;
+    }
+    *width = w, *place = t - first;
+    return m->stream + packed_size(m, first);
+}
+
+/* The activation the packed stream stands for, read as the comment above PACK_F32 says. */
+static double packed_value(const problem *m, size_t t, size_t k, int *q, float *scale, int32_t *sum) {
+    size_t width, place;
+    const uint8_t *tile = tile_of(m, t, &width, &place);
+    uint16_t h;
+    if (m->kind == PACK_F32) return (double)load_float(tile + 4 * (k * width + place));
+    if (m->kind == PACK_BF16) {
+        memcpy(&h, tile + 4 * (k / 2 * width + place) + 2 * (k % 2), 2);
+        return (double)bf16_to_f32(h);
+    }
+    const uint8_t *group = tile + k / 64 * width * (64 + 8);
+    memcpy(sum, group + 4 * place, 4);
+    memcpy(scale, group + 4 * (width + place), 4);
+    *q = (int8_t)group[4 * ((2 + k % 64 / 4) * width + place) + k % 4];
+    return (double)*q * (double)*scale;
+}
+
+/* Is the stream of the scalar pass what its comment says? */
+static int wrong_stream(const problem *m) {
+    int wrong = 0, q;
+    float scale;
+    int32_t sum;
+    for (size_t t = 0; t < m->tokens; t++)
+        for (size_t k = 0; k < m->cols; k++) {
+            float x = m->x[t * m->x_stride + k];
+            double v = packed_value(m, t, k, &q, &scale, &sum);
+            if (m->kind == PACK_F32) wrong += float_bits((float)v) != float_bits(x);
+            if (m->kind == PACK_BF16) wrong += float_bits((float)v) !=
+                                               float_bits(bf16_to_f32(f32_to_bf16(x)));
+            if (m->kind != PACK_INT8) continue;
+            float largest = 0;
+            int32_t q_sum = 0;
+            size_t first = k / 64 * 64, end = first + 64 < m->cols ? first + 64 : m->cols;
+            for (size_t i = first; i < end; i++)
+                largest = fmaxf(largest, fabsf(m->x[t * m->x_stride + i]));
+            for (size_t i = first; k == first && i < first + 64; i++) {
+                int32_t ignored;
+                packed_value(m, t, i, &q, &scale, &ignored);
+                q_sum += q;
+                wrong += i >= m->cols && q != 0;
+            }
+            if (k == first) wrong += sum != -128 * q_sum;
+            packed_value(m, t, k, &q, &scale, &sum);
+            wrong += scale != (largest < 1e-30f ? 0 : largest / 127.0f) || q < -127;
+            if (scale > 0)
+                wrong += fabs((double)x - v) > (double)scale * (0.5 + 127 * 4 * UNIT);
+            else wrong += q != 0;
+        }
+    return wrong;
+}
+
+/* Every output against the sum in double precision of what the bytes stand for. A chain of n fused
+ * multiply-adds is off by at most n roundings of the sum of magnitudes; for int8 that holds group
+ * by group (the dot product is exact, the product of the scales is rounded once). The bf16 dot
+ * instruction takes subnormal numbers for zeros. */
+static int beyond_bound(const problem *m, const float *out) {
+    int wrong = 0, q;
+    int32_t sum;
+    double *x = need(m->tokens * m->cols * sizeof *x), *step = need(m->tokens * m->cols * sizeof *x);
+    float *row = need(m->cols * sizeof *row), scale = 0;
+    for (size_t i = 0; i < m->tokens * m->cols; i++) {
+        x[i] = packed_value(m, i / m->cols, i % m->cols, &q, &scale, &sum);
+        step[i] = m->kind == PACK_INT8 ? (double)scale / 2 * (1 + 1e-4) : 0;
+    }
+    size_t links = m->kind == PACK_INT8 ? (m->cols + 63) / 64 + 2 : m->cols + 2;
+    for (size_t r = 0; r < m->panels * 16; r++) {
+        panel_unpack_row(m->type, m->w + r / 16 * panel_bytes(m->type, m->cols), r % 16, m->cols, row);
+        for (size_t t = 0; t < m->tokens; t++) {
+            double exact = 0, size = 0, plain = 0, coarse = 0, flushed = (double)m->cols;
+            for (size_t k = 0; k < m->cols; k++) {
+                double w = (double)row[k], xk = x[t * m->cols + k];
+                exact += w * xk, size += fabs(w * xk);
+                plain += w * (double)m->x[t * m->x_stride + k];
+                coarse += fabs(w) * step[t * m->cols + k];
+                if (m->kind == PACK_BF16) flushed += fabs(w) + fabs(xk);
+            }
+            double got = (double)out[t * m->out_stride + r];
+            double bound = (double)links * UNIT * size * 1.01 + flushed * 0x1p-125;
+            wrong += !(fabs(got - exact) <= bound);
+            if (m->kind == PACK_INT8)                   /* and quantising moved each x half a step */
+                wrong += !(fabs(got - plain) <= bound + coarse + (double)m->cols * 1e-29);
+        }
+    }
+    free(x), free(step), free(row);
+    return wrong;
+}
+
+/* OUT is SCALAR_OUT between the guards, which are whole. */
+static int wrong_rows(const problem *m, const float *out, const float *wanted) {
+    int wrong = 0;
+    for (size_t t = 0; t < m->tokens; t++) {
+        const float *row = out + t * m->out_stride;
+        wrong += differences(row, wanted + t * m->out_stride, m->panels * 16);
+        for (size_t i = m->panels * 16; i < m->out_stride; i++) wrong += row[i] != GUARD;
+    }
+    return wrong;
+}
+
+/* All of a set's matmul of one kind. The scalar pass also against doubles. */
+static int wrong_matmul(const kernel_set *k, problem *m) {
+    int wrong = 0;
+    float *out = guarded(m), *parts = guarded(m);
+    uint8_t *stream = run_part(k, m, 0, m->tokens, 0, m->panels, out);
+    bool own = k == scalar || m->kind == PACK_BF16;     /* no scalar pass of the bf16 dot        */
+    if (own) {
+        free(m->stream), free(m->out);
+        m->stream = stream, m->out = out;
+        wrong += wrong_stream(m) + beyond_bound(m, out);
+    } else {
+        wrong += memcmp(stream, m->stream, packed_size(m, m->tokens)) != 0;
+    }
+    wrong += wrong_rows(m, out, m->out);
+    for (size_t t = 0; t < m->tokens; t++)              /* each token alone                      */
+        free(run_part(k, m, t, 1, 0, m->panels, parts));
+    wrong += wrong_rows(m, parts, m->out);
+    size_t cut = m->tokens / 3, split = m->panels / 2;  /* in four uneven parts                  */
+    for (size_t i = 0; i < m->tokens * m->out_stride; i++) parts[i] = GUARD;
+    for (int part = 0; part < 4; part++) {
+        size_t t = part & 1 ? cut : 0, n = part & 1 ? m->tokens - cut : cut;
+        size_t p = part & 2 ? split : 0, np = part & 2 ? m->panels - split : split;
+        if (n && np) free(run_part(k, m, t, n, p, np, parts));
+    }
+    wrong += wrong_rows(m, parts, m->out);
+    free(parts);
+    if (!own) free(stream), free(out);
+    return wrong;
+}
+
+static void test_matmul(int kind) {
+    int wrong[N_KERNEL_SETS] = {0}, runs = 0;
+    for (size_t tokens = 1; tokens <= 20; tokens++)
+        for (size_t panels = 1; panels <= 9; panels++) {
+            size_t cols = 16 * (1 + test_random() % 12);
+            problem m = make_problem(kind, tokens, panels, cols, runs++ % STYLES);
+            for (int i = n_sets - 1; i >= 0; i--)       /* the scalar pass stands last           */
+                if (sets[i]->matmul[kind]) wrong[i] += wrong_matmul(sets[i], &m);
+            free_problem(&m);
+        }
+    for (size_t cols = 16; cols <= 512; cols += 16)
+        for (int style = 0; style < STYLES; style++) {
+            static const size_t some[] = {1, 8, 2, 4, 15, 1, 12, 3};
+            problem m = make_problem(kind, some[(cols / 16 + (size_t)style) % 8], 1 + cols / 16 % 5,
+                                     cols, style);
+            for (int i = n_sets - 1; i >= 0; i--)
+                if (sets[i]->matmul[kind]) wrong[i] += wrong_matmul(sets[i], &m);
+            free_problem(&m);
+        }
+    for (int i = 0; i < n_sets; i++) {
+        static const char *const kinds[] = {"f32", "bf16", "int8"};
+        CHECK_EQ(sets[i]->matmul[kind] != NULL, kind != PACK_BF16 || sets[i]->bf16_dot);
+        if (sets[i]->matmul[kind] && !CHECK_EQ(wrong[i], 0))
+            printf("    %s, activations %s\n", sets[i]->name, kinds[kind]);
+    }
+}
+
+/* The largest dot products: every weight byte the same, every activation -127 or 127. */
+static void test_int8_extremes(void) {
+    static const uint8_t bytes[] = {255, 1, 128, 0, 129};
+    enum { COLS = 192, PANELS = 5 };
+    int wrong = 0;
+    for (size_t b = 0; b < sizeof bytes; b++)
+        for (size_t tokens = 1; tokens <= 11; tokens++) {
+            problem m = make_problem(PACK_INT8, tokens, PANELS, COLS, 0);
+            size_t size = panel_bytes(TYPE_INT8, COLS);
+            uint16_t one = f32_to_bf16(1);
+            for (size_t i = 0; i < PANELS * size; i++) m.w[i] = bytes[b];
+            for (size_t p = 0; p < PANELS; p++)
+                for (size_t g = 0; g < COLS / 64; g++)
+                    for (size_t r = 0; r < 16; r++)
+                        memcpy(m.w + p * size + int8_scales(g) + 2 * r, &one, 2);
+            for (size_t t = 0; t < tokens; t++)
+                for (size_t k = 0; k < COLS; k++) m.x[t * m.x_stride + k] = t % 2 ? 127 : -127;
+            for (int i = 0; i < n_sets; i++) {
+                float *out = guarded(&m);
+                free(run_part(sets[i], &m, 0, tokens, 0, PANELS, out));
+                for (size_t t = 0; t < tokens; t++)
+                    for (size_t r = 0; r < PANELS * 16; r++)
+                        wrong += out[t * m.out_stride + r] !=
+                                 (t % 2 ? 1.0f : -1.0f) * 127 * COLS * (float)(bytes[b] - 128);
+                free(out);
+            }
+            free_problem(&m);
+        }
+    CHECK_EQ(wrong, 0);
+}
+
+/* ---- the kernels on rows ------------------------------------------------------------------- */
+
+/* A copy of X that begins at an address that is a multiple of 4 only. */
+static float *unaligned(const float *x, size_t n) {
+    float *p = need((n + 1) * sizeof *p);
+    if (x) memcpy(p + 1, x, n * sizeof *p);
+    return p + 1;
+}
+
+static void test_norm(void) {
+    int wrong = 0, off = 0;
+    double worst = 0;
+    for (size_t n = 16; n <= 1040; n += n < 200 ? 16 : 112)
+        for (int style = 0; style < STYLES; style++) {
+            float *x = unaligned(NULL, n), *w = unaligned(NULL, n), *wanted = unaligned(NULL, n);
+            float eps = style % 3 ? 1e-5f : 1e-6f;
+            for (size_t i = 0; i < n; i++) x[i] = random_value(style, i), w[i] = uniform() * 2;
+            scalar->norm(wanted, x, w, n, eps);
+            for (int i = 0; i < n_sets; i++) {
+                float *out = unaligned(NULL, n), *same = unaligned(x, n);
+                sets[i]->norm(out, x, w, n, eps);
+                sets[i]->norm(same, same, w, n, eps);   /* in place                              */
+                wrong += differences(out, wanted, n) + differences(same, wanted, n);
+                free(out - 1), free(same - 1);
+            }
+            double squares = 0;
+            for (size_t i = 0; i < n; i++) squares += (double)x[i] * (double)x[i];
+            double scale = 1 / sqrt(squares / (double)n + (double)eps);
+            for (size_t i = 0; i < n && style != 4; i++) {      /* 1e30 squared is no float      */
+                double exact = (double)x[i] * scale * (double)w[i];
+                double bound = (((double)n / 16 + 7) / 2 + 5) * UNIT * fabs(exact) + 0x1p-148;
+                double error = fabs((double)wanted[i] - exact);
+                off += !(error <= bound);
+                if (error / bound > worst) worst = error / bound;
+            }
+            free(x - 1), free(w - 1), free(wanted - 1);
+        }
+    CHECK_EQ(wrong, 0);
+    CHECK_EQ(off, 0);
+    CHECK(worst > 0.001);
+}
+
+/* e^x as the comment promises: within 2 ulp to 87, zero below -86, and 1 at 0. */
+static void test_exp(void) {
+    double worst = 0;
+    int wrong = 0;
+    for (int i = 0; i < 1000000; i++) {
+        float x[16], e[16];
+        for (int k = 0; k < 16; k++)
+            x[k] = i % 64 ? uniform() * (i & 1 ? 87.0f : 1.0f) : ldexpf(uniform(), -(i / 64 % 40));
+        for (int k = 0; k < 16; k++) if (x[k] < -86) x[k] = -86;
+        vstore_scalar(e, vexp_scalar(vload_scalar(x)));
+        for (int k = 0; k < 16; k++) {
+            double exact = exp((double)x[k]);
+            double ulp = ldexp(1, ilogb(exact) - 23), error = fabs((double)e[k] - exact) / ulp;
+            if (error > worst) worst = error;
+        }
+        if (i == 40000) i = 900000;
+    }
+    if (!CHECK(worst <= 2)) printf("    %.3f ulp\n", worst);
+    CHECK(worst > 0.4);
+    float x[16] = {0, -0.0f, -86.001f, -87, -1e30f, -INFINITY, 87, -86, 1e-30f, -1e-30f}, e[16];
+    vstore_scalar(e, vexp_scalar(vload_scalar(x)));
+    CHECK(e[0] == 1 && e[1] == 1 && e[8] == 1 && e[9] == 1);
+    for (int k = 2; k < 6; k++) wrong += e[k] != 0 || signbit(e[k]);
+    CHECK_EQ(wrong, 0);
+    CHECK(e[6] > 6.07e37f && e[6] < 6.08e37f && e[7] > 4.4e-38f);
+}
+
+static void test_silu_mul(void) {
+    int wrong = 0, off = 0;
+    for (size_t n = 16; n <= 2000; n += n < 100 ? 16 : 304)
+        for (int style = 0; style < STYLES + 2; style++) {
+            float *z = unaligned(NULL, n), *up = unaligned(NULL, n), *wanted;
+            for (size_t i = 0; i < n; i++) {
+                z[i] = style < STYLES ? random_value(style, i) : uniform() * (style > STYLES ? 12 : 95);
+                up[i] = random_value(style == 4 ? 0 : style, i);
+            }
+            z[0] = -1e38f, z[1] = 1e38f, z[2] = -87, z[3] = -87.0001f, z[4] = -0.0f, up[1] = 1;
+            wanted = unaligned(z, n);
+            scalar->silu_mul(wanted, up, n);
+            for (int i = 0; i < n_sets; i++) {
+                float *got = unaligned(z, n);
+                sets[i]->silu_mul(got, up, n);
+                wrong += differences(got, wanted, n);
+                free(got - 1);
+            }
+            for (size_t i = 0; i < n; i++) {
+                double exact = (double)z[i] / (1 + exp(-(double)z[i])) * (double)up[i];
+                /* e^-z is off by 2 ulp (4 units), then a sum, a quotient and a product          */
+                double bound = 7 * UNIT * fabs(exact) + 0x1p-148 * (1 + fabs((double)up[i]));
+                if (z[i] < -87) bound = fabs((double)z[i] * (double)up[i]) * 1.7e-38 + 0x1p-148;
+                off += !(fabs((double)wanted[i] - exact) <= bound);
+            }
+            free(z - 1), free(up - 1), free(wanted - 1);
+        }
+    CHECK_EQ(wrong, 0);
+    CHECK_EQ(off, 0);
+}
+
+static void test_add_and_half(void) {
+    int wrong = 0;
+    for (size_t n = 16; n <= 400; n += 16)
+        for (int style = 0; style < STYLES; style++) {
+            float *x = unaligned(NULL, n), *y = unaligned(NULL, n);
+            for (size_t i = 0; i < n; i++) {
+                x[i] = random_value(style, i) * (style == 1 ? 5000.0f : 1);
+                y[i] = random_value((style + 3) % STYLES, i);
+            }
+            x[0] = 65504, x[1] = 65519.99f, x[2] = 65520, x[3] = -1e20f, x[4] = INFINITY;
+            x[5] = -INFINITY, x[6] = 6e-8f, x[7] = 2.9e-8f, x[8] = -6.1e-5f, x[9] = 65535;
+            for (int i = 0; i < n_sets; i++) {
+                uint16_t *half = need(n * sizeof *half + 2), *to = half + 1;
+                float *sum = unaligned(x, n);
+                sets[i]->to_half(to, x, n);
+                sets[i]->add(sum, y, n);
+                for (size_t k = 0; k < n; k++) {
+                    float clamped = x[k] > 65504 ? 65504 : x[k] < -65504 ? -65504 : x[k];
+                    wrong += to[k] != f32_to_f16(clamped);
+                    wrong += float_bits(sum[k]) != float_bits(x[k] + y[k]);
+                }
+                free(half), free(sum - 1);
+            }
+            free(x - 1), free(y - 1);
+        }
+    CHECK_EQ(wrong, 0);
+}
+
+/* ---- attention ----------------------------------------------------------------------------- */
+
+/* A cache of N keys as section 13 lays it out, and its contents as floats. */
+typedef struct {
+    size_t n, dim;
+    bool half;
+    float *key, *value;                         /* (n, dim) what the cache holds                 */
+    void *keys, *values;                        /* the cache: (panels, dim, 16) and (n, dim)     */
+} cache;
+
+static void put_item(void *to, size_t at, bool half, float f) {
+    if (half) ((uint16_t *)to)[at] = f32_to_f16(f);
+    else ((float *)to)[at] = f;
+}
+
+static void set_key(cache *c, size_t i, float size) {
+    for (size_t d = 0; d < c->dim; d++) {
+        float k = uniform() * size, v = uniform() * size;
+        put_item(c->keys, (i / 16 * c->dim + d) * 16 + i % 16, c->half, k);
+        if (i >= c->n) continue;                        /* a panel's unused keys                 */
+        put_item(c->values, i * c->dim + d, c->half, v);
+        c->key[i * c->dim + d] = c->half ? f16_to_f32(f32_to_f16(k)) : k;
+        c->value[i * c->dim + d] = c->half ? f16_to_f32(f32_to_f16(v)) : v;
+    }
+}
+
+static cache make_cache(size_t n, size_t dim, bool half, float size) {
+    size_t item = half ? 2 : 4;
+    cache c = {n, dim, half, need(n * dim * 4), need(n * dim * 4),
+               need(round_up(n, 16) * dim * item), need(n * dim * item)};
+    for (size_t i = 0; i < round_up(n, 16); i++) set_key(&c, i, i < n ? size : 60000);
+    return c;
+}
+
+static void free_cache(cache *c) { free(c->key), free(c->value), free(c->keys), free(c->values); }
+
+/* Queries Q[ORDER[i]] with their limits, WIDTH at a time, into OUT[ORDER[i]]. */
+static void run_attention(const kernel_set *k, const cache *c, float *q, const size_t *limit,
+                          const int *order, int n, int width, float *out) {
+    for (int i = 0; i < n; i += width) {
+        float *scratch = need(TILE * KEY_BLOCK * sizeof *scratch);
+        attention a = {.n = width, .half = c->half, .head_dim = c->dim,
+                       .scale = 1.0f / sqrtf((float)c->dim), .keys = c->keys, .values = c->values,
+                       .scratch = scratch};
+        for (int t = 0; t < width; t++) {
+            a.q[t] = q + (size_t)order[i + t] * c->dim;
+            a.out[t] = out + (size_t)order[i + t] * c->dim;
+            a.limit[t] = limit[order[i + t]];
+        }
+        for (int s = 0; s < TILE * KEY_BLOCK; s++) scratch[s] = NAN;
+        for (int t = 0; t < width; t++) for (size_t d = 0; d < c->dim; d++) a.out[t][d] = NAN;
+        k->attend(&a);
+        free(scratch);
+    }
+}
+
+/* One query in double precision. A score is off by dim + 1 roundings of its magnitudes, a weight by
+ * that, 2 ulp and the rounding of its distance to the largest; a sum over a block's keys by their
+ * number; the quotient doubles it. */
+static int wrong_attention(const cache *c, const float *q, size_t limit, const float *out) {
+    double *s = need(limit * sizeof *s), most = -INFINITY, total = 0, off = 0, largest = 0;
+    int wrong = 0;
+    for (size_t i = 0; i < limit; i++) {
+        double dot = 0, size = 0, scale = 1 / sqrt((double)c->dim);
+        for (size_t d = 0; d < c->dim; d++) {
+            double p = (double)q[d] * (double)c->key[i * c->dim + d];
+            dot += p, size += fabs(p);
+            if (fabs((double)c->value[i * c->dim + d]) > largest)
+                largest = fabs((double)c->value[i * c->dim + d]);
+        }
+        s[i] = dot * scale;
+        if (s[i] > most) most = s[i];
+        if (((double)c->dim + 3) * size * scale * UNIT > off)
+            off = ((double)c->dim + 3) * size * scale * UNIT;
+    }
+    for (size_t i = 0; i < limit; i++) total += s[i] = exp(s[i] - most);
+    size_t chain = limit < KEY_BLOCK ? limit : KEY_BLOCK;
+    double relative = 2 * off + ((double)chain + 12 + 6 * (double)(limit / KEY_BLOCK)) * 2 * UNIT;
+    for (size_t d = 0; d < c->dim; d++) {
+        double exact = 0;
+        for (size_t i = 0; i < limit; i++) exact += s[i] / total * (double)c->value[i * c->dim + d];
+        wrong += !(fabs((double)out[d] - exact) <= relative * largest);
+    }
+    free(s);
+    return wrong;
+}
+
+static void test_attention(bool half) {
+    static const size_t limits[] = {1, 15, 16, 17, 255, 256, 257, 600, 2, 31, 511, 512, 513, 300, 100, 64};
+    static const size_t dims[] = {16, 64, 80, 128};
+    enum { N = 16 };
+    int off = 0, wrong[N_KERNEL_SETS] = {0}, garbage[N_KERNEL_SETS] = {0};
+    for (int run = 0; run < 12; run++) {
+        size_t dim = dims[run % 4], limit[N], bytes = N * dim * sizeof(float);
+        float size = run % 3 == 0 ? 1.0f : run % 3 == 1 ? 8.0f : 0.05f;
+        cache c = make_cache(600, dim, half, size);
+        float *q = need(bytes), *wanted = need(bytes), *out = need(bytes);
+        int order[N];
+        for (int i = 0; i < N; i++) {
+            order[i] = i;
+            limit[i] = run < 4 ? limits[i] : 1 + test_random() % (run < 8 ? 40 : 600);
+            for (size_t d = 0; d < dim; d++) q[(size_t)i * dim + d] = uniform() * size;
+        }
+        run_attention(scalar, &c, q, limit, order, N, 1, wanted);
+        for (int i = 0; i < N; i++)
+            off += wrong_attention(&c, q + (size_t)i * dim, limit[i], wanted + (size_t)i * dim);
+        for (int width = 1; width <= TILE; width *= 2)
+            for (int mix = 0; mix < 3; mix++) {         /* the same queries beside other ones    */
+                for (int i = 0; mix && i < N; i++) {
+                    int k = (int)(test_random() % N), swap = order[i];
+                    order[i] = order[k], order[k] = swap;
+                }
+                for (int i = 0; i < n_sets; i++) {
+                    run_attention(sets[i], &c, q, limit, order, N, width, out);
+                    wrong[i] += differences(out, wanted, N * dim);
+                }
+            }
+        size_t longest = 0;
+        for (int i = 0; i < N; i++) if (limit[i] > longest) longest = limit[i];
+        for (size_t i = longest; i < round_up(c.n, 16); i++) set_key(&c, i, half ? 60000 : 1e38f);
+        for (int i = 0; i < n_sets; i++) {
+            run_attention(sets[i], &c, q, limit, order, N, 8, out);
+            garbage[i] += differences(out, wanted, N * dim);
+        }
+        for (size_t from = 600; from-- > 1;) {          /* what a single query must not see      */
+            set_key(&c, from, half ? 60000 : 1e38f);
+            for (int t = 0; t < N; t++)
+                for (int i = 0; limit[t] == from && i < n_sets; i++) {
+                    run_attention(sets[i], &c, q, limit, &(int){t}, 1, 1, out);
+                    garbage[i] += differences(out + (size_t)t * dim, wanted + (size_t)t * dim, dim);
+                }
+        }
+        free_cache(&c), free(q), free(wanted), free(out);
+    }
+    CHECK_EQ(off, 0);
+    for (int i = 0; i < n_sets; i++)
+        if (!CHECK_EQ(wrong[i], 0) || !CHECK_EQ(garbage[i], 0)) printf("    %s\n", sets[i]->name);
+}
+
+/* Values that are all equal give that value; zeros give a plus zero. */
+static void test_attention_exact(void) {
+    for (int i = 0; i < n_sets; i++) {
+        cache c = make_cache(300, 32, false, 2);
+        float q[32] = {1, 2, -1}, out[32];
+        int wrong = 0;
+        for (int zero = 0; zero < 2; zero++) {
+            for (size_t k = 0; k < 300 * 32; k++) ((float *)c.values)[k] = zero ? -0.0f : 0.75f;
+            for (size_t limit = 1; limit <= 300; limit += 23) {
+                run_attention(sets[i], &c, q, &limit, &(int){0}, 1, 1, out);
+                for (int d = 0; d < 32; d++)
+                    wrong += zero ? float_bits(out[d]) != 0 : fabsf(out[d] - 0.75f) > 2e-5f;
+            }
+        }
+        CHECK_EQ(wrong, 0);
+        free_cache(&c);
+    }
+}
+
+/* ---- the table ----------------------------------------------------------------------------- */
+
+static void test_choice(void) {
+    const kernel_set *k = NULL;
+    medrun_error e = {0};
+    unsetenv("MEDRUN_KERNELS");
+    CHECK(choose_kernels(&k, NULL, &e) == MEDRUN_OK && k == sets[0]);
+    CHECK(sets[n_sets - 1] == scalar && !strcmp(scalar->name, "scalar") && !scalar->bf16_dot);
+    for (int i = 0; i < n_sets; i++) {
+        CHECK(choose_kernels(&k, sets[i]->name, &e) == MEDRUN_OK && k == sets[i]);
+        setenv("MEDRUN_KERNELS", sets[i]->name, 1);
+        CHECK(choose_kernels(&k, NULL, &e) == MEDRUN_OK && k == sets[i]);
+        CHECK(choose_kernels(&k, "scalar", &e) == MEDRUN_OK && k == scalar);    /* the call wins */
+        for (int other = 0; other < i; other++) CHECK(strcmp(sets[i]->name, sets[other]->name) != 0);
+    }
+    setenv("MEDRUN_KERNELS", "", 1);
+    CHECK(choose_kernels(&k, NULL, &e) == MEDRUN_OK && k == sets[0]);
+    setenv("MEDRUN_KERNELS", "sse9", 1);
+    k = NULL;
+    CHECK(choose_kernels(&k, NULL, &e) == MEDRUN_USAGE && k == NULL);
+    CHECK(strstr(e.text, "\"sse9\"") && strstr(e.text, " scalar"));
+    unsetenv("MEDRUN_KERNELS");
+}
+
+int main(void) {
+    n_sets = usable_kernels(sets);
+    for (int i = 0; i < n_sets; i++) printf("%s%s", sets[i]->name, i + 1 < n_sets ? ", " : "\n");
+    if (n_sets < N_KERNEL_SETS) SKIP("this machine cannot run every kernel set");
+    test_choice();
+    test_matmul(PACK_F32);
+    test_matmul(PACK_INT8);
+    test_matmul(PACK_BF16);
+    test_int8_extremes();
+    test_norm();
+    test_exp();
+    test_silu_mul();
+    test_add_and_half();
+    test_attention(false);
+    test_attention(true);
+    test_attention_exact();
+    return report();
+}

@@ -1,0 +1,179 @@
+/* Checkpoints as strangers send them: cut anywhere, any header byte flipped, and headers that are
+ * well signed but lie. All are refused with code 3 and one line; none crashes. */
+#define MEDRUN_NO_MAIN
+#include "../medrun.c"
+#include "test.h"
+
+static char source[256], file[256];
+static uint8_t *whole;
+static size_t n_whole, header_bytes;
+
+static void write_file(const uint8_t *bytes, size_t n) {
+    FILE *f = fopen(file, "wb");
+    if (!f || fwrite(bytes, 1, n, f) != n || fclose(f)) { perror(file); exit(1); }
+}
+
+/* Is the file refused as it should be? */
+static bool refused(medrun_error *e) {
+    medrun_model *m = NULL;
+    *e = (medrun_error){0};
+    int code = medrun_open(&m, file, &(medrun_options){.threads = 1}, e);
+    if (!code) medrun_close(m);
+    return code == MEDRUN_BAD_FILE && !m && e->text[0] && !strchr(e->text, '\n');
+}
+
+static void test_cuts(void) {
+    int wrong = 0, cuts = 0;
+    medrun_error e;
+    write_file(whole, n_whole);
+    size_t tail = n_whole - 5000;
+    for (size_t n = n_whole - 1; n > 0; n -= n > tail ? 7 : n > header_bytes + 8192 ? 1499 : 3, cuts++) {
+        if (truncate(file, (off_t)n)) exit(1);
+        wrong += !refused(&e);
+        if (n <= 3) break;
+    }
+    write_file(whole, 0);
+    wrong += !refused(&e);
+    CHECK(cuts > 1000);
+    CHECK_EQ(wrong, 0);
+    uint8_t *longer = calloc(1, n_whole + 5000);
+    memcpy(longer, whole, n_whole);
+    for (size_t more = 1; more <= 5000; more += 1249) {
+        write_file(longer, n_whole + more);
+        CHECK(refused(&e));
+    }
+    free(longer);
+}
+
+static void test_flips(void) {
+    int wrong = 0;
+    medrun_error e;
+    write_file(whole, n_whole);
+    int fd = open(file, O_RDWR);
+    for (size_t i = 0; i < PREAMBLE + header_bytes + 32 + 300; i++) {
+        uint8_t bad = (uint8_t)(whole[i] ^ 1 << i % 8);
+        if (i >= PREAMBLE + header_bytes + 32 && i % 4096 == 0) continue;
+        if (pwrite(fd, &bad, 1, (off_t)i) != 1) exit(1);
+        bool section = i >= round_up(PREAMBLE + header_bytes + 32, FILE_ALIGN);
+        wrong += !section && !refused(&e);              /* weights are for `verify`              */
+        if (pwrite(fd, whole + i, 1, (off_t)i) != 1) exit(1);
+    }
+    CHECK_EQ(wrong, 0);
+    /* the tokenizer's bytes are hashed at each open */
+    for (size_t i = n_whole - 1; i > n_whole - 2000; i -= 37) {
+        uint8_t bad = whole[i] ^ 0x10;
+        if (pwrite(fd, &bad, 1, (off_t)i) != 1) exit(1);
+        wrong += !refused(&e);
+        if (pwrite(fd, whole + i, 1, (off_t)i) != 1) exit(1);
+    }
+    CHECK_EQ(wrong, 0);
+    medrun_model *m;
+    CHECK(!medrun_open(&m, file, NULL, NULL));          /* and it is whole again                 */
+    medrun_close(m);
+    close(fd);
+}
+
+/* Writes the checkpoint with OLD replaced by NEW (no longer) in the header, properly signed. */
+static void lie(const char *old, const char *new) {
+    uint8_t *copy = malloc(n_whole);
+    memcpy(copy, whole, n_whole);
+    char *header = (char *)copy + PREAMBLE, *at = NULL;
+    size_t n = strlen(old);
+    for (size_t i = 0; i + n <= header_bytes && !at; i++)
+        if (!memcmp(header + i, old, n)) at = header + i;
+    if (!at || strlen(new) > n) { printf("no \"%s\" in the header\n", old); exit(1); }
+    memset(at, ' ', n);
+    memcpy(at, new, strlen(new));
+    sha256_of(copy, PREAMBLE + header_bytes, copy + PREAMBLE + header_bytes);
+    write_file(copy, n_whole);
+    free(copy);
+}
+
+static void test_lies(void) {
+    static const struct { const char *old, *new, *says; } lies[] = {
+        {"\"format\":1", "\"format\":2", "format"},
+        {"\"format\":1", "\"format\":[", "JSON"},
+        {"\"architecture\":\"llama\"", "\"architecture\":\"lla\"", "architecture"},
+        {"\"n_layers\":2", "\"n_layers\":3", "tensor"},
+        {"\"n_layers\":2", "\"n_layers\":1", "tensor"},
+        {"\"n_layers\":2", "\"n_layers\":0", "n_layers"},
+        {"\"n_layers\":2", "\"n_layers\":\"", "JSON"},
+        {"\"n_heads\":8", "\"n_heads\":7", "n_heads"},
+        {"\"n_kv_heads\":2", "\"n_kv_heads\":4", "tensor"},
+        {"\"head_dim\":64", "\"head_dim\":63", "head_dim"},
+        {"\"head_dim\":64", "\"head_dim\":-4", "head_dim"},
+        {"\"vocab_size\":269", "\"vocab_size\":270", "embed"},
+        {"\"vocab_size\":269", "\"vocab_size\":1e9", "vocab_size"},
+        {"\"hidden_size\":80", "\"hidden_size\":64", "embed"},
+        {"\"rope_theta\":250000", "\"rope_theta\":null", "rope_theta"},
+        {"\"rope_theta\":250000", "\"rope_theta\":1e300", "rope_theta"},
+        {"\"rope_theta\":250000", "\"rope_theta\":-3", "rope_theta"},
+        {"\"activation\":\"silu\"", "\"activation\":\"gelu\"", "activation"},
+        {"\"type\":\"none\"", "\"type\":\"yarn\"", "rope_scaling"},
+        {"\"type\":\"int8\"", "\"type\":\"int3\"", "type"},
+        {"\"tied\":false", "\"tied\":true ", "more than the config needs"},
+        {"\"tied\":false", "\"tied\":0    ", "tied"},
+        {"\"template\":\"llama3\"", "\"template\":\"llama9\"", "template"},
+        {"\"stop_ids\":[", "\"stop_ids\":{", "JSON"},
+        {"\"temperature\":", "\"temperatura\":", "temperature"},
+        {"\"name\":\"embed\"", "\"name\":\"umbed\"", "embed"},
+        {"\"offset\":", "\"uffset\":", "offset"},
+        {"\"tokenizer\":", "\"takenizer\":", "tokenizer"},
+        {"\"tensors\":", "\"tensars\":", "tensors"},
+    };
+    for (size_t i = 0; i < sizeof lies / sizeof *lies; i++) {
+        medrun_error e;
+        if (strlen(lies[i].new) > strlen(lies[i].old)) continue;
+        lie(lies[i].old, lies[i].new);
+        if (!CHECK(refused(&e)) || !CHECK(strstr(e.text, lies[i].says)))
+            printf("    %s -> %s: %s\n", lies[i].old, lies[i].new, e.text);
+    }
+}
+
+/* Signed headers with random damage: refused or, if the damage is harmless, used. */
+static void test_noise(void) {
+    uint8_t *copy = malloc(n_whole);
+    int accepted = 0;
+    for (int round = 0; round < 3000; round++) {
+        memcpy(copy, whole, round ? PREAMBLE + header_bytes + 32 : n_whole);
+        for (uint64_t hits = 1 + test_random() % 4; hits; hits--) {
+            size_t at = PREAMBLE + test_random() % header_bytes;
+            uint64_t kind = test_random();
+            copy[at] = kind % 3 == 0 ? (uint8_t)(kind >> 8)
+                     : kind % 3 == 1 ? (uint8_t)('0' + kind / 8 % 10) : copy[at - 1];
+        }
+        sha256_of(copy, PREAMBLE + header_bytes, copy + PREAMBLE + header_bytes);
+        int fd = open(file, round ? O_WRONLY : O_WRONLY | O_CREAT | O_TRUNC, 0600);
+        size_t n = round ? PREAMBLE + header_bytes + 32 : n_whole;
+        if (fd < 0 || write(fd, copy, n) != (ssize_t)n || close(fd)) exit(1);
+        medrun_model *m = NULL;
+        medrun_error e = {0};
+        int code = medrun_open(&m, file, &(medrun_options){.threads = 1}, &e);
+        if (code) CHECK(code == MEDRUN_BAD_FILE && e.text[0]);
+        else accepted++, medrun_close(m);
+    }
+    printf("noise: %d of 3000 damaged headers still opened\n", accepted);
+    CHECK(accepted < 3000);
+    free(copy);
+}
+
+int main(void) {
+    const char *build = getenv("MEDRUN_TEST_BUILD");
+    file_map map;
+    medrun_error e = {0};
+    snprintf(source, sizeof source, "%s/llama-grouped-int8.mdr", build ? build : "build");
+    snprintf(file, sizeof file, "%s/hostile.mdr", build ? build : "build");
+    if (map_file(source, &map, &e)) { printf("%s\n", e.text); return 1; }
+    whole = malloc(n_whole = map.n);
+    memcpy(whole, map.data, n_whole);
+    unmap_file(&map);
+    reader r = {whole, n_whole, 8, false};
+    header_bytes = (size_t)read_u64(&r);
+    test_cuts();
+    test_flips();
+    test_lies();
+    test_noise();
+    remove(file);
+    free(whole);
+    return report();
+}

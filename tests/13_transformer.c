@@ -1,0 +1,255 @@
+/* The forward pass against Hugging Face transformers (tests/fixtures, made by
+ * tools/reference/make_fixtures.py), stage by stage and at the logits, and the two promises: the
+ * bits do not depend on threads, chunks, company or instruction set. */
+#define MEDRUN_NO_MAIN
+#include "../medrun.c"
+#include "test.h"
+
+static const char *const folders[] = {"llama-plain", "llama-tied", "llama-sharded",
+                                      "llama-grouped"};
+enum { N_FOLDERS = 4 };
+
+static void *slurp(const char *path, size_t *n) {
+    file_map map;
+    medrun_error e = {0};
+    if (map_file(path, &map, &e)) { printf("%s\n", e.text); exit(1); }
+    void *copy = malloc(map.n);
+    memcpy(copy, map.data, map.n);
+    *n = map.n;
+    unmap_file(&map);
+    return copy;
+}
+
+static void *fixture(const char *folder, const char *name, size_t *n) {
+    char path[256];
+    snprintf(path, sizeof path, "tests/fixtures/%s/%s", folder, name);
+    return slurp(path, n);
+}
+
+static medrun_model *open_fixture(const char *folder, const char *type, int threads,
+                                  const char *kernels) {
+    char path[256];
+    const char *build = getenv("MEDRUN_TEST_BUILD");
+    medrun_model *m;
+    medrun_error e = {0};
+    medrun_options o = {threads, kernels};
+    snprintf(path, sizeof path, "%s/%s-%s.mdr", build ? build : "build", folder, type);
+    if (medrun_open(&m, path, &o, &e)) { printf("%s\n", e.text); exit(1); }
+    return m;
+}
+
+static medrun_session *start(const medrun_model *m, medrun_session_options o) {
+    medrun_session *s;
+    medrun_error e = {0};
+    if (!o.context) o.context = 320;
+    if (medrun_start(&s, m, &o, NULL, 0, &e)) { printf("%s\n", e.text); exit(1); }
+    return s;
+}
+
+static void run_all(medrun_session *s, const int32_t *ids, size_t n) {
+    medrun_error e = {0};
+    CHECK(!medrun_feed(s, ids, n, &e));
+    while (medrun_pending(s)) CHECK(!medrun_step(&s, 1, &e));
+}
+
+static double relative(const float *a, const float *b, size_t n) {
+    double difference = 0, size = 0;
+    for (size_t i = 0; i < n; i++) {
+        difference += ((double)a[i] - (double)b[i]) * ((double)a[i] - (double)b[i]);
+        size += (double)b[i] * (double)b[i];
+    }
+    return sqrt(difference / size);
+}
+
+/* Relative L2 error of the logits of a prompt of N tokens. */
+static double logit_error(const medrun_model *m, const char *folder, size_t n, bool strict) {
+    static const size_t rows_300[] = {0, 63, 64, 127, 128, 255, 299};
+    char name[32];
+    size_t bytes, vocab = (size_t)m->config.vocab_size;
+    snprintf(name, sizeof name, "ids_%zu.i32", n);
+    int32_t *ids = fixture(folder, name, &bytes);
+    snprintf(name, sizeof name, "logits_%zu.f32", n);
+    float *wanted = fixture(folder, name, &bytes);
+    size_t rows = bytes / 4 / vocab;
+    float *found = malloc(bytes);
+    medrun_session *s = start(m, (medrun_session_options){
+        .batch = (int)n, .logit_rows = (int)n, .strict = strict,
+        .kv = strict ? MEDRUN_KV_F32 : MEDRUN_KV_F16});
+    run_all(s, ids, n);
+    for (size_t r = 0; r < rows; r++)
+        memcpy(found + r * vocab, medrun_logits(s, n - 1 - (n == 300 ? rows_300[r] : r)),
+               vocab * sizeof(float));
+    double error = relative(found, wanted, rows * vocab);
+    medrun_stop(s);
+    free(ids), free(wanted), free(found);
+    return error;
+}
+
+static void test_logits(void) {
+    static const size_t lengths[] = {1, 7, 64, 300};
+    const kernel_set *sets[N_KERNEL_SETS];
+    int n_sets = usable_kernels(sets);
+    for (int f = 0; f < N_FOLDERS; f++)
+        for (int k = 0; k < n_sets; k++) {
+            medrun_model *bf16 = open_fixture(folders[f], "bf16", 2, sets[k]->name);
+            medrun_model *int8 = open_fixture(folders[f], "int8", 2, sets[k]->name);
+            double worst[3] = {0};
+            for (int i = 0; i < 4; i++) {
+                worst[0] = fmax(worst[0], logit_error(bf16, folders[f], lengths[i], true));
+                worst[1] = fmax(worst[1], logit_error(bf16, folders[f], lengths[i], false));
+                worst[2] = fmax(worst[2], logit_error(int8, folders[f], lengths[i], false));
+            }
+            printf("%s %s: relative L2 strict %.2g, bf16 %.2g, int8 %.2g\n", folders[f],
+                   sets[k]->name, worst[0], worst[1], worst[2]);
+            CHECK(worst[0] <= 1e-5);
+            CHECK(worst[1] <= 1e-2);
+            CHECK(worst[2] <= 6e-2);        /* random weights; the demo model has its own bound  */
+            medrun_close(bf16), medrun_close(int8);
+        }
+}
+
+/* ---- every stage of every layer ------------------------------------------------------------- */
+
+typedef struct {
+    char *index;
+    const float *wanted;
+    int seen;
+    double worst;
+} stage_check;
+
+static void check_stage(void *user, const char *stage, int layer, size_t rows, size_t cols,
+                        size_t stride, const float *data) {
+    stage_check *c = user;
+    char key[64];
+    size_t r, n, at;
+    snprintf(key, sizeof key, "%s %d ", stage, layer);
+    const char *line = c->index;
+    while (line && strncmp(line, key, strlen(key))) {
+        line = strchr(line, '\n');
+        if (line) line++;
+    }
+    CHECK(line != NULL);
+    if (!line || sscanf(line + strlen(key), "%zu %zu %zu", &r, &n, &at) != 3) return;
+    CHECK_EQ(n, cols);
+    /* the output stages show the last row first, one of them here */
+    bool output = layer < 0 && strcmp(stage, "embed");
+    CHECK_EQ(rows, output ? 1 : r);
+    for (size_t i = 0; i < rows; i++) {
+        const float *wanted = c->wanted + at + (output ? r - 1 - i : i) * cols;
+        c->worst = fmax(c->worst, relative(data + i * stride, wanted, cols));
+    }
+    c->seen++;
+}
+
+static void test_stages(void) {
+    size_t n;
+    int32_t *ids = fixture("llama-tied", "ids_7.i32", &n);
+    float *wanted = fixture("llama-tied", "stages_7.f32", &n);
+    char *text = fixture("llama-tied", "stages_7.txt", &n);
+    char *index = calloc(n + 1, 1);
+    memcpy(index, text, n);
+    stage_check c = {index, wanted, 0, 0};
+    medrun_model *m = open_fixture("llama-tied", "bf16", 2, NULL);
+    medrun_session *s = start(m, (medrun_session_options){.strict = true, .kv = MEDRUN_KV_F32});
+    medrun_observe(s, check_stage, &c);
+    run_all(s, ids, 7);
+    CHECK_EQ(c.seen, 1 + 9 * m->config.n_layers + 2);
+    printf("stages: %d, worst relative L2 of a row %.2g\n", c.seen, c.worst);
+    CHECK(c.worst <= 1e-5);
+    medrun_stop(s), medrun_close(m);
+    free(ids), free(wanted), free(text), free(index);
+}
+
+/* ---- the promises ---------------------------------------------------------------------------- */
+
+/* SHA-256 of all logits of a prompt, CHUNK tokens a pass. */
+static void digest(const medrun_model *m, const int32_t *ids, size_t n, int chunk, bool strict,
+                   uint8_t out[32]) {
+    size_t vocab = (size_t)m->config.vocab_size;
+    sha256 sum;
+    sha256_init(&sum);
+    medrun_session *s = start(m, (medrun_session_options){
+        .batch = chunk, .logit_rows = chunk, .strict = strict});
+    medrun_error e = {0};
+    for (size_t at = 0; at < n; at += (size_t)chunk) {
+        size_t take = n - at < (size_t)chunk ? n - at : (size_t)chunk;
+        CHECK(!medrun_feed(s, ids + at, take, &e));
+        while (medrun_pending(s)) CHECK(!medrun_step(&s, 1, &e));
+        for (size_t r = take; r--;) sha256_add(&sum, medrun_logits(s, r), vocab * sizeof(float));
+    }
+    medrun_stop(s);
+    sha256_done(&sum, out);
+}
+
+/* bf16 with the processor's bf16 dot promises the same bits on one machine only: it has a reference
+ * for each instruction set; strict and int8 have one for all, the scalar set's. */
+static void test_promises(void) {
+    static const int chunks[] = {300, 64, 7, 1};
+    const kernel_set *sets[N_KERNEL_SETS];
+    int n_sets = usable_kernels(sets), differ = 0, compared = 0;
+    for (int f = 0; f < N_FOLDERS; f++)
+        for (int kind = 0; kind < 3; kind++) {          /* bf16, bf16 strict, int8               */
+            size_t n;
+            int32_t *ids = fixture(folders[f], "ids_300.i32", &n);
+            uint8_t reference[32], found[32];
+            bool have = false;
+            for (int k = n_sets; k-- > 0; have = have && kind > 0)
+                for (int threads = 1; threads <= 4; threads++) {
+                    bool slow = sets[k] == &kernel_row_scalar;
+                    if (slow && threads > 2) continue;
+                    medrun_model *m = open_fixture(folders[f], kind == 2 ? "int8" : "bf16", threads,
+                                                   sets[k]->name);
+                    for (int c = 0; c < (slow ? 2 : 4); c++) {
+                        digest(m, ids, 300, chunks[c], kind == 1, have ? found : reference);
+                        if (have) compared++, differ += memcmp(found, reference, 32) != 0;
+                        have = true;
+                    }
+                    medrun_close(m);
+                }
+            free(ids);
+        }
+    printf("promises: %d digests compared, %d differ\n", compared, differ);
+    CHECK(compared > 300 || n_sets < 3);
+    CHECK_EQ(differ, 0);
+}
+
+/* A session alone and beside others gives the same logits at each step. */
+static void test_company(void) {
+    for (int kind = 0; kind < 2; kind++) {
+        medrun_model *m = open_fixture("llama-grouped", kind ? "int8" : "bf16", 2, NULL);
+        medrun_session *together[5], *alone[5];
+        medrun_error e = {0};
+        size_t n, vocab = (size_t)m->config.vocab_size;
+        int32_t *ids = fixture("llama-grouped", "ids_300.i32", &n);
+        for (int i = 0; i < 5; i++) {
+            together[i] = start(m, (medrun_session_options){.batch = 48});
+            alone[i] = start(m, (medrun_session_options){.batch = 48});
+            CHECK(!medrun_feed(together[i], ids + 3 * i, (size_t)(1 + 29 * i), &e));
+            run_all(alone[i], ids + 3 * i, (size_t)(1 + 29 * i));
+        }
+        for (int step = 0; step < 6; step++) {
+            for (int i = 0; i < 5; i++)
+                while (medrun_pending(together[i])) CHECK(!medrun_step(together, 5, &e));
+            for (int i = 0; i < 5; i++) {
+                int32_t a, b;
+                CHECK(!memcmp(medrun_logits(together[i], 0), medrun_logits(alone[i], 0),
+                              vocab * sizeof(float)));
+                CHECK(!medrun_sample(together[i], &a, &e) && !medrun_sample(alone[i], &b, &e));
+                CHECK_EQ(a, b);
+                CHECK(!medrun_feed(together[i], &a, 1, &e));
+                run_all(alone[i], &b, 1);
+            }
+        }
+        for (int i = 0; i < 5; i++) medrun_stop(together[i]), medrun_stop(alone[i]);
+        medrun_close(m);
+        free(ids);
+    }
+}
+
+int main(void) {
+    test_logits();
+    test_stages();
+    test_promises();
+    test_company();
+    return report();
+}

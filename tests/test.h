@@ -1,0 +1,42 @@
+/* What every test program shares: include it after medrun.c, end main with `return report();`.
+ * A loop over many values counts its failures in a variable and checks that once, so that the
+ * last line counts statements about the code and not iterations. */
+#ifndef TEST_H
+#define TEST_H
+
+static int checks_passed, checks_failed, checks_skipped;
+
+MAYBE_UNUSED static bool check_that(bool ok, const char *file, int line, const char *what) {
+    if (ok) checks_passed++;
+    else if (++checks_failed <= 20) printf("%s:%d: failed: %s\n", file, line, what);
+    return ok;
+}
+
+MAYBE_UNUSED static bool check_equal(long long a, long long b, const char *file, int line,
+                                     const char *what) {
+    bool ok = check_that(a == b, file, line, what);
+    if (!ok && checks_failed <= 20) printf("    %lld, wanted %lld\n", a, b);
+    return ok;
+}
+
+#define CHECK(cond) check_that((cond), __FILE__, __LINE__, #cond)
+#define CHECK_EQ(a, b) check_equal((long long)(a), (long long)(b), __FILE__, __LINE__, \
+                                   #a " == " #b)
+#define SKIP(reason) (checks_skipped++, printf("skipped: %s\n", reason))
+
+/* The same numbers on every machine (xorshift64*): random inputs that a failure can name. */
+static uint64_t test_random_state = 88172645463325252ull;
+
+MAYBE_UNUSED static uint64_t test_random(void) {
+    test_random_state ^= test_random_state >> 12;
+    test_random_state ^= test_random_state << 25;
+    test_random_state ^= test_random_state >> 27;
+    return test_random_state * 0x2545F4914F6CDD1D;
+}
+
+static int report(void) {
+    printf("%d passed, %d failed, %d skipped\n", checks_passed, checks_failed, checks_skipped);
+    return checks_failed != 0;
+}
+
+#endif
