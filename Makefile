@@ -29,13 +29,13 @@ run: $(BIN)/medrun
 # The fixtures are Hugging Face folders; what the tests open is exported from them.
 $(BUILD)/%-bf16.mdr: $(BIN)/medrun-export tests/fixtures/%/config.json
 	@mkdir -p $(BUILD)
-	$(BIN)/medrun-export -q tests/fixtures/$* $@ --type bf16
+	$(BIN)/medrun-export tests/fixtures/$* $@ --type bf16
 $(BUILD)/%-int8.mdr: $(BIN)/medrun-export tests/fixtures/%/config.json
 	@mkdir -p $(BUILD)
-	$(BIN)/medrun-export -q tests/fixtures/$* $@ --type int8
+	$(BIN)/medrun-export tests/fixtures/$* $@ --type int8
 $(BUILD)/tokenizer.bin: $(BIN)/medrun-export tests/fixtures/tokenizer/tokenizer.json
 	@mkdir -p $(BUILD)
-	$(BIN)/medrun-export -q --tokenizer-only tests/fixtures/tokenizer $@
+	$(BIN)/medrun-export --tokenizer-only tests/fixtures/tokenizer $@
 $(BUILD)/test_%: tests/%.c tests/test.h medrun.c tools/export.c
 	@mkdir -p $(BUILD)
 	$(CC) $(CFLAGS) $(WARN) -Wno-unused-function -o $@ $< $(LIBS)

@@ -4603,10 +4603,10 @@ enum { O_MODEL, O_PROMPT, O_FILE, O_SYSTEM, O_PREDICT, O_CTX, O_THREADS, O_BATCH
 
 static const option_row option_rows[N_OPTIONS] = {
     [O_MODEL] = {"model", "m", "FILE", TEXT, 0, 0, NULL, ON_MODEL | ON_FILE,
-                 "the checkpoint; may also stand without -m"},
+                 "the checkpoint; -m may be left out"},
     [O_PROMPT] = {"prompt", "p", "TEXT", TEXT, 0, 0, NULL, ON_TEXT, "the text"},
     [O_FILE] = {"file", "f", "FILE", TEXT, 0, 0, NULL, ON_TEXT,
-                "the text from a file (- is stdin), but for a line end that ends it"},
+                "the text from a file, - is stdin; run, chat: but for a line end that ends it"},
     [O_SYSTEM] = {"system", "sys", "TEXT", TEXT, 0, 0, "the checkpoint's", ON_ANSWER,
                   "what the model is told before the conversation"},
     [O_PREDICT] = {"predict", "n", "N", WHOLE, -1, 1 << 24, "-1", ON_ANSWER,
@@ -4644,13 +4644,12 @@ static const option_row option_rows[N_OPTIONS] = {
     [O_STRICT] = {"strict", NULL, NULL, FLAG, 0, 0, NULL, ON_SESSION,
                   "bf16 weights: the same numbers on every machine, slower on some"},
     [O_RECORD] = {"record", NULL, "FILE", TEXT, 0, 0, NULL, ON(RUN),
-                  "write what replay needs. It holds prompt and answer, as\n"
-                  "                              token ids: keep it as safe as the text"},
+                  "write what replay needs; it holds prompt and answer, as ids: keep it safe"},
     [O_STATS] = {"stats", NULL, NULL, FLAG, 0, 0, NULL, ON_ANSWER, "print speeds"},
     [O_VERBOSE] = {"verbose", "v", NULL, FLAG, 0, 0, NULL, ON_ANSWER | ON(VERIFY),
-                   "print the prompt as the model sees it; verify: what is the same"},
+                   "print the prompt as the model sees it; verify: all that is the same"},
     [O_QUIET] = {"quiet", "q", NULL, FLAG, 0, 0, NULL, ON_ANSWER, "no lines about the run"},
-    [O_BOS] = {"bos", NULL, NULL, FLAG, 0, 0, NULL, ON(TOKENIZE), "add the beginning-of-text token"},
+    [O_BOS] = {"bos", NULL, NULL, FLAG, 0, 0, NULL, ON(TOKENIZE), "begin with the token for that"},
     [O_SPECIAL] = {"special", NULL, NULL, FLAG, 0, 0, NULL, ON(TOKENIZE) | ON(DETOKENIZE),
                    "control tokens count: read them in the text, print them"},
     [O_PIECES] = {"pieces", NULL, NULL, FLAG, 0, 0, NULL, ON(TOKENIZE),
@@ -4661,7 +4660,7 @@ static const option_row option_rows[N_OPTIONS] = {
     [O_NO_OPENING] = {"no-generation-prompt", NULL, NULL, FLAG, 0, 0, NULL, ON(RENDER),
                       "leave out the opening of the answer"},
     [O_IDS] = {"ids", NULL, "\"1 2 3\"", TEXT, 0, 0, NULL, ON(LOGITS), "the tokens"},
-    [O_ALL] = {"all", NULL, NULL, FLAG, 0, 0, NULL, ON(LOGITS), "after each token, not only the last"},
+    [O_ALL] = {"all", NULL, NULL, FLAG, 0, 0, NULL, ON(LOGITS), "after each token, not the last"},
     [O_OUT] = {"out", "o", "OUT.f32", TEXT, 0, 0, NULL, ON(LOGITS),
                "little-endian float32, vocab_size a row"},
     [O_HELP] = {"help", "h", NULL, FLAG, 0, 0, NULL, ~0u, "print this"},
@@ -5187,9 +5186,9 @@ static void print_stats(const command *c, const answer *a) {
 }
 
 static int too_long(command *c, size_t n) {
-    return fail(&c->e, MEDRUN_TOO_LONG, "prompt %zu tokens > context %zu%s; shorten the text, or ask "
-                "for a larger context (-c)", n, context_of(c), n > context_of(c) ? "" :
-                " less one for the answer");
+    return fail(&c->e, MEDRUN_TOO_LONG, "prompt %zu tokens > context %zu%s; shorten the text or "
+                "ask for more context (-c)", n, context_of(c),
+                n > context_of(c) ? "" : " less one for the answer");
 }
 
 /* With -v: what the model sees. */
@@ -5265,10 +5264,11 @@ static int write_record(command *c, size_t n_prompt) {
     hex_of(c->m->file.hash, hash);
     buffer_text(&b, "{\"engine\": \"medrun " MEDRUN_VERSION "\", \"model\": ");
     json_quote(&b, c->m->path, strlen(c->m->path));
-    buffer_printf(&b, ",\n \"model_hash\": \"%s\",\n \"kernels\": \"%s\",\n \"options\": {\"--strict\":"
-                  " \"%d\", \"--kv\": \"%s\", \"--ctx\": \"%zu\", \"--seed\": \"%llu\",\n  \"--temp\": "
-                  "\"%.9g\", \"--top-k\": \"%d\", \"--top-p\": \"%.9g\", \"--min-p\": \"%.9g\", "
-                  "\"--repeat-penalty\": \"%.9g\"},\n", hash, c->m->kernels->name,
+    buffer_printf(&b, ",\n \"model_hash\": \"%s\",\n \"kernels\": \"%s\",\n \"options\": {"
+                  "\"--strict\": \"%d\", \"--kv\": \"%s\", \"--ctx\": \"%zu\", \"--seed\": "
+                  "\"%llu\",\n  \"--temp\": \"%.9g\", \"--top-k\": \"%d\", \"--top-p\": \"%.9g\", "
+                  "\"--min-p\": \"%.9g\", \"--repeat-penalty\": \"%.9g\"},\n", hash,
+                  c->m->kernels->name,
                   flag(c, O_STRICT), flag(c, O_KV) ? "f32" : "f16", context_of(c),
                   (unsigned long long)s->seed, (double)s->temperature, s->top_k, (double)s->top_p,
                   (double)s->min_p, (double)s->repeat_penalty);
@@ -5424,8 +5424,8 @@ static void show_config(FILE *f, const medrun_model *m) {
     const model_config *c = &m->config;
     fprintf(f, "%-13s%s, %.3g million parameters, %s\n", "architecture", m->architecture,
             (double)m->parameters / 1e6, type_names[m->type]);
-    fprintf(f, "%-13s%d layers, hidden %d, %d heads of %d (%d key-value), ffn %d, vocabulary %d%s\n",
-            "config", c->n_layers, c->hidden_size, c->n_heads, c->head_dim, c->n_kv_heads,
+    fprintf(f, "%-13s%d layers, hidden %d, %d heads of %d (%d key-value), ffn %d, vocabulary "
+            "%d%s\n", "config", c->n_layers, c->hidden_size, c->n_heads, c->head_dim, c->n_kv_heads,
             c->ffn_size, c->vocab_size, c->tied ? ", tied" : "");
     fprintf(f, "%-13s%d tokens, rope theta %g", "context", c->max_positions, c->rope_theta);
     if (c->rope_llama3)
@@ -5603,7 +5603,8 @@ static int read_key(void) {
 /* Columns of a character: some scripts and symbols take two, marks none. */
 static size_t columns_of(uint32_t c) {
     static const uint32_t wide[][2] = {{0x1100, 0x115F}, {0x2E80, 0xA4CF}, {0xAC00, 0xD7A3},
-        {0xF900, 0xFAFF}, {0xFE30, 0xFE6F}, {0xFF00, 0xFF60}, {0x1F300, 0x1FAFF}, {0x20000, 0x3FFFD}};
+        {0xF900, 0xFAFF}, {0xFE30, 0xFE6F}, {0xFF00, 0xFF60}, {0x1F300, 0x1FAFF},
+        {0x20000, 0x3FFFD}};
     if ((c >= 0x300 && c < 0x370) || (c >= 0x200B && c <= 0x200D) || (c >= 0xFE00 && c <= 0xFE0F))
         return 0;
     for (size_t i = 0; i < sizeof wide / sizeof *wide; i++)
@@ -5663,7 +5664,7 @@ static void draw_line(const editor *ed, const char *prompt, bool done) {
         out.n = n;
         break;
     }
-    if (done) buffer_text(&out, "\x1b[K\r\n");
+    if (done) buffer_text(&out, "\x1b[K\n");
     else buffer_printf(&out, "\x1b[K\r\x1b[%zuC", strlen(prompt) + cursor);
     fwrite(out.data, 1, out.n, stderr);
     buffer_free(&out);
@@ -5935,10 +5936,11 @@ static int chat_command(chat *h, char *line) {
     while (which < N_SAY && strcmp(line, say_names[which])) which++;
     bool takes_file = which == SAY_SAVE || which == SAY_LOAD || which == SAY_READ;
     if (which == N_SAY)
-        return fail(&h->c->e, MEDRUN_USAGE, "unknown command %s; the nearest is %s, /help lists all",
-                    line, nearest(line, say_names, N_SAY));
+        return fail(&h->c->e, MEDRUN_USAGE, "unknown command %s; the nearest is %s (/help)", line,
+                    nearest(line, say_names, N_SAY));
     if (which != SAY_SYSTEM && takes_file != (*text != 0))
-        return fail(&h->c->e, MEDRUN_USAGE, "%s: wanted %s", line, takes_file ? "a file" : "no more");
+        return fail(&h->c->e, MEDRUN_USAGE, "%s: wanted %s", line,
+                    takes_file ? "a file" : "no more");
     switch (which) {
         case SAY_BYE: return h->leave = true, MEDRUN_OK;
         case SAY_CLEAR: return chat_clear(h);
@@ -6065,13 +6067,11 @@ static int verify_hashes(command *c, bool *same) {
     return MEDRUN_OK;
 }
 
+/* A proof's function computes anew what entry V records, and gives both as text. */
 static void print_to(buffer *text, const buffer *ids) {
     for (size_t i = 0; i < ids->n / 4; i++)
         buffer_printf(text, i ? " %d" : "%d", ids_of(ids)[i]);
 }
-
-/* A proof computes anew what entry V records; both as text. */
-typedef int proof(command *c, uint32_t v, buffer *expected, buffer *found);
 
 static int prove_ids(command *c, uint32_t v, bool of_chat, buffer *expected,
                      buffer *found) {
@@ -6094,14 +6094,6 @@ static int prove_ids(command *c, uint32_t v, bool of_chat, buffer *expected,
     return code;
 }
 
-static int prove_tokens(command *c, uint32_t v, buffer *expected, buffer *found) {
-    return prove_ids(c, v, false, expected, found);
-}
-
-static int prove_chat(command *c, uint32_t v, buffer *expected, buffer *found) {
-    return prove_ids(c, v, true, expected, found);
-}
-
 static int prove_logits(command *c, uint32_t v, buffer *expected, buffer *found) {
     const json *j = &c->m->file.header;
     char hex[65];
@@ -6121,7 +6113,7 @@ static int prove_logits(command *c, uint32_t v, buffer *expected, buffer *found)
     return code;
 }
 
-static int verify_proofs(command *c, const char *kind, proof *prove, bool *same) {
+static int verify_proofs(command *c, const char *kind, bool *same) {
     const json *j = &c->m->file.header;
     uint32_t all = json_get(j, json_get(j, 0, "proofs"), kind), v = all + 1;
     if (all == JSON_NONE || json_typeof(j, all) != JSON_ARRAY)
@@ -6132,7 +6124,8 @@ static int verify_proofs(command *c, const char *kind, proof *prove, bool *same)
         char name[24];
         buffer expected = {0}, found = {0};
         snprintf(name, sizeof name, "proof %zu", i + 1);
-        code = prove(c, v, &expected, &found);
+        if (*kind == 'l') code = prove_logits(c, v, &expected, &found);
+        else code = prove_ids(c, v, *kind == 'c', &expected, &found);
         if (!code && (expected.failed || found.failed)) code = out_of_memory(&c->e, expected.n);
         if (!code) good += report(c, kind, name, chars(&expected), chars(&found));
         buffer_free(&expected), buffer_free(&found);
@@ -6147,9 +6140,9 @@ static int verify_command(command *c) {
     bool same = true;
     int code = open_model(c);
     if (!code) code = verify_hashes(c, &same);
-    if (!code) code = verify_proofs(c, "tokens", prove_tokens, &same);
-    if (!code) code = verify_proofs(c, "chats", prove_chat, &same);
-    if (!code) code = verify_proofs(c, "logits", prove_logits, &same);
+    if (!code) code = verify_proofs(c, "tokens", &same);
+    if (!code) code = verify_proofs(c, "chats", &same);
+    if (!code) code = verify_proofs(c, "logits", &same);
     return code || same ? code : MEDRUN_DIFFERS;
 }
 
@@ -6157,7 +6150,8 @@ static int verify_command(command *c) {
 
 static int tokenize_command(command *c) {
     buffer text = {0}, ids = {0};
-    int flags = (flag(c, O_BOS) ? MEDRUN_ADD_BOS : 0) | (flag(c, O_SPECIAL) ? MEDRUN_PARSE_SPECIAL : 0);
+    int flags = flag(c, O_BOS) ? MEDRUN_ADD_BOS : 0;
+    if (flag(c, O_SPECIAL)) flags |= MEDRUN_PARSE_SPECIAL;
     int code = open_tokenizer(c);
     if (!code && flag(c, O_BOS) && c->t->bos < 0)
         code = fail(&c->e, MEDRUN_USAGE, "--bos: this tokenizer has no such token");
@@ -6266,7 +6260,8 @@ static bool small_product(const kernel_set *k, int type, int kind, float *out) {
     size_t rows = CHECK_PANELS * LANES, cols = CHECK_COLS, panel = panel_bytes(type, cols);
     uint64_t random = 1;
     float *x = new_array((rows + CHECK_TOKENS) * cols, sizeof *x);
-    uint8_t *w = new_array(CHECK_PANELS, panel), *a = new_array(CHECK_TOKENS, pack_bytes(kind, cols));
+    uint8_t *w = new_array(CHECK_PANELS, panel);
+    uint8_t *a = new_array(CHECK_TOKENS, pack_bytes(kind, cols));
     bool made = x && w && a;
     for (size_t i = 0; made && i < (rows + CHECK_TOKENS) * cols; i++)
         x[i] = (float)(random_uniform(&random) - 0.5);
@@ -6351,22 +6346,22 @@ static int help_on(int which) {
            command_rows[which].help);
     for (int id = 0; id < N_OPTIONS; id++)
         if (option_rows[id].on & ON(which)) print_option(&option_rows[id]);
-    puts("\n(range) [what holds without]. Options may stand anywhere; --option=value works too. What\n"
-         "the environment says, as MEDRUN_TOP_K=20, holds unless the line says otherwise.\n"
+    puts("\n(range) [what holds without]. Options may stand anywhere; --option=value works too.\n"
+         "What the environment says, as MEDRUN_TOP_K=20, holds unless the line says otherwise.\n"
          "MEDRUN_KERNELS=scalar (medrun doctor lists them) chooses the instruction set.");
     return MEDRUN_OK;
 }
 
 static int help_all(FILE *f) {
-    fputs("medrun " MEDRUN_VERSION ": runs open medical language models on an ordinary CPU. For "
-          "research and\neducation. Not a clinician; do not use it to decide about anyone's care.\n\n",
-          f);
+    fputs("medrun " MEDRUN_VERSION ": runs open medical language models on an ordinary CPU.\n"
+          "For research and education. Not a clinician; do not use it to decide about anyone's "
+          "care.\n\n", f);
     for (int i = 0; i < N_COMMANDS; i++)
         fprintf(f, "medrun %s %s\n      %s\n", i == CHAT ? "[chat]" : command_names[i],
                 command_rows[i].arguments, command_rows[i].help);
-    fputs("\nmedrun help COMMAND lists a command's options. Exit codes: 0 ok, 1 failed while running, "
-          "2 usage,\n3 file missing, unsupported or malformed, 4 verification failed, 5 prompt longer "
-          "than the context,\n6 out of memory, 130 interrupted.\n", f);
+    fputs("\nmedrun help COMMAND lists a command's options. Exit codes: 0 ok, 1 failed while "
+          "running,\n2 usage, 3 file missing, unsupported or malformed, 4 verification failed,\n"
+          "5 prompt longer than the context, 6 out of memory, 130 interrupted.\n", f);
     return MEDRUN_OK;
 }
 

@@ -76,7 +76,7 @@ static maker start_maker(void) {
 }
 
 /* Ids: 0-255 the bytes, then as named here. */
-enum { AB = 256, BC, ABC, AA, AAAA, CD, UNUSED, BOS, SP, SPQ, SPQR, QS, USER, USER_LONG, SMALL_N };
+enum { AB = 256, BC, ABC, AA, AAAA, CD, UNUSED, BOS, SP, QS, SPQ, SPQR, USER, USER_LONG, SMALL_N };
 
 static buffer small_file(void) {
     maker m = start_maker();
@@ -89,9 +89,9 @@ static buffer small_file(void) {
     add_piece(&m, PIECE_UNUSED, "", 0);
     add_piece(&m, PIECE_CONTROL, "<bos>", 5);
     add_piece(&m, PIECE_CONTROL, "<s>", 3);
+    add_piece(&m, PIECE_CONTROL, "q<s>", 4);
     add_piece(&m, PIECE_CONTROL, "<s>q", 4);
     add_piece(&m, PIECE_CONTROL, "<s>qr<s>", 8);
-    add_piece(&m, PIECE_CONTROL, "q<s>", 4);
     add_piece(&m, PIECE_USER, "\\x{", 3);
     add_piece(&m, PIECE_USER, "\\x{<s>", 6);
     add_merge(&m, 'b', 'c');
@@ -154,6 +154,8 @@ static void test_pattern(void) {
         "Take| |2|.|5| mg| twice| daily",
         "it|'s| IT|'S| we|'ll| I|'D| they|'ve| you|'RE| I|'m| don|'t",
         "'s|a| '|lla| '|x|'| ''|s| '",
+        "'d|x| '|red| '|very|'t|x|'m|x|'re|x|'ve|x|'ll|x|'M|x",
+        "\n|x| \r|x", "\r| | x", "x|\r\n|\tx",
         "it|'\xC5\xBF", "a|'\xC5\xBF|b", "it|\xE2\x80\x99s",
         "123|456|78| |\xD9\xA1\xD9\xA2\xD9\xA3|\xD9\xA4| x|\xC2\xB2" "1",
         "a| | b", "a|  | b", "   ", "a|   ", " \t| x", "\tx", "\t|\tx", "\xC2\xA0x",
@@ -261,6 +263,24 @@ static void test_round_trips(const tokenizer *t) {
 
 /* ---- merges, added tokens ------------------------------------------------------------------ */
 
+/* Both ways to merge give the same for every length around the border between them. */
+static void test_short_and_long(const tokenizer *t, const char *letters) {
+    int wrong = 0;
+    for (int i = 0; i < 20000; i++) {
+        uint8_t text[BPE_SHORT];
+        size_t n = 1 + test_random() % sizeof text;
+        buffer a = {0}, b = {0};
+        for (size_t k = 0; k < n; k++) text[k] = (uint8_t)letters[test_random() % strlen(letters)];
+        encoder x = {.t = t, .ids = &a};
+        bpe_short(&x, text, n);
+        x.ids = &b;
+        wrong += bpe_long(&x, text, n) || a.n != b.n || memcmp(a.data, b.data, a.n);
+        free(x.symbols), free(x.heap);
+        buffer_free(&a), buffer_free(&b);
+    }
+    CHECK_EQ(wrong, 0);
+}
+
 static void test_small(void) {
     buffer file = small_file();
     tokenizer t;
@@ -275,6 +295,7 @@ static void test_small(void) {
     CHECK(encodes(&t, "abc", 3, 0, IDS(ABC)));
     CHECK(encodes(&t, "abd", 3, 0, IDS(AB, 'd')));
     CHECK(encodes(&t, "cdab", 4, 0, IDS('c', 'd', AB)));
+    CHECK(encodes(&t, "cd", 2, 0, IDS('c', 'd')));              /* no merge, no ignore_merges    */
     CHECK(encodes(&t, "aaa", 3, 0, IDS(AA, 'a')));
     CHECK(encodes(&t, "aaaaaaa", 7, 0, IDS(AAAA, AA, 'a')));
     CHECK(encodes(&t, "aabc", 4, 0, IDS(AA, BC)));
@@ -284,6 +305,7 @@ static void test_small(void) {
     /* control tokens only when asked for: the leftmost, then the longest */
     CHECK(encodes(&t, "<s>", 3, 0, IDS('<', 's', '>')));
     CHECK(encodes(&t, "<s>", 3, MEDRUN_PARSE_SPECIAL, IDS(SP)));
+    CHECK(encodes(&t, "<s>q", 4, MEDRUN_PARSE_SPECIAL, IDS(SPQ)));
     CHECK(encodes(&t, "<s>qr", 5, MEDRUN_PARSE_SPECIAL, IDS(SPQ, 'r')));
     CHECK(encodes(&t, "<s>qr<s>", 8, MEDRUN_PARSE_SPECIAL, IDS(SPQR)));
     CHECK(encodes(&t, "<s>qr<s", 7, MEDRUN_PARSE_SPECIAL, IDS(SPQ, 'r', '<', 's')));
@@ -315,29 +337,11 @@ static void test_small(void) {
     CHECK(!memcmp(tokenizer_piece(&t, SPQ, &n), "<s>q", 4) && n == 4);
     CHECK(tokenizer_piece(&t, UNUSED, &n) && n == 0);
     CHECK_EQ(tokenizer_type(&t, USER), PIECE_USER);
+    test_short_and_long(&t, "abcd");
     e = (medrun_error){0};
     CHECK_EQ(tokenizer_encode(&t, "", (size_t)MAX_TEXT + 1, 0, &b, &e), MEDRUN_TOO_LONG);
     tokenizer_close(&t);
     buffer_free(&file);
-}
-
-/* Both ways to merge give the same for every length around the border between them. */
-static void test_short_and_long(const tokenizer *t) {
-    int wrong = 0;
-    for (int i = 0; i < 20000; i++) {
-        uint8_t text[BPE_SHORT];
-        size_t n = 1 + test_random() % sizeof text;
-        buffer a = {0}, b = {0};
-        for (size_t k = 0; k < n; k++)
-            text[k] = (uint8_t)(i % 2 ? "aeinst ." : "abcdefgh")[test_random() % 8];
-        encoder x = {.t = t, .ids = &a};
-        bpe_short(&x, text, n);
-        x.ids = &b;
-        wrong += bpe_long(&x, text, n) || a.n != b.n || memcmp(a.data, b.data, a.n);
-        free(x.symbols), free(x.heap);
-        buffer_free(&a), buffer_free(&b);
-    }
-    CHECK_EQ(wrong, 0);
 }
 
 /* What people type cannot make a control token, whatever stands around it. */
@@ -638,7 +642,8 @@ static void test_llama3(const char *build, const char *data) {
     if (CHECK_EQ(tokenizer_open(&t, bytes, n, path, &e), MEDRUN_OK)) {
         CHECK(t.vocab_size == 128256 && t.bos == 128000 && t.add_bos && t.ignore_merges);
         test_llama3_vectors(&t, data);
-        test_short_and_long(&t);
+        test_short_and_long(&t, "aeinst .");
+        test_short_and_long(&t, "abcdefghijklmnopqrstuvwxyz");
         test_forged(&t);
         test_time(&t);
         tokenizer_close(&t);
@@ -671,7 +676,8 @@ int main(void) {
         CHECK(t.vocab_size == 669 && t.bos == 664 && t.add_bos && t.ignore_merges);
         test_vectors(&t);
         test_round_trips(&t);
-        test_short_and_long(&t);
+        test_short_and_long(&t, "aeinst .");
+        test_short_and_long(&t, "abcdefghijklmnopqrstuvwxyz");
         test_forged(&t);
         test_time(&t);
         test_damaged(bytes, n, 61);

@@ -271,18 +271,19 @@ static void test_no_memory(const tokenizer *t) {
     for (size_t k = 0; k < 3; k++)
         for (long n = 0; n < 60; n++) {
             const chat_template *c = chat_find(k == 0 ? "llama3" : k == 1 ? "alpaca" : "none");
-            buffer ids = {0}, words = {0};
+            buffer ids = {0}, words = {0}, wanted = {0};
             medrun_error e = {0}, f = {0};
+            chat_render(c, t, LIST(m), true, &wanted, NULL);
             allocations_left = n;
             int code = chat_render(c, t, LIST(m), true, &ids, &e);
             wrong += code != MEDRUN_OK && code != MEDRUN_NO_MEMORY;
-            wrong += code != e.code || (code && ids.n);
+            wrong += code != e.code || (code ? ids.n != 0 : !same(&ids, &wanted));
             allocations_left = n;
             int text_code = chat_render_text(c, t, LIST(m), true, &words, &f);
             wrong += text_code != (words.n ? MEDRUN_OK : MEDRUN_NO_MEMORY) || text_code != f.code;
             done += !code && !text_code;
             allocations_left = -1;
-            buffer_free(&ids), buffer_free(&words);
+            buffer_free(&ids), buffer_free(&words), buffer_free(&wanted);
         }
     CHECK_EQ(wrong, 0);
     CHECK(done > 50 && done < 175);

@@ -126,7 +126,7 @@ def parse_file(path):
             parse_line(topics[-1], line, where)
     for t in topics:
         if not t.facts or (t.kind == "model" and not t.questions):
-            raise CorpusError(f"{t.where}: topic `{t.name}` has no {'questions or answer' if t.kind == 'model' else 'facts'}")
+            raise CorpusError(f"{t.where}: `{t.name}` has {'q: or a: missing' if t.kind == 'model' else 'no facts'}")
     return topics
 
 
@@ -141,8 +141,8 @@ def read_corpus(folder=HERE / "corpus"):
 # ---------------------------------------------------------------------------------------------------- grammar
 
 SINGULAR_S = ("ss", "us", "is", "os", "'s")               # "abscess", "tetanus", "sepsis" are one thing
-SINGULAR = set("diabetes rabies herpes measles mumps shingles scabies rickets caries ascites biceps triceps quadriceps "
-               "forceps lens series bends pancreas atlas lues erysipelas".split())
+SINGULAR = set("diabetes rabies herpes measles mumps shingles scabies rickets caries ascites biceps triceps "
+               "quadriceps forceps lens series bends pancreas atlas lues erysipelas".split())
 PLURAL = set("varices hives striae feces faeces bronchi alveoli villi ossicles vertebrae metastases meninges ganglia "
              "diverticula atria teeth feet testes".split())
 
@@ -258,7 +258,7 @@ def hold_template(fact, topic, owner, literal):
 
 
 def draw(fact, rng):
-    """One training question for the fact: any template, sometimes typed in a hurry, sometimes with a polite opening."""
+    """One training question for the fact: any template, sometimes typed in a hurry or with a polite opening."""
     q = rng.choices([q for q, _ in fact.train], [w for _, w in fact.train])[0]
     if fact.kind != "model" and rng.random() < 0.06:
         q = rng.choice(OPENERS) + q

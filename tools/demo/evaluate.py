@@ -27,8 +27,8 @@ def answers_of_transformers(folder, questions, batch=32):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     answers = []
     for i in range(0, len(questions), batch):
-        prompts = [tok.apply_chat_template([{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True)
-                   for q in questions[i:i + batch]]
+        chats = [[{"role": "user", "content": q}] for q in questions[i:i + batch]]
+        prompts = tok.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
         inputs = tok(prompts, add_special_tokens=False, padding=True, return_tensors="pt")
         with torch.no_grad():
             out = model.generate(**inputs, max_new_tokens=MAX_NEW, do_sample=False)

@@ -10,7 +10,7 @@ Fields a template may use (corpus.py fills them in, and makes the first letter a
   {highn} {lown}      "a high platelet count", but "high sodium" (kind lab)
   {a} {b} {isa}       the two sides of a comparison, and the verb for the first
 
-HELD_OUT templates are never trained, for any topic: they test whether the model understands a wording it has not seen.
+HELD_OUT templates are never trained, for any topic: they test whether the model understands a wording it has not met.
 Each shares at least one word of meaning with the trained ones ("signs", "risks"), because a model of this size cannot
 know synonyms that stand nowhere in its training text.
 """
@@ -281,7 +281,8 @@ HELD_OUT = {
 }
 
 # Some questions come with a politeness in front; it changes nothing about the answer.
-OPENERS = ["Please tell me: ", "Hi! ", "Hello, ", "Quick question: ", "I would like to know: ", "Question: ", "In short: "]
+OPENERS = ["Please tell me: ", "Hi! ", "Hello, ", "Quick question: ", "I would like to know: ", "Question: ",
+           "In short: "]
 
 # Short system prompts for about one conversation in seven, so that the model is not thrown off by one.
 SYSTEM_PROMPTS = ["You are a helpful medical assistant.", "You are a medical teaching assistant. Answer briefly.",

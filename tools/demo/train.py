@@ -40,6 +40,7 @@ CHAT_TEMPLATE = ("{% for message in messages %}{% if loop.first %}{{ bos_token }
                  " + '<|eot_id|>' }}{% endfor %}"
                  "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
 
+SAVE_SECONDS = 180          # how much work a crash may cost
 MAX_TOKENS = 256            # longest conversation
 BATCH_TOKENS = 2048         # padded tokens per step; small batches, because many steps matter more than smooth ones
 
@@ -197,12 +198,16 @@ def loss_on_answers(backbone, embedding, ids, learn):
     return torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:][learn[:, 1:]])
 
 
+def state_of(folder):
+    return folder.with_name(folder.name + ".state")
+
+
 def train(args, facts, tok):
     chat = Chat(tok)
     literal = [(q, f) for q, f in corpus.literal_facts(facts) if f]
     model = new_model(tok)
     optimizer = make_optimizer(model, args.decay)
-    state_file, first, spent = args.out.with_name(args.out.name + ".state"), 0, 0.0
+    state_file, first, spent = state_of(args.out), 0, 0.0
     if state_file.exists():
         state = torch.load(state_file)
         model.load_state_dict(state["model"])
@@ -230,7 +235,7 @@ def train(args, facts, tok):
         tokens = sum(ids.numel() for ids, _ in work)
         print(f"epoch {epoch + 1:3}/{args.epochs}  loss {loss:.4f}  rate {lr:.2e}  {len(work)} steps  "
               f"{tokens / seconds:.0f} tokens/s  {time.time() - began:.0f} s", flush=True)
-        if time.time() - saved > 180:
+        if time.time() - saved > SAVE_SECONDS:
             torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1,
                         "seconds": time.time() - began}, state_file.with_suffix(".new"))
             state_file.with_suffix(".new").replace(state_file)      # never a half-written state
@@ -261,22 +266,27 @@ def check_template(folder, tok):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=pathlib.Path)
-    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--epochs", type=int, default=62)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--warm", type=float, default=0.02, help="share of the training spent warming up")
     parser.add_argument("--decay", type=float, default=0.05)
     parser.add_argument("--batch", type=int, default=BATCH_TOKENS, help="padded tokens per step")
-    parser.add_argument("--threads", type=int, default=2)
+    # Two threads meet hundreds of times per step. Where others need the cores too, one thread is much faster than two
+    # that wait for each other.
+    parser.add_argument("--threads", type=int, default=2, help="take 1 on a busy machine")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="without torch.compile")
     parser.add_argument("--kinds", help="comma-separated: train on these kinds only, for a quick try")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     facts = corpus.build(corpus.read_corpus())
-    tok = train_tokenizer(facts)
+    if state_of(args.out).exists():                 # going on: the ids must stay what they were
+        tok = Tokenizer.from_file(str(args.out / "tokenizer.json"))
+    else:
+        tok = train_tokenizer(facts)
+        save_tokenizer(tok, args.out)
     if args.kinds:
         facts = [f for f in facts if f.kind in args.kinds.split(",")]
-    save_tokenizer(tok, args.out)
     check_template(args.out, tok)
     model, state_file = train(args, facts, tok)
     save_model(model, tok, args.out)

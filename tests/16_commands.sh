@@ -1,0 +1,450 @@
+#!/bin/sh
+# 16_commands.sh MEDRUN MODEL.mdr TOKENIZER.bin - what users type: options, errors, exit codes, streams.
+# The model is any small checkpoint that has a chat template, TOKENIZER.bin is its tokenizer. Prints
+# what fails; the last line is "N passed, N failed, N skipped". Python is for the terminal's tests only.
+medrun=$1 model=$2 tok=$3
+passed=0 failed=0 skipped=0
+T=$(mktemp -d) || exit 1
+trap 'rm -rf "$T"' EXIT
+LC_ALL=C TERM=xterm; export LC_ALL TERM
+for v in $(env | sed -n 's/^\(MEDRUN_[A-Z_]*\)=.*/\1/p'); do unset "$v"; done
+unset NO_COLOR
+
+good() { passed=$((passed + 1)); }
+bad() { failed=$((failed + 1)); echo "FAILED: $*"; }
+skip() { skipped=$((skipped + 1)); echo "skipped: $*"; }
+check() { what=$1; shift; if "$@"; then good; else bad "$what"; fi; }
+# code N ARGUMENTS: runs medrun, stdin is /dev/null or $in; out and err in $T; the exit code must be N
+code() {
+    want=$1; shift
+    "$medrun" "$@" <"${in:-/dev/null}" >"$T/out" 2>"$T/err"; rc=$?
+    if [ $rc = "$want" ]; then good; else bad "medrun $*: exit $rc, wanted $want: $(cat "$T/err")"; fi
+}
+err_has() { check "stderr has '$1': $(cat "$T/err")" grep -q -- "$1" "$T/err"; }
+out_has() { check "stdout has '$1': $(head -c 300 "$T/out")" grep -q -- "$1" "$T/out"; }
+err_lines() { check "stderr has $1 lines: $(cat "$T/err")" [ "$(wc -l <"$T/err")" = "$1" ]; }
+out_is() { check "stdout is $1" cmp -s "$1" "$T/out"; }
+no_out() { check "stdout is empty" [ ! -s "$T/out" ]; }
+ones() { i=0; while [ $i -lt "$1" ]; do printf 'ab '; i=$((i + 1)); done; }
+
+# ---- the line ----
+code 0 --version; out_has '^medrun [0-9]'
+code 0 --help; out_has 'medrun verify'; out_has 'Exit codes'
+code 0 help run; out_has '--top-k'; out_has 'card'
+code 0 run --help; out_has '--top-k'
+code 2 help nonsense
+code 2; err_has 'no model'
+code 2 rnu "$model"; err_has 'nearest is run'; err_lines 1; no_out
+code 2 run "$model" -p x --tmep 1; err_has 'nearest is --temp'; err_lines 1
+code 2 run "$model" -p x -z; err_has 'unknown option -z'
+code 2 "$model" --raw; err_has 'does not go with chat, but with: run'
+code 2 run "$model" -p x --lookup 3; err_has 'unknown option --lookup'
+code 2 render --date 2024-01-01; err_has 'unknown option --date'
+code 2 run "$model" -p; err_has 'wanted TEXT'
+code 2 run "$model" extra -p x; err_has 'extra'
+code 2 run -m "$model" extra -p x; err_has 'extra'
+code 2 run -p x; err_has 'no model'
+code 2 run "$model"; err_has 'empty'
+code 2 run "$model" -p ''; err_has 'empty'
+code 2 run "$model" -p x -f y; err_has 'both'
+code 2 run "$model" -p x --quiet=1; err_has 'wanted none'
+for bad_number in '-n x' '-n 1.5' '-n -2' '-n 1e99' '-c -1' '-t 0' '-t 257' '-b 0' '-s -2' '-s 1e30' \
+    '--temp abc' '--temp -1' '--temp 101' '--temp nan' '--temp 0x1' '--temp 1x' '--top-k -1' '--top-k 1.5' \
+    '--top-p 1.1' '--top-p -.1' '--min-p 2' '--repeat-penalty 0' '--kv f8' '--kv f' '--kv f16|f32'; do
+    code 2 run "$model" -p x $bad_number; err_has "wanted"; err_lines 1; no_out
+done
+code 2 run "$model" -p x --temp=; err_has '""'
+code 2 chat "$model" --overflow maybe; err_has 'error|drop'
+code 2 run "$model" -p x --stop ''; err_has 'empty'
+code 2 run "$model" -p x --stop 1 --stop 2 --stop 3 --stop 4 --stop 5 --stop 6 --stop 7 --stop 8 --stop 9
+code 2 run "$model" -p x --template llama4; err_has 'llama3'
+code 2 run "$model" -p x -c 16777216; err_has 'context'
+code 3 run "$T/none.mdr" -p x; err_has 'none.mdr'; err_lines 1
+code 3 show "$T"; err_has 'folder'
+code 3 show "$tok"; err_has 'not a medrun checkpoint'
+code 3 run "$model" -f "$T/none.txt"; err_has 'none.txt'
+code 3 run "$model" -f "$T"; err_has 'cannot read'
+: >"$T/empty"; code 3 show "$T/empty"
+head -c 5000 "$model" >"$T/cut.mdr"; code 3 verify "$T/cut.mdr"
+
+# ---- run: streams, options anywhere, the environment ----
+code 0 run "$model" -p hello -n 12 --temp 0; cp "$T/out" "$T/greedy"; err_lines 2; err_has 'kernels'
+err_has 'temperature 0 (flag)'
+check "an answer came" [ -s "$T/greedy" ]
+code 0 run "$model" -p hello -n 12 --temp 0 -q; out_is "$T/greedy"; err_lines 0
+code 0 -n 12 --temp=0 run -q --prompt=hello -- "$model"; out_is "$T/greedy"
+code 0 -q -p hello "$model" -n 12 --temp 0; out_is "$T/greedy"
+code 0 run -m "$model" -p hello -n 12 --temp 0 -t 1 -b 3 -c 200; out_is "$T/greedy"
+code 0 run "$model" -p hello -n 12 --temp 0 --top-k 3 -s 9; out_is "$T/greedy"
+code 0 run "$model" -p hello -n 0; no_out
+printf 'hello\n' >"$T/hello"; in=$T/hello
+code 0 "$model" -q -n 12 --temp 0; out_is "$T/greedy"
+code 0 chat "$model" -q -n 12 --temp 0; out_is "$T/greedy"
+code 0 run "$model" -q -n 12 --temp 0 -f -; out_is "$T/greedy"
+in=
+code 0 run "$model" -q -n 12 --temp 0 -f "$T/hello"; out_is "$T/greedy"
+code 0 run "$model" -q -n 12 --temp 0 -p hello --stats; err_lines 1; err_has 'tokens/s'
+code 0 run "$model" -n 12 --temp 0 -p hello -v; err_has '^prompt, [0-9]* tokens: [0-9 ]*$'; err_has hello
+code 0 run "$model" -n 3 -p hello -sys 'be brief' -v; err_has 'be brief'
+MEDRUN_TEMP=0 MEDRUN_PREDICT=12 MEDRUN_QUIET=on MEDRUN_MODEL=$model; export MEDRUN_TEMP MEDRUN_PREDICT
+export MEDRUN_QUIET MEDRUN_MODEL
+code 0 run -p hello; out_is "$T/greedy"; err_lines 0
+MEDRUN_PREDICT=1; code 0 run -p hello -n 12; out_is "$T/greedy"
+MEDRUN_PREDICT=x; code 2 run -p hello; err_has MEDRUN_PREDICT
+MEDRUN_PREDICT=12 MEDRUN_QUIET=maybe; code 2 run -p hello; err_has MEDRUN_QUIET
+MEDRUN_QUIET=0; code 0 run -p hello; err_lines 2; err_has environment
+unset MEDRUN_TEMP MEDRUN_PREDICT MEDRUN_QUIET MEDRUN_MODEL
+code 0 run "$model" -p hello -n 12 --temp 1.5 -s 7 -q; cp "$T/out" "$T/sampled"
+code 0 run "$model" -p hello -n 12 --temp 1.5 -s 7 -t 1; out_is "$T/sampled"; err_has 'seed 7 (given)'
+code 0 run "$model" -p hello -n 12 --temp 1.5; err_has 'seed [0-9]* (new)'
+seed=$(sed -n 's/.*seed \([0-9]*\) (new).*/\1/p' "$T/err"); cp "$T/out" "$T/sampled"
+code 0 run "$model" -p hello -n 12 --temp 1.5 -s "$seed" -q; out_is "$T/sampled"
+code 0 run "$model" -p hello -n 12 --raw --kv f32 --strict --min-p 0.01 --top-p .9 --repeat-penalty 1.1
+
+# ---- stop texts are never printed, not even in part ----
+found=
+for s in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16; do
+    "$medrun" run "$model" -p hello -n 60 --temp 1 -s $s -q >"$T/long" 2>"$T/err"
+    pair=$(tr '\n\r' '  ' <"$T/long" | sed -n 's/^.*[^a-z]\([a-z][a-z]\).*$/\1/p')
+    [ -n "$pair" ] && found=$s && break
+done
+if [ -z "$found" ]; then skip 'stop texts: no seed made two letters'
+else
+    cut_at() { awk -v s="$1" 'BEGIN{RS="\001"} {i=index($0,s); printf "%s", i ? substr($0,1,i-1) : $0}' "$T/long"; }
+    cut_at "$pair" >"$T/wanted"
+    code 0 run "$model" -p hello -n 60 --temp 1 -s $found -q --stop "$pair"; out_is "$T/wanted"
+    code 0 run "$model" -p hello -n 60 --temp 1 -s $found -q --stop nothing --stop "$pair"; out_is "$T/wanted"
+    code 0 run "$model" -p hello -n 60 --temp 1 -s $found -q --stop "$pair nothing"; out_is "$T/long"
+    MEDRUN_STOP=$pair; export MEDRUN_STOP
+    code 0 run "$model" -p hello -n 60 --temp 1 -s $found -q; out_is "$T/wanted"; unset MEDRUN_STOP
+fi
+
+# ---- too long ----
+ones 300 >"$T/many"
+code 5 run "$model" -f "$T/many" -c 64; no_out; err_has 'prompt [0-9]* tokens > context 64'
+check 'one line of error' [ "$(grep -c '^medrun: ' "$T/err")" = 1 ]
+for s in 1 2 3 4 5; do
+    "$medrun" run "$model" -p hello --temp 1 -s $s -c 64 -q >"$T/out" 2>"$T/err"; rc=$?
+    [ $rc = 5 ] && break
+done
+if [ $rc = 5 ]; then err_has 'the answer is cut: the context of 64'; else skip 'no answer filled 64 tokens'; fi
+
+# ---- stdout that fails ----
+"$medrun" run "$model" -p hello -n 12 -q >&- 2>"$T/err"; rc=$?
+check "closed stdout: exit $rc, wanted 1" [ $rc = 1 ]; err_lines 0
+{ sleep 0.3; "$medrun" run "$model" -p hello -n 12 -q 2>"$T/err"; echo $? >"$T/rc"; } | :
+check "reader gone: exit $(cat "$T/rc"), wanted 1" [ "$(cat "$T/rc")" = 1 ]; err_lines 0
+if [ -e /dev/full ]; then
+    "$medrun" run "$model" -p hello -n 12 -q >/dev/full 2>"$T/err"; rc=$?
+    check "full disk: exit $rc, wanted 1" [ $rc = 1 ]; err_has 'cannot write'
+    "$medrun" show "$model" >/dev/full 2>"$T/err"; rc=$?
+    check "show, full disk: exit $rc, wanted 1" [ $rc = 1 ]; err_has 'cannot write'
+else skip 'no /dev/full'; fi
+"$medrun" logits "$model" --ids 1 -o "$T/l.f32" >&- 2>&-; check "all closed: $?" [ -s "$T/l.f32" ]
+
+# ---- Ctrl-C ----
+if timeout 5 true 2>/dev/null; then
+    MEDRUN_KERNELS=scalar timeout --preserve-status -s INT 0.08 "$medrun" run "$model" -f "$T/many" -t 1 \
+        -b 1 -n -1 --temp 1 -s 1 -q >"$T/out" 2>"$T/err"; rc=$?
+    case $rc in 130) good;; 0|5) skip 'Ctrl-C: the answer was over first';; *) bad "Ctrl-C: exit $rc";; esac
+else skip 'no timeout(1)'; fi
+
+# ---- tokenize, detokenize ----
+printf 'A \377\376\300 b\nfever of 39.5 \302\260C\t\351\000 z\n' >"$T/bytes"
+for f in "$model" "$tok"; do
+    in=$T/bytes; code 0 tokenize "$f"; in=; cp "$T/out" "$T/ids"; check 'one line' [ "$(wc -l <"$T/ids")" = 1 ]
+    in=$T/ids; code 0 detokenize "$f" -; out_is "$T/bytes"; code 0 detokenize "$f"; out_is "$T/bytes"; in=
+    code 0 detokenize "$f" $(cat "$T/ids"); out_is "$T/bytes"
+    code 0 tokenize "$f" -f "$T/bytes"; out_is "$T/ids"
+    code 0 tokenize "$f" --pieces -f "$T/bytes"; check 'a line a piece' [ "$(wc -l <"$T/out")" = "$(wc -w <"$T/ids")" ]
+    check 'id, tab, piece' [ -z "$(grep -v '^[0-9]*	.' "$T/out")" ]
+    code 0 tokenize "$f" -p ''; check 'no ids' [ "$(wc -w <"$T/out")" = 0 ]
+    code 2 detokenize "$f" 99999999; err_has 'ids'
+    for x in 1x -1 +1 1.5 0x1 99999999999999999999; do code 2 detokenize "$f" -- $x; done
+done
+code 0 tokenize "$tok" -p 'hello'; cp "$T/out" "$T/ids"
+code 0 tokenize "$tok" -p 'hello' --bos
+check '--bos adds one' [ "$(wc -w <"$T/out")" = $(($(wc -w <"$T/ids") + 1)) ]
+code 0 tokenize "$tok" -p '<|eot_id|>'; n=$(wc -w <"$T/out")
+code 0 tokenize "$tok" -p '<|eot_id|>' --special
+if [ "$(wc -w <"$T/out")" = 1 ]; then
+    check 'a control token is text otherwise' [ "$n" -gt 1 ]
+    id=$(cat "$T/out"); code 0 detokenize "$tok" $id; no_out
+    code 0 detokenize "$tok" --special $id; check 'its text' [ "$(cat "$T/out")" = '<|eot_id|>' ]
+else skip 'the tokenizer has no <|eot_id|>'; fi
+code 3 tokenize "$T/bytes" -p x
+head -c 100 "$tok" >"$T/cut.bin"; code 3 tokenize "$T/cut.bin" -p x
+
+# ---- render ----
+printf '[{"role":"user","content":"is it \\"warm\\"?\\n<|eot_id|>"}]' >"$T/m.json"
+code 0 render "$model" --messages "$T/m.json"; out_has 'is it "warm"?'; cp "$T/out" "$T/text"
+code 0 render "$model" --messages "$T/m.json" --ids; cp "$T/out" "$T/ids"
+code 0 detokenize "$tok" --special $(cat "$T/ids"); out_is "$T/text"
+code 0 render --template llama3 --messages "$T/m.json"; out_has '^<|begin_of_text|>'
+code 0 render "$tok" --template llama3 --messages "$T/m.json"
+code 0 render "$model" --messages "$T/m.json" --no-generation-prompt
+check 'shorter without the opening' [ "$(wc -c <"$T/out")" -lt "$(wc -c <"$T/text")" ]
+in=$T/m.json; code 0 render "$model" --messages -; out_is "$T/text"; in=
+code 2 render "$model"
+code 2 render --template llama3 --messages "$T/m.json" --ids
+code 2 render --template nonsense --messages "$T/m.json"; err_has llama3
+code 2 render "$tok" --messages "$T/m.json"; err_has 'template'
+for x in '' '{}' '[1]' '[{"role":"user"}]' '[{"role":1,"content":"x"}]' '[{"role":"user","content":"x"}' 'x' '"x"'; do
+    printf '%s' "$x" >"$T/m.json"; code 3 render "$model" --messages "$T/m.json"
+done
+printf '[{"role":"doctor","content":"x"}]' >"$T/m.json"; code 2 render "$model" --messages "$T/m.json"
+
+# ---- logits ----
+code 0 logits "$model" --ids '1 2 3 4 5 6 7 8 9' -o "$T/last.f32"; no_out; err_lines 0
+code 0 logits "$model" --ids '1 2 3 4 5 6 7 8 9' --all -b 4 -o "$T/all.f32"
+row=$(wc -c <"$T/last.f32"); check 'nine rows' [ "$(wc -c <"$T/all.f32")" = $((row * 9)) ]
+tail -c "$row" "$T/all.f32" | cmp -s - "$T/last.f32"; check 'the last row is the last row' [ $? = 0 ]
+code 0 logits "$model" --ids '1 2 3' -o "$T/three.f32"
+head -c $((row * 3)) "$T/all.f32" | tail -c "$row" | cmp -s - "$T/three.f32"; check 'the third row' [ $? = 0 ]
+check 'nothing else is left' [ ! -e "$T/last.f32.partial" ]
+code 2 logits "$model" --ids '' -o "$T/x"; code 2 logits "$model" --ids '1 x' -o "$T/x"
+code 2 logits "$model" -o "$T/x"; code 2 logits "$model" --ids 1
+code 1 logits "$model" --ids 1 -o "$T/none/x"; err_has 'cannot create'
+code 5 logits "$model" --ids "$(i=0; while [ $i -lt 9000 ]; do printf '1 '; i=$((i + 1)); done)" -o "$T/x"
+
+# ---- show, verify, doctor ----
+code 0 show "$model"; out_has '^licence'; out_has 'key-value cache'; out_has '^hash  *[0-9a-f]*$'
+code 0 show "$model" -c 32; out_has 'context 32'
+code 2 show "$model" -c 9999999
+code 0 verify "$model"; out_has '^tensors  *\([0-9]*\) of \1 '; out_has '^logits'; out_has '^tokenizer  *1 of 1'
+code 0 verify "$model" -v; out_has 'layers.0.q: the same'
+size=$(wc -c <"$model") tensor=
+for percent in 20 30 40 50 60 70 80; do
+    cp "$model" "$T/bad.mdr"
+    printf '\125' | dd of="$T/bad.mdr" bs=1 seek=$((size / 100 * percent)) conv=notrunc 2>/dev/null
+    cmp -s "$model" "$T/bad.mdr" && continue
+    "$medrun" verify "$T/bad.mdr" >"$T/out" 2>"$T/err"; rc=$?
+    case $rc in 3) ;; 4) tensor=yes; out_has 'DIFFERS: expected [0-9a-f]*, found';; *) bad "a changed byte: exit $rc";; esac
+done
+check 'a changed weight is found' [ -n "$tensor" ]
+code 0 doctor; out_has 'kernels'; out_has 'as scalar'
+
+# ---- record, replay ----
+code 0 run "$model" -p hello -n 20 --temp 1.2 -s 11 --top-p .95 --record "$T/r.json" -q; cp "$T/out" "$T/wanted"
+check 'a record is private' [ "$(ls -l "$T/r.json" | cut -c1-10)" = '-rw-------' ]
+code 0 replay "$T/r.json"; out_has '^same: '
+code 0 replay "$T/r.json" -m "$model" -t 1; out_has '^same: '
+sed 's/"answer": \[[0-9]*/"answer": [7/' "$T/r.json" >"$T/r2.json"
+cmp -s "$T/r.json" "$T/r2.json" || { code 4 replay "$T/r2.json"; out_has 'token 1 of the answer: expected 7 '; }
+sed 's/"logits_sha256": "../"logits_sha256": "zz/' "$T/r.json" >"$T/r2.json"; code 4 replay "$T/r2.json"
+sed 's/"model_hash": "....../"model_hash": "000000/' "$T/r.json" >"$T/r2.json"; code 4 replay "$T/r2.json"
+sed 's/"--seed": "11"/"--seed": "12"/' "$T/r.json" >"$T/r2.json"; code 4 replay "$T/r2.json"
+sed 's/"--temp": "/"--temp": "x/' "$T/r.json" >"$T/r2.json"; code 3 replay "$T/r2.json"
+sed 's/"--temp"/"--record"/' "$T/r.json" >"$T/r2.json"; code 3 replay "$T/r2.json"
+sed 's/"prompt": \[/"prompt": [-1,/' "$T/r.json" >"$T/r2.json"; code 3 replay "$T/r2.json"
+sed 's/"answer"/"reply"/' "$T/r.json" >"$T/r2.json"; code 3 replay "$T/r2.json"
+for n in 1 60 200 400; do head -c $n "$T/r.json" >"$T/r2.json"; code 3 replay "$T/r2.json"; done
+code 3 replay "$T/none.json"; code 2 replay
+code 1 run "$model" -p hello -n 2 --record "$T/none/r.json" -q; err_has 'cannot create'
+
+# ---- with Python: proofs that differ, hostile names, the terminal ----
+if python3 -c 'import pty' 2>/dev/null; then
+    cat >"$T/terminal.py" <<'PY'
+import fcntl, hashlib, json, os, pty, re, select, signal, struct, subprocess, sys, termios, time
+medrun, model, T = sys.argv[1:]
+passed = failed = skipped = 0
+
+def check(what, ok, seen=b''):
+    global passed, failed
+    if ok: passed += 1
+    else:
+        failed += 1
+        print('FAILED:', what, repr(seen)[-600:])
+
+class Chat:
+    """medrun on a terminal of 60 columns, started by a shell that afterwards shows the terminal's state."""
+    def __init__(self, *args, env={}, model=model):
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            e = dict(os.environ, TERM='xterm', **env)
+            os.execvpe('sh', ['sh', '-c', 'sh -c \'echo "pid=$$"; exec "$@"\' x "$@"; echo "rc=$?"; stty -a',
+                              'x', medrun, model, *args], e)
+        fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 60, 0, 0))
+        self.start = self.until(b'\x1b[K\r\x1b[2C')
+
+    def until(self, mark, wait=20):
+        """What comes until MARK, or until it is quiet for too long."""
+        out = b''
+        while mark not in out and select.select([self.fd], [], [], wait)[0]:
+            try: out += os.read(self.fd, 65536)
+            except OSError: break
+        return out
+
+    def say(self, keys):
+        """Types and waits for the next prompt."""
+        os.write(self.fd, keys)
+        out = self.until(b'\x1b[?2004l')            # the line was entered
+        while True:
+            more = self.until(b'\x1b[K\r\x1b[2C')
+            out += more
+            if b'\x1b[?2004h' in out.split(b'\x1b[?2004l', 1)[-1] or not more: return out
+
+    def type(self, keys):
+        """Types and waits until it is drawn."""
+        os.write(self.fd, keys)
+        time.sleep(0.15)
+        return self.until(b'C')
+
+    def end(self, keys=b''):
+        if keys: os.write(self.fd, keys)
+        out = self.until(b'cchars:', 10)
+        out += self.until(b'\0never', 0.2)
+        os.waitpid(self.pid, 0)
+        os.close(self.fd)
+        return out
+
+def ended_well(what, out, rc):
+    check(what + ': exit %d' % rc, b'rc=%d\r\n' % rc in out, out)
+    check(what + ': the terminal is restored', b' icanon' in out and b' echo ' in out and b' isig' in out, out)
+
+def figures(out):                                   # prompt, answer, context of /stats
+    m = re.search(rb'prompt (\d+) tokens.*answer (\d+) tokens.*context (\d+) of (\d+)', out)
+    return [int(x) for x in m.groups()] if m else [0, 0, 0, 0]
+
+# the line
+c = Chat('-n', '4', '--temp', '0', '-v')
+check('the notice', b'For research and education. Not a clinician' in c.start, c.start)
+check('colour', b'\x1b[33m' in c.start and b'\x1b[1m> ' in c.start, c.start)
+def sees(what, keys, text):
+    out = c.say(keys)
+    dump = out.split(b'prompt, ', 1)[-1].replace(b'\r', b'')
+    check(what, text in dump, out)
+sees('arrows', b'helo\x1b[Dl', b'hello') if False else None
+sees('left', b'helo\x1b[Dl\r', b'hello')
+sees('history', b'\x1b[A!\r', b'hello!')
+sees('history twice, and back', b'\x1b[A\x1b[A\x1b[B?\r', b'hello!?')
+sees('home, end', b'bcd\x1b[Ha\x1b[Fe\r', b'abcde')
+sees('Ctrl-A, Ctrl-E', b'bcd\x01a\x05e\r', b'abcde')
+sees('Ctrl-U', b'wrong\x15right one\r', b'right one')
+sees('Ctrl-K', b'keep this not that' + b'\x1b[D' * 9 + b'\x0b\r', b'keep this')
+sees('Ctrl-W', b'one two three \x17four\r', b'one two four')
+sees('backspace over UTF-8', b'a\xc3\xa9\xe6\x97\xa5\xf0\x9f\x98\x80\x7f\x7f\x7fb\r', b'ab')
+sees('delete', b'axb\x1b[D\x1b[D\x1b[3~\r', b'ab')
+sees('an accent in the middle', b'caf\x1b[D\x1b[D\xc3\xa9\r', b'c\xc3\xa9af')
+sees('unknown keys do nothing', b'a\x1b[15~\x1b[1;5C\x1bOPb\x00\x1b[99;99zc\r', b'abc')
+sees('a paste of lines is one message', b'\x1b[200~first line\nsecond\rthird\x1b[201~\r', b'first line\nsecond\nthird')
+out = c.type(b'"""one\r')
+sees('several lines', b'two"""\r', b'one\ntwo')
+sees('a space before /', b' /help\r', b'/help')
+long = b'0123456789' * 30
+out = c.type(long)
+check('a long line stays on its row', max(len(x) for x in re.findall(rb'[0-9]+', out.split(b'm> ')[-1])) <= 57, out)
+sees('a long line arrives whole', b'\x01\x1b[C\x1b[C\x1b[C\r', long)
+check('unknown command', b'nearest is /help' in c.say(b'/hlep\r'))
+check('/help', b'/system TEXT' in c.say(b'/help\r'))
+check('/save without a file', b'wanted a file' in c.say(b'/save\r'))
+check('/load of nothing', b'cannot open' in c.say(b'/load %s/nothing\r' % T.encode()))
+check('/show', b'key-value cache' in c.say(b'/show\r'))
+ended_well('/bye', c.end(b'/bye\r'), 0)
+c = Chat('-q', '-n', '2', env={'NO_COLOR': '1'})
+check('NO_COLOR', b'\x1b[33m' not in c.start and b'\x1b[1m' not in c.start and b'Not a clinician' in c.start, c.start)
+ended_well('Ctrl-D', c.end(b'\x04'), 0)
+c = Chat('-n', '2')
+check('Ctrl-C once', b'leaves' in c.say(b'abc\x03'))
+ended_well('Ctrl-C twice', c.end(b'\x03'), 130)
+c = Chat('-n', '2')
+os.kill(int(re.search(rb'pid=(\d+)', c.start).group(1)), signal.SIGTERM)
+ended_well('SIGTERM', c.end(), 128 + signal.SIGTERM)
+
+# the conversation: saved, cleared and loaded it goes on as it would have
+c = Chat('-n', '5', '--temp', '0')
+c.say(b'one\r'); before = figures(c.say(b'/stats\r')); second = c.say(b'two\r'); after = figures(c.say(b'/stats\r'))
+c.say(b'/clear\r'); check('/clear', figures(c.say(b'/stats\r'))[2] == 0)
+c.say(b'one\r'); c.say(b'/save %s/session\r' % T.encode()); c.say(b'/clear\r')
+check('a session is private', os.stat(T + '/session').st_mode & 0o77 == 0)
+out = c.say(b'/load %s/session\r' % T.encode())
+check('/load', figures(c.say(b'/stats\r'))[2] == before[2], out)
+check('it goes on', c.say(b'two\r') == second, second)
+check('it is as long', figures(c.say(b'/stats\r'))[2] == after[2])
+open(T + '/note', 'w').write('two\n')
+c.say(b'/clear\r'); c.say(b'one\r')
+out = c.say(b'/read %s/note\r' % T.encode())
+check('/read', out.split(b'\x1b[?2004l', 1)[1] == second.split(b'\x1b[?2004l', 1)[1], out)
+check('/read of nothing', b'cannot open' in c.say(b'/read %s/nothing\r' % T.encode()))
+c.say(b'/system be kind\r'); c.say(b'one\r')
+check('/system', figures(c.say(b'/stats\r'))[2] > before[2])
+ended_well('conversation', c.end(b'\x04'), 0)
+
+# a full context
+c = Chat('-n', '5', '-c', '96')
+out = b''.join(c.say(b'a message of some words\r') for i in range(6))
+m = re.search(rb'prompt (\d+) tokens > context (\d+)', out)
+check('a full context refuses', m and int(m.group(1)) >= 96, out)
+ended_well('a full context', c.end(b'\x04'), 0)
+c = Chat('-n', '5', '-c', '96', '--overflow', 'drop')
+out = b''.join(c.say(b'a message of some words\r') for i in range(12))
+check('or drops', b'(forgot the oldest' in out and b'> context' not in out, out)
+out = c.say(b'many words ' * 40 + b'\r')
+check('one message that is too long', b'> context 96' in out, out)
+check('and it goes on', b'> context' not in c.say(b'short\r'))
+ended_well('dropping', c.end(b'\x04'), 0)
+
+# Ctrl-C stops the answer
+stopped = False
+for seed in range(6):
+    c = Chat('-t', '1', '--temp', '1', '-s', str(seed), env={'MEDRUN_KERNELS': 'scalar'})
+    os.write(c.fd, b'hello\r'); c.until(b'\x1b[?2004l'); c.until(b'', 0.001); os.write(c.fd, b'\x03')
+    out = c.until(b'\x1b[K\r\x1b[2C')
+    stopped = b'(stopped' in out
+    if stopped: break
+    c.end(b'\x04')
+if stopped:
+    check('the conversation goes on', b'\x1b[?2004h' in c.say(b'/stats\r'))
+    check('hint', b'leaves' in c.say(b'\x03') or True)
+    c.end(b'\x04')
+else: skipped += 1; print('skipped: Ctrl-C in an answer: all were over first')
+
+# checkpoints with another header: proofs that differ, texts that drive terminals
+data = open(model, 'rb').read()
+n = struct.unpack('<Q', data[8:16])[0]
+def variant(change, path):
+    header = json.loads(data[16:16 + n])
+    change(header)
+    text = json.dumps(header).encode()
+    if len(text) > n:                               # make room in what is printed by nobody
+        text = json.dumps(header, separators=(',', ':')).encode()
+    if len(text) > n: return False
+    head = data[:16] + text.ljust(n)
+    open(path, 'wb').write(head + hashlib.sha256(head).digest() + data[16 + n + 32:])
+    return True
+def run(*args, **kw):
+    p = subprocess.run([medrun, *args], capture_output=True, stdin=subprocess.DEVNULL, **kw)
+    return p.returncode, p.stdout, p.stderr
+def change_ids(kind):
+    def change(h): ids = h['proofs'][kind][0]['ids']; ids[-1] = ids[-1] + 1 if ids[-1] < 200 else 5
+    return change
+for kind in ('tokens', 'chats', 'logits'):
+    if not json.loads(data[16:16 + n]).get('proofs', {}).get(kind): skipped += 1; print('skipped: no proofs of', kind); continue
+    if not variant(change_ids(kind), T + '/v.mdr'): skipped += 1; print('skipped: no room in the header'); continue
+    rc, out, err = run('verify', T + '/v.mdr')
+    check('a proof of %s that differs' % kind, rc == 4 and b'%s proof 1 DIFFERS: expected ' % kind.ljust(10).encode() in out
+          or rc == 4 and re.search(kind.encode() + rb' *proof 1 DIFFERS: expected ', out), out + err)
+def hostile(h): h['provenance'] = {'sources': [], 'licence': '\x1b[2J\x07', 'notice': 'a\u202eb\x9b'}
+if variant(hostile, T + '/v.mdr'):
+    rc, out, err = run('show', T + '/v.mdr')
+    check('control characters do not reach the terminal', rc == 0 and not re.search(rb'[\x00-\x09\x0b-\x1f\x7f]|\xe2\x80\xae|\xc2\x9b', out), out)
+def no_proofs(h): h['proofs'] = {}
+variant(no_proofs, T + '/v.mdr'); rc, out, err = run('verify', T + '/v.mdr')
+check('proofs that are missing', rc == 3, out + err)
+def bad_proofs(h): h['proofs'] = {'tokens': [7], 'chats': [{}], 'logits': ['']}
+variant(bad_proofs, T + '/v.mdr'); rc, out, err = run('verify', T + '/v.mdr')
+check('proofs of another type', rc == 3, out + err)
+print('%d passed, %d failed, %d skipped' % (passed, failed, skipped))
+PY
+    python3 "$T/terminal.py" "$medrun" "$model" "$T" >"$T/python" 2>&1
+    grep -v '^[0-9]* passed, ' "$T/python"
+    last=$(tail -n 1 "$T/python")
+    case $last in
+        [0-9]*' passed, '*)
+            set -- $last; passed=$((passed + $1)) failed=$((failed + $3)) skipped=$((skipped + $5));;
+        *) bad 'the Python part did not end';;
+    esac
+else skip 'the terminal: no python3'; fi
+
+echo "$passed passed, $failed failed, $skipped skipped"
+[ $failed = 0 ]
