@@ -18,6 +18,7 @@ MODELS   = $(foreach f,$(FIXTURES),$(BUILD)/$(f)-bf16.mdr $(BUILD)/$(f)-int8.mdr
 all: $(BIN)/medrun $(BIN)/medrun-export
 
 $(BIN)/medrun: medrun.c
+	@mkdir -p $(BIN)
 	$(CC) $(CFLAGS) $(WARN) -o $@ medrun.c $(LIBS)
 
 $(BIN)/medrun-export: tools/export.c medrun.c
@@ -41,12 +42,18 @@ $(BUILD)/test_%: tests/%.c tests/test.h medrun.c tools/export.c
 	$(CC) $(CFLAGS) $(WARN) -Wno-unused-function -o $@ $< $(LIBS)
 
 test: all $(MODELS) $(BUILD)/tokenizer.bin $(UNITS:%=$(BUILD)/test_%)
-	@sh tests/run.sh "$(BIN)" "$(BUILD)" $(UNITS)
+	@SCRIPTS="$(SCRIPTS)" CC="$(CC)" sh tests/run.sh "$(BIN)" "$(BUILD)" $(UNITS)
 
-lint: ; sh tests/lint.sh
+lint:
+	@sh tests/lint.sh
 debug:
 	@mkdir -p build/debug
-	$(MAKE) BUILD=build/debug BIN=build/debug CFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" test
+	$(MAKE) BUILD=build/debug BIN=build/debug \
+	    CFLAGS="-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all" test
+threads:
+	@mkdir -p build/threads
+	$(MAKE) BUILD=build/threads BIN=build/threads CFLAGS="-O1 -g1 -fsanitize=thread" \
+	    UNITS="04_threads 07_tensor 15_session" SCRIPTS=none test
 size: $(BIN)/medrun
 	@mkdir -p $(BUILD)
 	strip -o $(BUILD)/medrun.stripped $(BIN)/medrun && size $(BUILD)/medrun.stripped
@@ -60,7 +67,8 @@ help:
 	@echo "make run        asks the demo model a question"
 	@echo "make test       runs every test; with MEDRUN_TEST_DATA also those on real vocabularies"
 	@echo "make debug      the tests under address and undefined-behaviour sanitizers"
+	@echo "make threads    those of the thread pool and sessions under the thread sanitizer"
 	@echo "make lint       line lengths, function lengths, warnings of gcc and clang, clang-tidy"
 	@echo "make size, make install, make clean"
 
-.PHONY: all run test lint debug size install clean help
+.PHONY: all run test lint debug threads size install clean help

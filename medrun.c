@@ -786,39 +786,40 @@ static uint32_t json_get(const json *j, uint32_t v, const char *key) {
 }
 
 /* A number node as a double, correctly rounded, in any locale: short numbers exactly by one
- * multiplication or division, the others by strtod on a copy with the locale's own point. */
+ * multiplication or division, the others by strtod on "digits e exponent", which has no point.
+ * 800 digits and a mark that more follow decide every rounding. */
 static double json_number(const json *j, uint32_t v) {
+    enum { MOST = 800 };
     const char *p = j->text + j->nodes[v].start, *end = j->text + j->nodes[v].end;
-    bool minus = p < end && *p == '-', short_enough = true;
-    uint64_t digits = 0;
-    int scale = 0, exponent = 0;
-    const char *q = p + minus;
-    for (bool point = false; q < end && (*q | 0x20) != 'e'; q++) {
-        if (*q == '.') { point = true; continue; }
-        if (digits > (1ull << 53) / 10 - 1) short_enough = false;
-        else digits = digits * 10 + (uint64_t)(*q - '0');
+    char text[MOST + 32];
+    size_t n = 0;
+    long long scale = 0, exponent = 0;
+    bool minus = p < end && *p == '-', point = false, more = false;
+    for (p += minus; p < end && (*p | 0x20) != 'e'; p++) {
+        if (*p == '.') { point = true; continue; }
         scale -= point;
+        if (!n && *p == '0') continue;
+        if (n < MOST) text[n++] = *p;
+        else scale++, more |= *p != '0';
     }
-    if (q < end) {
-        bool down = *++q == '-';
-        for (q += *q == '-' || *q == '+'; q < end && exponent < 10000; q++)
-            exponent = exponent * 10 + (*q - '0');
-        if (down) exponent = -exponent;
+    if (p < end) {
+        bool down = *++p == '-';
+        for (p += *p == '-' || *p == '+'; p < end && exponent < 100000000000; p++)
+            exponent = exponent * 10 + (*p - '0');
+        scale += down ? -exponent : exponent;
     }
-    scale += exponent;
-    if (short_enough && scale >= -22 && scale <= 22) {
-        double power = 1, value = (double)digits;
-        for (int i = scale < 0 ? -scale : scale; i; i--) power *= 10;
+    double value = 0, power = 1;
+    if (n <= 15 && scale >= -22 && scale <= 22) {
+        for (size_t i = 0; i < n; i++) value = value * 10 + (text[i] - '0');
+        for (long long i = scale < 0 ? -scale : scale; i; i--) power *= 10;
         value = scale < 0 ? value / power : value * power;
-        return minus ? -value : value;
+    } else if (n) {
+        if (more) text[n++] = '1', scale--;
+        scale = scale < -99999 ? -99999 : scale > 99999 ? 99999 : scale;
+        snprintf(text + n, sizeof text - n, "e%lld", scale);
+        value = strtod(text, NULL);
     }
-    char copy[400], point[8];
-    size_t n = (size_t)(end - p) < sizeof copy - 1 ? (size_t)(end - p) : sizeof copy - 1;
-    memcpy(copy, p, n);
-    copy[n] = 0;
-    snprintf(point, sizeof point, "%.1f", 0.5);         /* what this locale puts for the point   */
-    for (char *c = copy; *c; c++) if (*c == '.') *c = point[1];
-    return strtod(copy, NULL);
+    return minus ? -value : value;
 }
 
 /* Field readers: field KEY of object V with its type and range checked; WHAT names the file in the
@@ -1067,7 +1068,7 @@ static void pool_stop(thread_pool *p) {
     pthread_mutex_destroy(&p->lock);
     pthread_cond_destroy(&p->wake);
     pthread_cond_destroy(&p->idle);
-    p->started = 0;
+    p->started = p->threads = 0;
 }
 
 /* THREADS 0: one for each processor. The pool must not move afterwards. */
@@ -2257,15 +2258,19 @@ static int file_open(model_file *f, const char *path, medrun_error *e) {
 /* ============================================================================================
  * 10 Tokenizer: text to ids and back
  *
- * Byte-level BPE, id for id as Hugging Face `tokenizers` does it: added tokens are cut out, the
- * pre-tokenizer's pattern splits the rest into pieces (words, numbers, runs of white space), and
- * inside a piece the neighbours with the lowest rank merge until none has a rank. Everything is
- * linear in the text (n log n inside one very long piece). A tokenizer is read-only after
- * tokenizer_open and keeps pointing into the bytes of its file. Uses section 3. Tests:
- * tests/10_tokenizer.c.
+ * Byte-level BPE, id for id as Hugging Face `tokenizers` does it, in three steps:
+ *   1. added tokens, such as <|eot_id|>, are cut out where they are allowed to be found;
+ *   2. the pre-tokenizer's pattern splits the rest into words, numbers, runs of white space;
+ *   3. a word that is a piece is its id; else it starts as its single bytes, and the neighbours
+ *      whose merge has the lowest rank become one, again and again: h-e-l-l-o, he-l-l-o, he-ll-o.
+ * All of it is linear in the text (n log n inside one very long word), whatever the text is. A
+ * tokenizer is read-only once it is open. Uses section 3. Tests: tests/10_tokenizer.c.
  * ============================================================================================ */
 
 /* ---- Unicode classes ----------------------------------------------------------------------- */
+
+/* The patterns ask of a character whether it is a letter, a number or white space (and tekken's,
+ * which kind of letter, and whether it is a mark). Everything else is of class OTHER. */
 
 // Made by tools/unicode.py: Unicode 16.0, as in Hugging Face tokenizers' regex engine.
 // 2206 entries, each (first code point << 4 | class); a run lasts until the next entry.
@@ -2499,6 +2504,7 @@ static const uint32_t unicode_runs[] = {
 
 enum { CLASS_END = 16 };        /* the end of the text, where a class is asked for             */
 
+/* The run that CODE is in, by bisection: eleven looks. */
 static int unicode_class(uint32_t code) {
     size_t low = 0, high = sizeof unicode_runs / sizeof *unicode_runs;
     while (high - low > 1) {
@@ -2529,6 +2535,7 @@ static int class_at(const uint8_t *p, size_t n, size_t *len) {
     return unicode_class(code);
 }
 
+/* \p{L}, [^\s\p{L}\p{N}] and [\r\n] of the patterns. */
 static bool is_letter(int class) { return class >= CLASS_LU && class <= CLASS_LO; }
 static bool is_mark(int class) { return class == CLASS_OTHER || class == CLASS_M; }
 static bool is_line_end(uint8_t c) { return c == '\r' || c == '\n'; }
@@ -2567,6 +2574,8 @@ static size_t white_space(const uint8_t *p, size_t n) {
     return i < n && last > 0 ? last : i;
 }
 
+/* Llama 3's: (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|
+ * " ?[^\s\p{L}\p{N}]+[\r\n]*"|\s*[\r\n]+|\s+(?!\S)|\s+ (the quotes stand for the space). */
 static size_t next_llama3(const uint8_t *p, size_t n) {
     size_t first, second, len;
     if (p[0] == '\'' && (len = contraction(p, n))) return len;
@@ -2591,6 +2600,7 @@ static size_t next_llama3(const uint8_t *p, size_t n) {
     return white_space(p, n);
 }
 
+/* The name is what tokenizer.bin has; an unknown one is refused, never guessed. */
 typedef struct {
     const char *name;
     size_t (*next)(const uint8_t *p, size_t n);
@@ -2602,6 +2612,20 @@ static const pretokenizer pretokenizers[] = {
 
 /* ---- the tokenizer and its tables ---------------------------------------------------------- */
 
+/* tokenizer.bin, little-endian, nothing after its last array:
+ *    0 "MEDTOK01"
+ *    8 SHA-256 of all bytes from 40 on
+ *   40 u32 version 1, kind 1 (byte-level BPE), flags, vocab_size, n_merges, bos_id (or 0xFFFFFFFF),
+ *      text_bytes, reserved 0
+ *   72 char pretokenizer[24], padded with NUL
+ *   96 u32 piece_end[vocab_size]   where each piece ends in text; it begins where the last ended
+ *      u8 piece_type[vocab_size]   padded to a multiple of 4
+ *      u32 merges[n_merges][2]     two ids; the first pair has the lowest rank
+ *      u8 text[text_bytes]         the pieces' bytes, added tokens as they are written
+ * The result of a merge is not stored: it is the piece that reads as the two together. */
+
+/* Control tokens mean something to the model and are no text; user-defined ones are text that was
+ * added whole to the vocabulary, such as "\begin{"; an unused id has no piece. */
 enum { PIECE_NORMAL = 1, PIECE_CONTROL = 3, PIECE_USER = 4, PIECE_UNUSED = 5 };
 
 enum {
@@ -2616,6 +2640,8 @@ enum {
 #define NO_ID UINT32_MAX        /* no id, no rank, no neighbour; an empty slot                 */
 #define HASH_START 2166136261u
 
+/* Both tables are open: an entry stands in the first free slot from its hash on, and what is looked
+ * for ends at the first empty one. The hash of a piece saves most looks at its text. */
 typedef struct {
     uint32_t hash, id;
 } piece_slot;
@@ -2645,6 +2671,7 @@ typedef struct {
     uint32_t byte_id[256];
 } tokenizer;
 
+/* Number I of an array that may lie at any address. */
 static uint32_t u32_at(const uint8_t *p, size_t i) {
     uint32_t v;
     memcpy(&v, p + 4 * i, 4);
@@ -2666,12 +2693,14 @@ static uint32_t hash_text(uint32_t h, const uint8_t *p, size_t n) {
     return h;
 }
 
+/* The upper bits of a product depend on all bits of the factor. */
 static uint32_t hash_pair(uint32_t left, uint32_t right) {
     uint64_t h = ((uint64_t)left << 32 | right) * 0x9E3779B97F4A7C15u;
     return (uint32_t)(h >> 32 ^ h >> 15);
 }
 
-/* The normal piece that reads A then B, or NO_ID. */
+/* The normal piece that reads A then B, or NO_ID. No entry stands further from its hash than
+ * MAX_PROBES, opening sees to that, so no text makes a search long. */
 static uint32_t find_piece(const tokenizer *t, const void *a, size_t na, const void *b,
                            size_t nb) {
     uint32_t hash = hash_text(hash_text(HASH_START, a, na), b, nb);
@@ -2697,6 +2726,7 @@ static const pair_slot *find_pair(const tokenizer *t, uint32_t left, uint32_t ri
     return &none;
 }
 
+/* The order of bytes, a token before those that go on where it ends. */
 static int compare_added(const void *a, const void *b) {
     const added_token *x = a, *y = b;
     int order = memcmp(x->text, y->text, x->n < y->n ? x->n : y->n);
@@ -2714,6 +2744,7 @@ static int32_t tokenizer_find(const tokenizer *t, const char *text, size_t n) {
 
 /* ---- opening ------------------------------------------------------------------------------- */
 
+/* All refusals of a field read the same. */
 static int bad_tokenizer(const char *what, medrun_error *e, const char *field, size_t found,
                          const char *wanted) {
     return fail(e, MEDRUN_BAD_FILE, "%s: tokenizer: %s: found %zu, wanted %s; export it again",
@@ -2725,6 +2756,13 @@ static size_t table_size(size_t n) {
     size_t size = 16;
     while (size < n + n / 2) size *= 2;
     return size;
+}
+
+/* A table of empty slots: every byte 0xFF. */
+static void *new_table(size_t slots, size_t size, medrun_error *e) {
+    void *p = MEDRUN_ALLOC(NULL, slots * size);
+    if (!p) out_of_memory(e, slots * size);
+    return p ? memset(p, 0xFF, slots * size) : NULL;
 }
 
 /* The fixed part of the file; places the arrays after it and checks that they fill the file. */
@@ -2761,6 +2799,7 @@ static int open_head(tokenizer *t, const uint8_t *bytes, size_t n, const char *w
     return MEDRUN_OK;
 }
 
+/* Finds the pre-tokenizer by its name, which fills its field with NULs to the end. */
 static int open_pretokenizer(tokenizer *t, const uint8_t *bytes, const char *what,
                              medrun_error *e) {
     char name[25] = {0};
@@ -2777,13 +2816,14 @@ static int open_pretokenizer(tokenizer *t, const uint8_t *bytes, const char *wha
                 "this medrun does not know that pattern", what, name);
 }
 
+/* Each piece's end and type; counts what the tables will hold. After this tokenizer_piece is safe
+ * for every id: the ends rise, and the last is the end of the text. */
 static int check_pieces(tokenizer *t, size_t n_text, const char *what, medrun_error *e) {
     size_t vocab = (size_t)t->vocab_size, start = 0;
     for (size_t id = 0; id < vocab; id++) {
         size_t end = u32_at(t->piece_end, id), n = end - start;
         int type = t->piece_type[id];
-        if (end < start || end > n_text)
-            return bad_tokenizer(what, e, "piece_end", end, "rising ends inside the text");
+        if (end < start) return bad_tokenizer(what, e, "piece_end", end, "ends that rise");
         if (type != PIECE_NORMAL && type != PIECE_CONTROL && type != PIECE_USER &&
             type != PIECE_UNUSED)
             return bad_tokenizer(what, e, "piece_type", (size_t)type, "1, 3, 4 or 5");
@@ -2805,11 +2845,11 @@ static int check_pieces(tokenizer *t, size_t n_text, const char *what, medrun_er
     return MEDRUN_OK;
 }
 
+/* The table of normal pieces, which must differ. Without a piece for each byte some text would have
+ * no ids. */
 static int index_pieces(tokenizer *t, const char *what, medrun_error *e) {
     size_t size = table_size((size_t)t->vocab_size);
-    if (!(t->pieces = new_array(size, sizeof *t->pieces)))
-        return out_of_memory(e, size * sizeof *t->pieces);
-    memset(t->pieces, 0xFF, size * sizeof *t->pieces);
+    if (!(t->pieces = new_table(size, sizeof *t->pieces, e))) return MEDRUN_NO_MEMORY;
     t->piece_mask = size - 1;
     for (int32_t id = 0; id < t->vocab_size; id++) {
         size_t n;
@@ -2833,6 +2873,7 @@ static int index_pieces(tokenizer *t, const char *what, medrun_error *e) {
     return MEDRUN_OK;
 }
 
+/* Sorted, so that all that begin with the same bytes stand together: added_at walks down there. */
 static int index_added(tokenizer *t, const char *what, medrun_error *e) {
     if (!(t->added = new_array(t->n_added, sizeof *t->added)))
         return out_of_memory(e, t->n_added * sizeof *t->added);
@@ -2852,23 +2893,36 @@ static int index_added(tokenizer *t, const char *what, medrun_error *e) {
     return MEDRUN_OK;
 }
 
+/* The piece that LEFT and RIGHT give together, or NO_ID. Ranks and pieces mostly stand in the same
+ * order, so the result of the merge before, and the piece after that, are looked at first. */
+static uint32_t joined(const tokenizer *t, uint32_t left, uint32_t right, uint32_t before) {
+    size_t na, nb, n;
+    const char *a = tokenizer_piece(t, (int32_t)left, &na);
+    const char *b = tokenizer_piece(t, (int32_t)right, &nb);
+    if (na + nb > t->longest) return NO_ID;
+    for (uint32_t id = before; id < before + 2 && id < (uint32_t)t->vocab_size; id++) {
+        const char *p = tokenizer_piece(t, (int32_t)id, &n);
+        if (n == na + nb && !memcmp(p, a, na) && !memcmp(p + na, b, nb) &&
+            tokenizer_type(t, (int32_t)id) == PIECE_NORMAL) return id;
+    }
+    return find_piece(t, a, na, b, nb);
+}
+
+static bool is_normal(const tokenizer *t, uint32_t id) {
+    return id < (uint32_t)t->vocab_size && tokenizer_type(t, (int32_t)id) == PIECE_NORMAL;
+}
+
+/* The table of merges. Only normal pieces merge, so no merging makes an added token. */
 static int index_merges(tokenizer *t, const char *what, medrun_error *e) {
     size_t size = table_size(t->n_merges);
-    if (!(t->pairs = new_array(size, sizeof *t->pairs)))
-        return out_of_memory(e, size * sizeof *t->pairs);
-    memset(t->pairs, 0xFF, size * sizeof *t->pairs);
+    if (!(t->pairs = new_table(size, sizeof *t->pairs, e))) return MEDRUN_NO_MEMORY;
     t->pair_mask = size - 1;
-    for (uint32_t rank = 0; rank < t->n_merges; rank++) {
+    for (uint32_t rank = 0, result = 0; rank < t->n_merges; rank++) {
         uint32_t left = u32_at(t->merges, 2 * (size_t)rank);
-        uint32_t right = u32_at(t->merges, 2 * (size_t)rank + 1), top = (uint32_t)t->vocab_size;
-        if (left >= top || right >= top || tokenizer_type(t, (int32_t)left) != PIECE_NORMAL ||
-            tokenizer_type(t, (int32_t)right) != PIECE_NORMAL)
+        uint32_t right = u32_at(t->merges, 2 * (size_t)rank + 1);
+        if (!is_normal(t, left) || !is_normal(t, right))
             return bad_tokenizer(what, e, "merge", rank, "ids of normal pieces in every merge");
-        size_t na, nb;
-        const char *a = tokenizer_piece(t, (int32_t)left, &na);
-        const char *b = tokenizer_piece(t, (int32_t)right, &nb);
-        uint32_t result = na + nb > t->longest ? NO_ID : find_piece(t, a, na, b, nb);
-        if (result == NO_ID)
+        if ((result = joined(t, left, right, result)) == NO_ID)
             return bad_tokenizer(what, e, "merge", rank, "merges whose result is a piece");
         if (find_pair(t, left, right)->rank != NO_ID)
             return bad_tokenizer(what, e, "merge", rank, "each pair of ids once");
@@ -2930,6 +2984,7 @@ enum { BPE_SHORT = 32, MAX_TEXT = 1 << 30 };
 
 static void put_id(encoder *x, uint32_t id) { buffer_add(x->ids, &id, sizeof id); }
 
+/* A binary heap: no key is smaller than the one at half its index. */
 static void heap_push(encoder *x, uint64_t key) {
     size_t i = x->n_heap++;
     for (; i && x->heap[(i - 1) / 2] > key; i = (i - 1) / 2) x->heap[i] = x->heap[(i - 1) / 2];
@@ -3025,6 +3080,7 @@ static int encode_run(encoder *x, const uint8_t *p, size_t n) {
     const tokenizer *t = x->t;
     for (size_t len; n; p += len, n -= len) {
         len = t->next_piece(p, n);
+        /* most words are pieces; with ignore_merges that is so even if no merges lead there */
         if (t->ignore_merges && len <= t->longest) {
             uint32_t id = find_piece(t, p, len, "", 0);
             if (id != NO_ID) {
@@ -3085,7 +3141,7 @@ static int encode_text(encoder *x, const uint8_t *p, size_t n, bool special) {
  * found; control tokens only with MEDRUN_PARSE_SPECIAL, so what people type cannot make one. */
 static int tokenizer_encode(const tokenizer *t, const char *text, size_t n, int flags, buffer *ids,
                             medrun_error *e) {
-    if (n > MAX_TEXT)
+    if (n > MAX_TEXT)                                   /* positions are 32 bits wide            */
         return fail(e, MEDRUN_TOO_LONG, "text: found %zu bytes, wanted at most %d; cut it", n,
                     MAX_TEXT);
     encoder x = {.t = t, .ids = ids, .e = e};
@@ -3174,6 +3230,7 @@ static const chat_template chat_templates[] = {
 
 #define CHAT_NAMES "llama3, alpaca, none"
 
+/* NULL: unknown, which callers refuse: a guessed template gives wrong answers that look right. */
 static const chat_template *chat_find(const char *name) {
     for (size_t i = 0; i < sizeof chat_templates / sizeof *chat_templates; i++)
         if (!strcmp(name, chat_templates[i].name)) return &chat_templates[i];
@@ -3182,6 +3239,8 @@ static const chat_template *chat_find(const char *name) {
 
 /* ---- writing ------------------------------------------------------------------------------- */
 
+/* One walk over the parts serves ids and text. In ids, what is literal collects in `run` until a
+ * control token or the end; in text, everything goes straight to OUT. */
 typedef struct {
     const chat_template *c;
     const tokenizer *t;
@@ -3213,6 +3272,7 @@ static int chat_flush(chat_writer *w) {
     return code;
 }
 
+/* A control token: its id after the run before it, or its name. */
 static int chat_control(chat_writer *w, int32_t id) {
     size_t n;
     const char *piece = tokenizer_piece(w->t, id, &n);
@@ -3222,6 +3282,8 @@ static int chat_control(chat_writer *w, int32_t id) {
     return code;
 }
 
+/* The table names control tokens; each tokenizer has its own ids for them. A piece of another type
+ * is not accepted: what ordinary text can give must not mean a turn. */
 static int chat_control_named(chat_writer *w, const char *name) {
     int32_t id = tokenizer_find(w->t, name, strlen(name));
     if (id < 0 || tokenizer_type(w->t, id) != PIECE_CONTROL)
@@ -3231,6 +3293,7 @@ static int chat_control_named(chat_writer *w, const char *name) {
     return chat_control(w, id);
 }
 
+/* Writes a list of parts; TEXT is the message's. */
 static int chat_parts(chat_writer *w, const chat_part *part, const char *text, size_t n) {
     buffer *to = w->as_text ? w->out : &w->run;
     int code = MEDRUN_OK;
@@ -3270,6 +3333,7 @@ static int chat_end(chat_writer *w, int code, size_t n_before) {
     return code;
 }
 
+/* A whole conversation. Roles are looked at first, so that a wrong one costs nothing. */
 static int chat_write(chat_writer *w, const medrun_message *m, size_t n, bool answer) {
     size_t n_before = w->out->n;
     bool has_system = false;
@@ -4590,9 +4654,9 @@ typedef struct {
     const char *name, *small;   /* --name, -small or NULL                                      */
     const char *argument;       /* what help calls it; a CHOICE's words with | between         */
     option_kind kind;
+    unsigned on;                /* the commands that take it                                   */
     double min, max;
     const char *standard;       /* what holds without it; a number is parsed from here         */
-    unsigned on;                /* the commands that take it                                   */
     const char *help;
 } option_row;
 
@@ -4602,69 +4666,72 @@ enum { O_MODEL, O_PROMPT, O_FILE, O_SYSTEM, O_PREDICT, O_CTX, O_THREADS, O_BATCH
        O_RENDER_IDS, O_NO_OPENING, O_IDS, O_ALL, O_OUT, O_HELP, O_VERSION, N_OPTIONS };
 
 static const option_row option_rows[N_OPTIONS] = {
-    [O_MODEL] = {"model", "m", "FILE", TEXT, 0, 0, NULL, ON_MODEL | ON_FILE,
+    [O_MODEL] = {"model", "m", "FILE", TEXT, ON_MODEL | ON_FILE, 0, 0, NULL,
                  "the checkpoint; -m may be left out"},
-    [O_PROMPT] = {"prompt", "p", "TEXT", TEXT, 0, 0, NULL, ON_TEXT, "the text"},
-    [O_FILE] = {"file", "f", "FILE", TEXT, 0, 0, NULL, ON_TEXT,
+    [O_PROMPT] = {"prompt", "p", "TEXT", TEXT, ON_TEXT, 0, 0, NULL, "the text"},
+    [O_FILE] = {"file", "f", "FILE", TEXT, ON_TEXT, 0, 0, NULL,
                 "the text from a file, - is stdin; run, chat: but for a line end that ends it"},
-    [O_SYSTEM] = {"system", "sys", "TEXT", TEXT, 0, 0, "the checkpoint's", ON_ANSWER,
+    [O_SYSTEM] = {"system", "sys", "TEXT", TEXT, ON_ANSWER, 0, 0, "the checkpoint's",
                   "what the model is told before the conversation"},
-    [O_PREDICT] = {"predict", "n", "N", WHOLE, -1, 1 << 24, "-1", ON_ANSWER,
+    [O_PREDICT] = {"predict", "n", "N", WHOLE, ON_ANSWER, -1, 1 << 24, "-1",
                    "most tokens of an answer; -1: until it ends"},
-    [O_CTX] = {"ctx", "c", "N", WHOLE, 0, 1 << 24, "as much of it as memory allows",
-               ON_ANSWER | ON(SHOW), "tokens of context; 0: all that the model was made for"},
-    [O_THREADS] = {"threads", "t", "N", WHOLE, 1, MAX_THREADS, "one for each processor",
-                   ON_MODEL & ~ON(SHOW), "threads; changes no number"},
-    [O_BATCH] = {"batch", "b", "N", WHOLE, 1, 65536, "256", ON_SESSION | ON(SHOW),
+    [O_CTX] = {"ctx", "c", "N", WHOLE, ON_ANSWER | ON(SHOW),
+               0, 1 << 24, "as much of it as memory allows",
+               "tokens of context; 0: all that the model was made for"},
+    [O_THREADS] = {"threads", "t", "N", WHOLE, ON_MODEL & ~ON(SHOW),
+                   1, MAX_THREADS, "one for each processor", "threads; changes no number"},
+    [O_BATCH] = {"batch", "b", "N", WHOLE, ON_SESSION | ON(SHOW), 1, 65536, "256",
                  "tokens of the prompt in one pass; changes no number"},
-    [O_SEED] = {"seed", "s", "N", WHOLE, -1, MAX_SEED, "-1", ON_ANSWER,
+    [O_SEED] = {"seed", "s", "N", WHOLE, ON_ANSWER, -1, MAX_SEED, "-1",
                 "of the random numbers; -1: a new one, which is printed"},
-    [O_TEMP] = {"temp", NULL, "T", REAL, 0, 100, "the card's", ON_ANSWER,
+    [O_TEMP] = {"temp", NULL, "T", REAL, ON_ANSWER, 0, 100, "the card's",
                 "temperature; 0: the likeliest token always"},
-    [O_TOP_K] = {"top-k", NULL, "K", WHOLE, 0, 1 << 24, "the card's", ON_ANSWER,
+    [O_TOP_K] = {"top-k", NULL, "K", WHOLE, ON_ANSWER, 0, 1 << 24, "the card's",
                  "choose from the K likeliest; 0: off"},
-    [O_TOP_P] = {"top-p", NULL, "P", REAL, 0, 1, "the card's", ON_ANSWER,
+    [O_TOP_P] = {"top-p", NULL, "P", REAL, ON_ANSWER, 0, 1, "the card's",
                  "choose from the likeliest, of probability P together; 1: off"},
-    [O_MIN_P] = {"min-p", NULL, "P", REAL, 0, 1, "the card's", ON_ANSWER,
+    [O_MIN_P] = {"min-p", NULL, "P", REAL, ON_ANSWER, 0, 1, "the card's",
                  "leave out what is less than P times as likely as the likeliest"},
-    [O_REPEAT] = {"repeat-penalty", NULL, "R", REAL, 0.01, 100, "the card's", ON_ANSWER,
+    [O_REPEAT] = {"repeat-penalty", NULL, "R", REAL, ON_ANSWER, 0.01, 100, "the card's",
                   "makes what has occurred less likely; 1: off"},
-    [O_TEMPLATE] = {"template", NULL, "NAME", TEXT, 0, 0, "the checkpoint's",
-                    ON_ANSWER | ON(RENDER), "chat template: " CHAT_NAMES},
-    [O_STOP] = {"stop", NULL, "TEXT", TEXT, 0, 0, NULL, ON_ANSWER,
+    [O_TEMPLATE] = {"template", NULL, "NAME", TEXT, ON_ANSWER | ON(RENDER),
+                    0, 0, "the checkpoint's", "chat template: " CHAT_NAMES},
+    [O_STOP] = {"stop", NULL, "TEXT", TEXT, ON_ANSWER, 0, 0, NULL,
                 "end the answer before this text; up to 8 of them"},
-    [O_KV] = {"kv", NULL, "f16|f32", CHOICE, 0, 0, "f16", ON_SESSION | ON(SHOW),
+    [O_KV] = {"kv", NULL, "f16|f32", CHOICE, ON_SESSION | ON(SHOW), 0, 0, "f16",
               "numbers of the key-value cache"},
-    [O_OVERFLOW] = {"overflow", NULL, "error|drop", CHOICE, 0, 0, "error", ON(CHAT),
+    [O_OVERFLOW] = {"overflow", NULL, "error|drop", CHOICE, ON(CHAT), 0, 0, "error",
                     "a full context: refuse, or forget the oldest turns"},
-    [O_RAW] = {"raw", NULL, NULL, FLAG, 0, 0, NULL, ON(RUN),
+    [O_RAW] = {"raw", NULL, NULL, FLAG, ON(RUN), 0, 0, NULL,
                "no chat template: continue the text as it is"},
-    [O_MLOCK] = {"mlock", NULL, NULL, FLAG, 0, 0, NULL, ON_SESSION,
+    [O_MLOCK] = {"mlock", NULL, NULL, FLAG, ON_SESSION, 0, 0, NULL,
                  "keep the weights in memory, or fail"},
-    [O_STRICT] = {"strict", NULL, NULL, FLAG, 0, 0, NULL, ON_SESSION,
+    [O_STRICT] = {"strict", NULL, NULL, FLAG, ON_SESSION, 0, 0, NULL,
                   "bf16 weights: the same numbers on every machine, slower on some"},
-    [O_RECORD] = {"record", NULL, "FILE", TEXT, 0, 0, NULL, ON(RUN),
+    [O_RECORD] = {"record", NULL, "FILE", TEXT, ON(RUN), 0, 0, NULL,
                   "write what replay needs; it holds prompt and answer, as ids: keep it safe"},
-    [O_STATS] = {"stats", NULL, NULL, FLAG, 0, 0, NULL, ON_ANSWER, "print speeds"},
-    [O_VERBOSE] = {"verbose", "v", NULL, FLAG, 0, 0, NULL, ON_ANSWER | ON(VERIFY),
+    [O_STATS] = {"stats", NULL, NULL, FLAG, ON_ANSWER, 0, 0, NULL, "print speeds"},
+    [O_VERBOSE] = {"verbose", "v", NULL, FLAG, ON_ANSWER | ON(VERIFY), 0, 0, NULL,
                    "print the prompt as the model sees it; verify: all that is the same"},
-    [O_QUIET] = {"quiet", "q", NULL, FLAG, 0, 0, NULL, ON_ANSWER, "no lines about the run"},
-    [O_BOS] = {"bos", NULL, NULL, FLAG, 0, 0, NULL, ON(TOKENIZE), "begin with the token for that"},
-    [O_SPECIAL] = {"special", NULL, NULL, FLAG, 0, 0, NULL, ON(TOKENIZE) | ON(DETOKENIZE),
+    [O_QUIET] = {"quiet", "q", NULL, FLAG, ON_ANSWER | ON(VERIFY), 0, 0, NULL,
+                 "no lines about the run; verify: only what differs"},
+    [O_BOS] = {"bos", NULL, NULL, FLAG, ON(TOKENIZE), 0, 0, NULL, "begin with the token for that"},
+    [O_SPECIAL] = {"special", NULL, NULL, FLAG, ON(TOKENIZE) | ON(DETOKENIZE), 0, 0, NULL,
                    "control tokens count: read them in the text, print them"},
-    [O_PIECES] = {"pieces", NULL, NULL, FLAG, 0, 0, NULL, ON(TOKENIZE),
+    [O_PIECES] = {"pieces", NULL, NULL, FLAG, ON(TOKENIZE), 0, 0, NULL,
                   "a line for each token: id, tab, text with escapes"},
-    [O_MESSAGES] = {"messages", NULL, "FILE", TEXT, 0, 0, NULL, ON(RENDER),
+    [O_MESSAGES] = {"messages", NULL, "FILE", TEXT, ON(RENDER), 0, 0, NULL,
                     "[{\"role\": \"user\", \"content\": \"...\"}, ...], - is stdin"},
-    [O_RENDER_IDS] = {"ids", NULL, NULL, FLAG, 0, 0, NULL, ON(RENDER), "ids instead of text"},
-    [O_NO_OPENING] = {"no-generation-prompt", NULL, NULL, FLAG, 0, 0, NULL, ON(RENDER),
+    [O_RENDER_IDS] = {"ids", NULL, NULL, FLAG, ON(RENDER), 0, 0, NULL, "ids instead of text"},
+    [O_NO_OPENING] = {"no-generation-prompt", NULL, NULL, FLAG, ON(RENDER), 0, 0, NULL,
                       "leave out the opening of the answer"},
-    [O_IDS] = {"ids", NULL, "\"1 2 3\"", TEXT, 0, 0, NULL, ON(LOGITS), "the tokens"},
-    [O_ALL] = {"all", NULL, NULL, FLAG, 0, 0, NULL, ON(LOGITS), "after each token, not the last"},
-    [O_OUT] = {"out", "o", "OUT.f32", TEXT, 0, 0, NULL, ON(LOGITS),
+    [O_IDS] = {"ids", NULL, "\"1 2 3\"", TEXT, ON(LOGITS), 0, 0, NULL, "the tokens"},
+    [O_ALL] = {"all", NULL, NULL, FLAG, ON(LOGITS), 0, 0, NULL,
+               "after each token, not only after the last"},
+    [O_OUT] = {"out", "o", "OUT.f32", TEXT, ON(LOGITS), 0, 0, NULL,
                "little-endian float32, vocab_size a row"},
-    [O_HELP] = {"help", "h", NULL, FLAG, 0, 0, NULL, ~0u, "print this"},
-    [O_VERSION] = {"version", NULL, NULL, FLAG, 0, 0, NULL, ~0u, "print the version"},
+    [O_HELP] = {"help", "h", NULL, FLAG, ~0u, 0, 0, NULL, "print this"},
+    [O_VERSION] = {"version", NULL, NULL, FLAG, ~0u, 0, 0, NULL, "print the version"},
 };
 
 enum { FROM_DEFAULT, FROM_ENVIRONMENT, FROM_FLAG };
@@ -5123,7 +5190,7 @@ static int print_held(command *c, answer *a, bool over) {
     size_t n, hold;
     if (find_stop(c, &a->held, &n, &hold)) a->ended = true;
     else if (!over) n -= hold;
-    if (!n) return MEDRUN_OK;
+    if (!n || !a->held.data) return MEDRUN_OK;
     if (isatty(STDOUT_FILENO)) print_safe(stdout, chars(&a->held), n, true);
     else fwrite(a->held.data, 1, n, stdout);
     a->held.n -= n;
@@ -5422,8 +5489,10 @@ static void show_text(FILE *f, const char *label, const char *text) {
 
 static void show_config(FILE *f, const medrun_model *m) {
     const model_config *c = &m->config;
-    fprintf(f, "%-13s%s, %.3g million parameters, %s\n", "architecture", m->architecture,
-            (double)m->parameters / 1e6, type_names[m->type]);
+    bool small = m->parameters < 1000000000;
+    fprintf(f, "%-13s%s, %.2f %s parameters, %s\n", "architecture", m->architecture,
+            (double)m->parameters / (small ? 1e6 : 1e9), small ? "million" : "billion",
+            type_names[m->type]);
     fprintf(f, "%-13s%d layers, hidden %d, %d heads of %d (%d key-value), ffn %d, vocabulary "
             "%d%s\n", "config", c->n_layers, c->hidden_size, c->n_heads, c->head_dim, c->n_kv_heads,
             c->ffn_size, c->vocab_size, c->tied ? ", tied" : "");
@@ -5936,7 +6005,7 @@ static int chat_command(chat *h, char *line) {
     while (which < N_SAY && strcmp(line, say_names[which])) which++;
     bool takes_file = which == SAY_SAVE || which == SAY_LOAD || which == SAY_READ;
     if (which == N_SAY)
-        return fail(&h->c->e, MEDRUN_USAGE, "unknown command %s; the nearest is %s (/help)", line,
+        return fail(&h->c->e, MEDRUN_USAGE, "%s: unknown; the nearest is %s, /help lists all", line,
                     nearest(line, say_names, N_SAY));
     if (which != SAY_SYSTEM && takes_file != (*text != 0))
         return fail(&h->c->e, MEDRUN_USAGE, "%s: wanted %s", line,
@@ -6061,7 +6130,8 @@ static int verify_hashes(command *c, bool *same) {
     if (job.show) fprintf(stderr, "\r%20s\r", "");
     for (size_t i = 0; i < n; i++) good += report_hash(c, &job.all[i], true);
     bool last = report_hash(c, &job.all[n], false);
-    printf("tensors    %zu of %zu are as exported\ntokenizer  %d of 1\n", good, n, last);
+    if (!flag(c, O_QUIET))
+        printf("tensors    %zu of %zu are as exported\ntokenizer  %d of 1\n", good, n, last);
     if (good < n || !last) *same = false;
     free(job.all);
     return MEDRUN_OK;
@@ -6131,7 +6201,7 @@ static int verify_proofs(command *c, const char *kind, bool *same) {
         buffer_free(&expected), buffer_free(&found);
     }
     if (code) return code;
-    printf("%-10s %zu of %zu come out the same\n", kind, good, n);
+    if (!flag(c, O_QUIET)) printf("%-10s %zu of %zu come out the same\n", kind, good, n);
     if (good < n) *same = false;
     return flush_stdout(c);
 }
@@ -6289,7 +6359,7 @@ static int doctor_command(command *c) {
         int type = checks[i % 2].type, kind = checks[i % 2].kind;
         if (!small_product(sets[n - 1], type, kind, wanted) || !small_product(k, type, kind, found))
             return out_of_memory(&c->e, sizeof found);
-        bool same = !memcmp(found, wanted, sizeof found);
+        bool same = !memcmp((void *)found, (void *)wanted, sizeof found);
         printf("self-test  %s, %s: %s\n", k->name, checks[i % 2].name,
                same ? "as scalar" : "DIFFERS from scalar");
         if (!same) code = MEDRUN_DIFFERS;
@@ -6307,8 +6377,6 @@ typedef struct {
     int (*run)(command *c);
     int most;                                   /* arguments that are no options                */
 } command_row;
-
-static int help_command(command *c);
 
 static const command_row command_rows[N_COMMANDS] = {
     [CHAT] = {"MODEL.mdr", "a conversation; if stdin is no terminal, answers what it says, once",
@@ -6328,7 +6396,7 @@ static const command_row command_rows[N_COMMANDS] = {
     [REPLAY] = {"RUN.json", "repeats what run --record wrote; exit 4 at the first difference",
                 replay_command, 1},
     [DOCTOR] = {"", "what this machine has, and whether its kernels agree", doctor_command, 0},
-    [HELP] = {"[COMMAND]", "what there is, or what a command takes", help_command, 1},
+    [HELP] = {"[COMMAND]", "what there is, or what a command takes", NULL, 1},
 };
 
 static void print_option(const option_row *r) {
@@ -6446,6 +6514,7 @@ static int run_line(command *c, int argc, char **argv) {
     if (flag(c, O_VERSION)) return puts("medrun " MEDRUN_VERSION), MEDRUN_OK;
     if (flag(c, O_HELP)) return place ? help_on(c->which) : help_all(stdout);
     if ((code = check_rest(c, place)) || (code = read_environment(c))) return code;
+    if (c->which == HELP) return help_command(c);
     if (c->which == CHAT && !c->n_rest && !given(c, O_MODEL))
         return help_all(stderr), fail(&c->e, MEDRUN_USAGE, "no model; name one");
     return command_rows[c->which].run(c);
@@ -6457,8 +6526,8 @@ int main(int argc, char **argv) {
         if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd ? O_RDONLY : O_WRONLY) != fd) return 1;
     signal(SIGPIPE, SIG_IGN);           /* writing fails with EPIPE instead                      */
     umask(077);                         /* records and sessions hold what a patient said         */
-    int code = run_line(&c, argc, argv), failed = flush_stdout(&c);
-    if (!code) code = failed;
+    int code = run_line(&c, argc, argv);
+    if (!code) code = flush_stdout(&c);
     if (code && *c.e.text) fprintf(stderr, "medrun: %s\n", c.e.text);
     close_command(&c);
     return code;

@@ -61,6 +61,12 @@ static void test_buffer(void) {
     CHECK(b.cap > b.n && b.cap <= 2 * b.n + 64);
     buffer_free(&b);
     CHECK(b.data == NULL && b.n == 0 && b.cap == 0);
+    for (int i = 0; i < 300; i++) {                     /* room for the NUL, also when just full */
+        buffer_add(&b, "x", 1);
+        wrong += b.cap <= b.n || b.data[b.n] != 0;
+    }
+    CHECK_EQ(wrong, 0);
+    buffer_free(&b);
 
     for (int n = 0; n < 600; n++) {                     /* printf around its 256 bytes on stack  */
         buffer_text(&b, "<");

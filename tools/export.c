@@ -400,29 +400,28 @@ static bool same_scaling(const rope *a, const rope *b) {
  * position. */
 static int read_rope_block(const json_file *f, uint32_t v, rope *r, medrun_error *e) {
     const json *j = &f->j;
-    uint32_t type = JSON_NONE;
+    uint32_t type = given(j, v, "rope_type"), older = given(j, v, "type");
     int numbers = 0;
+    if (type == JSON_NONE) type = older;
+    WANT(older == JSON_NONE || same_text(j, type, older), f, "rope_type", type, "the same as type");
+    r->llama3 = json_is(j, type, "llama3");
+    WANT(r->llama3 || type == JSON_NONE || json_is(j, type, "default"), f, "rope_type", type,
+         "default or llama3; this medrun computes no other positions");
     for EACH_KEY(j, v, c) {
         size_t k = 0;
         while (k < 4 && !json_is(j, c, rope_fields[k].key)) k++;
         if (k < 4) {
-            if (read_real(f, v, rope_fields[k].key, rope_fields[k].min, rope_fields[k].max,
-                          &r->number[k], e)) return e->code;
+            read_real(f, v, rope_fields[k].key, rope_fields[k].min, rope_fields[k].max,
+                      &r->number[k], e);
             numbers += r->number[k] > 0;
-        } else if (json_is(j, c, "rope_type") || json_is(j, c, "type")) {
-            WANT(type == JSON_NONE || same_text(j, type, c + 1), f, "rope_type", type,
-                 "the same as type");
-            type = c + 1;
         } else if (json_is(j, c, "rope_theta")) {
-            if (read_real(f, v, "rope_theta", 1, 1e12, &r->theta, e)) return e->code;
-        } else {
-            return refuse(e, "%s: field %s: found a rope field that this medrun does not know; it "
-                          "may change what the model computes", f->path, show(j, c).text);
+            read_real(f, v, "rope_theta", 1, 1e12, &r->theta, e);
+        } else if (!json_is(j, c, "rope_type") && !json_is(j, c, "type")) {
+            refuse(e, "%s: field %s: found a rope field that this medrun does not know; it may "
+                   "change what the model computes", f->path, show(j, c).text);
         }
+        if (e->code) return e->code;
     }
-    r->llama3 = json_is(j, type, "llama3");
-    WANT(r->llama3 || json_is(j, type, "default") || (type == JSON_NONE && !numbers), f,
-         "rope_type", type, "default or llama3");
     WANT(numbers == (r->llama3 ? 4 : 0), f, "rope_type", type, "with llama3 all of factor, "
          "low_freq_factor, high_freq_factor, original_max_position_embeddings, else none");
     WANT(!r->llama3 || r->number[2] > r->number[1], f, "high_freq_factor",
@@ -466,7 +465,7 @@ static int read_both_ropes(const json_file *f, rope *r, medrun_error *e) {
     if (!(r->theta > 0)) r->theta = old.theta;
     bool both = block != JSON_NONE && json_get(j, 0, "rope_scaling") != JSON_NONE;
     WANT(!(old.theta > 0 && differ(old.theta, r->theta)) && (!both || same_scaling(&old, r)), f,
-         "rope_parameters", block, "the same as rope_theta and rope_scaling; remove the wrong ones");
+         "rope_parameters", block, "the same as rope_theta and rope_scaling; remove the wrong");
     WANT(!(original > 0 && r->llama3 && differ(original, r->number[3])), f, rope_fields[3].key,
          given(j, 0, rope_fields[3].key), "the same as in the rope block; remove the wrong one");
     return MEDRUN_OK;
@@ -691,7 +690,7 @@ static int read_merges(hf_tokenizer *t, uint32_t merges, medrun_error *e) {
         write_le(&t->merges, (uint64_t)a, 4);
         write_le(&t->merges, (uint64_t)b, 4);
         if (text.failed || scratch.failed || t->merges.failed) out_of_memory(e, t->merges.n);
-        else if (b < 0) wrong_field(&t->file, "model.merges", c, "two entries of the vocabulary", e);
+        else if (b < 0) wrong_field(&t->file, "model.merges", c, "two entries of vocab", e);
         if (e->code) break;
     }
     t->n_merges = children(j, merges);
@@ -798,7 +797,7 @@ static int read_post_part(hf_tokenizer *t, uint32_t v, medrun_error *e) {
     uint32_t text = n == 1 ? first : n == 2 ? j->nodes[first].next : JSON_NONE;
     WANT(is_part(j, v, "TemplateProcessing") && !t->add_bos &&
          json_is(j, json_get(j, json_get(j, text, "Sequence"), "id"), "A"), &t->file,
-         "post_processor", v, "ByteLevel, or a template that puts at most one token before the text");
+         "post_processor", v, "ByteLevel, or a template with at most one token before the text");
     return n == 1 ? MEDRUN_OK : template_id(t, v, first, e);
 }
 
@@ -950,8 +949,8 @@ static int choose_template(source *s, const json_file *config, const char *name,
     buffer b = {0};
     if (name) {
         s->chat = chat_find(name);
-        return s->chat ? MEDRUN_OK : fail(e, MEDRUN_USAGE, "--template: found \"%s\", wanted one of "
-                                          "%s", name, CHAT_NAMES);
+        return s->chat ? MEDRUN_OK : fail(e, MEDRUN_USAGE, "--template: found \"%s\", wanted one "
+                                          "of %s", name, CHAT_NAMES);
     }
     if (read_jinja(s, config, &b, e)) return buffer_free(&b), e->code;
     if (!b.n) name = "none";
@@ -1095,7 +1094,7 @@ static int read_entries(source *s, const json *j, const char *path, uint64_t dat
             return refuse(e, "%s: field __metadata__: found %s, wanted strings", path,
                           show(j, c + 1).text);
     size_t n = s->n_tensors - first;
-    if (check_places(s->tensors + first, n, path, data, e)) return e->code;
+    if (check_places(n ? s->tensors + first : NULL, n, path, data, e)) return e->code;
     for (size_t i = first; i < s->n_tensors; i++)
         s->tensors[i].begin += data_at, s->tensors[i].end += data_at;
     return MEDRUN_OK;
@@ -1427,10 +1426,11 @@ static int check_leftover(exporter *x, const source_tensor *t, medrun_error *e) 
     bool output = !strcmp(t->name, "lm_head.weight");
     bool ignored = n >= len && !strcmp(t->name + n - len, harmless);
     if (output && same_bytes(&x->source, t, embed, &ignored, e)) return e->code;
-    return ignored ? MEDRUN_OK :
-           refuse(e, "%s/%s: tensor %s: found a tensor that %s", x->source.folder,
-                  x->source.files[t->file].name, t->name,
-                  output ? "differs from model.embed_tokens.weight, though tie_word_embeddings is true" : "is no part of a Llama model; this medrun would not compute with it");
+    if (ignored) return MEDRUN_OK;
+    return refuse(e, "%s/%s: tensor %s: found a tensor that %s", x->source.folder,
+                  x->source.files[t->file].name, t->name, output ?
+                  "differs from model.embed_tokens.weight, though tie_word_embeddings is true" :
+                  "is no part of a Llama model; this medrun would not compute with it");
 }
 
 static int plan_model(exporter *x, medrun_error *e) {
@@ -1506,7 +1506,8 @@ static void put_chat(buffer *b, const source *s) {
     const struct { const char *key; double v; } fields[] = {
         {"temperature", p->temperature}, {"top_k", (double)p->top_k}, {"top_p", p->top_p},
         {"min_p", p->min_p}, {"repeat_penalty", p->repeat_penalty}};
-    buffer_printf(b, ",\n\"chat\":{\"template\":\"%s\",\"system\":\"\",\"stop_ids\":", s->chat->name);
+    buffer_printf(b, ",\n\"chat\":{\"template\":\"%s\",\"system\":\"\",\"stop_ids\":",
+                  s->chat->name);
     put_ids(b, s->stops, (size_t)s->n_stops);
     for (size_t i = 0; i < 5; i++) {
         buffer_text(b, i ? "," : ",\"sampling\":{");
@@ -1525,8 +1526,8 @@ static void put_provenance(buffer *b, const source *s) {
     }
     buffer_text(b, "],\"licence\":");
     put_string(b, s->licence);
-    buffer_text(b, ",\"notice\":\"For research and education. Not a medical device; not for clinical "
-                   "use.\"},\n");
+    buffer_text(b, ",\"notice\":\"For research and education. Not a medical device; not for "
+                   "clinical use.\"},\n");
 }
 
 static void put_proofs(buffer *b, const exporter *x) {
@@ -1577,7 +1578,8 @@ static int lay_out(exporter *x, medrun_error *e) {
         if (render_header(x, e)) return e->code;
         wanted = round_up(PREAMBLE + x->header.n + 32, FILE_ALIGN);
     }
-    if (!json_parse(&f.header, (const char *)x->header.data, x->header.n, e)) read_config(&f, &c, e);
+    if (!json_parse(&f.header, (const char *)x->header.data, x->header.n, e))
+        read_config(&f, &c, e);
     json_free(&f.header);
     return e->code;
 }
@@ -1591,24 +1593,25 @@ static int lay_out(exporter *x, medrun_error *e) {
  * ============================================================================================ */
 
 /* In the form of --proof's file. What is said is not important, only that it is varied. */
+#define PROOF_TEXT "The patient is a 54-year-old woman with fever and cough for 3 days."
 static const char own_proofs[] =
-    "{\"tokens\":[{\"text\":\"The patient is a 54-year-old woman with fever and cough for 3 days.\"},"
-    "{\"text\":\"BP 138/84 mmHg, HR 96/min, SpO2 93 %; Na+ 138 mmol/l, K+ 4.1 mmol/l (2019-11-05).\"},"
-    "{\"text\":\"I'm sure she'd better see the doctor; THEY'VE said it isn't urgent, but we'll wait.\"},"
+    "{\"tokens\":[{\"text\":\"" PROOF_TEXT "\"},"
+    "{\"text\":\"BP 138/84 mmHg, HR 96/min, SpO2 93 %; Na+ 138 mmol/l, K+ 4.1 (2019-11-05).\"},"
+    "{\"text\":\"I'm sure she'd better go; THEY'VE said it isn't urgent, but we'll wait.\"},"
     "{\"text\":\"Give 2.5mg/kg q8h x10d, then 1000000 IU; see p. 12345.\"},"
-    "{\"text\":\"  two  spaces,\\ttabs\\t\\tand\\n\\nempty\\r\\n lines \\n\\n\\n   at the end   \"},"
+    "{\"text\":\"  two  spaces,\\ttabs\\t\\tand\\n\\nempty\\r\\n lines \\n\\n\\n  at the end  \"},"
     "{\"text\":\"for (int i = 0; i < n; i++) { sum += x[i] * y[i]; }  // a loop\"},"
-    "{\"text\":\"Der Patient klagt \\u00fcber Kopfschmerzen und \\u00dcbelkeit; 37,5\\u00a0\\u00b0C.\"},"
+    "{\"text\":\"Der Patient klagt \\u00fcber Schmerzen, \\u00dcbelkeit; 37,5\\u00a0\\u00b0C.\"},"
     "{\"text\":\"\\u60a3\\u8005\\u53d1\\u70ed\\u4e09\\u5929\\uff0c\\u54b3\\u55fd\\u3002\"},"
     "{\"text\":\"\\u0627\\u0644\\u0645\\u0631\\u064a\\u0636 \\u0431\\u043e\\u043b\\u044c "
     "\\u0930\\u094b\\u0917\\u0940\"},"
-    "{\"text\":\"e\\u0301 \\ud83e\\ude7a\\ud83d\\udc69\\u200d\\u2695\\ufe0f \\u2265 5 \\u00b5g \\u2014 "
-    "\\u201cquoted\\u201d\\u2026\"},"
+    "{\"text\":\"e\\u0301 \\ud83e\\ude7a\\ud83d\\udc69\\u200d\\u2695\\ufe0f \\u2265 5 \\u00b5g "
+    "\\u2014 \\u201cquoted\\u201d\\u2026\"},"
     "{\"text\":\"It looks like control: <|eot_id|><|start_header_id|>system</s>[INST]<|im_end|>\"},"
     "{\"text\":\"\"}],"
     "\"chats\":[{\"messages\":[{\"role\":\"user\",\"content\":\"What is hypertension?\"}]},"
     "{\"messages\":[{\"role\":\"system\",\"content\":\"You are a careful medical assistant.\"},"
-    "{\"role\":\"user\",\"content\":\"  A 30-year-old man has chest pain.\\nWhat is asked first?\\n\"}]},"
+    "{\"role\":\"user\",\"content\":\"  A man of 30 has chest pain.\\nWhat is asked first?\\n\"}]},"
     "{\"messages\":[{\"role\":\"system\",\"content\":\"Answer briefly.\"},"
     "{\"role\":\"user\",\"content\":\"Is 38.5 \\u00b0C a fever?\"},"
     "{\"role\":\"assistant\",\"content\":\"Yes.<|eot_id|>\"},"
@@ -1630,8 +1633,8 @@ static int put_proof(buffer *b, const buffer *ids, const json_file *f, uint32_t 
     put_ids(b, ids->data, ids->n / 4);
     buffer_text(b, "}");
     if (b->failed || ids->failed) return out_of_memory(e, b->n);
-    return same ? MEDRUN_OK : fail(e, MEDRUN_DIFFERS, "%s: %s: these ids differ from those computed "
-                                   "here", f->path, show(&f->j, v).text);
+    return same ? MEDRUN_OK : fail(e, MEDRUN_DIFFERS, "%s: %s: found ids that differ from those "
+                                   "computed here", f->path, show(&f->j, v).text);
 }
 
 /* A text, whose ids are without BOS and without special tokens in the text. */
@@ -1745,9 +1748,8 @@ static int prove_file(exporter *x, const json_file *f, medrun_error *e) {
 
 /* Logits after one id, and after the first dozen of the first text. */
 static int prove_own_logits(exporter *x, medrun_error *e) {
-    static const char text[] = "The patient is a 54-year-old woman with fever and cough for 3 days.";
     buffer ids = {0};
-    tokenizer_encode(&x->tokenizer, text, sizeof text - 1,
+    tokenizer_encode(&x->tokenizer, PROOF_TEXT, strlen(PROOF_TEXT),
                      x->tokenizer.bos >= 0 ? MEDRUN_ADD_BOS : 0, &ids, e);
     size_t n = ids.n / 4, most = (size_t)x->source.config.max_positions;
     if (n > 12) n = 12;
@@ -1947,10 +1949,10 @@ static void run_checks(void *context, size_t begin, size_t end, int thread) {
         const section *t = &x->sections[i];
         uint8_t digest[32];
         medrun_error why = {0};
-        if (!hash_range(x, x->fd, t->offset, t->bytes, x->partial, &x->scratch[thread], digest, &why)
-            && !atomic_load(&x->stop) && memcmp(digest, t->digest, 32))
-            fail(&why, MEDRUN_FAILED, "%s: %s: what was read again is not what was written; the disk "
-                 "or the memory is faulty", x->partial, t->name);
+        hash_range(x, x->fd, t->offset, t->bytes, x->partial, &x->scratch[thread], digest, &why);
+        if (!why.code && !atomic_load(&x->stop) && memcmp(digest, t->digest, 32))
+            fail(&why, MEDRUN_FAILED, "%s: %s: what was read again is not what was written; the "
+                 "disk or the memory is faulty", x->partial, t->name);
         if (why.code) stop_export(x, &why);
     }
 }
@@ -2020,8 +2022,8 @@ static int check_target(const exporter *x, medrun_error *e) {
     struct stat st;
     if (stat(x->options.out, &st)) return MEDRUN_OK;
     if (!S_ISREG(st.st_mode))
-        return fail(e, MEDRUN_FAILED, "%s: cannot write: found a folder or a device there, wanted a "
-                    "file or nothing", x->options.out);
+        return fail(e, MEDRUN_FAILED, "%s: cannot write: found a folder or a device there, wanted "
+                    "a file or nothing", x->options.out);
     for (size_t i = 0; i < x->source.n_files; i++)
         if (x->source.files[i].device == st.st_dev && x->source.files[i].inode == st.st_ino)
             return fail(e, MEDRUN_USAGE, "%s: is a file of the source; choose another name",
@@ -2044,8 +2046,8 @@ static int create_partial(exporter *x, uint64_t bytes, medrun_error *e) {
     if (ftruncate(x->fd, 0) || fstatvfs(x->fd, &fs)) return cannot_write(x, e);
     uint64_t room = (uint64_t)fs.f_bavail * fs.f_frsize;
     if (room < bytes)
-        return fail(e, MEDRUN_FAILED, "%s: needs %llu MB, but this disk has %llu MB free; make room "
-                    "or choose another disk", x->options.out,
+        return fail(e, MEDRUN_FAILED, "%s: needs %llu MB, but this disk has %llu MB free; make "
+                    "room or choose another disk", x->options.out,
                     (unsigned long long)(bytes + 999999) / 1000000,
                     (unsigned long long)room / 1000000);
     return ftruncate(x->fd, (off_t)bytes) ? cannot_write(x, e) : MEDRUN_OK;
@@ -2112,8 +2114,8 @@ static int run_logits(const medrun_model *m, logits_proof *p, medrun_error *e) {
     if (row) sha256_of(row, vocab * sizeof *row, p->digest);
     medrun_stop(s);
     if (!e->code && p->given && memcmp(p->digest, p->wanted, 32))
-        fail(e, MEDRUN_DIFFERS, "--proof: logits of %zu ids: their SHA-256 differs from the one that "
-             "is given", p->n);
+        fail(e, MEDRUN_DIFFERS, "--proof: logits of %zu ids: their SHA-256 differs from the one "
+             "that is given", p->n);
     return e->code;
 }
 
@@ -2186,7 +2188,7 @@ typedef struct {
 #define AT(field) offsetof(export_options, field)
 static const export_option option_table[] = {
     {"--type", "TYPE", AT(type), "int8 (default) or bf16"},
-    {"--template", "NAME", AT(template_name), "chat template: " CHAT_NAMES " (default: recognised)"},
+    {"--template", "NAME", AT(template_name), "one of " CHAT_NAMES " (default: recognised)"},
     {"--name", "TEXT", AT(name), "the checkpoint's name (default: the folder's)"},
     {"--proof", "FILE", AT(proof), "JSON with more proofs: tokens, chats, logits"},
     {"--threads", "N", AT(threads), "threads (default: all processors)"},
@@ -2202,8 +2204,8 @@ enum { N_EXPORT_OPTIONS = sizeof option_table / sizeof *option_table };
 static void print_export_help(void) {
     printf("medrun-export SOURCE OUT.mdr [options]\n"
            "medrun-export --tokenizer-only SOURCE OUT.bin\n\n"
-           "Makes a medrun checkpoint from a Hugging Face folder: config.json, tokenizer.json and\n"
-           "safetensors. Writes OUT.partial and renames it when it is complete and read again.\n\n");
+           "Makes a medrun checkpoint from a Hugging Face folder: config.json, tokenizer.json,\n"
+           "safetensors. Writes OUT.partial; renames it when it is complete and read again.\n\n");
     for (size_t i = 0; i < N_EXPORT_OPTIONS; i++)
         printf("  %-17s%-6s%s\n", option_table[i].name,
                option_table[i].value ? option_table[i].value : "", option_table[i].help);
@@ -2265,8 +2267,8 @@ static int parse_options(export_options *o, int argc, char **argv, medrun_error 
         const char *arg = argv[i], *equals = strchr(arg, '=');
         if (!only_words && !strcmp(arg, "--")) { only_words = true; continue; }
         if (only_words || arg[0] != '-' || !arg[1]) {
-            if (o->out) return fail(e, MEDRUN_USAGE, "found a third word %s, wanted SOURCE and OUT; "
-                                    "see --help", arg);
+            if (o->out) return fail(e, MEDRUN_USAGE, "found a third word %s, wanted SOURCE and "
+                                    "OUT; see --help", arg);
             *(o->source ? &o->out : &o->source) = arg;
             continue;
         }
@@ -2299,7 +2301,8 @@ static int check_options(exporter *x, medrun_error *e) {
     if (n >= 5 && !strcmp(o->source + n - 5, ".gguf"))
         return refuse(e, "%s: GGUF is not supported yet, wanted a Hugging Face folder", o->source);
     if (o->threads && (*end || end == o->threads || threads < 1 || threads > MAX_THREADS))
-        return fail(e, MEDRUN_USAGE, "--threads: found %s, wanted 1 to %d", o->threads, MAX_THREADS);
+        return fail(e, MEDRUN_USAGE, "--threads: found %s, wanted 1 to %d", o->threads,
+                    MAX_THREADS);
     x->threads = threads ? (int)threads : processors();
     if (x->threads > MAX_THREADS) x->threads = MAX_THREADS;
     if (o->name && (strlen(o->name) >= sizeof x->name || !*o->name))
@@ -2332,11 +2335,11 @@ static int print_plan(const exporter *x, medrun_error *e) {
     }
     printf("name       %s\nsource     %s\nlicence    %s\n", x->name, s->folder,
            s->licence[0] ? s->licence : "not stated");
-    printf("model      llama, %.2f billion parameters, %d layers, hidden %d, heads %d, kv heads %d, "
-           "head_dim %d, ffn %d, vocabulary %d, positions %d%s\n", (double)parameters / 1e9,
+    printf("model      llama, %.2f billion parameters, %d layers, hidden %d, heads %d, kv heads %d,"
+           " head_dim %d, ffn %d, vocabulary %d, positions %d%s\n", (double)parameters / 1e9,
            c->n_layers, c->hidden_size, c->n_heads, c->n_kv_heads, c->head_dim, c->ffn_size,
            c->vocab_size, c->max_positions, c->tied ? ", tied" : "");
-    printf("rope       theta %g, %s\n", c->rope_theta, c->rope_llama3 ? "llama3 scaling" : "unscaled");
+    printf("rope       theta %g, %s scaling\n", c->rope_theta, c->rope_llama3 ? "llama3" : "no");
     printf("chat       %s, stop ids", s->chat->name);
     for (int i = 0; i < s->n_stops; i++) printf(" %d", s->stops[i]);
     printf("\nsampling   temperature %g, top_k %lld, top_p %g, min_p %g, repeat_penalty %g\n",
@@ -2344,7 +2347,7 @@ static int print_plan(const exporter *x, medrun_error *e) {
            s->sampling.min_p, s->sampling.repeat_penalty);
     printf("tensors    %zu, matrices %s, norms f32\n", x->n_sections - 1, type_names[x->type]);
     printf("file       %llu bytes\n", (unsigned long long)x->file_bytes);
-    printf("memory     %.1f MB of weights, and %.1f KB of keys and values a token of context (f16): "
+    printf("memory     %.1f MB of weights; %.1f KB of keys and values (f16) a token of context, "
            "%.1f MB for all %d\n", (double)weights / 1e6, token / 1e3,
            token * c->max_positions / 1e6, c->max_positions);
     if (!fflush(stdout) && !ferror(stdout)) return MEDRUN_OK;

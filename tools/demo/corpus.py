@@ -8,7 +8,8 @@ A topic looks like this (`||` separates the answer from the keys that a grader l
     what: Asthma is a long-term inflammation of the airways ... || airway; inflammat
     symptoms: ...
 
-A topic of the kind `model` brings its own questions instead (`q: one | two | three`, `a: answer || keys`).
+A topic of the kind `model` brings its own questions instead (`q: one | two | three`, `a: answer || keys`). If its
+header has names, `{n}` in a question stands for each of them, and `ask: KIND` asks for each with KIND's templates.
 Everything here is a pure function of the files and a seed: two people who run it get the same split.
 """
 
@@ -28,7 +29,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 KINDS = ["model", "condition", "drug", "lab", "anatomy", "physiology", "procedure", "firstaid", "compare", "term"]
 # Held-out questions per kind: (known template, this topic never asked that way; template that no topic was asked).
 QUOTA = {"condition": (32, 18), "drug": (22, 12), "lab": (16, 8), "anatomy": (18, 10), "physiology": (12, 6),
-         "procedure": (12, 6), "firstaid": (10, 4), "term": (10, 4), "compare": (10, 4), "model": (0, 6)}
+         "procedure": (12, 6), "firstaid": (10, 4), "term": (10, 4), "compare": (10, 4), "model": (16, 22)}
 
 
 @dataclass
@@ -52,6 +53,7 @@ class Topic:
     where: str
     facts: list = field(default_factory=list)
     questions: list = field(default_factory=list)   # kind model only
+    ask: str = ""                                   # kind model only: the kind whose templates ask for the names
 
 
 class CorpusError(Exception):
@@ -102,8 +104,13 @@ def parse_line(topic, line, where):
         if word == "q":
             topic.questions += [q.strip() for q in rest.split("|") if q.strip()]
             return
+        if word == "ask":
+            topic.ask = rest.strip()
+            if topic.ask not in TEMPLATES:
+                raise CorpusError(f"{where}: `ask` wants a kind, one of {', '.join(TEMPLATES)}; found `{topic.ask}`")
+            return
         if word != "a":
-            raise CorpusError(f"{where}: a topic of kind model has only q: and a:, found `{word}`")
+            raise CorpusError(f"{where}: a topic of kind model has only q:, ask: and a:, found `{word}`")
     elif word not in TEMPLATES[topic.kind]:
         known = ", ".join(TEMPLATES[topic.kind])
         raise CorpusError(f"{where}: unknown aspect `{word}` for {topic.kind}; one of {known}")
@@ -125,8 +132,10 @@ def parse_file(path):
         else:
             parse_line(topics[-1], line, where)
     for t in topics:
-        if not t.facts or (t.kind == "model" and not t.questions):
+        if not t.facts or (t.kind == "model" and not t.questions and not t.ask):
             raise CorpusError(f"{t.where}: `{t.name}` has {'q: or a: missing' if t.kind == 'model' else 'no facts'}")
+        if not t.aliases and (t.ask or any("{" in q for q in t.questions)):
+            raise CorpusError(f"{t.where}: `{t.name}` asks for names and its header has none")
     return topics
 
 
@@ -204,9 +213,21 @@ def rank(fact, salt=""):
     return hashlib.sha256(f"{salt}|{fact.kind}|{fact.topic}|{fact.aspect}".encode()).hexdigest()
 
 
+def fillings(template, names):
+    """The question once for every name; together they weigh as much as one question."""
+    if "{" not in template:
+        return [(template, 1.0)]
+    return [(fill(template, n), 1.0 / len(names)) for n in names]
+
+
+def templates_of(table, kind):
+    return [t for templates in table.get(kind, {}).values() for t in templates]
+
+
 def questions_of(topic, fact):
     if topic.kind == "model":
-        return [(q, 1.0) for q in topic.questions]
+        wanted = topic.questions + templates_of(TEMPLATES, topic.ask)
+        return [qw for t in wanted for qw in fillings(t, topic.aliases)]
     return [(fill(t, n), w) for n, w in names_of(topic) for t in TEMPLATES[topic.kind][fact.aspect]]
 
 
@@ -243,28 +264,33 @@ def hold_topic(fact, literal):
 
 
 def hold_template(fact, topic, owner, literal):
-    """A question from a wording that nobody trains (for model topics: the last of their own questions)."""
-    if topic.kind == "model":
-        last = fact.train[-1][0]
-        if len(fact.train) > 3 and plain(last) not in literal:
-            fact.held.append((last, "template"))
-            fact.train = [(t, w) for t, w in fact.train if plain(t) != plain(last)]
-        return
+    """A question from a wording that nobody trains (for topics with their own questions: the last, for every name)."""
     rng = random.Random(rank(fact, "choice"))
-    names, weights = zip(*names_of(topic))
-    q = fill(rng.choice(HELD_OUT[topic.kind][fact.aspect]), rng.choices(names, weights)[0])
+    if topic.questions:
+        last = [q for q, _ in fillings(topic.questions[-1], topic.aliases)]
+        if len(topic.questions) > 3 and not {plain(q) for q in last} & literal:
+            fact.held.append((rng.choice(last), "template"))
+            fact.train = [(t, w) for t, w in fact.train if plain(t) not in {plain(q) for q in last}]
+        return
+    if topic.kind == "model":
+        names, weights, templates = topic.aliases, None, templates_of(HELD_OUT, topic.ask)
+    else:
+        names, weights = zip(*names_of(topic))
+        templates = HELD_OUT[topic.kind][fact.aspect]
+    q = fill(rng.choice(templates), rng.choices(names, weights)[0])
     if plain(q) not in owner:                       # otherwise a trained template has the same words: not a test
         fact.held.append((q, "template"))
 
 
 def draw(fact, rng):
-    """One training question for the fact: any template, sometimes typed in a hurry or with a polite opening."""
+    """One training question for the fact: any template, often typed in a hurry, sometimes with a polite opening."""
     q = rng.choices([q for q, _ in fact.train], [w for _, w in fact.train])[0]
     if fact.kind != "model" and rng.random() < 0.06:
         q = rng.choice(OPENERS) + q
-    if rng.random() < 0.15:
+    hurry = rng.random()
+    if hurry < 0.4:
         q = q.lower()
-    if rng.random() < 0.15:
+    if hurry < 0.33 or hurry > 0.92:
         q = q.rstrip("?.")
     return q
 

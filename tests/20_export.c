@@ -1,0 +1,1059 @@
+/* tools/export.c: what it makes of good folders, and that it refuses bad ones with the right code,
+ * one line on stderr, and nothing left behind. Bad folders are made here from the fixtures. */
+#define _GNU_SOURCE
+#include <stddef.h>
+#include <sys/types.h>
+#include <unistd.h>
+
+/* The n-th write can fail or be interrupted, the n-th allocation can fail. */
+static void *test_realloc(void *p, size_t n);
+static ssize_t test_pwrite(int fd, const void *from, size_t n, off_t at);
+#define MEDRUN_ALLOC test_realloc
+#define MEDRUN_EXPORT_NO_MAIN
+#define pwrite test_pwrite
+#include "../tools/export.c"
+#undef pwrite
+#include "test.h"
+#include <dirent.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+
+static long fail_alloc_at = -1, fail_write_at = -1, signal_write_at = -1;
+static atomic_long n_allocs, n_writes;
+
+static void *test_realloc(void *p, size_t n) {
+    long i = atomic_fetch_add(&n_allocs, 1);
+    return fail_alloc_at >= 0 && i >= fail_alloc_at ? NULL : realloc(p, n);
+}
+
+static ssize_t test_pwrite(int fd, const void *from, size_t n, off_t at) {
+    long i = atomic_fetch_add(&n_writes, 1);
+    if (i == signal_write_at) raise(SIGINT);
+    if (i == fail_write_at) return errno = ENOSPC, -1;
+    return pwrite(fd, from, n, at);
+}
+
+/* ---- folders ------------------------------------------------------------------------------- */
+
+static char work[256], fixtures[256];       /* a temporary folder with src/ and out/            */
+
+/* The path of NAME in it; the same name gives the same pointer. */
+static const char *in_work(const char *name) {
+    static char names[32][64], paths[32][512];
+    size_t i = 0;
+    while (names[i][0] && strcmp(names[i], name)) i++;
+    snprintf(names[i], sizeof names[i], "%s", name);
+    snprintf(paths[i], sizeof paths[i], "%s/%s", work, name);
+    return paths[i];
+}
+
+/* What a test needs of the machine: without it no test says anything. */
+static void must(bool ok, const char *what, const char *path) {
+    if (ok) return;
+    printf("%s %s: %s\n", what, path, strerror(errno));
+    exit(1);
+}
+
+static void read_file(const char *path, buffer *b) {
+    medrun_error e = {0};
+    file_map map = {0};
+    b->n = 0;
+    if (!map_file(path, &map, &e)) buffer_add(b, map.data, map.n);
+    unmap_file(&map);
+}
+
+static void write_file(const char *path, const void *data, size_t n) {
+    FILE *f = fopen(path, "wb");
+    must(f && fwrite(data, 1, n, f) == n && !fclose(f), "cannot write", path);
+}
+
+/* Removes the files of a folder; returns how many there were. */
+static int clear_folder(const char *name) {
+    char path[512], file[1024];
+    int n = 0;
+    snprintf(path, sizeof path, "%s/%s", work, name);
+    DIR *d = opendir(path);
+    for (struct dirent *entry; d && (entry = readdir(d));) {
+        if (entry->d_name[0] == '.') continue;
+        snprintf(file, sizeof file, "%s/%s", path, entry->d_name);
+        n += !remove(file);
+    }
+    if (d) closedir(d);
+    return n;
+}
+
+/* src/ becomes a copy of a fixture. */
+static void copy_fixture(const char *name) {
+    static const char *const files[] = {
+        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+        "model.safetensors", "model.safetensors.index.json", "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors"};
+    buffer b = {0};
+    clear_folder("src");
+    for (size_t i = 0; i < sizeof files / sizeof *files; i++) {
+        char from[512], to[512];
+        snprintf(from, sizeof from, "%s/%s/%s", fixtures, name, files[i]);
+        snprintf(to, sizeof to, "%s/src/%s", work, files[i]);
+        if (access(from, R_OK)) continue;
+        read_file(from, &b);
+        write_file(to, b.data, b.n);
+    }
+    buffer_free(&b);
+}
+
+/* Replaces the first FROM in bytes [begin, end) of B by TO. */
+static bool replace(buffer *b, size_t begin, size_t end, const char *from, const char *to) {
+    buffer out = {0};
+    uint8_t *at = memmem(b->data + begin, end - begin, from, strlen(from));
+    if (!at) return false;
+    size_t n = (size_t)(at - b->data);
+    buffer_add(&out, b->data, n);
+    buffer_text(&out, to);
+    buffer_add(&out, at + strlen(from), b->n - n - strlen(from));
+    buffer_free(b);
+    *b = out;
+    return true;
+}
+
+static void edit(const char *file, const char *from, const char *to) {
+    char path[512];
+    buffer b = {0};
+    snprintf(path, sizeof path, "%s/src/%s", work, file);
+    read_file(path, &b);
+    must(replace(&b, 0, b.n, from, to), "cannot edit", from);
+    write_file(path, b.data, b.n);
+    buffer_free(&b);
+}
+
+/* The same in a safetensors header, whose length follows. */
+static void edit_header(const char *file, const char *from, const char *to) {
+    char path[512];
+    buffer b = {0}, out = {0};
+    snprintf(path, sizeof path, "%s/src/%s", work, file);
+    read_file(path, &b);
+    uint64_t n = read_u64(&(reader){b.data, b.n, 0, false});
+    size_t before = b.n;
+    must(replace(&b, 8, 8 + (size_t)n, from, to), "cannot edit", from);
+    write_le(&out, n + b.n - before, 8);
+    buffer_add(&out, b.data + 8, b.n - 8);
+    write_file(path, out.data, out.n);
+    buffer_free(&b);
+    buffer_free(&out);
+}
+
+/* ---- running ------------------------------------------------------------------------------- */
+
+static buffer errors;                       /* what the last run wrote to stderr                */
+static char answer[4096];                   /* and to stdout                                    */
+
+/* Runs the exporter in a child with arguments up to NULL; returns its exit code. */
+static int run(const char *const *args, rlim_t file_limit) {
+    char *argv[16] = {(char *)(uintptr_t)"medrun-export"};
+    int n = 1, status = 0;
+    while (args[n - 1]) argv[n] = (char *)(uintptr_t)args[n - 1], n++;
+    fflush(NULL);
+    pid_t child = fork();
+    if (child == 0) {
+        if (!freopen(in_work("stdout"), "wb", stdout) || !freopen(in_work("stderr"), "wb", stderr))
+            _exit(99);
+        struct rlimit limit = {file_limit, file_limit};
+        if (file_limit && setrlimit(RLIMIT_FSIZE, &limit)) _exit(98);
+        n_allocs = n_writes = 0;
+        exit(export_main(n, argv));
+    }
+    waitpid(child, &status, 0);
+    fail_alloc_at = fail_write_at = signal_write_at = -1;
+    buffer b = {0};
+    read_file(in_work("stderr"), &errors);
+    read_file(in_work("stdout"), &b);
+    snprintf(answer, sizeof answer, "%s", b.n ? (const char *)b.data : "");
+    buffer_free(&b);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 1000 + WTERMSIG(status);
+}
+
+#define RUN(...) run((const char *const[]){__VA_ARGS__, NULL}, 0)
+#define EXPORT(...) RUN(in_work("src"), in_work("out/x.mdr"), __VA_ARGS__)
+
+/* The last run gave CODE, one line that holds NEEDLE, and left nothing in out/. */
+static void expect(int found, int code, const char *needle, const char *what) {
+    size_t lines = 0;
+    for (size_t i = 0; i < errors.n; i++) lines += errors.data[i] == '\n';
+    const char *text = errors.n ? (const char *)errors.data : "";
+    int left = clear_folder("out");
+    bool good = found == code && (code == 0 || (lines == 1 && strstr(text, needle))) &&
+                left == (code == 0);
+    if (!CHECK(good))
+        printf("    %s: code %d (wanted %d), %zu lines, %d files left: %s", what, found, code,
+               lines, left, text);
+}
+
+/* ---- good folders -------------------------------------------------------------------------- */
+
+/* Each weight of the source's tensor is in T: exactly in bf16, within half a step in int8. */
+static void compare_weights(const char *file, const char *tensor_name, const tensor *t) {
+    source s = {.folder = in_work("src")};
+    medrun_error e = {0};
+    size_t bad = 0, n = t->cols;
+    if (!CHECK(!read_shard(&s, file, &e) && !sort_tensors(&s, &e))) return;
+    const source_tensor *from = find_tensor(&s, tensor_name);
+    float *row = new_array(n, sizeof *row);
+    uint16_t *raw = new_array(n, 2);
+    CHECK(from);
+    for (size_t r = 0; from && r < t->rows; r++) {
+        size_t panel = panel_bytes(t->type, t->cols);
+        read_at(s.files[0].fd, raw, 2 * n, from->begin + 2 * n * r, file, &e);
+        panel_unpack_row(t->type, t->data + r / LANES * panel, r % LANES, n, row);
+        for (size_t k = 0; k < n; k++) {
+            float largest = 0, wanted = bf16_to_f32(raw[k]);
+            for (size_t i = k / GROUP * GROUP; i < n && i < (k / GROUP + 1) * GROUP; i++)
+                largest = fmaxf(largest, fabsf(bf16_to_f32(raw[i])));
+            float tolerance = t->type == TYPE_BF16 ? 0 : largest / 127 * 0.51f;
+            bad += !(fabsf(row[k] - wanted) <= tolerance);
+        }
+    }
+    CHECK_EQ(bad, 0);
+    free(row);
+    free(raw);
+    close_source(&s);
+}
+
+/* Logits of the last of 64 tokens against those of transformers: 1 for "all is wrong". */
+static double logits_error(const medrun_model *m, const char *fixture) {
+    char path[512];
+    buffer ids = {0}, logits = {0};
+    medrun_session *s = NULL;
+    medrun_session_options o = {.context = 64, .strict = true, .kv = MEDRUN_KV_F32};
+    size_t vocab = (size_t)m->config.vocab_size;
+    double difference = 1, size = 1;
+    snprintf(path, sizeof path, "%s/%s/ids_64.i32", fixtures, fixture);
+    read_file(path, &ids);
+    snprintf(path, sizeof path, "%s/%s/logits_64.f32", fixtures, fixture);
+    read_file(path, &logits);
+    if (CHECK(ids.n == 4 * 64 && logits.n == 4 * 64 * vocab &&
+              !medrun_start(&s, m, &o, NULL, 0, NULL) &&
+              !medrun_feed(s, (int32_t *)(void *)ids.data, 64, NULL))) {
+        while (medrun_pending(s)) medrun_step(&s, 1, NULL);
+        const float *found = medrun_logits(s, 0);
+        const float *wanted = (const float *)(void *)logits.data + 63 * vocab;
+        difference = size = 0;
+        for (size_t i = 0; i < vocab; i++) {
+            double d = (double)(found[i] - wanted[i]);
+            difference += d * d, size += (double)(wanted[i] * wanted[i]);
+        }
+    }
+    medrun_stop(s);
+    buffer_free(&ids);
+    buffer_free(&logits);
+    return sqrt(difference / size);
+}
+
+static void test_good(const char *fixture, const char *type, double tolerance) {
+    medrun_model *m = NULL;
+    medrun_error e = {0};
+    medrun_info info;
+    copy_fixture(fixture);
+    if (!CHECK_EQ(EXPORT("--type", type, "--threads", "3"), 0)) return;
+    CHECK(!answer[0] && access(in_work("out/x.mdr.partial"), F_OK));
+    if (!CHECK(!medrun_open(&m, in_work("out/x.mdr"), NULL, &e))) return;
+    medrun_describe(m, &info);
+    CHECK(!strcmp(info.type, type) && !strcmp(info.chat_template, "llama3"));
+    CHECK(!strcmp(info.name, "src") && strstr(info.notice, "Not a medical device"));
+    CHECK_EQ(info.n_stops, 2);
+    CHECK(info.sampling.temperature > 0.59f && info.sampling.temperature < 0.61f &&
+          info.sampling.top_k == 50);
+    double error = logits_error(m, fixture);
+    if (!CHECK(error < tolerance)) printf("    %s %s: %g\n", fixture, type, error);
+    bool shards = !strcmp(fixture, "llama-sharded");
+    const char *last = shards ? "model-00002-of-00002.safetensors" : "model.safetensors";
+    compare_weights(last, "model.layers.1.mlp.down_proj.weight", &m->layers[1].down);
+    if (!m->config.tied) compare_weights(last, "lm_head.weight", &m->output);
+    medrun_close(m);
+}
+
+/* Every digest of the header is that of the bytes; provenance has the files' own. */
+static void test_header(void) {
+    model_file f;
+    medrun_error e = {0};
+    uint8_t digest[32];
+    char hex[65];
+    buffer b = {0};
+    copy_fixture("llama-sharded");
+    CHECK_EQ(EXPORT("--name", "A \"name\" \xc3\xa9"), 0);
+    if (!CHECK(!file_open(&f, in_work("out/x.mdr"), &e))) return;
+    const json *j = &f.header;
+    CHECK(json_is(j, json_get(j, 0, "name"), "A \"name\" \xc3\xa9"));
+    size_t n = 0, wrong = 0;
+    for EACH(j, f.tensors, c) {
+        uint64_t offset = 0, bytes = 0;
+        json_size(j, json_get(j, c, "offset"), &offset);
+        json_size(j, json_get(j, c, "bytes"), &bytes);
+        sha256_of(f.map.data + offset, (size_t)bytes, digest);
+        hex_of(digest, hex);
+        n++, wrong += !json_is(j, json_get(j, c, "sha256"), hex);
+    }
+    CHECK(n == 30 && wrong == 0);
+    for EACH(j, json_get(j, json_get(j, 0, "provenance"), "sources"), c) {
+        char path[512];
+        snprintf(path, sizeof path, "%s/src/%s", work, show(j, json_get(j, c, "file")).text);
+        read_file(path, &b);
+        sha256_of(b.data, b.n, digest);
+        hex_of(digest, hex);
+        n++, wrong += !json_is(j, json_get(j, c, "sha256"), hex);
+    }
+    CHECK(n == 37 && wrong == 0);
+    uint32_t proofs = json_get(j, 0, "proofs");
+    CHECK_EQ(children(j, json_get(j, proofs, "tokens")), 12);
+    CHECK_EQ(children(j, json_get(j, proofs, "chats")), 3);
+    CHECK_EQ(children(j, json_get(j, proofs, "logits")), 2);
+    file_close(&f);
+    buffer_free(&b);
+}
+
+/* Threads do not show in the file; the section is a tokenizer.bin; an old OUT is replaced. */
+static void test_same_bytes(void) {
+    buffer one = {0}, other = {0}, bin = {0};
+    copy_fixture("llama-tied");
+    CHECK_EQ(EXPORT("--threads=1"), 0);
+    read_file(in_work("out/x.mdr"), &one);
+    CHECK_EQ(EXPORT("-t", "7"), 0);
+    read_file(in_work("out/x.mdr"), &other);
+    CHECK(one.n && one.n == other.n && !memcmp(one.data, other.data, one.n));
+    CHECK_EQ(RUN("--tokenizer-only", in_work("src"), in_work("out/t.bin")), 0);
+    read_file(in_work("out/t.bin"), &bin);
+    CHECK(bin.n && bin.n < one.n && !memcmp(one.data + one.n - bin.n, bin.data, bin.n));
+    CHECK_EQ(RUN(in_work("src/tokenizer.json"), in_work("out/u.bin"), "--tokenizer-only"), 0);
+    read_file(in_work("out/u.bin"), &other);
+    CHECK(bin.n == other.n && !memcmp(bin.data, other.data, bin.n));
+    clear_folder("out");
+    CHECK_EQ(RUN("--dry-run", in_work("src")), 0);
+    CHECK(strstr(answer, "llama3 scaling") && strstr(answer, "tied") && !errors.n);
+    CHECK_EQ(EXPORT("--dry-run"), 0);
+    CHECK_EQ(clear_folder("out"), 0);
+    buffer_free(&one);
+    buffer_free(&other);
+    buffer_free(&bin);
+}
+
+/* BF16, F16 and F32 sources of the same numbers give the same sections. */
+static void test_source_types(void) {
+    static const struct { const char *name; size_t size; } types[] = {{"F16", 2}, {"F32", 4}};
+    buffer b = {0}, original = {0}, found = {0};
+    copy_fixture("llama-plain");
+    read_file(in_work("src/model.safetensors"), &b);
+    size_t head = 8 + (size_t)read_u64(&(reader){b.data, b.n, 0, false});
+    for (size_t i = head; i < b.n; i += 2) {            /* to values that an f16 holds as well   */
+        uint16_t h;
+        memcpy(&h, b.data + i, 2);
+        h = f32_to_bf16(f16_to_f32(f32_to_f16(bf16_to_f32(h))));
+        if (fabsf(bf16_to_f32(h)) < 1e-3f) h = 0;
+        memcpy(b.data + i, &h, 2);
+    }
+    write_file(in_work("src/model.safetensors"), b.data, b.n);
+    CHECK_EQ(EXPORT("--type", "int8"), 0);
+    read_file(in_work("out/x.mdr"), &original);
+    for (size_t k = 0; k < 2; k++) {
+        buffer out = {0}, text = {0};
+        json j;
+        CHECK(!json_parse(&j, (const char *)b.data + 8, head - 8, NULL));
+        buffer_text(&text, "{");
+        for EACH_KEY(&j, 0, c) {
+            if (json_is(&j, c, "__metadata__")) continue;
+            uint64_t begin = 0, end = 0;
+            uint32_t place = json_get(&j, c + 1, "data_offsets");
+            json_size(&j, place + 1, &begin), json_size(&j, place + 2, &end);
+            buffer_printf(&text, "%s\"%s\":{\"dtype\":\"%s\",\"shape\":%s,\"data_offsets\":[%llu,"
+                          "%llu]}", text.n > 1 ? "," : "", show(&j, c).text, types[k].name,
+                          show(&j, json_get(&j, c + 1, "shape")).text,
+                          (unsigned long long)begin / 2 * types[k].size,
+                          (unsigned long long)end / 2 * types[k].size);
+        }
+        buffer_text(&text, "}");
+        write_le(&out, text.n, 8);
+        buffer_add(&out, text.data, text.n);
+        for (size_t i = head; i < b.n; i += 2) {
+            uint16_t h;
+            memcpy(&h, b.data + i, 2);
+            float f = bf16_to_f32(h);
+            write_le(&out, k ? float_bits(f) : f32_to_f16(f), types[k].size);
+        }
+        write_file(in_work("src/model.safetensors"), out.data, out.n);
+        CHECK_EQ(EXPORT("--type", "int8"), 0);
+        read_file(in_work("out/x.mdr"), &found);
+        CHECK(found.n == original.n && found.n > 65536 &&
+              !memcmp(found.data + 65536, original.data + 65536, found.n - 65536));
+        json_free(&j);
+        buffer_free(&out);
+        buffer_free(&text);
+    }
+    buffer_free(&b);
+    buffer_free(&original);
+    buffer_free(&found);
+}
+
+static void test_vectors(void) {
+    char path[512];
+    buffer bin = {0}, vectors = {0};
+    tokenizer t;
+    medrun_error e = {0};
+    size_t n = 0, wrong = 0;
+    snprintf(path, sizeof path, "%s/tokenizer", fixtures);
+    CHECK_EQ(RUN("--tokenizer-only", path, in_work("out/t.bin")), 0);
+    read_file(in_work("out/t.bin"), &bin);
+    snprintf(path, sizeof path, "%s/tokenizer/vectors.bin", fixtures);
+    read_file(path, &vectors);
+    if (!CHECK(!tokenizer_open(&t, bin.data, bin.n, "t.bin", &e))) return;
+    reader r = {vectors.data, vectors.n, 0, false};
+    for (; r.at < r.n && !r.failed; n++) {
+        buffer ids = {0};
+        uint32_t bytes = read_u32(&r);
+        const uint8_t *text = read_bytes(&r, bytes);
+        uint32_t count = read_u32(&r);
+        const uint8_t *wanted = read_bytes(&r, 4 * (size_t)count);
+        if (r.failed) break;
+        tokenizer_encode(&t, (const char *)text, bytes, 0, &ids, &e);
+        wrong += ids.n != 4 * (size_t)count || (count && memcmp(ids.data, wanted, ids.n));
+        buffer_free(&ids);
+    }
+    CHECK(n > 500 && wrong == 0 && !r.failed);
+    tokenizer_close(&t);
+    buffer_free(&bin);
+    buffer_free(&vectors);
+    clear_folder("out");
+}
+
+/* ---- edits of the JSON files --------------------------------------------------------------- */
+
+#define ROPE4(text) "\"rope_scaling\": " text
+#define ROPE5(text) "\"rope_scaling\": null, \"rope_parameters\": " text
+#define LLAMA3(low, high) "{\"rope_type\": \"llama3\", \"factor\": 8, \"low_freq_factor\": " low \
+    ", \"high_freq_factor\": " high ", \"original_max_position_embeddings\": 64}"
+
+static const struct { const char *file, *from, *to; int code; const char *needle; } edits[] = {
+    /* config.json: accepted */
+    {"config.json", "\"hidden_act\": \"silu\",", "", 0, ""},
+    {"config.json", "\"num_key_value_heads\": 2,", "", 0, ""},
+    {"config.json", "\"num_key_value_heads\": 2,", "\"num_key_value_heads\": null,", 0, ""},
+    {"config.json", "\"vocab_size\"", "\"head_dim\": null, \"vocab_size\"", 0, ""},
+    {"config.json", "\"vocab_size\"", "\"head_dim\": 64, \"vocab_size\"", 0, ""},
+    {"config.json", "\"tie_word_embeddings\": false,", "", 0, ""},
+    {"config.json", "\"rope_scaling\": null,", "", 0, ""},
+    {"config.json", "\"rope_theta\": 10000.0,", "", 0, ""},
+    {"config.json", "\"torch_dtype\"", "\"dtype\": \"bfloat16\", \"torch_dtype\"", 0, ""},
+    {"config.json", "\"rope_scaling\": null", ROPE4("{\"type\": \"default\"}"), 0, ""},
+    {"config.json", "\"rope_scaling\": null", ROPE4(LLAMA3("1", "4")), 0, ""},
+    {"config.json", "\"rope_scaling\": null",
+     ROPE5("{\"rope_type\": \"default\", \"rope_theta\": 10000}"), 0, ""},
+    {"config.json", "\"rope_scaling\": null,", "\"rope_parameters\": {\"full_attention\": "
+     "{\"rope_type\": \"default\", \"rope_theta\": 1e4}, \"x\": {\"rope_type\": \"default\", "
+     "\"rope_theta\": 10000.0}},", 0, ""},
+    {"config.json", "\"eos_token_id\": 279,", "\"eos_token_id\": [279, 3, 4],", 0, ""},
+    {"config.json", "\"eos_token_id\": 279,", "", 0, ""},
+    /* config.json: refused */
+    {"config.json", "\"LlamaForCausalLM\"", "\"GPT2LMHeadModel\"", 3, "GPT2LMHeadModel"},
+    {"config.json", "\"LlamaForCausalLM\"", "\"LlamaForCausalLM\", \"X\"", 3, "architectures"},
+    {"config.json", "\"model_type\": \"llama\"", "\"model_type\": \"mistral\"", 3, "mistral"},
+    {"config.json", "\"silu\"", "\"gelu\"", 3, "hidden_act: found gelu"},
+    {"config.json", "\"attention_bias\": false", "\"attention_bias\": true", 3, "attention_bias"},
+    {"config.json", "\"mlp_bias\": false", "\"mlp_bias\": true", 3, "mlp_bias"},
+    {"config.json", "\"vocab_size\"", "\"quantization_config\": {\"bits\": 4}, \"vocab_size\"", 3,
+     "quantization_config"},
+    {"config.json", "\"vocab_size\"", "\"partial_rotary_factor\": 0.5, \"vocab_size\"", 3,
+     "partial_rotary_factor"},
+    {"config.json", "\"torch_dtype\"", "\"dtype\": \"float16\", \"torch_dtype\"", 3, "dtype"},
+    {"config.json", "1e-05", "NaN", 3, "rms_norm_eps: found NaN"},
+    {"config.json", "1e-05", "Infinity", 3, "rms_norm_eps: found Infinity"},
+    {"config.json", "1e-05", "-Infinity", 3, "rms_norm_eps: found -Infinity"},
+    {"config.json", "1e-05", "1e999", 3, "rms_norm_eps"},
+    {"config.json", "1e-05", "0", 3, "rms_norm_eps"},
+    {"config.json", "1e-05", "\"1e-05\"", 3, "rms_norm_eps"},
+    {"config.json", "\"hidden_size\": 128", "\"hidden_size\": 0", 3, "hidden_size"},
+    {"config.json", "\"hidden_size\": 128", "\"hidden_size\": -128", 3, "hidden_size"},
+    {"config.json", "\"hidden_size\": 128", "\"hidden_size\": 128.5", 3, "hidden_size"},
+    {"config.json", "\"hidden_size\": 128", "\"hidden_size\": 1e30", 3, "hidden_size"},
+    {"config.json", "\"hidden_size\": 128", "\"hidden_size\": null", 3, "hidden_size"},
+    {"config.json", "\"hidden_size\": 128", "\"hidden_size\": NaN", 3, "hidden_size: found NaN"},
+    {"config.json", "\"hidden_size\": 128", "\"hidden_size\": 160", 3, "shape: found (283, 128)"},
+    {"config.json", "\"hidden_size\": 128,", "", 3, "hidden_size"},
+    {"config.json", "\"num_attention_heads\": 2", "\"num_attention_heads\": 3", 3, "divisor"},
+    {"config.json", "\"num_attention_heads\": 2", "\"num_attention_heads\": 6", 3, "head_dim"},
+    {"config.json", "\"num_key_value_heads\": 2", "\"num_key_value_heads\": 0", 3, "num_key_value"},
+    {"config.json", "\"num_key_value_heads\": 2", "\"num_key_value_heads\": 1", 3, "k_proj"},
+    {"config.json", "\"num_hidden_layers\": 2", "\"num_hidden_layers\": 3", 3, "layers.2."},
+    {"config.json", "\"num_hidden_layers\": 2", "\"num_hidden_layers\": 1", 3, "no part of"},
+    {"config.json", "\"num_hidden_layers\": 2", "\"num_hidden_layers\": 4000000000", 3, "layers"},
+    {"config.json", "\"intermediate_size\": 320", "\"intermediate_size\": 321", 3, "multiples"},
+    {"config.json", "\"intermediate_size\": 320", "\"intermediate_size\": 336", 3, "gate_proj"},
+    {"config.json", "\"max_position_embeddings\": 512", "\"max_position_embeddings\": 0", 3, "max"},
+    {"config.json", "\"vocab_size\": 283", "\"vocab_size\": 284", 3,
+     "found 284, but tokenizer.json has 283"},
+    {"config.json", "\"vocab_size\": 283", "\"vocab_size\": 283, \"vocab_size\": 283", 3, "twice"},
+    {"config.json", "\"vocab_size\": 283", "\"vocab_size\": 283 \"", 3, "JSON"},
+    {"config.json", "\"tie_word_embeddings\": false", "\"tie_word_embeddings\": true", 3, "lm_h"},
+    {"config.json", "\"tie_word_embeddings\": false", "\"tie_word_embeddings\": \"no\"", 3, "tie_"},
+    {"config.json", "\"eos_token_id\": 279", "\"eos_token_id\": 283", 3, "eos_token_id"},
+    {"config.json", "\"eos_token_id\": 279", "\"eos_token_id\": -1", 3, "eos_token_id"},
+    {"config.json", "\"eos_token_id\": 279", "\"eos_token_id\": [1.5]", 3, "eos_token_id"},
+    {"config.json", "\"eos_token_id\": 279", "\"eos_token_id\": [\"x\"]", 3, "eos_token_id"},
+    {"config.json", "\"eos_token_id\": 279", "\"eos_token_id\": [1,2,3,4,5,6,7,8,9]", 3,
+     "more than"},
+    {"config.json", "\"rope_theta\": 10000.0", "\"rope_theta\": 0", 3, "rope_theta"},
+    {"config.json", "\"rope_theta\": 10000.0", "\"rope_theta\": NaN", 3, "rope_theta: found NaN"},
+    {"config.json", "\"rope_scaling\": null", ROPE4("{\"type\": \"linear\", \"factor\": 2}"), 3,
+     "linear"},
+    {"config.json", "\"rope_scaling\": null", ROPE4("{\"rope_type\": \"yarn\", \"factor\": 2}"), 3,
+     "yarn"},
+    {"config.json", "\"rope_scaling\": null", ROPE4("{\"factor\": 2}"), 3, "rope_type"},
+    {"config.json", "\"rope_scaling\": null", ROPE4("{\"rope_type\": \"default\", \"factor\": 2}"),
+     3, "rope_type"},
+    {"config.json", "\"rope_scaling\": null", ROPE4("{\"rope_type\": \"default\", \"new\": 2}"), 3,
+     "field new"},
+    {"config.json", "\"rope_scaling\": null",
+     ROPE4("{\"rope_type\": \"default\", \"type\": \"llama3\"}"), 3, "rope_type"},
+    {"config.json", "\"rope_scaling\": null", ROPE4("{\"rope_type\": \"llama3\", \"factor\": 8}"),
+     3, "llama3"},
+    {"config.json", "\"rope_scaling\": null", ROPE4(LLAMA3("4", "4")), 3, "high_freq_factor"},
+    {"config.json", "\"rope_scaling\": null", ROPE4("[]"), 3, "rope_scaling"},
+    {"config.json", "\"rope_scaling\": null", ROPE5("{\"rope_type\": \"default\", "
+     "\"rope_theta\": 20000}"), 3, "rope_parameters"},
+    {"config.json", "\"rope_scaling\": null", ROPE5(LLAMA3("1", "4")), 3, "rope_parameters"},
+    {"config.json", "\"rope_scaling\": null,", "\"rope_parameters\": {\"a\": {\"rope_theta\": 1e4},"
+     " \"b\": {\"rope_theta\": 2e4}},", 3, "rope_parameters"},
+    /* generation_config.json */
+    {"generation_config.json", "\"do_sample\": true", "\"do_sample\": null", 0, ""},
+    {"generation_config.json", "\"temperature\": 0.6", "\"temperature\": -1", 3, "temperature"},
+    {"generation_config.json", "\"top_p\": 0.9", "\"top_p\": 2", 3, "top_p"},
+    {"generation_config.json", "\"do_sample\": true", "\"do_sample\": \"yes\"", 3, "do_sample"},
+    {"generation_config.json", "\"eos_token_id\": 279", "\"eos_token_id\": 999", 3, "eos_token_id"},
+    /* tokenizer.json */
+    {"tokenizer.json", "\"type\": \"BPE\"", "\"type\": \"Unigram\"", 3, "Unigram"},
+    {"tokenizer.json", "\"normalizer\": null", "\"normalizer\": {\"type\": \"NFC\"}", 3, "NFC"},
+    {"tokenizer.json", "{1,3}", "", 3, "Regex"},
+    {"tokenizer.json", "\"Isolated\"", "\"Removed\"", 3, "pre_tokenizer"},
+    {"tokenizer.json", "\"invert\": false", "\"invert\": true", 3, "pre_tokenizer"},
+    {"tokenizer.json", "\"use_regex\": false", "\"use_regex\": true", 3, "pre_tokenizer"},
+    {"tokenizer.json", "\"lstrip\": false", "\"lstrip\": true", 3, "added_tokens"},
+    {"tokenizer.json", "\"rstrip\": false", "\"rstrip\": true", 3, "added_tokens"},
+    {"tokenizer.json", "\"normalized\": false", "\"normalized\": true", 3, "added_tokens"},
+    {"tokenizer.json", "\"single_word\": false", "\"single_word\": true", 3, "added_tokens"},
+    {"tokenizer.json", "\"byte_fallback\": false", "\"byte_fallback\": true", 3, "byte_fallback"},
+    {"tokenizer.json", "\"unk_token\": null", "\"unk_token\": \"<unk>\"", 3, "unk_token"},
+    {"tokenizer.json", "\"dropout\": null", "\"dropout\": 0.1", 3, "dropout"},
+    {"tokenizer.json", "\"id\": 278", "\"id\": 5", 3, "added_tokens"},
+    {"tokenizer.json", "\"id\": 278", "\"id\": 4000000", 3, "gaps"},
+    {"tokenizer.json", "\"id\": 278", "\"id\": -1", 3, "added_tokens"},
+    {"tokenizer.json", "\"id\": 278", "\"id\": 278.5", 3, "added_tokens"},
+    {"tokenizer.json", "\"!\": 0", "\"!\": 1", 3, "model.vocab"},
+    {"tokenizer.json", "\"!\": 0", "\"!\": 300", 3, "has 301 ids"},
+    {"tokenizer.json", "\"!\": 0", "\"~~x\": 0", 3, "byte 0x21"},
+    {"tokenizer.json", "\"!\": 0", "\"\\u4e2d\": 0", 3, "byte alphabet"},
+    {"tokenizer.json", "\"!\": 0", "\"\": 0", 3, "model.vocab"},
+    {"tokenizer.json", "\"!\": 0", "\"!\": \"0\"", 3, "model.vocab"},
+    {"tokenizer.json", "\"h e\"", "\"h e r\"", 3, "model.merges"},
+    {"tokenizer.json", "\"h e\"", "\"he\"", 3, "model.merges"},
+    {"tokenizer.json", "\"h e\"", "\"h qqqq\"", 3, "model.merges"},
+    {"tokenizer.json", "\"h e\"", "[\"h\", \"e\"]", 0, ""},
+    {"tokenizer.json", "\"h e\"", "[\"h\", \"e\", \"r\"]", 3, "model.merges"},
+    {"tokenizer.json", "\"h e\"", "[\"h\", \"q q\"]", 3, "model.merges"},
+    {"tokenizer.json", "\"h e\"", "7", 3, "model.merges"},
+    {"tokenizer.json", "\"h e\"", "\"z q\"", 3, "merge"},
+    {"tokenizer.json", "\"TemplateProcessing\"", "\"BertProcessing\"", 3, "post_processor"},
+    {"tokenizer.json", "\"ids\"", "\"idz\"", 3, "special_tokens"},
+    {"tokenizer.json", "<|eot_id|>", "<|eot_no|>", 3, "<|eot_id|>"},
+    /* tokenizer_config.json */
+    {"tokenizer_config.json", "\"bos_token\": \"<|begin_of_text|>\"",
+     "\"bos_token\": {\"content\": \"<|begin_of_text|>\"}", 0, ""},
+    {"tokenizer_config.json", "\"bos_token\": \"<|begin_of_text|>\"", "\"bos_token\": \"<s>\"", 3,
+     "bos_token"},
+    {"tokenizer_config.json", "\"bos_token\": \"<|begin_of_text|>\"",
+     "\"bos_token\": \"<|eot_id|>\"", 3, "bos_token"},
+    {"tokenizer_config.json", "\"eos_token\": \"", "\"eos_token\": \"X", 3, "eos_token"},
+    {"tokenizer_config.json", "\"eos_token\"", "\"add_bos_token\": true, \"eos_token\"", 0, ""},
+    {"tokenizer_config.json", "\"eos_token\"", "\"add_bos_token\": false, \"eos_token\"", 3,
+     "add_bos_token"},
+    {"tokenizer_config.json", "\"eos_token\"", "\"add_eos_token\": true, \"eos_token\"", 3,
+     "add_eos_token"},
+    {"tokenizer_config.json", "{% set loop", "Cutting Knowledge {% set loop", 3, "--template"},
+    {"tokenizer_config.json", "<|eot_id|>' %}", "<|end|>' %}", 3, "--template"},
+    {"tokenizer_config.json", "\"chat_template\": \"", "\"chat_template\": [{\"name\": "
+     "\"default\", \"template\": \"### Instruction: <|eot_id|>\"}], \"x\": \"", 0, ""},
+};
+
+static void test_edits(void) {
+    for (size_t i = 0; i < sizeof edits / sizeof *edits; i++) {
+        char what[200];
+        copy_fixture("llama-plain");
+        edit(edits[i].file, edits[i].from, edits[i].to);
+        snprintf(what, sizeof what, "%s: %s -> %s", edits[i].file, edits[i].from, edits[i].to);
+        int code = edits[i].code ? EXPORT(NULL) : EXPORT("--dry-run");
+        if (!edits[i].code) write_file(in_work("out/x.mdr"), "", 0);
+        expect(code, edits[i].code, edits[i].needle, what);
+    }
+}
+
+/* ---- weights ------------------------------------------------------------------------------- */
+
+static const struct { const char *from, *to; int code; const char *needle; } header_edits[] = {
+    {"[283,128]", "[128,283]", 3, "shape: found (128, 283), wanted (283, 128)"},
+    {"[283,128]", "[36224]", 3, "shape: found (36224)"},
+    {"[283,128]", "[283,128,1]", 3, "rank 3"},
+    {"[283,128]", "[283,64]", 3, "data_offsets"},
+    {"[283,128]", "[283,-128]", 3, "shape"},
+    {"[283,128]", "[4294967296,4294967296]", 3, "shape"},
+    {"[283,128]", "\"x\"", 3, "shape"},
+    {"\"BF16\"", "\"I16\"", 3, "dtype: found I16"},
+    {"\"BF16\"", "\"Q4\"", 3, "dtype"},
+    {"\"dtype\":\"BF16\",", "", 3, "dtype"},
+    {"model.norm.weight", "model.xorm.weight", 3, "model.norm.weight"},
+    {"model.norm.weight", "model.norm.bias", 3, "model.norm.weight"},
+    {"model.norm.weight", "model.norm.weight\\u0000", 3, "name"},
+    {"model.norm.weight", "lm_head.weight", 3, "twice"},
+    {"{", "{\"model.extra\":{\"dtype\":\"F32\",\"shape\":[0],\"data_offsets\":[0,0]},", 3,
+     "model.extra"},
+    {"{", "{\"model.rotary_emb.inv_freq\":{\"dtype\":\"F32\",\"shape\":[0],"
+     "\"data_offsets\":[0,0]},", 0, ""},
+    {"{", "{\"__metadata__\":7,\"__metadata__\":{},", 3, "twice"},
+    {"\"pt\"", "7", 3, "__metadata__"},
+    {"data_offsets\":[0,", "data_offsets\":[2,", 3, "data_offsets"},
+    {"data_offsets\":[0,", "data_offsets\":[-2,", 3, "data_offsets"},
+    {"data_offsets\":[0,", "data_offsets\":[18446744073709551616,", 3, "data_offsets"},
+    {"{", "[", 3, "JSON"},
+};
+
+static void test_weights(void) {
+    for (size_t i = 0; i < sizeof header_edits / sizeof *header_edits; i++) {
+        copy_fixture("llama-plain");
+        edit_header("model.safetensors", header_edits[i].from, header_edits[i].to);
+        expect(EXPORT(NULL), header_edits[i].code, header_edits[i].needle, header_edits[i].to);
+    }
+    buffer b = {0}, copy = {0};
+    copy_fixture("llama-plain");
+    read_file(in_work("src/model.safetensors"), &b);
+    size_t n = (size_t)read_u64(&(reader){b.data, b.n, 0, false});
+    static const uint64_t lengths[] = {0, 1, 100000001, UINT64_MAX, UINT64_MAX - 7};
+    for (size_t i = 0; i < 5; i++) {
+        copy.n = 0;
+        write_le(&copy, lengths[i], 8);
+        buffer_add(&copy, b.data + 8, b.n - 8);
+        write_file(in_work("src/model.safetensors"), copy.data, copy.n);
+        expect(EXPORT(NULL), 3, i < 2 ? "JSON" : "header length", "header length");
+    }
+    static const size_t kept[] = {0, 7, 8, 9, 500};
+    for (size_t i = 0; i < 8; i++) {
+        size_t keep = i < 5 ? kept[i] : i == 5 ? 8 + n : i == 6 ? b.n - 1 : b.n / 2;
+        write_file(in_work("src/model.safetensors"), b.data, keep);
+        expect(EXPORT(NULL), 3, "model.safetensors", "cut");
+    }
+    buffer_add(&b, "x", 1);
+    write_file(in_work("src/model.safetensors"), b.data, b.n);
+    expect(EXPORT(NULL), 3, "bytes of data", "one byte more");
+    b.n--;
+    static const uint16_t bad[] = {0x7F80, 0xFF80, 0x7FC0};
+    for (size_t i = 0; i < 3; i++) {
+        memcpy(b.data + b.n - 2, &bad[i], 2);
+        write_file(in_work("src/model.safetensors"), b.data, b.n);
+        int code = EXPORT("--threads", "2");
+        CHECK(code == 3 && strstr((const char *)errors.data, "not a number"));
+        CHECK_EQ(clear_folder("out"), 0);
+    }
+    buffer_free(&b);
+    buffer_free(&copy);
+}
+
+static void test_shards(void) {
+    static const char index[] = "model.safetensors.index.json";
+    static const char second[] = "src/model-00002-of-00002.safetensors";
+    static const char quoted[] = "\"model-00002-of-00002.safetensors\"";
+    static const struct { const char *from, *to, *needle; } cases[] = {
+        {quoted, "\"../model-00002-of-00002.safetensors\"", "weight_map"},
+        {quoted, "\"/etc/passwd\"", "weight_map"},
+        {quoted, "7", "weight_map"},
+        {quoted, "\"\"", "weight_map"},
+        {quoted, "\"config.json\"", "not found in config.json"},
+        {quoted, "\"model-00001-of-00002.safetensors\"", "not found in"},
+        {quoted, "\"gone.safetensors\"", "gone.safetensors: cannot open"},
+        {"model.norm.weight", "model.norm.weight2", "model.norm.weight2"},
+        {"\"weight_map\"", "\"weights\"", "weight_map"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        copy_fixture("llama-sharded");
+        edit(index, cases[i].from, cases[i].to);
+        expect(EXPORT(NULL), 3, cases[i].needle, cases[i].to);
+    }
+    copy_fixture("llama-sharded");
+    remove(in_work(second));
+    expect(EXPORT(NULL), 3, "model-00002-of-00002.safetensors: cannot open", "missing shard");
+    copy_fixture("llama-sharded");
+    edit(index, "\"model.norm.weight\": \"model-00002-of-00002.safetensors\"", "\"\": 7");
+    expect(EXPORT(NULL), 3, "weight_map", "index without a tensor");
+    copy_fixture("llama-sharded");
+    edit_header("model-00002-of-00002.safetensors", "model.norm.weight",
+                "model.embed_tokens.weight");
+    expect(EXPORT(NULL), 3, "wanted once", "a tensor in both shards");
+    copy_fixture("llama-sharded");
+    write_file(in_work("src/model.safetensors"), "x", 1);
+    expect(EXPORT(NULL), 3, "one of them", "both forms");
+    copy_fixture("llama-plain");
+    remove(in_work("src/model.safetensors"));
+    expect(EXPORT(NULL), 3, "neither", "no weights");
+    remove(in_work("src/config.json"));
+    expect(EXPORT(NULL), 3, "config.json", "no config");
+    copy_fixture("llama-plain");
+    remove(in_work("src/tokenizer.json"));
+    expect(EXPORT(NULL), 3, "tokenizer.json", "no tokenizer");
+    copy_fixture("llama-plain");
+    remove(in_work("src/generation_config.json"));
+    remove(in_work("src/tokenizer_config.json"));
+    expect(EXPORT("--template", "llama3"), 0, "", "optional files");
+    expect(EXPORT(NULL), 0, "", "no template at all");
+}
+
+/* Every byte of a header, in several ways: a code, never a crash, and what is accepted is in
+ * range. */
+static void test_flips(void) {
+    buffer b = {0};
+    copy_fixture("llama-plain");
+    read_file(in_work("src/model.safetensors"), &b);
+    size_t n = 8 + (size_t)read_u64(&(reader){b.data, b.n, 0, false}), wrong = 0;
+    FILE *f = fopen(in_work("src/model.safetensors"), "r+b");
+    const char *folder = in_work("src");
+    must(f != NULL, "cannot write", "model.safetensors");
+    for (size_t i = 0; i < n; i++) {
+        static const uint8_t flips[] = {0x01, 0x10, 0x80};
+        source s = {.folder = folder};
+        medrun_error e = {0};
+        uint8_t byte = (uint8_t)(b.data[i] ^ flips[test_random() % 3]);
+        fseek(f, (long)i, SEEK_SET);
+        fwrite(&byte, 1, 1, f);
+        fflush(f);
+        int code = read_shard(&s, "model.safetensors", &e);
+        wrong += code != e.code || (code && code != MEDRUN_BAD_FILE);
+        for (size_t k = 0; !code && k < s.n_tensors; k++)
+            wrong += s.tensors[k].begin > s.tensors[k].end || s.tensors[k].end > b.n;
+        close_source(&s);
+        fseek(f, (long)i, SEEK_SET);
+        fwrite(b.data + i, 1, 1, f);
+    }
+    CHECK_EQ(wrong, 0);
+    fclose(f);
+    buffer_free(&b);
+}
+
+/* The same for tokenizer.json. */
+static void test_tokenizer_flips(void) {
+    buffer b = {0};
+    size_t wrong = 0, accepted = 0;
+    copy_fixture("llama-plain");
+    read_file(in_work("src/tokenizer.json"), &b);
+    char path[512];
+    snprintf(path, sizeof path, "%s", in_work("src/tokenizer.json"));
+    for (size_t i = 0; i < b.n; i += 3) {
+        hf_tokenizer t = {0};
+        buffer out = {0};
+        medrun_error e = {0};
+        uint8_t before = b.data[i];
+        b.data[i] = (uint8_t)(before ^ (1u << test_random() % 8));
+        write_file(path, b.data, b.n);
+        b.data[i] = before;
+        snprintf(t.file.path, sizeof t.file.path, "%s", path);
+        int code = json_parse(&t.config.j, "{}", 2, &e);
+        if (!code) code = open_json_path(&t.file, &e);
+        if (!code) code = convert_tokenizer(&t, &out, &e);
+        wrong += code != e.code || (code && code != MEDRUN_BAD_FILE);
+        accepted += !code;
+        free_hf_tokenizer(&t);
+        buffer_free(&out);
+    }
+    CHECK_EQ(wrong, 0);
+    CHECK(accepted > 0 && accepted < b.n / 3);
+    buffer_free(&b);
+}
+
+/* ---- options ------------------------------------------------------------------------------- */
+
+static void test_options(void) {
+    const char *src = in_work("src"), *out = in_work("out/x.mdr");
+    copy_fixture("llama-plain");
+    expect(RUN(src, out, "--thread", "2"), 2, "--threads", "nearest");
+    expect(RUN(src, out, "--dri-run"), 2, "--dry-run", "nearest");
+    expect(RUN(src, out, "-x"), 2, "unknown option -x", "unknown");
+    expect(RUN(src, out, "--type", "int4"), 2, "not supported yet", "int4");
+    expect(RUN(src, out, "--type=f32"), 2, "f32", "f32");
+    expect(RUN(src, out, "--yarn-factor", "16"), 2, "not supported yet", "yarn");
+    expect(RUN(src, out, "--threads", "0"), 2, "--threads", "threads");
+    expect(RUN(src, out, "--threads", "2x"), 2, "--threads", "threads");
+    expect(RUN(src, out, "--threads", "999999999999999999999"), 2, "--threads", "threads");
+    expect(RUN(src, out, "--threads"), 2, "--threads", "no value");
+    expect(RUN(src, out, "--name="), 2, "--name", "empty name");
+    expect(RUN(src, out, "--dry-run=1"), 2, "no value", "flag with a value");
+    expect(RUN(src, out, "more"), 2, "third word", "third word");
+    expect(RUN(src), 2, "OUT", "no OUT");
+    expect(RUN("--type", "int8"), 2, "SOURCE", "no SOURCE");
+    expect(RUN(src, out, "--template", "chatml"), 2, "chatml", "template");
+    expect(RUN("model.gguf", out), 3, "GGUF is not supported yet", "gguf");
+    expect(RUN(in_work("nowhere"), out), 3, "nowhere", "no folder");
+    expect(RUN(in_work("src/config.json"), out), 3, "config.json", "a file for a folder");
+    expect(RUN("--tokenizer-only", in_work("src/config.json"), out), 3, "config.json",
+           "not a tokenizer");
+    expect(RUN("--", src, out), 0, "", "only words");
+    CHECK_EQ(RUN("--help"), 0);
+    CHECK(strstr(answer, "--tokenizer-only") && !errors.n);
+    CHECK_EQ(RUN("--version"), 0);
+    CHECK(strstr(answer, MEDRUN_VERSION) && !errors.n);
+    setenv("MEDRUN_TYPE", "int4", 1);
+    expect(RUN(src, out), 2, "int4", "environment");
+    expect(RUN(src, out, "--type", "bf16"), 0, "", "the flag wins");
+    unsetenv("MEDRUN_TYPE");
+    static const char card[] = "---\nlicense: other\nlicense_name: \"llama3\"\n---\n";
+    write_file(in_work("src/README.md"), card, sizeof card - 1);
+    CHECK_EQ(EXPORT("--dry-run"), 0);
+    CHECK(strstr(answer, "licence    llama3\n"));
+}
+
+static void test_proofs(void) {
+    static const struct { const char *text; int code; const char *needle; } cases[] = {
+        {"{\"tokens\":[{\"text\":\"the\"}],\"chats\":[{\"messages\":[{\"role\":\"user\","
+         "\"content\":\"x\\u0000y\"}]}],\"logits\":[{\"ids\":[0,282,7]}]}", 0, ""},
+        {"{}", 0, ""},
+        {"{\"tokens\":[{\"text\":\"!\",\"ids\":[0]}]}", 0, ""},
+        {"{\"tokens\":[{\"text\":\"!\",\"ids\":[1]}]}", 4, "differ"},
+        {"{\"tokens\":[{\"text\":\"!\",\"ids\":[]}]}", 4, "differ"},
+        {"{\"tokens\":[{\"words\":\"!\"}]}", 3, "tokens"},
+        {"{\"tokens\":7}", 3, "tokens"},
+        {"{\"chats\":[{\"messages\":[{\"role\":\"user\",\"content\":\"!\"}],\"ids\":[0]}]}", 4,
+         "differ"},
+        {"{\"chats\":[{\"messages\":[{\"role\":\"doctor\",\"content\":\"!\"}]}]}", 2, "doctor"},
+        {"{\"chats\":[{\"messages\":[{\"role\":\"user\"}]}]}", 3, "content"},
+        {"{\"chats\":[{\"messages\":[]}]}", 3, "messages"},
+        {"{\"logits\":[{\"ids\":[]}]}", 3, "logits"},
+        {"{\"logits\":[{\"ids\":[283]}]}", 3, "logits"},
+        {"{\"logits\":[{\"ids\":[-1]}]}", 3, "logits"},
+        {"{\"logits\":[{\"ids\":[1],\"sha256\":\"zz\"}]}", 3, "sha256"},
+        {"{\"logits\":[{\"ids\":[1]}", 3, "JSON"},
+    };
+    copy_fixture("llama-plain");
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        write_file(in_work("proof.json"), cases[i].text, strlen(cases[i].text));
+        expect(EXPORT("--proof", in_work("proof.json")), cases[i].code, cases[i].needle,
+               cases[i].text);
+    }
+    char wrong[200];
+    snprintf(wrong, sizeof wrong, "{\"logits\":[{\"ids\":[1],\"sha256\":\"%064d\"}]}", 7);
+    write_file(in_work("proof.json"), wrong, strlen(wrong));
+    CHECK_EQ(EXPORT("--proof", in_work("proof.json")), 4);
+    CHECK(strstr((const char *)errors.data, "differs") && clear_folder("out") == 0);
+}
+
+/* ---- failures while writing ---------------------------------------------------------------- */
+
+/* An existing OUT must be as it was, and no OUT.partial be left. */
+static void expect_untouched(int found, int code, const char *needle) {
+    buffer b = {0};
+    read_file(in_work("out/x.mdr"), &b);
+    const char *text = errors.n ? (const char *)errors.data : "";
+    if (!CHECK(found == code && strstr(text, needle) && b.n == 3 && !memcmp(b.data, "old", 3)))
+        printf("    code %d, wanted %d: %s\n", found, code, text);
+    CHECK_EQ(clear_folder("out"), 1);
+    buffer_free(&b);
+}
+
+static void test_failures(void) {
+    static const long at[] = {0, 1, 5, 30, 60};
+    const char *src = in_work("src"), *out = in_work("out/x.mdr");
+    copy_fixture("llama-plain");
+    for (size_t i = 0; i < 5; i++) {
+        write_file(out, "old", 3);
+        fail_write_at = at[i];
+        expect_untouched(RUN(src, out, "--threads", "2"), 1, "No space left on device");
+        write_file(out, "old", 3);
+        signal_write_at = at[i];
+        expect_untouched(RUN(src, out, "--threads", "2"), 130, "interrupted");
+    }
+    write_file(out, "old", 3);
+    expect_untouched(run((const char *const[]){src, out, NULL}, 100000), 1, "cannot write");
+    write_file(out, "old", 3);
+    int lock = open(in_work("out/x.mdr.partial"), O_RDWR | O_CREAT, 0600);
+    CHECK(!flock(lock, LOCK_EX));
+    int code = RUN(src, out);
+    CHECK(!remove(in_work("out/x.mdr.partial")));
+    close(lock);
+    expect_untouched(code, 1, "another export");
+    expect(RUN(src, in_work("none/x.mdr")), 1, "cannot write", "no folder for OUT");
+    expect(RUN(src, work), 1, "found a folder", "OUT is a folder");
+    expect(RUN(src, "/dev/null"), 1, "device", "OUT is a device");
+    expect(RUN(src, in_work("src/model.safetensors")), 2, "file of the source", "OUT is a source");
+    CHECK(access(in_work("src/model.safetensors"), F_OK) == 0);
+    expect(RUN("--tokenizer-only", src, in_work("src/tokenizer.json")), 2, "source",
+           "OUT is a source");
+    expect(RUN("--tokenizer-only", src, "/dev/null"), 1, "device", "tokenizer to a device");
+    fail_write_at = 0;
+    expect(RUN("--tokenizer-only", src, out), 1, "No space left", "tokenizer: full disk");
+}
+
+/* Ever later allocations fail: one line, nothing left, until there are no more. (Mostly code 6;
+ * what cannot be read for lack of memory may be called malformed.) */
+static void test_allocations(void) {
+    int wrong = 0, runs = 0, code = 6;
+    copy_fixture("llama-plain");
+    for (long i = 0; code && runs < 200; i += 1 + i / 12, runs++) {
+        fail_alloc_at = i;
+        code = EXPORT("--threads", "2");
+        if (code == 0) break;
+        const char *line = errors.n ? strstr((const char *)errors.data, "medrun-export: ") : NULL;
+        bool good = (code == 6 || code == 3 || code == 1) && line && !strchr(line, '\n')[1];
+        if (clear_folder("out") || !good) {
+            wrong++;
+            printf("    allocation %ld: code %d: %s\n", i, code,
+                   errors.n ? (const char *)errors.data : "");
+        }
+    }
+    CHECK(wrong == 0 && code == 0 && runs > 20);
+    clear_folder("out");
+}
+
+/* A sparse file that claims ten terabytes: refused before a byte is written. */
+static void test_no_room(void) {
+    buffer text = {0};
+    uint64_t hidden = 65536, ffn = 1 << 20, vocab = 283, at = 0;
+    const struct { const char *name; uint64_t rows, cols; } all[] = {
+        {"input_layernorm", 0, hidden}, {"post_attention_layernorm", 0, hidden},
+        {"self_attn.q_proj", 1024, hidden}, {"self_attn.k_proj", 1024, hidden},
+        {"self_attn.v_proj", 1024, hidden}, {"self_attn.o_proj", hidden, 1024},
+        {"mlp.gate_proj", ffn, hidden}, {"mlp.up_proj", ffn, hidden},
+        {"mlp.down_proj", hidden, ffn}};
+    copy_fixture("llama-plain");
+    edit("config.json", "\"hidden_size\": 128", "\"hidden_size\": 65536, \"head_dim\": 512");
+    edit("config.json", "\"intermediate_size\": 320", "\"intermediate_size\": 1048576");
+    edit("config.json", "\"num_hidden_layers\": 2", "\"num_hidden_layers\": 24");
+    for (int layer = 0; layer < 24; layer++)
+        for (size_t i = 0; i < 9; i++) {
+            uint64_t rows = all[i].rows ? all[i].rows : 1, end = at + 2 * rows * all[i].cols;
+            buffer_printf(&text, "\"model.layers.%d.%s.weight\":{\"dtype\":\"BF16\",\"shape\":[",
+                          layer, all[i].name);
+            if (all[i].rows) buffer_printf(&text, "%llu,", (unsigned long long)rows);
+            buffer_printf(&text, "%llu],\"data_offsets\":[%llu,%llu]},",
+                          (unsigned long long)all[i].cols, (unsigned long long)at,
+                          (unsigned long long)end);
+            at = end;
+        }
+    buffer b = {0};
+    buffer_text(&b, "{");
+    buffer_add(&b, text.data, text.n);
+    const char *const ends[] = {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"};
+    for (size_t i = 0; i < 3; i++) {
+        uint64_t end = at + 2 * hidden * (i < 2 ? vocab : 1);
+        buffer_printf(&b, "\"%s\":{\"dtype\":\"BF16\",\"shape\":[%s65536],\"data_offsets\":[%llu,"
+                      "%llu]}%s", ends[i], i < 2 ? "283," : "", (unsigned long long)at,
+                      (unsigned long long)end, i < 2 ? "," : "}");
+        at = end;
+    }
+    text.n = 0;
+    write_le(&text, b.n, 8);
+    buffer_add(&text, b.data, b.n);
+    write_file(in_work("src/model.safetensors"), text.data, text.n);
+    if (truncate(in_work("src/model.safetensors"), (off_t)(text.n + at)))
+        SKIP("this file system holds no sparse file of ten terabytes");
+    else expect(EXPORT(NULL), 1, "MB free", "no room");
+    clear_folder("src");
+    buffer_free(&text);
+    buffer_free(&b);
+}
+
+/* ---- real data ----------------------------------------------------------------------------- */
+
+static void test_manifest(const char *data) {
+    char path[512];
+    json_file f = {0};
+    medrun_error e = {0};
+    size_t n = 0, wrong = 0;
+    buffer b = {0};
+    snprintf(path, sizeof path, "%s/malformed/safetensors/MANIFEST.json", data);
+    read_file(path, &b);
+    if (!CHECK(b.n && !json_parse(&f.j, (const char *)b.data, b.n, &e))) return;
+    snprintf(path, sizeof path, "%s/malformed/safetensors", data);
+    for EACH(&f.j, 0, c) {
+        source s = {.folder = path};
+        medrun_error why = {0};
+        shown name = show(&f.j, json_get(&f.j, c, "file"));
+        int code = read_shard(&s, name.text, &why);
+        bool accept = json_is(&f.j, json_get(&f.j, c, "expect"), "accept");
+        if ((code == 0) != accept) wrong++, printf("    %s: %d %s\n", name.text, code, why.text);
+        n++;
+        close_source(&s);
+    }
+    CHECK(n > 20 && wrong == 0);
+    json_free(&f.j);
+    buffer_free(&b);
+}
+
+static void test_llama3(const char *data, const char *name) {
+    char path[512];
+    buffer b = {0}, ids = {0};
+    tokenizer t;
+    medrun_error e = {0};
+    snprintf(path, sizeof path, "%s/tokenizers/%s", data, name);
+    CHECK_EQ(RUN("--tokenizer-only", path, in_work("out/t.bin")), 0);
+    read_file(in_work("out/t.bin"), &b);
+    if (!CHECK(!tokenizer_open(&t, b.data, b.n, name, &e))) return;
+    CHECK_EQ(t.vocab_size, 128256);
+    CHECK_EQ(t.bos, 128000);
+    CHECK(!tokenizer_encode(&t, "Hello world", 11, MEDRUN_ADD_BOS, &ids, &e) && ids.n == 12 &&
+          !memcmp(ids.data, (int32_t[]){128000, 9906, 1917}, 12));
+    tokenizer_close(&t);
+    buffer_free(&b);
+    buffer_free(&ids);
+    clear_folder("out");
+}
+
+static void test_real_data(void) {
+    const char *data = getenv("MEDRUN_TEST_DATA");
+    if (!data) {
+        SKIP("malformed safetensors and Llama-3 tokenizers: MEDRUN_TEST_DATA is not set");
+        return;
+    }
+    test_manifest(data);
+    test_llama3(data, "llama3-8b");
+    test_llama3(data, "llama33-merges-as-pairs.tokenizer.json");
+    static const char *const others[] = {"mistral-7b-v0.1.tokenizer.json",
+                                         "tekken-ministral-8b-2410.tokenizer.json",
+                                         "llama2.tokenizer.model"};
+    for (size_t i = 0; i < 3; i++) {
+        char path[512];
+        snprintf(path, sizeof path, "%s/tokenizers/%s", data, others[i]);
+        expect(RUN("--tokenizer-only", path, in_work("out/t.bin")), 3, others[i], others[i]);
+    }
+}
+
+int main(void) {
+    const char *slash = strrchr(__FILE__, '/'), *tmp = getenv("TMPDIR");
+    snprintf(fixtures, sizeof fixtures, "%.*sfixtures", slash ? (int)(slash - __FILE__) + 1 : 0,
+             __FILE__);
+    snprintf(work, sizeof work, "%s/medrun-export-XXXXXX", tmp ? tmp : "/tmp");
+    if (!mkdtemp(work) || mkdir(in_work("src"), 0700) || mkdir(in_work("out"), 0700)) return 1;
+    static const char *const names[] = {"llama-plain", "llama-tied", "llama-sharded",
+                                        "llama-grouped"};
+    for (size_t i = 0; i < 4; i++) {
+        test_good(names[i], "bf16", 1e-5);
+        test_good(names[i], "int8", 0.1);
+    }
+    test_header();
+    test_same_bytes();
+    test_source_types();
+    test_vectors();
+    test_edits();
+    test_weights();
+    test_shards();
+    test_flips();
+    test_tokenizer_flips();
+    test_options();
+    test_proofs();
+    test_failures();
+    test_allocations();
+    test_no_room();
+    test_real_data();
+    clear_folder("src"), clear_folder("out");
+    remove(in_work("stdout")), remove(in_work("stderr")), remove(in_work("proof.json"));
+    remove(in_work("src")), remove(in_work("out"));
+    CHECK(!remove(work));
+    buffer_free(&errors);
+    return report();
+}
