@@ -409,7 +409,6 @@ static uint64_t read_le(reader *r, size_t n) {
     return v;
 }
 
-static uint32_t read_u32(reader *r) { return (uint32_t)read_le(r, 4); }
 static uint64_t read_u64(reader *r) { return read_le(r, 8); }
 
 static void write_le(buffer *b, uint64_t v, size_t n) {
@@ -925,7 +924,7 @@ typedef struct {
 
 static int map_file(const char *path, file_map *map, medrun_error *e) {
     *map = (file_map){0};
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);     /* do not wait on a pipe         */
     if (fd < 0) return fail(e, MEDRUN_BAD_FILE, "%s: cannot open: %s", path, strerror(errno));
     struct stat st;
     void *p = MAP_FAILED;
@@ -1086,8 +1085,8 @@ static int pool_start(thread_pool *p, int threads, medrun_error *e) {
         if (start) *start = (worker_start){p, i};
         if (!start || pthread_create(&p->ids[i - 1], NULL, worker_main, start)) {
             free(start);
-            pool_stop(p);
-            return fail(e, MEDRUN_FAILED, "cannot start thread %d of %d", i + 1, p->threads);
+            fail(e, MEDRUN_FAILED, "cannot start thread %d of %d", i + 1, p->threads);
+            return pool_stop(p), MEDRUN_FAILED;
         }
         p->started++;
     }
@@ -3285,6 +3284,7 @@ static int chat_control(chat_writer *w, int32_t id) {
 /* The table names control tokens; each tokenizer has its own ids for them. A piece of another type
  * is not accepted: what ordinary text can give must not mean a turn. */
 static int chat_control_named(chat_writer *w, const char *name) {
+    if (w->as_text && !w->t) return buffer_text(w->out, name), MEDRUN_OK;
     int32_t id = tokenizer_find(w->t, name, strlen(name));
     if (id < 0 || tokenizer_type(w->t, id) != PIECE_CONTROL)
         return fail(w->e, MEDRUN_BAD_FILE, "tokenizer: control token %s is missing, which the chat "
@@ -3299,7 +3299,7 @@ static int chat_parts(chat_writer *w, const chat_part *part, const char *text, s
     int code = MEDRUN_OK;
     for (; !code && part->kind != PART_END; part++) {
         if (part->kind == PART_CONTROL) code = chat_control_named(w, part->words);
-        if (part->kind == PART_BOS && w->t->add_bos) code = chat_control(w, w->t->bos);
+        if (part->kind == PART_BOS && w->t && w->t->add_bos) code = chat_control(w, w->t->bos);
         if (part->kind == PART_WORDS) buffer_text(to, part->words);
         if (part->kind == PART_TRIMMED) trim(&text, &n);
         if (part->kind == PART_TRIMMED || part->kind == PART_TEXT) buffer_add(to, text, n);
@@ -3357,7 +3357,8 @@ static int chat_render(const chat_template *c, const tokenizer *t, const medrun_
     return chat_write(&(chat_writer){.c = c, .t = t, .out = ids, .e = e}, m, n, answer);
 }
 
-/* The same as text, control tokens spelled out: for people to read, not to be tokenized again. */
+/* The same as text, control tokens spelled out: for people to read, not to be tokenized again.
+ * T may be NULL: then their names are not checked. */
 static int chat_render_text(const chat_template *c, const tokenizer *t, const medrun_message *m,
                             size_t n, bool answer, buffer *text, medrun_error *e) {
     chat_writer w = {.c = c, .t = t, .as_text = true, .out = text, .e = e};
@@ -4156,6 +4157,32 @@ static void list_candidates(candidate *list, const float *logits, size_t vocab, 
     }
 }
 
+/* Moves the candidates that survive top-k, top-p and min-p to the end of LIST, the best last.
+ * Returns how many there are, at least 1, and the sum of their weights. */
+static size_t select_candidates(candidate *list, size_t vocab, float best,
+                                const medrun_sampling *s, double *sum) {
+    bool by_rank = s->top_k > 0 && (size_t)s->top_k < vocab;
+    size_t ranked = 0, n = 0;
+    double all = 0, share = 0;
+    for (size_t i = vocab / 2; i-- > 0;) sift_down(list, vocab, i);
+    if (by_rank)                                /* top-k keeps the ties of the k-th              */
+        for (; ranked < vocab && (ranked < (size_t)s->top_k ||
+                                  list[0].logit == list[vocab - ranked].logit); ranked++) {
+            all += weight_of(list[0].logit, best, s->temperature);
+            pop_best(list, vocab - ranked);
+        }
+    else
+        for (size_t i = 0; i < vocab; i++) all += weight_of(list[i].logit, best, s->temperature);
+    for (; n < (by_rank ? ranked : vocab); n++) {
+        if (n && s->top_p < 1 && share >= (double)s->top_p * all) break;
+        if (!by_rank) pop_best(list, vocab - n);
+        double w = weight_of(list[vocab - 1 - n].logit, best, s->temperature);
+        if (n && (w == 0 || w < (double)s->min_p)) break;
+        share += w;
+    }
+    return *sum = share, n;
+}
+
 /* LIST has room for VOCAB candidates. */
 static int32_t sample_token(candidate *list, const float *logits, size_t vocab,
                             const medrun_sampling *s, uint64_t *random, const int32_t *history,
@@ -4164,38 +4191,14 @@ static int32_t sample_token(candidate *list, const float *logits, size_t vocab,
     candidate best = list[0];
     for (size_t i = 1; i < vocab; i++) if (comes_before(list[i], best)) best = list[i];
     if (s->temperature <= 0) return best.id;
-
-    size_t keep = s->top_k > 0 && (size_t)s->top_k < vocab ? (size_t)s->top_k : vocab;
-    double total = 0, so_far = 0;
-    for (size_t i = vocab / 2; i-- > 0;) sift_down(list, vocab, i);
-    if (keep == vocab)                          /* what top-p is a share of                      */
-        for (size_t i = 0; i < vocab; i++) total += weight_of(list[i].logit, best.logit,
-                                                              s->temperature);
-    size_t left = vocab;                        /* list[left ..] are the best, last one first    */
-    for (float last = 0; left; left--) {
-        size_t taken = vocab - left;            /* top-k keeps ties with the k-th                */
-        if (taken >= keep && list[0].logit != last) break;
-        last = list[0].logit;
-        double w = weight_of(last, best.logit, s->temperature);
-        if (taken && w < (double)s->min_p) break;
-        if (keep == vocab && taken && so_far >= (double)s->top_p * total) break;
-        so_far += w;
-        pop_best(list, left);
-    }
-    if (keep < vocab && s->top_p < 1) {         /* top-p of what top-k left                      */
-        double share = 0, all = so_far;
-        size_t n = 0;
-        for (so_far = 0; n < vocab - left && (!n || share < (double)s->top_p * all); n++)
-            share += weight_of(list[vocab - 1 - n].logit, best.logit, s->temperature);
-        left = vocab - n, so_far = share;
-    }
-    double ticket = random_uniform(random) * so_far;
-    size_t i = vocab - 1;
-    for (; i > left; i--) {
-        ticket -= weight_of(list[i].logit, best.logit, s->temperature);
+    double sum, ticket;
+    size_t n = select_candidates(list, vocab, best.logit, s, &sum), i = 1;
+    ticket = random_uniform(random) * sum;
+    for (; i < n; i++) {
+        ticket -= weight_of(list[vocab - i].logit, best.logit, s->temperature);
         if (ticket < 0) break;
     }
-    return list[i].id;
+    return list[vocab - i].id;
 }
 /* ============================================================================================
  * 15 Session: the bodies of the API
@@ -5025,10 +5028,10 @@ static int json_messages(command *c, const json *j, uint32_t v, const char *what
 
 /* ---- opening ------------------------------------------------------------------------------- */
 
-/* The file that -m or the first argument names. */
+/* The file that -m or the first argument names; the environment only if neither does. */
 static const char *model_path(command *c) {
+    if (c->n_rest && c->from[O_MODEL] != FROM_FLAG) return c->n_rest--, *c->rest++;
     if (given(c, O_MODEL)) return c->text[O_MODEL];
-    if (c->n_rest) return c->n_rest--, *c->rest++;
     fail(&c->e, MEDRUN_USAGE, "%s: no model; name one (medrun help %s)", command_names[c->which],
          command_names[c->which]);
     return NULL;
@@ -5280,7 +5283,10 @@ static int read_prompt(command *c, buffer *text) {
     bool file = given(c, O_FILE) && c->from[O_FILE] >= c->from[O_PROMPT];
     if (file && c->from[O_PROMPT] == c->from[O_FILE])
         return fail(&c->e, MEDRUN_USAGE, "found both --prompt and --file, wanted one");
-    if (!file && given(c, O_PROMPT)) return buffer_text(text, c->text[O_PROMPT]), MEDRUN_OK;
+    if (!file && given(c, O_PROMPT)) {
+        buffer_text(text, c->text[O_PROMPT]);
+        return text->failed ? out_of_memory(&c->e, strlen(c->text[O_PROMPT])) : MEDRUN_OK;
+    }
     if (!file && isatty(STDIN_FILENO))
         return fail(&c->e, MEDRUN_USAGE, "no text: give -p TEXT or -f FILE, or pipe it in");
     int code = read_file(c, file ? c->text[O_FILE] : "-", text);
@@ -5929,7 +5935,8 @@ static int chat_feed(chat *h, const char *text, size_t n) {
         size_t start = medrun_length(c->s) + head;
         show_prompt(c, ids_of(&ids) + skip, ids.n / 4 - skip);
         buffer_add(&h->starts, &start, sizeof start);
-        code = medrun_feed(c->s, ids_of(&ids) + skip, ids.n / 4 - skip, &c->e);
+        if (h->starts.failed) code = out_of_memory(&c->e, sizeof start);
+        else code = medrun_feed(c->s, ids_of(&ids) + skip, ids.n / 4 - skip, &c->e);
     }
     buffer_free(&ids);
     return code;
@@ -6034,6 +6041,7 @@ static int chat_loop(chat *h, buffer *message) {
             continue;
         }
         h->interrupts = 0;
+        if (message->failed) return out_of_memory(&h->c->e, message->n);
         if (message->n && message->data[0] == '/') code = chat_command(h, (char *)message->data);
         else if (message->n) code = chat_answer(h, chars(message), message->n);
         if (code && !h->c->e.code) return code;         /* stdout is gone                        */
@@ -6244,6 +6252,7 @@ static int detokenize_command(command *c) {
     bool from_stdin = !c->n_rest || (c->n_rest == 1 && !strcmp(c->rest[0], "-"));
     for (int i = 0; !from_stdin && i < c->n_rest; i++) buffer_printf(&text, "%s ", c->rest[i]);
     if (!code && from_stdin) code = read_file(c, "-", &text);
+    if (!code && text.failed) code = out_of_memory(&c->e, text.n);
     if (!code) code = parse_ids(c, chars(&text), text.n, &ids);
     if (!code) tokenizer_decode(c->t, ids_of(&ids), ids.n / 4, flag(c, O_SPECIAL), &out);
     if (!code && out.failed) code = out_of_memory(&c->e, out.n);

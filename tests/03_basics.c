@@ -91,7 +91,7 @@ static void test_buffer(void) {
 static void test_reader(void) {
     const uint8_t bytes[11] = {1, 2, 3, 4, 5, 6, 7, 8, 0xFE, 0xFF, 9};
     reader r = {bytes, sizeof bytes, 0, false};
-    CHECK_EQ(read_u32(&r), 0x04030201);
+    CHECK_EQ((uint32_t)read_le(&r, 4), 0x04030201);
     CHECK(read_bytes(&r, 0) == bytes + 4 && !r.failed);
     CHECK_EQ(read_le(&r, 3), 0x070605);
     CHECK(read_bytes(&r, 4) == bytes + 7 && r.at == 11);

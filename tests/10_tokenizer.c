@@ -221,9 +221,9 @@ static void test_vectors(const tokenizer *t) {
     uint8_t *bytes = slurp("tests/fixtures/tokenizer/vectors.bin", &n);
     reader r = {bytes, n, 0, false};
     while (!r.failed && r.at < r.n) {
-        uint32_t n_text = read_u32(&r);
+        uint32_t n_text = (uint32_t)read_le(&r, 4);
         const uint8_t *text = read_bytes(&r, n_text);
-        uint32_t n_ids = read_u32(&r);
+        uint32_t n_ids = (uint32_t)read_le(&r, 4);
         const uint8_t *ids = read_bytes(&r, 4 * (size_t)n_ids);
         if (r.failed) break;
         buffer b = {0};

@@ -405,9 +405,9 @@ static void test_vectors(void) {
     reader r = {vectors.data, vectors.n, 0, false};
     for (; r.at < r.n && !r.failed; n++) {
         buffer ids = {0};
-        uint32_t bytes = read_u32(&r);
+        uint32_t bytes = (uint32_t)read_le(&r, 4);
         const uint8_t *text = read_bytes(&r, bytes);
-        uint32_t count = read_u32(&r);
+        uint32_t count = (uint32_t)read_le(&r, 4);
         const uint8_t *wanted = read_bytes(&r, 4 * (size_t)count);
         if (r.failed) break;
         tokenizer_encode(&t, (const char *)text, bytes, 0, &ids, &e);

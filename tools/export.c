@@ -1449,11 +1449,14 @@ static int plan_model(exporter *x, medrun_error *e) {
 
 static void put_string(buffer *b, const char *text) { json_quote(b, text, strlen(text)); }
 
-/* "KEY":V with nine digits; more only where they would change the number. */
-static void put_real(buffer *b, const char *key, double v) {
+/* "KEY":V in as few digits as give V back, or only its float, which is what some fields are. */
+static void put_real(buffer *b, const char *key, double v, bool as_float) {
     char text[40];
-    snprintf(text, sizeof text, "%.9g", v);
-    if (differ(strtod(text, NULL), v)) snprintf(text, sizeof text, "%.17g", v);
+    for (int digits = 6; digits <= 17; digits++) {
+        snprintf(text, sizeof text, "%.*g", digits, v);
+        double back = strtod(text, NULL);
+        if (!differ(as_float ? (double)(float)back : back, v)) break;
+    }
     buffer_printf(b, "\"%s\":%s", key, text);
 }
 
@@ -1474,16 +1477,16 @@ static void put_config(buffer *b, const model_config *c) {
                   "\"n_heads\":%d,\"n_kv_heads\":%d,\"head_dim\":%d,\"ffn_size\":%d,"
                   "\"max_positions\":%d,", c->vocab_size, c->hidden_size, c->n_layers, c->n_heads,
                   c->n_kv_heads, c->head_dim, c->ffn_size, c->max_positions);
-    put_real(b, "norm_eps", (double)c->norm_eps);
+    put_real(b, "norm_eps", (double)c->norm_eps, true);
     buffer_text(b, ",");
-    put_real(b, "rope_theta", c->rope_theta);
+    put_real(b, "rope_theta", c->rope_theta, false);
     buffer_printf(b, ",\"rope_scaling\":{\"type\":\"%s\"", c->rope_llama3 ? "llama3" : "none");
     const struct { const char *key; double v; } scaling[] = {
         {"factor", c->rope_factor}, {"low_freq_factor", c->rope_low},
         {"high_freq_factor", c->rope_high}, {"original_max_positions", c->rope_original}};
     for (size_t i = 0; c->rope_llama3 && i < 4; i++) {
         buffer_text(b, ",");
-        put_real(b, scaling[i].key, scaling[i].v);
+        put_real(b, scaling[i].key, scaling[i].v, false);
     }
     buffer_printf(b, "},\"activation\":\"silu\",\"tied\":%s},\n", c->tied ? "true" : "false");
 }
@@ -1511,7 +1514,7 @@ static void put_chat(buffer *b, const source *s) {
     put_ids(b, s->stops, (size_t)s->n_stops);
     for (size_t i = 0; i < 5; i++) {
         buffer_text(b, i ? "," : ",\"sampling\":{");
-        put_real(b, fields[i].key, fields[i].v);
+        put_real(b, fields[i].key, fields[i].v, false);
     }
     buffer_text(b, "}},\n");
 }
