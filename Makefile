@@ -37,11 +37,18 @@ $(BUILD)/%-int8.mdr: $(BIN)/medrun-export tests/fixtures/%/config.json
 $(BUILD)/tokenizer.bin: $(BIN)/medrun-export tests/fixtures/tokenizer/tokenizer.json
 	@mkdir -p $(BUILD)
 	$(BIN)/medrun-export --tokenizer-only tests/fixtures/tokenizer $@
+# Real vocabularies are read where the environment says, and skipped where it says nothing.
+ifdef MEDRUN_TEST_DATA
+REAL     = $(BUILD)/llama3.tokenizer.bin
+$(BUILD)/llama3.tokenizer.bin: $(BIN)/medrun-export
+	@mkdir -p $(BUILD)
+	$(BIN)/medrun-export --tokenizer-only $(MEDRUN_TEST_DATA)/tokenizers/llama3-8b $@
+endif
 $(BUILD)/test_%: tests/%.c tests/test.h medrun.c tools/export.c
 	@mkdir -p $(BUILD)
 	$(CC) $(CFLAGS) $(WARN) -Wno-unused-function -o $@ $< $(LIBS)
 
-test: all $(MODELS) $(BUILD)/tokenizer.bin $(UNITS:%=$(BUILD)/test_%)
+test: all $(MODELS) $(REAL) $(BUILD)/tokenizer.bin $(UNITS:%=$(BUILD)/test_%)
 	@SCRIPTS="$(SCRIPTS)" CC="$(CC)" sh tests/run.sh "$(BIN)" "$(BUILD)" $(UNITS)
 
 lint:

@@ -831,8 +831,8 @@ static bool json_int(const json *j, uint32_t v, const char *what, const char *ke
                     f == JSON_NONE ? "nothing" : "another type"), false;
     double d = json_number(j, f);
     if (!(d >= (double)min && d <= (double)max) || d != floor(d))
-        return fail(e, MEDRUN_BAD_FILE, "%s: field %s: found %.17g, wanted a whole number from %lld "
-                    "to %lld", what, key, d, (long long)min, (long long)max), false;
+        return fail(e, MEDRUN_BAD_FILE, "%s: field %s: found %.17g, wanted a whole number "
+                    "from %lld to %lld", what, key, d, (long long)min, (long long)max), false;
     return *out = (int64_t)d, true;
 }
 
@@ -849,7 +849,7 @@ static bool json_real(const json *j, uint32_t v, const char *what, const char *k
     return *out = d, true;
 }
 
-/* Copies string field KEY into OUT[CAP] with a NUL; a longer string or one with a NUL is refused. */
+/* Copies string field KEY into OUT[CAP] with a NUL; refuses a longer one or one with a NUL. */
 static bool json_text(const json *j, uint32_t v, const char *what, const char *key, char *out,
                       size_t cap, medrun_error *e) {
     uint32_t f = json_get(j, v, key);
@@ -1290,7 +1290,7 @@ static void panel_unpack_row(int type, const uint8_t *panel, size_t lane, size_t
  *   PACK_F32   one float a k                                    (bf16 weights, strict)
  *   PACK_BF16  two bf16, k and k + 1                            (bf16 weights, vdpbf16ps)
  *   PACK_INT8  for each group of 64: for each token -128 * the sum of its q; for each token its
- *              scale; then 16 words of four int8. The sum undoes the +128 of the weights exactly. */
+ *              scale; then 16 words of four int8. The sum undoes the weights' +128 exactly. */
 enum { PACK_F32, PACK_BF16, PACK_INT8, N_PACKS };
 enum { TILE = 8, KEY_BLOCK = 256 };
 
@@ -2194,8 +2194,8 @@ static int take_section(model_file *f, uint32_t v, const char *what, const uint8
         return fail(e, MEDRUN_BAD_FILE, "%s: %s: found offset %lld, wanted %zu", f->path, what,
                     (long long)offset, wanted);
     if (wanted > f->map.n || (uint64_t)length > f->map.n - wanted)
-        return fail(e, MEDRUN_BAD_FILE, "%s: %s: ends at byte %llu but the file has %zu; it was cut "
-                    "short, copy it again", f->path, what,
+        return fail(e, MEDRUN_BAD_FILE, "%s: %s: ends at byte %llu but the file has %zu; it was "
+                    "cut short, copy it again", f->path, what,
                     (unsigned long long)wanted + (unsigned long long)length, f->map.n);
     if (!all_zero(f->map.data + f->at, wanted - f->at))
         return fail(e, MEDRUN_BAD_FILE, "%s: %s: the padding before it is not zero", f->path, what);
@@ -2236,8 +2236,8 @@ static int file_open(model_file *f, const char *path, medrun_error *e) {
     if (!code) {
         sha256_of(f->map.data, PREAMBLE + n, f->hash);
         if (memcmp(f->hash, f->map.data + PREAMBLE + n, 32))
-            code = fail(e, MEDRUN_BAD_FILE, "%s: the header's SHA-256 differs: the file is damaged, "
-                        "copy it again", path);
+            code = fail(e, MEDRUN_BAD_FILE, "%s: the header's SHA-256 differs: the file is "
+                        "damaged, copy it again", path);
     }
     medrun_error why = {0};
     if (!code && (code = json_parse(&f->header, (const char *)f->map.data + PREAMBLE, n, &why)))
@@ -3536,10 +3536,14 @@ static int read_config(const model_file *f, model_config *c, medrun_error *e) {
     const json *j = &f->header;
     uint32_t v = json_get(j, 0, "config"), tied = json_get(j, v, "tied");
     const struct { const char *key; int64_t min, max; int *to; } fields[] = {
-        {"vocab_size", 257, 1 << 22, &c->vocab_size}, {"hidden_size", 16, 1 << 16, &c->hidden_size},
-        {"n_layers", 1, 1024, &c->n_layers},          {"n_heads", 1, 1024, &c->n_heads},
-        {"n_kv_heads", 1, 1024, &c->n_kv_heads},      {"head_dim", 16, 1024, &c->head_dim},
-        {"ffn_size", 16, 1 << 20, &c->ffn_size},      {"max_positions", 1, 1 << 24, &c->max_positions},
+        {"vocab_size", 257, 1 << 22, &c->vocab_size},
+        {"hidden_size", 16, 1 << 16, &c->hidden_size},
+        {"n_layers", 1, 1024, &c->n_layers},
+        {"n_heads", 1, 1024, &c->n_heads},
+        {"n_kv_heads", 1, 1024, &c->n_kv_heads},
+        {"head_dim", 16, 1024, &c->head_dim},
+        {"ffn_size", 16, 1 << 20, &c->ffn_size},
+        {"max_positions", 1, 1 << 24, &c->max_positions},
     };
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
         int64_t n;
@@ -3551,8 +3555,9 @@ static int read_config(const model_file *f, model_config *c, medrun_error *e) {
         return fail(e, MEDRUN_BAD_FILE, "%s: field n_heads: found %d, wanted a multiple of "
                     "n_kv_heads %d", f->path, c->n_heads, c->n_kv_heads);
     if (c->hidden_size % 16 || c->head_dim % 16 || c->ffn_size % 16)
-        return fail(e, MEDRUN_BAD_FILE, "%s: config: found hidden_size %d, head_dim %d, ffn_size %d, "
-                    "wanted multiples of 16", f->path, c->hidden_size, c->head_dim, c->ffn_size);
+        return fail(e, MEDRUN_BAD_FILE, "%s: config: found hidden_size %d, head_dim %d, ffn_size "
+                    "%d, wanted multiples of 16", f->path, c->hidden_size, c->head_dim,
+                    c->ffn_size);
     double eps;
     char activation[32];
     if (!json_real(j, v, f->path, "norm_eps", 1e-12, 1, &eps, e) ||
@@ -3560,7 +3565,8 @@ static int read_config(const model_file *f, model_config *c, medrun_error *e) {
         return MEDRUN_BAD_FILE;
     c->norm_eps = (float)eps;
     if (strcmp(activation, "silu")) return wrong_value(f, "activation", activation, "silu", e);
-    if (tied == JSON_NONE || (json_typeof(j, tied) != JSON_TRUE && json_typeof(j, tied) != JSON_FALSE))
+    if (tied == JSON_NONE ||
+        (json_typeof(j, tied) != JSON_TRUE && json_typeof(j, tied) != JSON_FALSE))
         return fail(e, MEDRUN_BAD_FILE, "%s: field tied: wanted true or false", f->path);
     c->tied = json_typeof(j, tied) == JSON_TRUE;
     return read_rope(f, v, c, e);
@@ -3583,9 +3589,9 @@ static int bind(medrun_model *m, uint32_t *entry, uint32_t *left, const char *na
         !json_int(&f->header, v, f->path, "rows", 1, 1 << 24, &r, e) ||
         !json_int(&f->header, v, f->path, "cols", 1, 1 << 24, &c, e)) return MEDRUN_BAD_FILE;
     if (strcmp(found, name) || strcmp(found_type, type_names[type]) || r != rows || c != cols)
-        return fail(e, MEDRUN_BAD_FILE, "%s: tensor: found %s %s (%lld, %lld), wanted %s %s (%d, %d)",
-                    f->path, found, found_type, (long long)r, (long long)c, name, type_names[type],
-                    rows, cols);
+        return fail(e, MEDRUN_BAD_FILE, "%s: tensor: found %s %s (%lld, %lld), wanted %s %s "
+                    "(%d, %d)", f->path, found, found_type, (long long)r, (long long)c, name,
+                    type_names[type], rows, cols);
     int code = take_section(f, v, name, &out->data, &bytes, digest, e);
     if (code) return code;
     if (bytes != wanted)
@@ -3608,7 +3614,12 @@ static int bind_all(medrun_model *m, medrun_error *e) {
         return e->code;
     for (int l = 0; l < c->n_layers; l++) {
         model_layer *y = &m->layers[l];
-        const struct { const char *name; int rows, cols; tensor *to; const float **vector; } all[] = {
+        const struct {
+            const char *name;
+            int rows, cols;
+            tensor *to;
+            const float **vector;
+        } all[] = {
             {"attn_norm", 1, hidden, &vector, &y->attn_norm},
             {"q", heads, hidden, &y->q, NULL},
             {"k", kv, hidden, &y->k, NULL},
@@ -3701,8 +3712,8 @@ static int read_chat(medrun_model *m, medrun_error *e) {
     m->system = (char *)b.data;
     if (stops == JSON_NONE || json_typeof(j, stops) != JSON_ARRAY ||
         j->nodes[stops].count > MEDRUN_MAX_STOPS)
-        return fail(e, MEDRUN_BAD_FILE, "%s: field chat.stop_ids: wanted an array of at most %d ids",
-                    f->path, MEDRUN_MAX_STOPS);
+        return fail(e, MEDRUN_BAD_FILE, "%s: field chat.stop_ids: wanted an array of at most %d "
+                    "ids", f->path, MEDRUN_MAX_STOPS);
     for (uint32_t i = 0, c = stops + 1; i < j->nodes[stops].count; i++, c = j->nodes[c].next) {
         double id = json_typeof(j, c) == JSON_NUMBER ? json_number(j, c) : -1;
         if (!(id >= 0 && id < m->config.vocab_size) || id != floor(id))
@@ -3957,7 +3968,8 @@ static void rotate_task(void *context, size_t begin, size_t end, int thread) {
     size_t dim = (size_t)p->m->config.head_dim;
     for (size_t r = begin * TILE; r < tile_end(p, end); r++) {
         const float *rotation = p->rotation + r * dim;
-        for (size_t d = 0; d < p->heads; d += dim) rotate(p->q + r * p->heads + d, rotation, dim / 2);
+        for (size_t d = 0; d < p->heads; d += dim)
+            rotate(p->q + r * p->heads + d, rotation, dim / 2);
         for (size_t d = 0; d < p->kv; d += dim) {
             rotate(p->k + r * p->kv + d, rotation, dim / 2);
             store_row(p, r, d / dim);
@@ -4088,7 +4100,8 @@ static void output(pass *p) {
             for (; take < TILE && to->n_logits + take < n; take++)
                 rows[take] = s->first + s->n - 1 - to->n_logits - take;
             output_rows(p, rows, take);
-            memcpy(to->logits + to->n_logits * p->vocab, p->logits, take * p->vocab * sizeof(float));
+            memcpy(to->logits + to->n_logits * p->vocab, p->logits,
+                   take * p->vocab * sizeof(float));
             if (to->observer) {
                 size_t cols = (size_t)p->m->config.vocab_size;
                 to->observer(to->observer_user, "final_norm", -1, take, p->hidden, p->hidden, p->h);
@@ -4207,7 +4220,7 @@ static int32_t sample_token(candidate *list, const float *logits, size_t vocab,
  * size is known before anything is allocated. Tests: tests/15_session.c.
  * ============================================================================================ */
 
-/* Hands out 64-byte aligned pieces of memory that starts at BASE, or only counts when it is NULL. */
+/* Hands out 64-byte aligned pieces of the memory at BASE; only counts them when it is NULL. */
 typedef struct {
     uint8_t *base;
     size_t at;
@@ -4270,8 +4283,8 @@ static int resolve_options(const medrun_model *m, const medrun_session_options *
     *o = from ? *from : (medrun_session_options){0};
     int most = m->config.max_positions;
     if (o->context < 0 || o->context > most)
-        return fail(e, MEDRUN_USAGE, "context: found %d, wanted 1 to %d, the longest this model was "
-                    "made for", o->context, most);
+        return fail(e, MEDRUN_USAGE, "context: found %d, wanted 1 to %d, the longest this model "
+                    "was made for", o->context, most);
     if (o->batch < 0 || o->logit_rows < 0 || (o->kv != MEDRUN_KV_F16 && o->kv != MEDRUN_KV_F32))
         return fail(e, MEDRUN_USAGE, "session: batch %d, logit_rows %d, kv %d: out of range",
                     o->batch, o->logit_rows, o->kv);
@@ -4375,8 +4388,8 @@ int medrun_say(medrun_session *s, const char *role, const char *text, size_t n_b
         code = chat_close(m->chat, &m->tokenizer, &ids, e);
     }
     if (first && m->system[0] && strcmp(role, "system")) {
-        code = chat_turn(m->chat, &m->tokenizer, "system", m->system, strlen(m->system), true, false,
-                         &ids, e);
+        code = chat_turn(m->chat, &m->tokenizer, "system", m->system, strlen(m->system), true,
+                         false, &ids, e);
         first = false;
     }
     if (!code)
@@ -4422,8 +4435,8 @@ int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *e) {
         const medrun_session *s = sessions[i];
         if (s->model != lead->model || s->options.strict != lead->options.strict ||
             s->options.kv != lead->options.kv)
-            return fail(e, MEDRUN_USAGE, "step: session %zu differs from the first in model, strict "
-                        "or kv", i);
+            return fail(e, MEDRUN_USAGE, "step: session %zu differs from the first in model, "
+                        "strict or kv", i);
         for (size_t k = 0; k < i; k++)
             if (sessions[k] == s) return fail(e, MEDRUN_USAGE, "step: session %zu stands twice", i);
     }
@@ -4476,10 +4489,11 @@ static int give_ids(buffer *ids, int code, int32_t *out, size_t cap, size_t *n, 
     return code;
 }
 
-int medrun_tokenize(const medrun_model *m, const char *text, size_t n_bytes, int flags, int32_t *ids,
-                    size_t cap, size_t *n, medrun_error *e) {
+int medrun_tokenize(const medrun_model *m, const char *text, size_t n_bytes, int flags,
+                    int32_t *ids, size_t cap, size_t *n, medrun_error *e) {
     buffer b = {0};
-    return give_ids(&b, tokenizer_encode(&m->tokenizer, text, n_bytes, flags, &b, e), ids, cap, n, e);
+    int code = tokenizer_encode(&m->tokenizer, text, n_bytes, flags, &b, e);
+    return give_ids(&b, code, ids, cap, n, e);
 }
 
 int medrun_detokenize(const medrun_model *m, const int32_t *ids, size_t n_ids, bool special,
@@ -4592,8 +4606,8 @@ static int restore_from(medrun_session *s, state_file *f, const char *path, medr
     bool same = !b.failed && !f->failed && !memcmp(head, b.data, b.n);
     buffer_free(&b);
     if (!same)
-        return fail(e, MEDRUN_BAD_FILE, "%s: not a session saved from this checkpoint with the same "
-                    "kv and strict", path);
+        return fail(e, MEDRUN_BAD_FILE, "%s: not a session saved from this checkpoint with the "
+                    "same kv and strict", path);
     reader r = {head, sizeof head, 48, false};
     uint64_t n = read_u64(&r), done = read_u64(&r), random = read_u64(&r), open = read_u64(&r);
     if (n > (uint64_t)s->options.context)

@@ -4,6 +4,17 @@
 #include "../medrun.c"
 #include "test.h"
 #include <sys/resource.h>
+#include <sys/syscall.h>
+
+#ifdef CPU_COUNT
+static bool many_processors;
+
+/* Stands before the C library's: a machine with 1024 processors, when asked. */
+int sched_getaffinity(pid_t pid, size_t n, cpu_set_t *set) {
+    memset(set, many_processors ? 0xFF : 0, n);
+    return many_processors || syscall(SYS_sched_getaffinity, pid, n, set) >= 0 ? 0 : -1;
+}
+#endif
 
 enum { MOST = 1000 };
 
@@ -253,7 +264,12 @@ static void test_machine(void) {
     usleep(20000);
     t = seconds() - t;
     CHECK(t >= 0.02 && t < 5);
-    CHECK(processors() >= 1 && processors() <= CPU_SETSIZE);
+    CHECK(processors() >= 1 && processors() <= MAX_THREADS);
+#ifdef CPU_COUNT
+    many_processors = true;
+    CHECK_EQ(processors(), MAX_THREADS);
+    many_processors = false;
+#endif
     uint64_t total, available;
     memory_size(&total, &available);
     CHECK(total >= 16u << 20 && available > 0 && available <= total);
