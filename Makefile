@@ -22,7 +22,7 @@ $(BIN)/medrun: medrun.c
 	$(CC) $(CFLAGS) $(WARN) -o $@ medrun.c $(LIBS)
 
 $(BIN)/medrun-export: tools/export.c medrun.c
-	$(CC) $(CFLAGS) $(WARN) -Wno-unused-function -o $@ tools/export.c $(LIBS)
+	$(CC) $(CFLAGS) $(WARN) -o $@ tools/export.c $(LIBS)
 
 run: $(BIN)/medrun
 	$(BIN)/medrun run $(DEMO) -p "What are the symptoms of diabetes?"
@@ -46,7 +46,7 @@ $(BUILD)/llama3.tokenizer.bin: $(BIN)/medrun-export
 endif
 $(BUILD)/test_%: tests/%.c tests/test.h medrun.c tools/export.c
 	@mkdir -p $(BUILD)
-	$(CC) $(CFLAGS) $(WARN) -Wno-unused-function -o $@ $< $(LIBS)
+	$(CC) $(CFLAGS) $(WARN) -o $@ $< $(LIBS)
 
 test: all $(MODELS) $(REAL) $(BUILD)/tokenizer.bin $(UNITS:%=$(BUILD)/test_%)
 	@SCRIPTS="$(SCRIPTS)" CC="$(CC)" sh tests/run.sh "$(BIN)" "$(BUILD)" $(UNITS)

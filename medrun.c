@@ -258,6 +258,9 @@ void medrun_observe(medrun_session *session, medrun_observer *observer, void *us
 #if !defined __GNUC__
 #error "medrun needs gcc or clang"
 #endif
+#ifdef MEDRUN_NO_MAIN           /* what only commands, tools and tests call stands unused here   */
+#pragma GCC diagnostic ignored "-Wunused-function"
+#endif
 
 #include <ctype.h>
 #include <errno.h>
@@ -2186,7 +2189,7 @@ static int take_section(model_file *f, uint32_t v, const char *what, const uint8
     if (!json_int(&f->header, v, f->path, "offset", 0, 1ll << 52, &offset, e) ||
         !json_int(&f->header, v, f->path, "bytes", 1, 1ll << 52, &length, e) ||
         !json_text(&f->header, v, f->path, "sha256", hex, sizeof hex, e))
-        return e->code;
+        return MEDRUN_BAD_FILE;
     if (strlen(hex) != 64 || !parse_hex(hex, digest))
         return fail(e, MEDRUN_BAD_FILE, "%s: %s: sha256 is not 64 hex digits", f->path, what);
     size_t wanted = round_up(f->at, FILE_ALIGN);
@@ -3610,8 +3613,8 @@ static int bind_all(medrun_model *m, medrun_error *e) {
     uint32_t entry = m->file.tensors + 1, left = j->nodes[m->file.tensors].count;
     int hidden = c->hidden_size, heads = c->n_heads * c->head_dim, kv = c->n_kv_heads * c->head_dim;
     tensor vector;
-    if (bind(m, &entry, &left, "embed", m->type, c->vocab_size, hidden, &m->embed, e))
-        return e->code;
+    int code = bind(m, &entry, &left, "embed", m->type, c->vocab_size, hidden, &m->embed, e);
+    if (code) return code;
     for (int l = 0; l < c->n_layers; l++) {
         model_layer *y = &m->layers[l];
         const struct {
@@ -3634,16 +3637,17 @@ static int bind_all(medrun_model *m, medrun_error *e) {
             char name[64];
             snprintf(name, sizeof name, "layers.%d.%s", l, all[i].name);
             int type = all[i].vector ? TYPE_F32 : m->type;
-            if (bind(m, &entry, &left, name, type, all[i].rows, all[i].cols, all[i].to, e))
-                return e->code;
+            code = bind(m, &entry, &left, name, type, all[i].rows, all[i].cols, all[i].to, e);
+            if (code) return code;
             if (all[i].vector) *all[i].vector = (const void *)vector.data;
         }
     }
-    if (bind(m, &entry, &left, "final_norm", TYPE_F32, 1, hidden, &vector, e)) return e->code;
+    if ((code = bind(m, &entry, &left, "final_norm", TYPE_F32, 1, hidden, &vector, e))) return code;
     m->final_norm = (const void *)vector.data;
     m->output = m->embed;
-    if (!c->tied && bind(m, &entry, &left, "output", m->type, c->vocab_size, hidden, &m->output, e))
-        return e->code;
+    if (!c->tied)
+        code = bind(m, &entry, &left, "output", m->type, c->vocab_size, hidden, &m->output, e);
+    if (code) return code;
     if (left) return fail(e, MEDRUN_BAD_FILE, "%s: %u tensors more than the config needs",
                           m->file.path, left);
     return MEDRUN_OK;
