@@ -78,6 +78,12 @@ static void test_llama3(const tokenizer *t) {
     CHECK(renders(t, "llama3", NULL, 0, true, "<|begin_of_text|>" HEAD("assistant"), 64));
     const medrun_message null[] = {{"user", NULL, 0}};
     RENDERS("llama3", null, false, "<|begin_of_text|>" HEAD("user") "<|eot_id|>");
+
+    buffer with = {0}, without = {0};                   /* the text needs no tokenizer           */
+    const chat_template *c = chat_find("llama3");
+    CHECK(!chat_render_text(c, t, LIST(many), true, &with, NULL) &&
+          !chat_render_text(c, NULL, LIST(many), true, &without, NULL) && same(&with, &without));
+    buffer_free(&with), buffer_free(&without);
 }
 
 static void test_alpaca(const tokenizer *t) {
