@@ -890,20 +890,22 @@ static void json_quote(buffer *b, const char *text, size_t n) {
  * range never shows in a result: every range writes its own outputs. Tests: tests/04_threads.c.
  * ============================================================================================ */
 
+enum { MAX_THREADS = 256, SPINS = 2000 };
+
 static double seconds(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-/* Processors this process may run on. */
+/* Processors this process may run on, at most MAX_THREADS. */
 static int processors(void) {
+    long n = sysconf(_SC_NPROCESSORS_ONLN);
 #ifdef CPU_COUNT
     cpu_set_t set;
-    if (!sched_getaffinity(0, sizeof set, &set)) return CPU_COUNT(&set);
+    if (!sched_getaffinity(0, sizeof set, &set)) n = CPU_COUNT(&set);
 #endif
-    long n = sysconf(_SC_NPROCESSORS_ONLN);
-    return n < 1 ? 1 : n > 256 ? 256 : (int)n;
+    return n < 1 ? 1 : n > MAX_THREADS ? MAX_THREADS : (int)n;
 }
 
 /* Bytes of memory the machine has, and how many of them are free or can be freed at once. */
@@ -963,8 +965,6 @@ static void unmap_memory(void *p, size_t n) {
 
 /* Work on items [begin, end); THREAD (0 .. threads-1) names scratch that no one else uses. */
 typedef void task_fn(void *context, size_t begin, size_t end, int thread);
-
-enum { MAX_THREADS = 256, SPINS = 2000 };
 
 typedef struct {
     int threads;                            /* with the caller, who is thread 0                 */
@@ -3584,7 +3584,7 @@ static int bind(medrun_model *m, uint32_t *entry, uint32_t *left, const char *na
     char found[64], found_type[16];
     int64_t r, c;
     uint8_t digest[32];
-    size_t bytes, wanted = tensor_bytes(type, (size_t)rows, (size_t)cols);
+    size_t bytes = 0, wanted = tensor_bytes(type, (size_t)rows, (size_t)cols);
     if (!*left) return fail(e, MEDRUN_BAD_FILE, "%s: tensor %s is missing", f->path, name);
     uint32_t v = *entry;
     if (!json_text(&f->header, v, f->path, "name", found, sizeof found, e) ||
@@ -3612,7 +3612,7 @@ static int bind_all(medrun_model *m, medrun_error *e) {
     const json *j = &m->file.header;
     uint32_t entry = m->file.tensors + 1, left = j->nodes[m->file.tensors].count;
     int hidden = c->hidden_size, heads = c->n_heads * c->head_dim, kv = c->n_kv_heads * c->head_dim;
-    tensor vector;
+    tensor vector = {0};
     int code = bind(m, &entry, &left, "embed", m->type, c->vocab_size, hidden, &m->embed, e);
     if (code) return code;
     for (int l = 0; l < c->n_layers; l++) {
@@ -3657,8 +3657,8 @@ static int bind_all(medrun_model *m, medrun_error *e) {
 
 static int read_tokenizer(medrun_model *m, medrun_error *e) {
     model_file *f = &m->file;
-    const uint8_t *data;
-    size_t n;
+    const uint8_t *data = NULL;
+    size_t n = 0;
     uint8_t wanted[32], found[32];
     if (f->tokenizer == JSON_NONE)
         return fail(e, MEDRUN_BAD_FILE, "%s: field tokenizer is missing", f->path);

@@ -106,7 +106,7 @@ static void test_threads(const kernel_set *k, int type, bool strict) {
     thread_pool pools[4];
     int wrong = 0;
     for (int i = 0; i < 4; i++) CHECK_EQ(pool_start(&pools[i], i + 1, NULL), MEDRUN_OK);
-    for (int run = 0; run < 24; run++) {
+    for (int run = 0; run < 12; run++) {
         size_t n_out;
         problem m = random_problem(type, 1 + (size_t)run % MOST_PRODUCTS,
                                    run % 3 ? 1 + test_random() % MOST_TOKENS : 1);

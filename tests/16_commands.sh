@@ -107,6 +107,10 @@ code 0 run "$model" -p hello -n 12 --temp 1.5 -s 7 -t 1; out_is "$T/sampled"; er
 code 0 run "$model" -p hello -n 12 --temp 1.5; err_has 'seed [0-9]* (new)'
 seed=$(sed -n 's/.*seed \([0-9]*\) (new).*/\1/p' "$T/err"); cp "$T/out" "$T/sampled"
 code 0 run "$model" -p hello -n 12 --temp 1.5 -s "$seed" -q; out_is "$T/sampled"
+code 0 run "$model" -p hello -n 1 --temp 1.5
+check 'seeds differ' [ "$seed" != "$(sed -n 's/.*seed \([0-9]*\) (new).*/\1/p' "$T/err")" ]
+code 0 run "$model" -p hello -n 12 --temp 0 --raw -q; cp "$T/out" "$T/raw"
+code 0 run "$model" -f "$T/hello" -n 12 --temp 0 --raw -q; out_is "$T/raw"
 code 0 run "$model" -p hello -n 12 --raw --kv f32 --strict --min-p 0.01 --top-p .9 --repeat-penalty 1.1
 
 # ---- stop texts are never printed, not even in part ----
@@ -335,7 +339,9 @@ sees('a space before /', b' /help\r', b'/help')
 long = b'0123456789' * 30
 out = c.say(long)
 check('a long line stays on its row', max(len(x) for x in re.findall(rb'[0-9]+', out.split(b'm> ')[-1])) <= 57, out)
-sees('a long line arrives whole', b'\x01\x1b[C\x1b[C\x1b[C\r', long)
+out = c.say(b'\x01')
+check('nor does it pass the end of the row', max(len(x) for x in re.findall(rb'[0-9]+', out.split(b'm> ')[-1])) <= 57, out)
+sees('a long line arrives whole', b'\x1b[C\x1b[C\x1b[C\r', long)
 check('unknown command', b'nearest is /help' in c.say(b'/hlep\r'))
 check('/help', b'/system TEXT' in c.say(b'/help\r'))
 check('/save without a file', b'wanted a file' in c.say(b'/save\r'))
@@ -371,6 +377,13 @@ c.say(b'/system be kind\r'); c.say(b'one\r')
 check('/system', figures(c.say(b'/stats\r'))[2] > before[2])
 ended_well('conversation', c.end(b'\x04'), 0)
 
+c = Chat('-n', '3', '--temp', '0', '-v')
+c.say(b'one\r')
+out = c.say(b'two\r').split(b'prompt, ', 1)[-1].replace(b'\r', b'')
+text = out.split(b'\n', 1)[1]
+if b'<|eot_id|>' in text: check('the answer is closed before the next turn', text.startswith(b'<|eot_id|>'), out)
+c.end(b'\x04')
+
 # a full context
 c = Chat('-n', '5', '-c', '96')
 out = b''.join(c.say(b'a message of some words\r') for i in range(6))
@@ -380,6 +393,10 @@ ended_well('a full context', c.end(b'\x04'), 0)
 c = Chat('-n', '5', '-c', '96', '--overflow', 'drop')
 out = b''.join(c.say(b'a message of some words\r') for i in range(12))
 check('or drops', b'(forgot the oldest' in out and b'> context' not in out, out)
+c.say(b'/clear\r'); c.say(b'one message of several words\r'); c.say(b'/save %s/s2\r' % T.encode())
+c.say(b'/load %s/s2\r' % T.encode())
+out = b''.join(c.say(b'a message of some words\r') for i in range(4))
+check('what was loaded is dropped as one turn', b'(forgot the oldest' in out and b'> context' not in out, out)
 out = c.say(b'many words ' * 100 + b'\r')
 check('one message that is too long', b'> context 96' in out, out)
 check('and it goes on', b'> context' not in c.say(b'short\r'))

@@ -304,7 +304,20 @@ static void test_header(void) {
     uint32_t proofs = json_get(j, 0, "proofs");
     CHECK_EQ(children(j, json_get(j, proofs, "tokens")), 12);
     CHECK_EQ(children(j, json_get(j, proofs, "chats")), 3);
-    CHECK_EQ(children(j, json_get(j, proofs, "logits")), 2);
+    uint32_t logits = json_get(j, proofs, "logits");
+    CHECK_EQ(children(j, logits), 2);
+    medrun_model *m = NULL;
+    CHECK(!medrun_open(&m, in_work("out/x.mdr"), NULL, &e));
+    for EACH(j, logits, c) {
+        logits_proof p = {.given = true, .n = children(j, json_get(j, c, "ids"))};
+        int32_t ids[16] = {0};
+        size_t i = 0;
+        for EACH(j, json_get(j, c, "ids"), id) if (i < 16) ids[i++] = (int32_t)json_number(j, id);
+        p.ids = ids;
+        CHECK(json_text(j, c, "", "sha256", hex, sizeof hex, &e) && parse_hex(hex, p.wanted));
+        CHECK(m && p.n <= 16 && !run_logits(m, &p, &e));
+    }
+    medrun_close(m);
     file_close(&f);
     buffer_free(&b);
 }
@@ -325,6 +338,11 @@ static void test_same_bytes(void) {
     read_file(in_work("out/u.bin"), &other);
     CHECK(bin.n == other.n && !memcmp(bin.data, other.data, bin.n));
     clear_folder("out");
+    copy_fixture("llama-plain");
+    edit("config.json", "\"rope_theta\": 10000.0,", "");
+    CHECK_EQ(EXPORT("--dry-run"), 0);
+    CHECK(strstr(answer, "no rope_theta") && strstr(answer, "theta 10000"));
+    copy_fixture("llama-tied");
     CHECK_EQ(RUN("--dry-run", in_work("src")), 0);
     CHECK(strstr(answer, "llama3 scaling") && strstr(answer, "tied") && !errors.n);
     CHECK_EQ(EXPORT("--dry-run"), 0);
@@ -402,6 +420,7 @@ static void test_vectors(void) {
     snprintf(path, sizeof path, "%s/tokenizer/vectors.bin", fixtures);
     read_file(path, &vectors);
     if (!CHECK(!tokenizer_open(&t, bin.data, bin.n, "t.bin", &e))) return;
+    CHECK(t.add_bos && t.bos == 664 && !strcmp(t.pretokenizer, "llama3"));
     reader r = {vectors.data, vectors.n, 0, false};
     for (; r.at < r.n && !r.failed; n++) {
         buffer ids = {0};
@@ -558,6 +577,7 @@ static const struct { const char *file, *from, *to; int code; const char *needle
     {"tokenizer.json", "\"h e\"", "\"z q\"", 3, "merge"},
     {"tokenizer.json", "\"TemplateProcessing\"", "\"BertProcessing\"", 3, "post_processor"},
     {"tokenizer.json", "\"ids\"", "\"idz\"", 3, "special_tokens"},
+    {"tokenizer.json", "\"post_processor\"", "\"post_processor\": null, \"none\"", 0, ""},
     {"tokenizer.json", "<|eot_id|>", "<|eot_no|>", 3, "<|eot_id|>"},
     /* tokenizer_config.json */
     {"tokenizer_config.json", "\"bos_token\": \"<|begin_of_text|>\"",
@@ -618,6 +638,66 @@ static const struct { const char *from, *to; int code; const char *needle; } hea
     {"data_offsets\":[0,", "data_offsets\":[18446744073709551616,", 3, "data_offsets"},
     {"{", "[", 3, "JSON"},
 };
+
+/* Whole files: a header, and how many bytes of data follow it. */
+static const struct { const char *header; size_t data; int code; const char *needle; } files[] = {
+    {"{}", 0, 0, ""},
+    {" {}  ", 0, 0, ""},
+    {"{\"a\":{\"dtype\":\"F32\",\"shape\":[],\"data_offsets\":[0,4]}}", 4, 0, ""},
+    {"{\"a\":{\"dtype\":\"F32\",\"shape\":[0,7],\"data_offsets\":[0,0]}}", 0, 0, ""},
+    {"{\"a\":{\"dtype\":\"I8\",\"shape\":[4],\"data_offsets\":[4,8]},"
+     "\"b\":{\"dtype\":\"I8\",\"shape\":[4],\"data_offsets\":[0,4]}}", 8, 0, ""},
+    {"{\"a\":{\"dtype\":\"I8\",\"shape\":[4],\"data_offsets\":[4,8]},"
+     "\"b\":{\"dtype\":\"I8\",\"shape\":[3],\"data_offsets\":[0,3]}}", 8, 3, "gap"},
+    {"{\"a\":{\"dtype\":\"I8\",\"shape\":[4],\"data_offsets\":[3,7]},"
+     "\"b\":{\"dtype\":\"I8\",\"shape\":[4],\"data_offsets\":[0,4]}}", 7, 3, "overlap"},
+    {"{\"a\":{\"dtype\":\"I8\",\"shape\":[4],\"data_offsets\":[0,4]},"
+     "\"b\":{\"dtype\":\"I8\",\"shape\":[4],\"data_offsets\":[0,4]}}", 4, 3, "overlap"},
+    {"{\"a\":{\"dtype\":\"I8\",\"shape\":[4],\"data_offsets\":[0,4]}}", 5, 3, "bytes of data"},
+    {"{\"a\":{\"dtype\":\"I8\",\"shape\":[4],\"data_offsets\":[0,4]}}", 3, 3, "cut"},
+    {"{\"a\":{\"dtype\":\"I8\",\"shape\":[4],\"data_offsets\":[4,0]}}", 4, 3, "inside"},
+    {"{\"a\":{\"dtype\":\"I8\",\"shape\":[4294967296,4294967296],\"data_offsets\":[0,0]}}", 0, 3,
+     "product"},
+    {"{\"a\":{\"dtype\":\"F64\",\"shape\":[2305843009213693952],\"data_offsets\":[0,0]}}", 0, 3,
+     "product"},
+    {"{\"a\":{\"dtype\":\"I8\",\"shape\":[1.0],\"data_offsets\":[0,1]}}", 1, 3, "whole"},
+    {"{\"a\":{\"dtype\":\"I8\",\"shape\":[1],\"data_offsets\":[0,1,1]}}", 1, 3, "two"},
+    {"{\"a\":{\"dtype\":\"I8\",\"shape\":[1],\"data_offsets\":[0,1],\"x\":0}}", 1, 3, "wanted"},
+    {"{\"a\":7}", 0, 3, "wanted"},
+    {"[]", 0, 3, "object"},
+    {"", 0, 3, "JSON"},
+};
+
+static void test_files(void) {
+    clear_folder("src");
+    for (size_t i = 0; i < sizeof files / sizeof *files; i++) {
+        source s = {.folder = in_work("src")};
+        medrun_error e = {0};
+        buffer b = {0};
+        write_le(&b, strlen(files[i].header), 8);
+        buffer_text(&b, files[i].header);
+        for (size_t k = 0; k < files[i].data; k++) buffer_add(&b, "", 1);
+        write_file(in_work("src/a.safetensors"), b.data, b.n);
+        int code = read_shard(&s, "a.safetensors", &e);
+        if (!CHECK(code == files[i].code && strstr(e.text, files[i].needle)))
+            printf("    %s: code %d: %s\n", files[i].header, code, e.text);
+        close_source(&s);
+        buffer_free(&b);
+    }
+    /* the largest header there may be, and one byte more, in sparse files */
+    for (uint64_t n = 100000000; n <= 100000001; n++) {
+        source s = {.folder = in_work("src")};
+        medrun_error e = {0};
+        buffer b = {0};
+        write_le(&b, n, 8);
+        write_file(in_work("src/a.safetensors"), b.data, b.n);
+        must(!truncate(in_work("src/a.safetensors"), 100000100), "cannot write", "a sparse file");
+        CHECK_EQ(read_shard(&s, "a.safetensors", &e), 3);
+        CHECK(strstr(e.text, n == 100000000 ? "JSON" : "header length"));
+        close_source(&s);
+        buffer_free(&b);
+    }
+}
 
 static void test_weights(void) {
     for (size_t i = 0; i < sizeof header_edits / sizeof *header_edits; i++) {
@@ -887,6 +967,8 @@ static void test_failures(void) {
     expect(RUN("--tokenizer-only", src, "/dev/null"), 1, "device", "tokenizer to a device");
     fail_write_at = 0;
     expect(RUN("--tokenizer-only", src, out), 1, "No space left", "tokenizer: full disk");
+    signal_write_at = 0;
+    expect(RUN("--tokenizer-only", src, out), 130, "interrupted", "tokenizer: interrupted");
 }
 
 /* Ever later allocations fail: one line, nothing left, until there are no more. (Mostly code 6;
@@ -1031,6 +1113,9 @@ int main(void) {
     if (!mkdtemp(work) || mkdir(in_work("src"), 0700) || mkdir(in_work("out"), 0700)) return 1;
     static const char *const names[] = {"llama-plain", "llama-tied", "llama-sharded",
                                         "llama-grouped"};
+    static const char *const twins[] = {"MEDRUN_TYPE", "MEDRUN_TEMPLATE", "MEDRUN_NAME",
+                                        "MEDRUN_PROOF", "MEDRUN_THREADS", "MEDRUN_DRY_RUN"};
+    for (size_t i = 0; i < 6; i++) unsetenv(twins[i]);
     for (size_t i = 0; i < 4; i++) {
         test_good(names[i], "bf16", 1e-5);
         test_good(names[i], "int8", 0.1);
@@ -1040,6 +1125,7 @@ int main(void) {
     test_source_types();
     test_vectors();
     test_edits();
+    test_files();
     test_weights();
     test_shards();
     test_flips();

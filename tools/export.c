@@ -31,6 +31,7 @@
  * 1 Files: a folder's files, JSON without doubts
  * ============================================================================================ */
 
+/* What most of this file does with most of what it can be given. */
 #define refuse(e, ...) fail(e, MEDRUN_BAD_FILE, __VA_ARGS__)
 
 enum { PATH_BYTES = 4096, JSON_BYTES = 64 << 20, MAX_SHARDS = 512, READ_BYTES = 1 << 20 };
@@ -74,6 +75,7 @@ typedef struct {
     int n_stops, stops[MEDRUN_MAX_STOPS];
     source_sampling sampling;
     char licence[128];
+    const char *note;           /* what the user should know, or NULL                          */
 } source;
 
 typedef struct {
@@ -229,6 +231,7 @@ typedef struct {
     size_t n;
 } span;
 
+/* By bytes; shorter first where one begins the other. Also sorts what begins with a span. */
 static int compare_spans(const void *a, const void *b) {
     const span *x = a, *y = b;
     size_t n = x->n < y->n ? x->n : y->n;
@@ -320,8 +323,10 @@ static int open_json(source *s, const char *name, bool optional, json_file *f, m
  * so both are read, and where both stand they must say the same.
  * ============================================================================================ */
 
+/* a != b, of which compilers warn for good reasons: here both were read from text. */
 static bool differ(double a, double b) { return a < b || a > b; }
 
+/* The architecture names the code that made the weights; nothing else says it as surely. */
 static int check_architecture(const json_file *f, medrun_error *e) {
     const json *j = &f->j;
     uint32_t list = given(j, 0, "architectures"), type = given(j, 0, "model_type");
@@ -351,6 +356,7 @@ static int check_unsupported(const json_file *f, medrun_error *e) {
     return MEDRUN_OK;
 }
 
+/* The ranges are those of section 12 of medrun.c, where the same numbers are read again. */
 static int read_sizes(const json_file *f, model_config *c, medrun_error *e) {
     const struct { const char *key; int64_t min, max; int *to; bool optional; } fields[] = {
         {"vocab_size", 257, 1 << 22, &c->vocab_size, false},
@@ -480,11 +486,6 @@ static int read_hf_config(const json_file *f, model_config *c, medrun_error *e) 
     if (c->hidden_size % 16 || c->head_dim % 16 || c->ffn_size % 16)
         return refuse(e, "%s: found hidden_size %d, head_dim %d, intermediate_size %d, wanted "
                       "multiples of 16", f->path, c->hidden_size, c->head_dim, c->ffn_size);
-    if (!(r.theta > 0)) {
-        fprintf(stderr, "%s: no rope_theta: 10000 is used, the default of transformers' Llama\n",
-                f->path);
-        r.theta = 10000;
-    }
     c->norm_eps = (float)eps, c->rope_theta = r.theta, c->rope_llama3 = r.llama3;
     c->rope_factor = r.number[0], c->rope_low = r.number[1], c->rope_high = r.number[2];
     c->rope_original = r.number[3];
@@ -634,6 +635,7 @@ static int count_pieces(hf_tokenizer *t, uint32_t vocab, uint32_t added, medrun_
     return buffer_room(&t->text, t->file.map.n) ? MEDRUN_OK : out_of_memory(e, t->file.map.n);
 }
 
+/* Entries in the byte alphabet go into the sorted table, where merges look their sides up. */
 static int read_vocab(hf_tokenizer *t, uint32_t vocab, medrun_error *e) {
     const json *j = &t->file.j;
     buffer key = {0};
@@ -677,6 +679,7 @@ static void merge_text(const json *j, uint32_t v, buffer *text) {
     json_unescape(j, v + 2, text);
 }
 
+/* Their order is their rank; the ids of both sides are all that tokenizer.bin keeps of them. */
 static int read_merges(hf_tokenizer *t, uint32_t merges, medrun_error *e) {
     const json *j = &t->file.j;
     buffer text = {0}, scratch = {0};
@@ -726,6 +729,7 @@ static int add_token(hf_tokenizer *t, uint32_t v, const buffer *content, buffer 
     return scratch->failed ? out_of_memory(e, scratch->n) : MEDRUN_OK;
 }
 
+/* After the merges, which know only the vocabulary: from here on an id may have another text. */
 static int read_added(hf_tokenizer *t, uint32_t added, medrun_error *e) {
     const json *j = &t->file.j;
     buffer content = {0}, scratch = {0};
@@ -751,6 +755,7 @@ static int read_added(hf_tokenizer *t, uint32_t added, medrun_error *e) {
 
 /* ---- the programs around the vocabulary ---------------------------------------------------- */
 
+/* The parts of the program are objects with a type. */
 static bool is_part(const json *j, uint32_t v, const char *type) {
     return json_is(j, json_get(j, v, "type"), type);
 }
@@ -801,6 +806,7 @@ static int read_post_part(hf_tokenizer *t, uint32_t v, medrun_error *e) {
     return n == 1 ? MEDRUN_OK : template_id(t, v, first, e);
 }
 
+/* Does the tokenizer put a BOS before every text? */
 static int read_post_processor(hf_tokenizer *t, medrun_error *e) {
     const json *j = &t->file.j;
     uint32_t v = given(j, 0, "post_processor");
@@ -1054,6 +1060,7 @@ static int compare_places(const void *a, const void *b) {
     return (x->end > y->end) - (x->end < y->end);
 }
 
+/* Tensors T of one file: sorted by place, each begins where the one before it ends. */
 static int check_places(source_tensor *t, size_t n, const char *path, uint64_t data,
                         medrun_error *e) {
     uint64_t at = 0;
@@ -1077,6 +1084,7 @@ static char *copy_name(const json *j, uint32_t v) {
     return b.n ? (char *)b.data : new_array(1, 1);
 }
 
+/* All entries of one header; DATA bytes from DATA_AT on are the tensors'. */
 static int read_entries(source *s, const json *j, const char *path, uint64_t data_at, uint64_t data,
                         medrun_error *e) {
     size_t first = s->n_tensors;
@@ -1211,6 +1219,7 @@ static int read_index(source *s, medrun_error *e) {
     return e->code;
 }
 
+/* Both forms at once are mostly an old file that nobody removed: which is meant, nobody knows. */
 static int read_weights(source *s, medrun_error *e) {
     bool one = file_exists(s->folder, "model.safetensors");
     bool many = file_exists(s->folder, "model.safetensors.index.json");
@@ -1225,6 +1234,7 @@ static int read_weights(source *s, medrun_error *e) {
 
 /* ---- a whole Hugging Face folder ----------------------------------------------------------- */
 
+/* Ids without a row, or rows without an id, are the sign of a tokenizer of another model. */
 static int read_hf_tokenizer(source *s, const char *template_name, medrun_error *e) {
     hf_tokenizer t = {0};
     if (!open_json(s, "tokenizer.json", false, &t.file, e) &&
@@ -1250,10 +1260,15 @@ static int finish_stops(source *s, medrun_error *e) {
     return id < 0 ? MEDRUN_OK : add_stop(s, s->folder, id, e);
 }
 
+/* Small files first: what they refuse costs no time. */
 static int open_hf_folder(source *s, const char *template_name, medrun_error *e) {
     json_file f;
     if (open_json(s, "config.json", false, &f, e)) return e->code;
     if (!read_hf_config(&f, &s->config, e)) read_eos_ids(s, &f, e);
+    if (!(s->config.rope_theta > 0)) {
+        s->note = "config.json has no rope_theta: 10000 is used, transformers' default for Llama";
+        s->config.rope_theta = 10000;
+    }
     close_json(&f);
     if (e->code || open_json(s, "generation_config.json", true, &f, e)) return e->code;
     read_generation(s, &f, e);
@@ -1378,6 +1393,7 @@ static int plan_tensor(exporter *x, const char *name, const char *hf_name, int r
                        e);
 }
 
+/* Rows as Hugging Face has them: the rotation turns halves of a head, so nothing is permuted. */
 static int plan_layer(exporter *x, int layer, medrun_error *e) {
     const model_config *c = &x->source.config;
     int hidden = c->hidden_size, heads = c->n_heads * c->head_dim, kv = c->n_kv_heads * c->head_dim;
@@ -1491,6 +1507,7 @@ static void put_config(buffer *b, const model_config *c) {
     buffer_printf(b, "},\"activation\":\"silu\",\"tied\":%s},\n", c->tied ? "true" : "false");
 }
 
+/* The tokenizer is the last section, and the one without a name. */
 static void put_sections(buffer *b, const exporter *x) {
     for (size_t i = 0; i < x->n_sections; i++) {
         const section *t = &x->sections[i];
@@ -1812,6 +1829,7 @@ static int check_interrupt(medrun_error *e) {
                          MEDRUN_OK;
 }
 
+/* On a terminal a bar, else a line for each tenth: a log should not fill with bars. */
 static void draw_progress(exporter *x, uint64_t done) {
     double share = x->total ? (double)done / (double)x->total : 1, passed = seconds() - x->start;
     double rate = passed > 0 ? (double)done / passed : 0;
@@ -2080,6 +2098,7 @@ static void drop_partial(exporter *x) {
  * 9 Finishing: proofs, reading again, the name
  * ============================================================================================ */
 
+/* Written twice: for the engine that computes the proofs, and with them. */
 static int write_header(exporter *x, medrun_error *e) {
     buffer b = {0};
     uint8_t digest[32];
@@ -2104,6 +2123,7 @@ static int write_tokenizer_section(exporter *x, medrun_error *e) {
     return write_at(x, b->data, b->n, t->offset, e);
 }
 
+/* Strict and with f32 keys and values: the bits are then the same on every machine. */
 static int run_logits(const medrun_model *m, logits_proof *p, medrun_error *e) {
     medrun_session *s = NULL;
     medrun_session_options o = {.context = (int)p->n, .strict = true, .kv = MEDRUN_KV_F32};
@@ -2143,10 +2163,12 @@ static int read_again(exporter *x, medrun_error *e) {
     return run_parallel(x, x->n_sections, run_checks, e);
 }
 
+/* Nothing before this function has written anything. */
 static int write_checkpoint(exporter *x, medrun_error *e) {
     size_t n_jobs = 0;
     double start = x->start = seconds();
     x->terminal = isatty(STDERR_FILENO);
+    if (x->source.note) fprintf(stderr, "%s: %s\n", x->source.folder, x->source.note);
     if (!create_partial(x, x->file_bytes, e) && !plan_jobs(x, &n_jobs, e) && !start_threads(x, e) &&
         !run_parallel(x, n_jobs, run_jobs, e) && !write_tokenizer_section(x, e) &&
         !write_header(x, e) && !run_proofs(x, e) && !write_header(x, e) && !read_again(x, e))
@@ -2348,6 +2370,7 @@ static int print_plan(const exporter *x, medrun_error *e) {
     printf("\nsampling   temperature %g, top_k %lld, top_p %g, min_p %g, repeat_penalty %g\n",
            s->sampling.temperature, (long long)s->sampling.top_k, s->sampling.top_p,
            s->sampling.min_p, s->sampling.repeat_penalty);
+    if (s->note) printf("note       %s\n", s->note);
     printf("tensors    %zu, matrices %s, norms f32\n", x->n_sections - 1, type_names[x->type]);
     printf("file       %llu bytes\n", (unsigned long long)x->file_bytes);
     printf("memory     %.1f MB of weights; %.1f KB of keys and values (f16) a token of context, "
