@@ -483,7 +483,7 @@ static void sha256_block(uint32_t h[8], const uint8_t *p) {
         0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7,
         0xc67178f2};
 #define ROTR(x, r) ((x) >> (r) | (x) << (32 - (r)))
-    uint32_t w[64], s[8];
+    uint32_t w[64];
     for (int i = 0; i < 16; i++)
         w[i] = (uint32_t)p[4 * i] << 24 | (uint32_t)p[4 * i + 1] << 16 |
                (uint32_t)p[4 * i + 2] << 8 | p[4 * i + 3];
@@ -491,19 +491,15 @@ static void sha256_block(uint32_t h[8], const uint8_t *p) {
         w[i] = w[i - 16] + w[i - 7] +
                (ROTR(w[i - 15], 7) ^ ROTR(w[i - 15], 18) ^ w[i - 15] >> 3) +
                (ROTR(w[i - 2], 17) ^ ROTR(w[i - 2], 19) ^ w[i - 2] >> 10);
-    memcpy(s, h, sizeof s);
-    for (int i = 0; i < 64; i++) {
-        uint32_t a = s[0], e = s[4];
-        uint32_t t1 = s[7] + (ROTR(e, 6) ^ ROTR(e, 11) ^ ROTR(e, 25)) +
-                      ((e & s[5]) ^ (~e & s[6])) + k[i] + w[i];
-        uint32_t t2 = (ROTR(a, 2) ^ ROTR(a, 13) ^ ROTR(a, 22)) +
-                      ((a & s[1]) ^ (a & s[2]) ^ (s[1] & s[2]));
-        memmove(s + 1, s, 7 * sizeof *s);
-        s[4] += t1;
-        s[0] = t1 + t2;
+    uint32_t a = h[0], b = h[1], c = h[2], d = h[3], e = h[4], f = h[5], g = h[6], last = h[7];
+    for (int i = 0; i < 64; i++) {              /* variables, not an array: twice as fast        */
+        uint32_t t1 = last + (ROTR(e, 6) ^ ROTR(e, 11) ^ ROTR(e, 25)) + ((e & f) ^ (~e & g)) +
+                      k[i] + w[i];
+        uint32_t t2 = (ROTR(a, 2) ^ ROTR(a, 13) ^ ROTR(a, 22)) + ((a & b) ^ (a & c) ^ (b & c));
+        last = g, g = f, f = e, e = d + t1, d = c, c = b, b = a, a = t1 + t2;
     }
+    h[0] += a, h[1] += b, h[2] += c, h[3] += d, h[4] += e, h[5] += f, h[6] += g, h[7] += last;
 #undef ROTR
-    for (int i = 0; i < 8; i++) h[i] += s[i];
 }
 
 static void sha256_init(sha256 *s) {
@@ -4720,7 +4716,7 @@ static const option_row option_rows[N_OPTIONS] = {
     [O_STOP] = {"stop", NULL, "TEXT", TEXT, ON_ANSWER, 0, 0, NULL,
                 "end the answer before this text; up to 8 of them"},
     [O_KV] = {"kv", NULL, "f16|f32", CHOICE, ON_SESSION | ON(SHOW), 0, 0, "f16",
-              "numbers of the key-value cache"},
+              "numbers of the key-value cache (with --strict: f32)"},
     [O_OVERFLOW] = {"overflow", NULL, "error|drop", CHOICE, ON(CHAT), 0, 0, "error",
                     "a full context: refuse, or forget the oldest turns"},
     [O_RAW] = {"raw", NULL, NULL, FLAG, ON(RUN), 0, 0, NULL,
@@ -5130,9 +5126,14 @@ static void choose_sampling(command *c) {
              (unsigned long long)s->seed, random ? "new" : "given");
 }
 
+/* Strict means to the last bits of float32, so the cache follows unless --kv says otherwise. */
+static int cache_type(const command *c) {
+    return whole(c, given(c, O_KV) ? O_KV : O_STRICT) ? MEDRUN_KV_F32 : MEDRUN_KV_F16;
+}
+
 static medrun_session_options session_options(const command *c, int context) {
     return (medrun_session_options){.context = context, .batch = whole(c, O_BATCH),
-                                    .kv = whole(c, O_KV), .strict = flag(c, O_STRICT),
+                                    .kv = cache_type(c), .strict = flag(c, O_STRICT),
                                     .custom_sampling = true, .sampling = c->sampling};
 }
 
@@ -5158,7 +5159,7 @@ static int start_session(command *c) {
     int context = choose_context(c);
     note(c, "medrun " MEDRUN_VERSION ": %s, %s, %s kernels, %d threads, context %d, kv %s%s",
          c->m->name, type_names[c->m->type], c->m->kernels->name, c->m->pool->threads, context,
-         flag(c, O_KV) ? "f32" : "f16", flag(c, O_STRICT) ? ", strict" : "");
+         cache_type(c) ? "f32" : "f16", flag(c, O_STRICT) ? ", strict" : "");
     choose_sampling(c);
     o = session_options(c, context);
     return medrun_start(&c->s, c->m, &o, NULL, 0, &c->e);
@@ -5360,7 +5361,7 @@ static int write_record(command *c, size_t n_prompt) {
                   "\"%llu\",\n  \"--temp\": \"%.9g\", \"--top-k\": \"%d\", \"--top-p\": \"%.9g\", "
                   "\"--min-p\": \"%.9g\", \"--repeat-penalty\": \"%.9g\"},\n", hash,
                   c->m->kernels->name,
-                  flag(c, O_STRICT), flag(c, O_KV) ? "f32" : "f16", context_of(c),
+                  flag(c, O_STRICT), cache_type(c) ? "f32" : "f16", context_of(c),
                   (unsigned long long)s->seed, (double)s->temperature, s->top_k, (double)s->top_p,
                   (double)s->min_p, (double)s->repeat_penalty);
     record_ids(&b, "prompt", ids, n_prompt);
