@@ -5914,7 +5914,7 @@ static int drop_turns(chat *h, size_t k) {
     buffer keep = {0};
     buffer_add(&keep, medrun_tokens(h->c->s) + from, (medrun_length(h->c->s) - from) * 4);
     if (keep.failed) return out_of_memory(&h->c->e, keep.n);
-    fprintf(stderr, "(forgot the oldest %zu turns, %zu tokens)\n", k, gone);
+    fprintf(stderr, "(forgot %zu of the oldest turns, %zu tokens)\n", k, gone);
     int code = medrun_rewind(h->c->s, from - gone, &h->c->e);
     if (!code) code = medrun_feed(h->c->s, ids_of(&keep), keep.n / 4, &h->c->e);
     size_t *starts = (size_t *)(void *)h->starts.data;
