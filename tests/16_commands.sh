@@ -6,7 +6,6 @@ passed=0 failed=0 skipped=0
 T=$(mktemp -d) || exit 1
 trap 'rm -rf "$T"' EXIT
 medrun=$1 model=$2 tok=$3
-[ $# = 2 ] && medrun=$1/medrun model=tools/demo/demo.mdr tok=tokenizer.bin
 if [ -d "$1" ]; then
     medrun=$1/medrun model=$2/llama-tied-int8.mdr tok=$T/tokenizer.bin
     "$1/medrun-export" --tokenizer-only tests/fixtures/llama-tied "$tok" >"$T/err" 2>&1 || cat "$T/err"
