@@ -476,6 +476,10 @@ static void test_json_cases(void) {
     CHECK_EQ(json_parse(&j, "[1,\n x]", 7, &e), MEDRUN_BAD_FILE);
     CHECK(!strcmp(e.text, "JSON: unexpected character at byte 5"));
     json_free(&j);
+    e = (medrun_error){0};
+    CHECK_EQ(json_parse(&j, "[1, ]", 5, &e), MEDRUN_BAD_FILE);
+    CHECK(!strcmp(e.text, "JSON: a value is missing at byte 4"));
+    json_free(&j);
     CHECK_EQ(json_parse(&j, "1", 0xFFFFFFF0, NULL), MEDRUN_BAD_FILE);   /* offsets are 32 bits   */
     json_free(&j);
 }
@@ -536,6 +540,7 @@ static void test_json_strings(void) {
     CHECK(unescapes("\"\\uDBFF\\uDFFF\"", "\xF4\x8F\xBF\xBF", 4));
     CHECK(unescapes("\"\\ud83d\"", "\xEF\xBF\xBD", 3));
     CHECK(unescapes("\"\\ude00\\ud83d\"", "\xEF\xBF\xBD\xEF\xBF\xBD", 6));
+    CHECK(unescapes("\"\\ud83d\\ue000\"", "\xEF\xBF\xBD\xEE\x80\x80", 6));
     CHECK(unescapes("\"\\ud83dx\"", "\xEF\xBF\xBDx", 4));
     CHECK(unescapes("\"\\ud83d\\n\"", "\xEF\xBF\xBD\n", 4));
     CHECK(unescapes("\"\\ud83d\\u0041\"", "\xEF\xBF\xBD" "A", 4));
@@ -635,11 +640,16 @@ static void test_json_numbers(void) {
 
     char text[2500];
     memset(text, '0', sizeof text);
-    memcpy(text, "0.", 2), memcpy(text + 602, "1e601", 6);      /* 0.000...1e601                 */
+    memcpy(text, "0.", 2), memcpy(text + 1202, "1e1201", 7);    /* 0.000...1e1201                */
     CHECK(number_of(text) == 1);
     memset(text, '0', sizeof text);
-    memcpy(text, "1", 1), memcpy(text + 601, "e-600", 6);       /* 1000...e-600                  */
+    memcpy(text, "1", 1), memcpy(text + 1201, "e-1200", 7);     /* 1000...e-1200                 */
     CHECK(number_of(text) == 1);
+    memset(text, '0', sizeof text);
+    memcpy(text, "9007199254740993.", 17), memcpy(text + 2000, "1", 2);     /* just past a tie   */
+    CHECK(number_of(text) == 9007199254740994.0);
+    memcpy(text + 2000, "0", 2);
+    CHECK(number_of(text) == 9007199254740992.0);
 }
 
 /* A locale whose decimal point is a comma must change nothing. */

@@ -114,6 +114,16 @@ static const uint32_t bits_llama32[32] = {
     0x39e13620, 0x38cb98f7, 0x37a3418d, 0x3758ac81, 0x370fc8f8, 0x36bed4f4, 0x367d45c3, 0x3628126b,
     0x35df10c4, 0x359406cb, 0x35447610, 0x35025f34, 0x34ad07a7, 0x3465a54d, 0x341864a7, 0x33ca41b0,
 };
+/* Numbers that are no powers of two, so that the order of the roundings shows. */
+static const model_config uneven = {.head_dim = 64, .rope_theta = 5e5, .rope_llama3 = true,
+                                    .rope_factor = 5, .rope_low = 1.5, .rope_high = 6,
+                                    .rope_original = 4096};
+static const uint32_t bits_uneven[32] = {
+    0x3f800000, 0x3f29e1c6, 0x3ee177bc, 0x3e959ee3, 0x3e4693b0, 0x3e03c6a0, 0x3daee4ad, 0x3d681e67,
+    0x3d1a08c8, 0x3ccc6f49, 0x3c87a9c3, 0x3c340d6d, 0x3bba0927, 0x3b1cbc30, 0x3a809a0e, 0x39df76ce,
+    0x39944a81, 0x3944cfee, 0x39029ad7, 0x38ad56ce, 0x38660e5a, 0x3818aa5d, 0x37ca9e36, 0x37867522,
+    0x373273d0, 0x36ecd7ab, 0x369d2b40, 0x36509853, 0x360a6c86, 0x35b7b771, 0x3573d43e, 0x3521ce26,
+};
 
 static int differing(const model_config *c, const uint32_t *bits) {
     float f[512];
@@ -134,6 +144,7 @@ static void test_frequencies_scaled(void) {
         CHECK(fabs((double)f[golden[i].i] / golden[i].f - 1) < 1e-6);
     CHECK_EQ(differing(&llama31, bits_llama31), 0);
     CHECK_EQ(differing(&llama32, bits_llama32), 0);
+    CHECK_EQ(differing(&uneven, bits_uneven), 0);
     model_config apertus = llama31;                     /* the same scaling on another base      */
     apertus.rope_theta = 1.2e7;
     rope_frequencies(&apertus, f);
@@ -217,7 +228,9 @@ static void test_config(void) {
         {"head_dim", "-16"}, {"ffn_size", "100"}, {"ffn_size", "1048592"}, {"max_positions", "0"},
         {"max_positions", "16777217"}, {"norm_eps", "0"}, {"norm_eps", "2"}, {"norm_eps", "\"x\""},
         {"activation", "\"gelu\""}, {"activation", "1"}, {"tied", "1"}, {"rope_theta", "0"},
-        {"rope_theta", "1e999"}, {"rope_scaling", "{}"}, {"rope_scaling", "{\"type\":\"yarn\"}"},
+        {"rope_theta", "1e999"}, {"rope_scaling", "{}"},
+        {"rope_scaling", "{\"type\":\"yarn\",\"factor\":8,\"low_freq_factor\":1,"
+                         "\"high_freq_factor\":4,\"original_max_positions\":8192}"},
         {"rope_scaling", "\"none\""}, {"rope_scaling", "{\"type\":\"llama3\"}"},
         {"rope_scaling", "{\"type\":\"llama3\",\"factor\":8,\"low_freq_factor\":4,"
                          "\"high_freq_factor\":4,\"original_max_positions\":8192}"},

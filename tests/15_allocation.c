@@ -1,8 +1,10 @@
-/* Memory that runs out: every allocation of an operation fails once, the first, the second, and so
- * on. Each failure must come back as an error and leave nothing behind: no memory, no open file,
- * no thread. The model is argv[1], MEDRUN_TEST_MODEL or one of the build's. */
+/* Memory that runs out: every allocation of an operation, and every start of a thread, fails once,
+ * the first, the second, and so on. Each failure must come back as an error and leave nothing
+ * behind: no memory, no open file, no thread. The model is argv[1], MEDRUN_TEST_MODEL or one of
+ * the build's. */
 #define _GNU_SOURCE
 #include <dirent.h>
+#include <errno.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -22,11 +24,18 @@ static void test_free(void *p) {
     free(p);
 }
 
+/* A thread is something that may not be had either. */
+static int test_create(pthread_t *id, const pthread_attr_t *a, void *(*run)(void *), void *context) {
+    return ++allocation_calls == fail_at ? EAGAIN : pthread_create(id, a, run, context);
+}
+
 #define MEDRUN_ALLOC test_alloc
 #define free test_free
+#define pthread_create test_create
 #define MEDRUN_NO_MAIN
 #include "../medrun.c"
 #undef free
+#undef pthread_create
 #include "test.h"
 
 static medrun_model *model;                     /* opened while nothing fails                    */
@@ -211,7 +220,7 @@ int main(int argc, char **argv) {
     fail_each("json_parse", run_json, 3);
     fail_each("json fields", run_fields, 3);
     fail_each("json_quote", run_quote, 3);
-    fail_each("pool_start", run_pool, 6);
+    fail_each("pool_start", run_pool, 12);
     if (access(model_path, R_OK)) {
         SKIP("no checkpoint to open: build/llama-grouped-int8.mdr is made by `make test`");
         return report();
