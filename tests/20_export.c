@@ -827,7 +827,7 @@ static void test_tokenizer_flips(void) {
     char path[512];
     snprintf(path, sizeof path, "%s", in_work("src/tokenizer.json"));
     for (size_t i = 0; i < b.n; i += 3) {
-        hf_tokenizer t = {0};
+        source_tokenizer t = {0};
         buffer out = {0};
         medrun_error e = {0};
         uint8_t before = b.data[i];
@@ -840,7 +840,7 @@ static void test_tokenizer_flips(void) {
         if (!code) code = convert_tokenizer(&t, &out, &e);
         wrong += code != e.code || (code && code != MEDRUN_BAD_FILE);
         accepted += !code;
-        free_hf_tokenizer(&t);
+        free_tokenizer(&t);
         buffer_free(&out);
     }
     CHECK_EQ(wrong, 0);
