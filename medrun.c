@@ -3327,6 +3327,16 @@ static size_t find_mark(const uint8_t *p, size_t n) {
     return n;
 }
 
+/* Appends text as the pieces of kind 2 are written, with spaces for U+2581. */
+static void add_spaced(buffer *out, const uint8_t *p, size_t n) {
+    for (size_t len; n; p += len, n -= len) {
+        buffer_add(out, p, len = find_mark(p, n));
+        if (len == n) break;
+        buffer_text(out, " ");
+        len += 3;
+    }
+}
+
 /* Kind 2: a run of text gets its space and is a text of its own, without control tokens. */
 static int encode_spaced(encoder *x, const uint8_t *p, size_t n, bool start) {
     const tokenizer *t = x->t;
@@ -3335,12 +3345,7 @@ static int encode_spaced(encoder *x, const uint8_t *p, size_t n, bool start) {
     bool spaced = t->flags & TOKENIZER_UNLESS_SPACE && (p[0] == ' ' || !find_mark(p, n));
     x->run.n = 0;
     if (t->flags & wanted && !spaced && !(start && x->continues)) buffer_text(&x->run, " ");
-    for (size_t len; n; p += len, n -= len) {
-        buffer_add(&x->run, p, len = find_mark(p, n));
-        if (len == n) break;
-        buffer_text(&x->run, " ");
-        len += 3;
-    }
+    add_spaced(&x->run, p, n);
     if (x->run.failed) return out_of_memory(x->e, x->run.n);
     int inside = t->flags & TOKENIZER_USER_INSIDE && t->has_user_tokens ? 1 << PIECE_USER : 0;
     return encode_text(x, x->run.data, x->run.n, inside, encode_plain);

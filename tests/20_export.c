@@ -554,7 +554,7 @@ static const struct { const char *file, *from, *to; int code; const char *needle
     {"tokenizer.json", "\"rstrip\": false", "\"rstrip\": true", 3, "added_tokens"},
     {"tokenizer.json", "\"normalized\": false", "\"normalized\": true", 3, "added_tokens"},
     {"tokenizer.json", "\"single_word\": false", "\"single_word\": true", 3, "added_tokens"},
-    {"tokenizer.json", "\"byte_fallback\": false", "\"byte_fallback\": true", 3, "byte_fallback"},
+    {"tokenizer.json", "\"byte_fallback\": false", "\"byte_fallback\": true", 3, "pre_tokenizer"},
     {"tokenizer.json", "\"unk_token\": null", "\"unk_token\": \"<unk>\"", 3, "unk_token"},
     {"tokenizer.json", "\"dropout\": null", "\"dropout\": 0.1", 3, "dropout"},
     {"tokenizer.json", "\"id\": 278", "\"id\": 5", 3, "added_tokens"},

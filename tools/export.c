@@ -847,11 +847,11 @@ static int read_weights(source *s, medrun_error *e) {
 /* Ids without a row, or rows without an id, are the sign of a tokenizer of another model. */
 static int read_hf_tokenizer(source *s, const char *template_name, medrun_error *e) {
     source_tokenizer t = {0};
-    if (!open_json(s, "tokenizer.json", false, &t.file, e) &&
-        !open_json(s, "tokenizer_config.json", true, &t.config, e) &&
-        !convert_tokenizer(&t, &s->tokenizer, e) && t.n_pieces != (size_t)s->config.vocab_size)
-        refuse(e, "%s/config.json: field vocab_size: found %d, but tokenizer.json has %zu ids; use "
-               "the tokenizer of this model", s->folder, s->config.vocab_size, t.n_pieces);
+    if (!open_tokenizer(s, &t, e) && !convert_tokenizer(&t, &s->tokenizer, e) &&
+        t.n_pieces != (size_t)s->config.vocab_size)
+        refuse(e, "%s/config.json: field vocab_size: found %d, but %s has %zu ids; use "
+               "the tokenizer of this model", s->folder, s->config.vocab_size,
+               t.is_model ? "tokenizer.model" : "tokenizer.json", t.n_pieces);
     if (!e->code) choose_template(s, &t.config, template_name, e);
     s->eos = t.eos;
     free_tokenizer(&t);
@@ -1997,19 +1997,14 @@ static int export_model(exporter *x, medrun_error *e) {
     return x->options.dry_run ? print_plan(x, e) : write_checkpoint(x, e);
 }
 
-/* SOURCE is a folder, or a tokenizer.json by itself. */
+/* SOURCE is a folder, or a tokenizer.json or tokenizer.model by itself. */
 static int export_tokenizer(exporter *x, medrun_error *e) {
     source *s = &x->source;
     source_tokenizer t = {0};
     struct stat st;
     s->folder = x->options.source;
-    if (!stat(s->folder, &st) && S_ISREG(st.st_mode)) {
-        snprintf(t.file.path, sizeof t.file.path, "%s", s->folder);
-        if (!json_parse(&t.config.j, "{}", 2, e) && !open_json_path(&t.file, e))
-            add_file(s, "", s->folder, &t.file.map, e);
-    } else if (!open_json(s, "tokenizer.json", false, &t.file, e)) {
-        open_json(s, "tokenizer_config.json", true, &t.config, e);
-    }
+    if (!stat(s->folder, &st) && S_ISREG(st.st_mode)) open_tokenizer_file(s, &t, e);
+    else open_tokenizer(s, &t, e);
     if (!e->code) convert_tokenizer(&t, &s->tokenizer, e);
     free_tokenizer(&t);
     if (e->code || x->options.dry_run || create_partial(x, s->tokenizer.n, e) ||
