@@ -256,6 +256,7 @@ static int add_token(source_tokenizer *t, uint32_t v, const buffer *content, buf
     bool known = spell(t, content->data, content->n, scratch);
     const buffer *key = piece->type == PIECE_FOREIGN ? content : scratch;
     bool same = key->n == piece->n && !memcmp(key->data, t->text.data + piece->at, piece->n);
+    if (t->kind == TOKENIZER_SENTENCEPIECE && memchr(content->data, ' ', content->n)) known = false;
     int64_t other = known ? find_entry(t, scratch->data, scratch->n) : -1;
     WANT((piece->type == PIECE_UNUSED || same) && (other < 0 || other == (int64_t)id), f,
          "added_tokens", v, "an id that agrees with model.vocab");
