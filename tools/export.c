@@ -504,7 +504,7 @@ static int read_rope_parameters(const json_file *f, uint32_t v, rope *r, medrun_
     const json *j = &f->j;
     if (!children(j, v) || !is(j, v + 2, JSON_OBJECT)) return read_rope_block(f, v, r, e);
     for EACH_KEY(j, v, c) {
-        rope next = {0};
+        rope next = {.truncate = true};
         WANT(is(j, c + 1, JSON_OBJECT), f, "rope_parameters", v, "a block per layer type");
         if (read_rope_block(f, c + 1, &next, e)) return e->code;
         WANT(c == v + 1 || (same_scaling(r, &next) && !differ(r->theta, next.theta)), f,
@@ -517,7 +517,7 @@ static int read_rope_parameters(const json_file *f, uint32_t v, rope *r, medrun_
 /* Reads both spellings; R is what they agree on. */
 static int read_both_ropes(const json_file *f, rope *r, medrun_error *e) {
     const json *j = &f->j;
-    rope old = {0}, now = {0};
+    rope old = {.truncate = true}, now = old;
     uint32_t scaling = given(j, 0, "rope_scaling"), block = given(j, 0, "rope_parameters");
     double theta = 0, original = 0;
     WANT(scaling == JSON_NONE || is(j, scaling, JSON_OBJECT), f, "rope_scaling", scaling,
@@ -583,9 +583,9 @@ static int default_rope(source *s, const json_file *f, rope *r, medrun_error *e)
                                                [ORIGINAL] = 8192}};
     else if (!(r->theta > 0)) r->theta = apertus ? 1.2e7 : 10000;
     else return MEDRUN_OK;
-    add_note(s, "config.json has no %s: transformers' default for %s is used, rope_theta %.9g%s",
-             block ? "rope_theta" : "rope fields", s->architecture, r->theta,
-             apertus && !block ? " with llama3 scaling 8" : "");
+    add_note(s, "config.json has no rope_theta%s: transformers' default for %s is used, %.9g%s",
+             block ? "" : " and no rope scaling", s->architecture, r->theta,
+             r->type == ROPE_LLAMA3 && !block ? " with llama3 scaling 8" : "");
     return MEDRUN_OK;
 }
 
