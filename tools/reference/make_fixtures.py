@@ -12,6 +12,7 @@ transformers computes for them from the bfloat16 weights, with eager attention:
     llama-tied      4 per kv head, tied embedding, llama3 rope in the spelling of transformers 5
     llama-sharded   8 per kv head, llama3 rope in the spelling of transformers 4, two shards
     llama-grouped   4 per kv head and more than one kv head: shows which head reads which
+    llama-small     llama3 rope in few bytes, for a GGUF file of it
     mistral-window  a sliding window that prompts pass; SentencePiece BPE as tokenizer.json
     mistral-spm     no window; the tokenizer is a SentencePiece tokenizer.model and nothing else
     arcee-yarn      relu2, yarn in the spelling of transformers 4, a factor that is not the ratio
@@ -84,6 +85,11 @@ MODELS = [
          seed=104, std=0.1, hidden=80, heads=8, kv_heads=2, head_dim=64,
          layers=2, intermediate=96, vocab=269, tied=False, theta=250000.0, scaling=None,
          max_position=512, spelling=5, merges="strings", shard_size="5GB", n_shards=1,
+         eos=["<|end_of_text|>", "<|eot_id|>"]),
+    dict(name="llama-small", arch="llama", tokenizer="llama3", window=None,
+         seed=112, std=0.12, hidden=64, heads=4, kv_heads=2, head_dim=32,
+         layers=2, intermediate=96, vocab=275, tied=False, theta=500000.0, scaling=LLAMA3_ROPE,
+         max_position=512, spelling=5, merges="pairs", shard_size="5GB", n_shards=1,
          eos=["<|end_of_text|>", "<|eot_id|>"]),
     dict(name="mistral-window", arch="mistral", tokenizer="spm-as-json", window=20,
          seed=105, std=0.12, hidden=64, heads=4, kv_heads=2, head_dim=16,
