@@ -6,8 +6,10 @@
 #include "test.h"
 
 static const char *const folders[] = {"llama-plain", "llama-tied", "llama-sharded",
-                                      "llama-grouped"};
-enum { N_FOLDERS = 4 };
+                                      "llama-grouped", "mistral-window", "mistral-spm",
+                                      "arcee-yarn", "arcee-yarn5", "apertus-plain",
+                                      "apertus-grouped"};
+enum { N_FOLDERS = sizeof folders / sizeof *folders };
 
 static void *slurp(const char *path, size_t *n) {
     file_map map;
@@ -101,9 +103,12 @@ static void test_logits(void) {
             }
             printf("%s %s: relative L2 strict %.2g, bf16 %.2g, int8 %.2g\n", folders[f],
                    sets[k]->name, worst[0], worst[1], worst[2]);
+            /* Rounding shows more behind the random norms of q and k, which make attention sharp:
+             * transformers' own bfloat16 is 3.3e-2 off there, and 1.2e-2 to 1.5e-2 elsewhere. */
+            double bound = bf16->config.qk_norm ? 2 : 1;
             CHECK(worst[0] <= 1e-5);
-            CHECK(worst[1] <= 1e-2);
-            CHECK(worst[2] <= 6e-2);        /* random weights; the demo model has its own bound  */
+            CHECK(worst[1] <= 1e-2 * bound);
+            CHECK(worst[2] <= 6e-2 * bound);    /* random weights; the demo model has its own    */
             medrun_close(bf16), medrun_close(int8);
         }
 }
@@ -141,20 +146,25 @@ static void check_stage(void *user, const char *stage, int layer, size_t rows, s
     c->seen++;
 }
 
-static void test_stages(void) {
+/* The prompt of N_IDS tokens, of one model of each architecture. */
+static void test_stages(const char *folder, size_t n_ids) {
     size_t n;
-    int32_t *ids = fixture("llama-tied", "ids_7.i32", &n);
-    float *wanted = fixture("llama-tied", "stages_7.f32", &n);
-    char *text = fixture("llama-tied", "stages_7.txt", &n);
+    char name[32];
+    snprintf(name, sizeof name, "ids_%zu.i32", n_ids);
+    int32_t *ids = fixture(folder, name, &n);
+    snprintf(name, sizeof name, "stages_%zu.f32", n_ids);
+    float *wanted = fixture(folder, name, &n);
+    snprintf(name, sizeof name, "stages_%zu.txt", n_ids);
+    char *text = fixture(folder, name, &n);
     char *index = calloc(n + 1, 1);
     memcpy(index, text, n);
     stage_check c = {index, wanted, 0, 0};
-    medrun_model *m = open_fixture("llama-tied", "bf16", 2, NULL);
+    medrun_model *m = open_fixture(folder, "bf16", 2, NULL);
     medrun_session *s = start(m, (medrun_session_options){.strict = true, .kv = MEDRUN_KV_F32});
     medrun_observe(s, check_stage, &c);
-    run_all(s, ids, 7);
+    run_all(s, ids, n_ids);
     CHECK_EQ(c.seen, 1 + 9 * m->config.n_layers + 2);
-    printf("stages: %d, worst relative L2 of a row %.2g\n", c.seen, c.worst);
+    printf("%s: %d stages, worst relative L2 of a row %.2g\n", folder, c.seen, c.worst);
     CHECK(c.worst <= 1e-5);
     medrun_stop(s), medrun_close(m);
     free(ids), free(wanted), free(text), free(index);
@@ -248,7 +258,10 @@ static void test_company(void) {
 
 int main(void) {
     test_logits();
-    test_stages();
+    test_stages("llama-tied", 7);
+    test_stages("mistral-window", 24);
+    test_stages("arcee-yarn", 7);
+    test_stages("apertus-plain", 7);
     test_promises();
     test_company();
     return report();
