@@ -243,11 +243,15 @@ static int read_with(const char *key, const char *value, model_config *c, medrun
     buffer b = {0};
     model_file f = {.path = "x.mdr"};
     buffer_text(&b, "{\"config\":{");
-    for (int i = 0, n = 0; i < N_FIELDS; i++) {
+    bool used = false;
+    int n = 0;
+    for (int i = 0; i < N_FIELDS; i++) {
         bool this = key && !strcmp(key, config_fields[i].key);
         const char *v = this ? value : config_fields[i].value;
         if (v) buffer_printf(&b, "%s\"%s\":%s", n++ ? "," : "", config_fields[i].key, v);
+        used |= this;
     }
+    if (key && value && !used) buffer_printf(&b, ",\"%s\":%s", key, value);   /* one more field */
     buffer_text(&b, "}}");
     *c = (model_config){0}, *e = (medrun_error){0};
     int code = json_parse(&f.header, (const char *)b.data, b.n, e);
@@ -256,6 +260,10 @@ static int read_with(const char *key, const char *value, model_config *c, medrun
     buffer_free(&b);
     return code;
 }
+
+#define YARN(factor, truncate) "{\"type\":\"yarn\",\"factor\":" factor ",\"original_max_positions\":" \
+    "4096,\"beta_fast\":32,\"beta_slow\":1,\"attention_factor\":1.25,\"truncate\":" truncate "}"
+#define DIVISORS(list) "{\"type\":\"divisors\",\"divisors\":[" list "]}"
 
 static void test_config(void) {
     model_config c;
@@ -270,7 +278,40 @@ static void test_config(void) {
     CHECK_EQ(read_with("rope_scaling", "{\"type\":\"none\"}", &c, &e), MEDRUN_OK);
     CHECK_EQ(c.rope_type, ROPE_NONE);
 
+    CHECK(c.sliding_window == 0 && !c.qk_norm && c.activation == ACTIVATION_SILU);
+    CHECK_EQ(read_with("sliding_window", "4096", &c, &e), MEDRUN_OK);
+    CHECK_EQ(c.sliding_window, 4096);
+    CHECK_EQ(read_with("qk_norm", "true", &c, &e), MEDRUN_OK);
+    CHECK(c.qk_norm);
+    CHECK_EQ(read_with("activation", "\"relu2\"", &c, &e), MEDRUN_OK);
+    CHECK_EQ(c.activation, ACTIVATION_RELU2);
+    CHECK_EQ(read_with("activation", "\"xielu\"", &c, &e), MEDRUN_OK);
+    CHECK_EQ(c.activation, ACTIVATION_XIELU);
+    CHECK_EQ(read_with("rope_scaling", YARN("20", "true"), &c, &e), MEDRUN_OK);
+    CHECK(c.rope_type == ROPE_YARN && c.rope_factor == 20 && c.rope_original == 4096);
+    CHECK(c.rope_beta_fast == 32 && c.rope_beta_slow == 1 && c.rope_attention == 1.25);
+    CHECK(c.rope_truncate);
+    CHECK_EQ(read_with("rope_scaling", DIVISORS("1,1,2,4,8,8,8,8"), &c, &e), MEDRUN_OK);
+    float f[8];
+    rope_frequencies(&c, f);
+    CHECK(c.rope_type == ROPE_DIVISORS && f[0] == 1);
+    for (int i = 0; i < 8; i++) {
+        model_config plain = {.head_dim = 16, .rope_theta = 5e5};
+        float g[8];
+        rope_frequencies(&plain, g);
+        CHECK(f[i] == g[i] / c.rope_divisors[i]);
+    }
+
     static const field bad[] = {
+        {"sliding_window", "-1"}, {"sliding_window", "1.5"}, {"sliding_window", "\"all\""},
+        {"sliding_window", "16777217"}, {"qk_norm", "1"}, {"activation", "\"swiglu\""},
+        {"rope_scaling", YARN("0.5", "true")}, {"rope_scaling", YARN("20", "1")},
+        {"rope_scaling", "{\"type\":\"yarn\",\"factor\":20}"},
+        {"rope_scaling", "{\"type\":\"divisors\"}"}, {"rope_scaling", DIVISORS("1,1,2,4,8,8,8")},
+        {"rope_scaling", DIVISORS("1,1,2,4,8,8,8,8,8")},
+        {"rope_scaling", DIVISORS("1,1,2,4,8,8,8,0")},
+        {"rope_scaling", DIVISORS("1,1,2,4,8,8,8,\"8\"")},
+        {"rope_scaling", DIVISORS("1,1,2,4,8,8,[8],8")}, {"rope_theta", "1"},
         {"vocab_size", "0"}, {"vocab_size", "4194305"}, {"vocab_size", "1000.5"},
         {"hidden_size", "65"}, {"hidden_size", "0"}, {"hidden_size", "65552"}, {"n_layers", "0"},
         {"n_layers", "1025"}, {"n_heads", "0"}, {"n_heads", "3"}, {"n_heads", "1025"},
