@@ -15,13 +15,15 @@ UNITS    = 03_basics 04_threads 05_numbers 06_kernels 07_tensor 09_file 10_token
 FIXTURES = llama-plain llama-tied llama-sharded llama-grouped
 MODELS   = $(foreach f,$(FIXTURES),$(BUILD)/$(f)-bf16.mdr $(BUILD)/$(f)-int8.mdr)
 
+EXPORT   = $(wildcard tools/export_*.c)
+
 all: $(BIN)/medrun $(BIN)/medrun-export
 
 $(BIN)/medrun: medrun.c
 	@mkdir -p $(BIN)
 	$(CC) $(CFLAGS) $(WARN) -o $@ medrun.c $(LIBS)
 
-$(BIN)/medrun-export: tools/export.c medrun.c
+$(BIN)/medrun-export: tools/export.c $(EXPORT) medrun.c
 	$(CC) $(CFLAGS) $(WARN) -o $@ tools/export.c $(LIBS)
 
 run: $(BIN)/medrun
@@ -44,7 +46,7 @@ $(BUILD)/llama3.tokenizer.bin: $(BIN)/medrun-export
 	@mkdir -p $(BUILD)
 	$(BIN)/medrun-export --tokenizer-only $(MEDRUN_TEST_DATA)/tokenizers/llama3-8b $@
 endif
-$(BUILD)/test_%: tests/%.c tests/test.h medrun.c tools/export.c
+$(BUILD)/test_%: tests/%.c tests/test.h medrun.c tools/export.c $(EXPORT)
 	@mkdir -p $(BUILD)
 	$(CC) $(CFLAGS) $(WARN) -o $@ $< $(LIBS)
 

@@ -90,10 +90,10 @@ static void test_sin_cos(void) {
 
 /* ---- rotary frequencies -------------------------------------------------------------------- */
 
-static const model_config llama31 = {.head_dim = 128, .rope_theta = 5e5, .rope_llama3 = true,
+static const model_config llama31 = {.head_dim = 128, .rope_theta = 5e5, .rope_type = ROPE_LLAMA3,
                                      .rope_factor = 8, .rope_low = 1, .rope_high = 4,
                                      .rope_original = 8192};
-static const model_config llama32 = {.head_dim = 64, .rope_theta = 5e5, .rope_llama3 = true,
+static const model_config llama32 = {.head_dim = 64, .rope_theta = 5e5, .rope_type = ROPE_LLAMA3,
                                      .rope_factor = 32, .rope_low = 1, .rope_high = 4,
                                      .rope_original = 8192};
 
@@ -115,7 +115,7 @@ static const uint32_t bits_llama32[32] = {
     0x35df10c4, 0x359406cb, 0x35447610, 0x35025f34, 0x34ad07a7, 0x3465a54d, 0x341864a7, 0x33ca41b0,
 };
 /* Numbers that are no powers of two, so that the order of the roundings shows. */
-static const model_config uneven = {.head_dim = 64, .rope_theta = 5e5, .rope_llama3 = true,
+static const model_config uneven = {.head_dim = 64, .rope_theta = 5e5, .rope_type = ROPE_LLAMA3,
                                     .rope_factor = 5, .rope_low = 1.5, .rope_high = 6,
                                     .rope_original = 4096};
 static const uint32_t bits_uneven[32] = {
@@ -213,12 +213,12 @@ static void test_config(void) {
     CHECK_EQ(read_with(NULL, NULL, &c, &e), MEDRUN_OK);
     CHECK(c.vocab_size == 1000 && c.hidden_size == 64 && c.n_layers == 2 && c.n_heads == 4);
     CHECK(c.n_kv_heads == 2 && c.head_dim == 16 && c.ffn_size == 128 && c.max_positions == 131072);
-    CHECK(c.norm_eps == 1e-5f && c.tied && c.rope_theta == 5e5 && c.rope_llama3);
+    CHECK(c.norm_eps == 1e-5f && c.tied && c.rope_theta == 5e5 && c.rope_type == ROPE_LLAMA3);
     CHECK(c.rope_factor == 8 && c.rope_low == 1 && c.rope_high == 4 && c.rope_original == 8192);
     CHECK_EQ(read_with("tied", "false", &c, &e), MEDRUN_OK);
     CHECK(!c.tied);
     CHECK_EQ(read_with("rope_scaling", "{\"type\":\"none\"}", &c, &e), MEDRUN_OK);
-    CHECK(!c.rope_llama3);
+    CHECK_EQ(c.rope_type, ROPE_NONE);
 
     static const field bad[] = {
         {"vocab_size", "0"}, {"vocab_size", "4194305"}, {"vocab_size", "1000.5"},

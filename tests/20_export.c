@@ -344,7 +344,7 @@ static void test_same_bytes(void) {
     CHECK(strstr(answer, "no rope_theta") && strstr(answer, "theta 10000"));
     copy_fixture("llama-tied");
     CHECK_EQ(RUN("--dry-run", in_work("src")), 0);
-    CHECK(strstr(answer, "llama3 scaling") && strstr(answer, "tied") && !errors.n);
+    CHECK(strstr(answer, "scaling llama3") && strstr(answer, "tied") && !errors.n);
     CHECK_EQ(EXPORT("--dry-run"), 0);
     CHECK_EQ(clear_folder("out"), 0);
     buffer_free(&one);
@@ -519,8 +519,10 @@ static const struct { const char *file, *from, *to; int code; const char *needle
     {"config.json", "\"rope_theta\": 10000.0", "\"rope_theta\": NaN", 3, "rope_theta: found NaN"},
     {"config.json", "\"rope_scaling\": null", ROPE4("{\"type\": \"linear\", \"factor\": 2}"), 3,
      "linear"},
-    {"config.json", "\"rope_scaling\": null", ROPE4("{\"rope_type\": \"yarn\", \"factor\": 2}"), 3,
-     "yarn"},
+    {"config.json", "\"rope_scaling\": null", ROPE4("{\"rope_type\": \"dynamic\", \"factor\": 2}"),
+     3, "dynamic"},
+    {"config.json", "\"rope_scaling\": null", ROPE4("{\"rope_type\": \"yarn\", \"factor\": 2, "
+     "\"low_freq_factor\": 1}"), 3, "low_freq_factor"},
     {"config.json", "\"rope_scaling\": null", ROPE4("{\"factor\": 2}"), 3, "rope_type"},
     {"config.json", "\"rope_scaling\": null", ROPE4("{\"rope_type\": \"default\", \"factor\": 2}"),
      3, "rope_type"},
@@ -827,7 +829,7 @@ static void test_tokenizer_flips(void) {
     char path[512];
     snprintf(path, sizeof path, "%s", in_work("src/tokenizer.json"));
     for (size_t i = 0; i < b.n; i += 3) {
-        hf_tokenizer t = {0};
+        source_tokenizer t = {0};
         buffer out = {0};
         medrun_error e = {0};
         uint8_t before = b.data[i];
@@ -840,7 +842,7 @@ static void test_tokenizer_flips(void) {
         if (!code) code = convert_tokenizer(&t, &out, &e);
         wrong += code != e.code || (code && code != MEDRUN_BAD_FILE);
         accepted += !code;
-        free_hf_tokenizer(&t);
+        free_tokenizer(&t);
         buffer_free(&out);
     }
     CHECK_EQ(wrong, 0);
@@ -858,7 +860,8 @@ static void test_options(void) {
     expect(RUN(src, out, "-x"), 2, "unknown option -x", "unknown");
     expect(RUN(src, out, "--type", "int4"), 2, "not supported yet", "int4");
     expect(RUN(src, out, "--type=f32"), 2, "f32", "f32");
-    expect(RUN(src, out, "--yarn-factor", "16"), 2, "not supported yet", "yarn");
+    expect(RUN(src, out, "--yarn-factor", "16"), 2, "no yarn scaling", "yarn");
+    expect(RUN(src, out, "--yarn-factor", "0.5"), 2, "wanted 1 to 1e6", "yarn");
     expect(RUN(src, out, "--threads", "0"), 2, "--threads", "threads");
     expect(RUN(src, out, "--threads", "2x"), 2, "--threads", "threads");
     expect(RUN(src, out, "--threads", "999999999999999999999"), 2, "--threads", "threads");

@@ -4,9 +4,9 @@ passed=0 failed=0 skipped=0
 ok() { passed=$((passed + 1)); }
 bad() { failed=$((failed + 1)); echo "lint: $1"; }
 
-sources="medrun.c tools/export.c tests/*.c tests/test.h"
+sources="medrun.c tools/*.c tests/*.c tests/test.h"
 
-long=$(awk 'length($0) > 100 { print FILENAME ":" FNR }' medrun.c tools/export.c | head -5)
+long=$(awk 'length($0) > 100 { print FILENAME ":" FNR }' medrun.c tools/*.c | head -5)
 [ -z "$long" ] && ok || bad "lines past column 100: $long"
 
 # shellcheck disable=SC2086
@@ -14,7 +14,7 @@ tabs=$(grep -nP '\t| +$' $sources | head -5)
 [ -z "$tabs" ] && ok || bad "tabs or trailing blanks: $tabs"
 
 # A function starts in column 1 with its name and ends with a brace in column 1.
-for file in medrun.c tools/export.c; do
+for file in medrun.c tools/*.c; do
     worst=$(awk '/^[a-zA-Z].*\) \{$/ || /^[a-zA-Z].*\($/ { name = $0; start = FNR }
                  /^ .*\) \{$/ && !start { start = FNR }
                  /^\}$/ && start { n = FNR - start + 1; if (n > 100) print n, name; start = 0 }' \

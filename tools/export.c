@@ -64,6 +64,7 @@ typedef struct {
 /* What any kind of source gives; only the functions that fill it know which kind it is. */
 typedef struct {
     const char *folder;
+    const char *architecture;   /* llama, mistral, arcee, apertus                              */
     source_file *files;
     size_t n_files, files_cap;
     source_tensor *tensors;     /* sorted by name once they are all there                      */
@@ -75,7 +76,9 @@ typedef struct {
     int n_stops, stops[MEDRUN_MAX_STOPS];
     source_sampling sampling;
     char licence[128];
-    const char *note;           /* what the user should know, or NULL                          */
+    double yarn_factor;         /* what --yarn-factor says, or 0                               */
+    float *xielu;               /* (n_layers, 4) alpha_p, alpha_n, beta, eps; else NULL        */
+    buffer notes;               /* what the user should know, a line each                      */
 } source;
 
 typedef struct {
@@ -99,6 +102,17 @@ static int join_path(char path[PATH_BYTES], const char *folder, const char *name
     int n = snprintf(path, PATH_BYTES, "%s/%s", folder, name);
     if (n > 0 && n < PATH_BYTES) return MEDRUN_OK;
     return refuse(e, "%s: this path is too long", name);
+}
+
+/* Appends a line for the user. */
+PRINTF_LIKE(2, 3)
+static void add_note(source *s, const char *format, ...) {
+    char text[512];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    buffer_printf(&s->notes, "note       %s\n", text);
 }
 
 static bool file_exists(const char *folder, const char *name) {
@@ -326,29 +340,60 @@ static int open_json(source *s, const char *name, bool optional, json_file *f, m
 /* a != b, of which compilers warn for good reasons: here both were read from text. */
 static bool differ(double a, double b) { return a < b || a > b; }
 
+/* What is known of each architecture. A window of -1: the class knows none. */
+static const struct {
+    const char *class, *name, *hidden_act;
+    int activation;
+    int64_t window;             /* what the class assumes where the config says nothing        */
+    bool qk_norm;
+} architectures[] = {
+    {"LlamaForCausalLM", "llama", "silu", ACTIVATION_SILU, -1, false},
+    {"MistralForCausalLM", "mistral", "silu", ACTIVATION_SILU, 4096, false},
+    {"ArceeForCausalLM", "arcee", "relu2", ACTIVATION_RELU2, -1, false},
+    {"ApertusForCausalLM", "apertus", "xielu", ACTIVATION_XIELU, -1, true},
+};
+enum { N_CLASSES = sizeof architectures / sizeof *architectures };
+
 /* The architecture names the code that made the weights; nothing else says it as surely. */
-static int check_architecture(const json_file *f, medrun_error *e) {
+static int check_architecture(source *s, const json_file *f, medrun_error *e) {
     const json *j = &f->j;
     uint32_t list = given(j, 0, "architectures"), type = given(j, 0, "model_type");
-    WANT(children(j, list) == 1 && json_is(j, list + 1, "LlamaForCausalLM"), f, "architectures",
-         list, "[\"LlamaForCausalLM\"]; this medrun knows no other");
-    WANT(type == JSON_NONE || json_is(j, type, "llama"), f, "model_type", type, "llama");
-    return MEDRUN_OK;
+    uint32_t activation = given(j, 0, "hidden_act");
+    size_t i = 0;
+    while (i < N_CLASSES && !(children(j, list) == 1 && json_is(j, list + 1,
+                                                                architectures[i].class))) i++;
+    WANT(i < N_CLASSES, f, "architectures", list, "one of LlamaForCausalLM, MistralForCausalLM, "
+         "ArceeForCausalLM, ApertusForCausalLM; this medrun knows no other");
+    WANT(type == JSON_NONE || json_is(j, type, architectures[i].name), f, "model_type", type,
+         architectures[i].name);
+    WANT(activation == JSON_NONE || json_is(j, activation, architectures[i].hidden_act), f,
+         "hidden_act", activation, architectures[i].hidden_act);
+    s->architecture = architectures[i].name;
+    s->config.activation = architectures[i].activation;
+    s->config.qk_norm = architectures[i].qk_norm;
+    if (architectures[i].window < 0) return MEDRUN_OK;
+    int64_t window = architectures[i].window;
+    if (json_get(j, 0, "sliding_window") == JSON_NONE)
+        add_note(s, "config.json has no sliding_window: %lld is used, transformers' default for %s",
+                 (long long)window, s->architecture);
+    else if (given(j, 0, "sliding_window") == JSON_NONE) window = 0;
+    if (read_whole(f, 0, "sliding_window", 1, 1 << 24, &window, e)) return e->code;
+    return s->config.sliding_window = (int)window, MEDRUN_OK;
 }
 
-/* What a Llama config may say but this engine does not compute. */
+/* What a config may say but this engine does not compute. */
 static int check_unsupported(const json_file *f, medrun_error *e) {
-    static const char *const unwanted[] = {"attention_bias", "mlp_bias", "quantization_config"};
+    static const char *const unwanted[] = {"attention_bias", "mlp_bias", "quantization_config",
+                                           "post_norm"};
     const json *j = &f->j;
-    uint32_t activation = given(j, 0, "hidden_act"), part = given(j, 0, "partial_rotary_factor");
+    uint32_t part = given(j, 0, "partial_rotary_factor"), norm = given(j, 0, "qk_norm");
     uint32_t before = given(j, 0, "torch_dtype"), now = given(j, 0, "dtype");
-    WANT(activation == JSON_NONE || json_is(j, activation, "silu"), f, "hidden_act", activation,
-         "silu; this medrun computes no other");
-    for (size_t i = 0; i < 3; i++) {
+    for (size_t i = 0; i < 4; i++) {
         uint32_t v = given(j, 0, unwanted[i]);
         WANT(v == JSON_NONE || is(j, v, JSON_FALSE), f, unwanted[i], v,
              "false or nothing; this medrun does not compute with it");
     }
+    WANT(norm == JSON_NONE || is(j, norm, JSON_TRUE), f, "qk_norm", norm, "true or nothing");
     WANT(part == JSON_NONE || (is(j, part, JSON_NUMBER) && !differ(json_number(j, part), 1)), f,
          "partial_rotary_factor", part, "1");
     WANT(before == JSON_NONE || now == JSON_NONE || same_text(j, before, now), f, "torch_dtype",
@@ -386,51 +431,70 @@ static int read_sizes(const json_file *f, model_config *c, medrun_error *e) {
 
 /* ---- rotary positions ---------------------------------------------------------------------- */
 
-/* The numbers of llama3 scaling, and theta; 0: not given. */
+enum { FACTOR, LOW, HIGH, ORIGINAL, BETA_FAST, BETA_SLOW, ATTENTION, MSCALE, MSCALE_ALL,
+       N_ROPE_FIELDS };
+
+/* What a block says. A number that is not given is 0, which also means that to transformers. */
 typedef struct {
-    bool llama3;
-    double theta, number[4];    /* factor, low, high, original                                 */
+    int type;
+    bool truncate;
+    double theta, number[N_ROPE_FIELDS];
 } rope;
 
-static const struct { const char *key; double min, max; } rope_fields[4] = {
-    {"factor", 1, 1e6}, {"low_freq_factor", 1e-3, 1e6}, {"high_freq_factor", 1e-3, 1e6},
-    {"original_max_position_embeddings", 1, 1e9}};
+static const struct { const char *key; double min, max; bool llama3, yarn; }
+rope_fields[N_ROPE_FIELDS] = {
+    {"factor", 1, 1e6, true, true},
+    {"low_freq_factor", 1e-3, 1e6, true, false},
+    {"high_freq_factor", 1e-3, 1e6, true, false},
+    {"original_max_position_embeddings", 1, 1e9, true, true},
+    {"beta_fast", 0, 1e6, false, true},
+    {"beta_slow", 0, 1e6, false, true},
+    {"attention_factor", 1e-3, 1e3, false, true},
+    {"mscale", 0, 1e3, false, true},
+    {"mscale_all_dim", 0, 1e3, false, true},
+};
 
 static bool same_scaling(const rope *a, const rope *b) {
-    bool same = a->llama3 == b->llama3;
-    for (size_t i = 0; i < 4; i++) same = same && !differ(a->number[i], b->number[i]);
+    bool same = a->type == b->type && a->truncate == b->truncate;
+    for (size_t i = 0; i < N_ROPE_FIELDS; i++) same = same && !differ(a->number[i], b->number[i]);
     return same;
 }
 
-/* One block of rope fields. A field that is not known is an error: it might change every
+/* One field of a block, key C. A field that is not known is an error: it might change every
  * position. */
+static int read_rope_field(const json_file *f, uint32_t v, uint32_t c, rope *r, medrun_error *e) {
+    const json *j = &f->j;
+    bool llama3 = r->type == ROPE_LLAMA3, yarn = r->type == ROPE_YARN;
+    if (json_is(j, c, "rope_type") || json_is(j, c, "type")) return MEDRUN_OK;
+    if (json_is(j, c, "rope_theta"))
+        return read_real(f, v, "rope_theta", 1.001, 1e12, &r->theta, e);
+    if (json_is(j, c, "truncate") && yarn) return read_bool(f, v, "truncate", &r->truncate, e);
+    for (size_t i = 0; i < N_ROPE_FIELDS; i++)
+        if (json_is(j, c, rope_fields[i].key) &&
+            ((llama3 && rope_fields[i].llama3) || (yarn && rope_fields[i].yarn)))
+            return read_real(f, v, rope_fields[i].key, rope_fields[i].min, rope_fields[i].max,
+                             &r->number[i], e);
+    return refuse(e, "%s: field %s: found a field that rope_type %s does not have here; it may "
+                  "change what the model computes", f->path, show(j, c).text, rope_names[r->type]);
+}
+
 static int read_rope_block(const json_file *f, uint32_t v, rope *r, medrun_error *e) {
     const json *j = &f->j;
     uint32_t type = given(j, v, "rope_type"), older = given(j, v, "type");
-    int numbers = 0;
     if (type == JSON_NONE) type = older;
     WANT(older == JSON_NONE || same_text(j, type, older), f, "rope_type", type, "the same as type");
-    r->llama3 = json_is(j, type, "llama3");
-    WANT(r->llama3 || type == JSON_NONE || json_is(j, type, "default"), f, "rope_type", type,
-         "default or llama3; this medrun computes no other positions");
-    for EACH_KEY(j, v, c) {
-        size_t k = 0;
-        while (k < 4 && !json_is(j, c, rope_fields[k].key)) k++;
-        if (k < 4) {
-            read_real(f, v, rope_fields[k].key, rope_fields[k].min, rope_fields[k].max,
-                      &r->number[k], e);
-            numbers += r->number[k] > 0;
-        } else if (json_is(j, c, "rope_theta")) {
-            read_real(f, v, "rope_theta", 1, 1e12, &r->theta, e);
-        } else if (!json_is(j, c, "rope_type") && !json_is(j, c, "type")) {
-            refuse(e, "%s: field %s: found a rope field that this medrun does not know; it may "
-                   "change what the model computes", f->path, show(j, c).text);
-        }
-        if (e->code) return e->code;
-    }
-    WANT(numbers == (r->llama3 ? 4 : 0), f, "rope_type", type, "with llama3 all of factor, "
-         "low_freq_factor, high_freq_factor, original_max_position_embeddings, else none");
-    WANT(!r->llama3 || r->number[2] > r->number[1], f, "high_freq_factor",
+    WANT(type == JSON_NONE || json_is(j, type, "default") || json_is(j, type, "llama3") ||
+         json_is(j, type, "yarn"), f, "rope_type", type, "default, llama3 or yarn; this medrun "
+         "computes no other positions");
+    r->truncate = true;
+    r->type = json_is(j, type, "llama3") ? ROPE_LLAMA3 : json_is(j, type, "yarn") ? ROPE_YARN :
+              ROPE_NONE;
+    for EACH_KEY(j, v, c) if (read_rope_field(f, v, c, r, e)) return e->code;
+    const double *n = r->number;
+    WANT(r->type != ROPE_LLAMA3 || (n[FACTOR] > 0 && n[LOW] > 0 && n[HIGH] > 0 && n[ORIGINAL] > 0),
+         f, "rope_type", type, "with llama3 all of factor, low_freq_factor, high_freq_factor, "
+         "original_max_position_embeddings");
+    WANT(r->type != ROPE_LLAMA3 || n[HIGH] > n[LOW], f, "high_freq_factor",
          json_get(j, v, "high_freq_factor"), "more than low_freq_factor");
     return MEDRUN_OK;
 }
@@ -440,7 +504,7 @@ static int read_rope_parameters(const json_file *f, uint32_t v, rope *r, medrun_
     const json *j = &f->j;
     if (!children(j, v) || !is(j, v + 2, JSON_OBJECT)) return read_rope_block(f, v, r, e);
     for EACH_KEY(j, v, c) {
-        rope next = {0};
+        rope next = {.truncate = true};
         WANT(is(j, c + 1, JSON_OBJECT), f, "rope_parameters", v, "a block per layer type");
         if (read_rope_block(f, c + 1, &next, e)) return e->code;
         WANT(c == v + 1 || (same_scaling(r, &next) && !differ(r->theta, next.theta)), f,
@@ -453,17 +517,17 @@ static int read_rope_parameters(const json_file *f, uint32_t v, rope *r, medrun_
 /* Reads both spellings; R is what they agree on. */
 static int read_both_ropes(const json_file *f, rope *r, medrun_error *e) {
     const json *j = &f->j;
-    rope old = {0}, now = {0};
+    rope old = {.truncate = true}, now = old;
     uint32_t scaling = given(j, 0, "rope_scaling"), block = given(j, 0, "rope_parameters");
     double theta = 0, original = 0;
     WANT(scaling == JSON_NONE || is(j, scaling, JSON_OBJECT), f, "rope_scaling", scaling,
          "an object or null");
     WANT(block == JSON_NONE || is(j, block, JSON_OBJECT), f, "rope_parameters", block,
          "an object or null");
-    if (read_real(f, 0, "rope_theta", 1, 1e12, &theta, e) ||
+    if (read_real(f, 0, "rope_theta", 1.001, 1e12, &theta, e) ||
         (scaling != JSON_NONE && read_rope_block(f, scaling, &old, e)) ||
         (block != JSON_NONE && read_rope_parameters(f, block, &now, e)) ||
-        read_real(f, 0, rope_fields[3].key, 1, 1e9, &original, e)) return e->code;
+        read_real(f, 0, rope_fields[ORIGINAL].key, 1, 1e9, &original, e)) return e->code;
     WANT(!(theta > 0 && old.theta > 0 && differ(theta, old.theta)), f, "rope_theta",
          given(j, 0, "rope_theta"), "the same as in rope_scaling; remove the wrong one");
     if (theta > 0) old.theta = theta;
@@ -472,23 +536,76 @@ static int read_both_ropes(const json_file *f, rope *r, medrun_error *e) {
     bool both = block != JSON_NONE && json_get(j, 0, "rope_scaling") != JSON_NONE;
     WANT(!(old.theta > 0 && differ(old.theta, r->theta)) && (!both || same_scaling(&old, r)), f,
          "rope_parameters", block, "the same as rope_theta and rope_scaling; remove the wrong");
-    WANT(!(original > 0 && r->llama3 && differ(original, r->number[3])), f, rope_fields[3].key,
-         given(j, 0, rope_fields[3].key), "the same as in the rope block; remove the wrong one");
+    double *inner = &r->number[ORIGINAL];
+    if (r->type == ROPE_YARN && !(*inner > 0)) *inner = original;
+    WANT(!(original > 0 && r->type != ROPE_NONE && differ(original, *inner)), f,
+         rope_fields[ORIGINAL].key, given(j, 0, rope_fields[ORIGINAL].key),
+         "the same as in the rope block; remove the wrong one");
     return MEDRUN_OK;
 }
 
-static int read_hf_config(const json_file *f, model_config *c, medrun_error *e) {
+/* ln(factor) / 10 + 1 of the YaRN paper, weighted. */
+static double yarn_scale(double factor, double weight) {
+    return factor <= 1 ? 1 : 0.1 * weight * ln_exact(factor) + 1;
+}
+
+/* What transformers 5 computes for what is missing, into C. Its version 4 overrode a given factor
+ * by the ratio of the two context lengths; models differ in which was meant. */
+static void set_yarn(source *s, const rope *r, model_config *c) {
+    const double *n = r->number;
+    double original = n[ORIGINAL] > 0 ? n[ORIGINAL] : c->max_positions;
+    double ratio = c->max_positions / original, factor = n[FACTOR] > 0 ? n[FACTOR] : ratio;
+    if (s->yarn_factor > 0) factor = s->yarn_factor;
+    if (differ(factor, ratio) || s->yarn_factor > 0)
+        add_note(s, "YaRN factor %g is used, as %s says. transformers 5, vLLM and llama.cpp compute "
+                 "with the %g of config.json, transformers 4 with the ratio of the context lengths "
+                 "%g / %g = %g: --yarn-factor chooses", factor,
+                 s->yarn_factor > 0 ? "--yarn-factor" : "config.json",
+                 n[FACTOR] > 0 ? n[FACTOR] : ratio, (double)c->max_positions, original, ratio);
+    c->rope_factor = factor, c->rope_original = original, c->rope_truncate = r->truncate;
+    c->rope_beta_fast = n[BETA_FAST] > 0 ? n[BETA_FAST] : 32;
+    c->rope_beta_slow = n[BETA_SLOW] > 0 ? n[BETA_SLOW] : 1;
+    c->rope_attention = n[ATTENTION] > 0 ? n[ATTENTION] :
+                        n[MSCALE] > 0 && n[MSCALE_ALL] > 0 ?
+                        yarn_scale(factor, n[MSCALE]) / yarn_scale(factor, n[MSCALE_ALL]) :
+                        yarn_scale(factor, 1);
+}
+
+/* The class's own positions where config.json says nothing at all; only some classes have any. */
+static int default_rope(source *s, const json_file *f, rope *r, medrun_error *e) {
+    bool apertus = !strcmp(s->architecture, "apertus");
+    bool block = given(&f->j, 0, "rope_scaling") != JSON_NONE ||
+                 given(&f->j, 0, "rope_parameters") != JSON_NONE;
+    WANT(!apertus || block || !(r->theta > 0), f, "rope_scaling", JSON_NONE,
+         "a block, as rope_theta is given");
+    if (apertus && !block)
+        *r = (rope){ROPE_LLAMA3, true, 1.2e7, {[FACTOR] = 8, [LOW] = 1, [HIGH] = 4,
+                                               [ORIGINAL] = 8192}};
+    else if (!(r->theta > 0)) r->theta = apertus ? 1.2e7 : 10000;
+    else return MEDRUN_OK;
+    add_note(s, "config.json has no rope_theta%s: transformers' default for %s is used, %.9g%s",
+             block ? "" : " and no rope scaling", s->architecture, r->theta,
+             r->type == ROPE_LLAMA3 && !block ? " with llama3 scaling 8" : "");
+    return MEDRUN_OK;
+}
+
+static int read_hf_config(source *s, const json_file *f, medrun_error *e) {
+    model_config *c = &s->config;
     rope r = {0};
     double eps = 0;
-    if (check_architecture(f, e) || check_unsupported(f, e) || read_sizes(f, c, e) ||
+    if (check_architecture(s, f, e) || check_unsupported(f, e) || read_sizes(f, c, e) ||
         read_bool(f, 0, "tie_word_embeddings", &c->tied, e) || read_both_ropes(f, &r, e) ||
+        default_rope(s, f, &r, e) ||
         !json_real(&f->j, 0, f->path, "rms_norm_eps", 1e-12, 1, &eps, e)) return e->code;
     if (c->hidden_size % 16 || c->head_dim % 16 || c->ffn_size % 16)
         return refuse(e, "%s: found hidden_size %d, head_dim %d, intermediate_size %d, wanted "
                       "multiples of 16", f->path, c->hidden_size, c->head_dim, c->ffn_size);
-    c->norm_eps = (float)eps, c->rope_theta = r.theta, c->rope_llama3 = r.llama3;
-    c->rope_factor = r.number[0], c->rope_low = r.number[1], c->rope_high = r.number[2];
-    c->rope_original = r.number[3];
+    if (s->yarn_factor > 0 && r.type != ROPE_YARN)
+        return fail(e, MEDRUN_USAGE, "--yarn-factor: %s has no yarn scaling", f->path);
+    c->norm_eps = (float)eps, c->rope_theta = r.theta, c->rope_type = r.type;
+    c->rope_factor = r.number[FACTOR], c->rope_original = r.number[ORIGINAL];
+    c->rope_low = r.number[LOW], c->rope_high = r.number[HIGH];
+    if (r.type == ROPE_YARN) set_yarn(s, &r, c);
     return MEDRUN_OK;
 }
 
@@ -534,397 +651,7 @@ static int read_generation(source *s, const json_file *f, medrun_error *e) {
     return read_eos_ids(s, f, e);
 }
 
-/* ============================================================================================
- * 3 Tokenizer: tokenizer.json -> tokenizer.bin
- *
- * A tokenizer.json is a small program: normalizer, pre-tokenizer, model, post-processor, decoder.
- * Only the programs that section 10 of medrun.c runs are known here; each part of another one is
- * refused by its name. The vocabulary comes in GPT-2's byte alphabet, which is undone.
- * ============================================================================================ */
-
-static const struct { const char *name, *regex; } split_patterns[] = {
-    {"llama3", "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}|"
-               " ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"},
-};
-
-enum { PIECE_FOREIGN = 0 };     /* a key outside the byte alphabet: an added token must claim it */
-
-typedef struct {
-    size_t at, n;               /* its bytes in hf_tokenizer.text                              */
-    int type;                   /* PIECE_UNUSED until an entry has this id                     */
-} hf_piece;
-
-typedef struct {
-    span bytes;
-    uint32_t id;
-} vocab_entry;
-
-typedef struct {
-    json_file file, config;     /* tokenizer.json, tokenizer_config.json                       */
-    hf_piece *pieces;
-    size_t n_pieces, n_merges;
-    buffer text, merges;
-    vocab_entry *entries;       /* the vocabulary sorted by its bytes, which point into text   */
-    size_t n_entries;
-    const char *pretokenizer;
-    int32_t bos, eos;           /* or -1                                                       */
-    bool add_bos, ignore_merges;
-} hf_tokenizer;
-
-static void free_hf_tokenizer(hf_tokenizer *t) {
-    close_json(&t->file);
-    close_json(&t->config);
-    free(t->pieces);
-    free(t->entries);
-    buffer_free(&t->text);
-    buffer_free(&t->merges);
-}
-
-/* GPT-2's alphabet: printable bytes stand for themselves, the other 68 for U+0100, U+0101, ... */
-static int byte_of(uint32_t code) {
-    bool printable = (code >= 33 && code <= 126) || (code >= 161 && code <= 172) ||
-                     (code >= 174 && code <= 255);
-    if (printable) return (int)code;
-    if (code < 256 || code > 323) return -1;
-    int n = (int)code - 256;                            /* 0..32, then 127..160, then 173        */
-    return n < 33 ? n : n < 67 ? n + 94 : 173;
-}
-
-/* Appends the bytes that TEXT stands for; false if some character is not of the alphabet. */
-static bool undo_alphabet(const uint8_t *text, size_t n, buffer *out) {
-    uint32_t code;
-    for (size_t i = 0, len; i < n; i += len) {
-        len = utf8_decode(text + i, n - i, &code);
-        int b = len ? byte_of(code) : -1;
-        if (b < 0) return false;
-        buffer_add(out, &(uint8_t){(uint8_t)b}, 1);
-    }
-    return true;
-}
-
-/* The id of the vocabulary's entry with these bytes, or -1. */
-static int64_t find_entry(const hf_tokenizer *t, const uint8_t *p, size_t n) {
-    vocab_entry key = {{p, n}, 0};
-    if (!t->n_entries) return -1;
-    const vocab_entry *v = bsearch(&key, t->entries, t->n_entries, sizeof key, compare_spans);
-    return v ? (int64_t)v->id : -1;
-}
-
-/* How many ids there are: one more than the largest of the vocabulary and the added tokens. */
-static int count_pieces(hf_tokenizer *t, uint32_t vocab, uint32_t added, medrun_error *e) {
-    const json *j = &t->file.j;
-    uint64_t entries = children(j, vocab) / 2, largest = 0, id;
-    for EACH_KEY(j, vocab, c) {
-        WANT(json_size(j, c + 1, &id), &t->file, "model.vocab", c + 1, "whole numbers");
-        if (id > largest) largest = id;
-    }
-    for EACH(j, added, c) {
-        WANT(json_size(j, json_get(j, c, "id"), &id), &t->file, "added_tokens", c, "an id");
-        if (id > largest) largest = id;
-        entries++;
-    }
-    if (largest >= 1u << 22 || largest > 2 * entries + 1024)
-        return refuse(e, "%s: found id %llu among %llu entries, wanted ids without large gaps",
-                      t->file.path, (unsigned long long)largest, (unsigned long long)entries);
-    t->n_pieces = (size_t)largest + 1;
-    t->pieces = new_array(t->n_pieces, sizeof *t->pieces);
-    t->entries = new_array((size_t)entries, sizeof *t->entries);
-    if (!t->pieces || !t->entries) return out_of_memory(e, t->n_pieces * sizeof *t->pieces);
-    for (size_t i = 0; i < t->n_pieces; i++) t->pieces[i].type = PIECE_UNUSED;
-    /* all text is shorter than the file: it will not move any more */
-    return buffer_room(&t->text, t->file.map.n) ? MEDRUN_OK : out_of_memory(e, t->file.map.n);
-}
-
-/* Entries in the byte alphabet go into the sorted table, where merges look their sides up. */
-static int read_vocab(hf_tokenizer *t, uint32_t vocab, medrun_error *e) {
-    const json *j = &t->file.j;
-    buffer key = {0};
-    for EACH_KEY(j, vocab, c) {
-        uint64_t id = 0;
-        size_t at = t->text.n;
-        json_size(j, c + 1, &id);
-        key.n = 0;
-        json_unescape(j, c, &key);
-        bool known = undo_alphabet(key.data, key.n, &t->text);
-        if (!known) t->text.n = at, buffer_add(&t->text, key.data, key.n);
-        if (key.failed) out_of_memory(e, key.n);
-        else if (!key.n || t->pieces[id].type != PIECE_UNUSED)
-            wrong_field(&t->file, "model.vocab", c + 1, "text for each id, and each id once", e);
-        if (e->code) break;
-        t->pieces[id] = (hf_piece){at, t->text.n - at, known ? PIECE_NORMAL : PIECE_FOREIGN};
-        if (known)
-            t->entries[t->n_entries++] = (vocab_entry){{t->text.data + at, t->text.n - at},
-                                                       (uint32_t)id};
-    }
-    if (t->n_entries) qsort(t->entries, t->n_entries, sizeof *t->entries, compare_spans);
-    buffer_free(&key);
-    return e->code;
-}
-
-/* The id of one side of a merge, which is written in the byte alphabet; -1 if it is no entry. */
-static int64_t side_id(const hf_tokenizer *t, const uint8_t *p, size_t n, buffer *scratch) {
-    scratch->n = 0;
-    if (!n || !undo_alphabet(p, n, scratch) || scratch->failed) return -1;
-    return find_entry(t, scratch->data, scratch->n);
-}
-
-/* A merge is "a b" (until 2024) or ["a", "b"]: appends both to TEXT with a space between. A space
- * inside one of them is not of the byte alphabet and will be found. */
-static void merge_text(const json *j, uint32_t v, buffer *text) {
-    if (is(j, v, JSON_STRING)) json_unescape(j, v, text);
-    if (!is(j, v, JSON_ARRAY) || children(j, v) != 2 || !is(j, v + 1, JSON_STRING) ||
-        !is(j, v + 2, JSON_STRING)) return;
-    json_unescape(j, v + 1, text);
-    buffer_text(text, " ");
-    json_unescape(j, v + 2, text);
-}
-
-/* Their order is their rank; the ids of both sides are all that tokenizer.bin keeps of them. */
-static int read_merges(hf_tokenizer *t, uint32_t merges, medrun_error *e) {
-    const json *j = &t->file.j;
-    buffer text = {0}, scratch = {0};
-    for EACH(j, merges, c) {
-        text.n = 0;
-        merge_text(j, c, &text);
-        const uint8_t *space = text.n ? memchr(text.data, ' ', text.n) : NULL;
-        size_t left = space ? (size_t)(space - text.data) : 0;
-        int64_t a = space ? side_id(t, text.data, left, &scratch) : -1;
-        int64_t b = a < 0 ? -1 : side_id(t, space + 1, text.n - left - 1, &scratch);
-        write_le(&t->merges, (uint64_t)a, 4);
-        write_le(&t->merges, (uint64_t)b, 4);
-        if (text.failed || scratch.failed || t->merges.failed) out_of_memory(e, t->merges.n);
-        else if (b < 0) wrong_field(&t->file, "model.merges", c, "two entries of vocab", e);
-        if (e->code) break;
-    }
-    t->n_merges = children(j, merges);
-    buffer_free(&text);
-    buffer_free(&scratch);
-    return e->code;
-}
-
-/* The literal CONTENT of added token V becomes the piece of its id. */
-static int add_token(hf_tokenizer *t, uint32_t v, const buffer *content, buffer *scratch,
-                     medrun_error *e) {
-    static const char *const flags[] = {"single_word", "lstrip", "rstrip", "normalized"};
-    const json_file *f = &t->file;
-    bool special = false;
-    uint64_t id = 0;
-    json_size(&f->j, json_get(&f->j, v, "id"), &id);
-    for (size_t i = 0; i < 4; i++) {
-        bool on = false;
-        if (read_bool(f, v, flags[i], &on, e)) return e->code;
-        WANT(!on, f, "added_tokens", v, "single_word, lstrip, rstrip, normalized all false");
-    }
-    if (read_bool(f, v, "special", &special, e)) return e->code;
-    hf_piece *piece = &t->pieces[id];
-    scratch->n = 0;
-    bool known = undo_alphabet(content->data, content->n, scratch);
-    const buffer *key = piece->type == PIECE_FOREIGN ? content : scratch;
-    bool same = key->n == piece->n && !memcmp(key->data, t->text.data + piece->at, piece->n);
-    int64_t other = known ? find_entry(t, scratch->data, scratch->n) : -1;
-    WANT((piece->type == PIECE_UNUSED || same) && (other < 0 || other == (int64_t)id), f,
-         "added_tokens", v, "an id that agrees with model.vocab");
-    *piece = (hf_piece){t->text.n, content->n, special ? PIECE_CONTROL : PIECE_USER};
-    buffer_add(&t->text, content->data, content->n);
-    return scratch->failed ? out_of_memory(e, scratch->n) : MEDRUN_OK;
-}
-
-/* After the merges, which know only the vocabulary: from here on an id may have another text. */
-static int read_added(hf_tokenizer *t, uint32_t added, medrun_error *e) {
-    const json *j = &t->file.j;
-    buffer content = {0}, scratch = {0};
-    for EACH(j, added, c) {
-        uint32_t text = json_get(j, c, "content");
-        content.n = 0;
-        if (is(j, text, JSON_STRING)) json_unescape(j, text, &content);
-        if (content.failed) out_of_memory(e, content.n);
-        else if (!content.n) wrong_field(&t->file, "added_tokens", c, "some content", e);
-        else add_token(t, c, &content, &scratch, e);
-        if (e->code) break;
-    }
-    buffer_free(&content);
-    buffer_free(&scratch);
-    for (size_t id = 0; !e->code && id < t->n_pieces; id++)
-        if (t->pieces[id].type == PIECE_FOREIGN)
-            refuse(e, "%s: field model.vocab: found %.*s, wanted an entry in the byte alphabet; "
-                   "only byte-level BPE is supported", t->file.path,
-                   t->pieces[id].n < 80 ? (int)t->pieces[id].n : 80,
-                   (const char *)t->text.data + t->pieces[id].at);
-    return e->code;
-}
-
-/* ---- the programs around the vocabulary ---------------------------------------------------- */
-
-/* The parts of the program are objects with a type. */
-static bool is_part(const json *j, uint32_t v, const char *type) {
-    return json_is(j, json_get(j, v, "type"), type);
-}
-
-/* Sequence[Split(a known pattern, Isolated), ByteLevel without its own pattern]. */
-static int read_pretokenizer(hf_tokenizer *t, medrun_error *e) {
-    const json *j = &t->file.j;
-    uint32_t v = given(j, 0, "pre_tokenizer"), list = json_get(j, v, "pretokenizers");
-    bool two = is_part(j, v, "Sequence") && children(j, list) == 2;
-    uint32_t split = two ? list + 1 : JSON_NONE, bytes = two ? j->nodes[split].next : JSON_NONE;
-    uint32_t regex = json_get(j, json_get(j, split, "pattern"), "Regex");
-    WANT(is_part(j, split, "Split") && json_is(j, json_get(j, split, "behavior"), "Isolated") &&
-         is(j, json_get(j, split, "invert"), JSON_FALSE) && is_part(j, bytes, "ByteLevel") &&
-         is(j, json_get(j, bytes, "add_prefix_space"), JSON_FALSE) &&
-         is(j, json_get(j, bytes, "use_regex"), JSON_FALSE), &t->file, "pre_tokenizer", v,
-         "that of Llama-3; this medrun knows no other");
-    for (size_t i = 0; i < sizeof split_patterns / sizeof *split_patterns; i++)
-        if (json_is(j, regex, split_patterns[i].regex)) t->pretokenizer = split_patterns[i].name;
-    WANT(t->pretokenizer, &t->file, "pre_tokenizer: Regex", regex,
-         "that of Llama-3; this medrun knows no other");
-    return MEDRUN_OK;
-}
-
-/* The id that a template's SpecialToken ITEM stands for. */
-static int template_id(hf_tokenizer *t, uint32_t v, uint32_t item, medrun_error *e) {
-    const json *j = &t->file.j;
-    uint32_t name = json_get(j, json_get(j, item, "SpecialToken"), "id");
-    uint64_t id = 0;
-    for EACH_KEY(j, json_get(j, v, "special_tokens"), c) {
-        uint32_t ids = json_get(j, c + 1, "ids");
-        if (!is(j, name, JSON_STRING) || !same_text(j, name, c)) continue;
-        WANT(children(j, ids) == 1 && json_size(j, ids + 1, &id) && id < t->n_pieces, &t->file,
-             "post_processor: special_tokens", c + 1, "one id of the vocabulary");
-        return t->add_bos = true, t->bos = (int32_t)id, MEDRUN_OK;
-    }
-    return wrong_field(&t->file, "post_processor", item, "a token of its special_tokens", e);
-}
-
-/* One post-processor: ByteLevel changes no id; a template may put one token before the text. */
-static int read_post_part(hf_tokenizer *t, uint32_t v, medrun_error *e) {
-    const json *j = &t->file.j;
-    if (is_part(j, v, "ByteLevel")) return MEDRUN_OK;
-    uint32_t single = json_get(j, v, "single"), n = children(j, single), first = single + 1;
-    uint32_t text = n == 1 ? first : n == 2 ? j->nodes[first].next : JSON_NONE;
-    WANT(is_part(j, v, "TemplateProcessing") && !t->add_bos &&
-         json_is(j, json_get(j, json_get(j, text, "Sequence"), "id"), "A"), &t->file,
-         "post_processor", v, "ByteLevel, or a template with at most one token before the text");
-    return n == 1 ? MEDRUN_OK : template_id(t, v, first, e);
-}
-
-/* Does the tokenizer put a BOS before every text? */
-static int read_post_processor(hf_tokenizer *t, medrun_error *e) {
-    const json *j = &t->file.j;
-    uint32_t v = given(j, 0, "post_processor");
-    if (v == JSON_NONE) return MEDRUN_OK;
-    if (!is_part(j, v, "Sequence")) return read_post_part(t, v, e);
-    for EACH(j, json_get(j, v, "processors"), c) if (read_post_part(t, c, e)) break;
-    return e->code;
-}
-
-/* What would change ids and is not byte-level BPE. */
-static int check_program(const json_file *f, uint32_t model, medrun_error *e) {
-    static const char *const empty[] = {"dropout", "unk_token", "continuing_subword_prefix",
-                                        "end_of_word_suffix", "byte_fallback"};
-    const json *j = &f->j;
-    uint32_t normalizer = given(j, 0, "normalizer"), decoder = given(j, 0, "decoder");
-    WANT(is_part(j, model, "BPE"), f, "model.type", json_get(j, model, "type"), "BPE");
-    for (size_t i = 0; i < 5; i++) {
-        uint32_t v = given(j, model, empty[i]);
-        WANT(v == JSON_NONE || json_is(j, v, "") || is(j, v, JSON_FALSE), f, empty[i], v,
-             "nothing; only byte-level BPE is supported");
-    }
-    WANT(normalizer == JSON_NONE, f, "normalizer", normalizer, "null");
-    WANT(is_part(j, decoder, "ByteLevel"), f, "decoder", decoder, "ByteLevel");
-    return MEDRUN_OK;
-}
-
-static int read_tokenizer_json(hf_tokenizer *t, medrun_error *e) {
-    const json *j = &t->file.j;
-    uint32_t model = given(j, 0, "model"), added = given(j, 0, "added_tokens");
-    uint32_t vocab = given(j, model, "vocab"), merges = given(j, model, "merges");
-    if (check_program(&t->file, model, e) || read_pretokenizer(t, e) ||
-        read_bool(&t->file, model, "ignore_merges", &t->ignore_merges, e)) return e->code;
-    WANT(is(j, vocab, JSON_OBJECT), &t->file, "model.vocab", vocab, "an object");
-    WANT(is(j, merges, JSON_ARRAY), &t->file, "model.merges", merges, "an array");
-    WANT(added == JSON_NONE || is(j, added, JSON_ARRAY), &t->file, "added_tokens", added,
-         "an array");
-    if (count_pieces(t, vocab, added, e) || read_vocab(t, vocab, e) ||
-        read_merges(t, merges, e) || read_added(t, added, e)) return e->code;
-    return read_post_processor(t, e);
-}
-
-/* ---- tokenizer_config.json ----------------------------------------------------------------- */
-
-/* bos_token or eos_token: a string, an object with its content, or nothing. */
-static int named_token(const hf_tokenizer *t, const char *field, int32_t *id, medrun_error *e) {
-    const json *j = &t->config.j;
-    uint32_t v = given(j, 0, field);
-    if (v == JSON_NONE) return MEDRUN_OK;
-    if (is(j, v, JSON_OBJECT)) v = json_get(j, v, "content");
-    buffer b = {0};
-    if (is(j, v, JSON_STRING)) json_unescape(j, v, &b);
-    for (size_t i = 0; i < t->n_pieces; i++)
-        if (t->pieces[i].type == PIECE_CONTROL && t->pieces[i].n == b.n &&
-            !memcmp(t->text.data + t->pieces[i].at, b.data, b.n)) *id = (int32_t)i;
-    buffer_free(&b);
-    WANT(*id >= 0, &t->config, field, v, "a special token of tokenizer.json");
-    return MEDRUN_OK;
-}
-
-/* What it says about BOS must be what tokenizer.json does. */
-static int read_tokenizer_config(hf_tokenizer *t, medrun_error *e) {
-    const json_file *f = &t->config;
-    int32_t bos = -1;
-    bool add_bos = t->add_bos, add_eos = false;
-    if (named_token(t, "bos_token", &bos, e) || named_token(t, "eos_token", &t->eos, e) ||
-        read_bool(f, 0, "add_bos_token", &add_bos, e) ||
-        read_bool(f, 0, "add_eos_token", &add_eos, e)) return e->code;
-    WANT(bos < 0 || !t->add_bos || bos == t->bos, f, "bos_token", given(&f->j, 0, "bos_token"),
-         "the token that tokenizer.json's post_processor adds");
-    WANT(add_bos == t->add_bos, f, "add_bos_token", given(&f->j, 0, "add_bos_token"),
-         "what tokenizer.json's post_processor does");
-    WANT(!add_eos, f, "add_eos_token", given(&f->j, 0, "add_eos_token"), "false");
-    if (bos >= 0) t->bos = bos;
-    return MEDRUN_OK;
-}
-
-/* ---- tokenizer.bin ------------------------------------------------------------------------- */
-
-/* Appends the file, as section 10 of medrun.c reads it. */
-static void write_tokenizer(const hf_tokenizer *t, buffer *out) {
-    buffer body = {0}, text = {0}, types = {0};
-    char pattern[24] = {0};
-    uint8_t digest[32];
-    snprintf(pattern, sizeof pattern, "%s", t->pretokenizer);
-    for (size_t i = 0; i < t->n_pieces; i++) {
-        buffer_add(&text, t->text.data + t->pieces[i].at, t->pieces[i].n);
-        buffer_add(&types, &(uint8_t){(uint8_t)t->pieces[i].type}, 1);
-    }
-    while (types.n % 4 && !types.failed) buffer_add(&types, "", 1);
-    const uint64_t head[8] = {1, 1, (t->ignore_merges ? 1u : 0) | (t->add_bos ? 2u : 0),
-                              t->n_pieces, t->n_merges, (uint32_t)t->bos, text.n, 0};
-    for (size_t i = 0; i < 8; i++) write_le(&body, head[i], 4);
-    buffer_add(&body, pattern, sizeof pattern);
-    for (size_t i = 0, end = 0; i < t->n_pieces; i++)
-        write_le(&body, end += t->pieces[i].n, 4);
-    buffer_add(&body, types.data, types.n);
-    buffer_add(&body, t->merges.data, t->merges.n);
-    buffer_add(&body, text.data, text.n);
-    sha256_of(body.data, body.n, digest);
-    buffer_add(out, "MEDTOK01", 8);
-    buffer_add(out, digest, 32);
-    buffer_add(out, body.data, body.n);
-    if (body.failed || text.failed || types.failed) out->failed = true;
-    buffer_free(&body);
-    buffer_free(&text);
-    buffer_free(&types);
-}
-
-/* Converts the open files of T and lets the engine check the result. */
-static int convert_tokenizer(hf_tokenizer *t, buffer *out, medrun_error *e) {
-    tokenizer check;
-    t->bos = t->eos = -1;
-    if (read_tokenizer_json(t, e) || read_tokenizer_config(t, e)) return e->code;
-    write_tokenizer(t, out);
-    if (out->failed) return out_of_memory(e, out->n);
-    if (!tokenizer_open(&check, out->data, out->n, t->file.path, e)) tokenizer_close(&check);
-    return e->code;
-}
+#include "export_tokenizer.c"           /* section 3 */
 
 /* ============================================================================================
  * 4 Chat: template, stop ids, licence
@@ -1023,6 +750,29 @@ static int read_at(int fd, void *to, size_t n, uint64_t at, const char *path, me
         p += got, n -= (size_t)got, at += (uint64_t)got;
     }
     return MEDRUN_OK;
+}
+
+/* N numbers -> floats; false if one is infinite, not a number, or too large for a bf16. */
+static bool to_floats(int dtype, const uint8_t *raw, size_t n, float *out) {
+    uint32_t bad = 0, bits;
+    uint16_t h;
+    for (size_t k = 0; dtype == SOURCE_BF16 && k < n; k++) {
+        memcpy(&h, raw + 2 * k, 2);
+        bits = (uint32_t)h << 16;
+        bad |= (bits & 0x7F800000) == 0x7F800000;
+        memcpy(&out[k], &bits, 4);
+    }
+    for (size_t k = 0; dtype == SOURCE_F16 && k < n; k++) {
+        memcpy(&h, raw + 2 * k, 2);
+        bad |= (h & 0x7C00) == 0x7C00;
+        out[k] = f16_to_f32(h);
+    }
+    for (size_t k = 0; dtype == SOURCE_F32 && k < n; k++) {
+        memcpy(&bits, raw + 4 * k, 4);
+        bad |= (bits & 0x7FFFFFFF) >= 0x7F7F8000;
+        memcpy(&out[k], &bits, 4);
+    }
+    return !bad;
 }
 
 /* Type, shape and place of the tensor that entry V describes; DATA bytes follow the header. */
@@ -1236,7 +986,7 @@ static int read_weights(source *s, medrun_error *e) {
 
 /* Ids without a row, or rows without an id, are the sign of a tokenizer of another model. */
 static int read_hf_tokenizer(source *s, const char *template_name, medrun_error *e) {
-    hf_tokenizer t = {0};
+    source_tokenizer t = {0};
     if (!open_json(s, "tokenizer.json", false, &t.file, e) &&
         !open_json(s, "tokenizer_config.json", true, &t.config, e) &&
         !convert_tokenizer(&t, &s->tokenizer, e) && t.n_pieces != (size_t)s->config.vocab_size)
@@ -1244,7 +994,7 @@ static int read_hf_tokenizer(source *s, const char *template_name, medrun_error 
                "the tokenizer of this model", s->folder, s->config.vocab_size, t.n_pieces);
     if (!e->code) choose_template(s, &t.config, template_name, e);
     s->eos = t.eos;
-    free_hf_tokenizer(&t);
+    free_tokenizer(&t);
     return e->code;
 }
 
@@ -1264,11 +1014,7 @@ static int finish_stops(source *s, medrun_error *e) {
 static int open_hf_folder(source *s, const char *template_name, medrun_error *e) {
     json_file f;
     if (open_json(s, "config.json", false, &f, e)) return e->code;
-    if (!read_hf_config(&f, &s->config, e)) read_eos_ids(s, &f, e);
-    if (!(s->config.rope_theta > 0)) {
-        s->note = "config.json has no rope_theta: 10000 is used, transformers' default for Llama";
-        s->config.rope_theta = 10000;
-    }
+    if (!read_hf_config(s, &f, e)) read_eos_ids(s, &f, e);
     close_json(&f);
     if (e->code || open_json(s, "generation_config.json", true, &f, e)) return e->code;
     read_generation(s, &f, e);
@@ -1283,7 +1029,9 @@ static void close_source(source *s) {
     for (size_t i = 0; i < s->n_tensors; i++) free(s->tensors[i].name);
     free(s->files);
     free(s->tensors);
+    free(s->xielu);
     buffer_free(&s->tokenizer);
+    buffer_free(&s->notes);
 }
 
 /* ============================================================================================
@@ -1294,7 +1042,8 @@ typedef struct {
     char name[64];
     int type;                   /* of medrun.c, section 5                                      */
     size_t rows, cols;
-    const source_tensor *from;  /* NULL: the tokenizer                                         */
+    const source_tensor *from;  /* NULL: values, or the tokenizer                              */
+    const float *values;        /* (rows, cols) that are known already                         */
     uint64_t offset, bytes;
     uint8_t digest[32];
 } section;
@@ -1356,8 +1105,15 @@ static int add_section(exporter *x, const char *name, int type, size_t rows, siz
     section *t = &x->sections[x->n_sections++];
     *t = (section){.type = type, .rows = rows, .cols = cols, .from = from};
     snprintf(t->name, sizeof t->name, "%s", name);
-    t->bytes = from ? tensor_bytes(type, rows, cols) : x->source.tokenizer.n;
+    t->bytes = cols ? tensor_bytes(type, rows, cols) : x->source.tokenizer.n;
     return MEDRUN_OK;
+}
+
+/* A vector that needs no reading any more; VALUES must outlive the plan. */
+static int plan_values(exporter *x, const char *name, const float *values, size_t n,
+                       medrun_error *e) {
+    if (add_section(x, name, TYPE_F32, 1, n, NULL, e)) return e->code;
+    return x->sections[x->n_sections - 1].values = values, MEDRUN_OK;
 }
 
 typedef struct { char text[64]; } shape_text;
@@ -1397,22 +1153,31 @@ static int plan_tensor(exporter *x, const char *name, const char *hf_name, int r
 static int plan_layer(exporter *x, int layer, medrun_error *e) {
     const model_config *c = &x->source.config;
     int hidden = c->hidden_size, heads = c->n_heads * c->head_dim, kv = c->n_kv_heads * c->head_dim;
-    const struct { const char *name, *hf_name; int rows, cols; } all[] = {
-        {"attn_norm", "input_layernorm", 0, hidden},
-        {"q", "self_attn.q_proj", heads, hidden},
-        {"k", "self_attn.k_proj", kv, hidden},
-        {"v", "self_attn.v_proj", kv, hidden},
-        {"o", "self_attn.o_proj", hidden, heads},
-        {"ffn_norm", "post_attention_layernorm", 0, hidden},
-        {"gate", "mlp.gate_proj", c->ffn_size, hidden},
-        {"up", "mlp.up_proj", c->ffn_size, hidden},
-        {"down", "mlp.down_proj", hidden, c->ffn_size},
+    bool gated = c->activation == ACTIVATION_SILU, apertus = c->qk_norm;
+    const struct { const char *name, *hf_name; int rows, cols; bool missing; } all[] = {
+        {"attn_norm", apertus ? "attention_layernorm" : "input_layernorm", 0, hidden, false},
+        {"q", "self_attn.q_proj", heads, hidden, false},
+        {"k", "self_attn.k_proj", kv, hidden, false},
+        {"v", "self_attn.v_proj", kv, hidden, false},
+        {"q_norm", "self_attn.q_norm", 0, c->head_dim, !c->qk_norm},
+        {"k_norm", "self_attn.k_norm", 0, c->head_dim, !c->qk_norm},
+        {"o", "self_attn.o_proj", hidden, heads, false},
+        {"ffn_norm", apertus ? "feedforward_layernorm" : "post_attention_layernorm", 0, hidden,
+         false},
+        {"gate", "mlp.gate_proj", c->ffn_size, hidden, !gated},
+        {"up", "mlp.up_proj", c->ffn_size, hidden, false},
+        {"xielu", NULL, 0, 4, c->activation != ACTIVATION_XIELU},
+        {"down", "mlp.down_proj", hidden, c->ffn_size, false},
     };
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
         char name[64], hf_name[96];
+        if (all[i].missing) continue;
         snprintf(name, sizeof name, "layers.%d.%s", layer, all[i].name);
-        snprintf(hf_name, sizeof hf_name, "model.layers.%d.%s.weight", layer, all[i].hf_name);
-        if (plan_tensor(x, name, hf_name, all[i].rows, all[i].cols, e)) return e->code;
+        snprintf(hf_name, sizeof hf_name, "model.layers.%d.%s.weight", layer, all[i].hf_name ?
+                 all[i].hf_name : "");
+        if (all[i].hf_name) plan_tensor(x, name, hf_name, all[i].rows, all[i].cols, e);
+        else plan_values(x, name, x->source.xielu + 4 * layer, 4, e);
+        if (e->code) return e->code;
     }
     return MEDRUN_OK;
 }
@@ -1434,6 +1199,46 @@ static int same_bytes(const source *s, const source_tensor *a, const source_tens
     return e->code;
 }
 
+/* One of the four numbers of xIELU in LAYER, each of which a tensor of its own holds: a scalar or
+ * a vector of one. */
+static int read_xielu_number(source *s, int layer, const char *name, float *out, bool *found,
+                             medrun_error *e) {
+    char hf_name[96];
+    uint8_t raw[4];
+    snprintf(hf_name, sizeof hf_name, "model.layers.%d.mlp.act_fn.%s", layer, name);
+    source_tensor *t = find_tensor(s, hf_name);
+    if (!(*found = t)) return MEDRUN_OK;
+    const source_file *file = &s->files[t->file];
+    if (t->dtype > SOURCE_F32 || t->rank > 1 || (t->rank == 1 && t->shape[0] != 1))
+        return refuse(e, "%s/%s: tensor %s: found another type or shape, wanted one number",
+                      s->folder, file->name, hf_name);
+    t->used = true;
+    if (read_at(file->fd, raw, (size_t)(t->end - t->begin), t->begin, file->name, e))
+        return e->code;
+    return to_floats(t->dtype, raw, 1, out) ? MEDRUN_OK :
+           refuse(e, "%s/%s: tensor %s: found no finite number", s->folder, file->name, hf_name);
+}
+
+/* Fills s->xielu from a Hugging Face folder. beta and eps are buffers, which some exports leave
+ * out: then transformers' initial values hold. */
+static int read_hf_xielu(source *s, medrun_error *e) {
+    static const char *const names[4] = {"alpha_p", "alpha_n", "beta", "eps"};
+    s->xielu = new_array((size_t)s->config.n_layers * 4, sizeof *s->xielu);
+    if (!s->xielu) return out_of_memory(e, (size_t)s->config.n_layers * 16);
+    for (int i = 0; i < 4 * s->config.n_layers; i++) {
+        bool found = false;
+        s->xielu[i] = i % 4 == 2 ? 0.5f : -1e-6f;
+        if (read_xielu_number(s, i / 4, names[i % 4], &s->xielu[i], &found, e)) return e->code;
+        if (!found && i % 4 < 2)
+            return refuse(e, "%s: tensor model.layers.%d.mlp.act_fn.%s: found nothing, wanted one "
+                          "number; the weights are not complete", s->folder, i / 4, names[i % 4]);
+        if (!found && i < 4)
+            add_note(s, "the weights have no %s for xIELU: transformers' %g is used", names[i],
+                     (double)s->xielu[i]);
+    }
+    return MEDRUN_OK;
+}
+
 /* A tensor nobody asked for is a part of the model that would silently be missing. */
 static int check_leftover(exporter *x, const source_tensor *t, medrun_error *e) {
     static const char harmless[] = "rotary_emb.inv_freq";
@@ -1446,12 +1251,15 @@ static int check_leftover(exporter *x, const source_tensor *t, medrun_error *e) 
     return refuse(e, "%s/%s: tensor %s: found a tensor that %s", x->source.folder,
                   x->source.files[t->file].name, t->name, output ?
                   "differs from model.embed_tokens.weight, though tie_word_embeddings is true" :
-                  "is no part of a Llama model; this medrun would not compute with it");
+                  "is no part of the model that config.json describes; medrun would not compute "
+                  "with it");
 }
 
 static int plan_model(exporter *x, medrun_error *e) {
     const model_config *c = &x->source.config;
     int vocab = c->vocab_size, hidden = c->hidden_size;
+    if (c->activation == ACTIVATION_XIELU && !x->source.xielu && read_hf_xielu(&x->source, e))
+        return e->code;
     plan_tensor(x, "embed", "model.embed_tokens.weight", vocab, hidden, e);
     for (int layer = 0; !e->code && layer < c->n_layers; layer++) plan_layer(x, layer, e);
     if (!e->code) plan_tensor(x, "final_norm", "model.norm.weight", 0, hidden, e);
@@ -1488,6 +1296,32 @@ static void put_digest(buffer *b, const uint8_t digest[32]) {
     buffer_printf(b, ",\"sha256\":\"%s\"}", hex);
 }
 
+static void put_scaling(buffer *b, const model_config *c) {
+    const struct { int type; const char *key; double v; } fields[] = {
+        {ROPE_LLAMA3, "factor", c->rope_factor}, {ROPE_LLAMA3, "low_freq_factor", c->rope_low},
+        {ROPE_LLAMA3, "high_freq_factor", c->rope_high},
+        {ROPE_LLAMA3, "original_max_positions", c->rope_original},
+        {ROPE_YARN, "factor", c->rope_factor},
+        {ROPE_YARN, "original_max_positions", c->rope_original},
+        {ROPE_YARN, "beta_fast", c->rope_beta_fast}, {ROPE_YARN, "beta_slow", c->rope_beta_slow},
+        {ROPE_YARN, "attention_factor", c->rope_attention}};
+    buffer_printf(b, ",\"rope_scaling\":{\"type\":\"%s\"", rope_names[c->rope_type]);
+    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
+        if (fields[i].type != c->rope_type) continue;
+        buffer_text(b, ",");
+        put_real(b, fields[i].key, fields[i].v, false);
+    }
+    if (c->rope_type == ROPE_YARN)
+        buffer_printf(b, ",\"truncate\":%s", c->rope_truncate ? "true" : "false");
+    if (c->rope_type == ROPE_DIVISORS) {
+        buffer_text(b, ",\"divisors\":[");
+        for (int i = 0; i < c->head_dim / 2; i++)
+            buffer_printf(b, i ? ",%.9g" : "%.9g", (double)c->rope_divisors[i]);
+        buffer_text(b, "]");
+    }
+    buffer_text(b, "}");
+}
+
 static void put_config(buffer *b, const model_config *c) {
     buffer_printf(b, "\"config\":{\"vocab_size\":%d,\"hidden_size\":%d,\"n_layers\":%d,"
                   "\"n_heads\":%d,\"n_kv_heads\":%d,\"head_dim\":%d,\"ffn_size\":%d,"
@@ -1496,23 +1330,20 @@ static void put_config(buffer *b, const model_config *c) {
     put_real(b, "norm_eps", (double)c->norm_eps, true);
     buffer_text(b, ",");
     put_real(b, "rope_theta", c->rope_theta, false);
-    buffer_printf(b, ",\"rope_scaling\":{\"type\":\"%s\"", c->rope_llama3 ? "llama3" : "none");
-    const struct { const char *key; double v; } scaling[] = {
-        {"factor", c->rope_factor}, {"low_freq_factor", c->rope_low},
-        {"high_freq_factor", c->rope_high}, {"original_max_positions", c->rope_original}};
-    for (size_t i = 0; c->rope_llama3 && i < 4; i++) {
-        buffer_text(b, ",");
-        put_real(b, scaling[i].key, scaling[i].v, false);
-    }
-    buffer_printf(b, "},\"activation\":\"silu\",\"tied\":%s},\n", c->tied ? "true" : "false");
+    put_scaling(b, c);
+    buffer_printf(b, ",\"activation\":\"%s\"", activation_names[c->activation]);
+    if (c->sliding_window) buffer_printf(b, ",\"sliding_window\":%d", c->sliding_window);
+    if (c->qk_norm) buffer_text(b, ",\"qk_norm\":true");
+    buffer_printf(b, ",\"tied\":%s},\n", c->tied ? "true" : "false");
 }
 
 /* The tokenizer is the last section, and the one without a name. */
 static void put_sections(buffer *b, const exporter *x) {
     for (size_t i = 0; i < x->n_sections; i++) {
         const section *t = &x->sections[i];
-        buffer_text(b, i ? t->from ? ",\n{" : "],\n\"tokenizer\":{" : "\"tensors\":[\n{");
-        if (t->from)
+        bool last = i + 1 == x->n_sections;
+        buffer_text(b, last ? "],\n\"tokenizer\":{" : i ? ",\n{" : "\"tensors\":[\n{");
+        if (!last)
             buffer_printf(b, "\"name\":\"%s\",\"type\":\"%s\",\"rows\":%zu,\"cols\":%zu,", t->name,
                           type_names[t->type], t->rows, t->cols);
         buffer_printf(b, "\"offset\":%llu,\"bytes\":%llu", (unsigned long long)t->offset,
@@ -1570,7 +1401,8 @@ static int render_header(exporter *x, medrun_error *e) {
     b->n = 0;
     buffer_text(b, "{\"format\":1,\"engine\":\"medrun " MEDRUN_VERSION "\",\"name\":");
     put_string(b, x->name);
-    buffer_printf(b, ",\"architecture\":\"llama\",\"type\":\"%s\",\n", type_names[x->type]);
+    buffer_printf(b, ",\"architecture\":\"%s\",\"type\":\"%s\",\n", x->source.architecture,
+                  type_names[x->type]);
     put_config(b, &x->source.config);
     put_sections(b, x);
     put_chat(b, &x->source);
@@ -1880,29 +1712,6 @@ static int write_at(const exporter *x, const void *from, size_t n, uint64_t at, 
     return MEDRUN_OK;
 }
 
-/* N numbers -> floats; false if one is infinite, not a number, or too large for a bf16. */
-static bool to_floats(int dtype, const uint8_t *raw, size_t n, float *out) {
-    uint32_t bad = 0, bits;
-    uint16_t h;
-    for (size_t k = 0; dtype == SOURCE_BF16 && k < n; k++) {
-        memcpy(&h, raw + 2 * k, 2);
-        bits = (uint32_t)h << 16;
-        bad |= (bits & 0x7F800000) == 0x7F800000;
-        memcpy(&out[k], &bits, 4);
-    }
-    for (size_t k = 0; dtype == SOURCE_F16 && k < n; k++) {
-        memcpy(&h, raw + 2 * k, 2);
-        bad |= (h & 0x7C00) == 0x7C00;
-        out[k] = f16_to_f32(h);
-    }
-    for (size_t k = 0; dtype == SOURCE_F32 && k < n; k++) {
-        memcpy(&bits, raw + 4 * k, 4);
-        bad |= (bits & 0x7FFFFFFF) >= 0x7F7F8000;
-        memcpy(&out[k], &bits, 4);
-    }
-    return !bad;
-}
-
 /* One section, 16 rows at a time: read, widen, pack, hash, write. */
 static int write_section(exporter *x, section *t, const scratch *m, medrun_error *e) {
     const source_tensor *from = t->from;
@@ -2116,11 +1925,16 @@ static int write_header(exporter *x, medrun_error *e) {
     return e->code;
 }
 
-static int write_tokenizer_section(exporter *x, medrun_error *e) {
-    section *t = &x->sections[x->n_sections - 1];
-    const buffer *b = &x->source.tokenizer;
-    sha256_of(b->data, b->n, t->digest);
-    return write_at(x, b->data, b->n, t->offset, e);
+/* The sections that no thread had to read: vectors of known values, and the tokenizer. */
+static int write_known_sections(exporter *x, medrun_error *e) {
+    for (size_t i = 0; !e->code && i < x->n_sections; i++) {
+        section *t = &x->sections[i];
+        if (t->from) continue;
+        const void *bytes = t->values ? (const void *)t->values : x->source.tokenizer.data;
+        sha256_of(bytes, (size_t)t->bytes, t->digest);
+        write_at(x, bytes, (size_t)t->bytes, t->offset, e);
+    }
+    return e->code;
 }
 
 /* Strict and with f32 keys and values: the bits are then the same on every machine. */
@@ -2168,9 +1982,9 @@ static int write_checkpoint(exporter *x, medrun_error *e) {
     size_t n_jobs = 0;
     double start = x->start = seconds();
     x->terminal = isatty(STDERR_FILENO);
-    if (x->source.note) fprintf(stderr, "%s: %s\n", x->source.folder, x->source.note);
+    if (x->source.notes.n) fputs((const char *)x->source.notes.data, stderr);
     if (!create_partial(x, x->file_bytes, e) && !plan_jobs(x, &n_jobs, e) && !start_threads(x, e) &&
-        !run_parallel(x, n_jobs, run_jobs, e) && !write_tokenizer_section(x, e) &&
+        !run_parallel(x, n_jobs, run_jobs, e) && !write_known_sections(x, e) &&
         !write_header(x, e) && !run_proofs(x, e) && !write_header(x, e) && !read_again(x, e))
         rename_partial(x, e);
     if (x->terminal) fprintf(stderr, "\r%76s\r", "");
@@ -2217,7 +2031,7 @@ static const export_option option_table[] = {
     {"--name", "TEXT", AT(name), "the checkpoint's name (default: the folder's)"},
     {"--proof", "FILE", AT(proof), "JSON with more proofs: tokens, chats, logits"},
     {"--threads", "N", AT(threads), "threads (default: all processors)"},
-    {"--yarn-factor", "F", AT(yarn_factor), "not supported yet"},
+    {"--yarn-factor", "F", AT(yarn_factor), "YaRN's factor, if not the config's"},
     {"--dry-run", NULL, AT(dry_run), "check everything, print what would be written"},
     {"--tokenizer-only", NULL, AT(tokenizer_only), "write only a tokenizer.bin"},
     {"--help", NULL, AT(help), "this text"},
@@ -2322,7 +2136,10 @@ static int check_options(exporter *x, medrun_error *e) {
         return fail(e, MEDRUN_USAGE, "--type: int4 is not supported yet, wanted bf16 or int8");
     if (x->type != TYPE_BF16 && x->type != TYPE_INT8)
         return fail(e, MEDRUN_USAGE, "--type: found %s, wanted bf16 or int8", o->type);
-    if (o->yarn_factor) return fail(e, MEDRUN_USAGE, "--yarn-factor is not supported yet");
+    double factor = o->yarn_factor ? strtod(o->yarn_factor, &end) : 0;
+    if (o->yarn_factor && (*end || end == o->yarn_factor || !(factor >= 1 && factor <= 1e6)))
+        return fail(e, MEDRUN_USAGE, "--yarn-factor: found %s, wanted 1 to 1e6", o->yarn_factor);
+    x->source.yarn_factor = factor;
     if (n >= 5 && !strcmp(o->source + n - 5, ".gguf"))
         return refuse(e, "%s: GGUF is not supported yet, wanted a Hugging Face folder", o->source);
     if (o->threads && (*end || end == o->threads || threads < 1 || threads > MAX_THREADS))
@@ -2360,17 +2177,17 @@ static int print_plan(const exporter *x, medrun_error *e) {
     }
     printf("name       %s\nsource     %s\nlicence    %s\n", x->name, s->folder,
            s->licence[0] ? s->licence : "not stated");
-    printf("model      llama, %.2f billion parameters, %d layers, hidden %d, heads %d, kv heads %d,"
-           " head_dim %d, ffn %d, vocabulary %d, positions %d%s\n", (double)parameters / 1e9,
-           c->n_layers, c->hidden_size, c->n_heads, c->n_kv_heads, c->head_dim, c->ffn_size,
+    printf("model      %s, %.2f billion parameters, %d layers, hidden %d, heads %d, kv heads %d,"
+           " head_dim %d, ffn %d, vocabulary %d, positions %d%s\n", s->architecture,
+           (double)parameters / 1e9, c->n_layers, c->hidden_size, c->n_heads, c->n_kv_heads, c->head_dim, c->ffn_size,
            c->vocab_size, c->max_positions, c->tied ? ", tied" : "");
-    printf("rope       theta %g, %s scaling\n", c->rope_theta, c->rope_llama3 ? "llama3" : "no");
+    printf("rope       theta %g, scaling %s\n", c->rope_theta, rope_names[c->rope_type]);
     printf("chat       %s, stop ids", s->chat->name);
     for (int i = 0; i < s->n_stops; i++) printf(" %d", s->stops[i]);
     printf("\nsampling   temperature %g, top_k %lld, top_p %g, min_p %g, repeat_penalty %g\n",
            s->sampling.temperature, (long long)s->sampling.top_k, s->sampling.top_p,
            s->sampling.min_p, s->sampling.repeat_penalty);
-    if (s->note) printf("note       %s\n", s->note);
+    if (s->notes.n) fputs((const char *)s->notes.data, stdout);
     printf("tensors    %zu, matrices %s, norms f32\n", x->n_sections - 1, type_names[x->type]);
     printf("file       %llu bytes\n", (unsigned long long)x->file_bytes);
     printf("memory     %.1f MB of weights; %.1f KB of keys and values (f16) a token of context, "
@@ -2390,7 +2207,7 @@ static int export_model(exporter *x, medrun_error *e) {
 /* SOURCE is a folder, or a tokenizer.json by itself. */
 static int export_tokenizer(exporter *x, medrun_error *e) {
     source *s = &x->source;
-    hf_tokenizer t = {0};
+    source_tokenizer t = {0};
     struct stat st;
     s->folder = x->options.source;
     if (!stat(s->folder, &st) && S_ISREG(st.st_mode)) {
@@ -2401,7 +2218,7 @@ static int export_tokenizer(exporter *x, medrun_error *e) {
         open_json(s, "tokenizer_config.json", true, &t.config, e);
     }
     if (!e->code) convert_tokenizer(&t, &s->tokenizer, e);
-    free_hf_tokenizer(&t);
+    free_tokenizer(&t);
     if (e->code || x->options.dry_run || create_partial(x, s->tokenizer.n, e) ||
         write_at(x, s->tokenizer.data, s->tokenizer.n, 0, e)) return e->code;
     return fsync(x->fd) ? cannot_write(x, e) : rename_partial(x, e);
