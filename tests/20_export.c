@@ -954,6 +954,31 @@ static void test_options(void) {
     CHECK(strstr(answer, "licence      llama3\n"));
 }
 
+#define REFERENCE(source, ids, values) \
+    "{\"logits\":[{\"ids\":[1],\"reference\":{\"source\":" source ",\"ids\":" ids ",\"values\":" \
+    values "}}]}"
+
+/* The reference of the last proof stands in the header as it was given. */
+static void test_reference(void) {
+    static const char given_text[] = REFERENCE("\"a\\\"b\"", "[282,0]", "[-0.001,1.23456789e+20]");
+    static const char wanted[] = "{\"source\":\"a\\\"b\",\"ids\":[282,0],"
+                                 "\"values\":[-0.001,1.23456789e+20]}";
+    medrun_error e = {0};
+    model_file f;
+    copy_fixture("llama-plain");
+    write_file(in_work("proof.json"), given_text, sizeof given_text - 1);
+    CHECK_EQ(EXPORT("--proof", in_work("proof.json")), 0);
+    CHECK_EQ(file_open(&f, in_work("out/x.mdr"), &e), 0);
+    const json *j = &f.header;
+    uint32_t last = JSON_NONE;
+    for EACH(j, json_get(j, json_get(j, 0, "proofs"), "logits"), c) last = c;
+    uint32_t v = json_get(j, last, "reference");
+    CHECK(is(j, v, JSON_OBJECT) && j->nodes[v].end - j->nodes[v].start == sizeof wanted - 1 &&
+          !memcmp(j->text + j->nodes[v].start, wanted, sizeof wanted - 1));
+    file_close(&f);
+    clear_folder("out");
+}
+
 static void test_proofs(void) {
     static const struct { const char *text; int code; const char *needle; } cases[] = {
         {"{\"tokens\":[{\"text\":\"the\"}],\"chats\":[{\"messages\":[{\"role\":\"user\","
@@ -973,6 +998,19 @@ static void test_proofs(void) {
         {"{\"logits\":[{\"ids\":[283]}]}", 3, "logits"},
         {"{\"logits\":[{\"ids\":[-1]}]}", 3, "logits"},
         {"{\"logits\":[{\"ids\":[1],\"sha256\":\"zz\"}]}", 3, "sha256"},
+        {REFERENCE("\"a\"", "[0,282]", "[-1e-3,2.5]"), 0, ""},
+        {REFERENCE("7", "[0]", "[1]"), 3, "source"},
+        {REFERENCE("\"a\"", "[]", "[]"), 3, "reference: ids"},
+        {REFERENCE("\"a\"", "{\"0\":1}", "[1,2]"), 3, "reference: ids"},
+        {REFERENCE("\"a\"", "[283]", "[1]"), 3, "reference: ids"},
+        {REFERENCE("\"a\"", "[-1]", "[1]"), 3, "reference: ids"},
+        {REFERENCE("\"a\"", "[5,5]", "[1,1]"), 3, "reference: ids"},
+        {REFERENCE("\"a\"", "[0,1]", "[1]"), 3, "reference: values"},
+        {REFERENCE("\"a\"", "[0]", "7"), 3, "reference: values"},
+        {REFERENCE("\"a\"", "[0]", "[\"1\"]"), 3, "reference: values"},
+        {REFERENCE("\"a\"", "[0]", "[1e39]"), 3, "reference: values"},
+        {REFERENCE("\"a\"", "[0]", "[-1e999]"), 3, "reference: values"},
+        {"{\"logits\":[{\"ids\":[1],\"reference\":7}]}", 3, "source"},
         {"{\"logits\":[{\"ids\":[1]}", 3, "JSON"},
     };
     copy_fixture("llama-plain");
@@ -1199,6 +1237,7 @@ int main(void) {
     test_tokenizer_flips();
     test_options();
     test_proofs();
+    test_reference();
     test_failures();
     test_allocations();
     test_no_room();
