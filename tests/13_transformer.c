@@ -63,14 +63,15 @@ static double relative(const float *a, const float *b, size_t n) {
     return sqrt(difference / size);
 }
 
-/* Relative L2 error of the logits of a prompt of N tokens. */
-static double logit_error(const medrun_model *m, const char *folder, size_t n, bool strict) {
+/* Relative L2 error of the logits of a prompt of N tokens; SUFFIX: of the file with the logits. */
+static double logit_error(const medrun_model *m, const char *folder, size_t n, const char *suffix,
+                          bool strict) {
     static const size_t rows_300[] = {0, 63, 64, 127, 128, 255, 299};
     char name[32];
     size_t bytes, vocab = (size_t)m->config.vocab_size;
     snprintf(name, sizeof name, "ids_%zu.i32", n);
     int32_t *ids = fixture(folder, name, &bytes);
-    snprintf(name, sizeof name, "logits_%zu.f32", n);
+    snprintf(name, sizeof name, "logits_%zu%s.f32", n, suffix);
     float *wanted = fixture(folder, name, &bytes);
     size_t rows = bytes / 4 / vocab;
     float *found = malloc(bytes);
@@ -97,9 +98,9 @@ static void test_logits(void) {
             medrun_model *int8 = open_fixture(folders[f], "int8", 2, sets[k]->name);
             double worst[3] = {0};
             for (int i = 0; i < 4; i++) {
-                worst[0] = fmax(worst[0], logit_error(bf16, folders[f], lengths[i], true));
-                worst[1] = fmax(worst[1], logit_error(bf16, folders[f], lengths[i], false));
-                worst[2] = fmax(worst[2], logit_error(int8, folders[f], lengths[i], false));
+                worst[0] = fmax(worst[0], logit_error(bf16, folders[f], lengths[i], "", true));
+                worst[1] = fmax(worst[1], logit_error(bf16, folders[f], lengths[i], "", false));
+                worst[2] = fmax(worst[2], logit_error(int8, folders[f], lengths[i], "", false));
             }
             printf("%s %s: relative L2 strict %.2g, bf16 %.2g, int8 %.2g\n", folders[f],
                    sets[k]->name, worst[0], worst[1], worst[2]);
@@ -111,6 +112,17 @@ static void test_logits(void) {
             CHECK(worst[2] <= 6e-2 * bound);    /* random weights; the demo model has its own    */
             medrun_close(bf16), medrun_close(int8);
         }
+}
+
+/* YaRN with the ratio of the context lengths, as transformers 4 computes: exported by
+ * --yarn-factor 8. */
+static void test_yarn_factor(void) {
+    medrun_model *m = open_fixture("arcee-ratio", "bf16", 2, NULL);
+    double error = logit_error(m, "arcee-yarn", 300, "_ratio", true);
+    printf("arcee-yarn with factor 8: relative L2 %.2g\n", error);
+    CHECK(error <= 1e-5);
+    CHECK(logit_error(m, "arcee-yarn", 300, "", true) > 1e-2);
+    medrun_close(m);
 }
 
 /* ---- every stage of every layer ------------------------------------------------------------- */
@@ -258,6 +270,7 @@ static void test_company(void) {
 
 int main(void) {
     test_logits();
+    test_yarn_factor();
     test_stages("llama-tied", 7);
     test_stages("mistral-window", 24);
     test_stages("arcee-yarn", 7);
