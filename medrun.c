@@ -1312,11 +1312,17 @@ typedef struct {
     float scale;                    /* head_dim^-0.5                                            */
     const float *q[TILE];           /* (head_dim) each                                          */
     float *out[TILE];               /* (head_dim) each                                          */
-    size_t limit[TILE];             /* query i sees keys 0 .. limit[i]-1                        */
+    size_t start[TILE], limit[TILE];            /* query i sees keys start[i] .. limit[i]-1     */
     const void *keys;               /* (panels, head_dim, 16)                                   */
     const void *values;             /* (keys, head_dim)                                         */
     float *scratch;                 /* TILE * KEY_BLOCK floats                                  */
 } attention;
+
+/* xIELU (Huang and Schlag 2024) of one layer, softplus applied: x > 0 gives positive x^2 + beta x,
+ * else negative (e^min(x, eps) - 1 - x) + beta x. */
+typedef struct {
+    float positive, negative, beta, eps;
+} xielu_numbers;
 
 /* One row for each instruction set. Shapes are in floats; all pointers may be unaligned. */
 typedef struct {
@@ -1330,6 +1336,8 @@ typedef struct {
                             size_t tokens, float *out, size_t stride);
     void (*norm)(float *out, const float *x, const float *weight, size_t n, float eps);
     void (*silu_mul)(float *gate, const float *up, size_t n);   /* gate = silu(gate) * up       */
+    void (*relu2)(float *x, size_t n);                          /* x = relu(x)^2                */
+    void (*xielu)(float *x, size_t n, const xielu_numbers *a);
     void (*add)(float *x, const float *y, size_t n);            /* x += y                       */
     void (*attend)(const attention *a);
     void (*to_half)(uint16_t *out, const float *x, size_t n);   /* f16, clamped to +-65504      */
@@ -1370,6 +1378,7 @@ typedef struct {
 #define vdot2 K(vdot2)                  /* acc + w0 x0 + w1 x1 in bf16, as the processor does it */
 /* The sentences. */
 #define vexp K(vexp)
+#define vexpm1 K(vexpm1)
 #define pack_int8 K(pack_int8)
 #define pack K(pack)
 #define tile_f32 K(tile_f32)
@@ -1380,6 +1389,8 @@ typedef struct {
 #define matmul_int8 K(matmul_int8)
 #define norm K(norm)
 #define silu_mul K(silu_mul)
+#define relu2 K(relu2)
+#define xielu K(xielu)
 #define add K(add)
 #define key_scores K(key_scores)
 #define softmax_block K(softmax_block)
@@ -1669,6 +1680,22 @@ ALWAYS_INLINE vec vexp(vec x) {
     return vless(x, low, vsplat(0), vscale2(p, n));
 }
 
+/* e^x - 1 for x <= 0 without losing what is small: (e^r - 1) 2^n + (2^n - 1). */
+ALWAYS_INLINE vec vexpm1(vec x) {
+    vec c = vmax(x, vsplat(-86.0f)), one = vsplat(1);
+    ivec n = vround(vmul(c, vsplat(1.44269504f)));
+    vec r = vfma(vfloat(n), vsplat(-0.693359375f), c), power = vscale2(one, n);
+    r = vfma(vfloat(n), vsplat(2.12194440e-4f), r);
+    vec p = vsplat(1.0f / 5040);
+    p = vfma(p, r, vsplat(1.0f / 720));
+    p = vfma(p, r, vsplat(1.0f / 120));
+    p = vfma(p, r, vsplat(1.0f / 24));
+    p = vfma(p, r, vsplat(1.0f / 6));
+    p = vfma(p, r, vsplat(0.5f));
+    p = vfma(vmul(p, r), r, r);
+    return vfma(p, power, vsub(power, one));
+}
+
 /* One tile, one group after the other: scale = largest magnitude / 127, q = x / scale. */
 static void pack_int8(const float *x, size_t stride, size_t cols, size_t nt, uint8_t *out) {
     for (size_t k = 0; k < cols; k += GROUP, out += nt * (GROUP + 8)) {
@@ -1830,6 +1857,24 @@ static void silu_mul(float *gate, const float *up, size_t n) {
     }
 }
 
+static void relu2(float *x, size_t n) {
+    for (size_t i = 0; i < n; i += 16) {
+        vec z = vmax(vload(x + i), vsplat(0));
+        vstore(x + i, vmul(z, z));
+    }
+}
+
+static void xielu(float *x, size_t n, const xielu_numbers *a) {
+    vec eps = vsplat(a->eps), zero = vsplat(0);
+    for (size_t i = 0; i < n; i += 16) {
+        vec z = vload(x + i), line = vmul(vsplat(a->beta), z);
+        vec bend = vsub(vexpm1(vless(z, eps, z, eps)), z);
+        vec right = vadd(vmul(vmul(vsplat(a->positive), z), z), line);
+        vec left = vadd(vmul(vsplat(a->negative), bend), line);
+        vstore(x + i, vless(zero, z, right, left));
+    }
+}
+
 static void add(float *x, const float *y, size_t n) {
     for (size_t i = 0; i < n; i += 16) vstore(x + i, vadd(vload(x + i), vload(y + i)));
 }
@@ -1860,11 +1905,12 @@ ALWAYS_INLINE void key_scores(const int nt, const bool half, const attention *a,
     }
 }
 
-/* Scores -> e^(score - largest) in place for the first SEEN of N keys, zero for the rest. Returns
- * the weights' sum. */
-ALWAYS_INLINE float softmax_block(float *s, size_t seen, size_t n, float *largest) {
+/* Scores -> e^(score - largest) in place for the keys BEGIN .. SEEN-1 of N, zero for the others.
+ * Returns the weights' sum. */
+ALWAYS_INLINE float softmax_block(float *s, size_t begin, size_t seen, size_t n, float *largest) {
     vec most = vsplat(-INFINITY), sum = vsplat(0);
     size_t end = round_up(n, 16);
+    for (size_t j = 0; j < begin; j++) s[j] = -INFINITY;
     for (size_t j = seen; j < end; j++) s[j] = -INFINITY;
     for (size_t j = 0; j < end; j += 16) most = vmax(vload(s + j), most);
     *largest = vlargest(most);
@@ -1902,24 +1948,26 @@ ALWAYS_INLINE void add_values(const int nt, const bool half, const attention *a,
  * a query's result does not depend on the queries beside it. */
 ALWAYS_INLINE void attend_tile(const int nt, const bool half, const attention *a) {
     float largest[TILE], total[TILE], keep[TILE], fresh[TILE];
-    size_t longest = 0;
+    size_t longest = 0, start = a->start[0];
     for (int t = 0; t < nt; t++) {
         largest[t] = -INFINITY, total[t] = 0;
         memset(a->out[t], 0, a->head_dim * sizeof(float));
         if (a->limit[t] > longest) longest = a->limit[t];
+        if (a->start[t] < start) start = a->start[t];
     }
-    for (size_t first = 0; first < longest; first += KEY_BLOCK) {
+    for (size_t first = start - start % KEY_BLOCK; first < longest; first += KEY_BLOCK) {
         size_t n = longest - first < KEY_BLOCK ? longest - first : KEY_BLOCK;
         key_scores(nt, half, a, first, n);
         for (int t = 0; t < nt; t++) {
             float *s = a->scratch + (size_t)t * KEY_BLOCK, block, more;
             keep[t] = 1, fresh[t] = 0;
-            if (a->limit[t] <= first) {                 /* this query sees none of the block     */
+            if (a->limit[t] <= first || a->start[t] >= first + n) { /* sees none of the block    */
                 memset(s, 0, n * sizeof *s);
                 continue;
             }
+            size_t begin = a->start[t] > first ? a->start[t] - first : 0;
             size_t seen = a->limit[t] - first < n ? a->limit[t] - first : n;
-            more = softmax_block(s, seen, n, &block);
+            more = softmax_block(s, begin, seen, n, &block);
             float both = largest[t] > block ? largest[t] : block, scale[16];
             vstore(scale, vexp(vsub(vsplat(largest[t]), vsplat(both))));
             keep[t] = scale[0];
@@ -1959,7 +2007,7 @@ static const kernel_set kernel_row = {
 #else
     {matmul_f32, NULL, matmul_int8},
 #endif
-    norm, silu_mul, add, attend, to_half,
+    norm, silu_mul, relu2, xielu, add, attend, to_half,
 };
 #undef TEXT
 #undef TEXT2
@@ -2014,6 +2062,8 @@ static const kernel_set kernel_row = {
 #undef pack
 #undef norm
 #undef silu_mul
+#undef relu2
+#undef xielu
 #undef add
 #undef attend
 #undef to_half
@@ -3642,20 +3692,42 @@ static int chat_close(const chat_template *c, const tokenizer *t, buffer *ids, m
  * Tests: tests/12_model.c.
  * ============================================================================================ */
 
+/* Feed-forward: silu(gate) * up (SwiGLU), or without a gate relu(up)^2 or xIELU(up). */
+enum { ACTIVATION_SILU, ACTIVATION_RELU2, ACTIVATION_XIELU, N_ACTIVATIONS };
+static const char *const activation_names[N_ACTIVATIONS] = {"silu", "relu2", "xielu"};
+
+/* How rotary frequencies are stretched for long contexts; rope_frequencies says what each does. */
+enum { ROPE_NONE, ROPE_LLAMA3, ROPE_YARN, ROPE_DIVISORS, N_ROPES };
+static const char *const rope_names[N_ROPES] = {"none", "llama3", "yarn", "divisors"};
+
+/* Only a name for people: what a model computes is in its config. */
+enum { N_ARCHITECTURES = 4, MAX_HEAD_DIM = 1024 };
+static const char *const architecture_names[N_ARCHITECTURES] = {"llama", "mistral", "arcee",
+                                                               "apertus"};
+
 typedef struct {
     int vocab_size, hidden_size, n_layers, n_heads, n_kv_heads, head_dim, ffn_size;
     int max_positions;
+    int sliding_window;             /* keys a query sees, its own among them; 0: all            */
+    int activation;
+    bool qk_norm;                   /* RMSNorm of each head of q and k, before the rotation     */
+    bool tied;                      /* the output matrix is the embedding                       */
     float norm_eps;
     double rope_theta;
-    bool rope_llama3;               /* Llama 3.1's frequency scaling, with these numbers:       */
-    double rope_factor, rope_low, rope_high, rope_original;
-    bool tied;                      /* the output matrix is the embedding                       */
+    int rope_type;
+    double rope_factor, rope_original;          /* llama3, yarn                                 */
+    double rope_low, rope_high;                 /* llama3                                       */
+    double rope_beta_fast, rope_beta_slow, rope_attention;      /* yarn                         */
+    bool rope_truncate;                         /* yarn                                         */
+    float rope_divisors[MAX_HEAD_DIM / 2];      /* divisors: (head_dim / 2)                     */
 } model_config;
 
 typedef struct {
     const float *attn_norm, *ffn_norm;          /* (hidden_size)                                */
+    const float *q_norm, *k_norm;               /* (head_dim), only with qk_norm                */
     tensor q, k, v, o;                          /* outputs x inputs                             */
-    tensor gate, up, down;
+    tensor gate, up, down;                      /* gate only with silu                          */
+    xielu_numbers xielu;                        /* only with xielu                              */
 } model_layer;
 
 struct medrun_model {
@@ -3667,6 +3739,7 @@ struct medrun_model {
     const float *final_norm;
     model_layer *layers;
     float *rope_frequencies;                    /* (head_dim / 2) radians a position            */
+    float rope_scale;                           /* of cosine and sine: YaRN's attention factor  */
     tokenizer tokenizer;
     const chat_template *chat;
     char name[128], architecture[32], template_name[32], licence[128], notice[256];
@@ -3716,25 +3789,49 @@ static void sin_cos(double x, double *sine, double *cosine) {
     }
 }
 
-/* Rotary frequencies (Su et al. 2021), with Llama 3.1's scaling: long waves are slowed by FACTOR,
- * short ones kept, those between blended. Rounded to float at the same places as transformers'
- * modeling_rope_utils.py. */
+#define TWO_PI (2 * 3.14159265358979324)
+
+/* Llama 3.1's scaling of frequency F: long waves are slowed by the factor, short ones kept, those
+ * between blended. */
+static float llama3_frequency(const model_config *c, float f) {
+    float factor = (float)c->rope_factor, low = (float)c->rope_low, high = (float)c->rope_high;
+    float wave = (float)TWO_PI / f;
+    if ((double)wave < c->rope_original / c->rope_high) return f;
+    if ((double)wave > c->rope_original / c->rope_low) return f / factor;
+    float smooth = ((float)c->rope_original / wave - low) / (high - low);
+    return (1 - smooth) * f / factor + smooth * f;
+}
+
+/* YaRN (Peng et al. 2023): frequency I of those that turn often enough within the original context
+ * is kept, of those that turn too rarely divided by the factor, with a ramp between. POWER is
+ * theta^(2 i / head_dim). */
+static float yarn_frequency(const model_config *c, int i, float power, double ln_theta) {
+    double bound[2] = {c->rope_beta_fast, c->rope_beta_slow};
+    for (int k = 0; k < 2; k++) {           /* the dimension that turns BOUND times              */
+        bound[k] = c->head_dim * ln_exact(c->rope_original / (bound[k] * TWO_PI)) / (2 * ln_theta);
+        if (c->rope_truncate) bound[k] = k ? ceil(bound[k]) : floor(bound[k]);
+    }
+    double low = bound[0] > 0 ? bound[0] : 0;
+    double high = bound[1] < c->head_dim - 1 ? bound[1] : c->head_dim - 1;
+    if (!(low < high) && !(low > high)) high += 0.001;
+    float ramp = ((float)i - (float)low) / (float)(high - low);
+    float keep = 1 - (ramp < 0 ? 0 : ramp > 1 ? 1 : ramp);
+    return 1 / ((float)c->rope_factor * power) * (1 - keep) + 1 / power * keep;
+}
+
+/* Rotary frequencies (Su et al. 2021) with the model's scaling, rounded to float at the same places
+ * as transformers' modeling_rope_utils.py. */
 static void rope_frequencies(const model_config *c, float *out) {
     double ln_theta = ln_exact(c->rope_theta);
-    float factor = (float)c->rope_factor, low = (float)c->rope_low, high = (float)c->rope_high;
     for (int i = 0; i < c->head_dim / 2; i++) {
         float exponent = (float)(2 * i) / (float)c->head_dim;
-        float f = 1.0f / (float)exp_exact((double)exponent * ln_theta);
-        out[i] = f;
-        if (!c->rope_llama3) continue;
-        float wave = (float)(2 * 3.14159265358979324) / f;
-        if ((double)wave < c->rope_original / c->rope_high) continue;
-        if ((double)wave > c->rope_original / c->rope_low) {
-            out[i] = f / factor;
-            continue;
+        float power = (float)exp_exact((double)exponent * ln_theta), f = 1.0f / power;
+        switch (c->rope_type) {
+            case ROPE_LLAMA3: out[i] = llama3_frequency(c, f); break;
+            case ROPE_YARN: out[i] = yarn_frequency(c, i, power, ln_theta); break;
+            case ROPE_DIVISORS: out[i] = f / c->rope_divisors[i]; break;
+            default: out[i] = f;
         }
-        float smooth = ((float)c->rope_original / wave - low) / (high - low);
-        out[i] = (1 - smooth) * f / factor + smooth * f;
     }
 }
 
@@ -3746,42 +3843,86 @@ static int wrong_value(const model_file *f, const char *field, const char *found
                 wanted);
 }
 
+/* The number of NAME in NAMES[0 .. n), or -1. */
+static int name_index(const char *const *names, int n, const char *name) {
+    for (int i = 0; i < n; i++) if (!strcmp(names[i], name)) return i;
+    return -1;
+}
+
+/* A field that is true, false or, when OPTIONAL, missing, which is false. */
+static bool read_flag(const model_file *f, uint32_t v, const char *key, bool optional, bool *out,
+                      medrun_error *e) {
+    uint32_t flag = json_get(&f->header, v, key);
+    *out = flag != JSON_NONE && json_typeof(&f->header, flag) == JSON_TRUE;
+    if (*out || (flag == JSON_NONE && optional)) return true;
+    if (flag != JSON_NONE && json_typeof(&f->header, flag) == JSON_FALSE) return true;
+    return fail(e, MEDRUN_BAD_FILE, "%s: field %s: wanted true or false", f->path, key), false;
+}
+
+static int read_divisors(const model_file *f, uint32_t s, model_config *c, medrun_error *e) {
+    const json *j = &f->header;
+    uint32_t list = json_get(j, s, "divisors"), n = (uint32_t)c->head_dim / 2;
+    if (list == JSON_NONE || json_typeof(j, list) != JSON_ARRAY || j->nodes[list].count != n)
+        return fail(e, MEDRUN_BAD_FILE, "%s: field rope_scaling.divisors: wanted %u numbers",
+                    f->path, n);
+    for (uint32_t i = 0, v = list + 1; i < n; i++, v = j->nodes[v].next) {
+        double d = json_typeof(j, v) == JSON_NUMBER ? json_number(j, v) : 0;
+        if (!(d >= 1e-6 && d <= 1e6))
+            return fail(e, MEDRUN_BAD_FILE, "%s: field rope_scaling.divisors: wanted numbers from "
+                        "1e-6 to 1e6", f->path);
+        c->rope_divisors[i] = (float)d;
+    }
+    return MEDRUN_OK;
+}
+
 static int read_rope(const model_file *f, uint32_t v, model_config *c, medrun_error *e) {
     const json *j = &f->header;
     char type[16];
     uint32_t s = json_get(j, v, "rope_scaling");
-    if (!json_real(j, v, f->path, "rope_theta", 1, 1e12, &c->rope_theta, e) ||
+    const struct { int type; const char *key; double min, max; double *to; } fields[] = {
+        {ROPE_LLAMA3, "factor", 1, 1e6, &c->rope_factor},
+        {ROPE_LLAMA3, "low_freq_factor", 1e-3, 1e6, &c->rope_low},
+        {ROPE_LLAMA3, "high_freq_factor", 1e-3, 1e6, &c->rope_high},
+        {ROPE_LLAMA3, "original_max_positions", 1, 1e9, &c->rope_original},
+        {ROPE_YARN, "factor", 1, 1e6, &c->rope_factor},
+        {ROPE_YARN, "original_max_positions", 1, 1e9, &c->rope_original},
+        {ROPE_YARN, "beta_fast", 1e-3, 1e6, &c->rope_beta_fast},
+        {ROPE_YARN, "beta_slow", 1e-3, 1e6, &c->rope_beta_slow},
+        {ROPE_YARN, "attention_factor", 1e-3, 1e3, &c->rope_attention},
+    };
+    if (!json_real(j, v, f->path, "rope_theta", 1.001, 1e12, &c->rope_theta, e) ||
         !json_text(j, s, f->path, "type", type, sizeof type, e)) return MEDRUN_BAD_FILE;
-    if (!strcmp(type, "none")) return MEDRUN_OK;
-    if (strcmp(type, "llama3"))
-        return wrong_value(f, "rope_scaling.type", type, "none or llama3", e);
-    c->rope_llama3 = true;
-    if (!json_real(j, s, f->path, "factor", 1, 1e6, &c->rope_factor, e) ||
-        !json_real(j, s, f->path, "low_freq_factor", 1e-3, 1e6, &c->rope_low, e) ||
-        !json_real(j, s, f->path, "high_freq_factor", 1e-3, 1e6, &c->rope_high, e) ||
-        !json_real(j, s, f->path, "original_max_positions", 1, 1e9, &c->rope_original, e))
-        return MEDRUN_BAD_FILE;
-    if (c->rope_high <= c->rope_low)
+    if ((c->rope_type = name_index(rope_names, N_ROPES, type)) < 0)
+        return wrong_value(f, "rope_scaling.type", type, "none, llama3, yarn or divisors", e);
+    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++)
+        if (fields[i].type == c->rope_type &&
+            !json_real(j, s, f->path, fields[i].key, fields[i].min, fields[i].max, fields[i].to, e))
+            return MEDRUN_BAD_FILE;
+    if (c->rope_type == ROPE_LLAMA3 && c->rope_high <= c->rope_low)
         return fail(e, MEDRUN_BAD_FILE, "%s: field rope_scaling: found high_freq_factor %g, wanted "
                     "more than low_freq_factor %g", f->path, c->rope_high, c->rope_low);
-    return MEDRUN_OK;
+    if (c->rope_type == ROPE_YARN && !read_flag(f, s, "truncate", false, &c->rope_truncate, e))
+        return MEDRUN_BAD_FILE;
+    return c->rope_type == ROPE_DIVISORS ? read_divisors(f, s, c, e) : MEDRUN_OK;
 }
 
 static int read_config(const model_file *f, model_config *c, medrun_error *e) {
     const json *j = &f->header;
-    uint32_t v = json_get(j, 0, "config"), tied = json_get(j, v, "tied");
+    uint32_t v = json_get(j, 0, "config");
     const struct { const char *key; int64_t min, max; int *to; } fields[] = {
         {"vocab_size", 257, 1 << 22, &c->vocab_size},
         {"hidden_size", 16, 1 << 16, &c->hidden_size},
         {"n_layers", 1, 1024, &c->n_layers},
         {"n_heads", 1, 1024, &c->n_heads},
         {"n_kv_heads", 1, 1024, &c->n_kv_heads},
-        {"head_dim", 16, 1024, &c->head_dim},
+        {"head_dim", 16, MAX_HEAD_DIM, &c->head_dim},
         {"ffn_size", 16, 1 << 20, &c->ffn_size},
         {"max_positions", 1, 1 << 24, &c->max_positions},
+        {"sliding_window", 0, 1 << 24, &c->sliding_window},         /* may be missing: 0        */
     };
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
         int64_t n;
+        if (!fields[i].min && json_get(j, v, fields[i].key) == JSON_NONE) continue;
         if (!json_int(j, v, f->path, fields[i].key, fields[i].min, fields[i].max, &n, e))
             return MEDRUN_BAD_FILE;
         *fields[i].to = (int)n;
@@ -3799,11 +3940,10 @@ static int read_config(const model_file *f, model_config *c, medrun_error *e) {
         !json_text(j, v, f->path, "activation", activation, sizeof activation, e))
         return MEDRUN_BAD_FILE;
     c->norm_eps = (float)eps;
-    if (strcmp(activation, "silu")) return wrong_value(f, "activation", activation, "silu", e);
-    if (tied == JSON_NONE ||
-        (json_typeof(j, tied) != JSON_TRUE && json_typeof(j, tied) != JSON_FALSE))
-        return fail(e, MEDRUN_BAD_FILE, "%s: field tied: wanted true or false", f->path);
-    c->tied = json_typeof(j, tied) == JSON_TRUE;
+    if ((c->activation = name_index(activation_names, N_ACTIVATIONS, activation)) < 0)
+        return wrong_value(f, "activation", activation, "silu, relu2 or xielu", e);
+    if (!read_flag(f, v, "tied", false, &c->tied, e) ||
+        !read_flag(f, v, "qk_norm", true, &c->qk_norm, e)) return MEDRUN_BAD_FILE;
     return read_rope(f, v, c, e);
 }
 
@@ -3839,12 +3979,33 @@ static int bind(medrun_model *m, uint32_t *entry, uint32_t *left, const char *na
     return MEDRUN_OK;
 }
 
+/* ln(1 + e^x), which for large x is x. */
+static double softplus(double x) { return x > 20 ? x : ln_exact(1 + exp_exact(x)); }
+
+/* The layer's tensor "xielu" holds alpha_p, alpha_n, beta and eps as the model was trained with
+ * them: both alphas in front of softplus. */
+static int read_xielu(const char *path, int layer, const float *stored, xielu_numbers *out,
+                      medrun_error *e) {
+    for (int i = 0; i < 4; i++)
+        if (!(fabsf(stored[i]) <= 500))
+            return fail(e, MEDRUN_BAD_FILE, "%s: tensor layers.%d.xielu: found %g, wanted numbers "
+                        "from -500 to 500", path, layer, (double)stored[i]);
+    if (stored[3] > 0)
+        return fail(e, MEDRUN_BAD_FILE, "%s: tensor layers.%d.xielu: found eps %g, wanted at most "
+                    "0", path, layer, (double)stored[3]);
+    *out = (xielu_numbers){(float)softplus((double)stored[0]), 0, stored[2], stored[3]};
+    out->negative = stored[2] + (float)softplus((double)stored[1]);
+    return MEDRUN_OK;
+}
+
 static int bind_all(medrun_model *m, medrun_error *e) {
     const model_config *c = &m->config;
     const json *j = &m->file.header;
     uint32_t entry = m->file.tensors + 1, left = j->nodes[m->file.tensors].count;
     int hidden = c->hidden_size, heads = c->n_heads * c->head_dim, kv = c->n_kv_heads * c->head_dim;
     tensor vector = {0};
+    const float *xielu_stored = NULL;
+    bool gated = c->activation == ACTIVATION_SILU, xielu = c->activation == ACTIVATION_XIELU;
     int code = bind(m, &entry, &left, "embed", m->type, c->vocab_size, hidden, &m->embed, e);
     if (code) return code;
     for (int l = 0; l < c->n_layers; l++) {
@@ -3854,25 +4015,31 @@ static int bind_all(medrun_model *m, medrun_error *e) {
             int rows, cols;
             tensor *to;
             const float **vector;
+            bool missing;
         } all[] = {
-            {"attn_norm", 1, hidden, &vector, &y->attn_norm},
-            {"q", heads, hidden, &y->q, NULL},
-            {"k", kv, hidden, &y->k, NULL},
-            {"v", kv, hidden, &y->v, NULL},
-            {"o", hidden, heads, &y->o, NULL},
-            {"ffn_norm", 1, hidden, &vector, &y->ffn_norm},
-            {"gate", c->ffn_size, hidden, &y->gate, NULL},
-            {"up", c->ffn_size, hidden, &y->up, NULL},
-            {"down", hidden, c->ffn_size, &y->down, NULL},
+            {"attn_norm", 1, hidden, &vector, &y->attn_norm, false},
+            {"q", heads, hidden, &y->q, NULL, false},
+            {"k", kv, hidden, &y->k, NULL, false},
+            {"v", kv, hidden, &y->v, NULL, false},
+            {"q_norm", 1, c->head_dim, &vector, &y->q_norm, !c->qk_norm},
+            {"k_norm", 1, c->head_dim, &vector, &y->k_norm, !c->qk_norm},
+            {"o", hidden, heads, &y->o, NULL, false},
+            {"ffn_norm", 1, hidden, &vector, &y->ffn_norm, false},
+            {"gate", c->ffn_size, hidden, &y->gate, NULL, !gated},
+            {"up", c->ffn_size, hidden, &y->up, NULL, false},
+            {"xielu", 1, 4, &vector, &xielu_stored, !xielu},
+            {"down", hidden, c->ffn_size, &y->down, NULL, false},
         };
         for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
             char name[64];
+            if (all[i].missing) continue;
             snprintf(name, sizeof name, "layers.%d.%s", l, all[i].name);
             int type = all[i].vector ? TYPE_F32 : m->type;
             code = bind(m, &entry, &left, name, type, all[i].rows, all[i].cols, all[i].to, e);
             if (code) return code;
             if (all[i].vector) *all[i].vector = (const void *)vector.data;
         }
+        if (xielu && (code = read_xielu(m->file.path, l, xielu_stored, &y->xielu, e))) return code;
     }
     if ((code = bind(m, &entry, &left, "final_norm", TYPE_F32, 1, hidden, &vector, e))) return code;
     m->final_norm = (const void *)vector.data;
@@ -3971,8 +4138,9 @@ static int read_names(medrun_model *m, medrun_error *e) {
         !json_text(&f->header, from, f->path, "licence", m->licence, sizeof m->licence, e) ||
         !json_text(&f->header, from, f->path, "notice", m->notice, sizeof m->notice, e))
         return MEDRUN_BAD_FILE;
-    if (strcmp(m->architecture, "llama"))
-        return wrong_value(f, "architecture", m->architecture, "llama", e);
+    if (name_index(architecture_names, N_ARCHITECTURES, m->architecture) < 0)
+        return wrong_value(f, "architecture", m->architecture, "llama, mistral, arcee or apertus",
+                           e);
     m->type = type_find(type);
     if (m->type != TYPE_BF16 && m->type != TYPE_INT8)
         return wrong_value(f, "type", type, "bf16 or int8", e);
@@ -3988,6 +4156,7 @@ static int load_model(medrun_model *m, const medrun_options *options, medrun_err
     m->pool = new_array(1, sizeof *m->pool);
     if (!m->layers || !m->rope_frequencies || !m->pool) return out_of_memory(e, sizeof *m->layers);
     rope_frequencies(&m->config, m->rope_frequencies);
+    m->rope_scale = m->config.rope_type == ROPE_YARN ? (float)m->config.rope_attention : 1;
     if ((code = bind_all(m, e)) || (code = read_tokenizer(m, e)) || (code = read_chat(m, e)))
         return code;
     if ((code = choose_kernels(&m->kernels, options ? options->kernels : NULL, e))) return code;
@@ -4039,13 +4208,40 @@ void medrun_describe(const medrun_model *m, medrun_info *info) {
     memcpy(info->stops, m->stops, sizeof info->stops);
     memcpy(info->hash, m->file.hash, 32);
 }
+
+/* What `show` and the exporter print of a config; labels are padded to WIDTH. */
+static void print_config(FILE *f, const model_config *c, const char *architecture,
+                         const char *type, uint64_t parameters, int width) {
+    bool small = parameters < 1000000000;
+    fprintf(f, "%-*s%s, %.2f %s parameters, %s\n", width, "architecture", architecture,
+            (double)parameters / (small ? 1e6 : 1e9), small ? "million" : "billion", type);
+    fprintf(f, "%-*s%d layers, hidden %d, %d heads of %d (%d key-value)%s, ffn %d %s%s, vocabulary "
+            "%d%s\n", width, "config", c->n_layers, c->hidden_size, c->n_heads, c->head_dim,
+            c->n_kv_heads, c->qk_norm ? " with norms" : "", c->ffn_size,
+            activation_names[c->activation], c->activation == ACTIVATION_SILU ? " gated" : "",
+            c->vocab_size, c->tied ? ", tied" : "");
+    fprintf(f, "%-*s%d tokens", width, "context", c->max_positions);
+    if (c->sliding_window) fprintf(f, ", each sees the last %d", c->sliding_window);
+    fprintf(f, ", rope theta %g", c->rope_theta);
+    if (c->rope_type == ROPE_LLAMA3)
+        fprintf(f, ", llama3 scaling %g (%g to %g) from %g", c->rope_factor, c->rope_low,
+                c->rope_high, c->rope_original);
+    if (c->rope_type == ROPE_YARN)
+        fprintf(f, ", yarn scaling %g from %g, attention factor %.7g", c->rope_factor,
+                c->rope_original, c->rope_attention);
+    if (c->rope_type == ROPE_DIVISORS) fprintf(f, ", scaling by a table of divisors");
+    fputc('\n', f);
+}
 /* ============================================================================================
  * 13 Transformer: what happens to a batch of tokens
  *
- * The Llama architecture: RMSNorm, rotary positions, attention with grouped key-value heads
- * (Ainslie et al. 2023), a SwiGLU feed-forward (Shazeer 2020), residual sums around both. A pass
- * takes rows of any sessions; each row is one token at its own position. `forward` is the story;
- * what stands above it are its sentences. Tests: tests/13_transformer.c.
+ * RMSNorm, rotary positions, attention with grouped key-value heads (Ainslie et al. 2023), a
+ * feed-forward network (Shazeer 2020), residual sums around both: Llama, and what its relatives do
+ * differently, which is data in the config and the layers. Mistral: a sliding window
+ * (attend_queries). Arcee: no gate, relu^2 (widen_rows), YaRN. Apertus: no gate, xIELU, a norm for
+ * each head of q and k (place_head). A pass takes rows of any sessions; each row is one token at
+ * its own position. `forward` is the story; what stands above it are its sentences. Tests:
+ * tests/13_transformer.c.
  * ============================================================================================ */
 
 struct medrun_session {
@@ -4090,7 +4286,7 @@ typedef struct pass {
     float *h;                                   /* (n, hidden) normed, then a block's output    */
     float *q, *k, *v;                           /* (n, heads), (n, kv), (n, kv)                 */
     float *attn;                                /* (n, heads)                                   */
-    float *gate, *up;                           /* (n, ffn)                                     */
+    float *ffn_act, *up;                        /* (n, ffn); up only beside a gate              */
     float *rotation;                            /* (n, head_dim / 2, 2) cosine, sine            */
     float *scores;                              /* (threads, TILE * KEY_BLOCK)                  */
     float *logits;                              /* (TILE, vocab)                                */
@@ -4148,8 +4344,8 @@ static void embed_task(void *context, size_t begin, size_t end, int thread) {
         for (size_t i = 0; i < half; i++) {             /* this position's rotation, once a pass */
             double sine, cosine;
             sin_cos((double)((float)p->position[r] * p->m->rope_frequencies[i]), &sine, &cosine);
-            p->rotation[(r * half + i) * 2] = (float)cosine;
-            p->rotation[(r * half + i) * 2 + 1] = (float)sine;
+            p->rotation[(r * half + i) * 2] = (float)cosine * p->m->rope_scale;
+            p->rotation[(r * half + i) * 2 + 1] = (float)sine * p->m->rope_scale;
         }
     }
 }
@@ -4199,16 +4395,24 @@ static void store_row(const pass *p, size_t r, size_t head) {
     p->g.k->to_half((uint16_t *)(void *)values + at * dim, v, dim);
 }
 
-static void rotate_task(void *context, size_t begin, size_t end, int thread) {
+/* One head of q or k: its norm, where the model has one (WEIGHT), then the rotation. */
+static void place_head(const pass *p, float *x, const float *weight, const float *rotation) {
+    size_t dim = (size_t)p->m->config.head_dim;
+    if (weight) p->g.k->norm(x, x, weight, dim, p->m->config.norm_eps);
+    rotate(x, rotation, dim / 2);
+}
+
+static void place_task(void *context, size_t begin, size_t end, int thread) {
     (void)thread;
     pass *p = context;
+    const model_layer *y = &p->m->layers[p->layer];
     size_t dim = (size_t)p->m->config.head_dim;
     for (size_t r = begin * TILE; r < tile_end(p, end); r++) {
         const float *rotation = p->rotation + r * dim;
         for (size_t d = 0; d < p->heads; d += dim)
-            rotate(p->q + r * p->heads + d, rotation, dim / 2);
+            place_head(p, p->q + r * p->heads + d, y->q_norm, rotation);
         for (size_t d = 0; d < p->kv; d += dim) {
-            rotate(p->k + r * p->kv + d, rotation, dim / 2);
+            place_head(p, p->k + r * p->kv + d, y->k_norm, rotation);
             store_row(p, r, d / dim);
         }
     }
@@ -4219,6 +4423,7 @@ static void attend_queries(const pass *p, const segment *s, size_t head, size_t 
                            float *scratch) {
     const model_config *c = &p->m->config;
     size_t dim = (size_t)c->head_dim, group = (size_t)(c->n_heads / c->n_kv_heads);
+    size_t window = c->sliding_window ? (size_t)c->sliding_window : SIZE_MAX;
     attention a = {.half = s->session->options.kv == MEDRUN_KV_F16, .head_dim = dim,
                    .scale = 1.0f / sqrtf((float)dim), .scratch = scratch,
                    .keys = session_keys(s->session, p->layer, head),
@@ -4231,6 +4436,7 @@ static void attend_queries(const pass *p, const segment *s, size_t head, size_t 
             a.q[i] = p->q + at;
             a.out[i] = p->attn + at;
             a.limit[i] = s->position + row + 1;
+            a.start[i] = a.limit[i] > window ? a.limit[i] - window : 0;
         }
         p->g.k->attend(&a);
     }
@@ -4265,11 +4471,25 @@ static void attend_rows(pass *p) {
     parallel_for(p->g.pool, items, 1, attend_task, p);
 }
 
-static void silu_task(void *context, size_t begin, size_t end, int thread) {
+static void activate_task(void *context, size_t begin, size_t end, int thread) {
     (void)thread;
     pass *p = context;
-    for (size_t r = begin * TILE; r < tile_end(p, end); r++)
-        p->g.k->silu_mul(p->gate + r * p->ffn, p->up + r * p->ffn, p->ffn);
+    const kernel_set *k = p->g.k;
+    int activation = p->m->config.activation;
+    for (size_t r = begin * TILE; r < tile_end(p, end); r++) {
+        float *x = p->ffn_act + r * p->ffn;
+        if (activation == ACTIVATION_SILU) k->silu_mul(x, p->up + r * p->ffn, p->ffn);
+        else if (activation == ACTIVATION_RELU2) k->relu2(x, p->ffn);
+        else k->xielu(x, p->ffn, &p->m->layers[p->layer].xielu);
+    }
+}
+
+/* ffn_act = silu(gate(h)) * up(h), or without a gate the activation of up(h) */
+static void widen_rows(pass *p, const model_layer *y) {
+    bool gated = p->m->config.activation == ACTIVATION_SILU;
+    matmul(&p->g, (product[]){{gated ? &y->gate : &y->up, p->ffn_act, p->ffn},
+                              {&y->up, p->up, p->ffn}}, gated ? 2 : 1, &p->a);
+    each_tile(p, activate_task);
 }
 
 static void residual_task(void *context, size_t begin, size_t end, int thread) {
@@ -4292,7 +4512,7 @@ static void forward(pass *p) {
         norm_rows(p, y->attn_norm, "attn_norm");
         matmul(&p->g, (product[]){{&y->q, p->q, p->heads}, {&y->k, p->k, p->kv},
                                   {&y->v, p->v, p->kv}}, 3, &p->a);
-        each_tile(p, rotate_task);
+        each_tile(p, place_task);
         observe(p, "q", p->q, p->heads, p->heads);
         observe(p, "k", p->k, p->kv, p->kv);
         observe(p, "v", p->v, p->kv, p->kv);
@@ -4304,10 +4524,9 @@ static void forward(pass *p) {
         observe(p, "attn_resid", p->x, p->hidden, p->hidden);
 
         norm_rows(p, y->ffn_norm, "ffn_norm");
-        matmul(&p->g, (product[]){{&y->gate, p->gate, p->ffn}, {&y->up, p->up, p->ffn}}, 2, &p->a);
-        each_tile(p, silu_task);
-        observe(p, "ffn_act", p->gate, p->ffn, p->ffn);
-        pack_activations(&p->g, &p->a, m->type, p->gate, p->ffn, p->ffn, p->n);
+        widen_rows(p, y);
+        observe(p, "ffn_act", p->ffn_act, p->ffn, p->ffn);
+        pack_activations(&p->g, &p->a, m->type, p->ffn_act, p->ffn, p->ffn, p->n);
         matmul(&p->g, &(product){&y->down, p->h, p->hidden}, 1, &p->a);
         each_tile(p, residual_task);
         observe(p, "layer_out", p->x, p->hidden, p->hidden);
@@ -4489,8 +4708,8 @@ static void layout_pass(const medrun_session *s, pass *p, arena *a) {
     p->k = arena_take(a, n * p->kv, sizeof(float));
     p->v = arena_take(a, n * p->kv, sizeof(float));
     p->attn = arena_take(a, n * p->heads, sizeof(float));
-    p->gate = arena_take(a, n * p->ffn, sizeof(float));
-    p->up = arena_take(a, n * p->ffn, sizeof(float));
+    p->ffn_act = arena_take(a, n * p->ffn, sizeof(float));
+    if (c->activation == ACTIVATION_SILU) p->up = arena_take(a, n * p->ffn, sizeof(float));
     p->rotation = arena_take(a, n * dim, sizeof(float));
     p->scores = arena_take(a, (size_t)s->model->pool->threads * TILE * KEY_BLOCK, sizeof(float));
     p->logits = arena_take(a, TILE * p->vocab, sizeof(float));
@@ -5750,22 +5969,6 @@ static void show_text(FILE *f, const char *label, const char *text) {
     fputc('\n', f);
 }
 
-static void show_config(FILE *f, const medrun_model *m) {
-    const model_config *c = &m->config;
-    bool small = m->parameters < 1000000000;
-    fprintf(f, "%-13s%s, %.2f %s parameters, %s\n", "architecture", m->architecture,
-            (double)m->parameters / (small ? 1e6 : 1e9), small ? "million" : "billion",
-            type_names[m->type]);
-    fprintf(f, "%-13s%d layers, hidden %d, %d heads of %d (%d key-value), ffn %d, vocabulary "
-            "%d%s\n", "config", c->n_layers, c->hidden_size, c->n_heads, c->head_dim, c->n_kv_heads,
-            c->ffn_size, c->vocab_size, c->tied ? ", tied" : "");
-    fprintf(f, "%-13s%d tokens, rope theta %g", "context", c->max_positions, c->rope_theta);
-    if (c->rope_llama3)
-        fprintf(f, ", llama3 scaling %g (%g to %g) from %g", c->rope_factor, c->rope_low,
-                c->rope_high, c->rope_original);
-    fputc('\n', f);
-}
-
 static void show_chat(FILE *f, const medrun_model *m) {
     const medrun_sampling *s = &m->sampling;
     show_text(f, "template", m->template_name);
@@ -5828,7 +6031,7 @@ static int show_model(FILE *f, command *c, int context) {
     hex_of(m->file.hash, hash);
     show_text(f, "file", m->path);
     show_text(f, "name", m->name);
-    show_config(f, m);
+    print_config(f, &m->config, m->architecture, type_names[m->type], m->parameters, 13);
     show_chat(f, m);
     show_text(f, "licence", m->licence);
     show_text(f, "notice", m->notice);
@@ -6429,7 +6632,56 @@ static int prove_ids(command *c, uint32_t v, bool of_chat, buffer *expected,
     return code;
 }
 
-static int prove_logits(command *c, uint32_t v, buffer *expected, buffer *found) {
+/* How far the logits ROW are from the numbers in LIST, those of IDS: relative L2; whether both have
+ * the same largest. False where LIST is not as many finite numbers. */
+static bool distance_to(const command *c, const float *row, const buffer *ids, uint32_t list,
+                        double *distance, bool *same) {
+    const json *j = &c->m->file.header;
+    double far = 0, size = 0, top = -INFINITY;
+    int32_t wanted = 0, largest = 0;
+    if (list == JSON_NONE || json_typeof(j, list) != JSON_ARRAY || !ids->n ||
+        j->nodes[list].count != ids->n / 4) return false;
+    uint32_t x = list + 1;
+    for (size_t i = 0; i < ids->n / 4; i++, x = j->nodes[x].next) {
+        int32_t id = ids_of(ids)[i];
+        double value = json_typeof(j, x) == JSON_NUMBER ? json_number(j, x) : INFINITY;
+        if (!(fabs(value) <= FLT_MAX)) return false;
+        if (value > top) top = value, wanted = id;
+        far += (row[id] - value) * (row[id] - value), size += value * value;
+    }
+    for (int32_t i = 1; i < c->t->vocab_size; i++) if (row[i] > row[largest]) largest = i;
+    *distance = sqrt(far / (size > 0 ? size : 1));
+    *same = wanted == largest;
+    return true;
+}
+
+/* Proof V may have the logits of another implementation for some ids. What is said of them decides
+ * nothing: how far is near depends on the weights' type. */
+static int report_reference(command *c, uint32_t v, const char *name) {
+    const json *j = &c->m->file.header;
+    uint32_t reference = json_get(j, v, "reference");
+    const char *what = "proofs.logits: reference";
+    char source[64];
+    buffer ids = {0};
+    double distance = 0;
+    bool same = false;
+    if (reference == JSON_NONE) return MEDRUN_OK;
+    int code = json_ids(c, j, json_get(j, reference, "ids"), what, &ids);
+    if (!code && !json_text(j, reference, what, "source", source, sizeof source, &c->e))
+        code = MEDRUN_BAD_FILE;
+    if (!code && !distance_to(c, medrun_logits(c->s, 0), &ids, json_get(j, reference, "values"),
+                              &distance, &same))
+        code = fail(&c->e, MEDRUN_BAD_FILE, "%s: values: wanted a finite number for each id", what);
+    buffer_free(&ids);
+    if (code || flag(c, O_QUIET)) return code;
+    printf("logits     %s: relative L2 %.1e to ", name, distance);
+    print_safe(stdout, source, strlen(source), false);
+    printf("; the largest is %s\n", same ? "the same" : "another");
+    return MEDRUN_OK;
+}
+
+static int prove_logits(command *c, uint32_t v, const char *name, buffer *expected,
+                        buffer *found) {
     const json *j = &c->m->file.header;
     char hex[65];
     buffer ids = {0};
@@ -6441,7 +6693,7 @@ static int prove_logits(command *c, uint32_t v, buffer *expected, buffer *found)
     if (!code) buffer_text(expected, hex), code = medrun_start(&c->s, c->m, &o, NULL, 0, &c->e);
     if (!code) code = medrun_feed(c->s, ids_of(&ids), ids.n / 4, &c->e);
     if (!code) code = hash_logits(c, hex);
-    if (!code) buffer_text(found, hex);
+    if (!code) buffer_text(found, hex), code = report_reference(c, v, name);
     medrun_stop(c->s);
     c->s = NULL;
     buffer_free(&ids);
@@ -6459,7 +6711,7 @@ static int verify_proofs(command *c, const char *kind, bool *same) {
         char name[24];
         buffer expected = {0}, found = {0};
         snprintf(name, sizeof name, "proof %zu", i + 1);
-        if (*kind == 'l') code = prove_logits(c, v, &expected, &found);
+        if (*kind == 'l') code = prove_logits(c, v, name, &expected, &found);
         else code = prove_ids(c, v, *kind == 'c', &expected, &found);
         if (!code && (expected.failed || found.failed)) code = out_of_memory(&c->e, expected.n);
         if (!code) good += report(c, kind, name, chars(&expected), chars(&found));
