@@ -423,8 +423,8 @@ static int put_table_merges(source_tokenizer *t, const token_tables *g, const ch
 /* Fills T, which is zero before, from G; after it write_tokenizer gives the bytes, which the engine
  * must still check (tokenizer_open). WHAT names the file in messages. Give T to free_tokenizer,
  * also after a failure. */
-MAYBE_UNUSED static int tokenizer_from_tables(source_tokenizer *t, const token_tables *g,
-                                              const char *what, medrun_error *e) {
+static int tokenizer_from_tables(source_tokenizer *t, const token_tables *g, const char *what,
+                                 medrun_error *e) {
     static const char *const known[][2] = {{"llama-bpe", "llama3"}, {"tekken", "tekken"}};
     size_t text = 0;
     if (!g->model || strcmp(g->model, "gpt2"))
@@ -483,13 +483,19 @@ static void write_tokenizer(const source_tokenizer *t, buffer *out) {
     buffer_free(&types);
 }
 
-/* Converts the open files of T and lets the engine check the result. */
-static int convert_tokenizer(source_tokenizer *t, buffer *out, medrun_error *e) {
+/* Appends the file and lets the engine check it. */
+static int finish_tokenizer(const source_tokenizer *t, buffer *out, const char *what,
+                            medrun_error *e) {
     tokenizer check;
-    t->bos = t->eos = -1;
-    if (read_tokenizer_json(t, e) || read_tokenizer_config(t, e)) return e->code;
     write_tokenizer(t, out);
     if (out->failed) return out_of_memory(e, out->n);
-    if (!tokenizer_open(&check, out->data, out->n, t->file.path, e)) tokenizer_close(&check);
+    if (!tokenizer_open(&check, out->data, out->n, what, e)) tokenizer_close(&check);
     return e->code;
+}
+
+/* Converts the open files of T. */
+static int convert_tokenizer(source_tokenizer *t, buffer *out, medrun_error *e) {
+    t->bos = t->eos = -1;
+    if (read_tokenizer_json(t, e) || read_tokenizer_config(t, e)) return e->code;
+    return finish_tokenizer(t, out, t->file.path, e);
 }
