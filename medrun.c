@@ -6623,7 +6623,56 @@ static int prove_ids(command *c, uint32_t v, bool of_chat, buffer *expected,
     return code;
 }
 
-static int prove_logits(command *c, uint32_t v, buffer *expected, buffer *found) {
+/* How far the logits ROW are from the numbers in LIST, those of IDS: relative L2; whether both have
+ * the same largest. False where LIST is not as many finite numbers. */
+static bool distance_to(const command *c, const float *row, const buffer *ids, uint32_t list,
+                        double *distance, bool *same) {
+    const json *j = &c->m->file.header;
+    double far = 0, size = 0, top = -INFINITY;
+    int32_t wanted = 0, largest = 0;
+    if (list == JSON_NONE || json_typeof(j, list) != JSON_ARRAY || !ids->n ||
+        j->nodes[list].count != ids->n / 4) return false;
+    uint32_t x = list + 1;
+    for (size_t i = 0; i < ids->n / 4; i++, x = j->nodes[x].next) {
+        int32_t id = ids_of(ids)[i];
+        double value = json_typeof(j, x) == JSON_NUMBER ? json_number(j, x) : INFINITY;
+        if (!(fabs(value) <= FLT_MAX)) return false;
+        if (value > top) top = value, wanted = id;
+        far += (row[id] - value) * (row[id] - value), size += value * value;
+    }
+    for (int32_t i = 1; i < c->t->vocab_size; i++) if (row[i] > row[largest]) largest = i;
+    *distance = sqrt(far / (size > 0 ? size : 1));
+    *same = wanted == largest;
+    return true;
+}
+
+/* Proof V may have the logits of another implementation for some ids. What is said of them decides
+ * nothing: how far is near depends on the weights' type. */
+static int report_reference(command *c, uint32_t v, const char *name) {
+    const json *j = &c->m->file.header;
+    uint32_t reference = json_get(j, v, "reference");
+    const char *what = "proofs.logits: reference";
+    char source[64];
+    buffer ids = {0};
+    double distance = 0;
+    bool same = false;
+    if (reference == JSON_NONE) return MEDRUN_OK;
+    int code = json_ids(c, j, json_get(j, reference, "ids"), what, &ids);
+    if (!code && !json_text(j, reference, what, "source", source, sizeof source, &c->e))
+        code = MEDRUN_BAD_FILE;
+    if (!code && !distance_to(c, medrun_logits(c->s, 0), &ids, json_get(j, reference, "values"),
+                              &distance, &same))
+        code = fail(&c->e, MEDRUN_BAD_FILE, "%s: values: wanted a finite number for each id", what);
+    buffer_free(&ids);
+    if (code || flag(c, O_QUIET)) return code;
+    printf("logits     %s: relative L2 %.1e to ", name, distance);
+    print_safe(stdout, source, strlen(source), false);
+    printf("; the largest is %s\n", same ? "the same" : "another");
+    return MEDRUN_OK;
+}
+
+static int prove_logits(command *c, uint32_t v, const char *name, buffer *expected,
+                        buffer *found) {
     const json *j = &c->m->file.header;
     char hex[65];
     buffer ids = {0};
@@ -6635,7 +6684,7 @@ static int prove_logits(command *c, uint32_t v, buffer *expected, buffer *found)
     if (!code) buffer_text(expected, hex), code = medrun_start(&c->s, c->m, &o, NULL, 0, &c->e);
     if (!code) code = medrun_feed(c->s, ids_of(&ids), ids.n / 4, &c->e);
     if (!code) code = hash_logits(c, hex);
-    if (!code) buffer_text(found, hex);
+    if (!code) buffer_text(found, hex), code = report_reference(c, v, name);
     medrun_stop(c->s);
     c->s = NULL;
     buffer_free(&ids);
@@ -6653,7 +6702,7 @@ static int verify_proofs(command *c, const char *kind, bool *same) {
         char name[24];
         buffer expected = {0}, found = {0};
         snprintf(name, sizeof name, "proof %zu", i + 1);
-        if (*kind == 'l') code = prove_logits(c, v, &expected, &found);
+        if (*kind == 'l') code = prove_logits(c, v, name, &expected, &found);
         else code = prove_ids(c, v, *kind == 'c', &expected, &found);
         if (!code && (expected.failed || found.failed)) code = out_of_memory(&c->e, expected.n);
         if (!code) good += report(c, kind, name, chars(&expected), chars(&found));

@@ -344,7 +344,7 @@ static void test_same_bytes(void) {
     CHECK(strstr(answer, "no rope_theta") && strstr(answer, "theta 10000"));
     copy_fixture("llama-tied");
     CHECK_EQ(RUN("--dry-run", in_work("src")), 0);
-    CHECK(strstr(answer, "llama3 scaling") && strstr(answer, "tied") && !errors.n);
+    CHECK(strstr(answer, "scaling llama3") && strstr(answer, "tied") && !errors.n);
     CHECK_EQ(EXPORT("--dry-run"), 0);
     CHECK_EQ(clear_folder("out"), 0);
     buffer_free(&one);
@@ -519,8 +519,10 @@ static const struct { const char *file, *from, *to; int code; const char *needle
     {"config.json", "\"rope_theta\": 10000.0", "\"rope_theta\": NaN", 3, "rope_theta: found NaN"},
     {"config.json", "\"rope_scaling\": null", ROPE4("{\"type\": \"linear\", \"factor\": 2}"), 3,
      "linear"},
-    {"config.json", "\"rope_scaling\": null", ROPE4("{\"rope_type\": \"yarn\", \"factor\": 2}"), 3,
-     "yarn"},
+    {"config.json", "\"rope_scaling\": null", ROPE4("{\"rope_type\": \"dynamic\", \"factor\": 2}"),
+     3, "dynamic"},
+    {"config.json", "\"rope_scaling\": null", ROPE4("{\"rope_type\": \"yarn\", \"factor\": 2, "
+     "\"low_freq_factor\": 1}"), 3, "low_freq_factor"},
     {"config.json", "\"rope_scaling\": null", ROPE4("{\"factor\": 2}"), 3, "rope_type"},
     {"config.json", "\"rope_scaling\": null", ROPE4("{\"rope_type\": \"default\", \"factor\": 2}"),
      3, "rope_type"},
@@ -858,7 +860,8 @@ static void test_options(void) {
     expect(RUN(src, out, "-x"), 2, "unknown option -x", "unknown");
     expect(RUN(src, out, "--type", "int4"), 2, "not supported yet", "int4");
     expect(RUN(src, out, "--type=f32"), 2, "f32", "f32");
-    expect(RUN(src, out, "--yarn-factor", "16"), 2, "not supported yet", "yarn");
+    expect(RUN(src, out, "--yarn-factor", "16"), 2, "no yarn scaling", "yarn");
+    expect(RUN(src, out, "--yarn-factor", "0.5"), 2, "wanted 1 to 1e6", "yarn");
     expect(RUN(src, out, "--threads", "0"), 2, "--threads", "threads");
     expect(RUN(src, out, "--threads", "2x"), 2, "--threads", "threads");
     expect(RUN(src, out, "--threads", "999999999999999999999"), 2, "--threads", "threads");
@@ -890,6 +893,31 @@ static void test_options(void) {
     CHECK(strstr(answer, "licence    llama3\n"));
 }
 
+#define REFERENCE(source, ids, values) \
+    "{\"logits\":[{\"ids\":[1],\"reference\":{\"source\":" source ",\"ids\":" ids ",\"values\":" \
+    values "}}]}"
+
+/* The reference of the last proof stands in the header as it was given. */
+static void test_reference(void) {
+    static const char given_text[] = REFERENCE("\"a\\\"b\"", "[282,0]", "[-0.001,1.23456789e+20]");
+    static const char wanted[] = "{\"source\":\"a\\\"b\",\"ids\":[282,0],"
+                                 "\"values\":[-0.001,1.23456789e+20]}";
+    medrun_error e = {0};
+    model_file f;
+    copy_fixture("llama-plain");
+    write_file(in_work("proof.json"), given_text, sizeof given_text - 1);
+    CHECK_EQ(EXPORT("--proof", in_work("proof.json")), 0);
+    CHECK_EQ(file_open(&f, in_work("out/x.mdr"), &e), 0);
+    const json *j = &f.header;
+    uint32_t last = JSON_NONE;
+    for EACH(j, json_get(j, json_get(j, 0, "proofs"), "logits"), c) last = c;
+    uint32_t v = json_get(j, last, "reference");
+    CHECK(is(j, v, JSON_OBJECT) && j->nodes[v].end - j->nodes[v].start == sizeof wanted - 1 &&
+          !memcmp(j->text + j->nodes[v].start, wanted, sizeof wanted - 1));
+    file_close(&f);
+    clear_folder("out");
+}
+
 static void test_proofs(void) {
     static const struct { const char *text; int code; const char *needle; } cases[] = {
         {"{\"tokens\":[{\"text\":\"the\"}],\"chats\":[{\"messages\":[{\"role\":\"user\","
@@ -909,6 +937,19 @@ static void test_proofs(void) {
         {"{\"logits\":[{\"ids\":[283]}]}", 3, "logits"},
         {"{\"logits\":[{\"ids\":[-1]}]}", 3, "logits"},
         {"{\"logits\":[{\"ids\":[1],\"sha256\":\"zz\"}]}", 3, "sha256"},
+        {REFERENCE("\"a\"", "[0,282]", "[-1e-3,2.5]"), 0, ""},
+        {REFERENCE("7", "[0]", "[1]"), 3, "source"},
+        {REFERENCE("\"a\"", "[]", "[]"), 3, "reference: ids"},
+        {REFERENCE("\"a\"", "{\"0\":1}", "[1,2]"), 3, "reference: ids"},
+        {REFERENCE("\"a\"", "[283]", "[1]"), 3, "reference: ids"},
+        {REFERENCE("\"a\"", "[-1]", "[1]"), 3, "reference: ids"},
+        {REFERENCE("\"a\"", "[5,5]", "[1,1]"), 3, "reference: ids"},
+        {REFERENCE("\"a\"", "[0,1]", "[1]"), 3, "reference: values"},
+        {REFERENCE("\"a\"", "[0]", "7"), 3, "reference: values"},
+        {REFERENCE("\"a\"", "[0]", "[\"1\"]"), 3, "reference: values"},
+        {REFERENCE("\"a\"", "[0]", "[1e39]"), 3, "reference: values"},
+        {REFERENCE("\"a\"", "[0]", "[-1e999]"), 3, "reference: values"},
+        {"{\"logits\":[{\"ids\":[1],\"reference\":7}]}", 3, "source"},
         {"{\"logits\":[{\"ids\":[1]}", 3, "JSON"},
     };
     copy_fixture("llama-plain");
@@ -1134,6 +1175,7 @@ int main(void) {
     test_tokenizer_flips();
     test_options();
     test_proofs();
+    test_reference();
     test_failures();
     test_allocations();
     test_no_room();

@@ -511,7 +511,7 @@ static int read_rope_parameters(const json_file *f, uint32_t v, rope *r, medrun_
     const json *j = &f->j;
     if (!children(j, v) || !is(j, v + 2, JSON_OBJECT)) return read_rope_block(f, v, r, e);
     for EACH_KEY(j, v, c) {
-        rope next = {0};
+        rope next = {.truncate = true};
         WANT(is(j, c + 1, JSON_OBJECT), f, "rope_parameters", v, "a block per layer type");
         if (read_rope_block(f, c + 1, &next, e)) return e->code;
         WANT(c == v + 1 || (same_scaling(r, &next) && !differ(r->theta, next.theta)), f,
@@ -524,7 +524,7 @@ static int read_rope_parameters(const json_file *f, uint32_t v, rope *r, medrun_
 /* Reads both spellings; R is what they agree on. */
 static int read_both_ropes(const json_file *f, rope *r, medrun_error *e) {
     const json *j = &f->j;
-    rope old = {0}, now = {0};
+    rope old = {.truncate = true}, now = old;
     uint32_t scaling = given(j, 0, "rope_scaling"), block = given(j, 0, "rope_parameters");
     double theta = 0, original = 0;
     WANT(scaling == JSON_NONE || is(j, scaling, JSON_OBJECT), f, "rope_scaling", scaling,
@@ -591,9 +591,9 @@ static int default_rope(source *s, const json_file *f, rope *r, medrun_error *e)
                                                [ORIGINAL] = 8192}};
     else if (!(r->theta > 0)) r->theta = apertus ? 1.2e7 : 10000;
     else return MEDRUN_OK;
-    add_note(s, "config.json has no %s: transformers' default for %s is used, rope_theta %.9g%s",
-             block ? "rope_theta" : "rope fields", s->architecture, r->theta,
-             apertus && !block ? " with llama3 scaling 8" : "");
+    add_note(s, "config.json has no rope_theta%s: transformers' default for %s is used, %.9g%s",
+             block ? "" : " and no rope scaling", s->architecture, r->theta,
+             r->type == ROPE_LLAMA3 && !block ? " with llama3 scaling 8" : "");
     return MEDRUN_OK;
 }
 
@@ -1060,6 +1060,7 @@ typedef struct {
     size_t n;
     uint8_t digest[32], wanted[32];
     bool given;                 /* --proof says which digest is wanted                         */
+    buffer reference;           /* JSON; what another implementation computed, or nothing      */
 } logits_proof;
 
 /* A section to write or a source file to hash. */
@@ -1429,6 +1430,7 @@ static void put_proofs(buffer *b, const exporter *x) {
     for (size_t i = 0; i < x->n_logits; i++) {
         buffer_text(b, i ? ",\n{\"ids\":" : "\n{\"ids\":");
         put_ids(b, x->logits[i].ids, x->logits[i].n);
+        buffer_add(b, x->logits[i].reference.data, x->logits[i].reference.n);
         put_digest(b, x->logits[i].digest);
     }
     buffer_text(b, "]}}\n");
@@ -1479,8 +1481,9 @@ static int lay_out(exporter *x, medrun_error *e) {
  * 8 Proofs: texts, conversations and prompts with what they must give
  *
  * They go into the header, so that `medrun verify` shows on any machine that what arrived computes
- * what was exported. With --proof come more, best made by another implementation: ids and digests
- * that stand there already must come out the same here.
+ * what was exported. With --proof come more, best made by another implementation
+ * (tools/reference/compare.py): ids and digests that stand there already must come out the same
+ * here, and some of its logits may stand there for comparison.
  * ============================================================================================ */
 
 /* In the form of --proof's file. What is said is not important, only that it is varied. */
@@ -1601,7 +1604,50 @@ static int32_t *plan_logits(exporter *x, size_t n, medrun_error *e) {
     return x->n_logits++, p->ids;
 }
 
-/* Ids, with or without the digest that they must give. */
+/* The ids in LIST, each below VOCAB and only once; SEEN has a zero for each of them. */
+static bool put_different_ids(buffer *b, const json *j, uint32_t list, uint8_t *seen,
+                              size_t vocab) {
+    const char *before = "[";
+    for EACH(j, list, c) {
+        uint64_t id;
+        if (!json_size(j, c, &id) || id >= vocab || seen[id]++) return false;
+        buffer_printf(b, "%s%d", before, (int)id);
+        before = ",";
+    }
+    return buffer_text(b, "]"), true;
+}
+
+/* What logits another implementation has for some ids: `medrun verify` says how far they are. */
+static int prove_reference(const exporter *x, const json_file *f, uint32_t v, buffer *b,
+                           medrun_error *e) {
+    const json *j = &f->j;
+    size_t vocab = (size_t)x->source.config.vocab_size;
+    uint32_t ids = given(j, v, "ids"), values = given(j, v, "values");
+    char name[64];
+    if (!json_text(j, v, f->path, "source", name, sizeof name, e)) return e->code;
+    WANT(is(j, ids, JSON_ARRAY) && children(j, ids), f, "reference: ids", ids, "ids");
+    WANT(is(j, values, JSON_ARRAY) && children(j, values) == children(j, ids), f,
+         "reference: values", values, "a number for each of ids");
+    uint8_t *seen = new_array(vocab, 1);
+    if (!seen) return out_of_memory(e, vocab);
+    buffer_text(b, ",\"reference\":{\"source\":");
+    put_string(b, name);
+    buffer_text(b, ",\"ids\":");
+    bool good = put_different_ids(b, j, ids, seen, vocab);
+    free(seen);
+    WANT(good, f, "reference: ids", ids, "different ids below vocab_size");
+    const char *before = ",\"values\":[";
+    for EACH(j, values, c) {
+        double value = is(j, c, JSON_NUMBER) ? json_number(j, c) : INFINITY;
+        WANT(fabs(value) <= FLT_MAX, f, "reference: values", c, "a float32 that is finite");
+        buffer_printf(b, "%s%.9g", before, value);
+        before = ",";
+    }
+    buffer_text(b, "]}");
+    return b->failed ? out_of_memory(e, b->n) : MEDRUN_OK;
+}
+
+/* Ids, with or without the digest that they must give and logits to set beside. */
 static int prove_ids(exporter *x, const json_file *f, uint32_t v, medrun_error *e) {
     const json *j = &f->j;
     uint32_t list = given(j, v, "ids"), sum = given(j, v, "sha256");
@@ -1617,7 +1663,10 @@ static int prove_ids(exporter *x, const json_file *f, uint32_t v, medrun_error *
         ids[i++] = (int32_t)id;
     }
     logits_proof *p = &x->logits[x->n_logits - 1];
+    uint32_t reference = given(j, v, "reference");
     char hex[65] = "";
+    if (reference != JSON_NONE && prove_reference(x, f, reference, &p->reference, e))
+        return e->code;
     if (sum == JSON_NONE) return MEDRUN_OK;
     p->given = json_text(j, v, f->path, "sha256", hex, sizeof hex, e) && strlen(hex) == 64 &&
                parse_hex(hex, p->wanted);
@@ -2056,7 +2105,10 @@ static void close_exporter(exporter *x) {
         free(x->scratch[i].out);
         free(x->scratch[i].rows);
     }
-    for (size_t i = 0; i < x->n_logits; i++) free(x->logits[i].ids);
+    for (size_t i = 0; i < x->n_logits; i++) {
+        free(x->logits[i].ids);
+        buffer_free(&x->logits[i].reference);
+    }
     free(x->logits);
     free(x->sections);
     free(x->jobs);
