@@ -1279,8 +1279,9 @@ static void describe_precision(exporter *x) {
             count[x->sections[i].from->dtype]++;
     for (int t = 0; t < N_WEIGHT_TYPES; t++) {
         if (!count[t]) continue;
+        const char *word = n ? "" : count[t] > 1 ? " tensors" : " tensor";
         n += (size_t)snprintf(x->precision + n, sizeof x->precision - n, "%s%s (%zu%s)",
-                              n ? ", " : "", source_types[t].name, count[t], n ? "" : " tensors");
+                              n ? ", " : "", source_types[t].name, count[t], word);
         rounded |= source_types[t].block > 1;
     }
     if (rounded)
