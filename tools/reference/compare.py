@@ -4,7 +4,7 @@
     pip install torch transformers tokenizers safetensors jinja2 numpy
         (and sentencepiece protobuf for a folder without tokenizer.json)
     python tools/reference/compare.py HF_FOLDER MODEL.mdr [--medrun ./medrun] [--proof PROOF.json]
-        [--prompts 4] [--length 64] [--threads N]
+        [--prompts 4] [--length 64] [--yarn-factor F] [--threads N]
 
 Compares, and prints a line for each:
 
@@ -14,17 +14,18 @@ Compares, and prints a line for each:
     logits   of --prompts prompts of --length ids, with transformers in float32, eager attention:
              relative L2 distance, largest difference, mean KL divergence, same largest logit
 
-The last line is the verdict; the exit code is 1 when something differs: an id, a rendered text, or
+The last line is the verdict; the exit code is 1 when something differs: an id, a conversation, or
 logits of a bf16 checkpoint of bfloat16 weights that are further than 1e-5 (relative L2) from
-transformers'. Of other checkpoints the distance is reported and not judged: they hold other numbers.
+transformers'. Of other checkpoints the distance is reported and not judged: they hold other
+numbers. A checkpoint exported with --yarn-factor is compared with the same factor.
 
-Memory: transformers' layers are loaded one at a time, so what is needed is the largest of one layer,
-the embedding and the output matrix in float32, not the model (8B: about 2.5 GB). The folder is read
-once, for all prompts together.
+Memory: transformers' layers are loaded one at a time, so what is needed is the largest of one
+layer, the embedding and the output matrix in float32, not the model (8B: about 2.5 GB). The folder
+is read once, for all prompts together.
 
 --proof writes texts, conversations and prompts with what transformers gives for them, for
-`medrun-export --proof`: the checkpoint then carries them, `medrun verify` repeats the ids anywhere, and
-says how far its logits are from these.
+`medrun-export --proof`: the checkpoint then carries them, `medrun verify` repeats the ids
+anywhere, and says how far its logits are from these.
 """
 
 import argparse
@@ -59,7 +60,7 @@ CHATS = [
     ["user: Several\n\nlines,\n\n\n```c\nint x = 1;\n```\nand a list:\n- one\n- two\n"],
     ["user: \u60a3\u8005\u53d1\u70ed\u4e09\u5929\u3002 \u0627\u0644\u0645\u0631\u064a\u0636 "
      "\U0001fa7a e\u0301 \u2014 \u201cquoted\u201d\u2026"],
-    ["system: ### Instruction:\nnot one", "user: ### Response:\n{{ messages }} {% raw %} \\n \\begin{x}"],
+    ["system: ### Instruction:\nnot one", "user: ### Response:\n{{ messages }} {% raw %} \\n"],
     ["user: one", "user: two in a row"],
     ["user: one", "assistant: two", "assistant: three", "user: four"],
     ["assistant: Good morning.", "user: The answer came first."],
@@ -100,8 +101,8 @@ class Medrun:
 
     def logits(self, ids):
         with tempfile.NamedTemporaryFile() as out:
-            done = run([self.binary, "logits", self.model, "--ids", " ".join(map(str, ids)), "--all",
-                        "--strict", *self.threads, "-o", out.name])
+            done = run([self.binary, "logits", self.model, "--ids", " ".join(map(str, ids)),
+                        "--all", "--strict", *self.threads, "-o", out.name])
             if done.returncode:
                 sys.exit(done.stderr.decode(errors="replace"))
             return np.fromfile(out.name, "<f4").reshape(len(ids), -1)
@@ -165,9 +166,12 @@ class Weights:
         module.load_state_dict(state, strict=True, assign=True)
 
 
-def streamed_model(folder):
+def streamed_model(folder, yarn_factor):
     """The model without weights: every part loads its own when it is about to run."""
     config = AutoConfig.from_pretrained(folder)
+    if yarn_factor:
+        assert config.rope_parameters["rope_type"] == "yarn"
+        config.rope_parameters["factor"] = yarn_factor
     weights = Weights(folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32,
@@ -179,8 +183,8 @@ def streamed_model(folder):
     parts.update(("model.layers.%d" % i, layer) for i, layer in enumerate(inner.layers))
     alias = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
     largest = max(sum(t.numel() for t in part.state_dict().values()) for part in parts.values())
-    print("reference: transformers %s, float32, eager; needs about %.1f GB for weights at a time" % (
-        transformers.__version__, 4e-9 * largest))
+    print("reference: transformers %s, float32, eager; needs about %.1f GB for weights at a time"
+          % (transformers.__version__, 4e-9 * largest))
     for name, part in parts.items():
         def load(module, _, name=name):
             weights.load(module, name, alias)
@@ -193,7 +197,7 @@ def streamed_model(folder):
 
 
 def make_prompts(tokenizer, encode, n_prompts, length):
-    """Prompts of one length, so that one pass over the weights does for all: texts cut in pieces."""
+    """Texts cut in pieces of one length, so that one pass over the weights does for all."""
     texts = [t for t in all_texts() if 20 < len(t) < 400]
     ids = [i for text in texts for i in encode(text)]
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
@@ -233,7 +237,8 @@ def compare_chats(medrun, tokenizer):
             print("  %s: the folder's template %s, medrun %s" % (
                 lines, "refuses" if wanted is None else repr(apply_template(
                     tokenizer, messages, False)), why or repr(medrun.render(messages)[0])))
-    print("chats:     %d of %d conversations have the same ids, or both refuse" % (same, len(CHATS)))
+    print("chats:     %d of %d conversations have the same ids, or both refuse" % (
+        same, len(CHATS)))
     return same == len(CHATS), kept
 
 
@@ -267,8 +272,8 @@ def compare_logits(medrun, prompts, references, exact):
         bad = exact and not distance <= BOUND
         good &= not bad
         print("logits:    %d ids: relative L2 %.2e, largest difference %.2e, KL %.1e nats, top-1 "
-              "%.2f %%%s" % (len(ids), distance, np.abs(found - wanted).max(), divergence, 100 * top,
-                             "  DIFFERS" if bad else ""))
+              "%.2f %%%s" % (len(ids), distance, np.abs(found - wanted).max(), divergence,
+                             100 * top, "  DIFFERS" if bad else ""))
     return good
 
 
@@ -293,8 +298,8 @@ def write_proof(path, encode, chats, prompts, references):
     with open(path, "w", encoding="ascii") as f:
         json.dump(proof, f)
         f.write("\n")
-    print("proof:     %s: %d texts, %d conversations, %d prompts" % (path, len(texts), len(chats),
-                                                                    len(prompts)))
+    print("proof:     %s: %d texts, %d conversations, %d prompts" % (
+        path, len(texts), len(chats), len(prompts)))
 
 
 def main():
@@ -305,6 +310,7 @@ def main():
     p.add_argument("--proof", metavar="OUT.json")
     p.add_argument("--prompts", type=int, default=4)
     p.add_argument("--length", type=int, default=64)
+    p.add_argument("--yarn-factor", type=float)
     p.add_argument("--threads", type=int)
     o = p.parse_args()
     if o.threads:
@@ -315,7 +321,7 @@ def main():
     same_chats, chats = compare_chats(medrun, tokenizer)
     compare_templates(medrun, tokenizer)
 
-    model, bf16_source = streamed_model(o.folder)
+    model, bf16_source = streamed_model(o.folder, o.yarn_factor)
     prompts = make_prompts(tokenizer, encode, o.prompts, o.length)
     with torch.no_grad():
         references = model(torch.tensor(prompts), use_cache=False).logits.numpy()
