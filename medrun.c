@@ -2311,6 +2311,8 @@ static int file_open(model_file *f, const char *path, medrun_error *e) {
  *   2. the pre-tokenizer's pattern splits the rest into words, numbers, runs of white space;
  *   3. a word that is a piece is its id; else it starts as its single bytes, and the neighbours
  *      whose merge has the lowest rank become one, again and again: h-e-l-l-o, he-l-l-o, he-ll-o.
+ * SentencePiece BPE has no pattern in step 2; it puts a space before the text, so that its first
+ * word is like any other. In step 3 its words start as characters, and what is no piece as bytes.
  * All of it is linear in the text (n log n inside one very long word), whatever the text is. A
  * tokenizer is read-only once it is open. Uses section 3. Tests: tests/10_tokenizer.c.
  * ============================================================================================ */
@@ -2648,6 +2650,44 @@ static size_t next_llama3(const uint8_t *p, size_t n) {
     return white_space(p, n);
 }
 
+/* Tekken's words are [U]*[W]+|[U]+[W]*, [U] = [\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}] and [W] =
+ * [\p{Ll}\p{Lm}\p{Lo}\p{M}]: "camelCase" is two. What is in both may go to either side: with no
+ * lower case after the run of [U], the first alternative gives back up to the last character that
+ * [W] has too; only if there is none, the second takes the whole run. This is linear: what is left
+ * of a run is upper case, all of which is the next word. The end of the word from START, or 0. */
+static size_t tekken_word(const uint8_t *p, size_t n, size_t start) {
+    size_t i = start, both = 0, len;
+    int class = class_at(p + i, n - i, &len);
+    for (; class == CLASS_M || (is_letter(class) && class != CLASS_LL);
+         class = class_at(p + i, n - i, &len)) {
+        i += len;
+        if (class != CLASS_LU && class != CLASS_LT) both = i;
+    }
+    if (class != CLASS_LL) return both ? both : i > start ? i : 0;
+    for (; class == CLASS_M || (is_letter(class) && class != CLASS_LU && class != CLASS_LT);
+         class = class_at(p + i, n - i, &len)) i += len;
+    return i;
+}
+
+/* Tekken's: [^\r\n\p{L}\p{N}]?[U]*[W]+|[^\r\n\p{L}\p{N}]?[U]+[W]*|\p{N}|
+ * " ?[^\s\p{L}\p{N}]+[\r\n/]*"|\s*[\r\n]+|\s+(?!\S)|\s+ (the quotes stand for the space). */
+static size_t next_tekken(const uint8_t *p, size_t n) {
+    size_t first, len, end;
+    int class = class_at(p, n, &first);
+    if (class == CLASS_N) return first;
+    /* a mark may be the character before a word or its first: the word ends at the same place */
+    if (is_letter(class) || class == CLASS_M) return tekken_word(p, n, 0);
+    if (!is_line_end(p[0]) && (end = tekken_word(p, n, first))) return end;
+    /* " ?[^\s\p{L}\p{N}]+[\r\n/]*" */
+    if (class == CLASS_SPACE &&
+        (p[0] != ' ' || class_at(p + first, n - first, &len) != CLASS_OTHER))
+        return white_space(p, n);
+    size_t i = first;
+    while (is_mark(class_at(p + i, n - i, &len))) i += len;
+    while (i < n && (is_line_end(p[i]) || p[i] == '/')) i++;
+    return i;
+}
+
 /* The name is what tokenizer.bin has; an unknown one is refused, never guessed. */
 typedef struct {
     const char *name;
@@ -2656,6 +2696,7 @@ typedef struct {
 
 static const pretokenizer pretokenizers[] = {
     {"llama3", next_llama3},
+    {"tekken", next_tekken},
 };
 
 /* ---- the tokenizer and its tables ---------------------------------------------------------- */
@@ -2663,26 +2704,40 @@ static const pretokenizer pretokenizers[] = {
 /* tokenizer.bin, little-endian, nothing after its last array:
  *    0 "MEDTOK01"
  *    8 SHA-256 of all bytes from 40 on
- *   40 u32 version 1, kind 1 (byte-level BPE), flags, vocab_size, n_merges, bos_id (or 0xFFFFFFFF),
- *      text_bytes, reserved 0
- *   72 char pretokenizer[24], padded with NUL
+ *   40 u32 version 1, kind, flags, vocab_size, n_merges, bos_id (or 0xFFFFFFFF), text_bytes,
+ *      reserved 0
+ *   72 char pretokenizer[24], padded with NUL; none for kind 2
  *   96 u32 piece_end[vocab_size]   where each piece ends in text; it begins where the last ended
  *      u8 piece_type[vocab_size]   padded to a multiple of 4
  *      u32 merges[n_merges][2]     two ids; the first pair has the lowest rank
+ *      f32 scores[vocab_size]      with the flag for them, and then no merges
  *      u8 text[text_bytes]         the pieces' bytes, added tokens as they are written
- * The result of a merge is not stored: it is the piece that reads as the two together. */
+ * The result of a merge is not stored: it is the piece that reads as the two together. With scores
+ * any two pieces merge that give a third, the highest score first. The pieces of kind 2 have spaces
+ * where SentencePiece writes U+2581, and a byte piece is that byte, not "<0x0A>". */
 
 /* Control tokens mean something to the model and are no text; user-defined ones are text that was
- * added whole to the vocabulary, such as "\begin{"; an unused id has no piece. */
-enum { PIECE_NORMAL = 1, PIECE_CONTROL = 3, PIECE_USER = 4, PIECE_UNUSED = 5 };
+ * added whole to the vocabulary, such as "\begin{"; an unused id has no piece. Kind 2 only: bytes
+ * stand for characters that are no piece; an unknown piece is only ever decoded. */
+enum { PIECE_NORMAL = 1, PIECE_UNKNOWN, PIECE_CONTROL, PIECE_USER, PIECE_UNUSED, PIECE_BYTE };
 
 enum {
     TOKENIZER_HEAD = 96,        /* bytes before the first array of the file                    */
-    TOKENIZER_BYTE_LEVEL = 1,   /* kind */
-    TOKENIZER_IGNORE_MERGES = 1, TOKENIZER_ADD_BOS = 2, /* flags                               */
+    TOKENIZER_BYTE_LEVEL = 1, TOKENIZER_SENTENCEPIECE = 2,      /* kind                        */
     TOKENIZER_MAX_PIECES = 1 << 24,
-    TOKENIZER_MAX_ADDED = 256,  /* bytes in an added token, as each start of one may cost them */
+    TOKENIZER_MAX_ADDED = 256,  /* bytes in an added token, as each start of one may cost them,
+                                   and in a piece with a score, as each end of one does        */
     MAX_PROBES = 256,           /* a table that needs more was made to be slow                 */
+};
+
+enum {                          /* flags; those from SCORES on only of kind 2                  */
+    TOKENIZER_IGNORE_MERGES = 1, TOKENIZER_ADD_BOS = 2,
+    TOKENIZER_SCORES = 4,
+    TOKENIZER_PREFIX_RUNS = 8,  /* a space before the text, and after each added token in it   */
+    TOKENIZER_PREFIX_TEXT = 16, /* only before the text                                        */
+    TOKENIZER_UNLESS_SPACE = 32,        /* not where a space is already                        */
+    TOKENIZER_USER_INSIDE = 64, /* a user-defined token does not end what one space stands for */
+    TOKENIZER_STRIP = 128,      /* decoding takes the first space away                         */
 };
 
 #define NO_ID UINT32_MAX        /* no id, no rank, no neighbour; an empty slot                 */
@@ -2704,11 +2759,12 @@ typedef struct {
 } added_token;
 
 typedef struct {
-    int vocab_size, bos;        /* bos: id, or -1                                              */
+    int kind, vocab_size, bos;  /* bos: id, or -1                                              */
+    uint32_t flags;
     bool add_bos, ignore_merges, has_user_tokens;
     const char *pretokenizer;
-    size_t (*next_piece)(const uint8_t *p, size_t n);
-    const uint8_t *piece_end, *piece_type, *merges, *text;      /* in the file's bytes         */
+    size_t (*next_piece)(const uint8_t *p, size_t n);           /* NULL for kind 2             */
+    const uint8_t *piece_end, *piece_type, *merges, *scores, *text; /* in the file's bytes     */
     size_t n_merges, longest;   /* longest: bytes of the longest normal piece                  */
     piece_slot *pieces;         /* open addressing: text -> id, normal pieces only             */
     pair_slot *pairs;           /* open addressing: two ids -> their merge                     */
@@ -2717,6 +2773,7 @@ typedef struct {
     size_t n_added;
     bool added_first[256];      /* the bytes that added tokens begin with                      */
     uint32_t byte_id[256];
+    uint8_t joins[256][32];     /* kind 2: a bit for two bytes that stand together in a piece  */
 } tokenizer;
 
 /* Number I of an array that may lie at any address. */
@@ -2813,6 +2870,21 @@ static void *new_table(size_t slots, size_t size, medrun_error *e) {
     return p ? memset(p, 0xFF, slots * size) : NULL;
 }
 
+/* Which flags go with which kind. */
+static int check_flags(uint32_t kind, uint32_t flags, uint32_t n_merges, const char *what,
+                       medrun_error *e) {
+    const uint32_t first = TOKENIZER_IGNORE_MERGES, scores = TOKENIZER_SCORES;
+    if (kind != TOKENIZER_BYTE_LEVEL && kind != TOKENIZER_SENTENCEPIECE)
+        return bad_tokenizer(what, e, "kind", kind, "1 (byte-level BPE) or 2 (SentencePiece BPE)");
+    if (kind == TOKENIZER_BYTE_LEVEL && flags > 3)
+        return bad_tokenizer(what, e, "flags", flags, "0 to 3");
+    if (kind == TOKENIZER_SENTENCEPIECE && (flags > 255 || flags & first))
+        return bad_tokenizer(what, e, "flags", flags, "0 to 254, no ignore_merges");
+    if (flags & scores && n_merges)
+        return bad_tokenizer(what, e, "n_merges", n_merges, "0, as there are scores");
+    return MEDRUN_OK;
+}
+
 /* The fixed part of the file; places the arrays after it and checks that they fill the file. */
 static int open_head(tokenizer *t, const uint8_t *bytes, size_t n, const char *what,
                      medrun_error *e) {
@@ -2823,16 +2895,16 @@ static int open_head(tokenizer *t, const uint8_t *bytes, size_t n, const char *w
     uint32_t flags = u32_at(head, 2), vocab = u32_at(head, 3), n_merges = u32_at(head, 4);
     uint32_t bos = u32_at(head, 5), n_text = u32_at(head, 6);
     if (u32_at(head, 0) != 1) return bad_tokenizer(what, e, "version", u32_at(head, 0), "1");
-    if (u32_at(head, 1) != TOKENIZER_BYTE_LEVEL)
-        return bad_tokenizer(what, e, "kind", u32_at(head, 1), "1 (byte-level BPE)");
-    if (flags > 3) return bad_tokenizer(what, e, "flags", flags, "0 to 3");
+    if (check_flags(u32_at(head, 1), flags, n_merges, what, e)) return MEDRUN_BAD_FILE;
     if (vocab < 256 || vocab > TOKENIZER_MAX_PIECES)
         return bad_tokenizer(what, e, "vocab_size", vocab, "256 to 16777216");
     if (n_merges > TOKENIZER_MAX_PIECES)
         return bad_tokenizer(what, e, "n_merges", n_merges, "at most 16777216");
     if (u32_at(head, 7)) return bad_tokenizer(what, e, "reserved field", u32_at(head, 7), "0");
     size_t n_types = ((size_t)vocab + 3) & ~(size_t)3;
-    uint64_t wanted = (uint64_t)TOKENIZER_HEAD + 4ull * vocab + n_types + 8ull * n_merges + n_text;
+    size_t n_scores = flags & TOKENIZER_SCORES ? vocab : 0;
+    uint64_t wanted = (uint64_t)TOKENIZER_HEAD + 4ull * vocab + n_types + 8ull * n_merges +
+                      4ull * n_scores + n_text;
     if (wanted != n)
         return fail(e, MEDRUN_BAD_FILE, "%s: tokenizer: found %zu bytes, its head wants %llu; the "
                     "file was cut, copy it again", what, n, (unsigned long long)wanted);
@@ -2840,28 +2912,34 @@ static int open_head(tokenizer *t, const uint8_t *bytes, size_t n, const char *w
         return bad_tokenizer(what, e, "bos_id", bos, "an id of the vocabulary");
     if (bos == NO_ID && flags & TOKENIZER_ADD_BOS)
         return bad_tokenizer(what, e, "flags", flags, "no add_bos, as there is no bos_id");
+    t->kind = (int)u32_at(head, 1), t->flags = flags;
     t->vocab_size = (int)vocab, t->n_merges = n_merges, t->bos = bos == NO_ID ? -1 : (int)bos;
     t->ignore_merges = flags & TOKENIZER_IGNORE_MERGES, t->add_bos = flags & TOKENIZER_ADD_BOS;
     t->piece_end = bytes + TOKENIZER_HEAD, t->piece_type = t->piece_end + 4ull * vocab;
-    t->merges = t->piece_type + n_types, t->text = t->merges + 8ull * n_merges;
+    t->merges = t->piece_type + n_types, t->scores = t->merges + 8ull * n_merges;
+    t->text = t->scores + 4ull * n_scores;
     return MEDRUN_OK;
 }
 
-/* Finds the pre-tokenizer by its name, which fills its field with NULs to the end. */
+/* Finds the pre-tokenizer by its name, which fills its field with NULs to the end. Kind 2: none. */
 static int open_pretokenizer(tokenizer *t, const uint8_t *bytes, const char *what,
                              medrun_error *e) {
     char name[25] = {0};
     memcpy(name, bytes + 72, 24);
     size_t len = strlen(name);
-    for (size_t i = 0; i < sizeof pretokenizers / sizeof *pretokenizers; i++) {
+    if (t->kind == TOKENIZER_SENTENCEPIECE && !memcmp(name, (char[25]){0}, 25))
+        return t->pretokenizer = "", MEDRUN_OK;
+    size_t n = t->kind == TOKENIZER_BYTE_LEVEL ? sizeof pretokenizers / sizeof *pretokenizers : 0;
+    for (size_t i = 0; i < n; i++) {
         bool padded = true;
         for (size_t j = len; j < 24; j++) padded = padded && !name[j];
         if (!padded || strcmp(name, pretokenizers[i].name)) continue;
         t->pretokenizer = pretokenizers[i].name, t->next_piece = pretokenizers[i].next;
         return MEDRUN_OK;
     }
-    return fail(e, MEDRUN_BAD_FILE, "%s: tokenizer: pretokenizer: found \"%s\", wanted \"llama3\"; "
-                "this medrun does not know that pattern", what, name);
+    return fail(e, MEDRUN_BAD_FILE, "%s: tokenizer: pretokenizer: found \"%s\", wanted \"llama3\" "
+                "or \"tekken\", or none for SentencePiece; this medrun does not know that pattern",
+                what, name);
 }
 
 /* Each piece's end and type; counts what the tables will hold. After this tokenizer_piece is safe
@@ -2872,14 +2950,18 @@ static int check_pieces(tokenizer *t, size_t n_text, const char *what, medrun_er
         size_t end = u32_at(t->piece_end, id), n = end - start;
         int type = t->piece_type[id];
         if (end < start) return bad_tokenizer(what, e, "piece_end", end, "ends that rise");
-        if (type != PIECE_NORMAL && type != PIECE_CONTROL && type != PIECE_USER &&
-            type != PIECE_UNUSED)
-            return bad_tokenizer(what, e, "piece_type", (size_t)type, "1, 3, 4 or 5");
+        if (type < PIECE_NORMAL || type > PIECE_BYTE ||
+            (t->kind == TOKENIZER_BYTE_LEVEL && (type == PIECE_UNKNOWN || type == PIECE_BYTE)))
+            return bad_tokenizer(what, e, "piece_type", (size_t)type, "1 to 6, 2 and 6 of kind 2");
         if ((n == 0) != (type == PIECE_UNUSED))
             return bad_tokenizer(what, e, "bytes of a piece", n, "some, or none and type 5");
         bool added = type == PIECE_CONTROL || type == PIECE_USER;
         if (added && n > TOKENIZER_MAX_ADDED)
             return bad_tokenizer(what, e, "bytes of an added token", n, "at most 256");
+        if (type == PIECE_NORMAL && t->flags & TOKENIZER_SCORES && n > TOKENIZER_MAX_ADDED)
+            return bad_tokenizer(what, e, "bytes of a piece with a score", n, "at most 256");
+        if (type == PIECE_BYTE && n != 1)
+            return bad_tokenizer(what, e, "bytes of a byte piece", n, "1");
         if (type == PIECE_NORMAL && n > t->longest) t->longest = n;
         if (type == PIECE_USER) t->has_user_tokens = true;
         t->n_added += added;
@@ -2893,8 +2975,7 @@ static int check_pieces(tokenizer *t, size_t n_text, const char *what, medrun_er
     return MEDRUN_OK;
 }
 
-/* The table of normal pieces, which must differ. Without a piece for each byte some text would have
- * no ids. */
+/* The table of normal pieces, which must differ. */
 static int index_pieces(tokenizer *t, const char *what, medrun_error *e) {
     size_t size = table_size((size_t)t->vocab_size);
     if (!(t->pieces = new_table(size, sizeof *t->pieces, e))) return MEDRUN_NO_MEMORY;
@@ -2912,8 +2993,27 @@ static int index_pieces(tokenizer *t, const char *what, medrun_error *e) {
                 return bad_tokenizer(what, e, "pieces with one hash", probe, "fewer");
         t->pieces[(hash + probe) & t->piece_mask] = (piece_slot){hash, (uint32_t)id};
     }
+    return MEDRUN_OK;
+}
+
+/* The ids of single bytes, and which bytes stand together in a piece. Without an id for each byte
+ * some text would have none. */
+static int index_bytes(tokenizer *t, const char *what, medrun_error *e) {
+    memset(t->byte_id, 0xFF, sizeof t->byte_id);
+    for (int32_t id = 0; id < t->vocab_size; id++) {
+        size_t n;
+        const uint8_t *p = (const uint8_t *)tokenizer_piece(t, id, &n);
+        int type = tokenizer_type(t, id);
+        if (type == PIECE_BYTE && t->byte_id[p[0]] != NO_ID)
+            return bad_tokenizer(what, e, "byte piece", p[0], "each byte once");
+        if (type == PIECE_BYTE) t->byte_id[p[0]] = (uint32_t)id;
+        for (size_t i = 1; type == PIECE_NORMAL && i < n; i++)
+            t->joins[p[i - 1]][p[i] / 8] |= (uint8_t)(1 << p[i] % 8);
+    }
     for (int b = 0; b < 256; b++) {
-        t->byte_id[b] = find_piece(t, &(uint8_t){(uint8_t)b}, 1, "", 0);
+        bool whole = t->kind == TOKENIZER_BYTE_LEVEL || b < 0x80;       /* a character by itself */
+        uint32_t id = whole ? find_piece(t, &(uint8_t){(uint8_t)b}, 1, "", 0) : NO_ID;
+        if (id != NO_ID) t->byte_id[b] = id;
         if (t->byte_id[b] == NO_ID)
             return fail(e, MEDRUN_BAD_FILE, "%s: tokenizer: byte 0x%02x is no piece, so some text "
                         "could not be encoded; export it again", what, (unsigned)b);
@@ -2960,11 +3060,30 @@ static bool is_normal(const tokenizer *t, uint32_t id) {
     return id < (uint32_t)t->vocab_size && tokenizer_type(t, (int32_t)id) == PIECE_NORMAL;
 }
 
-/* The table of merges. Only normal pieces merge, so no merging makes an added token. */
-static int index_merges(tokenizer *t, const char *what, medrun_error *e) {
-    size_t size = table_size(t->n_merges);
+/* Makes the table of the merges FOUND. */
+static int index_pairs(tokenizer *t, const buffer *found, const char *what, medrun_error *e) {
+    size_t n = found->n / sizeof(pair_slot), size = table_size(n);
+    if (found->failed) return out_of_memory(e, found->n);
     if (!(t->pairs = new_table(size, sizeof *t->pairs, e))) return MEDRUN_NO_MEMORY;
     t->pair_mask = size - 1;
+    for (size_t i = 0; i < n; i++) {
+        pair_slot s;
+        memcpy(&s, found->data + i * sizeof s, sizeof s);
+        if (find_pair(t, s.left, s.right)->rank != NO_ID)
+            return bad_tokenizer(what, e, "merge", i, "each pair of ids once");
+        uint32_t hash = hash_pair(s.left, s.right);
+        size_t probe = 0;
+        while (t->pairs[(hash + probe) & t->pair_mask].rank != NO_ID)
+            if (++probe == MAX_PROBES)
+                return bad_tokenizer(what, e, "merges with one hash", probe, "fewer");
+        t->pairs[(hash + probe) & t->pair_mask] = s;
+    }
+    return MEDRUN_OK;
+}
+
+/* The merges of the file. Only normal pieces merge, so no merging makes an added token. */
+static int find_merges(const tokenizer *t, buffer *found, const char *what, medrun_error *e) {
+    buffer_room(found, t->n_merges * sizeof(pair_slot));
     for (uint32_t rank = 0, result = 0; rank < t->n_merges; rank++) {
         uint32_t left = u32_at(t->merges, 2 * (size_t)rank);
         uint32_t right = u32_at(t->merges, 2 * (size_t)rank + 1);
@@ -2972,16 +3091,42 @@ static int index_merges(tokenizer *t, const char *what, medrun_error *e) {
             return bad_tokenizer(what, e, "merge", rank, "ids of normal pieces in every merge");
         if ((result = joined(t, left, right, result)) == NO_ID)
             return bad_tokenizer(what, e, "merge", rank, "merges whose result is a piece");
-        if (find_pair(t, left, right)->rank != NO_ID)
-            return bad_tokenizer(what, e, "merge", rank, "each pair of ids once");
-        uint32_t hash = hash_pair(left, right);
-        size_t probe = 0;
-        while (t->pairs[(hash + probe) & t->pair_mask].rank != NO_ID)
-            if (++probe == MAX_PROBES)
-                return bad_tokenizer(what, e, "merges with one hash", probe, "fewer");
-        t->pairs[(hash + probe) & t->pair_mask] = (pair_slot){left, right, result, rank};
+        buffer_add(found, &(pair_slot){left, right, result, rank}, sizeof(pair_slot));
     }
     return MEDRUN_OK;
+}
+
+/* The merges that scores mean: of all two pieces that read as a third. A rank is the score's bits,
+ * turned so that a higher score is a lower number; equal scores are equal ranks. */
+static int find_scored(const tokenizer *t, buffer *found, const char *what, medrun_error *e) {
+    for (int32_t id = 0; id < t->vocab_size; id++) {
+        float score;
+        uint32_t bits, left, right;
+        size_t n;
+        memcpy(&score, t->scores + 4 * (size_t)id, 4);
+        if (!isfinite(score))
+            return bad_tokenizer(what, e, "score of piece", (size_t)id, "a finite number");
+        score += 0.0f;                                  /* -0 is 0                               */
+        memcpy(&bits, &score, 4);
+        uint32_t rank = bits >> 31 ? bits : 0x7FFFFFFFu - bits;
+        const char *text = tokenizer_piece(t, id, &n);
+        for (size_t i = 1; tokenizer_type(t, id) == PIECE_NORMAL && i < n; i++) {
+            left = find_piece(t, text, i, "", 0);
+            right = left == NO_ID ? NO_ID : find_piece(t, text + i, n - i, "", 0);
+            if (right == NO_ID) continue;
+            buffer_add(found, &(pair_slot){left, right, (uint32_t)id, rank}, sizeof(pair_slot));
+        }
+    }
+    return MEDRUN_OK;
+}
+
+static int index_merges(tokenizer *t, const char *what, medrun_error *e) {
+    buffer found = {0};
+    bool scores = t->flags & TOKENIZER_SCORES;
+    int code = (scores ? find_scored : find_merges)(t, &found, what, e);
+    if (!code) code = index_pairs(t, &found, what, e);
+    buffer_free(&found);
+    return code;
 }
 
 static void tokenizer_close(tokenizer *t) {
@@ -3006,22 +3151,27 @@ static int tokenizer_open(tokenizer *t, const uint8_t *bytes, size_t n, const ch
     }
     if (code || (code = open_pretokenizer(t, bytes, what, e)) ||
         (code = check_pieces(t, u32_at(bytes, 16), what, e)) ||
-        (code = index_pieces(t, what, e)) || (code = index_added(t, what, e)) ||
-        (code = index_merges(t, what, e)))
+        (code = index_pieces(t, what, e)) || (code = index_bytes(t, what, e)) ||
+        (code = index_added(t, what, e)) || (code = index_merges(t, what, e)))
         tokenizer_close(t);
     return code;
 }
 
 /* ---- encoding ------------------------------------------------------------------------------ */
 
-/* A symbol of a long piece: a doubly linked list over the piece's bytes. */
+/* Internal, besides MEDRUN_ADD_BOS and MEDRUN_PARSE_SPECIAL: the text goes on where another ended,
+ * so no space is put before it. */
+enum { TOKENIZE_CONTINUES = 1 << 8 };
+
+/* A symbol of a long piece: a doubly linked list over what it is made of. */
 typedef struct {
     uint32_t id, previous, next;        /* id NO_ID: merged away; a neighbour NO_ID: none       */
 } bpe_symbol;
 
 typedef struct {
     const tokenizer *t;
-    buffer *ids;
+    bool continues;             /* the text does                                               */
+    buffer *ids, run;           /* run: of kind 2, text with its space before it               */
     bpe_symbol *symbols;        /* the list and the heap are kept from piece to piece          */
     uint64_t *heap;             /* rank << 32 | position of the left symbol; smallest first    */
     size_t n_heap, room;        /* room: symbols there is memory for                           */
@@ -3073,14 +3223,35 @@ static void offer_pair(encoder *x, uint32_t i) {
     if (rank != NO_ID) heap_push(x, (uint64_t)rank << 32 | i);
 }
 
-/* Merges a piece of any length in n log n: the heap gives the lowest rank, the leftmost of equals.
- * A key whose pair has changed since is dropped: the rank of what stands there now differs. */
+/* What N bytes are before any merge, at most N symbols: bytes; of kind 2 characters, and bytes only
+ * where a character is no piece. */
+static size_t first_symbols(const tokenizer *t, const uint8_t *p, size_t n, uint32_t *ids) {
+    size_t n_ids = 0;
+    if (t->kind == TOKENIZER_BYTE_LEVEL) {
+        for (size_t i = 0; i < n; i++) ids[i] = t->byte_id[p[i]];
+        return n;
+    }
+    for (size_t i = 0, len; i < n; i += len) {
+        uint32_t code;
+        len = p[i] < 0x80 ? 1 : utf8_decode(p + i, n - i, &code);
+        uint32_t id = len > 1 ? find_piece(t, p + i, len, "", 0) : NO_ID;
+        if (id != NO_ID) { ids[n_ids++] = id; continue; }
+        if (!len) len = 1;
+        for (size_t k = 0; k < len; k++) ids[n_ids++] = t->byte_id[p[i + k]];
+    }
+    return n_ids;
+}
+
+/* Merges N bytes in n log n: the heap gives the lowest rank, the leftmost of equals. A key whose
+ * pair has changed since is dropped: the rank of what stands there now differs. */
 static int bpe_long(encoder *x, const uint8_t *p, size_t n) {
     int code = encoder_room(x, n);
     if (code) return code;
     bpe_symbol *symbols = x->symbols;
+    uint32_t *ids = (uint32_t *)x->heap;                /* which is not in use yet               */
+    n = first_symbols(x->t, p, n, ids);
     for (uint32_t i = 0; i < n; i++)                    /* before the first: 0 - 1 is NO_ID      */
-        symbols[i] = (bpe_symbol){x->t->byte_id[p[i]], i - 1, i + 1 < n ? i + 1 : NO_ID};
+        symbols[i] = (bpe_symbol){ids[i], i - 1, i + 1 < n ? i + 1 : NO_ID};
     x->n_heap = 0;
     for (uint32_t i = 0; i < n; i++) offer_pair(x, i);
     while (x->n_heap) {
@@ -3106,7 +3277,7 @@ static void bpe_short(encoder *x, const uint8_t *p, size_t n) {
     const tokenizer *t = x->t;
     const pair_slot *pairs[BPE_SHORT];
     uint32_t ids[BPE_SHORT];
-    for (size_t i = 0; i < n; i++) ids[i] = t->byte_id[p[i]];
+    n = first_symbols(t, p, n, ids);
     for (size_t i = 0; i + 1 < n; i++) pairs[i] = find_pair(t, ids[i], ids[i + 1]);
     while (n > 1) {
         size_t best = 0;
@@ -3123,11 +3294,19 @@ static void bpe_short(encoder *x, const uint8_t *p, size_t n) {
     for (size_t i = 0; i < n; i++) put_id(x, ids[i]);
 }
 
+/* Of kind 2: up to where two bytes stand together that do so in no piece. No merge crosses that, so
+ * most words can be merged by themselves. */
+static size_t next_joined(const tokenizer *t, const uint8_t *p, size_t n) {
+    size_t i = 1;
+    while (i < n && t->joins[p[i - 1]][p[i] / 8] >> p[i] % 8 & 1) i++;
+    return i;
+}
+
 /* Text without added tokens in it. */
 static int encode_run(encoder *x, const uint8_t *p, size_t n) {
     const tokenizer *t = x->t;
     for (size_t len; n; p += len, n -= len) {
-        len = t->next_piece(p, n);
+        len = t->next_piece ? t->next_piece(p, n) : next_joined(t, p, n);
         /* most words are pieces; with ignore_merges that is so even if no merges lead there */
         if (t->ignore_merges && len <= t->longest) {
             uint32_t id = find_piece(t, p, len, "", 0);
@@ -3155,34 +3334,66 @@ static size_t added_bound(const tokenizer *t, size_t low, size_t high, size_t at
     return low;
 }
 
-/* The longest added token that the text begins with, or NULL; control tokens only if SPECIAL. */
-static const added_token *added_at(const tokenizer *t, const uint8_t *p, size_t n, bool special) {
+/* The longest added token of these TYPES (bits) that the text begins with, or NULL. */
+static const added_token *added_at(const tokenizer *t, const uint8_t *p, size_t n, int types) {
     const added_token *found = NULL;
     size_t low = 0, high = t->n_added;
     for (size_t at = 0; at < n && low < high; at++) {
         low = added_bound(t, low, high, at, p[at]);
         high = added_bound(t, low, high, at, p[at] + 1);
         if (low == high || t->added[low].n > at + 1) continue;
-        if (special || tokenizer_type(t, (int32_t)t->added[low].id) == PIECE_USER)
-            found = &t->added[low];
+        if (types >> tokenizer_type(t, (int32_t)t->added[low].id) & 1) found = &t->added[low];
     }
     return found;
 }
 
-/* Cuts the added tokens out, from the left, the longest first; encodes what is between them. */
-static int encode_text(encoder *x, const uint8_t *p, size_t n, bool special) {
+typedef int encode_between(encoder *x, const uint8_t *p, size_t n, bool start);
+
+/* Cuts the added tokens of these TYPES out, from the left, the longest first; ENCODE does what is
+ * between them, where START tells the text's beginning. */
+static int encode_text(encoder *x, const uint8_t *p, size_t n, int types, encode_between *encode) {
     size_t from = 0;
-    bool look = x->t->n_added && (special || x->t->has_user_tokens);
-    for (size_t i = 0; look && i < n;) {
+    for (size_t i = 0; types && i < n;) {
         const added_token *a = NULL;
-        if (x->t->added_first[p[i]]) a = added_at(x->t, p + i, n - i, special);
+        if (x->t->added_first[p[i]]) a = added_at(x->t, p + i, n - i, types);
         if (!a) { i++; continue; }
-        int code = encode_run(x, p + from, i - from);
+        int code = encode(x, p + from, i - from, from == 0);
         if (code) return code;
         put_id(x, a->id);
         from = i += a->n;
     }
-    return encode_run(x, p + from, n - from);
+    return encode(x, p + from, n - from, from == 0);
+}
+
+static int encode_plain(encoder *x, const uint8_t *p, size_t n, bool start) {
+    (void)start;
+    return encode_run(x, p, n);
+}
+
+/* Where the next U+2581 is, or N: SentencePiece's space, which people may write too. */
+static size_t find_mark(const uint8_t *p, size_t n) {
+    for (const uint8_t *q = p; n >= 3 && (q = memchr(q, 0xE2, n - 2 - (size_t)(q - p))); q++)
+        if (q[1] == 0x96 && q[2] == 0x81) return (size_t)(q - p);
+    return n;
+}
+
+/* Kind 2: a run of text gets its space and is a text of its own, without control tokens. */
+static int encode_spaced(encoder *x, const uint8_t *p, size_t n, bool start) {
+    const tokenizer *t = x->t;
+    uint32_t wanted = start ? TOKENIZER_PREFIX_RUNS | TOKENIZER_PREFIX_TEXT : TOKENIZER_PREFIX_RUNS;
+    if (!n) return MEDRUN_OK;
+    bool spaced = t->flags & TOKENIZER_UNLESS_SPACE && (p[0] == ' ' || !find_mark(p, n));
+    x->run.n = 0;
+    if (t->flags & wanted && !spaced && !(start && x->continues)) buffer_text(&x->run, " ");
+    for (size_t len; n; p += len, n -= len) {
+        buffer_add(&x->run, p, len = find_mark(p, n));
+        if (len == n) break;
+        buffer_text(&x->run, " ");
+        len += 3;
+    }
+    if (x->run.failed) return out_of_memory(x->e, x->run.n);
+    int inside = t->flags & TOKENIZER_USER_INSIDE && t->has_user_tokens ? 1 << PIECE_USER : 0;
+    return encode_text(x, x->run.data, x->run.n, inside, encode_plain);
 }
 
 /* Appends the ids (int32_t) of N bytes of text to IDS. User-defined tokens in the text are always
@@ -3192,22 +3403,41 @@ static int tokenizer_encode(const tokenizer *t, const char *text, size_t n, int 
     if (n > MAX_TEXT)                                   /* positions are 32 bits wide            */
         return fail(e, MEDRUN_TOO_LONG, "text: found %zu bytes, wanted at most %d; cut it", n,
                     MAX_TEXT);
-    encoder x = {.t = t, .ids = ids, .e = e};
+    encoder x = {.t = t, .continues = flags & TOKENIZE_CONTINUES, .ids = ids, .e = e};
     if (flags & MEDRUN_ADD_BOS && t->bos >= 0) put_id(&x, (uint32_t)t->bos);
-    int code = MEDRUN_OK;
-    if (n) code = encode_text(&x, (const uint8_t *)text, n, flags & MEDRUN_PARSE_SPECIAL);
+    int types = flags & MEDRUN_PARSE_SPECIAL ? 1 << PIECE_CONTROL : 0, code = MEDRUN_OK;
+    if (t->has_user_tokens && !(t->flags & TOKENIZER_USER_INSIDE)) types |= 1 << PIECE_USER;
+    if (n)
+        code = encode_text(&x, (const uint8_t *)text, n, types,
+                           t->kind == TOKENIZER_BYTE_LEVEL ? encode_plain : encode_spaced);
+    buffer_free(&x.run);
     free(x.symbols);
     free(x.heap);
     if (!code && ids->failed) code = out_of_memory(e, ids->n);
     return code;
 }
 
-/* Appends the bytes of N ids, which must be in range; control tokens give none unless SPECIAL. */
+/* The bytes that ID adds to a text; control tokens add none unless SPECIAL. Where *FIRST, nothing
+ * is before them, and the space that encoding puts there goes (SentencePiece leaves bytes). */
+static const char *tokenizer_text(const tokenizer *t, int32_t id, bool special, bool *first,
+                                  size_t *n) {
+    const char *text = tokenizer_piece(t, id, n);
+    int type = tokenizer_type(t, id);
+    if (type == PIECE_CONTROL && !special) *n = 0;
+    bool strip = *first && *n && text[0] == ' ' && t->flags & TOKENIZER_STRIP &&
+                 !(type == PIECE_BYTE && t->flags & TOKENIZER_SCORES);
+    if (*n) *first = false;
+    *n -= strip;
+    return text + strip;
+}
+
+/* Appends the bytes of N ids, which must be in range. */
 static void tokenizer_decode(const tokenizer *t, const int32_t *ids, size_t n, bool special,
                              buffer *bytes) {
+    bool first = true;
     for (size_t i = 0, len; i < n; i++) {
-        const char *piece = tokenizer_piece(t, ids[i], &len);
-        if (special || tokenizer_type(t, ids[i]) != PIECE_CONTROL) buffer_add(bytes, piece, len);
+        const char *text = tokenizer_text(t, ids[i], special, &first, &len);
+        buffer_add(bytes, text, len);
     }
 }
 /* ============================================================================================
@@ -3294,6 +3524,7 @@ typedef struct {
     const tokenizer *t;
     bool as_text;               /* OUT gets text instead of ids                                */
     buffer *out, run;           /* run: text since the last control token                      */
+    int flags;                  /* TOKENIZE_CONTINUES: the next run goes on from the last turn */
     medrun_error *e;
 } chat_writer;
 
@@ -3315,8 +3546,8 @@ static void trim(const char **text, size_t *n) {
 static int chat_flush(chat_writer *w) {
     if (w->run.failed || w->out->failed) return out_of_memory(w->e, w->run.n + w->out->n);
     const buffer *run = &w->run;
-    int code = tokenizer_encode(w->t, (const char *)run->data, run->n, 0, w->out, w->e);
-    w->run.n = 0;
+    int code = tokenizer_encode(w->t, (const char *)run->data, run->n, w->flags, w->out, w->e);
+    w->run.n = 0, w->flags = 0;
     return code;
 }
 
@@ -3423,7 +3654,7 @@ static int chat_render_text(const chat_template *c, const tokenizer *t, const me
 static int chat_turn(const chat_template *c, const tokenizer *t, const char *role,
                      const char *text, size_t n, bool first, bool answer, buffer *ids,
                      medrun_error *e) {
-    chat_writer w = {.c = c, .t = t, .out = ids, .e = e};
+    chat_writer w = {.c = c, .t = t, .out = ids, .flags = first ? 0 : TOKENIZE_CONTINUES, .e = e};
     size_t n_before = ids->n;
     int r = chat_role(role, e);
     if (r == N_ROLES) return MEDRUN_USAGE;
@@ -3437,7 +3668,7 @@ static int chat_turn(const chat_template *c, const tokenizer *t, const char *rol
  * alpaca. The stop token with which the model ended it is no part of the template: take it off the
  * timeline first. (Where llama3 stopped by <|eot_id|>, that comes to the same as leaving it.) */
 static int chat_close(const chat_template *c, const tokenizer *t, buffer *ids, medrun_error *e) {
-    chat_writer w = {.c = c, .t = t, .out = ids, .e = e};
+    chat_writer w = {.c = c, .t = t, .out = ids, .flags = TOKENIZE_CONTINUES, .e = e};
     size_t n_before = ids->n;
     const chat_part *part = c->turn[ROLE_ASSISTANT];
     while (part->kind != PART_TEXT && part->kind != PART_TRIMMED) part++;
@@ -3972,6 +4203,30 @@ void medrun_describe(const medrun_model *m, medrun_info *info) {
     memcpy(info->stops, m->stops, sizeof info->stops);
     memcpy(info->hash, m->file.hash, 32);
 }
+
+/* What `show` and the exporter print of a config; labels are padded to WIDTH. */
+static void print_config(FILE *f, const model_config *c, const char *architecture,
+                         const char *type, uint64_t parameters, int width) {
+    bool small = parameters < 1000000000;
+    fprintf(f, "%-*s%s, %.2f %s parameters, %s\n", width, "architecture", architecture,
+            (double)parameters / (small ? 1e6 : 1e9), small ? "million" : "billion", type);
+    fprintf(f, "%-*s%d layers, hidden %d, %d heads of %d (%d key-value)%s, ffn %d %s%s, vocabulary "
+            "%d%s\n", width, "config", c->n_layers, c->hidden_size, c->n_heads, c->head_dim,
+            c->n_kv_heads, c->qk_norm ? " with norms" : "", c->ffn_size,
+            activation_names[c->activation], c->activation == ACTIVATION_SILU ? " gated" : "",
+            c->vocab_size, c->tied ? ", tied" : "");
+    fprintf(f, "%-*s%d tokens", width, "context", c->max_positions);
+    if (c->sliding_window) fprintf(f, ", each sees the last %d", c->sliding_window);
+    fprintf(f, ", rope theta %g", c->rope_theta);
+    if (c->rope_type == ROPE_LLAMA3)
+        fprintf(f, ", llama3 scaling %g (%g to %g) from %g", c->rope_factor, c->rope_low,
+                c->rope_high, c->rope_original);
+    if (c->rope_type == ROPE_YARN)
+        fprintf(f, ", yarn scaling %g from %g, attention factor %.7g", c->rope_factor,
+                c->rope_original, c->rope_attention);
+    if (c->rope_type == ROPE_DIVISORS) fprintf(f, ", scaling by a table of divisors");
+    fputc('\n', f);
+}
 /* ============================================================================================
  * 13 Transformer: what happens to a batch of tokens
  *
@@ -3996,6 +4251,7 @@ struct medrun_session {
     size_t n_logits;                            /* rows the last pass gave; 0 while pending     */
     uint64_t random;
     bool answer_open;                           /* the last turn is an answer nobody closed     */
+    bool starting;                              /* medrun_next has not given text since a feed  */
     struct candidate *candidates;               /* (vocab_size) for the sampler                 */
     char *text;                                 /* bytes that are not yet whole characters, and */
     size_t n_text;                              /* those of the next piece behind them          */
@@ -4554,7 +4810,7 @@ int medrun_feed(medrun_session *s, const int32_t *ids, size_t n, medrun_error *e
             return fail(e, MEDRUN_USAGE, "token id %d: wanted 0 to %d", ids[i],
                         s->model->config.vocab_size - 1);
     if (n) memcpy(s->tokens + s->n_tokens, ids, n * sizeof *ids);
-    s->n_tokens += n;
+    s->n_tokens += n, s->starting = true;
     return MEDRUN_OK;
 }
 
@@ -4566,7 +4822,7 @@ static bool is_stop(const medrun_model *m, int32_t id) {
 int medrun_rewind(medrun_session *s, size_t n, medrun_error *e) {
     if (n > s->n_tokens)
         return fail(e, MEDRUN_USAGE, "rewind to %zu of %zu tokens", n, s->n_tokens);
-    s->n_tokens = n, s->n_logits = 0, s->n_text = 0, s->answer_open = false;
+    s->n_tokens = n, s->n_logits = 0, s->n_text = 0, s->answer_open = false, s->starting = true;
     if (s->n_done >= n) s->n_done = n ? n - 1 : 0;      /* the last one again, for its logits    */
     return MEDRUN_OK;
 }
@@ -4662,10 +4918,11 @@ int medrun_next(medrun_session *s, int32_t *id, const char **text, size_t *n_byt
     s->n_text = unfinished, *text = s->text, *n_bytes = 0;
     int code = MEDRUN_OK;
     while (!code && medrun_pending(s)) code = medrun_step(&s, 1, e);
+    bool stop, first = s->starting;
     if (code || (code = medrun_sample(s, id, e)) || (code = medrun_feed(s, id, 1, e))) return code;
-    const char *piece = tokenizer_piece(&m->tokenizer, *id, &n);
-    bool stop = is_stop(m, *id);
-    if (stop || tokenizer_type(&m->tokenizer, *id) == PIECE_CONTROL) n = 0;
+    const char *piece = tokenizer_text(&m->tokenizer, *id, false, &first, &n);
+    if ((stop = is_stop(m, *id))) n = 0;
+    s->starting = first;
     memcpy(s->text + s->n_text, piece, n);
     s->n_text += n;
     *n_bytes = s->n_text - (stop ? 0 : utf8_unfinished((const uint8_t *)s->text, s->n_text));
@@ -5707,26 +5964,6 @@ static void show_text(FILE *f, const char *label, const char *text) {
     fputc('\n', f);
 }
 
-static void show_config(FILE *f, const medrun_model *m) {
-    const model_config *c = &m->config;
-    bool small = m->parameters < 1000000000;
-    fprintf(f, "%-13s%s, %.2f %s parameters, %s\n", "architecture", m->architecture,
-            (double)m->parameters / (small ? 1e6 : 1e9), small ? "million" : "billion",
-            type_names[m->type]);
-    fprintf(f, "%-13s%d layers, hidden %d, %d heads of %d (%d key-value), ffn %d, vocabulary "
-            "%d%s\n", "config", c->n_layers, c->hidden_size, c->n_heads, c->head_dim, c->n_kv_heads,
-            c->ffn_size, c->vocab_size, c->tied ? ", tied" : "");
-    fprintf(f, "%-13s%d tokens, rope theta %g", "context", c->max_positions, c->rope_theta);
-    if (c->rope_type == ROPE_LLAMA3)
-        fprintf(f, ", llama3 scaling %g (%g to %g) from %g", c->rope_factor, c->rope_low,
-                c->rope_high, c->rope_original);
-    if (c->rope_type == ROPE_YARN)
-        fprintf(f, ", yarn scaling %g from %g, attention factor %.7g", c->rope_factor,
-                c->rope_original, c->rope_attention);
-    if (c->rope_type == ROPE_DIVISORS) fprintf(f, ", scaling by a table of divisors");
-    fputc('\n', f);
-}
-
 static void show_chat(FILE *f, const medrun_model *m) {
     const medrun_sampling *s = &m->sampling;
     show_text(f, "template", m->template_name);
@@ -5789,7 +6026,7 @@ static int show_model(FILE *f, command *c, int context) {
     hex_of(m->file.hash, hash);
     show_text(f, "file", m->path);
     show_text(f, "name", m->name);
-    show_config(f, m);
+    print_config(f, &m->config, m->architecture, type_names[m->type], m->parameters, 13);
     show_chat(f, m);
     show_text(f, "licence", m->licence);
     show_text(f, "notice", m->notice);

@@ -112,7 +112,7 @@ static void add_note(source *s, const char *format, ...) {
     va_start(args, format);
     vsnprintf(text, sizeof text, format, args);
     va_end(args);
-    buffer_printf(&s->notes, "note       %s\n", text);
+    buffer_printf(&s->notes, "note         %s\n", text);
 }
 
 static bool file_exists(const char *folder, const char *name) {
@@ -2227,22 +2227,18 @@ static int print_plan(const exporter *x, medrun_error *e) {
         parameters += (uint64_t)x->sections[i].rows * x->sections[i].cols;
         weights += x->sections[i].bytes;
     }
-    printf("name       %s\nsource     %s\nlicence    %s\n", x->name, s->folder,
+    printf("name         %s\nsource       %s\nlicence      %s\n", x->name, s->folder,
            s->licence[0] ? s->licence : "not stated");
-    printf("model      %s, %.2f billion parameters, %d layers, hidden %d, heads %d, kv heads %d,"
-           " head_dim %d, ffn %d, vocabulary %d, positions %d%s\n", s->architecture,
-           (double)parameters / 1e9, c->n_layers, c->hidden_size, c->n_heads, c->n_kv_heads, c->head_dim, c->ffn_size,
-           c->vocab_size, c->max_positions, c->tied ? ", tied" : "");
-    printf("rope       theta %g, scaling %s\n", c->rope_theta, rope_names[c->rope_type]);
-    printf("chat       %s, stop ids", s->chat->name);
+    print_config(stdout, c, s->architecture, type_names[x->type], parameters, 13);
+    printf("chat         %s, stop ids", s->chat->name);
     for (int i = 0; i < s->n_stops; i++) printf(" %d", s->stops[i]);
-    printf("\nsampling   temperature %g, top_k %lld, top_p %g, min_p %g, repeat_penalty %g\n",
+    printf("\nsampling     temperature %g, top_k %lld, top_p %g, min_p %g, repeat_penalty %g\n",
            s->sampling.temperature, (long long)s->sampling.top_k, s->sampling.top_p,
            s->sampling.min_p, s->sampling.repeat_penalty);
     if (s->notes.n) fputs((const char *)s->notes.data, stdout);
-    printf("tensors    %zu, matrices %s, norms f32\n", x->n_sections - 1, type_names[x->type]);
-    printf("file       %llu bytes\n", (unsigned long long)x->file_bytes);
-    printf("memory     %.1f MB of weights; %.1f KB of keys and values (f16) a token of context, "
+    printf("tensors      %zu, matrices %s, norms f32\n", x->n_sections - 1, type_names[x->type]);
+    printf("file         %llu bytes\n", (unsigned long long)x->file_bytes);
+    printf("memory       %.1f MB of weights; %.1f KB of keys and values (f16) a token of context, "
            "%.1f MB for all %d\n", (double)weights / 1e6, token / 1e3,
            token * c->max_positions / 1e6, c->max_positions);
     if (!fflush(stdout) && !ferror(stdout)) return MEDRUN_OK;

@@ -9,10 +9,18 @@
  * refused by its name. The vocabulary comes in GPT-2's byte alphabet, which is undone.
  * ============================================================================================ */
 
+#define UPPER "[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]"
+#define LOWER "[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]"
+
 static const struct { const char *name, *regex; } split_patterns[] = {
     {"llama3", "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}|"
                " ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"},
+    {"tekken", "[^\\r\\n\\p{L}\\p{N}]?" UPPER "*" LOWER "+|[^\\r\\n\\p{L}\\p{N}]?" UPPER "+" LOWER "*|"
+               "\\p{N}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"},
 };
+
+#undef UPPER
+#undef LOWER
 
 enum { PIECE_FOREIGN = 0 };     /* a key outside the byte alphabet: an added token must claim it */
 
@@ -57,6 +65,18 @@ static int byte_of(uint32_t code) {
     return n < 33 ? n : n < 67 ? n + 94 : 173;
 }
 
+/* N pieces that are not used yet, and room for ENTRIES of the vocabulary. All their text together
+ * is at most TEXT bytes, so it will not move any more. */
+static int make_pieces(source_tokenizer *t, size_t n, size_t entries, size_t text,
+                       medrun_error *e) {
+    t->n_pieces = n;
+    t->pieces = new_array(n, sizeof *t->pieces);
+    t->entries = new_array(entries, sizeof *t->entries);
+    if (!t->pieces || !t->entries) return out_of_memory(e, n * sizeof *t->pieces);
+    for (size_t i = 0; i < n; i++) t->pieces[i].type = PIECE_UNUSED;
+    return buffer_room(&t->text, text) ? MEDRUN_OK : out_of_memory(e, text);
+}
+
 /* Appends the bytes that TEXT stands for; false if some character is not of the alphabet. */
 static bool undo_alphabet(const uint8_t *text, size_t n, buffer *out) {
     uint32_t code;
@@ -93,13 +113,7 @@ static int count_pieces(source_tokenizer *t, uint32_t vocab, uint32_t added, med
     if (largest >= 1u << 22 || largest > 2 * entries + 1024)
         return refuse(e, "%s: found id %llu among %llu entries, wanted ids without large gaps",
                       t->file.path, (unsigned long long)largest, (unsigned long long)entries);
-    t->n_pieces = (size_t)largest + 1;
-    t->pieces = new_array(t->n_pieces, sizeof *t->pieces);
-    t->entries = new_array((size_t)entries, sizeof *t->entries);
-    if (!t->pieces || !t->entries) return out_of_memory(e, t->n_pieces * sizeof *t->pieces);
-    for (size_t i = 0; i < t->n_pieces; i++) t->pieces[i].type = PIECE_UNUSED;
-    /* all text is shorter than the file: it will not move any more */
-    return buffer_room(&t->text, t->file.map.n) ? MEDRUN_OK : out_of_memory(e, t->file.map.n);
+    return make_pieces(t, (size_t)largest + 1, (size_t)entries, t->file.map.n, e);
 }
 
 /* Entries in the byte alphabet go into the sorted table, where merges look their sides up. */
@@ -146,24 +160,30 @@ static void merge_text(const json *j, uint32_t v, buffer *text) {
     json_unescape(j, v + 2, text);
 }
 
-/* Their order is their rank; the ids of both sides are all that tokenizer.bin keeps of them. */
+/* Appends the ids of both sides, which is all that tokenizer.bin keeps of a merge; the order of
+ * merges is their rank. False: there is no space between two entries of the vocabulary. */
+static bool put_merge(source_tokenizer *t, const uint8_t *p, size_t n, buffer *scratch) {
+    const uint8_t *space = n ? memchr(p, ' ', n) : NULL;
+    size_t left = space ? (size_t)(space - p) : 0;
+    int64_t a = space ? side_id(t, p, left, scratch) : -1;
+    int64_t b = a < 0 ? -1 : side_id(t, space + 1, n - left - 1, scratch);
+    write_le(&t->merges, (uint64_t)a, 4);
+    write_le(&t->merges, (uint64_t)b, 4);
+    t->n_merges++;
+    return b >= 0;
+}
+
 static int read_merges(source_tokenizer *t, uint32_t merges, medrun_error *e) {
     const json *j = &t->file.j;
     buffer text = {0}, scratch = {0};
     for EACH(j, merges, c) {
         text.n = 0;
         merge_text(j, c, &text);
-        const uint8_t *space = text.n ? memchr(text.data, ' ', text.n) : NULL;
-        size_t left = space ? (size_t)(space - text.data) : 0;
-        int64_t a = space ? side_id(t, text.data, left, &scratch) : -1;
-        int64_t b = a < 0 ? -1 : side_id(t, space + 1, text.n - left - 1, &scratch);
-        write_le(&t->merges, (uint64_t)a, 4);
-        write_le(&t->merges, (uint64_t)b, 4);
+        bool known = put_merge(t, text.data, text.n, &scratch);
         if (text.failed || scratch.failed || t->merges.failed) out_of_memory(e, t->merges.n);
-        else if (b < 0) wrong_field(&t->file, "model.merges", c, "two entries of vocab", e);
+        else if (!known) wrong_field(&t->file, "model.merges", c, "two entries of vocab", e);
         if (e->code) break;
     }
-    t->n_merges = children(j, merges);
     buffer_free(&text);
     buffer_free(&scratch);
     return e->code;
@@ -348,6 +368,87 @@ static int read_tokenizer_config(source_tokenizer *t, medrun_error *e) {
     WANT(!add_eos, f, "add_eos_token", given(&f->j, 0, "add_eos_token"), "false");
     if (bos >= 0) t->bos = bos;
     return MEDRUN_OK;
+}
+
+/* ---- tables -------------------------------------------------------------------------------- */
+
+/* What the arrays tokenizer.ggml.* of a GGUF file say. Spans may point into the file. A key that is
+ * missing: NULL, or -1; a flag: true, llama.cpp's default for the tokenizers known here. */
+typedef struct {
+    const char *model, *pre;            /* "llama" or "gpt2"; "llama-bpe", "tekken"            */
+    size_t n, n_merges;
+    const span *tokens;                 /* n texts, the id is the index                        */
+    const int32_t *types;               /* n: 1 normal, 2 unknown, 3 control, 4 user, 5 unused, */
+    const float *scores;                /* 6 byte; n scores, only for "llama"                  */
+    const span *merges;                 /* n_merges, "a b", only for "gpt2"                    */
+    int64_t bos, eos;
+    bool add_bos, add_space_prefix;     /* the latter only for "llama"                         */
+} token_tables;
+
+static int put_token(source_tokenizer *t, size_t id, span text, int type, const char *what,
+                     medrun_error *e) {
+    size_t at = t->text.n;
+    int as = type == 2 ? PIECE_CONTROL : type;
+    if (as == PIECE_UNUSED) return MEDRUN_OK;
+    bool known = as == PIECE_CONTROL || as == PIECE_USER || as == PIECE_NORMAL;
+    if (as == PIECE_NORMAL) known = undo_alphabet(text.p, text.n, &t->text);
+    else if (known) buffer_add(&t->text, text.p, text.n);
+    if (!known || !text.n)
+        return refuse(e, "%s: tokenizer.ggml.tokens: id %zu: found \"%.*s\" of type %d, wanted "
+                      "text in the byte alphabet, or a control or user-defined token", what, id,
+                      text.n < 80 ? (int)text.n : 80, text.n ? (const char *)text.p : "", type);
+    t->pieces[id] = (source_piece){at, t->text.n - at, as};
+    if (as == PIECE_NORMAL)
+        t->entries[t->n_entries++] = (vocab_entry){{t->text.data + at, t->text.n - at},
+                                                   (uint32_t)id};
+    return MEDRUN_OK;
+}
+
+static int put_table_merges(source_tokenizer *t, const token_tables *g, const char *what,
+                            medrun_error *e) {
+    buffer scratch = {0};
+    for (size_t i = 0; !e->code && i < g->n_merges; i++) {
+        span m = g->merges[i];
+        bool known = put_merge(t, m.p, m.n, &scratch);
+        if (scratch.failed || t->merges.failed) out_of_memory(e, t->merges.n);
+        else if (!known)
+            refuse(e, "%s: tokenizer.ggml.merges: number %zu: found \"%.*s\", wanted two tokens "
+                   "with a space between", what, i, m.n < 80 ? (int)m.n : 80,
+                   m.n ? (const char *)m.p : "");
+    }
+    buffer_free(&scratch);
+    return e->code;
+}
+
+/* Fills T, which is zero before, from G; after it write_tokenizer gives the bytes, which the engine
+ * must still check (tokenizer_open). WHAT names the file in messages. Give T to free_tokenizer,
+ * also after a failure. */
+MAYBE_UNUSED static int tokenizer_from_tables(source_tokenizer *t, const token_tables *g,
+                                              const char *what, medrun_error *e) {
+    static const char *const known[][2] = {{"llama-bpe", "llama3"}, {"tekken", "tekken"}};
+    size_t text = 0;
+    if (!g->model || strcmp(g->model, "gpt2"))
+        return refuse(e, "%s: tokenizer.ggml.model: found \"%s\", wanted \"gpt2\"", what,
+                      g->model ? g->model : "");
+    for (size_t i = 0; g->pre && i < 2; i++)
+        if (!strcmp(g->pre, known[i][0])) t->pretokenizer = known[i][1];
+    if (!t->pretokenizer)
+        return refuse(e, "%s: tokenizer.ggml.pre: found \"%s\", wanted \"llama-bpe\" or \"tekken\"",
+                      what, g->pre ? g->pre : "");
+    if (!g->n || !g->types || !g->merges)
+        return refuse(e, "%s: tokenizer.ggml: found no tokens, token_type or merges, wanted all "
+                      "three", what);
+    for (size_t i = 0; i < g->n; i++) text += g->tokens[i].n;
+    if (make_pieces(t, g->n, g->n, text, e)) return e->code;
+    for (size_t i = 0; i < g->n; i++)
+        if (put_token(t, i, g->tokens[i], g->types[i], what, e)) return e->code;
+    qsort(t->entries, t->n_entries, sizeof *t->entries, compare_spans);
+    if (g->bos < -1 || g->eos < -1 || g->bos >= (int64_t)g->n || g->eos >= (int64_t)g->n)
+        return refuse(e, "%s: tokenizer.ggml.bos_token_id, eos_token_id: found %lld, %lld, wanted "
+                      "ids below %zu", what, (long long)g->bos, (long long)g->eos, g->n);
+    t->bos = (int32_t)g->bos, t->eos = (int32_t)g->eos;
+    t->add_bos = g->add_bos && t->bos >= 0, t->ignore_merges = true;
+    return put_table_merges(t, g, what, e);
 }
 
 /* ---- tokenizer.bin ------------------------------------------------------------------------- */
