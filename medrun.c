@@ -3377,6 +3377,16 @@ static size_t find_mark(const uint8_t *p, size_t n) {
     return n;
 }
 
+/* Appends text as the pieces of kind 2 are written, with spaces for U+2581. */
+static void add_spaced(buffer *out, const uint8_t *p, size_t n) {
+    for (size_t len; n; p += len, n -= len) {
+        buffer_add(out, p, len = find_mark(p, n));
+        if (len == n) break;
+        buffer_text(out, " ");
+        len += 3;
+    }
+}
+
 /* Kind 2: a run of text gets its space and is a text of its own, without control tokens. */
 static int encode_spaced(encoder *x, const uint8_t *p, size_t n, bool start) {
     const tokenizer *t = x->t;
@@ -3385,12 +3395,7 @@ static int encode_spaced(encoder *x, const uint8_t *p, size_t n, bool start) {
     bool spaced = t->flags & TOKENIZER_UNLESS_SPACE && (p[0] == ' ' || !find_mark(p, n));
     x->run.n = 0;
     if (t->flags & wanted && !spaced && !(start && x->continues)) buffer_text(&x->run, " ");
-    for (size_t len; n; p += len, n -= len) {
-        buffer_add(&x->run, p, len = find_mark(p, n));
-        if (len == n) break;
-        buffer_text(&x->run, " ");
-        len += 3;
-    }
+    add_spaced(&x->run, p, n);
     if (x->run.failed) return out_of_memory(x->e, x->run.n);
     int inside = t->flags & TOKENIZER_USER_INSIDE && t->has_user_tokens ? 1 << PIECE_USER : 0;
     return encode_text(x, x->run.data, x->run.n, inside, encode_plain);
@@ -4202,6 +4207,30 @@ void medrun_describe(const medrun_model *m, medrun_info *info) {
         .weight_bytes = m->weight_bytes, .sampling = m->sampling};
     memcpy(info->stops, m->stops, sizeof info->stops);
     memcpy(info->hash, m->file.hash, 32);
+}
+
+/* What `show` and the exporter print of a config; labels are padded to WIDTH. */
+static void print_config(FILE *f, const model_config *c, const char *architecture,
+                         const char *type, uint64_t parameters, int width) {
+    bool small = parameters < 1000000000;
+    fprintf(f, "%-*s%s, %.2f %s parameters, %s\n", width, "architecture", architecture,
+            (double)parameters / (small ? 1e6 : 1e9), small ? "million" : "billion", type);
+    fprintf(f, "%-*s%d layers, hidden %d, %d heads of %d (%d key-value)%s, ffn %d %s%s, vocabulary "
+            "%d%s\n", width, "config", c->n_layers, c->hidden_size, c->n_heads, c->head_dim,
+            c->n_kv_heads, c->qk_norm ? " with norms" : "", c->ffn_size,
+            activation_names[c->activation], c->activation == ACTIVATION_SILU ? " gated" : "",
+            c->vocab_size, c->tied ? ", tied" : "");
+    fprintf(f, "%-*s%d tokens", width, "context", c->max_positions);
+    if (c->sliding_window) fprintf(f, ", each sees the last %d", c->sliding_window);
+    fprintf(f, ", rope theta %g", c->rope_theta);
+    if (c->rope_type == ROPE_LLAMA3)
+        fprintf(f, ", llama3 scaling %g (%g to %g) from %g", c->rope_factor, c->rope_low,
+                c->rope_high, c->rope_original);
+    if (c->rope_type == ROPE_YARN)
+        fprintf(f, ", yarn scaling %g from %g, attention factor %.7g", c->rope_factor,
+                c->rope_original, c->rope_attention);
+    if (c->rope_type == ROPE_DIVISORS) fprintf(f, ", scaling by a table of divisors");
+    fputc('\n', f);
 }
 /* ============================================================================================
  * 13 Transformer: what happens to a batch of tokens
@@ -5940,26 +5969,6 @@ static void show_text(FILE *f, const char *label, const char *text) {
     fputc('\n', f);
 }
 
-static void show_config(FILE *f, const medrun_model *m) {
-    const model_config *c = &m->config;
-    bool small = m->parameters < 1000000000;
-    fprintf(f, "%-13s%s, %.2f %s parameters, %s\n", "architecture", m->architecture,
-            (double)m->parameters / (small ? 1e6 : 1e9), small ? "million" : "billion",
-            type_names[m->type]);
-    fprintf(f, "%-13s%d layers, hidden %d, %d heads of %d (%d key-value), ffn %d, vocabulary "
-            "%d%s\n", "config", c->n_layers, c->hidden_size, c->n_heads, c->head_dim, c->n_kv_heads,
-            c->ffn_size, c->vocab_size, c->tied ? ", tied" : "");
-    fprintf(f, "%-13s%d tokens, rope theta %g", "context", c->max_positions, c->rope_theta);
-    if (c->rope_type == ROPE_LLAMA3)
-        fprintf(f, ", llama3 scaling %g (%g to %g) from %g", c->rope_factor, c->rope_low,
-                c->rope_high, c->rope_original);
-    if (c->rope_type == ROPE_YARN)
-        fprintf(f, ", yarn scaling %g from %g, attention factor %.7g", c->rope_factor,
-                c->rope_original, c->rope_attention);
-    if (c->rope_type == ROPE_DIVISORS) fprintf(f, ", scaling by a table of divisors");
-    fputc('\n', f);
-}
-
 static void show_chat(FILE *f, const medrun_model *m) {
     const medrun_sampling *s = &m->sampling;
     show_text(f, "template", m->template_name);
@@ -6025,7 +6034,7 @@ static int show_model(FILE *f, command *c, int context) {
     hex_of(m->file.hash, hash);
     show_text(f, "file", m->path);
     show_text(f, "name", m->name);
-    show_config(f, m);
+    print_config(f, &m->config, m->architecture, type_names[m->type], m->parameters, 13);
     show_chat(f, m);
     show_text(f, "licence", m->licence);
     show_text(f, "notice", m->notice);

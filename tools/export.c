@@ -119,7 +119,7 @@ static void add_note(source *s, const char *format, ...) {
     va_start(args, format);
     vsnprintf(text, sizeof text, format, args);
     va_end(args);
-    buffer_printf(&s->notes, "note       %s\n", text);
+    buffer_printf(&s->notes, "note         %s\n", text);
 }
 
 static bool file_exists(const char *folder, const char *name) {
@@ -989,11 +989,11 @@ static int read_weights(source *s, medrun_error *e) {
 static int read_hf_tokenizer(source *s, const char *template_name, medrun_error *e) {
     source_tokenizer t = {0};
     buffer jinja = {0};
-    if (!open_json(s, "tokenizer.json", false, &t.file, e) &&
-        !open_json(s, "tokenizer_config.json", true, &t.config, e) &&
-        !convert_tokenizer(&t, &s->tokenizer, e) && t.n_pieces != (size_t)s->config.vocab_size)
-        refuse(e, "%s/config.json: field vocab_size: found %d, but tokenizer.json has %zu ids; use "
-               "the tokenizer of this model", s->folder, s->config.vocab_size, t.n_pieces);
+    if (!open_tokenizer(s, &t, e) && !convert_tokenizer(&t, &s->tokenizer, e) &&
+        t.n_pieces != (size_t)s->config.vocab_size)
+        refuse(e, "%s/config.json: field vocab_size: found %d, but %s has %zu ids; use "
+               "the tokenizer of this model", s->folder, s->config.vocab_size,
+               t.is_model ? "tokenizer.model" : "tokenizer.json", t.n_pieces);
     if (!e->code && (template_name || !read_jinja(s, &t.config, &jinja, e)))
         choose_template(s, &jinja, template_name, e);
     s->eos = t.eos;
@@ -2285,23 +2285,19 @@ static int print_plan(const exporter *x, medrun_error *e) {
         parameters += (uint64_t)x->sections[i].rows * x->sections[i].cols;
         weights += x->sections[i].bytes;
     }
-    printf("name       %s\nsource     %s\nlicence    %s\n", x->name, x->options.source,
+    printf("name         %s\nsource       %s\nlicence      %s\n", x->name, x->options.source,
            s->licence[0] ? s->licence : "not stated");
-    printf("model      %s, %.2f billion parameters, %d layers, hidden %d, heads %d, kv heads %d,"
-           " head_dim %d, ffn %d, vocabulary %d, positions %d%s\n", s->architecture,
-           (double)parameters / 1e9, c->n_layers, c->hidden_size, c->n_heads, c->n_kv_heads, c->head_dim, c->ffn_size,
-           c->vocab_size, c->max_positions, c->tied ? ", tied" : "");
-    printf("rope       theta %g, scaling %s\n", c->rope_theta, rope_names[c->rope_type]);
-    printf("chat       %s, stop ids", s->chat->name);
+    print_config(stdout, c, s->architecture, type_names[x->type], parameters, 13);
+    printf("chat         %s, stop ids", s->chat->name);
     for (int i = 0; i < s->n_stops; i++) printf(" %d", s->stops[i]);
-    printf("\nsampling   temperature %g, top_k %lld, top_p %g, min_p %g, repeat_penalty %g\n",
+    printf("\nsampling     temperature %g, top_k %lld, top_p %g, min_p %g, repeat_penalty %g\n",
            s->sampling.temperature, (long long)s->sampling.top_k, s->sampling.top_p,
            s->sampling.min_p, s->sampling.repeat_penalty);
     if (s->notes.n) fputs((const char *)s->notes.data, stdout);
-    printf("tensors    %zu, matrices %s, norms f32; from %s\n", x->n_sections - 1,
+    printf("tensors      %zu, matrices %s, norms f32; from %s\n", x->n_sections - 1,
            type_names[x->type], x->precision);
-    printf("file       %llu bytes\n", (unsigned long long)x->file_bytes);
-    printf("memory     %.1f MB of weights; %.1f KB of keys and values (f16) a token of context, "
+    printf("file         %llu bytes\n", (unsigned long long)x->file_bytes);
+    printf("memory       %.1f MB of weights; %.1f KB of keys and values (f16) a token of context, "
            "%.1f MB for all %d\n", (double)weights / 1e6, token / 1e3,
            token * c->max_positions / 1e6, c->max_positions);
     if (!fflush(stdout) && !ferror(stdout)) return MEDRUN_OK;
@@ -2318,21 +2314,15 @@ static int export_model(exporter *x, medrun_error *e) {
     return x->options.dry_run ? print_plan(x, e) : write_checkpoint(x, e);
 }
 
-/* SOURCE is a folder, a tokenizer.json by itself, or a GGUF file. */
+/* SOURCE is a folder, a tokenizer.json or tokenizer.model by itself, or a GGUF file. */
 static int export_tokenizer(exporter *x, medrun_error *e) {
     source *s = &x->source;
     source_tokenizer t = {0};
     struct stat st;
     s->folder = x->options.source;
-    if (is_gguf(s->folder)) {
-        open_gguf_tokenizer(s, x->options.source, e);
-    } else if (!stat(s->folder, &st) && S_ISREG(st.st_mode)) {
-        snprintf(t.file.path, sizeof t.file.path, "%s", s->folder);
-        if (!json_parse(&t.config.j, "{}", 2, e) && !open_json_path(&t.file, e))
-            add_file(s, "", s->folder, &t.file.map, e);
-    } else if (!open_json(s, "tokenizer.json", false, &t.file, e)) {
-        open_json(s, "tokenizer_config.json", true, &t.config, e);
-    }
+    if (is_gguf(s->folder)) open_gguf_tokenizer(s, x->options.source, e);
+    else if (!stat(s->folder, &st) && S_ISREG(st.st_mode)) open_tokenizer_file(s, &t, e);
+    else open_tokenizer(s, &t, e);
     if (!e->code && !s->gguf) convert_tokenizer(&t, &s->tokenizer, e);
     free_tokenizer(&t);
     if (e->code || x->options.dry_run || create_partial(x, s->tokenizer.n, e) ||

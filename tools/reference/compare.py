@@ -115,35 +115,47 @@ class Medrun:
 
 # ---- the reference ----
 
-def load_tokenizer(folder):
-    """What transformers makes of the folder, and the function that gives a plain text's ids.
+class Reference:
+    """The folder's tokenizer and chat template, as transformers has them.
 
-    Without a tokenizer.json the class is the one that tokenizer_config.json names: AutoTokenizer of
-    transformers 5 loses the space before a text there. Plain texts then go to SentencePiece.
+    Without a tokenizer.json, texts without special tokens go to SentencePiece itself: what
+    transformers 5 makes of a tokenizer.model alone differs from it where spaces stand together, and
+    its AutoTokenizer loses the space before a text (so the class is that of tokenizer_config.json).
     """
-    path = os.path.join(folder, "tokenizer.json")
-    if os.path.exists(path):
-        plain = plain_tokenizer(path)
-        return (AutoTokenizer.from_pretrained(folder),
-                lambda text: plain.encode(text, add_special_tokens=False).ids)
-    import sentencepiece
-    pieces = sentencepiece.SentencePieceProcessor(os.path.join(folder, "tokenizer.model"))
-    with open(os.path.join(folder, "tokenizer_config.json"), encoding="utf-8") as f:
-        name = json.load(f).get("tokenizer_class", "LlamaTokenizer")
-    return getattr(transformers, name).from_pretrained(folder), pieces.encode
+
+    def __init__(self, folder):
+        path = os.path.join(folder, "tokenizer.json")
+        self.has_json = os.path.exists(path)
+        if self.has_json:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            plain = plain_tokenizer(path)
+            self.encode = lambda text: plain.encode(text, add_special_tokens=False).ids
+            return
+        import sentencepiece
+        with open(os.path.join(folder, "tokenizer_config.json"), encoding="utf-8") as f:
+            name = json.load(f).get("tokenizer_class", "LlamaTokenizer")
+        self.tokenizer = getattr(transformers, name).from_pretrained(folder)
+        self.encode = sentencepiece.SentencePieceProcessor(
+            os.path.join(folder, "tokenizer.model")).encode
+
+    def render(self, messages, tokenize=False):
+        """None where the template refuses."""
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=tokenize, return_dict=False, add_generation_prompt=True)
+        except Exception:  # whatever the template raises
+            return None
+
+    def chat_ids(self, messages):
+        text = self.render(messages)
+        special = text is not None and any(t in text for t in self.tokenizer.all_special_tokens)
+        if self.has_json or text is None or special:
+            return self.render(messages, tokenize=True)
+        return self.encode(text)
 
 
 def chat_of(lines):
     return [dict(zip(("role", "content"), line.split(": ", 1))) for line in lines]
-
-
-def apply_template(tokenizer, messages, tokenize):
-    """None where the template refuses."""
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=tokenize, return_dict=False,
-                                             add_generation_prompt=True)
-    except Exception:  # whatever the template raises
-        return None
 
 
 class Weights:
@@ -196,11 +208,11 @@ def streamed_model(folder, yarn_factor):
     return model, weights.only_bf16()
 
 
-def make_prompts(tokenizer, encode, n_prompts, length):
+def make_prompts(reference, n_prompts, length):
     """Texts cut in pieces of one length, so that one pass over the weights does for all."""
     texts = [t for t in all_texts() if 20 < len(t) < 400]
-    ids = [i for text in texts for i in encode(text)]
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ids = [i for text in texts for i in reference.encode(text)]
+    bos = [i for i in [reference.tokenizer.bos_token_id] if i is not None]
     step = length - len(bos)
     while len(ids) < n_prompts * step:
         ids += ids
@@ -220,32 +232,32 @@ def compare_tokens(medrun, encode):
     return not wrong
 
 
-def compare_chats(medrun, tokenizer):
+def compare_chats(medrun, reference):
     """Whether all agree, and the conversations that the folder's template renders."""
-    if not tokenizer.chat_template:
+    if not reference.tokenizer.chat_template:
         print("chats:     the folder has no chat template")
         return True, []
     same, kept = 0, []
     for lines in CHATS:
         messages = chat_of(lines)
-        wanted = apply_template(tokenizer, messages, True)
+        wanted = reference.chat_ids(messages)
         found, why = medrun.render(messages, ids=True)
         same += found == wanted
         if wanted is not None:
             kept.append({"messages": messages, "ids": wanted})
         if found != wanted:
             print("  %s: the folder's template %s, medrun %s" % (
-                lines, "refuses" if wanted is None else repr(apply_template(
-                    tokenizer, messages, False)), why or repr(medrun.render(messages)[0])))
+                lines, "refuses" if wanted is None else repr(reference.render(messages)),
+                why or repr(medrun.render(messages)[0])))
     print("chats:     %d of %d conversations have the same ids, or both refuse" % (
         same, len(CHATS)))
     return same == len(CHATS), kept
 
 
-def compare_templates(medrun, tokenizer):
-    if not tokenizer.chat_template:
+def compare_templates(medrun, reference):
+    if not reference.tokenizer.chat_template:
         return
-    wanted = [apply_template(tokenizer, chat_of(lines), False) for lines in CHATS]
+    wanted = [reference.render(chat_of(lines)) for lines in CHATS]
     counts = {}
     for name in medrun.template_names():
         found = [medrun.render(chat_of(lines), template=name)[0] for lines in CHATS]
@@ -316,23 +328,23 @@ def main():
     if o.threads:
         torch.set_num_threads(o.threads)
     medrun = Medrun(o.medrun, o.model, o.threads)
-    tokenizer, encode = load_tokenizer(o.folder)
-    same_tokens = compare_tokens(medrun, encode)
-    same_chats, chats = compare_chats(medrun, tokenizer)
-    compare_templates(medrun, tokenizer)
+    reference = Reference(o.folder)
+    same_tokens = compare_tokens(medrun, reference.encode)
+    same_chats, chats = compare_chats(medrun, reference)
+    compare_templates(medrun, reference)
 
     model, bf16_source = streamed_model(o.folder, o.yarn_factor)
-    prompts = make_prompts(tokenizer, encode, o.prompts, o.length)
+    prompts = make_prompts(reference, o.prompts, o.length)
     with torch.no_grad():
-        references = model(torch.tensor(prompts), use_cache=False).logits.numpy()
+        logits = model(torch.tensor(prompts), use_cache=False).logits.numpy()
     types = {t["type"] for t in medrun.header()["tensors"]} - {"f32"}
     exact = bf16_source and types == {"bf16"}
-    same_logits = compare_logits(medrun, prompts, references, exact)
+    same_logits = compare_logits(medrun, prompts, logits, exact)
     if not exact:
         print("logits:    not judged: weights are %s, the checkpoint's matrices %s" % (
             "bfloat16" if bf16_source else "not all bfloat16", ", ".join(sorted(types))))
     if o.proof:
-        write_proof(o.proof, encode, chats, prompts, references)
+        write_proof(o.proof, reference.encode, chats, prompts, logits)
     what = [name for name, same in (("tokens", same_tokens), ("chats", same_chats),
                                     ("logits", same_logits)) if not same]
     print("DIFFERS: " + ", ".join(what) if what else "agrees")
