@@ -3423,14 +3423,14 @@ static int tokenizer_encode(const tokenizer *t, const char *text, size_t n, int 
 }
 
 /* The bytes that ID adds to a text; control tokens add none unless SPECIAL. Where *FIRST, nothing
- * is before them, and the space that encoding puts there goes (SentencePiece leaves bytes). */
+ * is before them, and the space that encoding puts there goes; SentencePiece knows U+2581 by it. */
 static const char *tokenizer_text(const tokenizer *t, int32_t id, bool special, bool *first,
                                   size_t *n) {
     const char *text = tokenizer_piece(t, id, n);
     int type = tokenizer_type(t, id);
     if (type == PIECE_CONTROL && !special) *n = 0;
-    bool strip = *first && *n && text[0] == ' ' && t->flags & TOKENIZER_STRIP &&
-                 !(type == PIECE_BYTE && t->flags & TOKENIZER_SCORES);
+    bool kept = t->flags & TOKENIZER_SCORES && (type == PIECE_BYTE || type == PIECE_UNKNOWN);
+    bool strip = *first && *n && text[0] == ' ' && t->flags & TOKENIZER_STRIP && !kept;
     if (*n) *first = false;
     *n -= strip;
     return text + strip;

@@ -115,15 +115,18 @@ static bool spell(const source_tokenizer *t, const uint8_t *p, size_t n, buffer 
 }
 
 /* Makes TEXT, as the vocabulary has it, the piece of ID; false if it can be no piece of that TYPE.
- * Normal ones go into the table of entries, where merges look their sides up. */
+ * Normal ones go into the table of entries, where merges look their sides up. One with a space where
+ * others have U+2581 is never found in a text, only decoded. */
 static bool put_piece(source_tokenizer *t, size_t id, span text, int type) {
     size_t at = t->text.n;
-    bool ok = text.n > 0, user = type == PIECE_USER && t->flags & TOKENIZER_USER_INSIDE;
+    bool inside = type == PIECE_NORMAL || (type == PIECE_USER && t->flags & TOKENIZER_USER_INSIDE);
+    bool ok = text.n > 0, spaced = t->kind == TOKENIZER_SENTENCEPIECE;
     int b = type == PIECE_BYTE ? byte_piece(text.p, text.n) : 0;
     if (type == PIECE_UNUSED) return true;
     if (b < 0) return false;
+    if (inside && spaced && ok && memchr(text.p, ' ', text.n)) type = PIECE_UNKNOWN, inside = false;
     if (type == PIECE_BYTE) buffer_add(&t->text, &(uint8_t){(uint8_t)b}, 1);
-    else if (type == PIECE_NORMAL || user) ok = spell(t, text.p, text.n, &t->text) && ok;
+    else if (inside) ok = spell(t, text.p, text.n, &t->text) && ok;
     else buffer_add(&t->text, text.p, text.n);
     span bytes = {t->text.data + at, t->text.n - at};
     t->pieces[id] = (source_piece){at, bytes.n, type};
