@@ -697,7 +697,6 @@ static int read_tables(const gguf_file *g, table_store *m, token_tables *t, medr
         read_strings(g, "tokenizer.ggml.merges", &m->merges, &t->n_merges, e) ||
         read_array(g, "tokenizer.ggml.token_type", GGUF_I32, t->n, &m->types, e) ||
         read_array(g, "tokenizer.ggml.scores", GGUF_F32, t->n, &m->scores, e)) return e->code;
-    if (!strcmp(m->model, "llama")) t->bos = 1, t->eos = 2;             /* llama.cpp's defaults  */
     if (read_id(g, "tokenizer.ggml.bos_token_id", t->n, &t->bos, e) ||
         read_id(g, "tokenizer.ggml.eos_token_id", t->n, &t->eos, e) ||
         read_switch(g, "tokenizer.ggml.add_bos_token", &t->add_bos, e) ||
