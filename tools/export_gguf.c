@@ -697,7 +697,6 @@ static int read_tables(const gguf_file *g, table_store *m, token_tables *t, medr
         read_strings(g, "tokenizer.ggml.merges", &m->merges, &t->n_merges, e) ||
         read_array(g, "tokenizer.ggml.token_type", GGUF_I32, t->n, &m->types, e) ||
         read_array(g, "tokenizer.ggml.scores", GGUF_F32, t->n, &m->scores, e)) return e->code;
-    if (!strcmp(m->model, "llama")) t->bos = 1, t->eos = 2;             /* llama.cpp's defaults  */
     if (read_id(g, "tokenizer.ggml.bos_token_id", t->n, &t->bos, e) ||
         read_id(g, "tokenizer.ggml.eos_token_id", t->n, &t->eos, e) ||
         read_switch(g, "tokenizer.ggml.add_bos_token", &t->add_bos, e) ||
@@ -763,12 +762,16 @@ static int read_gguf_chat(source *s, const gguf_file *g, const char *template_na
     return e->code ? e->code : finish_stops(s, e);
 }
 
+/* The model's name is the file's where it has none. */
 static int read_gguf_names(source *s, const gguf_file *g, medrun_error *e) {
     char name[sizeof s->licence];
     if (read_string(g, "general.name", s->name, sizeof s->name, e) ||
         read_string(g, "general.license", s->licence, sizeof s->licence, e) ||
         read_string(g, "general.license.name", name, sizeof name, e)) return e->code;
     if (!strcmp(s->licence, "other") && name[0]) memcpy(s->licence, name, sizeof name);
+    if (s->name[0]) return MEDRUN_OK;
+    size_t n = strlen(s->files->name), end = n > 5 && !strcmp(s->files->name + n - 5, ".gguf") ? 5 : 0;
+    snprintf(s->name, sizeof s->name, "%.*s", (int)(n - end < 127 ? n - end : 127), s->files->name);
     return MEDRUN_OK;
 }
 
