@@ -5988,7 +5988,8 @@ static void show_chat(FILE *f, const medrun_model *m) {
 /* The files it was made from; what is malformed is left out, as nothing rests on it. */
 static void show_sources(FILE *f, const medrun_model *m) {
     const json *j = &m->file.header;
-    uint32_t all = json_get(j, json_get(j, 0, "provenance"), "sources"), v = all + 1;
+    uint32_t from = json_get(j, 0, "provenance"), all = json_get(j, from, "sources"), v = all + 1;
+    char precision[256];
     bool array = all != JSON_NONE && json_typeof(j, all) == JSON_ARRAY;
     for (uint32_t i = 0; array && i < j->nodes[all].count; i++, v = j->nodes[v].next) {
         char file[256], hash[65], line[400];
@@ -5999,6 +6000,8 @@ static void show_sources(FILE *f, const medrun_model *m) {
         snprintf(line, sizeof line, "%s, %lld bytes, %s", file, (long long)bytes, hash);
         show_text(f, i ? "" : "sources", line);
     }
+    if (json_text(j, from, "", "precision", precision, sizeof precision, NULL))
+        show_text(f, "made from", precision);
 }
 
 static double mb(uint64_t bytes) { return (double)bytes / 0x1p20; }

@@ -85,8 +85,8 @@ static int clear_folder(const char *name) {
 /* src/ becomes a copy of a fixture. */
 static void copy_fixture(const char *name) {
     static const char *const files[] = {
-        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-        "model.safetensors", "model.safetensors.index.json", "model-00001-of-00002.safetensors",
+        "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model",
+        "tokenizer_config.json", "model.safetensors", "model.safetensors.index.json", "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors"};
     buffer b = {0};
     clear_folder("src");
@@ -978,7 +978,8 @@ static void test_options(void) {
     expect(RUN(src), 2, "OUT", "no OUT");
     expect(RUN("--type", "int8"), 2, "SOURCE", "no SOURCE");
     expect(RUN(src, out, "--template", "chatml"), 2, "chatml", "template");
-    expect(RUN("model.gguf", out), 3, "GGUF is not supported yet", "gguf");
+    expect(RUN(src, out, "--sliding-window", "9"), 2, "only for GGUF", "window");
+    expect(RUN(src, out, "--sliding-window", "-1"), 2, "--sliding-window", "window");
     expect(RUN(in_work("nowhere"), out), 3, "nowhere", "no folder");
     expect(RUN(in_work("src/config.json"), out), 3, "config.json", "a file for a folder");
     expect(RUN("--tokenizer-only", in_work("src/config.json"), out), 3, "config.json",

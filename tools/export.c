@@ -1,4 +1,5 @@
-/* medrun-export - makes a medrun checkpoint from a Hugging Face folder. MIT licence, see LICENSE.
+/* medrun-export - makes a medrun checkpoint from a Hugging Face folder or a GGUF file.
+ * MIT licence, see LICENSE.
  *
  *     cc -O2 -o medrun-export tools/export.c -lm -lpthread
  *     medrun-export SOURCE OUT.mdr --type int8
@@ -14,13 +15,14 @@
  *  3 Tokenizer     tokenizer.json -> tokenizer.bin
  *  4 Chat          template, stop ids, licence
  *  5 Safetensors   a strict parser
- *  6 Plan          which tensor of the source becomes which section; the header
- *  7 Proofs        texts, conversations and prompts with what they must give
- *  8 Writing       sections on all threads, progress, Ctrl-C
- *  9 Finishing     proofs, reading again, the name
- * 10 Commands      options, --dry-run, main
+ *  6 GGUF          the other kind of source, and how its blocks are decoded
+ *  7 Plan          which tensor of the source becomes which section; the header
+ *  8 Proofs        texts, conversations and prompts with what they must give
+ *  9 Writing       sections on all threads, progress, Ctrl-C
+ * 10 Finishing     proofs, reading again, the name
+ * 11 Commands      options, --dry-run, main
  *
- * Tests: tests/20_export.c. */
+ * Tests: tests/20_export.c, 21_gguf.c. */
 
 #define MEDRUN_NO_MAIN
 #include "../medrun.c"
@@ -64,7 +66,11 @@ typedef struct {
 /* What any kind of source gives; only the functions that fill it know which kind it is. */
 typedef struct {
     const char *folder;
+    const char *description;    /* what describes the model: config.json or the metadata       */
     const char *architecture;   /* llama, mistral, arcee, apertus                              */
+    bool gguf;                  /* tensors have GGUF's names                                   */
+    char own_folder[PATH_BYTES];            /* a GGUF file's                                   */
+    char name[128];             /* what the source calls itself, or ""                         */
     source_file *files;
     size_t n_files, files_cap;
     source_tensor *tensors;     /* sorted by name once they are all there                      */
@@ -77,6 +83,7 @@ typedef struct {
     source_sampling sampling;
     char licence[128];
     double yarn_factor;         /* what --yarn-factor says, or 0                               */
+    int sliding_window;         /* what --sliding-window says, or -1                           */
     float *xielu;               /* (n_layers, 4) alpha_p, alpha_n, beta, eps; else NULL        */
     buffer notes;               /* what the user should know, a line each                      */
 } source;
@@ -558,10 +565,11 @@ static void set_yarn(source *s, const rope *r, model_config *c) {
     if (s->yarn_factor > 0) factor = s->yarn_factor;
     if (differ(factor, ratio) || s->yarn_factor > 0)
         add_note(s, "YaRN factor %g is used, as %s says. transformers 5, vLLM and llama.cpp compute "
-                 "with the %g of config.json, transformers 4 with the ratio of the context lengths "
+                 "with the %g of %s, transformers 4 with the ratio of the context lengths "
                  "%g / %g = %g: --yarn-factor chooses", factor,
-                 s->yarn_factor > 0 ? "--yarn-factor" : "config.json",
-                 n[FACTOR] > 0 ? n[FACTOR] : ratio, (double)c->max_positions, original, ratio);
+                 s->yarn_factor > 0 ? "--yarn-factor" : s->description,
+                 n[FACTOR] > 0 ? n[FACTOR] : ratio, s->description, (double)c->max_positions,
+                 original, ratio);
     c->rope_factor = factor, c->rope_original = original, c->rope_truncate = r->truncate;
     c->rope_beta_fast = n[BETA_FAST] > 0 ? n[BETA_FAST] : 32;
     c->rope_beta_slow = n[BETA_SLOW] > 0 ? n[BETA_SLOW] : 1;
@@ -589,17 +597,23 @@ static int default_rope(source *s, const json_file *f, rope *r, medrun_error *e)
     return MEDRUN_OK;
 }
 
+static int check_multiples(const model_config *c, const char *path, medrun_error *e) {
+    if (c->hidden_size % 16 == 0 && c->head_dim % 16 == 0 && c->ffn_size % 16 == 0)
+        return MEDRUN_OK;
+    return refuse(e, "%s: found hidden_size %d, head_dim %d, intermediate_size %d, wanted "
+                  "multiples of 16", path, c->hidden_size, c->head_dim, c->ffn_size);
+}
+
 static int read_hf_config(source *s, const json_file *f, medrun_error *e) {
     model_config *c = &s->config;
     rope r = {0};
     double eps = 0;
+    s->description = "config.json";
     if (check_architecture(s, f, e) || check_unsupported(f, e) || read_sizes(f, c, e) ||
         read_bool(f, 0, "tie_word_embeddings", &c->tied, e) || read_both_ropes(f, &r, e) ||
         default_rope(s, f, &r, e) ||
-        !json_real(&f->j, 0, f->path, "rms_norm_eps", 1e-12, 1, &eps, e)) return e->code;
-    if (c->hidden_size % 16 || c->head_dim % 16 || c->ffn_size % 16)
-        return refuse(e, "%s: found hidden_size %d, head_dim %d, intermediate_size %d, wanted "
-                      "multiples of 16", f->path, c->hidden_size, c->head_dim, c->ffn_size);
+        !json_real(&f->j, 0, f->path, "rms_norm_eps", 1e-12, 1, &eps, e) ||
+        check_multiples(c, f->path, e)) return e->code;
     if (s->yarn_factor > 0 && r.type != ROPE_YARN)
         return fail(e, MEDRUN_USAGE, "--yarn-factor: %s has no yarn scaling", f->path);
     c->norm_eps = (float)eps, c->rope_theta = r.theta, c->rope_type = r.type;
@@ -637,10 +651,13 @@ static int read_eos_ids(source *s, const json_file *f, medrun_error *e) {
 }
 
 /* transformers' defaults, and greedy unless do_sample is true. */
+static const source_sampling default_sampling = {.temperature = 1, .top_p = 1, .repeat_penalty = 1,
+                                                 .top_k = 50};
+
 static int read_generation(source *s, const json_file *f, medrun_error *e) {
     source_sampling *p = &s->sampling;
     bool sample = false;
-    *p = (source_sampling){.temperature = 1, .top_p = 1, .repeat_penalty = 1, .top_k = 50};
+    *p = default_sampling;
     if (read_bool(f, 0, "do_sample", &sample, e) ||
         read_real(f, 0, "temperature", 0, 100, &p->temperature, e) ||
         read_real(f, 0, "top_p", 0, 1, &p->top_p, e) ||
@@ -678,19 +695,16 @@ static int read_jinja(source *s, const json_file *config, buffer *out, medrun_er
 }
 
 /* NAME is what the user asked for, or NULL: then the template is recognised, never guessed. */
-static int choose_template(source *s, const json_file *config, const char *name, medrun_error *e) {
-    buffer b = {0};
+static int choose_template(source *s, const buffer *jinja, const char *name, medrun_error *e) {
     if (name) {
         s->chat = chat_find(name);
         return s->chat ? MEDRUN_OK : fail(e, MEDRUN_USAGE, "--template: found \"%s\", wanted one "
                                           "of %s", name, CHAT_NAMES);
     }
-    if (read_jinja(s, config, &b, e)) return buffer_free(&b), e->code;
-    if (!b.n) name = "none";
-    else if (contains(&b, "<|start_header_id|>") && contains(&b, "<|eot_id|>") &&
-             !contains(&b, "Cutting Knowledge")) name = "llama3";
-    else if (contains(&b, "### Instruction:")) name = "alpaca";
-    buffer_free(&b);
+    if (!jinja->n) name = "none";
+    else if (contains(jinja, "<|start_header_id|>") && contains(jinja, "<|eot_id|>") &&
+             !contains(jinja, "Cutting Knowledge")) name = "llama3";
+    else if (contains(jinja, "### Instruction:")) name = "alpaca";
     if (name) return s->chat = chat_find(name), MEDRUN_OK;
     return refuse(e, "%s: chat_template: found one that this medrun does not recognise; name the "
                   "right one with --template (%s)", s->folder, CHAT_NAMES);
@@ -731,14 +745,24 @@ static void read_licence(source *s) {
  * implementation demands: then nothing can hide in the file.
  * ============================================================================================ */
 
-enum { SOURCE_BF16, SOURCE_F16, SOURCE_F32 };       /* what can be exported, and first of:      */
+/* The types of weights: those that can be exported, then others that safetensors knows. Quantised
+ * ones come in blocks along a row. */
+enum { SOURCE_BF16, SOURCE_F16, SOURCE_F32, SOURCE_Q8_0, SOURCE_Q4_0, SOURCE_Q4_1, SOURCE_Q5_0,
+       SOURCE_Q5_1, SOURCE_Q4_K, SOURCE_Q5_K, SOURCE_Q6_K, N_WEIGHT_TYPES };
 
-static const struct { const char *name; size_t size; } source_types[] = {
-    {"BF16", 2}, {"F16", 2}, {"F32", 4}, {"F64", 8}, {"I64", 8}, {"U64", 8}, {"I32", 4},
-    {"U32", 4}, {"I16", 2}, {"U16", 2}, {"I8", 1}, {"U8", 1}, {"BOOL", 1}, {"F8_E4M3", 1},
-    {"F8_E5M2", 1},
+static const struct { const char *name; size_t block, size; } source_types[] = {
+    {"BF16", 1, 2}, {"F16", 1, 2}, {"F32", 1, 4}, {"Q8_0", 32, 34}, {"Q4_0", 32, 18},
+    {"Q4_1", 32, 20}, {"Q5_0", 32, 22}, {"Q5_1", 32, 24}, {"Q4_K", 256, 144}, {"Q5_K", 256, 176},
+    {"Q6_K", 256, 210}, {"F64", 1, 8}, {"I64", 1, 8}, {"U64", 1, 8}, {"I32", 1, 4}, {"U32", 1, 4},
+    {"I16", 1, 2}, {"U16", 1, 2}, {"I8", 1, 1}, {"U8", 1, 1}, {"BOOL", 1, 1}, {"F8_E4M3", 1, 1},
+    {"F8_E5M2", 1, 1},
 };
 enum { N_SOURCE_TYPES = sizeof source_types / sizeof *source_types, SHARD_HEADER = 100000000 };
+
+/* Bytes of N values, a multiple of the block. */
+static size_t source_bytes(int dtype, size_t n) {
+    return n / source_types[dtype].block * source_types[dtype].size;
+}
 
 static int read_at(int fd, void *to, size_t n, uint64_t at, const char *path, medrun_error *e) {
     uint8_t *p = to;
@@ -752,37 +776,14 @@ static int read_at(int fd, void *to, size_t n, uint64_t at, const char *path, me
     return MEDRUN_OK;
 }
 
-/* N numbers -> floats; false if one is infinite, not a number, or too large for a bf16. */
-static bool to_floats(int dtype, const uint8_t *raw, size_t n, float *out) {
-    uint32_t bad = 0, bits;
-    uint16_t h;
-    for (size_t k = 0; dtype == SOURCE_BF16 && k < n; k++) {
-        memcpy(&h, raw + 2 * k, 2);
-        bits = (uint32_t)h << 16;
-        bad |= (bits & 0x7F800000) == 0x7F800000;
-        memcpy(&out[k], &bits, 4);
-    }
-    for (size_t k = 0; dtype == SOURCE_F16 && k < n; k++) {
-        memcpy(&h, raw + 2 * k, 2);
-        bad |= (h & 0x7C00) == 0x7C00;
-        out[k] = f16_to_f32(h);
-    }
-    for (size_t k = 0; dtype == SOURCE_F32 && k < n; k++) {
-        memcpy(&bits, raw + 4 * k, 4);
-        bad |= (bits & 0x7FFFFFFF) >= 0x7F7F8000;
-        memcpy(&out[k], &bits, 4);
-    }
-    return !bad;
-}
-
 /* Type, shape and place of the tensor that entry V describes; DATA bytes follow the header. */
 static int read_entry(const json *j, uint32_t v, const char *path, uint64_t data,
                       source_tensor *t, medrun_error *e) {
     uint32_t shape = json_get(j, v, "shape"), place = json_get(j, v, "data_offsets");
     const char *wanted = NULL;
     t->rank = (int)children(j, shape);
-    while (t->dtype < N_SOURCE_TYPES &&
-           !json_is(j, json_get(j, v, "dtype"), source_types[t->dtype].name)) t->dtype++;
+    while (t->dtype < N_SOURCE_TYPES && (source_types[t->dtype].block > 1 ||
+           !json_is(j, json_get(j, v, "dtype"), source_types[t->dtype].name))) t->dtype++;
     if (children(j, v) != 6 || t->dtype == N_SOURCE_TYPES || !is(j, shape, JSON_ARRAY) ||
         children(j, place) != 2 || !json_size(j, place + 1, &t->begin) ||
         !json_size(j, place + 2, &t->end))
@@ -987,13 +988,16 @@ static int read_weights(source *s, medrun_error *e) {
 /* Ids without a row, or rows without an id, are the sign of a tokenizer of another model. */
 static int read_hf_tokenizer(source *s, const char *template_name, medrun_error *e) {
     source_tokenizer t = {0};
+    buffer jinja = {0};
     if (!open_tokenizer(s, &t, e) && !convert_tokenizer(&t, &s->tokenizer, e) &&
         t.n_pieces != (size_t)s->config.vocab_size)
         refuse(e, "%s/config.json: field vocab_size: found %d, but %s has %zu ids; use "
                "the tokenizer of this model", s->folder, s->config.vocab_size,
                t.is_model ? "tokenizer.model" : "tokenizer.json", t.n_pieces);
-    if (!e->code) choose_template(s, &t.config, template_name, e);
+    if (!e->code && (template_name || !read_jinja(s, &t.config, &jinja, e)))
+        choose_template(s, &jinja, template_name, e);
     s->eos = t.eos;
+    buffer_free(&jinja);
     free_tokenizer(&t);
     return e->code;
 }
@@ -1034,8 +1038,10 @@ static void close_source(source *s) {
     buffer_free(&s->notes);
 }
 
+#include "export_gguf.c"                /* section 6 */
+
 /* ============================================================================================
- * 6 Plan: which tensor of the source becomes which section; the header
+ * 7 Plan: which tensor of the source becomes which section; the header
  * ============================================================================================ */
 
 typedef struct {
@@ -1043,6 +1049,7 @@ typedef struct {
     int type;                   /* of medrun.c, section 5                                      */
     size_t rows, cols;
     const source_tensor *from;  /* NULL: values, or the tokenizer                              */
+    size_t paired;              /* head_dim, where the rows of a head stand in pairs; else 0   */
     const float *values;        /* (rows, cols) that are known already                         */
     uint64_t offset, bytes;
     uint8_t digest[32];
@@ -1069,14 +1076,14 @@ typedef struct {
 } scratch;                      /* of one thread                                               */
 
 typedef struct {
-    const char *source, *out, *type, *template_name, *name, *proof, *yarn_factor, *threads;
+    const char *source, *out, *type, *template_name, *name, *proof, *yarn_factor, *window, *threads;
     bool tokenizer_only, dry_run, help, version;
 } export_options;
 
 typedef struct {
     export_options options;
     source source;
-    char name[128];
+    char name[128], precision[256];
     int type, threads;
     section *sections;          /* the tensors, then the tokenizer                             */
     size_t n_sections, sections_cap;
@@ -1128,57 +1135,63 @@ static shape_text show_shape(int rank, uint64_t rows, uint64_t cols) {
     return s;
 }
 
-/* Finds tensor HF_NAME, checks its type and shape (rows 0: a vector) and plans section NAME. */
-static int plan_tensor(exporter *x, const char *name, const char *hf_name, int rows, int cols,
+/* Finds tensor FROM of the source, checks its type and shape (rows 0: a vector) and plans section NAME. */
+static int plan_tensor(exporter *x, const char *name, const char *from, int rows, int cols,
                        medrun_error *e) {
     source *s = &x->source;
-    source_tensor *t = find_tensor(s, hf_name);
+    source_tensor *t = find_tensor(s, from);
     uint64_t first = (uint64_t)(rows ? rows : cols), second = rows ? (uint64_t)cols : 0;
     int rank = rows ? 2 : 1;
     if (!t) return refuse(e, "%s: tensor %s: found nothing, wanted shape %s; the weights are not "
-                          "complete", s->folder, hf_name, show_shape(rank, first, second).text);
+                          "complete", s->folder, from, show_shape(rank, first, second).text);
     const char *file = s->files[t->file].name;
-    if (t->dtype > SOURCE_F32)
+    if (t->dtype >= N_WEIGHT_TYPES)
         return refuse(e, "%s/%s: tensor %s: dtype: found %s, wanted BF16, F16 or F32", s->folder,
-                      file, hf_name, source_types[t->dtype].name);
+                      file, from, source_types[t->dtype].name);
     if (t->rank != rank || t->shape[0] != first || t->shape[1] != second)
-        return refuse(e, "%s/%s: tensor %s: shape: found %s, wanted %s, as config.json says",
-                      s->folder, file, hf_name, show_shape(t->rank, t->shape[0], t->shape[1]).text,
-                      show_shape(rank, first, second).text);
+        return refuse(e, "%s/%s: tensor %s: shape: found %s, wanted %s, as %s says", s->folder,
+                      file, from, show_shape(t->rank, t->shape[0], t->shape[1]).text,
+                      show_shape(rank, first, second).text, s->description);
     t->used = true;
     return add_section(x, name, rows ? x->type : TYPE_F32, rows ? (size_t)rows : 1, (size_t)cols, t,
                        e);
 }
 
-/* Rows as Hugging Face has them: the rotation turns halves of a head, so nothing is permuted. */
+/* Rows as Hugging Face has them: the rotation turns halves of a head. Most GGUF files turn pairs,
+ * with rows of q and k in the order for that, which is undone in writing. */
 static int plan_layer(exporter *x, int layer, medrun_error *e) {
     const model_config *c = &x->source.config;
     int hidden = c->hidden_size, heads = c->n_heads * c->head_dim, kv = c->n_kv_heads * c->head_dim;
-    bool gated = c->activation == ACTIVATION_SILU, apertus = c->qk_norm;
-    const struct { const char *name, *hf_name; int rows, cols; bool missing; } all[] = {
-        {"attn_norm", apertus ? "attention_layernorm" : "input_layernorm", 0, hidden, false},
-        {"q", "self_attn.q_proj", heads, hidden, false},
-        {"k", "self_attn.k_proj", kv, hidden, false},
-        {"v", "self_attn.v_proj", kv, hidden, false},
-        {"q_norm", "self_attn.q_norm", 0, c->head_dim, !c->qk_norm},
-        {"k_norm", "self_attn.k_norm", 0, c->head_dim, !c->qk_norm},
-        {"o", "self_attn.o_proj", hidden, heads, false},
-        {"ffn_norm", apertus ? "feedforward_layernorm" : "post_attention_layernorm", 0, hidden,
+    bool gated = c->activation == ACTIVATION_SILU, apertus = c->qk_norm, own = x->source.gguf;
+    const struct { const char *name, *hf_name, *gguf_name; int rows, cols; bool missing; } all[] = {
+        {"attn_norm", apertus ? "attention_layernorm" : "input_layernorm", "attn_norm", 0, hidden,
          false},
-        {"gate", "mlp.gate_proj", c->ffn_size, hidden, !gated},
-        {"up", "mlp.up_proj", c->ffn_size, hidden, false},
-        {"xielu", NULL, 0, 4, c->activation != ACTIVATION_XIELU},
-        {"down", "mlp.down_proj", hidden, c->ffn_size, false},
+        {"q", "self_attn.q_proj", "attn_q", heads, hidden, false},
+        {"k", "self_attn.k_proj", "attn_k", kv, hidden, false},
+        {"v", "self_attn.v_proj", "attn_v", kv, hidden, false},
+        {"q_norm", "self_attn.q_norm", "attn_q_norm", 0, c->head_dim, !c->qk_norm},
+        {"k_norm", "self_attn.k_norm", "attn_k_norm", 0, c->head_dim, !c->qk_norm},
+        {"o", "self_attn.o_proj", "attn_output", hidden, heads, false},
+        {"ffn_norm", apertus ? "feedforward_layernorm" : "post_attention_layernorm", "ffn_norm", 0,
+         hidden, false},
+        {"gate", "mlp.gate_proj", "ffn_gate", c->ffn_size, hidden, !gated},
+        {"up", "mlp.up_proj", "ffn_up", c->ffn_size, hidden, false},
+        {"xielu", NULL, NULL, 0, 4, c->activation != ACTIVATION_XIELU},
+        {"down", "mlp.down_proj", "ffn_down", hidden, c->ffn_size, false},
     };
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
-        char name[64], hf_name[96];
+        char name[64], from[96] = "";
         if (all[i].missing) continue;
         snprintf(name, sizeof name, "layers.%d.%s", layer, all[i].name);
-        snprintf(hf_name, sizeof hf_name, "model.layers.%d.%s.weight", layer, all[i].hf_name ?
-                 all[i].hf_name : "");
-        if (all[i].hf_name) plan_tensor(x, name, hf_name, all[i].rows, all[i].cols, e);
+        if (all[i].hf_name)
+            snprintf(from, sizeof from, "%s.%d.%s.weight", own ? "blk" : "model.layers", layer,
+                     own ? all[i].gguf_name : all[i].hf_name);
+        if (from[0]) plan_tensor(x, name, from, all[i].rows, all[i].cols, e);
         else plan_values(x, name, x->source.xielu + 4 * layer, 4, e);
         if (e->code) return e->code;
+        bool turned = !strcmp(all[i].name, "q") || !strcmp(all[i].name, "k");
+        if (own && turned && !apertus)
+            x->sections[x->n_sections - 1].paired = (size_t)c->head_dim;
     }
     return MEDRUN_OK;
 }
@@ -1252,21 +1265,47 @@ static int check_leftover(exporter *x, const source_tensor *t, medrun_error *e) 
     return refuse(e, "%s/%s: tensor %s: found a tensor that %s", x->source.folder,
                   x->source.files[t->file].name, t->name, output ?
                   "differs from model.embed_tokens.weight, though tie_word_embeddings is true" :
+                  x->source.gguf ? "this medrun does not compute with" :
                   "is no part of the model that config.json describes; medrun would not compute "
                   "with it");
+}
+
+/* How the source holds the matrices, for the provenance and, if they were rounded, for a note. */
+static void describe_precision(exporter *x) {
+    size_t count[N_WEIGHT_TYPES] = {0}, n = 0;
+    bool rounded = false;
+    for (size_t i = 0; i < x->n_sections; i++)
+        if (x->sections[i].from && x->sections[i].type != TYPE_F32)
+            count[x->sections[i].from->dtype]++;
+    for (int t = 0; t < N_WEIGHT_TYPES; t++) {
+        if (!count[t]) continue;
+        const char *word = n ? "" : count[t] > 1 ? " tensors" : " tensor";
+        n += (size_t)snprintf(x->precision + n, sizeof x->precision - n, "%s%s (%zu%s)",
+                              n ? ", " : "", source_types[t].name, count[t], word);
+        rounded |= source_types[t].block > 1;
+    }
+    if (rounded)
+        add_note(&x->source, "the weights come from %s: %s re-encodes values that were already "
+                 "rounded", x->precision, type_names[x->type]);
 }
 
 static int plan_model(exporter *x, medrun_error *e) {
     const model_config *c = &x->source.config;
     int vocab = c->vocab_size, hidden = c->hidden_size;
+    bool own = x->source.gguf;
     if (c->activation == ACTIVATION_XIELU && !x->source.xielu && read_hf_xielu(&x->source, e))
         return e->code;
-    plan_tensor(x, "embed", "model.embed_tokens.weight", vocab, hidden, e);
+    plan_tensor(x, "embed", own ? "token_embd.weight" : "model.embed_tokens.weight", vocab, hidden,
+                e);
     for (int layer = 0; !e->code && layer < c->n_layers; layer++) plan_layer(x, layer, e);
-    if (!e->code) plan_tensor(x, "final_norm", "model.norm.weight", 0, hidden, e);
-    if (!e->code && !c->tied) plan_tensor(x, "output", "lm_head.weight", vocab, hidden, e);
+    if (!e->code)
+        plan_tensor(x, "final_norm", own ? "output_norm.weight" : "model.norm.weight", 0, hidden,
+                    e);
+    if (!e->code && !c->tied)
+        plan_tensor(x, "output", own ? "output.weight" : "lm_head.weight", vocab, hidden, e);
     for (size_t i = 0; !e->code && i < x->source.n_tensors; i++)
         if (!x->source.tensors[i].used) check_leftover(x, &x->source.tensors[i], e);
+    if (!e->code) describe_precision(x);
     return e->code ? e->code : add_section(x, "tokenizer", -1, 0, 0, NULL, e);
 }
 
@@ -1368,7 +1407,8 @@ static void put_chat(buffer *b, const source *s) {
     buffer_text(b, "}},\n");
 }
 
-static void put_provenance(buffer *b, const source *s) {
+static void put_provenance(buffer *b, const exporter *x) {
+    const source *s = &x->source;
     buffer_text(b, "\"provenance\":{\"sources\":[");
     for (size_t i = 0; i < s->n_files; i++) {
         buffer_text(b, i ? ",\n{\"file\":" : "\n{\"file\":");
@@ -1376,7 +1416,7 @@ static void put_provenance(buffer *b, const source *s) {
         buffer_printf(b, ",\"bytes\":%llu", (unsigned long long)s->files[i].bytes);
         put_digest(b, s->files[i].digest);
     }
-    buffer_text(b, "],\"licence\":");
+    buffer_printf(b, "],\"precision\":\"%s\",\"licence\":", x->precision);
     put_string(b, s->licence);
     buffer_text(b, ",\"notice\":\"For research and education. Not a medical device; not for "
                    "clinical use.\"},\n");
@@ -1408,7 +1448,7 @@ static int render_header(exporter *x, medrun_error *e) {
     put_config(b, &x->source.config);
     put_sections(b, x);
     put_chat(b, &x->source);
-    put_provenance(b, &x->source);
+    put_provenance(b, x);
     put_proofs(b, x);
     if (b->failed) return out_of_memory(e, b->n);
     if (b->n > MAX_HEADER)
@@ -1439,7 +1479,7 @@ static int lay_out(exporter *x, medrun_error *e) {
 }
 
 /* ============================================================================================
- * 7 Proofs: texts, conversations and prompts with what they must give
+ * 8 Proofs: texts, conversations and prompts with what they must give
  *
  * They go into the header, so that `medrun verify` shows on any machine that what arrived computes
  * what was exported. With --proof come more, best made by another implementation
@@ -1680,7 +1720,7 @@ static int plan_proofs(exporter *x, medrun_error *e) {
 }
 
 /* ============================================================================================
- * 8 Writing: sections on all threads, progress, Ctrl-C
+ * 9 Writing: sections on all threads, progress, Ctrl-C
  *
  * Sections have known places, so threads write at once, each one tensor from its first panel to its
  * last; memory is a few buffers each. Jobs stand in the order of the source files, so that hashing
@@ -1761,19 +1801,33 @@ static int write_at(const exporter *x, const void *from, size_t n, uint64_t at, 
     return MEDRUN_OK;
 }
 
+/* Reads N rows from ROW on. Where rows stand in pairs, row i of a head's first half is followed by
+ * row i of its second half. */
+static int read_rows(const exporter *x, const section *t, size_t row, size_t n, uint8_t *to,
+                     medrun_error *e) {
+    const source_file *file = &x->source.files[t->from->file];
+    size_t bytes = source_bytes(t->from->dtype, t->cols), half = t->paired / 2;
+    if (!half) return read_at(file->fd, to, n * bytes, t->from->begin + row * bytes, file->name, e);
+    for (size_t end = row + n; row < end; row++, to += bytes) {
+        size_t head = row / t->paired * t->paired, i = row - head;
+        size_t at = head + i % half * 2 + i / half;
+        if (read_at(file->fd, to, bytes, t->from->begin + at * bytes, file->name, e))
+            return e->code;
+    }
+    return MEDRUN_OK;
+}
+
 /* One section, 16 rows at a time: read, widen, pack, hash, write. */
 static int write_section(exporter *x, section *t, const scratch *m, medrun_error *e) {
     const source_tensor *from = t->from;
     const source_file *file = &x->source.files[from->file];
-    size_t size = source_types[from->dtype].size, step = t->type == TYPE_F32 ? 1 : LANES;
+    size_t step = t->type == TYPE_F32 ? 1 : LANES;
     uint64_t at = t->offset;
     sha256 sum;
     sha256_init(&sum);
     for (size_t row = 0; row < t->rows && !atomic_load(&x->stop); row += step) {
-        size_t n = t->rows - row < step ? t->rows - row : step, bytes = n * t->cols * size;
-        if (check_interrupt(e) ||
-            read_at(file->fd, m->raw, bytes, from->begin + row * t->cols * size, file->name, e))
-            return e->code;
+        size_t n = t->rows - row < step ? t->rows - row : step;
+        if (check_interrupt(e) || read_rows(x, t, row, n, m->raw, e)) return e->code;
         if (!to_floats(from->dtype, m->raw, n * t->cols, m->rows))
             return refuse(e, "%s/%s: tensor %s: rows %zu to %zu: found a weight that is infinite, "
                           "not a number or too large; the model is damaged", x->source.folder,
@@ -1787,7 +1841,7 @@ static int write_section(exporter *x, section *t, const scratch *m, medrun_error
         sha256_add(&sum, out, n_out);
         if (write_at(x, out, n_out, at, e)) return e->code;
         at += n_out;
-        add_progress(x, bytes);
+        add_progress(x, n * source_bytes(from->dtype, t->cols));
     }
     sha256_done(&sum, t->digest);
     return MEDRUN_OK;
@@ -1878,7 +1932,7 @@ static int start_threads(exporter *x, medrun_error *e) {
         const section *t = &x->sections[i];
         if (!t->from) continue;
         size_t n = (t->type == TYPE_F32 ? 1 : LANES) * t->cols;
-        size_t in = n * source_types[t->from->dtype].size;
+        size_t in = source_bytes(t->from->dtype, n);
         size_t out = t->type == TYPE_F32 ? 0 : panel_bytes(t->type, t->cols);
         if (in > raw) raw = in;
         if (n > floats) floats = n;
@@ -1953,7 +2007,7 @@ static void drop_partial(exporter *x) {
 }
 
 /* ============================================================================================
- * 9 Finishing: proofs, reading again, the name
+ * 10 Finishing: proofs, reading again, the name
  * ============================================================================================ */
 
 /* Written twice: for the engine that computes the proofs, and with them. */
@@ -2067,7 +2121,7 @@ static void close_exporter(exporter *x) {
 }
 
 /* ============================================================================================
- * 10 Commands: options, --dry-run, main
+ * 11 Commands: options, --dry-run, main
  * ============================================================================================ */
 
 typedef struct {
@@ -2084,6 +2138,7 @@ static const export_option option_table[] = {
     {"--proof", "FILE", AT(proof), "JSON with more proofs: tokens, chats, logits"},
     {"--threads", "N", AT(threads), "threads (default: all processors)"},
     {"--yarn-factor", "F", AT(yarn_factor), "YaRN's factor, if not the config's"},
+    {"--sliding-window", "N", AT(window), "keys a token sees, 0: all; for GGUF"},
     {"--dry-run", NULL, AT(dry_run), "check everything, print what would be written"},
     {"--tokenizer-only", NULL, AT(tokenizer_only), "write only a tokenizer.bin"},
     {"--help", NULL, AT(help), "this text"},
@@ -2095,10 +2150,11 @@ enum { N_EXPORT_OPTIONS = sizeof option_table / sizeof *option_table };
 static void print_export_help(void) {
     printf("medrun-export SOURCE OUT.mdr [options]\n"
            "medrun-export --tokenizer-only SOURCE OUT.bin\n\n"
-           "Makes a medrun checkpoint from a Hugging Face folder: config.json, tokenizer.json,\n"
-           "safetensors. Writes OUT.partial; renames it when it is complete and read again.\n\n");
+           "Makes a medrun checkpoint from a Hugging Face folder (config.json, tokenizer.json,\n"
+           "safetensors) or from a GGUF file. Writes OUT.partial; renames it when it is complete\n"
+           "and read again.\n\n");
     for (size_t i = 0; i < N_EXPORT_OPTIONS; i++)
-        printf("  %-17s%-6s%s\n", option_table[i].name,
+        printf("  %-18s%-6s%s\n", option_table[i].name,
                option_table[i].value ? option_table[i].value : "", option_table[i].help);
     printf("\nMEDRUN_TYPE, MEDRUN_TEMPLATE and so on set an option that is not given.\n"
            "Exit codes: 0 ok, 1 failed while running, 2 usage, 3 file missing, unsupported or\n"
@@ -2178,7 +2234,6 @@ static int parse_options(export_options *o, int argc, char **argv, medrun_error 
 /* Ranges of options, and what is not there yet. */
 static int check_options(exporter *x, medrun_error *e) {
     const export_options *o = &x->options;
-    size_t n = o->source ? strlen(o->source) : 0;
     char *end = NULL;
     long threads = o->threads ? strtol(o->threads, &end, 10) : 0;
     if (!o->source || (!o->out && !o->dry_run))
@@ -2192,8 +2247,11 @@ static int check_options(exporter *x, medrun_error *e) {
     if (o->yarn_factor && (*end || end == o->yarn_factor || !(factor >= 1 && factor <= 1e6)))
         return fail(e, MEDRUN_USAGE, "--yarn-factor: found %s, wanted 1 to 1e6", o->yarn_factor);
     x->source.yarn_factor = factor;
-    if (n >= 5 && !strcmp(o->source + n - 5, ".gguf"))
-        return refuse(e, "%s: GGUF is not supported yet, wanted a Hugging Face folder", o->source);
+    long window = o->window ? strtol(o->window, &end, 10) : -1;
+    if (o->window && (*end || end == o->window || window < 0 || window > 1 << 24))
+        return fail(e, MEDRUN_USAGE, "--sliding-window: found %s, wanted 0 to %d", o->window,
+                    1 << 24);
+    x->source.sliding_window = (int)window;
     if (o->threads && (*end || end == o->threads || threads < 1 || threads > MAX_THREADS))
         return fail(e, MEDRUN_USAGE, "--threads: found %s, wanted 1 to %d", o->threads,
                     MAX_THREADS);
@@ -2205,12 +2263,12 @@ static int check_options(exporter *x, medrun_error *e) {
     return MEDRUN_OK;
 }
 
-/* --name, or the folder's own name, cut between characters. */
+/* --name, or the name in the file, or the folder's own, cut between characters. */
 static int choose_name(exporter *x, medrun_error *e) {
     char *full = realpath(x->options.source, NULL);
     const char *name = x->options.name;
     if (!full) return refuse(e, "%s: %s", x->options.source, strerror(errno));
-    if (!name) name = strrchr(full, '/') + 1;
+    if (!name) name = x->source.name[0] ? x->source.name : strrchr(full, '/') + 1;
     size_t n = strlen(name) < sizeof x->name ? strlen(name) : sizeof x->name - 1;
     memcpy(x->name, name, n);
     x->name[n - utf8_unfinished((const uint8_t *)name, n)] = 0;
@@ -2227,7 +2285,7 @@ static int print_plan(const exporter *x, medrun_error *e) {
         parameters += (uint64_t)x->sections[i].rows * x->sections[i].cols;
         weights += x->sections[i].bytes;
     }
-    printf("name         %s\nsource       %s\nlicence      %s\n", x->name, s->folder,
+    printf("name         %s\nsource       %s\nlicence      %s\n", x->name, x->options.source,
            s->licence[0] ? s->licence : "not stated");
     print_config(stdout, c, s->architecture, type_names[x->type], parameters, 13);
     printf("chat         %s, stop ids", s->chat->name);
@@ -2236,7 +2294,8 @@ static int print_plan(const exporter *x, medrun_error *e) {
            s->sampling.temperature, (long long)s->sampling.top_k, s->sampling.top_p,
            s->sampling.min_p, s->sampling.repeat_penalty);
     if (s->notes.n) fputs((const char *)s->notes.data, stdout);
-    printf("tensors      %zu, matrices %s, norms f32\n", x->n_sections - 1, type_names[x->type]);
+    printf("tensors      %zu, matrices %s, norms f32; from %s\n", x->n_sections - 1,
+           type_names[x->type], x->precision);
     printf("file         %llu bytes\n", (unsigned long long)x->file_bytes);
     printf("memory       %.1f MB of weights; %.1f KB of keys and values (f16) a token of context, "
            "%.1f MB for all %d\n", (double)weights / 1e6, token / 1e3,
@@ -2246,21 +2305,25 @@ static int print_plan(const exporter *x, medrun_error *e) {
 }
 
 static int export_model(exporter *x, medrun_error *e) {
-    x->source.folder = x->options.source;
-    if (choose_name(x, e) || open_hf_folder(&x->source, x->options.template_name, e) ||
-        plan_model(x, e) || plan_proofs(x, e) || lay_out(x, e)) return e->code;
+    source *s = &x->source;
+    s->folder = x->options.source;
+    if (is_gguf(s->folder)) open_gguf_source(s, x->options.source, x->options.template_name, e);
+    else if (s->sliding_window < 0) open_hf_folder(s, x->options.template_name, e);
+    else fail(e, MEDRUN_USAGE, "--sliding-window: is only for GGUF files; config.json says it");
+    if (e->code || choose_name(x, e) || plan_model(x, e) || plan_proofs(x, e) || lay_out(x, e)) return e->code;
     return x->options.dry_run ? print_plan(x, e) : write_checkpoint(x, e);
 }
 
-/* SOURCE is a folder, or a tokenizer.json or tokenizer.model by itself. */
+/* SOURCE is a folder, a tokenizer.json or tokenizer.model by itself, or a GGUF file. */
 static int export_tokenizer(exporter *x, medrun_error *e) {
     source *s = &x->source;
     source_tokenizer t = {0};
     struct stat st;
     s->folder = x->options.source;
-    if (!stat(s->folder, &st) && S_ISREG(st.st_mode)) open_tokenizer_file(s, &t, e);
+    if (is_gguf(s->folder)) open_gguf_tokenizer(s, x->options.source, e);
+    else if (!stat(s->folder, &st) && S_ISREG(st.st_mode)) open_tokenizer_file(s, &t, e);
     else open_tokenizer(s, &t, e);
-    if (!e->code) convert_tokenizer(&t, &s->tokenizer, e);
+    if (!e->code && !s->gguf) convert_tokenizer(&t, &s->tokenizer, e);
     free_tokenizer(&t);
     if (e->code || x->options.dry_run || create_partial(x, s->tokenizer.n, e) ||
         write_at(x, s->tokenizer.data, s->tokenizer.n, 0, e)) return e->code;

@@ -795,8 +795,8 @@ static int read_llama_tables(source_tokenizer *t, const token_tables *g, const c
 /* Fills T, which is zero before, from G; after it write_tokenizer gives the bytes, which the engine
  * must still check (tokenizer_open). WHAT names the file in messages. Give T to free_tokenizer,
  * also after a failure. */
-MAYBE_UNUSED static int tokenizer_from_tables(source_tokenizer *t, const token_tables *g,
-                                              const char *what, medrun_error *e) {
+static int tokenizer_from_tables(source_tokenizer *t, const token_tables *g, const char *what,
+                                 medrun_error *e) {
     const char *model = g->model ? g->model : "";
     bool llama = !strcmp(model, "llama");
     if (!llama && strcmp(model, "gpt2"))
@@ -868,14 +868,20 @@ static int open_tokenizer_file(source *s, source_tokenizer *t, medrun_error *e) 
     return e->code ? e->code : add_file(s, "", s->folder, &f->map, e);
 }
 
-/* Converts the open files of T and lets the engine check the result. */
-static int convert_tokenizer(source_tokenizer *t, buffer *out, medrun_error *e) {
+/* Appends the file and lets the engine check it. */
+static int finish_tokenizer(const source_tokenizer *t, buffer *out, const char *what,
+                            medrun_error *e) {
     tokenizer check;
+    write_tokenizer(t, out);
+    if (out->failed) return out_of_memory(e, out->n);
+    if (!tokenizer_open(&check, out->data, out->n, what, e)) tokenizer_close(&check);
+    return e->code;
+}
+
+/* Converts the open files of T. */
+static int convert_tokenizer(source_tokenizer *t, buffer *out, medrun_error *e) {
     t->bos = t->eos = -1;
     if ((t->is_model ? read_tokenizer_model : read_tokenizer_json)(t, e) ||
         read_tokenizer_config(t, e)) return e->code;
-    write_tokenizer(t, out);
-    if (out->failed) return out_of_memory(e, out->n);
-    if (!tokenizer_open(&check, out->data, out->n, t->file.path, e)) tokenizer_close(&check);
-    return e->code;
+    return finish_tokenizer(t, out, t->file.path, e);
 }

@@ -4,7 +4,7 @@
     pip install torch transformers tokenizers safetensors jinja2 numpy
         (and sentencepiece protobuf for a folder without tokenizer.json)
     python tools/reference/compare.py HF_FOLDER MODEL.mdr [--medrun ./medrun] [--proof PROOF.json]
-        [--prompts 4] [--length 64] [--threads N]
+        [--prompts 4] [--length 64] [--yarn-factor F] [--threads N]
 
 Compares, and prints a line for each:
 
@@ -14,17 +14,18 @@ Compares, and prints a line for each:
     logits   of --prompts prompts of --length ids, with transformers in float32, eager attention:
              relative L2 distance, largest difference, mean KL divergence, same largest logit
 
-The last line is the verdict; the exit code is 1 when something differs: an id, a rendered text, or
+The last line is the verdict; the exit code is 1 when something differs: an id, a conversation, or
 logits of a bf16 checkpoint of bfloat16 weights that are further than 1e-5 (relative L2) from
-transformers'. Of other checkpoints the distance is reported and not judged: they hold other numbers.
+transformers'. Of other checkpoints the distance is reported and not judged: they hold other
+numbers. A checkpoint exported with --yarn-factor is compared with the same factor.
 
-Memory: transformers' layers are loaded one at a time, so what is needed is the largest of one layer,
-the embedding and the output matrix in float32, not the model (8B: about 2.5 GB). The folder is read
-once, for all prompts together.
+Memory: transformers' layers are loaded one at a time, so what is needed is the largest of one
+layer, the embedding and the output matrix in float32, not the model (8B: about 2.5 GB). The folder
+is read once, for all prompts together.
 
 --proof writes texts, conversations and prompts with what transformers gives for them, for
-`medrun-export --proof`: the checkpoint then carries them, `medrun verify` repeats the ids anywhere, and
-says how far its logits are from these.
+`medrun-export --proof`: the checkpoint then carries them, `medrun verify` repeats the ids
+anywhere, and says how far its logits are from these.
 """
 
 import argparse
@@ -59,7 +60,7 @@ CHATS = [
     ["user: Several\n\nlines,\n\n\n```c\nint x = 1;\n```\nand a list:\n- one\n- two\n"],
     ["user: \u60a3\u8005\u53d1\u70ed\u4e09\u5929\u3002 \u0627\u0644\u0645\u0631\u064a\u0636 "
      "\U0001fa7a e\u0301 \u2014 \u201cquoted\u201d\u2026"],
-    ["system: ### Instruction:\nnot one", "user: ### Response:\n{{ messages }} {% raw %} \\n \\begin{x}"],
+    ["system: ### Instruction:\nnot one", "user: ### Response:\n{{ messages }} {% raw %} \\n"],
     ["user: one", "user: two in a row"],
     ["user: one", "assistant: two", "assistant: three", "user: four"],
     ["assistant: Good morning.", "user: The answer came first."],
@@ -100,8 +101,8 @@ class Medrun:
 
     def logits(self, ids):
         with tempfile.NamedTemporaryFile() as out:
-            done = run([self.binary, "logits", self.model, "--ids", " ".join(map(str, ids)), "--all",
-                        "--strict", *self.threads, "-o", out.name])
+            done = run([self.binary, "logits", self.model, "--ids", " ".join(map(str, ids)),
+                        "--all", "--strict", *self.threads, "-o", out.name])
             if done.returncode:
                 sys.exit(done.stderr.decode(errors="replace"))
             return np.fromfile(out.name, "<f4").reshape(len(ids), -1)
@@ -114,35 +115,47 @@ class Medrun:
 
 # ---- the reference ----
 
-def load_tokenizer(folder):
-    """What transformers makes of the folder, and the function that gives a plain text's ids.
+class Reference:
+    """The folder's tokenizer and chat template, as transformers has them.
 
-    Without a tokenizer.json the class is the one that tokenizer_config.json names: AutoTokenizer of
-    transformers 5 loses the space before a text there. Plain texts then go to SentencePiece.
+    Without a tokenizer.json, texts without special tokens go to SentencePiece itself: what
+    transformers 5 makes of a tokenizer.model alone differs from it where spaces stand together, and
+    its AutoTokenizer loses the space before a text (so the class is that of tokenizer_config.json).
     """
-    path = os.path.join(folder, "tokenizer.json")
-    if os.path.exists(path):
-        plain = plain_tokenizer(path)
-        return (AutoTokenizer.from_pretrained(folder),
-                lambda text: plain.encode(text, add_special_tokens=False).ids)
-    import sentencepiece
-    pieces = sentencepiece.SentencePieceProcessor(os.path.join(folder, "tokenizer.model"))
-    with open(os.path.join(folder, "tokenizer_config.json"), encoding="utf-8") as f:
-        name = json.load(f).get("tokenizer_class", "LlamaTokenizer")
-    return getattr(transformers, name).from_pretrained(folder), pieces.encode
+
+    def __init__(self, folder):
+        path = os.path.join(folder, "tokenizer.json")
+        self.has_json = os.path.exists(path)
+        if self.has_json:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            plain = plain_tokenizer(path)
+            self.encode = lambda text: plain.encode(text, add_special_tokens=False).ids
+            return
+        import sentencepiece
+        with open(os.path.join(folder, "tokenizer_config.json"), encoding="utf-8") as f:
+            name = json.load(f).get("tokenizer_class", "LlamaTokenizer")
+        self.tokenizer = getattr(transformers, name).from_pretrained(folder)
+        self.encode = sentencepiece.SentencePieceProcessor(
+            os.path.join(folder, "tokenizer.model")).encode
+
+    def render(self, messages, tokenize=False):
+        """None where the template refuses."""
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=tokenize, return_dict=False, add_generation_prompt=True)
+        except Exception:  # whatever the template raises
+            return None
+
+    def chat_ids(self, messages):
+        text = self.render(messages)
+        special = text is not None and any(t in text for t in self.tokenizer.all_special_tokens)
+        if self.has_json or text is None or special:
+            return self.render(messages, tokenize=True)
+        return self.encode(text)
 
 
 def chat_of(lines):
     return [dict(zip(("role", "content"), line.split(": ", 1))) for line in lines]
-
-
-def apply_template(tokenizer, messages, tokenize):
-    """None where the template refuses."""
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=tokenize, return_dict=False,
-                                             add_generation_prompt=True)
-    except Exception:  # whatever the template raises
-        return None
 
 
 class Weights:
@@ -165,9 +178,12 @@ class Weights:
         module.load_state_dict(state, strict=True, assign=True)
 
 
-def streamed_model(folder):
+def streamed_model(folder, yarn_factor):
     """The model without weights: every part loads its own when it is about to run."""
     config = AutoConfig.from_pretrained(folder)
+    if yarn_factor:
+        assert config.rope_parameters["rope_type"] == "yarn"
+        config.rope_parameters["factor"] = yarn_factor
     weights = Weights(folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32,
@@ -179,8 +195,8 @@ def streamed_model(folder):
     parts.update(("model.layers.%d" % i, layer) for i, layer in enumerate(inner.layers))
     alias = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
     largest = max(sum(t.numel() for t in part.state_dict().values()) for part in parts.values())
-    print("reference: transformers %s, float32, eager; needs about %.1f GB for weights at a time" % (
-        transformers.__version__, 4e-9 * largest))
+    print("reference: transformers %s, float32, eager; needs about %.1f GB for weights at a time"
+          % (transformers.__version__, 4e-9 * largest))
     for name, part in parts.items():
         def load(module, _, name=name):
             weights.load(module, name, alias)
@@ -192,11 +208,11 @@ def streamed_model(folder):
     return model, weights.only_bf16()
 
 
-def make_prompts(tokenizer, encode, n_prompts, length):
-    """Prompts of one length, so that one pass over the weights does for all: texts cut in pieces."""
+def make_prompts(reference, n_prompts, length):
+    """Texts cut in pieces of one length, so that one pass over the weights does for all."""
     texts = [t for t in all_texts() if 20 < len(t) < 400]
-    ids = [i for text in texts for i in encode(text)]
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ids = [i for text in texts for i in reference.encode(text)]
+    bos = [i for i in [reference.tokenizer.bos_token_id] if i is not None]
     step = length - len(bos)
     while len(ids) < n_prompts * step:
         ids += ids
@@ -216,31 +232,32 @@ def compare_tokens(medrun, encode):
     return not wrong
 
 
-def compare_chats(medrun, tokenizer):
+def compare_chats(medrun, reference):
     """Whether all agree, and the conversations that the folder's template renders."""
-    if not tokenizer.chat_template:
+    if not reference.tokenizer.chat_template:
         print("chats:     the folder has no chat template")
         return True, []
     same, kept = 0, []
     for lines in CHATS:
         messages = chat_of(lines)
-        wanted = apply_template(tokenizer, messages, True)
+        wanted = reference.chat_ids(messages)
         found, why = medrun.render(messages, ids=True)
         same += found == wanted
         if wanted is not None:
             kept.append({"messages": messages, "ids": wanted})
         if found != wanted:
             print("  %s: the folder's template %s, medrun %s" % (
-                lines, "refuses" if wanted is None else repr(apply_template(
-                    tokenizer, messages, False)), why or repr(medrun.render(messages)[0])))
-    print("chats:     %d of %d conversations have the same ids, or both refuse" % (same, len(CHATS)))
+                lines, "refuses" if wanted is None else repr(reference.render(messages)),
+                why or repr(medrun.render(messages)[0])))
+    print("chats:     %d of %d conversations have the same ids, or both refuse" % (
+        same, len(CHATS)))
     return same == len(CHATS), kept
 
 
-def compare_templates(medrun, tokenizer):
-    if not tokenizer.chat_template:
+def compare_templates(medrun, reference):
+    if not reference.tokenizer.chat_template:
         return
-    wanted = [apply_template(tokenizer, chat_of(lines), False) for lines in CHATS]
+    wanted = [reference.render(chat_of(lines)) for lines in CHATS]
     counts = {}
     for name in medrun.template_names():
         found = [medrun.render(chat_of(lines), template=name)[0] for lines in CHATS]
@@ -267,8 +284,8 @@ def compare_logits(medrun, prompts, references, exact):
         bad = exact and not distance <= BOUND
         good &= not bad
         print("logits:    %d ids: relative L2 %.2e, largest difference %.2e, KL %.1e nats, top-1 "
-              "%.2f %%%s" % (len(ids), distance, np.abs(found - wanted).max(), divergence, 100 * top,
-                             "  DIFFERS" if bad else ""))
+              "%.2f %%%s" % (len(ids), distance, np.abs(found - wanted).max(), divergence,
+                             100 * top, "  DIFFERS" if bad else ""))
     return good
 
 
@@ -293,8 +310,8 @@ def write_proof(path, encode, chats, prompts, references):
     with open(path, "w", encoding="ascii") as f:
         json.dump(proof, f)
         f.write("\n")
-    print("proof:     %s: %d texts, %d conversations, %d prompts" % (path, len(texts), len(chats),
-                                                                    len(prompts)))
+    print("proof:     %s: %d texts, %d conversations, %d prompts" % (
+        path, len(texts), len(chats), len(prompts)))
 
 
 def main():
@@ -305,28 +322,29 @@ def main():
     p.add_argument("--proof", metavar="OUT.json")
     p.add_argument("--prompts", type=int, default=4)
     p.add_argument("--length", type=int, default=64)
+    p.add_argument("--yarn-factor", type=float)
     p.add_argument("--threads", type=int)
     o = p.parse_args()
     if o.threads:
         torch.set_num_threads(o.threads)
     medrun = Medrun(o.medrun, o.model, o.threads)
-    tokenizer, encode = load_tokenizer(o.folder)
-    same_tokens = compare_tokens(medrun, encode)
-    same_chats, chats = compare_chats(medrun, tokenizer)
-    compare_templates(medrun, tokenizer)
+    reference = Reference(o.folder)
+    same_tokens = compare_tokens(medrun, reference.encode)
+    same_chats, chats = compare_chats(medrun, reference)
+    compare_templates(medrun, reference)
 
-    model, bf16_source = streamed_model(o.folder)
-    prompts = make_prompts(tokenizer, encode, o.prompts, o.length)
+    model, bf16_source = streamed_model(o.folder, o.yarn_factor)
+    prompts = make_prompts(reference, o.prompts, o.length)
     with torch.no_grad():
-        references = model(torch.tensor(prompts), use_cache=False).logits.numpy()
+        logits = model(torch.tensor(prompts), use_cache=False).logits.numpy()
     types = {t["type"] for t in medrun.header()["tensors"]} - {"f32"}
     exact = bf16_source and types == {"bf16"}
-    same_logits = compare_logits(medrun, prompts, references, exact)
+    same_logits = compare_logits(medrun, prompts, logits, exact)
     if not exact:
         print("logits:    not judged: weights are %s, the checkpoint's matrices %s" % (
             "bfloat16" if bf16_source else "not all bfloat16", ", ".join(sorted(types))))
     if o.proof:
-        write_proof(o.proof, encode, chats, prompts, references)
+        write_proof(o.proof, reference.encode, chats, prompts, logits)
     what = [name for name, same in (("tokens", same_tokens), ("chats", same_chats),
                                     ("logits", same_logits)) if not same]
     print("DIFFERS: " + ", ".join(what) if what else "agrees")

@@ -6,14 +6,16 @@
         [--medrun ./medrun] [--steps 64] [--bound 0.01]
 
 Prints the relative L2 distance of the logits of several prompts, the share of positions where both
-have the same largest logit, and how many of --steps greedy tokens after each prompt agree; where they
-part, by how much llama.cpp preferred its own. Exit code 1 when logits are further apart than --bound
-or greedy tokens part where the preference was clearer than the distance of the logits explains.
-The prompts are ids, so that the tokenizers play no part; those of ordinary texts are compared as well.
-With --folder, transformers' float32 logits stand for medrun's (or are a third party beside them).
+have the same largest logit, and how many of --steps greedy tokens after each prompt agree; where
+they part, by how much llama.cpp preferred its own. Exit code 1 when logits are further apart than
+--bound, greedy tokens part where the preference was clearer than the distance of the logits
+explains, or the ids of an ordinary text differ. The prompts are random ids. With --folder,
+transformers' float32 logits stand for medrun's (or are a third party beside them).
 
-llama.cpp keeps its cache in float32 here, but rounds what it multiplies: to bfloat16 with BF16 weights,
-to 8 bits with quantised ones. That rounding is most of the distance; F32 weights show what is left.
+llama.cpp keeps its cache in float32 here, but rounds what it multiplies: to bfloat16 with BF16
+weights, to 8 bits with quantised ones. That rounding is most of the distance, and in a random
+model, whose logits lie close together, enough for greedy tokens to part. A file with F32 weights
+(make_gguf.py --type F32) shows what is left: nothing but float32 rounding.
 """
 
 import argparse

@@ -6,15 +6,16 @@
     python tools/reference/make_gguf.py --fixtures [tests/fixtures]
 
 TYPE is F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0 or Q5_1, made by gguf's own quantizers. For Q4_K,
-Q5_K and Q6_K gguf has none: the blocks are random, of about the size of the tensor's numbers, and the
-model is one of its own. --tensor gives the tensors whose name contains PATTERN another type; the
-last one counts. Tensors with one dimension are F32, and rows that do not divide into blocks are F16.
+Q5_K and Q6_K gguf has none: the blocks are random, of about the size of the tensor's numbers, and
+the model is one of its own. --tensor gives the tensors whose name contains PATTERN another type;
+the last one counts. Tensors with one dimension are F32, and rows that do not divide into blocks are
+F16.
 
 Architectures: Llama and Mistral (both "llama"), Arcee, Apertus. The rows of q_proj and k_proj are
-reordered for llama and arcee, so that a rotated pair is adjacent. What the format has no place for is
-lost, as in llama.cpp: Mistral's sliding window, yarn's mscale and truncate, the second and further
-end tokens. One thing is said that the converter leaves out: add_bos_token false where the tokenizer
-adds none. Tensors pass through memory one by one, in parts.
+reordered for llama and arcee, so that a rotated pair is adjacent. What the format has no place for
+is lost, as in llama.cpp: Mistral's sliding window, yarn's mscale and truncate, the second and
+further end tokens. One thing is said that the converter leaves out: add_bos_token false where the
+tokenizer adds none. Tensors pass through memory one by one, in parts.
 
 --fixtures makes tests/fixtures/gguf; the README.md there says what is in it.
 """
@@ -32,8 +33,8 @@ from gguf import GGMLQuantizationType as Type
 
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "llama",
                  "ArceeForCausalLM": "arcee", "ApertusForCausalLM": "apertus"}
-NAMES = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
-         "lm_head.weight": "output.weight"}
+NAMES = {"model.embed_tokens.weight": "token_embd.weight", "lm_head.weight": "output.weight",
+         "model.norm.weight": "output_norm.weight"}
 LAYER_NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
                "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
                "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
@@ -160,7 +161,8 @@ def add_sentencepiece(w, folder):
 
 
 def add_sentencepiece_json(w, table):
-    """A SentencePiece vocabulary in tokenizer.json has no scores: the order of merges gives them."""
+    """A SentencePiece vocabulary without scores, in tokenizer.json: the order of merges gives them.
+    """
     vocab = sorted(table["model"]["vocab"].items(), key=lambda item: item[1])
     added = {t["content"]: t for t in table["added_tokens"]}
     rank = {}
