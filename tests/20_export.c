@@ -463,6 +463,50 @@ static const struct { const char *bytes; size_t n; int code; const char *needle;
 #undef EDIT
 };
 
+/* The same for SentencePiece's tokenizer.json: FROM is replaced where it stands first. */
+static const struct {
+    const char *file, *from, *to;
+    int code;
+    const char *needle;
+} spaced_edits[] = {
+    {"legacy.json", "\"Prepend\"", "\"Lowercase\"", 3, "normalizer: found"},
+    {"legacy.json", "\"prepend\": \"\u2581\"", "\"prepend\": \"_\"", 3, "normalizer: found"},
+    {"legacy.json", "\"content\": \"\u2581\"", "\"content\": \"_\"", 3, "normalizer: found"},
+    {"legacy.json", "\"pre_tokenizer\": null", "\"pre_tokenizer\": {\"type\": \"ByteLevel\"}", 3,
+     "none beside a normalizer"},
+    {"legacy.json", "\"ByteFallback\"", "\"ByteLevel\"", 3, "decoder: found"},
+    {"legacy.json", "\"start\": 1", "\"start\": 2", 3, "decoder: found"},
+    {"legacy.json", "\"stop\": 0", "\"stop\": 1", 3, "decoder: found"},
+    {"legacy.json", "\"byte_fallback\": true", "\"byte_fallback\": false", 3, "unk_token"},
+    {"legacy.json", "\"ignore_merges\": false", "\"ignore_merges\": true", 3, "ignore_merges"},
+    {"legacy.json", "\"<0xC3>\"", "\"<0xCg>\"", 3, "byte 0xc3 is no piece"},
+    {"legacy.json", "\"content\": \" x\"", "\"content\": \"\u2581x\"", 3, "no U+2581 in it"},
+    {"legacy.json", "\"normalized\": false", "\"normalized\": true", 3, "added_tokens"},
+    {"metaspace.json", "\"split\": false", "\"split\": true", 3, "pre_tokenizer: found"},
+    {"metaspace.json", "\"prepend_scheme\": \"first\"", "\"prepend_scheme\": \"never\"", 0, ""},
+    {"metaspace.json", "\"prepend_scheme\": \"first\"", "\"prepend_scheme\": \"last\"", 3,
+     "a prepend_scheme"},
+    {"metaspace.json", "\"replacement\": \"\u2581\"", "\"replacement\": \"_\"", 3, "pre_tokenizer"},
+    {"metaspace.json", "\"normalizer\": null", "\"normalizer\": {\"type\": \"NFC\"}", 3,
+     "none beside"},
+};
+
+static void test_spaced_edits(void) {
+    for (size_t i = 0; i < sizeof spaced_edits / sizeof *spaced_edits; i++) {
+        char path[512];
+        buffer b = {0};
+        snprintf(path, sizeof path, "%s/tokenizer/%s", fixtures, spaced_edits[i].file);
+        read_file(path, &b);
+        must(replace(&b, 0, b.n, spaced_edits[i].from, spaced_edits[i].to), "cannot edit",
+             spaced_edits[i].from);
+        write_file(in_work("src/edited.json"), b.data, b.n);
+        int code = RUN("--tokenizer-only", in_work("src/edited.json"), in_work("out/t.bin"));
+        expect(code, spaced_edits[i].code, spaced_edits[i].needle, spaced_edits[i].to);
+        buffer_free(&b);
+    }
+    remove(in_work("src/edited.json"));
+}
+
 /* Edits, every cut, a bit of every byte, and what is no protobuf at all. */
 static void test_model(void) {
     char path[512];
@@ -1376,6 +1420,7 @@ int main(void) {
     test_vectors();
     test_forms();
     test_model();
+    test_spaced_edits();
     test_edits();
     test_families();
     test_files();
