@@ -33,28 +33,31 @@ static void decode_small(const uint8_t *b, bool fifth, bool offset, float *out) 
 
 /* Q4_K, Q5_K: 256 numbers, eight runs of 32 with a scale and a smallest value of 6 bits each. */
 static void decode_k(const uint8_t *b, bool fifth, float *out) {
+    static const uint8_t zeros[32];
     float d = half_at(b), dmin = half_at(b + 2);
-    const uint8_t *s = b + 4, *high = b + 16, *q = fifth ? b + 48 : b + 16;
+    const uint8_t *s = b + 4, *high = fifth ? b + 16 : zeros, *q = fifth ? b + 48 : b + 16;
     for (int run = 0; run < 8; run++, out += 32) {
         int i = run & 3, shift = run & 1 ? 4 : 0;
         int scale = run < 4 ? s[i] & 63 : (s[i + 8] & 15) | (s[i] >> 6) << 4;
         int least = run < 4 ? s[i + 4] & 63 : s[i + 8] >> 4 | (s[i + 4] >> 6) << 4;
         float by = d * (float)scale, minus = dmin * (float)least;
-        for (int l = 0; l < 32; l++) {
-            int v = (q[run / 2 * 32 + l] >> shift & 15) | (fifth ? (high[l] >> run & 1) << 4 : 0);
-            out[l] = by * (float)v - minus;
-        }
+        const uint8_t *from = q + run / 2 * 32;
+        for (int l = 0; l < 32; l++)
+            out[l] = by * (float)((from[l] >> shift & 15) | (high[l] >> run & 1) << 4) - minus;
     }
 }
 
 /* Q6_K: 256 numbers, sixteen runs of 16 with a signed scale each. */
 static void decode_q6_k(const uint8_t *b, float *out) {
     float d = half_at(b + 208);
-    for (int k = 0; k < 256; k++) {
-        int half = k / 128, part = k % 128 / 32, l = k % 32;
-        int low = b[64 * half + part % 2 * 32 + l] >> (part / 2 * 4) & 15;
-        int high = b[128 + 32 * half + l] >> (2 * part) & 3;
-        out[k] = d * (float)(int8_t)b[192 + k / 16] * (float)((low | high << 4) - 32);
+    for (int run = 0; run < 16; run++, out += 16) {
+        int half = run / 8, part = run % 8 / 2, at = run % 2 * 16;
+        const uint8_t *low = b + 64 * half + part % 2 * 32 + at, *high = b + 128 + 32 * half + at;
+        float by = d * (float)(int8_t)b[192 + run];
+        for (int l = 0; l < 16; l++) {
+            int q = (low[l] >> (part / 2 * 4) & 15) | (high[l] >> (2 * part) & 3) << 4;
+            out[l] = by * (float)(q - 32);
+        }
     }
 }
 
