@@ -757,8 +757,8 @@ static void test_header(void) {
     static const struct { size_t at, bytes; uint64_t value; const char *needle; } cases[] = {
         {4, 4, 2, NULL}, {4, 4, 0, "version 0"}, {4, 4, 1, "version 1"}, {4, 4, 4, "version 4"},
         {4, 4, 0x03000000, "big-endian"}, {8, 8, 1000000, "1000000 tensors"},
-        {8, 8, UINT64_MAX, "wanted fewer"}, {8, 8, 1ull << 63, "wanted fewer"},
-        {16, 8, 1000000, "1000000 keys"}, {16, 8, UINT64_MAX, "wanted fewer"},
+        {8, 8, UINT64_MAX, "wanted at most"}, {8, 8, 1ull << 63, "wanted at most"},
+        {16, 8, 1000000, "1000000 keys"}, {16, 8, UINT64_MAX, "wanted at most"},
         {16, 8, 17, NULL}, {16, 8, 19, NULL}, {8, 8, 13, NULL}, {8, 8, 0, "found no tensors"}};
     buffer b = {0};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
@@ -888,6 +888,13 @@ static void test_rope_tables(void) {
     CHECK(attempt_table(500000, 8192, NAN) == 3);
 }
 
+/* Puts VALUE AT bytes after KEY. */
+static void spoil(buffer *b, const char *key, size_t at, uint32_t value) {
+    uint8_t *p = memmem(b->data, b->n, key, strlen(key));
+    must(p != NULL, key);
+    memcpy(p + strlen(key) + at, &value, 4);
+}
+
 /* GGUF does not say that a model has a window; who knows it may. */
 static void test_window(void) {
     buffer b = {0};
@@ -901,6 +908,15 @@ static void test_window(void) {
     CHECK(attempt(model_path, &o) == 2 && strstr(last.text, "--sliding-window"));
     make_small(&b, &(change){.key = "llama.context_length", .value = "u32 32768"});
     CHECK(!attempt_bytes(&b) && !notes[0]);             /* not with this kind of tokenizer       */
+    read_file(path_of(fixtures, "gguf/mistral-spm-bf16.gguf"), &b);
+    o.window = NULL, o.template_name = "none";
+    spoil(&b, "llama.context_length", 4, 32768);
+    spoil(&b, "llama.rope.freq_base", 4, float_bits(10000));
+    write_file(model_path, b.data, b.n);
+    CHECK(!attempt(model_path, &o) && strstr(notes, "--sliding-window 4096") &&
+          !last_config.sliding_window);
+    o.window = "4096";
+    CHECK(!attempt(model_path, &o) && !notes[0] && last_config.sliding_window == 4096);
     buffer_free(&b);
 }
 
@@ -952,17 +968,17 @@ static void test_xielu(void) {
     read_file(path_of(fixtures, "gguf/apertus-plain-bf16.gguf"), &b);
     export_options o = {.template_name = "none"};
     for (size_t i = 0; i < 4; i++) {
-        size_t n = strlen(names[i]);
-        uint8_t *at = memmem(b.data, b.n, names[i], n);
-        must(at != NULL, names[i]);
-        at[n - 1] ^= 1;
+        uint8_t *end = memmem(b.data, b.n, names[i], strlen(names[i]));
+        must(end != NULL, names[i]);
+        end += strlen(names[i]) - 1;
+        *end ^= 1;                                      /* another key                           */
         write_file(model_path, b.data, b.n);
         CHECK(attempt(model_path, &o) == 3 && strstr(last.text, names[i]));
-        at[n - 1] ^= 1;
-        at[n + 4] = GGUF_I32;                           /* of the right size, but no f32         */
+        *end ^= 1;
+        spoil(&b, names[i], 4, GGUF_I32);               /* of the right size, but no f32         */
         write_file(model_path, b.data, b.n);
         CHECK(attempt(model_path, &o) == 3 && strstr(last.text, "an f32 for each layer"));
-        at[n + 4] = GGUF_F32;
+        spoil(&b, names[i], 4, GGUF_F32);
     }
     write_file(model_path, b.data, b.n);
     CHECK_EQ(attempt(model_path, &o), 0);

@@ -2306,8 +2306,12 @@ static int print_plan(const exporter *x, medrun_error *e) {
 
 static int export_model(exporter *x, medrun_error *e) {
     source *s = &x->source;
+    struct stat st;
     s->folder = x->options.source;
     if (is_gguf(s->folder)) open_gguf_source(s, x->options.source, x->options.template_name, e);
+    else if (!stat(s->folder, &st) && S_ISREG(st.st_mode))
+        refuse(e, "%s: found a file that does not begin with GGUF, wanted a GGUF file or a Hugging "
+               "Face folder", s->folder);
     else if (s->sliding_window < 0) open_hf_folder(s, x->options.template_name, e);
     else fail(e, MEDRUN_USAGE, "--sliding-window: is only for GGUF files; config.json says it");
     if (e->code || choose_name(x, e) || plan_model(x, e) || plan_proofs(x, e) || lay_out(x, e)) return e->code;
