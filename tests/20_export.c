@@ -85,8 +85,8 @@ static int clear_folder(const char *name) {
 /* src/ becomes a copy of a fixture. */
 static void copy_fixture(const char *name) {
     static const char *const files[] = {
-        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-        "model.safetensors", "model.safetensors.index.json", "model-00001-of-00002.safetensors",
+        "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model",
+        "tokenizer_config.json", "model.safetensors", "model.safetensors.index.json", "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors"};
     buffer b = {0};
     clear_folder("src");
