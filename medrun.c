@@ -1,7 +1,7 @@
 /* medrun.c - runs open medical language models on an ordinary CPU.
  *
- * One C file: it maps a checkpoint (.mdr, made by medrun-export from a Hugging Face folder) and
- * answers, with nothing but libc and pthreads. The numbers are the same on every machine: with
+ * One C file: it maps a checkpoint (.mdr, made by medrun-export from a Hugging Face folder or a
+ * GGUF file) and answers, with nothing but libc and pthreads. The numbers are the same on every machine: with
  * int8 weights, or bf16 under --strict, scalar, AVX2 and AVX-512 give the same bits, whatever the
  * number of threads, the chunks of the prompt or the company in the batch.
  *
