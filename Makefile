@@ -11,9 +11,11 @@ BUILD   = build
 BIN     = .
 
 UNITS    = 03_basics 04_threads 05_numbers 06_kernels 07_tensor 09_file 10_tokenizer 11_chat \
-           12_model 13_transformer 14_sampler 15_allocation 15_session 20_export
-FIXTURES = llama-plain llama-tied llama-sharded llama-grouped
-MODELS   = $(foreach f,$(FIXTURES),$(BUILD)/$(f)-bf16.mdr $(BUILD)/$(f)-int8.mdr)
+           12_model 13_transformer 14_sampler 15_allocation 15_session 20_export 21_gguf
+FIXTURES = llama-plain llama-tied llama-sharded llama-grouped mistral-window mistral-spm \
+           arcee-yarn arcee-yarn5 apertus-plain apertus-grouped
+MODELS   = $(foreach f,$(FIXTURES),$(BUILD)/$(f)-bf16.mdr $(BUILD)/$(f)-int8.mdr) \
+           $(BUILD)/arcee-ratio-bf16.mdr
 
 EXPORT   = $(wildcard tools/export_*.c)
 
@@ -39,6 +41,9 @@ $(BUILD)/%-int8.mdr: $(BIN)/medrun-export tests/fixtures/%/config.json
 $(BUILD)/tokenizer.bin: $(BIN)/medrun-export tests/fixtures/tokenizer/tokenizer.json
 	@mkdir -p $(BUILD)
 	$(BIN)/medrun-export --tokenizer-only tests/fixtures/tokenizer $@
+$(BUILD)/arcee-ratio-bf16.mdr: $(BIN)/medrun-export tests/fixtures/arcee-yarn/config.json
+	@mkdir -p $(BUILD)
+	$(BIN)/medrun-export tests/fixtures/arcee-yarn $@ --type bf16 --yarn-factor 8
 # Real vocabularies are read where the environment says, and skipped where it says nothing.
 ifdef MEDRUN_TEST_DATA
 REAL     = $(BUILD)/llama3.tokenizer.bin

@@ -1333,11 +1333,17 @@ typedef struct {
     float scale;                    /* head_dim^-0.5                                            */
     const float *q[TILE];           /* (head_dim) each                                          */
     float *out[TILE];               /* (head_dim) each                                          */
-    size_t limit[TILE];             /* query i sees keys 0 .. limit[i]-1                        */
+    size_t start[TILE], limit[TILE];            /* query i sees keys start[i] .. limit[i]-1     */
     const void *keys;               /* (panels, head_dim, 16)                                   */
     const void *values;             /* (keys, head_dim)                                         */
     float *scratch;                 /* TILE * KEY_BLOCK floats                                  */
 } attention;
+
+/* xIELU (Huang and Schlag 2024) of one layer, softplus applied: x > 0 gives positive x^2 + beta x,
+ * else negative (e^min(x, eps) - 1 - x) + beta x. */
+typedef struct {
+    float positive, negative, beta, eps;
+} xielu_numbers;
 
 /* One row for each instruction set. Shapes are in floats; all pointers may be unaligned. */
 typedef struct {
@@ -1351,6 +1357,8 @@ typedef struct {
                             size_t tokens, float *out, size_t stride);
     void (*norm)(float *out, const float *x, const float *weight, size_t n, float eps);
     void (*silu_mul)(float *gate, const float *up, size_t n);   /* gate = silu(gate) * up       */
+    void (*relu2)(float *x, size_t n);                          /* x = relu(x)^2                */
+    void (*xielu)(float *x, size_t n, const xielu_numbers *a);
     void (*add)(float *x, const float *y, size_t n);            /* x += y                       */
     void (*attend)(const attention *a);
     void (*to_half)(uint16_t *out, const float *x, size_t n);   /* f16, clamped to +-65504      */
@@ -1391,6 +1399,7 @@ typedef struct {
 #define vdot2 K(vdot2)                  /* acc + w0 x0 + w1 x1 in bf16, as the processor does it */
 /* The sentences. */
 #define vexp K(vexp)
+#define vexpm1 K(vexpm1)
 #define pack_int8 K(pack_int8)
 #define pack K(pack)
 #define tile_f32 K(tile_f32)
@@ -1401,6 +1410,8 @@ typedef struct {
 #define matmul_int8 K(matmul_int8)
 #define norm K(norm)
 #define silu_mul K(silu_mul)
+#define relu2 K(relu2)
+#define xielu K(xielu)
 #define add K(add)
 #define key_scores K(key_scores)
 #define softmax_block K(softmax_block)
@@ -1690,6 +1701,22 @@ ALWAYS_INLINE vec vexp(vec x) {
     return vless(x, low, vsplat(0), vscale2(p, n));
 }
 
+/* e^x - 1 for x <= 0 without losing what is small: (e^r - 1) 2^n + (2^n - 1). */
+ALWAYS_INLINE vec vexpm1(vec x) {
+    vec c = vmax(x, vsplat(-86.0f)), one = vsplat(1);
+    ivec n = vround(vmul(c, vsplat(1.44269504f)));
+    vec r = vfma(vfloat(n), vsplat(-0.693359375f), c), power = vscale2(one, n);
+    r = vfma(vfloat(n), vsplat(2.12194440e-4f), r);
+    vec p = vsplat(1.0f / 5040);
+    p = vfma(p, r, vsplat(1.0f / 720));
+    p = vfma(p, r, vsplat(1.0f / 120));
+    p = vfma(p, r, vsplat(1.0f / 24));
+    p = vfma(p, r, vsplat(1.0f / 6));
+    p = vfma(p, r, vsplat(0.5f));
+    p = vfma(vmul(p, r), r, r);
+    return vfma(p, power, vsub(power, one));
+}
+
 /* One tile, one group after the other: scale = largest magnitude / 127, q = x / scale. */
 static void pack_int8(const float *x, size_t stride, size_t cols, size_t nt, uint8_t *out) {
     for (size_t k = 0; k < cols; k += GROUP, out += nt * (GROUP + 8)) {
@@ -1851,6 +1878,24 @@ static void silu_mul(float *gate, const float *up, size_t n) {
     }
 }
 
+static void relu2(float *x, size_t n) {
+    for (size_t i = 0; i < n; i += 16) {
+        vec z = vmax(vload(x + i), vsplat(0));
+        vstore(x + i, vmul(z, z));
+    }
+}
+
+static void xielu(float *x, size_t n, const xielu_numbers *a) {
+    vec eps = vsplat(a->eps), zero = vsplat(0);
+    for (size_t i = 0; i < n; i += 16) {
+        vec z = vload(x + i), line = vmul(vsplat(a->beta), z);
+        vec bend = vsub(vexpm1(vless(z, eps, z, eps)), z);
+        vec right = vadd(vmul(vmul(vsplat(a->positive), z), z), line);
+        vec left = vadd(vmul(vsplat(a->negative), bend), line);
+        vstore(x + i, vless(zero, z, right, left));
+    }
+}
+
 static void add(float *x, const float *y, size_t n) {
     for (size_t i = 0; i < n; i += 16) vstore(x + i, vadd(vload(x + i), vload(y + i)));
 }
@@ -1881,11 +1926,12 @@ ALWAYS_INLINE void key_scores(const int nt, const bool half, const attention *a,
     }
 }
 
-/* Scores -> e^(score - largest) in place for the first SEEN of N keys, zero for the rest. Returns
- * the weights' sum. */
-ALWAYS_INLINE float softmax_block(float *s, size_t seen, size_t n, float *largest) {
+/* Scores -> e^(score - largest) in place for the keys BEGIN .. SEEN-1 of N, zero for the others.
+ * Returns the weights' sum. */
+ALWAYS_INLINE float softmax_block(float *s, size_t begin, size_t seen, size_t n, float *largest) {
     vec most = vsplat(-INFINITY), sum = vsplat(0);
     size_t end = round_up(n, 16);
+    for (size_t j = 0; j < begin; j++) s[j] = -INFINITY;
     for (size_t j = seen; j < end; j++) s[j] = -INFINITY;
     for (size_t j = 0; j < end; j += 16) most = vmax(vload(s + j), most);
     *largest = vlargest(most);
@@ -1923,24 +1969,26 @@ ALWAYS_INLINE void add_values(const int nt, const bool half, const attention *a,
  * a query's result does not depend on the queries beside it. */
 ALWAYS_INLINE void attend_tile(const int nt, const bool half, const attention *a) {
     float largest[TILE], total[TILE], keep[TILE], fresh[TILE];
-    size_t longest = 0;
+    size_t longest = 0, start = a->start[0];
     for (int t = 0; t < nt; t++) {
         largest[t] = -INFINITY, total[t] = 0;
         memset(a->out[t], 0, a->head_dim * sizeof(float));
         if (a->limit[t] > longest) longest = a->limit[t];
+        if (a->start[t] < start) start = a->start[t];
     }
-    for (size_t first = 0; first < longest; first += KEY_BLOCK) {
+    for (size_t first = start - start % KEY_BLOCK; first < longest; first += KEY_BLOCK) {
         size_t n = longest - first < KEY_BLOCK ? longest - first : KEY_BLOCK;
         key_scores(nt, half, a, first, n);
         for (int t = 0; t < nt; t++) {
             float *s = a->scratch + (size_t)t * KEY_BLOCK, block, more;
             keep[t] = 1, fresh[t] = 0;
-            if (a->limit[t] <= first) {                 /* this query sees none of the block     */
+            if (a->limit[t] <= first || a->start[t] >= first + n) { /* sees none of the block    */
                 memset(s, 0, n * sizeof *s);
                 continue;
             }
+            size_t begin = a->start[t] > first ? a->start[t] - first : 0;
             size_t seen = a->limit[t] - first < n ? a->limit[t] - first : n;
-            more = softmax_block(s, seen, n, &block);
+            more = softmax_block(s, begin, seen, n, &block);
             float both = largest[t] > block ? largest[t] : block, scale[16];
             vstore(scale, vexp(vsub(vsplat(largest[t]), vsplat(both))));
             keep[t] = scale[0];
@@ -1980,7 +2028,7 @@ static const kernel_set kernel_row = {
 #else
     {matmul_f32, NULL, matmul_int8},
 #endif
-    norm, silu_mul, add, attend, to_half,
+    norm, silu_mul, relu2, xielu, add, attend, to_half,
 };
 #undef TEXT
 #undef TEXT2
@@ -2035,6 +2083,8 @@ static const kernel_set kernel_row = {
 #undef pack
 #undef norm
 #undef silu_mul
+#undef relu2
+#undef xielu
 #undef add
 #undef attend
 #undef to_half
@@ -2282,6 +2332,8 @@ static int file_open(model_file *f, const char *path, medrun_error *e) {
  *   2. the pre-tokenizer's pattern splits the rest into words, numbers, runs of white space;
  *   3. a word that is a piece is its id; else it starts as its single bytes, and the neighbours
  *      whose merge has the lowest rank become one, again and again: h-e-l-l-o, he-l-l-o, he-ll-o.
+ * SentencePiece BPE has no pattern in step 2; it puts a space before the text, so that its first
+ * word is like any other. In step 3 its words start as characters, and what is no piece as bytes.
  * All of it is linear in the text (n log n inside one very long word), whatever the text is. A
  * tokenizer is read-only once it is open. Uses section 3. Tests: tests/10_tokenizer.c.
  * ============================================================================================ */
@@ -2619,6 +2671,44 @@ static size_t next_llama3(const uint8_t *p, size_t n) {
     return white_space(p, n);
 }
 
+/* Tekken's words are [U]*[W]+|[U]+[W]*, [U] = [\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}] and [W] =
+ * [\p{Ll}\p{Lm}\p{Lo}\p{M}]: "camelCase" is two. What is in both may go to either side: with no
+ * lower case after the run of [U], the first alternative gives back up to the last character that
+ * [W] has too; only if there is none, the second takes the whole run. This is linear: what is left
+ * of a run is upper case, all of which is the next word. The end of the word from START, or 0. */
+static size_t tekken_word(const uint8_t *p, size_t n, size_t start) {
+    size_t i = start, both = 0, len;
+    int class = class_at(p + i, n - i, &len);
+    for (; class == CLASS_M || (is_letter(class) && class != CLASS_LL);
+         class = class_at(p + i, n - i, &len)) {
+        i += len;
+        if (class != CLASS_LU && class != CLASS_LT) both = i;
+    }
+    if (class != CLASS_LL) return both ? both : i > start ? i : 0;
+    for (; class == CLASS_M || (is_letter(class) && class != CLASS_LU && class != CLASS_LT);
+         class = class_at(p + i, n - i, &len)) i += len;
+    return i;
+}
+
+/* Tekken's: [^\r\n\p{L}\p{N}]?[U]*[W]+|[^\r\n\p{L}\p{N}]?[U]+[W]*|\p{N}|
+ * " ?[^\s\p{L}\p{N}]+[\r\n/]*"|\s*[\r\n]+|\s+(?!\S)|\s+ (the quotes stand for the space). */
+static size_t next_tekken(const uint8_t *p, size_t n) {
+    size_t first, len, end;
+    int class = class_at(p, n, &first);
+    if (class == CLASS_N) return first;
+    /* a mark may be the character before a word or its first: the word ends at the same place */
+    if (is_letter(class) || class == CLASS_M) return tekken_word(p, n, 0);
+    if (!is_line_end(p[0]) && (end = tekken_word(p, n, first))) return end;
+    /* " ?[^\s\p{L}\p{N}]+[\r\n/]*" */
+    if (class == CLASS_SPACE &&
+        (p[0] != ' ' || class_at(p + first, n - first, &len) != CLASS_OTHER))
+        return white_space(p, n);
+    size_t i = first;
+    while (is_mark(class_at(p + i, n - i, &len))) i += len;
+    while (i < n && (is_line_end(p[i]) || p[i] == '/')) i++;
+    return i;
+}
+
 /* The name is what tokenizer.bin has; an unknown one is refused, never guessed. */
 typedef struct {
     const char *name;
@@ -2627,6 +2717,7 @@ typedef struct {
 
 static const pretokenizer pretokenizers[] = {
     {"llama3", next_llama3},
+    {"tekken", next_tekken},
 };
 
 /* ---- the tokenizer and its tables ---------------------------------------------------------- */
@@ -2634,26 +2725,40 @@ static const pretokenizer pretokenizers[] = {
 /* tokenizer.bin, little-endian, nothing after its last array:
  *    0 "MEDTOK01"
  *    8 SHA-256 of all bytes from 40 on
- *   40 u32 version 1, kind 1 (byte-level BPE), flags, vocab_size, n_merges, bos_id (or 0xFFFFFFFF),
- *      text_bytes, reserved 0
- *   72 char pretokenizer[24], padded with NUL
+ *   40 u32 version 1, kind, flags, vocab_size, n_merges, bos_id (or 0xFFFFFFFF), text_bytes,
+ *      reserved 0
+ *   72 char pretokenizer[24], padded with NUL; none for kind 2
  *   96 u32 piece_end[vocab_size]   where each piece ends in text; it begins where the last ended
  *      u8 piece_type[vocab_size]   padded to a multiple of 4
  *      u32 merges[n_merges][2]     two ids; the first pair has the lowest rank
+ *      f32 scores[vocab_size]      with the flag for them, and then no merges
  *      u8 text[text_bytes]         the pieces' bytes, added tokens as they are written
- * The result of a merge is not stored: it is the piece that reads as the two together. */
+ * The result of a merge is not stored: it is the piece that reads as the two together. With scores
+ * any two pieces merge that give a third, the highest score first. The pieces of kind 2 have spaces
+ * where SentencePiece writes U+2581, and a byte piece is that byte, not "<0x0A>". */
 
 /* Control tokens mean something to the model and are no text; user-defined ones are text that was
- * added whole to the vocabulary, such as "\begin{"; an unused id has no piece. */
-enum { PIECE_NORMAL = 1, PIECE_CONTROL = 3, PIECE_USER = 4, PIECE_UNUSED = 5 };
+ * added whole to the vocabulary, such as "\begin{"; an unused id has no piece. Kind 2 only: bytes
+ * stand for characters that are no piece; an unknown piece is only ever decoded. */
+enum { PIECE_NORMAL = 1, PIECE_UNKNOWN, PIECE_CONTROL, PIECE_USER, PIECE_UNUSED, PIECE_BYTE };
 
 enum {
     TOKENIZER_HEAD = 96,        /* bytes before the first array of the file                    */
-    TOKENIZER_BYTE_LEVEL = 1,   /* kind */
-    TOKENIZER_IGNORE_MERGES = 1, TOKENIZER_ADD_BOS = 2, /* flags                               */
+    TOKENIZER_BYTE_LEVEL = 1, TOKENIZER_SENTENCEPIECE = 2,      /* kind                        */
     TOKENIZER_MAX_PIECES = 1 << 24,
-    TOKENIZER_MAX_ADDED = 256,  /* bytes in an added token, as each start of one may cost them */
+    TOKENIZER_MAX_ADDED = 256,  /* bytes in an added token, as each start of one may cost them,
+                                   and in a piece with a score, as each end of one does        */
     MAX_PROBES = 256,           /* a table that needs more was made to be slow                 */
+};
+
+enum {                          /* flags; those from SCORES on only of kind 2                  */
+    TOKENIZER_IGNORE_MERGES = 1, TOKENIZER_ADD_BOS = 2,
+    TOKENIZER_SCORES = 4,
+    TOKENIZER_PREFIX_RUNS = 8,  /* a space before the text, and after each added token in it   */
+    TOKENIZER_PREFIX_TEXT = 16, /* only before the text                                        */
+    TOKENIZER_UNLESS_SPACE = 32,        /* not where a space is already                        */
+    TOKENIZER_USER_INSIDE = 64, /* a user-defined token does not end what one space stands for */
+    TOKENIZER_STRIP = 128,      /* decoding takes the first space away                         */
 };
 
 #define NO_ID UINT32_MAX        /* no id, no rank, no neighbour; an empty slot                 */
@@ -2675,11 +2780,12 @@ typedef struct {
 } added_token;
 
 typedef struct {
-    int vocab_size, bos;        /* bos: id, or -1                                              */
+    int kind, vocab_size, bos;  /* bos: id, or -1                                              */
+    uint32_t flags;
     bool add_bos, ignore_merges, has_user_tokens;
     const char *pretokenizer;
-    size_t (*next_piece)(const uint8_t *p, size_t n);
-    const uint8_t *piece_end, *piece_type, *merges, *text;      /* in the file's bytes         */
+    size_t (*next_piece)(const uint8_t *p, size_t n);           /* NULL for kind 2             */
+    const uint8_t *piece_end, *piece_type, *merges, *scores, *text; /* in the file's bytes     */
     size_t n_merges, longest;   /* longest: bytes of the longest normal piece                  */
     piece_slot *pieces;         /* open addressing: text -> id, normal pieces only             */
     pair_slot *pairs;           /* open addressing: two ids -> their merge                     */
@@ -2688,6 +2794,7 @@ typedef struct {
     size_t n_added;
     bool added_first[256];      /* the bytes that added tokens begin with                      */
     uint32_t byte_id[256];
+    uint8_t joins[256][32];     /* kind 2: a bit for two bytes that stand together in a piece  */
 } tokenizer;
 
 /* Number I of an array that may lie at any address. */
@@ -2784,6 +2891,21 @@ static void *new_table(size_t slots, size_t size, medrun_error *e) {
     return p ? memset(p, 0xFF, slots * size) : NULL;
 }
 
+/* Which flags go with which kind. */
+static int check_flags(uint32_t kind, uint32_t flags, uint32_t n_merges, const char *what,
+                       medrun_error *e) {
+    const uint32_t first = TOKENIZER_IGNORE_MERGES, scores = TOKENIZER_SCORES;
+    if (kind != TOKENIZER_BYTE_LEVEL && kind != TOKENIZER_SENTENCEPIECE)
+        return bad_tokenizer(what, e, "kind", kind, "1 (byte-level BPE) or 2 (SentencePiece BPE)");
+    if (kind == TOKENIZER_BYTE_LEVEL && flags > 3)
+        return bad_tokenizer(what, e, "flags", flags, "0 to 3");
+    if (kind == TOKENIZER_SENTENCEPIECE && (flags > 255 || flags & first))
+        return bad_tokenizer(what, e, "flags", flags, "0 to 254, no ignore_merges");
+    if (flags & scores && n_merges)
+        return bad_tokenizer(what, e, "n_merges", n_merges, "0, as there are scores");
+    return MEDRUN_OK;
+}
+
 /* The fixed part of the file; places the arrays after it and checks that they fill the file. */
 static int open_head(tokenizer *t, const uint8_t *bytes, size_t n, const char *what,
                      medrun_error *e) {
@@ -2794,16 +2916,16 @@ static int open_head(tokenizer *t, const uint8_t *bytes, size_t n, const char *w
     uint32_t flags = u32_at(head, 2), vocab = u32_at(head, 3), n_merges = u32_at(head, 4);
     uint32_t bos = u32_at(head, 5), n_text = u32_at(head, 6);
     if (u32_at(head, 0) != 1) return bad_tokenizer(what, e, "version", u32_at(head, 0), "1");
-    if (u32_at(head, 1) != TOKENIZER_BYTE_LEVEL)
-        return bad_tokenizer(what, e, "kind", u32_at(head, 1), "1 (byte-level BPE)");
-    if (flags > 3) return bad_tokenizer(what, e, "flags", flags, "0 to 3");
+    if (check_flags(u32_at(head, 1), flags, n_merges, what, e)) return MEDRUN_BAD_FILE;
     if (vocab < 256 || vocab > TOKENIZER_MAX_PIECES)
         return bad_tokenizer(what, e, "vocab_size", vocab, "256 to 16777216");
     if (n_merges > TOKENIZER_MAX_PIECES)
         return bad_tokenizer(what, e, "n_merges", n_merges, "at most 16777216");
     if (u32_at(head, 7)) return bad_tokenizer(what, e, "reserved field", u32_at(head, 7), "0");
     size_t n_types = ((size_t)vocab + 3) & ~(size_t)3;
-    uint64_t wanted = (uint64_t)TOKENIZER_HEAD + 4ull * vocab + n_types + 8ull * n_merges + n_text;
+    size_t n_scores = flags & TOKENIZER_SCORES ? vocab : 0;
+    uint64_t wanted = (uint64_t)TOKENIZER_HEAD + 4ull * vocab + n_types + 8ull * n_merges +
+                      4ull * n_scores + n_text;
     if (wanted != n)
         return fail(e, MEDRUN_BAD_FILE, "%s: tokenizer: found %zu bytes, its head wants %llu; the "
                     "file was cut, copy it again", what, n, (unsigned long long)wanted);
@@ -2811,28 +2933,34 @@ static int open_head(tokenizer *t, const uint8_t *bytes, size_t n, const char *w
         return bad_tokenizer(what, e, "bos_id", bos, "an id of the vocabulary");
     if (bos == NO_ID && flags & TOKENIZER_ADD_BOS)
         return bad_tokenizer(what, e, "flags", flags, "no add_bos, as there is no bos_id");
+    t->kind = (int)u32_at(head, 1), t->flags = flags;
     t->vocab_size = (int)vocab, t->n_merges = n_merges, t->bos = bos == NO_ID ? -1 : (int)bos;
     t->ignore_merges = flags & TOKENIZER_IGNORE_MERGES, t->add_bos = flags & TOKENIZER_ADD_BOS;
     t->piece_end = bytes + TOKENIZER_HEAD, t->piece_type = t->piece_end + 4ull * vocab;
-    t->merges = t->piece_type + n_types, t->text = t->merges + 8ull * n_merges;
+    t->merges = t->piece_type + n_types, t->scores = t->merges + 8ull * n_merges;
+    t->text = t->scores + 4ull * n_scores;
     return MEDRUN_OK;
 }
 
-/* Finds the pre-tokenizer by its name, which fills its field with NULs to the end. */
+/* Finds the pre-tokenizer by its name, which fills its field with NULs to the end. Kind 2: none. */
 static int open_pretokenizer(tokenizer *t, const uint8_t *bytes, const char *what,
                              medrun_error *e) {
     char name[25] = {0};
     memcpy(name, bytes + 72, 24);
     size_t len = strlen(name);
-    for (size_t i = 0; i < sizeof pretokenizers / sizeof *pretokenizers; i++) {
+    if (t->kind == TOKENIZER_SENTENCEPIECE && !memcmp(name, (char[25]){0}, 25))
+        return t->pretokenizer = "", MEDRUN_OK;
+    size_t n = t->kind == TOKENIZER_BYTE_LEVEL ? sizeof pretokenizers / sizeof *pretokenizers : 0;
+    for (size_t i = 0; i < n; i++) {
         bool padded = true;
         for (size_t j = len; j < 24; j++) padded = padded && !name[j];
         if (!padded || strcmp(name, pretokenizers[i].name)) continue;
         t->pretokenizer = pretokenizers[i].name, t->next_piece = pretokenizers[i].next;
         return MEDRUN_OK;
     }
-    return fail(e, MEDRUN_BAD_FILE, "%s: tokenizer: pretokenizer: found \"%s\", wanted \"llama3\"; "
-                "this medrun does not know that pattern", what, name);
+    return fail(e, MEDRUN_BAD_FILE, "%s: tokenizer: pretokenizer: found \"%s\", wanted \"llama3\" "
+                "or \"tekken\", or none for SentencePiece; this medrun does not know that pattern",
+                what, name);
 }
 
 /* Each piece's end and type; counts what the tables will hold. After this tokenizer_piece is safe
@@ -2843,14 +2971,18 @@ static int check_pieces(tokenizer *t, size_t n_text, const char *what, medrun_er
         size_t end = u32_at(t->piece_end, id), n = end - start;
         int type = t->piece_type[id];
         if (end < start) return bad_tokenizer(what, e, "piece_end", end, "ends that rise");
-        if (type != PIECE_NORMAL && type != PIECE_CONTROL && type != PIECE_USER &&
-            type != PIECE_UNUSED)
-            return bad_tokenizer(what, e, "piece_type", (size_t)type, "1, 3, 4 or 5");
+        if (type < PIECE_NORMAL || type > PIECE_BYTE ||
+            (t->kind == TOKENIZER_BYTE_LEVEL && (type == PIECE_UNKNOWN || type == PIECE_BYTE)))
+            return bad_tokenizer(what, e, "piece_type", (size_t)type, "1 to 6, 2 and 6 of kind 2");
         if ((n == 0) != (type == PIECE_UNUSED))
             return bad_tokenizer(what, e, "bytes of a piece", n, "some, or none and type 5");
         bool added = type == PIECE_CONTROL || type == PIECE_USER;
         if (added && n > TOKENIZER_MAX_ADDED)
             return bad_tokenizer(what, e, "bytes of an added token", n, "at most 256");
+        if (type == PIECE_NORMAL && t->flags & TOKENIZER_SCORES && n > TOKENIZER_MAX_ADDED)
+            return bad_tokenizer(what, e, "bytes of a piece with a score", n, "at most 256");
+        if (type == PIECE_BYTE && n != 1)
+            return bad_tokenizer(what, e, "bytes of a byte piece", n, "1");
         if (type == PIECE_NORMAL && n > t->longest) t->longest = n;
         if (type == PIECE_USER) t->has_user_tokens = true;
         t->n_added += added;
@@ -2864,8 +2996,7 @@ static int check_pieces(tokenizer *t, size_t n_text, const char *what, medrun_er
     return MEDRUN_OK;
 }
 
-/* The table of normal pieces, which must differ. Without a piece for each byte some text would have
- * no ids. */
+/* The table of normal pieces, which must differ. */
 static int index_pieces(tokenizer *t, const char *what, medrun_error *e) {
     size_t size = table_size((size_t)t->vocab_size);
     if (!(t->pieces = new_table(size, sizeof *t->pieces, e))) return MEDRUN_NO_MEMORY;
@@ -2883,8 +3014,27 @@ static int index_pieces(tokenizer *t, const char *what, medrun_error *e) {
                 return bad_tokenizer(what, e, "pieces with one hash", probe, "fewer");
         t->pieces[(hash + probe) & t->piece_mask] = (piece_slot){hash, (uint32_t)id};
     }
+    return MEDRUN_OK;
+}
+
+/* The ids of single bytes, and which bytes stand together in a piece. Without an id for each byte
+ * some text would have none. */
+static int index_bytes(tokenizer *t, const char *what, medrun_error *e) {
+    memset(t->byte_id, 0xFF, sizeof t->byte_id);
+    for (int32_t id = 0; id < t->vocab_size; id++) {
+        size_t n;
+        const uint8_t *p = (const uint8_t *)tokenizer_piece(t, id, &n);
+        int type = tokenizer_type(t, id);
+        if (type == PIECE_BYTE && t->byte_id[p[0]] != NO_ID)
+            return bad_tokenizer(what, e, "byte piece", p[0], "each byte once");
+        if (type == PIECE_BYTE) t->byte_id[p[0]] = (uint32_t)id;
+        for (size_t i = 1; type == PIECE_NORMAL && i < n; i++)
+            t->joins[p[i - 1]][p[i] / 8] |= (uint8_t)(1 << p[i] % 8);
+    }
     for (int b = 0; b < 256; b++) {
-        t->byte_id[b] = find_piece(t, &(uint8_t){(uint8_t)b}, 1, "", 0);
+        bool whole = t->kind == TOKENIZER_BYTE_LEVEL || b < 0x80;       /* a character by itself */
+        uint32_t id = whole ? find_piece(t, &(uint8_t){(uint8_t)b}, 1, "", 0) : NO_ID;
+        if (id != NO_ID) t->byte_id[b] = id;
         if (t->byte_id[b] == NO_ID)
             return fail(e, MEDRUN_BAD_FILE, "%s: tokenizer: byte 0x%02x is no piece, so some text "
                         "could not be encoded; export it again", what, (unsigned)b);
@@ -2931,11 +3081,30 @@ static bool is_normal(const tokenizer *t, uint32_t id) {
     return id < (uint32_t)t->vocab_size && tokenizer_type(t, (int32_t)id) == PIECE_NORMAL;
 }
 
-/* The table of merges. Only normal pieces merge, so no merging makes an added token. */
-static int index_merges(tokenizer *t, const char *what, medrun_error *e) {
-    size_t size = table_size(t->n_merges);
+/* Makes the table of the merges FOUND. */
+static int index_pairs(tokenizer *t, const buffer *found, const char *what, medrun_error *e) {
+    size_t n = found->n / sizeof(pair_slot), size = table_size(n);
+    if (found->failed) return out_of_memory(e, found->n);
     if (!(t->pairs = new_table(size, sizeof *t->pairs, e))) return MEDRUN_NO_MEMORY;
     t->pair_mask = size - 1;
+    for (size_t i = 0; i < n; i++) {
+        pair_slot s;
+        memcpy(&s, found->data + i * sizeof s, sizeof s);
+        if (find_pair(t, s.left, s.right)->rank != NO_ID)
+            return bad_tokenizer(what, e, "merge", i, "each pair of ids once");
+        uint32_t hash = hash_pair(s.left, s.right);
+        size_t probe = 0;
+        while (t->pairs[(hash + probe) & t->pair_mask].rank != NO_ID)
+            if (++probe == MAX_PROBES)
+                return bad_tokenizer(what, e, "merges with one hash", probe, "fewer");
+        t->pairs[(hash + probe) & t->pair_mask] = s;
+    }
+    return MEDRUN_OK;
+}
+
+/* The merges of the file. Only normal pieces merge, so no merging makes an added token. */
+static int find_merges(const tokenizer *t, buffer *found, const char *what, medrun_error *e) {
+    buffer_room(found, t->n_merges * sizeof(pair_slot));
     for (uint32_t rank = 0, result = 0; rank < t->n_merges; rank++) {
         uint32_t left = u32_at(t->merges, 2 * (size_t)rank);
         uint32_t right = u32_at(t->merges, 2 * (size_t)rank + 1);
@@ -2943,16 +3112,42 @@ static int index_merges(tokenizer *t, const char *what, medrun_error *e) {
             return bad_tokenizer(what, e, "merge", rank, "ids of normal pieces in every merge");
         if ((result = joined(t, left, right, result)) == NO_ID)
             return bad_tokenizer(what, e, "merge", rank, "merges whose result is a piece");
-        if (find_pair(t, left, right)->rank != NO_ID)
-            return bad_tokenizer(what, e, "merge", rank, "each pair of ids once");
-        uint32_t hash = hash_pair(left, right);
-        size_t probe = 0;
-        while (t->pairs[(hash + probe) & t->pair_mask].rank != NO_ID)
-            if (++probe == MAX_PROBES)
-                return bad_tokenizer(what, e, "merges with one hash", probe, "fewer");
-        t->pairs[(hash + probe) & t->pair_mask] = (pair_slot){left, right, result, rank};
+        buffer_add(found, &(pair_slot){left, right, result, rank}, sizeof(pair_slot));
     }
     return MEDRUN_OK;
+}
+
+/* The merges that scores mean: of all two pieces that read as a third. A rank is the score's bits,
+ * turned so that a higher score is a lower number; equal scores are equal ranks. */
+static int find_scored(const tokenizer *t, buffer *found, const char *what, medrun_error *e) {
+    for (int32_t id = 0; id < t->vocab_size; id++) {
+        float score;
+        uint32_t bits, left, right;
+        size_t n;
+        memcpy(&score, t->scores + 4 * (size_t)id, 4);
+        if (!isfinite(score))
+            return bad_tokenizer(what, e, "score of piece", (size_t)id, "a finite number");
+        score += 0.0f;                                  /* -0 is 0                               */
+        memcpy(&bits, &score, 4);
+        uint32_t rank = bits >> 31 ? bits : 0x7FFFFFFFu - bits;
+        const char *text = tokenizer_piece(t, id, &n);
+        for (size_t i = 1; tokenizer_type(t, id) == PIECE_NORMAL && i < n; i++) {
+            left = find_piece(t, text, i, "", 0);
+            right = left == NO_ID ? NO_ID : find_piece(t, text + i, n - i, "", 0);
+            if (right == NO_ID) continue;
+            buffer_add(found, &(pair_slot){left, right, (uint32_t)id, rank}, sizeof(pair_slot));
+        }
+    }
+    return MEDRUN_OK;
+}
+
+static int index_merges(tokenizer *t, const char *what, medrun_error *e) {
+    buffer found = {0};
+    bool scores = t->flags & TOKENIZER_SCORES;
+    int code = (scores ? find_scored : find_merges)(t, &found, what, e);
+    if (!code) code = index_pairs(t, &found, what, e);
+    buffer_free(&found);
+    return code;
 }
 
 static void tokenizer_close(tokenizer *t) {
@@ -2977,22 +3172,27 @@ static int tokenizer_open(tokenizer *t, const uint8_t *bytes, size_t n, const ch
     }
     if (code || (code = open_pretokenizer(t, bytes, what, e)) ||
         (code = check_pieces(t, u32_at(bytes, 16), what, e)) ||
-        (code = index_pieces(t, what, e)) || (code = index_added(t, what, e)) ||
-        (code = index_merges(t, what, e)))
+        (code = index_pieces(t, what, e)) || (code = index_bytes(t, what, e)) ||
+        (code = index_added(t, what, e)) || (code = index_merges(t, what, e)))
         tokenizer_close(t);
     return code;
 }
 
 /* ---- encoding ------------------------------------------------------------------------------ */
 
-/* A symbol of a long piece: a doubly linked list over the piece's bytes. */
+/* Internal, besides MEDRUN_ADD_BOS and MEDRUN_PARSE_SPECIAL: the text goes on where another ended,
+ * so no space is put before it. */
+enum { TOKENIZE_CONTINUES = 1 << 8 };
+
+/* A symbol of a long piece: a doubly linked list over what it is made of. */
 typedef struct {
     uint32_t id, previous, next;        /* id NO_ID: merged away; a neighbour NO_ID: none       */
 } bpe_symbol;
 
 typedef struct {
     const tokenizer *t;
-    buffer *ids;
+    bool continues;             /* the text does                                               */
+    buffer *ids, run;           /* run: of kind 2, text with its space before it               */
     bpe_symbol *symbols;        /* the list and the heap are kept from piece to piece          */
     uint64_t *heap;             /* rank << 32 | position of the left symbol; smallest first    */
     size_t n_heap, room;        /* room: symbols there is memory for                           */
@@ -3044,14 +3244,35 @@ static void offer_pair(encoder *x, uint32_t i) {
     if (rank != NO_ID) heap_push(x, (uint64_t)rank << 32 | i);
 }
 
-/* Merges a piece of any length in n log n: the heap gives the lowest rank, the leftmost of equals.
- * A key whose pair has changed since is dropped: the rank of what stands there now differs. */
+/* What N bytes are before any merge, at most N symbols: bytes; of kind 2 characters, and bytes only
+ * where a character is no piece. */
+static size_t first_symbols(const tokenizer *t, const uint8_t *p, size_t n, uint32_t *ids) {
+    size_t n_ids = 0;
+    if (t->kind == TOKENIZER_BYTE_LEVEL) {
+        for (size_t i = 0; i < n; i++) ids[i] = t->byte_id[p[i]];
+        return n;
+    }
+    for (size_t i = 0, len; i < n; i += len) {
+        uint32_t code;
+        len = p[i] < 0x80 ? 1 : utf8_decode(p + i, n - i, &code);
+        uint32_t id = len > 1 ? find_piece(t, p + i, len, "", 0) : NO_ID;
+        if (id != NO_ID) { ids[n_ids++] = id; continue; }
+        if (!len) len = 1;
+        for (size_t k = 0; k < len; k++) ids[n_ids++] = t->byte_id[p[i + k]];
+    }
+    return n_ids;
+}
+
+/* Merges N bytes in n log n: the heap gives the lowest rank, the leftmost of equals. A key whose
+ * pair has changed since is dropped: the rank of what stands there now differs. */
 static int bpe_long(encoder *x, const uint8_t *p, size_t n) {
     int code = encoder_room(x, n);
     if (code) return code;
     bpe_symbol *symbols = x->symbols;
+    uint32_t *ids = (uint32_t *)x->heap;                /* which is not in use yet               */
+    n = first_symbols(x->t, p, n, ids);
     for (uint32_t i = 0; i < n; i++)                    /* before the first: 0 - 1 is NO_ID      */
-        symbols[i] = (bpe_symbol){x->t->byte_id[p[i]], i - 1, i + 1 < n ? i + 1 : NO_ID};
+        symbols[i] = (bpe_symbol){ids[i], i - 1, i + 1 < n ? i + 1 : NO_ID};
     x->n_heap = 0;
     for (uint32_t i = 0; i < n; i++) offer_pair(x, i);
     while (x->n_heap) {
@@ -3077,7 +3298,7 @@ static void bpe_short(encoder *x, const uint8_t *p, size_t n) {
     const tokenizer *t = x->t;
     const pair_slot *pairs[BPE_SHORT];
     uint32_t ids[BPE_SHORT];
-    for (size_t i = 0; i < n; i++) ids[i] = t->byte_id[p[i]];
+    n = first_symbols(t, p, n, ids);
     for (size_t i = 0; i + 1 < n; i++) pairs[i] = find_pair(t, ids[i], ids[i + 1]);
     while (n > 1) {
         size_t best = 0;
@@ -3094,11 +3315,19 @@ static void bpe_short(encoder *x, const uint8_t *p, size_t n) {
     for (size_t i = 0; i < n; i++) put_id(x, ids[i]);
 }
 
+/* Of kind 2: up to where two bytes stand together that do so in no piece. No merge crosses that, so
+ * most words can be merged by themselves. */
+static size_t next_joined(const tokenizer *t, const uint8_t *p, size_t n) {
+    size_t i = 1;
+    while (i < n && t->joins[p[i - 1]][p[i] / 8] >> p[i] % 8 & 1) i++;
+    return i;
+}
+
 /* Text without added tokens in it. */
 static int encode_run(encoder *x, const uint8_t *p, size_t n) {
     const tokenizer *t = x->t;
     for (size_t len; n; p += len, n -= len) {
-        len = t->next_piece(p, n);
+        len = t->next_piece ? t->next_piece(p, n) : next_joined(t, p, n);
         /* most words are pieces; with ignore_merges that is so even if no merges lead there */
         if (t->ignore_merges && len <= t->longest) {
             uint32_t id = find_piece(t, p, len, "", 0);
@@ -3126,34 +3355,71 @@ static size_t added_bound(const tokenizer *t, size_t low, size_t high, size_t at
     return low;
 }
 
-/* The longest added token that the text begins with, or NULL; control tokens only if SPECIAL. */
-static const added_token *added_at(const tokenizer *t, const uint8_t *p, size_t n, bool special) {
+/* The longest added token of these TYPES (bits) that the text begins with, or NULL. */
+static const added_token *added_at(const tokenizer *t, const uint8_t *p, size_t n, int types) {
     const added_token *found = NULL;
     size_t low = 0, high = t->n_added;
     for (size_t at = 0; at < n && low < high; at++) {
         low = added_bound(t, low, high, at, p[at]);
         high = added_bound(t, low, high, at, p[at] + 1);
         if (low == high || t->added[low].n > at + 1) continue;
-        if (special || tokenizer_type(t, (int32_t)t->added[low].id) == PIECE_USER)
-            found = &t->added[low];
+        if (types >> tokenizer_type(t, (int32_t)t->added[low].id) & 1) found = &t->added[low];
     }
     return found;
 }
 
-/* Cuts the added tokens out, from the left, the longest first; encodes what is between them. */
-static int encode_text(encoder *x, const uint8_t *p, size_t n, bool special) {
+typedef int encode_between(encoder *x, const uint8_t *p, size_t n, bool start);
+
+/* Cuts the added tokens of these TYPES out, from the left, the longest first; ENCODE does what is
+ * between them, where START tells the text's beginning. */
+static int encode_text(encoder *x, const uint8_t *p, size_t n, int types, encode_between *encode) {
     size_t from = 0;
-    bool look = x->t->n_added && (special || x->t->has_user_tokens);
-    for (size_t i = 0; look && i < n;) {
+    for (size_t i = 0; types && i < n;) {
         const added_token *a = NULL;
-        if (x->t->added_first[p[i]]) a = added_at(x->t, p + i, n - i, special);
+        if (x->t->added_first[p[i]]) a = added_at(x->t, p + i, n - i, types);
         if (!a) { i++; continue; }
-        int code = encode_run(x, p + from, i - from);
+        int code = encode(x, p + from, i - from, from == 0);
         if (code) return code;
         put_id(x, a->id);
         from = i += a->n;
     }
-    return encode_run(x, p + from, n - from);
+    return encode(x, p + from, n - from, from == 0);
+}
+
+static int encode_plain(encoder *x, const uint8_t *p, size_t n, bool start) {
+    (void)start;
+    return encode_run(x, p, n);
+}
+
+/* Where the next U+2581 is, or N: SentencePiece's space, which people may write too. */
+static size_t find_mark(const uint8_t *p, size_t n) {
+    for (const uint8_t *q = p; n >= 3 && (q = memchr(q, 0xE2, n - 2 - (size_t)(q - p))); q++)
+        if (q[1] == 0x96 && q[2] == 0x81) return (size_t)(q - p);
+    return n;
+}
+
+/* Appends text as the pieces of kind 2 are written, with spaces for U+2581. */
+static void add_spaced(buffer *out, const uint8_t *p, size_t n) {
+    for (size_t len; n; p += len, n -= len) {
+        buffer_add(out, p, len = find_mark(p, n));
+        if (len == n) break;
+        buffer_text(out, " ");
+        len += 3;
+    }
+}
+
+/* Kind 2: a run of text gets its space and is a text of its own, without control tokens. */
+static int encode_spaced(encoder *x, const uint8_t *p, size_t n, bool start) {
+    const tokenizer *t = x->t;
+    uint32_t wanted = start ? TOKENIZER_PREFIX_RUNS | TOKENIZER_PREFIX_TEXT : TOKENIZER_PREFIX_RUNS;
+    if (!n) return MEDRUN_OK;
+    bool spaced = t->flags & TOKENIZER_UNLESS_SPACE && (p[0] == ' ' || !find_mark(p, n));
+    x->run.n = 0;
+    if (t->flags & wanted && !spaced && !(start && x->continues)) buffer_text(&x->run, " ");
+    add_spaced(&x->run, p, n);
+    if (x->run.failed) return out_of_memory(x->e, x->run.n);
+    int inside = t->flags & TOKENIZER_USER_INSIDE && t->has_user_tokens ? 1 << PIECE_USER : 0;
+    return encode_text(x, x->run.data, x->run.n, inside, encode_plain);
 }
 
 /* Appends the ids (int32_t) of N bytes of text to IDS. User-defined tokens in the text are always
@@ -3163,22 +3429,41 @@ static int tokenizer_encode(const tokenizer *t, const char *text, size_t n, int 
     if (n > MAX_TEXT)                                   /* positions are 32 bits wide            */
         return fail(e, MEDRUN_TOO_LONG, "text: found %zu bytes, wanted at most %d; cut it", n,
                     MAX_TEXT);
-    encoder x = {.t = t, .ids = ids, .e = e};
+    encoder x = {.t = t, .continues = flags & TOKENIZE_CONTINUES, .ids = ids, .e = e};
     if (flags & MEDRUN_ADD_BOS && t->bos >= 0) put_id(&x, (uint32_t)t->bos);
-    int code = MEDRUN_OK;
-    if (n) code = encode_text(&x, (const uint8_t *)text, n, flags & MEDRUN_PARSE_SPECIAL);
+    int types = flags & MEDRUN_PARSE_SPECIAL ? 1 << PIECE_CONTROL : 0, code = MEDRUN_OK;
+    if (t->has_user_tokens && !(t->flags & TOKENIZER_USER_INSIDE)) types |= 1 << PIECE_USER;
+    if (n)
+        code = encode_text(&x, (const uint8_t *)text, n, types,
+                           t->kind == TOKENIZER_BYTE_LEVEL ? encode_plain : encode_spaced);
+    buffer_free(&x.run);
     free(x.symbols);
     free(x.heap);
     if (!code && ids->failed) code = out_of_memory(e, ids->n);
     return code;
 }
 
-/* Appends the bytes of N ids, which must be in range; control tokens give none unless SPECIAL. */
+/* The bytes that ID adds to a text; control tokens add none unless SPECIAL. Where *FIRST, nothing
+ * is before them, and the space that encoding puts there goes; SentencePiece knows U+2581 by it. */
+static const char *tokenizer_text(const tokenizer *t, int32_t id, bool special, bool *first,
+                                  size_t *n) {
+    const char *text = tokenizer_piece(t, id, n);
+    int type = tokenizer_type(t, id);
+    if (type == PIECE_CONTROL && !special) *n = 0;
+    bool kept = t->flags & TOKENIZER_SCORES && (type == PIECE_BYTE || type == PIECE_UNKNOWN);
+    bool strip = *first && *n && text[0] == ' ' && t->flags & TOKENIZER_STRIP && !kept;
+    if (*n) *first = false;
+    *n -= strip;
+    return text + strip;
+}
+
+/* Appends the bytes of N ids, which must be in range. */
 static void tokenizer_decode(const tokenizer *t, const int32_t *ids, size_t n, bool special,
                              buffer *bytes) {
+    bool first = true;
     for (size_t i = 0, len; i < n; i++) {
-        const char *piece = tokenizer_piece(t, ids[i], &len);
-        if (special || tokenizer_type(t, ids[i]) != PIECE_CONTROL) buffer_add(bytes, piece, len);
+        const char *text = tokenizer_text(t, ids[i], special, &first, &len);
+        buffer_add(bytes, text, len);
     }
 }
 /* ============================================================================================
@@ -3190,7 +3475,7 @@ static void tokenizer_decode(const tokenizer *t, const int32_t *ids, size_t n, b
  * forge a turn, and the ids are those that the reference gives for the whole rendered text. The
  * reference is transformers' apply_chat_template with the model's own Jinja template; what that
  * refuses is refused here, and a content that Jinja would print as Python prints it is refused too.
- * Uses sections 3 and 10. Tests: tests/11_chat.c, tools/reference/templates.py.
+ * Uses sections 3 and 10. Tests: tests/11_chat.c, and tools/reference/templates.py.
  * ============================================================================================ */
 
 /* ---- JSON as Python writes it -------------------------------------------------------------- */
@@ -3577,8 +3862,8 @@ typedef struct {
 enum { ROLE_SYSTEM, ROLE_USER, ROLE_ASSISTANT, ROLE_TOOL, ROLE_IPYTHON, N_ROLES,
        /* what else a turn can be: tool calls beside a content, calls without one, an assistant's
         * content that is no string, and its blocks */
-       TURN_CALLS = N_ROLES, TURN_SILENT, TURN_BLOCKS, TURN_THOUGHTS, TURN_BLOCK_CALLS, TURN_OUTPUTS,
-       TURN_RESPONSE, N_TURNS };
+       TURN_CALLS = N_ROLES, TURN_SILENT, TURN_BLOCKS, TURN_THOUGHTS, TURN_BLOCK_CALLS,
+       TURN_OUTPUTS, TURN_RESPONSE, N_TURNS };
 
 static const char *const role_names[N_ROLES] = {"system", "user", "assistant", "tool", "ipython"};
 
@@ -3799,10 +4084,10 @@ typedef struct {
     const tokenizer *t;
     const medrun_chat_options *o;
     bool as_text;               /* OUT gets text instead of ids                                */
-    bool continues;             /* the first run goes on what stands before it                 */
     unsigned state;             /* IN_ASSISTANT and so on                                      */
     json tools;
     buffer *out, run;           /* run: text since the last control token                      */
+    int flags;                  /* TOKENIZE_CONTINUES: the next run goes on from the last turn */
     medrun_error *e;
 } chat_writer;
 
@@ -3824,10 +4109,8 @@ static void trim(const char **text, size_t *n) {
 static int chat_flush(chat_writer *w) {
     if (w->run.failed || w->out->failed) return out_of_memory(w->e, w->run.n + w->out->n);
     const buffer *run = &w->run;
-    /* Where a tokenizer begins each text with a space of its own (SentencePiece), it must not while
-     * w->continues: the flag for that goes here. */
-    int code = tokenizer_encode(w->t, (const char *)run->data, run->n, 0, w->out, w->e);
-    w->run.n = 0, w->continues = false;
+    int code = tokenizer_encode(w->t, (const char *)run->data, run->n, w->flags, w->out, w->e);
+    w->run.n = 0, w->flags = 0;
     return code;
 }
 
@@ -3944,7 +4227,8 @@ static int chat_message_open(chat_message *out, const medrun_message *m, medrun_
         role = json_get(j, 0, "role");
         out->content = json_get(j, 0, "content"), out->calls = json_get(j, 0, "tool_calls");
         out->text = NULL, out->n = 0;
-        if (!json_is_type(j, role, JSON_STRING) || (out->content == JSON_NONE && out->calls == JSON_NONE))
+        if (!json_is_type(j, role, JSON_STRING) ||
+            (out->content == JSON_NONE && out->calls == JSON_NONE))
             return fail(e, MEDRUN_BAD_FILE, "messages: wanted {\"role\": \"...\", \"content\": "
                         "\"...\"}");
     }
@@ -4233,11 +4517,11 @@ static int chat_open(const chat_template *c, const tokenizer *t, const medrun_ch
 
 /* Appends the ids of one turn of a timeline; FIRST: of an empty one. Turn by turn gives what
  * chat_render gives for the whole, if every answer that the model generated was closed with
- * chat_close before the next turn, and tools' results stand nowhere. What cannot be so: `none` has
- * nothing between its turns, so a word that goes on in the next turn is two words here; a system
- * text that is not the first turn does not take back the default that `alpaca` has put first; and
- * after an answer `alpaca` gives the same text, but an answer's last token may have been another had
- * the empty line been there. */
+ * chat_close before the next turn. What cannot be so: results of tools, which go on an assistant's
+ * turn; `none` has nothing between its turns, so a word that goes on in the next turn is two words
+ * here; a system text that is not the first turn does not take back the default that `alpaca` has
+ * put first; and after an answer `alpaca` gives the same text, but an answer's last token may have
+ * been another had the empty line been there. */
 static int chat_turn(const chat_template *c, const tokenizer *t, const medrun_chat_options *o,
                      const char *role, const char *text, size_t n, bool first, bool answer,
                      buffer *ids, medrun_error *e) {
@@ -4246,7 +4530,8 @@ static int chat_turn(const chat_template *c, const tokenizer *t, const medrun_ch
     chat_message m;
     int code = chat_message_open(&m, &message, e);
     bool system = !code && first && m.role == ROLE_SYSTEM;
-    chat_writer w = {.c = c, .t = t, .o = o, .out = ids, .e = e, .continues = !first};
+    chat_writer w = {.c = c, .t = t, .o = o, .out = ids, .e = e,
+                     .flags = first ? 0 : TOKENIZE_CONTINUES};
     if (!code && first) code = chat_begin(&w, system ? &m : NULL);
     if (!code && !system) code = chat_say(&w, &m);
     if (!code && answer) code = chat_parts(&w, c->answer, NULL, NULL, 0);
@@ -4259,7 +4544,7 @@ static int chat_turn(const chat_template *c, const tokenizer *t, const medrun_ch
  * timeline first, unless chat_keeps. (Where llama3 stopped by <|eot_id|>, that comes to the same as
  * leaving it.) */
 static int chat_close(const chat_template *c, const tokenizer *t, buffer *ids, medrun_error *e) {
-    chat_writer w = {.c = c, .t = t, .out = ids, .e = e, .continues = true};
+    chat_writer w = {.c = c, .t = t, .out = ids, .flags = TOKENIZE_CONTINUES, .e = e};
     size_t n_before = ids->n;
     return chat_end(&w, chat_parts(&w, c->close, NULL, NULL, 0), n_before);
 }
@@ -4281,20 +4566,42 @@ static bool chat_keeps(const chat_template *c, const tokenizer *t, int32_t id) {
  * Tests: tests/12_model.c.
  * ============================================================================================ */
 
+/* Feed-forward: silu(gate) * up (SwiGLU), or without a gate relu(up)^2 or xIELU(up). */
+enum { ACTIVATION_SILU, ACTIVATION_RELU2, ACTIVATION_XIELU, N_ACTIVATIONS };
+static const char *const activation_names[N_ACTIVATIONS] = {"silu", "relu2", "xielu"};
+
+/* How rotary frequencies are stretched for long contexts; rope_frequencies says what each does. */
+enum { ROPE_NONE, ROPE_LLAMA3, ROPE_YARN, ROPE_DIVISORS, N_ROPES };
+static const char *const rope_names[N_ROPES] = {"none", "llama3", "yarn", "divisors"};
+
+/* Only a name for people: what a model computes is in its config. */
+enum { N_ARCHITECTURES = 4, MAX_HEAD_DIM = 1024 };
+static const char *const architecture_names[N_ARCHITECTURES] = {"llama", "mistral", "arcee",
+                                                               "apertus"};
+
 typedef struct {
     int vocab_size, hidden_size, n_layers, n_heads, n_kv_heads, head_dim, ffn_size;
     int max_positions;
+    int sliding_window;             /* keys a query sees, its own among them; 0: all            */
+    int activation;
+    bool qk_norm;                   /* RMSNorm of each head of q and k, before the rotation     */
+    bool tied;                      /* the output matrix is the embedding                       */
     float norm_eps;
     double rope_theta;
-    bool rope_llama3;               /* Llama 3.1's frequency scaling, with these numbers:       */
-    double rope_factor, rope_low, rope_high, rope_original;
-    bool tied;                      /* the output matrix is the embedding                       */
+    int rope_type;
+    double rope_factor, rope_original;          /* llama3, yarn                                 */
+    double rope_low, rope_high;                 /* llama3                                       */
+    double rope_beta_fast, rope_beta_slow, rope_attention;      /* yarn                         */
+    bool rope_truncate;                         /* yarn                                         */
+    float rope_divisors[MAX_HEAD_DIM / 2];      /* divisors: (head_dim / 2)                     */
 } model_config;
 
 typedef struct {
     const float *attn_norm, *ffn_norm;          /* (hidden_size)                                */
+    const float *q_norm, *k_norm;               /* (head_dim), only with qk_norm                */
     tensor q, k, v, o;                          /* outputs x inputs                             */
-    tensor gate, up, down;
+    tensor gate, up, down;                      /* gate only with silu                          */
+    xielu_numbers xielu;                        /* only with xielu                              */
 } model_layer;
 
 struct medrun_model {
@@ -4306,6 +4613,7 @@ struct medrun_model {
     const float *final_norm;
     model_layer *layers;
     float *rope_frequencies;                    /* (head_dim / 2) radians a position            */
+    float rope_scale;                           /* of cosine and sine: YaRN's attention factor  */
     tokenizer tokenizer;
     const chat_template *chat;                  /* NULL: unknown                                */
     char name[128], architecture[32], template_name[32], licence[128], notice[256];
@@ -4355,25 +4663,49 @@ static void sin_cos(double x, double *sine, double *cosine) {
     }
 }
 
-/* Rotary frequencies (Su et al. 2021), with Llama 3.1's scaling: long waves are slowed by FACTOR,
- * short ones kept, those between blended. Rounded to float at the same places as transformers'
- * modeling_rope_utils.py. */
+#define TWO_PI (2 * 3.14159265358979324)
+
+/* Llama 3.1's scaling of frequency F: long waves are slowed by the factor, short ones kept, those
+ * between blended. */
+static float llama3_frequency(const model_config *c, float f) {
+    float factor = (float)c->rope_factor, low = (float)c->rope_low, high = (float)c->rope_high;
+    float wave = (float)TWO_PI / f;
+    if ((double)wave < c->rope_original / c->rope_high) return f;
+    if ((double)wave > c->rope_original / c->rope_low) return f / factor;
+    float smooth = ((float)c->rope_original / wave - low) / (high - low);
+    return (1 - smooth) * f / factor + smooth * f;
+}
+
+/* YaRN (Peng et al. 2023): frequency I of those that turn often enough within the original context
+ * is kept, of those that turn too rarely divided by the factor, with a ramp between. POWER is
+ * theta^(2 i / head_dim). */
+static float yarn_frequency(const model_config *c, int i, float power, double ln_theta) {
+    double bound[2] = {c->rope_beta_fast, c->rope_beta_slow};
+    for (int k = 0; k < 2; k++) {           /* the dimension that turns BOUND times              */
+        bound[k] = c->head_dim * ln_exact(c->rope_original / (bound[k] * TWO_PI)) / (2 * ln_theta);
+        if (c->rope_truncate) bound[k] = k ? ceil(bound[k]) : floor(bound[k]);
+    }
+    double low = bound[0] > 0 ? bound[0] : 0;
+    double high = bound[1] < c->head_dim - 1 ? bound[1] : c->head_dim - 1;
+    if (!(low < high) && !(low > high)) high += 0.001;
+    float ramp = ((float)i - (float)low) / (float)(high - low);
+    float keep = 1 - (ramp < 0 ? 0 : ramp > 1 ? 1 : ramp);
+    return 1 / ((float)c->rope_factor * power) * (1 - keep) + 1 / power * keep;
+}
+
+/* Rotary frequencies (Su et al. 2021) with the model's scaling, rounded to float at the same places
+ * as transformers' modeling_rope_utils.py. */
 static void rope_frequencies(const model_config *c, float *out) {
     double ln_theta = ln_exact(c->rope_theta);
-    float factor = (float)c->rope_factor, low = (float)c->rope_low, high = (float)c->rope_high;
     for (int i = 0; i < c->head_dim / 2; i++) {
         float exponent = (float)(2 * i) / (float)c->head_dim;
-        float f = 1.0f / (float)exp_exact((double)exponent * ln_theta);
-        out[i] = f;
-        if (!c->rope_llama3) continue;
-        float wave = (float)(2 * 3.14159265358979324) / f;
-        if ((double)wave < c->rope_original / c->rope_high) continue;
-        if ((double)wave > c->rope_original / c->rope_low) {
-            out[i] = f / factor;
-            continue;
+        float power = (float)exp_exact((double)exponent * ln_theta), f = 1.0f / power;
+        switch (c->rope_type) {
+            case ROPE_LLAMA3: out[i] = llama3_frequency(c, f); break;
+            case ROPE_YARN: out[i] = yarn_frequency(c, i, power, ln_theta); break;
+            case ROPE_DIVISORS: out[i] = f / c->rope_divisors[i]; break;
+            default: out[i] = f;
         }
-        float smooth = ((float)c->rope_original / wave - low) / (high - low);
-        out[i] = (1 - smooth) * f / factor + smooth * f;
     }
 }
 
@@ -4385,42 +4717,86 @@ static int wrong_value(const model_file *f, const char *field, const char *found
                 wanted);
 }
 
+/* The number of NAME in NAMES[0 .. n), or -1. */
+static int name_index(const char *const *names, int n, const char *name) {
+    for (int i = 0; i < n; i++) if (!strcmp(names[i], name)) return i;
+    return -1;
+}
+
+/* A field that is true, false or, when OPTIONAL, missing, which is false. */
+static bool read_flag(const model_file *f, uint32_t v, const char *key, bool optional, bool *out,
+                      medrun_error *e) {
+    uint32_t flag = json_get(&f->header, v, key);
+    *out = flag != JSON_NONE && json_typeof(&f->header, flag) == JSON_TRUE;
+    if (*out || (flag == JSON_NONE && optional)) return true;
+    if (flag != JSON_NONE && json_typeof(&f->header, flag) == JSON_FALSE) return true;
+    return fail(e, MEDRUN_BAD_FILE, "%s: field %s: wanted true or false", f->path, key), false;
+}
+
+static int read_divisors(const model_file *f, uint32_t s, model_config *c, medrun_error *e) {
+    const json *j = &f->header;
+    uint32_t list = json_get(j, s, "divisors"), n = (uint32_t)c->head_dim / 2;
+    if (list == JSON_NONE || json_typeof(j, list) != JSON_ARRAY || j->nodes[list].count != n)
+        return fail(e, MEDRUN_BAD_FILE, "%s: field rope_scaling.divisors: wanted %u numbers",
+                    f->path, n);
+    for (uint32_t i = 0, v = list + 1; i < n; i++, v = j->nodes[v].next) {
+        double d = json_typeof(j, v) == JSON_NUMBER ? json_number(j, v) : 0;
+        if (!(d >= 1e-6 && d <= 1e6))
+            return fail(e, MEDRUN_BAD_FILE, "%s: field rope_scaling.divisors: wanted numbers from "
+                        "1e-6 to 1e6", f->path);
+        c->rope_divisors[i] = (float)d;
+    }
+    return MEDRUN_OK;
+}
+
 static int read_rope(const model_file *f, uint32_t v, model_config *c, medrun_error *e) {
     const json *j = &f->header;
     char type[16];
     uint32_t s = json_get(j, v, "rope_scaling");
-    if (!json_real(j, v, f->path, "rope_theta", 1, 1e12, &c->rope_theta, e) ||
+    const struct { int type; const char *key; double min, max; double *to; } fields[] = {
+        {ROPE_LLAMA3, "factor", 1, 1e6, &c->rope_factor},
+        {ROPE_LLAMA3, "low_freq_factor", 1e-3, 1e6, &c->rope_low},
+        {ROPE_LLAMA3, "high_freq_factor", 1e-3, 1e6, &c->rope_high},
+        {ROPE_LLAMA3, "original_max_positions", 1, 1e9, &c->rope_original},
+        {ROPE_YARN, "factor", 1, 1e6, &c->rope_factor},
+        {ROPE_YARN, "original_max_positions", 1, 1e9, &c->rope_original},
+        {ROPE_YARN, "beta_fast", 1e-3, 1e6, &c->rope_beta_fast},
+        {ROPE_YARN, "beta_slow", 1e-3, 1e6, &c->rope_beta_slow},
+        {ROPE_YARN, "attention_factor", 1e-3, 1e3, &c->rope_attention},
+    };
+    if (!json_real(j, v, f->path, "rope_theta", 1.001, 1e12, &c->rope_theta, e) ||
         !json_text(j, s, f->path, "type", type, sizeof type, e)) return MEDRUN_BAD_FILE;
-    if (!strcmp(type, "none")) return MEDRUN_OK;
-    if (strcmp(type, "llama3"))
-        return wrong_value(f, "rope_scaling.type", type, "none or llama3", e);
-    c->rope_llama3 = true;
-    if (!json_real(j, s, f->path, "factor", 1, 1e6, &c->rope_factor, e) ||
-        !json_real(j, s, f->path, "low_freq_factor", 1e-3, 1e6, &c->rope_low, e) ||
-        !json_real(j, s, f->path, "high_freq_factor", 1e-3, 1e6, &c->rope_high, e) ||
-        !json_real(j, s, f->path, "original_max_positions", 1, 1e9, &c->rope_original, e))
-        return MEDRUN_BAD_FILE;
-    if (c->rope_high <= c->rope_low)
+    if ((c->rope_type = name_index(rope_names, N_ROPES, type)) < 0)
+        return wrong_value(f, "rope_scaling.type", type, "none, llama3, yarn or divisors", e);
+    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++)
+        if (fields[i].type == c->rope_type &&
+            !json_real(j, s, f->path, fields[i].key, fields[i].min, fields[i].max, fields[i].to, e))
+            return MEDRUN_BAD_FILE;
+    if (c->rope_type == ROPE_LLAMA3 && c->rope_high <= c->rope_low)
         return fail(e, MEDRUN_BAD_FILE, "%s: field rope_scaling: found high_freq_factor %g, wanted "
                     "more than low_freq_factor %g", f->path, c->rope_high, c->rope_low);
-    return MEDRUN_OK;
+    if (c->rope_type == ROPE_YARN && !read_flag(f, s, "truncate", false, &c->rope_truncate, e))
+        return MEDRUN_BAD_FILE;
+    return c->rope_type == ROPE_DIVISORS ? read_divisors(f, s, c, e) : MEDRUN_OK;
 }
 
 static int read_config(const model_file *f, model_config *c, medrun_error *e) {
     const json *j = &f->header;
-    uint32_t v = json_get(j, 0, "config"), tied = json_get(j, v, "tied");
+    uint32_t v = json_get(j, 0, "config");
     const struct { const char *key; int64_t min, max; int *to; } fields[] = {
         {"vocab_size", 257, 1 << 22, &c->vocab_size},
         {"hidden_size", 16, 1 << 16, &c->hidden_size},
         {"n_layers", 1, 1024, &c->n_layers},
         {"n_heads", 1, 1024, &c->n_heads},
         {"n_kv_heads", 1, 1024, &c->n_kv_heads},
-        {"head_dim", 16, 1024, &c->head_dim},
+        {"head_dim", 16, MAX_HEAD_DIM, &c->head_dim},
         {"ffn_size", 16, 1 << 20, &c->ffn_size},
         {"max_positions", 1, 1 << 24, &c->max_positions},
+        {"sliding_window", 0, 1 << 24, &c->sliding_window},         /* may be missing: 0        */
     };
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
         int64_t n;
+        if (!fields[i].min && json_get(j, v, fields[i].key) == JSON_NONE) continue;
         if (!json_int(j, v, f->path, fields[i].key, fields[i].min, fields[i].max, &n, e))
             return MEDRUN_BAD_FILE;
         *fields[i].to = (int)n;
@@ -4438,11 +4814,10 @@ static int read_config(const model_file *f, model_config *c, medrun_error *e) {
         !json_text(j, v, f->path, "activation", activation, sizeof activation, e))
         return MEDRUN_BAD_FILE;
     c->norm_eps = (float)eps;
-    if (strcmp(activation, "silu")) return wrong_value(f, "activation", activation, "silu", e);
-    if (tied == JSON_NONE ||
-        (json_typeof(j, tied) != JSON_TRUE && json_typeof(j, tied) != JSON_FALSE))
-        return fail(e, MEDRUN_BAD_FILE, "%s: field tied: wanted true or false", f->path);
-    c->tied = json_typeof(j, tied) == JSON_TRUE;
+    if ((c->activation = name_index(activation_names, N_ACTIVATIONS, activation)) < 0)
+        return wrong_value(f, "activation", activation, "silu, relu2 or xielu", e);
+    if (!read_flag(f, v, "tied", false, &c->tied, e) ||
+        !read_flag(f, v, "qk_norm", true, &c->qk_norm, e)) return MEDRUN_BAD_FILE;
     return read_rope(f, v, c, e);
 }
 
@@ -4478,12 +4853,33 @@ static int bind(medrun_model *m, uint32_t *entry, uint32_t *left, const char *na
     return MEDRUN_OK;
 }
 
+/* ln(1 + e^x), which for large x is x. */
+static double softplus(double x) { return x > 20 ? x : ln_exact(1 + exp_exact(x)); }
+
+/* The layer's tensor "xielu" holds alpha_p, alpha_n, beta and eps as the model was trained with
+ * them: both alphas in front of softplus. */
+static int read_xielu(const char *path, int layer, const float *stored, xielu_numbers *out,
+                      medrun_error *e) {
+    for (int i = 0; i < 4; i++)
+        if (!(fabsf(stored[i]) <= 500))
+            return fail(e, MEDRUN_BAD_FILE, "%s: tensor layers.%d.xielu: found %g, wanted numbers "
+                        "from -500 to 500", path, layer, (double)stored[i]);
+    if (stored[3] > 0)
+        return fail(e, MEDRUN_BAD_FILE, "%s: tensor layers.%d.xielu: found eps %g, wanted at most "
+                    "0", path, layer, (double)stored[3]);
+    *out = (xielu_numbers){(float)softplus((double)stored[0]), 0, stored[2], stored[3]};
+    out->negative = stored[2] + (float)softplus((double)stored[1]);
+    return MEDRUN_OK;
+}
+
 static int bind_all(medrun_model *m, medrun_error *e) {
     const model_config *c = &m->config;
     const json *j = &m->file.header;
     uint32_t entry = m->file.tensors + 1, left = j->nodes[m->file.tensors].count;
     int hidden = c->hidden_size, heads = c->n_heads * c->head_dim, kv = c->n_kv_heads * c->head_dim;
     tensor vector = {0};
+    const float *xielu_stored = NULL;
+    bool gated = c->activation == ACTIVATION_SILU, xielu = c->activation == ACTIVATION_XIELU;
     int code = bind(m, &entry, &left, "embed", m->type, c->vocab_size, hidden, &m->embed, e);
     if (code) return code;
     for (int l = 0; l < c->n_layers; l++) {
@@ -4493,25 +4889,31 @@ static int bind_all(medrun_model *m, medrun_error *e) {
             int rows, cols;
             tensor *to;
             const float **vector;
+            bool missing;
         } all[] = {
-            {"attn_norm", 1, hidden, &vector, &y->attn_norm},
-            {"q", heads, hidden, &y->q, NULL},
-            {"k", kv, hidden, &y->k, NULL},
-            {"v", kv, hidden, &y->v, NULL},
-            {"o", hidden, heads, &y->o, NULL},
-            {"ffn_norm", 1, hidden, &vector, &y->ffn_norm},
-            {"gate", c->ffn_size, hidden, &y->gate, NULL},
-            {"up", c->ffn_size, hidden, &y->up, NULL},
-            {"down", hidden, c->ffn_size, &y->down, NULL},
+            {"attn_norm", 1, hidden, &vector, &y->attn_norm, false},
+            {"q", heads, hidden, &y->q, NULL, false},
+            {"k", kv, hidden, &y->k, NULL, false},
+            {"v", kv, hidden, &y->v, NULL, false},
+            {"q_norm", 1, c->head_dim, &vector, &y->q_norm, !c->qk_norm},
+            {"k_norm", 1, c->head_dim, &vector, &y->k_norm, !c->qk_norm},
+            {"o", hidden, heads, &y->o, NULL, false},
+            {"ffn_norm", 1, hidden, &vector, &y->ffn_norm, false},
+            {"gate", c->ffn_size, hidden, &y->gate, NULL, !gated},
+            {"up", c->ffn_size, hidden, &y->up, NULL, false},
+            {"xielu", 1, 4, &vector, &xielu_stored, !xielu},
+            {"down", hidden, c->ffn_size, &y->down, NULL, false},
         };
         for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
             char name[64];
+            if (all[i].missing) continue;
             snprintf(name, sizeof name, "layers.%d.%s", l, all[i].name);
             int type = all[i].vector ? TYPE_F32 : m->type;
             code = bind(m, &entry, &left, name, type, all[i].rows, all[i].cols, all[i].to, e);
             if (code) return code;
             if (all[i].vector) *all[i].vector = (const void *)vector.data;
         }
+        if (xielu && (code = read_xielu(m->file.path, l, xielu_stored, &y->xielu, e))) return code;
     }
     if ((code = bind(m, &entry, &left, "final_norm", TYPE_F32, 1, hidden, &vector, e))) return code;
     m->final_norm = (const void *)vector.data;
@@ -4611,8 +5013,9 @@ static int read_names(medrun_model *m, medrun_error *e) {
         !json_text(&f->header, from, f->path, "licence", m->licence, sizeof m->licence, e) ||
         !json_text(&f->header, from, f->path, "notice", m->notice, sizeof m->notice, e))
         return MEDRUN_BAD_FILE;
-    if (strcmp(m->architecture, "llama"))
-        return wrong_value(f, "architecture", m->architecture, "llama", e);
+    if (name_index(architecture_names, N_ARCHITECTURES, m->architecture) < 0)
+        return wrong_value(f, "architecture", m->architecture, "llama, mistral, arcee or apertus",
+                           e);
     m->type = type_find(type);
     if (m->type != TYPE_BF16 && m->type != TYPE_INT8)
         return wrong_value(f, "type", type, "bf16 or int8", e);
@@ -4628,6 +5031,7 @@ static int load_model(medrun_model *m, const medrun_options *options, medrun_err
     m->pool = new_array(1, sizeof *m->pool);
     if (!m->layers || !m->rope_frequencies || !m->pool) return out_of_memory(e, sizeof *m->layers);
     rope_frequencies(&m->config, m->rope_frequencies);
+    m->rope_scale = m->config.rope_type == ROPE_YARN ? (float)m->config.rope_attention : 1;
     if ((code = bind_all(m, e)) || (code = read_tokenizer(m, e)) || (code = read_chat(m, e)))
         return code;
     if ((code = choose_kernels(&m->kernels, options ? options->kernels : NULL, e))) return code;
@@ -4679,13 +5083,40 @@ void medrun_describe(const medrun_model *m, medrun_info *info) {
     memcpy(info->stops, m->stops, sizeof info->stops);
     memcpy(info->hash, m->file.hash, 32);
 }
+
+/* What `show` and the exporter print of a config; labels are padded to WIDTH. */
+static void print_config(FILE *f, const model_config *c, const char *architecture,
+                         const char *type, uint64_t parameters, int width) {
+    bool small = parameters < 1000000000;
+    fprintf(f, "%-*s%s, %.2f %s parameters, %s\n", width, "architecture", architecture,
+            (double)parameters / (small ? 1e6 : 1e9), small ? "million" : "billion", type);
+    fprintf(f, "%-*s%d layers, hidden %d, %d heads of %d (%d key-value)%s, ffn %d %s%s, vocabulary "
+            "%d%s\n", width, "config", c->n_layers, c->hidden_size, c->n_heads, c->head_dim,
+            c->n_kv_heads, c->qk_norm ? " with norms" : "", c->ffn_size,
+            activation_names[c->activation], c->activation == ACTIVATION_SILU ? " gated" : "",
+            c->vocab_size, c->tied ? ", tied" : "");
+    fprintf(f, "%-*s%d tokens", width, "context", c->max_positions);
+    if (c->sliding_window) fprintf(f, ", each sees the last %d", c->sliding_window);
+    fprintf(f, ", rope theta %g", c->rope_theta);
+    if (c->rope_type == ROPE_LLAMA3)
+        fprintf(f, ", llama3 scaling %g (%g to %g) from %g", c->rope_factor, c->rope_low,
+                c->rope_high, c->rope_original);
+    if (c->rope_type == ROPE_YARN)
+        fprintf(f, ", yarn scaling %g from %g, attention factor %.7g", c->rope_factor,
+                c->rope_original, c->rope_attention);
+    if (c->rope_type == ROPE_DIVISORS) fprintf(f, ", scaling by a table of divisors");
+    fputc('\n', f);
+}
 /* ============================================================================================
  * 13 Transformer: what happens to a batch of tokens
  *
- * The Llama architecture: RMSNorm, rotary positions, attention with grouped key-value heads
- * (Ainslie et al. 2023), a SwiGLU feed-forward (Shazeer 2020), residual sums around both. A pass
- * takes rows of any sessions; each row is one token at its own position. `forward` is the story;
- * what stands above it are its sentences. Tests: tests/13_transformer.c.
+ * RMSNorm, rotary positions, attention with grouped key-value heads (Ainslie et al. 2023), a
+ * feed-forward network (Shazeer 2020), residual sums around both: Llama, and what its relatives do
+ * differently, which is data in the config and the layers. Mistral: a sliding window
+ * (attend_queries). Arcee: no gate, relu^2 (widen_rows), YaRN. Apertus: no gate, xIELU, a norm for
+ * each head of q and k (place_head). A pass takes rows of any sessions; each row is one token at
+ * its own position. `forward` is the story; what stands above it are its sentences. Tests:
+ * tests/13_transformer.c.
  * ============================================================================================ */
 
 struct medrun_session {
@@ -4700,6 +5131,7 @@ struct medrun_session {
     size_t n_logits;                            /* rows the last pass gave; 0 while pending     */
     uint64_t random;
     bool answer_open;                           /* the last turn is an answer nobody closed     */
+    bool starting;                              /* medrun_next has not given text since a feed  */
     struct candidate *candidates;               /* (vocab_size) for the sampler                 */
     char *text;                                 /* bytes that are not yet whole characters, and */
     size_t n_text;                              /* those of the next piece behind them          */
@@ -4729,7 +5161,7 @@ typedef struct pass {
     float *h;                                   /* (n, hidden) normed, then a block's output    */
     float *q, *k, *v;                           /* (n, heads), (n, kv), (n, kv)                 */
     float *attn;                                /* (n, heads)                                   */
-    float *gate, *up;                           /* (n, ffn)                                     */
+    float *ffn_act, *up;                        /* (n, ffn); up only beside a gate              */
     float *rotation;                            /* (n, head_dim / 2, 2) cosine, sine            */
     float *scores;                              /* (threads, TILE * KEY_BLOCK)                  */
     float *logits;                              /* (TILE, vocab)                                */
@@ -4787,8 +5219,8 @@ static void embed_task(void *context, size_t begin, size_t end, int thread) {
         for (size_t i = 0; i < half; i++) {             /* this position's rotation, once a pass */
             double sine, cosine;
             sin_cos((double)((float)p->position[r] * p->m->rope_frequencies[i]), &sine, &cosine);
-            p->rotation[(r * half + i) * 2] = (float)cosine;
-            p->rotation[(r * half + i) * 2 + 1] = (float)sine;
+            p->rotation[(r * half + i) * 2] = (float)cosine * p->m->rope_scale;
+            p->rotation[(r * half + i) * 2 + 1] = (float)sine * p->m->rope_scale;
         }
     }
 }
@@ -4838,16 +5270,24 @@ static void store_row(const pass *p, size_t r, size_t head) {
     p->g.k->to_half((uint16_t *)(void *)values + at * dim, v, dim);
 }
 
-static void rotate_task(void *context, size_t begin, size_t end, int thread) {
+/* One head of q or k: its norm, where the model has one (WEIGHT), then the rotation. */
+static void place_head(const pass *p, float *x, const float *weight, const float *rotation) {
+    size_t dim = (size_t)p->m->config.head_dim;
+    if (weight) p->g.k->norm(x, x, weight, dim, p->m->config.norm_eps);
+    rotate(x, rotation, dim / 2);
+}
+
+static void place_task(void *context, size_t begin, size_t end, int thread) {
     (void)thread;
     pass *p = context;
+    const model_layer *y = &p->m->layers[p->layer];
     size_t dim = (size_t)p->m->config.head_dim;
     for (size_t r = begin * TILE; r < tile_end(p, end); r++) {
         const float *rotation = p->rotation + r * dim;
         for (size_t d = 0; d < p->heads; d += dim)
-            rotate(p->q + r * p->heads + d, rotation, dim / 2);
+            place_head(p, p->q + r * p->heads + d, y->q_norm, rotation);
         for (size_t d = 0; d < p->kv; d += dim) {
-            rotate(p->k + r * p->kv + d, rotation, dim / 2);
+            place_head(p, p->k + r * p->kv + d, y->k_norm, rotation);
             store_row(p, r, d / dim);
         }
     }
@@ -4858,6 +5298,7 @@ static void attend_queries(const pass *p, const segment *s, size_t head, size_t 
                            float *scratch) {
     const model_config *c = &p->m->config;
     size_t dim = (size_t)c->head_dim, group = (size_t)(c->n_heads / c->n_kv_heads);
+    size_t window = c->sliding_window ? (size_t)c->sliding_window : SIZE_MAX;
     attention a = {.half = s->session->options.kv == MEDRUN_KV_F16, .head_dim = dim,
                    .scale = 1.0f / sqrtf((float)dim), .scratch = scratch,
                    .keys = session_keys(s->session, p->layer, head),
@@ -4870,6 +5311,7 @@ static void attend_queries(const pass *p, const segment *s, size_t head, size_t 
             a.q[i] = p->q + at;
             a.out[i] = p->attn + at;
             a.limit[i] = s->position + row + 1;
+            a.start[i] = a.limit[i] > window ? a.limit[i] - window : 0;
         }
         p->g.k->attend(&a);
     }
@@ -4904,11 +5346,25 @@ static void attend_rows(pass *p) {
     parallel_for(p->g.pool, items, 1, attend_task, p);
 }
 
-static void silu_task(void *context, size_t begin, size_t end, int thread) {
+static void activate_task(void *context, size_t begin, size_t end, int thread) {
     (void)thread;
     pass *p = context;
-    for (size_t r = begin * TILE; r < tile_end(p, end); r++)
-        p->g.k->silu_mul(p->gate + r * p->ffn, p->up + r * p->ffn, p->ffn);
+    const kernel_set *k = p->g.k;
+    int activation = p->m->config.activation;
+    for (size_t r = begin * TILE; r < tile_end(p, end); r++) {
+        float *x = p->ffn_act + r * p->ffn;
+        if (activation == ACTIVATION_SILU) k->silu_mul(x, p->up + r * p->ffn, p->ffn);
+        else if (activation == ACTIVATION_RELU2) k->relu2(x, p->ffn);
+        else k->xielu(x, p->ffn, &p->m->layers[p->layer].xielu);
+    }
+}
+
+/* ffn_act = silu(gate(h)) * up(h), or without a gate the activation of up(h) */
+static void widen_rows(pass *p, const model_layer *y) {
+    bool gated = p->m->config.activation == ACTIVATION_SILU;
+    matmul(&p->g, (product[]){{gated ? &y->gate : &y->up, p->ffn_act, p->ffn},
+                              {&y->up, p->up, p->ffn}}, gated ? 2 : 1, &p->a);
+    each_tile(p, activate_task);
 }
 
 static void residual_task(void *context, size_t begin, size_t end, int thread) {
@@ -4931,7 +5387,7 @@ static void forward(pass *p) {
         norm_rows(p, y->attn_norm, "attn_norm");
         matmul(&p->g, (product[]){{&y->q, p->q, p->heads}, {&y->k, p->k, p->kv},
                                   {&y->v, p->v, p->kv}}, 3, &p->a);
-        each_tile(p, rotate_task);
+        each_tile(p, place_task);
         observe(p, "q", p->q, p->heads, p->heads);
         observe(p, "k", p->k, p->kv, p->kv);
         observe(p, "v", p->v, p->kv, p->kv);
@@ -4943,10 +5399,9 @@ static void forward(pass *p) {
         observe(p, "attn_resid", p->x, p->hidden, p->hidden);
 
         norm_rows(p, y->ffn_norm, "ffn_norm");
-        matmul(&p->g, (product[]){{&y->gate, p->gate, p->ffn}, {&y->up, p->up, p->ffn}}, 2, &p->a);
-        each_tile(p, silu_task);
-        observe(p, "ffn_act", p->gate, p->ffn, p->ffn);
-        pack_activations(&p->g, &p->a, m->type, p->gate, p->ffn, p->ffn, p->n);
+        widen_rows(p, y);
+        observe(p, "ffn_act", p->ffn_act, p->ffn, p->ffn);
+        pack_activations(&p->g, &p->a, m->type, p->ffn_act, p->ffn, p->ffn, p->n);
         matmul(&p->g, &(product){&y->down, p->h, p->hidden}, 1, &p->a);
         each_tile(p, residual_task);
         observe(p, "layer_out", p->x, p->hidden, p->hidden);
@@ -5128,8 +5583,8 @@ static void layout_pass(const medrun_session *s, pass *p, arena *a) {
     p->k = arena_take(a, n * p->kv, sizeof(float));
     p->v = arena_take(a, n * p->kv, sizeof(float));
     p->attn = arena_take(a, n * p->heads, sizeof(float));
-    p->gate = arena_take(a, n * p->ffn, sizeof(float));
-    p->up = arena_take(a, n * p->ffn, sizeof(float));
+    p->ffn_act = arena_take(a, n * p->ffn, sizeof(float));
+    if (c->activation == ACTIVATION_SILU) p->up = arena_take(a, n * p->ffn, sizeof(float));
     p->rotation = arena_take(a, n * dim, sizeof(float));
     p->scores = arena_take(a, (size_t)s->model->pool->threads * TILE * KEY_BLOCK, sizeof(float));
     p->logits = arena_take(a, TILE * p->vocab, sizeof(float));
@@ -5235,7 +5690,7 @@ int medrun_feed(medrun_session *s, const int32_t *ids, size_t n, medrun_error *e
             return fail(e, MEDRUN_USAGE, "token id %d: wanted 0 to %d", ids[i],
                         s->model->config.vocab_size - 1);
     if (n) memcpy(s->tokens + s->n_tokens, ids, n * sizeof *ids);
-    s->n_tokens += n;
+    s->n_tokens += n, s->starting = true;
     return MEDRUN_OK;
 }
 
@@ -5257,7 +5712,7 @@ static int check_template(const chat_template *c, medrun_error *e) {
 int medrun_rewind(medrun_session *s, size_t n, medrun_error *e) {
     if (n > s->n_tokens)
         return fail(e, MEDRUN_USAGE, "rewind to %zu of %zu tokens", n, s->n_tokens);
-    s->n_tokens = n, s->n_logits = 0, s->n_text = 0, s->answer_open = false;
+    s->n_tokens = n, s->n_logits = 0, s->n_text = 0, s->answer_open = false, s->starting = true;
     if (s->n_done >= n) s->n_done = n ? n - 1 : 0;      /* the last one again, for its logits    */
     return MEDRUN_OK;
 }
@@ -5355,10 +5810,11 @@ int medrun_next(medrun_session *s, int32_t *id, const char **text, size_t *n_byt
     s->n_text = unfinished, *text = s->text, *n_bytes = 0;
     int code = MEDRUN_OK;
     while (!code && medrun_pending(s)) code = medrun_step(&s, 1, e);
+    bool stop, first = s->starting;
     if (code || (code = medrun_sample(s, id, e)) || (code = medrun_feed(s, id, 1, e))) return code;
-    const char *piece = tokenizer_piece(&m->tokenizer, *id, &n);
-    bool stop = is_stop(m, *id);
-    if (stop || tokenizer_type(&m->tokenizer, *id) == PIECE_CONTROL) n = 0;
+    const char *piece = tokenizer_text(&m->tokenizer, *id, false, &first, &n);
+    if ((stop = is_stop(m, *id))) n = 0;
+    s->starting = first;
     memcpy(s->text + s->n_text, piece, n);
     s->n_text += n;
     *n_bytes = s->n_text - (stop ? 0 : utf8_unfinished((const uint8_t *)s->text, s->n_text));
@@ -5569,7 +6025,8 @@ typedef struct {
 enum { O_MODEL, O_PROMPT, O_FILE, O_SYSTEM, O_PREDICT, O_CTX, O_THREADS, O_BATCH, O_SEED, O_TEMP,
        O_TOP_K, O_TOP_P, O_MIN_P, O_REPEAT, O_TEMPLATE, O_STOP, O_KV, O_OVERFLOW, O_RAW, O_MLOCK,
        O_STRICT, O_RECORD, O_STATS, O_VERBOSE, O_QUIET, O_BOS, O_SPECIAL, O_PIECES, O_MESSAGES,
-       O_RENDER_IDS, O_NO_OPENING, O_DATE, O_THINK, O_TOOLS, O_CHAT_BOS, O_IDS, O_ALL, O_OUT, O_HELP, O_VERSION, N_OPTIONS };
+       O_RENDER_IDS, O_NO_OPENING, O_DATE, O_THINK, O_TOOLS, O_CHAT_BOS, O_IDS, O_ALL, O_OUT, O_HELP,
+       O_VERSION, N_OPTIONS };
 
 static const option_row option_rows[N_OPTIONS] = {
     [O_MODEL] = {"model", "m", "FILE", TEXT, ON_MODEL | ON_FILE, 0, 0, NULL,
@@ -6461,22 +6918,6 @@ static void show_text(FILE *f, const char *label, const char *text) {
     fputc('\n', f);
 }
 
-static void show_config(FILE *f, const medrun_model *m) {
-    const model_config *c = &m->config;
-    bool small = m->parameters < 1000000000;
-    fprintf(f, "%-13s%s, %.2f %s parameters, %s\n", "architecture", m->architecture,
-            (double)m->parameters / (small ? 1e6 : 1e9), small ? "million" : "billion",
-            type_names[m->type]);
-    fprintf(f, "%-13s%d layers, hidden %d, %d heads of %d (%d key-value), ffn %d, vocabulary "
-            "%d%s\n", "config", c->n_layers, c->hidden_size, c->n_heads, c->head_dim, c->n_kv_heads,
-            c->ffn_size, c->vocab_size, c->tied ? ", tied" : "");
-    fprintf(f, "%-13s%d tokens, rope theta %g", "context", c->max_positions, c->rope_theta);
-    if (c->rope_llama3)
-        fprintf(f, ", llama3 scaling %g (%g to %g) from %g", c->rope_factor, c->rope_low,
-                c->rope_high, c->rope_original);
-    fputc('\n', f);
-}
-
 static void show_chat(FILE *f, const medrun_model *m) {
     const medrun_sampling *s = &m->sampling;
     show_text(f, "template", m->template_name);
@@ -6496,7 +6937,8 @@ static void show_chat(FILE *f, const medrun_model *m) {
 /* The files it was made from; what is malformed is left out, as nothing rests on it. */
 static void show_sources(FILE *f, const medrun_model *m) {
     const json *j = &m->file.header;
-    uint32_t all = json_get(j, json_get(j, 0, "provenance"), "sources"), v = all + 1;
+    uint32_t from = json_get(j, 0, "provenance"), all = json_get(j, from, "sources"), v = all + 1;
+    char precision[256];
     bool array = all != JSON_NONE && json_typeof(j, all) == JSON_ARRAY;
     for (uint32_t i = 0; array && i < j->nodes[all].count; i++, v = j->nodes[v].next) {
         char file[256], hash[65], line[400];
@@ -6507,6 +6949,8 @@ static void show_sources(FILE *f, const medrun_model *m) {
         snprintf(line, sizeof line, "%s, %lld bytes, %s", file, (long long)bytes, hash);
         show_text(f, i ? "" : "sources", line);
     }
+    if (json_text(j, from, "", "precision", precision, sizeof precision, NULL))
+        show_text(f, "made from", precision);
 }
 
 static double mb(uint64_t bytes) { return (double)bytes / 0x1p20; }
@@ -6539,7 +6983,7 @@ static int show_model(FILE *f, command *c, int context) {
     hex_of(m->file.hash, hash);
     show_text(f, "file", m->path);
     show_text(f, "name", m->name);
-    show_config(f, m);
+    print_config(f, &m->config, m->architecture, type_names[m->type], m->parameters, 13);
     show_chat(f, m);
     show_text(f, "licence", m->licence);
     show_text(f, "notice", m->notice);
@@ -7146,7 +7590,56 @@ static int prove_ids(command *c, uint32_t v, bool of_chat, buffer *expected,
     return code;
 }
 
-static int prove_logits(command *c, uint32_t v, buffer *expected, buffer *found) {
+/* How far the logits ROW are from the numbers in LIST, those of IDS: relative L2; whether both have
+ * the same largest. False where LIST is not as many finite numbers. */
+static bool distance_to(const command *c, const float *row, const buffer *ids, uint32_t list,
+                        double *distance, bool *same) {
+    const json *j = &c->m->file.header;
+    double far = 0, size = 0, top = -INFINITY;
+    int32_t wanted = 0, largest = 0;
+    if (list == JSON_NONE || json_typeof(j, list) != JSON_ARRAY || !ids->n ||
+        j->nodes[list].count != ids->n / 4) return false;
+    uint32_t x = list + 1;
+    for (size_t i = 0; i < ids->n / 4; i++, x = j->nodes[x].next) {
+        int32_t id = ids_of(ids)[i];
+        double value = json_typeof(j, x) == JSON_NUMBER ? json_number(j, x) : INFINITY;
+        if (!(fabs(value) <= FLT_MAX)) return false;
+        if (value > top) top = value, wanted = id;
+        far += (row[id] - value) * (row[id] - value), size += value * value;
+    }
+    for (int32_t i = 1; i < c->t->vocab_size; i++) if (row[i] > row[largest]) largest = i;
+    *distance = sqrt(far / (size > 0 ? size : 1));
+    *same = wanted == largest;
+    return true;
+}
+
+/* Proof V may have the logits of another implementation for some ids. What is said of them decides
+ * nothing: how far is near depends on the weights' type. */
+static int report_reference(command *c, uint32_t v, const char *name) {
+    const json *j = &c->m->file.header;
+    uint32_t reference = json_get(j, v, "reference");
+    const char *what = "proofs.logits: reference";
+    char source[64];
+    buffer ids = {0};
+    double distance = 0;
+    bool same = false;
+    if (reference == JSON_NONE) return MEDRUN_OK;
+    int code = json_ids(c, j, json_get(j, reference, "ids"), what, &ids);
+    if (!code && !json_text(j, reference, what, "source", source, sizeof source, &c->e))
+        code = MEDRUN_BAD_FILE;
+    if (!code && !distance_to(c, medrun_logits(c->s, 0), &ids, json_get(j, reference, "values"),
+                              &distance, &same))
+        code = fail(&c->e, MEDRUN_BAD_FILE, "%s: values: wanted a finite number for each id", what);
+    buffer_free(&ids);
+    if (code || flag(c, O_QUIET)) return code;
+    printf("logits     %s: relative L2 %.1e to ", name, distance);
+    print_safe(stdout, source, strlen(source), false);
+    printf("; the largest is %s\n", same ? "the same" : "another");
+    return MEDRUN_OK;
+}
+
+static int prove_logits(command *c, uint32_t v, const char *name, buffer *expected,
+                        buffer *found) {
     const json *j = &c->m->file.header;
     char hex[65];
     buffer ids = {0};
@@ -7158,7 +7651,7 @@ static int prove_logits(command *c, uint32_t v, buffer *expected, buffer *found)
     if (!code) buffer_text(expected, hex), code = medrun_start(&c->s, c->m, &o, NULL, 0, &c->e);
     if (!code) code = medrun_feed(c->s, ids_of(&ids), ids.n / 4, &c->e);
     if (!code) code = hash_logits(c, hex);
-    if (!code) buffer_text(found, hex);
+    if (!code) buffer_text(found, hex), code = report_reference(c, v, name);
     medrun_stop(c->s);
     c->s = NULL;
     buffer_free(&ids);
@@ -7176,7 +7669,7 @@ static int verify_proofs(command *c, const char *kind, bool *same) {
         char name[24];
         buffer expected = {0}, found = {0};
         snprintf(name, sizeof name, "proof %zu", i + 1);
-        if (*kind == 'l') code = prove_logits(c, v, &expected, &found);
+        if (*kind == 'l') code = prove_logits(c, v, name, &expected, &found);
         else code = prove_ids(c, v, *kind == 'c', &expected, &found);
         if (!code && (expected.failed || found.failed)) code = out_of_memory(&c->e, expected.n);
         if (!code) good += report(c, kind, name, chars(&expected), chars(&found));

@@ -401,6 +401,75 @@ static void test_silu_mul(void) {
     CHECK_EQ(off, 0);
 }
 
+static void test_relu2(void) {
+    int wrong = 0, off = 0;
+    for (int style = 0; style < STYLES; style++) {
+        enum { N = 144 };
+        float *x = unaligned(NULL, N), *wanted;
+        for (size_t i = 0; i < N; i++) x[i] = random_value(style, i);
+        x[0] = 0, x[1] = -0.0f, x[2] = -INFINITY, x[3] = INFINITY, x[4] = 1e-30f, x[5] = -3;
+        wanted = unaligned(x, N);
+        scalar->relu2(wanted, N);
+        for (size_t i = 0; i < N; i++)
+            off += float_bits(wanted[i]) != float_bits(x[i] > 0 ? x[i] * x[i] : 0);
+        for (int i = 0; i < n_sets; i++) {
+            float *got = unaligned(x, N);
+            sets[i]->relu2(got, N);
+            wrong += differences(got, wanted, N);
+            free(got - 1);
+        }
+        free(x - 1), free(wanted - 1);
+    }
+    CHECK_EQ(wrong, 0);
+    CHECK_EQ(off, 0);
+}
+
+/* Golden values for alphas of 0 (softplus: ln 2), beta 0.5, eps -1e-6; then a sweep. Left of 0 the
+ * bend e^x - 1 - x is off by a few units of x, by which it also vanishes. */
+static void test_xielu(void) {
+    static const struct { float x; double y; } golden[] = {
+        {2, 3.7725887222}, {1, 1.1931471806}, {0, -1.19315e-06}, {-1, -0.0610656820},
+        {-5, 2.2806280847}};
+    const double ln2 = 0.69314718055994531;
+    const xielu_numbers a = {(float)ln2, (float)(0.5 + ln2), 0.5f, -1e-6f};
+    int wrong = 0, off = 0;
+    for (int i = 0; i < n_sets; i++) {
+        float x[16] = {0};
+        for (size_t k = 0; k < 5; k++) x[k] = golden[k].x;
+        sets[i]->xielu(x, 16, &a);
+        for (size_t k = 0; k < 5; k++)
+            off += !(fabs((double)x[k] - golden[k].y) <= (k == 2 ? 5e-6 : 3e-7) * fabs(golden[k].y));
+    }
+    CHECK_EQ(off, 0);
+    for (int style = 0; style < 6; style++) {
+        enum { N = 2000 };
+        static const double sizes[] = {0.001, 0.1, 0.35, 2, 30, 300};
+        float *x = unaligned(NULL, N), *wanted;
+        const xielu_numbers b = {1.7f, 2.3f, style % 2 ? 0.4f : 0.5f, style % 2 ? -0.01f : -1e-6f};
+        for (size_t i = 0; i < N; i++) x[i] = uniform() * (float)sizes[style];
+        x[0] = 0, x[1] = -0.0f, x[2] = -1e-6f, x[3] = -90, x[4] = -1e30f, x[5] = 1e18f, x[6] = -1e-30f;
+        wanted = unaligned(x, N);
+        scalar->xielu(wanted, N, &b);
+        for (size_t i = 0; i < N; i++) {
+            double z = (double)x[i], low = fmin(z, (double)b.eps), beta = (double)b.beta;
+            double exact = z > 0 ? (double)b.positive * z * z + beta * z :
+                           (double)b.negative * (expm1(low) - z) + beta * z;
+            double size = z > 0 ? exact : (double)b.negative * (fabs(expm1(low)) + fabs(z)) +
+                                          beta * fabs(z);
+            off += !(fabs((double)wanted[i] - exact) <= 6 * UNIT * size + 1e-44);
+        }
+        for (int i = 0; i < n_sets; i++) {
+            float *got = unaligned(x, N);
+            sets[i]->xielu(got, N, &b);
+            wrong += differences(got, wanted, N);
+            free(got - 1);
+        }
+        free(x - 1), free(wanted - 1);
+    }
+    CHECK_EQ(wrong, 0);
+    CHECK_EQ(off, 0);
+}
+
 static void test_add_and_half(void) {
     int wrong = 0;
     for (size_t n = 16; n <= 400; n += 16)
@@ -465,6 +534,10 @@ static cache make_cache(size_t n, size_t dim, bool half, float size) {
 
 static void free_cache(cache *c) { free(c->key), free(c->value), free(c->keys), free(c->values); }
 
+static size_t window = SIZE_MAX;                /* how many keys a query sees at most            */
+
+static size_t start_of(size_t limit) { return limit > window ? limit - window : 0; }
+
 /* Queries Q[ORDER[i]] with their limits, WIDTH at a time, into OUT[ORDER[i]]. */
 static void run_attention(const kernel_set *k, const cache *c, float *q, const size_t *limit,
                           const int *order, int n, int width, float *out) {
@@ -477,6 +550,7 @@ static void run_attention(const kernel_set *k, const cache *c, float *q, const s
             a.q[t] = q + (size_t)order[i + t] * c->dim;
             a.out[t] = out + (size_t)order[i + t] * c->dim;
             a.limit[t] = limit[order[i + t]];
+            a.start[t] = start_of(a.limit[t]);
         }
         for (int s = 0; s < TILE * KEY_BLOCK; s++) scratch[s] = NAN;
         for (int t = 0; t < width; t++) for (size_t d = 0; d < c->dim; d++) a.out[t][d] = NAN;
@@ -490,8 +564,9 @@ static void run_attention(const kernel_set *k, const cache *c, float *q, const s
  * number; the quotient doubles it. */
 static int wrong_attention(const cache *c, const float *q, size_t limit, const float *out) {
     double *s = need(limit * sizeof *s), most = -INFINITY, total = 0, off = 0, largest = 0;
+    size_t start = start_of(limit);
     int wrong = 0;
-    for (size_t i = 0; i < limit; i++) {
+    for (size_t i = start; i < limit; i++) {
         double dot = 0, size = 0, scale = 1 / sqrt((double)c->dim);
         for (size_t d = 0; d < c->dim; d++) {
             double p = (double)q[d] * (double)c->key[i * c->dim + d];
@@ -504,12 +579,12 @@ static int wrong_attention(const cache *c, const float *q, size_t limit, const f
         if (((double)c->dim + 3) * size * scale * UNIT > off)
             off = ((double)c->dim + 3) * size * scale * UNIT;
     }
-    for (size_t i = 0; i < limit; i++) total += s[i] = exp(s[i] - most);
+    for (size_t i = start; i < limit; i++) total += s[i] = exp(s[i] - most);
     size_t chain = limit < KEY_BLOCK ? limit : KEY_BLOCK;
     double relative = 2 * off + ((double)chain + 12 + 6 * (double)(limit / KEY_BLOCK)) * 2 * UNIT;
     for (size_t d = 0; d < c->dim; d++) {
         double exact = 0;
-        for (size_t i = 0; i < limit; i++) exact += s[i] / total * (double)c->value[i * c->dim + d];
+        for (size_t i = start; i < limit; i++) exact += s[i] / total * (double)c->value[i * c->dim + d];
         wrong += !(fabs((double)out[d] - exact) <= relative * largest);
     }
     free(s);
@@ -521,8 +596,10 @@ static void test_attention(bool half) {
     static const size_t dims[] = {16, 64, 80, 128};
     enum { N = 16 };
     int off = 0, wrong[N_KERNEL_SETS] = {0}, garbage[N_KERNEL_SETS] = {0};
-    for (int run = 0; run < 12; run++) {
+    for (int run = 0; run < 18; run++) {
+        static const size_t windows[] = {1, 17, 255, 256, 300, 500};
         size_t dim = dims[run % 4], limit[N], bytes = N * dim * sizeof(float);
+        window = run < 12 ? SIZE_MAX : windows[run - 12];
         float size = run % 3 == 0 ? 1.0f : run % 3 == 1 ? 8.0f : 0.05f;
         cache c = make_cache(600, dim, half, size);
         float *q = need(bytes), *wanted = need(bytes), *out = need(bytes);
@@ -553,7 +630,15 @@ static void test_attention(bool half) {
             run_attention(sets[i], &c, q, limit, order, N, 8, out);
             garbage[i] += differences(out, wanted, N * dim);
         }
-        for (size_t from = 600; from-- > 1;) {          /* what a single query must not see      */
+        for (int t = 0; t < N; t++) {                   /* what is before its window             */
+            if (limit[t] < longest || start_of(longest) == 0) continue;
+            for (size_t i = 0; i < start_of(longest); i++) set_key(&c, i, half ? 60000 : 1e38f);
+            for (int i = 0; i < n_sets; i++) {
+                run_attention(sets[i], &c, q, limit, &(int){t}, 1, 1, out);
+                garbage[i] += differences(out + (size_t)t * dim, wanted + (size_t)t * dim, dim);
+            }
+        }
+        for (size_t from = 600; run < 12 && from-- > 1;) {  /* what a single query must not see  */
             set_key(&c, from, half ? 60000 : 1e38f);
             for (int t = 0; t < N; t++)
                 for (int i = 0; limit[t] == from && i < n_sets; i++) {
@@ -563,6 +648,7 @@ static void test_attention(bool half) {
         }
         free_cache(&c), free(q), free(wanted), free(out);
     }
+    window = SIZE_MAX;
     CHECK_EQ(off, 0);
     for (int i = 0; i < n_sets; i++)
         if (!CHECK_EQ(wrong[i], 0) || !CHECK_EQ(garbage[i], 0)) printf("    %s\n", sets[i]->name);
@@ -623,6 +709,8 @@ int main(void) {
     test_norm();
     test_exp();
     test_silu_mul();
+    test_relu2();
+    test_xielu();
     test_add_and_half();
     test_attention(false);
     test_attention(true);

@@ -254,7 +254,8 @@ static void test_errors(const tokenizer *t) {
     const medrun_message m[] = {MESSAGE("user", "x")};
     buffer ids = {0};
     medrun_error e = {0};
-    CHECK_EQ(chat_render(chat_find("llama3"), &other, NULL, LIST(m), true, &ids, &e), MEDRUN_BAD_FILE);
+    CHECK_EQ(chat_render(chat_find("llama3"), &other, NULL, LIST(m), true, &ids, &e),
+             MEDRUN_BAD_FILE);
     CHECK(strstr(e.text, "<|eot_id|>") && strstr(e.text, "llama3") && ids.n == 0);
     CHECK_EQ(chat_render(chat_find("alpaca"), &other, NULL, LIST(m), true, &ids, NULL), MEDRUN_OK);
     buffer_free(&ids);

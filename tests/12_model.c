@@ -90,10 +90,10 @@ static void test_sin_cos(void) {
 
 /* ---- rotary frequencies -------------------------------------------------------------------- */
 
-static const model_config llama31 = {.head_dim = 128, .rope_theta = 5e5, .rope_llama3 = true,
+static const model_config llama31 = {.head_dim = 128, .rope_theta = 5e5, .rope_type = ROPE_LLAMA3,
                                      .rope_factor = 8, .rope_low = 1, .rope_high = 4,
                                      .rope_original = 8192};
-static const model_config llama32 = {.head_dim = 64, .rope_theta = 5e5, .rope_llama3 = true,
+static const model_config llama32 = {.head_dim = 64, .rope_theta = 5e5, .rope_type = ROPE_LLAMA3,
                                      .rope_factor = 32, .rope_low = 1, .rope_high = 4,
                                      .rope_original = 8192};
 
@@ -115,7 +115,7 @@ static const uint32_t bits_llama32[32] = {
     0x35df10c4, 0x359406cb, 0x35447610, 0x35025f34, 0x34ad07a7, 0x3465a54d, 0x341864a7, 0x33ca41b0,
 };
 /* Numbers that are no powers of two, so that the order of the roundings shows. */
-static const model_config uneven = {.head_dim = 64, .rope_theta = 5e5, .rope_llama3 = true,
+static const model_config uneven = {.head_dim = 64, .rope_theta = 5e5, .rope_type = ROPE_LLAMA3,
                                     .rope_factor = 5, .rope_low = 1.5, .rope_high = 6,
                                     .rope_original = 4096};
 static const uint32_t bits_uneven[32] = {
@@ -123,6 +123,42 @@ static const uint32_t bits_uneven[32] = {
     0x3d1a08c8, 0x3ccc6f49, 0x3c87a9c3, 0x3c340d6d, 0x3bba0927, 0x3b1cbc30, 0x3a809a0e, 0x39df76ce,
     0x39944a81, 0x3944cfee, 0x39029ad7, 0x38ad56ce, 0x38660e5a, 0x3818aa5d, 0x37ca9e36, 0x37867522,
     0x373273d0, 0x36ecd7ab, 0x369d2b40, 0x36509853, 0x360a6c86, 0x35b7b771, 0x3573d43e, 0x3521ce26,
+};
+
+/* YaRN as transformers 5.23.0 computes it: AFM's numbers with both factors, and others, on a theta
+ * whose powers torch rounds correctly (it does not always). */
+#define AFM(factor) {.head_dim = 128, .rope_theta = 1e4, .rope_type = ROPE_YARN, \
+                     .rope_factor = factor, .rope_original = 4096, .rope_beta_fast = 32, \
+                     .rope_beta_slow = 1, .rope_truncate = true}
+static const model_config afm16 = AFM(16), afm20 = AFM(20);
+static const model_config yarn_uneven = {.head_dim = 64, .rope_theta = 1e5, .rope_type = ROPE_YARN,
+                                         .rope_factor = 6.5, .rope_original = 300,
+                                         .rope_beta_fast = 5, .rope_beta_slow = 0.5};
+static const uint32_t bits_afm16[64] = {
+    0x3f800000, 0x3f5dafd7, 0x3f3ff911, 0x3f263de0, 0x3f0ff59a, 0x3ef953cf, 0x3ed7e89b, 0x3ebaf81b,
+    0x3ea1e89b, 0x3e8c3504, 0x3e72d423, 0x3e5247ed, 0x3e361887, 0x3e1db040, 0x3e088d77, 0x3dec7fd6,
+    0x3dcccccd, 0x3db15978, 0x3d99940d, 0x3d84fe4d, 0x3d6655c2, 0x3d40450f, 0x3d204547, 0x3d056532,
+    0x3cddb0b6, 0x3cb7e311, 0x3c983c21, 0x3c7b8744, 0x3c4f4f20, 0x3c2a6cc3, 0x3c0bb42d, 0x3be45015,
+    0x3bb9e538, 0x3b96bf40, 0x3b735cd2, 0x3b4365df, 0x3b1beb49, 0x3af706a1, 0x3ac1fc4e, 0x3a96b9d5,
+    0x3a6727db, 0x3a2e49c8, 0x3a00832d, 0x39b7c0d4, 0x397b0318, 0x391f24e4, 0x38aec98e, 0x38975c0e,
+    0x3883126f, 0x386301e2, 0x3844948c, 0x382a3b44, 0x38136a16, 0x37ff4fac, 0x37dd1725, 0x37bf74d7,
+    0x37a5cb60, 0x378f9272, 0x3778a815, 0x375753e4, 0x373a7753, 0x37217916, 0x370bd472, 0x36f22ce2,
+};
+static const uint32_t bits_afm20[64] = {
+    0x3f800000, 0x3f5dafd7, 0x3f3ff911, 0x3f263de0, 0x3f0ff59a, 0x3ef953cf, 0x3ed7e89b, 0x3ebaf81b,
+    0x3ea1e89b, 0x3e8c3504, 0x3e72d423, 0x3e5247ed, 0x3e361887, 0x3e1db040, 0x3e088d77, 0x3dec7fd6,
+    0x3dcccccd, 0x3db15978, 0x3d99940d, 0x3d84fe4d, 0x3d6655c2, 0x3d402c82, 0x3d201ac3, 0x3d052df7,
+    0x3cdd312d, 0x3cb75904, 0x3c97acad, 0x3c7a6567, 0x3c4e3041, 0x3c29554a, 0x3c0aa745, 0x3be24fca,
+    0x3bb80143, 0x3b94f93c, 0x3b700e04, 0x3b405430, 0x3b19158d, 0x3af1cf27, 0x3abd33ce, 0x3a925a8c,
+    0x3a5f2f4f, 0x3a270a63, 0x39f3dfed, 0x39abd91d, 0x39657f2b, 0x390bbc7d, 0x388bd471, 0x38722ce4,
+    0x3851b717, 0x38359b1b, 0x381d43a3, 0x38082f69, 0x37ebdcf0, 0x37cc3fbc, 0x37b0df51, 0x37992a46,
+    0x3784a2b3, 0x3765b71d, 0x3746ecdd, 0x372c431d, 0x37152c42, 0x37012dab, 0x36dfba4f, 0x36c1bd81,
+};
+static const uint32_t bits_yarn_uneven[32] = {
+    0x3f800000, 0x3f32a506, 0x3ef953cf, 0x3eadfcff, 0x3e72d423, 0x3e297409, 0x3dec7fd6, 0x3d9525d0,
+    0x3d31b4ec, 0x3ccd8433, 0x3c63834a, 0x3beabe16, 0x3b541397, 0x3abba62d, 0x3a82f283, 0x3a36c212,
+    0x39ff117f, 0x39b1fe97, 0x39786b84, 0x392d5ae6, 0x38f1f1e7, 0x38a8d62a, 0x386ba37f, 0x38246f95,
+    0x37e57f2c, 0x37a0265d, 0x375f83d3, 0x371bf9bd, 0x36d9b065, 0x3697e8fa, 0x365403d5, 0x3613f357,
 };
 
 static int differing(const model_config *c, const uint32_t *bits) {
@@ -145,6 +181,9 @@ static void test_frequencies_scaled(void) {
     CHECK_EQ(differing(&llama31, bits_llama31), 0);
     CHECK_EQ(differing(&llama32, bits_llama32), 0);
     CHECK_EQ(differing(&uneven, bits_uneven), 0);
+    CHECK_EQ(differing(&afm16, bits_afm16), 0);
+    CHECK_EQ(differing(&afm20, bits_afm20), 0);
+    CHECK_EQ(differing(&yarn_uneven, bits_yarn_uneven), 0);
     model_config apertus = llama31;                     /* the same scaling on another base      */
     apertus.rope_theta = 1.2e7;
     rope_frequencies(&apertus, f);
@@ -152,6 +191,17 @@ static void test_frequencies_scaled(void) {
     CHECK(fabs((double)f[23] / 2.627920959e-03 - 1) < 1e-6);
     CHECK(fabs((double)f[28] / 1.098536628e-04 - 1) < 1e-6);
     CHECK(fabs((double)f[63] / 1.343819609e-08 - 1) < 1e-6);
+    static const struct { int i; double f16, f20; } yarn[] = {
+        {0, 1, 1}, {20, 5.623413252e-02, 5.623413252e-02}, {21, 4.694086000e-02, 4.691744810e-02},
+        {30, 8.526843773e-03, 8.462732166e-03}, {40, 8.817889629e-04, 8.513824470e-04},
+        {46, 8.334508951e-05, 6.667607161e-05}, {47, 7.217387404e-05, 5.773909923e-05},
+        {63, 7.217387404e-06, 5.773909923e-06}};
+    float g[64];
+    rope_frequencies(&afm16, f), rope_frequencies(&afm20, g);
+    for (size_t i = 0; i < sizeof yarn / sizeof *yarn; i++) {
+        CHECK(fabs((double)f[yarn[i].i] / yarn[i].f16 - 1) < 1e-6);
+        CHECK(fabs((double)g[yarn[i].i] / yarn[i].f20 - 1) < 1e-6);
+    }
 }
 
 /* theta^(-2i/d): the exponent, the power and the reciprocal are rounded to float. */
@@ -193,11 +243,15 @@ static int read_with(const char *key, const char *value, model_config *c, medrun
     buffer b = {0};
     model_file f = {.path = "x.mdr"};
     buffer_text(&b, "{\"config\":{");
-    for (int i = 0, n = 0; i < N_FIELDS; i++) {
+    bool used = false;
+    int n = 0;
+    for (int i = 0; i < N_FIELDS; i++) {
         bool this = key && !strcmp(key, config_fields[i].key);
         const char *v = this ? value : config_fields[i].value;
         if (v) buffer_printf(&b, "%s\"%s\":%s", n++ ? "," : "", config_fields[i].key, v);
+        used |= this;
     }
+    if (key && value && !used) buffer_printf(&b, ",\"%s\":%s", key, value);   /* one more field */
     buffer_text(&b, "}}");
     *c = (model_config){0}, *e = (medrun_error){0};
     int code = json_parse(&f.header, (const char *)b.data, b.n, e);
@@ -207,20 +261,57 @@ static int read_with(const char *key, const char *value, model_config *c, medrun
     return code;
 }
 
+#define YARN(factor, truncate) "{\"type\":\"yarn\",\"factor\":" factor ",\"original_max_positions\":" \
+    "4096,\"beta_fast\":32,\"beta_slow\":1,\"attention_factor\":1.25,\"truncate\":" truncate "}"
+#define DIVISORS(list) "{\"type\":\"divisors\",\"divisors\":[" list "]}"
+
 static void test_config(void) {
     model_config c;
     medrun_error e;
     CHECK_EQ(read_with(NULL, NULL, &c, &e), MEDRUN_OK);
     CHECK(c.vocab_size == 1000 && c.hidden_size == 64 && c.n_layers == 2 && c.n_heads == 4);
     CHECK(c.n_kv_heads == 2 && c.head_dim == 16 && c.ffn_size == 128 && c.max_positions == 131072);
-    CHECK(c.norm_eps == 1e-5f && c.tied && c.rope_theta == 5e5 && c.rope_llama3);
+    CHECK(c.norm_eps == 1e-5f && c.tied && c.rope_theta == 5e5 && c.rope_type == ROPE_LLAMA3);
     CHECK(c.rope_factor == 8 && c.rope_low == 1 && c.rope_high == 4 && c.rope_original == 8192);
     CHECK_EQ(read_with("tied", "false", &c, &e), MEDRUN_OK);
     CHECK(!c.tied);
     CHECK_EQ(read_with("rope_scaling", "{\"type\":\"none\"}", &c, &e), MEDRUN_OK);
-    CHECK(!c.rope_llama3);
+    CHECK_EQ(c.rope_type, ROPE_NONE);
+
+    CHECK(c.sliding_window == 0 && !c.qk_norm && c.activation == ACTIVATION_SILU);
+    CHECK_EQ(read_with("sliding_window", "4096", &c, &e), MEDRUN_OK);
+    CHECK_EQ(c.sliding_window, 4096);
+    CHECK_EQ(read_with("qk_norm", "true", &c, &e), MEDRUN_OK);
+    CHECK(c.qk_norm);
+    CHECK_EQ(read_with("activation", "\"relu2\"", &c, &e), MEDRUN_OK);
+    CHECK_EQ(c.activation, ACTIVATION_RELU2);
+    CHECK_EQ(read_with("activation", "\"xielu\"", &c, &e), MEDRUN_OK);
+    CHECK_EQ(c.activation, ACTIVATION_XIELU);
+    CHECK_EQ(read_with("rope_scaling", YARN("20", "true"), &c, &e), MEDRUN_OK);
+    CHECK(c.rope_type == ROPE_YARN && c.rope_factor == 20 && c.rope_original == 4096);
+    CHECK(c.rope_beta_fast == 32 && c.rope_beta_slow == 1 && c.rope_attention == 1.25);
+    CHECK(c.rope_truncate);
+    CHECK_EQ(read_with("rope_scaling", DIVISORS("1,1,2,4,8,8,8,8"), &c, &e), MEDRUN_OK);
+    float f[8];
+    rope_frequencies(&c, f);
+    CHECK(c.rope_type == ROPE_DIVISORS && f[0] == 1);
+    for (int i = 0; i < 8; i++) {
+        model_config plain = {.head_dim = 16, .rope_theta = 5e5};
+        float g[8];
+        rope_frequencies(&plain, g);
+        CHECK(f[i] == g[i] / c.rope_divisors[i]);
+    }
 
     static const field bad[] = {
+        {"sliding_window", "-1"}, {"sliding_window", "1.5"}, {"sliding_window", "\"all\""},
+        {"sliding_window", "16777217"}, {"qk_norm", "1"}, {"activation", "\"swiglu\""},
+        {"rope_scaling", YARN("0.5", "true")}, {"rope_scaling", YARN("20", "1")},
+        {"rope_scaling", "{\"type\":\"yarn\",\"factor\":20}"},
+        {"rope_scaling", "{\"type\":\"divisors\"}"}, {"rope_scaling", DIVISORS("1,1,2,4,8,8,8")},
+        {"rope_scaling", DIVISORS("1,1,2,4,8,8,8,8,8")},
+        {"rope_scaling", DIVISORS("1,1,2,4,8,8,8,0")},
+        {"rope_scaling", DIVISORS("1,1,2,4,8,8,8,\"8\"")},
+        {"rope_scaling", DIVISORS("1,1,2,4,8,8,[8],8")}, {"rope_theta", "1"},
         {"vocab_size", "0"}, {"vocab_size", "4194305"}, {"vocab_size", "1000.5"},
         {"hidden_size", "65"}, {"hidden_size", "0"}, {"hidden_size", "65552"}, {"n_layers", "0"},
         {"n_layers", "1025"}, {"n_heads", "0"}, {"n_heads", "3"}, {"n_heads", "1025"},

@@ -6,8 +6,10 @@
 #include "test.h"
 
 static const char *const folders[] = {"llama-plain", "llama-tied", "llama-sharded",
-                                      "llama-grouped"};
-enum { N_FOLDERS = 4 };
+                                      "llama-grouped", "mistral-window", "mistral-spm",
+                                      "arcee-yarn", "arcee-yarn5", "apertus-plain",
+                                      "apertus-grouped"};
+enum { N_FOLDERS = sizeof folders / sizeof *folders };
 
 static void *slurp(const char *path, size_t *n) {
     file_map map;
@@ -61,14 +63,15 @@ static double relative(const float *a, const float *b, size_t n) {
     return sqrt(difference / size);
 }
 
-/* Relative L2 error of the logits of a prompt of N tokens. */
-static double logit_error(const medrun_model *m, const char *folder, size_t n, bool strict) {
+/* Relative L2 error of the logits of a prompt of N tokens; SUFFIX: of the file with the logits. */
+static double logit_error(const medrun_model *m, const char *folder, size_t n, const char *suffix,
+                          bool strict) {
     static const size_t rows_300[] = {0, 63, 64, 127, 128, 255, 299};
     char name[32];
     size_t bytes, vocab = (size_t)m->config.vocab_size;
     snprintf(name, sizeof name, "ids_%zu.i32", n);
     int32_t *ids = fixture(folder, name, &bytes);
-    snprintf(name, sizeof name, "logits_%zu.f32", n);
+    snprintf(name, sizeof name, "logits_%zu%s.f32", n, suffix);
     float *wanted = fixture(folder, name, &bytes);
     size_t rows = bytes / 4 / vocab;
     float *found = malloc(bytes);
@@ -95,17 +98,31 @@ static void test_logits(void) {
             medrun_model *int8 = open_fixture(folders[f], "int8", 2, sets[k]->name);
             double worst[3] = {0};
             for (int i = 0; i < 4; i++) {
-                worst[0] = fmax(worst[0], logit_error(bf16, folders[f], lengths[i], true));
-                worst[1] = fmax(worst[1], logit_error(bf16, folders[f], lengths[i], false));
-                worst[2] = fmax(worst[2], logit_error(int8, folders[f], lengths[i], false));
+                worst[0] = fmax(worst[0], logit_error(bf16, folders[f], lengths[i], "", true));
+                worst[1] = fmax(worst[1], logit_error(bf16, folders[f], lengths[i], "", false));
+                worst[2] = fmax(worst[2], logit_error(int8, folders[f], lengths[i], "", false));
             }
             printf("%s %s: relative L2 strict %.2g, bf16 %.2g, int8 %.2g\n", folders[f],
                    sets[k]->name, worst[0], worst[1], worst[2]);
+            /* Rounding shows more behind the random norms of q and k, which make attention sharp:
+             * transformers' own bfloat16 is 3.3e-2 off there, and 1.2e-2 to 1.5e-2 elsewhere. */
+            double bound = bf16->config.qk_norm ? 2 : 1;
             CHECK(worst[0] <= 1e-5);
-            CHECK(worst[1] <= 1e-2);
-            CHECK(worst[2] <= 6e-2);        /* random weights; the demo model has its own bound  */
+            CHECK(worst[1] <= 1e-2 * bound);
+            CHECK(worst[2] <= 6e-2 * bound);    /* random weights; the demo model has its own    */
             medrun_close(bf16), medrun_close(int8);
         }
+}
+
+/* YaRN with the ratio of the context lengths, as transformers 4 computes: exported by
+ * --yarn-factor 8. */
+static void test_yarn_factor(void) {
+    medrun_model *m = open_fixture("arcee-ratio", "bf16", 2, NULL);
+    double error = logit_error(m, "arcee-yarn", 300, "_ratio", true);
+    printf("arcee-yarn with factor 8: relative L2 %.2g\n", error);
+    CHECK(error <= 1e-5);
+    CHECK(logit_error(m, "arcee-yarn", 300, "", true) > 1e-2);
+    medrun_close(m);
 }
 
 /* ---- every stage of every layer ------------------------------------------------------------- */
@@ -141,20 +158,25 @@ static void check_stage(void *user, const char *stage, int layer, size_t rows, s
     c->seen++;
 }
 
-static void test_stages(void) {
+/* The prompt of N_IDS tokens, of one model of each architecture. */
+static void test_stages(const char *folder, size_t n_ids) {
     size_t n;
-    int32_t *ids = fixture("llama-tied", "ids_7.i32", &n);
-    float *wanted = fixture("llama-tied", "stages_7.f32", &n);
-    char *text = fixture("llama-tied", "stages_7.txt", &n);
+    char name[32];
+    snprintf(name, sizeof name, "ids_%zu.i32", n_ids);
+    int32_t *ids = fixture(folder, name, &n);
+    snprintf(name, sizeof name, "stages_%zu.f32", n_ids);
+    float *wanted = fixture(folder, name, &n);
+    snprintf(name, sizeof name, "stages_%zu.txt", n_ids);
+    char *text = fixture(folder, name, &n);
     char *index = calloc(n + 1, 1);
     memcpy(index, text, n);
     stage_check c = {index, wanted, 0, 0};
-    medrun_model *m = open_fixture("llama-tied", "bf16", 2, NULL);
+    medrun_model *m = open_fixture(folder, "bf16", 2, NULL);
     medrun_session *s = start(m, (medrun_session_options){.strict = true, .kv = MEDRUN_KV_F32});
     medrun_observe(s, check_stage, &c);
-    run_all(s, ids, 7);
+    run_all(s, ids, n_ids);
     CHECK_EQ(c.seen, 1 + 9 * m->config.n_layers + 2);
-    printf("stages: %d, worst relative L2 of a row %.2g\n", c.seen, c.worst);
+    printf("%s: %d stages, worst relative L2 of a row %.2g\n", folder, c.seen, c.worst);
     CHECK(c.worst <= 1e-5);
     medrun_stop(s), medrun_close(m);
     free(ids), free(wanted), free(text), free(index);
@@ -248,7 +270,11 @@ static void test_company(void) {
 
 int main(void) {
     test_logits();
-    test_stages();
+    test_yarn_factor();
+    test_stages("llama-tied", 7);
+    test_stages("mistral-window", 24);
+    test_stages("arcee-yarn", 7);
+    test_stages("apertus-plain", 7);
     test_promises();
     test_company();
     return report();

@@ -438,7 +438,7 @@ n = struct.unpack('<Q', data[8:16])[0]
 def variant(change, path):
     header = json.loads(data[16:16 + n])
     change(header)
-    text, first = json.dumps(header, separators=(',', ':')).encode(), header['tensors'][0]['offset']
+    text, first = json.dumps(header, separators=(',', ':')).encode().ljust(n), header['tensors'][0]['offset']
     if 16 + len(text) + 32 > first: return False
     head = data[:8] + struct.pack('<Q', len(text)) + text
     open(path, 'wb').write((head + hashlib.sha256(head).digest()).ljust(first, b'\0') + data[first:])
@@ -465,6 +465,31 @@ check('proofs that are missing', rc == 3, out + err)
 def bad_proofs(h): h['proofs'] = {'tokens': [7], 'chats': [{}], 'logits': ['']}
 variant(bad_proofs, T + '/v.mdr'); rc, out, err = run('verify', T + '/v.mdr')
 check('proofs of another type', rc == 3, out + err)
+# what another implementation computed stands in a proof: its distance is said and decides nothing
+ids = json.loads(data[16:16 + n])['proofs']['logits'][0]['ids']
+run('logits', model, '--ids', ' '.join(map(str, ids)), '--strict', '-o', T + '/r.f32')
+floats = open(T + '/r.f32', 'rb').read()
+row = struct.unpack('<%df' % (len(floats) // 4), floats)
+top = max(range(len(row)), key=row.__getitem__)
+other = (top + 1) % len(row)
+def reference(**change):
+    def add(h):
+        h['proofs']['tokens'], logits = h['proofs']['tokens'][:1], h['proofs']['logits'][0]
+        logits['reference'] = dict(dict(source='another', ids=[top, other], values=[row[top], row[other]]), **change)
+    if not variant(add, T + '/v.mdr'): sys.exit('no room in the header')
+    return run('verify', T + '/v.mdr')
+line = lambda distance, largest: re.compile(rb'^logits     proof 1: relative L2 ' + distance + rb' to another; the largest is ' + largest + rb'$', re.M)
+rc, out, err = reference()
+check('a reference that agrees', rc == 0 and line(rb'0\.0e\+00', b'the same').search(out), out + err)
+rc, out, err = reference(values=[1.25 * row[top], 1.25 * row[other]])
+check('a reference that is a quarter larger', rc == 0 and line(rb'2\.0e-01', b'the same').search(out), out + err)
+rc, out, err = reference(values=[-1e30, 1e30])
+check('a reference with another largest', rc == 0 and line(rb'1\.0e\+00', b'another').search(out), out + err)
+rc, out, err = reference(source='\x1b[2J\u202e')
+check('a hostile source', rc == 0 and b'?[2J?; ' in out, out + err)
+for change in (dict(ids=[0]), dict(ids=[0, 1 << 31]), dict(values=[1, '2']), dict(values=[1, 1e39]), dict(values={'a': 1}), dict(ids=[], values=[]), dict(source=7)):
+    rc, out, err = reference(**change)
+    check('a reference with %s' % change, rc == 3 and err.count(b'\n') == 1, out + err)
 print('%d passed, %d failed, %d skipped' % (passed, failed, skipped))
 PY
     python3 "$T/terminal.py" "$medrun" "$model" "$T" >"$T/python" 2>&1

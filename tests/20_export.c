@@ -85,8 +85,8 @@ static int clear_folder(const char *name) {
 /* src/ becomes a copy of a fixture. */
 static void copy_fixture(const char *name) {
     static const char *const files[] = {
-        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-        "model.safetensors", "model.safetensors.index.json", "model-00001-of-00002.safetensors",
+        "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model",
+        "tokenizer_config.json", "model.safetensors", "model.safetensors.index.json", "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors"};
     buffer b = {0};
     clear_folder("src");
@@ -341,10 +341,10 @@ static void test_same_bytes(void) {
     copy_fixture("llama-plain");
     edit("config.json", "\"rope_theta\": 10000.0,", "");
     CHECK_EQ(EXPORT("--dry-run"), 0);
-    CHECK(strstr(answer, "no rope_theta") && strstr(answer, "theta 10000"));
+    CHECK(strstr(answer, "no rope_theta") && strstr(answer, "rope theta 10000"));
     copy_fixture("llama-tied");
     CHECK_EQ(RUN("--dry-run", in_work("src")), 0);
-    CHECK(strstr(answer, "llama3 scaling") && strstr(answer, "tied") && !errors.n);
+    CHECK(strstr(answer, "llama3 scaling 8 (1 to 4) from 64") && strstr(answer, "tied") && !errors.n);
     CHECK_EQ(EXPORT("--dry-run"), 0);
     CHECK_EQ(clear_folder("out"), 0);
     buffer_free(&one);
@@ -519,8 +519,10 @@ static const struct { const char *file, *from, *to; int code; const char *needle
     {"config.json", "\"rope_theta\": 10000.0", "\"rope_theta\": NaN", 3, "rope_theta: found NaN"},
     {"config.json", "\"rope_scaling\": null", ROPE4("{\"type\": \"linear\", \"factor\": 2}"), 3,
      "linear"},
-    {"config.json", "\"rope_scaling\": null", ROPE4("{\"rope_type\": \"yarn\", \"factor\": 2}"), 3,
-     "yarn"},
+    {"config.json", "\"rope_scaling\": null", ROPE4("{\"rope_type\": \"dynamic\", \"factor\": 2}"),
+     3, "dynamic"},
+    {"config.json", "\"rope_scaling\": null", ROPE4("{\"rope_type\": \"yarn\", \"factor\": 2, "
+     "\"low_freq_factor\": 1}"), 3, "low_freq_factor"},
     {"config.json", "\"rope_scaling\": null", ROPE4("{\"factor\": 2}"), 3, "rope_type"},
     {"config.json", "\"rope_scaling\": null", ROPE4("{\"rope_type\": \"default\", \"factor\": 2}"),
      3, "rope_type"},
@@ -554,7 +556,7 @@ static const struct { const char *file, *from, *to; int code; const char *needle
     {"tokenizer.json", "\"rstrip\": false", "\"rstrip\": true", 3, "added_tokens"},
     {"tokenizer.json", "\"normalized\": false", "\"normalized\": true", 3, "added_tokens"},
     {"tokenizer.json", "\"single_word\": false", "\"single_word\": true", 3, "added_tokens"},
-    {"tokenizer.json", "\"byte_fallback\": false", "\"byte_fallback\": true", 3, "byte_fallback"},
+    {"tokenizer.json", "\"byte_fallback\": false", "\"byte_fallback\": true", 3, "pre_tokenizer"},
     {"tokenizer.json", "\"unk_token\": null", "\"unk_token\": \"<unk>\"", 3, "unk_token"},
     {"tokenizer.json", "\"dropout\": null", "\"dropout\": 0.1", 3, "dropout"},
     {"tokenizer.json", "\"id\": 278", "\"id\": 5", 3, "added_tokens"},
@@ -667,6 +669,68 @@ static const struct { const char *header; size_t data; int code; const char *nee
     {"[]", 0, 3, "object"},
     {"", 0, 3, "JSON"},
 };
+
+/* What the configs of each family may say: an edit of config.json, the exit code, and what --dry-run
+ * prints or the message holds. */
+static const struct { const char *fixture, *from, *to; int code; const char *needle; } families[] = {
+    {"mistral-window", NULL, NULL, 0, "each sees the last 20,"},
+    {"mistral-window", "\"sliding_window\": 20", "\"sliding_window\": null", 0, "512 tokens, rope"},
+    {"mistral-window", "\"sliding_window\": 20,", "", 0, "no sliding_window: 4096 is used"},
+    {"mistral-window", "\"sliding_window\": 20", "\"sliding_window\": 0", 3, "sliding_window"},
+    {"mistral-window", "\"sliding_window\": 20", "\"sliding_window\": 2.5", 3, "sliding_window"},
+    {"mistral-window", "\"silu\"", "\"gelu\"", 3, "hidden_act: found gelu, wanted silu"},
+    {"mistral-window", "MistralForCausalLM", "LlamaForCausalLM", 3, "model_type"},
+    {"mistral-spm", NULL, NULL, 0, "mistral, 0."},
+    {"arcee-yarn", NULL, NULL, 0, "yarn scaling 20 from 64, attention factor 1.299573"},
+    {"arcee-yarn", NULL, NULL, 0, "YaRN factor 20 is used, as config.json says"},
+    {"arcee-yarn", NULL, NULL, 0, "512 / 64 = 8: --yarn-factor chooses"},
+    {"arcee-yarn", "\"factor\": 20.0", "\"factor\": null", 0, "yarn scaling 8 from 64"},
+    {"arcee-yarn", "\"mscale\": 1.0", "\"mscale\": 1.0, \"mscale_all_dim\": 0.0", 0,
+     "factor 1.299573"},
+    {"arcee-yarn", "\"mscale\": 1.0", "\"mscale\": 1.0, \"mscale_all_dim\": 0.5", 0,
+     "factor 1.130273"},
+    {"arcee-yarn", "\"mscale\": 1.0", "\"attention_factor\": 1.5", 0, "factor 1.5"},
+    {"arcee-yarn", "\"mscale\": 1.0", "\"attention_factor\": 0", 3, "attention_factor"},
+    {"arcee-yarn", "\"mscale\": 1.0", "\"mscale\": \"x\"", 3, "mscale"},
+    {"arcee-yarn", "\"mscale\": 1.0", "\"finetuned\": true", 3, "finetuned"},
+    {"arcee-yarn", "\"original_max_position_embeddings\": 64,", "", 0, "yarn scaling 20 from 512"},
+    {"arcee-yarn", "relu2", "silu", 3, "wanted relu2"},
+    {"arcee-yarn", "\"mlp_bias\": false", "\"mlp_bias\": true", 3, "mlp_bias"},
+    {"arcee-yarn5", NULL, NULL, 0, "yarn scaling 6 from 64, attention factor 1.1"},
+    {"apertus-plain", NULL, NULL, 0, "(1 key-value) with norms, ffn 160 xielu"},
+    {"apertus-plain", "\"qk_norm\": true", "\"qk_norm\": false", 3, "qk_norm"},
+    {"apertus-plain", "\"qk_norm\": true,", "", 0, "with norms"},
+    {"apertus-plain", "\"post_norm\": false", "\"post_norm\": true", 3, "post_norm"},
+    {"apertus-plain", "\"rope_theta\": 12000000.0,", "", 0, "no rope_theta: transformers' default"},
+    {"apertus-grouped", NULL, NULL, 0, "apertus, 0."},
+};
+
+static void test_families(void) {
+    for (size_t i = 0; i < sizeof families / sizeof *families; i++) {
+        copy_fixture(families[i].fixture);
+        if (families[i].from) edit("config.json", families[i].from, families[i].to);
+        int code = EXPORT("--dry-run");
+        const char *text = families[i].code ? (const char *)errors.data : answer;
+        if (!CHECK(code == families[i].code && text && strstr(text, families[i].needle)))
+            printf("    %s, %s: code %d (wanted %d): %s\n", families[i].fixture,
+                   families[i].to ? families[i].to : "as it is", code, families[i].code,
+                   text ? text : "");
+    }
+    copy_fixture("arcee-yarn");
+    CHECK_EQ(EXPORT("--dry-run", "--yarn-factor", "8"), 0);
+    CHECK(strstr(answer, "yarn scaling 8 from 64, attention factor 1.207944"));
+    CHECK(strstr(answer, "YaRN factor 8 is used, as --yarn-factor says"));
+    /* xIELU's numbers: two must be there, two may be missing; each is one finite number */
+    copy_fixture("apertus-plain");
+    edit_header("model.safetensors", "layers.1.mlp.act_fn.alpha_n", "layers.1.mlp.act_fn.alpha_x");
+    expect(EXPORT("--type", "bf16"), 3, "layers.1.mlp.act_fn.alpha_n: found nothing", "alpha_n");
+    copy_fixture("apertus-plain");
+    edit_header("model.safetensors", "layers.0.mlp.act_fn.beta", "layers.0.mlp.act_fn.bets");
+    expect(EXPORT("--type", "bf16"), 3, "bets: found a tensor that is no part", "beta");
+    copy_fixture("arcee-yarn");
+    edit_header("model.safetensors", "layers.1.mlp.up_proj", "layers.1.mlp.gate_proj");
+    expect(EXPORT("--type", "bf16"), 3, "up_proj.weight: found nothing", "no up");
+}
 
 static void test_files(void) {
     clear_folder("src");
@@ -858,7 +922,8 @@ static void test_options(void) {
     expect(RUN(src, out, "-x"), 2, "unknown option -x", "unknown");
     expect(RUN(src, out, "--type", "int4"), 2, "not supported yet", "int4");
     expect(RUN(src, out, "--type=f32"), 2, "f32", "f32");
-    expect(RUN(src, out, "--yarn-factor", "16"), 2, "not supported yet", "yarn");
+    expect(RUN(src, out, "--yarn-factor", "16"), 2, "no yarn scaling", "yarn");
+    expect(RUN(src, out, "--yarn-factor", "0.5"), 2, "wanted 1 to 1e6", "yarn");
     expect(RUN(src, out, "--threads", "0"), 2, "--threads", "threads");
     expect(RUN(src, out, "--threads", "2x"), 2, "--threads", "threads");
     expect(RUN(src, out, "--threads", "999999999999999999999"), 2, "--threads", "threads");
@@ -869,7 +934,8 @@ static void test_options(void) {
     expect(RUN(src), 2, "OUT", "no OUT");
     expect(RUN("--type", "int8"), 2, "SOURCE", "no SOURCE");
     expect(RUN(src, out, "--template", "chatml"), 2, "chatml", "template");
-    expect(RUN("model.gguf", out), 3, "GGUF is not supported yet", "gguf");
+    expect(RUN(src, out, "--sliding-window", "9"), 2, "only for GGUF", "window");
+    expect(RUN(src, out, "--sliding-window", "-1"), 2, "--sliding-window", "window");
     expect(RUN(in_work("nowhere"), out), 3, "nowhere", "no folder");
     expect(RUN(in_work("src/config.json"), out), 3, "config.json", "a file for a folder");
     expect(RUN("--tokenizer-only", in_work("src/config.json"), out), 3, "config.json",
@@ -886,7 +952,32 @@ static void test_options(void) {
     static const char card[] = "---\nlicense: other\nlicense_name: \"llama3\"\n---\n";
     write_file(in_work("src/README.md"), card, sizeof card - 1);
     CHECK_EQ(EXPORT("--dry-run"), 0);
-    CHECK(strstr(answer, "licence    llama3\n"));
+    CHECK(strstr(answer, "licence      llama3\n"));
+}
+
+#define REFERENCE(source, ids, values) \
+    "{\"logits\":[{\"ids\":[1],\"reference\":{\"source\":" source ",\"ids\":" ids ",\"values\":" \
+    values "}}]}"
+
+/* The reference of the last proof stands in the header as it was given. */
+static void test_reference(void) {
+    static const char given_text[] = REFERENCE("\"a\\\"b\"", "[282,0]", "[-0.001,1.23456789e+20]");
+    static const char wanted[] = "{\"source\":\"a\\\"b\",\"ids\":[282,0],"
+                                 "\"values\":[-0.001,1.23456789e+20]}";
+    medrun_error e = {0};
+    model_file f;
+    copy_fixture("llama-plain");
+    write_file(in_work("proof.json"), given_text, sizeof given_text - 1);
+    CHECK_EQ(EXPORT("--proof", in_work("proof.json")), 0);
+    CHECK_EQ(file_open(&f, in_work("out/x.mdr"), &e), 0);
+    const json *j = &f.header;
+    uint32_t last = JSON_NONE;
+    for EACH(j, json_get(j, json_get(j, 0, "proofs"), "logits"), c) last = c;
+    uint32_t v = json_get(j, last, "reference");
+    CHECK(is(j, v, JSON_OBJECT) && j->nodes[v].end - j->nodes[v].start == sizeof wanted - 1 &&
+          !memcmp(j->text + j->nodes[v].start, wanted, sizeof wanted - 1));
+    file_close(&f);
+    clear_folder("out");
 }
 
 static void test_proofs(void) {
@@ -908,6 +999,19 @@ static void test_proofs(void) {
         {"{\"logits\":[{\"ids\":[283]}]}", 3, "logits"},
         {"{\"logits\":[{\"ids\":[-1]}]}", 3, "logits"},
         {"{\"logits\":[{\"ids\":[1],\"sha256\":\"zz\"}]}", 3, "sha256"},
+        {REFERENCE("\"a\"", "[0,282]", "[-1e-3,2.5]"), 0, ""},
+        {REFERENCE("7", "[0]", "[1]"), 3, "source"},
+        {REFERENCE("\"a\"", "[]", "[]"), 3, "reference: ids"},
+        {REFERENCE("\"a\"", "{\"0\":1}", "[1,2]"), 3, "reference: ids"},
+        {REFERENCE("\"a\"", "[283]", "[1]"), 3, "reference: ids"},
+        {REFERENCE("\"a\"", "[-1]", "[1]"), 3, "reference: ids"},
+        {REFERENCE("\"a\"", "[5,5]", "[1,1]"), 3, "reference: ids"},
+        {REFERENCE("\"a\"", "[0,1]", "[1]"), 3, "reference: values"},
+        {REFERENCE("\"a\"", "[0]", "7"), 3, "reference: values"},
+        {REFERENCE("\"a\"", "[0]", "[\"1\"]"), 3, "reference: values"},
+        {REFERENCE("\"a\"", "[0]", "[1e39]"), 3, "reference: values"},
+        {REFERENCE("\"a\"", "[0]", "[-1e999]"), 3, "reference: values"},
+        {"{\"logits\":[{\"ids\":[1],\"reference\":7}]}", 3, "source"},
         {"{\"logits\":[{\"ids\":[1]}", 3, "JSON"},
     };
     copy_fixture("llama-plain");
@@ -1126,6 +1230,7 @@ int main(void) {
     test_source_types();
     test_vectors();
     test_edits();
+    test_families();
     test_files();
     test_weights();
     test_shards();
@@ -1133,6 +1238,7 @@ int main(void) {
     test_tokenizer_flips();
     test_options();
     test_proofs();
+    test_reference();
     test_failures();
     test_allocations();
     test_no_room();

@@ -1,4 +1,5 @@
-/* medrun-export - makes a medrun checkpoint from a Hugging Face folder. MIT licence, see LICENSE.
+/* medrun-export - makes a medrun checkpoint from a Hugging Face folder or a GGUF file.
+ * MIT licence, see LICENSE.
  *
  *     cc -O2 -o medrun-export tools/export.c -lm -lpthread
  *     medrun-export SOURCE OUT.mdr --type int8
@@ -14,13 +15,14 @@
  *  3 Tokenizer     tokenizer.json -> tokenizer.bin
  *  4 Chat          template, stop ids, licence
  *  5 Safetensors   a strict parser
- *  6 Plan          which tensor of the source becomes which section; the header
- *  7 Proofs        texts, conversations and prompts with what they must give
- *  8 Writing       sections on all threads, progress, Ctrl-C
- *  9 Finishing     proofs, reading again, the name
- * 10 Commands      options, --dry-run, main
+ *  6 GGUF          the other kind of source, and how its blocks are decoded
+ *  7 Plan          which tensor of the source becomes which section; the header
+ *  8 Proofs        texts, conversations and prompts with what they must give
+ *  9 Writing       sections on all threads, progress, Ctrl-C
+ * 10 Finishing     proofs, reading again, the name
+ * 11 Commands      options, --dry-run, main
  *
- * Tests: tests/20_export.c. */
+ * Tests: tests/20_export.c, 21_gguf.c. */
 
 #define MEDRUN_NO_MAIN
 #include "../medrun.c"
@@ -64,6 +66,11 @@ typedef struct {
 /* What any kind of source gives; only the functions that fill it know which kind it is. */
 typedef struct {
     const char *folder;
+    const char *description;    /* what describes the model: config.json or the metadata       */
+    const char *architecture;   /* llama, mistral, arcee, apertus                              */
+    bool gguf;                  /* tensors have GGUF's names                                   */
+    char own_folder[PATH_BYTES];            /* a GGUF file's                                   */
+    char name[128];             /* what the source calls itself, or ""                         */
     source_file *files;
     size_t n_files, files_cap;
     source_tensor *tensors;     /* sorted by name once they are all there                      */
@@ -75,7 +82,10 @@ typedef struct {
     int n_stops, stops[MEDRUN_MAX_STOPS];
     source_sampling sampling;
     char licence[128];
-    const char *note;           /* what the user should know, or NULL                          */
+    double yarn_factor;         /* what --yarn-factor says, or 0                               */
+    int sliding_window;         /* what --sliding-window says, or -1                           */
+    float *xielu;               /* (n_layers, 4) alpha_p, alpha_n, beta, eps; else NULL        */
+    buffer notes;               /* what the user should know, a line each                      */
 } source;
 
 typedef struct {
@@ -99,6 +109,17 @@ static int join_path(char path[PATH_BYTES], const char *folder, const char *name
     int n = snprintf(path, PATH_BYTES, "%s/%s", folder, name);
     if (n > 0 && n < PATH_BYTES) return MEDRUN_OK;
     return refuse(e, "%s: this path is too long", name);
+}
+
+/* Appends a line for the user. */
+PRINTF_LIKE(2, 3)
+static void add_note(source *s, const char *format, ...) {
+    char text[512];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    buffer_printf(&s->notes, "note         %s\n", text);
 }
 
 static bool file_exists(const char *folder, const char *name) {
@@ -326,29 +347,60 @@ static int open_json(source *s, const char *name, bool optional, json_file *f, m
 /* a != b, of which compilers warn for good reasons: here both were read from text. */
 static bool differ(double a, double b) { return a < b || a > b; }
 
+/* What is known of each architecture. A window of -1: the class knows none. */
+static const struct {
+    const char *class, *name, *hidden_act;
+    int activation;
+    int64_t window;             /* what the class assumes where the config says nothing        */
+    bool qk_norm;
+} architectures[] = {
+    {"LlamaForCausalLM", "llama", "silu", ACTIVATION_SILU, -1, false},
+    {"MistralForCausalLM", "mistral", "silu", ACTIVATION_SILU, 4096, false},
+    {"ArceeForCausalLM", "arcee", "relu2", ACTIVATION_RELU2, -1, false},
+    {"ApertusForCausalLM", "apertus", "xielu", ACTIVATION_XIELU, -1, true},
+};
+enum { N_CLASSES = sizeof architectures / sizeof *architectures };
+
 /* The architecture names the code that made the weights; nothing else says it as surely. */
-static int check_architecture(const json_file *f, medrun_error *e) {
+static int check_architecture(source *s, const json_file *f, medrun_error *e) {
     const json *j = &f->j;
     uint32_t list = given(j, 0, "architectures"), type = given(j, 0, "model_type");
-    WANT(children(j, list) == 1 && json_is(j, list + 1, "LlamaForCausalLM"), f, "architectures",
-         list, "[\"LlamaForCausalLM\"]; this medrun knows no other");
-    WANT(type == JSON_NONE || json_is(j, type, "llama"), f, "model_type", type, "llama");
-    return MEDRUN_OK;
+    uint32_t activation = given(j, 0, "hidden_act");
+    size_t i = 0;
+    while (i < N_CLASSES && !(children(j, list) == 1 && json_is(j, list + 1,
+                                                                architectures[i].class))) i++;
+    WANT(i < N_CLASSES, f, "architectures", list, "one of LlamaForCausalLM, MistralForCausalLM, "
+         "ArceeForCausalLM, ApertusForCausalLM; this medrun knows no other");
+    WANT(type == JSON_NONE || json_is(j, type, architectures[i].name), f, "model_type", type,
+         architectures[i].name);
+    WANT(activation == JSON_NONE || json_is(j, activation, architectures[i].hidden_act), f,
+         "hidden_act", activation, architectures[i].hidden_act);
+    s->architecture = architectures[i].name;
+    s->config.activation = architectures[i].activation;
+    s->config.qk_norm = architectures[i].qk_norm;
+    if (architectures[i].window < 0) return MEDRUN_OK;
+    int64_t window = architectures[i].window;
+    if (json_get(j, 0, "sliding_window") == JSON_NONE)
+        add_note(s, "config.json has no sliding_window: %lld is used, transformers' default for %s",
+                 (long long)window, s->architecture);
+    else if (given(j, 0, "sliding_window") == JSON_NONE) window = 0;
+    if (read_whole(f, 0, "sliding_window", 1, 1 << 24, &window, e)) return e->code;
+    return s->config.sliding_window = (int)window, MEDRUN_OK;
 }
 
-/* What a Llama config may say but this engine does not compute. */
+/* What a config may say but this engine does not compute. */
 static int check_unsupported(const json_file *f, medrun_error *e) {
-    static const char *const unwanted[] = {"attention_bias", "mlp_bias", "quantization_config"};
+    static const char *const unwanted[] = {"attention_bias", "mlp_bias", "quantization_config",
+                                           "post_norm"};
     const json *j = &f->j;
-    uint32_t activation = given(j, 0, "hidden_act"), part = given(j, 0, "partial_rotary_factor");
+    uint32_t part = given(j, 0, "partial_rotary_factor"), norm = given(j, 0, "qk_norm");
     uint32_t before = given(j, 0, "torch_dtype"), now = given(j, 0, "dtype");
-    WANT(activation == JSON_NONE || json_is(j, activation, "silu"), f, "hidden_act", activation,
-         "silu; this medrun computes no other");
-    for (size_t i = 0; i < 3; i++) {
+    for (size_t i = 0; i < 4; i++) {
         uint32_t v = given(j, 0, unwanted[i]);
         WANT(v == JSON_NONE || is(j, v, JSON_FALSE), f, unwanted[i], v,
              "false or nothing; this medrun does not compute with it");
     }
+    WANT(norm == JSON_NONE || is(j, norm, JSON_TRUE), f, "qk_norm", norm, "true or nothing");
     WANT(part == JSON_NONE || (is(j, part, JSON_NUMBER) && !differ(json_number(j, part), 1)), f,
          "partial_rotary_factor", part, "1");
     WANT(before == JSON_NONE || now == JSON_NONE || same_text(j, before, now), f, "torch_dtype",
@@ -386,51 +438,70 @@ static int read_sizes(const json_file *f, model_config *c, medrun_error *e) {
 
 /* ---- rotary positions ---------------------------------------------------------------------- */
 
-/* The numbers of llama3 scaling, and theta; 0: not given. */
+enum { FACTOR, LOW, HIGH, ORIGINAL, BETA_FAST, BETA_SLOW, ATTENTION, MSCALE, MSCALE_ALL,
+       N_ROPE_FIELDS };
+
+/* What a block says. A number that is not given is 0, which also means that to transformers. */
 typedef struct {
-    bool llama3;
-    double theta, number[4];    /* factor, low, high, original                                 */
+    int type;
+    bool truncate;
+    double theta, number[N_ROPE_FIELDS];
 } rope;
 
-static const struct { const char *key; double min, max; } rope_fields[4] = {
-    {"factor", 1, 1e6}, {"low_freq_factor", 1e-3, 1e6}, {"high_freq_factor", 1e-3, 1e6},
-    {"original_max_position_embeddings", 1, 1e9}};
+static const struct { const char *key; double min, max; bool llama3, yarn; }
+rope_fields[N_ROPE_FIELDS] = {
+    {"factor", 1, 1e6, true, true},
+    {"low_freq_factor", 1e-3, 1e6, true, false},
+    {"high_freq_factor", 1e-3, 1e6, true, false},
+    {"original_max_position_embeddings", 1, 1e9, true, true},
+    {"beta_fast", 0, 1e6, false, true},
+    {"beta_slow", 0, 1e6, false, true},
+    {"attention_factor", 1e-3, 1e3, false, true},
+    {"mscale", 0, 1e3, false, true},
+    {"mscale_all_dim", 0, 1e3, false, true},
+};
 
 static bool same_scaling(const rope *a, const rope *b) {
-    bool same = a->llama3 == b->llama3;
-    for (size_t i = 0; i < 4; i++) same = same && !differ(a->number[i], b->number[i]);
+    bool same = a->type == b->type && a->truncate == b->truncate;
+    for (size_t i = 0; i < N_ROPE_FIELDS; i++) same = same && !differ(a->number[i], b->number[i]);
     return same;
 }
 
-/* One block of rope fields. A field that is not known is an error: it might change every
+/* One field of a block, key C. A field that is not known is an error: it might change every
  * position. */
+static int read_rope_field(const json_file *f, uint32_t v, uint32_t c, rope *r, medrun_error *e) {
+    const json *j = &f->j;
+    bool llama3 = r->type == ROPE_LLAMA3, yarn = r->type == ROPE_YARN;
+    if (json_is(j, c, "rope_type") || json_is(j, c, "type")) return MEDRUN_OK;
+    if (json_is(j, c, "rope_theta"))
+        return read_real(f, v, "rope_theta", 1.001, 1e12, &r->theta, e);
+    if (json_is(j, c, "truncate") && yarn) return read_bool(f, v, "truncate", &r->truncate, e);
+    for (size_t i = 0; i < N_ROPE_FIELDS; i++)
+        if (json_is(j, c, rope_fields[i].key) &&
+            ((llama3 && rope_fields[i].llama3) || (yarn && rope_fields[i].yarn)))
+            return read_real(f, v, rope_fields[i].key, rope_fields[i].min, rope_fields[i].max,
+                             &r->number[i], e);
+    return refuse(e, "%s: field %s: found a field that rope_type %s does not have here; it may "
+                  "change what the model computes", f->path, show(j, c).text, rope_names[r->type]);
+}
+
 static int read_rope_block(const json_file *f, uint32_t v, rope *r, medrun_error *e) {
     const json *j = &f->j;
     uint32_t type = given(j, v, "rope_type"), older = given(j, v, "type");
-    int numbers = 0;
     if (type == JSON_NONE) type = older;
     WANT(older == JSON_NONE || same_text(j, type, older), f, "rope_type", type, "the same as type");
-    r->llama3 = json_is(j, type, "llama3");
-    WANT(r->llama3 || type == JSON_NONE || json_is(j, type, "default"), f, "rope_type", type,
-         "default or llama3; this medrun computes no other positions");
-    for EACH_KEY(j, v, c) {
-        size_t k = 0;
-        while (k < 4 && !json_is(j, c, rope_fields[k].key)) k++;
-        if (k < 4) {
-            read_real(f, v, rope_fields[k].key, rope_fields[k].min, rope_fields[k].max,
-                      &r->number[k], e);
-            numbers += r->number[k] > 0;
-        } else if (json_is(j, c, "rope_theta")) {
-            read_real(f, v, "rope_theta", 1, 1e12, &r->theta, e);
-        } else if (!json_is(j, c, "rope_type") && !json_is(j, c, "type")) {
-            refuse(e, "%s: field %s: found a rope field that this medrun does not know; it may "
-                   "change what the model computes", f->path, show(j, c).text);
-        }
-        if (e->code) return e->code;
-    }
-    WANT(numbers == (r->llama3 ? 4 : 0), f, "rope_type", type, "with llama3 all of factor, "
-         "low_freq_factor, high_freq_factor, original_max_position_embeddings, else none");
-    WANT(!r->llama3 || r->number[2] > r->number[1], f, "high_freq_factor",
+    WANT(type == JSON_NONE || json_is(j, type, "default") || json_is(j, type, "llama3") ||
+         json_is(j, type, "yarn"), f, "rope_type", type, "default, llama3 or yarn; this medrun "
+         "computes no other positions");
+    r->truncate = true;
+    r->type = json_is(j, type, "llama3") ? ROPE_LLAMA3 : json_is(j, type, "yarn") ? ROPE_YARN :
+              ROPE_NONE;
+    for EACH_KEY(j, v, c) if (read_rope_field(f, v, c, r, e)) return e->code;
+    const double *n = r->number;
+    WANT(r->type != ROPE_LLAMA3 || (n[FACTOR] > 0 && n[LOW] > 0 && n[HIGH] > 0 && n[ORIGINAL] > 0),
+         f, "rope_type", type, "with llama3 all of factor, low_freq_factor, high_freq_factor, "
+         "original_max_position_embeddings");
+    WANT(r->type != ROPE_LLAMA3 || n[HIGH] > n[LOW], f, "high_freq_factor",
          json_get(j, v, "high_freq_factor"), "more than low_freq_factor");
     return MEDRUN_OK;
 }
@@ -440,7 +511,7 @@ static int read_rope_parameters(const json_file *f, uint32_t v, rope *r, medrun_
     const json *j = &f->j;
     if (!children(j, v) || !is(j, v + 2, JSON_OBJECT)) return read_rope_block(f, v, r, e);
     for EACH_KEY(j, v, c) {
-        rope next = {0};
+        rope next = {.truncate = true};
         WANT(is(j, c + 1, JSON_OBJECT), f, "rope_parameters", v, "a block per layer type");
         if (read_rope_block(f, c + 1, &next, e)) return e->code;
         WANT(c == v + 1 || (same_scaling(r, &next) && !differ(r->theta, next.theta)), f,
@@ -453,17 +524,17 @@ static int read_rope_parameters(const json_file *f, uint32_t v, rope *r, medrun_
 /* Reads both spellings; R is what they agree on. */
 static int read_both_ropes(const json_file *f, rope *r, medrun_error *e) {
     const json *j = &f->j;
-    rope old = {0}, now = {0};
+    rope old = {.truncate = true}, now = old;
     uint32_t scaling = given(j, 0, "rope_scaling"), block = given(j, 0, "rope_parameters");
     double theta = 0, original = 0;
     WANT(scaling == JSON_NONE || is(j, scaling, JSON_OBJECT), f, "rope_scaling", scaling,
          "an object or null");
     WANT(block == JSON_NONE || is(j, block, JSON_OBJECT), f, "rope_parameters", block,
          "an object or null");
-    if (read_real(f, 0, "rope_theta", 1, 1e12, &theta, e) ||
+    if (read_real(f, 0, "rope_theta", 1.001, 1e12, &theta, e) ||
         (scaling != JSON_NONE && read_rope_block(f, scaling, &old, e)) ||
         (block != JSON_NONE && read_rope_parameters(f, block, &now, e)) ||
-        read_real(f, 0, rope_fields[3].key, 1, 1e9, &original, e)) return e->code;
+        read_real(f, 0, rope_fields[ORIGINAL].key, 1, 1e9, &original, e)) return e->code;
     WANT(!(theta > 0 && old.theta > 0 && differ(theta, old.theta)), f, "rope_theta",
          given(j, 0, "rope_theta"), "the same as in rope_scaling; remove the wrong one");
     if (theta > 0) old.theta = theta;
@@ -472,23 +543,83 @@ static int read_both_ropes(const json_file *f, rope *r, medrun_error *e) {
     bool both = block != JSON_NONE && json_get(j, 0, "rope_scaling") != JSON_NONE;
     WANT(!(old.theta > 0 && differ(old.theta, r->theta)) && (!both || same_scaling(&old, r)), f,
          "rope_parameters", block, "the same as rope_theta and rope_scaling; remove the wrong");
-    WANT(!(original > 0 && r->llama3 && differ(original, r->number[3])), f, rope_fields[3].key,
-         given(j, 0, rope_fields[3].key), "the same as in the rope block; remove the wrong one");
+    double *inner = &r->number[ORIGINAL];
+    if (r->type == ROPE_YARN && !(*inner > 0)) *inner = original;
+    WANT(!(original > 0 && r->type != ROPE_NONE && differ(original, *inner)), f,
+         rope_fields[ORIGINAL].key, given(j, 0, rope_fields[ORIGINAL].key),
+         "the same as in the rope block; remove the wrong one");
     return MEDRUN_OK;
 }
 
-static int read_hf_config(const json_file *f, model_config *c, medrun_error *e) {
+/* ln(factor) / 10 + 1 of the YaRN paper, weighted. */
+static double yarn_scale(double factor, double weight) {
+    return factor <= 1 ? 1 : 0.1 * weight * ln_exact(factor) + 1;
+}
+
+/* What transformers 5 computes for what is missing, into C. Its version 4 overrode a given factor
+ * by the ratio of the two context lengths; models differ in which was meant. */
+static void set_yarn(source *s, const rope *r, model_config *c) {
+    const double *n = r->number;
+    double original = n[ORIGINAL] > 0 ? n[ORIGINAL] : c->max_positions;
+    double ratio = c->max_positions / original, factor = n[FACTOR] > 0 ? n[FACTOR] : ratio;
+    if (s->yarn_factor > 0) factor = s->yarn_factor;
+    if (differ(factor, ratio) || s->yarn_factor > 0)
+        add_note(s, "YaRN factor %g is used, as %s says. transformers 5, vLLM and llama.cpp compute "
+                 "with the %g of %s, transformers 4 with the ratio of the context lengths "
+                 "%g / %g = %g: --yarn-factor chooses", factor,
+                 s->yarn_factor > 0 ? "--yarn-factor" : s->description,
+                 n[FACTOR] > 0 ? n[FACTOR] : ratio, s->description, (double)c->max_positions,
+                 original, ratio);
+    c->rope_factor = factor, c->rope_original = original, c->rope_truncate = r->truncate;
+    c->rope_beta_fast = n[BETA_FAST] > 0 ? n[BETA_FAST] : 32;
+    c->rope_beta_slow = n[BETA_SLOW] > 0 ? n[BETA_SLOW] : 1;
+    c->rope_attention = n[ATTENTION] > 0 ? n[ATTENTION] :
+                        n[MSCALE] > 0 && n[MSCALE_ALL] > 0 ?
+                        yarn_scale(factor, n[MSCALE]) / yarn_scale(factor, n[MSCALE_ALL]) :
+                        yarn_scale(factor, 1);
+}
+
+/* The class's own positions where config.json says nothing at all; only some classes have any. */
+static int default_rope(source *s, const json_file *f, rope *r, medrun_error *e) {
+    bool apertus = !strcmp(s->architecture, "apertus");
+    bool block = given(&f->j, 0, "rope_scaling") != JSON_NONE ||
+                 given(&f->j, 0, "rope_parameters") != JSON_NONE;
+    WANT(!apertus || block || !(r->theta > 0), f, "rope_scaling", JSON_NONE,
+         "a block, as rope_theta is given");
+    if (apertus && !block)
+        *r = (rope){ROPE_LLAMA3, true, 1.2e7, {[FACTOR] = 8, [LOW] = 1, [HIGH] = 4,
+                                               [ORIGINAL] = 8192}};
+    else if (!(r->theta > 0)) r->theta = apertus ? 1.2e7 : 10000;
+    else return MEDRUN_OK;
+    add_note(s, "config.json has no rope_theta%s: transformers' default for %s is used, %.9g%s",
+             block ? "" : " and no rope scaling", s->architecture, r->theta,
+             r->type == ROPE_LLAMA3 && !block ? " with llama3 scaling 8" : "");
+    return MEDRUN_OK;
+}
+
+static int check_multiples(const model_config *c, const char *path, medrun_error *e) {
+    if (c->hidden_size % 16 == 0 && c->head_dim % 16 == 0 && c->ffn_size % 16 == 0)
+        return MEDRUN_OK;
+    return refuse(e, "%s: found hidden_size %d, head_dim %d, intermediate_size %d, wanted "
+                  "multiples of 16", path, c->hidden_size, c->head_dim, c->ffn_size);
+}
+
+static int read_hf_config(source *s, const json_file *f, medrun_error *e) {
+    model_config *c = &s->config;
     rope r = {0};
     double eps = 0;
-    if (check_architecture(f, e) || check_unsupported(f, e) || read_sizes(f, c, e) ||
+    s->description = "config.json";
+    if (check_architecture(s, f, e) || check_unsupported(f, e) || read_sizes(f, c, e) ||
         read_bool(f, 0, "tie_word_embeddings", &c->tied, e) || read_both_ropes(f, &r, e) ||
-        !json_real(&f->j, 0, f->path, "rms_norm_eps", 1e-12, 1, &eps, e)) return e->code;
-    if (c->hidden_size % 16 || c->head_dim % 16 || c->ffn_size % 16)
-        return refuse(e, "%s: found hidden_size %d, head_dim %d, intermediate_size %d, wanted "
-                      "multiples of 16", f->path, c->hidden_size, c->head_dim, c->ffn_size);
-    c->norm_eps = (float)eps, c->rope_theta = r.theta, c->rope_llama3 = r.llama3;
-    c->rope_factor = r.number[0], c->rope_low = r.number[1], c->rope_high = r.number[2];
-    c->rope_original = r.number[3];
+        default_rope(s, f, &r, e) ||
+        !json_real(&f->j, 0, f->path, "rms_norm_eps", 1e-12, 1, &eps, e) ||
+        check_multiples(c, f->path, e)) return e->code;
+    if (s->yarn_factor > 0 && r.type != ROPE_YARN)
+        return fail(e, MEDRUN_USAGE, "--yarn-factor: %s has no yarn scaling", f->path);
+    c->norm_eps = (float)eps, c->rope_theta = r.theta, c->rope_type = r.type;
+    c->rope_factor = r.number[FACTOR], c->rope_original = r.number[ORIGINAL];
+    c->rope_low = r.number[LOW], c->rope_high = r.number[HIGH];
+    if (r.type == ROPE_YARN) set_yarn(s, &r, c);
     return MEDRUN_OK;
 }
 
@@ -520,10 +651,13 @@ static int read_eos_ids(source *s, const json_file *f, medrun_error *e) {
 }
 
 /* transformers' defaults, and greedy unless do_sample is true. */
+static const source_sampling default_sampling = {.temperature = 1, .top_p = 1, .repeat_penalty = 1,
+                                                 .top_k = 50};
+
 static int read_generation(source *s, const json_file *f, medrun_error *e) {
     source_sampling *p = &s->sampling;
     bool sample = false;
-    *p = (source_sampling){.temperature = 1, .top_p = 1, .repeat_penalty = 1, .top_k = 50};
+    *p = default_sampling;
     if (read_bool(f, 0, "do_sample", &sample, e) ||
         read_real(f, 0, "temperature", 0, 100, &p->temperature, e) ||
         read_real(f, 0, "top_p", 0, 1, &p->top_p, e) ||
@@ -561,19 +695,16 @@ static int read_jinja(source *s, const json_file *config, buffer *out, medrun_er
 }
 
 /* NAME is what the user asked for, or NULL: then the template is recognised, never guessed. */
-static int choose_template(source *s, const json_file *config, const char *name, medrun_error *e) {
-    buffer b = {0};
+static int choose_template(source *s, const buffer *jinja, const char *name, medrun_error *e) {
     if (name) {
         s->chat = chat_find(name);
         return s->chat ? MEDRUN_OK : fail(e, MEDRUN_USAGE, "--template: found \"%s\", wanted one "
                                           "of %s", name, CHAT_NAMES);
     }
-    if (read_jinja(s, config, &b, e)) return buffer_free(&b), e->code;
-    if (!b.n) name = "none";
-    else if (contains(&b, "<|start_header_id|>") && contains(&b, "<|eot_id|>") &&
-             !contains(&b, "Cutting Knowledge")) name = "llama3";
-    else if (contains(&b, "### Instruction:")) name = "alpaca";
-    buffer_free(&b);
+    if (!jinja->n) name = "none";
+    else if (contains(jinja, "<|start_header_id|>") && contains(jinja, "<|eot_id|>") &&
+             !contains(jinja, "Cutting Knowledge")) name = "llama3";
+    else if (contains(jinja, "### Instruction:")) name = "alpaca";
     if (name) return s->chat = chat_find(name), MEDRUN_OK;
     return refuse(e, "%s: chat_template: found one that this medrun does not recognise; name the "
                   "right one with --template (%s)", s->folder, CHAT_NAMES);
@@ -614,14 +745,24 @@ static void read_licence(source *s) {
  * implementation demands: then nothing can hide in the file.
  * ============================================================================================ */
 
-enum { SOURCE_BF16, SOURCE_F16, SOURCE_F32 };       /* what can be exported, and first of:      */
+/* The types of weights: those that can be exported, then others that safetensors knows. Quantised
+ * ones come in blocks along a row. */
+enum { SOURCE_BF16, SOURCE_F16, SOURCE_F32, SOURCE_Q8_0, SOURCE_Q4_0, SOURCE_Q4_1, SOURCE_Q5_0,
+       SOURCE_Q5_1, SOURCE_Q4_K, SOURCE_Q5_K, SOURCE_Q6_K, N_WEIGHT_TYPES };
 
-static const struct { const char *name; size_t size; } source_types[] = {
-    {"BF16", 2}, {"F16", 2}, {"F32", 4}, {"F64", 8}, {"I64", 8}, {"U64", 8}, {"I32", 4},
-    {"U32", 4}, {"I16", 2}, {"U16", 2}, {"I8", 1}, {"U8", 1}, {"BOOL", 1}, {"F8_E4M3", 1},
-    {"F8_E5M2", 1},
+static const struct { const char *name; size_t block, size; } source_types[] = {
+    {"BF16", 1, 2}, {"F16", 1, 2}, {"F32", 1, 4}, {"Q8_0", 32, 34}, {"Q4_0", 32, 18},
+    {"Q4_1", 32, 20}, {"Q5_0", 32, 22}, {"Q5_1", 32, 24}, {"Q4_K", 256, 144}, {"Q5_K", 256, 176},
+    {"Q6_K", 256, 210}, {"F64", 1, 8}, {"I64", 1, 8}, {"U64", 1, 8}, {"I32", 1, 4}, {"U32", 1, 4},
+    {"I16", 1, 2}, {"U16", 1, 2}, {"I8", 1, 1}, {"U8", 1, 1}, {"BOOL", 1, 1}, {"F8_E4M3", 1, 1},
+    {"F8_E5M2", 1, 1},
 };
 enum { N_SOURCE_TYPES = sizeof source_types / sizeof *source_types, SHARD_HEADER = 100000000 };
+
+/* Bytes of N values, a multiple of the block. */
+static size_t source_bytes(int dtype, size_t n) {
+    return n / source_types[dtype].block * source_types[dtype].size;
+}
 
 static int read_at(int fd, void *to, size_t n, uint64_t at, const char *path, medrun_error *e) {
     uint8_t *p = to;
@@ -641,8 +782,8 @@ static int read_entry(const json *j, uint32_t v, const char *path, uint64_t data
     uint32_t shape = json_get(j, v, "shape"), place = json_get(j, v, "data_offsets");
     const char *wanted = NULL;
     t->rank = (int)children(j, shape);
-    while (t->dtype < N_SOURCE_TYPES &&
-           !json_is(j, json_get(j, v, "dtype"), source_types[t->dtype].name)) t->dtype++;
+    while (t->dtype < N_SOURCE_TYPES && (source_types[t->dtype].block > 1 ||
+           !json_is(j, json_get(j, v, "dtype"), source_types[t->dtype].name))) t->dtype++;
     if (children(j, v) != 6 || t->dtype == N_SOURCE_TYPES || !is(j, shape, JSON_ARRAY) ||
         children(j, place) != 2 || !json_size(j, place + 1, &t->begin) ||
         !json_size(j, place + 2, &t->end))
@@ -847,13 +988,16 @@ static int read_weights(source *s, medrun_error *e) {
 /* Ids without a row, or rows without an id, are the sign of a tokenizer of another model. */
 static int read_hf_tokenizer(source *s, const char *template_name, medrun_error *e) {
     source_tokenizer t = {0};
-    if (!open_json(s, "tokenizer.json", false, &t.file, e) &&
-        !open_json(s, "tokenizer_config.json", true, &t.config, e) &&
-        !convert_tokenizer(&t, &s->tokenizer, e) && t.n_pieces != (size_t)s->config.vocab_size)
-        refuse(e, "%s/config.json: field vocab_size: found %d, but tokenizer.json has %zu ids; use "
-               "the tokenizer of this model", s->folder, s->config.vocab_size, t.n_pieces);
-    if (!e->code) choose_template(s, &t.config, template_name, e);
+    buffer jinja = {0};
+    if (!open_tokenizer(s, &t, e) && !convert_tokenizer(&t, &s->tokenizer, e) &&
+        t.n_pieces != (size_t)s->config.vocab_size)
+        refuse(e, "%s/config.json: field vocab_size: found %d, but %s has %zu ids; use "
+               "the tokenizer of this model", s->folder, s->config.vocab_size,
+               t.is_model ? "tokenizer.model" : "tokenizer.json", t.n_pieces);
+    if (!e->code && (template_name || !read_jinja(s, &t.config, &jinja, e)))
+        choose_template(s, &jinja, template_name, e);
     s->eos = t.eos;
+    buffer_free(&jinja);
     free_tokenizer(&t);
     return e->code;
 }
@@ -874,11 +1018,7 @@ static int finish_stops(source *s, medrun_error *e) {
 static int open_hf_folder(source *s, const char *template_name, medrun_error *e) {
     json_file f;
     if (open_json(s, "config.json", false, &f, e)) return e->code;
-    if (!read_hf_config(&f, &s->config, e)) read_eos_ids(s, &f, e);
-    if (!(s->config.rope_theta > 0)) {
-        s->note = "config.json has no rope_theta: 10000 is used, transformers' default for Llama";
-        s->config.rope_theta = 10000;
-    }
+    if (!read_hf_config(s, &f, e)) read_eos_ids(s, &f, e);
     close_json(&f);
     if (e->code || open_json(s, "generation_config.json", true, &f, e)) return e->code;
     read_generation(s, &f, e);
@@ -893,18 +1033,24 @@ static void close_source(source *s) {
     for (size_t i = 0; i < s->n_tensors; i++) free(s->tensors[i].name);
     free(s->files);
     free(s->tensors);
+    free(s->xielu);
     buffer_free(&s->tokenizer);
+    buffer_free(&s->notes);
 }
 
+#include "export_gguf.c"                /* section 6 */
+
 /* ============================================================================================
- * 6 Plan: which tensor of the source becomes which section; the header
+ * 7 Plan: which tensor of the source becomes which section; the header
  * ============================================================================================ */
 
 typedef struct {
     char name[64];
     int type;                   /* of medrun.c, section 5                                      */
     size_t rows, cols;
-    const source_tensor *from;  /* NULL: the tokenizer                                         */
+    const source_tensor *from;  /* NULL: values, or the tokenizer                              */
+    size_t paired;              /* head_dim, where the rows of a head stand in pairs; else 0   */
+    const float *values;        /* (rows, cols) that are known already                         */
     uint64_t offset, bytes;
     uint8_t digest[32];
 } section;
@@ -914,6 +1060,7 @@ typedef struct {
     size_t n;
     uint8_t digest[32], wanted[32];
     bool given;                 /* --proof says which digest is wanted                         */
+    buffer reference;           /* JSON; what another implementation computed, or nothing      */
 } logits_proof;
 
 /* A section to write or a source file to hash. */
@@ -929,14 +1076,14 @@ typedef struct {
 } scratch;                      /* of one thread                                               */
 
 typedef struct {
-    const char *source, *out, *type, *template_name, *name, *proof, *yarn_factor, *threads;
+    const char *source, *out, *type, *template_name, *name, *proof, *yarn_factor, *window, *threads;
     bool tokenizer_only, dry_run, help, version;
 } export_options;
 
 typedef struct {
     export_options options;
     source source;
-    char name[128];
+    char name[128], precision[256];
     int type, threads;
     section *sections;          /* the tensors, then the tokenizer                             */
     size_t n_sections, sections_cap;
@@ -966,8 +1113,15 @@ static int add_section(exporter *x, const char *name, int type, size_t rows, siz
     section *t = &x->sections[x->n_sections++];
     *t = (section){.type = type, .rows = rows, .cols = cols, .from = from};
     snprintf(t->name, sizeof t->name, "%s", name);
-    t->bytes = from ? tensor_bytes(type, rows, cols) : x->source.tokenizer.n;
+    t->bytes = cols ? tensor_bytes(type, rows, cols) : x->source.tokenizer.n;
     return MEDRUN_OK;
+}
+
+/* A vector that needs no reading any more; VALUES must outlive the plan. */
+static int plan_values(exporter *x, const char *name, const float *values, size_t n,
+                       medrun_error *e) {
+    if (add_section(x, name, TYPE_F32, 1, n, NULL, e)) return e->code;
+    return x->sections[x->n_sections - 1].values = values, MEDRUN_OK;
 }
 
 typedef struct { char text[64]; } shape_text;
@@ -981,48 +1135,63 @@ static shape_text show_shape(int rank, uint64_t rows, uint64_t cols) {
     return s;
 }
 
-/* Finds tensor HF_NAME, checks its type and shape (rows 0: a vector) and plans section NAME. */
-static int plan_tensor(exporter *x, const char *name, const char *hf_name, int rows, int cols,
+/* Finds tensor FROM of the source, checks its type and shape (rows 0: a vector) and plans section NAME. */
+static int plan_tensor(exporter *x, const char *name, const char *from, int rows, int cols,
                        medrun_error *e) {
     source *s = &x->source;
-    source_tensor *t = find_tensor(s, hf_name);
+    source_tensor *t = find_tensor(s, from);
     uint64_t first = (uint64_t)(rows ? rows : cols), second = rows ? (uint64_t)cols : 0;
     int rank = rows ? 2 : 1;
     if (!t) return refuse(e, "%s: tensor %s: found nothing, wanted shape %s; the weights are not "
-                          "complete", s->folder, hf_name, show_shape(rank, first, second).text);
+                          "complete", s->folder, from, show_shape(rank, first, second).text);
     const char *file = s->files[t->file].name;
-    if (t->dtype > SOURCE_F32)
+    if (t->dtype >= N_WEIGHT_TYPES)
         return refuse(e, "%s/%s: tensor %s: dtype: found %s, wanted BF16, F16 or F32", s->folder,
-                      file, hf_name, source_types[t->dtype].name);
+                      file, from, source_types[t->dtype].name);
     if (t->rank != rank || t->shape[0] != first || t->shape[1] != second)
-        return refuse(e, "%s/%s: tensor %s: shape: found %s, wanted %s, as config.json says",
-                      s->folder, file, hf_name, show_shape(t->rank, t->shape[0], t->shape[1]).text,
-                      show_shape(rank, first, second).text);
+        return refuse(e, "%s/%s: tensor %s: shape: found %s, wanted %s, as %s says", s->folder,
+                      file, from, show_shape(t->rank, t->shape[0], t->shape[1]).text,
+                      show_shape(rank, first, second).text, s->description);
     t->used = true;
     return add_section(x, name, rows ? x->type : TYPE_F32, rows ? (size_t)rows : 1, (size_t)cols, t,
                        e);
 }
 
-/* Rows as Hugging Face has them: the rotation turns halves of a head, so nothing is permuted. */
+/* Rows as Hugging Face has them: the rotation turns halves of a head. Most GGUF files turn pairs,
+ * with rows of q and k in the order for that, which is undone in writing. */
 static int plan_layer(exporter *x, int layer, medrun_error *e) {
     const model_config *c = &x->source.config;
     int hidden = c->hidden_size, heads = c->n_heads * c->head_dim, kv = c->n_kv_heads * c->head_dim;
-    const struct { const char *name, *hf_name; int rows, cols; } all[] = {
-        {"attn_norm", "input_layernorm", 0, hidden},
-        {"q", "self_attn.q_proj", heads, hidden},
-        {"k", "self_attn.k_proj", kv, hidden},
-        {"v", "self_attn.v_proj", kv, hidden},
-        {"o", "self_attn.o_proj", hidden, heads},
-        {"ffn_norm", "post_attention_layernorm", 0, hidden},
-        {"gate", "mlp.gate_proj", c->ffn_size, hidden},
-        {"up", "mlp.up_proj", c->ffn_size, hidden},
-        {"down", "mlp.down_proj", hidden, c->ffn_size},
+    bool gated = c->activation == ACTIVATION_SILU, apertus = c->qk_norm, own = x->source.gguf;
+    const struct { const char *name, *hf_name, *gguf_name; int rows, cols; bool missing; } all[] = {
+        {"attn_norm", apertus ? "attention_layernorm" : "input_layernorm", "attn_norm", 0, hidden,
+         false},
+        {"q", "self_attn.q_proj", "attn_q", heads, hidden, false},
+        {"k", "self_attn.k_proj", "attn_k", kv, hidden, false},
+        {"v", "self_attn.v_proj", "attn_v", kv, hidden, false},
+        {"q_norm", "self_attn.q_norm", "attn_q_norm", 0, c->head_dim, !c->qk_norm},
+        {"k_norm", "self_attn.k_norm", "attn_k_norm", 0, c->head_dim, !c->qk_norm},
+        {"o", "self_attn.o_proj", "attn_output", hidden, heads, false},
+        {"ffn_norm", apertus ? "feedforward_layernorm" : "post_attention_layernorm", "ffn_norm", 0,
+         hidden, false},
+        {"gate", "mlp.gate_proj", "ffn_gate", c->ffn_size, hidden, !gated},
+        {"up", "mlp.up_proj", "ffn_up", c->ffn_size, hidden, false},
+        {"xielu", NULL, NULL, 0, 4, c->activation != ACTIVATION_XIELU},
+        {"down", "mlp.down_proj", "ffn_down", hidden, c->ffn_size, false},
     };
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
-        char name[64], hf_name[96];
+        char name[64], from[96] = "";
+        if (all[i].missing) continue;
         snprintf(name, sizeof name, "layers.%d.%s", layer, all[i].name);
-        snprintf(hf_name, sizeof hf_name, "model.layers.%d.%s.weight", layer, all[i].hf_name);
-        if (plan_tensor(x, name, hf_name, all[i].rows, all[i].cols, e)) return e->code;
+        if (all[i].hf_name)
+            snprintf(from, sizeof from, "%s.%d.%s.weight", own ? "blk" : "model.layers", layer,
+                     own ? all[i].gguf_name : all[i].hf_name);
+        if (from[0]) plan_tensor(x, name, from, all[i].rows, all[i].cols, e);
+        else plan_values(x, name, x->source.xielu + 4 * layer, 4, e);
+        if (e->code) return e->code;
+        bool turned = !strcmp(all[i].name, "q") || !strcmp(all[i].name, "k");
+        if (own && turned && !apertus)
+            x->sections[x->n_sections - 1].paired = (size_t)c->head_dim;
     }
     return MEDRUN_OK;
 }
@@ -1044,6 +1213,46 @@ static int same_bytes(const source *s, const source_tensor *a, const source_tens
     return e->code;
 }
 
+/* One of the four numbers of xIELU in LAYER, each of which a tensor of its own holds: a scalar or
+ * a vector of one. */
+static int read_xielu_number(source *s, int layer, const char *name, float *out, bool *found,
+                             medrun_error *e) {
+    char hf_name[96];
+    uint8_t raw[4];
+    snprintf(hf_name, sizeof hf_name, "model.layers.%d.mlp.act_fn.%s", layer, name);
+    source_tensor *t = find_tensor(s, hf_name);
+    if (!(*found = t)) return MEDRUN_OK;
+    const source_file *file = &s->files[t->file];
+    if (t->dtype > SOURCE_F32 || t->rank > 1 || (t->rank == 1 && t->shape[0] != 1))
+        return refuse(e, "%s/%s: tensor %s: found another type or shape, wanted one number",
+                      s->folder, file->name, hf_name);
+    t->used = true;
+    if (read_at(file->fd, raw, (size_t)(t->end - t->begin), t->begin, file->name, e))
+        return e->code;
+    return to_floats(t->dtype, raw, 1, out) ? MEDRUN_OK :
+           refuse(e, "%s/%s: tensor %s: found no finite number", s->folder, file->name, hf_name);
+}
+
+/* Fills s->xielu from a Hugging Face folder. beta and eps are buffers, which some exports leave
+ * out: then transformers' initial values hold. */
+static int read_hf_xielu(source *s, medrun_error *e) {
+    static const char *const names[4] = {"alpha_p", "alpha_n", "beta", "eps"};
+    s->xielu = new_array((size_t)s->config.n_layers * 4, sizeof *s->xielu);
+    if (!s->xielu) return out_of_memory(e, (size_t)s->config.n_layers * 16);
+    for (int i = 0; i < 4 * s->config.n_layers; i++) {
+        bool found = false;
+        s->xielu[i] = i % 4 == 2 ? 0.5f : -1e-6f;
+        if (read_xielu_number(s, i / 4, names[i % 4], &s->xielu[i], &found, e)) return e->code;
+        if (!found && i % 4 < 2)
+            return refuse(e, "%s: tensor model.layers.%d.mlp.act_fn.%s: found nothing, wanted one "
+                          "number; the weights are not complete", s->folder, i / 4, names[i % 4]);
+        if (!found && i < 4)
+            add_note(s, "the weights have no %s for xIELU: transformers' %g is used", names[i],
+                     (double)s->xielu[i]);
+    }
+    return MEDRUN_OK;
+}
+
 /* A tensor nobody asked for is a part of the model that would silently be missing. */
 static int check_leftover(exporter *x, const source_tensor *t, medrun_error *e) {
     static const char harmless[] = "rotary_emb.inv_freq";
@@ -1056,18 +1265,47 @@ static int check_leftover(exporter *x, const source_tensor *t, medrun_error *e) 
     return refuse(e, "%s/%s: tensor %s: found a tensor that %s", x->source.folder,
                   x->source.files[t->file].name, t->name, output ?
                   "differs from model.embed_tokens.weight, though tie_word_embeddings is true" :
-                  "is no part of a Llama model; this medrun would not compute with it");
+                  x->source.gguf ? "this medrun does not compute with" :
+                  "is no part of the model that config.json describes; medrun would not compute "
+                  "with it");
+}
+
+/* How the source holds the matrices, for the provenance and, if they were rounded, for a note. */
+static void describe_precision(exporter *x) {
+    size_t count[N_WEIGHT_TYPES] = {0}, n = 0;
+    bool rounded = false;
+    for (size_t i = 0; i < x->n_sections; i++)
+        if (x->sections[i].from && x->sections[i].type != TYPE_F32)
+            count[x->sections[i].from->dtype]++;
+    for (int t = 0; t < N_WEIGHT_TYPES; t++) {
+        if (!count[t]) continue;
+        const char *word = n ? "" : count[t] > 1 ? " tensors" : " tensor";
+        n += (size_t)snprintf(x->precision + n, sizeof x->precision - n, "%s%s (%zu%s)",
+                              n ? ", " : "", source_types[t].name, count[t], word);
+        rounded |= source_types[t].block > 1;
+    }
+    if (rounded)
+        add_note(&x->source, "the weights come from %s: %s re-encodes values that were already "
+                 "rounded", x->precision, type_names[x->type]);
 }
 
 static int plan_model(exporter *x, medrun_error *e) {
     const model_config *c = &x->source.config;
     int vocab = c->vocab_size, hidden = c->hidden_size;
-    plan_tensor(x, "embed", "model.embed_tokens.weight", vocab, hidden, e);
+    bool own = x->source.gguf;
+    if (c->activation == ACTIVATION_XIELU && !x->source.xielu && read_hf_xielu(&x->source, e))
+        return e->code;
+    plan_tensor(x, "embed", own ? "token_embd.weight" : "model.embed_tokens.weight", vocab, hidden,
+                e);
     for (int layer = 0; !e->code && layer < c->n_layers; layer++) plan_layer(x, layer, e);
-    if (!e->code) plan_tensor(x, "final_norm", "model.norm.weight", 0, hidden, e);
-    if (!e->code && !c->tied) plan_tensor(x, "output", "lm_head.weight", vocab, hidden, e);
+    if (!e->code)
+        plan_tensor(x, "final_norm", own ? "output_norm.weight" : "model.norm.weight", 0, hidden,
+                    e);
+    if (!e->code && !c->tied)
+        plan_tensor(x, "output", own ? "output.weight" : "lm_head.weight", vocab, hidden, e);
     for (size_t i = 0; !e->code && i < x->source.n_tensors; i++)
         if (!x->source.tensors[i].used) check_leftover(x, &x->source.tensors[i], e);
+    if (!e->code) describe_precision(x);
     return e->code ? e->code : add_section(x, "tokenizer", -1, 0, 0, NULL, e);
 }
 
@@ -1098,6 +1336,32 @@ static void put_digest(buffer *b, const uint8_t digest[32]) {
     buffer_printf(b, ",\"sha256\":\"%s\"}", hex);
 }
 
+static void put_scaling(buffer *b, const model_config *c) {
+    const struct { int type; const char *key; double v; } fields[] = {
+        {ROPE_LLAMA3, "factor", c->rope_factor}, {ROPE_LLAMA3, "low_freq_factor", c->rope_low},
+        {ROPE_LLAMA3, "high_freq_factor", c->rope_high},
+        {ROPE_LLAMA3, "original_max_positions", c->rope_original},
+        {ROPE_YARN, "factor", c->rope_factor},
+        {ROPE_YARN, "original_max_positions", c->rope_original},
+        {ROPE_YARN, "beta_fast", c->rope_beta_fast}, {ROPE_YARN, "beta_slow", c->rope_beta_slow},
+        {ROPE_YARN, "attention_factor", c->rope_attention}};
+    buffer_printf(b, ",\"rope_scaling\":{\"type\":\"%s\"", rope_names[c->rope_type]);
+    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
+        if (fields[i].type != c->rope_type) continue;
+        buffer_text(b, ",");
+        put_real(b, fields[i].key, fields[i].v, false);
+    }
+    if (c->rope_type == ROPE_YARN)
+        buffer_printf(b, ",\"truncate\":%s", c->rope_truncate ? "true" : "false");
+    if (c->rope_type == ROPE_DIVISORS) {
+        buffer_text(b, ",\"divisors\":[");
+        for (int i = 0; i < c->head_dim / 2; i++)
+            buffer_printf(b, i ? ",%.9g" : "%.9g", (double)c->rope_divisors[i]);
+        buffer_text(b, "]");
+    }
+    buffer_text(b, "}");
+}
+
 static void put_config(buffer *b, const model_config *c) {
     buffer_printf(b, "\"config\":{\"vocab_size\":%d,\"hidden_size\":%d,\"n_layers\":%d,"
                   "\"n_heads\":%d,\"n_kv_heads\":%d,\"head_dim\":%d,\"ffn_size\":%d,"
@@ -1106,23 +1370,20 @@ static void put_config(buffer *b, const model_config *c) {
     put_real(b, "norm_eps", (double)c->norm_eps, true);
     buffer_text(b, ",");
     put_real(b, "rope_theta", c->rope_theta, false);
-    buffer_printf(b, ",\"rope_scaling\":{\"type\":\"%s\"", c->rope_llama3 ? "llama3" : "none");
-    const struct { const char *key; double v; } scaling[] = {
-        {"factor", c->rope_factor}, {"low_freq_factor", c->rope_low},
-        {"high_freq_factor", c->rope_high}, {"original_max_positions", c->rope_original}};
-    for (size_t i = 0; c->rope_llama3 && i < 4; i++) {
-        buffer_text(b, ",");
-        put_real(b, scaling[i].key, scaling[i].v, false);
-    }
-    buffer_printf(b, "},\"activation\":\"silu\",\"tied\":%s},\n", c->tied ? "true" : "false");
+    put_scaling(b, c);
+    buffer_printf(b, ",\"activation\":\"%s\"", activation_names[c->activation]);
+    if (c->sliding_window) buffer_printf(b, ",\"sliding_window\":%d", c->sliding_window);
+    if (c->qk_norm) buffer_text(b, ",\"qk_norm\":true");
+    buffer_printf(b, ",\"tied\":%s},\n", c->tied ? "true" : "false");
 }
 
 /* The tokenizer is the last section, and the one without a name. */
 static void put_sections(buffer *b, const exporter *x) {
     for (size_t i = 0; i < x->n_sections; i++) {
         const section *t = &x->sections[i];
-        buffer_text(b, i ? t->from ? ",\n{" : "],\n\"tokenizer\":{" : "\"tensors\":[\n{");
-        if (t->from)
+        bool last = i + 1 == x->n_sections;
+        buffer_text(b, last ? "],\n\"tokenizer\":{" : i ? ",\n{" : "\"tensors\":[\n{");
+        if (!last)
             buffer_printf(b, "\"name\":\"%s\",\"type\":\"%s\",\"rows\":%zu,\"cols\":%zu,", t->name,
                           type_names[t->type], t->rows, t->cols);
         buffer_printf(b, "\"offset\":%llu,\"bytes\":%llu", (unsigned long long)t->offset,
@@ -1146,7 +1407,8 @@ static void put_chat(buffer *b, const source *s) {
     buffer_text(b, "}},\n");
 }
 
-static void put_provenance(buffer *b, const source *s) {
+static void put_provenance(buffer *b, const exporter *x) {
+    const source *s = &x->source;
     buffer_text(b, "\"provenance\":{\"sources\":[");
     for (size_t i = 0; i < s->n_files; i++) {
         buffer_text(b, i ? ",\n{\"file\":" : "\n{\"file\":");
@@ -1154,7 +1416,7 @@ static void put_provenance(buffer *b, const source *s) {
         buffer_printf(b, ",\"bytes\":%llu", (unsigned long long)s->files[i].bytes);
         put_digest(b, s->files[i].digest);
     }
-    buffer_text(b, "],\"licence\":");
+    buffer_printf(b, "],\"precision\":\"%s\",\"licence\":", x->precision);
     put_string(b, s->licence);
     buffer_text(b, ",\"notice\":\"For research and education. Not a medical device; not for "
                    "clinical use.\"},\n");
@@ -1169,6 +1431,7 @@ static void put_proofs(buffer *b, const exporter *x) {
     for (size_t i = 0; i < x->n_logits; i++) {
         buffer_text(b, i ? ",\n{\"ids\":" : "\n{\"ids\":");
         put_ids(b, x->logits[i].ids, x->logits[i].n);
+        buffer_add(b, x->logits[i].reference.data, x->logits[i].reference.n);
         put_digest(b, x->logits[i].digest);
     }
     buffer_text(b, "]}}\n");
@@ -1180,11 +1443,12 @@ static int render_header(exporter *x, medrun_error *e) {
     b->n = 0;
     buffer_text(b, "{\"format\":1,\"engine\":\"medrun " MEDRUN_VERSION "\",\"name\":");
     put_string(b, x->name);
-    buffer_printf(b, ",\"architecture\":\"llama\",\"type\":\"%s\",\n", type_names[x->type]);
+    buffer_printf(b, ",\"architecture\":\"%s\",\"type\":\"%s\",\n", x->source.architecture,
+                  type_names[x->type]);
     put_config(b, &x->source.config);
     put_sections(b, x);
     put_chat(b, &x->source);
-    put_provenance(b, &x->source);
+    put_provenance(b, x);
     put_proofs(b, x);
     if (b->failed) return out_of_memory(e, b->n);
     if (b->n > MAX_HEADER)
@@ -1215,11 +1479,12 @@ static int lay_out(exporter *x, medrun_error *e) {
 }
 
 /* ============================================================================================
- * 7 Proofs: texts, conversations and prompts with what they must give
+ * 8 Proofs: texts, conversations and prompts with what they must give
  *
  * They go into the header, so that `medrun verify` shows on any machine that what arrived computes
- * what was exported. With --proof come more, best made by another implementation: ids and digests
- * that stand there already must come out the same here.
+ * what was exported. With --proof come more, best made by another implementation
+ * (tools/reference/compare.py): ids and digests that stand there already must come out the same
+ * here, and some of its logits may stand there for comparison.
  * ============================================================================================ */
 
 /* In the form of --proof's file. What is said is not important, only that it is varied. */
@@ -1340,7 +1605,50 @@ static int32_t *plan_logits(exporter *x, size_t n, medrun_error *e) {
     return x->n_logits++, p->ids;
 }
 
-/* Ids, with or without the digest that they must give. */
+/* The ids in LIST, each below VOCAB and only once; SEEN has a zero for each of them. */
+static bool put_different_ids(buffer *b, const json *j, uint32_t list, uint8_t *seen,
+                              size_t vocab) {
+    const char *before = "[";
+    for EACH(j, list, c) {
+        uint64_t id;
+        if (!json_size(j, c, &id) || id >= vocab || seen[id]++) return false;
+        buffer_printf(b, "%s%d", before, (int)id);
+        before = ",";
+    }
+    return buffer_text(b, "]"), true;
+}
+
+/* What logits another implementation has for some ids: `medrun verify` says how far they are. */
+static int prove_reference(const exporter *x, const json_file *f, uint32_t v, buffer *b,
+                           medrun_error *e) {
+    const json *j = &f->j;
+    size_t vocab = (size_t)x->source.config.vocab_size;
+    uint32_t ids = given(j, v, "ids"), values = given(j, v, "values");
+    char name[64];
+    if (!json_text(j, v, f->path, "source", name, sizeof name, e)) return e->code;
+    WANT(is(j, ids, JSON_ARRAY) && children(j, ids), f, "reference: ids", ids, "ids");
+    WANT(is(j, values, JSON_ARRAY) && children(j, values) == children(j, ids), f,
+         "reference: values", values, "a number for each of ids");
+    uint8_t *seen = new_array(vocab, 1);
+    if (!seen) return out_of_memory(e, vocab);
+    buffer_text(b, ",\"reference\":{\"source\":");
+    put_string(b, name);
+    buffer_text(b, ",\"ids\":");
+    bool good = put_different_ids(b, j, ids, seen, vocab);
+    free(seen);
+    WANT(good, f, "reference: ids", ids, "different ids below vocab_size");
+    const char *before = ",\"values\":[";
+    for EACH(j, values, c) {
+        double value = is(j, c, JSON_NUMBER) ? json_number(j, c) : INFINITY;
+        WANT(fabs(value) <= FLT_MAX, f, "reference: values", c, "a float32 that is finite");
+        buffer_printf(b, "%s%.9g", before, value);
+        before = ",";
+    }
+    buffer_text(b, "]}");
+    return b->failed ? out_of_memory(e, b->n) : MEDRUN_OK;
+}
+
+/* Ids, with or without the digest that they must give and logits to set beside. */
 static int prove_ids(exporter *x, const json_file *f, uint32_t v, medrun_error *e) {
     const json *j = &f->j;
     uint32_t list = given(j, v, "ids"), sum = given(j, v, "sha256");
@@ -1356,7 +1664,10 @@ static int prove_ids(exporter *x, const json_file *f, uint32_t v, medrun_error *
         ids[i++] = (int32_t)id;
     }
     logits_proof *p = &x->logits[x->n_logits - 1];
+    uint32_t reference = given(j, v, "reference");
     char hex[65] = "";
+    if (reference != JSON_NONE && prove_reference(x, f, reference, &p->reference, e))
+        return e->code;
     if (sum == JSON_NONE) return MEDRUN_OK;
     p->given = json_text(j, v, f->path, "sha256", hex, sizeof hex, e) && strlen(hex) == 64 &&
                parse_hex(hex, p->wanted);
@@ -1409,7 +1720,7 @@ static int plan_proofs(exporter *x, medrun_error *e) {
 }
 
 /* ============================================================================================
- * 8 Writing: sections on all threads, progress, Ctrl-C
+ * 9 Writing: sections on all threads, progress, Ctrl-C
  *
  * Sections have known places, so threads write at once, each one tensor from its first panel to its
  * last; memory is a few buffers each. Jobs stand in the order of the source files, so that hashing
@@ -1490,42 +1801,33 @@ static int write_at(const exporter *x, const void *from, size_t n, uint64_t at, 
     return MEDRUN_OK;
 }
 
-/* N numbers -> floats; false if one is infinite, not a number, or too large for a bf16. */
-static bool to_floats(int dtype, const uint8_t *raw, size_t n, float *out) {
-    uint32_t bad = 0, bits;
-    uint16_t h;
-    for (size_t k = 0; dtype == SOURCE_BF16 && k < n; k++) {
-        memcpy(&h, raw + 2 * k, 2);
-        bits = (uint32_t)h << 16;
-        bad |= (bits & 0x7F800000) == 0x7F800000;
-        memcpy(&out[k], &bits, 4);
+/* Reads N rows from ROW on. Where rows stand in pairs, row i of a head's first half is followed by
+ * row i of its second half. */
+static int read_rows(const exporter *x, const section *t, size_t row, size_t n, uint8_t *to,
+                     medrun_error *e) {
+    const source_file *file = &x->source.files[t->from->file];
+    size_t bytes = source_bytes(t->from->dtype, t->cols), half = t->paired / 2;
+    if (!half) return read_at(file->fd, to, n * bytes, t->from->begin + row * bytes, file->name, e);
+    for (size_t end = row + n; row < end; row++, to += bytes) {
+        size_t head = row / t->paired * t->paired, i = row - head;
+        size_t at = head + i % half * 2 + i / half;
+        if (read_at(file->fd, to, bytes, t->from->begin + at * bytes, file->name, e))
+            return e->code;
     }
-    for (size_t k = 0; dtype == SOURCE_F16 && k < n; k++) {
-        memcpy(&h, raw + 2 * k, 2);
-        bad |= (h & 0x7C00) == 0x7C00;
-        out[k] = f16_to_f32(h);
-    }
-    for (size_t k = 0; dtype == SOURCE_F32 && k < n; k++) {
-        memcpy(&bits, raw + 4 * k, 4);
-        bad |= (bits & 0x7FFFFFFF) >= 0x7F7F8000;
-        memcpy(&out[k], &bits, 4);
-    }
-    return !bad;
+    return MEDRUN_OK;
 }
 
 /* One section, 16 rows at a time: read, widen, pack, hash, write. */
 static int write_section(exporter *x, section *t, const scratch *m, medrun_error *e) {
     const source_tensor *from = t->from;
     const source_file *file = &x->source.files[from->file];
-    size_t size = source_types[from->dtype].size, step = t->type == TYPE_F32 ? 1 : LANES;
+    size_t step = t->type == TYPE_F32 ? 1 : LANES;
     uint64_t at = t->offset;
     sha256 sum;
     sha256_init(&sum);
     for (size_t row = 0; row < t->rows && !atomic_load(&x->stop); row += step) {
-        size_t n = t->rows - row < step ? t->rows - row : step, bytes = n * t->cols * size;
-        if (check_interrupt(e) ||
-            read_at(file->fd, m->raw, bytes, from->begin + row * t->cols * size, file->name, e))
-            return e->code;
+        size_t n = t->rows - row < step ? t->rows - row : step;
+        if (check_interrupt(e) || read_rows(x, t, row, n, m->raw, e)) return e->code;
         if (!to_floats(from->dtype, m->raw, n * t->cols, m->rows))
             return refuse(e, "%s/%s: tensor %s: rows %zu to %zu: found a weight that is infinite, "
                           "not a number or too large; the model is damaged", x->source.folder,
@@ -1539,7 +1841,7 @@ static int write_section(exporter *x, section *t, const scratch *m, medrun_error
         sha256_add(&sum, out, n_out);
         if (write_at(x, out, n_out, at, e)) return e->code;
         at += n_out;
-        add_progress(x, bytes);
+        add_progress(x, n * source_bytes(from->dtype, t->cols));
     }
     sha256_done(&sum, t->digest);
     return MEDRUN_OK;
@@ -1630,7 +1932,7 @@ static int start_threads(exporter *x, medrun_error *e) {
         const section *t = &x->sections[i];
         if (!t->from) continue;
         size_t n = (t->type == TYPE_F32 ? 1 : LANES) * t->cols;
-        size_t in = n * source_types[t->from->dtype].size;
+        size_t in = source_bytes(t->from->dtype, n);
         size_t out = t->type == TYPE_F32 ? 0 : panel_bytes(t->type, t->cols);
         if (in > raw) raw = in;
         if (n > floats) floats = n;
@@ -1705,7 +2007,7 @@ static void drop_partial(exporter *x) {
 }
 
 /* ============================================================================================
- * 9 Finishing: proofs, reading again, the name
+ * 10 Finishing: proofs, reading again, the name
  * ============================================================================================ */
 
 /* Written twice: for the engine that computes the proofs, and with them. */
@@ -1726,11 +2028,16 @@ static int write_header(exporter *x, medrun_error *e) {
     return e->code;
 }
 
-static int write_tokenizer_section(exporter *x, medrun_error *e) {
-    section *t = &x->sections[x->n_sections - 1];
-    const buffer *b = &x->source.tokenizer;
-    sha256_of(b->data, b->n, t->digest);
-    return write_at(x, b->data, b->n, t->offset, e);
+/* The sections that no thread had to read: vectors of known values, and the tokenizer. */
+static int write_known_sections(exporter *x, medrun_error *e) {
+    for (size_t i = 0; !e->code && i < x->n_sections; i++) {
+        section *t = &x->sections[i];
+        if (t->from) continue;
+        const void *bytes = t->values ? (const void *)t->values : x->source.tokenizer.data;
+        sha256_of(bytes, (size_t)t->bytes, t->digest);
+        write_at(x, bytes, (size_t)t->bytes, t->offset, e);
+    }
+    return e->code;
 }
 
 /* Strict and with f32 keys and values: the bits are then the same on every machine. */
@@ -1778,9 +2085,9 @@ static int write_checkpoint(exporter *x, medrun_error *e) {
     size_t n_jobs = 0;
     double start = x->start = seconds();
     x->terminal = isatty(STDERR_FILENO);
-    if (x->source.note) fprintf(stderr, "%s: %s\n", x->source.folder, x->source.note);
+    if (x->source.notes.n) fputs((const char *)x->source.notes.data, stderr);
     if (!create_partial(x, x->file_bytes, e) && !plan_jobs(x, &n_jobs, e) && !start_threads(x, e) &&
-        !run_parallel(x, n_jobs, run_jobs, e) && !write_tokenizer_section(x, e) &&
+        !run_parallel(x, n_jobs, run_jobs, e) && !write_known_sections(x, e) &&
         !write_header(x, e) && !run_proofs(x, e) && !write_header(x, e) && !read_again(x, e))
         rename_partial(x, e);
     if (x->terminal) fprintf(stderr, "\r%76s\r", "");
@@ -1799,7 +2106,10 @@ static void close_exporter(exporter *x) {
         free(x->scratch[i].out);
         free(x->scratch[i].rows);
     }
-    for (size_t i = 0; i < x->n_logits; i++) free(x->logits[i].ids);
+    for (size_t i = 0; i < x->n_logits; i++) {
+        free(x->logits[i].ids);
+        buffer_free(&x->logits[i].reference);
+    }
     free(x->logits);
     free(x->sections);
     free(x->jobs);
@@ -1811,7 +2121,7 @@ static void close_exporter(exporter *x) {
 }
 
 /* ============================================================================================
- * 10 Commands: options, --dry-run, main
+ * 11 Commands: options, --dry-run, main
  * ============================================================================================ */
 
 typedef struct {
@@ -1827,7 +2137,8 @@ static const export_option option_table[] = {
     {"--name", "TEXT", AT(name), "the checkpoint's name (default: the folder's)"},
     {"--proof", "FILE", AT(proof), "JSON with more proofs: tokens, chats, logits"},
     {"--threads", "N", AT(threads), "threads (default: all processors)"},
-    {"--yarn-factor", "F", AT(yarn_factor), "not supported yet"},
+    {"--yarn-factor", "F", AT(yarn_factor), "YaRN's factor, if not the config's"},
+    {"--sliding-window", "N", AT(window), "keys a token sees, 0: all; for GGUF"},
     {"--dry-run", NULL, AT(dry_run), "check everything, print what would be written"},
     {"--tokenizer-only", NULL, AT(tokenizer_only), "write only a tokenizer.bin"},
     {"--help", NULL, AT(help), "this text"},
@@ -1839,10 +2150,11 @@ enum { N_EXPORT_OPTIONS = sizeof option_table / sizeof *option_table };
 static void print_export_help(void) {
     printf("medrun-export SOURCE OUT.mdr [options]\n"
            "medrun-export --tokenizer-only SOURCE OUT.bin\n\n"
-           "Makes a medrun checkpoint from a Hugging Face folder: config.json, tokenizer.json,\n"
-           "safetensors. Writes OUT.partial; renames it when it is complete and read again.\n\n");
+           "Makes a medrun checkpoint from a Hugging Face folder (config.json, tokenizer.json,\n"
+           "safetensors) or from a GGUF file. Writes OUT.partial; renames it when it is complete\n"
+           "and read again.\n\n");
     for (size_t i = 0; i < N_EXPORT_OPTIONS; i++)
-        printf("  %-17s%-6s%s\n", option_table[i].name,
+        printf("  %-18s%-6s%s\n", option_table[i].name,
                option_table[i].value ? option_table[i].value : "", option_table[i].help);
     printf("\nMEDRUN_TYPE, MEDRUN_TEMPLATE and so on set an option that is not given.\n"
            "Exit codes: 0 ok, 1 failed while running, 2 usage, 3 file missing, unsupported or\n"
@@ -1922,7 +2234,6 @@ static int parse_options(export_options *o, int argc, char **argv, medrun_error 
 /* Ranges of options, and what is not there yet. */
 static int check_options(exporter *x, medrun_error *e) {
     const export_options *o = &x->options;
-    size_t n = o->source ? strlen(o->source) : 0;
     char *end = NULL;
     long threads = o->threads ? strtol(o->threads, &end, 10) : 0;
     if (!o->source || (!o->out && !o->dry_run))
@@ -1932,9 +2243,15 @@ static int check_options(exporter *x, medrun_error *e) {
         return fail(e, MEDRUN_USAGE, "--type: int4 is not supported yet, wanted bf16 or int8");
     if (x->type != TYPE_BF16 && x->type != TYPE_INT8)
         return fail(e, MEDRUN_USAGE, "--type: found %s, wanted bf16 or int8", o->type);
-    if (o->yarn_factor) return fail(e, MEDRUN_USAGE, "--yarn-factor is not supported yet");
-    if (n >= 5 && !strcmp(o->source + n - 5, ".gguf"))
-        return refuse(e, "%s: GGUF is not supported yet, wanted a Hugging Face folder", o->source);
+    double factor = o->yarn_factor ? strtod(o->yarn_factor, &end) : 0;
+    if (o->yarn_factor && (*end || end == o->yarn_factor || !(factor >= 1 && factor <= 1e6)))
+        return fail(e, MEDRUN_USAGE, "--yarn-factor: found %s, wanted 1 to 1e6", o->yarn_factor);
+    x->source.yarn_factor = factor;
+    long window = o->window ? strtol(o->window, &end, 10) : -1;
+    if (o->window && (*end || end == o->window || window < 0 || window > 1 << 24))
+        return fail(e, MEDRUN_USAGE, "--sliding-window: found %s, wanted 0 to %d", o->window,
+                    1 << 24);
+    x->source.sliding_window = (int)window;
     if (o->threads && (*end || end == o->threads || threads < 1 || threads > MAX_THREADS))
         return fail(e, MEDRUN_USAGE, "--threads: found %s, wanted 1 to %d", o->threads,
                     MAX_THREADS);
@@ -1946,12 +2263,12 @@ static int check_options(exporter *x, medrun_error *e) {
     return MEDRUN_OK;
 }
 
-/* --name, or the folder's own name, cut between characters. */
+/* --name, or the name in the file, or the folder's own, cut between characters. */
 static int choose_name(exporter *x, medrun_error *e) {
     char *full = realpath(x->options.source, NULL);
     const char *name = x->options.name;
     if (!full) return refuse(e, "%s: %s", x->options.source, strerror(errno));
-    if (!name) name = strrchr(full, '/') + 1;
+    if (!name) name = x->source.name[0] ? x->source.name : strrchr(full, '/') + 1;
     size_t n = strlen(name) < sizeof x->name ? strlen(name) : sizeof x->name - 1;
     memcpy(x->name, name, n);
     x->name[n - utf8_unfinished((const uint8_t *)name, n)] = 0;
@@ -1968,22 +2285,19 @@ static int print_plan(const exporter *x, medrun_error *e) {
         parameters += (uint64_t)x->sections[i].rows * x->sections[i].cols;
         weights += x->sections[i].bytes;
     }
-    printf("name       %s\nsource     %s\nlicence    %s\n", x->name, s->folder,
+    printf("name         %s\nsource       %s\nlicence      %s\n", x->name, x->options.source,
            s->licence[0] ? s->licence : "not stated");
-    printf("model      llama, %.2f billion parameters, %d layers, hidden %d, heads %d, kv heads %d,"
-           " head_dim %d, ffn %d, vocabulary %d, positions %d%s\n", (double)parameters / 1e9,
-           c->n_layers, c->hidden_size, c->n_heads, c->n_kv_heads, c->head_dim, c->ffn_size,
-           c->vocab_size, c->max_positions, c->tied ? ", tied" : "");
-    printf("rope       theta %g, %s scaling\n", c->rope_theta, c->rope_llama3 ? "llama3" : "no");
-    printf("chat       %s, stop ids", s->chat->name);
+    print_config(stdout, c, s->architecture, type_names[x->type], parameters, 13);
+    printf("chat         %s, stop ids", s->chat->name);
     for (int i = 0; i < s->n_stops; i++) printf(" %d", s->stops[i]);
-    printf("\nsampling   temperature %g, top_k %lld, top_p %g, min_p %g, repeat_penalty %g\n",
+    printf("\nsampling     temperature %g, top_k %lld, top_p %g, min_p %g, repeat_penalty %g\n",
            s->sampling.temperature, (long long)s->sampling.top_k, s->sampling.top_p,
            s->sampling.min_p, s->sampling.repeat_penalty);
-    if (s->note) printf("note       %s\n", s->note);
-    printf("tensors    %zu, matrices %s, norms f32\n", x->n_sections - 1, type_names[x->type]);
-    printf("file       %llu bytes\n", (unsigned long long)x->file_bytes);
-    printf("memory     %.1f MB of weights; %.1f KB of keys and values (f16) a token of context, "
+    if (s->notes.n) fputs((const char *)s->notes.data, stdout);
+    printf("tensors      %zu, matrices %s, norms f32; from %s\n", x->n_sections - 1,
+           type_names[x->type], x->precision);
+    printf("file         %llu bytes\n", (unsigned long long)x->file_bytes);
+    printf("memory       %.1f MB of weights; %.1f KB of keys and values (f16) a token of context, "
            "%.1f MB for all %d\n", (double)weights / 1e6, token / 1e3,
            token * c->max_positions / 1e6, c->max_positions);
     if (!fflush(stdout) && !ferror(stdout)) return MEDRUN_OK;
@@ -1991,26 +2305,25 @@ static int print_plan(const exporter *x, medrun_error *e) {
 }
 
 static int export_model(exporter *x, medrun_error *e) {
-    x->source.folder = x->options.source;
-    if (choose_name(x, e) || open_hf_folder(&x->source, x->options.template_name, e) ||
-        plan_model(x, e) || plan_proofs(x, e) || lay_out(x, e)) return e->code;
+    source *s = &x->source;
+    s->folder = x->options.source;
+    if (is_gguf(s->folder)) open_gguf_source(s, x->options.source, x->options.template_name, e);
+    else if (s->sliding_window < 0) open_hf_folder(s, x->options.template_name, e);
+    else fail(e, MEDRUN_USAGE, "--sliding-window: is only for GGUF files; config.json says it");
+    if (e->code || choose_name(x, e) || plan_model(x, e) || plan_proofs(x, e) || lay_out(x, e)) return e->code;
     return x->options.dry_run ? print_plan(x, e) : write_checkpoint(x, e);
 }
 
-/* SOURCE is a folder, or a tokenizer.json by itself. */
+/* SOURCE is a folder, a tokenizer.json or tokenizer.model by itself, or a GGUF file. */
 static int export_tokenizer(exporter *x, medrun_error *e) {
     source *s = &x->source;
     source_tokenizer t = {0};
     struct stat st;
     s->folder = x->options.source;
-    if (!stat(s->folder, &st) && S_ISREG(st.st_mode)) {
-        snprintf(t.file.path, sizeof t.file.path, "%s", s->folder);
-        if (!json_parse(&t.config.j, "{}", 2, e) && !open_json_path(&t.file, e))
-            add_file(s, "", s->folder, &t.file.map, e);
-    } else if (!open_json(s, "tokenizer.json", false, &t.file, e)) {
-        open_json(s, "tokenizer_config.json", true, &t.config, e);
-    }
-    if (!e->code) convert_tokenizer(&t, &s->tokenizer, e);
+    if (is_gguf(s->folder)) open_gguf_tokenizer(s, x->options.source, e);
+    else if (!stat(s->folder, &st) && S_ISREG(st.st_mode)) open_tokenizer_file(s, &t, e);
+    else open_tokenizer(s, &t, e);
+    if (!e->code && !s->gguf) convert_tokenizer(&t, &s->tokenizer, e);
     free_tokenizer(&t);
     if (e->code || x->options.dry_run || create_partial(x, s->tokenizer.n, e) ||
         write_at(x, s->tokenizer.data, s->tokenizer.n, 0, e)) return e->code;

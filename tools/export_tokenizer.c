@@ -2,17 +2,31 @@
  * become the bytes of a tokenizer.bin, as section 10 of medrun.c reads it. */
 
 /* ============================================================================================
- * 3 Tokenizer: tokenizer.json -> tokenizer.bin
+ * 3 Tokenizer: tokenizer.json, tokenizer.model or a GGUF file's tables -> tokenizer.bin
  *
  * A tokenizer.json is a small program: normalizer, pre-tokenizer, model, post-processor, decoder.
  * Only the programs that section 10 of medrun.c runs are known here; each part of another one is
- * refused by its name. The vocabulary comes in GPT-2's byte alphabet, which is undone.
+ * refused by its name. A byte-level vocabulary comes in GPT-2's byte alphabet, which is undone; one
+ * of SentencePiece has U+2581 for spaces. A tokenizer.model is SentencePiece's own, a protobuf.
+ *
+ * What one tokenizer does in its different forms is not the same: text that begins with a space,
+ * say. Each form is converted to what its own reference does with it: Hugging Face tokenizers,
+ * the SentencePiece library, llama.cpp.
  * ============================================================================================ */
+
+#define UPPER "[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]"
+#define LOWER "[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]"
 
 static const struct { const char *name, *regex; } split_patterns[] = {
     {"llama3", "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}|"
                " ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"},
+    {"tekken", "[^\\r\\n\\p{L}\\p{N}]?" UPPER "*" LOWER "+|"
+               "[^\\r\\n\\p{L}\\p{N}]?" UPPER "+" LOWER "*|"
+               "\\p{N}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"},
 };
+
+#undef UPPER
+#undef LOWER
 
 enum { PIECE_FOREIGN = 0 };     /* a key outside the byte alphabet: an added token must claim it */
 
@@ -27,13 +41,16 @@ typedef struct {
 } vocab_entry;
 
 typedef struct {
-    json_file file, config;     /* tokenizer.json, tokenizer_config.json                       */
+    json_file file, config;     /* tokenizer.json or tokenizer.model; tokenizer_config.json    */
+    bool is_model;              /* the former is a tokenizer.model                             */
     source_piece *pieces;
     size_t n_pieces, n_merges;
-    buffer text, merges;
+    buffer text, merges, scores;        /* scores: a float for each piece, or nothing          */
     vocab_entry *entries;       /* the vocabulary sorted by its bytes, which point into text   */
     size_t n_entries;
-    const char *pretokenizer;
+    int kind;                   /* as in tokenizer.bin, and so are the flags                   */
+    uint32_t flags;             /* all but the two below                                       */
+    const char *pretokenizer;   /* of byte-level BPE                                           */
     int32_t bos, eos;           /* or -1                                                       */
     bool add_bos, ignore_merges;
 } source_tokenizer;
@@ -45,6 +62,7 @@ static void free_tokenizer(source_tokenizer *t) {
     free(t->entries);
     buffer_free(&t->text);
     buffer_free(&t->merges);
+    buffer_free(&t->scores);
 }
 
 /* GPT-2's alphabet: printable bytes stand for themselves, the other 68 for U+0100, U+0101, ... */
@@ -57,6 +75,18 @@ static int byte_of(uint32_t code) {
     return n < 33 ? n : n < 67 ? n + 94 : 173;
 }
 
+/* N pieces that are not used yet, and room for ENTRIES of the vocabulary. All their text together
+ * is at most TEXT bytes, so it will not move any more. */
+static int make_pieces(source_tokenizer *t, size_t n, size_t entries, size_t text,
+                       medrun_error *e) {
+    t->n_pieces = n;
+    t->pieces = new_array(n, sizeof *t->pieces);
+    t->entries = new_array(entries, sizeof *t->entries);
+    if (!t->pieces || !t->entries) return out_of_memory(e, n * sizeof *t->pieces);
+    for (size_t i = 0; i < n; i++) t->pieces[i].type = PIECE_UNUSED;
+    return buffer_room(&t->text, text) ? MEDRUN_OK : out_of_memory(e, text);
+}
+
 /* Appends the bytes that TEXT stands for; false if some character is not of the alphabet. */
 static bool undo_alphabet(const uint8_t *text, size_t n, buffer *out) {
     uint32_t code;
@@ -67,6 +97,46 @@ static bool undo_alphabet(const uint8_t *text, size_t n, buffer *out) {
         buffer_add(out, &(uint8_t){(uint8_t)b}, 1);
     }
     return true;
+}
+
+/* SentencePiece's name of a byte, "<0x0A>": the byte, or -1. */
+static int byte_piece(const uint8_t *p, size_t n) {
+    static const char digits[] = "0123456789ABCDEF";
+    if (n != 6 || memcmp(p, "<0x", 3) || p[5] != '>') return -1;
+    const char *high = memchr(digits, p[3], 16), *low = memchr(digits, p[4], 16);
+    return high && low ? (int)(16 * (high - digits) + (low - digits)) : -1;
+}
+
+/* Appends what a vocabulary means by TEXT; false if that is nothing. */
+static bool spell(const source_tokenizer *t, const uint8_t *p, size_t n, buffer *out) {
+    if (t->kind == TOKENIZER_BYTE_LEVEL) return undo_alphabet(p, n, out);
+    add_spaced(out, p, n);
+    return true;
+}
+
+/* Makes TEXT, as the vocabulary has it, the piece of ID; false if it can be no piece of that TYPE.
+ * Normal ones go into the table of entries, where merges look their sides up. One with a space where
+ * others have U+2581 is never found in a text, only decoded. */
+static bool put_piece(source_tokenizer *t, size_t id, span text, int type) {
+    size_t at = t->text.n;
+    bool inside = type == PIECE_NORMAL || (type == PIECE_USER && t->flags & TOKENIZER_USER_INSIDE);
+    bool ok = text.n > 0, spaced = t->kind == TOKENIZER_SENTENCEPIECE;
+    int b = type == PIECE_BYTE ? byte_piece(text.p, text.n) : 0;
+    if (type == PIECE_UNUSED) return true;
+    if (b < 0) return false;
+    if (inside && spaced && ok && memchr(text.p, ' ', text.n)) type = PIECE_UNKNOWN, inside = false;
+    if (type == PIECE_BYTE) buffer_add(&t->text, &(uint8_t){(uint8_t)b}, 1);
+    else if (inside) ok = spell(t, text.p, text.n, &t->text) && ok;
+    else buffer_add(&t->text, text.p, text.n);
+    span bytes = {t->text.data + at, t->text.n - at};
+    t->pieces[id] = (source_piece){at, bytes.n, type};
+    if (type == PIECE_NORMAL && ok)
+        t->entries[t->n_entries++] = (vocab_entry){bytes, (uint32_t)id};
+    return ok;
+}
+
+static void sort_entries(source_tokenizer *t) {
+    if (t->n_entries) qsort(t->entries, t->n_entries, sizeof *t->entries, compare_spans);
 }
 
 /* The id of the vocabulary's entry with these bytes, or -1. */
@@ -93,50 +163,43 @@ static int count_pieces(source_tokenizer *t, uint32_t vocab, uint32_t added, med
     if (largest >= 1u << 22 || largest > 2 * entries + 1024)
         return refuse(e, "%s: found id %llu among %llu entries, wanted ids without large gaps",
                       t->file.path, (unsigned long long)largest, (unsigned long long)entries);
-    t->n_pieces = (size_t)largest + 1;
-    t->pieces = new_array(t->n_pieces, sizeof *t->pieces);
-    t->entries = new_array((size_t)entries, sizeof *t->entries);
-    if (!t->pieces || !t->entries) return out_of_memory(e, t->n_pieces * sizeof *t->pieces);
-    for (size_t i = 0; i < t->n_pieces; i++) t->pieces[i].type = PIECE_UNUSED;
-    /* all text is shorter than the file: it will not move any more */
-    return buffer_room(&t->text, t->file.map.n) ? MEDRUN_OK : out_of_memory(e, t->file.map.n);
+    return make_pieces(t, (size_t)largest + 1, (size_t)entries, t->file.map.n, e);
 }
 
-/* Entries in the byte alphabet go into the sorted table, where merges look their sides up. */
 static int read_vocab(source_tokenizer *t, uint32_t vocab, medrun_error *e) {
     const json *j = &t->file.j;
+    bool spaced = t->kind == TOKENIZER_SENTENCEPIECE;
     buffer key = {0};
     for EACH_KEY(j, vocab, c) {
         uint64_t id = 0;
-        size_t at = t->text.n;
         json_size(j, c + 1, &id);
         key.n = 0;
         json_unescape(j, c, &key);
-        bool known = undo_alphabet(key.data, key.n, &t->text);
-        if (!known) t->text.n = at, buffer_add(&t->text, key.data, key.n);
+        span text = {key.data, key.n};
+        int type = spaced && byte_piece(text.p, text.n) >= 0 ? PIECE_BYTE : PIECE_NORMAL;
         if (key.failed) out_of_memory(e, key.n);
         else if (!key.n || t->pieces[id].type != PIECE_UNUSED)
             wrong_field(&t->file, "model.vocab", c + 1, "text for each id, and each id once", e);
         if (e->code) break;
-        t->pieces[id] = (source_piece){at, t->text.n - at, known ? PIECE_NORMAL : PIECE_FOREIGN};
-        if (known)
-            t->entries[t->n_entries++] = (vocab_entry){{t->text.data + at, t->text.n - at},
-                                                       (uint32_t)id};
+        size_t at = t->text.n;
+        if (put_piece(t, (size_t)id, text, type)) continue;
+        t->text.n = at;
+        put_piece(t, (size_t)id, text, PIECE_FOREIGN);
     }
-    if (t->n_entries) qsort(t->entries, t->n_entries, sizeof *t->entries, compare_spans);
+    sort_entries(t);
     buffer_free(&key);
     return e->code;
 }
 
-/* The id of one side of a merge, which is written in the byte alphabet; -1 if it is no entry. */
+/* The id of one side of a merge, which is written as in the vocabulary; -1 if it is no entry. */
 static int64_t side_id(const source_tokenizer *t, const uint8_t *p, size_t n, buffer *scratch) {
     scratch->n = 0;
-    if (!n || !undo_alphabet(p, n, scratch) || scratch->failed) return -1;
+    if (!n || !spell(t, p, n, scratch) || scratch->failed) return -1;
     return find_entry(t, scratch->data, scratch->n);
 }
 
-/* A merge is "a b" (until 2024) or ["a", "b"]: appends both to TEXT with a space between. A space
- * inside one of them is not of the byte alphabet and will be found. */
+/* A merge is "a b" (until 2024) or ["a", "b"]: appends both to TEXT with a space between. With a
+ * space inside one of them, that one will not be found. */
 static void merge_text(const json *j, uint32_t v, buffer *text) {
     if (is(j, v, JSON_STRING)) json_unescape(j, v, text);
     if (!is(j, v, JSON_ARRAY) || children(j, v) != 2 || !is(j, v + 1, JSON_STRING) ||
@@ -146,24 +209,30 @@ static void merge_text(const json *j, uint32_t v, buffer *text) {
     json_unescape(j, v + 2, text);
 }
 
-/* Their order is their rank; the ids of both sides are all that tokenizer.bin keeps of them. */
+/* Appends the ids of both sides, which is all that tokenizer.bin keeps of a merge; the order of
+ * merges is their rank. False: there is no space between two entries of the vocabulary. */
+static bool put_merge(source_tokenizer *t, const uint8_t *p, size_t n, buffer *scratch) {
+    const uint8_t *space = n ? memchr(p, ' ', n) : NULL;
+    size_t left = space ? (size_t)(space - p) : 0;
+    int64_t a = space ? side_id(t, p, left, scratch) : -1;
+    int64_t b = a < 0 ? -1 : side_id(t, space + 1, n - left - 1, scratch);
+    write_le(&t->merges, (uint64_t)a, 4);
+    write_le(&t->merges, (uint64_t)b, 4);
+    t->n_merges++;
+    return b >= 0;
+}
+
 static int read_merges(source_tokenizer *t, uint32_t merges, medrun_error *e) {
     const json *j = &t->file.j;
     buffer text = {0}, scratch = {0};
     for EACH(j, merges, c) {
         text.n = 0;
         merge_text(j, c, &text);
-        const uint8_t *space = text.n ? memchr(text.data, ' ', text.n) : NULL;
-        size_t left = space ? (size_t)(space - text.data) : 0;
-        int64_t a = space ? side_id(t, text.data, left, &scratch) : -1;
-        int64_t b = a < 0 ? -1 : side_id(t, space + 1, text.n - left - 1, &scratch);
-        write_le(&t->merges, (uint64_t)a, 4);
-        write_le(&t->merges, (uint64_t)b, 4);
+        bool known = put_merge(t, text.data, text.n, &scratch);
         if (text.failed || scratch.failed || t->merges.failed) out_of_memory(e, t->merges.n);
-        else if (b < 0) wrong_field(&t->file, "model.merges", c, "two entries of vocab", e);
+        else if (!known) wrong_field(&t->file, "model.merges", c, "two entries of vocab", e);
         if (e->code) break;
     }
-    t->n_merges = children(j, merges);
     buffer_free(&text);
     buffer_free(&scratch);
     return e->code;
@@ -183,17 +252,38 @@ static int add_token(source_tokenizer *t, uint32_t v, const buffer *content, buf
         WANT(!on, f, "added_tokens", v, "single_word, lstrip, rstrip, normalized all false");
     }
     if (read_bool(f, v, "special", &special, e)) return e->code;
+    WANT(t->kind == TOKENIZER_BYTE_LEVEL || find_mark(content->data, content->n) == content->n, f,
+         "added_tokens", v, "no U+2581 in it");
     source_piece *piece = &t->pieces[id];
     scratch->n = 0;
-    bool known = undo_alphabet(content->data, content->n, scratch);
+    bool known = spell(t, content->data, content->n, scratch);
     const buffer *key = piece->type == PIECE_FOREIGN ? content : scratch;
     bool same = key->n == piece->n && !memcmp(key->data, t->text.data + piece->at, piece->n);
+    if (t->kind == TOKENIZER_SENTENCEPIECE && memchr(content->data, ' ', content->n)) known = false;
     int64_t other = known ? find_entry(t, scratch->data, scratch->n) : -1;
     WANT((piece->type == PIECE_UNUSED || same) && (other < 0 || other == (int64_t)id), f,
          "added_tokens", v, "an id that agrees with model.vocab");
     *piece = (source_piece){t->text.n, content->n, special ? PIECE_CONTROL : PIECE_USER};
     buffer_add(&t->text, content->data, content->n);
     return scratch->failed ? out_of_memory(e, scratch->n) : MEDRUN_OK;
+}
+
+/* The text of added tokens is cut out before anything merges. Merges with one of them, which the
+ * tables of SentencePiece may have, never happen and go. */
+static void drop_merges(source_tokenizer *t, buffer *scratch) {
+    size_t kept = 0;
+    for (size_t i = 0; i < t->n_merges; i++) {
+        const source_piece *a = &t->pieces[u32_at(t->merges.data, 2 * i)];
+        const source_piece *b = &t->pieces[u32_at(t->merges.data, 2 * i + 1)];
+        scratch->n = 0;
+        buffer_add(scratch, t->text.data + a->at, a->n);
+        buffer_add(scratch, t->text.data + b->at, b->n);
+        int64_t id = find_entry(t, scratch->data, scratch->n);
+        if (a->type != PIECE_NORMAL || b->type != PIECE_NORMAL ||
+            (id >= 0 && t->pieces[id].type != PIECE_NORMAL)) continue;
+        memmove(t->merges.data + 8 * kept++, t->merges.data + 8 * i, 8);
+    }
+    t->n_merges = kept, t->merges.n = 8 * kept;
 }
 
 /* After the merges, which know only the vocabulary: from here on an id may have another text. */
@@ -209,12 +299,14 @@ static int read_added(source_tokenizer *t, uint32_t added, medrun_error *e) {
         else add_token(t, c, &content, &scratch, e);
         if (e->code) break;
     }
+    if (!e->code && t->kind == TOKENIZER_SENTENCEPIECE) drop_merges(t, &scratch);
+    if (scratch.failed) out_of_memory(e, scratch.n);
     buffer_free(&content);
     buffer_free(&scratch);
     for (size_t id = 0; !e->code && id < t->n_pieces; id++)
         if (t->pieces[id].type == PIECE_FOREIGN)
-            refuse(e, "%s: field model.vocab: found %.*s, wanted an entry in the byte alphabet; "
-                   "only byte-level BPE is supported", t->file.path,
+            refuse(e, "%s: field model.vocab: found %.*s, wanted an entry in the byte alphabet, "
+                   "as byte_fallback is not true", t->file.path,
                    t->pieces[id].n < 80 ? (int)t->pieces[id].n : 80,
                    (const char *)t->text.data + t->pieces[id].at);
     return e->code;
@@ -238,12 +330,78 @@ static int read_pretokenizer(source_tokenizer *t, medrun_error *e) {
          is(j, json_get(j, split, "invert"), JSON_FALSE) && is_part(j, bytes, "ByteLevel") &&
          is(j, json_get(j, bytes, "add_prefix_space"), JSON_FALSE) &&
          is(j, json_get(j, bytes, "use_regex"), JSON_FALSE), &t->file, "pre_tokenizer", v,
-         "that of Llama-3; this medrun knows no other");
+         "that of Llama-3 or tekken; this medrun knows no other");
     for (size_t i = 0; i < sizeof split_patterns / sizeof *split_patterns; i++)
         if (json_is(j, regex, split_patterns[i].regex)) t->pretokenizer = split_patterns[i].name;
     WANT(t->pretokenizer, &t->file, "pre_tokenizer: Regex", regex,
-         "that of Llama-3; this medrun knows no other");
+         "that of Llama-3 or tekken; this medrun knows no other");
     return MEDRUN_OK;
+}
+
+#define MARK "\xE2\x96\x81"     /* U+2581, SentencePiece's space                               */
+
+/* Replace FROM by TO, as a normalizer or a decoder. */
+static bool is_replace(const json *j, uint32_t v, const char *from, const char *to) {
+    return is_part(j, v, "Replace") && json_is(j, json_get(j, v, "content"), to) &&
+           json_is(j, json_get(j, json_get(j, v, "pattern"), "String"), from);
+}
+
+/* The older form of SentencePiece's spaces: [Prepend one,] Replace all, for each run of text. */
+static int read_normalizer(source_tokenizer *t, uint32_t v, medrun_error *e) {
+    const json *j = &t->file.j;
+    uint32_t list = json_get(j, v, "normalizers");
+    uint32_t n = is_part(j, v, "Sequence") ? children(j, list) : 0, first = n ? list + 1 : v;
+    bool prepend = n == 2 && is_part(j, first, "Prepend") &&
+                   json_is(j, json_get(j, first, "prepend"), MARK);
+    if (prepend) t->flags |= TOKENIZER_PREFIX_RUNS;
+    WANT((prepend || n < 2) && is_replace(j, prepend ? j->nodes[first].next : first, " ", MARK),
+         &t->file, "normalizer", v, "null, or that of Llama-2: Prepend and Replace with U+2581");
+    return MEDRUN_OK;
+}
+
+/* The newer form: Metaspace, which puts no space before one. */
+static int read_metaspace(source_tokenizer *t, uint32_t v, medrun_error *e) {
+    const json *j = &t->file.j;
+    uint32_t scheme = json_get(j, v, "prepend_scheme");
+    bool first = json_is(j, scheme, "first"), always = json_is(j, scheme, "always");
+    WANT(is_part(j, v, "Metaspace") && json_is(j, json_get(j, v, "replacement"), MARK) &&
+         is(j, json_get(j, v, "split"), JSON_FALSE) &&
+         (first || always || json_is(j, scheme, "never")), &t->file, "pre_tokenizer", v,
+         "Metaspace of U+2581 with a prepend_scheme and no split");
+    if (first) t->flags |= TOKENIZER_PREFIX_TEXT | TOKENIZER_UNLESS_SPACE;
+    if (always) t->flags |= TOKENIZER_PREFIX_RUNS | TOKENIZER_UNLESS_SPACE;
+    return MEDRUN_OK;
+}
+
+/* Sequence[Replace U+2581 by a space, ByteFallback, Fuse, and mostly Strip one space]. */
+static int read_spaced_decoder(source_tokenizer *t, medrun_error *e) {
+    static const char *const types[] = {"Replace", "ByteFallback", "Fuse", "Strip"};
+    const json *j = &t->file.j;
+    uint32_t v = given(j, 0, "decoder"), list = json_get(j, v, "decoders"), n = 0;
+    uint64_t start = 1, stop = 0;
+    bool same = is_part(j, v, "Sequence");
+    for EACH(j, list, c) {
+        same = same && n < 4 && is_part(j, c, types[n]) && (n || is_replace(j, c, MARK, " "));
+        if (n++ == 3)
+            same = same && json_is(j, json_get(j, c, "content"), " ") &&
+                   json_size(j, json_get(j, c, "start"), &start) && start == 1 &&
+                   json_size(j, json_get(j, c, "stop"), &stop) && stop == 0;
+    }
+    WANT(same && n >= 3, &t->file, "decoder", v,
+         "that of Llama-2: Replace, ByteFallback, Fuse, Strip one space");
+    if (n == 4) t->flags |= TOKENIZER_STRIP;
+    return MEDRUN_OK;
+}
+
+/* All that is not the vocabulary of a SentencePiece tokenizer. */
+static int read_spaces(source_tokenizer *t, medrun_error *e) {
+    const json *j = &t->file.j;
+    uint32_t normalizer = given(j, 0, "normalizer"), pre = given(j, 0, "pre_tokenizer");
+    WANT(normalizer == JSON_NONE || pre == JSON_NONE, &t->file, "pre_tokenizer", pre,
+         "none beside a normalizer");
+    if (normalizer != JSON_NONE) read_normalizer(t, normalizer, e);
+    else read_metaspace(t, pre, e);
+    return e->code ? e->code : read_spaced_decoder(t, e);
 }
 
 /* The id that a template's SpecialToken ITEM stands for. */
@@ -283,29 +441,42 @@ static int read_post_processor(source_tokenizer *t, medrun_error *e) {
     return e->code;
 }
 
-/* What would change ids and is not byte-level BPE. */
-static int check_program(const json_file *f, uint32_t model, medrun_error *e) {
-    static const char *const empty[] = {"dropout", "unk_token", "continuing_subword_prefix",
-                                        "end_of_word_suffix", "byte_fallback"};
-    const json *j = &f->j;
-    uint32_t normalizer = given(j, 0, "normalizer"), decoder = given(j, 0, "decoder");
-    WANT(is_part(j, model, "BPE"), f, "model.type", json_get(j, model, "type"), "BPE");
-    for (size_t i = 0; i < 5; i++) {
+/* What would change ids. */
+static int check_model(const source_tokenizer *t, uint32_t model, medrun_error *e) {
+    static const char *const empty[] = {"dropout", "continuing_subword_prefix",
+                                        "end_of_word_suffix", "unk_token"};
+    const json *j = &t->file.j;
+    bool spaced = t->kind == TOKENIZER_SENTENCEPIECE;   /* then bytes stand for what is unknown  */
+    WANT(is_part(j, model, "BPE"), &t->file, "model.type", json_get(j, model, "type"), "BPE");
+    for (size_t i = 0; i < (spaced ? 3 : 4); i++) {
         uint32_t v = given(j, model, empty[i]);
-        WANT(v == JSON_NONE || json_is(j, v, "") || is(j, v, JSON_FALSE), f, empty[i], v,
-             "nothing; only byte-level BPE is supported");
+        WANT(v == JSON_NONE || json_is(j, v, ""), &t->file, empty[i], v, "nothing");
     }
-    WANT(normalizer == JSON_NONE, f, "normalizer", normalizer, "null");
-    WANT(is_part(j, decoder, "ByteLevel"), f, "decoder", decoder, "ByteLevel");
+    WANT(!spaced || !t->ignore_merges, &t->file, "ignore_merges",
+         given(j, model, "ignore_merges"), "false, as byte_fallback is true");
     return MEDRUN_OK;
+}
+
+/* byte_fallback tells the two kinds of BPE from each other. */
+static int read_program(source_tokenizer *t, uint32_t model, medrun_error *e) {
+    const json *j = &t->file.j;
+    bool spaced = false;
+    if (read_bool(&t->file, model, "byte_fallback", &spaced, e) ||
+        read_bool(&t->file, model, "ignore_merges", &t->ignore_merges, e)) return e->code;
+    t->kind = spaced ? TOKENIZER_SENTENCEPIECE : TOKENIZER_BYTE_LEVEL;
+    if (check_model(t, model, e)) return e->code;
+    if (spaced) return read_spaces(t, e);
+    uint32_t normalizer = given(j, 0, "normalizer"), decoder = given(j, 0, "decoder");
+    WANT(normalizer == JSON_NONE, &t->file, "normalizer", normalizer, "null");
+    WANT(is_part(j, decoder, "ByteLevel"), &t->file, "decoder", decoder, "ByteLevel");
+    return read_pretokenizer(t, e);
 }
 
 static int read_tokenizer_json(source_tokenizer *t, medrun_error *e) {
     const json *j = &t->file.j;
     uint32_t model = given(j, 0, "model"), added = given(j, 0, "added_tokens");
     uint32_t vocab = given(j, model, "vocab"), merges = given(j, model, "merges");
-    if (check_program(&t->file, model, e) || read_pretokenizer(t, e) ||
-        read_bool(&t->file, model, "ignore_merges", &t->ignore_merges, e)) return e->code;
+    if (read_program(t, model, e)) return e->code;
     WANT(is(j, vocab, JSON_OBJECT), &t->file, "model.vocab", vocab, "an object");
     WANT(is(j, merges, JSON_ARRAY), &t->file, "model.merges", merges, "an array");
     WANT(added == JSON_NONE || is(j, added, JSON_ARRAY), &t->file, "added_tokens", added,
@@ -313,6 +484,194 @@ static int read_tokenizer_json(source_tokenizer *t, medrun_error *e) {
     if (count_pieces(t, vocab, added, e) || read_vocab(t, vocab, e) ||
         read_merges(t, merges, e) || read_added(t, added, e)) return e->code;
     return read_post_processor(t, e);
+}
+
+/* ---- tokenizer.model ----------------------------------------------------------------------- */
+
+/* One field of a protobuf message: its number is the key's upper bits. */
+typedef struct {
+    uint32_t field, wire;       /* wire: how it is stored, one of these                        */
+    uint64_t number;            /* of the first three                                          */
+    span bytes;                 /* of WIRE_BYTES                                               */
+} pb_item;
+
+enum { WIRE_VARINT = 0, WIRE_64 = 1, WIRE_BYTES = 2, WIRE_32 = 5 };
+
+/* Seven bits a byte, the lowest first; the top bit says that more follow. */
+static uint64_t read_varint(reader *r) {
+    uint64_t v = 0, byte = 0x80;
+    for (unsigned shift = 0; byte & 0x80; shift += 7) {
+        byte = read_le(r, 1);
+        if (shift > 63 || (shift == 63 && byte > 1)) return r->failed = true, 0;
+        v |= (byte & 0x7F) << shift;
+    }
+    return v;
+}
+
+/* The next field of the message R; false at its end, or where something cannot be one. */
+static bool next_item(reader *r, pb_item *item) {
+    if (r->failed || r->at == r->n) return false;
+    uint64_t key = read_varint(r);
+    *item = (pb_item){.field = (uint32_t)(key >> 3), .wire = key & 7};
+    if (!item->field || key >> 32) r->failed = true;
+    else if (item->wire == WIRE_VARINT) item->number = read_varint(r);
+    else if (item->wire == WIRE_64) item->number = read_le(r, 8);
+    else if (item->wire == WIRE_32) item->number = read_le(r, 4);
+    else if (item->wire != WIRE_BYTES) r->failed = true;
+    else {
+        uint64_t n = read_varint(r);
+        item->bytes.n = n > r->n ? r->n + 1 : (size_t)n;
+        item->bytes.p = read_bytes(r, item->bytes.n);
+    }
+    return !r->failed;
+}
+
+static reader reader_of(span bytes) { return (reader){.data = bytes.p, .n = bytes.n}; }
+
+static int no_model(const source_tokenizer *t, medrun_error *e) {
+    return refuse(e, "%s: this is no tokenizer.model of SentencePiece, or it was cut or damaged; "
+                  "download it again", t->file.path);
+}
+
+/* A field of a message that matters. WANTS is NULL where any value can be run. */
+typedef struct {
+    const char *name, *wants;
+    uint32_t field;
+    uint64_t value, wanted;     /* value: the default until read; of bytes, their number       */
+    span bytes;
+} setting;
+
+enum { MODEL_TYPE, BYTE_FALLBACK, SUFFIX, BOS_ID, EOS_ID, UNK_SURFACE, N_TRAINER };
+enum { CHARSMAP, DUMMY_PREFIX, EXTRA_SPACES, ESCAPE_SPACES, N_NORMALIZER };
+
+typedef struct {
+    size_t n_pieces, bytes;     /* bytes: of all pieces' messages                              */
+    setting trainer[N_TRAINER], normalizer[N_NORMALIZER], denormalizer[1];
+} spm_model;
+
+static const spm_model model_defaults = {
+    .trainer = {{"model_type", "2 (BPE; 1 is unigram)", 3, 1, 2, {0}},
+                {"byte_fallback", "1", 35, 0, 1, {0}},
+                {"treat_whitespace_as_suffix", "0", 24, 0, 0, {0}},
+                {"bos_id", NULL, 41, 1, 0, {0}}, {"eos_id", NULL, 42, 2, 0, {0}},
+                {"unk_surface", NULL, 44, 5, 0, {(const uint8_t *)" \xE2\x81\x87 ", 5}}},
+    .normalizer = {{"bytes of precompiled_charsmap", "none (the identity)", 2, 0, 0, {0}},
+                   {"add_dummy_prefix", NULL, 3, 1, 0, {0}},
+                   {"remove_extra_whitespaces", "0", 4, 1, 0, {0}},
+                   {"escape_whitespaces", "1", 5, 1, 1, {0}}},
+    .denormalizer = {{"bytes of the denormalizer's charsmap", "none", 2, 0, 0, {0}}},
+};
+
+/* Reads the message BYTES into SETTINGS; its other fields do not matter. */
+static bool read_settings(span bytes, setting *settings, size_t n) {
+    reader r = reader_of(bytes);
+    for (pb_item item; next_item(&r, &item);)
+        for (size_t i = 0; i < n; i++)
+            if (item.field == settings[i].field)
+                settings[i].value = item.wire == WIRE_BYTES ? item.bytes.n : item.number,
+                settings[i].bytes = item.bytes;
+    return !r.failed;
+}
+
+static int check_settings(const source_tokenizer *t, const setting *s, size_t n, medrun_error *e) {
+    for (size_t i = 0; i < n; i++)
+        if (s[i].wants && s[i].value != s[i].wanted)
+            return refuse(e, "%s: field %s: found %llu, wanted %s", t->file.path, s[i].name,
+                          (unsigned long long)s[i].value, s[i].wants);
+    return MEDRUN_OK;
+}
+
+/* All but the pieces, which are counted. */
+static int read_model_specs(const source_tokenizer *t, spm_model *m, medrun_error *e) {
+    reader r = reader_of((span){t->file.map.data, t->file.map.n});
+    bool good = true;
+    *m = model_defaults;
+    for (pb_item item; good && next_item(&r, &item);) {
+        if (item.wire != WIRE_BYTES) continue;
+        if (item.field == 1) m->n_pieces++, m->bytes += item.bytes.n;
+        if (item.field == 2) good = read_settings(item.bytes, m->trainer, N_TRAINER);
+        if (item.field == 3) good = read_settings(item.bytes, m->normalizer, N_NORMALIZER);
+        if (item.field == 5) good = read_settings(item.bytes, m->denormalizer, 1);
+    }
+    if (!good || r.failed || !m->n_pieces) return no_model(t, e);
+    if (check_settings(t, m->trainer, N_TRAINER, e) ||
+        check_settings(t, m->normalizer, N_NORMALIZER, e)) return e->code;
+    return check_settings(t, m->denormalizer, 1, e);
+}
+
+/* Message BYTES is piece ID: its text, score and type. */
+static int read_model_piece(source_tokenizer *t, const spm_model *m, size_t id, span bytes,
+                            medrun_error *e) {
+    reader r = reader_of(bytes);
+    span text = {0};
+    uint64_t type = PIECE_NORMAL, score = 0;
+    bool scored = false;
+    for (pb_item item; next_item(&r, &item);) {
+        if (item.field == 1 && item.wire == WIRE_BYTES) text = item.bytes;
+        if (item.field == 2 && item.wire == WIRE_32) score = item.number, scored = true;
+        if (item.field == 3 && item.wire == WIRE_VARINT) type = item.number;
+    }
+    if (r.failed) return no_model(t, e);
+    if (!scored && type == PIECE_NORMAL)
+        return refuse(e, "%s: piece %zu: found no score, wanted one", t->file.path, id);
+    if (type == PIECE_UNKNOWN) text = m->trainer[UNK_SURFACE].bytes;
+    write_le(&t->scores, score, 4);
+    if (type < PIECE_NORMAL || type > PIECE_BYTE || type == PIECE_UNUSED ||
+        !put_piece(t, id, text, (int)type))
+        return refuse(e, "%s: piece %zu: found \"%.*s\" of type %llu, wanted some text of type 1 "
+                      "to 4, or a byte of type 6", t->file.path, id, text.n < 80 ? (int)text.n : 80,
+                      text.n ? (const char *)text.p : "", (unsigned long long)type);
+    return MEDRUN_OK;
+}
+
+/* With scores, text merges whatever it is: ids say the same only where all characters are pieces,
+ * as they are in every model that SentencePiece has trained. */
+static int check_characters(const source_tokenizer *t, const char *what, medrun_error *e) {
+    uint32_t code;
+    for (size_t id = 0; id < t->n_pieces; id++) {
+        const uint8_t *p = t->text.data + t->pieces[id].at;
+        size_t n = t->pieces[id].type == PIECE_NORMAL ? t->pieces[id].n : 0;
+        for (size_t i = 0, len; i < n; i += len) {
+            len = utf8_decode(p + i, n - i, &code);
+            if (!len || find_entry(t, p + i, len) < 0)
+                return refuse(e, "%s: piece %zu: found \"%.*s\", wanted characters that are pieces",
+                              what, id, n < 80 ? (int)n : 80, (const char *)p);
+        }
+    }
+    return MEDRUN_OK;
+}
+
+/* A special id, which must be that of a control token; -1: none. */
+static int special_id(const source_tokenizer *t, const char *field, int64_t found, int32_t *id,
+                      const char *what, medrun_error *e) {
+    if (found >= (int64_t)t->n_pieces || (found >= 0 && t->pieces[found].type != PIECE_CONTROL))
+        return refuse(e, "%s: field %s: found %lld, wanted the id of a control token", what, field,
+                      (long long)found);
+    return *id = found < 0 ? -1 : (int32_t)found, MEDRUN_OK;
+}
+
+/* SentencePiece's own form, to be encoded as its library does it; BOS is added by default, as
+ * transformers' class for such files does. */
+static int read_tokenizer_model(source_tokenizer *t, medrun_error *e) {
+    spm_model m;
+    size_t id = 0;
+    if (read_model_specs(t, &m, e)) return e->code;
+    t->kind = TOKENIZER_SENTENCEPIECE, t->add_bos = true;
+    t->flags = TOKENIZER_SCORES | TOKENIZER_USER_INSIDE;
+    if (m.normalizer[DUMMY_PREFIX].value) t->flags |= TOKENIZER_PREFIX_RUNS | TOKENIZER_STRIP;
+    if (make_pieces(t, m.n_pieces, m.n_pieces, m.bytes + m.trainer[UNK_SURFACE].bytes.n, e))
+        return e->code;
+    reader r = reader_of((span){t->file.map.data, t->file.map.n});
+    for (pb_item item; next_item(&r, &item);)
+        if (item.field == 1 && item.wire == WIRE_BYTES &&
+            read_model_piece(t, &m, id++, item.bytes, e)) return e->code;
+    if (t->scores.failed) return out_of_memory(e, t->scores.n);
+    sort_entries(t);
+    const char *what = t->file.path;
+    if (special_id(t, "bos_id", (int64_t)m.trainer[BOS_ID].value, &t->bos, what, e) ||
+        special_id(t, "eos_id", (int64_t)m.trainer[EOS_ID].value, &t->eos, what, e)) return e->code;
+    t->add_bos = t->bos >= 0;
+    return check_characters(t, what, e);
 }
 
 /* ---- tokenizer_config.json ----------------------------------------------------------------- */
@@ -329,25 +688,127 @@ static int named_token(const source_tokenizer *t, const char *field, int32_t *id
         if (t->pieces[i].type == PIECE_CONTROL && t->pieces[i].n == b.n &&
             !memcmp(t->text.data + t->pieces[i].at, b.data, b.n)) *id = (int32_t)i;
     buffer_free(&b);
-    WANT(*id >= 0, &t->config, field, v, "a special token of tokenizer.json");
+    WANT(*id >= 0, &t->config, field, v, "a special token of this vocabulary");
     return MEDRUN_OK;
 }
 
-/* What it says about BOS must be what tokenizer.json does. */
+/* What it says about BOS must be what tokenizer.json does; beside a tokenizer.model, it decides. */
 static int read_tokenizer_config(source_tokenizer *t, medrun_error *e) {
     const json_file *f = &t->config;
-    int32_t bos = -1;
+    int32_t bos = -1, eos = -1;
     bool add_bos = t->add_bos, add_eos = false;
-    if (named_token(t, "bos_token", &bos, e) || named_token(t, "eos_token", &t->eos, e) ||
+    if (named_token(t, "bos_token", &bos, e) || named_token(t, "eos_token", &eos, e) ||
         read_bool(f, 0, "add_bos_token", &add_bos, e) ||
         read_bool(f, 0, "add_eos_token", &add_eos, e)) return e->code;
-    WANT(bos < 0 || !t->add_bos || bos == t->bos, f, "bos_token", given(&f->j, 0, "bos_token"),
-         "the token that tokenizer.json's post_processor adds");
-    WANT(add_bos == t->add_bos, f, "add_bos_token", given(&f->j, 0, "add_bos_token"),
+    WANT(bos < 0 || !t->add_bos || bos == t->bos || t->is_model, f, "bos_token",
+         given(&f->j, 0, "bos_token"), "the token that tokenizer.json's post_processor adds");
+    WANT(add_bos == t->add_bos || t->is_model, f, "add_bos_token", given(&f->j, 0, "add_bos_token"),
          "what tokenizer.json's post_processor does");
     WANT(!add_eos, f, "add_eos_token", given(&f->j, 0, "add_eos_token"), "false");
     if (bos >= 0) t->bos = bos;
+    if (eos >= 0) t->eos = eos;
+    t->add_bos = add_bos && t->bos >= 0;
     return MEDRUN_OK;
+}
+
+/* ---- tables -------------------------------------------------------------------------------- */
+
+/* What the arrays tokenizer.ggml.* of a GGUF file say. Spans may point into the file. A key that is
+ * missing: NULL, or -1; a flag: true, llama.cpp's default for the tokenizers known here. */
+typedef struct {
+    const char *model, *pre;            /* "llama" or "gpt2"; "llama-bpe", "tekken"            */
+    size_t n, n_merges;
+    const span *tokens;                 /* n texts, the id is the index                        */
+    const int32_t *types;               /* n: 1 normal, 2 unknown, 3 control, 4 user, 5 unused, */
+    const float *scores;                /* 6 byte; n scores, only for "llama"                  */
+    const span *merges;                 /* n_merges, "a b", only for "gpt2"                    */
+    int64_t bos, eos;
+    bool add_bos, add_space_prefix;     /* the latter only for "llama"                         */
+} token_tables;
+
+static int put_tokens(source_tokenizer *t, const token_tables *g, const char *what,
+                      medrun_error *e) {
+    size_t bytes = 0;
+    for (size_t i = 0; i < g->n; i++) bytes += g->tokens[i].n;
+    if (make_pieces(t, g->n, g->n, bytes, e)) return e->code;
+    for (size_t i = 0; i < g->n; i++) {
+        span text = g->tokens[i];
+        int type = g->types[i];
+        bool known = type >= PIECE_NORMAL && type <= PIECE_BYTE &&
+                     (type != PIECE_BYTE || t->kind == TOKENIZER_SENTENCEPIECE);
+        if (!known || !put_piece(t, i, text, type == PIECE_UNKNOWN ? PIECE_CONTROL : type))
+            return refuse(e, "%s: tokenizer.ggml.tokens: id %zu: found \"%.*s\" of type %d, wanted "
+                          "a text and a type that go with %s", what, i, text.n < 80 ? (int)text.n :
+                          80, text.n ? (const char *)text.p : "", type, g->model);
+    }
+    sort_entries(t);
+    return MEDRUN_OK;
+}
+
+static int put_merges(source_tokenizer *t, const token_tables *g, const char *what,
+                      medrun_error *e) {
+    buffer scratch = {0};
+    for (size_t i = 0; !e->code && i < g->n_merges; i++) {
+        span m = g->merges[i];
+        bool known = put_merge(t, m.p, m.n, &scratch);
+        if (scratch.failed || t->merges.failed) out_of_memory(e, t->merges.n);
+        else if (!known)
+            refuse(e, "%s: tokenizer.ggml.merges: number %zu: found \"%.*s\", wanted two tokens "
+                   "with a space between", what, i, m.n < 80 ? (int)m.n : 80,
+                   m.n ? (const char *)m.p : "");
+    }
+    buffer_free(&scratch);
+    return e->code;
+}
+
+/* Byte-level BPE: as the tokenizer.json from which the tables were made. */
+static int read_gpt2_tables(source_tokenizer *t, const token_tables *g, const char *what,
+                            medrun_error *e) {
+    static const char *const names[][2] = {{"llama-bpe", "llama3"}, {"tekken", "tekken"}};
+    t->kind = TOKENIZER_BYTE_LEVEL, t->ignore_merges = true;
+    for (size_t i = 0; g->pre && i < 2; i++)
+        if (!strcmp(g->pre, names[i][0])) t->pretokenizer = names[i][1];
+    if (!t->pretokenizer)
+        return refuse(e, "%s: tokenizer.ggml.pre: found \"%s\", wanted \"llama-bpe\" or \"tekken\"",
+                      what, g->pre ? g->pre : "");
+    if (!g->merges)
+        return refuse(e, "%s: tokenizer.ggml.merges: found none, wanted some", what);
+    return put_tokens(t, g, what, e) ? e->code : put_merges(t, g, what, e);
+}
+
+/* SentencePiece: as llama.cpp encodes it. */
+static int read_llama_tables(source_tokenizer *t, const token_tables *g, const char *what,
+                             medrun_error *e) {
+    t->kind = TOKENIZER_SENTENCEPIECE, t->flags = TOKENIZER_SCORES;
+    if (g->add_space_prefix) t->flags |= TOKENIZER_PREFIX_RUNS | TOKENIZER_STRIP;
+    if (!g->scores)
+        return refuse(e, "%s: tokenizer.ggml.scores: found none, wanted one a token", what);
+    for (size_t i = 0; i < g->n; i++) {
+        uint32_t bits;
+        memcpy(&bits, &g->scores[i], 4);
+        write_le(&t->scores, bits, 4);
+    }
+    if (t->scores.failed) return out_of_memory(e, t->scores.n);
+    return put_tokens(t, g, what, e) ? e->code : check_characters(t, what, e);
+}
+
+/* Fills T, which is zero before, from G; after it write_tokenizer gives the bytes, which the engine
+ * must still check (tokenizer_open). WHAT names the file in messages. Give T to free_tokenizer,
+ * also after a failure. */
+static int tokenizer_from_tables(source_tokenizer *t, const token_tables *g, const char *what,
+                                 medrun_error *e) {
+    const char *model = g->model ? g->model : "";
+    bool llama = !strcmp(model, "llama");
+    if (!llama && strcmp(model, "gpt2"))
+        return refuse(e, "%s: tokenizer.ggml.model: found \"%s\", wanted \"llama\" or \"gpt2\"",
+                      what, model);
+    if (!g->n || !g->tokens || !g->types)
+        return refuse(e, "%s: tokenizer.ggml.tokens, token_type: found none, wanted both", what);
+    if ((llama ? read_llama_tables : read_gpt2_tables)(t, g, what, e)) return e->code;
+    int64_t bos = llama && g->bos < 0 ? 1 : g->bos, eos = llama && g->eos < 0 ? 2 : g->eos;
+    if (special_id(t, "tokenizer.ggml.bos_token_id", bos, &t->bos, what, e) ||
+        special_id(t, "tokenizer.ggml.eos_token_id", eos, &t->eos, what, e)) return e->code;
+    return t->add_bos = g->add_bos && t->bos >= 0, MEDRUN_OK;
 }
 
 /* ---- tokenizer.bin ------------------------------------------------------------------------- */
@@ -357,20 +818,23 @@ static void write_tokenizer(const source_tokenizer *t, buffer *out) {
     buffer body = {0}, text = {0}, types = {0};
     char pattern[24] = {0};
     uint8_t digest[32];
-    snprintf(pattern, sizeof pattern, "%s", t->pretokenizer);
+    snprintf(pattern, sizeof pattern, "%s", t->pretokenizer ? t->pretokenizer : "");
     for (size_t i = 0; i < t->n_pieces; i++) {
         buffer_add(&text, t->text.data + t->pieces[i].at, t->pieces[i].n);
         buffer_add(&types, &(uint8_t){(uint8_t)t->pieces[i].type}, 1);
     }
     while (types.n % 4 && !types.failed) buffer_add(&types, "", 1);
-    const uint64_t head[8] = {1, 1, (t->ignore_merges ? 1u : 0) | (t->add_bos ? 2u : 0),
-                              t->n_pieces, t->n_merges, (uint32_t)t->bos, text.n, 0};
+    uint32_t flags = t->flags | (t->ignore_merges ? TOKENIZER_IGNORE_MERGES : 0) |
+                     (t->add_bos ? TOKENIZER_ADD_BOS : 0);
+    const uint64_t head[8] = {1, (uint64_t)t->kind, flags, t->n_pieces,
+                              t->n_merges, (uint32_t)t->bos, text.n, 0};
     for (size_t i = 0; i < 8; i++) write_le(&body, head[i], 4);
     buffer_add(&body, pattern, sizeof pattern);
     for (size_t i = 0, end = 0; i < t->n_pieces; i++)
         write_le(&body, end += t->pieces[i].n, 4);
     buffer_add(&body, types.data, types.n);
     buffer_add(&body, t->merges.data, t->merges.n);
+    buffer_add(&body, t->scores.data, t->scores.n);
     buffer_add(&body, text.data, text.n);
     sha256_of(body.data, body.n, digest);
     buffer_add(out, "MEDTOK01", 8);
@@ -382,13 +846,42 @@ static void write_tokenizer(const source_tokenizer *t, buffer *out) {
     buffer_free(&types);
 }
 
-/* Converts the open files of T and lets the engine check the result. */
-static int convert_tokenizer(source_tokenizer *t, buffer *out, medrun_error *e) {
+/* Opens tokenizer.json, or tokenizer.model where there is none, and tokenizer_config.json. */
+static int open_tokenizer(source *s, source_tokenizer *t, medrun_error *e) {
+    const char *model = "tokenizer.model";
+    t->is_model = !file_exists(s->folder, "tokenizer.json") && file_exists(s->folder, model);
+    if (!t->is_model) open_json(s, "tokenizer.json", false, &t->file, e);
+    else if (!join_path(t->file.path, s->folder, model, e) &&
+             !map_file(t->file.path, &t->file.map, e))
+        add_file(s, model, t->file.path, &t->file.map, e);
+    return e->code ? e->code : open_json(s, "tokenizer_config.json", true, &t->config, e);
+}
+
+/* The same for a tokenizer.json or tokenizer.model by itself, which its name must tell. */
+static int open_tokenizer_file(source *s, source_tokenizer *t, medrun_error *e) {
+    json_file *f = &t->file;
+    snprintf(f->path, sizeof f->path, "%s", s->folder);
+    if (json_parse(&t->config.j, "{}", 2, e) || map_file(f->path, &f->map, e)) return e->code;
+    size_t n = strlen(f->path);
+    t->is_model = n > 6 && !strcmp(f->path + n - 6, ".model");
+    if (!t->is_model) unmap_file(&f->map), open_json_path(f, e);
+    return e->code ? e->code : add_file(s, "", s->folder, &f->map, e);
+}
+
+/* Appends the file and lets the engine check it. */
+static int finish_tokenizer(const source_tokenizer *t, buffer *out, const char *what,
+                            medrun_error *e) {
     tokenizer check;
-    t->bos = t->eos = -1;
-    if (read_tokenizer_json(t, e) || read_tokenizer_config(t, e)) return e->code;
     write_tokenizer(t, out);
     if (out->failed) return out_of_memory(e, out->n);
-    if (!tokenizer_open(&check, out->data, out->n, t->file.path, e)) tokenizer_close(&check);
+    if (!tokenizer_open(&check, out->data, out->n, what, e)) tokenizer_close(&check);
     return e->code;
+}
+
+/* Converts the open files of T. */
+static int convert_tokenizer(source_tokenizer *t, buffer *out, medrun_error *e) {
+    t->bos = t->eos = -1;
+    if ((t->is_model ? read_tokenizer_model : read_tokenizer_json)(t, e) ||
+        read_tokenizer_config(t, e)) return e->code;
+    return finish_tokenizer(t, out, t->file.path, e);
 }
