@@ -1579,7 +1579,7 @@ static int prove_chat(exporter *x, const json_file *f, uint32_t v, medrun_error 
     char *roles = new_array(n, 16);
     if (!m || !roles) out_of_memory(e, n * sizeof *m);
     else if (!read_messages(f, v, m, roles, &text, e))
-        chat_render(x->source.chat, &x->tokenizer, m, n, true, &ids, e);
+        chat_render(x->source.chat, &x->tokenizer, NULL, m, n, true, &ids, e);
     buffer_text(b, b->n ? ",\n{\"messages\":[" : "\n{\"messages\":[");
     for (size_t i = 0; !e->code && i < n; i++) {
         buffer_text(b, i ? ",{\"role\":" : "{\"role\":");
