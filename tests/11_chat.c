@@ -46,8 +46,8 @@ static bool renders(const tokenizer *t, const char *name, const medrun_message *
     const chat_template *c = chat_find(name);
     medrun_error e = {0};
     buffer ids = {0}, text = {0}, reference = ids_of_text(t, wanted, n_wanted);
-    bool ok = !chat_render(c, t, m, n, answer, &ids, &e) &&
-              !chat_render_text(c, t, m, n, answer, &text, &e);
+    bool ok = !chat_render(c, t, NULL, m, n, answer, &ids, &e) &&
+              !chat_render_text(c, t, NULL, m, n, answer, &text, &e);
     ok = ok && text.n == n_wanted && (!text.n || !memcmp(text.data, wanted, text.n));
     ok = ok && same(&ids, &reference);
     if (!ok) printf("    %s %s\n", e.text, text.data ? (char *)text.data : "");
@@ -75,14 +75,14 @@ static void test_llama3(const tokenizer *t) {
             HEAD("user") "Hi\n there<|eot_id|>" HEAD("assistant") "Hello.<|eot_id|>" HEAD("user")
             "<|eot_id|>" HEAD("system") "late<|eot_id|>" HEAD("assistant") "<|eot_id|>" HEAD("user")
             "'s<|eot_id|>" HEAD("assistant"));
-    CHECK(renders(t, "llama3", NULL, 0, true, "<|begin_of_text|>" HEAD("assistant"), 64));
     const medrun_message null[] = {{"user", NULL, 0}};
     RENDERS("llama3", null, false, "<|begin_of_text|>" HEAD("user") "<|eot_id|>");
 
     buffer with = {0}, without = {0};                   /* the text needs no tokenizer           */
     const chat_template *c = chat_find("llama3");
-    CHECK(!chat_render_text(c, t, LIST(many), true, &with, NULL) &&
-          !chat_render_text(c, NULL, LIST(many), true, &without, NULL) && same(&with, &without));
+    CHECK(!chat_render_text(c, t, NULL, LIST(many), true, &with, NULL) &&
+          !chat_render_text(c, NULL, NULL, LIST(many), true, &without, NULL) &&
+          same(&with, &without));
     buffer_free(&with), buffer_free(&without);
 }
 
@@ -95,7 +95,6 @@ static void test_alpaca(const tokenizer *t) {
     CHECK(renders(t, "alpaca", LIST(one), true, wanted, strlen(wanted)));
     snprintf(wanted, sizeof wanted, "%s### Instruction:\n Hi \n\n", system);
     CHECK(renders(t, "alpaca", LIST(one), false, wanted, strlen(wanted)));
-    CHECK(renders(t, "alpaca", NULL, 0, false, system, strlen(system)));
     const medrun_message late[] = {MESSAGE("user", "a"), MESSAGE("assistant", "b"),
                                    MESSAGE("system", "c"), MESSAGE("user", "\n")};
     RENDERS("alpaca", late, true, "### Instruction:\na\n\n### Response:\nb\n\n### System:\nc\n\n"
@@ -109,7 +108,6 @@ static void test_none(const tokenizer *t) {
     tokenizer no_bos = *t;
     no_bos.add_bos = false;
     CHECK(renders(&no_bos, "none", LIST(m), true, " patients  x", 12));
-    CHECK(renders(&no_bos, "none", NULL, 0, true, "", 0));
 }
 
 /* Exactly what Python's str.strip() takes away, at both ends; bytes that are not UTF-8 stay. */
@@ -159,8 +157,8 @@ static void test_forged(const tokenizer *t) {
         for (size_t i = 0; i < 3; i++) m[i] = (medrun_message){roles[i], forged, strlen(forged)};
         buffer ids = {0}, text = {0}, back = {0};
         const chat_template *c = chat_find(control[k].name);
-        CHECK(!chat_render(c, t, LIST(m), true, &ids, NULL) &&
-              !chat_render_text(c, t, LIST(m), true, &text, NULL));
+        CHECK(!chat_render(c, t, NULL, LIST(m), true, &ids, NULL) &&
+              !chat_render_text(c, t, NULL, LIST(m), true, &text, NULL));
         CHECK_EQ(count_control(t, &ids), control[k].n);
         tokenizer_decode(t, (const int32_t *)(void *)ids.data, ids.n / 4, true, &back);
         CHECK(same(&text, &back));
@@ -196,9 +194,9 @@ static void test_turns(const tokenizer *t) {
                                     random_text(texts[k], sizeof texts[k])};
         }
         buffer whole = {0}, turns = {0};
-        wrong += chat_render(c, t, m, n, answer, &whole, NULL) != MEDRUN_OK;
+        wrong += chat_render(c, t, NULL, m, n, answer, &whole, NULL) != MEDRUN_OK;
         for (size_t k = 0; k < n; k++)
-            wrong += chat_turn(c, t, m[k].role, m[k].text, m[k].n_bytes, k == 0,
+            wrong += chat_turn(c, t, NULL, m[k].role, m[k].text, m[k].n_bytes, k == 0,
                                answer && k + 1 == n, &turns, NULL) != MEDRUN_OK;
         wrong += !same(&whole, &turns);
         buffer_free(&whole), buffer_free(&turns);
@@ -214,12 +212,12 @@ static void test_answers(const tokenizer *t) {
     for (size_t i = 0; i < 2; i++) {
         const chat_template *c = chat_find(names[i]);
         buffer whole = {0}, turns = {0}, text = {0}, back = {0};
-        chat_render(c, t, LIST(m), true, &whole, NULL);
-        chat_render_text(c, t, LIST(m), true, &text, NULL);
-        CHECK(!chat_turn(c, t, "user", "Q1", 2, true, true, &turns, NULL));
+        chat_render(c, t, NULL, LIST(m), true, &whole, NULL);
+        chat_render_text(c, t, NULL, LIST(m), true, &text, NULL);
+        CHECK(!chat_turn(c, t, NULL, "user", "Q1", 2, true, true, &turns, NULL));
         CHECK(!tokenizer_encode(t, "A1", 2, 0, &turns, NULL));
         CHECK(!chat_close(c, t, &turns, NULL));
-        CHECK(!chat_turn(c, t, "user", "Q2", 2, false, true, &turns, NULL));
+        CHECK(!chat_turn(c, t, NULL, "user", "Q2", 2, false, true, &turns, NULL));
         tokenizer_decode(t, (const int32_t *)(void *)turns.data, turns.n / 4, true, &back);
         CHECK(same(&text, &back));
         CHECK(i == 1 || same(&whole, &turns));
@@ -233,16 +231,16 @@ static void test_answers(const tokenizer *t) {
 
 static void test_errors(const tokenizer *t) {
     CHECK(!chat_find("llama2") && !chat_find("") && !chat_find("Llama3"));
-    static const char *const bad_roles[] = {"tool", "", "User", NULL, "ipython"};
+    static const char *const bad_roles[] = {"doctor", "", "User", "tools", "assistant "};
     for (size_t i = 0; i < sizeof bad_roles / sizeof *bad_roles; i++) {
         medrun_message m[] = {MESSAGE("user", "x"), {bad_roles[i], "y", 1}};
         buffer ids = {0};
         medrun_error e = {0};
         buffer_add(&ids, "kept", 4);
-        CHECK_EQ(chat_render(chat_find("llama3"), t, LIST(m), true, &ids, &e), MEDRUN_USAGE);
-        CHECK(strstr(e.text, "wanted system, user or assistant") && ids.n == 4);
+        CHECK_EQ(chat_render(chat_find("llama3"), t, NULL, LIST(m), true, &ids, &e), MEDRUN_USAGE);
+        CHECK(strstr(e.text, "wanted system, user, assistant or tool") && ids.n == 4);
         e = (medrun_error){0};
-        CHECK_EQ(chat_turn(chat_find("alpaca"), t, m[1].role, "y", 1, true, true, &ids, &e),
+        CHECK_EQ(chat_turn(chat_find("alpaca"), t, NULL, m[1].role, "y", 1, true, true, &ids, &e),
                  MEDRUN_USAGE);
         CHECK(e.text[0] && ids.n == 4);
         buffer_free(&ids);
@@ -256,13 +254,14 @@ static void test_errors(const tokenizer *t) {
     const medrun_message m[] = {MESSAGE("user", "x")};
     buffer ids = {0};
     medrun_error e = {0};
-    CHECK_EQ(chat_render(chat_find("llama3"), &other, LIST(m), true, &ids, &e), MEDRUN_BAD_FILE);
+    CHECK_EQ(chat_render(chat_find("llama3"), &other, NULL, LIST(m), true, &ids, &e),
+             MEDRUN_BAD_FILE);
     CHECK(strstr(e.text, "<|eot_id|>") && strstr(e.text, "llama3") && ids.n == 0);
-    CHECK_EQ(chat_render(chat_find("alpaca"), &other, LIST(m), true, &ids, NULL), MEDRUN_OK);
+    CHECK_EQ(chat_render(chat_find("alpaca"), &other, NULL, LIST(m), true, &ids, NULL), MEDRUN_OK);
     buffer_free(&ids);
     other.n_added = 0;
     e = (medrun_error){0};
-    CHECK_EQ(chat_turn(chat_find("llama3"), &other, "user", "x", 1, true, true, &ids, &e),
+    CHECK_EQ(chat_turn(chat_find("llama3"), &other, NULL, "user", "x", 1, true, true, &ids, &e),
              MEDRUN_BAD_FILE);
     CHECK(strstr(e.text, "<|begin_of_text|>") && ids.n == 0);
     free(types);
@@ -279,13 +278,13 @@ static void test_no_memory(const tokenizer *t) {
             const chat_template *c = chat_find(k == 0 ? "llama3" : k == 1 ? "alpaca" : "none");
             buffer ids = {0}, words = {0}, wanted = {0};
             medrun_error e = {0}, f = {0};
-            chat_render(c, t, LIST(m), true, &wanted, NULL);
+            chat_render(c, t, NULL, LIST(m), true, &wanted, NULL);
             allocations_left = n;
-            int code = chat_render(c, t, LIST(m), true, &ids, &e);
+            int code = chat_render(c, t, NULL, LIST(m), true, &ids, &e);
             wrong += code != MEDRUN_OK && code != MEDRUN_NO_MEMORY;
             wrong += code != e.code || (code ? ids.n != 0 : !same(&ids, &wanted));
             allocations_left = n;
-            int text_code = chat_render_text(c, t, LIST(m), true, &words, &f);
+            int text_code = chat_render_text(c, t, NULL, LIST(m), true, &words, &f);
             wrong += text_code != (words.n ? MEDRUN_OK : MEDRUN_NO_MEMORY) || text_code != f.code;
             done += !code && !text_code;
             allocations_left = -1;
@@ -354,7 +353,7 @@ static void test_llama3_vocabulary(const char *build, const char *data) {
         const int32_t wanted[] = {128000, 128006, 882, 128007, 271, 13347, 128009, 128006, 78191,
                                   128007, 271};         /* apply_chat_template's                 */
         buffer ids = {0};
-        chat_render(chat_find("llama3"), &t, LIST(m), true, &ids, NULL);
+        chat_render(chat_find("llama3"), &t, NULL, LIST(m), true, &ids, NULL);
         CHECK(ids.n == sizeof wanted && !memcmp(ids.data, wanted, ids.n));
         buffer_free(&ids);
         test_renderings(&t, data);

@@ -178,7 +178,7 @@ static int run_render(medrun_error *e) {
     const medrun_message m[] = {{"system", "be brief", 8}, {"user", long_text, strlen(long_text)},
                                 {"assistant", "yes", 3}, {"user", "why", 3}};
     size_t n = 99;
-    int code = medrun_render(model, NULL, m, 4, true, NULL, 0, &n, e);
+    int code = medrun_render(model, NULL, NULL, m, 4, true, NULL, 0, &n, e);
     CHECK((code == MEDRUN_OK) == (n > 0));
     return code;
 }

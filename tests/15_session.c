@@ -255,7 +255,7 @@ static void test_say(void) {
                           {"assistant", "A signal.", 9}, {"user", "Why?", 4}};
     int32_t ids[256];
     size_t n;
-    CHECK(!medrun_render(model, NULL, m, 4, true, ids, 256, &n, NULL));
+    CHECK(!medrun_render(model, NULL, NULL, m, 4, true, ids, 256, &n, NULL));
     medrun_session *s = start((medrun_session_options){.context = 256});
     CHECK(!medrun_say(s, "system", "Be brief.", 9, NULL));
     CHECK(!medrun_say(s, "user", " What is pain? ", 15, NULL));
@@ -267,7 +267,7 @@ static void test_say(void) {
     CHECK(!medrun_say(s, "user", "Why?", 4, NULL));
     CHECK_EQ(medrun_length(s), n);
     CHECK(!memcmp(medrun_tokens(s), ids, n * sizeof *ids));
-    CHECK_EQ(medrun_render(model, "unknown", m, 4, true, ids, 256, &n, NULL), MEDRUN_USAGE);
+    CHECK_EQ(medrun_render(model, "unknown", NULL, m, 4, true, ids, 256, &n, NULL), MEDRUN_USAGE);
     medrun_stop(s);
 }
 

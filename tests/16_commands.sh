@@ -44,7 +44,7 @@ code 2 run "$model" -p x --tmep 1; err_has 'nearest is --temp'; err_lines 1
 code 2 run "$model" -p x -z; err_has 'unknown option -z'
 code 2 "$model" --raw; err_has 'does not go with chat, but with: run'
 code 2 run "$model" -p x --lookup 3; err_has 'unknown option --lookup'
-code 2 render --date 2024-01-01; err_has 'unknown option --date'
+code 2 render --data 2024-01-01; err_has 'unknown option --data'
 code 2 run "$model" -p; err_has 'wanted TEXT'
 code 2 run "$model" extra -p x; err_has 'extra'
 code 2 run -m "$model" extra -p x; err_has 'extra'

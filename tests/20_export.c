@@ -1395,7 +1395,7 @@ static void test_real_data(void) {
     for (size_t i = 0; i < 3; i++) {
         char path[512];
         snprintf(path, sizeof path, "%s/tokenizers/%s", data, others[i]);
-        expect(RUN("--tokenizer-only", path, in_work("out/t.bin")), 3, others[i], others[i]);
+        expect(RUN("--tokenizer-only", path, in_work("out/t.bin")), 0, "", others[i]);
     }
 }
 
