@@ -3445,8 +3445,9 @@ static int tokenizer_encode(const tokenizer *t, const char *text, size_t n, int 
     return code;
 }
 
-/* The bytes that ID adds to a text; control tokens add none unless SPECIAL. Where *FIRST, nothing
- * is before them, and the space that encoding puts there goes; SentencePiece knows U+2581 by it. */
+/* The bytes that ID adds to a text; control tokens add none unless SPECIAL. Where *FIRST, nothing is
+ * before them, and the space that encoding puts there goes. (SentencePiece itself means U+2581 by
+ * that, not the byte; tokenizers means either.) */
 static const char *tokenizer_text(const tokenizer *t, int32_t id, bool special, bool *first,
                                   size_t *n) {
     const char *text = tokenizer_piece(t, id, n);
