@@ -7879,7 +7879,7 @@ static bool small_product(const kernel_set *k, int type, int kind, float *out) {
     for (size_t p = 0; made && p < CHECK_PANELS; p++)
         panel_pack(type, x + (CHECK_TOKENS + p * LANES) * cols, LANES, cols, w + p * panel);
     if (made) k->pack(kind, x, cols, cols, CHECK_TOKENS, a);
-    if (made) k->matmul[kind](w, CHECK_PANELS, cols, a, CHECK_TOKENS, out, rows);
+    if (made) k->matmul[kind](w, CHECK_PANELS, cols, a, CHECK_TOKENS, cols, out, rows);
     free(x), free(w), free(a);
     return made;
 }
