@@ -46,10 +46,15 @@ $(BUILD)/arcee-ratio-bf16.mdr: $(BIN)/medrun-export tests/fixtures/arcee-yarn/co
 	$(BIN)/medrun-export tests/fixtures/arcee-yarn $@ --type bf16 --yarn-factor 8
 # Real vocabularies are read where the environment says, and skipped where it says nothing.
 ifdef MEDRUN_TEST_DATA
-REAL     = $(BUILD)/llama3.tokenizer.bin
-$(BUILD)/llama3.tokenizer.bin: $(BIN)/medrun-export
+REAL_llama3    = llama3-8b
+REAL_llama2    = llama2.tokenizer.model
+REAL_mistral   = mistral-7b-v0.1.tokenizer.json
+REAL_apertus   = apertus.derived.tokenizer.json
+REAL_ministral = tekken-ministral-8b-2410.tokenizer.json
+REAL = $(foreach r,llama3 llama2 mistral apertus ministral,$(BUILD)/$(r).tokenizer.bin)
+$(REAL): $(BUILD)/%.tokenizer.bin: $(BIN)/medrun-export
 	@mkdir -p $(BUILD)
-	$(BIN)/medrun-export --tokenizer-only $(MEDRUN_TEST_DATA)/tokenizers/llama3-8b $@
+	$(BIN)/medrun-export --tokenizer-only $(MEDRUN_TEST_DATA)/tokenizers/$(REAL_$*) $@
 endif
 $(BUILD)/test_%: tests/%.c tests/test.h medrun.c tools/export.c $(EXPORT)
 	@mkdir -p $(BUILD)

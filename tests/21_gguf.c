@@ -1,6 +1,6 @@
-/* tools/export_gguf.c: blocks decode to gguf's own bits; a GGUF file gives the bytes that the folder
- * of the same model gives; bad files are refused with one line. Files are made here byte by byte,
- * from the fixtures or from a list of keys and tensors that each case changes in one place. */
+/* tools/export_gguf.c: blocks decode to gguf's own bits; a GGUF file gives the bytes that the
+ * folder of the same model gives; bad files are refused with one line. Files are made here byte by
+ * byte, from the fixtures or from lists of keys and tensors that each case changes in one place. */
 #define _GNU_SOURCE
 #include <stddef.h>
 #include <stdlib.h>
@@ -275,8 +275,8 @@ static void test_q8_0_kept(void) {
 
 /* ---- the same model as a folder and as GGUF ------------------------------------------------ */
 
-/* What two checkpoints must share: config, type, proofs (ids of texts, digests of logits), digests of
- * all tensors and, unless that differs for a reason, of the tokenizer. */
+/* What two checkpoints must share: config, type, proofs (ids of texts, digests of logits), digests
+ * of all tensors and, unless that differs for a reason, of the tokenizer. */
 static bool same_model(const char *a, const char *b, bool same_tokenizer) {
     model_file f, g;
     medrun_error e = {0};
@@ -521,6 +521,7 @@ typedef struct {
     uint64_t dims[5];
     uint64_t shift;             /* added to its place                                          */
     const char *more;           /* the name of a tensor to add                                 */
+    bool yarn;                  /* with yarn scaling 4 from 16                                 */
 } change;
 
 static const char *const small_keys[][2] = {
@@ -594,6 +595,11 @@ static size_t make_small(buffer *out, const change *c) {
     bool tokens = !c->key || strcmp(c->key, "tokenizer.ggml.tokens") != 0;
     put_small_vocabulary(&w, tokens);
     if (c->extra) put_key(&w, c->extra, c->extra_value);
+    if (c->yarn) {
+        put_key(&w, "llama.rope.scaling.type", "str yarn");
+        put_key(&w, "llama.rope.scaling.factor", "f32 4");
+        put_key(&w, "llama.rope.scaling.original_context_length", "u32 16");
+    }
     for (size_t i = 0; i < sizeof small_tensors / sizeof *small_tensors; i++)
         put_small_tensor(&w, i, c);
     if (c->more) put_tensor(&w, c->more, 0, 1, (uint64_t[]){16}, (float[16]){1}, 64);
@@ -698,7 +704,7 @@ static const change changes[] = {
     {"type 23, IQ4_XS, which", .tensor = TENSOR, .type = 24},
     {"type 31, Q4_0_4_4, which", .tensor = TENSOR, .type = 32},
     {"type 26, I32, which", .tensor = TENSOR, .type = 27},
-    {"type 99, which", .tensor = TENSOR, .type = 100},
+    {"type 99, unknown, which", .tensor = TENSOR, .type = 100},
     {"rows of whole blocks", .tensor = TENSOR, .type = 9},
     {"found 5 dimensions", .tensor = TENSOR, .rank = 6, .dims = {1, 1, 1, 1, 1}},
     {"shape: found (256), wanted (16, 16)", .tensor = TENSOR, .rank = 2, .dims = {256}},
@@ -707,17 +713,17 @@ static const change changes[] = {
     {"shape: found (8, 32), wanted (16, 16)", .tensor = TENSOR, .rank = 3, .dims = {32, 8}},
     {"neither overlap nor leave", .tensor = TENSOR, .rank = 3, .dims = {16, 17}},
     {"neither overlap nor leave", .tensor = TENSOR, .rank = 1},
-    {"a size that a file can", .tensor = TENSOR, .rank = 3, .dims = {16, 0}},
-    {"a size that a file can", .tensor = TENSOR, .rank = 4, .dims = {1u << 31, 1u << 31, 8}},
-    {"a size that a file can", .tensor = TENSOR, .rank = 5,
+    {"a size a file can have", .tensor = TENSOR, .rank = 3, .dims = {16, 0}},
+    {"a size a file can have", .tensor = TENSOR, .rank = 4, .dims = {1u << 31, 1u << 31, 8}},
+    {"a size a file can have", .tensor = TENSOR, .rank = 5,
      .dims = {1ull << 33, 1ull << 33, 1, 1}},
-    {"a size that a file can", .tensor = TENSOR, .rank = 3, .dims = {16, 1ull << 60}},
+    {"a size a file can have", .tensor = TENSOR, .rank = 3, .dims = {16, 1ull << 60}},
     {"wanted them all", .tensor = "output.weight", .rank = 3, .dims = {16, 1ull << 50}},
     {"multiple of 32", .tensor = TENSOR, .shift = 4},
     {"neither overlap nor leave", .tensor = TENSOR, .shift = 32},
     {"neither overlap nor leave", .tensor = TENSOR, .shift = (uint64_t)-32},
     {"neither overlap nor leave", .tensor = "output.weight", .shift = 1ull << 62},
-    {"a size that a file can", .tensor = "token_embd.weight", .shift = (uint64_t)-1024},
+    {"a size a file can have", .tensor = "token_embd.weight", .shift = (uint64_t)-1024},
     {"found in model.gguf and in", .tensor = TENSOR, .name = "blk.0.attn_k.weight"},
     {"blk.0.attn_q.weight: found nothing", .tensor = TENSOR, .name = "blk.0.attn_q.bias"},
     {"found nothing", .tensor = TENSOR, .name = "model.layers.0.self_attn.q_proj.weight"},
@@ -757,8 +763,8 @@ static void test_header(void) {
     static const struct { size_t at, bytes; uint64_t value; const char *needle; } cases[] = {
         {4, 4, 2, NULL}, {4, 4, 0, "version 0"}, {4, 4, 1, "version 1"}, {4, 4, 4, "version 4"},
         {4, 4, 0x03000000, "big-endian"}, {8, 8, 1000000, "1000000 tensors"},
-        {8, 8, UINT64_MAX, "wanted fewer"}, {8, 8, 1ull << 63, "wanted fewer"},
-        {16, 8, 1000000, "1000000 keys"}, {16, 8, UINT64_MAX, "wanted fewer"},
+        {8, 8, UINT64_MAX, "wanted at most"}, {8, 8, 1ull << 63, "wanted at most"},
+        {16, 8, 1000000, "1000000 keys"}, {16, 8, UINT64_MAX, "wanted at most"},
         {16, 8, 17, NULL}, {16, 8, 19, NULL}, {8, 8, 13, NULL}, {8, 8, 0, "found no tensors"}};
     buffer b = {0};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
@@ -848,7 +854,8 @@ static int attempt_table(double theta, double original, double spoil) {
         put_key(&w, small_keys[i][0], strstr(small_keys[i][0], "embedding_length") ? "u32 128" :
                 strstr(small_keys[i][0], "dimension_count") ? "u32 128" : small_keys[i][1]);
     put_keyf(&w, "llama.rope.freq_base", "f32 %.9g", theta);
-    if (!differ(original, 777)) put_key(&w, "llama.rope.scaling.original_context_length", "u32 777");
+    if (!differ(original, 777))
+        put_key(&w, "llama.rope.scaling.original_context_length", "u32 777");
     put_small_vocabulary(&w, true);
     put_divisors(&w, &c);
     float *table = (float *)(void *)w.data.data;
@@ -888,6 +895,13 @@ static void test_rope_tables(void) {
     CHECK(attempt_table(500000, 8192, NAN) == 3);
 }
 
+/* Puts VALUE AT bytes after KEY. */
+static void spoil(buffer *b, const char *key, size_t at, uint32_t value) {
+    uint8_t *p = memmem(b->data, b->n, key, strlen(key));
+    must(p != NULL, key);
+    memcpy(p + strlen(key) + at, &value, 4);
+}
+
 /* GGUF does not say that a model has a window; who knows it may. */
 static void test_window(void) {
     buffer b = {0};
@@ -901,6 +915,15 @@ static void test_window(void) {
     CHECK(attempt(model_path, &o) == 2 && strstr(last.text, "--sliding-window"));
     make_small(&b, &(change){.key = "llama.context_length", .value = "u32 32768"});
     CHECK(!attempt_bytes(&b) && !notes[0]);             /* not with this kind of tokenizer       */
+    read_file(path_of(fixtures, "gguf/mistral-spm-bf16.gguf"), &b);
+    o.window = NULL, o.template_name = "none";
+    spoil(&b, "llama.context_length", 4, 32768);
+    spoil(&b, "llama.rope.freq_base", 4, float_bits(10000));
+    write_file(model_path, b.data, b.n);
+    CHECK(!attempt(model_path, &o) && strstr(notes, "--sliding-window 4096") &&
+          !last_config.sliding_window);
+    o.window = "4096";
+    CHECK(!attempt(model_path, &o) && !notes[0] && last_config.sliding_window == 4096);
     buffer_free(&b);
 }
 
@@ -909,37 +932,17 @@ static void test_yarn(void) {
         {"llama.rope.scaling.yarn_ext_factor", "f32 0.5"}, {"llama.rope.scaling.attn_factor",
          "f32 2"}, {"llama.rope.scaling.yarn_log_multiplier", "f32 0.1"},
         {"llama.rope.scaling.yarn_attn_factor", "f32 1.25"}, {"x", "u32 1"}};
+    const model_config *c = &last_config;
     buffer b = {0};
     for (size_t i = 0; i < 5; i++) {
-        make_small(&b, &(change){.key = "general.name", .value = "str yarn", .extra = keys[i][0],
-                                 .extra_value = keys[i][1]});
-        buffer all = {0};
-        writer w = {.version = 3, .align = 32};
-        put_key(&w, "llama.rope.scaling.type", "str yarn");
-        put_key(&w, "llama.rope.scaling.factor", "f32 4");
-        put_key(&w, "llama.rope.scaling.original_context_length", "u32 16");
-        buffer_add(&all, b.data, 16);                   /* three keys before the others          */
-        write_le(&all, read_u64(&(reader){b.data + 16, 8, 0, false}) + 3, 8);
-        buffer_add(&all, w.values.data, w.values.n);
-        size_t at = 24, end = 0;
-        /* the data must stay aligned: a filler key takes what is missing */
-        end = (32 - (w.values.n + 8 + 1 + 4 + 8) % 32) % 32;
-        write_le(&all, 1, 8), buffer_add(&all, "f", 1), write_le(&all, GGUF_STRING, 4);
-        write_le(&all, end, 8);
-        for (size_t k = 0; k < end; k++) buffer_add(&all, "-", 1);
-        uint64_t n = read_u64(&(reader){all.data + 16, 8, 0, false}) + 1;
-        memcpy(all.data + 16, &n, 8);
-        buffer_add(&all, b.data + at, b.n - at);
-        int code = attempt_bytes(&all);
-        const model_config *c = &last_config;
+        make_small(&b, &(change){.extra = keys[i][0], .extra_value = keys[i][1], .yarn = true});
+        int code = attempt_bytes(&b);
         if (i < 3) CHECK(code == 3 && strstr(last.text, keys[i][0]));
         else CHECK(code == 0 && c->rope_type == ROPE_YARN && c->rope_truncate &&
                    !differ(c->rope_factor, 4) && !differ(c->rope_original, 16) &&
                    !differ(c->rope_beta_fast, 32) && !differ(c->rope_beta_slow, 1));
-        if (i == 3) CHECK(!differ(c->rope_attention, 1.25) && strstr(notes, "attention factor 1.25"));
+        if (i == 3) CHECK(!differ(c->rope_attention, 1.25) && strstr(notes, "factor 1.25 is used"));
         if (i == 4) CHECK(fabs(c->rope_attention - 1.138629436) < 1e-9 && !notes[0]);
-        buffer_free(&w.values);
-        buffer_free(&all);
     }
     buffer_free(&b);
 }
@@ -952,17 +955,17 @@ static void test_xielu(void) {
     read_file(path_of(fixtures, "gguf/apertus-plain-bf16.gguf"), &b);
     export_options o = {.template_name = "none"};
     for (size_t i = 0; i < 4; i++) {
-        size_t n = strlen(names[i]);
-        uint8_t *at = memmem(b.data, b.n, names[i], n);
-        must(at != NULL, names[i]);
-        at[n - 1] ^= 1;
+        uint8_t *end = memmem(b.data, b.n, names[i], strlen(names[i]));
+        must(end != NULL, names[i]);
+        end += strlen(names[i]) - 1;
+        *end ^= 1;                                      /* another key                           */
         write_file(model_path, b.data, b.n);
         CHECK(attempt(model_path, &o) == 3 && strstr(last.text, names[i]));
-        at[n - 1] ^= 1;
-        at[n + 4] = GGUF_I32;                           /* of the right size, but no f32         */
+        *end ^= 1;
+        spoil(&b, names[i], 4, GGUF_I32);               /* of the right size, but no f32         */
         write_file(model_path, b.data, b.n);
         CHECK(attempt(model_path, &o) == 3 && strstr(last.text, "an f32 for each layer"));
-        at[n + 4] = GGUF_F32;
+        spoil(&b, names[i], 4, GGUF_F32);
     }
     write_file(model_path, b.data, b.n);
     CHECK_EQ(attempt(model_path, &o), 0);

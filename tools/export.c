@@ -565,8 +565,8 @@ static void set_yarn(source *s, const rope *r, model_config *c) {
     double ratio = c->max_positions / original, factor = n[FACTOR] > 0 ? n[FACTOR] : ratio;
     if (s->yarn_factor > 0) factor = s->yarn_factor;
     if (differ(factor, ratio) || s->yarn_factor > 0)
-        add_note(s, "YaRN factor %g is used, as %s says. transformers 5, vLLM and llama.cpp compute "
-                 "with the %g of %s, transformers 4 with the ratio of the context lengths "
+        add_note(s, "YaRN factor %g is used, as %s says. transformers 5, vLLM and llama.cpp "
+                 "compute with the %g of %s, transformers 4 with the ratio of the context lengths "
                  "%g / %g = %g: --yarn-factor chooses", factor,
                  s->yarn_factor > 0 ? "--yarn-factor" : s->description,
                  n[FACTOR] > 0 ? n[FACTOR] : ratio, s->description, (double)c->max_positions,
@@ -1062,7 +1062,8 @@ static shape_text show_shape(int rank, uint64_t rows, uint64_t cols) {
     return s;
 }
 
-/* Finds tensor FROM of the source, checks its type and shape (rows 0: a vector) and plans section NAME. */
+/* Finds tensor FROM of the source, checks its type and shape (rows 0: a vector) and plans section
+ * NAME. */
 static int plan_tensor(exporter *x, const char *name, const char *from, int rows, int cols,
                        medrun_error *e) {
     source *s = &x->source;
@@ -2242,11 +2243,16 @@ static int print_plan(const exporter *x, medrun_error *e) {
 
 static int export_model(exporter *x, medrun_error *e) {
     source *s = &x->source;
+    struct stat st;
     s->folder = x->options.source;
     if (is_gguf(s->folder)) open_gguf_source(s, x->options.source, x->options.template_name, e);
+    else if (!stat(s->folder, &st) && S_ISREG(st.st_mode))
+        refuse(e, "%s: found a file that does not begin with GGUF, wanted a GGUF file or a Hugging "
+               "Face folder", s->folder);
     else if (s->sliding_window < 0) open_hf_folder(s, x->options.template_name, e);
     else fail(e, MEDRUN_USAGE, "--sliding-window: is only for GGUF files; config.json says it");
-    if (e->code || choose_name(x, e) || plan_model(x, e) || plan_proofs(x, e) || lay_out(x, e)) return e->code;
+    if (e->code || choose_name(x, e) || plan_model(x, e) || plan_proofs(x, e) || lay_out(x, e))
+        return e->code;
     return x->options.dry_run ? print_plan(x, e) : write_checkpoint(x, e);
 }
 

@@ -33,28 +33,31 @@ static void decode_small(const uint8_t *b, bool fifth, bool offset, float *out) 
 
 /* Q4_K, Q5_K: 256 numbers, eight runs of 32 with a scale and a smallest value of 6 bits each. */
 static void decode_k(const uint8_t *b, bool fifth, float *out) {
+    static const uint8_t zeros[32];
     float d = half_at(b), dmin = half_at(b + 2);
-    const uint8_t *s = b + 4, *high = b + 16, *q = fifth ? b + 48 : b + 16;
+    const uint8_t *s = b + 4, *high = fifth ? b + 16 : zeros, *q = fifth ? b + 48 : b + 16;
     for (int run = 0; run < 8; run++, out += 32) {
         int i = run & 3, shift = run & 1 ? 4 : 0;
         int scale = run < 4 ? s[i] & 63 : (s[i + 8] & 15) | (s[i] >> 6) << 4;
         int least = run < 4 ? s[i + 4] & 63 : s[i + 8] >> 4 | (s[i + 4] >> 6) << 4;
         float by = d * (float)scale, minus = dmin * (float)least;
-        for (int l = 0; l < 32; l++) {
-            int v = (q[run / 2 * 32 + l] >> shift & 15) | (fifth ? (high[l] >> run & 1) << 4 : 0);
-            out[l] = by * (float)v - minus;
-        }
+        const uint8_t *from = q + run / 2 * 32;
+        for (int l = 0; l < 32; l++)
+            out[l] = by * (float)((from[l] >> shift & 15) | (high[l] >> run & 1) << 4) - minus;
     }
 }
 
 /* Q6_K: 256 numbers, sixteen runs of 16 with a signed scale each. */
 static void decode_q6_k(const uint8_t *b, float *out) {
     float d = half_at(b + 208);
-    for (int k = 0; k < 256; k++) {
-        int half = k / 128, part = k % 128 / 32, l = k % 32;
-        int low = b[64 * half + part % 2 * 32 + l] >> (part / 2 * 4) & 15;
-        int high = b[128 + 32 * half + l] >> (2 * part) & 3;
-        out[k] = d * (float)(int8_t)b[192 + k / 16] * (float)((low | high << 4) - 32);
+    for (int run = 0; run < 16; run++, out += 16) {
+        int half = run / 8, part = run % 8 / 2, at = run % 2 * 16;
+        const uint8_t *low = b + 64 * half + part % 2 * 32 + at, *high = b + 128 + 32 * half + at;
+        float by = d * (float)(int8_t)b[192 + run];
+        for (int l = 0; l < 16; l++) {
+            int q = (low[l] >> (part / 2 * 4) & 15) | (high[l] >> (2 * part) & 3) << 4;
+            out[l] = by * (float)(q - 32);
+        }
     }
 }
 
@@ -98,6 +101,7 @@ static bool to_floats(int dtype, const uint8_t *raw, size_t n, float *out) {
 
 enum { GGUF_U8, GGUF_I8, GGUF_U16, GGUF_I16, GGUF_U32, GGUF_I32, GGUF_F32, GGUF_BOOL, GGUF_STRING,
        GGUF_ARRAY, GGUF_U64, GGUF_I64, GGUF_F64, N_GGUF_TYPES };
+enum { MAX_GGUF_ITEMS = 1 << 16, MAX_GGUF_STRINGS = 1 << 24 };  /* keys, tensors; of an array    */
 static const uint8_t gguf_sizes[N_GGUF_TYPES] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
 
 typedef struct {
@@ -134,6 +138,9 @@ static bool printable(span s) {
     return s.n > 0;
 }
 
+/* As much of S as a message should have. */
+static int shown_length(span s) { return s.n < 80 ? (int)s.n : 80; }
+
 static int was_cut(const gguf_file *g, const char *where, medrun_error *e) {
     return refuse(e, "%s: found the end of the file inside %s; download it again", g->path, where);
 }
@@ -150,8 +157,8 @@ static int read_gguf_value(gguf_file *g, reader *r, medrun_error *e) {
     if ((v->array = v->type == GGUF_ARRAY)) v->type = (uint32_t)read_le(r, 4), v->n = read_u64(r);
     if (!r->failed && (v->type >= N_GGUF_TYPES || v->type == GGUF_ARRAY))
         return refuse(e, "%s: key %.*s: found type %u%s, wanted a number, a string, or an array of "
-                      "them", g->path, (int)v->key.n, (const char *)v->key.p, (unsigned)v->type,
-                      v->array ? " in an array" : "");
+                      "them", g->path, shown_length(v->key), (const char *)v->key.p,
+                      (unsigned)v->type, v->array ? " in an array" : "");
     v->data = r->data + r->at;
     if (r->failed) return was_cut(g, "the keys", e);
     uint64_t size = gguf_sizes[v->type];
@@ -168,41 +175,33 @@ static int read_gguf_values(gguf_file *g, reader *r, uint64_t n, medrun_error *e
     for (size_t i = 1; i < g->n_values; i++)
         if (!compare_spans(&g->values[i - 1], &g->values[i]))
             return refuse(e, "%s: key %.*s: found twice, wanted once", g->path,
-                          (int)g->values[i].key.n, (const char *)g->values[i].key.p);
+                          shown_length(g->values[i].key), (const char *)g->values[i].key.p);
     return MEDRUN_OK;
 }
 
-/* The types of tensors by their number in the file; N_WEIGHT_TYPES: not read here. Numbers 4, 5,
- * 31 to 33 and 36 to 38 are of types that were given up. */
-static const struct { const char *name; int dtype; } ggml_types[] = {
-    {"F32", SOURCE_F32}, {"F16", SOURCE_F16}, {"Q4_0", SOURCE_Q4_0}, {"Q4_1", SOURCE_Q4_1},
-    {"Q4_2", N_WEIGHT_TYPES}, {"Q4_3", N_WEIGHT_TYPES}, {"Q5_0", SOURCE_Q5_0},
-    {"Q5_1", SOURCE_Q5_1}, {"Q8_0", SOURCE_Q8_0}, {"Q8_1", N_WEIGHT_TYPES},
-    {"Q2_K", N_WEIGHT_TYPES}, {"Q3_K", N_WEIGHT_TYPES}, {"Q4_K", SOURCE_Q4_K},
-    {"Q5_K", SOURCE_Q5_K}, {"Q6_K", SOURCE_Q6_K}, {"Q8_K", N_WEIGHT_TYPES},
-    {"IQ2_XXS", N_WEIGHT_TYPES}, {"IQ2_XS", N_WEIGHT_TYPES}, {"IQ3_XXS", N_WEIGHT_TYPES},
-    {"IQ1_S", N_WEIGHT_TYPES}, {"IQ4_NL", N_WEIGHT_TYPES}, {"IQ3_S", N_WEIGHT_TYPES},
-    {"IQ2_S", N_WEIGHT_TYPES}, {"IQ4_XS", N_WEIGHT_TYPES}, {"I8", N_WEIGHT_TYPES},
-    {"I16", N_WEIGHT_TYPES}, {"I32", N_WEIGHT_TYPES}, {"I64", N_WEIGHT_TYPES},
-    {"F64", N_WEIGHT_TYPES}, {"IQ1_M", N_WEIGHT_TYPES}, {"BF16", SOURCE_BF16},
-    {"Q4_0_4_4", N_WEIGHT_TYPES}, {"Q4_0_4_8", N_WEIGHT_TYPES}, {"Q4_0_8_8", N_WEIGHT_TYPES},
-    {"TQ1_0", N_WEIGHT_TYPES}, {"TQ2_0", N_WEIGHT_TYPES}, {"IQ4_NL_4_4", N_WEIGHT_TYPES},
-    {"IQ4_NL_4_8", N_WEIGHT_TYPES}, {"IQ4_NL_8_8", N_WEIGHT_TYPES}, {"MXFP4", N_WEIGHT_TYPES},
-    {"NVFP4", N_WEIGHT_TYPES}, {"Q1_0", N_WEIGHT_TYPES},
+/* The types of tensors by their number in the file, those that were given up too. */
+static const char *const ggml_types[] = {
+    "F32", "F16", "Q4_0", "Q4_1", "Q4_2", "Q4_3", "Q5_0", "Q5_1", "Q8_0", "Q8_1", "Q2_K", "Q3_K",
+    "Q4_K", "Q5_K", "Q6_K", "Q8_K", "IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S", "IQ4_NL", "IQ3_S",
+    "IQ2_S", "IQ4_XS", "I8", "I16", "I32", "I64", "F64", "IQ1_M", "BF16", "Q4_0_4_4", "Q4_0_4_8",
+    "Q4_0_8_8", "TQ1_0", "TQ2_0", "IQ4_NL_4_4", "IQ4_NL_4_8", "IQ4_NL_8_8", "MXFP4", "NVFP4",
+    "Q1_0",
 };
 enum { N_GGML_TYPES = sizeof ggml_types / sizeof *ggml_types };
 
 static int find_ggml_type(const gguf_file *g, const char *name, uint32_t type, int *dtype,
                           medrun_error *e) {
-    *dtype = type < N_GGML_TYPES ? ggml_types[type].dtype : N_WEIGHT_TYPES;
-    if (*dtype < N_WEIGHT_TYPES) return MEDRUN_OK;
-    return refuse(e, "%s: tensor %s: found type %u%s%s, which this medrun does not read; take the "
+    const char *found = type < N_GGML_TYPES ? ggml_types[type] : "unknown";
+    for (*dtype = 0; *dtype < N_WEIGHT_TYPES; ++*dtype)
+        if (!strcmp(found, source_types[*dtype].name)) return MEDRUN_OK;
+    return refuse(e, "%s: tensor %s: found type %u, %s, which this medrun does not read; take the "
                   "model's Q8_0, Q6_K, Q5_K_M or Q4_K_M file", g->path, name, (unsigned)type,
-                  type < N_GGML_TYPES ? ", " : "", type < N_GGML_TYPES ? ggml_types[type].name : "");
+                  found);
 }
 
 /* The description of one tensor. The file has the length of a row first, safetensors last. */
-static int read_gguf_tensor(source *s, const gguf_file *g, reader *r, uint64_t align, medrun_error *e) {
+static int read_gguf_tensor(source *s, const gguf_file *g, reader *r, uint64_t align,
+                            medrun_error *e) {
     uint64_t dims[4] = {1, 1, 1, 1}, values = 1;
     if (grow(&s->tensors, s->n_tensors, &s->tensors_cap, sizeof *s->tensors, e)) return e->code;
     span name = take_string(r);
@@ -229,11 +228,11 @@ static int read_gguf_tensor(source *s, const gguf_file *g, reader *r, uint64_t a
     for (size_t i = 0; i < 4 && fits; i++)
         if ((fits = dims[i] && values <= UINT64_MAX / size / dims[i])) values *= dims[i];
     if (!fits || t->begin % align || t->begin > UINT64_MAX - values / block * size)
-        return refuse(e, "%s: tensor %s: found shape (%llu, %llu, %llu, %llu) of %s at %llu, wanted "
-                      "rows of whole blocks, a size that a file can have, and a place that is a "
+        return refuse(e, "%s: tensor %s: found shape (%llu, %llu, %llu, %llu) of %s at %llu, "
+                      "wanted rows of whole blocks, a size a file can have, and a place that is a "
                       "multiple of %llu", g->path, t->name, (unsigned long long)dims[0],
                       (unsigned long long)dims[1], (unsigned long long)dims[2],
-                      (unsigned long long)dims[3], ggml_types[type].name,
+                      (unsigned long long)dims[3], ggml_types[type],
                       (unsigned long long)t->begin, (unsigned long long)align);
     t->rank = (int)rank;
     t->shape[0] = rank == 2 ? dims[1] : dims[0], t->shape[1] = rank == 2 ? dims[0] : 0;
@@ -307,7 +306,7 @@ static shown show_value(const gguf_value *v) {
     else if (v && is_number(v)) snprintf(s.text, sizeof s.text, "%.9g", number_at(v, 0));
     else if (v) {
         span text = take_string(&(reader){v->data, SIZE_MAX / 2, 0, false});
-        snprintf(s.text, sizeof s.text, "\"%.*s\"", text.n < 80 ? (int)text.n : 80,
+        snprintf(s.text, sizeof s.text, "\"%.*s\"", shown_length(text),
                  text.n ? (const char *)text.p : "");
     }
     return s;
@@ -336,7 +335,8 @@ static int read_number(const gguf_file *g, const char *key, double min, double m
 }
 
 /* A string, cut where it does not fit. Missing: "". */
-static int read_string(const gguf_file *g, const char *key, char *out, size_t cap, medrun_error *e) {
+static int read_string(const gguf_file *g, const char *key, char *out, size_t cap,
+                       medrun_error *e) {
     const gguf_value *v = find_value(g, key);
     out[0] = 0;
     if (!v) return MEDRUN_OK;
@@ -367,7 +367,7 @@ static bool is_gguf(const char *path) {
     return same;
 }
 
-/* Everything before the data. Counts are checked against what even the shortest items take. */
+/* Everything before the data. Memory is taken item by item, as they are found. */
 static int read_gguf_header(source *s, gguf_file *g, medrun_error *e) {
     reader r = {g->map.data, g->map.n, 4, false};
     uint32_t version = (uint32_t)read_le(&r, 4);
@@ -378,10 +378,10 @@ static int read_gguf_header(source *s, gguf_file *g, medrun_error *e) {
         return refuse(e, "%s: found a big-endian file, wanted the little-endian one", g->path);
     if (version != 2 && version != 3)
         return refuse(e, "%s: found GGUF version %u, wanted 2 or 3", g->path, (unsigned)version);
-    if (n_values > g->map.n / 13 || n_tensors > g->map.n / 25)
-        return refuse(e, "%s: found %llu keys and %llu tensors in a file of %zu bytes, wanted fewer; "
-                      "download it again", g->path, (unsigned long long)n_values,
-                      (unsigned long long)n_tensors, g->map.n);
+    if (n_values > MAX_GGUF_ITEMS || n_tensors > MAX_GGUF_ITEMS)
+        return refuse(e, "%s: found %llu keys and %llu tensors, wanted at most %d; download it "
+                      "again", g->path, (unsigned long long)n_values, (unsigned long long)n_tensors,
+                      MAX_GGUF_ITEMS);
     if (read_gguf_values(g, &r, n_values, e)) return e->code;
     const gguf_value *v = find_value(g, "general.alignment");
     if (v) align = v->type == GGUF_U32 && !v->array ? number_at(v, 0) : 0;
@@ -533,18 +533,21 @@ static int read_rope_table(source *s, const gguf_file *g, double original, medru
 
 /* What llama.cpp reads for yarn, and transformers' attention_factor, which its converter keeps. */
 static int read_gguf_yarn(source *s, const gguf_file *g, rope *r, medrun_error *e) {
-    double extrapolation = 1, scale = 1, multiplier = 0;
-    if (read_number(g, ".rope.scaling.yarn_beta_fast", 1e-3, 1e6, false, &r->number[BETA_FAST], e) ||
-        read_number(g, ".rope.scaling.yarn_beta_slow", 1e-3, 1e6, false, &r->number[BETA_SLOW], e) ||
-        read_number(g, ".rope.scaling.yarn_attn_factor", 1e-3, 1e3, false, &r->number[ATTENTION],
-                    e) ||
-        read_number(g, ".rope.scaling.yarn_ext_factor", 1, 1, false, &extrapolation, e) ||
-        read_number(g, ".rope.scaling.attn_factor", 1, 1, false, &scale, e) ||
-        read_number(g, ".rope.scaling.yarn_log_multiplier", 0, 0, false, &multiplier, e))
-        return e->code;
-    if (r->number[ATTENTION] > 0)
+    double ignored, *n = r->number;
+    const struct { const char *key; double min, max, *to; } fields[] = {
+        {".rope.scaling.yarn_beta_fast", 1e-3, 1e6, &n[BETA_FAST]},
+        {".rope.scaling.yarn_beta_slow", 1e-3, 1e6, &n[BETA_SLOW]},
+        {".rope.scaling.yarn_attn_factor", 1e-3, 1e3, &n[ATTENTION]},
+        {".rope.scaling.yarn_ext_factor", 1, 1, &ignored},
+        {".rope.scaling.attn_factor", 1, 1, &ignored},
+        {".rope.scaling.yarn_log_multiplier", 0, 0, &ignored},
+    };
+    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++)
+        if (read_number(g, fields[i].key, fields[i].min, fields[i].max, false, fields[i].to, e))
+            return e->code;
+    if (n[ATTENTION] > 0)
         add_note(s, "YaRN attention factor %g is used, as the file says and transformers computes; "
-                 "llama.cpp does not read it", r->number[ATTENTION]);
+                 "llama.cpp does not read it", n[ATTENTION]);
     return MEDRUN_OK;
 }
 
@@ -561,8 +564,8 @@ static int read_gguf_rope(source *s, const gguf_file *g, medrun_error *e) {
     bool none = !strcmp(type, "none"), linear = !type[0] || !strcmp(type, "linear");
     bool yarn = !strcmp(type, "yarn");
     if (!none && !yarn && (!linear || (factor > 0 && differ(factor, 1))))
-        return refuse(e, "%s: key %s.rope.scaling.type: found \"%s\" with factor %g, wanted none or "
-                      "yarn; this medrun computes no other positions", g->path, g->architecture,
+        return refuse(e, "%s: key %s.rope.scaling.type: found \"%s\" with factor %g, wanted none "
+                      "or yarn; this medrun computes no other positions", g->path, g->architecture,
                       type[0] ? type : "linear", factor);
     if (yarn && !(factor >= 1))
         return refuse(e, "%s: key %s.rope.scaling.factor: found %g, wanted at least 1", g->path,
@@ -588,8 +591,8 @@ static int read_window(source *s, const gguf_file *g, medrun_error *e) {
     else if (window < 0 && c->max_positions == 32768 && !differ(c->rope_theta, 10000) &&
              !strcmp(model, "llama"))
         add_note(s, "this may be Mistral 7B v0.1 or made from it, whose tokens see 4096 others at "
-                 "most; GGUF does not tell. It matters only past 4096 tokens: --sliding-window 4096 "
-                 "computes as transformers does, 0 as llama.cpp does and as is done now");
+                 "most; GGUF does not tell. It matters only past 4096 tokens: --sliding-window "
+                 "4096 computes as transformers does, 0 as llama.cpp does and as is done now");
     return s->config.sliding_window = window > 0 ? (int)window : 0, MEDRUN_OK;
 }
 
@@ -624,7 +627,7 @@ static int check_unread(const gguf_file *g, medrun_error *e) {
             continue;
         if (!v->array && is_number(v) && !differ(number_at(v, 0), 0)) continue;
         return refuse(e, "%s: key %.*s: found %s; this medrun does not compute with it", g->path,
-                      (int)v->key.n, (const char *)v->key.p, show_value(v).text);
+                      shown_length(v->key), (const char *)v->key.p, show_value(v).text);
     }
     return MEDRUN_OK;
 }
@@ -657,10 +660,12 @@ typedef struct {
 } table_store;
 
 /* An array of strings, which stay in the file. Missing: NULL. */
-static int read_strings(const gguf_file *g, const char *key, span **out, size_t *n, medrun_error *e) {
+static int read_strings(const gguf_file *g, const char *key, span **out, size_t *n,
+                        medrun_error *e) {
     const gguf_value *v = find_value(g, key);
     if (!v) return MEDRUN_OK;
-    if (!v->array || v->type != GGUF_STRING) return wrong_key(g, key, v, "an array of strings", e);
+    if (!v->array || v->type != GGUF_STRING || v->n > MAX_GGUF_STRINGS)
+        return wrong_key(g, key, v, "an array of strings", e);
     reader r = {v->data, SIZE_MAX / 2, 0, false};
     *n = (size_t)v->n;
     if (!(*out = new_array(*n, sizeof **out))) return out_of_memory(e, *n * sizeof **out);
@@ -747,7 +752,8 @@ static int read_gguf_sampling(source *s, const gguf_file *g, medrun_error *e) {
     return p->top_k = (int64_t)top_k, MEDRUN_OK;
 }
 
-static int read_gguf_chat(source *s, const gguf_file *g, const char *template_name, medrun_error *e) {
+static int read_gguf_chat(source *s, const gguf_file *g, const char *template_name,
+                          medrun_error *e) {
     static const char *const ends[] = {"eos", "eot", "eom"};
     const gguf_value *v = find_value(g, "tokenizer.chat_template");
     buffer jinja = {0};
@@ -776,8 +782,9 @@ static int read_gguf_names(source *s, const gguf_file *g, medrun_error *e) {
         read_string(g, "general.license.name", name, sizeof name, e)) return e->code;
     if (!strcmp(s->licence, "other") && name[0]) memcpy(s->licence, name, sizeof name);
     if (s->name[0]) return MEDRUN_OK;
-    size_t n = strlen(s->files->name), end = n > 5 && !strcmp(s->files->name + n - 5, ".gguf") ? 5 : 0;
-    snprintf(s->name, sizeof s->name, "%.*s", (int)(n - end < 127 ? n - end : 127), s->files->name);
+    snprintf(s->name, sizeof s->name, "%.127s", s->files->name);
+    size_t n = strlen(s->name);
+    if (n > 5 && !strcmp(s->name + n - 5, ".gguf")) s->name[n - 5] = 0;
     return MEDRUN_OK;
 }
 
