@@ -731,7 +731,7 @@ static int read_gguf_tokenizer(source *s, const gguf_file *g, medrun_error *e) {
 
 /* ---- chat, names --------------------------------------------------------------------------- */
 
-/* Greedy, unless the file says otherwise, as with a folder without generation_config.json. */
+/* Greedy, unless the file says otherwise, as with a folder's generation_config.json. */
 static int read_gguf_sampling(source *s, const gguf_file *g, medrun_error *e) {
     source_sampling *p = &s->sampling;
     double top_k = (double)default_sampling.top_k;
@@ -743,6 +743,12 @@ static int read_gguf_sampling(source *s, const gguf_file *g, medrun_error *e) {
         read_number(g, "general.sampling.top_k", 0, 1 << 24, true, &top_k, e) ||
         read_number(g, "general.sampling.penalty_repeat", 0.01, 100, false, &p->repeat_penalty, e))
         return e->code;
+    static const char *const keys[] = {"temp", "top_p", "top_k"};
+    for (size_t i = 0; i < 3; i++) {
+        char key[40];
+        snprintf(key, sizeof key, "general.sampling.%s", keys[i]);
+        p->given |= find_value(g, key) != NULL;
+    }
     return p->top_k = (int64_t)top_k, MEDRUN_OK;
 }
 
@@ -787,7 +793,7 @@ static int open_gguf_source(source *s, const char *path, const char *template_na
     gguf_file g = {0};
     if (!open_gguf(s, &g, path, e) && !read_gguf_config(s, &g, e) &&
         !read_gguf_tokenizer(s, &g, e) && !read_gguf_chat(s, &g, template_name, e) &&
-        !read_gguf_names(s, &g, e)) read_gguf_sampling(s, &g, e);
+        !read_gguf_names(s, &g, e) && !read_gguf_sampling(s, &g, e)) finish_sampling(s);
     close_gguf(&g);
     return e->code;
 }
