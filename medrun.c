@@ -20,7 +20,7 @@
  *      6 Kernels       the words for each instruction set, the sentences once
  *      7 Tensor        packing activations, matmul on all threads
  *      9 Model file    the container: parse and check everything before anything is used
- *     10 Tokenizer     byte-level BPE, the pre-tokenizer's pattern, Unicode classes
+ *     10 Tokenizer     byte-level and SentencePiece BPE, the patterns, Unicode classes
  *     11 Chat          templates as tables
  *     12 Model         config, rotary frequencies, binding tensors by name
  *     13 Transformer   norm, rope, attention, feed-forward, forward    <- the reason to read
@@ -136,6 +136,7 @@ enum {
 
 /* Text -> ids, as the model's reference tokenizer does it. Writes at most CAP ids, sets *N to the
  * number there are (call with cap 0 to learn it). Invalid UTF-8 is kept byte for byte.
+ * SentencePiece takes U+2581 for a space.
  * Errors: MEDRUN_NO_MEMORY. */
 int medrun_tokenize(const medrun_model *model, const char *text, size_t n_bytes, int flags,
                     int32_t *ids, size_t cap, size_t *n, medrun_error *error);
@@ -232,8 +233,8 @@ const float *medrun_logits(const medrun_session *session, size_t row);
 int medrun_sample(medrun_session *session, int32_t *id, medrun_error *error);
 
 /* The loop most callers want: processes all that is pending, samples, feeds the id. *TEXT gets the
- * bytes this id completes (never half a UTF-8 character; owned by the session, valid until the
- * next call), *N_BYTES their number. *ID is a stop id at the end of the answer, which is fed too so
+ * bytes this id completes (never half a UTF-8 character, nor the space that SentencePiece has before
+ * an answer's first word; owned by the session, valid until the next call), *N_BYTES their number. *ID is a stop id at the end of the answer, which is fed too so
  * that the next turn follows it; the context being full gives MEDRUN_TOO_LONG. */
 int medrun_next(medrun_session *session, int32_t *id, const char **text, size_t *n_bytes,
                 medrun_error *error);
@@ -5869,7 +5870,8 @@ int medrun_sample(medrun_session *s, int32_t *id, medrun_error *e) {
 int medrun_next(medrun_session *s, int32_t *id, const char **text, size_t *n_bytes,
                 medrun_error *e) {
     const medrun_model *m = s->model;
-    size_t unfinished = utf8_unfinished((const uint8_t *)s->text, s->n_text), n = 0;
+    size_t left = s->starting ? 0 : s->n_text, n = 0;           /* of this answer                */
+    size_t unfinished = utf8_unfinished((const uint8_t *)s->text, left);
     memmove(s->text, s->text + s->n_text - unfinished, unfinished);
     s->n_text = unfinished, *text = s->text, *n_bytes = 0;
     int code = MEDRUN_OK;
