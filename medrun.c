@@ -1,9 +1,9 @@
 /* medrun.c - runs open medical language models on an ordinary CPU.
  *
  * One C file: it maps a checkpoint (.mdr, made by medrun-export from a Hugging Face folder or a
- * GGUF file) and answers, with nothing but libc and pthreads. The numbers are the same on every machine: with
- * int8 weights, or bf16 under --strict, scalar, AVX2 and AVX-512 give the same bits, whatever the
- * number of threads, the chunks of the prompt or the company in the batch.
+ * GGUF file) and answers, with nothing but libc and pthreads. The numbers are the same on every
+ * machine: with int8 weights, or bf16 under --strict, scalar, AVX2 and AVX-512 give the same bits,
+ * whatever the number of threads, the chunks of the prompt or the company in the batch.
  *
  *     cc -O2 -o medrun medrun.c -lm -lpthread      the program
  *     cc -DMEDRUN_NO_MAIN -c medrun.c              the library object
@@ -927,6 +927,16 @@ static int processors(void) {
     return n < 1 ? 1 : n > MAX_THREADS ? MAX_THREADS : (int)n;
 }
 
+/* Bytes of a core's second cache, 0 where the system does not say. */
+static size_t second_cache(void) {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    long n = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    return n < 64 << 10 ? 0 : n > 4 << 20 ? 4 << 20 : (size_t)n;
+#else
+    return 0;
+#endif
+}
+
 /* Bytes of memory the machine has, and how many of them are free or can be freed at once. */
 static void memory_size(uint64_t *total, uint64_t *available) {
     *total = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
@@ -1354,9 +1364,11 @@ typedef struct {
     /* x (tokens, cols) with STRIDE -> out; cols a multiple of 16 */
     void (*pack)(int kind, const float *x, size_t stride, size_t cols, size_t tokens,
                  uint8_t *out);
-    /* out[t * stride + 16 p + lane] = sum over k of w[16 p + lane][k] * x[t][k] */
+    size_t tile_panels;             /* that a matmul of several tokens takes at once            */
+    /* out[t * stride + 16 p + lane] = sum over k of w[16 p + lane][k] * x[t][k], SOME columns of
+     * all tokens before the next; a multiple of 128, which changes no bit */
     void (*matmul[N_PACKS])(const uint8_t *w, size_t panels, size_t cols, const uint8_t *x,
-                            size_t tokens, float *out, size_t stride);
+                            size_t tokens, size_t some, float *out, size_t stride);
     void (*norm)(float *out, const float *x, const float *weight, size_t n, float eps);
     void (*silu_mul)(float *gate, const float *up, size_t n);   /* gate = silu(gate) * up       */
     void (*relu2)(float *x, size_t n);                          /* x = relu(x)^2                */
@@ -1435,6 +1447,8 @@ ALWAYS_INLINE float load_float(const uint8_t *p) { return bits_float(load_word(p
 
 #if MEDRUN_PASS == 1
 #define KERNEL_SUFFIX scalar
+#define TILE_PANELS 1           /* what fits the registers                                       */
+#define TILE_TOKENS 8
 #define UNROLLED                /* a lane is a loop here: unrolling tiles would only be long     */
 #define EACH for (int i = 0; i < 16; i++)
 
@@ -1514,6 +1528,8 @@ ALWAYS_INLINE ivec idot4(ivec acc, wvec w, uint32_t x) {
 
 #elif MEDRUN_PASS == 2
 #define KERNEL_SUFFIX avx2
+#define TILE_PANELS 1
+#define TILE_TOKENS 4
 #define UNROLLED UNROLL
 
 typedef struct { __m256 a, b; } vec;
@@ -1619,6 +1635,8 @@ ALWAYS_INLINE ivec idot4(ivec acc, wvec w, uint32_t x) {
 #else
 #define KERNEL_SUFFIX avx512bf16
 #endif
+#define TILE_PANELS 4
+#define TILE_TOKENS 4
 #define UNROLLED UNROLL
 
 typedef __m512 vec;
@@ -1674,11 +1692,13 @@ ALWAYS_INLINE vec wodd(wvec w) {
     return _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32((int32_t)0xFFFF0000)));
 }
 ALWAYS_INLINE ivec idot4(ivec acc, wvec w, uint32_t x) {
-    return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32((int32_t)x));
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(_mm512_set1_epi32((int32_t)x)));
+    return acc;
 }
 #if MEDRUN_PASS == 4
 ALWAYS_INLINE vec vdot2(vec acc, wvec w, uint32_t x) {
-    return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)_mm512_set1_epi32((int32_t)x));
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(w), "v"(_mm512_set1_epi32((int32_t)x)));
+    return acc;
 }
 #endif
 #endif
@@ -1769,91 +1789,127 @@ static void pack(int kind, const float *x, size_t stride, size_t cols, size_t to
     }
 }
 
-/* NP panels times NT tokens. Both are constants after inlining, so that the sums are registers;
- * every sum is one chain in the order of K, whatever NP and NT are. */
-ALWAYS_INLINE void tile_f32(const size_t np, const size_t nt, const uint8_t *w, size_t cols,
-                            const uint8_t *x, float *out, size_t stride) {
-    vec sum[TILE];
+/* Columns [BEGIN, END) of NP panels times NT tokens of a packed tile of WIDE, added to what OUT has
+ * unless BEGIN is 0. NP, NT and WIDE are constants after inlining, so that the sums are registers;
+ * every sum is one chain in the order of K, whatever they are. */
+ALWAYS_INLINE void tile_f32(const size_t np, const size_t nt, const size_t wide, const uint8_t *w,
+                            size_t cols, size_t begin, size_t end, const uint8_t *x, float *out,
+                            size_t stride) {
+    vec sum[16];
     size_t bytes = panel_bytes(TYPE_BF16, cols);
-    UNROLLED for (size_t i = 0; i < np * nt; i++) sum[i] = vsplat(0);
-    for (size_t k = 0; k < cols; k += 2, w += STEP_BYTES, x += 8 * nt)
+    UNROLLED for (size_t i = 0; i < np * nt; i++)
+        sum[i] = begin ? vload(out + i % nt * stride + 16 * (i / nt)) : vsplat(0);
+    w += begin / 2 * STEP_BYTES, x += begin * 4 * wide;
+    for (size_t k = begin; k < end; k += 2, w += STEP_BYTES, x += 8 * wide) {
+        vec even[4], odd[4];
         UNROLLED for (size_t p = 0; p < np; p++) {
             wvec step = wload(w + p * bytes);
-            vec even = weven(step), odd = wodd(step);
-            UNROLLED for (size_t t = 0; t < nt; t++) {
-                vec s = vfma(even, vsplat(load_float(x + 4 * t)), sum[p * nt + t]);
-                sum[p * nt + t] = vfma(odd, vsplat(load_float(x + 4 * (nt + t))), s);
+            even[p] = weven(step), odd[p] = wodd(step);
+        }
+        UNROLLED for (size_t t = 0; t < nt; t++) {
+            vec first = vsplat(load_float(x + 4 * t));
+            vec second = vsplat(load_float(x + 4 * (wide + t)));
+            UNROLLED for (size_t p = 0; p < np; p++) {
+                vec s = vfma(even[p], first, sum[p * nt + t]);
+                sum[p * nt + t] = vfma(odd[p], second, s);
             }
         }
-    UNROLLED for (size_t p = 0; p < np; p++)
-        UNROLLED for (size_t t = 0; t < nt; t++)
-            vstore(out + t * stride + 16 * p, sum[p * nt + t]);
+    }
+    UNROLLED for (size_t i = 0; i < np * nt; i++)
+        vstore(out + i % nt * stride + 16 * (i / nt), sum[i]);
 }
 
 #if MEDRUN_PASS == 4
-ALWAYS_INLINE void tile_bf16(const size_t np, const size_t nt, const uint8_t *w, size_t cols,
-                             const uint8_t *x, float *out, size_t stride) {
-    vec sum[TILE];
+ALWAYS_INLINE void tile_bf16(const size_t np, const size_t nt, const size_t wide, const uint8_t *w,
+                             size_t cols, size_t begin, size_t end, const uint8_t *x, float *out,
+                             size_t stride) {
+    vec sum[16];
     size_t bytes = panel_bytes(TYPE_BF16, cols);
-    UNROLLED for (size_t i = 0; i < np * nt; i++) sum[i] = vsplat(0);
-    for (size_t k = 0; k < cols; k += 2, w += STEP_BYTES, x += 4 * nt)
-        UNROLLED for (size_t p = 0; p < np; p++) {
-            wvec step = wload(w + p * bytes);
-            UNROLLED for (size_t t = 0; t < nt; t++)
-                sum[p * nt + t] = vdot2(sum[p * nt + t], step, load_word(x + 4 * t));
+    UNROLLED for (size_t i = 0; i < np * nt; i++)
+        sum[i] = begin ? vload(out + i % nt * stride + 16 * (i / nt)) : vsplat(0);
+    w += begin / 2 * STEP_BYTES, x += begin * 2 * wide;
+    for (size_t k = begin; k < end; k += 2, w += STEP_BYTES, x += 4 * wide) {
+        wvec step[4];
+        UNROLLED for (size_t p = 0; p < np; p++) step[p] = wload(w + p * bytes);
+        UNROLLED for (size_t t = 0; t < nt; t++) {
+            uint32_t word = load_word(x + 4 * t);
+            UNROLLED for (size_t p = 0; p < np; p++)
+                sum[p * nt + t] = vdot2(sum[p * nt + t], step[p], word);
         }
-    UNROLLED for (size_t p = 0; p < np; p++)
-        UNROLLED for (size_t t = 0; t < nt; t++)
-            vstore(out + t * stride + 16 * p, sum[p * nt + t]);
+    }
+    UNROLLED for (size_t i = 0; i < np * nt; i++)
+        vstore(out + i % nt * stride + 16 * (i / nt), sum[i]);
 }
 #endif
 
-ALWAYS_INLINE void tile_int8(const size_t np, const size_t nt, const uint8_t *w, size_t cols,
-                             const uint8_t *x, float *out, size_t stride) {
-    vec sum[TILE];
+ALWAYS_INLINE void tile_int8(const size_t np, const size_t nt, const size_t wide, const uint8_t *w,
+                             size_t cols, size_t begin, size_t end, const uint8_t *x, float *out,
+                             size_t stride) {
     size_t bytes = panel_bytes(TYPE_INT8, cols);
-    UNROLLED for (size_t i = 0; i < np * nt; i++) sum[i] = vsplat(0);
-    for (size_t g = 0; g < (cols + GROUP - 1) / GROUP; g++, x += nt * (GROUP + 8)) {
-        const uint8_t *steps = w + int8_steps(g), *words = x + 8 * nt;
-        ivec dot[TILE];
+    float sum[16 * 16];                 /* in memory: the registers are for the products         */
+    for (size_t i = 0; i < np * nt; i++)
+        vstore(sum + 16 * i, begin ? vload(out + i % nt * stride + 16 * (i / nt)) : vsplat(0));
+    x += begin / GROUP * wide * (GROUP + 8);
+    for (size_t g = begin / GROUP; g * GROUP < end; g++, x += wide * (GROUP + 8)) {
+        const uint8_t *steps = w + int8_steps(g), *words = x + 8 * wide;
+        ivec dot[16];
         UNROLLED for (size_t i = 0; i < np * nt; i++)
             dot[i] = isplat((int32_t)load_word(x + 4 * (i % nt)));
-        for (size_t s = 0; s < GROUP / 4; s++, steps += STEP_BYTES, words += 4 * nt)
-            UNROLLED for (size_t p = 0; p < np; p++) {
-                wvec step = wload(steps + p * bytes);
-                UNROLLED for (size_t t = 0; t < nt; t++)
-                    dot[p * nt + t] = idot4(dot[p * nt + t], step, load_word(words + 4 * t));
+        for (size_t s = 0; s < GROUP / 4; s++, steps += STEP_BYTES, words += 4 * wide) {
+            wvec step[4];
+            UNROLLED for (size_t p = 0; p < np; p++) step[p] = wload(steps + p * bytes);
+            UNROLLED for (size_t t = 0; t < nt; t++) {
+                uint32_t word = load_word(words + 4 * t);
+                UNROLLED for (size_t p = 0; p < np; p++)
+                    dot[p * nt + t] = idot4(dot[p * nt + t], step[p], word);
             }
-        UNROLLED for (size_t i = 0; i < np * nt; i++) {
-            vec scale = vload_bf16(w + i / nt * bytes + int8_scales(g));
-            scale = vmul(scale, vsplat(load_float(x + 4 * (nt + i % nt))));
-            sum[i] = vfma(vfloat(dot[i]), scale, sum[i]);
+        }
+        UNROLLED for (size_t p = 0; p < np; p++) {
+            vec scales = vload_bf16(w + p * bytes + int8_scales(g));
+            UNROLLED for (size_t t = 0; t < nt; t++) {
+                float *to = sum + 16 * (p * nt + t);
+                vec scale = vmul(scales, vsplat(load_float(x + 4 * (wide + t))));
+                vstore(to, vfma(vfloat(dot[p * nt + t]), scale, vload(to)));
+            }
         }
     }
-    UNROLLED for (size_t p = 0; p < np; p++)
-        UNROLLED for (size_t t = 0; t < nt; t++)
-            vstore(out + t * stride + 16 * p, sum[p * nt + t]);
+    for (size_t i = 0; i < np * nt; i++)
+        vstore(out + i % nt * stride + 16 * (i / nt), vload(sum + 16 * i));
 }
 
-/* A panel stays in the cache while all tokens pass; a single token takes four panels at once, so
- * that four chains of sums are in flight. */
+/* NP panels times the NT tokens of a packed tile, in tiles that fit the registers. */
+#define WHOLE_TILE(tile, np, nt)                                                                \
+    for (size_t u = 0; u < nt; u += nt < TILE_TOKENS ? nt : TILE_TOKENS)                        \
+        tile(np, nt < TILE_TOKENS ? nt : TILE_TOKENS, nt, wp, cols, k, to_k, xt + 4 * u,        \
+             to + u * stride, stride)
+
+/* SOME columns of a few panels stay in the second cache while all tokens pass. A single token takes
+ * four panels at once, so that four chains of sums are in flight. */
 #define MATMUL(name, tile, kind, type)                                                          \
     static void name(const uint8_t *w, size_t panels, size_t cols, const uint8_t *x,            \
-                     size_t tokens, float *out, size_t stride) {                                \
-        size_t bytes = panel_bytes(type, cols), row = pack_bytes(kind, cols), p = 0;            \
-        if (tokens == 1)                                                                        \
-            for (; p + 4 <= panels; p += 4)                                                     \
-                tile(4, 1, w + p * bytes, cols, x, out + 16 * p, stride);                       \
-        for (; p < panels; p++)                                                                 \
-            for (size_t t = 0, nt; t < tokens; t += nt) {                                       \
-                const uint8_t *wp = w + p * bytes, *xt = x + t * row;                           \
-                float *to = out + t * stride + 16 * p;                                          \
-                nt = (size_t)tile_width(tokens - t);                                            \
-                if (nt == 8) tile(1, 8, wp, cols, xt, to, stride);                              \
-                else if (nt == 4) tile(1, 4, wp, cols, xt, to, stride);                         \
-                else if (nt == 2) tile(1, 2, wp, cols, xt, to, stride);                         \
-                else tile(1, 1, wp, cols, xt, to, stride);                                      \
+                     size_t tokens, size_t some, float *out, size_t stride) {                   \
+        size_t bytes = panel_bytes(type, cols), row = pack_bytes(kind, cols);                   \
+        for (size_t p = 0, np; p < panels; p += np) {                                           \
+            np = tokens == 1 ? 4 : TILE_PANELS;                                                 \
+            if (np > panels - p) np = 1;                                                        \
+            for (size_t k = 0, to_k; k < cols; k = to_k) {                                      \
+                to_k = some < cols - k ? k + some : cols;                                       \
+                for (size_t t = 0, nt; t < tokens; t += nt) {                                   \
+                    const uint8_t *wp = w + p * bytes, *xt = x + t * row;                       \
+                    float *to = out + t * stride + 16 * p;                                      \
+                    nt = (size_t)tile_width(tokens - t);                                        \
+                    if (tokens == 1 && np > 1) WHOLE_TILE(tile, 4, 1);                          \
+                    else if (np > 1 && nt == 8) WHOLE_TILE(tile, TILE_PANELS, 8);               \
+                    else if (np > 1 && nt == 4) WHOLE_TILE(tile, TILE_PANELS, 4);               \
+                    else if (np > 1 && nt == 2) WHOLE_TILE(tile, TILE_PANELS, 2);               \
+                    else if (np > 1) WHOLE_TILE(tile, TILE_PANELS, 1);                          \
+                    else if (nt == 8) WHOLE_TILE(tile, 1, 8);                                   \
+                    else if (nt == 4) WHOLE_TILE(tile, 1, 4);                                   \
+                    else if (nt == 2) WHOLE_TILE(tile, 1, 2);                                   \
+                    else WHOLE_TILE(tile, 1, 1);                                                \
+                }                                                                               \
             }                                                                                   \
+        }                                                                                       \
     }
 
 MATMUL(matmul_f32, tile_f32, PACK_F32, TYPE_BF16)
@@ -2024,7 +2080,7 @@ static void attend(const attention *a) {
 #define TEXT2(x) #x
 #define TEXT(x) TEXT2(x)
 static const kernel_set kernel_row = {
-    TEXT(KERNEL_SUFFIX), MEDRUN_PASS == 4, pack,
+    TEXT(KERNEL_SUFFIX), MEDRUN_PASS == 4, pack, TILE_PANELS,
 #if MEDRUN_PASS == 4
     {matmul_f32, matmul_bf16, matmul_int8},
 #else
@@ -2036,6 +2092,8 @@ static const kernel_set kernel_row = {
 #undef TEXT2
 #undef KERNEL_SUFFIX
 #undef UNROLLED
+#undef TILE_PANELS
+#undef TILE_TOKENS
 
 #endif /* MEDRUN_PASS */
 
@@ -2136,6 +2194,7 @@ typedef struct {
     thread_pool *pool;
     const kernel_set *k;
     bool strict;                    /* bf16 weights times f32 activations                       */
+    size_t cache;                   /* bytes of the second cache; 0: not known                  */
 } engine;
 
 static int pack_kind(const engine *g, int weight_type) {
@@ -2186,6 +2245,7 @@ typedef struct {
     const product *products;
     size_t n;
     const packed *x;
+    size_t some;                    /* columns of a few panels that fit the second cache        */
 } matmul_job;
 
 static size_t tensor_panels(const tensor *w) { return (w->rows + LANES - 1) / LANES; }
@@ -2198,7 +2258,7 @@ static void matmul_task(void *context, size_t begin, size_t end, int thread) {
         if (begin < n)
             j->g->k->matmul[j->x->kind](p->w->data + begin * panel_bytes(p->w->type, p->w->cols),
                                         n - begin, p->w->cols, j->x->data, j->x->tokens,
-                                        p->out + begin * LANES, p->stride);
+                                        j->some, p->out + begin * LANES, p->stride);
         begin = begin < panels ? 0 : begin - panels;
         end = end < panels ? 0 : end - panels;
     }
@@ -2206,8 +2266,10 @@ static void matmul_task(void *context, size_t begin, size_t end, int thread) {
 
 /* Up to a few matrices of one type that multiply the same activations, in one go (q, k and v). */
 static void matmul(const engine *g, const product *products, size_t n, const packed *x) {
-    matmul_job j = {g, products, n, x};
-    size_t panels = 0;
+    size_t panels = 0, cache = (g->cache ? g->cache : 256 << 10) / 8 * 3;
+    size_t some = cache / g->k->tile_panels * x->cols / panel_bytes(products->w->type, x->cols);
+    matmul_job j = {g, products, n, x, some > 128 ? some / 128 * 128 : 128};
+
     for (size_t i = 0; i < n; i++) panels += tensor_panels(products[i].w);
     size_t grain = panels / ((size_t)g->pool->threads * 8);
     parallel_for(g->pool, panels, round_up(grain ? grain : 1, 4), matmul_task, &j);
@@ -3445,9 +3507,9 @@ static int tokenizer_encode(const tokenizer *t, const char *text, size_t n, int 
     return code;
 }
 
-/* The bytes that ID adds to a text; control tokens add none unless SPECIAL. Where *FIRST, nothing is
- * before them, and the space that encoding puts there goes. (SentencePiece itself means U+2581 by
- * that, not the byte; tokenizers means either.) */
+/* The bytes that ID adds to a text; control tokens add none unless SPECIAL. Where *FIRST, nothing
+ * is before them, and the space that encoding puts there goes. (SentencePiece itself means U+2581
+ * by that, not the byte; tokenizers means either.) */
 static const char *tokenizer_text(const tokenizer *t, int32_t id, bool special, bool *first,
                                   size_t *n) {
     const char *text = tokenizer_piece(t, id, n);
@@ -4625,6 +4687,7 @@ struct medrun_model {
     medrun_sampling sampling;
     thread_pool *pool;
     const kernel_set *kernels;
+    size_t cache;                               /* bytes of the second cache                    */
     uint64_t parameters, weight_bytes;
     size_t longest_piece;                       /* bytes                                        */
 };
@@ -5038,6 +5101,7 @@ static int load_model(medrun_model *m, const medrun_options *options, medrun_err
     if ((code = bind_all(m, e)) || (code = read_tokenizer(m, e)) || (code = read_chat(m, e)))
         return code;
     if ((code = choose_kernels(&m->kernels, options ? options->kernels : NULL, e))) return code;
+    m->cache = second_cache();
     return pool_start(m->pool, options ? options->threads : 0, e);
 }
 
@@ -5575,7 +5639,7 @@ static void layout_pass(const medrun_session *s, pass *p, arena *a) {
     widest = p->ffn > p->heads ? p->ffn : p->heads;
     if (p->hidden > widest) widest = p->hidden;
     p->m = s->model;
-    p->g = (engine){s->model->pool, s->model->kernels, s->options.strict};
+    p->g = (engine){s->model->pool, s->model->kernels, s->options.strict, s->model->cache};
     p->capacity = n;
     p->segments = arena_take(a, n, sizeof *p->segments);
     p->owner = arena_take(a, n, sizeof *p->owner);
@@ -6029,8 +6093,8 @@ typedef struct {
 enum { O_MODEL, O_PROMPT, O_FILE, O_SYSTEM, O_PREDICT, O_CTX, O_THREADS, O_BATCH, O_SEED, O_TEMP,
        O_TOP_K, O_TOP_P, O_MIN_P, O_REPEAT, O_TEMPLATE, O_STOP, O_KV, O_OVERFLOW, O_RAW, O_MLOCK,
        O_STRICT, O_RECORD, O_STATS, O_VERBOSE, O_QUIET, O_BOS, O_SPECIAL, O_PIECES, O_MESSAGES,
-       O_RENDER_IDS, O_NO_OPENING, O_DATE, O_THINK, O_TOOLS, O_CHAT_BOS, O_IDS, O_ALL, O_OUT, O_HELP,
-       O_VERSION, N_OPTIONS };
+       O_RENDER_IDS, O_NO_OPENING, O_DATE, O_THINK, O_TOOLS, O_CHAT_BOS, O_IDS, O_ALL, O_OUT,
+       O_HELP, O_VERSION, N_OPTIONS };
 
 static const option_row option_rows[N_OPTIONS] = {
     [O_MODEL] = {"model", "m", "FILE", TEXT, ON_MODEL | ON_FILE, 0, 0, NULL,
@@ -7819,7 +7883,7 @@ static bool small_product(const kernel_set *k, int type, int kind, float *out) {
     for (size_t p = 0; made && p < CHECK_PANELS; p++)
         panel_pack(type, x + (CHECK_TOKENS + p * LANES) * cols, LANES, cols, w + p * panel);
     if (made) k->pack(kind, x, cols, cols, CHECK_TOKENS, a);
-    if (made) k->matmul[kind](w, CHECK_PANELS, cols, a, CHECK_TOKENS, out, rows);
+    if (made) k->matmul[kind](w, CHECK_PANELS, cols, a, CHECK_TOKENS, cols, out, rows);
     free(x), free(w), free(a);
     return made;
 }

@@ -91,8 +91,10 @@ static uint8_t *run_part(const kernel_set *k, const problem *m, size_t t, size_t
                          size_t np, float *out) {
     uint8_t *stream = need(packed_size(m, n));
     k->pack(m->kind, m->x + t * m->x_stride, m->x_stride, m->cols, n, stream);
+    static const size_t some[] = {128, SIZE_MAX, 256, 384};         /* must not matter           */
+    static size_t turn;
     k->matmul[m->kind](m->w + p * panel_bytes(m->type, m->cols), np, m->cols, stream, n,
-                       out + t * m->out_stride + 16 * p, m->out_stride);
+                       some[turn++ % 4], out + t * m->out_stride + 16 * p, m->out_stride);
     return stream;
 }
 

@@ -70,7 +70,8 @@ static int wrong_sums(const engine *g, const problem *m, const float *out) {
             g->k->pack(kind, m->x + t * m->x_stride, m->x_stride, m->cols, 1, alone);
             for (size_t p = 0; p < (rows + 15) / 16; p++) {
                 float sums[16];
-                g->k->matmul[kind](m->w[i].data + p * bytes, 1, m->cols, alone, 1, sums, 16);
+                g->k->matmul[kind](m->w[i].data + p * bytes, 1, m->cols, alone, 1, SIZE_MAX, sums,
+                                   16);
                 wrong += memcmp(sums, out + 16 * p, sizeof sums) != 0;
             }
             for (size_t r = round_up(rows, 16); r < m->stride[i]; r++) wrong += !isnan(out[r]);
@@ -110,7 +111,7 @@ static void test_threads(const kernel_set *k, int type, bool strict) {
         size_t n_out;
         problem m = random_problem(type, 1 + (size_t)run % MOST_PRODUCTS,
                                    run % 3 ? 1 + test_random() % MOST_TOKENS : 1);
-        engine g = {&pools[0], k, strict};
+        engine g = {&pools[0], k, strict, 0};
         float *wanted = run_problem(&g, &m, &n_out);
         wrong += wrong_sums(&g, &m, wanted);
         wrong += far_sums(&m, wanted, type == TYPE_INT8 ? 0.05 : strict ? 1e-5 : 0.02);
@@ -132,7 +133,7 @@ static void test_ranges(const kernel_set *k) {
     thread_pool pool;
     int wrong = 0;
     if (!CHECK_EQ(pool_start(&pool, 1, NULL), MEDRUN_OK)) return;
-    engine g = {&pool, k, true};
+    engine g = {&pool, k, true, 4096};
     for (int run = 0; run < 12; run++) {
         problem m = random_problem(run % 2 ? TYPE_INT8 : TYPE_BF16, 3, 1 + (size_t)run % 5);
         size_t n_out, panels = 0;
@@ -145,7 +146,7 @@ static void test_ranges(const kernel_set *k) {
             products[i] = (product){&m.w[i], at, m.stride[i]};
             panels += tensor_panels(&m.w[i]);
         }
-        matmul_job j = {&g, products, 3, &a};
+        matmul_job j = {&g, products, 3, &a, 128};
         for (size_t step = 1; step <= panels; step += 1 + step / 3) {
             for (size_t i = 0; i < n_out; i++) out[i] = NAN;
             for (size_t p = 0; p < panels; p += step)
@@ -160,7 +161,7 @@ static void test_ranges(const kernel_set *k) {
 }
 
 static void test_kinds(const kernel_set *k) {
-    engine g = {NULL, k, false}, strict = {NULL, k, true};
+    engine g = {NULL, k, false, 0}, strict = {NULL, k, true, 0};
     CHECK_EQ(pack_kind(&g, TYPE_INT8), PACK_INT8);
     CHECK_EQ(pack_kind(&strict, TYPE_INT8), PACK_INT8);
     CHECK_EQ(pack_kind(&g, TYPE_BF16), k->bf16_dot ? PACK_BF16 : PACK_F32);

@@ -704,7 +704,7 @@ static const change changes[] = {
     {"type 23, IQ4_XS, which", .tensor = TENSOR, .type = 24},
     {"type 31, Q4_0_4_4, which", .tensor = TENSOR, .type = 32},
     {"type 26, I32, which", .tensor = TENSOR, .type = 27},
-    {"type 99, which", .tensor = TENSOR, .type = 100},
+    {"type 99, unknown, which", .tensor = TENSOR, .type = 100},
     {"rows of whole blocks", .tensor = TENSOR, .type = 9},
     {"found 5 dimensions", .tensor = TENSOR, .rank = 6, .dims = {1, 1, 1, 1, 1}},
     {"shape: found (256), wanted (16, 16)", .tensor = TENSOR, .rank = 2, .dims = {256}},

@@ -61,6 +61,7 @@ typedef struct {
 typedef struct {
     double temperature, top_p, min_p, repeat_penalty;
     int64_t top_k;
+    bool given;                 /* by the model's files                                        */
 } source_sampling;
 
 /* What any kind of source gives; only the functions that fill it know which kind it is. */
@@ -665,77 +666,14 @@ static int read_generation(source *s, const json_file *f, medrun_error *e) {
         read_whole(f, 0, "top_k", 0, 1 << 24, &p->top_k, e) ||
         read_real(f, 0, "repetition_penalty", 0.01, 100, &p->repeat_penalty, e)) return e->code;
     if (!sample) p->temperature = 0;
+    static const char *const keys[] = {"do_sample", "temperature", "top_p", "top_k"};
+    for (size_t i = 0; i < 4; i++) p->given |= given(&f->j, 0, keys[i]) != JSON_NONE;
     return read_eos_ids(s, f, e);
 }
 
 #include "export_tokenizer.c"           /* section 3 */
 
-/* ============================================================================================
- * 4 Chat: template, stop ids, licence
- * ============================================================================================ */
-
-static bool contains(const buffer *b, const char *word) {
-    return b->n && memmem(b->data, b->n, word, strlen(word));
-}
-
-/* The Jinja text: chat_template.jinja, or a field, or of several the one called default. */
-static int read_jinja(source *s, const json_file *config, buffer *out, medrun_error *e) {
-    const json *j = &config->j;
-    if (file_exists(s->folder, "chat_template.jinja"))
-        return read_text(s, "chat_template.jinja", out, e);
-    uint32_t v = given(j, 0, "chat_template"), several = v;
-    if (v == JSON_NONE) return MEDRUN_OK;
-    if (is(j, several, JSON_ARRAY)) {
-        for EACH(j, several, c)
-            if (json_is(j, json_get(j, c, "name"), "default")) v = json_get(j, c, "template");
-    }
-    WANT(is(j, v, JSON_STRING), config, "chat_template", v, "a template; name one with --template");
-    json_unescape(j, v, out);
-    return out->failed ? out_of_memory(e, out->n) : MEDRUN_OK;
-}
-
-/* NAME is what the user asked for, or NULL: then the template is recognised, never guessed. */
-static int choose_template(source *s, const buffer *jinja, const char *name, medrun_error *e) {
-    if (name) {
-        s->chat = chat_find(name);
-        return s->chat ? MEDRUN_OK : fail(e, MEDRUN_USAGE, "--template: found \"%s\", wanted one "
-                                          "of %s", name, CHAT_NAMES);
-    }
-    if (!jinja->n) name = "none";
-    else if (contains(jinja, "<|start_header_id|>") && contains(jinja, "<|eot_id|>") &&
-             !contains(jinja, "Cutting Knowledge")) name = "llama3";
-    else if (contains(jinja, "### Instruction:")) name = "alpaca";
-    if (name) return s->chat = chat_find(name), MEDRUN_OK;
-    return refuse(e, "%s: chat_template: found one that this medrun does not recognise; name the "
-                  "right one with --template (%s)", s->folder, CHAT_NAMES);
-}
-
-/* Copies the value of KEY in TEXT's front matter (between lines of ---), else makes OUT empty. */
-static void front_matter(const char *text, const char *key, char *out, size_t cap) {
-    size_t n = strlen(key);
-    out[0] = 0;
-    if (strncmp(text, "---\n", 4) && strncmp(text, "---\r\n", 5)) return;
-    while ((text = strchr(text, '\n')) && strncmp(++text, "---", 3)) {
-        if (strncmp(text, key, n) || text[n] != ':') continue;
-        const char *from = text + n + 1, *end = text + strcspn(text, "\r\n");
-        while (from < end && strchr(" \t\"'", *from)) from++;
-        while (end > from && strchr(" \t\"'", end[-1])) end--;
-        if ((size_t)(end - from) < cap) snprintf(out, cap, "%.*s", (int)(end - from), from);
-    }
-}
-
-/* The licence's name in the model card, if there is one that can be read; Hugging Face writes
- * "other" and a license_name. */
-static void read_licence(source *s) {
-    buffer b = {0};
-    char name[sizeof s->licence];
-    if (!read_text(s, "README.md", &b, &(medrun_error){0})) {
-        front_matter((const char *)b.data, "license", s->licence, sizeof s->licence);
-        front_matter((const char *)b.data, "license_name", name, sizeof name);
-        if (!strcmp(s->licence, "other") && name[0]) memcpy(s->licence, name, sizeof name);
-    }
-    buffer_free(&b);
-}
+#include "export_chat.c"                /* section 4 */
 
 /* ============================================================================================
  * 5 Safetensors: a strict parser
@@ -1002,18 +940,6 @@ static int read_hf_tokenizer(source *s, const char *template_name, medrun_error 
     return e->code;
 }
 
-/* The union of all that says when an answer ends; Med42's own files name only one of its two. */
-static int finish_stops(source *s, medrun_error *e) {
-    tokenizer t;
-    const char *eot = "<|eot_id|>";
-    if (s->eos >= 0 && add_stop(s, s->folder, s->eos, e)) return e->code;
-    if (strcmp(s->chat->name, "llama3") ||
-        tokenizer_open(&t, s->tokenizer.data, s->tokenizer.n, s->folder, e)) return e->code;
-    int32_t id = tokenizer_find(&t, eot, strlen(eot));
-    tokenizer_close(&t);
-    return id < 0 ? MEDRUN_OK : add_stop(s, s->folder, id, e);
-}
-
 /* Small files first: what they refuse costs no time. */
 static int open_hf_folder(source *s, const char *template_name, medrun_error *e) {
     json_file f;
@@ -1024,6 +950,7 @@ static int open_hf_folder(source *s, const char *template_name, medrun_error *e)
     read_generation(s, &f, e);
     close_json(&f);
     if (e->code || read_hf_tokenizer(s, template_name, e) || finish_stops(s, e)) return e->code;
+    finish_sampling(s);
     read_licence(s);
     return read_weights(s, e);
 }
@@ -1399,7 +1326,7 @@ static void put_chat(buffer *b, const source *s) {
         {"temperature", p->temperature}, {"top_k", (double)p->top_k}, {"top_p", p->top_p},
         {"min_p", p->min_p}, {"repeat_penalty", p->repeat_penalty}};
     buffer_printf(b, ",\n\"chat\":{\"template\":\"%s\",\"system\":\"\",\"stop_ids\":",
-                  s->chat->name);
+                  s->chat ? s->chat->name : CHAT_UNKNOWN);
     put_ids(b, s->stops, (size_t)s->n_stops);
     for (size_t i = 0; i < 5; i++) {
         buffer_text(b, i ? "," : ",\"sampling\":{");
@@ -1570,16 +1497,23 @@ static int read_messages(const json_file *f, uint32_t v, medrun_message *m, char
     return MEDRUN_OK;
 }
 
-/* A conversation, whose ids end with the opening of the answer. */
+/* A conversation, whose ids end with the opening of the answer. A date that its template would
+ * take from today is recorded; a checkpoint without a template has no such proofs. */
 static int prove_chat(exporter *x, const json_file *f, uint32_t v, medrun_error *e) {
     size_t n = children(&f->j, given(&f->j, v, "messages"));
     buffer text = {0}, ids = {0}, *b = &x->chat_proofs;
+    char date[11] = "";
+    if (!x->source.chat) return MEDRUN_OK;
     WANT(n, f, "chats", v, "messages");
+    if (given(&f->j, v, "date") != JSON_NONE) {
+        if (!json_text(&f->j, v, f->path, "date", date, sizeof date, e)) return e->code;
+    } else if (x->source.chat->how & STATES_TODAY) date_today(date);
     medrun_message *m = new_array(n, sizeof *m);
     char *roles = new_array(n, 16);
     if (!m || !roles) out_of_memory(e, n * sizeof *m);
     else if (!read_messages(f, v, m, roles, &text, e))
-        chat_render(x->source.chat, &x->tokenizer, NULL, m, n, true, &ids, e);
+        chat_render(x->source.chat, &x->tokenizer,
+                    &(medrun_chat_options){.date = date[0] ? date : NULL}, m, n, true, &ids, e);
     buffer_text(b, b->n ? ",\n{\"messages\":[" : "\n{\"messages\":[");
     for (size_t i = 0; !e->code && i < n; i++) {
         buffer_text(b, i ? ",{\"role\":" : "{\"role\":");
@@ -1588,7 +1522,9 @@ static int prove_chat(exporter *x, const json_file *f, uint32_t v, medrun_error 
         json_quote(b, m[i].text, m[i].n_bytes);
         buffer_text(b, "}");
     }
-    buffer_text(b, "],\"ids\":");
+    buffer_text(b, "],");
+    if (date[0]) buffer_printf(b, "\"date\":\"%s\",", date);
+    buffer_text(b, "\"ids\":");
     if (!e->code) put_proof(b, &ids, f, v, e);
     free(m);
     free(roles);
@@ -2289,7 +2225,7 @@ static int print_plan(const exporter *x, medrun_error *e) {
     printf("name         %s\nsource       %s\nlicence      %s\n", x->name, x->options.source,
            s->licence[0] ? s->licence : "not stated");
     print_config(stdout, c, s->architecture, type_names[x->type], parameters, 13);
-    printf("chat         %s, stop ids", s->chat->name);
+    printf("chat         %s, stop ids", s->chat ? s->chat->name : CHAT_UNKNOWN);
     for (int i = 0; i < s->n_stops; i++) printf(" %d", s->stops[i]);
     printf("\nsampling     temperature %g, top_k %lld, top_p %g, min_p %g, repeat_penalty %g\n",
            s->sampling.temperature, (long long)s->sampling.top_k, s->sampling.top_p,

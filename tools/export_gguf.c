@@ -138,6 +138,9 @@ static bool printable(span s) {
     return s.n > 0;
 }
 
+/* As much of S as a message should have. */
+static int shown_length(span s) { return s.n < 80 ? (int)s.n : 80; }
+
 static int was_cut(const gguf_file *g, const char *where, medrun_error *e) {
     return refuse(e, "%s: found the end of the file inside %s; download it again", g->path, where);
 }
@@ -154,8 +157,8 @@ static int read_gguf_value(gguf_file *g, reader *r, medrun_error *e) {
     if ((v->array = v->type == GGUF_ARRAY)) v->type = (uint32_t)read_le(r, 4), v->n = read_u64(r);
     if (!r->failed && (v->type >= N_GGUF_TYPES || v->type == GGUF_ARRAY))
         return refuse(e, "%s: key %.*s: found type %u%s, wanted a number, a string, or an array of "
-                      "them", g->path, (int)v->key.n, (const char *)v->key.p, (unsigned)v->type,
-                      v->array ? " in an array" : "");
+                      "them", g->path, shown_length(v->key), (const char *)v->key.p,
+                      (unsigned)v->type, v->array ? " in an array" : "");
     v->data = r->data + r->at;
     if (r->failed) return was_cut(g, "the keys", e);
     uint64_t size = gguf_sizes[v->type];
@@ -172,38 +175,28 @@ static int read_gguf_values(gguf_file *g, reader *r, uint64_t n, medrun_error *e
     for (size_t i = 1; i < g->n_values; i++)
         if (!compare_spans(&g->values[i - 1], &g->values[i]))
             return refuse(e, "%s: key %.*s: found twice, wanted once", g->path,
-                          (int)g->values[i].key.n, (const char *)g->values[i].key.p);
+                          shown_length(g->values[i].key), (const char *)g->values[i].key.p);
     return MEDRUN_OK;
 }
 
-/* The types of tensors by their number in the file; N_WEIGHT_TYPES: not read here. Numbers 4, 5,
- * 31 to 33 and 36 to 38 are of types that were given up. */
-static const struct { const char *name; int dtype; } ggml_types[] = {
-    {"F32", SOURCE_F32}, {"F16", SOURCE_F16}, {"Q4_0", SOURCE_Q4_0}, {"Q4_1", SOURCE_Q4_1},
-    {"Q4_2", N_WEIGHT_TYPES}, {"Q4_3", N_WEIGHT_TYPES}, {"Q5_0", SOURCE_Q5_0},
-    {"Q5_1", SOURCE_Q5_1}, {"Q8_0", SOURCE_Q8_0}, {"Q8_1", N_WEIGHT_TYPES},
-    {"Q2_K", N_WEIGHT_TYPES}, {"Q3_K", N_WEIGHT_TYPES}, {"Q4_K", SOURCE_Q4_K},
-    {"Q5_K", SOURCE_Q5_K}, {"Q6_K", SOURCE_Q6_K}, {"Q8_K", N_WEIGHT_TYPES},
-    {"IQ2_XXS", N_WEIGHT_TYPES}, {"IQ2_XS", N_WEIGHT_TYPES}, {"IQ3_XXS", N_WEIGHT_TYPES},
-    {"IQ1_S", N_WEIGHT_TYPES}, {"IQ4_NL", N_WEIGHT_TYPES}, {"IQ3_S", N_WEIGHT_TYPES},
-    {"IQ2_S", N_WEIGHT_TYPES}, {"IQ4_XS", N_WEIGHT_TYPES}, {"I8", N_WEIGHT_TYPES},
-    {"I16", N_WEIGHT_TYPES}, {"I32", N_WEIGHT_TYPES}, {"I64", N_WEIGHT_TYPES},
-    {"F64", N_WEIGHT_TYPES}, {"IQ1_M", N_WEIGHT_TYPES}, {"BF16", SOURCE_BF16},
-    {"Q4_0_4_4", N_WEIGHT_TYPES}, {"Q4_0_4_8", N_WEIGHT_TYPES}, {"Q4_0_8_8", N_WEIGHT_TYPES},
-    {"TQ1_0", N_WEIGHT_TYPES}, {"TQ2_0", N_WEIGHT_TYPES}, {"IQ4_NL_4_4", N_WEIGHT_TYPES},
-    {"IQ4_NL_4_8", N_WEIGHT_TYPES}, {"IQ4_NL_8_8", N_WEIGHT_TYPES}, {"MXFP4", N_WEIGHT_TYPES},
-    {"NVFP4", N_WEIGHT_TYPES}, {"Q1_0", N_WEIGHT_TYPES},
+/* The types of tensors by their number in the file, those that were given up too. */
+static const char *const ggml_types[] = {
+    "F32", "F16", "Q4_0", "Q4_1", "Q4_2", "Q4_3", "Q5_0", "Q5_1", "Q8_0", "Q8_1", "Q2_K", "Q3_K",
+    "Q4_K", "Q5_K", "Q6_K", "Q8_K", "IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S", "IQ4_NL", "IQ3_S",
+    "IQ2_S", "IQ4_XS", "I8", "I16", "I32", "I64", "F64", "IQ1_M", "BF16", "Q4_0_4_4", "Q4_0_4_8",
+    "Q4_0_8_8", "TQ1_0", "TQ2_0", "IQ4_NL_4_4", "IQ4_NL_4_8", "IQ4_NL_8_8", "MXFP4", "NVFP4",
+    "Q1_0",
 };
 enum { N_GGML_TYPES = sizeof ggml_types / sizeof *ggml_types };
 
 static int find_ggml_type(const gguf_file *g, const char *name, uint32_t type, int *dtype,
                           medrun_error *e) {
-    bool known = type < N_GGML_TYPES;
-    *dtype = known ? ggml_types[type].dtype : N_WEIGHT_TYPES;
-    if (*dtype < N_WEIGHT_TYPES) return MEDRUN_OK;
-    return refuse(e, "%s: tensor %s: found type %u%s%s, which this medrun does not read; take the "
+    const char *found = type < N_GGML_TYPES ? ggml_types[type] : "unknown";
+    for (*dtype = 0; *dtype < N_WEIGHT_TYPES; ++*dtype)
+        if (!strcmp(found, source_types[*dtype].name)) return MEDRUN_OK;
+    return refuse(e, "%s: tensor %s: found type %u, %s, which this medrun does not read; take the "
                   "model's Q8_0, Q6_K, Q5_K_M or Q4_K_M file", g->path, name, (unsigned)type,
-                  known ? ", " : "", known ? ggml_types[type].name : "");
+                  found);
 }
 
 /* The description of one tensor. The file has the length of a row first, safetensors last. */
@@ -239,7 +232,7 @@ static int read_gguf_tensor(source *s, const gguf_file *g, reader *r, uint64_t a
                       "wanted rows of whole blocks, a size a file can have, and a place that is a "
                       "multiple of %llu", g->path, t->name, (unsigned long long)dims[0],
                       (unsigned long long)dims[1], (unsigned long long)dims[2],
-                      (unsigned long long)dims[3], ggml_types[type].name,
+                      (unsigned long long)dims[3], ggml_types[type],
                       (unsigned long long)t->begin, (unsigned long long)align);
     t->rank = (int)rank;
     t->shape[0] = rank == 2 ? dims[1] : dims[0], t->shape[1] = rank == 2 ? dims[0] : 0;
@@ -313,7 +306,7 @@ static shown show_value(const gguf_value *v) {
     else if (v && is_number(v)) snprintf(s.text, sizeof s.text, "%.9g", number_at(v, 0));
     else if (v) {
         span text = take_string(&(reader){v->data, SIZE_MAX / 2, 0, false});
-        snprintf(s.text, sizeof s.text, "\"%.*s\"", text.n < 80 ? (int)text.n : 80,
+        snprintf(s.text, sizeof s.text, "\"%.*s\"", shown_length(text),
                  text.n ? (const char *)text.p : "");
     }
     return s;
@@ -634,7 +627,7 @@ static int check_unread(const gguf_file *g, medrun_error *e) {
             continue;
         if (!v->array && is_number(v) && !differ(number_at(v, 0), 0)) continue;
         return refuse(e, "%s: key %.*s: found %s; this medrun does not compute with it", g->path,
-                      (int)v->key.n, (const char *)v->key.p, show_value(v).text);
+                      shown_length(v->key), (const char *)v->key.p, show_value(v).text);
     }
     return MEDRUN_OK;
 }
@@ -738,7 +731,7 @@ static int read_gguf_tokenizer(source *s, const gguf_file *g, medrun_error *e) {
 
 /* ---- chat, names --------------------------------------------------------------------------- */
 
-/* Greedy, unless the file says otherwise, as with a folder without generation_config.json. */
+/* Greedy, unless the file says otherwise, as with a folder's generation_config.json. */
 static int read_gguf_sampling(source *s, const gguf_file *g, medrun_error *e) {
     source_sampling *p = &s->sampling;
     double top_k = (double)default_sampling.top_k;
@@ -750,6 +743,12 @@ static int read_gguf_sampling(source *s, const gguf_file *g, medrun_error *e) {
         read_number(g, "general.sampling.top_k", 0, 1 << 24, true, &top_k, e) ||
         read_number(g, "general.sampling.penalty_repeat", 0.01, 100, false, &p->repeat_penalty, e))
         return e->code;
+    static const char *const keys[] = {"temp", "top_p", "top_k"};
+    for (size_t i = 0; i < 3; i++) {
+        char key[40];
+        snprintf(key, sizeof key, "general.sampling.%s", keys[i]);
+        p->given |= find_value(g, key) != NULL;
+    }
     return p->top_k = (int64_t)top_k, MEDRUN_OK;
 }
 
@@ -794,7 +793,7 @@ static int open_gguf_source(source *s, const char *path, const char *template_na
     gguf_file g = {0};
     if (!open_gguf(s, &g, path, e) && !read_gguf_config(s, &g, e) &&
         !read_gguf_tokenizer(s, &g, e) && !read_gguf_chat(s, &g, template_name, e) &&
-        !read_gguf_names(s, &g, e)) read_gguf_sampling(s, &g, e);
+        !read_gguf_names(s, &g, e) && !read_gguf_sampling(s, &g, e)) finish_sampling(s);
     close_gguf(&g);
     return e->code;
 }

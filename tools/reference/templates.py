@@ -81,9 +81,14 @@ def reference(template, case, bos):
 
 def fingerprint(text):
     """SHA-256 of the template's tokens after jinja2 has applied the white space's rules: comments,
-    white space inside tags, the spelling of strings, and - + in tags do not count."""
-    out, open_tag = [], False
-    for _, kind, value in ENV.lexer.tokeniter(text, None, None):
+    white space inside tags, the spelling of strings, - and + in tags, and whether a field is written
+    x.role or x['role'], do not count. The same as in tools/export_chat.c, by other means."""
+    out, open_tag, skip = [], False, 0
+    tokens = [(kind, value) for _, kind, value in ENV.lexer.tokeniter(text, None, None)]
+    for i, (kind, value) in enumerate(tokens):
+        if skip:
+            skip -= 1
+            continue
         if kind == "data":
             out.append(("D" + value).encode())
         elif kind.endswith("_begin") and kind != "comment_begin":
@@ -92,12 +97,19 @@ def fingerprint(text):
         elif kind.endswith("_end") and kind != "comment_end":
             out.append(b"}")
             open_tag = False
+        elif open_tag and tokens[i:i + 3] in FIELDS:
+            out += [b"T.", b"T" + tokens[i + 1][1][1:-1].encode()]
+            skip = 2
         elif open_tag and kind == "string":
             out.append(b"S" + re.sub(r"\\(.)|\n", unescape, value[1:-1], flags=re.S).encode())
         elif open_tag and kind != "whitespace":
-            out.append(b"T" + value.encode())
+            out += [b"T" + word.encode() for word in re.findall(r"[0-9]+|[^\W0-9]\w*|[^\w\s]", value)]
     data = b"".join(len(x).to_bytes(4, "little") + x for x in merged(out))
     return hashlib.sha256(data).hexdigest()[:32]
+
+
+FIELDS = [[("operator", "["), ("string", quote + name + quote), ("operator", "]")]
+          for quote in "'\"" for name in ("role", "content")]
 
 
 def unescape(match):
