@@ -233,9 +233,10 @@ const float *medrun_logits(const medrun_session *session, size_t row);
 int medrun_sample(medrun_session *session, int32_t *id, medrun_error *error);
 
 /* The loop most callers want: processes all that is pending, samples, feeds the id. *TEXT gets the
- * bytes this id completes (never half a UTF-8 character, nor the space that SentencePiece has before
- * an answer's first word; owned by the session, valid until the next call), *N_BYTES their number. *ID is a stop id at the end of the answer, which is fed too so
- * that the next turn follows it; the context being full gives MEDRUN_TOO_LONG. */
+ * bytes this id completes (never half a UTF-8 character, nor the space that SentencePiece puts
+ * before an answer's first word; owned by the session, valid until the next call), *N_BYTES their
+ * number. *ID is a stop id at the end of the answer, which is fed too so that the next turn follows
+ * it; the context being full gives MEDRUN_TOO_LONG. */
 int medrun_next(medrun_session *session, int32_t *id, const char **text, size_t *n_bytes,
                 medrun_error *error);
 
@@ -3507,7 +3508,8 @@ static int tokenizer_encode(const tokenizer *t, const char *text, size_t n, int 
 }
 
 /* The bytes that ID adds to a text; control tokens add none unless SPECIAL. Where *FIRST, nothing
- * is before them, and the space that encoding puts there goes; SentencePiece knows U+2581 by it. */
+ * is before them, and the space that encoding puts there goes. (SentencePiece itself means U+2581
+ * by that, not the byte; tokenizers means either.) */
 static const char *tokenizer_text(const tokenizer *t, int32_t id, bool special, bool *first,
                                   size_t *n) {
     const char *text = tokenizer_piece(t, id, n);

@@ -249,8 +249,8 @@ static void test_next(void) {
     medrun_stop(s);
 }
 
-/* SentencePiece's words begin with a space: the first of an answer loses it, as in what its ids alone
- * decode to, and so does the first of the next answer. */
+/* SentencePiece's words begin with a space: the first of an answer loses it, as in what its ids
+ * alone decode to, and so does the first of the next answer. */
 static void test_first_space(const char *build) {
     char spaced[512];
     int spaces = 0, wrong = 0;

@@ -783,8 +783,8 @@ static const struct { const char *file, *from, *to; int code; const char *needle
      "add_bos_token"},
     {"tokenizer_config.json", "\"eos_token\"", "\"add_eos_token\": true, \"eos_token\"", 3,
      "add_eos_token"},
-    {"tokenizer_config.json", "{% set loop", "Cutting Knowledge {% set loop", 3, "--template"},
-    {"tokenizer_config.json", "<|eot_id|>' %}", "<|end|>' %}", 3, "--template"},
+    {"tokenizer_config.json", "\"chat_template\": \"", "\"chat_template\": 7, \"x\": \"", 3,
+     "--template"},
     {"tokenizer_config.json", "\"chat_template\": \"", "\"chat_template\": [{\"name\": "
      "\"default\", \"template\": \"### Instruction: <|eot_id|>\"}], \"x\": \"", 0, ""},
 };
@@ -1169,6 +1169,130 @@ static void test_reference(void) {
     clear_folder("out");
 }
 
+/* ---- templates ----------------------------------------------------------------------------- */
+
+static const char *recognised(const char *jinja) {
+    const chat_template *c = recognise_template(jinja, strlen(jinja));
+    return c ? c->name : "unknown";
+}
+
+/* Spellings that mean the same have one fingerprint; a change of any word is another template. */
+static void test_fingerprint(void) {
+    static const char *const same[] = {
+        "{% for m in messages %}{{ m['role'] + 'a\\n' }}  \n{% endfor %}\n{{ x }}",
+        "{%for m in messages%}{{m[\"role\"]+\"a\\n\"}}  \n{%endfor%}{{x}}\n",
+        "{# a comment #}{% for m\n in\tmessages -%}  \n {{ m.role + 'a\n' }}  \n   {% endfor %}"
+        "{#- #}{{ x }}",
+        "  {%- for m in messages %}\n{{ m.role + 'a\\n' }}  \r\n{% endfor %}\r\n{{ x }}",
+        "{% for m in messages %}{{ m.role + \"a\n\" }}  {# {{ y }} #}\n\n{% endfor %}{{ x }}\r\n"};
+    static const char *const other[] = {
+        "{% for m in messages %}{{ m['role'] + 'b\\n' }}  \n{% endfor %}\n{{ x }}",
+        "{% for m in messages %}{{ m['rule'] + 'a\\n' }}  \n{% endfor %}\n{{ x }}",
+        "{% for m in messages %}{{ m['role'] + 'a\\n' -}}  \n{% endfor %}\n{{ x }}",
+        "{% for m in messages %}{{ m['role'] + 'a\\n' }}  \n{%+ endfor %}\n\n{{ x }}",
+        "{% for m in messages %}{{ m['role'] - 'a\\n' }}  \n{% endfor %}\n{{ x }}",
+        "{% for m in messages %}{{ m['role'] + 'a\\n' }}   \n{% endfor %}\n{{ x }}",
+        "{% for m in messages %}{{ mm['role'] + 'a\\n' }}  \n{% endfor %}\n{{ x }}",
+        "{% for m in messages %}{{ m['role'] + 'a\\n' }}  \n{% endfor %}\n{{ x }} ",
+        "{{ 'a' }}", "a", "{{ a }}", "{% a %}", "{{ {'a': 1} }}", "{{ {'a': 1}}}", "\n\n"};
+    static const char *const unread[] = {"", "\n", "{{", "{{ x", "{% x }}", "{{ 'x }}", "{{ (x }}",
+                                         "{{ 'x\\", "{% raw %}{{ x }}{% endraw %}", "{%- raw -%}a"};
+    uint8_t first[32], digest[32], others[16][32];
+    CHECK(fingerprint(same[0], strlen(same[0]), first));
+    for (size_t i = 1; i < sizeof same / sizeof *same; i++)
+        if (!CHECK(fingerprint(same[i], strlen(same[i]), digest) && !memcmp(first, digest, 32)))
+            printf("    spelling %zu\n", i);
+    for (size_t i = 0; i < sizeof other / sizeof *other; i++) {
+        bool differs = fingerprint(other[i], strlen(other[i]), others[i]) &&
+                       memcmp(first, others[i], 32);
+        bool brackets = !strncmp(other[i], "{{ {", 4);  /* a closing bracket more or less         */
+        for (size_t k = 0; k < i; k++)
+            differs &= memcmp(others[k], others[i], 32) != 0 ||
+                       (brackets && !strncmp(other[k], "{{ {", 4));
+        if (!CHECK(differs)) printf("    %s\n", other[i]);
+    }
+    for (size_t i = 0; i < sizeof unread / sizeof *unread; i++)
+        if (!CHECK(!fingerprint(unread[i], strlen(unread[i]), digest))) printf("    %s\n", unread[i]);
+}
+
+/* What the checkpoint of the folder in src says, with M to be closed. */
+static medrun_info exported(medrun_model **m) {
+    medrun_info info = {0};
+    if (CHECK_EQ(EXPORT("--type", "bf16"), 0) &&
+        CHECK(!medrun_open(m, in_work("out/x.mdr"), NULL, NULL))) medrun_describe(*m, &info);
+    return info;
+}
+
+static bool near(float a, double b) { return fabs((double)a - b) < 1e-6; }
+
+static void test_templates(void) {
+    medrun_model *m = NULL;
+    medrun_session *s = NULL;
+    medrun_error e = {0};
+    size_t n;
+    copy_fixture("llama-plain");                        /* nobody knows this one                 */
+    edit("tokenizer_config.json", "{% set loop", "Cutting Knowledge {% set loop");
+    medrun_info info = exported(&m);
+    CHECK(errors.n && strstr((char *)errors.data, "--template") &&
+          strstr((char *)errors.data, "templates.py"));
+    if (!CHECK(info.chat_template && !strcmp(info.chat_template, "unknown"))) return;
+    CHECK(near(info.sampling.temperature, 0.6) && info.n_stops == 1);
+    medrun_session_options o = {.context = 64};
+    const medrun_message hi = {"user", "Hi", 2};
+    CHECK(!medrun_start(&s, m, &o, NULL, 0, NULL));
+    CHECK_EQ(medrun_say(s, "user", "Hi", 2, &e), MEDRUN_USAGE);
+    CHECK(strstr(e.text, "--template") && medrun_length(s) == 0);
+    CHECK_EQ(medrun_render(m, NULL, NULL, &hi, 1, true, NULL, 0, &n, NULL), MEDRUN_USAGE);
+    CHECK(!medrun_render(m, "llama3", NULL, &hi, 1, true, NULL, 0, &n, NULL) && n > 5);
+    medrun_stop(s), medrun_close(m), clear_folder("out");
+
+    copy_fixture("llama-plain");                        /* the card's sampling                   */
+    edit("generation_config.json", "\"do_sample\": true,", "");
+    edit("generation_config.json", "\"temperature\": 0.6,", "");
+    edit("generation_config.json", "\"top_p\": 0.9,", "");
+    info = exported(&m);
+    CHECK(near(info.sampling.temperature, 0.4) && info.sampling.top_k == 150 &&
+          near(info.sampling.top_p, 0.75));
+    CHECK(errors.n && strstr((char *)errors.data, "temperature 0.4, top_k 150"));
+    medrun_close(m), clear_folder("out");
+    edit("generation_config.json", "{", "{\"top_k\": 7,");
+    info = exported(&m);                                /* the model's own word is enough        */
+    CHECK(near(info.sampling.temperature, 0) && info.sampling.top_k == 7);
+    medrun_close(m), clear_folder("out");
+
+    copy_fixture("llama-plain");                        /* chat_template.jinja wins              */
+    static const char jinja[] = "{{ nobody knows }}";
+    write_file(in_work("src/chat_template.jinja"), jinja, sizeof jinja - 1);
+    info = exported(&m);
+    CHECK(info.chat_template && !strcmp(info.chat_template, "unknown"));
+    medrun_close(m), clear_folder("out");
+    remove(in_work("src/tokenizer_config.json")), remove(in_work("src/chat_template.jinja"));
+    CHECK_EQ(EXPORT("--dry-run"), 0);
+    CHECK(strstr(answer, "chat         none") && strstr(answer, "there is no chat template"));
+}
+
+/* Of other people's templates only Llama 3's is one of ours. */
+static void test_published(const char *data) {
+    buffer b = {0};
+    json j;
+    int found = 0, wrong = 0;
+    char path[1024];
+    snprintf(path, sizeof path, "%s/templates/llamacpp_test_chat_template.json", data);
+    read_file(path, &b);
+    if (!CHECK(b.n && !json_parse(&j, (const char *)b.data, b.n, NULL))) return;
+    for EACH(&j, json_get(&j, 0, "cases"), c) {
+        buffer text = {0};
+        json_unescape(&j, json_get(&j, c, "template_str"), &text);
+        bool llama3 = json_is(&j, json_get(&j, c, "name"), "Llama-3");
+        wrong += strcmp(recognised((const char *)text.data), llama3 ? "llama3" : "unknown") != 0;
+        found++;
+        buffer_free(&text);
+    }
+    CHECK_EQ(wrong, 0);
+    CHECK_EQ(found, 33);
+    json_free(&j), buffer_free(&b);
+}
+
 static void test_proofs(void) {
     static const struct { const char *text; int code; const char *needle; } cases[] = {
         {"{\"tokens\":[{\"text\":\"the\"}],\"chats\":[{\"messages\":[{\"role\":\"user\","
@@ -1430,6 +1554,10 @@ int main(void) {
     test_tokenizer_flips("llama-plain");
     test_tokenizer_flips("mistral-window");
     test_options();
+    test_fingerprint();
+    test_templates();
+    if (getenv("MEDRUN_TEST_DATA")) test_published(getenv("MEDRUN_TEST_DATA"));
+    else SKIP("MEDRUN_TEST_DATA is not set: other people's templates");
     test_proofs();
     test_reference();
     test_failures();

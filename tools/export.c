@@ -12,7 +12,7 @@
  *
  *  1 Files         a folder's files, JSON without doubts
  *  2 Config        config.json and generation_config.json
- *  3 Tokenizer     tokenizer.json -> tokenizer.bin
+ *  3 Tokenizer     tokenizer.json, tokenizer.model or tables -> tokenizer.bin
  *  4 Chat          template, stop ids, licence
  *  5 Safetensors   a strict parser
  *  6 GGUF          the other kind of source, and how its blocks are decoded
