@@ -157,6 +157,7 @@ static void finish(writer *w, buffer *out) {
 
 static medrun_error last;
 static char notes[4096], answer[4096];
+static const chat_template *last_chat;
 static model_config last_config;
 static int last_stops[MEDRUN_MAX_STOPS];
 
@@ -176,7 +177,7 @@ static int attempt(const char *path, const export_options *options) {
     }
     snprintf(notes, sizeof notes, "%s", x.source.notes.n ? (char *)x.source.notes.data : "");
     snprintf(answer, sizeof answer, "%s|%s|%s", x.name, x.precision, x.source.licence);
-    last_config = x.source.config;
+    last_config = x.source.config, last_chat = x.source.chat;
     memcpy(last_stops, x.source.stops, sizeof last_stops);
     close_exporter(&x);
     return last.code;
@@ -929,6 +930,30 @@ static void test_window(void) {
     buffer_free(&b);
 }
 
+/* The template of the metadata is recognised like a folder's, the card's sampling comes with it. */
+static void test_template(void) {
+    static const char llama3[] = "str {% set loop_messages = messages %}{% for message in "
+        "loop_messages %}{% set content = '<|start_header_id|>' + message['role'] + "
+        "'<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}"
+        "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}"
+        "{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}";
+    const export_options o = {0};
+    buffer b = {0};
+    make_small(&b, &(change){.extra = "tokenizer.chat_template", .extra_value = llama3});
+    write_file(model_path, b.data, b.n);
+    attempt(model_path, &o);                            /* its tokenizer has no control tokens   */
+    CHECK(last_chat && !strcmp(last_chat->name, "llama3") && strstr(last.text, "begin_of_text"));
+    CHECK(strstr(notes, "temperature 0.4, top_k 150"));
+    make_small(&b, &(change){.extra = "tokenizer.chat_template", .extra_value = "str {{ x }}"});
+    write_file(model_path, b.data, b.n);
+    CHECK(!attempt(model_path, &o) && !last_chat && strstr(notes, "--template"));
+    make_small(&b, &(change){0});
+    write_file(model_path, b.data, b.n);
+    CHECK(!attempt(model_path, &o) && last_chat == chat_find("none") && notes[0]);
+    buffer_free(&b);
+}
+
 static void test_yarn(void) {
     static const char *const keys[][2] = {
         {"llama.rope.scaling.yarn_ext_factor", "f32 0.5"}, {"llama.rope.scaling.attn_factor",
@@ -1133,6 +1158,7 @@ int main(void) {
     test_bad_weights();
     test_rope_tables();
     test_window();
+    test_template();
     test_yarn();
     test_xielu();
     test_chat();
