@@ -46,7 +46,8 @@ static void jinja_item(buffer *out, const char *kind, const void *bytes, size_t 
 }
 
 /* Text before a tag that begins with MARK, whose next character is SIGN; LINE_START: the text
- * begins a line. A dash strips it, and a block or comment loses the blanks before it on its line. */
+ * begins a line. A dash strips it, and a block or comment loses the blanks before it on its
+ * line. */
 static void jinja_text(jinja_reader *r, const uint8_t *p, size_t n, char mark, char sign,
                        bool line_start) {
     size_t line = n;
