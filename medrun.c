@@ -6704,16 +6704,25 @@ static int print_held(command *c, answer *a, bool over) {
     return flush_stdout(c);
 }
 
-/* Works through what is pending, a batch at a time so that Ctrl-C is heard. */
+/* Works through what is pending, a batch at a time so that Ctrl-C is heard. What takes over two
+ * seconds shows how far it is: on a terminal all the time, in a log every ten seconds. */
 static int process_prompt(command *c) {
-    size_t n = medrun_pending(c->s);
-    bool show = n > (size_t)c->s->options.batch && isatty(STDERR_FILENO) && !flag(c, O_QUIET);
+    size_t n = medrun_pending(c->s), left;
+    bool terminal = isatty(STDERR_FILENO), drawn = false;
+    double start = seconds(), next = start + (terminal ? 2 : 10);
     int code = MEDRUN_OK;
-    while (!code && medrun_pending(c->s)) {
-        if (show) fprintf(stderr, "\rprompt: %zu of %zu tokens ", n - medrun_pending(c->s), n);
+    while (!code && (left = medrun_pending(c->s))) {
+        double now = seconds(), rate = (double)(n - left) / (now - start + 1e-9);
+        if (now >= next && !flag(c, O_QUIET)) {
+            int wait = rate > 0 ? (int)((double)left / rate) : 0;
+            fprintf(stderr, "%sprompt: %zu of %zu tokens, %.1f tokens/s, %d:%02d left %s",
+                    terminal ? "\r" : "", n - left, n, rate, wait / 60, wait % 60,
+                    terminal ? "" : "\n");
+            drawn = terminal, next = now + (terminal ? 0.2 : 10);
+        }
         code = interrupted ? MEDRUN_INTERRUPTED : medrun_step(&c->s, 1, &c->e);
     }
-    if (show) fprintf(stderr, "\r%50s\r", "");
+    if (drawn) fprintf(stderr, "\r%60s\r", "");
     return code;
 }
 
