@@ -4613,11 +4613,12 @@ static int chat_open(const chat_template *c, const tokenizer *t, const medrun_ch
 
 /* Appends the ids of one turn of a timeline; FIRST: of an empty one. Turn by turn gives what
  * chat_render gives for the whole, if every answer that the model generated was closed with
- * chat_close before the next turn. What cannot be so: results of tools, which go on an assistant's
- * turn; `none` has nothing between its turns, so a word that goes on in the next turn is two words
- * here; a system text that is not the first turn does not take back the default that `alpaca` has
- * put first; and after an answer `alpaca` gives the same text, but an answer's last token may have
- * been another had the empty line been there. */
+ * chat_close before the next turn. What cannot be so: results of tools and, for `apertus`, two
+ * turns of the assistant in a row, which go on the turn before; `none` has nothing between its
+ * turns, so a word that goes on in the next turn is two words here; a system text that is not the
+ * first turn does not take back the default that `alpaca` has put first; and after an answer
+ * `alpaca` gives the same text, but an answer's last token may have been another had the empty line
+ * been there. */
 static int chat_turn(const chat_template *c, const tokenizer *t, const medrun_chat_options *o,
                      const char *role, const char *text, size_t n, bool first, bool answer,
                      buffer *ids, medrun_error *e) {
@@ -4630,6 +4631,7 @@ static int chat_turn(const chat_template *c, const tokenizer *t, const medrun_ch
                      .flags = first ? 0 : TOKENIZE_CONTINUES};
     if (!code && first) code = chat_begin(&w, system ? &m : NULL);
     if (!code && !system) code = chat_say(&w, &m);
+    if (!code && (w.state & IN_ASSISTANT)) code = chat_parts(&w, c->close, NULL, NULL, 0);
     if (!code && answer) code = chat_parts(&w, c->answer, NULL, NULL, 0);
     chat_message_free(&m);
     return chat_end(&w, code, n_before);

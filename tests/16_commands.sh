@@ -198,6 +198,31 @@ for x in '' '{}' '[1]' '[{"role":"user"}]' '[{"role":1,"content":"x"}]' '[{"role
     printf '%s' "$x" >"$T/m.json"; code 3 render "$model" --messages "$T/m.json"
 done
 printf '[{"role":"doctor","content":"x"}]' >"$T/m.json"; code 2 render "$model" --messages "$T/m.json"
+printf '[]' >"$T/m.json"; code 2 render "$model" --messages "$T/m.json"; err_has 'none'; err_lines 1
+printf '[{"role":"user","content":"Hi"}]' >"$T/m.json"
+r="render --messages $T/m.json --template"
+code 0 $r apertus --date 2025-01-15 --think; out_has 'Current date: 2025-01-15<|system_end|>'; out_has 'Deliberation: enabled'
+code 0 $r apertus; out_has "Current date: $(date +%Y-%m-%d)<"; out_has 'Deliberation: disabled'
+code 0 $r llama3.1; out_has 'Today Date: 26 Jul 2024'
+code 0 $r llama3.1 --date 2025-01-05; out_has 'Today Date: 05 Jan 2025'
+code 0 $r afm; out_has '<|im_start|>assistant'
+code 2 $r apertus --date 15.1.2025; err_has 'YYYY-MM-DD'; err_lines 1
+code 2 $r afm --think; err_has 'afm'; err_lines 1
+printf '[{"type":"function","function":{"name":"lab","description":"A value.","parameters":{"properties":{"test":{"type":"string"}},"required":["test"]}}}]' >"$T/t.json"
+code 0 $r apertus --tools "$T/t.json"; out_has '^type lab = (_: {$'; out_has '^test: string$'
+code 2 $r afm --tools "$T/t.json"; err_has 'no place for tools'; err_lines 1; no_out
+printf '{}' >"$T/t.json"; code 2 $r apertus --tools "$T/t.json"; err_has 'tools'
+printf '[' >"$T/t.json"; code 3 $r apertus --tools "$T/t.json"; err_has 'tools: JSON'
+code 3 $r apertus --tools "$T/nothing.json"; err_has 'nothing.json'
+printf '[{"role":"user","content":"a"},{"role":"system","content":"b"}]' >"$T/late.json"
+code 2 render --messages "$T/late.json" --template apertus; err_has 'system'; err_lines 1; no_out
+code 0 render "$model" --messages "$T/m.json" --template alpaca --ids; cp "$T/out" "$T/ids"
+code 0 render "$model" --messages "$T/m.json" --template alpaca --ids --bos on
+check 'one id more with BOS' [ "$(wc -w <"$T/out")" = $(($(wc -w <"$T/ids") + 1)) ]
+code 0 render "$model" --messages "$T/m.json" --bos off
+check 'no BOS' [ "$(head -c 8 "$T/out")" = '<|start_' ]
+code 2 run "$model" -p x --tools "$T/t.json"; err_has 'no place for tools'
+code 2 run "$model" -p x --raw --tools "$T/t.json"; err_has 'raw'
 
 # ---- logits ----
 code 0 logits "$model" --ids '1 2 3 4 5 6 7 8 9' -o "$T/last.f32"; no_out; err_lines 0
@@ -469,6 +494,15 @@ check('proofs that are missing', rc == 3, out + err)
 def bad_proofs(h): h['proofs'] = {'tokens': [7], 'chats': [{}], 'logits': ['']}
 variant(bad_proofs, T + '/v.mdr'); rc, out, err = run('verify', T + '/v.mdr')
 check('proofs of another type', rc == 3, out + err)
+# a template that the exporter did not know
+def unknown(h): h['chat']['template'] = 'unknown'; h['proofs']['chats'] = []
+variant(unknown, T + '/v.mdr')
+for args in (['run', T + '/v.mdr', '-p', 'x'], [T + '/v.mdr', '-p', 'x']):
+    rc, out, err = run(*args)
+    check('an unknown template is refused', rc == 2 and b'--template' in err and err.count(b'\n') == 1, out + err)
+for args in (['run', '--raw', '-p', 'x', '-n', '2'], ['run', '--template', 'llama3', '-p', 'x', '-n', '2'], ['show'], ['verify'], ['tokenize', '-p', 'x']):
+    rc, out, err = run(args[0], T + '/v.mdr', *args[1:])
+    check('an unknown template does not matter to %s' % args, rc == 0, out + err)
 # what another implementation computed stands in a proof: its distance is said and decides nothing
 ids = json.loads(data[16:16 + n])['proofs']['logits'][0]['ids']
 run('logits', model, '--ids', ' '.join(map(str, ids)), '--strict', '-o', T + '/r.f32')

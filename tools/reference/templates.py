@@ -13,6 +13,9 @@
         Compares also the ids with those of HF_FOLDER's tokenizer. TOKENIZER.bin was made of it by
         medrun-export --tokenizer-only; it must have the template's control tokens.
 
+    templates.py --write tests/fixtures/chat.json TEMPLATE...
+        Writes what tests/11_chat.c expects: a part of those conversations, with the texts.
+
 Needs jinja2, and for --folder transformers.
 """
 import argparse
@@ -444,6 +447,19 @@ def differential(medrun, args, template, name, bos, opens):
     return failures
 
 
+def expectations(template, name, bos, opens):
+    """Half of the probes and some random conversations; an unconditional opening is asked for."""
+    chance = Chance(name)
+    cases = list(probes(name))[::2 if name in ("llama3", "llama3.1", "afm", "alpaca") else 4]
+    for one in cases + [chance.conversation(name) for _ in range(12)]:
+        if len(one["messages"]) > 12 or stricter(name, one):
+            continue
+        if opens:
+            one = {**one, "answer": True}
+        text = reference(template, one, bos)
+        yield {"template": name, **one, "expected": text}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -452,10 +468,11 @@ def main():
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--folder")
     parser.add_argument("--tokenizer")
+    parser.add_argument("--write")
     parser.add_argument("--as", dest="name", choices=NAMES, help="compare with this one only")
     parser.add_argument("templates", nargs="+")
     args = parser.parse_args()
-    medrun, failures = Medrun(args.medrun), 0
+    medrun, failures, written = Medrun(args.medrun), 0, []
     if args.name:
         NAMES[:] = [args.name]
     for path in args.templates:
@@ -471,9 +488,14 @@ def main():
                 failures += 1
             continue
         print(f'{path}: renders like {name}\n    {{"{fingerprint(text)}", "{name}"}},')
+        if args.write:
+            written += expectations(ENV.from_string(text), name, BOS.get(name, "<s>"), opens)
         if args.random:
             failures += differential(medrun, args, ENV.from_string(text), name,
                                      BOS.get(name, "<s>"), opens)
+    if args.write:
+        lines = ",\n".join(json.dumps(w, ensure_ascii=False) for w in written)
+        pathlib.Path(args.write).write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     sys.exit(1 if failures else 0)
 
 
