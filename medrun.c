@@ -1454,7 +1454,11 @@ ALWAYS_INLINE float load_float(const uint8_t *p) { return bits_float(load_word(p
 #define TILE_PANELS 1           /* what fits the registers                                       */
 #define TILE_TOKENS 8
 #define UNROLLED                /* a lane is a loop here: unrolling tiles would only be long     */
+#ifdef __clang__                /* which would write out all sixteen of every word               */
+#define EACH _Pragma("clang loop unroll(disable)") for (int i = 0; i < 16; i++)
+#else
 #define EACH for (int i = 0; i < 16; i++)
+#endif
 
 typedef struct { float v[16]; } vec;
 typedef struct { int32_t v[16]; } ivec;
@@ -1794,8 +1798,8 @@ static void pack(int kind, const float *x, size_t stride, size_t cols, size_t to
 }
 
 /* Columns [BEGIN, END) of NP panels times NT tokens of a packed tile of WIDE, added to what OUT has
- * unless BEGIN is 0. NP, NT and WIDE are constants after inlining, so that the sums are registers;
- * every sum is one chain in the order of K, whatever they are. */
+ * unless BEGIN is 0. NP and NT are constants after inlining, so that the sums are registers; every
+ * sum is one chain in the order of K, whatever they are. */
 ALWAYS_INLINE void tile_f32(const size_t np, const size_t nt, const size_t wide, const uint8_t *w,
                             size_t cols, size_t begin, size_t end, const uint8_t *x, float *out,
                             size_t stride) {
@@ -1881,36 +1885,34 @@ ALWAYS_INLINE void tile_int8(const size_t np, const size_t nt, const size_t wide
         vstore(out + i % nt * stride + 16 * (i / nt), vload(sum + 16 * i));
 }
 
-/* NP panels times the NT tokens of a packed tile, in tiles that fit the registers. */
-#define WHOLE_TILE(tile, np, nt)                                                                \
-    for (size_t u = 0; u < nt; u += nt < TILE_TOKENS ? nt : TILE_TOKENS)                        \
-        tile(np, nt < TILE_TOKENS ? nt : TILE_TOKENS, nt, wp, cols, k, to_k, xt + 4 * u,        \
-             to + u * stride, stride)
-
 /* SOME columns of a few panels stay in the second cache while all tokens pass. A single token takes
- * four panels at once, so that four chains of sums are in flight. */
+ * four panels at once, so that four chains of sums are in flight; what is left of the panels goes
+ * one by one. */
 #define MATMUL(name, tile, kind, type)                                                          \
     static void name(const uint8_t *w, size_t panels, size_t cols, const uint8_t *x,            \
                      size_t tokens, size_t some, float *out, size_t stride) {                   \
         size_t bytes = panel_bytes(type, cols), row = pack_bytes(kind, cols);                   \
-        for (size_t p = 0, np; p < panels; p += np) {                                           \
+        for (size_t p = 0, np; p < panels; p += np, w += np * bytes, out += 16 * np) {          \
             np = tokens == 1 ? 4 : TILE_PANELS;                                                 \
             if (np > panels - p) np = 1;                                                        \
-            for (size_t k = 0, to_k; k < cols; k = to_k) {                                      \
-                to_k = some < cols - k ? k + some : cols;                                       \
-                for (size_t t = 0, nt; t < tokens; t += nt) {                                   \
-                    const uint8_t *wp = w + p * bytes, *xt = x + t * row;                       \
-                    float *to = out + t * stride + 16 * p;                                      \
-                    nt = (size_t)tile_width(tokens - t);                                        \
-                    if (tokens == 1 && np > 1) WHOLE_TILE(tile, 4, 1);                          \
-                    else if (np > 1 && nt == 8) WHOLE_TILE(tile, TILE_PANELS, 8);               \
-                    else if (np > 1 && nt == 4) WHOLE_TILE(tile, TILE_PANELS, 4);               \
-                    else if (np > 1 && nt == 2) WHOLE_TILE(tile, TILE_PANELS, 2);               \
-                    else if (np > 1) WHOLE_TILE(tile, TILE_PANELS, 1);                          \
-                    else if (nt == 8) WHOLE_TILE(tile, 1, 8);                                   \
-                    else if (nt == 4) WHOLE_TILE(tile, 1, 4);                                   \
-                    else if (nt == 2) WHOLE_TILE(tile, 1, 2);                                   \
-                    else WHOLE_TILE(tile, 1, 1);                                                \
+            for (size_t k = 0, end; k < cols; k = end) {                                        \
+                end = some < cols - k ? k + some : cols;                                        \
+                for (size_t t = 0, wide; t < tokens; t += wide) {                               \
+                    wide = (size_t)tile_width(tokens - t);                                      \
+                    for (size_t u = 0, nt; u < wide; u += nt) {                                 \
+                        const uint8_t *xt = x + t * row + 4 * u;                                \
+                        float *to = out + (t + u) * stride;                                     \
+                        nt = np < TILE_PANELS ? 1 : wide < TILE_TOKENS ? wide : TILE_TOKENS;    \
+                        if (nt == TILE_TOKENS)                                                  \
+                            tile(TILE_PANELS, TILE_TOKENS, wide, w, cols, k, end, xt, to,       \
+                                 stride);                                                       \
+                        else if (nt == 4) tile(TILE_PANELS, 4, wide, w, cols, k, end, xt, to,   \
+                                               stride);                                         \
+                        else if (nt == 2) tile(TILE_PANELS, 2, wide, w, cols, k, end, xt, to,   \
+                                               stride);                                         \
+                        else if (np == 4) tile(4, 1, wide, w, cols, k, end, xt, to, stride);    \
+                        else tile(1, 1, wide, w, cols, k, end, xt, to, stride);                 \
+                    }                                                                           \
                 }                                                                               \
             }                                                                                   \
         }                                                                                       \
