@@ -20,7 +20,7 @@
  *      6 Kernels       the words for each instruction set, the sentences once
  *      7 Tensor        packing activations, matmul on all threads
  *      9 Model file    the container: parse and check everything before anything is used
- *     10 Tokenizer     byte-level BPE, the pre-tokenizer's pattern, Unicode classes
+ *     10 Tokenizer     byte-level and SentencePiece BPE, the patterns, Unicode classes
  *     11 Chat          templates as tables
  *     12 Model         config, rotary frequencies, binding tensors by name
  *     13 Transformer   norm, rope, attention, feed-forward, forward    <- the reason to read
@@ -136,6 +136,7 @@ enum {
 
 /* Text -> ids, as the model's reference tokenizer does it. Writes at most CAP ids, sets *N to the
  * number there are (call with cap 0 to learn it). Invalid UTF-8 is kept byte for byte.
+ * SentencePiece takes U+2581 for a space.
  * Errors: MEDRUN_NO_MEMORY. */
 int medrun_tokenize(const medrun_model *model, const char *text, size_t n_bytes, int flags,
                     int32_t *ids, size_t cap, size_t *n, medrun_error *error);
@@ -232,9 +233,10 @@ const float *medrun_logits(const medrun_session *session, size_t row);
 int medrun_sample(medrun_session *session, int32_t *id, medrun_error *error);
 
 /* The loop most callers want: processes all that is pending, samples, feeds the id. *TEXT gets the
- * bytes this id completes (never half a UTF-8 character; owned by the session, valid until the
- * next call), *N_BYTES their number. *ID is a stop id at the end of the answer, which is fed too so
- * that the next turn follows it; the context being full gives MEDRUN_TOO_LONG. */
+ * bytes this id completes (never half a UTF-8 character, nor the space that SentencePiece puts
+ * before an answer's first word; owned by the session, valid until the next call), *N_BYTES their
+ * number. *ID is a stop id at the end of the answer, which is fed too so that the next turn follows
+ * it; the context being full gives MEDRUN_TOO_LONG. */
 int medrun_next(medrun_session *session, int32_t *id, const char **text, size_t *n_bytes,
                 medrun_error *error);
 
@@ -1374,6 +1376,9 @@ typedef struct {
     void (*add)(float *x, const float *y, size_t n);            /* x += y                       */
     void (*attend)(const attention *a);
     void (*to_half)(uint16_t *out, const float *x, size_t n);   /* f16, clamped to +-65504      */
+    /* ROUNDS rounds of nothing but the products of packing KIND, in registers; *SINK gets their
+     * sum, so that they are made. Returns the multiplications and additions of a round. */
+    size_t (*peak)(int kind, size_t rounds, float *sink);
 } kernel_set;
 
 #define KERNEL_JOIN2(name, suffix) name##_##suffix
@@ -1431,6 +1436,7 @@ typedef struct {
 #define attend_tile K(attend_tile)
 #define attend K(attend)
 #define to_half K(to_half)
+#define peak K(peak)
 #define kernel_row K(kernel_row)
 
 ALWAYS_INLINE uint32_t load_word(const uint8_t *p) {
@@ -2075,6 +2081,32 @@ static void attend(const attention *a) {
 #endif
 }
 
+/* As many chains as a tile has; the factor changes, lest the compiler find a shorter way. */
+static size_t peak(int kind, size_t rounds, float *sink) {
+    enum { CHAINS = TILE_PANELS * TILE_TOKENS };
+    uint8_t bytes[STEP_BYTES] = {1, 2, 3};
+    wvec w = wload(bytes);
+    ivec dot[CHAINS];
+    vec sum[CHAINS], total = vsplat(0);
+    for (size_t i = 0; i < CHAINS; i++) dot[i] = isplat((int32_t)i), sum[i] = vsplat((float)i);
+    for (size_t n = 0; n < rounds; n++) {
+        uint32_t word = load_word(bytes + n % 8 * 4);
+        float factor = (float)(n % 8);
+        if (kind == PACK_INT8)
+            UNROLLED for (size_t i = 0; i < CHAINS; i++) dot[i] = idot4(dot[i], w, word);
+#if MEDRUN_PASS == 4
+        else if (kind == PACK_BF16)
+            UNROLLED for (size_t i = 0; i < CHAINS; i++) sum[i] = vdot2(sum[i], w, word);
+#endif
+        else
+            UNROLLED for (size_t i = 0; i < CHAINS; i++)
+                sum[i] = vfma(sum[i], vsplat(factor), sum[i]);
+    }
+    for (size_t i = 0; i < CHAINS; i++) total = vadd(total, vadd(vfloat(dot[i]), sum[i]));
+    *sink += vsum(total);
+    return CHAINS * LANES * (kind == PACK_INT8 ? 8 : kind == PACK_BF16 ? 4 : 2);
+}
+
 #define TEXT2(x) #x
 #define TEXT(x) TEXT2(x)
 static const kernel_set kernel_row = {
@@ -2084,7 +2116,7 @@ static const kernel_set kernel_row = {
 #else
     {matmul_f32, NULL, matmul_int8},
 #endif
-    norm, silu_mul, relu2, xielu, add, attend, to_half,
+    norm, silu_mul, relu2, xielu, add, attend, to_half, peak,
 };
 #undef TEXT
 #undef TEXT2
@@ -2146,6 +2178,7 @@ static const kernel_set kernel_row = {
 #undef add
 #undef attend
 #undef to_half
+#undef peak
 
 /* The kernel sets this machine can run, best first; at most N_KERNEL_SETS, returns how many. */
 enum { N_KERNEL_SETS = 4 };
@@ -3506,7 +3539,8 @@ static int tokenizer_encode(const tokenizer *t, const char *text, size_t n, int 
 }
 
 /* The bytes that ID adds to a text; control tokens add none unless SPECIAL. Where *FIRST, nothing
- * is before them, and the space that encoding puts there goes; SentencePiece knows U+2581 by it. */
+ * is before them, and the space that encoding puts there goes. (SentencePiece itself means U+2581
+ * by that, not the byte; tokenizers means either.) */
 static const char *tokenizer_text(const tokenizer *t, int32_t id, bool special, bool *first,
                                   size_t *n) {
     const char *text = tokenizer_piece(t, id, n);
@@ -5871,7 +5905,8 @@ int medrun_sample(medrun_session *s, int32_t *id, medrun_error *e) {
 int medrun_next(medrun_session *s, int32_t *id, const char **text, size_t *n_bytes,
                 medrun_error *e) {
     const medrun_model *m = s->model;
-    size_t unfinished = utf8_unfinished((const uint8_t *)s->text, s->n_text), n = 0;
+    size_t left = s->starting ? 0 : s->n_text, n = 0;           /* of this answer                */
+    size_t unfinished = utf8_unfinished((const uint8_t *)s->text, left);
     memmove(s->text, s->text + s->n_text - unfinished, unfinished);
     s->n_text = unfinished, *text = s->text, *n_bytes = 0;
     int code = MEDRUN_OK;
@@ -6061,18 +6096,18 @@ int medrun_restore(medrun_session *s, const char *path, medrun_error *e) {
 
 /* ---- options ------------------------------------------------------------------------------- */
 
-enum { CHAT, RUN, SHOW, VERIFY, TOKENIZE, DETOKENIZE, RENDER, LOGITS, REPLAY, DOCTOR, HELP,
-       N_COMMANDS };
+enum { CHAT, RUN, SHOW, VERIFY, TOKENIZE, DETOKENIZE, RENDER, LOGITS, REPLAY, BENCH, DOCTOR,
+       HELP, N_COMMANDS };
 
 static const char *const command_names[N_COMMANDS] = {
     "chat", "run", "show", "verify", "tokenize", "detokenize", "render", "logits", "replay",
-    "doctor", "help"};
+    "bench", "doctor", "help"};
 
 #define ON(command) (1u << (command))
 #define ON_ANSWER (ON(CHAT) | ON(RUN))
-#define ON_MODEL (ON_ANSWER | ON(SHOW) | ON(VERIFY) | ON(LOGITS) | ON(REPLAY))
+#define ON_MODEL (ON_ANSWER | ON(SHOW) | ON(VERIFY) | ON(LOGITS) | ON(REPLAY) | ON(BENCH))
 #define ON_FILE (ON(TOKENIZE) | ON(DETOKENIZE) | ON(RENDER))
-#define ON_SESSION (ON_ANSWER | ON(LOGITS))
+#define ON_SESSION (ON_ANSWER | ON(LOGITS) | ON(BENCH))
 #define ON_TEXT (ON_ANSWER | ON(TOKENIZE))
 #define MAX_SEED 9007199254740991       /* 2^53 - 1: a double, and so JSON, can hold it           */
 
@@ -6092,7 +6127,7 @@ enum { O_MODEL, O_PROMPT, O_FILE, O_SYSTEM, O_PREDICT, O_CTX, O_THREADS, O_BATCH
        O_TOP_K, O_TOP_P, O_MIN_P, O_REPEAT, O_TEMPLATE, O_STOP, O_KV, O_OVERFLOW, O_RAW, O_MLOCK,
        O_STRICT, O_RECORD, O_STATS, O_VERBOSE, O_QUIET, O_BOS, O_SPECIAL, O_PIECES, O_MESSAGES,
        O_RENDER_IDS, O_NO_OPENING, O_DATE, O_THINK, O_TOOLS, O_CHAT_BOS, O_IDS, O_ALL, O_OUT,
-       O_HELP, O_VERSION, N_OPTIONS };
+       O_BENCH_PROMPT, O_BENCH_PREDICT, O_REPETITIONS, O_FORMAT, O_HELP, O_VERSION, N_OPTIONS };
 
 static const option_row option_rows[N_OPTIONS] = {
     [O_MODEL] = {"model", "m", "FILE", TEXT, ON_MODEL | ON_FILE, 0, 0, NULL,
@@ -6168,6 +6203,12 @@ static const option_row option_rows[N_OPTIONS] = {
                "after each token, not only after the last"},
     [O_OUT] = {"out", "o", "OUT.f32", TEXT, ON(LOGITS), 0, 0, NULL,
                "little-endian float32, vocab_size a row"},
+    [O_BENCH_PROMPT] = {"prompt", "p", "N", WHOLE, ON(BENCH), 1, 1 << 20, "512",
+                        "tokens of the prompt"},
+    [O_BENCH_PREDICT] = {"predict", "n", "N", WHOLE, ON(BENCH), 1, 1 << 20, "128",
+                         "tokens to generate, one after the other"},
+    [O_REPETITIONS] = {"repetitions", "r", "N", WHOLE, ON(BENCH), 1, 1000, "5", "of both"},
+    [O_FORMAT] = {"output", "o", "md|json", CHOICE, ON(BENCH), 0, 0, "md", "a table, or one line"},
     [O_HELP] = {"help", "h", NULL, FLAG, ~0u, 0, 0, NULL, "print this"},
     [O_VERSION] = {"version", NULL, NULL, FLAG, ~0u, 0, 0, NULL, "print the version"},
 };
@@ -6665,16 +6706,25 @@ static int print_held(command *c, answer *a, bool over) {
     return flush_stdout(c);
 }
 
-/* Works through what is pending, a batch at a time so that Ctrl-C is heard. */
+/* Works through what is pending, a batch at a time so that Ctrl-C is heard. What takes over two
+ * seconds shows how far it is: on a terminal all the time, in a log every ten seconds. */
 static int process_prompt(command *c) {
-    size_t n = medrun_pending(c->s);
-    bool show = n > (size_t)c->s->options.batch && isatty(STDERR_FILENO) && !flag(c, O_QUIET);
+    size_t n = medrun_pending(c->s), left;
+    bool terminal = isatty(STDERR_FILENO), drawn = false;
+    double start = seconds(), next = start + (terminal ? 2 : 10);
     int code = MEDRUN_OK;
-    while (!code && medrun_pending(c->s)) {
-        if (show) fprintf(stderr, "\rprompt: %zu of %zu tokens ", n - medrun_pending(c->s), n);
+    while (!code && (left = medrun_pending(c->s))) {
+        double now = seconds(), rate = (double)(n - left) / (now - start + 1e-9);
+        if (now >= next && !flag(c, O_QUIET)) {
+            int wait = rate > 0 ? (int)((double)left / rate) : 0;
+            fprintf(stderr, "%sprompt: %zu of %zu tokens, %.1f tokens/s, %d:%02d left %s",
+                    terminal ? "\r" : "", n - left, n, rate, wait / 60, wait % 60,
+                    terminal ? "" : "\n");
+            drawn = terminal, next = now + (terminal ? 0.2 : 10);
+        }
         code = interrupted ? MEDRUN_INTERRUPTED : medrun_step(&c->s, 1, &c->e);
     }
-    if (show) fprintf(stderr, "\r%50s\r", "");
+    if (drawn) fprintf(stderr, "\r%60s\r", "");
     return code;
 }
 
@@ -7864,6 +7914,149 @@ static int logits_command(command *c) {
     return code ? code : c->e.code;
 }
 
+/* ---- bench --------------------------------------------------------------------------------- */
+
+enum { READ_CHUNK = 1 << 20 };
+
+/* What all threads measure together; SINK keeps results alive. */
+typedef struct {
+    const medrun_model *m;
+    const uint8_t *data;
+    size_t n;
+    int kind;
+    size_t rounds;
+    atomic_size_t operations;
+    atomic_uint_fast64_t sink;
+} ceiling;
+
+static void read_task(void *context, size_t begin, size_t end, int thread) {
+    (void)thread;
+    ceiling *c = context;
+    uint64_t sums[8] = {0}, words[8];
+    const uint8_t *last = c->data + (end * READ_CHUNK < c->n ? end * READ_CHUNK : c->n) - 64;
+    for (const uint8_t *p = c->data + begin * READ_CHUNK; p <= last; p += 64) {
+        memcpy(words, p, 64);
+        for (int i = 0; i < 8; i++) sums[i] ^= words[i];
+    }
+    for (int i = 0; i < 8; i++) atomic_fetch_add(&c->sink, sums[i]);
+}
+
+static void peak_task(void *context, size_t begin, size_t end, int thread) {
+    (void)begin, (void)end, (void)thread;
+    ceiling *c = context;
+    float sum = 0;
+    atomic_fetch_add(&c->operations, c->m->kernels->peak(c->kind, c->rounds, &sum) * c->rounds);
+    atomic_fetch_add(&c->sink, float_bits(sum));
+}
+
+/* GB/s of reading all weights once. */
+static double read_rate(ceiling *c) {
+    double start = seconds();
+    parallel_for(c->m->pool, (c->n + READ_CHUNK - 1) / READ_CHUNK, 4, read_task, c);
+    return (double)c->n / 1e9 / (seconds() - start);
+}
+
+/* Operations a nanosecond of the instruction that does a prompt's products, on all threads. */
+static double peak_rate(ceiling *c) {
+    double passed = 0;
+    for (c->rounds = c->rounds ? c->rounds : 1 << 10; passed < 0.02; c->rounds *= 2) {
+        double start = seconds();
+        atomic_store(&c->operations, 0);
+        parallel_for(c->m->pool, (size_t)c->m->pool->threads, 1, peak_task, c);
+        passed = seconds() - start;
+    }
+    c->rounds /= 2;
+    return (double)atomic_load(&c->operations) / 1e9 / passed;
+}
+
+/* Feeds N tokens, EACH at a time; the seconds that they take, or a negative number. */
+static double time_tokens(command *c, int n, int each) {
+    int32_t id = 1;
+    double start = seconds();
+    for (int i = 0; i < n; i += each) {
+        for (int k = 0; k < each; k++, id = (id * 31 + 7) % c->m->config.vocab_size)
+            if (medrun_feed(c->s, &id, 1, &c->e)) return -1;
+        while (medrun_pending(c->s)) if (medrun_step(&c->s, 1, &c->e)) return -1;
+    }
+    return seconds() - start;
+}
+
+typedef struct {
+    const char *name;
+    int n;                                      /* tokens                                       */
+    double operations, bytes;                   /* of a token                                   */
+    double sum, squares, ceiling;
+} bench_row;
+
+static void print_bench(command *c, const bench_row *row, int repeats) {
+    const medrun_model *m = c->m;
+    const char *kv = whole(c, O_KV) || flag(c, O_STRICT) ? "f32" : "f16";
+    double mean[2], sd[2], rate[2];
+    for (int i = 0; i < 2; i++) {
+        mean[i] = row[i].sum / repeats;
+        double variance = row[i].squares / repeats - mean[i] * mean[i];
+        sd[i] = variance > 0 ? sqrt(variance) : 0;
+        rate[i] = mean[i] * (i ? row[i].bytes : row[i].operations) / 1e9;
+    }
+    if (whole(c, O_FORMAT)) {
+        buffer b = {0};
+        json_quote(&b, m->name, strlen(m->name));
+        printf("{\"model\":%s,\"type\":\"%s\",\"kernels\":\"%s\",\"threads\":%d,\"kv\":\"%s\","
+               "\"read_gbps\":%.2f,\"dot_gops\":%.1f,\"pp\":{\"n\":%d,\"tps\":%.3f,\"sd\":%.3f,"
+               "\"gops\":%.1f,\"peak_share\":%.4f},\"tg\":{\"n\":%d,\"tps\":%.3f,\"sd\":%.3f,"
+               "\"gbps\":%.2f,\"read_share\":%.4f}}\n", b.data ? (const char *)b.data : "\"\"",
+               type_names[m->type], m->kernels->name, m->pool->threads, kv, row[1].ceiling,
+               row[0].ceiling, row[0].n, mean[0], sd[0], rate[0], rate[0] / row[0].ceiling,
+               row[1].n, mean[1], sd[1], rate[1], rate[1] / row[1].ceiling);
+        buffer_free(&b);
+        return;
+    }
+    printf("%s, %s, %s kernels, %d threads, kv %s%s\n\n| test | tokens/s | rate | this machine's "
+           "ceiling | share |\n|---|---|---|---|---|\n", m->name, type_names[m->type],
+           m->kernels->name, m->pool->threads, kv, flag(c, O_STRICT) ? ", strict" : "");
+    for (int i = 0; i < 2; i++)
+        printf("| %s%d | %.2f \302\261 %.2f | %.1f %s | %.1f %s | %.0f %% |\n", row[i].name,
+               row[i].n, mean[i], sd[i], rate[i], i ? "GB/s" : "GOPS", row[i].ceiling,
+               i ? "GB/s read" : "GOPS", 100 * rate[i] / row[i].ceiling);
+}
+
+/* Prompt and generation by turns with the machine's two ceilings, measured beside them. A prompt
+ * token costs two operations a weight; a generated one reads each weight but the embedding once. */
+static int bench_command(command *c) {
+    int code = open_model(c), repeats = whole(c, O_REPETITIONS);
+    if (code) return code;
+    const medrun_model *m = c->m;
+    const model_config *k = &m->config;
+    bench_row row[2] = {{.name = "pp", .n = whole(c, O_BENCH_PROMPT)},
+                        {.name = "tg", .n = whole(c, O_BENCH_PREDICT)}};
+    int longest = row[0].n > row[1].n ? row[0].n : row[1].n;
+    if (longest > k->max_positions)
+        return fail(&c->e, MEDRUN_TOO_LONG, "bench: %d tokens > context %d, the model's", longest,
+                    k->max_positions);
+    medrun_session_options o = session_options(c, longest);
+    if ((code = medrun_start(&c->s, m, &o, NULL, 0, &c->e))) return code;
+    engine g = {m->pool, m->kernels, flag(c, O_STRICT), 0};
+    ceiling top = {.m = m, .data = m->embed.data, .kind = pack_kind(&g, m->type),
+                   .n = (size_t)(m->file.map.data + m->file.map.n - m->embed.data)};
+    uint64_t embed = (uint64_t)k->vocab_size * (uint64_t)k->hidden_size;
+    uint64_t inner = m->parameters - embed * (k->tied ? 1 : 2);
+    row[0].operations = 2 * ((double)inner + (double)embed / row[0].n);
+    row[1].bytes = (double)m->weight_bytes - (k->tied ? 0 : (double)tensor_bytes(m->type,
+                   (size_t)k->vocab_size, (size_t)k->hidden_size));
+    for (int r = -1; r < repeats; r++)                  /* the first warms up                    */
+        for (int i = 0; i < 2; i++) {
+            double rate = i ? read_rate(&top) : peak_rate(&top);
+            if (rate > row[i].ceiling) row[i].ceiling = rate;
+            medrun_rewind(c->s, 0, NULL);
+            double passed = time_tokens(c, row[i].n, i ? 1 : row[i].n);
+            if (passed < 0) return c->e.code;
+            if (r >= 0) row[i].sum += row[i].n / passed;
+            if (r >= 0) row[i].squares += row[i].n / passed * (row[i].n / passed);
+        }
+    print_bench(c, row, repeats);
+    return MEDRUN_OK;
+}
+
 /* ---- doctor -------------------------------------------------------------------------------- */
 
 enum { CHECK_PANELS = 3, CHECK_COLS = 192, CHECK_TOKENS = 11 };
@@ -7936,6 +8129,8 @@ static const command_row command_rows[N_COMMANDS] = {
                 render_command, 1},
     [LOGITS] = {"MODEL.mdr --ids \"1 2 3\" -o OUT.f32", "what the model computes, as numbers",
                 logits_command, 1},
+    [BENCH] = {"MODEL.mdr", "speed of a prompt and of generation, beside what this machine can do",
+               bench_command, 1},
     [REPLAY] = {"RUN.json", "repeats what run --record wrote; exit 4 at the first difference",
                 replay_command, 1},
     [DOCTOR] = {"", "what this machine has, and whether its kernels agree", doctor_command, 0},

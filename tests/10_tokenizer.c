@@ -1,6 +1,6 @@
 /* Tests of section 10: the file, the pattern, byte-pair encoding, added tokens. The fixture's
  * vectors were made by Hugging Face tokenizers (tools/reference/tokenizer_vectors.py). With
- * MEDRUN_TEST_DATA, and what `make` exports from it in MEDRUN_TEST_BUILD, also real vocabularies. */
+ * MEDRUN_TEST_DATA, and what `make` exports from it to MEDRUN_TEST_BUILD, real vocabularies. */
 #define MEDRUN_NO_MAIN
 #define MEDRUN_ALLOC limited_realloc
 #include <stddef.h>

@@ -254,6 +254,10 @@ for percent in 20 30 40 50 60 70 80; do
 done
 check 'a changed weight is found' [ -n "$tensor" ]
 code 0 doctor; out_has 'kernels'; out_has 'as scalar'
+code 0 bench "$model" -p 32 -n 4 -r 2; out_has '| pp32 |'; out_has '| tg4 |'; out_has 'GB/s'
+code 0 bench "$model" -p 16 -n 3 -r 1 -o json; out_has '"pp":{"n":16,"tps":'; out_has '"tg":{"n":3,'
+code 2 bench "$model" -p 0; code 2 bench "$model" -o xml
+code 5 bench "$model" -p 1000000
 
 # ---- record, replay ----
 code 0 run "$model" -p hello -n 20 --temp 9 -s 11 --top-p .95 --record "$T/r.json" -q; cp "$T/out" "$T/wanted"

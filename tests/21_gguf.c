@@ -159,14 +159,14 @@ static medrun_error last;
 static char notes[4096], answer[4096];
 static const chat_template *last_chat;
 static model_config last_config;
+static int last_stops[MEDRUN_MAX_STOPS];
 
-/* Reads the file as the exporter does before it writes; with --dry-run's text if it is good. */
+/* Reads the file as the exporter does before it writes. Without OPTIONS: --template none. */
 static int attempt(const char *path, const export_options *options) {
     static exporter x;
-    x = (exporter){.fd = -1};
+    x = (exporter){.fd = -1, .options.template_name = "none"};
     last = (medrun_error){0};
     if (options) x.options = *options;
-    else x.options.template_name = "none";              /* no notes about templates              */
     x.options.source = path, x.options.out = out_path, x.options.dry_run = true;
     pthread_mutex_init(&x.lock, NULL);
     if (!check_options(&x, &last)) {
@@ -178,6 +178,7 @@ static int attempt(const char *path, const export_options *options) {
     snprintf(notes, sizeof notes, "%s", x.source.notes.n ? (char *)x.source.notes.data : "");
     snprintf(answer, sizeof answer, "%s|%s|%s", x.name, x.precision, x.source.licence);
     last_config = x.source.config, last_chat = x.source.chat;
+    memcpy(last_stops, x.source.stops, sizeof last_stops);
     close_exporter(&x);
     return last.code;
 }
@@ -469,7 +470,7 @@ static void test_fixtures(void) {
         snprintf(name, sizeof name, "gguf/%s-bf16.gguf", names[i]);
         compare_routes(path_of(fixtures, name), path_of(fixtures, names[i]), i == 3);
     }
-    export_options o = {.yarn_factor = "16"};
+    export_options o = {.yarn_factor = "16", .template_name = "none"};
     CHECK_EQ(attempt(path_of(fixtures, "gguf/arcee-yarn-q8_0.gguf"), &o), 0);
     CHECK(strstr(notes, "factor 16 is used, as --yarn-factor") && strstr(notes, "the 20 of the m"));
     CHECK(strstr(notes, "come from Q8_0 (14 tensors): int8 re-encodes"));
@@ -909,7 +910,7 @@ static void test_window(void) {
     buffer b = {0};
     make_small(&b, &(change){.extra = "llama.attention.sliding_window", .extra_value = "u32 20"});
     CHECK(!attempt_bytes(&b) && last_config.sliding_window == 20 && !notes[0]);
-    export_options o = {.window = "7"};
+    export_options o = {.window = "7", .template_name = "none"};
     CHECK(!attempt(model_path, &o) && last_config.sliding_window == 7);
     o.window = "0";
     CHECK(!attempt(model_path, &o) && last_config.sliding_window == 0);
@@ -918,7 +919,7 @@ static void test_window(void) {
     make_small(&b, &(change){.key = "llama.context_length", .value = "u32 32768"});
     CHECK(!attempt_bytes(&b) && !notes[0]);             /* not with this kind of tokenizer       */
     read_file(path_of(fixtures, "gguf/mistral-spm-bf16.gguf"), &b);
-    o.window = NULL, o.template_name = "none";
+    o.window = NULL;
     spoil(&b, "llama.context_length", 4, 32768);
     spoil(&b, "llama.rope.freq_base", 4, float_bits(10000));
     write_file(model_path, b.data, b.n);
@@ -979,22 +980,34 @@ static void test_xielu(void) {
                                         "xielu.eps"};
     buffer b = {0};
     read_file(path_of(fixtures, "gguf/apertus-plain-bf16.gguf"), &b);
-    export_options o = {.template_name = "none"};
     for (size_t i = 0; i < 4; i++) {
         uint8_t *end = memmem(b.data, b.n, names[i], strlen(names[i]));
         must(end != NULL, names[i]);
         end += strlen(names[i]) - 1;
         *end ^= 1;                                      /* another key                           */
         write_file(model_path, b.data, b.n);
-        CHECK(attempt(model_path, &o) == 3 && strstr(last.text, names[i]));
+        CHECK(attempt(model_path, NULL) == 3 && strstr(last.text, names[i]));
         *end ^= 1;
         spoil(&b, names[i], 4, GGUF_I32);               /* of the right size, but no f32         */
         write_file(model_path, b.data, b.n);
-        CHECK(attempt(model_path, &o) == 3 && strstr(last.text, "an f32 for each layer"));
+        CHECK(attempt(model_path, NULL) == 3 && strstr(last.text, "an f32 for each layer"));
         spoil(&b, names[i], 4, GGUF_F32);
     }
-    write_file(model_path, b.data, b.n);
-    CHECK_EQ(attempt(model_path, &o), 0);
+    CHECK_EQ(attempt_bytes(&b), 0);
+    buffer_free(&b);
+}
+
+/* The template is recognised as in a folder; eos, eot and eom end an answer. */
+static void test_chat(void) {
+    buffer b = {0};
+    const export_options none = {0};
+    CHECK_EQ(attempt(path_of(fixtures, "gguf/llama-small-bf16.gguf"), &none), 0);
+    CHECK(strstr(notes, "with template llama3") && last_stops[0] == 271);
+    make_small(&b, &(change){.extra = "tokenizer.ggml.eot_token_id", .extra_value = "u32 7"});
+    CHECK(!attempt_bytes(&b) && last_stops[0] == 256 && last_stops[1] == 7 && !last_stops[2]);
+    CHECK(!attempt(model_path, &none) && strstr(notes, "there is no chat template"));
+    make_small(&b, &(change){.extra = "tokenizer.chat_template", .extra_value = "str {{ x }}"});
+    CHECK(!attempt_bytes(&b) && !attempt(model_path, &none) && strstr(notes, "none that medrun"));
     buffer_free(&b);
 }
 
@@ -1148,6 +1161,7 @@ int main(void) {
     test_template();
     test_yarn();
     test_xielu();
+    test_chat();
     test_real();
     test_allocations();
     static const char *const left[] = {"model.gguf", "x.mdr", "other.mdr", "stderr"};

@@ -12,7 +12,7 @@
  *
  *  1 Files         a folder's files, JSON without doubts
  *  2 Config        config.json and generation_config.json
- *  3 Tokenizer     tokenizer.json -> tokenizer.bin
+ *  3 Tokenizer     tokenizer.json, tokenizer.model or tables -> tokenizer.bin
  *  4 Chat          template, stop ids, licence
  *  5 Safetensors   a strict parser
  *  6 GGUF          the other kind of source, and how its blocks are decoded
@@ -2070,7 +2070,7 @@ typedef struct {
 #define AT(field) offsetof(export_options, field)
 static const export_option option_table[] = {
     {"--type", "TYPE", AT(type), "int8 (default) or bf16"},
-    {"--template", "NAME", AT(template_name), "one of " CHAT_NAMES " (default: recognised)"},
+    {"--template", "NAME", AT(template_name), "the chat template (default: recognised)"},
     {"--name", "TEXT", AT(name), "the checkpoint's name (default: the folder's)"},
     {"--proof", "FILE", AT(proof), "JSON with more proofs: tokens, chats, logits"},
     {"--threads", "N", AT(threads), "threads (default: all processors)"},
@@ -2093,7 +2093,8 @@ static void print_export_help(void) {
     for (size_t i = 0; i < N_EXPORT_OPTIONS; i++)
         printf("  %-18s%-6s%s\n", option_table[i].name,
                option_table[i].value ? option_table[i].value : "", option_table[i].help);
-    printf("\nMEDRUN_TYPE, MEDRUN_TEMPLATE and so on set an option that is not given.\n"
+    printf("\nTemplates: " CHAT_NAMES ".\n");
+    printf("MEDRUN_TYPE, MEDRUN_TEMPLATE and so on set an option that is not given.\n"
            "Exit codes: 0 ok, 1 failed while running, 2 usage, 3 file missing, unsupported or\n"
            "malformed, 4 a given proof differs, 6 out of memory, 130 interrupted.\n");
 }
