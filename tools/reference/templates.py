@@ -434,7 +434,7 @@ def differential(medrun, args, template, name, bos, opens):
         wrong = compare(medrun, template, name, one, bos, opens)
         text = reference(template, {**one, "answer": True} if opens else one, bos)
         refused += text is None
-        if not wrong and tokenizer and text is not None and \
+        if not wrong and tokenizer and text is not None and not stricter(name, one) and \
                 plain(one, tokenizer.added_tokens_encoder):
             ids += 1
             wrong = compare_ids(medrun, args, name, {**one, "answer": True} if opens else one,
