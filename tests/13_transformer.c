@@ -203,8 +203,22 @@ static void digest(const medrun_model *m, const int32_t *ids, size_t n, int chun
     sha256_done(&sum, out);
 }
 
-/* All threads and chunks for one model of each architecture, a few for the others. */
+#if defined __has_feature
+#if __has_feature(address_sanitizer)
+#define SANITIZED true
+#endif
+#endif
+#if defined __SANITIZE_ADDRESS__ && !defined SANITIZED
+#define SANITIZED true
+#endif
+#ifndef SANITIZED
+#define SANITIZED false
+#endif
+
+/* All threads and chunks for one model of each architecture, a few for the others and where a
+ * sanitizer makes each take ten times as long. */
 static bool thorough(const char *folder) {
+    if (SANITIZED) return false;
     return !strcmp(folder, "llama-grouped") || !strcmp(folder, "mistral-window") ||
            !strcmp(folder, "arcee-yarn") || !strcmp(folder, "apertus-plain");
 }
