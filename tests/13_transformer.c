@@ -273,7 +273,7 @@ static void test_company(void) {
             for (int i = 0; i < 5; i++)
                 while (medrun_pending(together[i])) CHECK(!medrun_step(together, 5, &e));
             for (int i = 0; i < 5; i++) {
-                int32_t a, b;
+                int32_t a = -1, b = -2;
                 CHECK(!memcmp(medrun_logits(together[i], 0), medrun_logits(alone[i], 0),
                               vocab * sizeof(float)));
                 CHECK(!medrun_sample(together[i], &a, &e) && !medrun_sample(alone[i], &b, &e));
