@@ -1379,6 +1379,7 @@ typedef struct {
     /* ROUNDS rounds of nothing but the products of packing KIND, in registers; *SINK gets their
      * sum, so that they are made. Returns the multiplications and additions of a round. */
     size_t (*peak)(int kind, size_t rounds, float *sink);
+    float (*read_all)(const uint8_t *p, size_t n);              /* reads N bytes, for the same  */
 } kernel_set;
 
 #define KERNEL_JOIN2(name, suffix) name##_##suffix
@@ -1437,6 +1438,7 @@ typedef struct {
 #define attend K(attend)
 #define to_half K(to_half)
 #define peak K(peak)
+#define read_all K(read_all)
 #define kernel_row K(kernel_row)
 
 ALWAYS_INLINE uint32_t load_word(const uint8_t *p) {
@@ -2090,23 +2092,35 @@ static size_t peak(int kind, size_t rounds, float *sink) {
     wvec w = wload(bytes);
     ivec dot[CHAINS];
     vec sum[CHAINS], total = vsplat(0);
-    for (size_t i = 0; i < CHAINS; i++) dot[i] = isplat((int32_t)i), sum[i] = vsplat((float)i);
-    for (size_t n = 0; n < rounds; n++) {
-        uint32_t word = load_word(bytes + n % 8 * 4);
-        float factor = (float)(n % 8);
-        if (kind == PACK_INT8)
-            UNROLLED for (size_t i = 0; i < CHAINS; i++) dot[i] = idot4(dot[i], w, word);
+    UNROLLED for (size_t i = 0; i < CHAINS; i++)
+        dot[i] = isplat((int32_t)i), sum[i] = vsplat((float)i);
+    for (size_t n = 0; kind == PACK_INT8 && n < rounds; n++)
+        UNROLLED for (size_t i = 0; i < CHAINS; i++)
+            dot[i] = idot4(dot[i], w, load_word(bytes + n % 8 * 4));
 #if MEDRUN_PASS == 4
-        else if (kind == PACK_BF16)
-            UNROLLED for (size_t i = 0; i < CHAINS; i++) sum[i] = vdot2(sum[i], w, word);
+    for (size_t n = 0; kind == PACK_BF16 && n < rounds; n++)
+        UNROLLED for (size_t i = 0; i < CHAINS; i++)
+            sum[i] = vdot2(sum[i], w, load_word(bytes + n % 8 * 4));
 #endif
-        else
-            UNROLLED for (size_t i = 0; i < CHAINS; i++)
-                sum[i] = vfma(sum[i], vsplat(factor), sum[i]);
-    }
-    for (size_t i = 0; i < CHAINS; i++) total = vadd(total, vadd(vfloat(dot[i]), sum[i]));
+    for (size_t n = 0; kind == PACK_F32 && n < rounds; n++)
+        UNROLLED for (size_t i = 0; i < CHAINS; i++)
+            sum[i] = vfma(sum[i], vsplat((float)(n % 8)), sum[i]);
+    UNROLLED for (size_t i = 0; i < CHAINS; i++)
+        total = vadd(total, vadd(vfloat(dot[i]), sum[i]));
     *sink += vsum(total);
     return CHAINS * LANES * (kind == PACK_INT8 ? 8 : kind == PACK_BF16 ? 4 : 2);
+}
+
+/* Reads N bytes as four streams side by side, as a matmul of one token does; a number that depends
+ * on all but a few at the end. */
+static float read_all(const uint8_t *p, size_t n) {
+    ivec sum[4];
+    size_t quarter = n / 4 / STEP_BYTES * STEP_BYTES;
+    UNROLLED for (size_t i = 0; i < 4; i++) sum[i] = isplat(0);
+    for (size_t at = 0; at < quarter; at += STEP_BYTES)
+        UNROLLED for (size_t i = 0; i < 4; i++)
+            sum[i] = idot4(sum[i], wload(p + i * quarter + at), 0x01010101);
+    return vsum(vadd(vadd(vfloat(sum[0]), vfloat(sum[1])), vadd(vfloat(sum[2]), vfloat(sum[3]))));
 }
 
 #define TEXT2(x) #x
@@ -2118,7 +2132,7 @@ static const kernel_set kernel_row = {
 #else
     {matmul_f32, NULL, matmul_int8},
 #endif
-    norm, silu_mul, relu2, xielu, add, attend, to_half, peak,
+    norm, silu_mul, relu2, xielu, add, attend, to_half, peak, read_all,
 };
 #undef TEXT
 #undef TEXT2
@@ -2181,6 +2195,7 @@ static const kernel_set kernel_row = {
 #undef attend
 #undef to_half
 #undef peak
+#undef read_all
 
 /* The kernel sets this machine can run, best first; at most N_KERNEL_SETS, returns how many. */
 enum { N_KERNEL_SETS = 4 };
@@ -7935,13 +7950,9 @@ typedef struct {
 static void read_task(void *context, size_t begin, size_t end, int thread) {
     (void)thread;
     ceiling *c = context;
-    uint64_t sums[8] = {0}, words[8];
-    const uint8_t *last = c->data + (end * READ_CHUNK < c->n ? end * READ_CHUNK : c->n) - 64;
-    for (const uint8_t *p = c->data + begin * READ_CHUNK; p <= last; p += 64) {
-        memcpy(words, p, 64);
-        for (int i = 0; i < 8; i++) sums[i] ^= words[i];
-    }
-    for (int i = 0; i < 8; i++) atomic_fetch_add(&c->sink, sums[i]);
+    size_t last = end * READ_CHUNK < c->n ? end * READ_CHUNK : c->n, first = begin * READ_CHUNK;
+    float sum = c->m->kernels->read_all(c->data + first, last - first);
+    atomic_fetch_add(&c->sink, float_bits(sum));
 }
 
 static void peak_task(void *context, size_t begin, size_t end, int thread) {
@@ -7955,7 +7966,7 @@ static void peak_task(void *context, size_t begin, size_t end, int thread) {
 /* GB/s of reading all weights once. */
 static double read_rate(ceiling *c) {
     double start = seconds();
-    parallel_for(c->m->pool, (c->n + READ_CHUNK - 1) / READ_CHUNK, 4, read_task, c);
+    parallel_for(c->m->pool, (c->n + READ_CHUNK - 1) / READ_CHUNK, 16, read_task, c);
     return (double)c->n / 1e9 / (seconds() - start);
 }
 
