@@ -752,6 +752,11 @@ static void json_free(json *j) {
 
 static json_type json_typeof(const json *j, uint32_t v) { return (json_type)j->nodes[v].type; }
 
+/* Is V there and of this type? */
+static bool json_is_type(const json *j, uint32_t v, json_type type) {
+    return v != JSON_NONE && json_typeof(j, v) == type;
+}
+
 /* Appends a string's characters to OUT. Lone surrogates become U+FFFD. */
 static void json_unescape(const json *j, uint32_t v, buffer *out) {
     const uint8_t *p = (const uint8_t *)j->text + j->nodes[v].start;
@@ -783,7 +788,7 @@ static void json_unescape(const json *j, uint32_t v, buffer *out) {
 
 /* Is node V the string TEXT? */
 static bool json_is(const json *j, uint32_t v, const char *text) {
-    if (v == JSON_NONE || json_typeof(j, v) != JSON_STRING) return false;
+    if (!json_is_type(j, v, JSON_STRING)) return false;
     const json_node *n = &j->nodes[v];
     size_t len = strlen(text), have = n->end - n->start;
     if (!memchr(j->text + n->start, '\\', have))
@@ -797,7 +802,7 @@ static bool json_is(const json *j, uint32_t v, const char *text) {
 
 /* The value of KEY in object V, or JSON_NONE (also when V is none or no object). */
 static uint32_t json_get(const json *j, uint32_t v, const char *key) {
-    if (v == JSON_NONE || json_typeof(j, v) != JSON_OBJECT) return JSON_NONE;
+    if (!json_is_type(j, v, JSON_OBJECT)) return JSON_NONE;
     uint32_t c = v + 1;
     for (uint32_t i = 0; i < j->nodes[v].count; i += 2) {
         if (json_is(j, c, key)) return c + 1;
@@ -848,7 +853,7 @@ static double json_number(const json *j, uint32_t v) {
 static bool json_int(const json *j, uint32_t v, const char *what, const char *key, int64_t min,
                      int64_t max, int64_t *out, medrun_error *e) {
     uint32_t f = json_get(j, v, key);
-    if (f == JSON_NONE || json_typeof(j, f) != JSON_NUMBER)
+    if (!json_is_type(j, f, JSON_NUMBER))
         return fail(e, MEDRUN_BAD_FILE, "%s: field %s: found %s, wanted a whole number", what, key,
                     f == JSON_NONE ? "nothing" : "another type"), false;
     double d = json_number(j, f);
@@ -861,7 +866,7 @@ static bool json_int(const json *j, uint32_t v, const char *what, const char *ke
 static bool json_real(const json *j, uint32_t v, const char *what, const char *key, double min,
                       double max, double *out, medrun_error *e) {
     uint32_t f = json_get(j, v, key);
-    if (f == JSON_NONE || json_typeof(j, f) != JSON_NUMBER)
+    if (!json_is_type(j, f, JSON_NUMBER))
         return fail(e, MEDRUN_BAD_FILE, "%s: field %s: found %s, wanted a number", what, key,
                     f == JSON_NONE ? "nothing" : "another type"), false;
     double d = json_number(j, f);
@@ -875,7 +880,7 @@ static bool json_real(const json *j, uint32_t v, const char *what, const char *k
 static bool json_text(const json *j, uint32_t v, const char *what, const char *key, char *out,
                       size_t cap, medrun_error *e) {
     uint32_t f = json_get(j, v, key);
-    if (f == JSON_NONE || json_typeof(j, f) != JSON_STRING)
+    if (!json_is_type(j, f, JSON_STRING))
         return fail(e, MEDRUN_BAD_FILE, "%s: field %s: found %s, wanted a string", what, key,
                     f == JSON_NONE ? "nothing" : "another type"), false;
     buffer b = {0};
@@ -1417,6 +1422,7 @@ typedef struct {
 #define vdot2 K(vdot2)                  /* acc + w0 x0 + w1 x1 in bf16, as the processor does it */
 /* The sentences. */
 #define vexp K(vexp)
+#define vexp_bend K(vexp_bend)
 #define vexpm1 K(vexpm1)
 #define pack_int8 K(pack_int8)
 #define pack K(pack)
@@ -1448,6 +1454,11 @@ ALWAYS_INLINE uint32_t load_word(const uint8_t *p) {
 }
 
 ALWAYS_INLINE float load_float(const uint8_t *p) { return bits_float(load_word(p)); }
+
+/* Where sum I of a tile stands: token i % nt of panel i / nt. */
+ALWAYS_INLINE float *sum_place(float *out, size_t stride, size_t nt, size_t i) {
+    return out + i % nt * stride + 16 * (i / nt);
+}
 
 #else /* ---- MEDRUN_PASS: the words ----------------------------------------------------------- */
 
@@ -1715,19 +1726,24 @@ ALWAYS_INLINE vec vdot2(vec acc, wvec w, uint32_t x) {
 
 /* ---- the sentences ------------------------------------------------------------------------- */
 
-/* e^x within 2 ulp for x <= 87; 0 below -86. x = n ln 2 + r with |r| <= ln 2 / 2, then the Taylor
- * series to r^7 and 2^n. exp(0) is exactly 1. */
-ALWAYS_INLINE vec vexp(vec x) {
-    vec low = vsplat(-86.0f), c = vmax(x, low);
-    ivec n = vround(vmul(c, vsplat(1.44269504f)));
-    vec r = vfma(vfloat(n), vsplat(-0.693359375f), c);
-    r = vfma(vfloat(n), vsplat(2.12194440e-4f), r);
+/* x = n ln 2 + r with |r| <= ln 2 / 2; then (e^r - 1 - r) / r^2 by the Taylor series to r^7. */
+ALWAYS_INLINE vec vexp_bend(vec x, ivec *n, vec *r) {
+    *n = vround(vmul(x, vsplat(1.44269504f)));
+    *r = vfma(vfloat(*n), vsplat(-0.693359375f), x);
+    *r = vfma(vfloat(*n), vsplat(2.12194440e-4f), *r);
     vec p = vsplat(1.0f / 5040);
-    p = vfma(p, r, vsplat(1.0f / 720));
-    p = vfma(p, r, vsplat(1.0f / 120));
-    p = vfma(p, r, vsplat(1.0f / 24));
-    p = vfma(p, r, vsplat(1.0f / 6));
-    p = vfma(p, r, vsplat(0.5f));
+    p = vfma(p, *r, vsplat(1.0f / 720));
+    p = vfma(p, *r, vsplat(1.0f / 120));
+    p = vfma(p, *r, vsplat(1.0f / 24));
+    p = vfma(p, *r, vsplat(1.0f / 6));
+    return vfma(p, *r, vsplat(0.5f));
+}
+
+/* e^x within 2 ulp for x <= 87; 0 below -86. exp(0) is exactly 1. */
+ALWAYS_INLINE vec vexp(vec x) {
+    vec low = vsplat(-86.0f), r;
+    ivec n;
+    vec p = vexp_bend(vmax(x, low), &n, &r);
     p = vfma(p, r, vsplat(1.0f));
     p = vfma(p, r, vsplat(1.0f));
     return vless(x, low, vsplat(0), vscale2(p, n));
@@ -1735,16 +1751,9 @@ ALWAYS_INLINE vec vexp(vec x) {
 
 /* e^x - 1 for x <= 0 without losing what is small: (e^r - 1) 2^n + (2^n - 1). */
 ALWAYS_INLINE vec vexpm1(vec x) {
-    vec c = vmax(x, vsplat(-86.0f)), one = vsplat(1);
-    ivec n = vround(vmul(c, vsplat(1.44269504f)));
-    vec r = vfma(vfloat(n), vsplat(-0.693359375f), c), power = vscale2(one, n);
-    r = vfma(vfloat(n), vsplat(2.12194440e-4f), r);
-    vec p = vsplat(1.0f / 5040);
-    p = vfma(p, r, vsplat(1.0f / 720));
-    p = vfma(p, r, vsplat(1.0f / 120));
-    p = vfma(p, r, vsplat(1.0f / 24));
-    p = vfma(p, r, vsplat(1.0f / 6));
-    p = vfma(p, r, vsplat(0.5f));
+    vec one = vsplat(1), r;
+    ivec n;
+    vec p = vexp_bend(vmax(x, vsplat(-86.0f)), &n, &r), power = vscale2(one, n);
     p = vfma(vmul(p, r), r, r);
     return vfma(p, power, vsub(power, one));
 }
@@ -1808,7 +1817,7 @@ ALWAYS_INLINE void tile_f32(const size_t np, const size_t nt, const size_t wide,
     vec sum[16];
     size_t bytes = panel_bytes(TYPE_BF16, cols);
     UNROLLED for (size_t i = 0; i < np * nt; i++)
-        sum[i] = begin ? vload(out + i % nt * stride + 16 * (i / nt)) : vsplat(0);
+        sum[i] = begin ? vload(sum_place(out, stride, nt, i)) : vsplat(0);
     w += begin / 2 * STEP_BYTES, x += begin * 4 * wide;
     for (size_t k = begin; k < end; k += 2, w += STEP_BYTES, x += 8 * wide) {
         vec even[4], odd[4];
@@ -1826,7 +1835,7 @@ ALWAYS_INLINE void tile_f32(const size_t np, const size_t nt, const size_t wide,
         }
     }
     UNROLLED for (size_t i = 0; i < np * nt; i++)
-        vstore(out + i % nt * stride + 16 * (i / nt), sum[i]);
+        vstore(sum_place(out, stride, nt, i), sum[i]);
 }
 
 #if MEDRUN_PASS == 4
@@ -1836,7 +1845,7 @@ ALWAYS_INLINE void tile_bf16(const size_t np, const size_t nt, const size_t wide
     vec sum[16];
     size_t bytes = panel_bytes(TYPE_BF16, cols);
     UNROLLED for (size_t i = 0; i < np * nt; i++)
-        sum[i] = begin ? vload(out + i % nt * stride + 16 * (i / nt)) : vsplat(0);
+        sum[i] = begin ? vload(sum_place(out, stride, nt, i)) : vsplat(0);
     w += begin / 2 * STEP_BYTES, x += begin * 2 * wide;
     for (size_t k = begin; k < end; k += 2, w += STEP_BYTES, x += 4 * wide) {
         wvec step[4];
@@ -1848,7 +1857,7 @@ ALWAYS_INLINE void tile_bf16(const size_t np, const size_t nt, const size_t wide
         }
     }
     UNROLLED for (size_t i = 0; i < np * nt; i++)
-        vstore(out + i % nt * stride + 16 * (i / nt), sum[i]);
+        vstore(sum_place(out, stride, nt, i), sum[i]);
 }
 #endif
 
@@ -1858,7 +1867,7 @@ ALWAYS_INLINE void tile_int8(const size_t np, const size_t nt, const size_t wide
     size_t bytes = panel_bytes(TYPE_INT8, cols);
     float sum[16 * 16];                 /* in memory: the registers are for the products         */
     for (size_t i = 0; i < np * nt; i++)
-        vstore(sum + 16 * i, begin ? vload(out + i % nt * stride + 16 * (i / nt)) : vsplat(0));
+        vstore(sum + 16 * i, begin ? vload(sum_place(out, stride, nt, i)) : vsplat(0));
     x += begin / GROUP * wide * (GROUP + 8);
     for (size_t g = begin / GROUP; g * GROUP < end; g++, x += wide * (GROUP + 8)) {
         const uint8_t *steps = w + int8_steps(g), *words = x + 8 * wide;
@@ -1884,7 +1893,7 @@ ALWAYS_INLINE void tile_int8(const size_t np, const size_t nt, const size_t wide
         }
     }
     for (size_t i = 0; i < np * nt; i++)
-        vstore(out + i % nt * stride + 16 * (i / nt), vload(sum + 16 * i));
+        vstore(sum_place(out, stride, nt, i), vload(sum + 16 * i));
 }
 
 /* SOME columns of a few panels stay in the second cache while all tokens pass. A single token takes
@@ -2431,7 +2440,7 @@ static int file_open(model_file *f, const char *path, medrun_error *e) {
         f->tensors = json_get(&f->header, 0, "tensors");
         f->tokenizer = json_get(&f->header, 0, "tokenizer");
         f->at = PREAMBLE + n + 32;
-        if (f->tensors == JSON_NONE || json_typeof(&f->header, f->tensors) != JSON_ARRAY)
+        if (!json_is_type(&f->header, f->tensors, JSON_ARRAY))
             code = fail(e, MEDRUN_BAD_FILE, "%s: field tensors: wanted an array", path);
     }
     if (code) file_close(f);
@@ -3601,10 +3610,6 @@ static bool json_truthy(const json *j, uint32_t v) {
     if (n->type == JSON_NUMBER) return json_number(j, v) != 0;
     if (n->type == JSON_STRING) return n->end > n->start;
     return n->type == JSON_TRUE || n->count > 0;
-}
-
-static bool json_is_type(const json *j, uint32_t v, json_type type) {
-    return v != JSON_NONE && json_typeof(j, v) == type;
 }
 
 /* repr(float): the fewest digits that read back as the same number. */
@@ -4844,16 +4849,16 @@ static int name_index(const char *const *names, int n, const char *name) {
 static bool read_flag(const model_file *f, uint32_t v, const char *key, bool optional, bool *out,
                       medrun_error *e) {
     uint32_t flag = json_get(&f->header, v, key);
-    *out = flag != JSON_NONE && json_typeof(&f->header, flag) == JSON_TRUE;
+    *out = json_is_type(&f->header, flag, JSON_TRUE);
     if (*out || (flag == JSON_NONE && optional)) return true;
-    if (flag != JSON_NONE && json_typeof(&f->header, flag) == JSON_FALSE) return true;
+    if (json_is_type(&f->header, flag, JSON_FALSE)) return true;
     return fail(e, MEDRUN_BAD_FILE, "%s: field %s: wanted true or false", f->path, key), false;
 }
 
 static int read_divisors(const model_file *f, uint32_t s, model_config *c, medrun_error *e) {
     const json *j = &f->header;
     uint32_t list = json_get(j, s, "divisors"), n = (uint32_t)c->head_dim / 2;
-    if (list == JSON_NONE || json_typeof(j, list) != JSON_ARRAY || j->nodes[list].count != n)
+    if (!json_is_type(j, list, JSON_ARRAY) || j->nodes[list].count != n)
         return fail(e, MEDRUN_BAD_FILE, "%s: field rope_scaling.divisors: wanted %u numbers",
                     f->path, n);
     for (uint32_t i = 0, v = list + 1; i < n; i++, v = j->nodes[v].next) {
@@ -4866,29 +4871,36 @@ static int read_divisors(const model_file *f, uint32_t s, model_config *c, medru
     return MEDRUN_OK;
 }
 
+/* The numbers of each kind of scaling, as the header has them. */
+static const struct { int type; const char *key; double min, max; size_t at; } rope_numbers[] = {
+    {ROPE_LLAMA3, "factor", 1, 1e6, offsetof(model_config, rope_factor)},
+    {ROPE_LLAMA3, "low_freq_factor", 1e-3, 1e6, offsetof(model_config, rope_low)},
+    {ROPE_LLAMA3, "high_freq_factor", 1e-3, 1e6, offsetof(model_config, rope_high)},
+    {ROPE_LLAMA3, "original_max_positions", 1, 1e9, offsetof(model_config, rope_original)},
+    {ROPE_YARN, "factor", 1, 1e6, offsetof(model_config, rope_factor)},
+    {ROPE_YARN, "original_max_positions", 1, 1e9, offsetof(model_config, rope_original)},
+    {ROPE_YARN, "beta_fast", 1e-3, 1e6, offsetof(model_config, rope_beta_fast)},
+    {ROPE_YARN, "beta_slow", 1e-3, 1e6, offsetof(model_config, rope_beta_slow)},
+    {ROPE_YARN, "attention_factor", 1e-3, 1e3, offsetof(model_config, rope_attention)},
+};
+enum { N_ROPE_NUMBERS = sizeof rope_numbers / sizeof *rope_numbers };
+
+static double *rope_number(model_config *c, size_t i) {
+    return (double *)(void *)((char *)c + rope_numbers[i].at);
+}
+
 static int read_rope(const model_file *f, uint32_t v, model_config *c, medrun_error *e) {
     const json *j = &f->header;
     char type[16];
     uint32_t s = json_get(j, v, "rope_scaling");
-    const struct { int type; const char *key; double min, max; double *to; } fields[] = {
-        {ROPE_LLAMA3, "factor", 1, 1e6, &c->rope_factor},
-        {ROPE_LLAMA3, "low_freq_factor", 1e-3, 1e6, &c->rope_low},
-        {ROPE_LLAMA3, "high_freq_factor", 1e-3, 1e6, &c->rope_high},
-        {ROPE_LLAMA3, "original_max_positions", 1, 1e9, &c->rope_original},
-        {ROPE_YARN, "factor", 1, 1e6, &c->rope_factor},
-        {ROPE_YARN, "original_max_positions", 1, 1e9, &c->rope_original},
-        {ROPE_YARN, "beta_fast", 1e-3, 1e6, &c->rope_beta_fast},
-        {ROPE_YARN, "beta_slow", 1e-3, 1e6, &c->rope_beta_slow},
-        {ROPE_YARN, "attention_factor", 1e-3, 1e3, &c->rope_attention},
-    };
     if (!json_real(j, v, f->path, "rope_theta", 1.001, 1e12, &c->rope_theta, e) ||
         !json_text(j, s, f->path, "type", type, sizeof type, e)) return MEDRUN_BAD_FILE;
     if ((c->rope_type = name_index(rope_names, N_ROPES, type)) < 0)
         return wrong_value(f, "rope_scaling.type", type, "none, llama3, yarn or divisors", e);
-    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++)
-        if (fields[i].type == c->rope_type &&
-            !json_real(j, s, f->path, fields[i].key, fields[i].min, fields[i].max, fields[i].to, e))
-            return MEDRUN_BAD_FILE;
+    for (size_t i = 0; i < N_ROPE_NUMBERS; i++)
+        if (rope_numbers[i].type == c->rope_type &&
+            !json_real(j, s, f->path, rope_numbers[i].key, rope_numbers[i].min, rope_numbers[i].max,
+                       rope_number(c, i), e)) return MEDRUN_BAD_FILE;
     if (c->rope_type == ROPE_LLAMA3 && c->rope_high <= c->rope_low)
         return fail(e, MEDRUN_BAD_FILE, "%s: field rope_scaling: found high_freq_factor %g, wanted "
                     "more than low_freq_factor %g", f->path, c->rope_high, c->rope_low);
@@ -5098,14 +5110,14 @@ static int read_chat(medrun_model *m, medrun_error *e) {
     m->chat = chat_find(m->template_name);              /* NULL: not known to the exporter either */
     if (!m->chat && strcmp(m->template_name, CHAT_UNKNOWN))
         return wrong_value(f, "chat.template", m->template_name, CHAT_NAMES, e);
-    if (system == JSON_NONE || json_typeof(j, system) != JSON_STRING)
+    if (!json_is_type(j, system, JSON_STRING))
         return fail(e, MEDRUN_BAD_FILE, "%s: field chat.system: wanted a string", f->path);
     buffer b = {0};
     json_unescape(j, system, &b);
     buffer_add(&b, "", 1);
     if (b.failed) return buffer_free(&b), out_of_memory(e, b.n);
     m->system = (char *)b.data;
-    if (stops == JSON_NONE || json_typeof(j, stops) != JSON_ARRAY ||
+    if (!json_is_type(j, stops, JSON_ARRAY) ||
         j->nodes[stops].count > MEDRUN_MAX_STOPS)
         return fail(e, MEDRUN_BAD_FILE, "%s: field chat.stop_ids: wanted an array of at most %d "
                     "ids", f->path, MEDRUN_MAX_STOPS);
@@ -6486,7 +6498,7 @@ static int parse_ids(command *c, const char *text, size_t n, buffer *ids) {
 
 /* The same from an array in JSON, which may be missing. */
 static int json_ids(command *c, const json *j, uint32_t v, const char *what, buffer *ids) {
-    bool array = v != JSON_NONE && json_typeof(j, v) == JSON_ARRAY;
+    bool array = json_is_type(j, v, JSON_ARRAY);
     int code = array ? MEDRUN_OK : add_id(c, ids, -1, what);
     uint32_t x = v + 1;
     for (uint32_t i = 0; !code && i < j->nodes[v].count; i++, x = j->nodes[x].next)
@@ -6494,14 +6506,10 @@ static int json_ids(command *c, const json *j, uint32_t v, const char *what, buf
     return code;
 }
 
-static bool is_string(const json *j, uint32_t v) {
-    return v != JSON_NONE && json_typeof(j, v) == JSON_STRING;
-}
-
 /* [{"role": ..., "content": ...}, ...] -> messages that point into J's text, each still in JSON. */
 static int json_messages(command *c, const json *j, uint32_t v, const char *what,
                          medrun_message **messages, size_t *n) {
-    bool good = v != JSON_NONE && json_typeof(j, v) == JSON_ARRAY;
+    bool good = json_is_type(j, v, JSON_ARRAY);
     *n = good ? j->nodes[v].count : 0;
     *messages = new_array(*n, sizeof **messages);
     if (!*messages) return out_of_memory(&c->e, *n * sizeof **messages);
@@ -6946,7 +6954,7 @@ static int run_command(command *c) {
 /* Sets the options of a record, as if they had been typed. */
 static int replay_options(command *c, const json *j, uint32_t all, const char *path) {
     uint32_t v = all + 1;
-    bool object = all != JSON_NONE && json_typeof(j, all) == JSON_OBJECT;
+    bool object = json_is_type(j, all, JSON_OBJECT);
     if (!object) return fail(&c->e, MEDRUN_BAD_FILE, "%s: field options: wanted an object", path);
     for (uint32_t i = 0; i < j->nodes[all].count; i += 2, v = j->nodes[v + 1].next) {
         const json_node *key = &j->nodes[v];
@@ -7073,7 +7081,7 @@ static void show_sources(FILE *f, const medrun_model *m) {
     const json *j = &m->file.header;
     uint32_t from = json_get(j, 0, "provenance"), all = json_get(j, from, "sources"), v = all + 1;
     char precision[256];
-    bool array = all != JSON_NONE && json_typeof(j, all) == JSON_ARRAY;
+    bool array = json_is_type(j, all, JSON_ARRAY);
     for (uint32_t i = 0; array && i < j->nodes[all].count; i++, v = j->nodes[v].next) {
         char file[256], hash[65], line[400];
         int64_t bytes;
@@ -7714,7 +7722,7 @@ static int prove_ids(command *c, uint32_t v, bool of_chat, buffer *expected,
         if (!code && dated && !json_text(j, v, "proofs.chats", "date", date, sizeof date, &c->e))
             code = MEDRUN_BAD_FILE;
         if (!code) code = chat_render(c->m->chat, c->t, &o, messages, n, true, &ids, &c->e);
-    } else if (!code && is_string(j, what)) {
+    } else if (!code && json_is_type(j, what, JSON_STRING)) {
         json_unescape(j, what, &text);
         code = tokenizer_encode(c->t, chars(&text), text.n, 0, &ids, &c->e);
     } else if (!code) code = fail(&c->e, MEDRUN_BAD_FILE, "proofs.tokens: text: found none");
@@ -7731,7 +7739,7 @@ static bool distance_to(const command *c, const float *row, const buffer *ids, u
     const json *j = &c->m->file.header;
     double far = 0, size = 0, top = -INFINITY;
     int32_t wanted = 0, largest = 0;
-    if (list == JSON_NONE || json_typeof(j, list) != JSON_ARRAY || !ids->n ||
+    if (!json_is_type(j, list, JSON_ARRAY) || !ids->n ||
         j->nodes[list].count != ids->n / 4) return false;
     uint32_t x = list + 1;
     for (size_t i = 0; i < ids->n / 4; i++, x = j->nodes[x].next) {
@@ -7795,7 +7803,7 @@ static int prove_logits(command *c, uint32_t v, const char *name, buffer *expect
 static int verify_proofs(command *c, const char *kind, bool *same) {
     const json *j = &c->m->file.header;
     uint32_t all = json_get(j, json_get(j, 0, "proofs"), kind), v = all + 1;
-    if (all == JSON_NONE || json_typeof(j, all) != JSON_ARRAY)
+    if (!json_is_type(j, all, JSON_ARRAY))
         return fail(&c->e, MEDRUN_BAD_FILE, "%s: proofs.%s: wanted an array", c->m->path, kind);
     size_t n = j->nodes[all].count, good = 0;
     int code = MEDRUN_OK;
@@ -8004,7 +8012,7 @@ typedef struct {
 
 static void print_bench(command *c, const bench_row *row, int repeats) {
     const medrun_model *m = c->m;
-    const char *kv = whole(c, O_KV) || flag(c, O_STRICT) ? "f32" : "f16";
+    const char *kv = cache_type(c) ? "f32" : "f16";
     double mean[2], sd[2], rate[2];
     for (int i = 0; i < 2; i++) {
         mean[i] = row[i].sum / repeats;

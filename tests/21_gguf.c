@@ -344,7 +344,7 @@ static void put_vocabulary(writer *w, const char *folder, size_t n, int64_t bos,
         size_t id = (size_t)json_number(j, json_get(j, c, "id"));
         tokens[id].n = 0;
         json_unescape(j, json_get(j, c, "content"), &tokens[id]);
-        types[id] = is(j, json_get(j, c, "special"), JSON_TRUE) ? 3 : 4;
+        types[id] = json_is_type(j, json_get(j, c, "special"), JSON_TRUE) ? 3 : 4;
     }
     for EACH(j, list, c) {
         text.n = 0;

@@ -157,13 +157,9 @@ static int read_text(source *s, const char *name, buffer *out, medrun_error *e) 
 
 /* ---- JSON: walking, showing ---------------------------------------------------------------- */
 
-/* Is V there and of this type? */
-static bool is(const json *j, uint32_t v, json_type type) {
-    return v != JSON_NONE && json_typeof(j, v) == type;
-}
-
 static uint32_t children(const json *j, uint32_t v) {
-    return is(j, v, JSON_ARRAY) || is(j, v, JSON_OBJECT) ? j->nodes[v].count : 0;
+    bool container = json_is_type(j, v, JSON_ARRAY) || json_is_type(j, v, JSON_OBJECT);
+    return container ? j->nodes[v].count : 0;
 }
 
 /* for EACH(j, v, c): the items C of an array. for EACH_KEY(j, v, c): the keys C of an object, whose
@@ -176,13 +172,13 @@ static uint32_t children(const json *j, uint32_t v) {
 /* The value of KEY, JSON_NONE also when it is null: Hugging Face writes null for "not set". */
 static uint32_t given(const json *j, uint32_t v, const char *key) {
     uint32_t f = json_get(j, v, key);
-    return is(j, f, JSON_NULL) ? JSON_NONE : f;
+    return json_is_type(j, f, JSON_NULL) ? JSON_NONE : f;
 }
 
 /* A whole number without sign, point or exponent, exactly. */
 static bool json_size(const json *j, uint32_t v, uint64_t *out) {
     *out = 0;
-    if (!is(j, v, JSON_NUMBER)) return false;
+    if (!json_is_type(j, v, JSON_NUMBER)) return false;
     for (const char *p = j->text + j->nodes[v].start; p < j->text + j->nodes[v].end; p++) {
         if (*p < '0' || *p > '9' || *out > (UINT64_MAX - 9) / 10) return false;
         *out = *out * 10 + (uint64_t)(*p - '0');
@@ -201,7 +197,7 @@ static shown show(const json *j, uint32_t v) {
     if (json_typeof(j, v) <= JSON_TRUE)
         return snprintf(s.text, sizeof s.text, "%s", words[json_typeof(j, v)]), s;
     const char *p = j->text + j->nodes[v].start, *end = j->text + j->nodes[v].end;
-    bool string = is(j, v, JSON_STRING);
+    bool string = json_is_type(j, v, JSON_STRING);
     for (; p < end && n < sizeof s.text - 5; p++)
         if (string || !memchr(" \t\r\n", *p, 4)) s.text[n++] = *p;
     n -= utf8_unfinished((const uint8_t *)s.text, n);
@@ -230,8 +226,9 @@ static int wrong_field(const json_file *f, const char *field, uint32_t v, const 
 static int read_bool(const json_file *f, uint32_t v, const char *key, bool *out, medrun_error *e) {
     uint32_t b = given(&f->j, v, key);
     if (b == JSON_NONE) return MEDRUN_OK;
-    WANT(is(&f->j, b, JSON_TRUE) || is(&f->j, b, JSON_FALSE), f, key, b, "true or false");
-    return *out = is(&f->j, b, JSON_TRUE), MEDRUN_OK;
+    WANT(json_is_type(&f->j, b, JSON_TRUE) || json_is_type(&f->j, b, JSON_FALSE), f, key, b,
+         "true or false");
+    return *out = json_is_type(&f->j, b, JSON_TRUE), MEDRUN_OK;
 }
 
 static int read_real(const json_file *f, uint32_t v, const char *key, double min, double max,
@@ -305,7 +302,7 @@ static int parse_json(json *j, const char *text, size_t n, const char *path, med
     if (json_parse(j, text, n, &why)) json_failure(j, n, path, &why, e);
     for (uint32_t v = 0; !e->code && v < j->n; v++)
         if (json_typeof(j, v) == JSON_OBJECT) check_keys(j, v, path, e);
-    if (!e->code && !is(j, 0, JSON_OBJECT))
+    if (!e->code && !json_is_type(j, 0, JSON_OBJECT))
         refuse(e, "%s: found %s, wanted an object", path, show(j, 0).text);
     if (e->code) json_free(j);
     return e->code;
@@ -398,11 +395,13 @@ static int check_unsupported(const json_file *f, medrun_error *e) {
     uint32_t before = given(j, 0, "torch_dtype"), now = given(j, 0, "dtype");
     for (size_t i = 0; i < 4; i++) {
         uint32_t v = given(j, 0, unwanted[i]);
-        WANT(v == JSON_NONE || is(j, v, JSON_FALSE), f, unwanted[i], v,
+        WANT(v == JSON_NONE || json_is_type(j, v, JSON_FALSE), f, unwanted[i], v,
              "false or nothing; this medrun does not compute with it");
     }
-    WANT(norm == JSON_NONE || is(j, norm, JSON_TRUE), f, "qk_norm", norm, "true or nothing");
-    WANT(part == JSON_NONE || (is(j, part, JSON_NUMBER) && !differ(json_number(j, part), 1)), f,
+    WANT(norm == JSON_NONE || json_is_type(j, norm, JSON_TRUE), f, "qk_norm", norm,
+         "true or nothing");
+    WANT(part == JSON_NONE ||
+         (json_is_type(j, part, JSON_NUMBER) && !differ(json_number(j, part), 1)), f,
          "partial_rotary_factor", part, "1");
     WANT(before == JSON_NONE || now == JSON_NONE || same_text(j, before, now), f, "torch_dtype",
          before, "the same as dtype; remove the wrong one");
@@ -510,10 +509,11 @@ static int read_rope_block(const json_file *f, uint32_t v, rope *r, medrun_error
 /* rope_parameters: one block, or one for each type of layer, which must then be the same. */
 static int read_rope_parameters(const json_file *f, uint32_t v, rope *r, medrun_error *e) {
     const json *j = &f->j;
-    if (!children(j, v) || !is(j, v + 2, JSON_OBJECT)) return read_rope_block(f, v, r, e);
+    if (!children(j, v) || !json_is_type(j, v + 2, JSON_OBJECT)) return read_rope_block(f, v, r, e);
     for EACH_KEY(j, v, c) {
         rope next = {.truncate = true};
-        WANT(is(j, c + 1, JSON_OBJECT), f, "rope_parameters", v, "a block per layer type");
+        WANT(json_is_type(j, c + 1, JSON_OBJECT), f, "rope_parameters", v,
+             "a block per layer type");
         if (read_rope_block(f, c + 1, &next, e)) return e->code;
         WANT(c == v + 1 || (same_scaling(r, &next) && !differ(r->theta, next.theta)), f,
              "rope_parameters", v, "the same positions in all layers");
@@ -528,9 +528,9 @@ static int read_both_ropes(const json_file *f, rope *r, medrun_error *e) {
     rope old = {.truncate = true}, now = old;
     uint32_t scaling = given(j, 0, "rope_scaling"), block = given(j, 0, "rope_parameters");
     double theta = 0, original = 0;
-    WANT(scaling == JSON_NONE || is(j, scaling, JSON_OBJECT), f, "rope_scaling", scaling,
+    WANT(scaling == JSON_NONE || json_is_type(j, scaling, JSON_OBJECT), f, "rope_scaling", scaling,
          "an object or null");
-    WANT(block == JSON_NONE || is(j, block, JSON_OBJECT), f, "rope_parameters", block,
+    WANT(block == JSON_NONE || json_is_type(j, block, JSON_OBJECT), f, "rope_parameters", block,
          "an object or null");
     if (read_real(f, 0, "rope_theta", 1.001, 1e12, &theta, e) ||
         (scaling != JSON_NONE && read_rope_block(f, scaling, &old, e)) ||
@@ -641,11 +641,12 @@ static int add_stop(source *s, const char *path, double id, medrun_error *e) {
 static int read_eos_ids(source *s, const json_file *f, medrun_error *e) {
     const json *j = &f->j;
     uint32_t v = given(j, 0, "eos_token_id");
-    WANT(v == JSON_NONE || is(j, v, JSON_NUMBER) || is(j, v, JSON_ARRAY), f, "eos_token_id", v,
+    WANT(v == JSON_NONE || json_is_type(j, v, JSON_NUMBER) || json_is_type(j, v, JSON_ARRAY), f,
+         "eos_token_id", v,
          "an id or a list of ids");
-    if (is(j, v, JSON_NUMBER)) return add_stop(s, f->path, json_number(j, v), e);
+    if (json_is_type(j, v, JSON_NUMBER)) return add_stop(s, f->path, json_number(j, v), e);
     for EACH(j, v, c) {
-        WANT(is(j, c, JSON_NUMBER), f, "eos_token_id", v, "a list of ids");
+        WANT(json_is_type(j, c, JSON_NUMBER), f, "eos_token_id", v, "a list of ids");
         if (add_stop(s, f->path, json_number(j, c), e)) return e->code;
     }
     return MEDRUN_OK;
@@ -722,7 +723,7 @@ static int read_entry(const json *j, uint32_t v, const char *path, uint64_t data
     t->rank = (int)children(j, shape);
     while (t->dtype < N_SOURCE_TYPES && (source_types[t->dtype].block > 1 ||
            !json_is(j, json_get(j, v, "dtype"), source_types[t->dtype].name))) t->dtype++;
-    if (children(j, v) != 6 || t->dtype == N_SOURCE_TYPES || !is(j, shape, JSON_ARRAY) ||
+    if (children(j, v) != 6 || t->dtype == N_SOURCE_TYPES || !json_is_type(j, shape, JSON_ARRAY) ||
         children(j, place) != 2 || !json_size(j, place + 1, &t->begin) ||
         !json_size(j, place + 2, &t->end))
         return refuse(e, "%s: tensor %s: found %s, wanted a known dtype, a shape and two "
@@ -787,7 +788,7 @@ static int read_entries(source *s, const json *j, const char *path, uint64_t dat
         if (read_entry(j, c + 1, path, data, t, e)) return e->code;
     }
     for EACH_KEY(j, json_get(j, 0, "__metadata__"), c)
-        if (!is(j, c + 1, JSON_STRING))
+        if (!json_is_type(j, c + 1, JSON_STRING))
             return refuse(e, "%s: field __metadata__: found %s, wanted strings", path,
                           show(j, c + 1).text);
     size_t n = s->n_tensors - first;
@@ -866,7 +867,7 @@ static int open_shards(source *s, const json_file *f, uint32_t map, medrun_error
         size_t i = 0;
         while (i < s->n_files && !json_is(j, v, s->files[i].name)) i++;
         if (i < s->n_files) continue;
-        char *name = is(j, v, JSON_STRING) ? copy_name(j, v) : NULL;
+        char *name = json_is_type(j, v, JSON_STRING) ? copy_name(j, v) : NULL;
         bool plain = name && *name && *name != '.' && !strchr(name, '/') &&
                      strlen(name) < sizeof s->files->name && s->n_files < MAX_SHARDS;
         if (!plain) wrong_field(f, "weight_map", v, "at most 500 files of this folder", e);
@@ -902,7 +903,7 @@ static int read_index(source *s, medrun_error *e) {
     json_file f;
     if (open_json(s, "model.safetensors.index.json", false, &f, e)) return e->code;
     uint32_t map = given(&f.j, 0, "weight_map");
-    if (!is(&f.j, map, JSON_OBJECT)) wrong_field(&f, "weight_map", map, "an object", e);
+    if (!json_is_type(&f.j, map, JSON_OBJECT)) wrong_field(&f, "weight_map", map, "an object", e);
     else if (!open_shards(s, &f, map, e) && !sort_tensors(s, e)) match_index(s, &f, map, e);
     close_json(&f);
     return e->code;
@@ -1264,20 +1265,12 @@ static void put_digest(buffer *b, const uint8_t digest[32]) {
     buffer_printf(b, ",\"sha256\":\"%s\"}", hex);
 }
 
-static void put_scaling(buffer *b, const model_config *c) {
-    const struct { int type; const char *key; double v; } fields[] = {
-        {ROPE_LLAMA3, "factor", c->rope_factor}, {ROPE_LLAMA3, "low_freq_factor", c->rope_low},
-        {ROPE_LLAMA3, "high_freq_factor", c->rope_high},
-        {ROPE_LLAMA3, "original_max_positions", c->rope_original},
-        {ROPE_YARN, "factor", c->rope_factor},
-        {ROPE_YARN, "original_max_positions", c->rope_original},
-        {ROPE_YARN, "beta_fast", c->rope_beta_fast}, {ROPE_YARN, "beta_slow", c->rope_beta_slow},
-        {ROPE_YARN, "attention_factor", c->rope_attention}};
+static void put_scaling(buffer *b, model_config *c) {
     buffer_printf(b, ",\"rope_scaling\":{\"type\":\"%s\"", rope_names[c->rope_type]);
-    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
-        if (fields[i].type != c->rope_type) continue;
+    for (size_t i = 0; i < N_ROPE_NUMBERS; i++) {
+        if (rope_numbers[i].type != c->rope_type) continue;
         buffer_text(b, ",");
-        put_real(b, fields[i].key, fields[i].v, false);
+        put_real(b, rope_numbers[i].key, *rope_number(c, i), false);
     }
     if (c->rope_type == ROPE_YARN)
         buffer_printf(b, ",\"truncate\":%s", c->rope_truncate ? "true" : "false");
@@ -1290,7 +1283,7 @@ static void put_scaling(buffer *b, const model_config *c) {
     buffer_text(b, "}");
 }
 
-static void put_config(buffer *b, const model_config *c) {
+static void put_config(buffer *b, model_config *c) {
     buffer_printf(b, "\"config\":{\"vocab_size\":%d,\"hidden_size\":%d,\"n_layers\":%d,"
                   "\"n_heads\":%d,\"n_kv_heads\":%d,\"head_dim\":%d,\"ffn_size\":%d,"
                   "\"max_positions\":%d,", c->vocab_size, c->hidden_size, c->n_layers, c->n_heads,
@@ -1464,7 +1457,7 @@ static int put_proof(buffer *b, const buffer *ids, const json_file *f, uint32_t 
 static int prove_text(exporter *x, const json_file *f, uint32_t v, medrun_error *e) {
     uint32_t text = given(&f->j, v, "text");
     buffer words = {0}, ids = {0}, *b = &x->token_proofs;
-    WANT(is(&f->j, text, JSON_STRING), f, "tokens", v, "a text");
+    WANT(json_is_type(&f->j, text, JSON_STRING), f, "tokens", v, "a text");
     json_unescape(&f->j, text, &words);
     if (words.failed) out_of_memory(e, words.n);
     else tokenizer_encode(&x->tokenizer, (const char *)words.data, words.n, 0, &ids, e);
@@ -1485,7 +1478,7 @@ static int read_messages(const json_file *f, uint32_t v, medrun_message *m, char
     for EACH(j, given(j, v, "messages"), c) {
         uint32_t content = given(j, c, "content");
         size_t before = text->n;
-        WANT(is(j, content, JSON_STRING), f, "content", content, "a string");
+        WANT(json_is_type(j, content, JSON_STRING), f, "content", content, "a string");
         if (!json_text(j, c, f->path, "role", roles + 16 * i, 16, e)) return e->code;
         json_unescape(j, content, text);
         m[i] = (medrun_message){roles + 16 * i, "", text->n - before};
@@ -1563,8 +1556,8 @@ static int prove_reference(const exporter *x, const json_file *f, uint32_t v, bu
     uint32_t ids = given(j, v, "ids"), values = given(j, v, "values");
     char name[64];
     if (!json_text(j, v, f->path, "source", name, sizeof name, e)) return e->code;
-    WANT(is(j, ids, JSON_ARRAY) && children(j, ids), f, "reference: ids", ids, "ids");
-    WANT(is(j, values, JSON_ARRAY) && children(j, values) == children(j, ids), f,
+    WANT(json_is_type(j, ids, JSON_ARRAY) && children(j, ids), f, "reference: ids", ids, "ids");
+    WANT(json_is_type(j, values, JSON_ARRAY) && children(j, values) == children(j, ids), f,
          "reference: values", values, "a number for each of ids");
     uint8_t *seen = new_array(vocab, 1);
     if (!seen) return out_of_memory(e, vocab);
@@ -1576,7 +1569,7 @@ static int prove_reference(const exporter *x, const json_file *f, uint32_t v, bu
     WANT(good, f, "reference: ids", ids, "different ids below vocab_size");
     const char *before = ",\"values\":[";
     for EACH(j, values, c) {
-        double value = is(j, c, JSON_NUMBER) ? json_number(j, c) : INFINITY;
+        double value = json_is_type(j, c, JSON_NUMBER) ? json_number(j, c) : INFINITY;
         WANT(fabs(value) <= FLT_MAX, f, "reference: values", c, "a float32 that is finite");
         buffer_printf(b, "%s%.9g", before, value);
         before = ",";
@@ -1618,7 +1611,8 @@ static int prove_file(exporter *x, const json_file *f, medrun_error *e) {
     } kinds[] = {{"tokens", prove_text}, {"chats", prove_chat}, {"logits", prove_ids}};
     for (size_t k = 0; k < 3; k++) {
         uint32_t list = given(&f->j, 0, kinds[k].key);
-        WANT(list == JSON_NONE || is(&f->j, list, JSON_ARRAY), f, kinds[k].key, list, "an array");
+        WANT(list == JSON_NONE || json_is_type(&f->j, list, JSON_ARRAY), f, kinds[k].key, list,
+             "an array");
         for EACH(&f->j, list, c) if (kinds[k].prove(x, f, c, e)) return e->code;
     }
     return MEDRUN_OK;

@@ -208,11 +208,12 @@ static int read_jinja(source *s, const json_file *config, buffer *out, medrun_er
         return read_text(s, "chat_template.jinja", out, e);
     uint32_t v = given(j, 0, "chat_template"), several = v;
     if (v == JSON_NONE) return MEDRUN_OK;
-    if (is(j, several, JSON_ARRAY)) {
+    if (json_is_type(j, several, JSON_ARRAY)) {
         for EACH(j, several, c)
             if (json_is(j, json_get(j, c, "name"), "default")) v = json_get(j, c, "template");
     }
-    WANT(is(j, v, JSON_STRING), config, "chat_template", v, "a template; name one with --template");
+    WANT(json_is_type(j, v, JSON_STRING), config, "chat_template", v,
+         "a template; name one with --template");
     json_unescape(j, v, out);
     return out->failed ? out_of_memory(e, out->n) : MEDRUN_OK;
 }

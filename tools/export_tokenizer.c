@@ -201,9 +201,10 @@ static int64_t side_id(const source_tokenizer *t, const uint8_t *p, size_t n, bu
 /* A merge is "a b" (until 2024) or ["a", "b"]: appends both to TEXT with a space between. With a
  * space inside one of them, that one will not be found. */
 static void merge_text(const json *j, uint32_t v, buffer *text) {
-    if (is(j, v, JSON_STRING)) json_unescape(j, v, text);
-    if (!is(j, v, JSON_ARRAY) || children(j, v) != 2 || !is(j, v + 1, JSON_STRING) ||
-        !is(j, v + 2, JSON_STRING)) return;
+    if (json_is_type(j, v, JSON_STRING)) json_unescape(j, v, text);
+    if (!json_is_type(j, v, JSON_ARRAY) || children(j, v) != 2 ||
+        !json_is_type(j, v + 1, JSON_STRING) ||
+        !json_is_type(j, v + 2, JSON_STRING)) return;
     json_unescape(j, v + 1, text);
     buffer_text(text, " ");
     json_unescape(j, v + 2, text);
@@ -293,7 +294,7 @@ static int read_added(source_tokenizer *t, uint32_t added, medrun_error *e) {
     for EACH(j, added, c) {
         uint32_t text = json_get(j, c, "content");
         content.n = 0;
-        if (is(j, text, JSON_STRING)) json_unescape(j, text, &content);
+        if (json_is_type(j, text, JSON_STRING)) json_unescape(j, text, &content);
         if (content.failed) out_of_memory(e, content.n);
         else if (!content.n) wrong_field(&t->file, "added_tokens", c, "some content", e);
         else add_token(t, c, &content, &scratch, e);
@@ -327,9 +328,10 @@ static int read_pretokenizer(source_tokenizer *t, medrun_error *e) {
     uint32_t split = two ? list + 1 : JSON_NONE, bytes = two ? j->nodes[split].next : JSON_NONE;
     uint32_t regex = json_get(j, json_get(j, split, "pattern"), "Regex");
     WANT(is_part(j, split, "Split") && json_is(j, json_get(j, split, "behavior"), "Isolated") &&
-         is(j, json_get(j, split, "invert"), JSON_FALSE) && is_part(j, bytes, "ByteLevel") &&
-         is(j, json_get(j, bytes, "add_prefix_space"), JSON_FALSE) &&
-         is(j, json_get(j, bytes, "use_regex"), JSON_FALSE), &t->file, "pre_tokenizer", v,
+         json_is_type(j, json_get(j, split, "invert"), JSON_FALSE) &&
+         is_part(j, bytes, "ByteLevel") &&
+         json_is_type(j, json_get(j, bytes, "add_prefix_space"), JSON_FALSE) &&
+         json_is_type(j, json_get(j, bytes, "use_regex"), JSON_FALSE), &t->file, "pre_tokenizer", v,
          "that of Llama-3 or tekken; this medrun knows no other");
     for (size_t i = 0; i < sizeof split_patterns / sizeof *split_patterns; i++)
         if (json_is(j, regex, split_patterns[i].regex)) t->pretokenizer = split_patterns[i].name;
@@ -365,7 +367,7 @@ static int read_metaspace(source_tokenizer *t, uint32_t v, medrun_error *e) {
     uint32_t scheme = json_get(j, v, "prepend_scheme");
     bool first = json_is(j, scheme, "first"), always = json_is(j, scheme, "always");
     WANT(is_part(j, v, "Metaspace") && json_is(j, json_get(j, v, "replacement"), MARK) &&
-         is(j, json_get(j, v, "split"), JSON_FALSE) &&
+         json_is_type(j, json_get(j, v, "split"), JSON_FALSE) &&
          (first || always || json_is(j, scheme, "never")), &t->file, "pre_tokenizer", v,
          "Metaspace of U+2581 with a prepend_scheme and no split");
     if (first) t->flags |= TOKENIZER_PREFIX_TEXT | TOKENIZER_UNLESS_SPACE;
@@ -411,7 +413,7 @@ static int template_id(source_tokenizer *t, uint32_t v, uint32_t item, medrun_er
     uint64_t id = 0;
     for EACH_KEY(j, json_get(j, v, "special_tokens"), c) {
         uint32_t ids = json_get(j, c + 1, "ids");
-        if (!is(j, name, JSON_STRING) || !same_text(j, name, c)) continue;
+        if (!json_is_type(j, name, JSON_STRING) || !same_text(j, name, c)) continue;
         WANT(children(j, ids) == 1 && json_size(j, ids + 1, &id) && id < t->n_pieces, &t->file,
              "post_processor: special_tokens", c + 1, "one id of the vocabulary");
         return t->add_bos = true, t->bos = (int32_t)id, MEDRUN_OK;
@@ -477,9 +479,9 @@ static int read_tokenizer_json(source_tokenizer *t, medrun_error *e) {
     uint32_t model = given(j, 0, "model"), added = given(j, 0, "added_tokens");
     uint32_t vocab = given(j, model, "vocab"), merges = given(j, model, "merges");
     if (read_program(t, model, e)) return e->code;
-    WANT(is(j, vocab, JSON_OBJECT), &t->file, "model.vocab", vocab, "an object");
-    WANT(is(j, merges, JSON_ARRAY), &t->file, "model.merges", merges, "an array");
-    WANT(added == JSON_NONE || is(j, added, JSON_ARRAY), &t->file, "added_tokens", added,
+    WANT(json_is_type(j, vocab, JSON_OBJECT), &t->file, "model.vocab", vocab, "an object");
+    WANT(json_is_type(j, merges, JSON_ARRAY), &t->file, "model.merges", merges, "an array");
+    WANT(added == JSON_NONE || json_is_type(j, added, JSON_ARRAY), &t->file, "added_tokens", added,
          "an array");
     if (count_pieces(t, vocab, added, e) || read_vocab(t, vocab, e) ||
         read_merges(t, merges, e) || read_added(t, added, e)) return e->code;
@@ -681,9 +683,9 @@ static int named_token(const source_tokenizer *t, const char *field, int32_t *id
     const json *j = &t->config.j;
     uint32_t v = given(j, 0, field);
     if (v == JSON_NONE) return MEDRUN_OK;
-    if (is(j, v, JSON_OBJECT)) v = json_get(j, v, "content");
+    if (json_is_type(j, v, JSON_OBJECT)) v = json_get(j, v, "content");
     buffer b = {0};
-    if (is(j, v, JSON_STRING)) json_unescape(j, v, &b);
+    if (json_is_type(j, v, JSON_STRING)) json_unescape(j, v, &b);
     for (size_t i = 0; i < t->n_pieces; i++)
         if (t->pieces[i].type == PIECE_CONTROL && t->pieces[i].n == b.n &&
             !memcmp(t->text.data + t->pieces[i].at, b.data, b.n)) *id = (int32_t)i;

@@ -247,10 +247,9 @@ def prepend(bos, tokenizer):
                                          special_tokens=[(bos, tokenizer.token_to_id(bos))])
 
 
-def tekken_tokenizer(n_entries):
+def tekken_tokenizer(merges):
     """A tokenizer built as Apertus's: special tokens first, then bytes in order, then merges."""
     specials = APERTUS_SPECIALS[:4] + APERTUS_ADDED + APERTUS_SPECIALS[4:]
-    merges = train_merges(n_entries - len(specials) - 256, TEKKEN_PATTERN)
     entries = list(dict.fromkeys(specials + byte_characters() + [a + b for a, b in merges]))
     tokenizer = Tokenizer(models.BPE(vocab={entry: i for i, entry in enumerate(entries)},
                                      merges=merges, ignore_merges=True))
@@ -378,7 +377,8 @@ def make_tokenizer(folder, m):
         tokenizer = byte_level_tokenizer(merges, specials=CHATML_SPECIALS, bos=bos)
         settings = CHATML_SETTINGS
     elif kind == "tekken":
-        tokenizer, settings = tekken_tokenizer(n), APERTUS_SETTINGS
+        merges = train_merges(n - len(APERTUS_SPECIALS + APERTUS_ADDED) - 256, TEKKEN_PATTERN)
+        tokenizer, settings = tekken_tokenizer(merges), APERTUS_SETTINGS
     else:
         model = train_sentencepiece(n)
         tokenizer, settings = sentencepiece_as_json(model), SPM_SETTINGS

@@ -27,12 +27,12 @@ import sys
 
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, pre_tokenizers
 
 import tokenizer_vectors as texts_of
-from make_fixtures import (APERTUS_ADDED, APERTUS_SPECIALS, SPACED_TEXT, TEKKEN_PATTERN,
-                           TRAINING_TEXT, byte_characters, prepend, sentencepiece_as_json,
-                           train_merges, train_sentencepiece, write_json)
+from make_fixtures import (SPACED_TEXT, TEKKEN_PATTERN, TRAINING_TEXT, byte_characters,
+                           sentencepiece_as_json, tekken_tokenizer, train_merges,
+                           train_sentencepiece, write_json)
 
 SPACE = "\u2581"
 ADDED = ["\\begin{", "<think>", " x", "two words"]
@@ -49,7 +49,6 @@ SPACED = ["", " ", "  ", "a", " a", "  a", "a ", "a  ", "<s>", "<s>a", "<s> a", 
 
 def tekken():
     """As tokenizer_for_vectors in make_fixtures.py: a wrong split shows in the ids."""
-    specials = APERTUS_SPECIALS[:4] + APERTUS_ADDED + APERTUS_SPECIALS[4:]
     of_byte = byte_characters()
     controls = [0, 9, 11, 12, 28, 29, 30, 31]
     merges = train_merges(110, TEKKEN_PATTERN) + train_merges(50, None)
@@ -58,17 +57,7 @@ def tekken():
         merges += [(mark, of_byte[b]) for b in [*controls, *range(0xC2, 0xF5)]]
         merges += [(of_byte[b], mark) for b in [*controls, *range(0x80, 0xC0)]]
     merges = list(dict.fromkeys(merges))
-    entries = list(dict.fromkeys(specials + of_byte + [a + b for a, b in merges]))
-    tokenizer = Tokenizer(models.BPE(vocab={entry: i for i, entry in enumerate(entries)},
-                                     merges=merges, ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(TEKKEN_PATTERN), behavior="isolated", invert=False),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=False)])
-    tokenizer.add_special_tokens(APERTUS_SPECIALS)
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in APERTUS_ADDED])
-    tokenizer.post_processor = prepend("<s>", tokenizer)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
+    return tekken_tokenizer(merges)
 
 
 def spaced(metaspace):
