@@ -314,6 +314,7 @@ void medrun_observe(medrun_session *session, medrun_observer *observer, void *us
 #define PRINTF_LIKE(text, first) __attribute__((format(printf, text, first)))
 #define ALWAYS_INLINE static inline __attribute__((always_inline, unused))
 #define MAYBE_UNUSED __attribute__((unused))
+#define NEVER_INLINE static __attribute__((noinline))
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "checkpoints are little-endian and used as they are mapped: this machine is big-endian"
@@ -1166,19 +1167,30 @@ static cpu_features detect_cpu(void) {
  *   int8  a step is 4 consecutive k, stored as q + 128 (1..255), w = q * scale. A group is 64 k of
  *         one row: 16 steps and one bf16 scale. K is padded to 64. Two groups share a line of 64
  *         bytes for their 2 x 16 scales, which stands before them, so that every step is aligned.
+ *   int4  a step is 8 consecutive k, two in a byte: k 0..3 in the low nibbles, k 4..7 in the high
+ *         ones. A nibble q stands for one of 16 levels that lie closer near zero, moved by a shift
+ *         of the group: w = scale * (level[q] + shift). A group is 32 k of one row: 4 steps and 16
+ *         bits, of which the upper ten are the upper ten of an f16, scale = that * 2^-13, and the
+ *         lower six are shift + 32. Two groups share a line as in int8, and K is padded to 64. That
+ *         is 4.5 bits a weight. The scale may be negative: the levels reach further below zero.
  *
  * Tests: tests/05_numbers.c.
  * ============================================================================================ */
 
-enum { TYPE_F32, TYPE_BF16, TYPE_INT8, N_TYPES };
+enum { TYPE_F32, TYPE_BF16, TYPE_INT8, TYPE_INT4, N_TYPES };
 enum { LANES = 16, GROUP = 64, STEP_BYTES = 64, GROUP_BYTES = GROUP / 4 * STEP_BYTES };
+enum { GROUP4 = 32, GROUP4_BYTES = GROUP4 / 8 * STEP_BYTES };
 
-static const char *const type_names[N_TYPES] = {"f32", "bf16", "int8"};
+static const char *const type_names[N_TYPES] = {"f32", "bf16", "int8", "int4"};
 
 static int type_find(const char *name) {
     for (int t = 0; t < N_TYPES; t++) if (!strcmp(name, type_names[t])) return t;
     return -1;
 }
+
+/* The embedding and the output matrix of an int4 checkpoint are int8: they are a small share of the
+ * bytes that a token reads, and errors there are felt most. */
+static int rows_type(int type) { return type == TYPE_INT4 ? TYPE_INT8 : type; }
 
 static size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
@@ -1240,10 +1252,30 @@ static size_t int8_steps(size_t g) {
     return g / 2 * (STEP_BYTES + 2 * GROUP_BYTES) + STEP_BYTES + g % 2 * GROUP_BYTES;
 }
 
+/* Where group G of an int4 panel has its 16 scales and shifts, and its 4 steps. */
+static size_t int4_scales(size_t g) {
+    return g / 2 * (STEP_BYTES + 2 * GROUP4_BYTES) + g % 2 * (STEP_BYTES / 2);
+}
+
+static size_t int4_steps(size_t g) {
+    return g / 2 * (STEP_BYTES + 2 * GROUP4_BYTES) + STEP_BYTES + g % 2 * GROUP4_BYTES;
+}
+
+/* The levels of int4, plus 96: found by Lloyd's method (1982) on groups of 32 normal, Laplace and
+ * Student numbers, each with the scale and shift that suit it best. */
+static const uint8_t int4_levels[16] = {0,  24, 39,  51,  62,  72,  81,  90,
+                                        98, 106, 115, 123, 132, 143, 156, 172};
+enum { INT4_ZERO = 96, SHIFT_ZERO = 32, SHIFT_MASK = 63 };
+enum { INT4_LARGEST = 512 };            /* no larger weight is sure to have a scale              */
+
+/* The scale in 16 bits of an int4 group, times 2^13. */
+static float int4_scale(uint16_t bits) { return f16_to_f32(bits & (0xFFFF - SHIFT_MASK)); }
+
 /* Bytes of one panel of 16 rows. */
 static size_t panel_bytes(int type, size_t cols) {
     if (type == TYPE_BF16) return (cols + 1) / 2 * STEP_BYTES;
     size_t groups = (cols + GROUP - 1) / GROUP;
+    if (type == TYPE_INT4) return groups * (2 * GROUP4_BYTES + STEP_BYTES);
     return groups * GROUP_BYTES + (groups + 1) / 2 * STEP_BYTES;
 }
 
@@ -1274,7 +1306,8 @@ static void pack_int8_group(const float *row, size_t n, size_t lane, uint8_t *sc
     }
 }
 
-/* ROWS (n_rows <= 16, cols), row-major floats -> one panel; missing rows become zeros. */
+/* ROWS (n_rows <= 16, cols), row-major floats -> one panel of bf16 or int8; missing rows become
+ * zeros. Section 7 packs int4, whose scales are searched for with the kernels of section 6. */
 static void panel_pack(int type, const float *rows, size_t n_rows, size_t cols, uint8_t *out) {
     size_t groups = (cols + GROUP - 1) / GROUP;
     memset(out, 0, panel_bytes(type, cols));
@@ -1298,6 +1331,12 @@ static void panel_unpack_row(int type, const uint8_t *panel, size_t lane, size_t
         if (type == TYPE_BF16) {
             memcpy(&h, panel + k / 2 * STEP_BYTES + 4 * lane + k % 2 * 2, 2);
             out[k] = bf16_to_f32(h);
+        } else if (type == TYPE_INT4) {
+            size_t g = k / GROUP4, i = k % GROUP4;
+            memcpy(&h, panel + int4_scales(g) + 2 * lane, 2);
+            int byte = panel[int4_steps(g) + i / 8 * STEP_BYTES + 4 * lane + i % 4];
+            int w = int4_levels[byte >> (i & 4) & 15] - INT4_ZERO + (h & SHIFT_MASK) - SHIFT_ZERO;
+            out[k] = (float)w * (int4_scale(h) * 0x1p-13f);
         } else {
             size_t g = k / GROUP, i = k % GROUP;
             memcpy(&h, panel + int8_scales(g) + 2 * lane, 2);
@@ -1326,15 +1365,17 @@ static void panel_unpack_row(int type, const uint8_t *panel, size_t lane, size_t
  * 4-byte words, the tile's tokens side by side, in the order of K:
  *   PACK_F32   one float a k                                    (bf16 weights, strict)
  *   PACK_BF16  two bf16, k and k + 1                            (bf16 weights, vdpbf16ps)
- *   PACK_INT8  for each group of 64: for each token -128 * the sum of its q; for each token its
- *              scale; then 16 words of four int8. The sum undoes the weights' +128 exactly. */
+ *   PACK_INT8  for each group of 64: for each token -128 * the sum of its first 32 q, then for
+ *              each that of the second 32; for each its scale; then 16 words of four int8. The
+ *              sums undo the weights' +128 exactly.                     (int8 and int4 weights) */
 enum { PACK_F32, PACK_BF16, PACK_INT8, N_PACKS };
 enum { TILE = 8, KEY_BLOCK = 256 };
+enum { AHEAD = 8192 };          /* bytes by which a matmul asks for what it will read            */
 
 static size_t pack_bytes(int kind, size_t cols) {       /* for one token */
     if (kind == PACK_F32) return round_up(cols, 2) * 4;
     if (kind == PACK_BF16) return round_up(cols, 2) * 2;
-    return (cols + GROUP - 1) / GROUP * (GROUP + 8);
+    return (cols + GROUP - 1) / GROUP * (GROUP + 12);
 }
 
 static int tile_width(size_t tokens) {
@@ -1362,6 +1403,13 @@ typedef struct {
     float positive, negative, beta, eps;
 } xielu_numbers;
 
+/* out[t * stride + 16 p + lane] = sum over k of w[16 p + lane][k] * x[t][k], SOME columns of all
+ * tokens before the next, a multiple of 128, which changes no bit. BLOCK has room for SOME columns
+ * of four panels of int4: BLOCK_BYTES each. */
+typedef void matmul_fn(const uint8_t *w, size_t panels, size_t cols, const uint8_t *x,
+                       size_t tokens, size_t some, uint8_t *block, float *out, size_t stride);
+enum { UNPACKED_BYTES = 64 * (LANES + 2), BLOCK_BYTES = 4 * UNPACKED_BYTES / 64 };
+
 /* One row for each instruction set. Shapes are in floats; all pointers may be unaligned. */
 typedef struct {
     const char *name;
@@ -1370,10 +1418,10 @@ typedef struct {
     void (*pack)(int kind, const float *x, size_t stride, size_t cols, size_t tokens,
                  uint8_t *out);
     size_t tile_panels;             /* that a matmul of several tokens takes at once            */
-    /* out[t * stride + 16 p + lane] = sum over k of w[16 p + lane][k] * x[t][k], SOME columns of
-     * all tokens before the next; a multiple of 128, which changes no bit */
-    void (*matmul[N_PACKS])(const uint8_t *w, size_t panels, size_t cols, const uint8_t *x,
-                            size_t tokens, size_t some, float *out, size_t stride);
+    matmul_fn *matmul[N_PACKS], *matmul_int4;
+    /* 16 groups of int4: V (32, 16) -> their scales and shifts, and the nibbles (32, 16). The sum
+     * of the squared errors, weighted by the (32) importances, is made small. */
+    void (*fit_int4)(const float *v, const float *importance, uint16_t *bits, uint8_t *q);
     void (*norm)(float *out, const float *x, const float *weight, size_t n, float eps);
     void (*silu_mul)(float *gate, const float *up, size_t n);   /* gate = silu(gate) * up       */
     void (*relu2)(float *x, size_t n);                          /* x = relu(x)^2                */
@@ -1399,6 +1447,7 @@ typedef struct {
 #define vstore K(vstore)
 #define vload_bf16 K(vload_bf16)        /* 16 bf16, widened                                      */
 #define vload_f16 K(vload_f16)          /* 16 f16, widened                                       */
+#define vload_int4 K(vload_int4)        /* the scales of 16 int4 groups, times 2^13              */
 #define vstore_f16 K(vstore_f16)        /* to the nearest, ties to even                          */
 #define vsplat K(vsplat)                /* one float on all lanes                                */
 #define vadd K(vadd)
@@ -1414,8 +1463,12 @@ typedef struct {
 #define vsum K(vsum)                    /* of 16 lanes: lanes 8 apart, then 4, 2, 1              */
 #define vlargest K(vlargest)
 #define isplat K(isplat)
+#define iadd K(iadd)
 #define istore8 K(istore8)              /* 16 ints that fit as 16 int8                           */
 #define wload K(wload)                  /* 64 bytes of weights                                   */
+#define wshift K(wshift)                /* the shifts of 16 int4 groups, each in 4 bytes         */
+#define wlevels K(wlevels)              /* int4 weights + 128 of 64 low, or else high, nibbles   */
+#define wstore K(wstore)
 #define weven K(weven)                  /* of 16 pairs of bf16 the first, widened                */
 #define wodd K(wodd)                    /* ... the second                                        */
 #define idot4 K(idot4)                  /* acc + sum of 4 (weight + 128) * int8, exact           */
@@ -1429,9 +1482,20 @@ typedef struct {
 #define tile_f32 K(tile_f32)
 #define tile_bf16 K(tile_bf16)
 #define tile_int8 K(tile_int8)
+#define unpack_int4 K(unpack_int4)
+#define tile_int4 K(tile_int4)
 #define matmul_f32 K(matmul_f32)
 #define matmul_bf16 K(matmul_bf16)
 #define matmul_int8 K(matmul_int8)
+#define matmul_int4 K(matmul_int4)
+#define level_of K(level_of)
+#define int4_error K(int4_error)
+#define refit_int4 K(refit_int4)
+#define settle_int4 K(settle_int4)
+#define int4_fit K(int4_fit)
+#define round_int4 K(round_int4)
+#define start_int4 K(start_int4)
+#define fit_int4 K(fit_int4)
 #define norm K(norm)
 #define silu_mul K(silu_mul)
 #define relu2 K(relu2)
@@ -1446,6 +1510,7 @@ typedef struct {
 #define peak K(peak)
 #define read_all K(read_all)
 #define kernel_row K(kernel_row)
+#define kernel_row_bf16 K(kernel_row_bf16)
 
 ALWAYS_INLINE uint32_t load_word(const uint8_t *p) {
     uint32_t w;
@@ -1454,6 +1519,10 @@ ALWAYS_INLINE uint32_t load_word(const uint8_t *p) {
 }
 
 ALWAYS_INLINE float load_float(const uint8_t *p) { return bits_float(load_word(p)); }
+
+/* The bytes AHEAD of P will be read soon: without this hint a matmul whose activations do not fit
+ * the caches waits for them. */
+#define PREFETCH(p) __builtin_prefetch((const void *)((uintptr_t)(p) + AHEAD))
 
 /* Where sum I of a tile stands: token i % nt of panel i / nt. */
 ALWAYS_INLINE float *sum_place(float *out, size_t stride, size_t nt, size_t i) {
@@ -1466,12 +1535,13 @@ ALWAYS_INLINE float *sum_place(float *out, size_t stride, size_t nt, size_t i) {
 #define KERNEL_SUFFIX scalar
 #define TILE_PANELS 1           /* what fits the registers                                       */
 #define TILE_TOKENS 8
-#define UNROLLED                /* a lane is a loop here: unrolling tiles would only be long     */
-#ifdef __clang__                /* which would write out all sixteen of every word               */
-#define EACH _Pragma("clang loop unroll(disable)") for (int i = 0; i < 16; i++)
+#define FEW_TOKENS 8            /* ... of one panel                                              */
+#ifdef __clang__                /* a lane is a loop here: unrolling tiles would only be long     */
+#define UNROLLED _Pragma("clang loop unroll(disable)")
 #else
-#define EACH for (int i = 0; i < 16; i++)
+#define UNROLLED
 #endif
+#define EACH UNROLLED for (int i = 0; i < 16; i++)
 
 typedef struct { float v[16]; } vec;
 typedef struct { int32_t v[16]; } ivec;
@@ -1492,6 +1562,13 @@ ALWAYS_INLINE vec vload_f16(const uint16_t *p) {
     return r;
 }
 ALWAYS_INLINE void vstore_f16(uint16_t *p, vec a) { EACH p[i] = f32_to_f16(a.v[i]); }
+ALWAYS_INLINE vec vload_int4(const uint8_t *p) {
+    uint16_t h[16];
+    vec r;
+    memcpy(h, p, 32);
+    EACH r.v[i] = int4_scale(h[i]);
+    return r;
+}
 ALWAYS_INLINE vec vsplat(float x) { vec r; EACH r.v[i] = x; return r; }
 ALWAYS_INLINE vec vadd(vec a, vec b) { EACH a.v[i] = a.v[i] + b.v[i]; return a; }
 ALWAYS_INLINE vec vsub(vec a, vec b) { EACH a.v[i] = a.v[i] - b.v[i]; return a; }
@@ -1526,8 +1603,23 @@ ALWAYS_INLINE float vlargest(vec a) {
     return a.v[0];
 }
 ALWAYS_INLINE ivec isplat(int32_t x) { ivec r; EACH r.v[i] = x; return r; }
+ALWAYS_INLINE ivec iadd(ivec a, ivec b) {
+    EACH a.v[i] = (int32_t)((uint32_t)a.v[i] + (uint32_t)b.v[i]);
+    return a;
+}
 ALWAYS_INLINE void istore8(int8_t *p, ivec a) { EACH p[i] = (int8_t)a.v[i]; }
 ALWAYS_INLINE wvec wload(const uint8_t *p) { wvec r; memcpy(&r, p, 64); return r; }
+ALWAYS_INLINE void wstore(uint8_t *p, wvec w) { memcpy(p, &w, 64); }
+ALWAYS_INLINE wvec wshift(const uint8_t *p) {
+    wvec r;
+    EACH memset(r.v + 4 * i, p[2 * i] & SHIFT_MASK, 4);
+    return r;
+}
+ALWAYS_INLINE wvec wlevels(wvec w, wvec shift, bool low) {
+    UNROLLED for (int i = 0; i < 64; i++)
+        w.v[i] = (uint8_t)(int4_levels[low ? w.v[i] & 15 : w.v[i] >> 4] + shift.v[i]);
+    return w;
+}
 ALWAYS_INLINE vec weven(wvec w) {
     vec r;
     EACH r.v[i] = bits_float(load_word(w.v + 4 * i) << 16);
@@ -1551,6 +1643,7 @@ ALWAYS_INLINE ivec idot4(ivec acc, wvec w, uint32_t x) {
 #define KERNEL_SUFFIX avx2
 #define TILE_PANELS 1
 #define TILE_TOKENS 4
+#define FEW_TOKENS 4
 #define UNROLLED UNROLL
 
 typedef struct { __m256 a, b; } vec;
@@ -1579,6 +1672,12 @@ ALWAYS_INLINE vec vload_f16(const uint16_t *p) {
 ALWAYS_INLINE void vstore_f16(uint16_t *p, vec x) {
     _mm_storeu_si128((void *)p, _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT));
     _mm_storeu_si128((void *)(p + 8), _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT));
+}
+ALWAYS_INLINE vec vload_int4(const uint8_t *p) {
+    uint16_t h[16];
+    __m256i mask = _mm256_set1_epi16((int16_t)(0xFFFF - SHIFT_MASK));
+    _mm256_storeu_si256((void *)h, _mm256_and_si256(_mm256_loadu_si256((const void *)p), mask));
+    return vload_f16(h);
 }
 ALWAYS_INLINE vec vsplat(float x) { return (vec){_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 ALWAYS_INLINE vec vadd(vec x, vec y) { return BOTH(_mm256_add_ps); }
@@ -1618,6 +1717,9 @@ ALWAYS_INLINE float vlargest(vec x) {
     return _mm_cvtss_f32(_mm_max_ss(h, _mm_movehdup_ps(h)));
 }
 ALWAYS_INLINE ivec isplat(int32_t x) { return (ivec){_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+ALWAYS_INLINE ivec iadd(ivec x, ivec y) {
+    return (ivec){_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)};
+}
 ALWAYS_INLINE void istore8(int8_t *p, ivec x) {
     __m256i h = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xD8);
     __m128i q = _mm_packs_epi16(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
@@ -1625,6 +1727,24 @@ ALWAYS_INLINE void istore8(int8_t *p, ivec x) {
 }
 ALWAYS_INLINE wvec wload(const uint8_t *p) {
     return (wvec){_mm256_loadu_si256((const void *)p), _mm256_loadu_si256((const void *)(p + 32))};
+}
+ALWAYS_INLINE void wstore(uint8_t *p, wvec w) {
+    _mm256_storeu_si256((void *)p, w.a);
+    _mm256_storeu_si256((void *)(p + 32), w.b);
+}
+ALWAYS_INLINE __m256i shift_avx2(const uint8_t *p) {
+    __m256i h = _mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p));
+    h = _mm256_and_si256(h, _mm256_set1_epi32(SHIFT_MASK));
+    return _mm256_mullo_epi32(h, _mm256_set1_epi32(0x01010101));
+}
+ALWAYS_INLINE wvec wshift(const uint8_t *p) { return (wvec){shift_avx2(p), shift_avx2(p + 16)}; }
+ALWAYS_INLINE __m256i levels_avx2(__m256i w, __m256i shift, bool low) {
+    __m256i levels = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)int4_levels));
+    __m256i q = _mm256_and_si256(low ? w : _mm256_srli_epi16(w, 4), _mm256_set1_epi8(15));
+    return _mm256_add_epi8(_mm256_shuffle_epi8(levels, q), shift);
+}
+ALWAYS_INLINE wvec wlevels(wvec w, wvec shift, bool low) {
+    return (wvec){levels_avx2(w.a, shift.a, low), levels_avx2(w.b, shift.b, low)};
 }
 ALWAYS_INLINE vec weven(wvec w) {
     return (vec){_mm256_castsi256_ps(_mm256_slli_epi32(w.a, 16)),
@@ -1650,14 +1770,11 @@ ALWAYS_INLINE ivec idot4(ivec acc, wvec w, uint32_t x) {
 }
 #undef BOTH
 
-#else /* 3: avx512 with VNNI; 4: with BF16 too */
-#if MEDRUN_PASS == 3
+#else /* 3: avx512 with VNNI, and for those that have it BF16 */
 #define KERNEL_SUFFIX avx512
-#else
-#define KERNEL_SUFFIX avx512bf16
-#endif
 #define TILE_PANELS 4
 #define TILE_TOKENS 4
+#define FEW_TOKENS 8
 #define UNROLLED UNROLL
 
 typedef __m512 vec;
@@ -1675,6 +1792,10 @@ ALWAYS_INLINE vec vload_f16(const uint16_t *p) {
 }
 ALWAYS_INLINE void vstore_f16(uint16_t *p, vec x) {
     _mm256_storeu_si256((void *)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+ALWAYS_INLINE vec vload_int4(const uint8_t *p) {
+    __m256i mask = _mm256_set1_epi16((int16_t)(0xFFFF - SHIFT_MASK));
+    return _mm512_cvtph_ps(_mm256_and_si256(_mm256_loadu_si256((const void *)p), mask));
 }
 ALWAYS_INLINE vec vsplat(float x) { return _mm512_set1_ps(x); }
 ALWAYS_INLINE vec vadd(vec x, vec y) { return _mm512_add_ps(x, y); }
@@ -1704,10 +1825,26 @@ ALWAYS_INLINE float vlargest(vec x) {
     return _mm_cvtss_f32(_mm_max_ss(h, _mm_movehdup_ps(h)));
 }
 ALWAYS_INLINE ivec isplat(int32_t x) { return _mm512_set1_epi32(x); }
+ALWAYS_INLINE ivec iadd(ivec x, ivec y) { return _mm512_add_epi32(x, y); }
 ALWAYS_INLINE void istore8(int8_t *p, ivec x) {
     _mm_storeu_si128((void *)p, _mm512_cvtepi32_epi8(x));
 }
-ALWAYS_INLINE wvec wload(const uint8_t *p) { return _mm512_loadu_si512(p); }
+ALWAYS_INLINE wvec wload(const uint8_t *p) {
+    __m512i w = _mm512_loadu_si512(p);
+    __asm__("" : "+v"(w));                  /* in a register: gcc would load it for every use    */
+    return w;
+}
+ALWAYS_INLINE void wstore(uint8_t *p, wvec w) { _mm512_storeu_si512(p, w); }
+ALWAYS_INLINE wvec wshift(const uint8_t *p) {
+    __m512i h = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p));
+    h = _mm512_and_si512(h, _mm512_set1_epi32(SHIFT_MASK));
+    return _mm512_mullo_epi32(h, _mm512_set1_epi32(0x01010101));
+}
+ALWAYS_INLINE wvec wlevels(wvec w, wvec shift, bool low) {
+    __m512i levels = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)int4_levels));
+    __m512i q = _mm512_and_si512(low ? w : _mm512_srli_epi16(w, 4), _mm512_set1_epi8(15));
+    return _mm512_add_epi8(_mm512_shuffle_epi8(levels, q), shift);
+}
 ALWAYS_INLINE vec weven(wvec w) { return _mm512_castsi512_ps(_mm512_slli_epi32(w, 16)); }
 ALWAYS_INLINE vec wodd(wvec w) {
     return _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32((int32_t)0xFFFF0000)));
@@ -1716,12 +1853,10 @@ ALWAYS_INLINE ivec idot4(ivec acc, wvec w, uint32_t x) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(_mm512_set1_epi32((int32_t)x)));
     return acc;
 }
-#if MEDRUN_PASS == 4
 ALWAYS_INLINE vec vdot2(vec acc, wvec w, uint32_t x) {
     __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(w), "v"(_mm512_set1_epi32((int32_t)x)));
     return acc;
 }
-#endif
 #endif
 
 /* ---- the sentences ------------------------------------------------------------------------- */
@@ -1760,7 +1895,7 @@ ALWAYS_INLINE vec vexpm1(vec x) {
 
 /* One tile, one group after the other: scale = largest magnitude / 127, q = x / scale. */
 static void pack_int8(const float *x, size_t stride, size_t cols, size_t nt, uint8_t *out) {
-    for (size_t k = 0; k < cols; k += GROUP, out += nt * (GROUP + 8)) {
+    for (size_t k = 0; k < cols; k += GROUP, out += nt * (GROUP + 12)) {
         for (size_t t = 0; t < nt; t++) {
             const float *from = x + t * stride + k;
             size_t n = cols - k < GROUP ? cols - k : GROUP;
@@ -1774,15 +1909,16 @@ static void pack_int8(const float *x, size_t stride, size_t cols, size_t nt, uin
             float scale = tiny ? 0 : largest / 127.0f;
             vec inverse = vsplat(tiny ? 0 : 127.0f / largest);
             int8_t q[GROUP] = {0};
-            int32_t sum = 0;
+            int32_t sum[2] = {0};
             for (size_t i = 0; i < n; i += 16)
                 istore8(q + i, vround(vmul(vload(from + i), inverse)));
-            for (size_t i = 0; i < GROUP; i++) sum += q[i];
-            sum *= -128;
-            memcpy(out + 4 * t, &sum, 4);
-            memcpy(out + 4 * (nt + t), &scale, 4);
+            for (size_t i = 0; i < GROUP4; i++) sum[0] += q[i], sum[1] += q[GROUP4 + i];
+            sum[0] *= -128, sum[1] *= -128;
+            memcpy(out + 4 * t, &sum[0], 4);
+            memcpy(out + 4 * (nt + t), &sum[1], 4);
+            memcpy(out + 4 * (2 * nt + t), &scale, 4);
             for (size_t i = 0; i < GROUP / 4; i++)
-                memcpy(out + 4 * ((2 + i) * nt + t), q + 4 * i, 4);
+                memcpy(out + 4 * ((3 + i) * nt + t), q + 4 * i, 4);
         }
     }
 }
@@ -1808,19 +1944,19 @@ static void pack(int kind, const float *x, size_t stride, size_t cols, size_t to
     }
 }
 
-/* Columns [BEGIN, END) of NP panels times NT tokens of a packed tile of WIDE, added to what OUT has
- * unless BEGIN is 0. NP and NT are constants after inlining, so that the sums are registers; every
- * sum is one chain in the order of K, whatever they are. */
+/* Columns [BEGIN, END) of NP panels, BYTES apart, times NT tokens of a packed tile of WIDE, added
+ * to what OUT has unless BEGIN is 0. NP and NT are constants after inlining, so that the sums are
+ * registers; every sum is one chain in the order of K, whatever they are. */
 ALWAYS_INLINE void tile_f32(const size_t np, const size_t nt, const size_t wide, const uint8_t *w,
-                            size_t cols, size_t begin, size_t end, const uint8_t *x, float *out,
+                            size_t bytes, size_t begin, size_t end, const uint8_t *x, float *out,
                             size_t stride) {
     vec sum[16];
-    size_t bytes = panel_bytes(TYPE_BF16, cols);
     UNROLLED for (size_t i = 0; i < np * nt; i++)
         sum[i] = begin ? vload(sum_place(out, stride, nt, i)) : vsplat(0);
     w += begin / 2 * STEP_BYTES, x += begin * 4 * wide;
     for (size_t k = begin; k < end; k += 2, w += STEP_BYTES, x += 8 * wide) {
         vec even[4], odd[4];
+        PREFETCH(np > 1 ? x : w);
         UNROLLED for (size_t p = 0; p < np; p++) {
             wvec step = wload(w + p * bytes);
             even[p] = weven(step), odd[p] = wodd(step);
@@ -1838,17 +1974,17 @@ ALWAYS_INLINE void tile_f32(const size_t np, const size_t nt, const size_t wide,
         vstore(sum_place(out, stride, nt, i), sum[i]);
 }
 
-#if MEDRUN_PASS == 4
+#if MEDRUN_PASS == 3
 ALWAYS_INLINE void tile_bf16(const size_t np, const size_t nt, const size_t wide, const uint8_t *w,
-                             size_t cols, size_t begin, size_t end, const uint8_t *x, float *out,
+                             size_t bytes, size_t begin, size_t end, const uint8_t *x, float *out,
                              size_t stride) {
     vec sum[16];
-    size_t bytes = panel_bytes(TYPE_BF16, cols);
     UNROLLED for (size_t i = 0; i < np * nt; i++)
         sum[i] = begin ? vload(sum_place(out, stride, nt, i)) : vsplat(0);
     w += begin / 2 * STEP_BYTES, x += begin * 2 * wide;
     for (size_t k = begin; k < end; k += 2, w += STEP_BYTES, x += 4 * wide) {
         wvec step[4];
+        PREFETCH(np > 1 ? x : w);
         UNROLLED for (size_t p = 0; p < np; p++) step[p] = wload(w + p * bytes);
         UNROLLED for (size_t t = 0; t < nt; t++) {
             uint32_t word = load_word(x + 4 * t);
@@ -1862,20 +1998,21 @@ ALWAYS_INLINE void tile_bf16(const size_t np, const size_t nt, const size_t wide
 #endif
 
 ALWAYS_INLINE void tile_int8(const size_t np, const size_t nt, const size_t wide, const uint8_t *w,
-                             size_t cols, size_t begin, size_t end, const uint8_t *x, float *out,
+                             size_t bytes, size_t begin, size_t end, const uint8_t *x, float *out,
                              size_t stride) {
-    size_t bytes = panel_bytes(TYPE_INT8, cols);
     float sum[16 * 16];                 /* in memory: the registers are for the products         */
     for (size_t i = 0; i < np * nt; i++)
         vstore(sum + 16 * i, begin ? vload(sum_place(out, stride, nt, i)) : vsplat(0));
-    x += begin / GROUP * wide * (GROUP + 8);
-    for (size_t g = begin / GROUP; g * GROUP < end; g++, x += wide * (GROUP + 8)) {
-        const uint8_t *steps = w + int8_steps(g), *words = x + 8 * wide;
+    x += begin / GROUP * wide * (GROUP + 12);
+    for (size_t g = begin / GROUP; g * GROUP < end; g++, x += wide * (GROUP + 12)) {
+        const uint8_t *steps = w + int8_steps(g), *words = x + 12 * wide;
         ivec dot[16];
         UNROLLED for (size_t i = 0; i < np * nt; i++)
-            dot[i] = isplat((int32_t)load_word(x + 4 * (i % nt)));
+            dot[i] = iadd(isplat((int32_t)load_word(x + 4 * (i % nt))),
+                          isplat((int32_t)load_word(x + 4 * (wide + i % nt))));
         for (size_t s = 0; s < GROUP / 4; s++, steps += STEP_BYTES, words += 4 * wide) {
             wvec step[4];
+            PREFETCH(np > 1 ? words : steps);
             UNROLLED for (size_t p = 0; p < np; p++) step[p] = wload(steps + p * bytes);
             UNROLLED for (size_t t = 0; t < nt; t++) {
                 uint32_t word = load_word(words + 4 * t);
@@ -1887,7 +2024,7 @@ ALWAYS_INLINE void tile_int8(const size_t np, const size_t nt, const size_t wide
             vec scales = vload_bf16(w + p * bytes + int8_scales(g));
             UNROLLED for (size_t t = 0; t < nt; t++) {
                 float *to = sum + 16 * (p * nt + t);
-                vec scale = vmul(scales, vsplat(load_float(x + 4 * (wide + t))));
+                vec scale = vmul(scales, vsplat(load_float(x + 4 * (2 * wide + t))));
                 vstore(to, vfma(vfloat(dot[p * nt + t]), scale, vload(to)));
             }
         }
@@ -1896,45 +2033,283 @@ ALWAYS_INLINE void tile_int8(const size_t np, const size_t nt, const size_t wide
         vstore(sum_place(out, stride, nt, i), vload(sum + 16 * i));
 }
 
-/* SOME columns of a few panels stay in the second cache while all tokens pass. A single token takes
- * four panels at once, so that four chains of sums are in flight; what is left of the panels goes
- * one by one. */
-#define MATMUL(name, tile, kind, type)                                                          \
+/* Columns [BEGIN, END) of an int4 panel -> BLOCK, which all tokens then use: for each 64 columns
+ * 2 x 16 scales in float, then 16 steps as if they were int8. */
+ALWAYS_INLINE void unpack_int4(const uint8_t *w, size_t begin, size_t end, uint8_t *block) {
+    for (size_t g = begin / GROUP4; g < round_up(end, GROUP) / GROUP4; g++) {
+        const uint8_t *scales = w + int4_scales(g), *steps = w + int4_steps(g);
+        uint8_t *to = block + g % 2 * STEP_BYTES;
+        wvec shift = wshift(scales);
+        vstore((float *)(void *)to, vmul(vload_int4(scales), vsplat(0x1p-13f)));
+        to = block + 2 * STEP_BYTES + g % 2 * 8 * STEP_BYTES;
+        UNROLLED for (size_t s = 0; s < GROUP4 / 8; s++, to += 2 * STEP_BYTES) {
+            wvec step = wload(steps + s * STEP_BYTES);
+            wstore(to, wlevels(step, shift, true));
+            wstore(to + STEP_BYTES, wlevels(step, shift, false));
+        }
+        if (g % 2) block += UNPACKED_BYTES;
+    }
+}
+
+/* READY: W is NP blocks that unpack_int4 made, BYTES apart; else W is the panels. */
+ALWAYS_INLINE void tile_int4(const bool ready, const size_t np, const size_t nt, const size_t wide,
+                             const uint8_t *w, size_t bytes, size_t begin, size_t end,
+                             const uint8_t *x, float *out, size_t stride) {
+    float sum[16 * 16], part[16 * 16];
+    for (size_t i = 0; i < np * nt; i++)
+        vstore(sum + 16 * i, begin ? vload(sum_place(out, stride, nt, i)) : vsplat(0));
+    x += begin / GROUP * wide * (GROUP + 12);
+    if (!ready) w += int4_scales(begin / GROUP4);
+    for (size_t k = begin; k < end; k += GROUP, x += wide * (GROUP + 12)) {
+        const uint8_t *words = x + 12 * wide;
+        UNROLLED for (size_t h = 0; h < 2; h++) {
+            const uint8_t *scales = w + h * (ready ? STEP_BYTES : STEP_BYTES / 2);
+            const uint8_t *steps = w + (ready ? (2 + h * 8) * STEP_BYTES : int4_steps(h));
+            ivec dot[16];
+            wvec shift[4];
+            UNROLLED for (size_t i = 0; i < np * nt; i++)
+                dot[i] = isplat((int32_t)load_word(x + 4 * (h * wide + i % nt)));
+            UNROLLED for (size_t p = 0; !ready && p < np; p++)
+                shift[p] = wshift(scales + p * bytes);
+            for (size_t s = 0; s < GROUP4 / 8; s++, steps += (ready ? 2 : 1) * STEP_BYTES) {
+                PREFETCH(ready ? words : steps);
+                UNROLLED for (size_t low = 1; low < 2; low--, words += 4 * wide) {
+                    wvec step[4];
+                    UNROLLED for (size_t p = 0; p < np; p++) {
+                        step[p] = wload(steps + p * bytes + (ready && !low ? STEP_BYTES : 0));
+                        if (!ready) step[p] = wlevels(step[p], shift[p], low);
+                    }
+                    UNROLLED for (size_t t = 0; t < nt; t++) {
+                        uint32_t word = load_word(words + 4 * t);
+                        UNROLLED for (size_t p = 0; p < np; p++)
+                            dot[p * nt + t] = idot4(dot[p * nt + t], step[p], word);
+                    }
+                }
+            }
+            UNROLLED for (size_t i = 0; i < np * nt; i++) {
+                const uint8_t *from = scales + i / nt * bytes;
+                vec scale = ready ? vload((const float *)(const void *)from)
+                                  : vmul(vload_int4(from), vsplat(0x1p-13f));
+                vec old = h ? vload(part + 16 * i) : vsplat(0);
+                vstore(part + 16 * i, h ? vfma(vfloat(dot[i]), scale, old)
+                                        : vmul(vfloat(dot[i]), scale));
+            }
+        }
+        UNROLLED for (size_t i = 0; i < np * nt; i++) {
+            vec scale = vsplat(load_float(x + 4 * (2 * wide + i % nt)));
+            vstore(sum + 16 * i, vfma(vload(part + 16 * i), scale, vload(sum + 16 * i)));
+        }
+        w += ready ? UNPACKED_BYTES : 2 * GROUP4_BYTES + STEP_BYTES;
+    }
+    for (size_t i = 0; i < np * nt; i++)
+        vstore(sum_place(out, stride, nt, i), vload(sum + 16 * i));
+}
+
+/* A few tokens take the panels one by one (ALONE at once for a single token), so that the weights
+ * come from memory as one stream, which the processor reads ahead best. For many tokens SOME
+ * columns of TILE_PANELS panels, which READY prepares, stay in the second cache while all tokens
+ * pass; BIG is the tile of as many panels and tokens as the registers take. */
+#define MATMUL(name, tile, alone, big, ready, kind, type)                                       \
     static void name(const uint8_t *w, size_t panels, size_t cols, const uint8_t *x,            \
-                     size_t tokens, size_t some, float *out, size_t stride) {                   \
+                     size_t tokens, size_t some, uint8_t *block, float *out, size_t stride) {   \
         size_t bytes = panel_bytes(type, cols), row = pack_bytes(kind, cols);                   \
+        (void)block;                                                                            \
         for (size_t p = 0, np; p < panels; p += np, w += np * bytes, out += 16 * np) {          \
-            np = tokens == 1 ? 4 : TILE_PANELS;                                                 \
-            if (np > panels - p) np = 1;                                                        \
+            bool many = tokens > TILE && panels - p >= TILE_PANELS;                             \
+            np = many ? TILE_PANELS : tokens == 1 && panels - p >= alone ? alone : 1;           \
             for (size_t k = 0, end; k < cols; k = end) {                                        \
                 end = some < cols - k ? k + some : cols;                                        \
+                if (many) ready;                                                                \
                 for (size_t t = 0, wide; t < tokens; t += wide) {                               \
                     wide = (size_t)tile_width(tokens - t);                                      \
                     for (size_t u = 0, nt; u < wide; u += nt) {                                 \
-                        const uint8_t *xt = x + t * row + 4 * u;                                \
+                        const uint8_t *xt = x + t * row + 4 * u, *wp = w;                       \
                         float *to = out + (t + u) * stride;                                     \
-                        nt = np < TILE_PANELS ? 1 : wide < TILE_TOKENS ? wide : TILE_TOKENS;    \
-                        if (nt == TILE_TOKENS)                                                  \
-                            tile(TILE_PANELS, TILE_TOKENS, wide, w, cols, k, end, xt, to,       \
-                                 stride);                                                       \
-                        else if (nt == 4) tile(TILE_PANELS, 4, wide, w, cols, k, end, xt, to,   \
-                                               stride);                                         \
-                        else if (nt == 2) tile(TILE_PANELS, 2, wide, w, cols, k, end, xt, to,   \
-                                               stride);                                         \
-                        else if (np == 4) tile(4, 1, wide, w, cols, k, end, xt, to, stride);    \
-                        else tile(1, 1, wide, w, cols, k, end, xt, to, stride);                 \
+                        nt = many && wide > TILE_TOKENS ? TILE_TOKENS                           \
+                             : wide > FEW_TOKENS ? FEW_TOKENS : wide;                           \
+                        if (many && nt == TILE_TOKENS) big;                                     \
+                        else if (np == alone && nt == 1) TILE_OF(tile, alone, 1);               \
+                        else for (size_t q = 0; q < np; q++, wp += bytes, to += 16)             \
+                            SMALL_TILE(tile);                                                   \
                     }                                                                           \
                 }                                                                               \
             }                                                                                   \
         }                                                                                       \
     }
-
-MATMUL(matmul_f32, tile_f32, PACK_F32, TYPE_BF16)
-#if MEDRUN_PASS == 4
-MATMUL(matmul_bf16, tile_bf16, PACK_BF16, TYPE_BF16)
+#define TILE_OF(tile, np, nt) tile(np, nt, wide, wp, bytes, k, end, xt, to, stride)
+#define BIG(tile) TILE_OF(tile, TILE_PANELS, TILE_TOKENS)
+#if MEDRUN_PASS == 1
+#define SMALL_TILE(tile) TILE_OF(tile, 1, nt)
+#else
+#define SMALL_TILE(tile)                                                                        \
+    if (nt == FEW_TOKENS) TILE_OF(tile, 1, FEW_TOKENS);                                         \
+    else if (nt == 4) TILE_OF(tile, 1, 4);                                                      \
+    else if (nt == 2) TILE_OF(tile, 1, 2);                                                      \
+    else TILE_OF(tile, 1, 1)
 #endif
-MATMUL(matmul_int8, tile_int8, PACK_INT8, TYPE_INT8)
+
+MATMUL(matmul_f32, tile_f32, 2, BIG(tile_f32), {}, PACK_F32, TYPE_BF16)
+#if MEDRUN_PASS == 3
+MATMUL(matmul_bf16, tile_bf16, 1, BIG(tile_bf16), {}, PACK_BF16, TYPE_BF16)
+#endif
+MATMUL(matmul_int8, tile_int8, 1, BIG(tile_int8), {}, PACK_INT8, TYPE_INT8)
+
+#define FEW4(...) tile_int4(false, __VA_ARGS__)
+#define BLOCK4 ((end - k + GROUP - 1) / GROUP * UNPACKED_BYTES)
+#define READY4                                                                                  \
+    for (size_t i = 0; i < np; i++) unpack_int4(w + i * bytes, k, end, block + i * BLOCK4)
+#define BIG4                                                                                    \
+    tile_int4(true, TILE_PANELS, TILE_TOKENS, wide, block, BLOCK4, k, end, xt, to, stride)
+MATMUL(matmul_int4, FEW4, 1, BIG4, READY4, PACK_INT8, TYPE_INT4)
+#undef FEW4
+#undef BLOCK4
+#undef READY4
+#undef BIG4
+#undef BIG
+#undef SMALL_TILE
+#undef TILE_OF
 #undef MATMUL
+
+/* ---- the scales of int4 -------------------------------------------------------------------- */
+
+/* 16 groups, a lane each, and the best scale and shift so far. */
+typedef struct {
+    const float *v, *importance;            /* (32, 16), (32)                                    */
+    vec v_sum;                              /* of importance * v                                 */
+    float weight;                           /* of all importances                                */
+    vec error, scale, shift;
+} int4_fit;
+
+/* The level next to T, as it counts from zero, or its index. */
+ALWAYS_INLINE vec level_of(vec t, bool index) {
+    vec q = vsplat(index ? 0 : (float)(int4_levels[0] - INT4_ZERO));
+    UNROLLED for (int i = 1; i < 16; i++) {
+        float middle = (float)(int4_levels[i - 1] + int4_levels[i]) * 0.5f - INT4_ZERO;
+        float next = index ? (float)i : (float)(int4_levels[i] - INT4_ZERO);
+        q = vless(vsplat(middle), t, vsplat(next), q);
+    }
+    return q;
+}
+
+/* The weighted squared error of all values with this scale and shift. */
+NEVER_INLINE vec int4_error(const int4_fit *f, vec scale, vec shift) {
+    vec error = vsplat(0), inverse = vdiv(vsplat(1), scale), back = vsub(vsplat(0), shift);
+    for (size_t k = 0; k < GROUP4; k++) {
+        vec v = vload(f->v + 16 * k), level = level_of(vfma(v, inverse, back), false);
+        vec off = vfma(vsub(vsplat(0), vadd(level, shift)), scale, v);
+        error = vfma(vmul(off, off), vsplat(f->importance[k]), error);
+    }
+    return error;
+}
+
+/* Least squares for the levels that are nearest now: v = scale * (level + shift). */
+NEVER_INLINE void refit_int4(const int4_fit *f, vec *scale, vec *shift) {
+    vec sum = vsplat(0), squares = sum, products = sum;
+    vec inverse = vdiv(vsplat(1), *scale), back = vsub(vsplat(0), *shift);
+    for (size_t k = 0; k < GROUP4; k++) {
+        vec v = vload(f->v + 16 * k), level = level_of(vfma(v, inverse, back), false);
+        vec weighted = vmul(level, vsplat(f->importance[k]));
+        sum = vadd(sum, weighted);
+        squares = vfma(weighted, level, squares);
+        products = vfma(weighted, v, products);
+    }
+    vec weight = vsplat(f->weight), zero = vsplat(0);
+    vec spread = vsub(vmul(weight, squares), vmul(sum, sum));
+    vec slope = vsub(vmul(weight, products), vmul(sum, f->v_sum));
+    vec fresh = vdiv(slope, vless(zero, spread, spread, vsplat(1)));
+    vec useful = vless(zero, spread, vmul(fresh, *scale), zero);        /* the sign must stay    */
+    vec offset = vdiv(vsub(f->v_sum, vmul(fresh, sum)), weight);
+    offset = vdiv(offset, vless(zero, useful, fresh, vsplat(1)));
+    *shift = vless(zero, useful, offset, *shift);
+    *scale = vless(zero, useful, fresh, *scale);
+}
+
+/* A scale as its bits can say it, between the least and the largest, times 2^-13. */
+ALWAYS_INLINE vec round_int4(vec scale, uint16_t *bits) {
+    vec top = vsplat(60000.0f), all = vmul(scale, vsplat(0x1p13f));
+    all = vmax(vless(all, top, all, top), vsub(vsplat(0), top));
+    vstore_f16(bits, all);
+    for (int i = 0; i < 16; i++) {
+        unsigned h = bits[i], size = (h & 0x7FFF) + SHIFT_MASK / 2 + (h >> 6 & 1);
+        bits[i] = (uint16_t)((h & 0x8000) | (size & (0xFFFF - SHIFT_MASK)));
+        if (size <= SHIFT_MASK) bits[i] |= SHIFT_MASK + 1;
+    }
+    return vmul(vload_int4((const uint8_t *)bits), vsplat(0x1p-13f));
+}
+
+/* Whole shifts around SHIFT, each with its best scale, as bits can say them; keeps the best. */
+static void settle_int4(int4_fit *f, vec scale, vec shift) {
+    vec most = vsplat(SHIFT_MASK - SHIFT_ZERO), least = vsplat(-SHIFT_ZERO), zero = vsplat(0);
+    uint16_t bits[16];
+    shift = vmax(vless(shift, most, shift, most), least);
+    for (int i = -1; i <= 1; i++) {
+        vec s = vadd(vfloat(vround(shift)), vsplat((float)i)), squares = zero, products = zero;
+        vec inverse = vdiv(vsplat(1), scale);
+        s = vmax(vless(s, most, s, most), least);
+        for (size_t k = 0; k < GROUP4; k++) {
+            vec v = vload(f->v + 16 * k), level = level_of(vsub(vmul(v, inverse), s), false);
+            level = vadd(level, s);
+            vec weighted = vmul(level, vsplat(f->importance[k]));
+            squares = vfma(weighted, level, squares);
+            products = vfma(weighted, v, products);
+        }
+        vec fresh = vdiv(products, vless(zero, squares, squares, vsplat(1)));
+        fresh = vless(zero, vmul(fresh, scale), fresh, scale);
+        fresh = round_int4(fresh, bits);
+        vec error = int4_error(f, fresh, s);
+        f->scale = vless(error, f->error, fresh, f->scale);
+        f->shift = vless(error, f->error, s, f->shift);
+        f->error = vless(error, f->error, error, f->error);
+    }
+}
+
+/* Start I of 18 for a group between LOW and HIGH: its ends, drawn in by three factors each, with
+ * both signs of the scale. */
+ALWAYS_INLINE void start_int4(int i, vec low, vec high, vec *scale, vec *shift) {
+    static const float factors[] = {1.02f, 0.87f, 0.72f};
+    float first = (float)(int4_levels[0] - INT4_ZERO), span = int4_levels[15] - int4_levels[0];
+    vec bottom = vmul(low, vsplat(factors[i % 3])), top = vmul(high, vsplat(factors[i / 3 % 3]));
+    vec size = vmax(vmul(vsub(top, bottom), vsplat(1 / span)), vsplat(1e-12f));
+    *scale = vmul(size, vsplat(i < 9 ? 1 : -1));
+    *shift = vsub(vdiv(i < 9 ? bottom : top, *scale), vsplat(first));
+}
+
+/* The best of all starts after three rounds of least squares, settled; then the nibbles. */
+static void fit_int4(const float *v, const float *importance, uint16_t *bits, uint8_t *q) {
+    vec zero = vsplat(0), low = vsplat(INFINITY), high = vsplat(-INFINITY);
+    vec scale, shift, best_scale = zero, best_shift = zero, least = vsplat(INFINITY);
+    int4_fit f = {v, importance, zero, 0, zero, zero, zero};
+    float shifts[16];
+    for (size_t k = 0; k < GROUP4; k++) {
+        vec x = vload(v + 16 * k), weighted = vmul(x, vsplat(importance[k]));
+        f.v_sum = vadd(f.v_sum, weighted);
+        f.error = vfma(weighted, x, f.error);           /* of nothing but zeros                  */
+        f.weight = f.weight + importance[k];
+        high = vmax(x, high), low = vless(x, low, x, low);
+    }
+    for (int i = 0; i < 18; i++) {
+        start_int4(i, low, high, &scale, &shift);
+        for (int round = 0; round < 3; round++) refit_int4(&f, &scale, &shift);
+        vec error = int4_error(&f, scale, shift);
+        best_scale = vless(error, least, scale, best_scale);
+        best_shift = vless(error, least, shift, best_shift);
+        least = vless(error, least, error, least);
+    }
+    settle_int4(&f, best_scale, best_shift);
+    vec used = vmul(f.scale, f.scale);                  /* 0: the group is zeros                 */
+    scale = vless(zero, used, f.scale, vsplat(1));
+    round_int4(scale, bits);
+    vstore(shifts, vless(zero, used, f.shift, vsplat(INFINITY)));
+    for (int i = 0; i < 16; i++)
+        bits[i] = isinf(shifts[i]) ? 0
+                                   : (uint16_t)(bits[i] | (unsigned)((int)shifts[i] + SHIFT_ZERO));
+    for (size_t k = 0; k < GROUP4; k++) {
+        float index[16];
+        vec level = level_of(vsub(vdiv(vload(v + 16 * k), scale), f.shift), true);
+        vstore(index, vless(zero, used, level, zero));
+        for (size_t i = 0; i < 16; i++) q[16 * k + i] = (uint8_t)index[i];
+    }
+}
 
 /* RMSNorm (Zhang and Sennrich 2019): x / sqrt(mean(x^2) + eps) * weight. */
 static void norm(float *out, const float *x, const float *weight, size_t n, float eps) {
@@ -2106,7 +2481,7 @@ static size_t peak(int kind, size_t rounds, float *sink) {
     for (size_t n = 0; kind == PACK_INT8 && n < rounds; n++)
         UNROLLED for (size_t i = 0; i < CHAINS; i++)
             dot[i] = idot4(dot[i], w, load_word(bytes + n % 8 * 4));
-#if MEDRUN_PASS == 4
+#if MEDRUN_PASS == 3
     for (size_t n = 0; kind == PACK_BF16 && n < rounds; n++)
         UNROLLED for (size_t i = 0; i < CHAINS; i++)
             sum[i] = vdot2(sum[i], w, load_word(bytes + n % 8 * 4));
@@ -2120,35 +2495,37 @@ static size_t peak(int kind, size_t rounds, float *sink) {
     return CHAINS * LANES * (kind == PACK_INT8 ? 8 : kind == PACK_BF16 ? 4 : 2);
 }
 
-/* Reads N bytes as four streams side by side, as a matmul of one token does; a number that depends
- * on all but a few at the end. */
+/* Reads N bytes in order, as a matmul of one token does; a number that depends on all but a few at
+ * the end. */
 static float read_all(const uint8_t *p, size_t n) {
     ivec sum[4];
-    size_t quarter = n / 4 / STEP_BYTES * STEP_BYTES;
     UNROLLED for (size_t i = 0; i < 4; i++) sum[i] = isplat(0);
-    for (size_t at = 0; at < quarter; at += STEP_BYTES)
-        UNROLLED for (size_t i = 0; i < 4; i++)
-            sum[i] = idot4(sum[i], wload(p + i * quarter + at), 0x01010101);
+    for (size_t at = 0; at + 4 * STEP_BYTES <= n; at += 4 * STEP_BYTES)
+        UNROLLED for (size_t i = 0; i < 4; i++) {
+            PREFETCH(p + at + i * STEP_BYTES);
+            sum[i] = idot4(sum[i], wload(p + at + i * STEP_BYTES), 0x01010101);
+        }
     return vsum(vadd(vadd(vfloat(sum[0]), vfloat(sum[1])), vadd(vfloat(sum[2]), vfloat(sum[3]))));
 }
 
 #define TEXT2(x) #x
 #define TEXT(x) TEXT2(x)
-static const kernel_set kernel_row = {
-    TEXT(KERNEL_SUFFIX), MEDRUN_PASS == 4, pack, TILE_PANELS,
-#if MEDRUN_PASS == 4
-    {matmul_f32, matmul_bf16, matmul_int8},
-#else
-    {matmul_f32, NULL, matmul_int8},
+#define ROW(name, bf16, matmul_bf16) {                                                          \
+        name, bf16, pack, TILE_PANELS, {matmul_f32, matmul_bf16, matmul_int8}, matmul_int4,     \
+        fit_int4, norm, silu_mul, relu2, xielu, add, attend, to_half, peak, read_all,           \
+    }
+static const kernel_set kernel_row = ROW(TEXT(KERNEL_SUFFIX), false, NULL);
+#if MEDRUN_PASS == 3
+static const kernel_set kernel_row_bf16 = ROW("avx512bf16", true, matmul_bf16);
 #endif
-    norm, silu_mul, relu2, xielu, add, attend, to_half, peak, read_all,
-};
+#undef ROW
 #undef TEXT
 #undef TEXT2
 #undef KERNEL_SUFFIX
 #undef UNROLLED
 #undef TILE_PANELS
 #undef TILE_TOKENS
+#undef FEW_TOKENS
 
 #endif /* MEDRUN_PASS */
 
@@ -2179,23 +2556,14 @@ static const kernel_set kernel_row = {
 #undef MEDRUN_PASS
 #ifdef __clang__
 #pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target( \
-    "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16"))), \
-    apply_to = function)
-#else
-#pragma GCC target("avx512bf16")
-#endif
-#define MEDRUN_PASS 4
-#include "medrun.c"
-#undef MEDRUN_PASS
-#ifdef __clang__
-#pragma clang attribute pop
 #else
 #pragma GCC pop_options
 #endif
 #endif /* MEDRUN_X86 */
 
 #undef pack
+#undef fit_int4
+#undef matmul_int4
 #undef norm
 #undef silu_mul
 #undef relu2
@@ -2213,7 +2581,7 @@ static int usable_kernels(const kernel_set *out[N_KERNEL_SETS]) {
     int n = 0;
 #ifdef MEDRUN_X86
     cpu_features f = detect_cpu();
-    if (f.avx512_bf16) out[n++] = &kernel_row_avx512bf16;
+    if (f.avx512_bf16) out[n++] = &kernel_row_bf16_avx512;
     if (f.avx512) out[n++] = &kernel_row_avx512;
     if (f.avx2) out[n++] = &kernel_row_avx2;
 #endif
@@ -2252,10 +2620,12 @@ typedef struct {
     const kernel_set *k;
     bool strict;                    /* bf16 weights times f32 activations                       */
     size_t cache;                   /* bytes of the second cache; 0: not known                  */
+    uint8_t *blocks;                /* (threads, block_bytes) for int4 weights                  */
+    size_t block_bytes;             /* at least engine_block_bytes                              */
 } engine;
 
 static int pack_kind(const engine *g, int weight_type) {
-    if (weight_type == TYPE_INT8) return PACK_INT8;
+    if (weight_type == TYPE_INT8 || weight_type == TYPE_INT4) return PACK_INT8;
     return g->k->bf16_dot && !g->strict ? PACK_BF16 : PACK_F32;
 }
 
@@ -2305,32 +2675,82 @@ typedef struct {
     size_t some;                    /* columns of a few panels that fit the second cache        */
 } matmul_job;
 
+/* The kernel for weights of TYPE and activations of KIND. */
+static matmul_fn *matmul_of(const kernel_set *k, int type, int kind) {
+    return type == TYPE_INT4 ? k->matmul_int4 : k->matmul[kind];
+}
+
 static size_t tensor_panels(const tensor *w) { return (w->rows + LANES - 1) / LANES; }
 
 static void matmul_task(void *context, size_t begin, size_t end, int thread) {
-    (void)thread;
     matmul_job *j = context;
+    const engine *g = j->g;
     for (const product *p = j->products; p < j->products + j->n && begin < end; p++) {
         size_t panels = tensor_panels(p->w), n = panels < end ? panels : end;
+        matmul_fn *f = matmul_of(g->k, p->w->type, j->x->kind);
+        uint8_t *block = g->blocks + (size_t)thread * g->block_bytes;
         if (begin < n)
-            j->g->k->matmul[j->x->kind](p->w->data + begin * panel_bytes(p->w->type, p->w->cols),
-                                        n - begin, p->w->cols, j->x->data, j->x->tokens,
-                                        j->some, p->out + begin * LANES, p->stride);
+            f(p->w->data + begin * panel_bytes(p->w->type, p->w->cols), n - begin, p->w->cols,
+              j->x->data, j->x->tokens, j->some, block, p->out + begin * LANES, p->stride);
         begin = begin < panels ? 0 : begin - panels;
         end = end < panels ? 0 : end - panels;
     }
 }
 
-/* Up to a few matrices of one type that multiply the same activations, in one go (q, k and v). The
- * columns that are taken at once fill three eighths of the second cache. */
+/* The columns of a few panels, with BYTES for each, that fill three eighths of the second cache. */
+static size_t block_cols(const engine *g, size_t bytes) {
+    size_t cols = (g->cache ? g->cache : 256 << 10) / 8 * 3 / bytes / 128 * 128;
+    return cols ? cols : 128;
+}
+
+/* What a thread needs to unpack int4 weights of COLS columns. */
+static size_t engine_block_bytes(const engine *g, size_t cols) {
+    size_t some = block_cols(g, BLOCK_BYTES);
+    return (some < cols ? some : round_up(cols, 128)) * BLOCK_BYTES;
+}
+
+/* Up to a few matrices of one type that multiply the same activations, in one go (q, k and v). */
 static void matmul(const engine *g, const product *products, size_t n, const packed *x) {
-    size_t panels = 0, cache = (g->cache ? g->cache : 256 << 10) / 8 * 3;
-    size_t some = cache / g->k->tile_panels * x->cols / panel_bytes(products->w->type, x->cols);
+    size_t panels = 0, bytes = panel_bytes(products->w->type, x->cols);
+    size_t some = block_cols(g, (g->k->tile_panels * bytes + x->cols - 1) / x->cols);
+    if (products->w->type == TYPE_INT4) some = block_cols(g, BLOCK_BYTES);
     if (x->tokens <= TILE) some = x->cols;              /* nothing is used a second time         */
-    matmul_job j = {g, products, n, x, some > 128 ? some / 128 * 128 : 128};
+    matmul_job j = {g, products, n, x, some};
     for (size_t i = 0; i < n; i++) panels += tensor_panels(products[i].w);
     size_t grain = panels / ((size_t)g->pool->threads * 8);
     parallel_for(g->pool, panels, round_up(grain ? grain : 1, 4), matmul_task, &j);
+}
+
+/* Packs 16 rows of one int4 panel; IMPORTANCE (cols) says how much an error of each column counts,
+ * NULL: all the same. */
+static void pack_int4(const kernel_set *k, const float *rows, size_t n_rows, size_t cols,
+                      const float *importance, uint8_t *out) {
+    for (size_t g = 0; g * GROUP4 < cols; g++) {
+        float v[GROUP4 * LANES] = {0}, weights[GROUP4] = {0};
+        uint8_t q[GROUP4 * LANES], *steps = out + int4_steps(g);
+        uint16_t bits[LANES];
+        for (size_t i = 0; i < GROUP4 && g * GROUP4 + i < cols; i++) {
+            weights[i] = importance ? importance[g * GROUP4 + i] : 1;
+            for (size_t r = 0; r < n_rows; r++) v[i * LANES + r] = rows[r * cols + g * GROUP4 + i];
+        }
+        k->fit_int4(v, weights, bits, q);
+        memcpy(out + int4_scales(g), bits, sizeof bits);
+        for (size_t i = 0; i < GROUP4 * LANES; i++) {
+            size_t c = i / LANES, at = c / 8 * STEP_BYTES + 4 * (i % LANES) + c % 4;
+            steps[at] |= (uint8_t)(q[i] << (c % 8 / 4 * 4));
+        }
+    }
+}
+
+/* ROWS (n_rows <= 16, cols), row-major floats -> one panel; missing rows become zeros. */
+static void pack_panel(const kernel_set *k, int type, const float *rows, size_t n_rows,
+                       size_t cols, const float *importance, uint8_t *out) {
+    if (type != TYPE_INT4) {
+        panel_pack(type, rows, n_rows, cols, out);
+        return;
+    }
+    memset(out, 0, panel_bytes(type, cols));
+    pack_int4(k, rows, n_rows, cols, importance, out);
 }
 /* ============================================================================================
  * 9 Model file: parse and check everything before anything is used
@@ -5009,7 +5429,8 @@ static int bind_all(medrun_model *m, medrun_error *e) {
     tensor vector = {0};
     const float *xielu_stored = NULL;
     bool gated = c->activation == ACTIVATION_SILU, xielu = c->activation == ACTIVATION_XIELU;
-    int code = bind(m, &entry, &left, "embed", m->type, c->vocab_size, hidden, &m->embed, e);
+    int vocabulary = rows_type(m->type);
+    int code = bind(m, &entry, &left, "embed", vocabulary, c->vocab_size, hidden, &m->embed, e);
     if (code) return code;
     for (int l = 0; l < c->n_layers; l++) {
         model_layer *y = &m->layers[l];
@@ -5048,7 +5469,7 @@ static int bind_all(medrun_model *m, medrun_error *e) {
     m->final_norm = (const void *)vector.data;
     m->output = m->embed;
     if (!c->tied)
-        code = bind(m, &entry, &left, "output", m->type, c->vocab_size, hidden, &m->output, e);
+        code = bind(m, &entry, &left, "output", vocabulary, c->vocab_size, hidden, &m->output, e);
     if (code) return code;
     if (left) return fail(e, MEDRUN_BAD_FILE, "%s: %u tensors more than the config needs",
                           m->file.path, left);
@@ -5146,8 +5567,8 @@ static int read_names(medrun_model *m, medrun_error *e) {
         return wrong_value(f, "architecture", m->architecture, "llama, mistral, arcee or apertus",
                            e);
     m->type = type_find(type);
-    if (m->type != TYPE_BF16 && m->type != TYPE_INT8)
-        return wrong_value(f, "type", type, "bf16 or int8", e);
+    if (m->type != TYPE_BF16 && m->type != TYPE_INT8 && m->type != TYPE_INT4)
+        return wrong_value(f, "type", type, "bf16, int8 or int4", e);
     return MEDRUN_OK;
 }
 
@@ -5543,7 +5964,7 @@ static void output_rows(pass *p, const size_t *rows, size_t n) {
     for (size_t i = 0; i < n; i++)
         p->g.k->norm(p->h + i * p->hidden, p->x + rows[i] * p->hidden, p->m->final_norm, p->hidden,
                      p->m->config.norm_eps);
-    pack_activations(&p->g, &p->a, p->m->type, p->h, p->hidden, p->hidden, n);
+    pack_activations(&p->g, &p->a, p->m->output.type, p->h, p->hidden, p->hidden, n);
     matmul(&p->g, &(product){&p->m->output, p->logits, p->vocab}, 1, &p->a);
 }
 
@@ -5702,7 +6123,8 @@ static void layout_pass(const medrun_session *s, pass *p, arena *a) {
     widest = p->ffn > p->heads ? p->ffn : p->heads;
     if (p->hidden > widest) widest = p->hidden;
     p->m = s->model;
-    p->g = (engine){s->model->pool, s->model->kernels, s->options.strict, s->model->cache};
+    p->g = (engine){.pool = s->model->pool, .k = s->model->kernels, .strict = s->options.strict,
+                    .cache = s->model->cache};
     p->capacity = n;
     p->segments = arena_take(a, n, sizeof *p->segments);
     p->owner = arena_take(a, n, sizeof *p->owner);
@@ -5720,6 +6142,9 @@ static void layout_pass(const medrun_session *s, pass *p, arena *a) {
     p->logits = arena_take(a, TILE * p->vocab, sizeof(float));
     p->a.data = arena_take(a, n > TILE ? n : TILE, pack_bytes(pack_kind(&p->g, s->model->type),
                                                               widest));
+    if (s->model->type != TYPE_INT4) return;
+    p->g.block_bytes = round_up(engine_block_bytes(&p->g, widest), 64);
+    p->g.blocks = arena_take(a, (size_t)s->model->pool->threads, p->g.block_bytes);
 }
 
 /* Lays out S, whose model and options are set, in the arena. */
@@ -8057,13 +8482,13 @@ static int bench_command(command *c) {
                     k->max_positions);
     medrun_session_options o = session_options(c, longest);
     if ((code = medrun_start(&c->s, m, &o, NULL, 0, &c->e))) return code;
-    engine g = {m->pool, m->kernels, flag(c, O_STRICT), 0};
+    engine g = {.k = m->kernels, .strict = flag(c, O_STRICT)};
     ceiling top = {.m = m, .data = m->embed.data, .kind = pack_kind(&g, m->type),
                    .n = (size_t)(m->file.map.data + m->file.map.n - m->embed.data)};
     uint64_t embed = (uint64_t)k->vocab_size * (uint64_t)k->hidden_size;
     uint64_t inner = m->parameters - embed * (k->tied ? 1 : 2);
     row[0].operations = 2 * ((double)inner + (double)embed / row[0].n);
-    row[1].bytes = (double)m->weight_bytes - (k->tied ? 0 : (double)tensor_bytes(m->type,
+    row[1].bytes = (double)m->weight_bytes - (k->tied ? 0 : (double)tensor_bytes(m->embed.type,
                    (size_t)k->vocab_size, (size_t)k->hidden_size));
     for (int r = -1; r < repeats; r++)                  /* the first warms up                    */
         for (int i = 0; i < 2; i++) {
@@ -8089,14 +8514,16 @@ static bool small_product(const kernel_set *k, int type, int kind, float *out) {
     uint64_t random = 1;
     float *x = new_array((rows + CHECK_TOKENS) * cols, sizeof *x);
     uint8_t *w = new_array(CHECK_PANELS, panel);
-    uint8_t *a = new_array(CHECK_TOKENS, pack_bytes(kind, cols));
+    uint8_t *a = new_array(CHECK_TOKENS, pack_bytes(kind, cols)), block[BLOCK_BYTES * CHECK_COLS];
     bool made = x && w && a;
     for (size_t i = 0; made && i < (rows + CHECK_TOKENS) * cols; i++)
         x[i] = (float)(random_uniform(&random) - 0.5);
     for (size_t p = 0; made && p < CHECK_PANELS; p++)
-        panel_pack(type, x + (CHECK_TOKENS + p * LANES) * cols, LANES, cols, w + p * panel);
+        pack_panel(k, type, x + (CHECK_TOKENS + p * LANES) * cols, LANES, cols, NULL,
+                   w + p * panel);
     if (made) k->pack(kind, x, cols, cols, CHECK_TOKENS, a);
-    if (made) k->matmul[kind](w, CHECK_PANELS, cols, a, CHECK_TOKENS, cols, out, rows);
+    if (made) matmul_of(k, type, kind)(w, CHECK_PANELS, cols, a, CHECK_TOKENS, cols, block, out,
+                                       rows);
     free(x), free(w), free(a);
     return made;
 }
@@ -8104,7 +8531,8 @@ static bool small_product(const kernel_set *k, int type, int kind, float *out) {
 static int doctor_command(command *c) {
     static float found[CHECK_TOKENS * CHECK_PANELS * LANES], wanted[sizeof found / sizeof *found];
     static const struct { const char *name; int type, kind; } checks[] = {
-        {"int8", TYPE_INT8, PACK_INT8}, {"bf16, strict", TYPE_BF16, PACK_F32}};
+        {"int8", TYPE_INT8, PACK_INT8}, {"int4", TYPE_INT4, PACK_INT8},
+        {"bf16, strict", TYPE_BF16, PACK_F32}};
     const kernel_set *sets[N_KERNEL_SETS], *chosen;
     uint64_t total, available;
     int n = usable_kernels(sets), code = choose_kernels(&chosen, NULL, &c->e);
@@ -8112,13 +8540,13 @@ static int doctor_command(command *c) {
     memory_size(&total, &available);
     printf("processors %d\nmemory     %.1f MB, %.1f MB are free\nkernels    %s\n", processors(),
            mb(total), mb(available), chosen->name);
-    for (int i = 0; i < 2 * n; i++) {
-        const kernel_set *k = sets[i / 2];
-        int type = checks[i % 2].type, kind = checks[i % 2].kind;
+    for (int i = 0; i < 3 * n; i++) {
+        const kernel_set *k = sets[i / 3];
+        int type = checks[i % 3].type, kind = checks[i % 3].kind;
         if (!small_product(sets[n - 1], type, kind, wanted) || !small_product(k, type, kind, found))
             return out_of_memory(&c->e, sizeof found);
         bool same = !memcmp((void *)found, (void *)wanted, sizeof found);
-        printf("self-test  %s, %s: %s\n", k->name, checks[i % 2].name,
+        printf("self-test  %s, %s: %s\n", k->name, checks[i % 3].name,
                same ? "as scalar" : "DIFFERS from scalar");
         if (!same) code = MEDRUN_DIFFERS;
     }

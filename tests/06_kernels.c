@@ -60,8 +60,9 @@ static size_t packed_size(const problem *m, size_t tokens) {
     return tokens * pack_bytes(m->kind, m->cols);
 }
 
-static problem make_problem(int kind, size_t tokens, size_t panels, size_t cols, int style) {
-    problem m = {kind, kind == PACK_INT8 ? TYPE_INT8 : TYPE_BF16, tokens, panels, cols,
+static problem make_problem(int kind, int type, size_t tokens, size_t panels, size_t cols,
+                            int style) {
+    problem m = {kind, type, tokens, panels, cols,
                  cols + test_random() % 20, panels * 16 + test_random() % 20, NULL, NULL, NULL, NULL,
                  NULL};
     size_t bytes = panel_bytes(m.type, cols);
@@ -76,7 +77,9 @@ static problem make_problem(int kind, size_t tokens, size_t panels, size_t cols,
         int w_style = style == 8 ? 8 : style == 4 ? 0 : (int)(test_random() % 8);
         for (size_t i = 0; i < 16 * cols; i++)
             rows[i] = (style == 8 ? -1.0f : 1.0f) * random_value(w_style == 4 ? 1 : w_style, i % cols);
-        panel_pack(m.type, rows, 16, cols, m.w + p * bytes);
+        for (size_t i = 0; type == TYPE_INT4 && i < 16 * cols; i++)
+            rows[i] = fmaxf(-INT4_LARGEST, fminf(INT4_LARGEST, rows[i]));
+        pack_panel(sets[0], m.type, rows, 16, cols, NULL, m.w + p * bytes);
     }
     free(rows);
     return m;
@@ -93,8 +96,11 @@ static uint8_t *run_part(const kernel_set *k, const problem *m, size_t t, size_t
     k->pack(m->kind, m->x + t * m->x_stride, m->x_stride, m->cols, n, stream);
     static const size_t some[] = {128, SIZE_MAX, 256, 384};         /* must not matter           */
     static size_t turn;
-    k->matmul[m->kind](m->w + p * panel_bytes(m->type, m->cols), np, m->cols, stream, n,
-                       some[turn++ % 4], out + t * m->out_stride + 16 * p, m->out_stride);
+    size_t columns = some[turn++ % 4];
+    uint8_t *block = need((columns < m->cols ? columns : round_up(m->cols, 128)) * BLOCK_BYTES);
+    matmul_of(k, m->type, m->kind)(m->w + p * panel_bytes(m->type, m->cols), np, m->cols, stream, n,
+                                   columns, block, out + t * m->out_stride + 16 * p, m->out_stride);
+    free(block);
     return stream;
 }
 
@@ -118,7 +124,8 @@ static const uint8_t *tile_of(const problem *m, size_t t, size_t *width, size_t 
 }
 
 /* The activation the packed stream stands for, read as the comment above PACK_F32 says. */
-static double packed_value(const problem *m, size_t t, size_t k, int *q, float *scale, int32_t *sum) {
+static double packed_value(const problem *m, size_t t, size_t k, int *q, float *scale,
+                           int32_t sum[2]) {
     size_t width, place;
     const uint8_t *tile = tile_of(m, t, &width, &place);
     uint16_t h;
@@ -127,10 +134,11 @@ static double packed_value(const problem *m, size_t t, size_t k, int *q, float *
         memcpy(&h, tile + 4 * (k / 2 * width + place) + 2 * (k % 2), 2);
         return (double)bf16_to_f32(h);
     }
-    const uint8_t *group = tile + k / 64 * width * (64 + 8);
-    memcpy(sum, group + 4 * place, 4);
-    memcpy(scale, group + 4 * (width + place), 4);
-    *q = (int8_t)group[4 * ((2 + k % 64 / 4) * width + place) + k % 4];
+    const uint8_t *group = tile + k / 64 * width * (64 + 12);
+    memcpy(&sum[0], group + 4 * place, 4);
+    memcpy(&sum[1], group + 4 * (width + place), 4);
+    memcpy(scale, group + 4 * (2 * width + place), 4);
+    *q = (int8_t)group[4 * ((3 + k % 64 / 4) * width + place) + k % 4];
     return (double)*q * (double)*scale;
 }
 
@@ -138,28 +146,28 @@ static double packed_value(const problem *m, size_t t, size_t k, int *q, float *
 static int wrong_stream(const problem *m) {
     int wrong = 0, q;
     float scale;
-    int32_t sum;
+    int32_t sum[2];
     for (size_t t = 0; t < m->tokens; t++)
         for (size_t k = 0; k < m->cols; k++) {
             float x = m->x[t * m->x_stride + k];
-            double v = packed_value(m, t, k, &q, &scale, &sum);
+            double v = packed_value(m, t, k, &q, &scale, sum);
             if (m->kind == PACK_F32) wrong += float_bits((float)v) != float_bits(x);
             if (m->kind == PACK_BF16) wrong += float_bits((float)v) !=
                                                float_bits(bf16_to_f32(f32_to_bf16(x)));
             if (m->kind != PACK_INT8) continue;
             float largest = 0;
-            int32_t q_sum = 0;
+            int32_t q_sum[2] = {0};
             size_t first = k / 64 * 64, end = first + 64 < m->cols ? first + 64 : m->cols;
             for (size_t i = first; i < end; i++)
                 largest = fmaxf(largest, fabsf(m->x[t * m->x_stride + i]));
             for (size_t i = first; k == first && i < first + 64; i++) {
-                int32_t ignored;
-                packed_value(m, t, i, &q, &scale, &ignored);
-                q_sum += q;
+                int32_t ignored[2];
+                packed_value(m, t, i, &q, &scale, ignored);
+                q_sum[(i - first) / 32] += q;
                 wrong += i >= m->cols && q != 0;
             }
-            if (k == first) wrong += sum != -128 * q_sum;
-            packed_value(m, t, k, &q, &scale, &sum);
+            for (int h = 0; h < 2; h++) wrong += k == first && sum[h] != -128 * q_sum[h];
+            packed_value(m, t, k, &q, &scale, sum);
             wrong += scale != (largest < 1e-30f ? 0 : largest / 127.0f) || q < -127;
             if (scale > 0)
                 wrong += fabs((double)x - v) > (double)scale * (0.5 + 127 * 4 * UNIT);
@@ -174,14 +182,14 @@ static int wrong_stream(const problem *m) {
  * instruction takes subnormal numbers for zeros. */
 static int beyond_bound(const problem *m, const float *out) {
     int wrong = 0, q;
-    int32_t sum;
+    int32_t sum[2];
     double *x = need(m->tokens * m->cols * sizeof *x), *step = need(m->tokens * m->cols * sizeof *x);
     float *row = need(m->cols * sizeof *row), scale = 0;
     for (size_t i = 0; i < m->tokens * m->cols; i++) {
-        x[i] = packed_value(m, i / m->cols, i % m->cols, &q, &scale, &sum);
+        x[i] = packed_value(m, i / m->cols, i % m->cols, &q, &scale, sum);
         step[i] = m->kind == PACK_INT8 ? (double)scale / 2 * (1 + 1e-4) : 0;
     }
-    size_t links = m->kind == PACK_INT8 ? (m->cols + 63) / 64 + 2 : m->cols + 2;
+    size_t links = m->kind == PACK_INT8 ? (m->cols + 63) / 64 * 3 + 2 : m->cols + 2;
     for (size_t r = 0; r < m->panels * 16; r++) {
         panel_unpack_row(m->type, m->w + r / 16 * panel_bytes(m->type, m->cols), r % 16, m->cols, row);
         for (size_t t = 0; t < m->tokens; t++) {
@@ -245,30 +253,32 @@ static int wrong_matmul(const kernel_set *k, problem *m) {
     return wrong;
 }
 
-static void test_matmul(int kind) {
+static void test_matmul(int kind, int type) {
     int wrong[N_KERNEL_SETS] = {0}, runs = 0;
     for (size_t tokens = 1; tokens <= 20; tokens++)
         for (size_t panels = 1; panels <= 9; panels++) {
             size_t cols = 16 * (1 + test_random() % 12);
-            problem m = make_problem(kind, tokens, panels, cols, runs++ % STYLES);
+            problem m = make_problem(kind, type, tokens, panels, cols, runs++ % STYLES);
             for (int i = n_sets - 1; i >= 0; i--)       /* the scalar pass stands last           */
-                if (sets[i]->matmul[kind]) wrong[i] += wrong_matmul(sets[i], &m);
+                if (matmul_of(sets[i], type, kind)) wrong[i] += wrong_matmul(sets[i], &m);
             free_problem(&m);
         }
     for (size_t cols = 16; cols <= 512; cols += 16)
         for (int style = 0; style < STYLES; style++) {
             static const size_t some[] = {1, 8, 2, 4, 15, 1, 12, 3};
-            problem m = make_problem(kind, some[(cols / 16 + (size_t)style) % 8], 1 + cols / 16 % 5,
+            problem m = make_problem(kind, type, some[(cols / 16 + (size_t)style) % 8], 1 + cols / 16 % 5,
                                      cols, style);
             for (int i = n_sets - 1; i >= 0; i--)
-                if (sets[i]->matmul[kind]) wrong[i] += wrong_matmul(sets[i], &m);
+                if (matmul_of(sets[i], type, kind)) wrong[i] += wrong_matmul(sets[i], &m);
             free_problem(&m);
         }
     for (int i = 0; i < n_sets; i++) {
         static const char *const kinds[] = {"f32", "bf16", "int8"};
-        CHECK_EQ(sets[i]->matmul[kind] != NULL, kind != PACK_BF16 || sets[i]->bf16_dot);
-        if (sets[i]->matmul[kind] && !CHECK_EQ(wrong[i], 0))
-            printf("    %s, activations %s\n", sets[i]->name, kinds[kind]);
+        matmul_fn *f = matmul_of(sets[i], type, kind);
+        CHECK_EQ(f != NULL, kind != PACK_BF16 || sets[i]->bf16_dot);
+        if (f && !CHECK_EQ(wrong[i], 0))
+            printf("    %s, weights %s, activations %s\n", sets[i]->name, type_names[type],
+                   kinds[kind]);
     }
 }
 
@@ -279,7 +289,7 @@ static void test_int8_extremes(void) {
     int wrong = 0;
     for (size_t b = 0; b < sizeof bytes; b++)
         for (size_t tokens = 1; tokens <= 11; tokens++) {
-            problem m = make_problem(PACK_INT8, tokens, PANELS, COLS, 0);
+            problem m = make_problem(PACK_INT8, TYPE_INT8, tokens, PANELS, COLS, 0);
             size_t size = panel_bytes(TYPE_INT8, COLS);
             uint16_t one = f32_to_bf16(1);
             for (size_t i = 0; i < PANELS * size; i++) m.w[i] = bytes[b];
@@ -704,9 +714,10 @@ int main(void) {
     for (int i = 0; i < n_sets; i++) printf("%s%s", sets[i]->name, i + 1 < n_sets ? ", " : "\n");
     if (n_sets < N_KERNEL_SETS) SKIP("this machine cannot run every kernel set");
     test_choice();
-    test_matmul(PACK_F32);
-    test_matmul(PACK_INT8);
-    test_matmul(PACK_BF16);
+    test_matmul(PACK_F32, TYPE_BF16);
+    test_matmul(PACK_INT8, TYPE_INT8);
+    test_matmul(PACK_INT8, TYPE_INT4);
+    test_matmul(PACK_BF16, TYPE_BF16);
     test_int8_extremes();
     test_norm();
     test_exp();

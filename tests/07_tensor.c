@@ -12,8 +12,8 @@ static tensor random_tensor(int type, size_t rows, size_t cols) {
     float *w = malloc(rows * cols * sizeof *w);
     for (size_t i = 0; i < rows * cols; i++) w[i] = uniform();
     for (size_t r = 0; r < rows; r += LANES)
-        panel_pack(type, w + r * cols, rows - r < LANES ? rows - r : LANES, cols,
-                   data + r / LANES * panel_bytes(type, cols));
+        pack_panel(&kernel_row_scalar, type, w + r * cols, rows - r < LANES ? rows - r : LANES, cols,
+                   NULL, data + r / LANES * panel_bytes(type, cols));
     free(w);
     return (tensor){type, rows, cols, data};
 }
@@ -54,9 +54,12 @@ static float *run_problem(const engine *g, const problem *m, size_t *n_out) {
     for (size_t i = 0; i < *n_out; i++) out[i] = NAN;
     for (size_t i = 0; i < m->n; i++, at += m->tokens * m->stride[i - 1])
         products[i] = (product){&m->w[i], at, m->stride[i]};
+    engine with = *g;
+    with.block_bytes = engine_block_bytes(g, m->cols);
+    with.blocks = malloc((size_t)g->pool->threads * with.block_bytes);
     pack_activations(g, &a, m->type, m->x, m->x_stride, m->cols, m->tokens);
-    matmul(g, products, m->n, &a);
-    free(a.data);
+    matmul(&with, products, m->n, &a);
+    free(a.data), free(with.blocks);
     return out;
 }
 
@@ -70,8 +73,8 @@ static int wrong_sums(const engine *g, const problem *m, const float *out) {
             g->k->pack(kind, m->x + t * m->x_stride, m->x_stride, m->cols, 1, alone);
             for (size_t p = 0; p < (rows + 15) / 16; p++) {
                 float sums[16];
-                g->k->matmul[kind](m->w[i].data + p * bytes, 1, m->cols, alone, 1, SIZE_MAX, sums,
-                                   16);
+                matmul_of(g->k, m->type, kind)(m->w[i].data + p * bytes, 1, m->cols, alone, 1,
+                                               SIZE_MAX, NULL, sums, 16);
                 wrong += memcmp(sums, out + 16 * p, sizeof sums) != 0;
             }
             for (size_t r = round_up(rows, 16); r < m->stride[i]; r++) wrong += !isnan(out[r]);
@@ -111,10 +114,10 @@ static void test_threads(const kernel_set *k, int type, bool strict) {
         size_t n_out;
         problem m = random_problem(type, 1 + (size_t)run % MOST_PRODUCTS,
                                    run % 3 ? 1 + test_random() % MOST_TOKENS : 1);
-        engine g = {&pools[0], k, strict, 0};
+        engine g = {.pool = &pools[0], .k = k, .strict = strict};
         float *wanted = run_problem(&g, &m, &n_out);
         wrong += wrong_sums(&g, &m, wanted);
-        wrong += far_sums(&m, wanted, type == TYPE_INT8 ? 0.05 : strict ? 1e-5 : 0.02);
+        wrong += far_sums(&m, wanted, type != TYPE_BF16 ? 0.05 : strict ? 1e-5 : 0.02);
         for (int i = 1; i < 4; i++) {
             g.pool = &pools[i];
             float *out = run_problem(&g, &m, &n_out);
@@ -133,7 +136,7 @@ static void test_ranges(const kernel_set *k) {
     thread_pool pool;
     int wrong = 0;
     if (!CHECK_EQ(pool_start(&pool, 1, NULL), MEDRUN_OK)) return;
-    engine g = {&pool, k, true, 4096};
+    engine g = {.pool = &pool, .k = k, .strict = true, .cache = 4096};
     for (int run = 0; run < 12; run++) {
         problem m = random_problem(run % 2 ? TYPE_INT8 : TYPE_BF16, 3, 1 + (size_t)run % 5);
         size_t n_out, panels = 0;
@@ -161,7 +164,7 @@ static void test_ranges(const kernel_set *k) {
 }
 
 static void test_kinds(const kernel_set *k) {
-    engine g = {NULL, k, false, 0}, strict = {NULL, k, true, 0};
+    engine g = {.k = k}, strict = {.k = k, .strict = true};
     CHECK_EQ(pack_kind(&g, TYPE_INT8), PACK_INT8);
     CHECK_EQ(pack_kind(&strict, TYPE_INT8), PACK_INT8);
     CHECK_EQ(pack_kind(&g, TYPE_BF16), k->bf16_dot ? PACK_BF16 : PACK_F32);
@@ -174,6 +177,7 @@ int main(void) {
     for (int i = 0; i < n; i++) {
         test_kinds(sets[i]);
         test_threads(sets[i], TYPE_INT8, false);
+        test_threads(sets[i], TYPE_INT4, false);
         test_threads(sets[i], TYPE_BF16, true);
         test_threads(sets[i], TYPE_BF16, false);
         test_ranges(sets[i]);

@@ -1109,7 +1109,7 @@ static void test_options(void) {
     expect(RUN(src, out, "--thread", "2"), 2, "--threads", "nearest");
     expect(RUN(src, out, "--dri-run"), 2, "--dry-run", "nearest");
     expect(RUN(src, out, "-x"), 2, "unknown option -x", "unknown");
-    expect(RUN(src, out, "--type", "int4"), 2, "not supported yet", "int4");
+    expect(RUN(src, out, "--type", "int3"), 2, "wanted bf16, int8 or int4", "int3");
     expect(RUN(src, out, "--type=f32"), 2, "f32", "f32");
     expect(RUN(src, out, "--yarn-factor", "16"), 2, "no yarn scaling", "yarn");
     expect(RUN(src, out, "--yarn-factor", "0.5"), 2, "wanted 1 to 1e6", "yarn");
@@ -1134,8 +1134,8 @@ static void test_options(void) {
     CHECK(strstr(answer, "--tokenizer-only") && !errors.n);
     CHECK_EQ(RUN("--version"), 0);
     CHECK(strstr(answer, MEDRUN_VERSION) && !errors.n);
-    setenv("MEDRUN_TYPE", "int4", 1);
-    expect(RUN(src, out), 2, "int4", "environment");
+    setenv("MEDRUN_TYPE", "int3", 1);
+    expect(RUN(src, out), 2, "int3", "environment");
     expect(RUN(src, out, "--type", "bf16"), 0, "", "the flag wins");
     unsetenv("MEDRUN_TYPE");
     static const char card[] = "---\nlicense: other\nlicense_name: \"llama3\"\n---\n";

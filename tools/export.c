@@ -1033,6 +1033,7 @@ typedef struct {
     pthread_mutex_t lock;       /* for drawing, and for the first failure of any thread        */
     medrun_error error;
     atomic_bool stop;
+    const kernel_set *kernels;  /* search for the scales of int4                               */
 } exporter;
 
 static int add_section(exporter *x, const char *name, int type, size_t rows, size_t cols,
@@ -1082,8 +1083,9 @@ static int plan_tensor(exporter *x, const char *name, const char *from, int rows
                       file, from, show_shape(t->rank, t->shape[0], t->shape[1]).text,
                       show_shape(rank, first, second).text, s->description);
     t->used = true;
-    return add_section(x, name, rows ? x->type : TYPE_F32, rows ? (size_t)rows : 1, (size_t)cols, t,
-                       e);
+    bool vocabulary = !strcmp(name, "embed") || !strcmp(name, "output");
+    int type = !rows ? TYPE_F32 : vocabulary ? rows_type(x->type) : x->type;
+    return add_section(x, name, type, rows ? (size_t)rows : 1, (size_t)cols, t, e);
 }
 
 /* Rows as Hugging Face has them: the rotation turns halves of a head. Most GGUF files turn pairs,
@@ -1766,7 +1768,12 @@ static int write_section(exporter *x, section *t, const scratch *m, medrun_error
         const void *out = m->rows;
         size_t n_out = n * t->cols * sizeof(float);
         if (t->type != TYPE_F32) {
-            panel_pack(t->type, m->rows, n, t->cols, m->out);
+            for (size_t i = 0; t->type == TYPE_INT4 && i < n * t->cols; i++)
+                if (fabsf(m->rows[i]) > INT4_LARGEST)
+                    return refuse(e, "%s/%s: tensor %s: found the weight %g, int4 has none beyond "
+                                  "%d; use --type int8", x->source.folder, file->name, from->name,
+                                  (double)m->rows[i], INT4_LARGEST);
+            pack_panel(x->kernels, t->type, m->rows, n, t->cols, NULL, m->out);
             out = m->out, n_out = panel_bytes(t->type, t->cols);
         }
         sha256_add(&sum, out, n_out);
@@ -2063,7 +2070,7 @@ typedef struct {
 
 #define AT(field) offsetof(export_options, field)
 static const export_option option_table[] = {
-    {"--type", "TYPE", AT(type), "int8 (default) or bf16"},
+    {"--type", "TYPE", AT(type), "int8 (default), int4 or bf16"},
     {"--template", "NAME", AT(template_name), "the chat template (default: recognised)"},
     {"--name", "TEXT", AT(name), "the checkpoint's name (default: the folder's)"},
     {"--proof", "FILE", AT(proof), "JSON with more proofs: tokens, chats, logits"},
@@ -2171,10 +2178,9 @@ static int check_options(exporter *x, medrun_error *e) {
     if (!o->source || (!o->out && !o->dry_run))
         return fail(e, MEDRUN_USAGE, "wanted SOURCE and OUT; see --help");
     x->type = o->type ? type_find(o->type) : TYPE_INT8;
-    if (o->type && !strcmp(o->type, "int4"))
-        return fail(e, MEDRUN_USAGE, "--type: int4 is not supported yet, wanted bf16 or int8");
-    if (x->type != TYPE_BF16 && x->type != TYPE_INT8)
-        return fail(e, MEDRUN_USAGE, "--type: found %s, wanted bf16 or int8", o->type);
+    if (x->type != TYPE_BF16 && x->type != TYPE_INT8 && x->type != TYPE_INT4)
+        return fail(e, MEDRUN_USAGE, "--type: found %s, wanted bf16, int8 or int4", o->type);
+    if (choose_kernels(&x->kernels, NULL, e)) return e->code;
     double factor = o->yarn_factor ? strtod(o->yarn_factor, &end) : 0;
     if (o->yarn_factor && (*end || end == o->yarn_factor || !(factor >= 1 && factor <= 1e6)))
         return fail(e, MEDRUN_USAGE, "--yarn-factor: found %s, wanted 1 to 1e6", o->yarn_factor);
