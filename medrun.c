@@ -1134,7 +1134,7 @@ static int pool_start(thread_pool *p, int threads, medrun_error *e) {
 /* ---- processor features -------------------------------------------------------------------- */
 
 typedef struct {
-    bool avx2, avx512, avx512_bf16;
+    bool avx2, avx_vnni, avx512, avx512_bf16;
 } cpu_features;
 
 /* What the processor has AND the system saves at a task switch (xgetbv). */
@@ -1151,7 +1151,7 @@ static cpu_features detect_cpu(void) {
     bool wide = (b7 & 0xC0030000) == 0xC0030000;        /* F, DQ, BW, VL */
     f.avx512 = f.avx2 && wide && (c7 >> 11 & 1) && (saved & 0xE6) == 0xE6;          /* VNNI     */
     if (a >= 1 && __get_cpuid_count(7, 1, &a71, &b, &c, &d))
-        f.avx512_bf16 = f.avx512 && (a71 >> 5 & 1);
+        f.avx512_bf16 = f.avx512 && (a71 >> 5 & 1), f.avx_vnni = f.avx2 && (a71 >> 4 & 1);
 #endif
     return f;
 }
@@ -1367,15 +1367,17 @@ static void panel_unpack_row(int type, const uint8_t *panel, size_t lane, size_t
  *   PACK_BF16  two bf16, k and k + 1                            (bf16 weights, vdpbf16ps)
  *   PACK_INT8  for each group of 64: for each token -128 * the sum of its first 32 q, then for
  *              each that of the second 32; for each its scale; then 16 words of four int8. The
- *              sums undo the weights' +128 exactly.                     (int8 and int4 weights) */
-enum { PACK_F32, PACK_BF16, PACK_INT8, N_PACKS };
+ *              sums undo the weights' +128 exactly.                     (int8 and int4 weights)
+ *   PACK_INT16 the same in int16: 16 times a word of the first and third q of each token, then a
+ *              word of the second and fourth.            (where no instruction multiplies bytes) */
+enum { PACK_F32, PACK_BF16, PACK_INT8, PACK_INT16, N_PACKS };
 enum { TILE = 8, KEY_BLOCK = 256 };
 enum { AHEAD = 8192 };          /* bytes by which a matmul asks for what it will read            */
 
 static size_t pack_bytes(int kind, size_t cols) {       /* for one token */
     if (kind == PACK_F32) return round_up(cols, 2) * 4;
     if (kind == PACK_BF16) return round_up(cols, 2) * 2;
-    return (cols + GROUP - 1) / GROUP * (GROUP + 12);
+    return (cols + GROUP - 1) / GROUP * (kind == PACK_INT16 ? 2 * GROUP + 12 : GROUP + 12);
 }
 
 static int tile_width(size_t tokens) {
@@ -1404,21 +1406,22 @@ typedef struct {
 } xielu_numbers;
 
 /* out[t * stride + 16 p + lane] = sum over k of w[16 p + lane][k] * x[t][k], SOME columns of all
- * tokens before the next, a multiple of 128, which changes no bit. BLOCK has room for SOME columns
- * of four panels of int4: BLOCK_BYTES each. */
+ * tokens before the next, a multiple of 128, which changes no bit. BLOCK has room for SOME times
+ * BLOCK_BYTES, where weights that are not used as they lie are unpacked once for all tokens. */
 typedef void matmul_fn(const uint8_t *w, size_t panels, size_t cols, const uint8_t *x,
                        size_t tokens, size_t some, uint8_t *block, float *out, size_t stride);
-enum { UNPACKED_BYTES = 64 * (LANES + 2), BLOCK_BYTES = 4 * UNPACKED_BYTES / 64 };
+enum { BLOCK_BYTES = 4 * (LANES + 2) };
 
 /* One row for each instruction set. Shapes are in floats; all pointers may be unaligned. */
 typedef struct {
     const char *name;
     bool bf16_dot;                  /* has a matmul for PACK_BF16                               */
+    int int_pack;                   /* what int8 and int4 weights multiply                      */
     /* x (tokens, cols) with STRIDE -> out; cols a multiple of 16 */
     void (*pack)(int kind, const float *x, size_t stride, size_t cols, size_t tokens,
                  uint8_t *out);
     size_t tile_panels;             /* that a matmul of several tokens takes at once            */
-    matmul_fn *matmul[N_PACKS], *matmul_int4;
+    matmul_fn *matmul_f32, *matmul_bf16, *matmul_int8, *matmul_int4;
     /* 16 groups of int4: V (32, 16) -> their scales and shifts, and the nibbles (32, 16). The sum
      * of the squared errors, weighted by the (32) importances, is made small. */
     void (*fit_int4)(const float *v, const float *importance, uint16_t *bits, uint8_t *q);
@@ -1471,18 +1474,24 @@ typedef struct {
 #define wstore K(wstore)
 #define weven K(weven)                  /* of 16 pairs of bf16 the first, widened                */
 #define wodd K(wodd)                    /* ... the second                                        */
+#define bvec K(bvec)                    /* 64 int8 weights + 128 as idot4 wants them             */
+#define bready K(bready)                /* wvec to bvec                                          */
+#define bload K(bload)
+#define bstore K(bstore)
+#define xvec K(xvec)                    /* four q of one token, on all lanes                     */
+#define xload K(xload)                  /* token T of a tile of WIDE                             */
 #define idot4 K(idot4)                  /* acc + sum of 4 (weight + 128) * int8, exact           */
 #define vdot2 K(vdot2)                  /* acc + w0 x0 + w1 x1 in bf16, as the processor does it */
 /* The sentences. */
 #define vexp K(vexp)
 #define vexp_bend K(vexp_bend)
 #define vexpm1 K(vexpm1)
-#define pack_int8 K(pack_int8)
+#define pack_int K(pack_int)
 #define pack K(pack)
 #define tile_f32 K(tile_f32)
 #define tile_bf16 K(tile_bf16)
 #define tile_int8 K(tile_int8)
-#define unpack_int4 K(unpack_int4)
+#define unpack K(unpack)
 #define tile_int4 K(tile_int4)
 #define matmul_f32 K(matmul_f32)
 #define matmul_bf16 K(matmul_bf16)
@@ -1528,6 +1537,13 @@ ALWAYS_INLINE float load_float(const uint8_t *p) { return bits_float(load_word(p
 ALWAYS_INLINE float *sum_place(float *out, size_t stride, size_t nt, size_t i) {
     return out + i % nt * stride + 16 * (i / nt);
 }
+
+/* Where an instruction multiplies bytes, the words around it are these. */
+#define BYTES_AS_THEY_LIE                                                                       \
+    typedef wvec bvec;                                                                          \
+    ALWAYS_INLINE bvec bready(wvec w) { return w; }                                             \
+    ALWAYS_INLINE bvec bload(const uint8_t *p) { return wload(p); }                             \
+    ALWAYS_INLINE void bstore(uint8_t *p, bvec w) { wstore(p, w); }
 
 #else /* ---- MEDRUN_PASS: the words ----------------------------------------------------------- */
 
@@ -1630,17 +1646,27 @@ ALWAYS_INLINE vec wodd(wvec w) {
     EACH r.v[i] = bits_float(load_word(w.v + 4 * i) & 0xFFFF0000);
     return r;
 }
-ALWAYS_INLINE ivec idot4(ivec acc, wvec w, uint32_t x) {
-    int8_t q[4];
-    memcpy(q, &x, 4);
-    EACH acc.v[i] += w.v[4 * i] * q[0] + w.v[4 * i + 1] * q[1] + w.v[4 * i + 2] * q[2] +
-                     w.v[4 * i + 3] * q[3];
+BYTES_AS_THEY_LIE
+typedef struct { int8_t q[4]; } xvec;
+ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t wide) {
+    xvec x;
+    (void)wide;
+    memcpy(&x, words + 4 * t, 4);
+    return x;
+}
+ALWAYS_INLINE ivec idot4(ivec acc, bvec w, xvec x) {
+    EACH acc.v[i] += w.v[4 * i] * x.q[0] + w.v[4 * i + 1] * x.q[1] + w.v[4 * i + 2] * x.q[2] +
+                     w.v[4 * i + 3] * x.q[3];
     return acc;
 }
 #undef EACH
 
-#elif MEDRUN_PASS == 2
+#elif MEDRUN_PASS == 2 || MEDRUN_PASS == 4
+#if MEDRUN_PASS == 2
 #define KERNEL_SUFFIX avx2
+#else
+#define KERNEL_SUFFIX avxvnni
+#endif
 #define TILE_PANELS 1
 #define TILE_TOKENS 4
 #define FEW_TOKENS 4
@@ -1658,12 +1684,12 @@ ALWAYS_INLINE void vstore(float *p, vec x) {
     _mm256_storeu_ps(p, x.a);
     _mm256_storeu_ps(p + 8, x.b);
 }
-ALWAYS_INLINE __m256 widen_bf16_avx2(const uint8_t *p) {
+ALWAYS_INLINE __m256 K(widen_half)(const uint8_t *p) {
     __m256i w = _mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(w, 16));
 }
 ALWAYS_INLINE vec vload_bf16(const void *p) {
-    return (vec){widen_bf16_avx2(p), widen_bf16_avx2((const uint8_t *)p + 16)};
+    return (vec){K(widen_half)(p), K(widen_half)((const uint8_t *)p + 16)};
 }
 ALWAYS_INLINE vec vload_f16(const uint16_t *p) {
     return (vec){_mm256_cvtph_ps(_mm_loadu_si128((const void *)p)),
@@ -1698,11 +1724,11 @@ ALWAYS_INLINE ivec vround(vec x) {
 ALWAYS_INLINE vec vfloat(ivec x) {
     return (vec){_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)};
 }
-ALWAYS_INLINE __m256 scale2_avx2(__m256 x, __m256i n) {
+ALWAYS_INLINE __m256 K(scale2_half)(__m256 x, __m256i n) {
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), _mm256_slli_epi32(n, 23)));
 }
 ALWAYS_INLINE vec vscale2(vec x, ivec n) {
-    return (vec){scale2_avx2(x.a, n.a), scale2_avx2(x.b, n.b)};
+    return (vec){K(scale2_half)(x.a, n.a), K(scale2_half)(x.b, n.b)};
 }
 ALWAYS_INLINE float vsum(vec x) {
     __m256 s = _mm256_add_ps(x.a, x.b);
@@ -1732,19 +1758,21 @@ ALWAYS_INLINE void wstore(uint8_t *p, wvec w) {
     _mm256_storeu_si256((void *)p, w.a);
     _mm256_storeu_si256((void *)(p + 32), w.b);
 }
-ALWAYS_INLINE __m256i shift_avx2(const uint8_t *p) {
+ALWAYS_INLINE __m256i K(shift_half)(const uint8_t *p) {
     __m256i h = _mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p));
     h = _mm256_and_si256(h, _mm256_set1_epi32(SHIFT_MASK));
     return _mm256_mullo_epi32(h, _mm256_set1_epi32(0x01010101));
 }
-ALWAYS_INLINE wvec wshift(const uint8_t *p) { return (wvec){shift_avx2(p), shift_avx2(p + 16)}; }
-ALWAYS_INLINE __m256i levels_avx2(__m256i w, __m256i shift, bool low) {
+ALWAYS_INLINE wvec wshift(const uint8_t *p) {
+    return (wvec){K(shift_half)(p), K(shift_half)(p + 16)};
+}
+ALWAYS_INLINE __m256i K(levels_half)(__m256i w, __m256i shift, bool low) {
     __m256i levels = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)int4_levels));
     __m256i q = _mm256_and_si256(low ? w : _mm256_srli_epi16(w, 4), _mm256_set1_epi8(15));
     return _mm256_add_epi8(_mm256_shuffle_epi8(levels, q), shift);
 }
 ALWAYS_INLINE wvec wlevels(wvec w, wvec shift, bool low) {
-    return (wvec){levels_avx2(w.a, shift.a, low), levels_avx2(w.b, shift.b, low)};
+    return (wvec){K(levels_half)(w.a, shift.a, low), K(levels_half)(w.b, shift.b, low)};
 }
 ALWAYS_INLINE vec weven(wvec w) {
     return (vec){_mm256_castsi256_ps(_mm256_slli_epi32(w.a, 16)),
@@ -1755,19 +1783,53 @@ ALWAYS_INLINE vec wodd(wvec w) {
     return (vec){_mm256_castsi256_ps(_mm256_and_si256(w.a, mask)),
                  _mm256_castsi256_ps(_mm256_and_si256(w.b, mask))};
 }
-/* Weights are split into their even and odd bytes as int16, activations likewise, and madd adds
- * two products each: 4 multiplies for 64 products, no saturation (255 * 127 * 2 fits an int32). */
-ALWAYS_INLINE __m256i dot4_avx2(__m256i acc, __m256i w, __m256i even, __m256i odd) {
-    __m256i w_even = _mm256_and_si256(w, _mm256_set1_epi16(0xFF));
-    __m256i w_odd = _mm256_srli_epi16(w, 8);
-    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(w_even, even));
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(w_odd, odd));
+#if MEDRUN_PASS == 4
+BYTES_AS_THEY_LIE
+typedef __m256i xvec;
+ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t wide) {
+    (void)wide;
+    return _mm256_set1_epi32((int32_t)load_word(words + 4 * t));
 }
-ALWAYS_INLINE ivec idot4(ivec acc, wvec w, uint32_t x) {
-    __m256i q = _mm256_set1_epi32((int32_t)x);
-    __m256i odd = _mm256_srai_epi16(q, 8), even = _mm256_srai_epi16(_mm256_slli_epi16(q, 8), 8);
-    return (ivec){dot4_avx2(acc.a, w.a, even, odd), dot4_avx2(acc.b, w.b, even, odd)};
+ALWAYS_INLINE ivec idot4(ivec acc, bvec w, xvec x) {
+    __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc.a) : "x"(w.a), "x"(x));
+    __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc.b) : "x"(w.b), "x"(x));
+    return acc;
 }
+#else
+/* Weights are split into their even and odd bytes as int16, and madd adds two products each: 4
+ * multiplies for 64 products, no saturation (255 * 127 * 2 fits an int32). */
+typedef struct { __m256i even_a, odd_a, even_b, odd_b; } bvec;
+typedef struct { __m256i even, odd; } xvec;
+ALWAYS_INLINE bvec bready(wvec w) {
+    __m256i mask = _mm256_set1_epi16(0xFF);
+    return (bvec){_mm256_and_si256(w.a, mask), _mm256_srli_epi16(w.a, 8),
+                  _mm256_and_si256(w.b, mask), _mm256_srli_epi16(w.b, 8)};
+}
+ALWAYS_INLINE bvec bload(const uint8_t *p) {
+    wvec even = wload(p), odd = wload(p + 64);
+    return (bvec){even.a, even.b, odd.a, odd.b};
+}
+ALWAYS_INLINE void bstore(uint8_t *p, bvec w) {
+    wstore(p, (wvec){w.even_a, w.odd_a});
+    wstore(p + 64, (wvec){w.even_b, w.odd_b});
+}
+ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t wide) {
+    return (xvec){_mm256_set1_epi32((int32_t)load_word(words + 4 * t)),
+                  _mm256_set1_epi32((int32_t)load_word(words + 4 * (wide + t)))};
+}
+ALWAYS_INLINE __m256i K(add_pairs)(__m256i acc, __m256i w, __m256i x) {
+    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(w, x));
+    __asm__("" : "+x"(acc));                /* in this order, or gcc runs out of registers       */
+    return acc;
+}
+ALWAYS_INLINE ivec idot4(ivec acc, bvec w, xvec x) {
+    acc.a = K(add_pairs)(acc.a, w.even_a, x.even);
+    acc.b = K(add_pairs)(acc.b, w.even_b, x.even);
+    acc.a = K(add_pairs)(acc.a, w.odd_a, x.odd);
+    acc.b = K(add_pairs)(acc.b, w.odd_b, x.odd);
+    return acc;
+}
+#endif
 #undef BOTH
 
 #else /* 3: avx512 with VNNI, and for those that have it BF16 */
@@ -1849,8 +1911,14 @@ ALWAYS_INLINE vec weven(wvec w) { return _mm512_castsi512_ps(_mm512_slli_epi32(w
 ALWAYS_INLINE vec wodd(wvec w) {
     return _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32((int32_t)0xFFFF0000)));
 }
-ALWAYS_INLINE ivec idot4(ivec acc, wvec w, uint32_t x) {
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(_mm512_set1_epi32((int32_t)x)));
+BYTES_AS_THEY_LIE
+typedef __m512i xvec;
+ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t wide) {
+    (void)wide;
+    return _mm512_set1_epi32((int32_t)load_word(words + 4 * t));
+}
+ALWAYS_INLINE ivec idot4(ivec acc, bvec w, xvec x) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
     return acc;
 }
 ALWAYS_INLINE vec vdot2(vec acc, wvec w, uint32_t x) {
@@ -1858,6 +1926,15 @@ ALWAYS_INLINE vec vdot2(vec acc, wvec w, uint32_t x) {
     return acc;
 }
 #endif
+
+#if MEDRUN_PASS == 2
+#define INT_PACK PACK_INT16
+#define X_BYTES 8
+#else
+#define INT_PACK PACK_INT8
+#define X_BYTES 4
+#endif
+#define X_GROUP (GROUP / 4 * X_BYTES + 12)
 
 /* ---- the sentences ------------------------------------------------------------------------- */
 
@@ -1893,9 +1970,11 @@ ALWAYS_INLINE vec vexpm1(vec x) {
     return vfma(p, power, vsub(power, one));
 }
 
+#if MEDRUN_PASS != 4
 /* One tile, one group after the other: scale = largest magnitude / 127, q = x / scale. */
-static void pack_int8(const float *x, size_t stride, size_t cols, size_t nt, uint8_t *out) {
-    for (size_t k = 0; k < cols; k += GROUP, out += nt * (GROUP + 12)) {
+static void pack_int(int kind, const float *x, size_t stride, size_t cols, size_t nt,
+                     uint8_t *out) {
+    for (size_t k = 0; k < cols; k += GROUP, out += nt * pack_bytes(kind, GROUP)) {
         for (size_t t = 0; t < nt; t++) {
             const float *from = x + t * stride + k;
             size_t n = cols - k < GROUP ? cols - k : GROUP;
@@ -1917,8 +1996,12 @@ static void pack_int8(const float *x, size_t stride, size_t cols, size_t nt, uin
             memcpy(out + 4 * t, &sum[0], 4);
             memcpy(out + 4 * (nt + t), &sum[1], 4);
             memcpy(out + 4 * (2 * nt + t), &scale, 4);
-            for (size_t i = 0; i < GROUP / 4; i++)
+            for (size_t i = 0; kind == PACK_INT8 && i < GROUP / 4; i++)
                 memcpy(out + 4 * ((3 + i) * nt + t), q + 4 * i, 4);
+            for (size_t i = 0; kind == PACK_INT16 && i < GROUP / 2; i++) {
+                const int16_t pair[2] = {q[i / 2 * 4 + i % 2], q[i / 2 * 4 + i % 2 + 2]};
+                memcpy(out + 4 * ((3 + i) * nt + t), pair, 4);
+            }
         }
     }
 }
@@ -1929,7 +2012,7 @@ static void pack(int kind, const float *x, size_t stride, size_t cols, size_t to
         const float *from = x + t * stride;
         uint8_t *to = out + t * pack_bytes(kind, cols);
         nt = (size_t)tile_width(tokens - t);
-        if (kind == PACK_INT8) pack_int8(from, stride, cols, nt, to);
+        if (kind == PACK_INT8 || kind == PACK_INT16) pack_int(kind, from, stride, cols, nt, to);
         else if (kind == PACK_F32)
             for (size_t i = 0; i < nt; i++)
                 for (size_t k = 0; k < cols; k++)
@@ -1943,6 +2026,8 @@ static void pack(int kind, const float *x, size_t stride, size_t cols, size_t to
                 }
     }
 }
+
+#endif
 
 /* Columns [BEGIN, END) of NP panels, BYTES apart, times NT tokens of a packed tile of WIDE, added
  * to what OUT has unless BEGIN is 0. NP and NT are constants after inlining, so that the sums are
@@ -1997,94 +2082,110 @@ ALWAYS_INLINE void tile_bf16(const size_t np, const size_t nt, const size_t wide
 }
 #endif
 
-ALWAYS_INLINE void tile_int8(const size_t np, const size_t nt, const size_t wide, const uint8_t *w,
-                             size_t bytes, size_t begin, size_t end, const uint8_t *x, float *out,
-                             size_t stride) {
+/* Bytes of 64 columns of a panel that is unpacked: 2 x 16 scales in float, then 16 steps of weights
+ * that are ready to be multiplied. */
+enum { K(READY) = sizeof(bvec), K(UNPACKED) = 2 * STEP_BYTES + GROUP / 4 * sizeof(bvec) };
+
+/* Columns [BEGIN, END) of an int8 or int4 panel -> BLOCK, which all tokens then use. */
+ALWAYS_INLINE void unpack(const int type, const uint8_t *w, size_t begin, size_t end,
+                          uint8_t *block) {
+    for (size_t g = begin / GROUP; g * GROUP < end; g++) {
+        uint8_t *steps = block + 2 * STEP_BYTES;
+        if (type == TYPE_INT8) vstore((float *)(void *)block, vload_bf16(w + int8_scales(g)));
+        for (size_t s = 0; type == TYPE_INT8 && s < GROUP / 4; s++, steps += K(READY))
+            bstore(steps, bready(wload(w + int8_steps(g) + s * STEP_BYTES)));
+        for (size_t h = 0; type == TYPE_INT4 && h < 2; h++) {
+            const uint8_t *scales = w + int4_scales(2 * g + h);
+            wvec shift = wshift(scales);
+            vec scale = vmul(vload_int4(scales), vsplat(0x1p-13f));
+            vstore((float *)(void *)(block + h * STEP_BYTES), scale);
+            UNROLLED for (size_t s = 0; s < GROUP4 / 8; s++, steps += 2 * K(READY)) {
+                wvec step = wload(w + int4_steps(2 * g + h) + s * STEP_BYTES);
+                bstore(steps, bready(wlevels(step, shift, true)));
+                bstore(steps + K(READY), bready(wlevels(step, shift, false)));
+            }
+        }
+        block += K(UNPACKED);
+    }
+}
+
+/* READY: W is NP blocks that unpack made, BYTES apart; else W is the panels. */
+ALWAYS_INLINE void tile_int8(const bool ready, const size_t np, const size_t nt, const size_t wide,
+                             const uint8_t *w, size_t bytes, size_t begin, size_t end,
+                             const uint8_t *x, float *out, size_t stride) {
     float sum[16 * 16];                 /* in memory: the registers are for the products         */
     for (size_t i = 0; i < np * nt; i++)
         vstore(sum + 16 * i, begin ? vload(sum_place(out, stride, nt, i)) : vsplat(0));
-    x += begin / GROUP * wide * (GROUP + 12);
-    for (size_t g = begin / GROUP; g * GROUP < end; g++, x += wide * (GROUP + 12)) {
-        const uint8_t *steps = w + int8_steps(g), *words = x + 12 * wide;
+    x += begin / GROUP * wide * X_GROUP;
+    for (size_t g = begin / GROUP; g * GROUP < end; g++, x += wide * X_GROUP) {
+        const uint8_t *words = x + 12 * wide;
+        const uint8_t *steps = w + (ready ? 2 * STEP_BYTES : int8_steps(g));
         ivec dot[16];
         UNROLLED for (size_t i = 0; i < np * nt; i++)
             dot[i] = iadd(isplat((int32_t)load_word(x + 4 * (i % nt))),
                           isplat((int32_t)load_word(x + 4 * (wide + i % nt))));
-        for (size_t s = 0; s < GROUP / 4; s++, steps += STEP_BYTES, words += 4 * wide) {
-            wvec step[4];
-            PREFETCH(np > 1 ? words : steps);
-            UNROLLED for (size_t p = 0; p < np; p++) step[p] = wload(steps + p * bytes);
+        for (size_t s = 0; s < GROUP / 4; s++, words += X_BYTES * wide) {
+            bvec step[4];
+            PREFETCH(np > 1 || ready ? words : steps);
+            UNROLLED for (size_t p = 0; p < np; p++)
+                step[p] = ready ? bload(steps + p * bytes) : bready(wload(steps + p * bytes));
             UNROLLED for (size_t t = 0; t < nt; t++) {
-                uint32_t word = load_word(words + 4 * t);
+                xvec four = xload(words, t, wide);
                 UNROLLED for (size_t p = 0; p < np; p++)
-                    dot[p * nt + t] = idot4(dot[p * nt + t], step[p], word);
+                    dot[p * nt + t] = idot4(dot[p * nt + t], step[p], four);
             }
+            steps += ready ? K(READY) : STEP_BYTES;
         }
         UNROLLED for (size_t p = 0; p < np; p++) {
-            vec scales = vload_bf16(w + p * bytes + int8_scales(g));
+            vec scales = ready ? vload((const float *)(const void *)(w + p * bytes))
+                               : vload_bf16(w + p * bytes + int8_scales(g));
             UNROLLED for (size_t t = 0; t < nt; t++) {
                 float *to = sum + 16 * (p * nt + t);
                 vec scale = vmul(scales, vsplat(load_float(x + 4 * (2 * wide + t))));
                 vstore(to, vfma(vfloat(dot[p * nt + t]), scale, vload(to)));
             }
         }
+        if (ready) w += K(UNPACKED);
     }
     for (size_t i = 0; i < np * nt; i++)
         vstore(sum_place(out, stride, nt, i), vload(sum + 16 * i));
 }
 
-/* Columns [BEGIN, END) of an int4 panel -> BLOCK, which all tokens then use: for each 64 columns
- * 2 x 16 scales in float, then 16 steps as if they were int8. */
-ALWAYS_INLINE void unpack_int4(const uint8_t *w, size_t begin, size_t end, uint8_t *block) {
-    for (size_t g = begin / GROUP4; g < round_up(end, GROUP) / GROUP4; g++) {
-        const uint8_t *scales = w + int4_scales(g), *steps = w + int4_steps(g);
-        uint8_t *to = block + g % 2 * STEP_BYTES;
-        wvec shift = wshift(scales);
-        vstore((float *)(void *)to, vmul(vload_int4(scales), vsplat(0x1p-13f)));
-        to = block + 2 * STEP_BYTES + g % 2 * 8 * STEP_BYTES;
-        UNROLLED for (size_t s = 0; s < GROUP4 / 8; s++, to += 2 * STEP_BYTES) {
-            wvec step = wload(steps + s * STEP_BYTES);
-            wstore(to, wlevels(step, shift, true));
-            wstore(to + STEP_BYTES, wlevels(step, shift, false));
-        }
-        if (g % 2) block += UNPACKED_BYTES;
-    }
-}
-
-/* READY: W is NP blocks that unpack_int4 made, BYTES apart; else W is the panels. */
 ALWAYS_INLINE void tile_int4(const bool ready, const size_t np, const size_t nt, const size_t wide,
                              const uint8_t *w, size_t bytes, size_t begin, size_t end,
                              const uint8_t *x, float *out, size_t stride) {
     float sum[16 * 16], part[16 * 16];
     for (size_t i = 0; i < np * nt; i++)
         vstore(sum + 16 * i, begin ? vload(sum_place(out, stride, nt, i)) : vsplat(0));
-    x += begin / GROUP * wide * (GROUP + 12);
+    x += begin / GROUP * wide * X_GROUP;
     if (!ready) w += int4_scales(begin / GROUP4);
-    for (size_t k = begin; k < end; k += GROUP, x += wide * (GROUP + 12)) {
+    for (size_t k = begin; k < end; k += GROUP, x += wide * X_GROUP) {
         const uint8_t *words = x + 12 * wide;
         UNROLLED for (size_t h = 0; h < 2; h++) {
             const uint8_t *scales = w + h * (ready ? STEP_BYTES : STEP_BYTES / 2);
-            const uint8_t *steps = w + (ready ? (2 + h * 8) * STEP_BYTES : int4_steps(h));
+            const uint8_t *steps = w + (ready ? 2 * STEP_BYTES + h * 8 * K(READY) : int4_steps(h));
             ivec dot[16];
-            wvec shift[4];
+            wvec shift[4], step[4];
             UNROLLED for (size_t i = 0; i < np * nt; i++)
                 dot[i] = isplat((int32_t)load_word(x + 4 * (h * wide + i % nt)));
             UNROLLED for (size_t p = 0; !ready && p < np; p++)
                 shift[p] = wshift(scales + p * bytes);
-            for (size_t s = 0; s < GROUP4 / 8; s++, steps += (ready ? 2 : 1) * STEP_BYTES) {
+            for (size_t s = 0; s < GROUP4 / 8; s++) {
                 PREFETCH(ready ? words : steps);
-                UNROLLED for (size_t low = 1; low < 2; low--, words += 4 * wide) {
-                    wvec step[4];
-                    UNROLLED for (size_t p = 0; p < np; p++) {
-                        step[p] = wload(steps + p * bytes + (ready && !low ? STEP_BYTES : 0));
-                        if (!ready) step[p] = wlevels(step[p], shift[p], low);
-                    }
+                UNROLLED for (size_t p = 0; !ready && p < np; p++)
+                    step[p] = wload(steps + p * bytes);
+                UNROLLED for (size_t low = 1; low < 2; low--, words += X_BYTES * wide) {
+                    bvec eight[4];
+                    UNROLLED for (size_t p = 0; p < np; p++)
+                        eight[p] = ready ? bload(steps + p * bytes + (low ? 0 : K(READY)))
+                                         : bready(wlevels(step[p], shift[p], low));
                     UNROLLED for (size_t t = 0; t < nt; t++) {
-                        uint32_t word = load_word(words + 4 * t);
+                        xvec four = xload(words, t, wide);
                         UNROLLED for (size_t p = 0; p < np; p++)
-                            dot[p * nt + t] = idot4(dot[p * nt + t], step[p], word);
+                            dot[p * nt + t] = idot4(dot[p * nt + t], eight[p], four);
                     }
                 }
+                steps += ready ? 2 * K(READY) : STEP_BYTES;
             }
             UNROLLED for (size_t i = 0; i < np * nt; i++) {
                 const uint8_t *from = scales + i / nt * bytes;
@@ -2099,7 +2200,7 @@ ALWAYS_INLINE void tile_int4(const bool ready, const size_t np, const size_t nt,
             vec scale = vsplat(load_float(x + 4 * (2 * wide + i % nt)));
             vstore(sum + 16 * i, vfma(vload(part + 16 * i), scale, vload(sum + 16 * i)));
         }
-        w += ready ? UNPACKED_BYTES : 2 * GROUP4_BYTES + STEP_BYTES;
+        w += ready ? K(UNPACKED) : 2 * GROUP4_BYTES + STEP_BYTES;
     }
     for (size_t i = 0; i < np * nt; i++)
         vstore(sum_place(out, stride, nt, i), vload(sum + 16 * i));
@@ -2148,28 +2249,37 @@ ALWAYS_INLINE void tile_int4(const bool ready, const size_t np, const size_t nt,
     else TILE_OF(tile, 1, 1)
 #endif
 
+#if MEDRUN_PASS != 4
 MATMUL(matmul_f32, tile_f32, 2, BIG(tile_f32), {}, PACK_F32, TYPE_BF16)
+#endif
 #if MEDRUN_PASS == 3
 MATMUL(matmul_bf16, tile_bf16, 1, BIG(tile_bf16), {}, PACK_BF16, TYPE_BF16)
 #endif
-MATMUL(matmul_int8, tile_int8, 1, BIG(tile_int8), {}, PACK_INT8, TYPE_INT8)
 
-#define FEW4(...) tile_int4(false, __VA_ARGS__)
-#define BLOCK4 ((end - k + GROUP - 1) / GROUP * UNPACKED_BYTES)
-#define READY4                                                                                  \
-    for (size_t i = 0; i < np; i++) unpack_int4(w + i * bytes, k, end, block + i * BLOCK4)
-#define BIG4                                                                                    \
-    tile_int4(true, TILE_PANELS, TILE_TOKENS, wide, block, BLOCK4, k, end, xt, to, stride)
-MATMUL(matmul_int4, FEW4, 1, BIG4, READY4, PACK_INT8, TYPE_INT4)
-#undef FEW4
-#undef BLOCK4
-#undef READY4
-#undef BIG4
+#define BLOCK ((end - k + GROUP - 1) / GROUP * K(UNPACKED))
+#define UNPACK(type)                                                                            \
+    for (size_t i = 0; i < np; i++) unpack(type, w + i * bytes, k, end, block + i * BLOCK)
+#define BIG_BLOCK(tile)                                                                         \
+    tile(true, TILE_PANELS, TILE_TOKENS, wide, block, BLOCK, k, end, xt, to, stride)
+#define RAW8(...) tile_int8(false, __VA_ARGS__)
+#define RAW4(...) tile_int4(false, __VA_ARGS__)
+#if MEDRUN_PASS == 2
+MATMUL(matmul_int8, RAW8, 1, BIG_BLOCK(tile_int8), UNPACK(TYPE_INT8), INT_PACK, TYPE_INT8)
+#else
+MATMUL(matmul_int8, RAW8, 1, BIG(RAW8), {}, INT_PACK, TYPE_INT8)
+#endif
+MATMUL(matmul_int4, RAW4, 1, BIG_BLOCK(tile_int4), UNPACK(TYPE_INT4), INT_PACK, TYPE_INT4)
+#undef RAW8
+#undef RAW4
+#undef BIG_BLOCK
+#undef UNPACK
+#undef BLOCK
 #undef BIG
 #undef SMALL_TILE
 #undef TILE_OF
 #undef MATMUL
 
+#if MEDRUN_PASS != 4
 /* ---- the scales of int4 -------------------------------------------------------------------- */
 
 /* 16 groups, a lane each, and the best scale and shift so far. */
@@ -2469,22 +2579,29 @@ static void attend(const attention *a) {
 #endif
 }
 
-/* As many chains as a tile has; the factor changes, lest the compiler find a shorter way. */
+#endif /* MEDRUN_PASS != 4 */
+
+/* As many chains as a tile has, each with weights of its own; the other factor changes, lest the
+ * compiler find a shorter way. */
 static size_t peak(int kind, size_t rounds, float *sink) {
     enum { CHAINS = TILE_PANELS * TILE_TOKENS };
-    uint8_t bytes[STEP_BYTES] = {1, 2, 3};
-    wvec w = wload(bytes);
+    uint8_t bytes[2 * STEP_BYTES + 8 * CHAINS] = {1, 2, 3};
+    __asm__("" : : "r"(bytes) : "memory");
+    wvec w[TILE_PANELS];
     ivec dot[CHAINS];
     vec sum[CHAINS], total = vsplat(0);
+    UNROLLED for (size_t i = 0; i < TILE_PANELS; i++) w[i] = wload(bytes + 4 * i);
     UNROLLED for (size_t i = 0; i < CHAINS; i++)
         dot[i] = isplat((int32_t)i), sum[i] = vsplat((float)i);
-    for (size_t n = 0; kind == PACK_INT8 && n < rounds; n++)
+    for (size_t n = 0; kind == INT_PACK && n < rounds; n++)
         UNROLLED for (size_t i = 0; i < CHAINS; i++)
-            dot[i] = idot4(dot[i], w, load_word(bytes + n % 8 * 4));
+            dot[i] = idot4(dot[i], bready(w[i % TILE_PANELS]),
+                           xload(bytes + n % 8 * 4, i / TILE_PANELS, TILE_TOKENS));
 #if MEDRUN_PASS == 3
     for (size_t n = 0; kind == PACK_BF16 && n < rounds; n++)
         UNROLLED for (size_t i = 0; i < CHAINS; i++)
-            sum[i] = vdot2(sum[i], w, load_word(bytes + n % 8 * 4));
+            sum[i] = vdot2(sum[i], w[i % TILE_PANELS],
+                           load_word(bytes + n % 8 * 4 + i / TILE_PANELS * 4));
 #endif
     for (size_t n = 0; kind == PACK_F32 && n < rounds; n++)
         UNROLLED for (size_t i = 0; i < CHAINS; i++)
@@ -2492,18 +2609,19 @@ static size_t peak(int kind, size_t rounds, float *sink) {
     UNROLLED for (size_t i = 0; i < CHAINS; i++)
         total = vadd(total, vadd(vfloat(dot[i]), sum[i]));
     *sink += vsum(total);
-    return CHAINS * LANES * (kind == PACK_INT8 ? 8 : kind == PACK_BF16 ? 4 : 2);
+    return CHAINS * LANES * (kind == INT_PACK ? 8 : kind == PACK_BF16 ? 4 : 2);
 }
 
 /* Reads N bytes in order, as a matmul of one token does; a number that depends on all but a few at
  * the end. */
 static float read_all(const uint8_t *p, size_t n) {
+    static const uint8_t ones[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
     ivec sum[4];
     UNROLLED for (size_t i = 0; i < 4; i++) sum[i] = isplat(0);
     for (size_t at = 0; at + 4 * STEP_BYTES <= n; at += 4 * STEP_BYTES)
         UNROLLED for (size_t i = 0; i < 4; i++) {
             PREFETCH(p + at + i * STEP_BYTES);
-            sum[i] = idot4(sum[i], wload(p + at + i * STEP_BYTES), 0x01010101);
+            sum[i] = idot4(sum[i], bready(wload(p + at + i * STEP_BYTES)), xload(ones, 0, 1));
         }
     return vsum(vadd(vadd(vfloat(sum[0]), vfloat(sum[1])), vadd(vfloat(sum[2]), vfloat(sum[3]))));
 }
@@ -2511,10 +2629,13 @@ static float read_all(const uint8_t *p, size_t n) {
 #define TEXT2(x) #x
 #define TEXT(x) TEXT2(x)
 #define ROW(name, bf16, matmul_bf16) {                                                          \
-        name, bf16, pack, TILE_PANELS, {matmul_f32, matmul_bf16, matmul_int8}, matmul_int4,     \
-        fit_int4, norm, silu_mul, relu2, xielu, add, attend, to_half, peak, read_all,           \
+        name, bf16, INT_PACK, pack, TILE_PANELS, matmul_f32, matmul_bf16, matmul_int8,          \
+        matmul_int4, fit_int4, norm, silu_mul, relu2, xielu, add, attend, to_half, peak,        \
+        read_all,                                                                               \
     }
+#if MEDRUN_PASS != 4
 static const kernel_set kernel_row = ROW(TEXT(KERNEL_SUFFIX), false, NULL);
+#endif
 #if MEDRUN_PASS == 3
 static const kernel_set kernel_row_bf16 = ROW("avx512bf16", true, matmul_bf16);
 #endif
@@ -2523,6 +2644,9 @@ static const kernel_set kernel_row_bf16 = ROW("avx512bf16", true, matmul_bf16);
 #undef TEXT2
 #undef KERNEL_SUFFIX
 #undef UNROLLED
+#undef INT_PACK
+#undef X_BYTES
+#undef X_GROUP
 #undef TILE_PANELS
 #undef TILE_TOKENS
 #undef FEW_TOKENS
@@ -2544,6 +2668,9 @@ static const kernel_set kernel_row_bf16 = ROW("avx512bf16", true, matmul_bf16);
 #define MEDRUN_PASS 2
 #include "medrun.c"
 #undef MEDRUN_PASS
+#define MEDRUN_PASS 4
+#include "medrun.c"
+#undef MEDRUN_PASS
 #ifdef __clang__
 #pragma clang attribute pop
 #pragma clang attribute push(__attribute__((target( \
@@ -2562,8 +2689,11 @@ static const kernel_set kernel_row_bf16 = ROW("avx512bf16", true, matmul_bf16);
 #endif /* MEDRUN_X86 */
 
 #undef pack
-#undef fit_int4
+#undef matmul_f32
+#undef matmul_bf16
+#undef matmul_int8
 #undef matmul_int4
+#undef fit_int4
 #undef norm
 #undef silu_mul
 #undef relu2
@@ -2574,8 +2704,17 @@ static const kernel_set kernel_row_bf16 = ROW("avx512bf16", true, matmul_bf16);
 #undef peak
 #undef read_all
 
+#ifdef MEDRUN_X86
+/* AVX2 with AVX-VNNI: only products of bytes differ from AVX2's. */
+static const kernel_set kernel_row_avxvnni = {
+    "avxvnni", false, PACK_INT8, pack_avx2, 1, matmul_f32_avx2, NULL, matmul_int8_avxvnni,
+    matmul_int4_avxvnni, fit_int4_avx2, norm_avx2, silu_mul_avx2, relu2_avx2, xielu_avx2, add_avx2,
+    attend_avx2, to_half_avx2, peak_avxvnni, read_all_avxvnni,
+};
+#endif
+
 /* The kernel sets this machine can run, best first; at most N_KERNEL_SETS, returns how many. */
-enum { N_KERNEL_SETS = 4 };
+enum { N_KERNEL_SETS = 5 };
 
 static int usable_kernels(const kernel_set *out[N_KERNEL_SETS]) {
     int n = 0;
@@ -2583,6 +2722,7 @@ static int usable_kernels(const kernel_set *out[N_KERNEL_SETS]) {
     cpu_features f = detect_cpu();
     if (f.avx512_bf16) out[n++] = &kernel_row_bf16_avx512;
     if (f.avx512) out[n++] = &kernel_row_avx512;
+    if (f.avx2 && f.avx_vnni) out[n++] = &kernel_row_avxvnni;
     if (f.avx2) out[n++] = &kernel_row_avx2;
 #endif
     out[n++] = &kernel_row_scalar;
@@ -2620,12 +2760,12 @@ typedef struct {
     const kernel_set *k;
     bool strict;                    /* bf16 weights times f32 activations                       */
     size_t cache;                   /* bytes of the second cache; 0: not known                  */
-    uint8_t *blocks;                /* (threads, block_bytes) for int4 weights                  */
+    uint8_t *blocks;                /* (threads, block_bytes) where weights are unpacked        */
     size_t block_bytes;             /* at least engine_block_bytes                              */
 } engine;
 
 static int pack_kind(const engine *g, int weight_type) {
-    if (weight_type == TYPE_INT8 || weight_type == TYPE_INT4) return PACK_INT8;
+    if (weight_type == TYPE_INT8 || weight_type == TYPE_INT4) return g->k->int_pack;
     return g->k->bf16_dot && !g->strict ? PACK_BF16 : PACK_F32;
 }
 
@@ -2677,7 +2817,8 @@ typedef struct {
 
 /* The kernel for weights of TYPE and activations of KIND. */
 static matmul_fn *matmul_of(const kernel_set *k, int type, int kind) {
-    return type == TYPE_INT4 ? k->matmul_int4 : k->matmul[kind];
+    if (type == TYPE_BF16) return kind == PACK_BF16 ? k->matmul_bf16 : k->matmul_f32;
+    return type == TYPE_INT4 ? k->matmul_int4 : k->matmul_int8;
 }
 
 static size_t tensor_panels(const tensor *w) { return (w->rows + LANES - 1) / LANES; }
@@ -2703,8 +2844,9 @@ static size_t block_cols(const engine *g, size_t bytes) {
     return cols ? cols : 128;
 }
 
-/* What a thread needs to unpack int4 weights of COLS columns. */
-static size_t engine_block_bytes(const engine *g, size_t cols) {
+/* What a thread needs to unpack weights of TYPE and up to COLS columns. */
+static size_t engine_block_bytes(const engine *g, int type, size_t cols) {
+    if (type == TYPE_BF16 || (type == TYPE_INT8 && g->k->int_pack == PACK_INT8)) return 0;
     size_t some = block_cols(g, BLOCK_BYTES);
     return (some < cols ? some : round_up(cols, 128)) * BLOCK_BYTES;
 }
@@ -2713,7 +2855,7 @@ static size_t engine_block_bytes(const engine *g, size_t cols) {
 static void matmul(const engine *g, const product *products, size_t n, const packed *x) {
     size_t panels = 0, bytes = panel_bytes(products->w->type, x->cols);
     size_t some = block_cols(g, (g->k->tile_panels * bytes + x->cols - 1) / x->cols);
-    if (products->w->type == TYPE_INT4) some = block_cols(g, BLOCK_BYTES);
+    if (g->block_bytes) some = block_cols(g, BLOCK_BYTES);
     if (x->tokens <= TILE) some = x->cols;              /* nothing is used a second time         */
     matmul_job j = {g, products, n, x, some};
     for (size_t i = 0; i < n; i++) panels += tensor_panels(products[i].w);
@@ -6142,8 +6284,7 @@ static void layout_pass(const medrun_session *s, pass *p, arena *a) {
     p->logits = arena_take(a, TILE * p->vocab, sizeof(float));
     p->a.data = arena_take(a, n > TILE ? n : TILE, pack_bytes(pack_kind(&p->g, s->model->type),
                                                               widest));
-    if (s->model->type != TYPE_INT4) return;
-    p->g.block_bytes = round_up(engine_block_bytes(&p->g, widest), 64);
+    p->g.block_bytes = round_up(engine_block_bytes(&p->g, s->model->type, widest), 64);
     p->g.blocks = arena_take(a, (size_t)s->model->pool->threads, p->g.block_bytes);
 }
 
@@ -8509,7 +8650,8 @@ static int bench_command(command *c) {
 enum { CHECK_PANELS = 3, CHECK_COLS = 192, CHECK_TOKENS = 11 };
 
 /* A small product of random numbers. OUT (tokens, rows); false: no memory. */
-static bool small_product(const kernel_set *k, int type, int kind, float *out) {
+static bool small_product(const kernel_set *k, int type, float *out) {
+    int kind = type == TYPE_BF16 ? PACK_F32 : k->int_pack;
     size_t rows = CHECK_PANELS * LANES, cols = CHECK_COLS, panel = panel_bytes(type, cols);
     uint64_t random = 1;
     float *x = new_array((rows + CHECK_TOKENS) * cols, sizeof *x);
@@ -8530,9 +8672,8 @@ static bool small_product(const kernel_set *k, int type, int kind, float *out) {
 
 static int doctor_command(command *c) {
     static float found[CHECK_TOKENS * CHECK_PANELS * LANES], wanted[sizeof found / sizeof *found];
-    static const struct { const char *name; int type, kind; } checks[] = {
-        {"int8", TYPE_INT8, PACK_INT8}, {"int4", TYPE_INT4, PACK_INT8},
-        {"bf16, strict", TYPE_BF16, PACK_F32}};
+    static const struct { const char *name; int type; } checks[] = {
+        {"int8", TYPE_INT8}, {"int4", TYPE_INT4}, {"bf16, strict", TYPE_BF16}};
     const kernel_set *sets[N_KERNEL_SETS], *chosen;
     uint64_t total, available;
     int n = usable_kernels(sets), code = choose_kernels(&chosen, NULL, &c->e);
@@ -8542,8 +8683,8 @@ static int doctor_command(command *c) {
            mb(total), mb(available), chosen->name);
     for (int i = 0; i < 3 * n; i++) {
         const kernel_set *k = sets[i / 3];
-        int type = checks[i % 3].type, kind = checks[i % 3].kind;
-        if (!small_product(sets[n - 1], type, kind, wanted) || !small_product(k, type, kind, found))
+        int type = checks[i % 3].type;
+        if (!small_product(sets[n - 1], type, wanted) || !small_product(k, type, found))
             return out_of_memory(&c->e, sizeof found);
         bool same = !memcmp((void *)found, (void *)wanted, sizeof found);
         printf("self-test  %s, %s: %s\n", k->name, checks[i % 3].name,

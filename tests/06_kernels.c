@@ -92,8 +92,9 @@ static void free_problem(problem *m) {
 /* Packs and multiplies tokens [t, t + n) and panels [p, p + np) alone. OUT holds a guard. */
 static uint8_t *run_part(const kernel_set *k, const problem *m, size_t t, size_t n, size_t p,
                          size_t np, float *out) {
-    uint8_t *stream = need(packed_size(m, n));
-    k->pack(m->kind, m->x + t * m->x_stride, m->x_stride, m->cols, n, stream);
+    int kind = m->kind == PACK_INT8 ? k->int_pack : m->kind;
+    uint8_t *stream = need(n * pack_bytes(kind, m->cols));
+    k->pack(kind, m->x + t * m->x_stride, m->x_stride, m->cols, n, stream);
     static const size_t some[] = {128, SIZE_MAX, 256, 384};         /* must not matter           */
     static size_t turn;
     size_t columns = some[turn++ % 4];
@@ -176,6 +177,40 @@ static int wrong_stream(const problem *m) {
     return wrong;
 }
 
+/* Does PACK_INT16 hold the numbers of the PACK_INT8 stream, for all tokens of one tile? */
+static int wrong_int16(const uint8_t *int8, const uint8_t *int16, size_t cols, size_t wide) {
+    int wrong = 0;
+    for (size_t k = 0; k < cols; k += 64, int8 += wide * 76, int16 += wide * 140) {
+        wrong += memcmp(int8, int16, 12 * wide) != 0;
+        for (size_t i = 0; i < 64; i++)
+            for (size_t t = 0; t < wide; t++) {
+                int16_t q;
+                size_t word = i / 4 * 2 + i % 2;        /* 0 and 2 of four, then 1 and 3         */
+                memcpy(&q, int16 + 12 * wide + 4 * (word * wide + t) + i % 4 / 2 * 2, 2);
+                wrong += q != (int8_t)int8[12 * wide + 4 * (i / 4 * wide + t) + i % 4];
+            }
+    }
+    return wrong;
+}
+
+/* K's packing of integers in both forms, against the scalar pass. */
+static int wrong_pack(const kernel_set *k, const problem *m) {
+    size_t size = m->tokens * pack_bytes(PACK_INT16, m->cols);
+    uint8_t *mine = calloc(1, size), *its = calloc(1, size);
+    k->pack(PACK_INT8, m->x, m->x_stride, m->cols, m->tokens, mine);
+    int wrong = memcmp(mine, m->stream, packed_size(m, m->tokens)) != 0;
+    k->pack(PACK_INT16, m->x, m->x_stride, m->cols, m->tokens, mine);
+    scalar->pack(PACK_INT16, m->x, m->x_stride, m->cols, m->tokens, its);
+    wrong += memcmp(mine, its, size) != 0;
+    for (size_t t = 0, wide; t < m->tokens; t += wide) {
+        wide = (size_t)tile_width(m->tokens - t);
+        wrong += wrong_int16(m->stream + t * pack_bytes(PACK_INT8, m->cols),
+                             its + t * pack_bytes(PACK_INT16, m->cols), m->cols, wide);
+    }
+    free(mine), free(its);
+    return wrong;
+}
+
 /* Every output against the sum in double precision of what the bytes stand for. A chain of n fused
  * multiply-adds is off by at most n roundings of the sum of magnitudes; for int8 that holds group
  * by group (the dot product is exact, the product of the scales is rounded once). The bf16 dot
@@ -233,6 +268,8 @@ static int wrong_matmul(const kernel_set *k, problem *m) {
         free(m->stream), free(m->out);
         m->stream = stream, m->out = out;
         wrong += wrong_stream(m) + beyond_bound(m, out);
+    } else if (m->kind == PACK_INT8) {
+        wrong += wrong_pack(k, m);
     } else {
         wrong += memcmp(stream, m->stream, packed_size(m, m->tokens)) != 0;
     }
