@@ -2859,8 +2859,9 @@ static void matmul(const engine *g, const product *products, size_t n, const pac
     if (x->tokens <= TILE) some = x->cols;              /* nothing is used a second time         */
     matmul_job j = {g, products, n, x, some};
     for (size_t i = 0; i < n; i++) panels += tensor_panels(products[i].w);
-    size_t grain = panels / ((size_t)g->pool->threads * 8);
-    parallel_for(g->pool, panels, round_up(grain ? grain : 1, 4), matmul_task, &j);
+    size_t grain = panels / ((size_t)g->pool->threads * 32);
+    if (x->tokens > TILE) grain = round_up(grain ? grain : 1, 4);
+    parallel_for(g->pool, panels, grain, matmul_task, &j);
 }
 
 /* Packs 16 rows of one int4 panel; IMPORTANCE (cols) says how much an error of each column counts,
