@@ -1329,7 +1329,7 @@ static void panel_unpack_row(int type, const uint8_t *panel, size_t lane, size_t
  *   PACK_INT8  for each group of 64: for each token -128 * the sum of its q; for each token its
  *              scale; then 16 words of four int8. The sum undoes the weights' +128 exactly. */
 enum { PACK_F32, PACK_BF16, PACK_INT8, N_PACKS };
-enum { TILE = 8, KEY_BLOCK = 256 };
+enum { TILE = 8 };
 
 static size_t pack_bytes(int kind, size_t cols) {       /* for one token */
     if (kind == PACK_F32) return round_up(cols, 2) * 4;
@@ -1341,20 +1341,30 @@ static int tile_width(size_t tokens) {
     return tokens >= 8 ? 8 : tokens >= 4 ? 4 : tokens >= 2 ? 2 : 1;
 }
 
-/* Attention of up to TILE queries that share one key-value head. Keys lie in panels of 16, walked
- * along head_dim like weights; values lie row by row. */
+/* Attention of up to QUERIES queries that share one key-value head. Keys lie in panels of 16, walked
+ * along head_dim like weights, and memory has KEY_STEP of them for every key in use; values lie row
+ * by row. */
+enum { QUERIES = 32, KEY_BLOCK = 256, KEY_STEP = 64 };
+
 typedef struct {
-    int n;                          /* queries: 8, 4, 2 or 1                                    */
+    size_t n;                       /* queries                                                  */
     bool half;                      /* the cache is f16, else f32                               */
     size_t head_dim;
     float scale;                    /* head_dim^-0.5                                            */
-    const float *q[TILE];           /* (head_dim) each                                          */
-    float *out[TILE];               /* (head_dim) each                                          */
-    size_t start[TILE], limit[TILE];            /* query i sees keys start[i] .. limit[i]-1     */
+    const float *q[QUERIES];        /* (head_dim) each                                          */
+    float *out[QUERIES];            /* (head_dim) each, as a part PART_EXTRA more               */
+    size_t start[QUERIES], limit[QUERIES];      /* query i sees keys start[i] .. limit[i]-1     */
+    size_t begin, end;              /* of the keys, those looked at; multiples of KEY_BLOCK     */
+    bool part;                      /* out is for `merge`: not divided, largest and total behind */
     const void *keys;               /* (panels, head_dim, 16)                                   */
     const void *values;             /* (keys, head_dim)                                         */
-    float *scratch;                 /* TILE * KEY_BLOCK floats                                  */
+    float *scratch;                 /* attend_scratch(head_dim) floats                          */
 } attention;
+
+enum { PART_EXTRA = 16 };           /* two numbers, and what keeps parts aligned                */
+
+/* The packed queries, then the scores, which become weights. */
+static size_t attend_scratch(size_t head_dim) { return QUERIES * (head_dim + KEY_BLOCK); }
 
 /* xIELU (Huang and Schlag 2024) of one layer, softplus applied: x > 0 gives positive x^2 + beta x,
  * else negative (e^min(x, eps) - 1 - x) + beta x. */
@@ -1380,6 +1390,8 @@ typedef struct {
     void (*xielu)(float *x, size_t n, const xielu_numbers *a);
     void (*add)(float *x, const float *y, size_t n);            /* x += y                       */
     void (*attend)(const attention *a);
+    /* out = what N parts of a query's keys, (n, head_dim + PART_EXTRA), give together              */
+    void (*merge)(float *out, const float *parts, size_t n, size_t head_dim);
     void (*to_half)(uint16_t *out, const float *x, size_t n);   /* f16, clamped to +-65504      */
     /* ROUNDS rounds of nothing but the products of packing KIND, in registers; *SINK gets their
      * sum, so that they are made. Returns the multiplications and additions of a round. */
@@ -1437,11 +1449,17 @@ typedef struct {
 #define relu2 K(relu2)
 #define xielu K(xielu)
 #define add K(add)
-#define key_scores K(key_scores)
+#define pack_queries K(pack_queries)
+#define score_tile K(score_tile)
+#define score_block K(score_block)
 #define softmax_block K(softmax_block)
-#define add_values K(add_values)
-#define attend_tile K(attend_tile)
+#define join_block K(join_block)
+#define divide K(divide)
+#define value_tile K(value_tile)
+#define value_block K(value_block)
+#define attend_keys K(attend_keys)
 #define attend K(attend)
+#define merge K(merge)
 #define to_half K(to_half)
 #define peak K(peak)
 #define read_all K(read_all)
@@ -1458,6 +1476,22 @@ ALWAYS_INLINE float load_float(const uint8_t *p) { return bits_float(load_word(p
 /* Where sum I of a tile stands: token i % nt of panel i / nt. */
 ALWAYS_INLINE float *sum_place(float *out, size_t stride, size_t nt, size_t i) {
     return out + i % nt * stride + 16 * (i / nt);
+}
+
+/* Which of the queries of a tile stand side by side: four, the last filled up with queries that see
+ * nothing, or one alone. */
+ALWAYS_INLINE size_t query_tile(const attention *a, size_t t) { return a->n - t == 1 ? 1 : 4; }
+
+/* The keys of a block that a tile of queries sees: [*low, *high), counted from FIRST. */
+static void tile_keys(const attention *a, size_t t, size_t nt, size_t first, size_t *low,
+                      size_t *high) {
+    *low = KEY_BLOCK, *high = 0;
+    for (size_t i = t; i < t + nt && i < a->n; i++) {
+        if (a->limit[i] <= first || a->start[i] >= first + KEY_BLOCK) continue;
+        size_t from = a->start[i] > first ? a->start[i] - first : 0, to = a->limit[i] - first;
+        if (from < *low) *low = from;
+        if (to > *high) *high = to < KEY_BLOCK ? to : KEY_BLOCK;
+    }
 }
 
 #else /* ---- MEDRUN_PASS: the words ----------------------------------------------------------- */
@@ -1983,58 +2017,145 @@ static void to_half(uint16_t *out, const float *x, size_t n) {
     }
 }
 
-/* scores[t][j] = scale * q[t] . key[first + j] for N keys, in panels of 16. */
-ALWAYS_INLINE void key_scores(const int nt, const bool half, const attention *a, size_t first,
-                              size_t n) {
-    vec scale = vsplat(a->scale);
-    for (size_t j = 0; j < n; j += 16) {
-        size_t at = (first + j) * a->head_dim;
-        vec s[TILE];
-        UNROLLED for (int t = 0; t < nt; t++) s[t] = vsplat(0);
-        for (size_t d = 0; d < a->head_dim; d++, at += 16) {
-            vec key = half ? vload_f16((const uint16_t *)a->keys + at)
-                           : vload((const float *)a->keys + at);
-            UNROLLED for (int t = 0; t < nt; t++) s[t] = vfma(key, vsplat(a->q[t][d]), s[t]);
-        }
-        UNROLLED for (int t = 0; t < nt; t++)
-            vstore(a->scratch + (size_t)t * KEY_BLOCK + j, vmul(s[t], scale));
+/* Queries -> tile after tile, in the order of head_dim, the tile's queries side by side. */
+static void pack_queries(const attention *a) {
+    float *to = a->scratch;
+    for (size_t t = 0, nt; t < a->n; t += nt, to += nt * a->head_dim) {
+        nt = query_tile(a, t);
+        for (size_t i = 0; i < nt; i++)
+            for (size_t d = 0; d < a->head_dim; d++)
+                to[d * nt + i] = t + i < a->n ? a->q[t + i][d] : 0;
     }
 }
 
-/* Scores -> e^(score - largest) in place for the keys BEGIN .. SEEN-1 of N, zero for the others.
- * Returns the weights' sum. */
-ALWAYS_INLINE float softmax_block(float *s, size_t begin, size_t seen, size_t n, float *largest) {
+/* out[t][j] = scale * q[t] . key[first + j] for NT packed queries and a few panels of keys, one
+ * chain for each in the order of head_dim. */
+ALWAYS_INLINE void score_tile(const size_t np, const size_t nt, const bool half, const attention *a,
+                              size_t first, const float *q, float *out) {
+    vec sum[16], scale = vsplat(a->scale);
+    size_t at = first * a->head_dim, panel = 16 * a->head_dim;
+    UNROLLED for (size_t i = 0; i < np * nt; i++) sum[i] = vsplat(0);
+    for (size_t d = 0; d < a->head_dim; d++, at += 16, q += nt) {
+        vec key[4];
+        UNROLLED for (size_t p = 0; p < np; p++)
+            key[p] = half ? vload_f16((const uint16_t *)a->keys + at + p * panel)
+                          : vload((const float *)a->keys + at + p * panel);
+        UNROLLED for (size_t t = 0; t < nt; t++) {
+            vec x = vsplat(q[t]);
+            UNROLLED for (size_t p = 0; p < np; p++)
+                sum[p * nt + t] = vfma(key[p], x, sum[p * nt + t]);
+        }
+    }
+    UNROLLED for (size_t i = 0; i < np * nt; i++)
+        vstore(sum_place(out, KEY_BLOCK, nt, i), vmul(sum[i], scale));
+}
+
+/* Scores of all queries with the block of keys from FIRST on: a few panels stay in the first cache
+ * while the queries pass. What a tile does not see is left out by KEY_STEP keys. */
+ALWAYS_INLINE void score_block(const bool half, const attention *a, size_t first) {
+    const size_t np = TILE_PANELS;
+    for (size_t j = 0; j < KEY_BLOCK; j += KEY_STEP)
+        for (size_t t = 0, nt, low, high; t < a->n; t += nt) {
+            const float *q = a->scratch + t * a->head_dim;
+            float *out = a->scratch + QUERIES * a->head_dim + t * KEY_BLOCK + j;
+            nt = query_tile(a, t);
+            tile_keys(a, t, nt, first, &low, &high);
+            if (j + KEY_STEP <= low || j >= high) continue;
+            if (nt == 1) score_tile(4, 1, half, a, first + j, q, out);
+            else
+                for (size_t i = 0; i < KEY_STEP; i += 16 * np)
+                    score_tile(np, 4, half, a, first + j + i, q, out + i);
+        }
+}
+
+/* Scores of a block -> e^(score - largest) in place for the keys BEGIN .. SEEN-1, zero for the
+ * others. Returns the weights' sum. */
+ALWAYS_INLINE float softmax_block(float *s, size_t begin, size_t seen, float *largest) {
     vec most = vsplat(-INFINITY), sum = vsplat(0);
-    size_t end = round_up(n, 16);
-    for (size_t j = 0; j < begin; j++) s[j] = -INFINITY;
+    size_t first = begin / 16 * 16, end = round_up(seen, 16);
+    for (size_t j = first; j < begin; j++) s[j] = -INFINITY;
     for (size_t j = seen; j < end; j++) s[j] = -INFINITY;
-    for (size_t j = 0; j < end; j += 16) most = vmax(vload(s + j), most);
+    for (size_t j = first; j < end; j += 16) most = vmax(vload(s + j), most);
     *largest = vlargest(most);
     most = vsplat(*largest);
-    for (size_t j = 0; j < end; j += 16) {
+    for (size_t j = first; j < end; j += 16) {
         vec weight = vexp(vsub(vload(s + j), most));
         sum = vadd(sum, weight);
         vstore(s + j, weight);
     }
+    memset(s, 0, first * sizeof *s);
+    memset(s + end, 0, (KEY_BLOCK - end) * sizeof *s);
     return vsum(sum);
 }
 
-/* out[t] = out[t] * keep[t] + fresh[t] * sum over j of weight[t][j] * value[first + j] */
-ALWAYS_INLINE void add_values(const int nt, const bool half, const attention *a, size_t first,
-                              size_t n, const float *keep, const float *fresh) {
-    for (size_t c = 0; c < a->head_dim; c += 16) {
-        size_t at = first * a->head_dim + c;
-        vec s[TILE];
-        UNROLLED for (int t = 0; t < nt; t++) s[t] = vsplat(0);
-        for (size_t j = 0; j < n; j++, at += a->head_dim) {
-            vec value = half ? vload_f16((const uint16_t *)a->values + at)
-                             : vload((const float *)a->values + at);
-            UNROLLED for (int t = 0; t < nt; t++)
-                s[t] = vfma(value, vsplat(a->scratch[(size_t)t * KEY_BLOCK + j]), s[t]);
+/* A block's largest score and weights' sum join a query's; what was is kept times KEEP, what comes
+ * counts FRESH. A block of which nothing is seen has -infinity. */
+ALWAYS_INLINE void join_block(float *largest, float *total, float block, float more, float *keep,
+                              float *fresh) {
+    float both = *largest > block ? *largest : block, scale[16];
+    *keep = 1, *fresh = 0;
+    if (block == -INFINITY) return;
+    vstore(scale, vexp(vsub(vsplat(*largest), vsplat(both))));
+    *keep = scale[0];
+    vstore(scale, vexp(vsub(vsplat(block), vsplat(both))));
+    *fresh = scale[0];
+    *total = fmaf(more, *fresh, *total * *keep);
+    *largest = both;
+}
+
+/* + 0 turns -0 into 0: skipped and zero-weighted keys must look alike. */
+ALWAYS_INLINE void divide(float *out, float total, size_t n) {
+    for (size_t c = 0; c < n; c += 16)
+        vstore(out + c, vadd(vdiv(vload(out + c), vsplat(total)), vsplat(0)));
+}
+
+/* out[t] = out[t] * keep[t] + fresh[t] * sum over j < n of weight[t][j] * value[first + j], for NT
+ * queries from T on and a few vectors of channels from C on. */
+ALWAYS_INLINE void value_tile(const size_t nc, const size_t nt, const bool half, const attention *a,
+                              size_t t, size_t c, size_t first, size_t n, const float *weight,
+                              const float *keep, const float *fresh) {
+    vec sum[16];
+    size_t at = first * a->head_dim + c;
+    UNROLLED for (size_t i = 0; i < nc * nt; i++) sum[i] = vsplat(0);
+    for (size_t j = 0; j < n; j++, at += a->head_dim) {
+        vec value[4];
+        UNROLLED for (size_t i = 0; i < nc; i++)
+            value[i] = half ? vload_f16((const uint16_t *)a->values + at + 16 * i)
+                            : vload((const float *)a->values + at + 16 * i);
+        UNROLLED for (size_t i = 0; i < nt; i++) {
+            vec x = vsplat(weight[i * KEY_BLOCK + j]);
+            UNROLLED for (size_t k = 0; k < nc; k++)
+                sum[k * nt + i] = vfma(value[k], x, sum[k * nt + i]);
         }
-        UNROLLED for (int t = 0; t < nt; t++) {
-            vec kept = vmul(vload(a->out[t] + c), vsplat(keep[t]));
-            vstore(a->out[t] + c, vfma(s[t], vsplat(fresh[t]), kept));
+    }
+    UNROLLED for (size_t i = 0; i < nc * nt; i++) {
+        size_t query = t + i % nt;
+        if (query >= a->n) continue;
+        float *out = a->out[query] + c + 16 * (i / nt);
+        vstore(out, vfma(sum[i], vsplat(fresh[query]), vmul(vload(out), vsplat(keep[query]))));
+    }
+}
+
+/* The block's weighted values join the outputs: a few channels stay in the first cache while the
+ * queries pass. */
+ALWAYS_INLINE void value_block(const bool half, const attention *a, size_t first, const float *keep,
+                               const float *fresh) {
+    const size_t np = TILE_PANELS;
+    for (size_t c = 0, step; c < a->head_dim; c += step) {
+        step = a->head_dim - c < 64 ? 16 : 64;
+        for (size_t t = 0, nt, low, high; t < a->n; t += nt) {
+            const float *weight = a->scratch + QUERIES * a->head_dim + t * KEY_BLOCK;
+            nt = query_tile(a, t);
+            tile_keys(a, t, nt, first, &low, &high);
+            if (low >= high) continue;
+            size_t n = high - low, key = first + low;
+            weight += low;
+            if (nt == 1 && step == 64) value_tile(4, 1, half, a, t, c, key, n, weight, keep, fresh);
+            else if (nt == 1) value_tile(1, 1, half, a, t, c, key, n, weight, keep, fresh);
+            else if (step == 16) value_tile(1, 4, half, a, t, c, key, n, weight, keep, fresh);
+            else
+                for (size_t i = 0; i < 64; i += 16 * np)
+                    value_tile(np, 4, half, a, t, c + i, key, n, weight, keep, fresh);
         }
     }
 }
@@ -2042,56 +2163,52 @@ ALWAYS_INLINE void add_values(const int nt, const bool half, const attention *a,
 /* Attention with an online softmax (Milakov and Gimelshein 2018; Dao et al. 2022) over blocks of
  * KEY_BLOCK keys at absolute positions. Each block is computed by itself and merged in order, so
  * a query's result does not depend on the queries beside it. */
-ALWAYS_INLINE void attend_tile(const int nt, const bool half, const attention *a) {
-    float largest[TILE], total[TILE], keep[TILE], fresh[TILE];
-    size_t longest = 0, start = a->start[0];
-    for (int t = 0; t < nt; t++) {
+ALWAYS_INLINE void attend_keys(const bool half, const attention *a) {
+    float largest[QUERIES], total[QUERIES], keep[QUERIES], fresh[QUERIES];
+    size_t start = SIZE_MAX, end = 0;
+    for (size_t t = 0; t < a->n; t++) {
         largest[t] = -INFINITY, total[t] = 0;
         memset(a->out[t], 0, a->head_dim * sizeof(float));
-        if (a->limit[t] > longest) longest = a->limit[t];
+        if (a->limit[t] > end) end = a->limit[t];
         if (a->start[t] < start) start = a->start[t];
     }
-    for (size_t first = start - start % KEY_BLOCK; first < longest; first += KEY_BLOCK) {
-        size_t n = longest - first < KEY_BLOCK ? longest - first : KEY_BLOCK;
-        key_scores(nt, half, a, first, n);
-        for (int t = 0; t < nt; t++) {
-            float *s = a->scratch + (size_t)t * KEY_BLOCK, block, more;
-            keep[t] = 1, fresh[t] = 0;
-            if (a->limit[t] <= first || a->start[t] >= first + n) { /* sees none of the block    */
-                memset(s, 0, n * sizeof *s);
-                continue;
-            }
-            size_t begin = a->start[t] > first ? a->start[t] - first : 0;
-            size_t seen = a->limit[t] - first < n ? a->limit[t] - first : n;
-            more = softmax_block(s, begin, seen, n, &block);
-            float both = largest[t] > block ? largest[t] : block, scale[16];
-            vstore(scale, vexp(vsub(vsplat(largest[t]), vsplat(both))));
-            keep[t] = scale[0];
-            vstore(scale, vexp(vsub(vsplat(block), vsplat(both))));
-            fresh[t] = scale[0];
-            total[t] = fmaf(more, fresh[t], total[t] * keep[t]);
-            largest[t] = both;
+    if (start < a->begin) start = a->begin;
+    if (end > a->end) end = a->end;
+    pack_queries(a);
+    for (size_t first = start - start % KEY_BLOCK; first < end; first += KEY_BLOCK) {
+        score_block(half, a, first);
+        float *s = a->scratch + QUERIES * a->head_dim;
+        for (size_t t = 0, low, high; t < a->n; t++, s += KEY_BLOCK) {
+            float block = -INFINITY, more = 0;
+            tile_keys(a, t, 1, first, &low, &high);
+            if (low < high) more = softmax_block(s, low, high, &block);
+            else memset(s, 0, KEY_BLOCK * sizeof *s);
+            join_block(&largest[t], &total[t], block, more, &keep[t], &fresh[t]);
         }
-        add_values(nt, half, a, first, n, keep, fresh);
+        memset(s, 0, (round_up(a->n, 4) - a->n) * KEY_BLOCK * sizeof *s);
+        value_block(half, a, first, keep, fresh);
     }
-    for (int t = 0; t < nt; t++)                        /* + 0 turns -0 into 0: skipped and      */
-        for (size_t c = 0; c < a->head_dim; c += 16)    /* zero-weighted keys must look alike    */
-            vstore(a->out[t] + c, vadd(vdiv(vload(a->out[t] + c), vsplat(total[t])), vsplat(0)));
+    for (size_t t = 0; t < a->n; t++) {
+        if (!a->part) divide(a->out[t], total[t], a->head_dim);
+        else a->out[t][a->head_dim] = largest[t], a->out[t][a->head_dim + 1] = total[t];
+    }
 }
 
 static void attend(const attention *a) {
-#if MEDRUN_PASS == 1
-    attend_tile(a->n, a->half, a);
-#else
-    if (a->n == 8 && a->half) attend_tile(8, true, a);
-    else if (a->n == 4 && a->half) attend_tile(4, true, a);
-    else if (a->n == 2 && a->half) attend_tile(2, true, a);
-    else if (a->half) attend_tile(1, true, a);
-    else if (a->n == 8) attend_tile(8, false, a);
-    else if (a->n == 4) attend_tile(4, false, a);
-    else if (a->n == 2) attend_tile(2, false, a);
-    else attend_tile(1, false, a);
-#endif
+    if (a->half) attend_keys(true, a);
+    else attend_keys(false, a);
+}
+
+static void merge(float *out, const float *parts, size_t n, size_t head_dim) {
+    float largest = -INFINITY, total = 0, keep, fresh;
+    memset(out, 0, head_dim * sizeof *out);
+    for (const float *part = parts; n--; part += head_dim + PART_EXTRA) {
+        join_block(&largest, &total, part[head_dim], part[head_dim + 1], &keep, &fresh);
+        for (size_t c = 0; c < head_dim; c += 16)
+            vstore(out + c, vfma(vload(part + c), vsplat(fresh),
+                                 vmul(vload(out + c), vsplat(keep))));
+    }
+    divide(out, total, head_dim);
 }
 
 /* As many chains as a tile has; the factor changes, lest the compiler find a shorter way. */
@@ -2141,7 +2258,7 @@ static const kernel_set kernel_row = {
 #else
     {matmul_f32, NULL, matmul_int8},
 #endif
-    norm, silu_mul, relu2, xielu, add, attend, to_half, peak, read_all,
+    norm, silu_mul, relu2, xielu, add, attend, merge, to_half, peak, read_all,
 };
 #undef TEXT
 #undef TEXT2
@@ -2202,6 +2319,7 @@ static const kernel_set kernel_row = {
 #undef xielu
 #undef add
 #undef attend
+#undef merge
 #undef to_half
 #undef peak
 #undef read_all
@@ -5293,7 +5411,10 @@ typedef struct pass {
     float *attn;                                /* (n, heads)                                   */
     float *ffn_act, *up;                        /* (n, ffn); up only beside a gate              */
     float *rotation;                            /* (n, head_dim / 2, 2) cosine, sine            */
-    float *scores;                              /* (threads, TILE * KEY_BLOCK)                  */
+    float *scores;                              /* (threads, attend_scratch)                    */
+    size_t part_places;
+    float *parts;                               /* (part_places, head_dim + PART_EXTRA)         */
+    size_t pieces;                              /* blocks that keys are split into now, or 1    */
     float *logits;                              /* (TILE, vocab)                                */
     packed a;                                   /* the activations that are multiplied next     */
     int layer;
@@ -5301,10 +5422,10 @@ typedef struct pass {
 } pass;
 
 /* Keys of layer L, head H: panels of 16 positions, (context / 16, head_dim, 16); values lie
- * (context, head_dim). Context is rounded up to 16. */
+ * (context, head_dim). Context is rounded up to KEY_STEP. */
 static size_t cache_row(const medrun_session *s, int layer, size_t head) {
     const model_config *c = &s->model->config;
-    size_t context = round_up((size_t)s->options.context, 16);
+    size_t context = round_up((size_t)s->options.context, KEY_STEP);
     return ((size_t)layer * (size_t)c->n_kv_heads + head) * context * (size_t)c->head_dim;
 }
 
@@ -5423,57 +5544,80 @@ static void place_task(void *context, size_t begin, size_t end, int thread) {
     }
 }
 
-/* Queries [first, end) of a segment's key-value head, counted through rows and then heads. */
+/* Where a row's query of a head leaves the part that block PIECE of its keys gives. */
+static float *part_place(const pass *p, size_t row, size_t head, size_t piece) {
+    const model_config *c = &p->m->config;
+    size_t query = row * (size_t)c->n_heads + head;
+    return p->parts + (query * p->pieces + piece) * ((size_t)c->head_dim + PART_EXTRA);
+}
+
+/* Queries [first, end) of a segment's key-value head, counted through rows and then heads; all
+ * their keys, or only block PIECE of them. */
 static void attend_queries(const pass *p, const segment *s, size_t head, size_t first, size_t end,
-                           float *scratch) {
+                           size_t piece, float *scratch) {
     const model_config *c = &p->m->config;
     size_t dim = (size_t)c->head_dim, group = (size_t)(c->n_heads / c->n_kv_heads);
     size_t window = c->sliding_window ? (size_t)c->sliding_window : SIZE_MAX;
-    attention a = {.half = s->session->options.kv == MEDRUN_KV_F16, .head_dim = dim,
-                   .scale = 1.0f / sqrtf((float)dim), .scratch = scratch,
+    attention a = {.n = end - first, .half = s->session->options.kv == MEDRUN_KV_F16,
+                   .head_dim = dim, .scale = 1.0f / sqrtf((float)dim), .end = SIZE_MAX,
+                   .part = p->pieces > 1, .scratch = scratch,
                    .keys = session_keys(s->session, p->layer, head),
                    .values = session_values(s->session, p->layer, head)};
-    while (first < end) {
-        a.n = tile_width(end - first);
-        for (int i = 0; i < a.n; i++, first++) {
-            size_t row = first / group, at = (s->first + row) * p->heads;
-            at += (head * group + first % group) * dim;
-            a.q[i] = p->q + at;
-            a.out[i] = p->attn + at;
-            a.limit[i] = s->position + row + 1;
-            a.start[i] = a.limit[i] > window ? a.limit[i] - window : 0;
-        }
-        p->g.k->attend(&a);
+    if (a.part) a.begin = piece * KEY_BLOCK, a.end = a.begin + KEY_BLOCK;
+    for (size_t i = 0; i < a.n; i++, first++) {
+        size_t row = s->first + first / group, q = head * group + first % group;
+        a.q[i] = p->q + row * p->heads + q * dim;
+        a.out[i] = a.part ? part_place(p, row, q, piece) : p->attn + row * p->heads + q * dim;
+        a.limit[i] = s->position + first / group + 1;
+        a.start[i] = a.limit[i] > window ? a.limit[i] - window : 0;
     }
+    p->g.k->attend(&a);
 }
 
-/* Tiles of queries over all segments and key-value heads, numbered through. */
+/* A segment's queries of one key-value head, QUERIES at a time. */
 static size_t segment_tiles(const pass *p, const segment *s) {
     size_t group = (size_t)(p->m->config.n_heads / p->m->config.n_kv_heads);
-    return (s->n * group + TILE - 1) / TILE;
+    return (s->n * group + QUERIES - 1) / QUERIES;
 }
 
+/* Items are numbered through segments, their key-value heads, tiles of queries, pieces. */
 static void attend_task(void *context, size_t begin, size_t end, int thread) {
     pass *p = context;
     size_t kv_heads = (size_t)p->m->config.n_kv_heads;
     size_t group = (size_t)p->m->config.n_heads / kv_heads, at = 0;
-    float *scratch = p->scores + (size_t)thread * TILE * KEY_BLOCK;
+    float *scratch = p->scores + (size_t)thread * attend_scratch((size_t)p->m->config.head_dim);
     for (const segment *s = p->segments; s < p->segments + p->n_segments; s++) {
-        size_t tiles = segment_tiles(p, s);
-        for (size_t i = begin > at ? begin - at : 0; i < tiles * kv_heads && at + i < end; i++) {
-            size_t first = i % tiles * TILE, last = first + TILE;
-            attend_queries(p, s, i / tiles, first, last < s->n * group ? last : s->n * group,
-                           scratch);
+        size_t tiles = segment_tiles(p, s), items = kv_heads * tiles * p->pieces;
+        for (size_t i = begin > at ? begin - at : 0; i < items && at + i < end; i++) {
+            size_t item = i / p->pieces, first = item % tiles * QUERIES, last = first + QUERIES;
+            attend_queries(p, s, item / tiles, first, last < s->n * group ? last : s->n * group,
+                           i % p->pieces, scratch);
         }
-        at += tiles * kv_heads;
+        at += items;
     }
 }
 
+static void merge_task(void *context, size_t begin, size_t end, int thread) {
+    (void)thread;
+    pass *p = context;
+    size_t heads = (size_t)p->m->config.n_heads, dim = (size_t)p->m->config.head_dim;
+    for (size_t i = begin; i < end; i++)
+        p->g.k->merge(p->attn + i * dim, part_place(p, i / heads, i % heads, 0), p->pieces, dim);
+}
+
+/* A few tokens with many keys are split by blocks of keys too, so that all threads have work: each
+ * block is computed by itself anyway, and joined in the same order. */
 static void attend_rows(pass *p) {
-    size_t items = 0;
-    for (size_t i = 0; i < p->n_segments; i++)
-        items += segment_tiles(p, &p->segments[i]) * (size_t)p->m->config.n_kv_heads;
-    parallel_for(p->g.pool, items, 1, attend_task, p);
+    size_t items = 0, longest = 0, heads = (size_t)p->m->config.n_heads;
+    for (const segment *s = p->segments; s < p->segments + p->n_segments; s++) {
+        items += segment_tiles(p, s) * (size_t)p->m->config.n_kv_heads;
+        if (s->position + s->n > longest) longest = s->position + s->n;
+    }
+    p->pieces = (longest + KEY_BLOCK - 1) / KEY_BLOCK;
+    if (items >= 4 * (size_t)p->g.pool->threads || p->n * heads * p->pieces > p->part_places)
+        p->pieces = 1;
+    parallel_for(p->g.pool, items * p->pieces, 1, attend_task, p);
+    if (p->pieces > 1) parallel_for(p->g.pool, p->n * heads, heads, merge_task, p);
 }
 
 static void activate_task(void *context, size_t begin, size_t end, int thread) {
@@ -5716,7 +5860,11 @@ static void layout_pass(const medrun_session *s, pass *p, arena *a) {
     p->ffn_act = arena_take(a, n * p->ffn, sizeof(float));
     if (c->activation == ACTIVATION_SILU) p->up = arena_take(a, n * p->ffn, sizeof(float));
     p->rotation = arena_take(a, n * dim, sizeof(float));
-    p->scores = arena_take(a, (size_t)s->model->pool->threads * TILE * KEY_BLOCK, sizeof(float));
+    p->scores = arena_take(a, (size_t)s->model->pool->threads * attend_scratch(dim),
+                           sizeof(float));
+    p->part_places = TILE * (size_t)c->n_heads *
+                     (((size_t)s->options.context + KEY_BLOCK - 1) / KEY_BLOCK);
+    p->parts = arena_take(a, p->part_places * (dim + PART_EXTRA), sizeof(float));
     p->logits = arena_take(a, TILE * p->vocab, sizeof(float));
     p->a.data = arena_take(a, n > TILE ? n : TILE, pack_bytes(pack_kind(&p->g, s->model->type),
                                                               widest));

@@ -529,8 +529,8 @@ static void set_key(cache *c, size_t i, float size) {
 static cache make_cache(size_t n, size_t dim, bool half, float size) {
     size_t item = half ? 2 : 4;
     cache c = {n, dim, half, need(n * dim * 4), need(n * dim * 4),
-               need(round_up(n, 16) * dim * item), need(n * dim * item)};
-    for (size_t i = 0; i < round_up(n, 16); i++) set_key(&c, i, i < n ? size : 60000);
+               need(round_up(n, KEY_STEP) * dim * item), need(n * dim * item)};
+    for (size_t i = 0; i < round_up(n, KEY_STEP); i++) set_key(&c, i, i < n ? size : 60000);
     return c;
 }
 
@@ -544,8 +544,9 @@ static size_t start_of(size_t limit) { return limit > window ? limit - window : 
 static void run_attention(const kernel_set *k, const cache *c, float *q, const size_t *limit,
                           const int *order, int n, int width, float *out) {
     for (int i = 0; i < n; i += width) {
-        float *scratch = need(TILE * KEY_BLOCK * sizeof *scratch);
-        attention a = {.n = width, .half = c->half, .head_dim = c->dim,
+        size_t n_scratch = attend_scratch(c->dim);
+        float *scratch = need(n_scratch * sizeof *scratch);
+        attention a = {.n = (size_t)width, .half = c->half, .head_dim = c->dim, .end = SIZE_MAX,
                        .scale = 1.0f / sqrtf((float)c->dim), .keys = c->keys, .values = c->values,
                        .scratch = scratch};
         for (int t = 0; t < width; t++) {
@@ -554,7 +555,7 @@ static void run_attention(const kernel_set *k, const cache *c, float *q, const s
             a.limit[t] = limit[order[i + t]];
             a.start[t] = start_of(a.limit[t]);
         }
-        for (int s = 0; s < TILE * KEY_BLOCK; s++) scratch[s] = NAN;
+        for (size_t s = 0; s < n_scratch; s++) scratch[s] = NAN;
         for (int t = 0; t < width; t++) for (size_t d = 0; d < c->dim; d++) a.out[t][d] = NAN;
         k->attend(&a);
         free(scratch);
@@ -627,7 +628,7 @@ static void test_attention(bool half) {
             }
         size_t longest = 0;
         for (int i = 0; i < N; i++) if (limit[i] > longest) longest = limit[i];
-        for (size_t i = longest; i < round_up(c.n, 16); i++) set_key(&c, i, half ? 60000 : 1e38f);
+        for (size_t i = longest; i < round_up(c.n, KEY_STEP); i++) set_key(&c, i, half ? 60000 : 1e38f);
         for (int i = 0; i < n_sets; i++) {
             run_attention(sets[i], &c, q, limit, order, N, 8, out);
             garbage[i] += differences(out, wanted, N * dim);
