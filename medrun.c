@@ -180,13 +180,14 @@ int medrun_render(const medrun_model *model, const char *name,
 
 /* ---- sessions ------------------------------------------------------------------------------ */
 
-enum { MEDRUN_KV_F16 = 0, MEDRUN_KV_F32 = 1 };
+enum { MEDRUN_KV_F16 = 0, MEDRUN_KV_F32 = 1, MEDRUN_KV_INT8 = 2 };
 
 typedef struct {
     int context;                /* tokens the session can hold; 0: the model's max_positions   */
     int batch;                  /* tokens in one pass, 0: 256; does not change any logit       */
     int logit_rows;             /* rows of logits one pass can give, 0: 1                      */
-    int kv;                     /* MEDRUN_KV_F16, MEDRUN_KV_F32                                */
+    int kv;                     /* the cache's numbers: MEDRUN_KV_F16, _F32, _INT8 (half the
+                                   memory of f16, and less exact)                              */
     bool strict;                /* bf16 weights: fp32 arithmetic, the same bits on any machine */
     bool custom_sampling;       /* false: the checkpoint's values, with the seed below         */
     medrun_sampling sampling;
@@ -1175,6 +1176,9 @@ enum { LANES = 16, GROUP = 64, STEP_BYTES = 64, GROUP_BYTES = GROUP / 4 * STEP_B
 
 static const char *const type_names[N_TYPES] = {"f32", "bf16", "int8"};
 
+/* Of the key-value cache, by MEDRUN_KV_... */
+static const char *const kv_names[] = {"f16", "f32", "int8"};
+
 static int type_find(const char *name) {
     for (int t = 0; t < N_TYPES; t++) if (!strcmp(name, type_names[t])) return t;
     return -1;
@@ -1341,14 +1345,25 @@ static int tile_width(size_t tokens) {
     return tokens >= 8 ? 8 : tokens >= 4 ? 4 : tokens >= 2 ? 2 : 1;
 }
 
-/* Attention of up to QUERIES queries that share one key-value head. Keys lie in panels of 16, walked
- * along head_dim like weights, and memory has KEY_STEP of them for every key in use; values lie row
- * by row. */
+/* The cache of one key-value head: keys in panels of 16 positions, walked along head_dim like
+ * weights; values row by row.
+ *   f16, f32  keys (panels, head_dim, 16); values (positions, head_dim)
+ *   int8      both in panels: keys (head_dim / 2, 16, 2), values (8, head_dim, 2), so that two
+ *             neighbours along the sum stand together, and then a bf16 scale for each group of 64
+ *             of a position's numbers, (groups, 16). Scores and weighted values are exact integer
+ *             sums, with queries and weights rounded to 16 bits. */
+static size_t cache_panel(int kv, size_t head_dim) {            /* bytes of 16 positions */
+    size_t groups = (head_dim + GROUP - 1) / GROUP;
+    return 16 * (kv == MEDRUN_KV_INT8 ? head_dim + 2 * groups : head_dim * (kv ? 4 : 2));
+}
+
+/* Attention of up to QUERIES queries that share one key-value head. Memory has room for KEY_STEP
+ * keys wherever one is in use. */
 enum { QUERIES = 32, KEY_BLOCK = 256, KEY_STEP = 64 };
 
 typedef struct {
     size_t n;                       /* queries                                                  */
-    bool half;                      /* the cache is f16, else f32                               */
+    int kv;                         /* the cache's numbers                                      */
     size_t head_dim;
     float scale;                    /* head_dim^-0.5                                            */
     const float *q[QUERIES];        /* (head_dim) each                                          */
@@ -1356,10 +1371,16 @@ typedef struct {
     size_t start[QUERIES], limit[QUERIES];      /* query i sees keys start[i] .. limit[i]-1     */
     size_t begin, end;              /* of the keys, those looked at; multiples of KEY_BLOCK     */
     bool part;                      /* out is for `merge`: not divided, largest and total behind */
-    const void *keys;               /* (panels, head_dim, 16)                                   */
-    const void *values;             /* (keys, head_dim)                                         */
+    const void *keys, *values;
     float *scratch;                 /* attend_scratch(head_dim) floats                          */
 } attention;
+
+/* A tile of queries and what it sees of a block: keys first + low .. first + high - 1. */
+typedef struct {
+    size_t query, first, low, high;
+    const float *weight;            /* (queries, KEY_BLOCK)                                     */
+    const float *keep, *fresh;      /* of each query: factor of what was, of what comes         */
+} key_tile;
 
 enum { PART_EXTRA = 16 };           /* two numbers, and what keeps parts aligned                */
 
@@ -1393,6 +1414,8 @@ typedef struct {
     /* out = what N parts of a query's keys, (n, head_dim + PART_EXTRA), give together              */
     void (*merge)(float *out, const float *parts, size_t n, size_t head_dim);
     void (*to_half)(uint16_t *out, const float *x, size_t n);   /* f16, clamped to +-65504      */
+    /* the same to int8, with a bf16 scale for each group of 64 */
+    void (*to_int8)(int8_t *out, uint16_t *scales, const float *x, size_t n);
     /* ROUNDS rounds of nothing but the products of packing KIND, in registers; *SINK gets their
      * sum, so that they are made. Returns the multiplications and additions of a round. */
     size_t (*peak)(int kind, size_t rounds, float *sink);
@@ -1427,10 +1450,13 @@ typedef struct {
 #define vlargest K(vlargest)
 #define isplat K(isplat)
 #define istore8 K(istore8)              /* 16 ints that fit as 16 int8                           */
+#define istore16 K(istore16)            /* 16 ints that fit as 16 int16                          */
 #define wload K(wload)                  /* 64 bytes of weights                                   */
+#define wload_int8 K(wload_int8)        /* 32 int8, widened to int16                             */
 #define weven K(weven)                  /* of 16 pairs of bf16 the first, widened                */
 #define wodd K(wodd)                    /* ... the second                                        */
 #define idot4 K(idot4)                  /* acc + sum of 4 (weight + 128) * int8, exact           */
+#define idot2 K(idot2)                  /* acc + sum of 2 int16 * int16, exact if it fits        */
 #define vdot2 K(vdot2)                  /* acc + w0 x0 + w1 x1 in bf16, as the processor does it */
 /* The sentences. */
 #define vexp K(vexp)
@@ -1450,17 +1476,25 @@ typedef struct {
 #define xielu K(xielu)
 #define add K(add)
 #define pack_queries K(pack_queries)
+#define round16 K(round16)
+#define pack_int16 K(pack_int16)
 #define score_tile K(score_tile)
+#define score_int8 K(score_int8)
+#define score_step K(score_step)
 #define score_block K(score_block)
 #define softmax_block K(softmax_block)
 #define join_block K(join_block)
 #define divide K(divide)
+#define join_values K(join_values)
 #define value_tile K(value_tile)
+#define weigh_int8 K(weigh_int8)
+#define value_int8 K(value_int8)
+#define value_step K(value_step)
 #define value_block K(value_block)
-#define attend_keys K(attend_keys)
 #define attend K(attend)
 #define merge K(merge)
 #define to_half K(to_half)
+#define to_int8 K(to_int8)
 #define peak K(peak)
 #define read_all K(read_all)
 #define kernel_row K(kernel_row)
@@ -1507,6 +1541,7 @@ static void tile_keys(const attention *a, size_t t, size_t nt, size_t first, siz
 #define TILE_PANELS 1           /* what fits the registers                                       */
 #define TILE_TOKENS 8
 #define UNROLLED                /* a lane is a loop here: unrolling tiles would only be long     */
+#define TILED static            /* ... and so would one function for each size of tile           */
 #ifdef __clang__                /* which would write out all sixteen of every word               */
 #define EACH _Pragma("clang loop unroll(disable)") for (int i = 0; i < 16; i++)
 #else
@@ -1567,7 +1602,15 @@ ALWAYS_INLINE float vlargest(vec a) {
 }
 ALWAYS_INLINE ivec isplat(int32_t x) { ivec r; EACH r.v[i] = x; return r; }
 ALWAYS_INLINE void istore8(int8_t *p, ivec a) { EACH p[i] = (int8_t)a.v[i]; }
+ALWAYS_INLINE void istore16(int16_t *p, ivec a) { EACH p[i] = (int16_t)a.v[i]; }
 ALWAYS_INLINE wvec wload(const uint8_t *p) { wvec r; memcpy(&r, p, 64); return r; }
+ALWAYS_INLINE wvec wload_int8(const int8_t *p) {
+    wvec r;
+    int16_t wide[32];
+    for (int i = 0; i < 32; i++) wide[i] = p[i];
+    memcpy(&r, wide, 64);
+    return r;
+}
 ALWAYS_INLINE vec weven(wvec w) {
     vec r;
     EACH r.v[i] = bits_float(load_word(w.v + 4 * i) << 16);
@@ -1585,6 +1628,13 @@ ALWAYS_INLINE ivec idot4(ivec acc, wvec w, uint32_t x) {
                      w.v[4 * i + 3] * q[3];
     return acc;
 }
+ALWAYS_INLINE ivec idot2(ivec acc, wvec w, uint32_t x) {
+    int16_t q[2], pair[32];
+    memcpy(q, &x, 4);
+    memcpy(pair, &w, 64);
+    EACH acc.v[i] += pair[2 * i] * q[0] + pair[2 * i + 1] * q[1];
+    return acc;
+}
 #undef EACH
 
 #elif MEDRUN_PASS == 2
@@ -1592,6 +1642,7 @@ ALWAYS_INLINE ivec idot4(ivec acc, wvec w, uint32_t x) {
 #define TILE_PANELS 1
 #define TILE_TOKENS 4
 #define UNROLLED UNROLL
+#define TILED ALWAYS_INLINE
 
 typedef struct { __m256 a, b; } vec;
 typedef struct { __m256i a, b; } ivec;
@@ -1663,6 +1714,14 @@ ALWAYS_INLINE void istore8(int8_t *p, ivec x) {
     __m128i q = _mm_packs_epi16(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
     _mm_storeu_si128((void *)p, q);
 }
+ALWAYS_INLINE void istore16(int16_t *p, ivec x) {
+    __m256i h = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xD8);
+    _mm256_storeu_si256((void *)p, h);
+}
+ALWAYS_INLINE wvec wload_int8(const int8_t *p) {
+    return (wvec){_mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)p)),
+                  _mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)(p + 16)))};
+}
 ALWAYS_INLINE wvec wload(const uint8_t *p) {
     return (wvec){_mm256_loadu_si256((const void *)p), _mm256_loadu_si256((const void *)(p + 32))};
 }
@@ -1688,6 +1747,11 @@ ALWAYS_INLINE ivec idot4(ivec acc, wvec w, uint32_t x) {
     __m256i odd = _mm256_srai_epi16(q, 8), even = _mm256_srai_epi16(_mm256_slli_epi16(q, 8), 8);
     return (ivec){dot4_avx2(acc.a, w.a, even, odd), dot4_avx2(acc.b, w.b, even, odd)};
 }
+ALWAYS_INLINE ivec idot2(ivec acc, wvec w, uint32_t x) {
+    __m256i q = _mm256_set1_epi32((int32_t)x);
+    return (ivec){_mm256_add_epi32(acc.a, _mm256_madd_epi16(w.a, q)),
+                  _mm256_add_epi32(acc.b, _mm256_madd_epi16(w.b, q))};
+}
 #undef BOTH
 
 #else /* 3: avx512 with VNNI; 4: with BF16 too */
@@ -1699,6 +1763,7 @@ ALWAYS_INLINE ivec idot4(ivec acc, wvec w, uint32_t x) {
 #define TILE_PANELS 4
 #define TILE_TOKENS 4
 #define UNROLLED UNROLL
+#define TILED ALWAYS_INLINE
 
 typedef __m512 vec;
 typedef __m512i ivec;
@@ -1747,13 +1812,23 @@ ALWAYS_INLINE ivec isplat(int32_t x) { return _mm512_set1_epi32(x); }
 ALWAYS_INLINE void istore8(int8_t *p, ivec x) {
     _mm_storeu_si128((void *)p, _mm512_cvtepi32_epi8(x));
 }
+ALWAYS_INLINE void istore16(int16_t *p, ivec x) {
+    _mm256_storeu_si256((void *)p, _mm512_cvtepi32_epi16(x));
+}
 ALWAYS_INLINE wvec wload(const uint8_t *p) { return _mm512_loadu_si512(p); }
+ALWAYS_INLINE wvec wload_int8(const int8_t *p) {
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const void *)p));
+}
 ALWAYS_INLINE vec weven(wvec w) { return _mm512_castsi512_ps(_mm512_slli_epi32(w, 16)); }
 ALWAYS_INLINE vec wodd(wvec w) {
     return _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32((int32_t)0xFFFF0000)));
 }
 ALWAYS_INLINE ivec idot4(ivec acc, wvec w, uint32_t x) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(_mm512_set1_epi32((int32_t)x)));
+    return acc;
+}
+ALWAYS_INLINE ivec idot2(ivec acc, wvec w, uint32_t x) {
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(_mm512_set1_epi32((int32_t)x)));
     return acc;
 }
 #if MEDRUN_PASS == 4
@@ -2023,6 +2098,39 @@ static void to_half(uint16_t *out, const float *x, size_t n) {
     }
 }
 
+/* Numbers that fit a register -> 16 bits. Returns what they were divided by. */
+static float round16(int16_t *out, const float *x, size_t n) {
+    vec big = vsplat(0);
+    for (size_t i = 0; i < n; i += 16)
+        big = vmax(big, vmax(vload(x + i), vsub(vsplat(0), vload(x + i))));
+    float largest = vlargest(big);
+    bool tiny = largest < 1e-30f;
+    vec inverse = vsplat(tiny ? 0 : 32767.0f / largest);
+    for (size_t i = 0; i < n; i += 16) istore16(out + i, vround(vmul(vload(x + i), inverse)));
+    return tiny ? 0 : largest / 32767.0f;
+}
+
+/* Clamped as in f16, so that no sum of them overflows; rounded with the bf16 scale. */
+static void to_int8(int8_t *out, uint16_t *scales, const float *x, size_t n) {
+    vec most = vsplat(65504.0f), least = vsplat(-65504.0f), zero = vsplat(0);
+    for (size_t g = 0; g < n; g += GROUP, scales++) {
+        size_t end = n - g < GROUP ? n : g + GROUP;
+        vec big = zero;
+        for (size_t i = g; i < end; i += 16) {
+            vec v = vmax(vload(x + i), least);
+            v = vless(v, most, v, most);
+            big = vmax(big, vmax(v, vsub(zero, v)));
+        }
+        float largest = vlargest(big);
+        *scales = largest < 1e-30f ? 0 : f32_to_bf16_up(largest / 127.0f);
+        vec scale = vsplat(*scales ? bf16_to_f32(*scales) : INFINITY);
+        for (size_t i = g; i < end; i += 16) {
+            vec v = vmax(vload(x + i), least);
+            istore8(out + i, vround(vdiv(vless(v, most, v, most), scale)));
+        }
+    }
+}
+
 /* Queries -> tile after tile, in the order of head_dim, the tile's queries side by side. */
 static void pack_queries(const attention *a) {
     float *to = a->scratch;
@@ -2034,10 +2142,27 @@ static void pack_queries(const attention *a) {
     }
 }
 
+/* The same for an int8 cache: a tile is (head_dim / 2, nt) pairs of int16, (groups, nt) scales. */
+static void pack_int16(const attention *a) {
+    float *to = a->scratch;
+    for (size_t t = 0, nt; t < a->n; t += nt, to += nt * a->head_dim) {
+        nt = query_tile(a, t);
+        memset(to, 0, nt * a->head_dim * sizeof *to);
+        for (size_t i = 0; i < nt && t + i < a->n; i++)
+            for (size_t g = 0; g < a->head_dim; g += GROUP) {
+                size_t n = a->head_dim - g < GROUP ? a->head_dim - g : GROUP;
+                int16_t q[GROUP];
+                to[(a->head_dim / 2 + g / GROUP) * nt + i] =
+                    round16(q, a->q[t + i] + g, n) * a->scale;
+                for (size_t d = 0; d < n; d += 2) memcpy(to + (g + d) / 2 * nt + i, q + d, 4);
+            }
+    }
+}
+
 /* out[t][j] = scale * q[t] . key[first + j] for NT packed queries and a few panels of keys, one
  * chain for each in the order of head_dim. */
-ALWAYS_INLINE void score_tile(const size_t np, const size_t nt, const bool half, const attention *a,
-                              size_t first, const float *q, float *out) {
+TILED void score_tile(const size_t np, const size_t nt, const bool half, const attention *a,
+                      size_t first, const float *q, float *out) {
     vec sum[16], scale = vsplat(a->scale);
     size_t at = first * a->head_dim, panel = 16 * a->head_dim;
     const uint16_t *next = (const uint16_t *)a->keys + at + np * panel;
@@ -2058,10 +2183,47 @@ ALWAYS_INLINE void score_tile(const size_t np, const size_t nt, const bool half,
         vstore(sum_place(out, KEY_BLOCK, nt, i), vmul(sum[i], scale));
 }
 
+/* The same for int8 keys: the groups' exact sums, scaled, are added in their order. */
+TILED void score_int8(const size_t np, const size_t nt, const attention *a, size_t first,
+                      const float *q, float *out) {
+    size_t panel = cache_panel(MEDRUN_KV_INT8, a->head_dim);
+    const int8_t *keys = (const int8_t *)a->keys + first / 16 * panel, *next = keys + np * panel;
+    const uint8_t *scales = (const uint8_t *)keys + 16 * a->head_dim;
+    const float *factor = q + a->head_dim / 2 * nt;
+    for (size_t g = 0; g < a->head_dim; g += GROUP, factor += nt, scales += 32) {
+        size_t end = a->head_dim - g < GROUP ? a->head_dim : g + GROUP;
+        ivec dot[16];
+        UNROLLED for (size_t i = 0; i < np * nt; i++) dot[i] = isplat(0);
+        for (size_t d = g; d < end; d += 2, keys += 32, q += nt, next += 32 * np) {
+            wvec key[4];
+            fetch_ahead(next, 32 * np);
+            UNROLLED for (size_t p = 0; p < np; p++) key[p] = wload_int8(keys + p * panel);
+            UNROLLED for (size_t t = 0; t < nt; t++) {
+                uint32_t word = load_word((const uint8_t *)(q + t));
+                UNROLLED for (size_t p = 0; p < np; p++)
+                    dot[p * nt + t] = idot2(dot[p * nt + t], key[p], word);
+            }
+        }
+        UNROLLED for (size_t i = 0; i < np * nt; i++) {
+            float *to = sum_place(out, KEY_BLOCK, nt, i);
+            vec scale = vmul(vload_bf16(scales + i / nt * panel), vsplat(factor[i % nt]));
+            vstore(to, vfma(vfloat(dot[i]), scale, g ? vload(to) : vsplat(0)));
+        }
+    }
+}
+
+/* KEY_STEP keys and a tile of queries, by as many panels as there are registers for. */
+TILED void score_step(const size_t np, const size_t nt, const attention *a, size_t first,
+                      const float *q, float *out) {
+    for (size_t i = 0; i < KEY_STEP; i += 16 * np)
+        if (a->kv == MEDRUN_KV_INT8) score_int8(np, nt, a, first + i, q, out + i);
+        else if (a->kv == MEDRUN_KV_F16) score_tile(np, nt, true, a, first + i, q, out + i);
+        else score_tile(np, nt, false, a, first + i, q, out + i);
+}
+
 /* Scores of all queries with the block of keys from FIRST on: a few panels stay in the first cache
  * while the queries pass. What a tile does not see is left out by KEY_STEP keys. */
-ALWAYS_INLINE void score_block(const bool half, const attention *a, size_t first) {
-    const size_t np = TILE_PANELS;
+static void score_block(const attention *a, size_t first) {
     for (size_t j = 0; j < KEY_BLOCK; j += KEY_STEP)
         for (size_t t = 0, nt, low, high; t < a->n; t += nt) {
             const float *q = a->scratch + t * a->head_dim;
@@ -2069,16 +2231,14 @@ ALWAYS_INLINE void score_block(const bool half, const attention *a, size_t first
             nt = query_tile(a, t);
             tile_keys(a, t, nt, first, &low, &high);
             if (j + KEY_STEP <= low || j >= high) continue;
-            if (nt == 1) score_tile(4, 1, half, a, first + j, q, out);
-            else
-                for (size_t i = 0; i < KEY_STEP; i += 16 * np)
-                    score_tile(np, 4, half, a, first + j + i, q, out + i);
+            if (nt == 1) score_step(4, 1, a, first + j, q, out);
+            else score_step(TILE_PANELS, 4, a, first + j, q, out);
         }
 }
 
 /* Scores of a block -> e^(score - largest) in place for the keys BEGIN .. SEEN-1, zero for the
  * others. Returns the weights' sum. */
-ALWAYS_INLINE float softmax_block(float *s, size_t begin, size_t seen, float *largest) {
+static float softmax_block(float *s, size_t begin, size_t seen, float *largest) {
     vec most = vsplat(-INFINITY), sum = vsplat(0);
     size_t first = begin / 16 * 16, end = round_up(seen, 16);
     for (size_t j = first; j < begin; j++) s[j] = -INFINITY;
@@ -2098,8 +2258,8 @@ ALWAYS_INLINE float softmax_block(float *s, size_t begin, size_t seen, float *la
 
 /* A block's largest score and weights' sum join a query's; what was is kept times KEEP, what comes
  * counts FRESH. A block of which nothing is seen has -infinity. */
-ALWAYS_INLINE void join_block(float *largest, float *total, float block, float more, float *keep,
-                              float *fresh) {
+static void join_block(float *largest, float *total, float block, float more, float *keep,
+                       float *fresh) {
     float both = *largest > block ? *largest : block, scale[16];
     *keep = 1, *fresh = 0;
     if (block == -INFINITY) return;
@@ -2112,59 +2272,113 @@ ALWAYS_INLINE void join_block(float *largest, float *total, float block, float m
 }
 
 /* + 0 turns -0 into 0: skipped and zero-weighted keys must look alike. */
-ALWAYS_INLINE void divide(float *out, float total, size_t n) {
+static void divide(float *out, float total, size_t n) {
     for (size_t c = 0; c < n; c += 16)
         vstore(out + c, vadd(vdiv(vload(out + c), vsplat(total)), vsplat(0)));
 }
 
-/* out[t] = out[t] * keep[t] + fresh[t] * sum over j < n of weight[t][j] * value[first + j], for NT
- * queries from T on and a few vectors of channels from C on. */
-ALWAYS_INLINE void value_tile(const size_t nc, const size_t nt, const bool half, const attention *a,
-                              size_t t, size_t c, size_t first, size_t n, const float *weight,
-                              const float *keep, const float *fresh) {
-    vec sum[16];
-    size_t at = first * a->head_dim + c, ahead = KEY_STEP * a->head_dim;
-    UNROLLED for (size_t i = 0; i < nc * nt; i++) sum[i] = vsplat(0);
-    for (size_t j = 0; j < n; j++, at += a->head_dim) {
-        vec value[4];
-        if (half) fetch_ahead((const uint16_t *)a->values + at + ahead, 32 * nc);
-        UNROLLED for (size_t i = 0; i < nc; i++)
-            value[i] = half ? vload_f16((const uint16_t *)a->values + at + 16 * i)
-                            : vload((const float *)a->values + at + 16 * i);
-        UNROLLED for (size_t i = 0; i < nt; i++) {
-            vec x = vsplat(weight[i * KEY_BLOCK + j]);
-            UNROLLED for (size_t k = 0; k < nc; k++)
-                sum[k * nt + i] = vfma(value[k], x, sum[k * nt + i]);
-        }
-    }
+/* out[t] = out[t] * keep[t] + fresh[t] * sum for a tile's queries and a few vectors of channels. */
+TILED void join_values(const size_t nc, const size_t nt, const attention *a, const key_tile *tile,
+                       size_t c, const vec *sum) {
     UNROLLED for (size_t i = 0; i < nc * nt; i++) {
-        size_t query = t + i % nt;
-        if (query >= a->n) continue;
-        float *out = a->out[query] + c + 16 * (i / nt);
-        vstore(out, vfma(sum[i], vsplat(fresh[query]), vmul(vload(out), vsplat(keep[query]))));
+        if (tile->query + i % nt >= a->n) continue;
+        float *out = a->out[tile->query + i % nt] + c + 16 * (i / nt);
+        vec kept = vmul(vload(out), vsplat(tile->keep[i % nt]));
+        vstore(out, vfma(sum[i], vsplat(tile->fresh[i % nt]), kept));
     }
 }
 
-/* The block's weighted values join the outputs: a few channels stay in the first cache while the
- * queries pass. */
-ALWAYS_INLINE void value_block(const bool half, const attention *a, size_t first, const float *keep,
-                               const float *fresh) {
-    const size_t np = TILE_PANELS;
-    for (size_t c = 0, step; c < a->head_dim; c += step) {
-        step = a->head_dim - c < 64 ? 16 : 64;
-        for (size_t t = 0, nt, low, high; t < a->n; t += nt) {
-            const float *weight = a->scratch + QUERIES * a->head_dim + t * KEY_BLOCK;
+/* The sum over the keys j that a tile sees of weight[t][j] * value[j], one chain for each query and
+ * channel, joins the outputs. */
+TILED void value_tile(const size_t nc, const size_t nt, const bool half, const attention *a,
+                      const key_tile *tile, size_t c) {
+    vec sum[16];
+    size_t at = (tile->first + tile->low) * a->head_dim + c, ahead = KEY_STEP * a->head_dim;
+    UNROLLED for (size_t i = 0; i < nc * nt; i++) sum[i] = vsplat(0);
+    for (size_t j = tile->low; j < tile->high; j++, at += a->head_dim) {
+        vec value[4];
+        if (half) fetch_ahead((const uint16_t *)a->values + at + ahead, 32 * nc);
+        UNROLLED for (size_t k = 0; k < nc; k++)
+            value[k] = half ? vload_f16((const uint16_t *)a->values + at + 16 * k)
+                            : vload((const float *)a->values + at + 16 * k);
+        UNROLLED for (size_t t = 0; t < nt; t++) {
+            vec x = vsplat(tile->weight[t * KEY_BLOCK + j]);
+            UNROLLED for (size_t k = 0; k < nc; k++)
+                sum[k * nt + t] = vfma(value[k], x, sum[k * nt + t]);
+        }
+    }
+    join_values(nc, nt, a, tile, c, sum);
+}
+
+/* Weights times the scales of channel C's group, rounded to 16 bits; UNIT gets what 1 stands for. */
+static void weigh_int8(size_t nt, const attention *a, const key_tile *tile, size_t c,
+                       int16_t *weight, float *unit) {
+    size_t panel = cache_panel(MEDRUN_KV_INT8, a->head_dim), low = tile->low / 16 * 16;
+    const uint8_t *scales = (const uint8_t *)a->values + tile->first / 16 * panel;
+    float scaled[KEY_BLOCK];
+    scales += 16 * a->head_dim + c / GROUP * 32;
+    for (size_t t = 0; t < nt; t++) {
+        for (size_t j = low; j < tile->high; j += 16)
+            vstore(scaled + j, vmul(vload(tile->weight + t * KEY_BLOCK + j),
+                                    vload_bf16(scales + j / 16 * panel)));
+        unit[t] = round16(weight + t * KEY_BLOCK + low, scaled + low, tile->high - low);
+    }
+}
+
+/* As value_tile, with int8 values and the weights of weigh_int8. The sums are exact, and fit:
+ * 256 * 32767 * 127 < 2^31. */
+TILED void value_int8(const size_t nc, const size_t nt, const attention *a, const key_tile *tile,
+                      size_t c, const int16_t *weight, const float *unit) {
+    size_t panel = cache_panel(MEDRUN_KV_INT8, a->head_dim), row = 2 * a->head_dim;
+    ivec dot[16];
+    vec sum[16];
+    UNROLLED for (size_t i = 0; i < nc * nt; i++) dot[i] = isplat(0);
+    for (size_t j = tile->low / 16 * 16; j < tile->high; j += 16) {
+        const int8_t *values = (const int8_t *)a->values + (tile->first + j) / 16 * panel + 2 * c;
+        for (size_t k = 0; k < 16; k += 2, values += row) {
+            wvec value[4];
+            fetch_ahead(values + KEY_STEP / 16 * panel, 32 * nc);
+            UNROLLED for (size_t i = 0; i < nc; i++) value[i] = wload_int8(values + 32 * i);
+            UNROLLED for (size_t t = 0; t < nt; t++) {
+                uint32_t word = load_word((const uint8_t *)(weight + t * KEY_BLOCK + j + k));
+                UNROLLED for (size_t i = 0; i < nc; i++)
+                    dot[i * nt + t] = idot2(dot[i * nt + t], value[i], word);
+            }
+        }
+    }
+    UNROLLED for (size_t i = 0; i < nc * nt; i++)
+        sum[i] = vmul(vfloat(dot[i]), vsplat(unit[i % nt]));
+    join_values(nc, nt, a, tile, c, sum);
+}
+
+/* Channels [c, end), one group at most, of a tile of queries. */
+TILED void value_step(const size_t nc, const size_t nt, const attention *a, const key_tile *tile,
+                      size_t c, size_t end) {
+    int16_t weight[4 * KEY_BLOCK];
+    float unit[4];
+    if (a->kv == MEDRUN_KV_INT8) weigh_int8(nt, a, tile, c, weight, unit);
+    for (; c < end; c += 16 * nc)
+        if (a->kv == MEDRUN_KV_INT8) value_int8(nc, nt, a, tile, c, weight, unit);
+        else if (a->kv == MEDRUN_KV_F16) value_tile(nc, nt, true, a, tile, c);
+        else value_tile(nc, nt, false, a, tile, c);
+}
+
+/* The block's weighted values join the outputs: a group of channels stays in the first cache while
+ * the queries pass. */
+static void value_block(const attention *a, size_t first, const float *keep, const float *fresh) {
+    for (size_t c = 0, end; c < a->head_dim; c = end) {
+        bool whole_group = a->head_dim - c >= GROUP;
+        end = whole_group ? c + GROUP : a->head_dim;
+        for (size_t t = 0, nt; t < a->n; t += nt) {
+            key_tile tile = {.query = t, .first = first, .keep = keep + t, .fresh = fresh + t,
+                             .weight = a->scratch + QUERIES * a->head_dim + t * KEY_BLOCK};
             nt = query_tile(a, t);
-            tile_keys(a, t, nt, first, &low, &high);
-            if (low >= high) continue;
-            size_t n = high - low, key = first + low;
-            weight += low;
-            if (nt == 1 && step == 64) value_tile(4, 1, half, a, t, c, key, n, weight, keep, fresh);
-            else if (nt == 1) value_tile(1, 1, half, a, t, c, key, n, weight, keep, fresh);
-            else if (step == 16) value_tile(1, 4, half, a, t, c, key, n, weight, keep, fresh);
-            else
-                for (size_t i = 0; i < 64; i += 16 * np)
-                    value_tile(np, 4, half, a, t, c + i, key, n, weight, keep, fresh);
+            tile_keys(a, t, nt, first, &tile.low, &tile.high);
+            if (tile.low >= tile.high) continue;
+            if (nt == 1 && whole_group) value_step(4, 1, a, &tile, c, end);
+            else if (nt == 1) value_step(1, 1, a, &tile, c, end);
+            else if (whole_group) value_step(TILE_PANELS, 4, a, &tile, c, end);
+            else value_step(1, 4, a, &tile, c, end);
         }
     }
 }
@@ -2172,7 +2386,7 @@ ALWAYS_INLINE void value_block(const bool half, const attention *a, size_t first
 /* Attention with an online softmax (Milakov and Gimelshein 2018; Dao et al. 2022) over blocks of
  * KEY_BLOCK keys at absolute positions. Each block is computed by itself and merged in order, so
  * a query's result does not depend on the queries beside it. */
-ALWAYS_INLINE void attend_keys(const bool half, const attention *a) {
+static void attend(const attention *a) {
     float largest[QUERIES], total[QUERIES], keep[QUERIES], fresh[QUERIES];
     size_t start = SIZE_MAX, end = 0;
     for (size_t t = 0; t < a->n; t++) {
@@ -2183,9 +2397,10 @@ ALWAYS_INLINE void attend_keys(const bool half, const attention *a) {
     }
     if (start < a->begin) start = a->begin;
     if (end > a->end) end = a->end;
-    pack_queries(a);
+    if (a->kv == MEDRUN_KV_INT8) pack_int16(a);
+    else pack_queries(a);
     for (size_t first = start - start % KEY_BLOCK; first < end; first += KEY_BLOCK) {
-        score_block(half, a, first);
+        score_block(a, first);
         float *s = a->scratch + QUERIES * a->head_dim;
         for (size_t t = 0, low, high; t < a->n; t++, s += KEY_BLOCK) {
             float block = -INFINITY, more = 0;
@@ -2195,17 +2410,12 @@ ALWAYS_INLINE void attend_keys(const bool half, const attention *a) {
             join_block(&largest[t], &total[t], block, more, &keep[t], &fresh[t]);
         }
         memset(s, 0, (round_up(a->n, 4) - a->n) * KEY_BLOCK * sizeof *s);
-        value_block(half, a, first, keep, fresh);
+        value_block(a, first, keep, fresh);
     }
     for (size_t t = 0; t < a->n; t++) {
         if (!a->part) divide(a->out[t], total[t], a->head_dim);
         else a->out[t][a->head_dim] = largest[t], a->out[t][a->head_dim + 1] = total[t];
     }
-}
-
-static void attend(const attention *a) {
-    if (a->half) attend_keys(true, a);
-    else attend_keys(false, a);
 }
 
 static void merge(float *out, const float *parts, size_t n, size_t head_dim) {
@@ -2267,12 +2477,13 @@ static const kernel_set kernel_row = {
 #else
     {matmul_f32, NULL, matmul_int8},
 #endif
-    norm, silu_mul, relu2, xielu, add, attend, merge, to_half, peak, read_all,
+    norm, silu_mul, relu2, xielu, add, attend, merge, to_half, to_int8, peak, read_all,
 };
 #undef TEXT
 #undef TEXT2
 #undef KERNEL_SUFFIX
 #undef UNROLLED
+#undef TILED
 #undef TILE_PANELS
 #undef TILE_TOKENS
 
@@ -2330,6 +2541,7 @@ static const kernel_set kernel_row = {
 #undef attend
 #undef merge
 #undef to_half
+#undef to_int8
 #undef peak
 #undef read_all
 
@@ -5430,22 +5642,21 @@ typedef struct pass {
     const float *weight;                        /* of the norm that runs                        */
 } pass;
 
-/* Keys of layer L, head H: panels of 16 positions, (context / 16, head_dim, 16); values lie
- * (context, head_dim). Context is rounded up to KEY_STEP. */
-static size_t cache_row(const medrun_session *s, int layer, size_t head) {
+/* Bytes of the keys, or of the values, that stand before those of a layer and head. The context is
+ * rounded up to KEY_STEP. */
+static size_t cache_bytes(const medrun_session *s, int layer, size_t head) {
     const model_config *c = &s->model->config;
-    size_t context = round_up((size_t)s->options.context, KEY_STEP);
-    return ((size_t)layer * (size_t)c->n_kv_heads + head) * context * (size_t)c->head_dim;
+    size_t panels = round_up((size_t)s->options.context, KEY_STEP) / 16;
+    return ((size_t)layer * (size_t)c->n_kv_heads + head) * panels *
+           cache_panel(s->options.kv, (size_t)c->head_dim);
 }
 
-static size_t cache_item(const medrun_session *s) { return s->options.kv == MEDRUN_KV_F32 ? 4 : 2; }
-
 static uint8_t *session_keys(const medrun_session *s, int layer, size_t head) {
-    return (uint8_t *)s->keys + cache_row(s, layer, head) * cache_item(s);
+    return (uint8_t *)s->keys + cache_bytes(s, layer, head);
 }
 
 static uint8_t *session_values(const medrun_session *s, int layer, size_t head) {
-    return (uint8_t *)s->values + cache_row(s, layer, head) * cache_item(s);
+    return (uint8_t *)s->values + cache_bytes(s, layer, head);
 }
 
 /* Shows a stage to the sessions that have an observer. */
@@ -5510,24 +5721,43 @@ static void rotate(float *x, const float *rotation, size_t half) {
     }
 }
 
-/* Keys of one row and head -> lane position % 16 of its panel; values -> their row. */
+/* A row of a head to int8 panels: number d of keys at 32 (d / 2) + d % 2 after the place of their
+ * lane; of values at 2 d after the place of their row. */
+static void store_int8(const pass *p, const float *x, uint8_t *panel, size_t lane, bool keys) {
+    size_t dim = (size_t)p->m->config.head_dim;
+    int8_t q[MAX_HEAD_DIM];
+    uint16_t scales[MAX_HEAD_DIM / GROUP + 1];
+    uint8_t *to = panel + (keys ? 2 * lane : lane / 2 * 2 * dim + lane % 2);
+    p->g.k->to_int8(q, scales, x, dim);
+    if (keys) for (size_t d = 0; d < dim; d += 2) memcpy(to + 16 * d, q + d, 2);
+    else for (size_t d = 0; d < dim; d++) to[2 * d] = (uint8_t)q[d];
+    for (size_t g = 0; g * GROUP < dim; g++)
+        memcpy(panel + 16 * dim + 2 * (16 * g + lane), scales + g, 2);
+}
+
+/* Keys of one row and head -> lane position % 16 of their panel; values -> their row. */
 static void store_row(const pass *p, size_t r, size_t head) {
     medrun_session *s = p->owner[r];
-    size_t dim = (size_t)p->m->config.head_dim, at = p->position[r];
+    int kv = s->options.kv;
+    size_t dim = (size_t)p->m->config.head_dim, at = p->position[r], lane = at % 16;
     const float *k = p->k + r * p->kv + head * dim, *v = p->v + r * p->kv + head * dim;
-    uint8_t *keys = session_keys(s, p->layer, head), *values = session_values(s, p->layer, head);
-    size_t panel = at / 16 * dim * 16 + at % 16;
-    if (s->options.kv == MEDRUN_KV_F32) {
-        for (size_t d = 0; d < dim; d++) memcpy(keys + 4 * (panel + 16 * d), k + d, 4);
-        memcpy(values + 4 * at * dim, v, 4 * dim);
-        return;
+    size_t panel = at / 16 * cache_panel(kv, dim);
+    uint8_t *keys = session_keys(s, p->layer, head) + panel;
+    uint8_t *values = session_values(s, p->layer, head) + panel;
+    if (kv == MEDRUN_KV_INT8) {
+        store_int8(p, k, keys, lane, true);
+        store_int8(p, v, values, lane, false);
+    } else if (kv == MEDRUN_KV_F32) {
+        for (size_t d = 0; d < dim; d++) memcpy(keys + 4 * (16 * d + lane), k + d, 4);
+        memcpy(values + 4 * lane * dim, v, 4 * dim);
+    } else {
+        uint16_t half[16];
+        for (size_t d = 0; d < dim; d += 16) {
+            p->g.k->to_half(half, k + d, 16);
+            for (size_t i = 0; i < 16; i++) memcpy(keys + 2 * (16 * (d + i) + lane), half + i, 2);
+        }
+        p->g.k->to_half((uint16_t *)(void *)values + lane * dim, v, dim);
     }
-    uint16_t half[16];
-    for (size_t d = 0; d < dim; d += 16) {
-        p->g.k->to_half(half, k + d, 16);
-        for (size_t i = 0; i < 16; i++) memcpy(keys + 2 * (panel + 16 * (d + i)), half + i, 2);
-    }
-    p->g.k->to_half((uint16_t *)(void *)values + at * dim, v, dim);
 }
 
 /* One head of q or k: its norm, where the model has one (WEIGHT), then the rotation. */
@@ -5567,7 +5797,7 @@ static void attend_queries(const pass *p, const segment *s, size_t head, size_t 
     const model_config *c = &p->m->config;
     size_t dim = (size_t)c->head_dim, group = (size_t)(c->n_heads / c->n_kv_heads);
     size_t window = c->sliding_window ? (size_t)c->sliding_window : SIZE_MAX;
-    attention a = {.n = end - first, .half = s->session->options.kv == MEDRUN_KV_F16,
+    attention a = {.n = end - first, .kv = s->session->options.kv,
                    .head_dim = dim, .scale = 1.0f / sqrtf((float)dim), .end = SIZE_MAX,
                    .part = p->pieces > 1, .scratch = scratch,
                    .keys = session_keys(s->session, p->layer, head),
@@ -5883,7 +6113,7 @@ static void layout_pass(const medrun_session *s, pass *p, arena *a) {
 static void layout_session(medrun_session *s, arena *a) {
     const model_config *c = &s->model->config;
     pass measured, *p = arena_take(a, 1, sizeof *p);
-    size_t cache = cache_row(s, c->n_layers, 0) * cache_item(s);
+    size_t cache = cache_bytes(s, c->n_layers, 0);
     s->tokens = arena_take(a, (size_t)s->options.context, sizeof *s->tokens);
     s->keys = arena_take(a, cache, 1);
     s->values = arena_take(a, cache, 1);
@@ -5903,7 +6133,7 @@ static int resolve_options(const medrun_model *m, const medrun_session_options *
     if (o->context < 0 || o->context > most)
         return fail(e, MEDRUN_USAGE, "context: found %d, wanted 1 to %d, the longest this model "
                     "was made for", o->context, most);
-    if (o->batch < 0 || o->logit_rows < 0 || (o->kv != MEDRUN_KV_F16 && o->kv != MEDRUN_KV_F32))
+    if (o->batch < 0 || o->logit_rows < 0 || o->kv < 0 || o->kv > MEDRUN_KV_INT8)
         return fail(e, MEDRUN_USAGE, "session: batch %d, logit_rows %d, kv %d: out of range",
                     o->batch, o->logit_rows, o->kv);
     if (!o->context) o->context = most;
@@ -6180,11 +6410,13 @@ static void get(state_file *f, void *bytes, size_t n) {
 /* Moves the cache of the first N tokens, by PUT or GET. */
 static void move_cache(state_file *f, const medrun_session *s, size_t n,
                        void (*move)(state_file *, void *, size_t)) {
-    size_t dim = (size_t)s->model->config.head_dim * cache_item(s);
+    size_t panel = cache_panel(s->options.kv, (size_t)s->model->config.head_dim);
+    size_t keys = round_up(n, 16) / 16 * panel;
+    size_t values = s->options.kv == MEDRUN_KV_INT8 ? keys : n * (panel / 16);
     for (int l = 0; l < s->model->config.n_layers; l++)
         for (size_t h = 0; h < (size_t)s->model->config.n_kv_heads; h++) {
-            move(f, session_keys(s, l, h), round_up(n, 16) * dim);
-            move(f, session_values(s, l, h), n * dim);
+            move(f, session_keys(s, l, h), keys);
+            move(f, session_values(s, l, h), values);
         }
 }
 
@@ -6349,8 +6581,9 @@ static const option_row option_rows[N_OPTIONS] = {
                     0, 0, "the checkpoint's", "chat template: " CHAT_NAMES},
     [O_STOP] = {"stop", NULL, "TEXT", TEXT, ON_ANSWER, 0, 0, NULL,
                 "end the answer before this text; up to 8 of them"},
-    [O_KV] = {"kv", NULL, "f16|f32", CHOICE, ON_SESSION | ON(SHOW), 0, 0, "f16",
-              "numbers of the key-value cache (with --strict: f32)"},
+    [O_KV] = {"kv", NULL, "f16|f32|int8", CHOICE, ON_SESSION | ON(SHOW), 0, 0, "f16",
+              "numbers of the key-value cache (with --strict: f32); int8 takes half the memory of f16 "
+              "and is less exact"},
     [O_OVERFLOW] = {"overflow", NULL, "error|drop", CHOICE, ON(CHAT), 0, 0, "error",
                     "a full context: refuse, or forget the oldest turns"},
     [O_RAW] = {"raw", NULL, NULL, FLAG, ON(RUN), 0, 0, NULL,
@@ -6795,7 +7028,7 @@ static void choose_sampling(command *c) {
 
 /* Strict means to the last bits of float32, so the cache follows unless --kv says otherwise. */
 static int cache_type(const command *c) {
-    return whole(c, given(c, O_KV) ? O_KV : O_STRICT) ? MEDRUN_KV_F32 : MEDRUN_KV_F16;
+    return whole(c, given(c, O_KV) ? O_KV : O_STRICT);
 }
 
 static medrun_session_options session_options(const command *c, int context) {
@@ -7258,7 +7491,7 @@ static double mb(uint64_t bytes) { return (double)bytes / 0x1p20; }
 static void show_memory(FILE *f, const command *c, const medrun_session_options *o) {
     medrun_session s = {.model = c->m, .options = *o};
     uint64_t total, available, weights = c->m->file.map.n, session = medrun_session_bytes(c->m, o);
-    uint64_t cache = 2 * cache_row(&s, c->m->config.n_layers, 0) * cache_item(&s);
+    uint64_t cache = 2 * cache_bytes(&s, c->m->config.n_layers, 0);
     uint64_t all = weights + session;
     memory_size(&total, &available);
     const char *verdict = all <= available ? "it fits" :
@@ -7267,7 +7500,7 @@ static void show_memory(FILE *f, const command *c, const medrun_session_options 
         "it does not fit; ask for a smaller context (-c)";
     fprintf(f, "%-13s%9.1f MB weights, mapped from the file\n", "memory", mb(weights));
     fprintf(f, "%-13s%9.1f MB key-value cache, context %d, %s\n", "", mb(cache), o->context,
-            o->kv == MEDRUN_KV_F32 ? "f32" : "f16");
+            kv_names[o->kv]);
     fprintf(f, "%-13s%9.1f MB scratch\n", "", mb(session - cache));
     fprintf(f, "%-13s%9.1f MB in all, of %.1f MB; %.1f MB are free: %s\n", "", mb(all), mb(total),
             mb(available), verdict);
@@ -8169,7 +8402,7 @@ typedef struct {
 
 static void print_bench(command *c, const bench_row *row, int repeats) {
     const medrun_model *m = c->m;
-    const char *kv = cache_type(c) ? "f32" : "f16";
+    const char *kv = kv_names[cache_type(c)];
     double mean[2], sd[2], rate[2];
     for (int i = 0; i < 2; i++) {
         mean[i] = row[i].sum / repeats;
