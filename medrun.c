@@ -6546,7 +6546,7 @@ enum { O_MODEL, O_PROMPT, O_FILE, O_SYSTEM, O_PREDICT, O_CTX, O_THREADS, O_BATCH
        O_TOP_K, O_TOP_P, O_MIN_P, O_REPEAT, O_TEMPLATE, O_STOP, O_KV, O_OVERFLOW, O_RAW, O_MLOCK,
        O_STRICT, O_RECORD, O_STATS, O_VERBOSE, O_QUIET, O_BOS, O_SPECIAL, O_PIECES, O_MESSAGES,
        O_RENDER_IDS, O_NO_OPENING, O_DATE, O_THINK, O_TOOLS, O_CHAT_BOS, O_IDS, O_ALL, O_OUT,
-       O_BENCH_PROMPT, O_BENCH_PREDICT, O_REPETITIONS, O_FORMAT, O_HELP, O_VERSION, N_OPTIONS };
+       O_BENCH_PROMPT, O_BENCH_PREDICT, O_DEPTH, O_REPETITIONS, O_FORMAT, O_HELP, O_VERSION, N_OPTIONS };
 
 static const option_row option_rows[N_OPTIONS] = {
     [O_MODEL] = {"model", "m", "FILE", TEXT, ON_MODEL | ON_FILE, 0, 0, NULL,
@@ -6627,6 +6627,8 @@ static const option_row option_rows[N_OPTIONS] = {
                         "tokens of the prompt"},
     [O_BENCH_PREDICT] = {"predict", "n", "N", WHOLE, ON(BENCH), 1, 1 << 20, "128",
                          "tokens to generate, one after the other"},
+    [O_DEPTH] = {"depth", "d", "N", WHOLE, ON(BENCH), 0, 1 << 20, "0",
+                 "tokens that stand before both and are not timed"},
     [O_REPETITIONS] = {"repetitions", "r", "N", WHOLE, ON(BENCH), 1, 1000, "5", "of both"},
     [O_FORMAT] = {"output", "o", "md|json", CHOICE, ON(BENCH), 0, 0, "md", "a table, or one line"},
     [O_HELP] = {"help", "h", NULL, FLAG, ~0u, 0, 0, NULL, "print this"},
@@ -7487,20 +7489,26 @@ static void show_sources(FILE *f, const medrun_model *m) {
 
 static double mb(uint64_t bytes) { return (double)bytes / 0x1p20; }
 
+/* Keys and values of CONTEXT positions. */
+static uint64_t cache_size(const medrun_model *m, int context, int kv) {
+    medrun_session s = {.model = m, .options = {.context = context, .kv = kv}};
+    return 2 * (uint64_t)cache_bytes(&s, m->config.n_layers, 0);
+}
+
 /* What a session with these options takes, beside what the machine has. */
 static void show_memory(FILE *f, const command *c, const medrun_session_options *o) {
-    medrun_session s = {.model = c->m, .options = *o};
     uint64_t total, available, weights = c->m->file.map.n, session = medrun_session_bytes(c->m, o);
-    uint64_t cache = 2 * cache_bytes(&s, c->m->config.n_layers, 0);
-    uint64_t all = weights + session;
+    uint64_t cache = cache_size(c->m, o->context, o->kv), all = weights + session;
+    int other = o->kv == MEDRUN_KV_INT8 ? MEDRUN_KV_F16 : MEDRUN_KV_INT8;
     memory_size(&total, &available);
     const char *verdict = all <= available ? "it fits" :
         all <= total ? "it fits when other programs leave" :
         session <= total ? "the weights do not fit and would be read again for each token" :
         "it does not fit; ask for a smaller context (-c)";
     fprintf(f, "%-13s%9.1f MB weights, mapped from the file\n", "memory", mb(weights));
-    fprintf(f, "%-13s%9.1f MB key-value cache, context %d, %s\n", "", mb(cache), o->context,
-            kv_names[o->kv]);
+    fprintf(f, "%-13s%9.1f MB key-value cache, context %d, %s (with --kv %s %.1f MB)\n", "",
+            mb(cache), o->context, kv_names[o->kv], kv_names[other],
+            mb(cache_size(c->m, o->context, other)));
     fprintf(f, "%-13s%9.1f MB scratch\n", "", mb(session - cache));
     fprintf(f, "%-13s%9.1f MB in all, of %.1f MB; %.1f MB are free: %s\n", "", mb(all), mb(total),
             mb(available), verdict);
@@ -8393,6 +8401,15 @@ static double time_tokens(command *c, int n, int each) {
     return seconds() - start;
 }
 
+/* Brings the session to DEPTH tokens, all of them processed. */
+static int go_to_depth(command *c, int depth) {
+    int have = (int)medrun_length(c->s), code = MEDRUN_OK;
+    medrun_rewind(c->s, (size_t)(have < depth ? have : depth), NULL);
+    if (have < depth && time_tokens(c, depth - have, depth - have) < 0) return c->e.code;
+    while (!code && medrun_pending(c->s)) code = medrun_step(&c->s, 1, &c->e);
+    return code;
+}
+
 typedef struct {
     const char *name;
     int n;                                      /* tokens                                       */
@@ -8403,6 +8420,7 @@ typedef struct {
 static void print_bench(command *c, const bench_row *row, int repeats) {
     const medrun_model *m = c->m;
     const char *kv = kv_names[cache_type(c)];
+    char depth[20] = "";
     double mean[2], sd[2], rate[2];
     for (int i = 0; i < 2; i++) {
         mean[i] = row[i].sum / repeats;
@@ -8413,27 +8431,30 @@ static void print_bench(command *c, const bench_row *row, int repeats) {
     if (whole(c, O_FORMAT)) {
         buffer b = {0};
         json_quote(&b, m->name, strlen(m->name));
-        printf("{\"model\":%s,\"type\":\"%s\",\"kernels\":\"%s\",\"threads\":%d,\"kv\":\"%s\","
+        printf("{\"model\":%s,\"type\":\"%s\",\"kernels\":\"%s\",\"threads\":%d,\"kv\":\"%s\",\"depth\":%d,"
                "\"read_gbps\":%.2f,\"dot_gops\":%.1f,\"pp\":{\"n\":%d,\"tps\":%.3f,\"sd\":%.3f,"
                "\"gops\":%.1f,\"peak_share\":%.4f},\"tg\":{\"n\":%d,\"tps\":%.3f,\"sd\":%.3f,"
                "\"gbps\":%.2f,\"read_share\":%.4f}}\n", b.data ? (const char *)b.data : "\"\"",
-               type_names[m->type], m->kernels->name, m->pool->threads, kv, row[1].ceiling,
+               type_names[m->type], m->kernels->name, m->pool->threads, kv, whole(c, O_DEPTH),
+               row[1].ceiling,
                row[0].ceiling, row[0].n, mean[0], sd[0], rate[0], rate[0] / row[0].ceiling,
                row[1].n, mean[1], sd[1], rate[1], rate[1] / row[1].ceiling);
         buffer_free(&b);
         return;
     }
+    if (whole(c, O_DEPTH)) snprintf(depth, sizeof depth, " @ d%d", whole(c, O_DEPTH));
     printf("%s, %s, %s kernels, %d threads, kv %s%s\n\n| test | tokens/s | rate | this machine's "
            "ceiling | share |\n|---|---|---|---|---|\n", m->name, type_names[m->type],
            m->kernels->name, m->pool->threads, kv, flag(c, O_STRICT) ? ", strict" : "");
     for (int i = 0; i < 2; i++)
-        printf("| %s%d | %.2f \302\261 %.2f | %.1f %s | %.1f %s | %.0f %% |\n", row[i].name,
-               row[i].n, mean[i], sd[i], rate[i], i ? "GB/s" : "GOPS", row[i].ceiling,
+        printf("| %s%d%s | %.2f \302\261 %.2f | %.1f %s | %.1f %s | %.0f %% |\n", row[i].name,
+               row[i].n, depth, mean[i], sd[i], rate[i], i ? "GB/s" : "GOPS", row[i].ceiling,
                i ? "GB/s read" : "GOPS", 100 * rate[i] / row[i].ceiling);
 }
 
 /* Prompt and generation by turns with the machine's two ceilings, measured beside them. A prompt
- * token costs two operations a weight; a generated one reads each weight but the embedding once. */
+ * token costs two operations a weight; a generated one reads each weight but the embedding once,
+ * and the cache of the tokens before it that --depth asked for. */
 static int bench_command(command *c) {
     int code = open_model(c), repeats = whole(c, O_REPETITIONS);
     if (code) return code;
@@ -8441,7 +8462,8 @@ static int bench_command(command *c) {
     const model_config *k = &m->config;
     bench_row row[2] = {{.name = "pp", .n = whole(c, O_BENCH_PROMPT)},
                         {.name = "tg", .n = whole(c, O_BENCH_PREDICT)}};
-    int longest = row[0].n > row[1].n ? row[0].n : row[1].n;
+    int longest = row[0].n > row[1].n ? row[0].n : row[1].n, depth = whole(c, O_DEPTH);
+    longest += depth;
     if (longest > k->max_positions)
         return fail(&c->e, MEDRUN_TOO_LONG, "bench: %d tokens > context %d, the model's", longest,
                     k->max_positions);
@@ -8455,11 +8477,12 @@ static int bench_command(command *c) {
     row[0].operations = 2 * ((double)inner + (double)embed / row[0].n);
     row[1].bytes = (double)m->weight_bytes - (k->tied ? 0 : (double)tensor_bytes(m->type,
                    (size_t)k->vocab_size, (size_t)k->hidden_size));
+    row[1].bytes += (double)cache_size(m, depth, o.kv);
     for (int r = -1; r < repeats; r++)                  /* the first warms up                    */
         for (int i = 0; i < 2; i++) {
             double rate = i ? read_rate(&top) : peak_rate(&top);
             if (rate > row[i].ceiling) row[i].ceiling = rate;
-            medrun_rewind(c->s, 0, NULL);
+            if ((code = go_to_depth(c, depth))) return code;
             double passed = time_tokens(c, row[i].n, i ? 1 : row[i].n);
             if (passed < 0) return c->e.code;
             if (r >= 0) row[i].sum += row[i].n / passed;
