@@ -1176,9 +1176,6 @@ enum { LANES = 16, GROUP = 64, STEP_BYTES = 64, GROUP_BYTES = GROUP / 4 * STEP_B
 
 static const char *const type_names[N_TYPES] = {"f32", "bf16", "int8"};
 
-/* Of the key-value cache, by MEDRUN_KV_... */
-static const char *const kv_names[] = {"f16", "f32", "int8"};
-
 static int type_find(const char *name) {
     for (int t = 0; t < N_TYPES; t++) if (!strcmp(name, type_names[t])) return t;
     return -1;
@@ -1411,7 +1408,7 @@ typedef struct {
     void (*xielu)(float *x, size_t n, const xielu_numbers *a);
     void (*add)(float *x, const float *y, size_t n);            /* x += y                       */
     void (*attend)(const attention *a);
-    /* out = what N parts of a query's keys, (n, head_dim + PART_EXTRA), give together              */
+    /* out = what N parts of a query's keys, (n, head_dim + PART_EXTRA), give together          */
     void (*merge)(float *out, const float *parts, size_t n, size_t head_dim);
     void (*to_half)(uint16_t *out, const float *x, size_t n);   /* f16, clamped to +-65504      */
     /* the same to int8, with a bf16 scale for each group of 64 */
@@ -2310,7 +2307,7 @@ TILED void value_tile(const size_t nc, const size_t nt, const bool half, const a
     join_values(nc, nt, a, tile, c, sum);
 }
 
-/* Weights times the scales of channel C's group, rounded to 16 bits; UNIT gets what 1 stands for. */
+/* Weights times the scales of channel C's group, rounded to 16 bits; UNIT gets what 1 means. */
 static void weigh_int8(size_t nt, const attention *a, const key_tile *tile, size_t c,
                        int16_t *weight, float *unit) {
     size_t panel = cache_panel(MEDRUN_KV_INT8, a->head_dim), low = tile->low / 16 * 16;
@@ -6546,7 +6543,8 @@ enum { O_MODEL, O_PROMPT, O_FILE, O_SYSTEM, O_PREDICT, O_CTX, O_THREADS, O_BATCH
        O_TOP_K, O_TOP_P, O_MIN_P, O_REPEAT, O_TEMPLATE, O_STOP, O_KV, O_OVERFLOW, O_RAW, O_MLOCK,
        O_STRICT, O_RECORD, O_STATS, O_VERBOSE, O_QUIET, O_BOS, O_SPECIAL, O_PIECES, O_MESSAGES,
        O_RENDER_IDS, O_NO_OPENING, O_DATE, O_THINK, O_TOOLS, O_CHAT_BOS, O_IDS, O_ALL, O_OUT,
-       O_BENCH_PROMPT, O_BENCH_PREDICT, O_DEPTH, O_REPETITIONS, O_FORMAT, O_HELP, O_VERSION, N_OPTIONS };
+       O_BENCH_PROMPT, O_BENCH_PREDICT, O_DEPTH, O_REPETITIONS, O_FORMAT, O_HELP, O_VERSION,
+       N_OPTIONS };
 
 static const option_row option_rows[N_OPTIONS] = {
     [O_MODEL] = {"model", "m", "FILE", TEXT, ON_MODEL | ON_FILE, 0, 0, NULL,
@@ -6582,8 +6580,8 @@ static const option_row option_rows[N_OPTIONS] = {
     [O_STOP] = {"stop", NULL, "TEXT", TEXT, ON_ANSWER, 0, 0, NULL,
                 "end the answer before this text; up to 8 of them"},
     [O_KV] = {"kv", NULL, "f16|f32|int8", CHOICE, ON_SESSION | ON(SHOW), 0, 0, "f16",
-              "numbers of the key-value cache (with --strict: f32); int8 takes half the memory of f16 "
-              "and is less exact"},
+              "numbers of the key-value cache (with --strict: f32); int8 takes half the memory of "
+              "f16 and is less exact"},
     [O_OVERFLOW] = {"overflow", NULL, "error|drop", CHOICE, ON(CHAT), 0, 0, "error",
                     "a full context: refuse, or forget the oldest turns"},
     [O_RAW] = {"raw", NULL, NULL, FLAG, ON(RUN), 0, 0, NULL,
@@ -7027,6 +7025,8 @@ static void choose_sampling(command *c) {
              origin(c, O_MIN_P), (double)s->repeat_penalty, origin(c, O_REPEAT),
              (unsigned long long)s->seed, random ? "new" : "given");
 }
+
+static const char *const kv_names[] = {"f16", "f32", "int8"};      /* MEDRUN_KV_F16, ...          */
 
 /* Strict means to the last bits of float32, so the cache follows unless --kv says otherwise. */
 static int cache_type(const command *c) {
@@ -8431,7 +8431,8 @@ static void print_bench(command *c, const bench_row *row, int repeats) {
     if (whole(c, O_FORMAT)) {
         buffer b = {0};
         json_quote(&b, m->name, strlen(m->name));
-        printf("{\"model\":%s,\"type\":\"%s\",\"kernels\":\"%s\",\"threads\":%d,\"kv\":\"%s\",\"depth\":%d,"
+        printf("{\"model\":%s,\"type\":\"%s\",\"kernels\":\"%s\",\"threads\":%d,"
+               "\"kv\":\"%s\",\"depth\":%d,"
                "\"read_gbps\":%.2f,\"dot_gops\":%.1f,\"pp\":{\"n\":%d,\"tps\":%.3f,\"sd\":%.3f,"
                "\"gops\":%.1f,\"peak_share\":%.4f},\"tg\":{\"n\":%d,\"tps\":%.3f,\"sd\":%.3f,"
                "\"gbps\":%.2f,\"read_share\":%.4f}}\n", b.data ? (const char *)b.data : "\"\"",
