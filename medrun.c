@@ -180,13 +180,14 @@ int medrun_render(const medrun_model *model, const char *name,
 
 /* ---- sessions ------------------------------------------------------------------------------ */
 
-enum { MEDRUN_KV_F16 = 0, MEDRUN_KV_F32 = 1 };
+enum { MEDRUN_KV_F16 = 0, MEDRUN_KV_F32 = 1, MEDRUN_KV_INT8 = 2 };
 
 typedef struct {
     int context;                /* tokens the session can hold; 0: the model's max_positions   */
     int batch;                  /* tokens in one pass, 0: 256; does not change any logit       */
     int logit_rows;             /* rows of logits one pass can give, 0: 1                      */
-    int kv;                     /* MEDRUN_KV_F16, MEDRUN_KV_F32                                */
+    int kv;                     /* the cache's numbers: MEDRUN_KV_F16, _F32, _INT8 (half the
+                                   memory of f16, and less exact)                              */
     bool strict;                /* bf16 weights: fp32 arithmetic, the same bits on any machine */
     bool custom_sampling;       /* false: the checkpoint's values, with the seed below         */
     medrun_sampling sampling;
@@ -1371,7 +1372,7 @@ static void panel_unpack_row(int type, const uint8_t *panel, size_t lane, size_t
  *   PACK_INT16 the same in int16: 16 times a word of the first and third q of each token, then a
  *              word of the second and fourth.            (where no instruction multiplies bytes) */
 enum { PACK_F32, PACK_BF16, PACK_INT8, PACK_INT16, N_PACKS };
-enum { TILE = 8, KEY_BLOCK = 256 };
+enum { TILE = 8 };
 enum { AHEAD = 8192 };          /* bytes by which a matmul asks for what it will read            */
 
 static size_t pack_bytes(int kind, size_t cols) {       /* for one token */
@@ -1384,20 +1385,47 @@ static int tile_width(size_t tokens) {
     return tokens >= 8 ? 8 : tokens >= 4 ? 4 : tokens >= 2 ? 2 : 1;
 }
 
-/* Attention of up to TILE queries that share one key-value head. Keys lie in panels of 16, walked
- * along head_dim like weights; values lie row by row. */
+/* The cache of one key-value head: keys in panels of 16 positions, walked along head_dim like
+ * weights; values row by row.
+ *   f16, f32  keys (panels, head_dim, 16); values (positions, head_dim)
+ *   int8      both in panels: keys (head_dim / 2, 16, 2), values (8, head_dim, 2), so that two
+ *             neighbours along the sum stand together, and then a bf16 scale for each group of 64
+ *             of a position's numbers, (groups, 16). Scores and weighted values are exact integer
+ *             sums, with queries and weights rounded to 16 bits. */
+static size_t cache_panel(int kv, size_t head_dim) {            /* bytes of 16 positions */
+    size_t groups = (head_dim + GROUP - 1) / GROUP;
+    return 16 * (kv == MEDRUN_KV_INT8 ? head_dim + 2 * groups : head_dim * (kv ? 4 : 2));
+}
+
+/* Attention of up to QUERIES queries that share one key-value head. Memory has room for KEY_STEP
+ * keys wherever one is in use. */
+enum { QUERIES = 32, KEY_BLOCK = 256, KEY_STEP = 64 };
+
 typedef struct {
-    int n;                          /* queries: 8, 4, 2 or 1                                    */
-    bool half;                      /* the cache is f16, else f32                               */
+    size_t n;                       /* queries                                                  */
+    int kv;                         /* the cache's numbers                                      */
     size_t head_dim;
     float scale;                    /* head_dim^-0.5                                            */
-    const float *q[TILE];           /* (head_dim) each                                          */
-    float *out[TILE];               /* (head_dim) each                                          */
-    size_t start[TILE], limit[TILE];            /* query i sees keys start[i] .. limit[i]-1     */
-    const void *keys;               /* (panels, head_dim, 16)                                   */
-    const void *values;             /* (keys, head_dim)                                         */
-    float *scratch;                 /* TILE * KEY_BLOCK floats                                  */
+    const float *q[QUERIES];        /* (head_dim) each                                          */
+    float *out[QUERIES];            /* (head_dim) each, as a part PART_EXTRA more               */
+    size_t start[QUERIES], limit[QUERIES];      /* query i sees keys start[i] .. limit[i]-1     */
+    size_t begin, end;              /* of the keys, those looked at; multiples of KEY_BLOCK     */
+    bool part;                      /* out is for `merge`: not divided, largest and total behind */
+    const void *keys, *values;
+    float *scratch;                 /* attend_scratch(head_dim) floats                          */
 } attention;
+
+/* A tile of queries and what it sees of a block: keys first + low .. first + high - 1. */
+typedef struct {
+    size_t query, first, low, high;
+    const float *weight;            /* (queries, KEY_BLOCK)                                     */
+    const float *keep, *fresh;      /* of each query: factor of what was, of what comes         */
+} key_tile;
+
+enum { PART_EXTRA = 16 };           /* two numbers, and what keeps parts aligned                */
+
+/* The packed queries, then the scores, which become weights. */
+static size_t attend_scratch(size_t head_dim) { return QUERIES * (head_dim + KEY_BLOCK); }
 
 /* xIELU (Huang and Schlag 2024) of one layer, softplus applied: x > 0 gives positive x^2 + beta x,
  * else negative (e^min(x, eps) - 1 - x) + beta x. */
@@ -1431,7 +1459,11 @@ typedef struct {
     void (*xielu)(float *x, size_t n, const xielu_numbers *a);
     void (*add)(float *x, const float *y, size_t n);            /* x += y                       */
     void (*attend)(const attention *a);
+    /* out = what N parts of a query's keys, (n, head_dim + PART_EXTRA), give together          */
+    void (*merge)(float *out, const float *parts, size_t n, size_t head_dim);
     void (*to_half)(uint16_t *out, const float *x, size_t n);   /* f16, clamped to +-65504      */
+    /* the same to int8, with a bf16 scale for each group of 64 */
+    void (*to_int8)(int8_t *out, uint16_t *scales, const float *x, size_t n);
     /* ROUNDS rounds of nothing but the products of packing KIND, in registers; *SINK gets their
      * sum, so that they are made. Returns the multiplications and additions of a round. */
     size_t (*peak)(int kind, size_t rounds, float *sink);
@@ -1468,10 +1500,12 @@ typedef struct {
 #define isplat K(isplat)
 #define iadd K(iadd)
 #define istore8 K(istore8)              /* 16 ints that fit as 16 int8                           */
+#define istore16 K(istore16)            /* 16 ints that fit as 16 int16                          */
 #define wload K(wload)                  /* 64 bytes of weights                                   */
 #define wshift K(wshift)                /* the shifts of 16 int4 groups, each in 4 bytes         */
 #define wlevels K(wlevels)              /* int4 weights + 128 of 64 low, or else high, nibbles   */
 #define wstore K(wstore)
+#define wload_int8 K(wload_int8)        /* 32 int8, widened to int16                             */
 #define weven K(weven)                  /* of 16 pairs of bf16 the first, widened                */
 #define wodd K(wodd)                    /* ... the second                                        */
 #define bvec K(bvec)                    /* 64 int8 weights + 128 as idot4 wants them             */
@@ -1481,6 +1515,7 @@ typedef struct {
 #define xvec K(xvec)                    /* four q of one token, on all lanes                     */
 #define xload K(xload)                  /* token T of a tile of WIDE                             */
 #define idot4 K(idot4)                  /* acc + sum of 4 (weight + 128) * int8, exact           */
+#define idot2 K(idot2)                  /* acc + sum of 2 int16 * int16, exact if it fits        */
 #define vdot2 K(vdot2)                  /* acc + w0 x0 + w1 x1 in bf16, as the processor does it */
 /* The sentences. */
 #define vexp K(vexp)
@@ -1510,12 +1545,26 @@ typedef struct {
 #define relu2 K(relu2)
 #define xielu K(xielu)
 #define add K(add)
-#define key_scores K(key_scores)
+#define pack_queries K(pack_queries)
+#define round16 K(round16)
+#define pack_int16 K(pack_int16)
+#define score_tile K(score_tile)
+#define score_int8 K(score_int8)
+#define score_step K(score_step)
+#define score_block K(score_block)
 #define softmax_block K(softmax_block)
-#define add_values K(add_values)
-#define attend_tile K(attend_tile)
+#define join_block K(join_block)
+#define divide K(divide)
+#define join_values K(join_values)
+#define value_tile K(value_tile)
+#define weigh_int8 K(weigh_int8)
+#define value_int8 K(value_int8)
+#define value_step K(value_step)
+#define value_block K(value_block)
 #define attend K(attend)
+#define merge K(merge)
 #define to_half K(to_half)
+#define to_int8 K(to_int8)
 #define peak K(peak)
 #define read_all K(read_all)
 #define kernel_row K(kernel_row)
@@ -1533,9 +1582,31 @@ ALWAYS_INLINE float load_float(const uint8_t *p) { return bits_float(load_word(p
  * the caches waits for them. */
 #define PREFETCH(p) __builtin_prefetch((const void *)((uintptr_t)(p) + AHEAD))
 
+/* Asks for N bytes that will be needed soon: with a chain of sums in the way a processor does not
+ * look far enough ahead by itself, and its prefetcher stops at each page. */
+ALWAYS_INLINE void fetch_ahead(const void *p, size_t n) {
+    for (size_t i = 0; i < n; i += 64) __builtin_prefetch((const uint8_t *)p + i);
+}
+
 /* Where sum I of a tile stands: token i % nt of panel i / nt. */
 ALWAYS_INLINE float *sum_place(float *out, size_t stride, size_t nt, size_t i) {
     return out + i % nt * stride + 16 * (i / nt);
+}
+
+/* Which of the queries of a tile stand side by side: four, the last filled up with queries that see
+ * nothing, or one alone. */
+ALWAYS_INLINE size_t query_tile(const attention *a, size_t t) { return a->n - t == 1 ? 1 : 4; }
+
+/* The keys of a block that a tile of queries sees: [*low, *high), counted from FIRST. */
+static void tile_keys(const attention *a, size_t t, size_t nt, size_t first, size_t *low,
+                      size_t *high) {
+    *low = KEY_BLOCK, *high = 0;
+    for (size_t i = t; i < t + nt && i < a->n; i++) {
+        if (a->limit[i] <= first || a->start[i] >= first + KEY_BLOCK) continue;
+        size_t from = a->start[i] > first ? a->start[i] - first : 0, to = a->limit[i] - first;
+        if (from < *low) *low = from;
+        if (to > *high) *high = to < KEY_BLOCK ? to : KEY_BLOCK;
+    }
 }
 
 /* Where an instruction multiplies bytes, the words around it are these. */
@@ -1552,6 +1623,7 @@ ALWAYS_INLINE float *sum_place(float *out, size_t stride, size_t nt, size_t i) {
 #define TILE_PANELS 1           /* what fits the registers                                       */
 #define TILE_TOKENS 8
 #define FEW_TOKENS 8            /* ... of one panel                                              */
+#define TILED static            /* one function for every size of tile                           */
 #ifdef __clang__                /* a lane is a loop here: unrolling tiles would only be long     */
 #define UNROLLED _Pragma("clang loop unroll(disable)")
 #else
@@ -1624,6 +1696,7 @@ ALWAYS_INLINE ivec iadd(ivec a, ivec b) {
     return a;
 }
 ALWAYS_INLINE void istore8(int8_t *p, ivec a) { EACH p[i] = (int8_t)a.v[i]; }
+ALWAYS_INLINE void istore16(int16_t *p, ivec a) { EACH p[i] = (int16_t)a.v[i]; }
 ALWAYS_INLINE wvec wload(const uint8_t *p) { wvec r; memcpy(&r, p, 64); return r; }
 ALWAYS_INLINE void wstore(uint8_t *p, wvec w) { memcpy(p, &w, 64); }
 ALWAYS_INLINE wvec wshift(const uint8_t *p) {
@@ -1635,6 +1708,13 @@ ALWAYS_INLINE wvec wlevels(wvec w, wvec shift, bool low) {
     UNROLLED for (int i = 0; i < 64; i++)
         w.v[i] = (uint8_t)(int4_levels[low ? w.v[i] & 15 : w.v[i] >> 4] + shift.v[i]);
     return w;
+}
+ALWAYS_INLINE wvec wload_int8(const int8_t *p) {
+    wvec r;
+    int16_t wide[32];
+    for (int i = 0; i < 32; i++) wide[i] = p[i];
+    memcpy(&r, wide, 64);
+    return r;
 }
 ALWAYS_INLINE vec weven(wvec w) {
     vec r;
@@ -1659,6 +1739,13 @@ ALWAYS_INLINE ivec idot4(ivec acc, bvec w, xvec x) {
                      w.v[4 * i + 3] * x.q[3];
     return acc;
 }
+ALWAYS_INLINE ivec idot2(ivec acc, wvec w, uint32_t x) {
+    int16_t q[2], pair[32];
+    memcpy(q, &x, 4);
+    memcpy(pair, &w, 64);
+    EACH acc.v[i] += pair[2 * i] * q[0] + pair[2 * i + 1] * q[1];
+    return acc;
+}
 #undef EACH
 
 #elif MEDRUN_PASS == 2 || MEDRUN_PASS == 4
@@ -1671,6 +1758,7 @@ ALWAYS_INLINE ivec idot4(ivec acc, bvec w, xvec x) {
 #define TILE_TOKENS 4
 #define FEW_TOKENS 4
 #define UNROLLED UNROLL
+#define TILED ALWAYS_INLINE
 
 typedef struct { __m256 a, b; } vec;
 typedef struct { __m256i a, b; } ivec;
@@ -1751,6 +1839,14 @@ ALWAYS_INLINE void istore8(int8_t *p, ivec x) {
     __m128i q = _mm_packs_epi16(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
     _mm_storeu_si128((void *)p, q);
 }
+ALWAYS_INLINE void istore16(int16_t *p, ivec x) {
+    __m256i h = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xD8);
+    _mm256_storeu_si256((void *)p, h);
+}
+ALWAYS_INLINE wvec wload_int8(const int8_t *p) {
+    return (wvec){_mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)p)),
+                  _mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)(p + 16)))};
+}
 ALWAYS_INLINE wvec wload(const uint8_t *p) {
     return (wvec){_mm256_loadu_si256((const void *)p), _mm256_loadu_si256((const void *)(p + 32))};
 }
@@ -1830,6 +1926,11 @@ ALWAYS_INLINE ivec idot4(ivec acc, bvec w, xvec x) {
     return acc;
 }
 #endif
+ALWAYS_INLINE ivec idot2(ivec acc, wvec w, uint32_t x) {
+    __m256i q = _mm256_set1_epi32((int32_t)x);
+    return (ivec){_mm256_add_epi32(acc.a, _mm256_madd_epi16(w.a, q)),
+                  _mm256_add_epi32(acc.b, _mm256_madd_epi16(w.b, q))};
+}
 #undef BOTH
 
 #else /* 3: avx512 with VNNI, and for those that have it BF16 */
@@ -1838,6 +1939,7 @@ ALWAYS_INLINE ivec idot4(ivec acc, bvec w, xvec x) {
 #define TILE_TOKENS 4
 #define FEW_TOKENS 8
 #define UNROLLED UNROLL
+#define TILED ALWAYS_INLINE
 
 typedef __m512 vec;
 typedef __m512i ivec;
@@ -1891,6 +1993,9 @@ ALWAYS_INLINE ivec iadd(ivec x, ivec y) { return _mm512_add_epi32(x, y); }
 ALWAYS_INLINE void istore8(int8_t *p, ivec x) {
     _mm_storeu_si128((void *)p, _mm512_cvtepi32_epi8(x));
 }
+ALWAYS_INLINE void istore16(int16_t *p, ivec x) {
+    _mm256_storeu_si256((void *)p, _mm512_cvtepi32_epi16(x));
+}
 ALWAYS_INLINE wvec wload(const uint8_t *p) {
     __m512i w = _mm512_loadu_si512(p);
     __asm__("" : "+v"(w));                  /* in a register: gcc would load it for every use    */
@@ -1907,6 +2012,9 @@ ALWAYS_INLINE wvec wlevels(wvec w, wvec shift, bool low) {
     __m512i q = _mm512_and_si512(low ? w : _mm512_srli_epi16(w, 4), _mm512_set1_epi8(15));
     return _mm512_add_epi8(_mm512_shuffle_epi8(levels, q), shift);
 }
+ALWAYS_INLINE wvec wload_int8(const int8_t *p) {
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const void *)p));
+}
 ALWAYS_INLINE vec weven(wvec w) { return _mm512_castsi512_ps(_mm512_slli_epi32(w, 16)); }
 ALWAYS_INLINE vec wodd(wvec w) {
     return _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32((int32_t)0xFFFF0000)));
@@ -1919,6 +2027,10 @@ ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t wide) {
 }
 ALWAYS_INLINE ivec idot4(ivec acc, bvec w, xvec x) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
+    return acc;
+}
+ALWAYS_INLINE ivec idot2(ivec acc, wvec w, uint32_t x) {
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(_mm512_set1_epi32((int32_t)x)));
     return acc;
 }
 ALWAYS_INLINE vec vdot2(vec acc, wvec w, uint32_t x) {
@@ -2468,58 +2580,287 @@ static void to_half(uint16_t *out, const float *x, size_t n) {
     }
 }
 
-/* scores[t][j] = scale * q[t] . key[first + j] for N keys, in panels of 16. */
-ALWAYS_INLINE void key_scores(const int nt, const bool half, const attention *a, size_t first,
-                              size_t n) {
-    vec scale = vsplat(a->scale);
-    for (size_t j = 0; j < n; j += 16) {
-        size_t at = (first + j) * a->head_dim;
-        vec s[TILE];
-        UNROLLED for (int t = 0; t < nt; t++) s[t] = vsplat(0);
-        for (size_t d = 0; d < a->head_dim; d++, at += 16) {
-            vec key = half ? vload_f16((const uint16_t *)a->keys + at)
-                           : vload((const float *)a->keys + at);
-            UNROLLED for (int t = 0; t < nt; t++) s[t] = vfma(key, vsplat(a->q[t][d]), s[t]);
+/* Numbers that fit a register -> 16 bits. Returns what they were divided by. */
+static float round16(int16_t *out, const float *x, size_t n) {
+    vec big = vsplat(0);
+    for (size_t i = 0; i < n; i += 16)
+        big = vmax(big, vmax(vload(x + i), vsub(vsplat(0), vload(x + i))));
+    float largest = vlargest(big);
+    bool tiny = largest < 1e-30f;
+    vec inverse = vsplat(tiny ? 0 : 32767.0f / largest);
+    for (size_t i = 0; i < n; i += 16) istore16(out + i, vround(vmul(vload(x + i), inverse)));
+    return tiny ? 0 : largest / 32767.0f;
+}
+
+/* Clamped as in f16, so that no sum of them overflows; rounded with the bf16 scale. */
+static void to_int8(int8_t *out, uint16_t *scales, const float *x, size_t n) {
+    vec most = vsplat(65504.0f), least = vsplat(-65504.0f), zero = vsplat(0);
+    for (size_t g = 0; g < n; g += GROUP, scales++) {
+        size_t end = n - g < GROUP ? n : g + GROUP;
+        vec big = zero;
+        for (size_t i = g; i < end; i += 16) {
+            vec v = vmax(vload(x + i), least);
+            v = vless(v, most, v, most);
+            big = vmax(big, vmax(v, vsub(zero, v)));
         }
-        UNROLLED for (int t = 0; t < nt; t++)
-            vstore(a->scratch + (size_t)t * KEY_BLOCK + j, vmul(s[t], scale));
+        float largest = vlargest(big);
+        *scales = largest < 1e-30f ? 0 : f32_to_bf16_up(largest / 127.0f);
+        vec scale = vsplat(*scales ? bf16_to_f32(*scales) : INFINITY);
+        for (size_t i = g; i < end; i += 16) {
+            vec v = vmax(vload(x + i), least);
+            istore8(out + i, vround(vdiv(vless(v, most, v, most), scale)));
+        }
     }
 }
 
-/* Scores -> e^(score - largest) in place for the keys BEGIN .. SEEN-1 of N, zero for the others.
- * Returns the weights' sum. */
-ALWAYS_INLINE float softmax_block(float *s, size_t begin, size_t seen, size_t n, float *largest) {
+/* Queries -> tile after tile, in the order of head_dim, the tile's queries side by side. */
+static void pack_queries(const attention *a) {
+    float *to = a->scratch;
+    for (size_t t = 0, nt; t < a->n; t += nt, to += nt * a->head_dim) {
+        nt = query_tile(a, t);
+        for (size_t i = 0; i < nt; i++)
+            for (size_t d = 0; d < a->head_dim; d++)
+                to[d * nt + i] = t + i < a->n ? a->q[t + i][d] : 0;
+    }
+}
+
+/* The same for an int8 cache: a tile is (head_dim / 2, nt) pairs of int16, (groups, nt) scales. */
+static void pack_int16(const attention *a) {
+    float *to = a->scratch;
+    for (size_t t = 0, nt; t < a->n; t += nt, to += nt * a->head_dim) {
+        nt = query_tile(a, t);
+        memset(to, 0, nt * a->head_dim * sizeof *to);
+        for (size_t i = 0; i < nt && t + i < a->n; i++)
+            for (size_t g = 0; g < a->head_dim; g += GROUP) {
+                size_t n = a->head_dim - g < GROUP ? a->head_dim - g : GROUP;
+                int16_t q[GROUP];
+                to[(a->head_dim / 2 + g / GROUP) * nt + i] =
+                    round16(q, a->q[t + i] + g, n) * a->scale;
+                for (size_t d = 0; d < n; d += 2) memcpy(to + (g + d) / 2 * nt + i, q + d, 4);
+            }
+    }
+}
+
+/* out[t][j] = scale * q[t] . key[first + j] for NT packed queries and a few panels of keys, one
+ * chain for each in the order of head_dim. */
+TILED void score_tile(const size_t np, const size_t nt, const bool half, const attention *a,
+                      size_t first, const float *q, float *out) {
+    vec sum[16], scale = vsplat(a->scale);
+    size_t at = first * a->head_dim, panel = 16 * a->head_dim;
+    const uint16_t *next = (const uint16_t *)a->keys + at + np * panel;
+    UNROLLED for (size_t i = 0; i < np * nt; i++) sum[i] = vsplat(0);
+    for (size_t d = 0; d < a->head_dim; d++, at += 16, q += nt, next += 16 * np) {
+        vec key[4];
+        if (half) fetch_ahead(next, 32 * np);
+        UNROLLED for (size_t p = 0; p < np; p++)
+            key[p] = half ? vload_f16((const uint16_t *)a->keys + at + p * panel)
+                          : vload((const float *)a->keys + at + p * panel);
+        UNROLLED for (size_t t = 0; t < nt; t++) {
+            vec x = vsplat(q[t]);
+            UNROLLED for (size_t p = 0; p < np; p++)
+                sum[p * nt + t] = vfma(key[p], x, sum[p * nt + t]);
+        }
+    }
+    UNROLLED for (size_t i = 0; i < np * nt; i++)
+        vstore(sum_place(out, KEY_BLOCK, nt, i), vmul(sum[i], scale));
+}
+
+/* The same for int8 keys: the groups' exact sums, scaled, are added in their order. */
+TILED void score_int8(const size_t np, const size_t nt, const attention *a, size_t first,
+                      const float *q, float *out) {
+    size_t panel = cache_panel(MEDRUN_KV_INT8, a->head_dim);
+    const int8_t *keys = (const int8_t *)a->keys + first / 16 * panel, *next = keys + np * panel;
+    const uint8_t *scales = (const uint8_t *)keys + 16 * a->head_dim;
+    const float *factor = q + a->head_dim / 2 * nt;
+    for (size_t g = 0; g < a->head_dim; g += GROUP, factor += nt, scales += 32) {
+        size_t end = a->head_dim - g < GROUP ? a->head_dim : g + GROUP;
+        ivec dot[16];
+        UNROLLED for (size_t i = 0; i < np * nt; i++) dot[i] = isplat(0);
+        for (size_t d = g; d < end; d += 2, keys += 32, q += nt, next += 32 * np) {
+            wvec key[4];
+            fetch_ahead(next, 32 * np);
+            UNROLLED for (size_t p = 0; p < np; p++) key[p] = wload_int8(keys + p * panel);
+            UNROLLED for (size_t t = 0; t < nt; t++) {
+                uint32_t word = load_word((const uint8_t *)(q + t));
+                UNROLLED for (size_t p = 0; p < np; p++)
+                    dot[p * nt + t] = idot2(dot[p * nt + t], key[p], word);
+            }
+        }
+        UNROLLED for (size_t i = 0; i < np * nt; i++) {
+            float *to = sum_place(out, KEY_BLOCK, nt, i);
+            vec scale = vmul(vload_bf16(scales + i / nt * panel), vsplat(factor[i % nt]));
+            vstore(to, vfma(vfloat(dot[i]), scale, g ? vload(to) : vsplat(0)));
+        }
+    }
+}
+
+/* KEY_STEP keys and a tile of queries, by as many panels as there are registers for. */
+TILED void score_step(const size_t np, const size_t nt, const attention *a, size_t first,
+                      const float *q, float *out) {
+    for (size_t i = 0; i < KEY_STEP; i += 16 * np)
+        if (a->kv == MEDRUN_KV_INT8) score_int8(np, nt, a, first + i, q, out + i);
+        else if (a->kv == MEDRUN_KV_F16) score_tile(np, nt, true, a, first + i, q, out + i);
+        else score_tile(np, nt, false, a, first + i, q, out + i);
+}
+
+/* Scores of all queries with the block of keys from FIRST on: a few panels stay in the first cache
+ * while the queries pass. What a tile does not see is left out by KEY_STEP keys. */
+static void score_block(const attention *a, size_t first) {
+    for (size_t j = 0; j < KEY_BLOCK; j += KEY_STEP)
+        for (size_t t = 0, nt, low, high; t < a->n; t += nt) {
+            const float *q = a->scratch + t * a->head_dim;
+            float *out = a->scratch + QUERIES * a->head_dim + t * KEY_BLOCK + j;
+            nt = query_tile(a, t);
+            tile_keys(a, t, nt, first, &low, &high);
+            if (j + KEY_STEP <= low || j >= high) continue;
+            if (nt == 1) score_step(4, 1, a, first + j, q, out);
+            else score_step(TILE_PANELS, 4, a, first + j, q, out);
+        }
+}
+
+/* Scores of a block -> e^(score - largest) in place for the keys BEGIN .. SEEN-1, zero for the
+ * others. Returns the weights' sum. */
+static float softmax_block(float *s, size_t begin, size_t seen, float *largest) {
     vec most = vsplat(-INFINITY), sum = vsplat(0);
-    size_t end = round_up(n, 16);
-    for (size_t j = 0; j < begin; j++) s[j] = -INFINITY;
+    size_t first = begin / 16 * 16, end = round_up(seen, 16);
+    for (size_t j = first; j < begin; j++) s[j] = -INFINITY;
     for (size_t j = seen; j < end; j++) s[j] = -INFINITY;
-    for (size_t j = 0; j < end; j += 16) most = vmax(vload(s + j), most);
+    for (size_t j = first; j < end; j += 16) most = vmax(vload(s + j), most);
     *largest = vlargest(most);
     most = vsplat(*largest);
-    for (size_t j = 0; j < end; j += 16) {
+    for (size_t j = first; j < end; j += 16) {
         vec weight = vexp(vsub(vload(s + j), most));
         sum = vadd(sum, weight);
         vstore(s + j, weight);
     }
+    memset(s, 0, first * sizeof *s);
+    memset(s + end, 0, (KEY_BLOCK - end) * sizeof *s);
     return vsum(sum);
 }
 
-/* out[t] = out[t] * keep[t] + fresh[t] * sum over j of weight[t][j] * value[first + j] */
-ALWAYS_INLINE void add_values(const int nt, const bool half, const attention *a, size_t first,
-                              size_t n, const float *keep, const float *fresh) {
-    for (size_t c = 0; c < a->head_dim; c += 16) {
-        size_t at = first * a->head_dim + c;
-        vec s[TILE];
-        UNROLLED for (int t = 0; t < nt; t++) s[t] = vsplat(0);
-        for (size_t j = 0; j < n; j++, at += a->head_dim) {
-            vec value = half ? vload_f16((const uint16_t *)a->values + at)
-                             : vload((const float *)a->values + at);
-            UNROLLED for (int t = 0; t < nt; t++)
-                s[t] = vfma(value, vsplat(a->scratch[(size_t)t * KEY_BLOCK + j]), s[t]);
+/* A block's largest score and weights' sum join a query's; what was is kept times KEEP, what comes
+ * counts FRESH. A block of which nothing is seen has -infinity. */
+static void join_block(float *largest, float *total, float block, float more, float *keep,
+                       float *fresh) {
+    float both = *largest > block ? *largest : block, scale[16];
+    *keep = 1, *fresh = 0;
+    if (block == -INFINITY) return;
+    vstore(scale, vexp(vsub(vsplat(*largest), vsplat(both))));
+    *keep = scale[0];
+    vstore(scale, vexp(vsub(vsplat(block), vsplat(both))));
+    *fresh = scale[0];
+    *total = fmaf(more, *fresh, *total * *keep);
+    *largest = both;
+}
+
+/* + 0 turns -0 into 0: skipped and zero-weighted keys must look alike. */
+static void divide(float *out, float total, size_t n) {
+    for (size_t c = 0; c < n; c += 16)
+        vstore(out + c, vadd(vdiv(vload(out + c), vsplat(total)), vsplat(0)));
+}
+
+/* out[t] = out[t] * keep[t] + fresh[t] * sum for a tile's queries and a few vectors of channels. */
+TILED void join_values(const size_t nc, const size_t nt, const attention *a, const key_tile *tile,
+                       size_t c, const vec *sum) {
+    UNROLLED for (size_t i = 0; i < nc * nt; i++) {
+        if (tile->query + i % nt >= a->n) continue;
+        float *out = a->out[tile->query + i % nt] + c + 16 * (i / nt);
+        vec kept = vmul(vload(out), vsplat(tile->keep[i % nt]));
+        vstore(out, vfma(sum[i], vsplat(tile->fresh[i % nt]), kept));
+    }
+}
+
+/* The sum over the keys j that a tile sees of weight[t][j] * value[j], one chain for each query and
+ * channel, joins the outputs. */
+TILED void value_tile(const size_t nc, const size_t nt, const bool half, const attention *a,
+                      const key_tile *tile, size_t c) {
+    vec sum[16];
+    size_t at = (tile->first + tile->low) * a->head_dim + c, ahead = KEY_STEP * a->head_dim;
+    UNROLLED for (size_t i = 0; i < nc * nt; i++) sum[i] = vsplat(0);
+    for (size_t j = tile->low; j < tile->high; j++, at += a->head_dim) {
+        vec value[4];
+        if (half) fetch_ahead((const uint16_t *)a->values + at + ahead, 32 * nc);
+        UNROLLED for (size_t k = 0; k < nc; k++)
+            value[k] = half ? vload_f16((const uint16_t *)a->values + at + 16 * k)
+                            : vload((const float *)a->values + at + 16 * k);
+        UNROLLED for (size_t t = 0; t < nt; t++) {
+            vec x = vsplat(tile->weight[t * KEY_BLOCK + j]);
+            UNROLLED for (size_t k = 0; k < nc; k++)
+                sum[k * nt + t] = vfma(value[k], x, sum[k * nt + t]);
         }
-        UNROLLED for (int t = 0; t < nt; t++) {
-            vec kept = vmul(vload(a->out[t] + c), vsplat(keep[t]));
-            vstore(a->out[t] + c, vfma(s[t], vsplat(fresh[t]), kept));
+    }
+    join_values(nc, nt, a, tile, c, sum);
+}
+
+/* Weights times the scales of channel C's group, rounded to 16 bits; UNIT gets what 1 means. */
+static void weigh_int8(size_t nt, const attention *a, const key_tile *tile, size_t c,
+                       int16_t *weight, float *unit) {
+    size_t panel = cache_panel(MEDRUN_KV_INT8, a->head_dim), low = tile->low / 16 * 16;
+    const uint8_t *scales = (const uint8_t *)a->values + tile->first / 16 * panel;
+    float scaled[KEY_BLOCK];
+    scales += 16 * a->head_dim + c / GROUP * 32;
+    for (size_t t = 0; t < nt; t++) {
+        for (size_t j = low; j < tile->high; j += 16)
+            vstore(scaled + j, vmul(vload(tile->weight + t * KEY_BLOCK + j),
+                                    vload_bf16(scales + j / 16 * panel)));
+        unit[t] = round16(weight + t * KEY_BLOCK + low, scaled + low, tile->high - low);
+    }
+}
+
+/* As value_tile, with int8 values and the weights of weigh_int8. The sums are exact, and fit:
+ * 256 * 32767 * 127 < 2^31. */
+TILED void value_int8(const size_t nc, const size_t nt, const attention *a, const key_tile *tile,
+                      size_t c, const int16_t *weight, const float *unit) {
+    size_t panel = cache_panel(MEDRUN_KV_INT8, a->head_dim), row = 2 * a->head_dim;
+    ivec dot[16];
+    vec sum[16];
+    UNROLLED for (size_t i = 0; i < nc * nt; i++) dot[i] = isplat(0);
+    for (size_t j = tile->low / 16 * 16; j < tile->high; j += 16) {
+        const int8_t *values = (const int8_t *)a->values + (tile->first + j) / 16 * panel + 2 * c;
+        for (size_t k = 0; k < 16; k += 2, values += row) {
+            wvec value[4];
+            fetch_ahead(values + KEY_STEP / 16 * panel, 32 * nc);
+            UNROLLED for (size_t i = 0; i < nc; i++) value[i] = wload_int8(values + 32 * i);
+            UNROLLED for (size_t t = 0; t < nt; t++) {
+                uint32_t word = load_word((const uint8_t *)(weight + t * KEY_BLOCK + j + k));
+                UNROLLED for (size_t i = 0; i < nc; i++)
+                    dot[i * nt + t] = idot2(dot[i * nt + t], value[i], word);
+            }
+        }
+    }
+    UNROLLED for (size_t i = 0; i < nc * nt; i++)
+        sum[i] = vmul(vfloat(dot[i]), vsplat(unit[i % nt]));
+    join_values(nc, nt, a, tile, c, sum);
+}
+
+/* Channels [c, end), one group at most, of a tile of queries. */
+TILED void value_step(const size_t nc, const size_t nt, const attention *a, const key_tile *tile,
+                      size_t c, size_t end) {
+    int16_t weight[4 * KEY_BLOCK];
+    float unit[4];
+    if (a->kv == MEDRUN_KV_INT8) weigh_int8(nt, a, tile, c, weight, unit);
+    for (; c < end; c += 16 * nc)
+        if (a->kv == MEDRUN_KV_INT8) value_int8(nc, nt, a, tile, c, weight, unit);
+        else if (a->kv == MEDRUN_KV_F16) value_tile(nc, nt, true, a, tile, c);
+        else value_tile(nc, nt, false, a, tile, c);
+}
+
+/* The block's weighted values join the outputs: a group of channels stays in the first cache while
+ * the queries pass. */
+static void value_block(const attention *a, size_t first, const float *keep, const float *fresh) {
+    for (size_t c = 0, end; c < a->head_dim; c = end) {
+        bool whole_group = a->head_dim - c >= GROUP;
+        end = whole_group ? c + GROUP : a->head_dim;
+        for (size_t t = 0, nt; t < a->n; t += nt) {
+            key_tile tile = {.query = t, .first = first, .keep = keep + t, .fresh = fresh + t,
+                             .weight = a->scratch + QUERIES * a->head_dim + t * KEY_BLOCK};
+            nt = query_tile(a, t);
+            tile_keys(a, t, nt, first, &tile.low, &tile.high);
+            if (tile.low >= tile.high) continue;
+            if (nt == 1 && whole_group) value_step(4, 1, a, &tile, c, end);
+            else if (nt == 1) value_step(1, 1, a, &tile, c, end);
+            else if (whole_group) value_step(TILE_PANELS, 4, a, &tile, c, end);
+            else value_step(1, 4, a, &tile, c, end);
         }
     }
 }
@@ -2527,56 +2868,48 @@ ALWAYS_INLINE void add_values(const int nt, const bool half, const attention *a,
 /* Attention with an online softmax (Milakov and Gimelshein 2018; Dao et al. 2022) over blocks of
  * KEY_BLOCK keys at absolute positions. Each block is computed by itself and merged in order, so
  * a query's result does not depend on the queries beside it. */
-ALWAYS_INLINE void attend_tile(const int nt, const bool half, const attention *a) {
-    float largest[TILE], total[TILE], keep[TILE], fresh[TILE];
-    size_t longest = 0, start = a->start[0];
-    for (int t = 0; t < nt; t++) {
+static void attend(const attention *a) {
+    float largest[QUERIES], total[QUERIES], keep[QUERIES], fresh[QUERIES];
+    size_t start = SIZE_MAX, end = 0;
+    for (size_t t = 0; t < a->n; t++) {
         largest[t] = -INFINITY, total[t] = 0;
         memset(a->out[t], 0, a->head_dim * sizeof(float));
-        if (a->limit[t] > longest) longest = a->limit[t];
+        if (a->limit[t] > end) end = a->limit[t];
         if (a->start[t] < start) start = a->start[t];
     }
-    for (size_t first = start - start % KEY_BLOCK; first < longest; first += KEY_BLOCK) {
-        size_t n = longest - first < KEY_BLOCK ? longest - first : KEY_BLOCK;
-        key_scores(nt, half, a, first, n);
-        for (int t = 0; t < nt; t++) {
-            float *s = a->scratch + (size_t)t * KEY_BLOCK, block, more;
-            keep[t] = 1, fresh[t] = 0;
-            if (a->limit[t] <= first || a->start[t] >= first + n) { /* sees none of the block    */
-                memset(s, 0, n * sizeof *s);
-                continue;
-            }
-            size_t begin = a->start[t] > first ? a->start[t] - first : 0;
-            size_t seen = a->limit[t] - first < n ? a->limit[t] - first : n;
-            more = softmax_block(s, begin, seen, n, &block);
-            float both = largest[t] > block ? largest[t] : block, scale[16];
-            vstore(scale, vexp(vsub(vsplat(largest[t]), vsplat(both))));
-            keep[t] = scale[0];
-            vstore(scale, vexp(vsub(vsplat(block), vsplat(both))));
-            fresh[t] = scale[0];
-            total[t] = fmaf(more, fresh[t], total[t] * keep[t]);
-            largest[t] = both;
+    if (start < a->begin) start = a->begin;
+    if (end > a->end) end = a->end;
+    if (a->kv == MEDRUN_KV_INT8) pack_int16(a);
+    else pack_queries(a);
+    for (size_t first = start - start % KEY_BLOCK; first < end; first += KEY_BLOCK) {
+        score_block(a, first);
+        float *s = a->scratch + QUERIES * a->head_dim;
+        for (size_t t = 0, low, high; t < a->n; t++, s += KEY_BLOCK) {
+            float block = -INFINITY, more = 0;
+            tile_keys(a, t, 1, first, &low, &high);
+            if (low < high) more = softmax_block(s, low, high, &block);
+            else memset(s, 0, KEY_BLOCK * sizeof *s);
+            join_block(&largest[t], &total[t], block, more, &keep[t], &fresh[t]);
         }
-        add_values(nt, half, a, first, n, keep, fresh);
+        memset(s, 0, (round_up(a->n, 4) - a->n) * KEY_BLOCK * sizeof *s);
+        value_block(a, first, keep, fresh);
     }
-    for (int t = 0; t < nt; t++)                        /* + 0 turns -0 into 0: skipped and      */
-        for (size_t c = 0; c < a->head_dim; c += 16)    /* zero-weighted keys must look alike    */
-            vstore(a->out[t] + c, vadd(vdiv(vload(a->out[t] + c), vsplat(total[t])), vsplat(0)));
+    for (size_t t = 0; t < a->n; t++) {
+        if (!a->part) divide(a->out[t], total[t], a->head_dim);
+        else a->out[t][a->head_dim] = largest[t], a->out[t][a->head_dim + 1] = total[t];
+    }
 }
 
-static void attend(const attention *a) {
-#if MEDRUN_PASS == 1
-    attend_tile(a->n, a->half, a);
-#else
-    if (a->n == 8 && a->half) attend_tile(8, true, a);
-    else if (a->n == 4 && a->half) attend_tile(4, true, a);
-    else if (a->n == 2 && a->half) attend_tile(2, true, a);
-    else if (a->half) attend_tile(1, true, a);
-    else if (a->n == 8) attend_tile(8, false, a);
-    else if (a->n == 4) attend_tile(4, false, a);
-    else if (a->n == 2) attend_tile(2, false, a);
-    else attend_tile(1, false, a);
-#endif
+static void merge(float *out, const float *parts, size_t n, size_t head_dim) {
+    float largest = -INFINITY, total = 0, keep, fresh;
+    memset(out, 0, head_dim * sizeof *out);
+    for (const float *part = parts; n--; part += head_dim + PART_EXTRA) {
+        join_block(&largest, &total, part[head_dim], part[head_dim + 1], &keep, &fresh);
+        for (size_t c = 0; c < head_dim; c += 16)
+            vstore(out + c, vfma(vload(part + c), vsplat(fresh),
+                                 vmul(vload(out + c), vsplat(keep))));
+    }
+    divide(out, total, head_dim);
 }
 
 #endif /* MEDRUN_PASS != 4 */
@@ -2630,8 +2963,8 @@ static float read_all(const uint8_t *p, size_t n) {
 #define TEXT(x) TEXT2(x)
 #define ROW(name, bf16, matmul_bf16) {                                                          \
         name, bf16, INT_PACK, pack, TILE_PANELS, matmul_f32, matmul_bf16, matmul_int8,          \
-        matmul_int4, fit_int4, norm, silu_mul, relu2, xielu, add, attend, to_half, peak,        \
-        read_all,                                                                               \
+        matmul_int4, fit_int4, norm, silu_mul, relu2, xielu, add, attend, merge, to_half,       \
+        to_int8, peak, read_all,                                                                \
     }
 #if MEDRUN_PASS != 4
 static const kernel_set kernel_row = ROW(TEXT(KERNEL_SUFFIX), false, NULL);
@@ -2647,6 +2980,7 @@ static const kernel_set kernel_row_bf16 = ROW("avx512bf16", true, matmul_bf16);
 #undef INT_PACK
 #undef X_BYTES
 #undef X_GROUP
+#undef TILED
 #undef TILE_PANELS
 #undef TILE_TOKENS
 #undef FEW_TOKENS
@@ -2700,7 +3034,9 @@ static const kernel_set kernel_row_bf16 = ROW("avx512bf16", true, matmul_bf16);
 #undef xielu
 #undef add
 #undef attend
+#undef merge
 #undef to_half
+#undef to_int8
 #undef peak
 #undef read_all
 
@@ -2709,7 +3045,7 @@ static const kernel_set kernel_row_bf16 = ROW("avx512bf16", true, matmul_bf16);
 static const kernel_set kernel_row_avxvnni = {
     "avxvnni", false, PACK_INT8, pack_avx2, 1, matmul_f32_avx2, NULL, matmul_int8_avxvnni,
     matmul_int4_avxvnni, fit_int4_avx2, norm_avx2, silu_mul_avx2, relu2_avx2, xielu_avx2, add_avx2,
-    attend_avx2, to_half_avx2, peak_avxvnni, read_all_avxvnni,
+    attend_avx2, merge_avx2, to_half_avx2, to_int8_avx2, peak_avxvnni, read_all_avxvnni,
 };
 #endif
 
@@ -5857,29 +6193,31 @@ typedef struct pass {
     float *attn;                                /* (n, heads)                                   */
     float *ffn_act, *up;                        /* (n, ffn); up only beside a gate              */
     float *rotation;                            /* (n, head_dim / 2, 2) cosine, sine            */
-    float *scores;                              /* (threads, TILE * KEY_BLOCK)                  */
+    float *scores;                              /* (threads, attend_scratch)                    */
+    size_t part_places;
+    float *parts;                               /* (part_places, head_dim + PART_EXTRA)         */
+    size_t pieces;                              /* blocks that keys are split into now, or 1    */
     float *logits;                              /* (TILE, vocab)                                */
     packed a;                                   /* the activations that are multiplied next     */
     int layer;
     const float *weight;                        /* of the norm that runs                        */
 } pass;
 
-/* Keys of layer L, head H: panels of 16 positions, (context / 16, head_dim, 16); values lie
- * (context, head_dim). Context is rounded up to 16. */
-static size_t cache_row(const medrun_session *s, int layer, size_t head) {
+/* Bytes of the keys, or of the values, that stand before those of a layer and head. The context is
+ * rounded up to KEY_STEP. */
+static size_t cache_bytes(const medrun_session *s, int layer, size_t head) {
     const model_config *c = &s->model->config;
-    size_t context = round_up((size_t)s->options.context, 16);
-    return ((size_t)layer * (size_t)c->n_kv_heads + head) * context * (size_t)c->head_dim;
+    size_t panels = round_up((size_t)s->options.context, KEY_STEP) / 16;
+    return ((size_t)layer * (size_t)c->n_kv_heads + head) * panels *
+           cache_panel(s->options.kv, (size_t)c->head_dim);
 }
 
-static size_t cache_item(const medrun_session *s) { return s->options.kv == MEDRUN_KV_F32 ? 4 : 2; }
-
 static uint8_t *session_keys(const medrun_session *s, int layer, size_t head) {
-    return (uint8_t *)s->keys + cache_row(s, layer, head) * cache_item(s);
+    return (uint8_t *)s->keys + cache_bytes(s, layer, head);
 }
 
 static uint8_t *session_values(const medrun_session *s, int layer, size_t head) {
-    return (uint8_t *)s->values + cache_row(s, layer, head) * cache_item(s);
+    return (uint8_t *)s->values + cache_bytes(s, layer, head);
 }
 
 /* Shows a stage to the sessions that have an observer. */
@@ -5944,24 +6282,43 @@ static void rotate(float *x, const float *rotation, size_t half) {
     }
 }
 
-/* Keys of one row and head -> lane position % 16 of its panel; values -> their row. */
+/* A row of a head to int8 panels: number d of keys at 32 (d / 2) + d % 2 after the place of their
+ * lane; of values at 2 d after the place of their row. */
+static void store_int8(const pass *p, const float *x, uint8_t *panel, size_t lane, bool keys) {
+    size_t dim = (size_t)p->m->config.head_dim;
+    int8_t q[MAX_HEAD_DIM];
+    uint16_t scales[MAX_HEAD_DIM / GROUP + 1];
+    uint8_t *to = panel + (keys ? 2 * lane : lane / 2 * 2 * dim + lane % 2);
+    p->g.k->to_int8(q, scales, x, dim);
+    if (keys) for (size_t d = 0; d < dim; d += 2) memcpy(to + 16 * d, q + d, 2);
+    else for (size_t d = 0; d < dim; d++) to[2 * d] = (uint8_t)q[d];
+    for (size_t g = 0; g * GROUP < dim; g++)
+        memcpy(panel + 16 * dim + 2 * (16 * g + lane), scales + g, 2);
+}
+
+/* Keys of one row and head -> lane position % 16 of their panel; values -> their row. */
 static void store_row(const pass *p, size_t r, size_t head) {
     medrun_session *s = p->owner[r];
-    size_t dim = (size_t)p->m->config.head_dim, at = p->position[r];
+    int kv = s->options.kv;
+    size_t dim = (size_t)p->m->config.head_dim, at = p->position[r], lane = at % 16;
     const float *k = p->k + r * p->kv + head * dim, *v = p->v + r * p->kv + head * dim;
-    uint8_t *keys = session_keys(s, p->layer, head), *values = session_values(s, p->layer, head);
-    size_t panel = at / 16 * dim * 16 + at % 16;
-    if (s->options.kv == MEDRUN_KV_F32) {
-        for (size_t d = 0; d < dim; d++) memcpy(keys + 4 * (panel + 16 * d), k + d, 4);
-        memcpy(values + 4 * at * dim, v, 4 * dim);
-        return;
+    size_t panel = at / 16 * cache_panel(kv, dim);
+    uint8_t *keys = session_keys(s, p->layer, head) + panel;
+    uint8_t *values = session_values(s, p->layer, head) + panel;
+    if (kv == MEDRUN_KV_INT8) {
+        store_int8(p, k, keys, lane, true);
+        store_int8(p, v, values, lane, false);
+    } else if (kv == MEDRUN_KV_F32) {
+        for (size_t d = 0; d < dim; d++) memcpy(keys + 4 * (16 * d + lane), k + d, 4);
+        memcpy(values + 4 * lane * dim, v, 4 * dim);
+    } else {
+        uint16_t half[16];
+        for (size_t d = 0; d < dim; d += 16) {
+            p->g.k->to_half(half, k + d, 16);
+            for (size_t i = 0; i < 16; i++) memcpy(keys + 2 * (16 * (d + i) + lane), half + i, 2);
+        }
+        p->g.k->to_half((uint16_t *)(void *)values + lane * dim, v, dim);
     }
-    uint16_t half[16];
-    for (size_t d = 0; d < dim; d += 16) {
-        p->g.k->to_half(half, k + d, 16);
-        for (size_t i = 0; i < 16; i++) memcpy(keys + 2 * (panel + 16 * (d + i)), half + i, 2);
-    }
-    p->g.k->to_half((uint16_t *)(void *)values + at * dim, v, dim);
 }
 
 /* One head of q or k: its norm, where the model has one (WEIGHT), then the rotation. */
@@ -5987,57 +6344,80 @@ static void place_task(void *context, size_t begin, size_t end, int thread) {
     }
 }
 
-/* Queries [first, end) of a segment's key-value head, counted through rows and then heads. */
+/* Where a row's query of a head leaves the part that block PIECE of its keys gives. */
+static float *part_place(const pass *p, size_t row, size_t head, size_t piece) {
+    const model_config *c = &p->m->config;
+    size_t query = row * (size_t)c->n_heads + head;
+    return p->parts + (query * p->pieces + piece) * ((size_t)c->head_dim + PART_EXTRA);
+}
+
+/* Queries [first, end) of a segment's key-value head, counted through rows and then heads; all
+ * their keys, or only block PIECE of them. */
 static void attend_queries(const pass *p, const segment *s, size_t head, size_t first, size_t end,
-                           float *scratch) {
+                           size_t piece, float *scratch) {
     const model_config *c = &p->m->config;
     size_t dim = (size_t)c->head_dim, group = (size_t)(c->n_heads / c->n_kv_heads);
     size_t window = c->sliding_window ? (size_t)c->sliding_window : SIZE_MAX;
-    attention a = {.half = s->session->options.kv == MEDRUN_KV_F16, .head_dim = dim,
-                   .scale = 1.0f / sqrtf((float)dim), .scratch = scratch,
+    attention a = {.n = end - first, .kv = s->session->options.kv,
+                   .head_dim = dim, .scale = 1.0f / sqrtf((float)dim), .end = SIZE_MAX,
+                   .part = p->pieces > 1, .scratch = scratch,
                    .keys = session_keys(s->session, p->layer, head),
                    .values = session_values(s->session, p->layer, head)};
-    while (first < end) {
-        a.n = tile_width(end - first);
-        for (int i = 0; i < a.n; i++, first++) {
-            size_t row = first / group, at = (s->first + row) * p->heads;
-            at += (head * group + first % group) * dim;
-            a.q[i] = p->q + at;
-            a.out[i] = p->attn + at;
-            a.limit[i] = s->position + row + 1;
-            a.start[i] = a.limit[i] > window ? a.limit[i] - window : 0;
-        }
-        p->g.k->attend(&a);
+    if (a.part) a.begin = piece * KEY_BLOCK, a.end = a.begin + KEY_BLOCK;
+    for (size_t i = 0; i < a.n; i++, first++) {
+        size_t row = s->first + first / group, q = head * group + first % group;
+        a.q[i] = p->q + row * p->heads + q * dim;
+        a.out[i] = a.part ? part_place(p, row, q, piece) : p->attn + row * p->heads + q * dim;
+        a.limit[i] = s->position + first / group + 1;
+        a.start[i] = a.limit[i] > window ? a.limit[i] - window : 0;
     }
+    p->g.k->attend(&a);
 }
 
-/* Tiles of queries over all segments and key-value heads, numbered through. */
+/* A segment's queries of one key-value head, QUERIES at a time. */
 static size_t segment_tiles(const pass *p, const segment *s) {
     size_t group = (size_t)(p->m->config.n_heads / p->m->config.n_kv_heads);
-    return (s->n * group + TILE - 1) / TILE;
+    return (s->n * group + QUERIES - 1) / QUERIES;
 }
 
+/* Items are numbered through segments, their key-value heads, tiles of queries, pieces. */
 static void attend_task(void *context, size_t begin, size_t end, int thread) {
     pass *p = context;
     size_t kv_heads = (size_t)p->m->config.n_kv_heads;
     size_t group = (size_t)p->m->config.n_heads / kv_heads, at = 0;
-    float *scratch = p->scores + (size_t)thread * TILE * KEY_BLOCK;
+    float *scratch = p->scores + (size_t)thread * attend_scratch((size_t)p->m->config.head_dim);
     for (const segment *s = p->segments; s < p->segments + p->n_segments; s++) {
-        size_t tiles = segment_tiles(p, s);
-        for (size_t i = begin > at ? begin - at : 0; i < tiles * kv_heads && at + i < end; i++) {
-            size_t first = i % tiles * TILE, last = first + TILE;
-            attend_queries(p, s, i / tiles, first, last < s->n * group ? last : s->n * group,
-                           scratch);
+        size_t tiles = segment_tiles(p, s), items = kv_heads * tiles * p->pieces;
+        for (size_t i = begin > at ? begin - at : 0; i < items && at + i < end; i++) {
+            size_t item = i / p->pieces, first = item % tiles * QUERIES, last = first + QUERIES;
+            attend_queries(p, s, item / tiles, first, last < s->n * group ? last : s->n * group,
+                           i % p->pieces, scratch);
         }
-        at += tiles * kv_heads;
+        at += items;
     }
 }
 
+static void merge_task(void *context, size_t begin, size_t end, int thread) {
+    (void)thread;
+    pass *p = context;
+    size_t heads = (size_t)p->m->config.n_heads, dim = (size_t)p->m->config.head_dim;
+    for (size_t i = begin; i < end; i++)
+        p->g.k->merge(p->attn + i * dim, part_place(p, i / heads, i % heads, 0), p->pieces, dim);
+}
+
+/* A few tokens with many keys are split by blocks of keys too, so that all threads have work: each
+ * block is computed by itself anyway, and joined in the same order. */
 static void attend_rows(pass *p) {
-    size_t items = 0;
-    for (size_t i = 0; i < p->n_segments; i++)
-        items += segment_tiles(p, &p->segments[i]) * (size_t)p->m->config.n_kv_heads;
-    parallel_for(p->g.pool, items, 1, attend_task, p);
+    size_t items = 0, longest = 0, heads = (size_t)p->m->config.n_heads;
+    for (const segment *s = p->segments; s < p->segments + p->n_segments; s++) {
+        items += segment_tiles(p, s) * (size_t)p->m->config.n_kv_heads;
+        if (s->position + s->n > longest) longest = s->position + s->n;
+    }
+    p->pieces = (longest + KEY_BLOCK - 1) / KEY_BLOCK;
+    if (items >= 4 * (size_t)p->g.pool->threads || p->n * heads * p->pieces > p->part_places)
+        p->pieces = 1;
+    parallel_for(p->g.pool, items * p->pieces, 1, attend_task, p);
+    if (p->pieces > 1) parallel_for(p->g.pool, p->n * heads, heads, merge_task, p);
 }
 
 static void activate_task(void *context, size_t begin, size_t end, int thread) {
@@ -6281,7 +6661,11 @@ static void layout_pass(const medrun_session *s, pass *p, arena *a) {
     p->ffn_act = arena_take(a, n * p->ffn, sizeof(float));
     if (c->activation == ACTIVATION_SILU) p->up = arena_take(a, n * p->ffn, sizeof(float));
     p->rotation = arena_take(a, n * dim, sizeof(float));
-    p->scores = arena_take(a, (size_t)s->model->pool->threads * TILE * KEY_BLOCK, sizeof(float));
+    p->scores = arena_take(a, (size_t)s->model->pool->threads * attend_scratch(dim),
+                           sizeof(float));
+    p->part_places = TILE * (size_t)c->n_heads *
+                     (((size_t)s->options.context + KEY_BLOCK - 1) / KEY_BLOCK);
+    p->parts = arena_take(a, p->part_places * (dim + PART_EXTRA), sizeof(float));
     p->logits = arena_take(a, TILE * p->vocab, sizeof(float));
     p->a.data = arena_take(a, n > TILE ? n : TILE, pack_bytes(pack_kind(&p->g, s->model->type),
                                                               widest));
@@ -6293,7 +6677,7 @@ static void layout_pass(const medrun_session *s, pass *p, arena *a) {
 static void layout_session(medrun_session *s, arena *a) {
     const model_config *c = &s->model->config;
     pass measured, *p = arena_take(a, 1, sizeof *p);
-    size_t cache = cache_row(s, c->n_layers, 0) * cache_item(s);
+    size_t cache = cache_bytes(s, c->n_layers, 0);
     s->tokens = arena_take(a, (size_t)s->options.context, sizeof *s->tokens);
     s->keys = arena_take(a, cache, 1);
     s->values = arena_take(a, cache, 1);
@@ -6313,7 +6697,7 @@ static int resolve_options(const medrun_model *m, const medrun_session_options *
     if (o->context < 0 || o->context > most)
         return fail(e, MEDRUN_USAGE, "context: found %d, wanted 1 to %d, the longest this model "
                     "was made for", o->context, most);
-    if (o->batch < 0 || o->logit_rows < 0 || (o->kv != MEDRUN_KV_F16 && o->kv != MEDRUN_KV_F32))
+    if (o->batch < 0 || o->logit_rows < 0 || o->kv < 0 || o->kv > MEDRUN_KV_INT8)
         return fail(e, MEDRUN_USAGE, "session: batch %d, logit_rows %d, kv %d: out of range",
                     o->batch, o->logit_rows, o->kv);
     if (!o->context) o->context = most;
@@ -6590,11 +6974,13 @@ static void get(state_file *f, void *bytes, size_t n) {
 /* Moves the cache of the first N tokens, by PUT or GET. */
 static void move_cache(state_file *f, const medrun_session *s, size_t n,
                        void (*move)(state_file *, void *, size_t)) {
-    size_t dim = (size_t)s->model->config.head_dim * cache_item(s);
+    size_t panel = cache_panel(s->options.kv, (size_t)s->model->config.head_dim);
+    size_t keys = round_up(n, 16) / 16 * panel;
+    size_t values = s->options.kv == MEDRUN_KV_INT8 ? keys : n * (panel / 16);
     for (int l = 0; l < s->model->config.n_layers; l++)
         for (size_t h = 0; h < (size_t)s->model->config.n_kv_heads; h++) {
-            move(f, session_keys(s, l, h), round_up(n, 16) * dim);
-            move(f, session_values(s, l, h), n * dim);
+            move(f, session_keys(s, l, h), keys);
+            move(f, session_values(s, l, h), values);
         }
 }
 
@@ -6724,7 +7110,8 @@ enum { O_MODEL, O_PROMPT, O_FILE, O_SYSTEM, O_PREDICT, O_CTX, O_THREADS, O_BATCH
        O_TOP_K, O_TOP_P, O_MIN_P, O_REPEAT, O_TEMPLATE, O_STOP, O_KV, O_OVERFLOW, O_RAW, O_MLOCK,
        O_STRICT, O_RECORD, O_STATS, O_VERBOSE, O_QUIET, O_BOS, O_SPECIAL, O_PIECES, O_MESSAGES,
        O_RENDER_IDS, O_NO_OPENING, O_DATE, O_THINK, O_TOOLS, O_CHAT_BOS, O_IDS, O_ALL, O_OUT,
-       O_BENCH_PROMPT, O_BENCH_PREDICT, O_REPETITIONS, O_FORMAT, O_HELP, O_VERSION, N_OPTIONS };
+       O_BENCH_PROMPT, O_BENCH_PREDICT, O_DEPTH, O_REPETITIONS, O_FORMAT, O_HELP, O_VERSION,
+       N_OPTIONS };
 
 static const option_row option_rows[N_OPTIONS] = {
     [O_MODEL] = {"model", "m", "FILE", TEXT, ON_MODEL | ON_FILE, 0, 0, NULL,
@@ -6759,8 +7146,9 @@ static const option_row option_rows[N_OPTIONS] = {
                     0, 0, "the checkpoint's", "chat template: " CHAT_NAMES},
     [O_STOP] = {"stop", NULL, "TEXT", TEXT, ON_ANSWER, 0, 0, NULL,
                 "end the answer before this text; up to 8 of them"},
-    [O_KV] = {"kv", NULL, "f16|f32", CHOICE, ON_SESSION | ON(SHOW), 0, 0, "f16",
-              "numbers of the key-value cache (with --strict: f32)"},
+    [O_KV] = {"kv", NULL, "f16|f32|int8", CHOICE, ON_SESSION | ON(SHOW), 0, 0, "f16",
+              "numbers of the key-value cache (with --strict: f32); int8 takes half the memory of "
+              "f16 and is less exact"},
     [O_OVERFLOW] = {"overflow", NULL, "error|drop", CHOICE, ON(CHAT), 0, 0, "error",
                     "a full context: refuse, or forget the oldest turns"},
     [O_RAW] = {"raw", NULL, NULL, FLAG, ON(RUN), 0, 0, NULL,
@@ -6804,6 +7192,8 @@ static const option_row option_rows[N_OPTIONS] = {
                         "tokens of the prompt"},
     [O_BENCH_PREDICT] = {"predict", "n", "N", WHOLE, ON(BENCH), 1, 1 << 20, "128",
                          "tokens to generate, one after the other"},
+    [O_DEPTH] = {"depth", "d", "N", WHOLE, ON(BENCH), 0, 1 << 20, "0",
+                 "tokens that stand before both and are not timed"},
     [O_REPETITIONS] = {"repetitions", "r", "N", WHOLE, ON(BENCH), 1, 1000, "5", "of both"},
     [O_FORMAT] = {"output", "o", "md|json", CHOICE, ON(BENCH), 0, 0, "md", "a table, or one line"},
     [O_HELP] = {"help", "h", NULL, FLAG, ~0u, 0, 0, NULL, "print this"},
@@ -7203,9 +7593,11 @@ static void choose_sampling(command *c) {
              (unsigned long long)s->seed, random ? "new" : "given");
 }
 
+static const char *const kv_names[] = {"f16", "f32", "int8"};      /* MEDRUN_KV_F16, ...          */
+
 /* Strict means to the last bits of float32, so the cache follows unless --kv says otherwise. */
 static int cache_type(const command *c) {
-    return whole(c, given(c, O_KV) ? O_KV : O_STRICT) ? MEDRUN_KV_F32 : MEDRUN_KV_F16;
+    return whole(c, given(c, O_KV) ? O_KV : O_STRICT);
 }
 
 static medrun_session_options session_options(const command *c, int context) {
@@ -7664,20 +8056,26 @@ static void show_sources(FILE *f, const medrun_model *m) {
 
 static double mb(uint64_t bytes) { return (double)bytes / 0x1p20; }
 
+/* Keys and values of CONTEXT positions. */
+static uint64_t cache_size(const medrun_model *m, int context, int kv) {
+    medrun_session s = {.model = m, .options = {.context = context, .kv = kv}};
+    return 2 * (uint64_t)cache_bytes(&s, m->config.n_layers, 0);
+}
+
 /* What a session with these options takes, beside what the machine has. */
 static void show_memory(FILE *f, const command *c, const medrun_session_options *o) {
-    medrun_session s = {.model = c->m, .options = *o};
     uint64_t total, available, weights = c->m->file.map.n, session = medrun_session_bytes(c->m, o);
-    uint64_t cache = 2 * cache_row(&s, c->m->config.n_layers, 0) * cache_item(&s);
-    uint64_t all = weights + session;
+    uint64_t cache = cache_size(c->m, o->context, o->kv), all = weights + session;
+    int other = o->kv == MEDRUN_KV_INT8 ? MEDRUN_KV_F16 : MEDRUN_KV_INT8;
     memory_size(&total, &available);
     const char *verdict = all <= available ? "it fits" :
         all <= total ? "it fits when other programs leave" :
         session <= total ? "the weights do not fit and would be read again for each token" :
         "it does not fit; ask for a smaller context (-c)";
     fprintf(f, "%-13s%9.1f MB weights, mapped from the file\n", "memory", mb(weights));
-    fprintf(f, "%-13s%9.1f MB key-value cache, context %d, %s\n", "", mb(cache), o->context,
-            o->kv == MEDRUN_KV_F32 ? "f32" : "f16");
+    fprintf(f, "%-13s%9.1f MB key-value cache, context %d, %s (with --kv %s %.1f MB)\n", "",
+            mb(cache), o->context, kv_names[o->kv], kv_names[other],
+            mb(cache_size(c->m, o->context, other)));
     fprintf(f, "%-13s%9.1f MB scratch\n", "", mb(session - cache));
     fprintf(f, "%-13s%9.1f MB in all, of %.1f MB; %.1f MB are free: %s\n", "", mb(all), mb(total),
             mb(available), verdict);
@@ -8570,6 +8968,15 @@ static double time_tokens(command *c, int n, int each) {
     return seconds() - start;
 }
 
+/* Brings the session to DEPTH tokens, all of them processed. */
+static int go_to_depth(command *c, int depth) {
+    int have = (int)medrun_length(c->s), code = MEDRUN_OK;
+    medrun_rewind(c->s, (size_t)(have < depth ? have : depth), NULL);
+    if (have < depth && time_tokens(c, depth - have, depth - have) < 0) return c->e.code;
+    while (!code && medrun_pending(c->s)) code = medrun_step(&c->s, 1, &c->e);
+    return code;
+}
+
 typedef struct {
     const char *name;
     int n;                                      /* tokens                                       */
@@ -8579,7 +8986,8 @@ typedef struct {
 
 static void print_bench(command *c, const bench_row *row, int repeats) {
     const medrun_model *m = c->m;
-    const char *kv = cache_type(c) ? "f32" : "f16";
+    const char *kv = kv_names[cache_type(c)];
+    char depth[20] = "";
     double mean[2], sd[2], rate[2];
     for (int i = 0; i < 2; i++) {
         mean[i] = row[i].sum / repeats;
@@ -8590,27 +8998,31 @@ static void print_bench(command *c, const bench_row *row, int repeats) {
     if (whole(c, O_FORMAT)) {
         buffer b = {0};
         json_quote(&b, m->name, strlen(m->name));
-        printf("{\"model\":%s,\"type\":\"%s\",\"kernels\":\"%s\",\"threads\":%d,\"kv\":\"%s\","
+        printf("{\"model\":%s,\"type\":\"%s\",\"kernels\":\"%s\",\"threads\":%d,"
+               "\"kv\":\"%s\",\"depth\":%d,"
                "\"read_gbps\":%.2f,\"dot_gops\":%.1f,\"pp\":{\"n\":%d,\"tps\":%.3f,\"sd\":%.3f,"
                "\"gops\":%.1f,\"peak_share\":%.4f},\"tg\":{\"n\":%d,\"tps\":%.3f,\"sd\":%.3f,"
                "\"gbps\":%.2f,\"read_share\":%.4f}}\n", b.data ? (const char *)b.data : "\"\"",
-               type_names[m->type], m->kernels->name, m->pool->threads, kv, row[1].ceiling,
+               type_names[m->type], m->kernels->name, m->pool->threads, kv, whole(c, O_DEPTH),
+               row[1].ceiling,
                row[0].ceiling, row[0].n, mean[0], sd[0], rate[0], rate[0] / row[0].ceiling,
                row[1].n, mean[1], sd[1], rate[1], rate[1] / row[1].ceiling);
         buffer_free(&b);
         return;
     }
+    if (whole(c, O_DEPTH)) snprintf(depth, sizeof depth, " @ d%d", whole(c, O_DEPTH));
     printf("%s, %s, %s kernels, %d threads, kv %s%s\n\n| test | tokens/s | rate | this machine's "
            "ceiling | share |\n|---|---|---|---|---|\n", m->name, type_names[m->type],
            m->kernels->name, m->pool->threads, kv, flag(c, O_STRICT) ? ", strict" : "");
     for (int i = 0; i < 2; i++)
-        printf("| %s%d | %.2f \302\261 %.2f | %.1f %s | %.1f %s | %.0f %% |\n", row[i].name,
-               row[i].n, mean[i], sd[i], rate[i], i ? "GB/s" : "GOPS", row[i].ceiling,
+        printf("| %s%d%s | %.2f \302\261 %.2f | %.1f %s | %.1f %s | %.0f %% |\n", row[i].name,
+               row[i].n, depth, mean[i], sd[i], rate[i], i ? "GB/s" : "GOPS", row[i].ceiling,
                i ? "GB/s read" : "GOPS", 100 * rate[i] / row[i].ceiling);
 }
 
 /* Prompt and generation by turns with the machine's two ceilings, measured beside them. A prompt
- * token costs two operations a weight; a generated one reads each weight but the embedding once. */
+ * token costs two operations a weight; a generated one reads each weight but the embedding once,
+ * and the cache of the tokens before it that --depth asked for. */
 static int bench_command(command *c) {
     int code = open_model(c), repeats = whole(c, O_REPETITIONS);
     if (code) return code;
@@ -8618,7 +9030,8 @@ static int bench_command(command *c) {
     const model_config *k = &m->config;
     bench_row row[2] = {{.name = "pp", .n = whole(c, O_BENCH_PROMPT)},
                         {.name = "tg", .n = whole(c, O_BENCH_PREDICT)}};
-    int longest = row[0].n > row[1].n ? row[0].n : row[1].n;
+    int longest = row[0].n > row[1].n ? row[0].n : row[1].n, depth = whole(c, O_DEPTH);
+    longest += depth;
     if (longest > k->max_positions)
         return fail(&c->e, MEDRUN_TOO_LONG, "bench: %d tokens > context %d, the model's", longest,
                     k->max_positions);
@@ -8632,11 +9045,12 @@ static int bench_command(command *c) {
     row[0].operations = 2 * ((double)inner + (double)embed / row[0].n);
     row[1].bytes = (double)m->weight_bytes - (k->tied ? 0 : (double)tensor_bytes(m->embed.type,
                    (size_t)k->vocab_size, (size_t)k->hidden_size));
+    row[1].bytes += (double)cache_size(m, depth, o.kv);
     for (int r = -1; r < repeats; r++)                  /* the first warms up                    */
         for (int i = 0; i < 2; i++) {
             double rate = i ? read_rate(&top) : peak_rate(&top);
             if (rate > row[i].ceiling) row[i].ceiling = rate;
-            medrun_rewind(c->s, 0, NULL);
+            if ((code = go_to_depth(c, depth))) return code;
             double passed = time_tokens(c, row[i].n, i ? 1 : row[i].n);
             if (passed < 0) return c->e.code;
             if (r >= 0) row[i].sum += row[i].n / passed;

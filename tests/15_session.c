@@ -28,8 +28,8 @@ static void ids_of(int32_t *ids, size_t n) {
 }
 
 /* A session entirely in the caller's memory, which is exactly as long as was said. */
-static void test_memory(void) {
-    medrun_session_options o = {.context = 100, .batch = 20};
+static void test_memory(int kv) {
+    medrun_session_options o = {.context = 100, .batch = 20, .kv = kv};
     size_t n = medrun_session_bytes(model, &o);
     CHECK(n > 0 && n % 64 == 0);
     uint8_t *block = calloc(1, n + 192), *at = block + (64 - (uintptr_t)block % 64);
@@ -51,6 +51,19 @@ static void test_memory(void) {
     for (int i = 0; i < 64; i++) CHECK(at[n + (size_t)i] == 0xA5);
     medrun_stop(s), medrun_stop(mapped);
     free(block);
+}
+
+/* An int8 cache takes 1 byte a number and 2 a group of 64, f16 and f32 take 2 and 4. */
+static void test_cache_size(void) {
+    const model_config *c = &model->config;
+    size_t bytes[3], dim = (size_t)c->head_dim, heads = (size_t)(c->n_layers * c->n_kv_heads);
+    for (int kv = 0; kv < 3; kv++) {
+        medrun_session_options o = {.context = 128, .kv = kv};
+        bytes[kv] = medrun_session_bytes(model, &o);
+    }
+    CHECK_EQ(bytes[MEDRUN_KV_F32] - bytes[MEDRUN_KV_F16], 2 * 128 * heads * dim * 2);
+    CHECK_EQ(bytes[MEDRUN_KV_F16] - bytes[MEDRUN_KV_INT8],
+             2 * 128 * heads * (dim - (dim + 63) / 64 * 2));
 }
 
 static void test_wrong_use(void) {
@@ -96,11 +109,11 @@ static void test_wrong_use(void) {
 }
 
 /* Going back and feeding again is the same as never having gone there. */
-static void test_rewind(void) {
+static void test_rewind(int kv) {
     int32_t ids[60];
     ids_of(ids, 60);
-    medrun_session *a = start((medrun_session_options){.context = 64, .batch = 16});
-    medrun_session *b = start((medrun_session_options){.context = 64});
+    medrun_session *a = start((medrun_session_options){.context = 64, .batch = 16, .kv = kv});
+    medrun_session *b = start((medrun_session_options){.context = 64, .kv = kv});
     CHECK(!medrun_feed(a, ids + 10, 50, NULL));
     step_all(a);
     for (size_t keep = 0; keep < 60; keep += 7) {
@@ -129,10 +142,11 @@ static void test_save(void) {
     int32_t ids[50], x, y;
     ids_of(ids, 50);
     medrun_sampling hot = {1.0f, 0, 1, 0, 1, 7};
-    for (int pending = 0; pending < 2; pending++) {
+    for (int run = 0; run < 6; run++) {
+        int kv = (run / 2 + 1) % 3, pending = run % 2;          /* f16 is the last               */
         medrun_session *a = start((medrun_session_options){.context = 64, .custom_sampling = true,
-                                                           .sampling = hot});
-        medrun_session *b = start((medrun_session_options){.context = 200, .batch = 5,
+                                                           .sampling = hot, .kv = kv});
+        medrun_session *b = start((medrun_session_options){.context = 200, .batch = 5, .kv = kv,
                                                            .custom_sampling = true,
                                                            .sampling = hot});
         CHECK(!medrun_feed(a, ids, 40, NULL));
@@ -183,11 +197,13 @@ static void test_save(void) {
     fclose(f);
     medrun_session *tiny = start((medrun_session_options){.context = 46});
     medrun_session *wide = start((medrun_session_options){.context = 64, .kv = MEDRUN_KV_F32});
+    medrun_session *small = start((medrun_session_options){.context = 64, .kv = MEDRUN_KV_INT8});
     CHECK_EQ(medrun_restore(tiny, file, NULL), MEDRUN_TOO_LONG);
     CHECK_EQ(medrun_restore(wide, file, NULL), MEDRUN_BAD_FILE);
+    CHECK_EQ(medrun_restore(small, file, NULL), MEDRUN_BAD_FILE);
     CHECK_EQ(medrun_restore(s, file, NULL), MEDRUN_OK);
     CHECK_EQ(medrun_save(s, "/no/such/folder/state", NULL), MEDRUN_FAILED);
-    medrun_stop(tiny), medrun_stop(wide), medrun_stop(s);
+    medrun_stop(tiny), medrun_stop(wide), medrun_stop(small), medrun_stop(s);
     medrun_model *other;
     CHECK(!medrun_open(&other, other_path, NULL, NULL));
     CHECK(!medrun_start(&s, other, NULL, NULL, 0, NULL));
@@ -319,9 +335,10 @@ int main(void) {
     medrun_describe(model, &info);
     CHECK_EQ(info.vocab_size, 269);
     CHECK(!strcmp(info.type, "int8") && info.n_stops >= 1);
-    test_memory();
+    for (int kv = 0; kv < 3; kv++) test_memory(kv);
+    test_cache_size();
     test_wrong_use();
-    test_rewind();
+    for (int kv = 0; kv < 3; kv++) test_rewind(kv);
     test_save();
     test_next();
     test_first_space(build);

@@ -110,6 +110,7 @@ code 0 run "$model" -p hello -n 1 --temp 1.5
 check 'seeds differ' [ "$seed" != "$(sed -n 's/.*seed \([0-9]*\) (new).*/\1/p' "$T/err")" ]
 code 0 run "$model" -p hello -n 12 --temp 0 --raw -q; cp "$T/out" "$T/raw"
 code 0 run "$model" -f "$T/hello" -n 12 --temp 0 --raw -q; out_is "$T/raw"
+code 0 run "$model" -p hello -n 12 --raw --kv int8
 code 0 run "$model" -p hello -n 12 --raw --kv f32 --strict --min-p 0.01 --top-p .9 --repeat-penalty 1.1
 
 # ---- stop texts are never printed, not even in part ----
@@ -239,7 +240,8 @@ code 5 logits "$model" --ids "$(i=0; while [ $i -lt 9000 ]; do printf '1 '; i=$(
 
 # ---- show, verify, doctor ----
 code 0 show "$model"; out_has '^licence'; out_has 'key-value cache'; out_has '^hash  *[0-9a-f]*$'
-code 0 show "$model" -c 32; out_has 'context 32'
+code 0 show "$model" -c 32; out_has 'context 32, f16 (with --kv int8'
+code 0 show "$model" -c 32 --kv int8; out_has 'context 32, int8 (with --kv f16'
 code 2 show "$model" -c 9999999
 code 0 verify "$model"; out_has '^tensors  *\([0-9]*\) of \1 '; out_has '^logits'; out_has '^tokenizer  *1 of 1'
 code 0 verify "$model" -v; out_has 'layers.0.q: the same'
@@ -256,6 +258,8 @@ check 'a changed weight is found' [ -n "$tensor" ]
 code 0 doctor; out_has 'kernels'; out_has 'as scalar'
 code 0 bench "$model" -p 32 -n 4 -r 2; out_has '| pp32 |'; out_has '| tg4 |'; out_has 'GB/s'
 code 0 bench "$model" -p 16 -n 3 -r 1 -o json; out_has '"pp":{"n":16,"tps":'; out_has '"tg":{"n":3,'
+code 0 bench "$model" -p 9 -n 3 -r 2 -d 40 --kv int8; out_has '| pp9 @ d40 |'; out_has 'kv int8'
+code 0 bench "$model" -p 9 -n 3 -r 1 -d 40 -o json; out_has '"kv":"f16","depth":40,'
 code 2 bench "$model" -p 0; code 2 bench "$model" -o xml
 code 5 bench "$model" -p 1000000
 
