@@ -186,6 +186,8 @@ typedef struct {
     int context;                /* tokens the session can hold; 0: the model's max_positions   */
     int batch;                  /* tokens in one pass, 0: 256; does not change any logit       */
     int logit_rows;             /* rows of logits one pass can give, 0: 1                      */
+    int lookup;                 /* medrun_next guesses up to so many tokens ahead, 0 to 31: faster
+                                   where a text repeats itself, and never another id           */
     int kv;                     /* MEDRUN_KV_F16, MEDRUN_KV_F32                                */
     bool strict;                /* bf16 weights: fp32 arithmetic, the same bits on any machine */
     bool custom_sampling;       /* false: the checkpoint's values, with the seed below         */
@@ -236,9 +238,14 @@ int medrun_sample(medrun_session *session, int32_t *id, medrun_error *error);
  * bytes this id completes (never half a UTF-8 character, nor the space that SentencePiece puts
  * before an answer's first word; owned by the session, valid until the next call), *N_BYTES their
  * number. *ID is a stop id at the end of the answer, which is fed too so that the next turn follows
- * it; the context being full gives MEDRUN_TOO_LONG. */
+ * it; the context being full gives MEDRUN_TOO_LONG. With the option `lookup` one pass may give
+ * several ids, of which each call returns one; the ids are those that come without it, and so are
+ * the logits of a later step. While there is an observer nothing is guessed. */
 int medrun_next(medrun_session *session, int32_t *id, const char **text, size_t *n_bytes,
                 medrun_error *error);
+
+/* How many tokens medrun_next has guessed since the start, and how many of them came. */
+void medrun_guesses(const medrun_session *session, uint64_t *guessed, uint64_t *right);
 
 /* Forgets all but the first N tokens of the timeline. Errors: MEDRUN_USAGE (n > length). */
 int medrun_rewind(medrun_session *session, size_t n, medrun_error *error);
@@ -5257,8 +5264,12 @@ struct medrun_session {
     int32_t *tokens;                            /* (context) the timeline                       */
     size_t n_tokens, n_done;                    /* its length; how many have been processed     */
     void *keys, *values;                        /* see session_keys                             */
-    float *logits;                              /* (logit_rows, vocab rounded up to 16)         */
+    float *logits;                              /* (most rows, vocab rounded up to 16)          */
+    size_t n_wanted;                            /* rows of logits that a pass is to give        */
     size_t n_logits;                            /* rows the last pass gave; 0 while pending     */
+    size_t n_ready;                             /* rows medrun_next has still to use: that of the
+                                                   last token and those of guesses behind it    */
+    struct lookup *lookup;                      /* what guesses; NULL: nothing does             */
     uint64_t random;
     bool answer_open;                           /* the last turn is an answer nobody closed     */
     bool starting;                              /* medrun_next has not given text since a feed  */
@@ -5548,14 +5559,14 @@ static void output_rows(pass *p, const size_t *rows, size_t n) {
 }
 
 /* Final norm and logits for the sessions that this pass brings to the end of their timeline: the
- * last logit_rows of their rows, last first. */
+ * last n_wanted of their rows, last first. */
 static void output(pass *p) {
     p->layer = -1;
     for (segment *s = p->segments; s < p->segments + p->n_segments; s++) {
         medrun_session *to = s->session;
         to->n_logits = 0;
         if (to->n_done + s->n < to->n_tokens) continue;
-        size_t wanted = (size_t)to->options.logit_rows, n = wanted < s->n ? wanted : s->n;
+        size_t n = to->n_wanted < s->n ? to->n_wanted : s->n;
         while (to->n_logits < n) {
             size_t rows[TILE], take = 0;
             for (; take < TILE && to->n_logits + take < n; take++)
@@ -5693,6 +5704,30 @@ static void *arena_take(arena *a, size_t n, size_t size) {
     return a->base ? a->base + at : NULL;
 }
 
+/* Guesses ahead by looking up: see find_match. */
+enum { MAX_LOOKUP = 31, MAX_MATCH = 16, MAX_SEARCH = 32, N_WIDTHS = 6 };
+
+/* Rows of a pass for which a time is kept: whole tiles, as rows between cost as much. */
+static const uint8_t widths[N_WIDTHS] = {1, 2, 4, 8, 16, 32};
+
+typedef struct lookup {
+    int32_t *latest;                            /* (vocab_size) the last place behind a token;
+                                                   0: none                                      */
+    int32_t *earlier;                           /* (context) the place before it, same token    */
+    size_t n_indexed;                           /* places below this one are in the index       */
+    size_t at, length;                          /* the match: as many tokens before place AT end
+                                                   the timeline; 0: there is none               */
+    float hits[MAX_MATCH + 1];                  /* share of matches of a length that came true  */
+    double times[N_WIDTHS];                     /* seconds of a pass; 0: not known              */
+    uint64_t guessed, right;
+} lookup;
+
+static void layout_lookup(const medrun_session *s, lookup *g, arena *a) {
+    g->latest = arena_take(a, (size_t)s->model->config.vocab_size, sizeof *g->latest);
+    g->earlier = arena_take(a, (size_t)s->options.context, sizeof *g->earlier);
+    for (int i = 1; i <= MAX_MATCH; i++) g->hits[i] = 1 - 1.8f / (float)(i + 1);
+}
+
 static void layout_pass(const medrun_session *s, pass *p, arena *a) {
     const model_config *c = &s->model->config;
     size_t n = (size_t)s->options.batch, dim = (size_t)c->head_dim, widest;
@@ -5726,16 +5761,20 @@ static void layout_pass(const medrun_session *s, pass *p, arena *a) {
 static void layout_session(medrun_session *s, arena *a) {
     const model_config *c = &s->model->config;
     pass measured, *p = arena_take(a, 1, sizeof *p);
+    lookup guesses, *g = s->options.lookup ? arena_take(a, 1, sizeof *g) : NULL;
+    int rows = s->options.logit_rows > s->options.lookup ? s->options.logit_rows
+                                                         : s->options.lookup + 1;
     size_t cache = cache_row(s, c->n_layers, 0) * cache_item(s);
     s->tokens = arena_take(a, (size_t)s->options.context, sizeof *s->tokens);
     s->keys = arena_take(a, cache, 1);
     s->values = arena_take(a, cache, 1);
-    s->logits = arena_take(a, (size_t)s->options.logit_rows *
-                           round_up((size_t)c->vocab_size, LANES), sizeof(float));
+    s->logits = arena_take(a, (size_t)rows * round_up((size_t)c->vocab_size, LANES),
+                           sizeof(float));
     s->candidates = arena_take(a, (size_t)c->vocab_size, sizeof *s->candidates);
     s->text = arena_take(a, s->model->longest_piece + 8, 1);
     layout_pass(s, p ? p : &measured, a);
-    s->pass = p;
+    if (s->options.lookup) layout_lookup(s, g ? g : &guesses, a);
+    s->pass = p, s->lookup = g, s->n_wanted = (size_t)s->options.logit_rows;
 }
 
 /* Replaces zeros by what they stand for and checks ranges. */
@@ -5749,11 +5788,15 @@ static int resolve_options(const medrun_model *m, const medrun_session_options *
     if (o->batch < 0 || o->logit_rows < 0 || (o->kv != MEDRUN_KV_F16 && o->kv != MEDRUN_KV_F32))
         return fail(e, MEDRUN_USAGE, "session: batch %d, logit_rows %d, kv %d: out of range",
                     o->batch, o->logit_rows, o->kv);
+    if (o->lookup < 0 || o->lookup > MAX_LOOKUP)
+        return fail(e, MEDRUN_USAGE, "lookup: found %d, wanted 0 to %d tokens", o->lookup,
+                    MAX_LOOKUP);
     if (!o->context) o->context = most;
     if (!o->batch) o->batch = 256;
     if (o->batch > o->context) o->batch = o->context;
     if (!o->logit_rows) o->logit_rows = 1;
     if (o->logit_rows > o->batch) o->logit_rows = o->batch;
+    if (o->lookup >= o->batch) o->lookup = o->batch - 1;
     if (!o->custom_sampling) {
         uint64_t seed = o->sampling.seed;
         o->sampling = m->sampling;
@@ -5808,9 +5851,100 @@ void medrun_stop(medrun_session *s) {
     if (s && s->owns_memory) unmap_memory(s, s->bytes);
 }
 
+/* ---- looking up ---------------------------------------------------------------------------- */
+
+/* Prompt lookup (Saxena 2023): what stood behind the last tokens when they occurred before is a
+ * good guess of what comes now, in summaries and quotations above all. A place of the timeline is
+ * indexed by the token before it; the places behind a token are a list, the latest first. */
+static void index_places(lookup *g, const int32_t *tokens, size_t end) {
+    if (!g->n_indexed) g->n_indexed = 1;
+    for (; g->n_indexed < end; g->n_indexed++) {
+        int32_t *latest = &g->latest[tokens[g->n_indexed - 1]];
+        g->earlier[g->n_indexed] = *latest;
+        *latest = (int32_t)g->n_indexed;
+    }
+}
+
+/* Before tokens from END on go: each place is the first of its list when it is taken out. */
+static void forget_places(lookup *g, const int32_t *tokens, size_t end) {
+    while (g->n_indexed > end && g->n_indexed > 1) {
+        size_t place = --g->n_indexed;
+        g->latest[tokens[place - 1]] = g->earlier[place];
+    }
+}
+
+/* How many tokens before place A are those before place B, at most MAX_MATCH; a < b. */
+static size_t common_tokens(const int32_t *tokens, size_t a, size_t b) {
+    size_t n = 0, most = a < MAX_MATCH ? a : MAX_MATCH;
+    while (n < most && tokens[a - 1 - n] == tokens[b - 1 - n]) n++;
+    return n;
+}
+
+/* The place with the longest match, of equals the latest, among the MAX_SEARCH last: so a long text
+ * full of one word costs no more. The match that was right last time stays unless there is a longer
+ * one. */
+static void find_match(lookup *g, const int32_t *tokens, size_t n) {
+    index_places(g, tokens, n);
+    size_t place = (size_t)g->latest[tokens[n - 1]];
+    for (int i = 0; i < MAX_SEARCH && place && g->length < MAX_MATCH; i++) {
+        size_t length = common_tokens(tokens, place, n);
+        if (length > g->length) g->length = length, g->at = place;
+        place = (size_t)g->earlier[place];
+    }
+}
+
+/* Did the token come that the match foretold? This is asked of guesses that nobody checked too, so
+ * that learning costs nothing; then the match moves on, or is none. */
+static void learn_match(lookup *g, bool right) {
+    if (!g->length) return;
+    g->hits[g->length] += ((right ? 1.0f : 0.0f) - g->hits[g->length]) / 16;
+    if (!right) g->length = 0;
+    else if (g->at++, g->length < MAX_MATCH) g->length++;
+}
+
+/* How many rows, at most MOST, give the most tokens a second: the last token and guesses behind it,
+ * of which each comes if all before it do and then by the share for its length of match. A pass
+ * that was never tried counts as a quarter slower than the one half as wide. Plain ones win ties:
+ * 5 % is what the measurements are good for. */
+static size_t choose_rows(const lookup *g, size_t most) {
+    double tokens = 1, chance = 1, time = g->times[0], best = 1.05 / (time + 1e-9);
+    size_t rows = 1, choice = 1;
+    if (!g->length || time <= 0) return 1;
+    for (int i = 1; i < N_WIDTHS && rows < most; i++) {
+        for (; rows < most && rows < widths[i]; rows++) {
+            size_t length = g->length + rows - 1;
+            chance *= (double)g->hits[length < MAX_MATCH ? length : MAX_MATCH];
+            tokens += chance;
+        }
+        time = g->times[i] > 0 ? g->times[i] : time * 1.25;
+        if (tokens / time > best) best = tokens / time, choice = rows;
+    }
+    return choice;
+}
+
+/* Faster than known is believed, slower by and by: other programs may have been in the way. While
+ * nothing is guessed old times fade, so that a bad one does not rule for ever. */
+static void learn_time(lookup *g, size_t rows, double time) {
+    int i = 0;
+    while (widths[i] < rows) i++;
+    if (g->times[i] > 0 && time > g->times[i]) time = g->times[i] + (time - g->times[i]) / 4;
+    g->times[i] = time;
+    for (int k = 1; i == 0 && k < N_WIDTHS; k++) g->times[k] *= 0.99;
+}
+
+static void drop_guesses(medrun_session *s) {
+    s->n_ready = 0;
+    if (s->lookup) s->lookup->length = 0;
+}
+
+void medrun_guesses(const medrun_session *s, uint64_t *guessed, uint64_t *right) {
+    *guessed = s->lookup ? s->lookup->guessed : 0;
+    *right = s->lookup ? s->lookup->right : 0;
+}
+
 /* ---- the timeline -------------------------------------------------------------------------- */
 
-int medrun_feed(medrun_session *s, const int32_t *ids, size_t n, medrun_error *e) {
+static int append_ids(medrun_session *s, const int32_t *ids, size_t n, medrun_error *e) {
     size_t context = (size_t)s->options.context;
     if (n > context - s->n_tokens)
         return fail(e, MEDRUN_TOO_LONG, "%zu tokens after %zu do not fit the context of %zu", n,
@@ -5822,6 +5956,11 @@ int medrun_feed(medrun_session *s, const int32_t *ids, size_t n, medrun_error *e
     if (n) memcpy(s->tokens + s->n_tokens, ids, n * sizeof *ids);
     s->n_tokens += n, s->starting = true;
     return MEDRUN_OK;
+}
+
+int medrun_feed(medrun_session *s, const int32_t *ids, size_t n, medrun_error *e) {
+    drop_guesses(s);
+    return append_ids(s, ids, n, e);
 }
 
 static bool is_stop(const medrun_model *m, int32_t id) {
@@ -5842,6 +5981,8 @@ static int check_template(const chat_template *c, medrun_error *e) {
 int medrun_rewind(medrun_session *s, size_t n, medrun_error *e) {
     if (n > s->n_tokens)
         return fail(e, MEDRUN_USAGE, "rewind to %zu of %zu tokens", n, s->n_tokens);
+    drop_guesses(s);
+    if (s->lookup) forget_places(s->lookup, s->tokens, n);
     s->n_tokens = n, s->n_logits = 0, s->n_text = 0, s->answer_open = false, s->starting = true;
     if (s->n_done >= n) s->n_done = n ? n - 1 : 0;      /* the last one again, for its logits    */
     return MEDRUN_OK;
@@ -5884,7 +6025,7 @@ const float *medrun_logits(const medrun_session *s, size_t row) {
 }
 
 void medrun_observe(medrun_session *s, medrun_observer *observer, void *user) {
-    s->observer = observer, s->observer_user = user;
+    s->observer = observer, s->observer_user = user, s->n_ready = 0;
 }
 
 /* ---- steps --------------------------------------------------------------------------------- */
@@ -5914,7 +6055,7 @@ int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *e) {
             if (sessions[k] == s) return fail(e, MEDRUN_USAGE, "step: session %zu stands twice", i);
     }
     p->n = p->n_segments = 0, p->observed = false;
-    for (size_t i = 0; i < n; i++) add_segment(p, sessions[i]);
+    for (size_t i = 0; i < n; i++) sessions[i]->n_ready = 0, add_segment(p, sessions[i]);
     if (!p->n) return MEDRUN_OK;
     pthread_mutex_lock(&lead->model->pool->turn);
     forward(p);
@@ -5924,11 +6065,56 @@ int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *e) {
     return MEDRUN_OK;
 }
 
+/* From ROW of the logits. */
+static int32_t sample_row(medrun_session *s, size_t row) {
+    return sample_token(s->candidates, s->logits + row * s->pass->vocab,
+                        (size_t)s->model->config.vocab_size, &s->options.sampling, &s->random,
+                        s->tokens, s->n_tokens);
+}
+
 int medrun_sample(medrun_session *s, int32_t *id, medrun_error *e) {
-    const float *logits = medrun_logits(s, 0);
-    if (!logits) return fail(e, MEDRUN_USAGE, "sample: tokens are pending, call medrun_step first");
-    *id = sample_token(s->candidates, logits, (size_t)s->model->config.vocab_size,
-                       &s->options.sampling, &s->random, s->tokens, s->n_tokens);
+    if (!medrun_logits(s, 0))
+        return fail(e, MEDRUN_USAGE, "sample: tokens are pending, call medrun_step first");
+    *id = sample_row(s, 0);
+    return MEDRUN_OK;
+}
+
+/* One pass for the last token, the only one pending, and for what is guessed to come behind it. The
+ * guesses stand past the end of the timeline: s->tokens[n_tokens], ... Behind a guessed stop
+ * nothing is worth guessing. */
+static int step_ahead(medrun_session *s, medrun_error *e) {
+    lookup *g = s->lookup;
+    size_t n = s->n_tokens, room = (size_t)s->options.context - n, k = 0;
+    size_t most = (size_t)s->options.lookup < room ? (size_t)s->options.lookup : room;
+    find_match(g, s->tokens, n);
+    size_t rows = s->observer ? 1 : choose_rows(g, most + 1);
+    for (; k + 1 < rows && !is_stop(s->model, s->tokens[g->at + k]); k++)
+        s->tokens[n + k] = s->tokens[g->at + k];        /* may read what it just wrote           */
+    s->n_tokens = n + k, s->n_wanted = k + 1;
+    double start = seconds();
+    int code = medrun_step(&s, 1, e);
+    learn_time(g, k + 1, seconds() - start);
+    s->n_tokens = n, s->n_wanted = (size_t)s->options.logit_rows;
+    if (code) return code;
+    s->n_done = n, s->n_ready = k + 1, g->guessed += k;
+    return MEDRUN_OK;
+}
+
+/* Brings the timeline's end to its logits, chooses the next id from them as without guesses, and
+ * appends it. If it was the guess, its own logits stand in the row before. */
+static int next_id(medrun_session *s, int32_t *id, medrun_error *e) {
+    int code = MEDRUN_OK;
+    if (s->n_ready) s->n_done = s->n_tokens;            /* guessed, and so in the cache          */
+    while (!code && medrun_pending(s))
+        code = s->lookup && medrun_pending(s) == 1 ? step_ahead(s, e) : medrun_step(&s, 1, e);
+    if (code) return code;
+    if (!s->n_ready) code = medrun_sample(s, id, e);
+    else *id = sample_row(s, s->n_ready - 1);
+    bool right = s->n_ready > 1 && s->tokens[s->n_tokens] == *id;
+    s->n_ready = right ? s->n_ready - 1 : 0;
+    if (code || (code = append_ids(s, id, 1, e)) || !s->lookup) return code;
+    learn_match(s->lookup, *id == s->tokens[s->lookup->at]);
+    s->lookup->right += right;
     return MEDRUN_OK;
 }
 
@@ -5939,10 +6125,9 @@ int medrun_next(medrun_session *s, int32_t *id, const char **text, size_t *n_byt
     size_t unfinished = utf8_unfinished((const uint8_t *)s->text, left);
     memmove(s->text, s->text + s->n_text - unfinished, unfinished);
     s->n_text = unfinished, *text = s->text, *n_bytes = 0;
-    int code = MEDRUN_OK;
-    while (!code && medrun_pending(s)) code = medrun_step(&s, 1, e);
     bool stop, first = s->starting;
-    if (code || (code = medrun_sample(s, id, e)) || (code = medrun_feed(s, id, 1, e))) return code;
+    int code = next_id(s, id, e);
+    if (code) return code;
     const char *piece = tokenizer_text(&m->tokenizer, *id, false, &first, &n);
     if ((stop = is_stop(m, *id))) n = 0;
     s->starting = first;
@@ -6154,8 +6339,8 @@ typedef struct {
 } option_row;
 
 enum { O_MODEL, O_PROMPT, O_FILE, O_SYSTEM, O_PREDICT, O_CTX, O_THREADS, O_BATCH, O_SEED, O_TEMP,
-       O_TOP_K, O_TOP_P, O_MIN_P, O_REPEAT, O_TEMPLATE, O_STOP, O_KV, O_OVERFLOW, O_RAW, O_MLOCK,
-       O_STRICT, O_RECORD, O_STATS, O_VERBOSE, O_QUIET, O_BOS, O_SPECIAL, O_PIECES, O_MESSAGES,
+       O_TOP_K, O_TOP_P, O_MIN_P, O_REPEAT, O_TEMPLATE, O_STOP, O_KV, O_OVERFLOW, O_LOOKUP, O_RAW,
+       O_MLOCK, O_STRICT, O_RECORD, O_STATS, O_VERBOSE, O_QUIET, O_BOS, O_SPECIAL, O_PIECES, O_MESSAGES,
        O_RENDER_IDS, O_NO_OPENING, O_DATE, O_THINK, O_TOOLS, O_CHAT_BOS, O_IDS, O_ALL, O_OUT,
        O_BENCH_PROMPT, O_BENCH_PREDICT, O_REPETITIONS, O_FORMAT, O_HELP, O_VERSION, N_OPTIONS };
 
@@ -6196,6 +6381,8 @@ static const option_row option_rows[N_OPTIONS] = {
               "numbers of the key-value cache (with --strict: f32)"},
     [O_OVERFLOW] = {"overflow", NULL, "error|drop", CHOICE, ON(CHAT), 0, 0, "error",
                     "a full context: refuse, or forget the oldest turns"},
+    [O_LOOKUP] = {"lookup", NULL, "N", WHOLE, ON_ANSWER | ON(SHOW), 0, MAX_LOOKUP, "0",
+                  "guess so many tokens ahead from the text so far; changes no token"},
     [O_RAW] = {"raw", NULL, NULL, FLAG, ON(RUN), 0, 0, NULL,
                "no chat template: continue the text as it is"},
     [O_MLOCK] = {"mlock", NULL, NULL, FLAG, ON_SESSION, 0, 0, NULL,
@@ -6643,7 +6830,7 @@ static int cache_type(const command *c) {
 
 static medrun_session_options session_options(const command *c, int context) {
     return (medrun_session_options){.context = context, .batch = whole(c, O_BATCH),
-                                    .kv = cache_type(c), .strict = flag(c, O_STRICT),
+                                    .lookup = whole(c, O_LOOKUP), .kv = cache_type(c), .strict = flag(c, O_STRICT),
                                     .custom_sampling = true, .sampling = c->sampling};
 }
 
@@ -6700,6 +6887,7 @@ typedef struct {
     buffer call;                /* of tools, as far as it has come                             */
     bool ended, in_call, mid_line;
     size_t n_prompt, n_answer;  /* tokens                                                      */
+    uint64_t guessed, right;    /* tokens, see medrun_guesses                                  */
     double prompt_time, answer_time;
 } answer;
 
@@ -6794,7 +6982,9 @@ static int print_reply(command *c, answer *a) {
     struct sigaction before;
     size_t most = c->number[O_PREDICT] < 0 ? SIZE_MAX : (size_t)c->number[O_PREDICT];
     double start = seconds();
+    uint64_t guessed, right;
     *a = (answer){.n_prompt = medrun_pending(c->s)};
+    medrun_guesses(c->s, &guessed, &right);
     watch_interrupts(&before);
     int code = process_prompt(c), last = MEDRUN_OK;
     double middle = seconds();
@@ -6802,6 +6992,8 @@ static int print_reply(command *c, answer *a) {
     if (!a->ended) last = a->in_call ? print_call(c, a) : print_held(c, a, true);
     sigaction(SIGINT, &before, NULL);
     a->prompt_time = middle - start, a->answer_time = seconds() - middle;
+    medrun_guesses(c->s, &a->guessed, &a->right);
+    a->guessed -= guessed, a->right -= right;
     buffer_free(&a->held), buffer_free(&a->call);
     if (isatty(STDOUT_FILENO)) puts("");
     if (code != MEDRUN_TOO_LONG) return code ? code : last;
@@ -6814,8 +7006,12 @@ static int print_reply(command *c, answer *a) {
 static void print_stats(const command *c, const answer *a) {
     double steps = a->n_answer > 1 ? (double)(a->n_answer - 1) : 0;
     fprintf(stderr, "prompt %zu tokens, %.1f tokens/s; answer %zu tokens, %.1f tokens/s; context "
-            "%zu of %zu\n", a->n_prompt, (double)a->n_prompt / (a->prompt_time + 1e-9), a->n_answer,
+            "%zu of %zu", a->n_prompt, (double)a->n_prompt / (a->prompt_time + 1e-9), a->n_answer,
             steps / (a->answer_time + 1e-9), medrun_length(c->s), context_of(c));
+    if (flag(c, O_LOOKUP))
+        fprintf(stderr, "; guessed %llu tokens, %llu right", (unsigned long long)a->guessed,
+                (unsigned long long)a->right);
+    fputc('\n', stderr);
 }
 
 static int too_long(command *c, size_t n) {

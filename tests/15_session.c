@@ -1,5 +1,22 @@
-/* Sessions: memory to the byte, feeding, rewinding, saving and restoring, text as it streams, and
- * what a caller does wrong. */
+/* Sessions: memory to the byte, feeding, rewinding, saving and restoring, text as it streams,
+ * guessing ahead, and what a caller does wrong. */
+#define _GNU_SOURCE
+#include <stdint.h>
+#include <time.h>
+
+/* How far medrun guesses depends on how long its passes take. Here that is 1 to LONGEST_TICK ms,
+ * by chance: with 1 a wide pass costs nothing, so that it guesses as far as it may. */
+static uint64_t longest_tick = 1, test_time, tick_state = 1;
+
+static int test_clock(clockid_t id, struct timespec *t) {
+    (void)id;
+    tick_state = tick_state * 6364136223846793005u + 1442695040888963407u;
+    test_time += 1 + (tick_state >> 33) % longest_tick;
+    *t = (struct timespec){(time_t)(test_time / 1000), (long)(test_time % 1000 * 1000000)};
+    return 0;
+}
+
+#define clock_gettime test_clock
 #define MEDRUN_NO_MAIN
 #include "../medrun.c"
 #include "test.h"
@@ -28,10 +45,16 @@ static void ids_of(int32_t *ids, size_t n) {
 }
 
 /* A session entirely in the caller's memory, which is exactly as long as was said. */
-static void test_memory(void) {
-    medrun_session_options o = {.context = 100, .batch = 20};
+static void test_memory(int guesses) {
+    medrun_session_options o = {.context = 100, .batch = 20, .lookup = guesses};
     size_t n = medrun_session_bytes(model, &o);
     CHECK(n > 0 && n % 64 == 0);
+    if (guesses) {                              /* a row of logits for each guess, two tables    */
+        medrun_session_options none = {.context = 100, .batch = 20};
+        size_t rows = (size_t)(guesses < 19 ? guesses : 19), vocab = 269;
+        size_t more = rows * 272 * 4 + round_up(vocab * 4, 64) + round_up(100 * 4, 64);
+        CHECK_EQ(n - medrun_session_bytes(model, &none), more + round_up(sizeof(struct lookup), 64));
+    }
     uint8_t *block = calloc(1, n + 192), *at = block + (64 - (uintptr_t)block % 64);
     memset(at + n, 0xA5, 64);
     medrun_session *s;
@@ -40,8 +63,13 @@ static void test_memory(void) {
     CHECK(s == NULL && e.text[0]);
     CHECK_EQ(medrun_start(&s, model, &o, at + 4, n, NULL), MEDRUN_USAGE);
     CHECK_EQ(medrun_start(&s, model, &o, at, n, NULL), MEDRUN_OK);
-    int32_t ids[100];
+    int32_t ids[100], id;
+    const char *text;
+    size_t bytes;
     ids_of(ids, 100);
+    CHECK(!medrun_feed(s, ids, 60, NULL));
+    while (medrun_length(s) < 100) CHECK(!medrun_next(s, &id, &text, &bytes, NULL));
+    CHECK(!medrun_rewind(s, 0, NULL));
     CHECK(!medrun_feed(s, ids, 100, NULL));
     step_all(s);
     medrun_session *mapped = start(o);
@@ -58,6 +86,7 @@ static void test_wrong_use(void) {
     medrun_session *s;
     medrun_session_options bad[] = {
         {.context = -1}, {.context = 1 << 30}, {.batch = -1}, {.logit_rows = -1}, {.kv = 7},
+        {.lookup = -1}, {.lookup = 32}, {.lookup = 10000},
         {.custom_sampling = true},                                          /* top_p is fine at 0 */
         {.custom_sampling = true, .sampling = {.temperature = NAN, .repeat_penalty = 1}},
         {.custom_sampling = true, .sampling = {.top_p = 2, .repeat_penalty = 1}},
@@ -305,6 +334,183 @@ static void test_say(void) {
     medrun_stop(s);
 }
 
+/* ---- guessing ahead ------------------------------------------------------------------------ */
+
+static const char *const fixtures[] = {
+    "llama-plain-int8", "llama-tied-int8", "llama-grouped-int8", "mistral-window-int8",
+    "mistral-spm-int8", "arcee-yarn-int8", "apertus-plain-int8", "apertus-grouped-int8",
+    "llama-plain-bf16", "mistral-window-bf16", "arcee-yarn-bf16", "apertus-grouped-bf16"};
+
+enum { ROOM = 200, N_KINDS = 4 };
+
+static const medrun_sampling kinds[N_KINDS] = {
+    {0, 0, 1, 0, 1, 0}, {0, 0, 1, 0, 1.02f, 0}, {0.3f, 0, 0.9f, 0, 1, 3}, {0.2f, 20, 1, 0, 1.01f, 4}};
+
+/* What an answer came to. */
+typedef struct {
+    int32_t ids[ROOM];
+    char text[64 * ROOM];
+    size_t n, n_text;
+    uint64_t random, guessed, right;
+    float *logits;
+    int code;
+} outcome;
+
+/* A text that repeats itself, then as many ids as there is room for, then the logits after them. */
+static void generate(outcome *r, medrun_session_options o) {
+    medrun_session *s = start(o);
+    int32_t ids[60], id;
+    const char *piece;
+    size_t bytes, vocab = (size_t)model->config.vocab_size;
+    for (int i = 0; i < 60; i++) ids[i] = (int32_t)(11 + 7 * (i % 20));
+    r->n_text = 0;
+    CHECK(!medrun_feed(s, ids, 60, NULL));
+    while (!(r->code = medrun_next(s, &id, &piece, &bytes, NULL))) {
+        if (r->n_text + bytes > sizeof r->text) exit(1);
+        memcpy(r->text + r->n_text, piece, bytes);
+        r->n_text += bytes;
+    }
+    r->n = medrun_length(s), r->random = s->random;
+    memcpy(r->ids, medrun_tokens(s), r->n * sizeof id);
+    CHECK(!medrun_rewind(s, r->n - 3, NULL));
+    step_all(s);
+    r->logits = malloc(vocab * sizeof(float));
+    memcpy(r->logits, medrun_logits(s, 0), vocab * sizeof(float));
+    medrun_guesses(s, &r->guessed, &r->right);
+    medrun_stop(s);
+}
+
+static bool same_outcome(const outcome *a, const outcome *b) {
+    return a->n == b->n && a->n_text == b->n_text && a->random == b->random && a->code == b->code &&
+           !memcmp(a->ids, b->ids, a->n * sizeof *a->ids) && !memcmp(a->text, b->text, a->n_text) &&
+           !memcmp(a->logits, b->logits, (size_t)model->config.vocab_size * sizeof(float));
+}
+
+/* With guesses the same ids, text, random numbers and logits as without: greedy and sampled, with
+ * and without a repeat penalty, for any number of guesses, threads and chunk of the prompt. */
+static void test_lookup_same(int kind, uint64_t *guessed, uint64_t *right, int *wrong) {
+    static const struct { int lookup, batch, context; uint64_t tick; } cases[] = {
+        {0, 0, ROOM, 1}, {3, 7, ROOM, 1}, {8, 0, ROOM, 1}, {31, 0, ROOM, 20}, {31, 5, ROOM, 1000},
+        {0, 0, 101, 1}, {1, 0, 101, 1}, {8, 0, 101, 1}, {8, 1, 101, 1}};
+    static outcome plain, ahead;
+    medrun_session_options o = {.custom_sampling = true, .sampling = kinds[kind]};
+    plain.logits = NULL;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        outcome *r = cases[i].lookup ? &ahead : &plain;
+        o.lookup = cases[i].lookup, o.batch = cases[i].batch, o.context = cases[i].context;
+        longest_tick = cases[i].tick;
+        if (r == &plain) free(plain.logits);
+        generate(r, o);
+        *wrong += r->n != (size_t)o.context || r->code != MEDRUN_TOO_LONG;
+        *wrong += o.batch == 1 && ahead.guessed;
+        *guessed += r->guessed, *right += r->right;
+        if (r == &plain) continue;
+        *wrong += !same_outcome(&plain, &ahead) || ahead.right > ahead.guessed;
+        free(ahead.logits);
+    }
+    free(plain.logits);
+    longest_tick = 1;
+}
+
+/* The index is what it would be if it had been made now. */
+static bool index_is_right(const medrun_session *s) {
+    const struct lookup *g = s->lookup;
+    size_t n = g->n_indexed;
+    if (n > 1 && n > s->n_tokens) return false;
+    int32_t *latest = calloc((size_t)model->config.vocab_size, sizeof *latest);
+    bool right = true;
+    for (size_t i = 1; i < n; i++) {
+        right = right && g->earlier[i] == latest[s->tokens[i - 1]];
+        latest[s->tokens[i - 1]] = (int32_t)i;
+    }
+    right = right && !memcmp(latest, g->latest, (size_t)model->config.vocab_size * sizeof *latest);
+    free(latest);
+    return right;
+}
+
+static void count_rows(void *user, const char *stage, int layer, size_t rows, size_t cols,
+                       size_t stride, const float *data) {
+    (void)layer, (void)cols, (void)stride, (void)data;
+    if (!strcmp(stage, "embed")) *(size_t *)user += rows;
+}
+
+/* Everything a caller may do between two calls of medrun_next, done by chance to a session that
+ * guesses and to one that does not: no difference can be seen. */
+static void test_lookup_mixed(medrun_sampling sampling, const char *file, int *wrong,
+                              uint64_t *right) {
+    medrun_session_options o = {.context = 150, .batch = 40, .custom_sampling = true,
+                                .logit_rows = 3, .sampling = sampling};
+    medrun_session *s[2], *company = start(o);
+    uint64_t guessed, came;
+    size_t seen[2] = {0};
+    for (int k = 0; k < 2; k++) o.lookup = 9 * k, s[k] = start(o);
+    longest_tick = 3;
+    for (int i = 0; i < 250; i++) {
+        uint64_t chance = test_random(), what = chance % 16;
+        int32_t ids[4], id[2] = {0};
+        const char *text[2] = {"", ""};
+        size_t n = 1 + (chance >> 8) % 4, length = medrun_length(s[0]), bytes[2] = {0};
+        int code[2] = {0};
+        for (size_t k = 0; k < n; k++)
+            ids[k] = length > 12 ? s[0]->tokens[length - 12 + k] : (int32_t)(chance >> 40) % 250;
+        if (length == 150) what = 11;
+        for (int k = 0; k < 2; k++) {
+            medrun_session *both[2] = {company, s[k]};
+            if (what < 8 && length)
+                for (size_t x = 0; x < n * 2 && !code[k]; x++)
+                    code[k] = medrun_next(s[k], &id[k], &text[k], &bytes[k], NULL);
+            else if (what < 9 || !length) code[k] = medrun_feed(s[k], ids, n, NULL);
+            else if (what == 9 && length > 9) code[k] = medrun_rewind(s[k], length - n * 2, NULL);
+            else if (what == 10) code[k] = medrun_step(&s[k], 1, NULL);
+            else if (what == 11) code[k] = medrun_rewind(s[k], length * (chance >> 20 & 1) / 2, NULL);
+            else if (what == 12) {
+                while (medrun_pending(s[k])) medrun_step(&s[k], 1, NULL);
+                code[k] = medrun_sample(s[k], &id[k], NULL);
+                if (!code[k]) code[k] = medrun_feed(s[k], &id[k], 1, NULL);
+            } else if (what == 13)
+                code[k] = medrun_save(s[k], file, NULL) || medrun_restore(s[k], file, NULL);
+            else if (what == 14) medrun_observe(s[k], n > 1 ? count_rows : NULL, &seen[k]);
+            else if (what == 15) {
+                medrun_rewind(company, 0, NULL), medrun_feed(company, ids, n, NULL);
+                code[k] = medrun_step(both, 2, NULL);
+            }
+        }
+        const float *x = medrun_logits(s[0], 0), *y = medrun_logits(s[1], 0);
+        length = medrun_length(s[0]);
+        *wrong += code[0] != code[1] || id[0] != id[1] || bytes[0] != bytes[1] ||
+                  memcmp(text[0], text[1], bytes[0]);
+        *wrong += length != medrun_length(s[1]) || medrun_pending(s[0]) != medrun_pending(s[1]) ||
+                  memcmp(s[0]->tokens, s[1]->tokens, length * sizeof *ids);
+        *wrong += s[0]->random != s[1]->random || !x != !y || (x && !same_logits(s[0], s[1]));
+        *wrong += seen[0] != seen[1] || !index_is_right(s[1]);
+    }
+    longest_tick = 1;
+    medrun_guesses(s[1], &guessed, &came);
+    *right += came;
+    medrun_stop(s[0]), medrun_stop(s[1]), medrun_stop(company);
+}
+
+/* All of that with one model; its greedy answers run in circles, so guesses must come true. */
+static void test_lookup(const char *build, size_t fixture) {
+    char file[300], state[300];
+    uint64_t guessed = 0, right = 0, mixed = 0;
+    int wrong = 0, different = 0, threads = (int)fixture % 3 + 1;
+    snprintf(file, sizeof file, "%s/%s.mdr", build, fixtures[fixture]);
+    snprintf(state, sizeof state, "%s/lookup.state", build);
+    if (!CHECK(!medrun_open(&model, file, &(medrun_options){.threads = threads}, NULL))) return;
+    test_lookup_same(0, &guessed, &right, &wrong);
+    test_lookup_same(1 + (int)fixture % 3, &guessed, &right, &wrong);
+    test_lookup_mixed(kinds[fixture % N_KINDS], state, &different, &mixed);
+    bool same = CHECK_EQ(wrong, 0);
+    same = CHECK_EQ(different, 0) && same;
+    same = CHECK(right > 80 && guessed > right && mixed > 0) && same;
+    if (!same)
+        printf("    %s: guessed %llu, right %llu, between other calls %llu\n", fixtures[fixture],
+               (unsigned long long)guessed, (unsigned long long)right, (unsigned long long)mixed);
+    remove(state);
+    medrun_close(model);
+}
+
 int main(void) {
     const char *build = getenv("MEDRUN_TEST_BUILD");
     medrun_error e = {0};
@@ -319,7 +525,7 @@ int main(void) {
     medrun_describe(model, &info);
     CHECK_EQ(info.vocab_size, 269);
     CHECK(!strcmp(info.type, "int8") && info.n_stops >= 1);
-    test_memory();
+    test_memory(0), test_memory(7), test_memory(31);
     test_wrong_use();
     test_rewind();
     test_save();
@@ -327,5 +533,6 @@ int main(void) {
     test_first_space(build);
     test_say();
     medrun_close(model);
+    for (size_t i = 0; i < sizeof fixtures / sizeof *fixtures; i++) test_lookup(build, i);
     return report();
 }

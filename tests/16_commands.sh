@@ -43,7 +43,7 @@ code 2 rnu "$model"; err_has 'nearest is run'; err_lines 1; no_out
 code 2 run "$model" -p x --tmep 1; err_has 'nearest is --temp'; err_lines 1
 code 2 run "$model" -p x -z; err_has 'unknown option -z'
 code 2 "$model" --raw; err_has 'does not go with chat, but with: run'
-code 2 run "$model" -p x --lookup 3; err_has 'unknown option --lookup'
+code 2 show "$model" --lockup 3; err_has 'nearest is --lookup'
 code 2 render --data 2024-01-01; err_has 'unknown option --data'
 code 2 run "$model" -p; err_has 'wanted TEXT'
 code 2 run "$model" extra -p x; err_has 'extra'
@@ -55,7 +55,8 @@ code 2 run "$model" -p x -f y; err_has 'both'
 code 2 run "$model" -p x --quiet=1; err_has 'wanted none'
 for bad_number in '-n x' '-n 1.5' '-n -2' '-n 1e99' '-c -1' '-t 0' '-t 257' '-b 0' '-s -2' '-s 1e30' \
     '--temp abc' '--temp -1' '--temp 101' '--temp nan' '--temp 0x1' '--temp 1x' '--top-k -1' '--top-k 1.5' \
-    '--top-p 1.1' '--top-p -.1' '--min-p 2' '--repeat-penalty 0' '--kv f8' '--kv f' '--kv f16|f32'; do
+    '--top-p 1.1' '--top-p -.1' '--min-p 2' '--repeat-penalty 0' '--kv f8' '--kv f' '--kv f16|f32' \
+    '--lookup -1' '--lookup 32' '--lookup 10000' '--lookup 1.5' '--lookup many' '--lookup 1x'; do
     code 2 run "$model" -p x $bad_number; err_has "wanted"; err_lines 1; no_out
 done
 code 2 run "$model" -p x --temp=; err_has '""'
@@ -111,6 +112,23 @@ check 'seeds differ' [ "$seed" != "$(sed -n 's/.*seed \([0-9]*\) (new).*/\1/p' "
 code 0 run "$model" -p hello -n 12 --temp 0 --raw -q; cp "$T/out" "$T/raw"
 code 0 run "$model" -f "$T/hello" -n 12 --temp 0 --raw -q; out_is "$T/raw"
 code 0 run "$model" -p hello -n 12 --raw --kv f32 --strict --min-p 0.01 --top-p .9 --repeat-penalty 1.1
+
+# ---- guessing ahead changes nothing but the speed ----
+for how in '--temp 0' '--temp 1.2 -s 5' '--temp .1 -s 6 --repeat-penalty 1.01' '--temp 0 --kv f32 --strict'; do
+    code 0 run "$model" -f "$T/hello" -n 150 --raw $how -q; cp "$T/out" "$T/plain"
+    for lookup in '0' '1' '8 -t 1' '31 -t 3' '8 -b 3' '8 -b 1'; do
+        code 0 run "$model" -f "$T/hello" -n 150 --raw $how -q --lookup $lookup; out_is "$T/plain"
+    done
+done
+code 0 run "$model" -p 'again and again and again and' -n 200 --raw --temp 0 -q --stats; cp "$T/out" "$T/plain"
+err_lines 1; check 'no guesses, no line about them' [ -z "$(grep guessed "$T/err")" ]
+MEDRUN_LOOKUP=8; export MEDRUN_LOOKUP
+code 0 run "$model" -p 'again and again and again and' -n 200 --raw --temp 0 -q --stats; out_is "$T/plain"; err_lines 1
+err_has '; guessed [0-9]* tokens, [0-9]* right$'
+code 0 run "$model" -p 'again and again' -n 9 --raw --temp 0 -q --stats --lookup 0
+check '--lookup 0: off' [ -z "$(grep guessed "$T/err")" ]
+MEDRUN_LOOKUP=all; code 2 run "$model" -p x; err_has MEDRUN_LOOKUP; unset MEDRUN_LOOKUP
+code 0 show "$model" --lookup 31; out_has 'MB scratch'
 
 # ---- stop texts are never printed, not even in part ----
 found=
