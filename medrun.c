@@ -250,12 +250,21 @@ void medrun_guesses(const medrun_session *session, uint64_t *guessed, uint64_t *
 /* Forgets all but the first N tokens of the timeline. Errors: MEDRUN_USAGE (n > length). */
 int medrun_rewind(medrun_session *session, size_t n, medrun_error *error);
 
-/* Writes the whole state to PATH (tokens, key-value cache, random state); reads it back into a
- * session of the same checkpoint, kv and strict (any context that is long enough).
+/* Writes the whole state to PATH (tokens, key-value cache, random state), for its owner's eyes only;
+ * reads it back into a session of the same checkpoint, kv and strict (any context that is long
+ * enough), with plain bf16 weights of the same kernels. A file is trusted as a checkpoint is: sums
+ * in it find damage, not forgery. What is read back goes on with the same bits.
  * Errors: MEDRUN_FAILED (writing), MEDRUN_BAD_FILE (of another model, cut, damaged),
  * MEDRUN_TOO_LONG. A failed restore leaves the session empty. */
 int medrun_save(const medrun_session *session, const char *path, medrun_error *error);
 int medrun_restore(medrun_session *session, const char *path, medrun_error *error);
+
+/* Feeds IDS to a session, which forgets what it had, and takes from PATH, any file of medrun_save,
+ * what was processed there of the tokens that both begin with: *TAKEN of them, 0 to N - 1, are no
+ * longer pending. No logit differs from those after medrun_feed. Reads no more than it takes, and
+ * checks that. Errors: those of medrun_feed; MEDRUN_BAD_FILE; the session is empty then. */
+int medrun_feed_saved(medrun_session *session, const int32_t *ids, size_t n, const char *path,
+                      size_t *taken, medrun_error *error);
 
 /* The observer sees each stage of each pass: LAYER is -1 outside the layers; DATA is ROWS x COLS
  * floats with STRIDE floats between rows, one row a token of the pass; valid during the call.
@@ -6186,118 +6195,308 @@ int medrun_render(const medrun_model *m, const char *name, const medrun_chat_opt
 
 /* ---- save and restore ---------------------------------------------------------------------- */
 
-/* "MEDSESS1", the checkpoint's hash, kv, strict, tokens, processed, random state, the ids, then for
- * each layer and head the keys and the values, then the SHA-256 of it all. */
+/* A file has a head: "MEDSESS2", the checkpoint's hash, what the numbers depend on (24 bytes), kv
+ * and strict (4 bytes each), how many tokens and how many of them processed, the random state, is
+ * an answer open (8 bytes each), the ids, and the SHA-256 of the head. Then blocks of STATE_BLOCK
+ * processed tokens: for each layer and key-value head the panels of keys and the values as they lie
+ * in a session, then a sum of the block. So the first tokens of a file are its first bytes, and can
+ * be checked and used without the rest. */
+enum { STATE_BLOCK = 128, STATE_FIXED = 104 };
+
+/* Grows when a change to medrun changes the bits of a cache: files from before are refused. */
+enum { NUMBERS_VERSION = 1 };
+
+typedef struct {
+    uint64_t n, done, random, open;
+} state_head;
+
 typedef struct {
     FILE *f;
-    sha256 sum;
+    sha256 sum;                 /* of the head                                                 */
+    uint64_t lanes[4];          /* of a block                                                  */
     bool failed;
 } state_file;
 
-static void put(state_file *f, const void *bytes, size_t n) {
-    if (f->failed) return;
-    sha256_add(&f->sum, bytes, n);
-    f->failed = fwrite(bytes, 1, n, f->f) != n;
+/* The sum of a block: SHA-256 would take longer than reading, and is no help against forgery where
+ * whoever writes the file writes the sum. Each step is a bijection of its lane, so that no damage
+ * within one word goes unseen. It begins with the head's digest and the block's place. */
+static void start_block(state_file *f, const uint8_t digest[32], uint64_t block) {
+    memcpy(f->lanes, digest, sizeof f->lanes);
+    f->lanes[0] += block;
 }
 
-static void get(state_file *f, void *bytes, size_t n) {
+static void sum_block(uint64_t lanes[4], const uint8_t *p, size_t n) {          /* n % 32 == 0   */
+    for (; n; p += 32, n -= 32)
+        for (size_t i = 0; i < 4; i++) {
+            uint64_t word;
+            memcpy(&word, p + 8 * i, 8);
+            word ^= lanes[i];
+            lanes[i] = (word << 29 | word >> 35) * 0x9E3779B97F4A7C15;
+        }
+}
+
+static uint64_t block_sum(const uint64_t lanes[4]) {
+    uint64_t sum = 0;
+    for (size_t i = 0; i < 4; i++) {
+        sum = (sum ^ lanes[i]) * 0xBF58476D1CE4E5B9;
+        sum ^= sum >> 31;
+    }
+    return sum;
+}
+
+static void put_head(state_file *f, const void *bytes, size_t n) {
+    if (f->failed || (f->failed = fwrite(bytes, 1, n, f->f) != n)) return;
+    sha256_add(&f->sum, bytes, n);
+}
+
+static void get_head(state_file *f, void *bytes, size_t n) {
     if (f->failed || (f->failed = fread(bytes, 1, n, f->f) != n)) return;
     sha256_add(&f->sum, bytes, n);
 }
 
-/* Moves the cache of the first N tokens, by PUT or GET. */
-static void move_cache(state_file *f, const medrun_session *s, size_t n,
-                       void (*move)(state_file *, void *, size_t)) {
-    size_t dim = (size_t)s->model->config.head_dim * cache_item(s);
-    for (int l = 0; l < s->model->config.n_layers; l++)
-        for (size_t h = 0; h < (size_t)s->model->config.n_kv_heads; h++) {
-            move(f, session_keys(s, l, h), round_up(n, 16) * dim);
-            move(f, session_values(s, l, h), n * dim);
-        }
+static void put_cache(state_file *f, const uint8_t *bytes, size_t n) {
+    if (f->failed || (f->failed = fwrite(bytes, 1, n, f->f) != n)) return;
+    sum_block(f->lanes, bytes, n);
 }
 
-static void put_bytes(state_file *f, void *bytes, size_t n) { put(f, bytes, n); }
+/* ALL bytes of a block, of which KEEP have a place. */
+static void get_cache(state_file *f, uint8_t *to, size_t keep, size_t all) {
+    uint8_t rest[4096];
+    for (size_t n; all && !f->failed; all -= n, keep -= keep < n ? keep : n) {
+        n = keep ? keep : all < sizeof rest ? all : sizeof rest;
+        uint8_t *at = keep ? to : rest;
+        if (!(f->failed = fread(at, 1, n, f->f) != n)) sum_block(f->lanes, at, n);
+    }
+}
 
-static void state_header(const medrun_session *s, buffer *b) {
-    buffer_add(b, "MEDSESS1", 8);
-    buffer_add(b, s->model->file.hash, 32);
-    write_le(b, (uint64_t)s->options.kv, 4);
-    write_le(b, s->options.strict, 4);
+static size_t tokens_of_block(size_t first, size_t done) {
+    return done - first < STATE_BLOCK ? done - first : STATE_BLOCK;
+}
+
+/* N keys. What a panel holds behind them, of a forgotten text or of guesses, is not written. */
+static void put_keys(state_file *f, const uint8_t *keys, size_t n, size_t dim, size_t item) {
+    uint8_t row[64] = {0};
+    put_cache(f, keys, n / 16 * 16 * dim * item);
+    keys += n / 16 * 16 * dim * item;
+    for (size_t d = 0; n % 16 && d < dim; d++, keys += 16 * item) {
+        memcpy(row, keys, n % 16 * item);
+        put_cache(f, row, 16 * item);
+    }
+}
+
+static void put_block(state_file *f, const medrun_session *s, size_t first, size_t n) {
+    size_t dim = (size_t)s->model->config.head_dim, item = cache_item(s), at = first * dim * item;
+    for (int l = 0; l < s->model->config.n_layers; l++)
+        for (size_t h = 0; h < (size_t)s->model->config.n_kv_heads; h++) {
+            put_keys(f, session_keys(s, l, h) + at, n, dim, item);
+            put_cache(f, session_values(s, l, h) + at, n * dim * item);
+        }
+    uint64_t sum = block_sum(f->lanes);
+    f->failed = f->failed || fwrite(&sum, 1, sizeof sum, f->f) != sizeof sum;
+}
+
+/* A block that is longer than the context finds no place for its end. */
+static void get_block(state_file *f, const medrun_session *s, size_t first, size_t n) {
+    size_t dim = (size_t)s->model->config.head_dim, row = dim * cache_item(s), at = first * row;
+    size_t room = (size_t)s->options.context - first, panels = round_up(room, 16);
+    size_t keys = round_up(n, 16);
+    for (int l = 0; l < s->model->config.n_layers; l++)
+        for (size_t h = 0; h < (size_t)s->model->config.n_kv_heads; h++) {
+            get_cache(f, session_keys(s, l, h) + at, (keys < panels ? keys : panels) * row,
+                      keys * row);
+            get_cache(f, session_values(s, l, h) + at, (n < room ? n : room) * row, n * row);
+        }
+    uint64_t sum = 0;
+    f->failed = f->failed || fread(&sum, 1, sizeof sum, f->f) != sizeof sum ||
+                sum != block_sum(f->lanes);
+}
+
+/* int8, and bf16 without the processor's bf16 dot product, give the same bits everywhere. */
+static void name_numbers(const medrun_session *s, char name[24]) {
+    bool exact = pack_kind(&s->pass->g, s->model->type) != PACK_BF16;
+    memset(name, 0, 24);
+    snprintf(name, 24, "%d %s", NUMBERS_VERSION, exact ? "exact" : s->model->kernels->name);
+}
+
+/* Opens PATH.partial anew, for its owner only. PATH must not be a folder or a device. */
+static int create_state(FILE **f, const char *path, buffer *partial, medrun_error *e) {
+    struct stat st;
+    *f = NULL;
+    if (!stat(path, &st) && !S_ISREG(st.st_mode))
+        return fail(e, MEDRUN_FAILED, "%s: cannot write: is not a regular file", path);
+    buffer_printf(partial, "%s.partial", path);
+    if (partial->failed) return out_of_memory(e, strlen(path));
+    const char *name = (const char *)partial->data;
+    unlink(name);                                       /* so that its mode is ours              */
+    int fd = open(name, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+    if (fd >= 0 && (*f = fdopen(fd, "wb"))) return MEDRUN_OK;
+    int code = fail(e, MEDRUN_FAILED, "%s: cannot write: %s", path, strerror(errno));
+    if (fd >= 0) close(fd), remove(name);
+    return code;
+}
+
+static void put_state(state_file *f, const medrun_session *s) {
+    uint8_t digest[32];
+    char numbers[24];
+    buffer fixed = {0};
+    name_numbers(s, numbers);
+    buffer_add(&fixed, "MEDSESS2", 8);
+    buffer_add(&fixed, s->model->file.hash, 32);
+    buffer_add(&fixed, numbers, sizeof numbers);
+    write_le(&fixed, (uint64_t)s->options.kv, 4);
+    write_le(&fixed, s->options.strict, 4);
+    write_le(&fixed, s->n_tokens, 8);
+    write_le(&fixed, s->n_done, 8);
+    write_le(&fixed, s->random, 8);
+    write_le(&fixed, s->answer_open, 8);
+    sha256_init(&f->sum);
+    if (fixed.failed) f->failed = true, errno = ENOMEM;
+    else put_head(f, fixed.data, fixed.n);
+    put_head(f, s->tokens, s->n_tokens * sizeof *s->tokens);
+    sha256_done(&f->sum, digest);
+    f->failed = f->failed || fwrite(digest, 1, 32, f->f) != 32;
+    for (size_t at = 0; at < s->n_done && !f->failed; at += STATE_BLOCK) {
+        start_block(f, digest, at);
+        put_block(f, s, at, tokens_of_block(at, s->n_done));
+    }
+    buffer_free(&fixed);
 }
 
 int medrun_save(const medrun_session *s, const char *path, medrun_error *e) {
-    buffer b = {0}, partial = {0};
-    uint8_t digest[32];
-    buffer_printf(&partial, "%s.partial", path);
-    state_header(s, &b);
-    write_le(&b, s->n_tokens, 8);
-    write_le(&b, s->n_done, 8);
-    write_le(&b, s->random, 8);
-    write_le(&b, s->answer_open, 8);
-    if (b.failed || partial.failed) {
-        buffer_free(&b), buffer_free(&partial);
-        return out_of_memory(e, 64);
+    buffer partial = {0};
+    state_file f = {0};
+    int code = create_state(&f.f, path, &partial, e);
+    if (!code) {
+        put_state(&f, s);
+        int why = errno;
+        if (fclose(f.f) && !f.failed) f.failed = true, why = errno;
+        if (!f.failed && rename((const char *)partial.data, path)) f.failed = true, why = errno;
+        if (f.failed) {
+            code = fail(e, MEDRUN_FAILED, "%s: cannot write the session: %s", path, strerror(why));
+            remove((const char *)partial.data);
+        }
     }
-    const char *temporary = (const char *)partial.data;
-    state_file f = {.f = fopen(temporary, "wb")};
-    bool opened = f.f != NULL;
-    f.failed = !opened;
-    sha256_init(&f.sum);
-    put(&f, b.data, b.n);
-    put(&f, s->tokens, s->n_tokens * sizeof *s->tokens);
-    move_cache(&f, s, s->n_done, put_bytes);
-    sha256_done(&f.sum, digest);
-    if (!f.failed) f.failed = fwrite(digest, 1, 32, f.f) != 32;
-    if (opened && fclose(f.f)) f.failed = true;
-    if (!f.failed && rename(temporary, path)) f.failed = true;
-    int code = MEDRUN_OK;
-    if (f.failed) {
-        code = fail(e, MEDRUN_FAILED, "%s: cannot write the session: %s", path, strerror(errno));
-        if (opened) remove(temporary);
-    }
-    buffer_free(&b), buffer_free(&partial);
+    buffer_free(&partial);
     return code;
 }
 
-static int restore_from(medrun_session *s, state_file *f, const char *path, medrun_error *e) {
-    uint8_t head[80], digest[32], wanted[32];
-    buffer b = {0};
-    state_header(s, &b);
-    get(f, head, sizeof head);
-    bool same = !b.failed && !f->failed && !memcmp(head, b.data, b.n);
-    buffer_free(&b);
-    if (!same)
-        return fail(e, MEDRUN_BAD_FILE, "%s: not a session saved from this checkpoint with the "
-                    "same kv and strict", path);
-    reader r = {head, sizeof head, 48, false};
-    uint64_t n = read_u64(&r), done = read_u64(&r), random = read_u64(&r), open = read_u64(&r);
-    if (n > (uint64_t)s->options.context)
-        return fail(e, MEDRUN_TOO_LONG, "%s: %llu tokens do not fit the context of %d", path,
-                    (unsigned long long)n, s->options.context);
-    if (done > n) return fail(e, MEDRUN_BAD_FILE, "%s: damaged", path);
-    get(f, s->tokens, (size_t)n * sizeof *s->tokens);
-    move_cache(f, s, (size_t)done, get);
-    sha256_done(&f->sum, digest);
-    bool whole = !f->failed && fread(wanted, 1, 32, f->f) == 32 && fgetc(f->f) == EOF;
-    if (!whole || memcmp(digest, wanted, 32))
-        return fail(e, MEDRUN_BAD_FILE, "%s: the session is cut short or damaged", path);
-    for (size_t i = 0; i < n; i++)
-        if (s->tokens[i] < 0 || s->tokens[i] >= s->model->config.vocab_size)
-            return fail(e, MEDRUN_BAD_FILE, "%s: a token id is out of range", path);
-    s->n_tokens = (size_t)n, s->n_done = (size_t)done, s->random = random;
-    s->answer_open = open && n;
-    if (done == n && n) s->n_done--;                    /* its logits are computed anew          */
+/* Bytes of a file of N tokens, DONE of them processed; N and DONE are sane. */
+static uint64_t state_bytes(const medrun_session *s, uint64_t n, uint64_t done) {
+    uint64_t row = cache_item(s) * (uint64_t)s->model->config.head_dim;
+    uint64_t heads = (uint64_t)s->model->config.n_layers * (uint64_t)s->model->config.n_kv_heads;
+    return STATE_FIXED + 4 * n + 32 + (round_up((size_t)done, 16) + done) * heads * row +
+           (done + STATE_BLOCK - 1) / STATE_BLOCK * 8;
+}
+
+/* Reads the head up to the ids and checks all of it against the session and the file's size. */
+static int get_fixed(state_file *f, const medrun_session *s, uint64_t size, state_head *h,
+                     const char *path, medrun_error *e) {
+    static const char *const kv[] = {"f16", "f32"};
+    uint8_t fixed[STATE_FIXED];
+    char numbers[24];
+    name_numbers(s, numbers);
+    get_head(f, fixed, sizeof fixed);
+    if (f->failed || memcmp(fixed, "MEDSESS2", 8))
+        return fail(e, MEDRUN_BAD_FILE, "%s: not a session or prefix that this medrun can read",
+                    path);
+    if (memcmp(fixed + 8, s->model->file.hash, 32))
+        return fail(e, MEDRUN_BAD_FILE, "%s: was saved from another checkpoint", path);
+    reader r = {fixed, sizeof fixed, 64, false};
+    uint64_t kv_type = read_le(&r, 4), strict = read_le(&r, 4);
+    if (kv_type != (uint64_t)s->options.kv || strict != s->options.strict)
+        return fail(e, MEDRUN_BAD_FILE, "%s: was saved with --kv %s%s, this session has --kv %s%s",
+                    path, kv_type < 2 ? kv[kv_type] : "?", strict ? " --strict" : "",
+                    kv[s->options.kv], s->options.strict ? " --strict" : "");
+    if (memcmp(fixed + 40, numbers, sizeof numbers))
+        return fail(e, MEDRUN_BAD_FILE, "%s: its numbers are \"%.24s\", here they are \"%s\" "
+                    "(version, kernels); save it here, or use int8 or --strict", path,
+                    (const char *)fixed + 40, numbers);
+    *h = (state_head){read_u64(&r), read_u64(&r), read_u64(&r), read_u64(&r)};
+    if (h->n > size / 4 || h->done > h->n || h->done > size / 16 ||
+        state_bytes(s, h->n, h->done) != size)
+        return fail(e, MEDRUN_BAD_FILE, "%s: is cut short or damaged", path);
     return MEDRUN_OK;
 }
 
-int medrun_restore(medrun_session *s, const char *path, medrun_error *e) {
-    state_file f = {.f = fopen(path, "rb")};
-    medrun_rewind(s, 0, NULL);
-    if (!f.f) return fail(e, MEDRUN_BAD_FILE, "%s: cannot open: %s", path, strerror(errno));
-    sha256_init(&f.sum);
-    int code = restore_from(s, &f, path, e);
-    fclose(f.f);
+/* Reads the ids, to TO where that is not NULL, and counts how many are as the N of IDS. */
+static int get_ids(state_file *f, const state_head *h, int32_t *to, const int32_t *ids, size_t n,
+                   size_t *shared, uint8_t digest[32]) {
+    int32_t some[256];
+    uint8_t wanted[32];
+    size_t at = 0;
+    for (size_t k; at < h->n && !f->failed; at += k) {
+        k = h->n - at < 256 ? (size_t)h->n - at : 256;
+        get_head(f, some, k * sizeof *some);
+        if (to) memcpy(to + at, some, k * sizeof *some);
+        for (size_t i = 0; i < k && *shared == at + i && at + i < n; i++)
+            if (some[i] == ids[at + i]) ++*shared;
+    }
+    sha256_done(&f->sum, digest);
+    bool good = !f->failed && fread(wanted, 1, 32, f->f) == 32 && !memcmp(digest, wanted, 32);
+    return good ? MEDRUN_OK : MEDRUN_BAD_FILE;
+}
+
+/* Takes the whole file; or, when the N IDS have been fed, what was processed of those. */
+static int restore_from(medrun_session *s, state_file *f, uint64_t size, const int32_t *ids,
+                        size_t n, const char *path, medrun_error *e) {
+    state_head h = {0};
+    uint8_t digest[32];
+    size_t shared = 0, take;
+    sha256_init(&f->sum);
+    int code = get_fixed(f, s, size, &h, path, e);
+    if (code) return code;
+    if (!ids && h.n > (uint64_t)s->options.context)
+        return fail(e, MEDRUN_TOO_LONG, "%s: %llu tokens do not fit the context of %d", path,
+                    (unsigned long long)h.n, s->options.context);
+    bool good = !get_ids(f, &h, ids ? NULL : s->tokens, ids, n, &shared, digest);
+    for (size_t i = 0; good && !ids && i < h.n; i++)
+        good = s->tokens[i] >= 0 && s->tokens[i] < s->model->config.vocab_size;
+    if (ids && shared == n && n) shared--;              /* whose logits are computed anew        */
+    take = (size_t)h.done;
+    if (ids && take > shared) take = shared;
+    for (size_t at = 0; good && !f->failed && at < take; at += STATE_BLOCK) {
+        start_block(f, digest, at);
+        get_block(f, s, at, tokens_of_block(at, (size_t)h.done));
+    }
+    if (!good || f->failed)
+        return fail(e, MEDRUN_BAD_FILE, "%s: is cut short or damaged", path);
+    s->n_done = take;
+    if (ids) return MEDRUN_OK;
+    s->n_tokens = (size_t)h.n, s->random = h.random, s->answer_open = h.open && h.n;
+    if (h.done == h.n && h.n) s->n_done--;              /* its logits are computed anew          */
+    return MEDRUN_OK;
+}
+
+/* As restore_from; after a failure the session is empty. */
+static int restore_file(medrun_session *s, const int32_t *ids, size_t n, const char *path,
+                        medrun_error *e) {
+    struct stat st;
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK), code;       /* not to wait on a pipe */
+    FILE *f = fd < 0 ? NULL : fdopen(fd, "rb");
+    if (!f || fstat(fd, &st))
+        code = fail(e, MEDRUN_BAD_FILE, "%s: cannot open: %s", path, strerror(errno));
+    else if (!S_ISREG(st.st_mode))
+        code = fail(e, MEDRUN_BAD_FILE, "%s: is not a regular file", path);
+    else
+        code = restore_from(s, &(state_file){.f = f}, (uint64_t)st.st_size, ids, n, path, e);
+    if (f) fclose(f);
+    else if (fd >= 0) close(fd);
+    if (code) medrun_rewind(s, 0, NULL);
     return code;
+}
+
+int medrun_restore(medrun_session *s, const char *path, medrun_error *e) {
+    medrun_rewind(s, 0, NULL);
+    return restore_file(s, NULL, 0, path, e);
+}
+
+int medrun_feed_saved(medrun_session *s, const int32_t *ids, size_t n, const char *path,
+                      size_t *taken, medrun_error *e) {
+    *taken = 0;
+    medrun_rewind(s, 0, NULL);
+    int code = medrun_feed(s, ids, n, e);
+    if (code || (code = restore_file(s, s->tokens, n, path, e))) return code;
+    return *taken = s->n_done, MEDRUN_OK;
 }
 #ifndef MEDRUN_NO_MAIN
 /* ============================================================================================
@@ -6340,7 +6539,7 @@ typedef struct {
 
 enum { O_MODEL, O_PROMPT, O_FILE, O_SYSTEM, O_PREDICT, O_CTX, O_THREADS, O_BATCH, O_SEED, O_TEMP,
        O_TOP_K, O_TOP_P, O_MIN_P, O_REPEAT, O_TEMPLATE, O_STOP, O_KV, O_OVERFLOW, O_LOOKUP, O_RAW,
-       O_MLOCK, O_STRICT, O_RECORD, O_STATS, O_VERBOSE, O_QUIET, O_BOS, O_SPECIAL, O_PIECES, O_MESSAGES,
+       O_MLOCK, O_STRICT, O_SAVE_PREFIX, O_LOAD_PREFIX, O_RECORD, O_STATS, O_VERBOSE, O_QUIET, O_BOS, O_SPECIAL, O_PIECES, O_MESSAGES,
        O_RENDER_IDS, O_NO_OPENING, O_DATE, O_THINK, O_TOOLS, O_CHAT_BOS, O_IDS, O_ALL, O_OUT,
        O_BENCH_PROMPT, O_BENCH_PREDICT, O_REPETITIONS, O_FORMAT, O_HELP, O_VERSION, N_OPTIONS };
 
@@ -6389,6 +6588,10 @@ static const option_row option_rows[N_OPTIONS] = {
                  "keep the weights in memory, or fail"},
     [O_STRICT] = {"strict", NULL, NULL, FLAG, ON_SESSION, 0, 0, NULL,
                   "bf16 weights: the same numbers on every machine, slower on some"},
+    [O_SAVE_PREFIX] = {"save-prefix", NULL, "FILE", TEXT, ON_ANSWER, 0, 0, NULL,
+                       "write what the model made of the prompt; it holds the prompt: keep it safe"},
+    [O_LOAD_PREFIX] = {"load-prefix", NULL, "FILE", TEXT, ON_ANSWER, 0, 0, NULL,
+                       "take from there as much as the prompt begins with; changes no token"},
     [O_RECORD] = {"record", NULL, "FILE", TEXT, ON(RUN), 0, 0, NULL,
                   "write what replay needs; it holds prompt and answer, as ids: keep it safe"},
     [O_STATS] = {"stats", NULL, NULL, FLAG, ON_ANSWER, 0, 0, NULL, "print speeds"},
@@ -6942,6 +7145,39 @@ static int process_prompt(command *c) {
     return code;
 }
 
+/* Is told before the work, not after it: that what --save-prefix names cannot be written. */
+static int check_prefix(command *c) {
+    buffer partial = {0};
+    if (!given(c, O_SAVE_PREFIX)) return MEDRUN_OK;
+    FILE *f;
+    int code = create_state(&f, c->text[O_SAVE_PREFIX], &partial, &c->e);
+    if (!code) fclose(f), remove(chars(&partial));
+    buffer_free(&partial);
+    return code;
+}
+
+/* Writes the prompt that was processed, the first of a chat. */
+static int save_prefix(command *c) {
+    const char *path = c->text[O_SAVE_PREFIX];
+    if (!path) return MEDRUN_OK;
+    c->text[O_SAVE_PREFIX] = NULL;
+    int code = medrun_save(c->s, path, &c->e);
+    if (!code) note(c, "prefix: %zu tokens written to %s", medrun_length(c->s), path);
+    return code;
+}
+
+/* Puts a prompt on the timeline; what --load-prefix names is good for a first one only. */
+static int feed_prompt(command *c, const int32_t *ids, size_t n) {
+    const char *path = c->text[O_LOAD_PREFIX];
+    size_t taken;
+    if (!path || medrun_length(c->s)) return medrun_feed(c->s, ids, n, &c->e);
+    int code = medrun_feed_saved(c->s, ids, n, path, &taken, &c->e);
+    if (code) c->text[O_LOAD_PREFIX] = NULL;            /* a chat goes on without it             */
+    else if (taken) note(c, "prefix: %zu of %zu tokens taken from %s", taken, n, path);
+    else note(c, "prefix: the prompt shares nothing with %s", path);
+    return code;
+}
+
 /* The end of a tool call: a line of JSON; what is no call is printed as the text it is. */
 static int print_call(command *c, answer *a) {
     buffer json_line = {0};
@@ -6987,11 +7223,13 @@ static int print_reply(command *c, answer *a) {
     medrun_guesses(c->s, &guessed, &right);
     watch_interrupts(&before);
     int code = process_prompt(c), last = MEDRUN_OK;
+    a->prompt_time = seconds() - start;
+    if (!code) code = save_prefix(c);
     double middle = seconds();
     while (!code && !a->ended && a->n_answer < most) code = next_piece(c, a);
     if (!a->ended) last = a->in_call ? print_call(c, a) : print_held(c, a, true);
     sigaction(SIGINT, &before, NULL);
-    a->prompt_time = middle - start, a->answer_time = seconds() - middle;
+    a->answer_time = seconds() - middle;
     medrun_guesses(c->s, &a->guessed, &a->right);
     a->guessed -= guessed, a->right -= right;
     buffer_free(&a->held), buffer_free(&a->call);
@@ -7122,7 +7360,8 @@ static int run_ids(command *c, const buffer *ids) {
     size_t n = ids->n / 4;
     if (n >= context_of(c)) return too_long(c, n);
     show_prompt(c, ids_of(ids), n);
-    int code = medrun_feed(c->s, ids_of(ids), n, &c->e);
+    int code = check_prefix(c);
+    if (!code) code = feed_prompt(c, ids_of(ids), n);
     if (code) return code;
     code = print_reply(c, &a);
     bool stopped = code == MEDRUN_INTERRUPTED || code == MEDRUN_TOO_LONG;
@@ -7685,7 +7924,8 @@ static int chat_feed(chat *h, const char *text, size_t n) {
         show_prompt(c, ids_of(&ids) + skip, ids.n / 4 - skip);
         buffer_add(&h->starts, &start, sizeof start);
         if (h->starts.failed) code = out_of_memory(&c->e, sizeof start);
-        else code = medrun_feed(c->s, ids_of(&ids) + skip, ids.n / 4 - skip, &c->e);
+        else if ((code = feed_prompt(c, ids_of(&ids) + skip, ids.n / 4 - skip)))
+            h->starts.n -= sizeof start;                /* nothing was said                      */
     }
     buffer_free(&ids);
     return code;
@@ -7800,16 +8040,32 @@ static int chat_loop(chat *h, buffer *message) {
     return MEDRUN_OK;
 }
 
+/* A bad prefix is said before the conversation, of which only the opening is known. */
+static int try_prefix(chat *h) {
+    command *c = h->c;
+    buffer ids = {0};
+    size_t taken;
+    int code = check_prefix(c);
+    if (code || !given(c, O_LOAD_PREFIX)) return code;
+    code = chat_opening(h, &ids);
+    if (!code)
+        code = medrun_feed_saved(c->s, ids_of(&ids), ids.n / 4, c->text[O_LOAD_PREFIX], &taken,
+                                 &c->e);
+    buffer_free(&ids);
+    return code ? code : medrun_rewind(c->s, 0, &c->e);
+}
+
 static int talk(command *c) {
     chat h = {.c = c};
     buffer message = {0};
-    int code = MEDRUN_OK;
+    int code;
     prepare_editor(&h.ed);
     fprintf(stderr, "%sFor research and education. Not a clinician; do not use it to decide about "
             "anyone's care.%s\n", h.ed.colour ? "\x1b[33m" : "", h.ed.colour ? "\x1b[0m" : "");
     note(c, "/help lists what can be typed.");
     buffer_text(&h.system, system_text(c));
-    if (given(c, O_PROMPT) || given(c, O_FILE)) code = read_prompt(c, &message);
+    code = try_prefix(&h);
+    if (!code && (given(c, O_PROMPT) || given(c, O_FILE))) code = read_prompt(c, &message);
     if (!code && message.n) code = chat_answer(&h, chars(&message), message.n);
     if (!code) code = chat_loop(&h, &message);
     buffer_free(&message), buffer_free(&h.system), buffer_free(&h.starts);
