@@ -775,7 +775,7 @@ static void test_lookup_mixed(medrun_sampling sampling, const char *file, int *w
 static void test_lookup(const char *build, size_t fixture, uint64_t *mixed) {
     char file[300], state[300];
     uint64_t guessed = 0, right = 0;
-    int wrong = 0, different = 0, threads = (int)fixture % 3 + 1;
+    int wrong = 0, different = 0, threads = fixture < 3 ? (int)fixture + 1 : 1;
     snprintf(file, sizeof file, "%s/%s.mdr", build, fixtures[fixture]);
     snprintf(state, sizeof state, "%s/lookup.state", build);
     if (!CHECK(!medrun_open(&model, file, &(medrun_options){.threads = threads}, NULL))) return;
