@@ -265,9 +265,9 @@ static void save_some(const char *file, medrun_session_options o, const int32_t 
  * taken and processed further gives the logits of a session that never saw the file. */
 static void test_shared(const char *file, medrun_session_options o, size_t pending) {
     static const size_t lengths[] = {0, 1, 2, 15, 16, 17, 100, 127, 128, 129, 200, 255, 256, 257, 292, 300};
-    int32_t ids[SAVED + 40], other[SAVED + 40];
+    int32_t ids[SAVED + 45], other[SAVED + 40];
     int wrong = 0;
-    ids_of(ids, SAVED + 40);
+    ids_of(ids, SAVED + 45);
     save_some(file, o, ids, pending);
     for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++)
         for (size_t more = 0; more < 40; more += 13) {
@@ -476,6 +476,33 @@ static void test_kernels(const char *build, const char *file) {
     model = kept;
 }
 
+/* A saved cache is good only for a medrun that would compute the same one. Whoever changes its bits
+ * must raise NUMBERS_VERSION, and then put the digest of the new ones here. */
+static void test_numbers_version(void) {
+    static const char wanted[] = "1 1947714bc761afcd03bccc3032eaea0ecadd57181ba794c25109c1906b6c3a88";
+    medrun_model *kept = model;
+    char hex[65], found[80];
+    uint8_t digest[32];
+    int32_t ids[48];
+    sha256 sum;
+    if (!CHECK(!medrun_open(&model, "tools/demo/demo.mdr", NULL, NULL))) { model = kept; return; }
+    medrun_session *s = start((medrun_session_options){.context = 48, .kv = MEDRUN_KV_F32});
+    for (int i = 0; i < 48; i++) ids[i] = 300 + 17 * i;
+    CHECK(!medrun_feed(s, ids, 48, NULL));
+    step_all(s);
+    sha256_init(&sum);
+    sha256_add(&sum, s->keys, cache_row(s, model->config.n_layers, 0) * 4);
+    sha256_add(&sum, s->values, cache_row(s, model->config.n_layers, 0) * 4);
+    sha256_done(&sum, digest);
+    hex_of(digest, hex);
+    snprintf(found, sizeof found, "%d %s", NUMBERS_VERSION, hex);
+    if (!CHECK(!strcmp(found, wanted)))
+        printf("    the bits of a cache are not those of version %.2s: raise NUMBERS_VERSION; found "
+               "%s\n", wanted, found);
+    medrun_stop(s), medrun_close(model);
+    model = kept;
+}
+
 static void test_feed_saved(const char *build) {
     char file[300];
     medrun_error e = {0};
@@ -484,6 +511,7 @@ static void test_feed_saved(const char *build) {
     snprintf(file, sizeof file, "%s/prefix.state", build);
     test_shared(file, (medrun_session_options){0}, 0);
     test_shared(file, (medrun_session_options){.kv = MEDRUN_KV_F32, .lookup = 5}, 10);
+    test_numbers_version();
     test_damage(file);
     test_forged(file);
     test_private(file);
