@@ -665,8 +665,9 @@ typedef struct {
     int code;
 } outcome;
 
-/* A text that repeats itself, then as many ids as there is room for, then the logits after them. */
-static void generate(outcome *r, medrun_session_options o) {
+/* A text that repeats itself, then as many ids as there is room for, then the logits after them.
+ * STEP: before every so many ids the caller makes a step of his own, which changes nothing. */
+static void generate(outcome *r, medrun_session_options o, size_t step) {
     medrun_session *s = start(o);
     int32_t ids[60], id;
     const char *piece;
@@ -675,6 +676,7 @@ static void generate(outcome *r, medrun_session_options o) {
     r->n_text = 0;
     CHECK(!medrun_feed(s, ids, 60, NULL));
     while (!(r->code = medrun_next(s, &id, &piece, &bytes, NULL))) {
+        if (step && medrun_length(s) % step == 0 && medrun_step(&s, 1, NULL)) exit(1);
         if (r->n_text + bytes > sizeof r->text) exit(1);
         memcpy(r->text + r->n_text, piece, bytes);
         r->n_text += bytes;
@@ -698,9 +700,10 @@ static bool same_outcome(const outcome *a, const outcome *b) {
 /* With guesses the same ids, text, random numbers and logits as without: greedy and sampled, with
  * and without a repeat penalty, for any number of guesses, threads and chunk of the prompt. */
 static void test_lookup_same(int kind, uint64_t *guessed, uint64_t *right, int *wrong) {
-    static const struct { int lookup, batch, context; uint64_t tick; } cases[] = {
-        {0, 0, ROOM, 1}, {3, 7, ROOM, 1}, {8, 0, ROOM, 1}, {31, 0, ROOM, 20}, {31, 5, ROOM, 1000},
-        {0, 0, 101, 1}, {1, 0, 101, 1}, {8, 0, 101, 1}, {8, 1, 101, 1}};
+    static const struct { int lookup, batch, context; uint64_t tick; size_t step; } cases[] = {
+        {0, 0, ROOM, 1, 0}, {3, 7, ROOM, 1, 0}, {8, 0, ROOM, 1, 0}, {31, 0, ROOM, 20, 0},
+        {31, 5, ROOM, 1000, 0}, {4, 0, ROOM, 1, 7}, {0, 0, 101, 1, 0}, {1, 0, 101, 1, 0},
+        {8, 0, 101, 1, 0}, {8, 1, 101, 1, 0}};
     static outcome plain, ahead;
     medrun_session_options o = {.custom_sampling = true, .sampling = kinds[kind]};
     plain.logits = NULL;
@@ -709,7 +712,7 @@ static void test_lookup_same(int kind, uint64_t *guessed, uint64_t *right, int *
         o.lookup = cases[i].lookup, o.batch = cases[i].batch, o.context = cases[i].context;
         longest_tick = cases[i].tick;
         if (r == &plain) free(plain.logits);
-        generate(r, o);
+        generate(r, o, cases[i].step);
         *wrong += r->n != (size_t)o.context || r->code != MEDRUN_TOO_LONG;
         *wrong += o.batch == 1 && ahead.guessed;
         *guessed += r->guessed, *right += r->right;
