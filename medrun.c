@@ -250,10 +250,10 @@ void medrun_guesses(const medrun_session *session, uint64_t *guessed, uint64_t *
 /* Forgets all but the first N tokens of the timeline. Errors: MEDRUN_USAGE (n > length). */
 int medrun_rewind(medrun_session *session, size_t n, medrun_error *error);
 
-/* Writes the whole state to PATH (tokens, key-value cache, random state), for its owner's eyes only;
- * reads it back into a session of the same checkpoint, kv and strict (any context that is long
- * enough), with plain bf16 weights of the same kernels. A file is trusted as a checkpoint is: sums
- * in it find damage, not forgery. What is read back goes on with the same bits.
+/* Writes the whole state to PATH (tokens, key-value cache, random state), readable by its owner
+ * only; reads it back into a session of the same checkpoint, kv and strict (any context that is
+ * long enough), with plain bf16 weights of the same kernels. A file is trusted as a checkpoint is:
+ * sums in it find damage, not forgery. What is read back goes on with the same bits.
  * Errors: MEDRUN_FAILED (writing), MEDRUN_BAD_FILE (of another model, cut, damaged),
  * MEDRUN_TOO_LONG. A failed restore leaves the session empty. */
 int medrun_save(const medrun_session *session, const char *path, medrun_error *error);
@@ -6539,9 +6539,10 @@ typedef struct {
 
 enum { O_MODEL, O_PROMPT, O_FILE, O_SYSTEM, O_PREDICT, O_CTX, O_THREADS, O_BATCH, O_SEED, O_TEMP,
        O_TOP_K, O_TOP_P, O_MIN_P, O_REPEAT, O_TEMPLATE, O_STOP, O_KV, O_OVERFLOW, O_LOOKUP, O_RAW,
-       O_MLOCK, O_STRICT, O_SAVE_PREFIX, O_LOAD_PREFIX, O_RECORD, O_STATS, O_VERBOSE, O_QUIET, O_BOS, O_SPECIAL, O_PIECES, O_MESSAGES,
-       O_RENDER_IDS, O_NO_OPENING, O_DATE, O_THINK, O_TOOLS, O_CHAT_BOS, O_IDS, O_ALL, O_OUT,
-       O_BENCH_PROMPT, O_BENCH_PREDICT, O_REPETITIONS, O_FORMAT, O_HELP, O_VERSION, N_OPTIONS };
+       O_MLOCK, O_STRICT, O_SAVE_PREFIX, O_LOAD_PREFIX, O_RECORD, O_STATS, O_VERBOSE, O_QUIET,
+       O_BOS, O_SPECIAL, O_PIECES, O_MESSAGES, O_RENDER_IDS, O_NO_OPENING, O_DATE, O_THINK, O_TOOLS,
+       O_CHAT_BOS, O_IDS, O_ALL, O_OUT, O_BENCH_PROMPT, O_BENCH_PREDICT, O_REPETITIONS, O_FORMAT,
+       O_HELP, O_VERSION, N_OPTIONS };
 
 static const option_row option_rows[N_OPTIONS] = {
     [O_MODEL] = {"model", "m", "FILE", TEXT, ON_MODEL | ON_FILE, 0, 0, NULL,
@@ -6589,7 +6590,7 @@ static const option_row option_rows[N_OPTIONS] = {
     [O_STRICT] = {"strict", NULL, NULL, FLAG, ON_SESSION, 0, 0, NULL,
                   "bf16 weights: the same numbers on every machine, slower on some"},
     [O_SAVE_PREFIX] = {"save-prefix", NULL, "FILE", TEXT, ON_ANSWER, 0, 0, NULL,
-                       "write what the model made of the prompt; it holds the prompt: keep it safe"},
+                       "write what the model made of the prompt, which it holds: keep it safe"},
     [O_LOAD_PREFIX] = {"load-prefix", NULL, "FILE", TEXT, ON_ANSWER, 0, 0, NULL,
                        "take from there as much as the prompt begins with; changes no token"},
     [O_RECORD] = {"record", NULL, "FILE", TEXT, ON(RUN), 0, 0, NULL,
@@ -7033,8 +7034,9 @@ static int cache_type(const command *c) {
 
 static medrun_session_options session_options(const command *c, int context) {
     return (medrun_session_options){.context = context, .batch = whole(c, O_BATCH),
-                                    .lookup = whole(c, O_LOOKUP), .kv = cache_type(c), .strict = flag(c, O_STRICT),
-                                    .custom_sampling = true, .sampling = c->sampling};
+                                    .lookup = whole(c, O_LOOKUP), .kv = cache_type(c),
+                                    .strict = flag(c, O_STRICT), .custom_sampling = true,
+                                    .sampling = c->sampling};
 }
 
 /* -c, or the model's context; if nobody asked and that does not fit three quarters of the memory,
