@@ -374,6 +374,12 @@ static void test_forged(const char *file) {
         memcpy(copy + lies[i].at, before, 8);
     }
     CHECK_EQ(wrong, 0);
+    CHECK(!medrun_feed(s, ids, SAVED, NULL));           /* more processed than there is          */
+    step_all(s);
+    s->n_tokens--;
+    CHECK_EQ(medrun_save(s, file, NULL), MEDRUN_OK);
+    CHECK_EQ(medrun_restore(s, file, NULL), MEDRUN_BAD_FILE);
+    CHECK_EQ(medrun_pending(s), 0);
     medrun_stop(s);
     free(copy);
 }
