@@ -186,12 +186,16 @@ typedef struct {
     int context;                /* tokens the session can hold; 0: the model's max_positions   */
     int batch;                  /* tokens in one pass, 0: 256; does not change any logit       */
     int logit_rows;             /* rows of logits one pass can give, 0: 1                      */
+    int lookup;                 /* medrun_next guesses up to so many tokens ahead, 0 to 31: faster
+                                   where a text repeats itself, and never another id           */
     int kv;                     /* the cache's numbers: MEDRUN_KV_F16, _F32, _INT8 (half the
                                    memory of f16, and less exact)                              */
     bool strict;                /* bf16 weights: fp32 arithmetic, the same bits on any machine */
     bool custom_sampling;       /* false: the checkpoint's values, with the seed below         */
     medrun_sampling sampling;
     medrun_chat_options chat;   /* for medrun_say; what it points to must outlive the session  */
+    const char *template_name;  /* NULL: the checkpoint's. A saved state is of one template, so
+                                   who renders with another says which; must outlive it, too   */
 } medrun_session_options;
 
 /* The exact bytes medrun_start needs for these options; 0 if they are out of range. */
@@ -237,19 +241,33 @@ int medrun_sample(medrun_session *session, int32_t *id, medrun_error *error);
  * bytes this id completes (never half a UTF-8 character, nor the space that SentencePiece puts
  * before an answer's first word; owned by the session, valid until the next call), *N_BYTES their
  * number. *ID is a stop id at the end of the answer, which is fed too so that the next turn follows
- * it; the context being full gives MEDRUN_TOO_LONG. */
+ * it; the context being full gives MEDRUN_TOO_LONG. With the option `lookup` one pass may give
+ * several ids, of which each call returns one; the ids are those that come without it, and so are
+ * the logits of a later step. While there is an observer nothing is guessed. */
 int medrun_next(medrun_session *session, int32_t *id, const char **text, size_t *n_bytes,
                 medrun_error *error);
+
+/* How many tokens medrun_next has guessed since the start, and how many of them came. */
+void medrun_guesses(const medrun_session *session, uint64_t *guessed, uint64_t *right);
 
 /* Forgets all but the first N tokens of the timeline. Errors: MEDRUN_USAGE (n > length). */
 int medrun_rewind(medrun_session *session, size_t n, medrun_error *error);
 
-/* Writes the whole state to PATH (tokens, key-value cache, random state); reads it back into a
- * session of the same checkpoint, kv and strict (any context that is long enough).
+/* Writes the whole state to PATH (tokens, key-value cache, random state), readable by its owner
+ * only; reads it back into a session of the same checkpoint, kv and strict (any context that is
+ * long enough), with plain bf16 weights of the same kernels. A file is trusted as a checkpoint is:
+ * sums in it find damage, not forgery. What is read back goes on with the same bits.
  * Errors: MEDRUN_FAILED (writing), MEDRUN_BAD_FILE (of another model, cut, damaged),
  * MEDRUN_TOO_LONG. A failed restore leaves the session empty. */
 int medrun_save(const medrun_session *session, const char *path, medrun_error *error);
 int medrun_restore(medrun_session *session, const char *path, medrun_error *error);
+
+/* Feeds IDS to a session, which forgets what it had, and takes from PATH, any file of medrun_save,
+ * what was processed there of the tokens that both begin with: *TAKEN of them, 0 to N - 1, are no
+ * longer pending. No logit differs from those after medrun_feed. Reads no more than it takes, and
+ * checks that. Errors: those of medrun_feed; MEDRUN_BAD_FILE; the session is empty then. */
+int medrun_feed_saved(medrun_session *session, const int32_t *ids, size_t n, const char *path,
+                      size_t *taken, medrun_error *error);
 
 /* The observer sees each stage of each pass: LAYER is -1 outside the layers; DATA is ROWS x COLS
  * floats with STRIDE floats between rows, one row a token of the pass; valid during the call.
@@ -6157,8 +6175,12 @@ struct medrun_session {
     int32_t *tokens;                            /* (context) the timeline                       */
     size_t n_tokens, n_done;                    /* its length; how many have been processed     */
     void *keys, *values;                        /* see session_keys                             */
-    float *logits;                              /* (logit_rows, vocab rounded up to 16)         */
+    float *logits;                              /* (most rows, vocab rounded up to 16)          */
+    size_t n_wanted;                            /* rows of logits that a pass is to give        */
     size_t n_logits;                            /* rows the last pass gave; 0 while pending     */
+    size_t n_ready;                             /* rows medrun_next has still to use: that of the
+                                                   last token and those of guesses behind it    */
+    struct lookup *lookup;                      /* what guesses; NULL: nothing does             */
     uint64_t random;
     bool answer_open;                           /* the last turn is an answer nobody closed     */
     bool starting;                              /* medrun_next has not given text since a feed  */
@@ -6492,14 +6514,14 @@ static void output_rows(pass *p, const size_t *rows, size_t n) {
 }
 
 /* Final norm and logits for the sessions that this pass brings to the end of their timeline: the
- * last logit_rows of their rows, last first. */
+ * last n_wanted of their rows, last first. */
 static void output(pass *p) {
     p->layer = -1;
     for (segment *s = p->segments; s < p->segments + p->n_segments; s++) {
         medrun_session *to = s->session;
         to->n_logits = 0;
         if (to->n_done + s->n < to->n_tokens) continue;
-        size_t wanted = (size_t)to->options.logit_rows, n = wanted < s->n ? wanted : s->n;
+        size_t n = to->n_wanted < s->n ? to->n_wanted : s->n;
         while (to->n_logits < n) {
             size_t rows[TILE], take = 0;
             for (; take < TILE && to->n_logits + take < n; take++)
@@ -6637,6 +6659,30 @@ static void *arena_take(arena *a, size_t n, size_t size) {
     return a->base ? a->base + at : NULL;
 }
 
+/* Guesses ahead by looking up: see find_match. */
+enum { MAX_LOOKUP = 31, MAX_MATCH = 16, MAX_SEARCH = 32, N_WIDTHS = 6 };
+
+/* Rows of a pass for which a time is kept: whole tiles, as rows between cost as much. */
+static const uint8_t widths[N_WIDTHS] = {1, 2, 4, 8, 16, 32};
+
+typedef struct lookup {
+    int32_t *latest;                            /* (vocab_size) the last place behind a token;
+                                                   0: none                                      */
+    int32_t *earlier;                           /* (context) the place before it, same token    */
+    size_t n_indexed;                           /* places below this one are in the index       */
+    size_t at, length;                          /* the match: as many tokens before place AT end
+                                                   the timeline; 0: there is none               */
+    float hits[MAX_MATCH + 1];                  /* share of matches of a length that came true  */
+    double times[N_WIDTHS];                     /* seconds of a pass; 0: not known              */
+    uint64_t guessed, right;
+} lookup;
+
+static void layout_lookup(const medrun_session *s, lookup *g, arena *a) {
+    g->latest = arena_take(a, (size_t)s->model->config.vocab_size, sizeof *g->latest);
+    g->earlier = arena_take(a, (size_t)s->options.context, sizeof *g->earlier);
+    for (int i = 1; i <= MAX_MATCH; i++) g->hits[i] = 1 - 1.8f / (float)(i + 1);
+}
+
 static void layout_pass(const medrun_session *s, pass *p, arena *a) {
     const model_config *c = &s->model->config;
     size_t n = (size_t)s->options.batch, dim = (size_t)c->head_dim, widest;
@@ -6677,16 +6723,20 @@ static void layout_pass(const medrun_session *s, pass *p, arena *a) {
 static void layout_session(medrun_session *s, arena *a) {
     const model_config *c = &s->model->config;
     pass measured, *p = arena_take(a, 1, sizeof *p);
+    lookup guesses, *g = s->options.lookup ? arena_take(a, 1, sizeof *g) : NULL;
+    int rows = s->options.logit_rows > s->options.lookup ? s->options.logit_rows
+                                                         : s->options.lookup + 1;
     size_t cache = cache_bytes(s, c->n_layers, 0);
     s->tokens = arena_take(a, (size_t)s->options.context, sizeof *s->tokens);
     s->keys = arena_take(a, cache, 1);
     s->values = arena_take(a, cache, 1);
-    s->logits = arena_take(a, (size_t)s->options.logit_rows *
-                           round_up((size_t)c->vocab_size, LANES), sizeof(float));
+    s->logits = arena_take(a, (size_t)rows * round_up((size_t)c->vocab_size, LANES),
+                           sizeof(float));
     s->candidates = arena_take(a, (size_t)c->vocab_size, sizeof *s->candidates);
     s->text = arena_take(a, s->model->longest_piece + 8, 1);
     layout_pass(s, p ? p : &measured, a);
-    s->pass = p;
+    if (s->options.lookup) layout_lookup(s, g ? g : &guesses, a);
+    s->pass = p, s->lookup = g, s->n_wanted = (size_t)s->options.logit_rows;
 }
 
 /* Replaces zeros by what they stand for and checks ranges. */
@@ -6700,11 +6750,15 @@ static int resolve_options(const medrun_model *m, const medrun_session_options *
     if (o->batch < 0 || o->logit_rows < 0 || o->kv < 0 || o->kv > MEDRUN_KV_INT8)
         return fail(e, MEDRUN_USAGE, "session: batch %d, logit_rows %d, kv %d: out of range",
                     o->batch, o->logit_rows, o->kv);
+    if (o->lookup < 0 || o->lookup > MAX_LOOKUP)
+        return fail(e, MEDRUN_USAGE, "lookup: found %d, wanted 0 to %d tokens", o->lookup,
+                    MAX_LOOKUP);
     if (!o->context) o->context = most;
     if (!o->batch) o->batch = 256;
     if (o->batch > o->context) o->batch = o->context;
     if (!o->logit_rows) o->logit_rows = 1;
     if (o->logit_rows > o->batch) o->logit_rows = o->batch;
+    if (o->lookup >= o->batch) o->lookup = o->batch - 1;
     if (!o->custom_sampling) {
         uint64_t seed = o->sampling.seed;
         o->sampling = m->sampling;
@@ -6759,9 +6813,100 @@ void medrun_stop(medrun_session *s) {
     if (s && s->owns_memory) unmap_memory(s, s->bytes);
 }
 
+/* ---- looking up ---------------------------------------------------------------------------- */
+
+/* Prompt lookup (Saxena 2023): what stood behind the last tokens when they occurred before is a
+ * good guess of what comes now, in summaries and quotations above all. A place of the timeline is
+ * indexed by the token before it; the places behind a token are a list, the latest first. */
+static void index_places(lookup *g, const int32_t *tokens, size_t end) {
+    if (!g->n_indexed) g->n_indexed = 1;
+    for (; g->n_indexed < end; g->n_indexed++) {
+        int32_t *latest = &g->latest[tokens[g->n_indexed - 1]];
+        g->earlier[g->n_indexed] = *latest;
+        *latest = (int32_t)g->n_indexed;
+    }
+}
+
+/* Before tokens from END on go: each place is the first of its list when it is taken out. */
+static void forget_places(lookup *g, const int32_t *tokens, size_t end) {
+    while (g->n_indexed > end && g->n_indexed > 1) {
+        size_t place = --g->n_indexed;
+        g->latest[tokens[place - 1]] = g->earlier[place];
+    }
+}
+
+/* How many tokens before place A are those before place B, at most MAX_MATCH; a < b. */
+static size_t common_tokens(const int32_t *tokens, size_t a, size_t b) {
+    size_t n = 0, most = a < MAX_MATCH ? a : MAX_MATCH;
+    while (n < most && tokens[a - 1 - n] == tokens[b - 1 - n]) n++;
+    return n;
+}
+
+/* The place with the longest match, of equals the latest, among the MAX_SEARCH last: so a long text
+ * full of one word costs no more. The match that was right last time stays unless there is a longer
+ * one. */
+static void find_match(lookup *g, const int32_t *tokens, size_t n) {
+    index_places(g, tokens, n);
+    size_t place = (size_t)g->latest[tokens[n - 1]];
+    for (int i = 0; i < MAX_SEARCH && place && g->length < MAX_MATCH; i++) {
+        size_t length = common_tokens(tokens, place, n);
+        if (length > g->length) g->length = length, g->at = place;
+        place = (size_t)g->earlier[place];
+    }
+}
+
+/* Did the token come that the match foretold? This is asked of guesses that nobody checked too, so
+ * that learning costs nothing; then the match moves on, or is none. */
+static void learn_match(lookup *g, bool right) {
+    if (!g->length) return;
+    g->hits[g->length] += ((right ? 1.0f : 0.0f) - g->hits[g->length]) / 16;
+    if (!right) g->length = 0;
+    else if (g->at++, g->length < MAX_MATCH) g->length++;
+}
+
+/* How many rows, at most MOST, give the most tokens a second: the last token and guesses behind it,
+ * of which each comes if all before it do and then by the share for its length of match. A pass
+ * that was never tried counts as a quarter slower than the one half as wide. Plain ones win ties:
+ * 5 % is what the measurements are good for. */
+static size_t choose_rows(const lookup *g, size_t most) {
+    double tokens = 1, chance = 1, time = g->times[0], best = 1.05 / (time + 1e-9);
+    size_t rows = 1, choice = 1;
+    if (!g->length || time <= 0) return 1;
+    for (int i = 1; i < N_WIDTHS && rows < most; i++) {
+        for (; rows < most && rows < widths[i]; rows++) {
+            size_t length = g->length + rows - 1;
+            chance *= (double)g->hits[length < MAX_MATCH ? length : MAX_MATCH];
+            tokens += chance;
+        }
+        time = g->times[i] > 0 ? g->times[i] : time * 1.25;
+        if (tokens / time > best) best = tokens / time, choice = rows;
+    }
+    return choice;
+}
+
+/* Faster than known is believed, slower by and by: other programs may have been in the way. While
+ * nothing is guessed old times fade, so that a bad one does not rule for ever. */
+static void learn_time(lookup *g, size_t rows, double time) {
+    int i = 0;
+    while (widths[i] < rows) i++;
+    if (g->times[i] > 0 && time > g->times[i]) time = g->times[i] + (time - g->times[i]) / 4;
+    g->times[i] = time;
+    for (int k = 1; i == 0 && k < N_WIDTHS; k++) g->times[k] *= 0.99;
+}
+
+static void drop_guesses(medrun_session *s) {
+    s->n_ready = 0;
+    if (s->lookup) s->lookup->length = 0;
+}
+
+void medrun_guesses(const medrun_session *s, uint64_t *guessed, uint64_t *right) {
+    *guessed = s->lookup ? s->lookup->guessed : 0;
+    *right = s->lookup ? s->lookup->right : 0;
+}
+
 /* ---- the timeline -------------------------------------------------------------------------- */
 
-int medrun_feed(medrun_session *s, const int32_t *ids, size_t n, medrun_error *e) {
+static int append_ids(medrun_session *s, const int32_t *ids, size_t n, medrun_error *e) {
     size_t context = (size_t)s->options.context;
     if (n > context - s->n_tokens)
         return fail(e, MEDRUN_TOO_LONG, "%zu tokens after %zu do not fit the context of %zu", n,
@@ -6773,6 +6918,11 @@ int medrun_feed(medrun_session *s, const int32_t *ids, size_t n, medrun_error *e
     if (n) memcpy(s->tokens + s->n_tokens, ids, n * sizeof *ids);
     s->n_tokens += n, s->starting = true;
     return MEDRUN_OK;
+}
+
+int medrun_feed(medrun_session *s, const int32_t *ids, size_t n, medrun_error *e) {
+    drop_guesses(s);
+    return append_ids(s, ids, n, e);
 }
 
 static bool is_stop(const medrun_model *m, int32_t id) {
@@ -6793,6 +6943,8 @@ static int check_template(const chat_template *c, medrun_error *e) {
 int medrun_rewind(medrun_session *s, size_t n, medrun_error *e) {
     if (n > s->n_tokens)
         return fail(e, MEDRUN_USAGE, "rewind to %zu of %zu tokens", n, s->n_tokens);
+    drop_guesses(s);
+    if (s->lookup) forget_places(s->lookup, s->tokens, n);
     s->n_tokens = n, s->n_logits = 0, s->n_text = 0, s->answer_open = false, s->starting = true;
     if (s->n_done >= n) s->n_done = n ? n - 1 : 0;      /* the last one again, for its logits    */
     return MEDRUN_OK;
@@ -6835,7 +6987,7 @@ const float *medrun_logits(const medrun_session *s, size_t row) {
 }
 
 void medrun_observe(medrun_session *s, medrun_observer *observer, void *user) {
-    s->observer = observer, s->observer_user = user;
+    s->observer = observer, s->observer_user = user, s->n_ready = 0;
 }
 
 /* ---- steps --------------------------------------------------------------------------------- */
@@ -6865,7 +7017,7 @@ int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *e) {
             if (sessions[k] == s) return fail(e, MEDRUN_USAGE, "step: session %zu stands twice", i);
     }
     p->n = p->n_segments = 0, p->observed = false;
-    for (size_t i = 0; i < n; i++) add_segment(p, sessions[i]);
+    for (size_t i = 0; i < n; i++) sessions[i]->n_ready = 0, add_segment(p, sessions[i]);
     if (!p->n) return MEDRUN_OK;
     pthread_mutex_lock(&lead->model->pool->turn);
     forward(p);
@@ -6875,11 +7027,56 @@ int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *e) {
     return MEDRUN_OK;
 }
 
+/* From ROW of the logits. */
+static int32_t sample_row(medrun_session *s, size_t row) {
+    return sample_token(s->candidates, s->logits + row * s->pass->vocab,
+                        (size_t)s->model->config.vocab_size, &s->options.sampling, &s->random,
+                        s->tokens, s->n_tokens);
+}
+
 int medrun_sample(medrun_session *s, int32_t *id, medrun_error *e) {
-    const float *logits = medrun_logits(s, 0);
-    if (!logits) return fail(e, MEDRUN_USAGE, "sample: tokens are pending, call medrun_step first");
-    *id = sample_token(s->candidates, logits, (size_t)s->model->config.vocab_size,
-                       &s->options.sampling, &s->random, s->tokens, s->n_tokens);
+    if (!medrun_logits(s, 0))
+        return fail(e, MEDRUN_USAGE, "sample: tokens are pending, call medrun_step first");
+    *id = sample_row(s, 0);
+    return MEDRUN_OK;
+}
+
+/* One pass for the last token, the only one pending, and for what is guessed to come behind it. The
+ * guesses stand past the end of the timeline: s->tokens[n_tokens], ... Behind a guessed stop
+ * nothing is worth guessing. */
+static int step_ahead(medrun_session *s, medrun_error *e) {
+    lookup *g = s->lookup;
+    size_t n = s->n_tokens, room = (size_t)s->options.context - n, k = 0;
+    size_t most = (size_t)s->options.lookup < room ? (size_t)s->options.lookup : room;
+    find_match(g, s->tokens, n);
+    size_t rows = s->observer ? 1 : choose_rows(g, most + 1);
+    for (; k + 1 < rows && !is_stop(s->model, s->tokens[g->at + k]); k++)
+        s->tokens[n + k] = s->tokens[g->at + k];        /* may read what it just wrote           */
+    s->n_tokens = n + k, s->n_wanted = k + 1;
+    double start = seconds();
+    int code = medrun_step(&s, 1, e);
+    learn_time(g, k + 1, seconds() - start);
+    s->n_tokens = n, s->n_wanted = (size_t)s->options.logit_rows;
+    if (code) return code;
+    s->n_done = n, s->n_ready = k + 1, g->guessed += k;
+    return MEDRUN_OK;
+}
+
+/* Brings the timeline's end to its logits, chooses the next id from them as without guesses, and
+ * appends it. If it was the guess, its own logits stand in the row before. */
+static int next_id(medrun_session *s, int32_t *id, medrun_error *e) {
+    int code = MEDRUN_OK;
+    if (s->n_ready) s->n_done = s->n_tokens;            /* guessed, and so in the cache          */
+    while (!code && medrun_pending(s))
+        code = s->lookup && medrun_pending(s) == 1 ? step_ahead(s, e) : medrun_step(&s, 1, e);
+    if (code) return code;
+    if (!s->n_ready) code = medrun_sample(s, id, e);
+    else *id = sample_row(s, s->n_ready - 1);
+    bool right = s->n_ready > 1 && s->tokens[s->n_tokens] == *id;
+    s->n_ready = right ? s->n_ready - 1 : 0;
+    if (code || (code = append_ids(s, id, 1, e)) || !s->lookup) return code;
+    learn_match(s->lookup, *id == s->tokens[s->lookup->at]);
+    s->lookup->right += right;
     return MEDRUN_OK;
 }
 
@@ -6890,10 +7087,9 @@ int medrun_next(medrun_session *s, int32_t *id, const char **text, size_t *n_byt
     size_t unfinished = utf8_unfinished((const uint8_t *)s->text, left);
     memmove(s->text, s->text + s->n_text - unfinished, unfinished);
     s->n_text = unfinished, *text = s->text, *n_bytes = 0;
-    int code = MEDRUN_OK;
-    while (!code && medrun_pending(s)) code = medrun_step(&s, 1, e);
     bool stop, first = s->starting;
-    if (code || (code = medrun_sample(s, id, e)) || (code = medrun_feed(s, id, 1, e))) return code;
+    int code = next_id(s, id, e);
+    if (code) return code;
     const char *piece = tokenizer_text(&m->tokenizer, *id, false, &first, &n);
     if ((stop = is_stop(m, *id))) n = 0;
     s->starting = first;
@@ -6952,120 +7148,329 @@ int medrun_render(const medrun_model *m, const char *name, const medrun_chat_opt
 
 /* ---- save and restore ---------------------------------------------------------------------- */
 
-/* "MEDSESS1", the checkpoint's hash, kv, strict, tokens, processed, random state, the ids, then for
- * each layer and head the keys and the values, then the SHA-256 of it all. */
+/* A file has a head: "MEDSESS2", the checkpoint's hash, what the numbers depend on (24 bytes), the
+ * template's name (32 bytes), kv and strict (4 bytes each), how many tokens and how many of them
+ * processed, the random state, is an answer open (8 bytes each), the ids, and the SHA-256 of the
+ * head. Then blocks of STATE_BLOCK processed tokens: for each layer and key-value head the panels of
+ * keys and of values as they lie in a session, then a sum of the block. So the first tokens of a
+ * file are its first bytes, and can be checked and used without the rest. */
+enum { STATE_BLOCK = 128, STATE_FIXED = 136 };
+
+/* Grows when a change to medrun changes the bits of a cache: files from before are refused. */
+enum { NUMBERS_VERSION = 1 };
+
+typedef struct {
+    uint64_t n, done, random, open;
+} state_head;
+
 typedef struct {
     FILE *f;
-    sha256 sum;
+    sha256 sum;                 /* of the head                                                 */
+    uint64_t lanes[4];          /* of a block                                                  */
     bool failed;
 } state_file;
 
-static void put(state_file *f, const void *bytes, size_t n) {
-    if (f->failed) return;
-    sha256_add(&f->sum, bytes, n);
-    f->failed = fwrite(bytes, 1, n, f->f) != n;
+/* The sum of a block: SHA-256 would take longer than reading, and is no help against forgery where
+ * whoever writes the file writes the sum. Each step is a bijection of its lane, so that no damage
+ * within one word goes unseen. It begins with the head's digest and the block's place. */
+static void start_block(state_file *f, const uint8_t digest[32], uint64_t block) {
+    memcpy(f->lanes, digest, sizeof f->lanes);
+    f->lanes[0] += block;
 }
 
-static void get(state_file *f, void *bytes, size_t n) {
+static void sum_block(uint64_t lanes[4], const uint8_t *p, size_t n) {          /* n % 32 == 0   */
+    for (; n; p += 32, n -= 32)
+        for (size_t i = 0; i < 4; i++) {
+            uint64_t word;
+            memcpy(&word, p + 8 * i, 8);
+            word ^= lanes[i];
+            lanes[i] = (word << 29 | word >> 35) * 0x9E3779B97F4A7C15;
+        }
+}
+
+static uint64_t block_sum(const uint64_t lanes[4]) {
+    uint64_t sum = 0;
+    for (size_t i = 0; i < 4; i++) {
+        sum = (sum ^ lanes[i]) * 0xBF58476D1CE4E5B9;
+        sum ^= sum >> 31;
+    }
+    return sum;
+}
+
+static void put_head(state_file *f, const void *bytes, size_t n) {
+    if (f->failed || (f->failed = fwrite(bytes, 1, n, f->f) != n)) return;
+    sha256_add(&f->sum, bytes, n);
+}
+
+static void get_head(state_file *f, void *bytes, size_t n) {
     if (f->failed || (f->failed = fread(bytes, 1, n, f->f) != n)) return;
     sha256_add(&f->sum, bytes, n);
 }
 
-/* Moves the cache of the first N tokens, by PUT or GET. */
-static void move_cache(state_file *f, const medrun_session *s, size_t n,
-                       void (*move)(state_file *, void *, size_t)) {
-    size_t panel = cache_panel(s->options.kv, (size_t)s->model->config.head_dim);
-    size_t keys = round_up(n, 16) / 16 * panel;
-    size_t values = s->options.kv == MEDRUN_KV_INT8 ? keys : n * (panel / 16);
-    for (int l = 0; l < s->model->config.n_layers; l++)
-        for (size_t h = 0; h < (size_t)s->model->config.n_kv_heads; h++) {
-            move(f, session_keys(s, l, h), keys);
-            move(f, session_values(s, l, h), values);
-        }
+static void put_cache(state_file *f, const uint8_t *bytes, size_t n) {
+    if (f->failed || (f->failed = fwrite(bytes, 1, n, f->f) != n)) return;
+    sum_block(f->lanes, bytes, n);
 }
 
-static void put_bytes(state_file *f, void *bytes, size_t n) { put(f, bytes, n); }
+/* ALL bytes of a block, of which KEEP have a place. */
+static void get_cache(state_file *f, uint8_t *to, size_t keep, size_t all) {
+    uint8_t rest[4096];
+    for (size_t n; all && !f->failed; all -= n, keep -= keep < n ? keep : n) {
+        n = keep ? keep : all < sizeof rest ? all : sizeof rest;
+        uint8_t *at = keep ? to : rest;
+        if (!(f->failed = fread(at, 1, n, f->f) != n)) sum_block(f->lanes, at, n);
+    }
+}
 
-static void state_header(const medrun_session *s, buffer *b) {
-    buffer_add(b, "MEDSESS1", 8);
-    buffer_add(b, s->model->file.hash, 32);
-    write_le(b, (uint64_t)s->options.kv, 4);
-    write_le(b, s->options.strict, 4);
+static size_t tokens_of_block(size_t first, size_t done) {
+    return done - first < STATE_BLOCK ? done - first : STATE_BLOCK;
+}
+
+/* The position, 0 to 15, to which byte AT of a panel of keys or values belongs; see cache_panel. */
+static size_t position_of(int kv, bool keys, size_t dim, size_t at) {
+    size_t item = kv == MEDRUN_KV_F32 ? 4 : 2;
+    if (kv != MEDRUN_KV_INT8) return keys ? at / item % 16 : at / (dim * item);
+    if (at >= 16 * dim) return at / 2 % 16;
+    return keys ? at / 2 % 16 : at / (2 * dim) * 2 + at % 2;
+}
+
+/* N positions in panels. What the last holds behind them, of a forgotten text or of guesses, is
+ * written as zeros. */
+static void put_panels(state_file *f, const medrun_session *s, bool keys, const uint8_t *p,
+                       size_t n) {
+    size_t dim = (size_t)s->model->config.head_dim, bytes = cache_panel(s->options.kv, dim);
+    put_cache(f, p, n / 16 * bytes);
+    p += n / 16 * bytes;
+    for (size_t at = 0; n % 16 && at < bytes; at += 32) {
+        uint8_t some[32];
+        for (size_t i = 0; i < 32; i++)
+            some[i] = position_of(s->options.kv, keys, dim, at + i) < n % 16 ? p[at + i] : 0;
+        put_cache(f, some, 32);
+    }
+}
+
+static void put_block(state_file *f, const medrun_session *s, size_t first, size_t n) {
+    size_t panel = cache_panel(s->options.kv, (size_t)s->model->config.head_dim);
+    for (int l = 0; l < s->model->config.n_layers; l++)
+        for (size_t h = 0; h < (size_t)s->model->config.n_kv_heads; h++) {
+            put_panels(f, s, true, session_keys(s, l, h) + first / 16 * panel, n);
+            put_panels(f, s, false, session_values(s, l, h) + first / 16 * panel, n);
+        }
+    uint64_t sum = block_sum(f->lanes);
+    f->failed = f->failed || fwrite(&sum, 1, sizeof sum, f->f) != sizeof sum;
+}
+
+/* A block that is longer than the context finds no place for its end. */
+static void get_block(state_file *f, const medrun_session *s, size_t first, size_t n) {
+    size_t panel = cache_panel(s->options.kv, (size_t)s->model->config.head_dim);
+    size_t all = (n + 15) / 16, room = ((size_t)s->options.context - first + 15) / 16;
+    size_t keep = all < room ? all : room, at = first / 16 * panel;
+    for (int l = 0; l < s->model->config.n_layers; l++)
+        for (size_t h = 0; h < (size_t)s->model->config.n_kv_heads; h++) {
+            get_cache(f, session_keys(s, l, h) + at, keep * panel, all * panel);
+            get_cache(f, session_values(s, l, h) + at, keep * panel, all * panel);
+        }
+    uint64_t sum = 0;
+    f->failed = f->failed || fread(&sum, 1, sizeof sum, f->f) != sizeof sum ||
+                sum != block_sum(f->lanes);
+}
+
+/* int8, and bf16 without the processor's bf16 dot product, give the same bits everywhere. */
+static void name_numbers(const medrun_session *s, char name[24]) {
+    bool exact = pack_kind(&s->pass->g, s->model->type) != PACK_BF16;
+    memset(name, 0, 24);
+    snprintf(name, 24, "%d %s", NUMBERS_VERSION, exact ? "exact" : s->model->kernels->name);
+}
+
+static void name_template(const medrun_session *s, char name[32]) {
+    memset(name, 0, 32);
+    snprintf(name, 32, "%s", s->options.template_name ? s->options.template_name
+                                                      : s->model->template_name);
+}
+
+/* Opens PATH.partial anew, for its owner only. PATH must not be a folder or a device. */
+static int create_state(FILE **f, const char *path, buffer *partial, medrun_error *e) {
+    struct stat st;
+    *f = NULL;
+    if (!stat(path, &st) && !S_ISREG(st.st_mode))
+        return fail(e, MEDRUN_FAILED, "%s: cannot write: is not a regular file", path);
+    buffer_printf(partial, "%s.partial", path);
+    if (partial->failed) return out_of_memory(e, strlen(path));
+    const char *name = (const char *)partial->data;
+    unlink(name);                                       /* so that its mode is ours              */
+    int fd = open(name, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+    if (fd >= 0 && (*f = fdopen(fd, "wb"))) return MEDRUN_OK;
+    int code = fail(e, MEDRUN_FAILED, "%s: cannot write: %s", path, strerror(errno));
+    if (fd >= 0) close(fd), remove(name);
+    return code;
+}
+
+static void put_state(state_file *f, const medrun_session *s) {
+    uint8_t digest[32];
+    char numbers[24], template[32];
+    buffer fixed = {0};
+    name_numbers(s, numbers), name_template(s, template);
+    buffer_add(&fixed, "MEDSESS2", 8);
+    buffer_add(&fixed, s->model->file.hash, 32);
+    buffer_add(&fixed, numbers, sizeof numbers);
+    buffer_add(&fixed, template, sizeof template);
+    write_le(&fixed, (uint64_t)s->options.kv, 4);
+    write_le(&fixed, s->options.strict, 4);
+    write_le(&fixed, s->n_tokens, 8);
+    write_le(&fixed, s->n_done, 8);
+    write_le(&fixed, s->random, 8);
+    write_le(&fixed, s->answer_open, 8);
+    sha256_init(&f->sum);
+    if (fixed.failed) f->failed = true, errno = ENOMEM;
+    else put_head(f, fixed.data, fixed.n);
+    put_head(f, s->tokens, s->n_tokens * sizeof *s->tokens);
+    sha256_done(&f->sum, digest);
+    f->failed = f->failed || fwrite(digest, 1, 32, f->f) != 32;
+    for (size_t at = 0; at < s->n_done && !f->failed; at += STATE_BLOCK) {
+        start_block(f, digest, at);
+        put_block(f, s, at, tokens_of_block(at, s->n_done));
+    }
+    buffer_free(&fixed);
 }
 
 int medrun_save(const medrun_session *s, const char *path, medrun_error *e) {
-    buffer b = {0}, partial = {0};
-    uint8_t digest[32];
-    buffer_printf(&partial, "%s.partial", path);
-    state_header(s, &b);
-    write_le(&b, s->n_tokens, 8);
-    write_le(&b, s->n_done, 8);
-    write_le(&b, s->random, 8);
-    write_le(&b, s->answer_open, 8);
-    if (b.failed || partial.failed) {
-        buffer_free(&b), buffer_free(&partial);
-        return out_of_memory(e, 64);
+    buffer partial = {0};
+    state_file f = {0};
+    int code = create_state(&f.f, path, &partial, e);
+    if (!code) {
+        put_state(&f, s);
+        int why = errno;
+        if (fclose(f.f) && !f.failed) f.failed = true, why = errno;
+        if (!f.failed && rename((const char *)partial.data, path)) f.failed = true, why = errno;
+        if (f.failed) {
+            code = fail(e, MEDRUN_FAILED, "%s: cannot write the session: %s", path, strerror(why));
+            remove((const char *)partial.data);
+        }
     }
-    const char *temporary = (const char *)partial.data;
-    state_file f = {.f = fopen(temporary, "wb")};
-    bool opened = f.f != NULL;
-    f.failed = !opened;
-    sha256_init(&f.sum);
-    put(&f, b.data, b.n);
-    put(&f, s->tokens, s->n_tokens * sizeof *s->tokens);
-    move_cache(&f, s, s->n_done, put_bytes);
-    sha256_done(&f.sum, digest);
-    if (!f.failed) f.failed = fwrite(digest, 1, 32, f.f) != 32;
-    if (opened && fclose(f.f)) f.failed = true;
-    if (!f.failed && rename(temporary, path)) f.failed = true;
-    int code = MEDRUN_OK;
-    if (f.failed) {
-        code = fail(e, MEDRUN_FAILED, "%s: cannot write the session: %s", path, strerror(errno));
-        if (opened) remove(temporary);
-    }
-    buffer_free(&b), buffer_free(&partial);
+    buffer_free(&partial);
     return code;
 }
 
-static int restore_from(medrun_session *s, state_file *f, const char *path, medrun_error *e) {
-    uint8_t head[80], digest[32], wanted[32];
-    buffer b = {0};
-    state_header(s, &b);
-    get(f, head, sizeof head);
-    bool same = !b.failed && !f->failed && !memcmp(head, b.data, b.n);
-    buffer_free(&b);
-    if (!same)
-        return fail(e, MEDRUN_BAD_FILE, "%s: not a session saved from this checkpoint with the "
-                    "same kv and strict", path);
-    reader r = {head, sizeof head, 48, false};
-    uint64_t n = read_u64(&r), done = read_u64(&r), random = read_u64(&r), open = read_u64(&r);
-    if (n > (uint64_t)s->options.context)
-        return fail(e, MEDRUN_TOO_LONG, "%s: %llu tokens do not fit the context of %d", path,
-                    (unsigned long long)n, s->options.context);
-    if (done > n) return fail(e, MEDRUN_BAD_FILE, "%s: damaged", path);
-    get(f, s->tokens, (size_t)n * sizeof *s->tokens);
-    move_cache(f, s, (size_t)done, get);
-    sha256_done(&f->sum, digest);
-    bool whole = !f->failed && fread(wanted, 1, 32, f->f) == 32 && fgetc(f->f) == EOF;
-    if (!whole || memcmp(digest, wanted, 32))
-        return fail(e, MEDRUN_BAD_FILE, "%s: the session is cut short or damaged", path);
-    for (size_t i = 0; i < n; i++)
-        if (s->tokens[i] < 0 || s->tokens[i] >= s->model->config.vocab_size)
-            return fail(e, MEDRUN_BAD_FILE, "%s: a token id is out of range", path);
-    s->n_tokens = (size_t)n, s->n_done = (size_t)done, s->random = random;
-    s->answer_open = open && n;
-    if (done == n && n) s->n_done--;                    /* its logits are computed anew          */
+/* Bytes of a file of N tokens, DONE of them processed; N and DONE are sane. */
+static uint64_t state_bytes(const medrun_session *s, uint64_t n, uint64_t done) {
+    uint64_t panel = cache_panel(s->options.kv, (size_t)s->model->config.head_dim);
+    uint64_t heads = (uint64_t)s->model->config.n_layers * (uint64_t)s->model->config.n_kv_heads;
+    return STATE_FIXED + 4 * n + 32 + (done + 15) / 16 * 2 * heads * panel +
+           (done + STATE_BLOCK - 1) / STATE_BLOCK * 8;
+}
+
+/* Reads the head up to the ids and checks all of it against the session and the file's size. */
+static int get_fixed(state_file *f, const medrun_session *s, uint64_t size, state_head *h,
+                     const char *path, medrun_error *e) {
+    static const char *const kv[] = {"f16", "f32", "int8"};
+    uint8_t fixed[STATE_FIXED];
+    char numbers[24], template[32];
+    name_numbers(s, numbers), name_template(s, template);
+    get_head(f, fixed, sizeof fixed);
+    if (f->failed || memcmp(fixed, "MEDSESS2", 8))
+        return fail(e, MEDRUN_BAD_FILE, "%s: not a session or prefix that this medrun can read",
+                    path);
+    if (memcmp(fixed + 8, s->model->file.hash, 32))
+        return fail(e, MEDRUN_BAD_FILE, "%s: was saved from another checkpoint", path);
+    reader r = {fixed, sizeof fixed, 96, false};
+    uint64_t kv_type = read_le(&r, 4), strict = read_le(&r, 4);
+    if (kv_type != (uint64_t)s->options.kv || strict != s->options.strict)
+        return fail(e, MEDRUN_BAD_FILE, "%s: was saved with --kv %s%s, this session has --kv %s%s",
+                    path, kv_type < 3 ? kv[kv_type] : "?", strict ? " --strict" : "",
+                    kv[s->options.kv], s->options.strict ? " --strict" : "");
+    if (memcmp(fixed + 40, numbers, sizeof numbers))
+        return fail(e, MEDRUN_BAD_FILE, "%s: its numbers are \"%.24s\", here they are \"%s\" "
+                    "(version, kernels); save it here, or use int8 or --strict", path,
+                    (const char *)fixed + 40, numbers);
+    if (memcmp(fixed + 64, template, sizeof template))
+        return fail(e, MEDRUN_BAD_FILE, "%s: was saved with the template %.32s, this session has "
+                    "%s", path, (const char *)fixed + 64, template);
+    *h = (state_head){read_u64(&r), read_u64(&r), read_u64(&r), read_u64(&r)};
+    if (h->n > size / 4 || h->done > h->n || h->done > size / 16 ||
+        state_bytes(s, h->n, h->done) != size)
+        return fail(e, MEDRUN_BAD_FILE, "%s: is cut short or damaged", path);
     return MEDRUN_OK;
 }
 
-int medrun_restore(medrun_session *s, const char *path, medrun_error *e) {
-    state_file f = {.f = fopen(path, "rb")};
-    medrun_rewind(s, 0, NULL);
-    if (!f.f) return fail(e, MEDRUN_BAD_FILE, "%s: cannot open: %s", path, strerror(errno));
-    sha256_init(&f.sum);
-    int code = restore_from(s, &f, path, e);
-    fclose(f.f);
+/* Reads the ids, to TO where that is not NULL, and counts how many are as the N of IDS. */
+static int get_ids(state_file *f, const state_head *h, int32_t *to, const int32_t *ids, size_t n,
+                   size_t *shared, uint8_t digest[32]) {
+    int32_t some[256];
+    uint8_t wanted[32];
+    size_t at = 0;
+    for (size_t k; at < h->n && !f->failed; at += k) {
+        k = h->n - at < 256 ? (size_t)h->n - at : 256;
+        get_head(f, some, k * sizeof *some);
+        if (to) memcpy(to + at, some, k * sizeof *some);
+        for (size_t i = 0; i < k && *shared == at + i && at + i < n; i++)
+            if (some[i] == ids[at + i]) ++*shared;
+    }
+    sha256_done(&f->sum, digest);
+    bool good = !f->failed && fread(wanted, 1, 32, f->f) == 32 && !memcmp(digest, wanted, 32);
+    return good ? MEDRUN_OK : MEDRUN_BAD_FILE;
+}
+
+/* Takes the whole file; or, when the N IDS have been fed, what was processed of those. */
+static int restore_from(medrun_session *s, state_file *f, uint64_t size, const int32_t *ids,
+                        size_t n, const char *path, medrun_error *e) {
+    state_head h = {0};
+    uint8_t digest[32];
+    size_t shared = 0, take;
+    sha256_init(&f->sum);
+    int code = get_fixed(f, s, size, &h, path, e);
+    if (code) return code;
+    if (!ids && h.n > (uint64_t)s->options.context)
+        return fail(e, MEDRUN_TOO_LONG, "%s: %llu tokens do not fit the context of %d", path,
+                    (unsigned long long)h.n, s->options.context);
+    bool good = !get_ids(f, &h, ids ? NULL : s->tokens, ids, n, &shared, digest);
+    for (size_t i = 0; good && !ids && i < h.n; i++)
+        good = s->tokens[i] >= 0 && s->tokens[i] < s->model->config.vocab_size;
+    if (ids && shared == n && n) shared--;              /* whose logits are computed anew        */
+    take = (size_t)h.done;
+    if (ids && take > shared) take = shared;
+    for (size_t at = 0; good && !f->failed && at < take; at += STATE_BLOCK) {
+        start_block(f, digest, at);
+        get_block(f, s, at, tokens_of_block(at, (size_t)h.done));
+    }
+    if (!good || f->failed)
+        return fail(e, MEDRUN_BAD_FILE, "%s: is cut short or damaged", path);
+    s->n_done = take;
+    if (ids) return MEDRUN_OK;
+    s->n_tokens = (size_t)h.n, s->random = h.random, s->answer_open = h.open && h.n;
+    if (h.done == h.n && h.n) s->n_done--;              /* its logits are computed anew          */
+    return MEDRUN_OK;
+}
+
+/* As restore_from; after a failure the session is empty. */
+static int restore_file(medrun_session *s, const int32_t *ids, size_t n, const char *path,
+                        medrun_error *e) {
+    struct stat st;
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK), code;       /* not to wait on a pipe */
+    FILE *f = fd < 0 ? NULL : fdopen(fd, "rb");
+    if (!f || fstat(fd, &st))
+        code = fail(e, MEDRUN_BAD_FILE, "%s: cannot open: %s", path, strerror(errno));
+    else if (!S_ISREG(st.st_mode))
+        code = fail(e, MEDRUN_BAD_FILE, "%s: is not a regular file", path);
+    else
+        code = restore_from(s, &(state_file){.f = f}, (uint64_t)st.st_size, ids, n, path, e);
+    if (f) fclose(f);
+    else if (fd >= 0) close(fd);
+    if (code) medrun_rewind(s, 0, NULL);
     return code;
+}
+
+int medrun_restore(medrun_session *s, const char *path, medrun_error *e) {
+    medrun_rewind(s, 0, NULL);
+    return restore_file(s, NULL, 0, path, e);
+}
+
+int medrun_feed_saved(medrun_session *s, const int32_t *ids, size_t n, const char *path,
+                      size_t *taken, medrun_error *e) {
+    *taken = 0;
+    medrun_rewind(s, 0, NULL);
+    int code = medrun_feed(s, ids, n, e);
+    if (code || (code = restore_file(s, s->tokens, n, path, e))) return code;
+    return *taken = s->n_done, MEDRUN_OK;
 }
 #ifndef MEDRUN_NO_MAIN
 /* ============================================================================================
@@ -7107,11 +7512,11 @@ typedef struct {
 } option_row;
 
 enum { O_MODEL, O_PROMPT, O_FILE, O_SYSTEM, O_PREDICT, O_CTX, O_THREADS, O_BATCH, O_SEED, O_TEMP,
-       O_TOP_K, O_TOP_P, O_MIN_P, O_REPEAT, O_TEMPLATE, O_STOP, O_KV, O_OVERFLOW, O_RAW, O_MLOCK,
-       O_STRICT, O_RECORD, O_STATS, O_VERBOSE, O_QUIET, O_BOS, O_SPECIAL, O_PIECES, O_MESSAGES,
-       O_RENDER_IDS, O_NO_OPENING, O_DATE, O_THINK, O_TOOLS, O_CHAT_BOS, O_IDS, O_ALL, O_OUT,
-       O_BENCH_PROMPT, O_BENCH_PREDICT, O_DEPTH, O_REPETITIONS, O_FORMAT, O_HELP, O_VERSION,
-       N_OPTIONS };
+       O_TOP_K, O_TOP_P, O_MIN_P, O_REPEAT, O_TEMPLATE, O_STOP, O_KV, O_OVERFLOW, O_LOOKUP, O_RAW,
+       O_MLOCK, O_STRICT, O_SAVE_PREFIX, O_LOAD_PREFIX, O_RECORD, O_STATS, O_VERBOSE, O_QUIET,
+       O_BOS, O_SPECIAL, O_PIECES, O_MESSAGES, O_RENDER_IDS, O_NO_OPENING, O_DATE, O_THINK, O_TOOLS,
+       O_CHAT_BOS, O_IDS, O_ALL, O_OUT, O_BENCH_PROMPT, O_BENCH_PREDICT, O_DEPTH, O_REPETITIONS,
+       O_FORMAT, O_HELP, O_VERSION, N_OPTIONS };
 
 static const option_row option_rows[N_OPTIONS] = {
     [O_MODEL] = {"model", "m", "FILE", TEXT, ON_MODEL | ON_FILE, 0, 0, NULL,
@@ -7151,12 +7556,18 @@ static const option_row option_rows[N_OPTIONS] = {
               "f16 and is less exact"},
     [O_OVERFLOW] = {"overflow", NULL, "error|drop", CHOICE, ON(CHAT), 0, 0, "error",
                     "a full context: refuse, or forget the oldest turns"},
+    [O_LOOKUP] = {"lookup", NULL, "N", WHOLE, ON_ANSWER | ON(SHOW), 0, MAX_LOOKUP, "0",
+                  "guess so many tokens ahead from the text so far; changes no token"},
     [O_RAW] = {"raw", NULL, NULL, FLAG, ON(RUN), 0, 0, NULL,
                "no chat template: continue the text as it is"},
     [O_MLOCK] = {"mlock", NULL, NULL, FLAG, ON_SESSION, 0, 0, NULL,
                  "keep the weights in memory, or fail"},
     [O_STRICT] = {"strict", NULL, NULL, FLAG, ON_SESSION, 0, 0, NULL,
                   "bf16 weights: the same numbers on every machine, slower on some"},
+    [O_SAVE_PREFIX] = {"save-prefix", NULL, "FILE", TEXT, ON_ANSWER, 0, 0, NULL,
+                       "write what the model made of the prompt, which it holds: keep it safe"},
+    [O_LOAD_PREFIX] = {"load-prefix", NULL, "FILE", TEXT, ON_ANSWER, 0, 0, NULL,
+                       "take from there as much as the prompt begins with; changes no token"},
     [O_RECORD] = {"record", NULL, "FILE", TEXT, ON(RUN), 0, 0, NULL,
                   "write what replay needs; it holds prompt and answer, as ids: keep it safe"},
     [O_STATS] = {"stats", NULL, NULL, FLAG, ON_ANSWER, 0, 0, NULL, "print speeds"},
@@ -7602,8 +8013,11 @@ static int cache_type(const command *c) {
 
 static medrun_session_options session_options(const command *c, int context) {
     return (medrun_session_options){.context = context, .batch = whole(c, O_BATCH),
-                                    .kv = cache_type(c), .strict = flag(c, O_STRICT),
-                                    .custom_sampling = true, .sampling = c->sampling};
+                                    .lookup = whole(c, O_LOOKUP), .kv = cache_type(c),
+                                    .strict = flag(c, O_STRICT), .custom_sampling = true,
+                                    .sampling = c->sampling,
+                                    .template_name = flag(c, O_RAW) ? "raw"
+                                                     : c->chat ? c->chat->name : NULL};
 }
 
 /* -c, or the model's context; if nobody asked and that does not fit three quarters of the memory,
@@ -7659,6 +8073,7 @@ typedef struct {
     buffer call;                /* of tools, as far as it has come                             */
     bool ended, in_call, mid_line;
     size_t n_prompt, n_answer;  /* tokens                                                      */
+    uint64_t guessed, right;    /* tokens, see medrun_guesses                                  */
     double prompt_time, answer_time;
 } answer;
 
@@ -7713,6 +8128,39 @@ static int process_prompt(command *c) {
     return code;
 }
 
+/* Is told before the work, not after it: that what --save-prefix names cannot be written. */
+static int check_prefix(command *c) {
+    buffer partial = {0};
+    if (!given(c, O_SAVE_PREFIX)) return MEDRUN_OK;
+    FILE *f;
+    int code = create_state(&f, c->text[O_SAVE_PREFIX], &partial, &c->e);
+    if (!code) fclose(f), remove(chars(&partial));
+    buffer_free(&partial);
+    return code;
+}
+
+/* Writes the prompt that was processed, the first of a chat. */
+static int save_prefix(command *c) {
+    const char *path = c->text[O_SAVE_PREFIX];
+    if (!path) return MEDRUN_OK;
+    c->text[O_SAVE_PREFIX] = NULL;
+    int code = medrun_save(c->s, path, &c->e);
+    if (!code) note(c, "prefix: %zu tokens written to %s", medrun_length(c->s), path);
+    return code;
+}
+
+/* Puts a prompt on the timeline; what --load-prefix names is good for a first one only. */
+static int feed_prompt(command *c, const int32_t *ids, size_t n) {
+    const char *path = c->text[O_LOAD_PREFIX];
+    size_t taken;
+    if (!path || medrun_length(c->s)) return medrun_feed(c->s, ids, n, &c->e);
+    int code = medrun_feed_saved(c->s, ids, n, path, &taken, &c->e);
+    if (code) c->text[O_LOAD_PREFIX] = NULL;            /* a chat goes on without it             */
+    else if (taken) note(c, "prefix: %zu of %zu tokens taken from %s", taken, n, path);
+    else note(c, "prefix: the prompt shares nothing with %s", path);
+    return code;
+}
+
 /* The end of a tool call: a line of JSON; what is no call is printed as the text it is. */
 static int print_call(command *c, answer *a) {
     buffer json_line = {0};
@@ -7753,14 +8201,20 @@ static int print_reply(command *c, answer *a) {
     struct sigaction before;
     size_t most = c->number[O_PREDICT] < 0 ? SIZE_MAX : (size_t)c->number[O_PREDICT];
     double start = seconds();
+    uint64_t guessed, right;
     *a = (answer){.n_prompt = medrun_pending(c->s)};
+    medrun_guesses(c->s, &guessed, &right);
     watch_interrupts(&before);
     int code = process_prompt(c), last = MEDRUN_OK;
+    a->prompt_time = seconds() - start;
+    if (!code) code = save_prefix(c);
     double middle = seconds();
     while (!code && !a->ended && a->n_answer < most) code = next_piece(c, a);
     if (!a->ended) last = a->in_call ? print_call(c, a) : print_held(c, a, true);
     sigaction(SIGINT, &before, NULL);
-    a->prompt_time = middle - start, a->answer_time = seconds() - middle;
+    a->answer_time = seconds() - middle;
+    medrun_guesses(c->s, &a->guessed, &a->right);
+    a->guessed -= guessed, a->right -= right;
     buffer_free(&a->held), buffer_free(&a->call);
     if (isatty(STDOUT_FILENO)) puts("");
     if (code != MEDRUN_TOO_LONG) return code ? code : last;
@@ -7773,8 +8227,12 @@ static int print_reply(command *c, answer *a) {
 static void print_stats(const command *c, const answer *a) {
     double steps = a->n_answer > 1 ? (double)(a->n_answer - 1) : 0;
     fprintf(stderr, "prompt %zu tokens, %.1f tokens/s; answer %zu tokens, %.1f tokens/s; context "
-            "%zu of %zu\n", a->n_prompt, (double)a->n_prompt / (a->prompt_time + 1e-9), a->n_answer,
+            "%zu of %zu", a->n_prompt, (double)a->n_prompt / (a->prompt_time + 1e-9), a->n_answer,
             steps / (a->answer_time + 1e-9), medrun_length(c->s), context_of(c));
+    if (flag(c, O_LOOKUP))
+        fprintf(stderr, "; guessed %llu tokens, %llu right", (unsigned long long)a->guessed,
+                (unsigned long long)a->right);
+    fputc('\n', stderr);
 }
 
 static int too_long(command *c, size_t n) {
@@ -7885,7 +8343,8 @@ static int run_ids(command *c, const buffer *ids) {
     size_t n = ids->n / 4;
     if (n >= context_of(c)) return too_long(c, n);
     show_prompt(c, ids_of(ids), n);
-    int code = medrun_feed(c->s, ids_of(ids), n, &c->e);
+    int code = check_prefix(c);
+    if (!code) code = feed_prompt(c, ids_of(ids), n);
     if (code) return code;
     code = print_reply(c, &a);
     bool stopped = code == MEDRUN_INTERRUPTED || code == MEDRUN_TOO_LONG;
@@ -8454,7 +8913,8 @@ static int chat_feed(chat *h, const char *text, size_t n) {
         show_prompt(c, ids_of(&ids) + skip, ids.n / 4 - skip);
         buffer_add(&h->starts, &start, sizeof start);
         if (h->starts.failed) code = out_of_memory(&c->e, sizeof start);
-        else code = medrun_feed(c->s, ids_of(&ids) + skip, ids.n / 4 - skip, &c->e);
+        else if ((code = feed_prompt(c, ids_of(&ids) + skip, ids.n / 4 - skip)))
+            h->starts.n -= sizeof start;                /* nothing was said                      */
     }
     buffer_free(&ids);
     return code;
@@ -8569,16 +9029,32 @@ static int chat_loop(chat *h, buffer *message) {
     return MEDRUN_OK;
 }
 
+/* A bad prefix is said before the conversation, of which only the opening is known. */
+static int try_prefix(chat *h) {
+    command *c = h->c;
+    buffer ids = {0};
+    size_t taken;
+    int code = check_prefix(c);
+    if (code || !given(c, O_LOAD_PREFIX)) return code;
+    code = chat_opening(h, &ids);
+    if (!code)
+        code = medrun_feed_saved(c->s, ids_of(&ids), ids.n / 4, c->text[O_LOAD_PREFIX], &taken,
+                                 &c->e);
+    buffer_free(&ids);
+    return code ? code : medrun_rewind(c->s, 0, &c->e);
+}
+
 static int talk(command *c) {
     chat h = {.c = c};
     buffer message = {0};
-    int code = MEDRUN_OK;
+    int code;
     prepare_editor(&h.ed);
     fprintf(stderr, "%sFor research and education. Not a clinician; do not use it to decide about "
             "anyone's care.%s\n", h.ed.colour ? "\x1b[33m" : "", h.ed.colour ? "\x1b[0m" : "");
     note(c, "/help lists what can be typed.");
     buffer_text(&h.system, system_text(c));
-    if (given(c, O_PROMPT) || given(c, O_FILE)) code = read_prompt(c, &message);
+    code = try_prefix(&h);
+    if (!code && (given(c, O_PROMPT) || given(c, O_FILE))) code = read_prompt(c, &message);
     if (!code && message.n) code = chat_answer(&h, chars(&message), message.n);
     if (!code) code = chat_loop(&h, &message);
     buffer_free(&message), buffer_free(&h.system), buffer_free(&h.starts);
