@@ -1469,7 +1469,8 @@ typedef struct {
     size_t tile_panels;             /* that a matmul of several tokens takes at once            */
     matmul_fn *matmul_f32, *matmul_bf16, *matmul_int8, *matmul_int4;
     /* 16 groups of int4: V (32, 16) -> their scales and shifts, and the nibbles (32, 16). The sum
-     * of the squared errors, weighted by the (32) importances, is made small. */
+     * of the squared errors, weighted by the (32) importances, is made small. NULL in the program,
+     * which does not pack weights. */
     void (*fit_int4)(const float *v, const float *importance, uint16_t *bits, uint8_t *q);
     void (*norm)(float *out, const float *x, const float *weight, size_t n, float eps);
     void (*silu_mul)(float *gate, const float *up, size_t n);   /* gate = silu(gate) * up       */
@@ -1643,7 +1644,7 @@ static void tile_keys(const attention *a, size_t t, size_t nt, size_t first, siz
 #define FEW_TOKENS 8            /* ... of one panel                                              */
 #define TILED static            /* one function for every size of tile                           */
 #ifdef __clang__                /* a lane is a loop here: unrolling tiles would only be long     */
-#define UNROLLED _Pragma("clang loop unroll(disable)")
+#define UNROLLED _Pragma("clang loop unroll(disable) interleave(disable)")
 #else
 #define UNROLLED
 #endif
@@ -2410,6 +2411,7 @@ MATMUL(matmul_int4, RAW4, 1, BIG_BLOCK(tile_int4), UNPACK(TYPE_INT4), INT_PACK, 
 #undef MATMUL
 
 #if MEDRUN_PASS != 4
+#ifdef MEDRUN_NO_MAIN           /* the exporter searches for scales, the program never does      */
 /* ---- the scales of int4 -------------------------------------------------------------------- */
 
 /* 16 groups, a lane each, and the best scale and shift so far. */
@@ -2550,6 +2552,10 @@ static void fit_int4(const float *v, const float *importance, uint16_t *bits, ui
         for (size_t i = 0; i < 16; i++) q[16 * k + i] = (uint8_t)index[i];
     }
 }
+#define FIT_INT4 fit_int4
+#else
+#define FIT_INT4 NULL
+#endif /* MEDRUN_NO_MAIN */
 
 /* RMSNorm (Zhang and Sennrich 2019): x / sqrt(mean(x^2) + eps) * weight. */
 static void norm(float *out, const float *x, const float *weight, size_t n, float eps) {
@@ -2981,7 +2987,7 @@ static float read_all(const uint8_t *p, size_t n) {
 #define TEXT(x) TEXT2(x)
 #define ROW(name, bf16, matmul_bf16) {                                                          \
         name, bf16, INT_PACK, pack, TILE_PANELS, matmul_f32, matmul_bf16, matmul_int8,          \
-        matmul_int4, fit_int4, norm, silu_mul, relu2, xielu, add, attend, merge, to_half,       \
+        matmul_int4, FIT_INT4, norm, silu_mul, relu2, xielu, add, attend, merge, to_half,       \
         to_int8, peak, read_all,                                                                \
     }
 #if MEDRUN_PASS != 4
@@ -2998,6 +3004,7 @@ static const kernel_set kernel_row_bf16 = ROW("avx512bf16", true, matmul_bf16);
 #undef INT_PACK
 #undef X_BYTES
 #undef X_GROUP
+#undef FIT_INT4
 #undef TILED
 #undef TILE_PANELS
 #undef TILE_TOKENS
@@ -3062,7 +3069,12 @@ static const kernel_set kernel_row_bf16 = ROW("avx512bf16", true, matmul_bf16);
 /* AVX2 with AVX-VNNI: only products of bytes differ from AVX2's. */
 static const kernel_set kernel_row_avxvnni = {
     "avxvnni", false, PACK_INT8, pack_avx2, 1, matmul_f32_avx2, NULL, matmul_int8_avxvnni,
-    matmul_int4_avxvnni, fit_int4_avx2, norm_avx2, silu_mul_avx2, relu2_avx2, xielu_avx2, add_avx2,
+#ifdef MEDRUN_NO_MAIN
+    matmul_int4_avxvnni, fit_int4_avx2,
+#else
+    matmul_int4_avxvnni, NULL,
+#endif
+    norm_avx2, silu_mul_avx2, relu2_avx2, xielu_avx2, add_avx2,
     attend_avx2, merge_avx2, to_half_avx2, to_int8_avx2, peak_avxvnni, read_all_avxvnni,
 };
 #endif
@@ -3218,6 +3230,7 @@ static void matmul(const engine *g, const product *products, size_t n, const pac
     parallel_for(g->pool, panels, grain, matmul_task, &j);
 }
 
+#ifdef MEDRUN_NO_MAIN
 /* Packs 16 rows of one int4 panel; IMPORTANCE (cols) says how much an error of each column counts,
  * NULL: all the same. */
 static void pack_int4(const kernel_set *k, const float *rows, size_t n_rows, size_t cols,
@@ -3249,6 +3262,7 @@ static void pack_panel(const kernel_set *k, int type, const float *rows, size_t 
     memset(out, 0, panel_bytes(type, cols));
     pack_int4(k, rows, n_rows, cols, importance, out);
 }
+#endif
 /* ============================================================================================
  * 9 Model file: parse and check everything before anything is used
  *
@@ -7151,8 +7165,8 @@ int medrun_render(const medrun_model *m, const char *name, const medrun_chat_opt
 /* A file has a head: "MEDSESS2", the checkpoint's hash, what the numbers depend on (24 bytes), the
  * template's name (32 bytes), kv and strict (4 bytes each), how many tokens and how many of them
  * processed, the random state, is an answer open (8 bytes each), the ids, and the SHA-256 of the
- * head. Then blocks of STATE_BLOCK processed tokens: for each layer and key-value head the panels of
- * keys and of values as they lie in a session, then a sum of the block. So the first tokens of a
+ * head. Then blocks of STATE_BLOCK processed tokens: for each layer and key-value head the panels
+ * of keys and of values as they lie in a session, then a sum of the block. So the first tokens of a
  * file are its first bytes, and can be checked and used without the rest. */
 enum { STATE_BLOCK = 128, STATE_FIXED = 136 };
 
@@ -9540,7 +9554,8 @@ static int bench_command(command *c) {
 
 enum { CHECK_PANELS = 3, CHECK_COLS = 192, CHECK_TOKENS = 11 };
 
-/* A small product of random numbers. OUT (tokens, rows); false: no memory. */
+/* A small product of random numbers. OUT (tokens, rows); false: no memory. An int4 panel may be any
+ * bytes, as long as each scale is a number. */
 static bool small_product(const kernel_set *k, int type, float *out) {
     int kind = type == TYPE_BF16 ? PACK_F32 : k->int_pack;
     size_t rows = CHECK_PANELS * LANES, cols = CHECK_COLS, panel = panel_bytes(type, cols);
@@ -9551,9 +9566,10 @@ static bool small_product(const kernel_set *k, int type, float *out) {
     bool made = x && w && a;
     for (size_t i = 0; made && i < (rows + CHECK_TOKENS) * cols; i++)
         x[i] = (float)(random_uniform(&random) - 0.5);
-    for (size_t p = 0; made && p < CHECK_PANELS; p++)
-        pack_panel(k, type, x + (CHECK_TOKENS + p * LANES) * cols, LANES, cols, NULL,
-                   w + p * panel);
+    for (size_t p = 0; made && type != TYPE_INT4 && p < CHECK_PANELS; p++)
+        panel_pack(type, x + (CHECK_TOKENS + p * LANES) * cols, LANES, cols, w + p * panel);
+    for (size_t i = 0; made && type == TYPE_INT4 && i < CHECK_PANELS * panel; i++)
+        w[i] = (uint8_t)(random_uniform(&random) * 120);
     if (made) k->pack(kind, x, cols, cols, CHECK_TOKENS, a);
     if (made) matmul_of(k, type, kind)(w, CHECK_PANELS, cols, a, CHECK_TOKENS, cols, block, out,
                                        rows);
