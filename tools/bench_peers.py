@@ -29,9 +29,10 @@ smallest and largest; a ratio is that of the medians, and its interval holds 95 
 when turns are drawn anew with replacement (pairs stay together). A ratio above 1 says that medrun
 is faster. With five turns an interval is a rough one; where it holds 1 nothing was shown.
 
-A turn during which other programs used more than a tenth of a processor is measured again, up to
---retries times, and the quietest one counts (Linux only). What was left of such company is said
-below the machine's line.
+Other programs disturb: a turn waits until they use less than a tenth of a processor, --wait
+seconds at most; if they use more of one during the turn, it is measured again, up to --retries
+times, and the quietest counts (Linux only). What was left of such company is said above the
+table.
 
 Shares compare with what this machine could do at most, as `medrun bench` measured it by turns with
 the rest: for a prompt the operations a second (two a weight and token) beside the rate of the
@@ -304,6 +305,19 @@ def in_company(work):
     return result, max(0.0, busy_now - busy - (own_now - own)) / (time.monotonic() - start)
 
 
+def quietly(o, work):
+    """As in_company, when others are quiet, and again while they are not."""
+    found = []
+    for _ in range(1 + o.retries):
+        until = time.monotonic() + o.wait
+        while time.monotonic() < until and in_company(lambda: time.sleep(1))[1] > COMPANY:
+            pass
+        found.append(in_company(work))
+        if found[-1][1] <= COMPANY:
+            break
+    return min(found, key=lambda pair: pair[1])
+
+
 def help_of(command):
     try:
         done = subprocess.run([*command], capture_output=True, text=True, errors="replace")
@@ -342,10 +356,11 @@ class Peer:
         """Those near the best are tried again: one slow moment must not decide."""
         best, near = {}, self.settings()
         for _ in range(2):
-            tried = self.run([dict(s, prompt=prompt, generate=generate, depth=0) for s in near])
-            for s, r in zip(near, tried):
-                say("%s %s, %s: prompt of %d %.2f, generation %.2f tokens/s" % (
-                    self.name, self.kind, show_setting(s), prompt, r["pp"], r["tg"]))
+            for s in near:
+                r, others = quietly(self.o, lambda: self.run([dict(
+                    s, prompt=prompt, generate=generate, depth=0)])[0])
+                say("%s %s, %s: prompt of %d %.2f, generation %.2f tokens/s; others %.2f" %
+                    (self.name, self.kind, show_setting(s), prompt, r["pp"], r["tg"], others))
                 best.setdefault("pp", []).append((r["pp"], s))
                 best.setdefault("tg", []).append((r["tg"], s))
             top = {test: max(found, key=lambda item: item[0]) for test, found in best.items()}
@@ -552,17 +567,7 @@ def compare(ours, theirs):
     return dict(ratio=statistics.median(ours) / statistics.median(theirs), low=low, high=high)
 
 
-def quiet_turn(e, prompt, generate, depth):
-    """The quietest of some turns: the first one that is quiet enough."""
-    turns = []
-    for _ in range(1 + e.o.retries):
-        turns.append(in_company(lambda: e.turn(prompt, generate, depth)))
-        if turns[-1][1] <= COMPANY:
-            break
-    return min(turns, key=lambda turn: turn[1])
-
-
-def alternate(engines, repeats, prompt, generate, depth=0):
+def alternate(o, engines, prompt, generate, depth=0):
     """{engine: {test: [a rate each turn]}}, what medrun said of its ceilings, and the most
     that others used."""
     rates = {e: {"pp": [], "tg": []} for e in engines}
@@ -571,10 +576,10 @@ def alternate(engines, repeats, prompt, generate, depth=0):
         if isinstance(e, Peer) and e.best is None:
             settle(e.path, [other.path for other in engines])
             e.choose(min(prompt, 512), min(generate, 64))
-    for r in range(repeats):
+    for r in range(o.repetitions):
         for e in engines:
             settle(e.path, [other.path for other in engines])
-            got, others = quiet_turn(e, prompt, generate, depth)
+            got, others = quietly(o, lambda: e.turn(prompt, generate, depth))
             company = max(company, others)
             for test in rates[e]:
                 rates[e][test].append(got[test])
@@ -674,13 +679,13 @@ def growth(o, engines, result):
     """The tables of --prompts and --depths for one type."""
     shown = engines if o.peer_depths else engines[:1]
     for n in o.prompts:
-        rates, _, company = alternate(shown, o.repetitions, n, 1)
+        rates, _, company = alternate(o, shown, n, 1)
         result["company"] = max(result["company"], company)
         result["prompts"].append(growth_row(shown, rates, n, ["pp"]))
     for depth in o.depths:
         able = [e for e in shown if not isinstance(e, LlamaBench) or
                 not depth or re.search(r"^ *-d,", e.help, re.M)]
-        rates, _, company = alternate(able, o.repetitions, o.prompt, o.predict, depth)
+        rates, _, company = alternate(o, able, o.prompt, o.predict, depth)
         result["company"] = max(result["company"], company)
         result["depths"].append(growth_row(able, rates, depth, ["pp", "tg"]))
 
@@ -693,7 +698,7 @@ def measure(o):
     for t in o.types:
         engines = engines_of(o, files, t)
         if not o.no_pairs:
-            rates, said, company = alternate(engines, o.repetitions, o.prompt, o.predict)
+            rates, said, company = alternate(o, engines, o.prompt, o.predict)
             result["company"] = max(result["company"], company)
             result["pairs"] += pair_rows(engines, rates, said, o.prompt, o.predict)
         growth(o, engines, result)
@@ -754,6 +759,7 @@ def options():
     p.add_argument("-n", "--predict", type=whole, default=64, help="tokens (64)")
     p.add_argument("-r", "--repetitions", type=whole, default=5, help="turns of each engine (5)")
     p.add_argument("--retries", type=int, default=3, help="of a turn that others disturb (3)")
+    p.add_argument("--wait", type=int, default=60, help="seconds for others to be quiet (60)")
     p.add_argument("-t", "--threads", type=whole, help="of both sides (each processor one)")
     p.add_argument("--prompts", type=lengths, default=[], help="a table over these lengths")
     p.add_argument("--depths", type=lengths, default=[], help="a table over these depths")
