@@ -29,10 +29,9 @@ smallest and largest; a ratio is that of the medians, and its interval holds 95 
 when turns are drawn anew with replacement (pairs stay together). A ratio above 1 says that medrun
 is faster. With five turns an interval is a rough one; where it holds 1 nothing was shown.
 
-Other programs disturb: a turn waits until they use less than a tenth of a processor, --wait
-seconds at most; if they use more of one during the turn, it is measured again, up to --retries
-times, and the quietest counts (Linux only). What was left of such company is said above the
-table.
+Other programs disturb. A turn waits until they use less than a tenth of a processor, --wait seconds
+at most, and is measured again when they use more of one meanwhile, up to --retries times (Linux
+only). What was left of such company is said above the table.
 
 Shares compare with what this machine could do at most, as `medrun bench` measured it by turns with
 the rest: for a prompt the operations a second (two a weight and token) beside the rate of the
@@ -258,16 +257,65 @@ def settle(path, others):
 
 # ---- processes ----
 
+class Disturbed(Exception):
+    """Others were too busy during a turn."""
+
+
+class Meter:
+    """How many processors other programs keep busy: what all used (/proc/stat) without what this
+    one and its children used. Where there is no /proc nobody is seen."""
+
+    limit = math.inf
+
+    def mark(self, running=None):
+        """Now, and the seconds that others have used; RUNNING is a child that has not ended."""
+        try:
+            with open("/proc/stat", encoding="ascii") as f:
+                user, nice, system, _, _, irq, soft, steal = map(int, f.readline().split()[1:9])
+            ticks = user + nice + system + irq + soft + steal
+            if running:
+                with open("/proc/%d/stat" % running, encoding="ascii", errors="replace") as f:
+                    ticks -= sum(map(int, f.read().rpartition(")")[2].split()[11:13]))
+        except (OSError, ValueError):
+            return time.monotonic(), 0.0
+        own = sum(u.ru_utime + u.ru_stime for u in map(resource.getrusage, (
+            resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+        return time.monotonic(), ticks / os.sysconf("SC_CLK_TCK") - own
+
+    def others(self, mark, running=None):
+        now, used = self.mark(running)
+        return max(0.0, used - mark[1]) / max(now - mark[0], 1e-3)
+
+
+meter = Meter()
+
+
 def run_command(command, nice=0, stdin=None):
-    """What COMMAND writes; its last line of complaint when it fails."""
+    """What COMMAND writes; its last line of complaint when it fails. Ends it when others are busier
+    than the meter's limit."""
     lower = (lambda: os.nice(nice)) if nice else None
-    done = subprocess.run(command, input=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          text=True, errors="replace", preexec_fn=lower)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["nothing was said"]
-        raise Stop("%s failed (%d): %s" % (os.path.basename(command[0]), done.returncode,
-                                           lines[-1]))
-    return done.stdout
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True, errors="replace",
+                          preexec_fn=lower) as p:
+        mark = meter.mark(p.pid)
+        while True:
+            try:
+                out, err = p.communicate(stdin, timeout=2)
+                break
+            except subprocess.TimeoutExpired:
+                stdin, others = None, meter.others(mark, p.pid)
+                if others > meter.limit:
+                    p.kill()
+                    p.communicate()
+                    raise Disturbed from None
+                mark = meter.mark(p.pid)
+            except BaseException:
+                p.kill()
+                raise
+    if p.returncode:
+        lines = err.strip().splitlines() or ["nothing was said"]
+        raise Stop("%s failed (%d): %s" % (os.path.basename(command[0]), p.returncode, lines[-1]))
+    return out
 
 
 def read_json(text, who):
@@ -283,39 +331,24 @@ def run_child(job, nice=0):
                                  json.dumps(job)), "a child process")
 
 
-def processor_time():
-    """Seconds that all processors were busy since the start, and that this program and those it
-    ran used of them."""
-    with open("/proc/stat", encoding="ascii") as f:
-        user, nice, system, _, _, irq, soft, steal = map(int, f.readline().split()[1:9])
-    own = sum(u.ru_utime + u.ru_stime for u in map(resource.getrusage, (
-        resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
-    return (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK"), own
-
-
-def in_company(work):
-    """What WORK returns, and how many processors others kept busy meanwhile; 0 if unknown."""
-    try:
-        busy, own = processor_time()
-        start = time.monotonic()
-        result = work()
-        busy_now, own_now = processor_time()
-    except FileNotFoundError:
-        return work(), 0.0
-    return result, max(0.0, busy_now - busy - (own_now - own)) / (time.monotonic() - start)
-
-
 def quietly(o, work):
-    """As in_company, when others are quiet, and again while they are not."""
-    found = []
-    for _ in range(1 + o.retries):
+    """What WORK returns when others are quiet, tried again while they are not, and how many
+    processors they kept busy meanwhile."""
+    for left in range(o.retries, -1, -1):
         until = time.monotonic() + o.wait
-        while time.monotonic() < until and in_company(lambda: time.sleep(1))[1] > COMPANY:
-            pass
-        found.append(in_company(work))
-        if found[-1][1] <= COMPANY:
-            break
-    return min(found, key=lambda pair: pair[1])
+        others = COMPANY + 1
+        while others > COMPANY and time.monotonic() < until:
+            mark = meter.mark()
+            time.sleep(1)
+            others = meter.others(mark)
+        meter.limit = 2 * COMPANY if left else math.inf
+        mark = meter.mark()
+        with contextlib.suppress(Disturbed):
+            result = work()
+            others = meter.others(mark)
+            if others <= COMPANY or not left:
+                meter.limit = math.inf
+                return result, others
 
 
 def help_of(command):
