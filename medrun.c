@@ -184,7 +184,7 @@ enum { MEDRUN_KV_F16 = 0, MEDRUN_KV_F32 = 1, MEDRUN_KV_INT8 = 2 };
 
 typedef struct {
     int context;                /* tokens the session can hold; 0: the model's max_positions   */
-    int batch;                  /* tokens in one pass, 0: 256; does not change any logit       */
+    int batch;                  /* tokens in one pass, 0: 512; does not change any logit       */
     int logit_rows;             /* rows of logits one pass can give, 0: 1                      */
     int lookup;                 /* medrun_next guesses up to so many tokens ahead, 0 to 31: faster
                                    where a text repeats itself, and never another id           */
@@ -6768,7 +6768,7 @@ static int resolve_options(const medrun_model *m, const medrun_session_options *
         return fail(e, MEDRUN_USAGE, "lookup: found %d, wanted 0 to %d tokens", o->lookup,
                     MAX_LOOKUP);
     if (!o->context) o->context = most;
-    if (!o->batch) o->batch = 256;
+    if (!o->batch) o->batch = 512;
     if (o->batch > o->context) o->batch = o->context;
     if (!o->logit_rows) o->logit_rows = 1;
     if (o->logit_rows > o->batch) o->logit_rows = o->batch;
@@ -7547,7 +7547,7 @@ static const option_row option_rows[N_OPTIONS] = {
                "tokens of context; 0: all that the model was made for"},
     [O_THREADS] = {"threads", "t", "N", WHOLE, ON_MODEL & ~ON(SHOW),
                    1, MAX_THREADS, "one for each processor", "threads; changes no number"},
-    [O_BATCH] = {"batch", "b", "N", WHOLE, ON_SESSION | ON(SHOW), 1, 65536, "256",
+    [O_BATCH] = {"batch", "b", "N", WHOLE, ON_SESSION | ON(SHOW), 1, 65536, "512",
                  "tokens of the prompt in one pass; changes no number"},
     [O_SEED] = {"seed", "s", "N", WHOLE, ON_ANSWER, -1, MAX_SEED, "-1",
                 "of the random numbers; -1: a new one, which is printed"},
