@@ -6518,39 +6518,48 @@ static void forward(pass *p) {
     }
 }
 
-/* Logits of ROWS[0 .. n), n <= TILE, into p->logits. The rows are gathered at the front of h. */
-static void output_rows(pass *p, const size_t *rows, size_t n) {
-    for (size_t i = 0; i < n; i++)
-        p->g.k->norm(p->h + i * p->hidden, p->x + rows[i] * p->hidden, p->m->final_norm, p->hidden,
-                     p->m->config.norm_eps);
-    pack_activations(&p->g, &p->a, p->m->output.type, p->h, p->hidden, p->hidden, n);
+/* Rows of the pass whose logits are wanted, and by whom. */
+typedef struct {
+    size_t n, row[TILE];
+    medrun_session *to[TILE];
+} output_rows;
+
+/* Final norm and logits of these rows, gathered at the front of h, to their sessions. */
+static void give_logits(pass *p, output_rows *o) {
+    size_t cols = (size_t)p->m->config.vocab_size, same;
+    for (size_t i = 0; i < o->n; i++)
+        p->g.k->norm(p->h + i * p->hidden, p->x + o->row[i] * p->hidden, p->m->final_norm,
+                     p->hidden, p->m->config.norm_eps);
+    pack_activations(&p->g, &p->a, p->m->output.type, p->h, p->hidden, p->hidden, o->n);
     matmul(&p->g, &(product){&p->m->output, p->logits, p->vocab}, 1, &p->a);
+    for (size_t i = 0; i < o->n; i += same) {
+        medrun_session *to = o->to[i];
+        const float *h = p->h + i * p->hidden, *logits = p->logits + i * p->vocab;
+        for (same = 1; i + same < o->n && o->to[i + same] == to;) same++;
+        memcpy(to->logits + to->n_logits * p->vocab, logits, same * p->vocab * sizeof(float));
+        to->n_logits += same;
+        if (!to->observer) continue;
+        to->observer(to->observer_user, "final_norm", -1, same, p->hidden, p->hidden, h);
+        to->observer(to->observer_user, "logits", -1, same, cols, p->vocab, logits);
+    }
+    o->n = 0;
 }
 
-/* Final norm and logits for the sessions that this pass brings to the end of their timeline: the
- * last n_wanted of their rows, last first. */
+/* Logits for the sessions that this pass brings to the end of their timeline: the last n_wanted of
+ * their rows, last first. Rows of several sessions share a reading of the output matrix. */
 static void output(pass *p) {
+    output_rows o = {0};
     p->layer = -1;
     for (segment *s = p->segments; s < p->segments + p->n_segments; s++) {
         medrun_session *to = s->session;
         to->n_logits = 0;
         if (to->n_done + s->n < to->n_tokens) continue;
-        size_t n = to->n_wanted < s->n ? to->n_wanted : s->n;
-        while (to->n_logits < n) {
-            size_t rows[TILE], take = 0;
-            for (; take < TILE && to->n_logits + take < n; take++)
-                rows[take] = s->first + s->n - 1 - to->n_logits - take;
-            output_rows(p, rows, take);
-            memcpy(to->logits + to->n_logits * p->vocab, p->logits,
-                   take * p->vocab * sizeof(float));
-            if (to->observer) {
-                size_t cols = (size_t)p->m->config.vocab_size;
-                to->observer(to->observer_user, "final_norm", -1, take, p->hidden, p->hidden, p->h);
-                to->observer(to->observer_user, "logits", -1, take, cols, p->vocab, p->logits);
-            }
-            to->n_logits += take;
+        for (size_t i = 0; i < s->n && i < to->n_wanted; i++) {
+            o.row[o.n] = s->first + s->n - 1 - i, o.to[o.n++] = to;
+            if (o.n == TILE) give_logits(p, &o);
         }
     }
+    if (o.n) give_logits(p, &o);
 }
 /* ============================================================================================
  * 14 Sampler: from logits to the next id
