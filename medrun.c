@@ -1420,7 +1420,8 @@ typedef struct {
     size_t tile_panels;             /* that a matmul of several tokens takes at once            */
     matmul_fn *matmul[N_PACKS], *matmul_int4;
     /* 16 groups of int4: V (32, 16) -> their scales and shifts, and the nibbles (32, 16). The sum
-     * of the squared errors, weighted by the (32) importances, is made small. */
+     * of the squared errors, weighted by the (32) importances, is made small. One of them is more
+     * than 0, and what is has a size near 1. */
     void (*fit_int4)(const float *v, const float *importance, uint16_t *bits, uint8_t *q);
     void (*norm)(float *out, const float *x, const float *weight, size_t n, float eps);
     void (*silu_mul)(float *gate, const float *up, size_t n);   /* gate = silu(gate) * up       */
@@ -2237,13 +2238,15 @@ ALWAYS_INLINE vec round_int4(vec scale, uint16_t *bits) {
     return vmul(vload_int4((const uint8_t *)bits), vsplat(0x1p-13f));
 }
 
-/* Whole shifts around SHIFT, each with its best scale, as bits can say them; keeps the best. */
+/* Whole shifts around SHIFT, each with its best scale, as bits can say them; keeps the best. Many,
+ * because a scale has but five significant bits, and what rounding it takes away, a weight much
+ * larger than the rest feels most: for one of the shifts the best scale hardly needs rounding. */
 static void settle_int4(int4_fit *f, vec scale, vec shift) {
     vec most = vsplat(SHIFT_MASK - SHIFT_ZERO), least = vsplat(-SHIFT_ZERO), zero = vsplat(0);
     uint16_t bits[16];
-    shift = vmax(vless(shift, most, shift, most), least);
-    for (int i = -1; i <= 1; i++) {
-        vec s = vadd(vfloat(vround(shift)), vsplat((float)i)), squares = zero, products = zero;
+    shift = vfloat(vround(vmax(vless(shift, most, shift, most), least)));
+    for (int i = -8; i <= 8; i++) {
+        vec s = vadd(shift, vsplat((float)i)), squares = zero, products = zero;
         vec inverse = vdiv(vsplat(1), scale);
         s = vmax(vless(s, most, s, most), least);
         for (size_t k = 0; k < GROUP4; k++) {
@@ -2285,6 +2288,7 @@ static void fit_int4(const float *v, const float *importance, uint16_t *bits, ui
         f.v_sum = vadd(f.v_sum, weighted);
         f.error = vfma(weighted, x, f.error);           /* of nothing but zeros                  */
         f.weight = f.weight + importance[k];
+        if (!(importance[k] > 0)) continue;             /* padding, which may be anything        */
         high = vmax(x, high), low = vless(x, low, x, low);
     }
     for (int i = 0; i < 18; i++) {
