@@ -16,7 +16,7 @@ enum { WINDOW_TOKENS = 512, WINDOW_CHUNK = 128, WINDOW_LEAST = 2048, WINDOW_MOST
 
 /* Beside its own size a column counts by this share of the mean: one that was never seen to be
  * other than zero is not free to be anything. */
-static const double IMPORTANCE_FLOOR = 0.1;
+static const double IMPORTANCE_FLOOR = 0.05;
 
 /* What matrices are multiplied by: q, k and v; o; gate and up; down. */
 static const char *const input_stages[N_INPUTS] = {"attn_norm", "attn_out", "ffn_norm", "ffn_act"};
