@@ -180,17 +180,22 @@ int medrun_render(const medrun_model *model, const char *name,
 
 /* ---- sessions ------------------------------------------------------------------------------ */
 
-enum { MEDRUN_KV_F16 = 0, MEDRUN_KV_F32 = 1 };
+enum { MEDRUN_KV_F16 = 0, MEDRUN_KV_F32 = 1, MEDRUN_KV_INT8 = 2 };
 
 typedef struct {
     int context;                /* tokens the session can hold; 0: the model's max_positions   */
     int batch;                  /* tokens in one pass, 0: 256; does not change any logit       */
     int logit_rows;             /* rows of logits one pass can give, 0: 1                      */
-    int kv;                     /* MEDRUN_KV_F16, MEDRUN_KV_F32                                */
+    int lookup;                 /* medrun_next guesses up to so many tokens ahead, 0 to 31: faster
+                                   where a text repeats itself, and never another id           */
+    int kv;                     /* the cache's numbers: MEDRUN_KV_F16, _F32, _INT8 (half the
+                                   memory of f16, and less exact)                              */
     bool strict;                /* bf16 weights: fp32 arithmetic, the same bits on any machine */
     bool custom_sampling;       /* false: the checkpoint's values, with the seed below         */
     medrun_sampling sampling;
     medrun_chat_options chat;   /* for medrun_say; what it points to must outlive the session  */
+    const char *template_name;  /* NULL: the checkpoint's. A saved state is of one template, so
+                                   who renders with another says which; must outlive it, too   */
 } medrun_session_options;
 
 /* The exact bytes medrun_start needs for these options; 0 if they are out of range. */
@@ -236,19 +241,33 @@ int medrun_sample(medrun_session *session, int32_t *id, medrun_error *error);
  * bytes this id completes (never half a UTF-8 character, nor the space that SentencePiece puts
  * before an answer's first word; owned by the session, valid until the next call), *N_BYTES their
  * number. *ID is a stop id at the end of the answer, which is fed too so that the next turn follows
- * it; the context being full gives MEDRUN_TOO_LONG. */
+ * it; the context being full gives MEDRUN_TOO_LONG. With the option `lookup` one pass may give
+ * several ids, of which each call returns one; the ids are those that come without it, and so are
+ * the logits of a later step. While there is an observer nothing is guessed. */
 int medrun_next(medrun_session *session, int32_t *id, const char **text, size_t *n_bytes,
                 medrun_error *error);
+
+/* How many tokens medrun_next has guessed since the start, and how many of them came. */
+void medrun_guesses(const medrun_session *session, uint64_t *guessed, uint64_t *right);
 
 /* Forgets all but the first N tokens of the timeline. Errors: MEDRUN_USAGE (n > length). */
 int medrun_rewind(medrun_session *session, size_t n, medrun_error *error);
 
-/* Writes the whole state to PATH (tokens, key-value cache, random state); reads it back into a
- * session of the same checkpoint, kv and strict (any context that is long enough).
+/* Writes the whole state to PATH (tokens, key-value cache, random state), readable by its owner
+ * only; reads it back into a session of the same checkpoint, kv and strict (any context that is
+ * long enough), with plain bf16 weights of the same kernels. A file is trusted as a checkpoint is:
+ * sums in it find damage, not forgery. What is read back goes on with the same bits.
  * Errors: MEDRUN_FAILED (writing), MEDRUN_BAD_FILE (of another model, cut, damaged),
  * MEDRUN_TOO_LONG. A failed restore leaves the session empty. */
 int medrun_save(const medrun_session *session, const char *path, medrun_error *error);
 int medrun_restore(medrun_session *session, const char *path, medrun_error *error);
+
+/* Feeds IDS to a session, which forgets what it had, and takes from PATH, any file of medrun_save,
+ * what was processed there of the tokens that both begin with: *TAKEN of them, 0 to N - 1, are no
+ * longer pending. No logit differs from those after medrun_feed. Reads no more than it takes, and
+ * checks that. Errors: those of medrun_feed; MEDRUN_BAD_FILE; the session is empty then. */
+int medrun_feed_saved(medrun_session *session, const int32_t *ids, size_t n, const char *path,
+                      size_t *taken, medrun_error *error);
 
 /* The observer sees each stage of each pass: LAYER is -1 outside the layers; DATA is ROWS x COLS
  * floats with STRIDE floats between rows, one row a token of the pass; valid during the call.
@@ -1134,7 +1153,7 @@ static int pool_start(thread_pool *p, int threads, medrun_error *e) {
 /* ---- processor features -------------------------------------------------------------------- */
 
 typedef struct {
-    bool avx2, avx512, avx512_bf16;
+    bool avx2, avx_vnni, avx512, avx512_bf16;
 } cpu_features;
 
 /* What the processor has AND the system saves at a task switch (xgetbv). */
@@ -1151,7 +1170,7 @@ static cpu_features detect_cpu(void) {
     bool wide = (b7 & 0xC0030000) == 0xC0030000;        /* F, DQ, BW, VL */
     f.avx512 = f.avx2 && wide && (c7 >> 11 & 1) && (saved & 0xE6) == 0xE6;          /* VNNI     */
     if (a >= 1 && __get_cpuid_count(7, 1, &a71, &b, &c, &d))
-        f.avx512_bf16 = f.avx512 && (a71 >> 5 & 1);
+        f.avx512_bf16 = f.avx512 && (a71 >> 5 & 1), f.avx_vnni = f.avx2 && (a71 >> 4 & 1);
 #endif
     return f;
 }
@@ -1367,35 +1386,64 @@ static void panel_unpack_row(int type, const uint8_t *panel, size_t lane, size_t
  *   PACK_BF16  two bf16, k and k + 1                            (bf16 weights, vdpbf16ps)
  *   PACK_INT8  for each group of 64: for each token -128 * the sum of its first 32 q, then for
  *              each that of the second 32; for each its scale; then 16 words of four int8. The
- *              sums undo the weights' +128 exactly.                     (int8 and int4 weights) */
-enum { PACK_F32, PACK_BF16, PACK_INT8, N_PACKS };
-enum { TILE = 8, KEY_BLOCK = 256 };
+ *              sums undo the weights' +128 exactly.                     (int8 and int4 weights)
+ *   PACK_INT16 the same in int16: 16 times a word of the first and third q of each token, then a
+ *              word of the second and fourth.            (where no instruction multiplies bytes) */
+enum { PACK_F32, PACK_BF16, PACK_INT8, PACK_INT16, N_PACKS };
+enum { TILE = 8 };
 enum { AHEAD = 8192 };          /* bytes by which a matmul asks for what it will read            */
 
 static size_t pack_bytes(int kind, size_t cols) {       /* for one token */
     if (kind == PACK_F32) return round_up(cols, 2) * 4;
     if (kind == PACK_BF16) return round_up(cols, 2) * 2;
-    return (cols + GROUP - 1) / GROUP * (GROUP + 12);
+    return (cols + GROUP - 1) / GROUP * (kind == PACK_INT16 ? 2 * GROUP + 12 : GROUP + 12);
 }
 
 static int tile_width(size_t tokens) {
     return tokens >= 8 ? 8 : tokens >= 4 ? 4 : tokens >= 2 ? 2 : 1;
 }
 
-/* Attention of up to TILE queries that share one key-value head. Keys lie in panels of 16, walked
- * along head_dim like weights; values lie row by row. */
+/* The cache of one key-value head: keys in panels of 16 positions, walked along head_dim like
+ * weights; values row by row.
+ *   f16, f32  keys (panels, head_dim, 16); values (positions, head_dim)
+ *   int8      both in panels: keys (head_dim / 2, 16, 2), values (8, head_dim, 2), so that two
+ *             neighbours along the sum stand together, and then a bf16 scale for each group of 64
+ *             of a position's numbers, (groups, 16). Scores and weighted values are exact integer
+ *             sums, with queries and weights rounded to 16 bits. */
+static size_t cache_panel(int kv, size_t head_dim) {            /* bytes of 16 positions */
+    size_t groups = (head_dim + GROUP - 1) / GROUP;
+    return 16 * (kv == MEDRUN_KV_INT8 ? head_dim + 2 * groups : head_dim * (kv ? 4 : 2));
+}
+
+/* Attention of up to QUERIES queries that share one key-value head. Memory has room for KEY_STEP
+ * keys wherever one is in use. */
+enum { QUERIES = 32, KEY_BLOCK = 256, KEY_STEP = 64 };
+
 typedef struct {
-    int n;                          /* queries: 8, 4, 2 or 1                                    */
-    bool half;                      /* the cache is f16, else f32                               */
+    size_t n;                       /* queries                                                  */
+    int kv;                         /* the cache's numbers                                      */
     size_t head_dim;
     float scale;                    /* head_dim^-0.5                                            */
-    const float *q[TILE];           /* (head_dim) each                                          */
-    float *out[TILE];               /* (head_dim) each                                          */
-    size_t start[TILE], limit[TILE];            /* query i sees keys start[i] .. limit[i]-1     */
-    const void *keys;               /* (panels, head_dim, 16)                                   */
-    const void *values;             /* (keys, head_dim)                                         */
-    float *scratch;                 /* TILE * KEY_BLOCK floats                                  */
+    const float *q[QUERIES];        /* (head_dim) each                                          */
+    float *out[QUERIES];            /* (head_dim) each, as a part PART_EXTRA more               */
+    size_t start[QUERIES], limit[QUERIES];      /* query i sees keys start[i] .. limit[i]-1     */
+    size_t begin, end;              /* of the keys, those looked at; multiples of KEY_BLOCK     */
+    bool part;                      /* out is for `merge`: not divided, largest and total behind */
+    const void *keys, *values;
+    float *scratch;                 /* attend_scratch(head_dim) floats                          */
 } attention;
+
+/* A tile of queries and what it sees of a block: keys first + low .. first + high - 1. */
+typedef struct {
+    size_t query, first, low, high;
+    const float *weight;            /* (queries, KEY_BLOCK)                                     */
+    const float *keep, *fresh;      /* of each query: factor of what was, of what comes         */
+} key_tile;
+
+enum { PART_EXTRA = 16 };           /* two numbers, and what keeps parts aligned                */
+
+/* The packed queries, then the scores, which become weights. */
+static size_t attend_scratch(size_t head_dim) { return QUERIES * (head_dim + KEY_BLOCK); }
 
 /* xIELU (Huang and Schlag 2024) of one layer, softplus applied: x > 0 gives positive x^2 + beta x,
  * else negative (e^min(x, eps) - 1 - x) + beta x. */
@@ -1404,24 +1452,25 @@ typedef struct {
 } xielu_numbers;
 
 /* out[t * stride + 16 p + lane] = sum over k of w[16 p + lane][k] * x[t][k], SOME columns of all
- * tokens before the next, a multiple of 128, which changes no bit. BLOCK has room for SOME columns
- * of four panels of int4: BLOCK_BYTES each. */
+ * tokens before the next, a multiple of 128, which changes no bit. BLOCK has room for SOME times
+ * BLOCK_BYTES, where weights that are not used as they lie are unpacked once for all tokens. */
 typedef void matmul_fn(const uint8_t *w, size_t panels, size_t cols, const uint8_t *x,
                        size_t tokens, size_t some, uint8_t *block, float *out, size_t stride);
-enum { UNPACKED_BYTES = 64 * (LANES + 2), BLOCK_BYTES = 4 * UNPACKED_BYTES / 64 };
+enum { BLOCK_BYTES = 4 * (LANES + 2) };
 
 /* One row for each instruction set. Shapes are in floats; all pointers may be unaligned. */
 typedef struct {
     const char *name;
     bool bf16_dot;                  /* has a matmul for PACK_BF16                               */
+    int int_pack;                   /* what int8 and int4 weights multiply                      */
     /* x (tokens, cols) with STRIDE -> out; cols a multiple of 16 */
     void (*pack)(int kind, const float *x, size_t stride, size_t cols, size_t tokens,
                  uint8_t *out);
     size_t tile_panels;             /* that a matmul of several tokens takes at once            */
-    matmul_fn *matmul[N_PACKS], *matmul_int4;
+    matmul_fn *matmul_f32, *matmul_bf16, *matmul_int8, *matmul_int4;
     /* 16 groups of int4: V (32, 16) -> their scales and shifts, and the nibbles (32, 16). The sum
-     * of the squared errors, weighted by the (32) importances, is made small. One of them is more
-     * than 0, and what is has a size near 1. */
+     * of the squared errors, weighted by the (32) importances, is made small; one of them is more
+     * than 0, and what is has a size near 1. NULL in the program, which does not pack weights. */
     void (*fit_int4)(const float *v, const float *importance, uint16_t *bits, uint8_t *q);
     void (*norm)(float *out, const float *x, const float *weight, size_t n, float eps);
     void (*silu_mul)(float *gate, const float *up, size_t n);   /* gate = silu(gate) * up       */
@@ -1429,7 +1478,11 @@ typedef struct {
     void (*xielu)(float *x, size_t n, const xielu_numbers *a);
     void (*add)(float *x, const float *y, size_t n);            /* x += y                       */
     void (*attend)(const attention *a);
+    /* out = what N parts of a query's keys, (n, head_dim + PART_EXTRA), give together          */
+    void (*merge)(float *out, const float *parts, size_t n, size_t head_dim);
     void (*to_half)(uint16_t *out, const float *x, size_t n);   /* f16, clamped to +-65504      */
+    /* the same to int8, with a bf16 scale for each group of 64 */
+    void (*to_int8)(int8_t *out, uint16_t *scales, const float *x, size_t n);
     /* ROUNDS rounds of nothing but the products of packing KIND, in registers; *SINK gets their
      * sum, so that they are made. Returns the multiplications and additions of a round. */
     size_t (*peak)(int kind, size_t rounds, float *sink);
@@ -1466,24 +1519,33 @@ typedef struct {
 #define isplat K(isplat)
 #define iadd K(iadd)
 #define istore8 K(istore8)              /* 16 ints that fit as 16 int8                           */
+#define istore16 K(istore16)            /* 16 ints that fit as 16 int16                          */
 #define wload K(wload)                  /* 64 bytes of weights                                   */
 #define wshift K(wshift)                /* the shifts of 16 int4 groups, each in 4 bytes         */
 #define wlevels K(wlevels)              /* int4 weights + 128 of 64 low, or else high, nibbles   */
 #define wstore K(wstore)
+#define wload_int8 K(wload_int8)        /* 32 int8, widened to int16                             */
 #define weven K(weven)                  /* of 16 pairs of bf16 the first, widened                */
 #define wodd K(wodd)                    /* ... the second                                        */
+#define bvec K(bvec)                    /* 64 int8 weights + 128 as idot4 wants them             */
+#define bready K(bready)                /* wvec to bvec                                          */
+#define bload K(bload)
+#define bstore K(bstore)
+#define xvec K(xvec)                    /* four q of one token, on all lanes                     */
+#define xload K(xload)                  /* token T of a tile of WIDE                             */
 #define idot4 K(idot4)                  /* acc + sum of 4 (weight + 128) * int8, exact           */
+#define idot2 K(idot2)                  /* acc + sum of 2 int16 * int16, exact if it fits        */
 #define vdot2 K(vdot2)                  /* acc + w0 x0 + w1 x1 in bf16, as the processor does it */
 /* The sentences. */
 #define vexp K(vexp)
 #define vexp_bend K(vexp_bend)
 #define vexpm1 K(vexpm1)
-#define pack_int8 K(pack_int8)
+#define pack_int K(pack_int)
 #define pack K(pack)
 #define tile_f32 K(tile_f32)
 #define tile_bf16 K(tile_bf16)
 #define tile_int8 K(tile_int8)
-#define unpack_int4 K(unpack_int4)
+#define unpack K(unpack)
 #define tile_int4 K(tile_int4)
 #define matmul_f32 K(matmul_f32)
 #define matmul_bf16 K(matmul_bf16)
@@ -1503,12 +1565,26 @@ typedef struct {
 #define relu2 K(relu2)
 #define xielu K(xielu)
 #define add K(add)
-#define key_scores K(key_scores)
+#define pack_queries K(pack_queries)
+#define round16 K(round16)
+#define pack_int16 K(pack_int16)
+#define score_tile K(score_tile)
+#define score_int8 K(score_int8)
+#define score_step K(score_step)
+#define score_block K(score_block)
 #define softmax_block K(softmax_block)
-#define add_values K(add_values)
-#define attend_tile K(attend_tile)
+#define join_block K(join_block)
+#define divide K(divide)
+#define join_values K(join_values)
+#define value_tile K(value_tile)
+#define weigh_int8 K(weigh_int8)
+#define value_int8 K(value_int8)
+#define value_step K(value_step)
+#define value_block K(value_block)
 #define attend K(attend)
+#define merge K(merge)
 #define to_half K(to_half)
+#define to_int8 K(to_int8)
 #define peak K(peak)
 #define read_all K(read_all)
 #define kernel_row K(kernel_row)
@@ -1526,10 +1602,39 @@ ALWAYS_INLINE float load_float(const uint8_t *p) { return bits_float(load_word(p
  * the caches waits for them. */
 #define PREFETCH(p) __builtin_prefetch((const void *)((uintptr_t)(p) + AHEAD))
 
+/* Asks for N bytes that will be needed soon: with a chain of sums in the way a processor does not
+ * look far enough ahead by itself, and its prefetcher stops at each page. */
+ALWAYS_INLINE void fetch_ahead(const void *p, size_t n) {
+    for (size_t i = 0; i < n; i += 64) __builtin_prefetch((const uint8_t *)p + i);
+}
+
 /* Where sum I of a tile stands: token i % nt of panel i / nt. */
 ALWAYS_INLINE float *sum_place(float *out, size_t stride, size_t nt, size_t i) {
     return out + i % nt * stride + 16 * (i / nt);
 }
+
+/* Which of the queries of a tile stand side by side: four, the last filled up with queries that see
+ * nothing, or one alone. */
+ALWAYS_INLINE size_t query_tile(const attention *a, size_t t) { return a->n - t == 1 ? 1 : 4; }
+
+/* The keys of a block that a tile of queries sees: [*low, *high), counted from FIRST. */
+static void tile_keys(const attention *a, size_t t, size_t nt, size_t first, size_t *low,
+                      size_t *high) {
+    *low = KEY_BLOCK, *high = 0;
+    for (size_t i = t; i < t + nt && i < a->n; i++) {
+        if (a->limit[i] <= first || a->start[i] >= first + KEY_BLOCK) continue;
+        size_t from = a->start[i] > first ? a->start[i] - first : 0, to = a->limit[i] - first;
+        if (from < *low) *low = from;
+        if (to > *high) *high = to < KEY_BLOCK ? to : KEY_BLOCK;
+    }
+}
+
+/* Where an instruction multiplies bytes, the words around it are these. */
+#define BYTES_AS_THEY_LIE                                                                       \
+    typedef wvec bvec;                                                                          \
+    ALWAYS_INLINE bvec bready(wvec w) { return w; }                                             \
+    ALWAYS_INLINE bvec bload(const uint8_t *p) { return wload(p); }                             \
+    ALWAYS_INLINE void bstore(uint8_t *p, bvec w) { wstore(p, w); }
 
 #else /* ---- MEDRUN_PASS: the words ----------------------------------------------------------- */
 
@@ -1538,8 +1643,9 @@ ALWAYS_INLINE float *sum_place(float *out, size_t stride, size_t nt, size_t i) {
 #define TILE_PANELS 1           /* what fits the registers                                       */
 #define TILE_TOKENS 8
 #define FEW_TOKENS 8            /* ... of one panel                                              */
+#define TILED static            /* one function for every size of tile                           */
 #ifdef __clang__                /* a lane is a loop here: unrolling tiles would only be long     */
-#define UNROLLED _Pragma("clang loop unroll(disable)")
+#define UNROLLED _Pragma("clang loop unroll(disable) interleave(disable)")
 #else
 #define UNROLLED
 #endif
@@ -1610,6 +1716,7 @@ ALWAYS_INLINE ivec iadd(ivec a, ivec b) {
     return a;
 }
 ALWAYS_INLINE void istore8(int8_t *p, ivec a) { EACH p[i] = (int8_t)a.v[i]; }
+ALWAYS_INLINE void istore16(int16_t *p, ivec a) { EACH p[i] = (int16_t)a.v[i]; }
 ALWAYS_INLINE wvec wload(const uint8_t *p) { wvec r; memcpy(&r, p, 64); return r; }
 ALWAYS_INLINE void wstore(uint8_t *p, wvec w) { memcpy(p, &w, 64); }
 ALWAYS_INLINE wvec wshift(const uint8_t *p) {
@@ -1622,6 +1729,13 @@ ALWAYS_INLINE wvec wlevels(wvec w, wvec shift, bool low) {
         w.v[i] = (uint8_t)(int4_levels[low ? w.v[i] & 15 : w.v[i] >> 4] + shift.v[i]);
     return w;
 }
+ALWAYS_INLINE wvec wload_int8(const int8_t *p) {
+    wvec r;
+    int16_t wide[32];
+    for (int i = 0; i < 32; i++) wide[i] = p[i];
+    memcpy(&r, wide, 64);
+    return r;
+}
 ALWAYS_INLINE vec weven(wvec w) {
     vec r;
     EACH r.v[i] = bits_float(load_word(w.v + 4 * i) << 16);
@@ -1632,21 +1746,39 @@ ALWAYS_INLINE vec wodd(wvec w) {
     EACH r.v[i] = bits_float(load_word(w.v + 4 * i) & 0xFFFF0000);
     return r;
 }
-ALWAYS_INLINE ivec idot4(ivec acc, wvec w, uint32_t x) {
-    int8_t q[4];
+BYTES_AS_THEY_LIE
+typedef struct { int8_t q[4]; } xvec;
+ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t wide) {
+    xvec x;
+    (void)wide;
+    memcpy(&x, words + 4 * t, 4);
+    return x;
+}
+ALWAYS_INLINE ivec idot4(ivec acc, bvec w, xvec x) {
+    EACH acc.v[i] += w.v[4 * i] * x.q[0] + w.v[4 * i + 1] * x.q[1] + w.v[4 * i + 2] * x.q[2] +
+                     w.v[4 * i + 3] * x.q[3];
+    return acc;
+}
+ALWAYS_INLINE ivec idot2(ivec acc, wvec w, uint32_t x) {
+    int16_t q[2], pair[32];
     memcpy(q, &x, 4);
-    EACH acc.v[i] += w.v[4 * i] * q[0] + w.v[4 * i + 1] * q[1] + w.v[4 * i + 2] * q[2] +
-                     w.v[4 * i + 3] * q[3];
+    memcpy(pair, &w, 64);
+    EACH acc.v[i] += pair[2 * i] * q[0] + pair[2 * i + 1] * q[1];
     return acc;
 }
 #undef EACH
 
-#elif MEDRUN_PASS == 2
+#elif MEDRUN_PASS == 2 || MEDRUN_PASS == 4
+#if MEDRUN_PASS == 2
 #define KERNEL_SUFFIX avx2
+#else
+#define KERNEL_SUFFIX avxvnni
+#endif
 #define TILE_PANELS 1
 #define TILE_TOKENS 4
 #define FEW_TOKENS 4
 #define UNROLLED UNROLL
+#define TILED ALWAYS_INLINE
 
 typedef struct { __m256 a, b; } vec;
 typedef struct { __m256i a, b; } ivec;
@@ -1660,12 +1792,12 @@ ALWAYS_INLINE void vstore(float *p, vec x) {
     _mm256_storeu_ps(p, x.a);
     _mm256_storeu_ps(p + 8, x.b);
 }
-ALWAYS_INLINE __m256 widen_bf16_avx2(const uint8_t *p) {
+ALWAYS_INLINE __m256 K(widen_half)(const uint8_t *p) {
     __m256i w = _mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(w, 16));
 }
 ALWAYS_INLINE vec vload_bf16(const void *p) {
-    return (vec){widen_bf16_avx2(p), widen_bf16_avx2((const uint8_t *)p + 16)};
+    return (vec){K(widen_half)(p), K(widen_half)((const uint8_t *)p + 16)};
 }
 ALWAYS_INLINE vec vload_f16(const uint16_t *p) {
     return (vec){_mm256_cvtph_ps(_mm_loadu_si128((const void *)p)),
@@ -1700,11 +1832,11 @@ ALWAYS_INLINE ivec vround(vec x) {
 ALWAYS_INLINE vec vfloat(ivec x) {
     return (vec){_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)};
 }
-ALWAYS_INLINE __m256 scale2_avx2(__m256 x, __m256i n) {
+ALWAYS_INLINE __m256 K(scale2_half)(__m256 x, __m256i n) {
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), _mm256_slli_epi32(n, 23)));
 }
 ALWAYS_INLINE vec vscale2(vec x, ivec n) {
-    return (vec){scale2_avx2(x.a, n.a), scale2_avx2(x.b, n.b)};
+    return (vec){K(scale2_half)(x.a, n.a), K(scale2_half)(x.b, n.b)};
 }
 ALWAYS_INLINE float vsum(vec x) {
     __m256 s = _mm256_add_ps(x.a, x.b);
@@ -1727,6 +1859,14 @@ ALWAYS_INLINE void istore8(int8_t *p, ivec x) {
     __m128i q = _mm_packs_epi16(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
     _mm_storeu_si128((void *)p, q);
 }
+ALWAYS_INLINE void istore16(int16_t *p, ivec x) {
+    __m256i h = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xD8);
+    _mm256_storeu_si256((void *)p, h);
+}
+ALWAYS_INLINE wvec wload_int8(const int8_t *p) {
+    return (wvec){_mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)p)),
+                  _mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)(p + 16)))};
+}
 ALWAYS_INLINE wvec wload(const uint8_t *p) {
     return (wvec){_mm256_loadu_si256((const void *)p), _mm256_loadu_si256((const void *)(p + 32))};
 }
@@ -1734,19 +1874,21 @@ ALWAYS_INLINE void wstore(uint8_t *p, wvec w) {
     _mm256_storeu_si256((void *)p, w.a);
     _mm256_storeu_si256((void *)(p + 32), w.b);
 }
-ALWAYS_INLINE __m256i shift_avx2(const uint8_t *p) {
+ALWAYS_INLINE __m256i K(shift_half)(const uint8_t *p) {
     __m256i h = _mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p));
     h = _mm256_and_si256(h, _mm256_set1_epi32(SHIFT_MASK));
     return _mm256_mullo_epi32(h, _mm256_set1_epi32(0x01010101));
 }
-ALWAYS_INLINE wvec wshift(const uint8_t *p) { return (wvec){shift_avx2(p), shift_avx2(p + 16)}; }
-ALWAYS_INLINE __m256i levels_avx2(__m256i w, __m256i shift, bool low) {
+ALWAYS_INLINE wvec wshift(const uint8_t *p) {
+    return (wvec){K(shift_half)(p), K(shift_half)(p + 16)};
+}
+ALWAYS_INLINE __m256i K(levels_half)(__m256i w, __m256i shift, bool low) {
     __m256i levels = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)int4_levels));
     __m256i q = _mm256_and_si256(low ? w : _mm256_srli_epi16(w, 4), _mm256_set1_epi8(15));
     return _mm256_add_epi8(_mm256_shuffle_epi8(levels, q), shift);
 }
 ALWAYS_INLINE wvec wlevels(wvec w, wvec shift, bool low) {
-    return (wvec){levels_avx2(w.a, shift.a, low), levels_avx2(w.b, shift.b, low)};
+    return (wvec){K(levels_half)(w.a, shift.a, low), K(levels_half)(w.b, shift.b, low)};
 }
 ALWAYS_INLINE vec weven(wvec w) {
     return (vec){_mm256_castsi256_ps(_mm256_slli_epi32(w.a, 16)),
@@ -1757,18 +1899,57 @@ ALWAYS_INLINE vec wodd(wvec w) {
     return (vec){_mm256_castsi256_ps(_mm256_and_si256(w.a, mask)),
                  _mm256_castsi256_ps(_mm256_and_si256(w.b, mask))};
 }
-/* Weights are split into their even and odd bytes as int16, activations likewise, and madd adds
- * two products each: 4 multiplies for 64 products, no saturation (255 * 127 * 2 fits an int32). */
-ALWAYS_INLINE __m256i dot4_avx2(__m256i acc, __m256i w, __m256i even, __m256i odd) {
-    __m256i w_even = _mm256_and_si256(w, _mm256_set1_epi16(0xFF));
-    __m256i w_odd = _mm256_srli_epi16(w, 8);
-    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(w_even, even));
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(w_odd, odd));
+#if MEDRUN_PASS == 4
+BYTES_AS_THEY_LIE
+typedef __m256i xvec;
+ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t wide) {
+    (void)wide;
+    return _mm256_set1_epi32((int32_t)load_word(words + 4 * t));
 }
-ALWAYS_INLINE ivec idot4(ivec acc, wvec w, uint32_t x) {
+ALWAYS_INLINE ivec idot4(ivec acc, bvec w, xvec x) {
+    __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc.a) : "x"(w.a), "x"(x));
+    __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc.b) : "x"(w.b), "x"(x));
+    return acc;
+}
+#else
+/* Weights are split into their even and odd bytes as int16, and madd adds two products each: 4
+ * multiplies for 64 products, no saturation (255 * 127 * 2 fits an int32). */
+typedef struct { __m256i even_a, odd_a, even_b, odd_b; } bvec;
+typedef struct { __m256i even, odd; } xvec;
+ALWAYS_INLINE bvec bready(wvec w) {
+    __m256i mask = _mm256_set1_epi16(0xFF);
+    return (bvec){_mm256_and_si256(w.a, mask), _mm256_srli_epi16(w.a, 8),
+                  _mm256_and_si256(w.b, mask), _mm256_srli_epi16(w.b, 8)};
+}
+ALWAYS_INLINE bvec bload(const uint8_t *p) {
+    wvec even = wload(p), odd = wload(p + 64);
+    return (bvec){even.a, even.b, odd.a, odd.b};
+}
+ALWAYS_INLINE void bstore(uint8_t *p, bvec w) {
+    wstore(p, (wvec){w.even_a, w.odd_a});
+    wstore(p + 64, (wvec){w.even_b, w.odd_b});
+}
+ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t wide) {
+    return (xvec){_mm256_set1_epi32((int32_t)load_word(words + 4 * t)),
+                  _mm256_set1_epi32((int32_t)load_word(words + 4 * (wide + t)))};
+}
+ALWAYS_INLINE __m256i K(add_pairs)(__m256i acc, __m256i w, __m256i x) {
+    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(w, x));
+    __asm__("" : "+x"(acc));                /* in this order, or gcc runs out of registers       */
+    return acc;
+}
+ALWAYS_INLINE ivec idot4(ivec acc, bvec w, xvec x) {
+    acc.a = K(add_pairs)(acc.a, w.even_a, x.even);
+    acc.b = K(add_pairs)(acc.b, w.even_b, x.even);
+    acc.a = K(add_pairs)(acc.a, w.odd_a, x.odd);
+    acc.b = K(add_pairs)(acc.b, w.odd_b, x.odd);
+    return acc;
+}
+#endif
+ALWAYS_INLINE ivec idot2(ivec acc, wvec w, uint32_t x) {
     __m256i q = _mm256_set1_epi32((int32_t)x);
-    __m256i odd = _mm256_srai_epi16(q, 8), even = _mm256_srai_epi16(_mm256_slli_epi16(q, 8), 8);
-    return (ivec){dot4_avx2(acc.a, w.a, even, odd), dot4_avx2(acc.b, w.b, even, odd)};
+    return (ivec){_mm256_add_epi32(acc.a, _mm256_madd_epi16(w.a, q)),
+                  _mm256_add_epi32(acc.b, _mm256_madd_epi16(w.b, q))};
 }
 #undef BOTH
 
@@ -1778,6 +1959,7 @@ ALWAYS_INLINE ivec idot4(ivec acc, wvec w, uint32_t x) {
 #define TILE_TOKENS 4
 #define FEW_TOKENS 8
 #define UNROLLED UNROLL
+#define TILED ALWAYS_INLINE
 
 typedef __m512 vec;
 typedef __m512i ivec;
@@ -1831,6 +2013,9 @@ ALWAYS_INLINE ivec iadd(ivec x, ivec y) { return _mm512_add_epi32(x, y); }
 ALWAYS_INLINE void istore8(int8_t *p, ivec x) {
     _mm_storeu_si128((void *)p, _mm512_cvtepi32_epi8(x));
 }
+ALWAYS_INLINE void istore16(int16_t *p, ivec x) {
+    _mm256_storeu_si256((void *)p, _mm512_cvtepi32_epi16(x));
+}
 ALWAYS_INLINE wvec wload(const uint8_t *p) {
     __m512i w = _mm512_loadu_si512(p);
     __asm__("" : "+v"(w));                  /* in a register: gcc would load it for every use    */
@@ -1847,12 +2032,25 @@ ALWAYS_INLINE wvec wlevels(wvec w, wvec shift, bool low) {
     __m512i q = _mm512_and_si512(low ? w : _mm512_srli_epi16(w, 4), _mm512_set1_epi8(15));
     return _mm512_add_epi8(_mm512_shuffle_epi8(levels, q), shift);
 }
+ALWAYS_INLINE wvec wload_int8(const int8_t *p) {
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const void *)p));
+}
 ALWAYS_INLINE vec weven(wvec w) { return _mm512_castsi512_ps(_mm512_slli_epi32(w, 16)); }
 ALWAYS_INLINE vec wodd(wvec w) {
     return _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32((int32_t)0xFFFF0000)));
 }
-ALWAYS_INLINE ivec idot4(ivec acc, wvec w, uint32_t x) {
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(_mm512_set1_epi32((int32_t)x)));
+BYTES_AS_THEY_LIE
+typedef __m512i xvec;
+ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t wide) {
+    (void)wide;
+    return _mm512_set1_epi32((int32_t)load_word(words + 4 * t));
+}
+ALWAYS_INLINE ivec idot4(ivec acc, bvec w, xvec x) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
+    return acc;
+}
+ALWAYS_INLINE ivec idot2(ivec acc, wvec w, uint32_t x) {
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(_mm512_set1_epi32((int32_t)x)));
     return acc;
 }
 ALWAYS_INLINE vec vdot2(vec acc, wvec w, uint32_t x) {
@@ -1860,6 +2058,15 @@ ALWAYS_INLINE vec vdot2(vec acc, wvec w, uint32_t x) {
     return acc;
 }
 #endif
+
+#if MEDRUN_PASS == 2
+#define INT_PACK PACK_INT16
+#define X_BYTES 8
+#else
+#define INT_PACK PACK_INT8
+#define X_BYTES 4
+#endif
+#define X_GROUP (GROUP / 4 * X_BYTES + 12)
 
 /* ---- the sentences ------------------------------------------------------------------------- */
 
@@ -1895,9 +2102,11 @@ ALWAYS_INLINE vec vexpm1(vec x) {
     return vfma(p, power, vsub(power, one));
 }
 
+#if MEDRUN_PASS != 4
 /* One tile, one group after the other: scale = largest magnitude / 127, q = x / scale. */
-static void pack_int8(const float *x, size_t stride, size_t cols, size_t nt, uint8_t *out) {
-    for (size_t k = 0; k < cols; k += GROUP, out += nt * (GROUP + 12)) {
+static void pack_int(int kind, const float *x, size_t stride, size_t cols, size_t nt,
+                     uint8_t *out) {
+    for (size_t k = 0; k < cols; k += GROUP, out += nt * pack_bytes(kind, GROUP)) {
         for (size_t t = 0; t < nt; t++) {
             const float *from = x + t * stride + k;
             size_t n = cols - k < GROUP ? cols - k : GROUP;
@@ -1919,8 +2128,12 @@ static void pack_int8(const float *x, size_t stride, size_t cols, size_t nt, uin
             memcpy(out + 4 * t, &sum[0], 4);
             memcpy(out + 4 * (nt + t), &sum[1], 4);
             memcpy(out + 4 * (2 * nt + t), &scale, 4);
-            for (size_t i = 0; i < GROUP / 4; i++)
+            for (size_t i = 0; kind == PACK_INT8 && i < GROUP / 4; i++)
                 memcpy(out + 4 * ((3 + i) * nt + t), q + 4 * i, 4);
+            for (size_t i = 0; kind == PACK_INT16 && i < GROUP / 2; i++) {
+                const int16_t pair[2] = {q[i / 2 * 4 + i % 2], q[i / 2 * 4 + i % 2 + 2]};
+                memcpy(out + 4 * ((3 + i) * nt + t), pair, 4);
+            }
         }
     }
 }
@@ -1931,7 +2144,7 @@ static void pack(int kind, const float *x, size_t stride, size_t cols, size_t to
         const float *from = x + t * stride;
         uint8_t *to = out + t * pack_bytes(kind, cols);
         nt = (size_t)tile_width(tokens - t);
-        if (kind == PACK_INT8) pack_int8(from, stride, cols, nt, to);
+        if (kind == PACK_INT8 || kind == PACK_INT16) pack_int(kind, from, stride, cols, nt, to);
         else if (kind == PACK_F32)
             for (size_t i = 0; i < nt; i++)
                 for (size_t k = 0; k < cols; k++)
@@ -1945,6 +2158,8 @@ static void pack(int kind, const float *x, size_t stride, size_t cols, size_t to
                 }
     }
 }
+
+#endif
 
 /* Columns [BEGIN, END) of NP panels, BYTES apart, times NT tokens of a packed tile of WIDE, added
  * to what OUT has unless BEGIN is 0. NP and NT are constants after inlining, so that the sums are
@@ -1999,94 +2214,110 @@ ALWAYS_INLINE void tile_bf16(const size_t np, const size_t nt, const size_t wide
 }
 #endif
 
-ALWAYS_INLINE void tile_int8(const size_t np, const size_t nt, const size_t wide, const uint8_t *w,
-                             size_t bytes, size_t begin, size_t end, const uint8_t *x, float *out,
-                             size_t stride) {
+/* Bytes of 64 columns of a panel that is unpacked: 2 x 16 scales in float, then 16 steps of weights
+ * that are ready to be multiplied. */
+enum { K(READY) = sizeof(bvec), K(UNPACKED) = 2 * STEP_BYTES + GROUP / 4 * sizeof(bvec) };
+
+/* Columns [BEGIN, END) of an int8 or int4 panel -> BLOCK, which all tokens then use. */
+ALWAYS_INLINE void unpack(const int type, const uint8_t *w, size_t begin, size_t end,
+                          uint8_t *block) {
+    for (size_t g = begin / GROUP; g * GROUP < end; g++) {
+        uint8_t *steps = block + 2 * STEP_BYTES;
+        if (type == TYPE_INT8) vstore((float *)(void *)block, vload_bf16(w + int8_scales(g)));
+        for (size_t s = 0; type == TYPE_INT8 && s < GROUP / 4; s++, steps += K(READY))
+            bstore(steps, bready(wload(w + int8_steps(g) + s * STEP_BYTES)));
+        for (size_t h = 0; type == TYPE_INT4 && h < 2; h++) {
+            const uint8_t *scales = w + int4_scales(2 * g + h);
+            wvec shift = wshift(scales);
+            vec scale = vmul(vload_int4(scales), vsplat(0x1p-13f));
+            vstore((float *)(void *)(block + h * STEP_BYTES), scale);
+            UNROLLED for (size_t s = 0; s < GROUP4 / 8; s++, steps += 2 * K(READY)) {
+                wvec step = wload(w + int4_steps(2 * g + h) + s * STEP_BYTES);
+                bstore(steps, bready(wlevels(step, shift, true)));
+                bstore(steps + K(READY), bready(wlevels(step, shift, false)));
+            }
+        }
+        block += K(UNPACKED);
+    }
+}
+
+/* READY: W is NP blocks that unpack made, BYTES apart; else W is the panels. */
+ALWAYS_INLINE void tile_int8(const bool ready, const size_t np, const size_t nt, const size_t wide,
+                             const uint8_t *w, size_t bytes, size_t begin, size_t end,
+                             const uint8_t *x, float *out, size_t stride) {
     float sum[16 * 16];                 /* in memory: the registers are for the products         */
     for (size_t i = 0; i < np * nt; i++)
         vstore(sum + 16 * i, begin ? vload(sum_place(out, stride, nt, i)) : vsplat(0));
-    x += begin / GROUP * wide * (GROUP + 12);
-    for (size_t g = begin / GROUP; g * GROUP < end; g++, x += wide * (GROUP + 12)) {
-        const uint8_t *steps = w + int8_steps(g), *words = x + 12 * wide;
+    x += begin / GROUP * wide * X_GROUP;
+    for (size_t g = begin / GROUP; g * GROUP < end; g++, x += wide * X_GROUP) {
+        const uint8_t *words = x + 12 * wide;
+        const uint8_t *steps = w + (ready ? 2 * STEP_BYTES : int8_steps(g));
         ivec dot[16];
         UNROLLED for (size_t i = 0; i < np * nt; i++)
             dot[i] = iadd(isplat((int32_t)load_word(x + 4 * (i % nt))),
                           isplat((int32_t)load_word(x + 4 * (wide + i % nt))));
-        for (size_t s = 0; s < GROUP / 4; s++, steps += STEP_BYTES, words += 4 * wide) {
-            wvec step[4];
-            PREFETCH(np > 1 ? words : steps);
-            UNROLLED for (size_t p = 0; p < np; p++) step[p] = wload(steps + p * bytes);
+        for (size_t s = 0; s < GROUP / 4; s++, words += X_BYTES * wide) {
+            bvec step[4];
+            PREFETCH(np > 1 || ready ? words : steps);
+            UNROLLED for (size_t p = 0; p < np; p++)
+                step[p] = ready ? bload(steps + p * bytes) : bready(wload(steps + p * bytes));
             UNROLLED for (size_t t = 0; t < nt; t++) {
-                uint32_t word = load_word(words + 4 * t);
+                xvec four = xload(words, t, wide);
                 UNROLLED for (size_t p = 0; p < np; p++)
-                    dot[p * nt + t] = idot4(dot[p * nt + t], step[p], word);
+                    dot[p * nt + t] = idot4(dot[p * nt + t], step[p], four);
             }
+            steps += ready ? K(READY) : STEP_BYTES;
         }
         UNROLLED for (size_t p = 0; p < np; p++) {
-            vec scales = vload_bf16(w + p * bytes + int8_scales(g));
+            vec scales = ready ? vload((const float *)(const void *)(w + p * bytes))
+                               : vload_bf16(w + p * bytes + int8_scales(g));
             UNROLLED for (size_t t = 0; t < nt; t++) {
                 float *to = sum + 16 * (p * nt + t);
                 vec scale = vmul(scales, vsplat(load_float(x + 4 * (2 * wide + t))));
                 vstore(to, vfma(vfloat(dot[p * nt + t]), scale, vload(to)));
             }
         }
+        if (ready) w += K(UNPACKED);
     }
     for (size_t i = 0; i < np * nt; i++)
         vstore(sum_place(out, stride, nt, i), vload(sum + 16 * i));
 }
 
-/* Columns [BEGIN, END) of an int4 panel -> BLOCK, which all tokens then use: for each 64 columns
- * 2 x 16 scales in float, then 16 steps as if they were int8. */
-ALWAYS_INLINE void unpack_int4(const uint8_t *w, size_t begin, size_t end, uint8_t *block) {
-    for (size_t g = begin / GROUP4; g < round_up(end, GROUP) / GROUP4; g++) {
-        const uint8_t *scales = w + int4_scales(g), *steps = w + int4_steps(g);
-        uint8_t *to = block + g % 2 * STEP_BYTES;
-        wvec shift = wshift(scales);
-        vstore((float *)(void *)to, vmul(vload_int4(scales), vsplat(0x1p-13f)));
-        to = block + 2 * STEP_BYTES + g % 2 * 8 * STEP_BYTES;
-        UNROLLED for (size_t s = 0; s < GROUP4 / 8; s++, to += 2 * STEP_BYTES) {
-            wvec step = wload(steps + s * STEP_BYTES);
-            wstore(to, wlevels(step, shift, true));
-            wstore(to + STEP_BYTES, wlevels(step, shift, false));
-        }
-        if (g % 2) block += UNPACKED_BYTES;
-    }
-}
-
-/* READY: W is NP blocks that unpack_int4 made, BYTES apart; else W is the panels. */
 ALWAYS_INLINE void tile_int4(const bool ready, const size_t np, const size_t nt, const size_t wide,
                              const uint8_t *w, size_t bytes, size_t begin, size_t end,
                              const uint8_t *x, float *out, size_t stride) {
     float sum[16 * 16], part[16 * 16];
     for (size_t i = 0; i < np * nt; i++)
         vstore(sum + 16 * i, begin ? vload(sum_place(out, stride, nt, i)) : vsplat(0));
-    x += begin / GROUP * wide * (GROUP + 12);
+    x += begin / GROUP * wide * X_GROUP;
     if (!ready) w += int4_scales(begin / GROUP4);
-    for (size_t k = begin; k < end; k += GROUP, x += wide * (GROUP + 12)) {
+    for (size_t k = begin; k < end; k += GROUP, x += wide * X_GROUP) {
         const uint8_t *words = x + 12 * wide;
         UNROLLED for (size_t h = 0; h < 2; h++) {
             const uint8_t *scales = w + h * (ready ? STEP_BYTES : STEP_BYTES / 2);
-            const uint8_t *steps = w + (ready ? (2 + h * 8) * STEP_BYTES : int4_steps(h));
+            const uint8_t *steps = w + (ready ? 2 * STEP_BYTES + h * 8 * K(READY) : int4_steps(h));
             ivec dot[16];
-            wvec shift[4];
+            wvec shift[4], step[4];
             UNROLLED for (size_t i = 0; i < np * nt; i++)
                 dot[i] = isplat((int32_t)load_word(x + 4 * (h * wide + i % nt)));
             UNROLLED for (size_t p = 0; !ready && p < np; p++)
                 shift[p] = wshift(scales + p * bytes);
-            for (size_t s = 0; s < GROUP4 / 8; s++, steps += (ready ? 2 : 1) * STEP_BYTES) {
+            for (size_t s = 0; s < GROUP4 / 8; s++) {
                 PREFETCH(ready ? words : steps);
-                UNROLLED for (size_t low = 1; low < 2; low--, words += 4 * wide) {
-                    wvec step[4];
-                    UNROLLED for (size_t p = 0; p < np; p++) {
-                        step[p] = wload(steps + p * bytes + (ready && !low ? STEP_BYTES : 0));
-                        if (!ready) step[p] = wlevels(step[p], shift[p], low);
-                    }
+                UNROLLED for (size_t p = 0; !ready && p < np; p++)
+                    step[p] = wload(steps + p * bytes);
+                UNROLLED for (size_t low = 1; low < 2; low--, words += X_BYTES * wide) {
+                    bvec eight[4];
+                    UNROLLED for (size_t p = 0; p < np; p++)
+                        eight[p] = ready ? bload(steps + p * bytes + (low ? 0 : K(READY)))
+                                         : bready(wlevels(step[p], shift[p], low));
                     UNROLLED for (size_t t = 0; t < nt; t++) {
-                        uint32_t word = load_word(words + 4 * t);
+                        xvec four = xload(words, t, wide);
                         UNROLLED for (size_t p = 0; p < np; p++)
-                            dot[p * nt + t] = idot4(dot[p * nt + t], step[p], word);
+                            dot[p * nt + t] = idot4(dot[p * nt + t], eight[p], four);
                     }
                 }
+                steps += ready ? 2 * K(READY) : STEP_BYTES;
             }
             UNROLLED for (size_t i = 0; i < np * nt; i++) {
                 const uint8_t *from = scales + i / nt * bytes;
@@ -2101,7 +2332,7 @@ ALWAYS_INLINE void tile_int4(const bool ready, const size_t np, const size_t nt,
             vec scale = vsplat(load_float(x + 4 * (2 * wide + i % nt)));
             vstore(sum + 16 * i, vfma(vload(part + 16 * i), scale, vload(sum + 16 * i)));
         }
-        w += ready ? UNPACKED_BYTES : 2 * GROUP4_BYTES + STEP_BYTES;
+        w += ready ? K(UNPACKED) : 2 * GROUP4_BYTES + STEP_BYTES;
     }
     for (size_t i = 0; i < np * nt; i++)
         vstore(sum_place(out, stride, nt, i), vload(sum + 16 * i));
@@ -2150,28 +2381,38 @@ ALWAYS_INLINE void tile_int4(const bool ready, const size_t np, const size_t nt,
     else TILE_OF(tile, 1, 1)
 #endif
 
+#if MEDRUN_PASS != 4
 MATMUL(matmul_f32, tile_f32, 2, BIG(tile_f32), {}, PACK_F32, TYPE_BF16)
+#endif
 #if MEDRUN_PASS == 3
 MATMUL(matmul_bf16, tile_bf16, 1, BIG(tile_bf16), {}, PACK_BF16, TYPE_BF16)
 #endif
-MATMUL(matmul_int8, tile_int8, 1, BIG(tile_int8), {}, PACK_INT8, TYPE_INT8)
 
-#define FEW4(...) tile_int4(false, __VA_ARGS__)
-#define BLOCK4 ((end - k + GROUP - 1) / GROUP * UNPACKED_BYTES)
-#define READY4                                                                                  \
-    for (size_t i = 0; i < np; i++) unpack_int4(w + i * bytes, k, end, block + i * BLOCK4)
-#define BIG4                                                                                    \
-    tile_int4(true, TILE_PANELS, TILE_TOKENS, wide, block, BLOCK4, k, end, xt, to, stride)
-MATMUL(matmul_int4, FEW4, 1, BIG4, READY4, PACK_INT8, TYPE_INT4)
-#undef FEW4
-#undef BLOCK4
-#undef READY4
-#undef BIG4
+#define BLOCK ((end - k + GROUP - 1) / GROUP * K(UNPACKED))
+#define UNPACK(type)                                                                            \
+    for (size_t i = 0; i < np; i++) unpack(type, w + i * bytes, k, end, block + i * BLOCK)
+#define BIG_BLOCK(tile)                                                                         \
+    tile(true, TILE_PANELS, TILE_TOKENS, wide, block, BLOCK, k, end, xt, to, stride)
+#define RAW8(...) tile_int8(false, __VA_ARGS__)
+#define RAW4(...) tile_int4(false, __VA_ARGS__)
+#if MEDRUN_PASS == 2
+MATMUL(matmul_int8, RAW8, 1, BIG_BLOCK(tile_int8), UNPACK(TYPE_INT8), INT_PACK, TYPE_INT8)
+#else
+MATMUL(matmul_int8, RAW8, 1, BIG(RAW8), {}, INT_PACK, TYPE_INT8)
+#endif
+MATMUL(matmul_int4, RAW4, 1, BIG_BLOCK(tile_int4), UNPACK(TYPE_INT4), INT_PACK, TYPE_INT4)
+#undef RAW8
+#undef RAW4
+#undef BIG_BLOCK
+#undef UNPACK
+#undef BLOCK
 #undef BIG
 #undef SMALL_TILE
 #undef TILE_OF
 #undef MATMUL
 
+#if MEDRUN_PASS != 4
+#ifdef MEDRUN_NO_MAIN           /* the exporter searches for scales, the program never does      */
 /* ---- the scales of int4 -------------------------------------------------------------------- */
 
 /* 16 groups, a lane each, and the best scale and shift so far. */
@@ -2326,6 +2567,10 @@ static void fit_int4(const float *v, const float *importance, uint16_t *bits, ui
         for (size_t i = 0; i < 16; i++) q[16 * k + i] = (uint8_t)index[i];
     }
 }
+#define FIT_INT4 fit_int4
+#else
+#define FIT_INT4 NULL
+#endif /* MEDRUN_NO_MAIN */
 
 /* RMSNorm (Zhang and Sennrich 2019): x / sqrt(mean(x^2) + eps) * weight. */
 static void norm(float *out, const float *x, const float *weight, size_t n, float eps) {
@@ -2374,58 +2619,287 @@ static void to_half(uint16_t *out, const float *x, size_t n) {
     }
 }
 
-/* scores[t][j] = scale * q[t] . key[first + j] for N keys, in panels of 16. */
-ALWAYS_INLINE void key_scores(const int nt, const bool half, const attention *a, size_t first,
-                              size_t n) {
-    vec scale = vsplat(a->scale);
-    for (size_t j = 0; j < n; j += 16) {
-        size_t at = (first + j) * a->head_dim;
-        vec s[TILE];
-        UNROLLED for (int t = 0; t < nt; t++) s[t] = vsplat(0);
-        for (size_t d = 0; d < a->head_dim; d++, at += 16) {
-            vec key = half ? vload_f16((const uint16_t *)a->keys + at)
-                           : vload((const float *)a->keys + at);
-            UNROLLED for (int t = 0; t < nt; t++) s[t] = vfma(key, vsplat(a->q[t][d]), s[t]);
+/* Numbers that fit a register -> 16 bits. Returns what they were divided by. */
+static float round16(int16_t *out, const float *x, size_t n) {
+    vec big = vsplat(0);
+    for (size_t i = 0; i < n; i += 16)
+        big = vmax(big, vmax(vload(x + i), vsub(vsplat(0), vload(x + i))));
+    float largest = vlargest(big);
+    bool tiny = largest < 1e-30f;
+    vec inverse = vsplat(tiny ? 0 : 32767.0f / largest);
+    for (size_t i = 0; i < n; i += 16) istore16(out + i, vround(vmul(vload(x + i), inverse)));
+    return tiny ? 0 : largest / 32767.0f;
+}
+
+/* Clamped as in f16, so that no sum of them overflows; rounded with the bf16 scale. */
+static void to_int8(int8_t *out, uint16_t *scales, const float *x, size_t n) {
+    vec most = vsplat(65504.0f), least = vsplat(-65504.0f), zero = vsplat(0);
+    for (size_t g = 0; g < n; g += GROUP, scales++) {
+        size_t end = n - g < GROUP ? n : g + GROUP;
+        vec big = zero;
+        for (size_t i = g; i < end; i += 16) {
+            vec v = vmax(vload(x + i), least);
+            v = vless(v, most, v, most);
+            big = vmax(big, vmax(v, vsub(zero, v)));
         }
-        UNROLLED for (int t = 0; t < nt; t++)
-            vstore(a->scratch + (size_t)t * KEY_BLOCK + j, vmul(s[t], scale));
+        float largest = vlargest(big);
+        *scales = largest < 1e-30f ? 0 : f32_to_bf16_up(largest / 127.0f);
+        vec scale = vsplat(*scales ? bf16_to_f32(*scales) : INFINITY);
+        for (size_t i = g; i < end; i += 16) {
+            vec v = vmax(vload(x + i), least);
+            istore8(out + i, vround(vdiv(vless(v, most, v, most), scale)));
+        }
     }
 }
 
-/* Scores -> e^(score - largest) in place for the keys BEGIN .. SEEN-1 of N, zero for the others.
- * Returns the weights' sum. */
-ALWAYS_INLINE float softmax_block(float *s, size_t begin, size_t seen, size_t n, float *largest) {
+/* Queries -> tile after tile, in the order of head_dim, the tile's queries side by side. */
+static void pack_queries(const attention *a) {
+    float *to = a->scratch;
+    for (size_t t = 0, nt; t < a->n; t += nt, to += nt * a->head_dim) {
+        nt = query_tile(a, t);
+        for (size_t i = 0; i < nt; i++)
+            for (size_t d = 0; d < a->head_dim; d++)
+                to[d * nt + i] = t + i < a->n ? a->q[t + i][d] : 0;
+    }
+}
+
+/* The same for an int8 cache: a tile is (head_dim / 2, nt) pairs of int16, (groups, nt) scales. */
+static void pack_int16(const attention *a) {
+    float *to = a->scratch;
+    for (size_t t = 0, nt; t < a->n; t += nt, to += nt * a->head_dim) {
+        nt = query_tile(a, t);
+        memset(to, 0, nt * a->head_dim * sizeof *to);
+        for (size_t i = 0; i < nt && t + i < a->n; i++)
+            for (size_t g = 0; g < a->head_dim; g += GROUP) {
+                size_t n = a->head_dim - g < GROUP ? a->head_dim - g : GROUP;
+                int16_t q[GROUP];
+                to[(a->head_dim / 2 + g / GROUP) * nt + i] =
+                    round16(q, a->q[t + i] + g, n) * a->scale;
+                for (size_t d = 0; d < n; d += 2) memcpy(to + (g + d) / 2 * nt + i, q + d, 4);
+            }
+    }
+}
+
+/* out[t][j] = scale * q[t] . key[first + j] for NT packed queries and a few panels of keys, one
+ * chain for each in the order of head_dim. */
+TILED void score_tile(const size_t np, const size_t nt, const bool half, const attention *a,
+                      size_t first, const float *q, float *out) {
+    vec sum[16], scale = vsplat(a->scale);
+    size_t at = first * a->head_dim, panel = 16 * a->head_dim;
+    const uint16_t *next = (const uint16_t *)a->keys + at + np * panel;
+    UNROLLED for (size_t i = 0; i < np * nt; i++) sum[i] = vsplat(0);
+    for (size_t d = 0; d < a->head_dim; d++, at += 16, q += nt, next += 16 * np) {
+        vec key[4];
+        if (half) fetch_ahead(next, 32 * np);
+        UNROLLED for (size_t p = 0; p < np; p++)
+            key[p] = half ? vload_f16((const uint16_t *)a->keys + at + p * panel)
+                          : vload((const float *)a->keys + at + p * panel);
+        UNROLLED for (size_t t = 0; t < nt; t++) {
+            vec x = vsplat(q[t]);
+            UNROLLED for (size_t p = 0; p < np; p++)
+                sum[p * nt + t] = vfma(key[p], x, sum[p * nt + t]);
+        }
+    }
+    UNROLLED for (size_t i = 0; i < np * nt; i++)
+        vstore(sum_place(out, KEY_BLOCK, nt, i), vmul(sum[i], scale));
+}
+
+/* The same for int8 keys: the groups' exact sums, scaled, are added in their order. */
+TILED void score_int8(const size_t np, const size_t nt, const attention *a, size_t first,
+                      const float *q, float *out) {
+    size_t panel = cache_panel(MEDRUN_KV_INT8, a->head_dim);
+    const int8_t *keys = (const int8_t *)a->keys + first / 16 * panel, *next = keys + np * panel;
+    const uint8_t *scales = (const uint8_t *)keys + 16 * a->head_dim;
+    const float *factor = q + a->head_dim / 2 * nt;
+    for (size_t g = 0; g < a->head_dim; g += GROUP, factor += nt, scales += 32) {
+        size_t end = a->head_dim - g < GROUP ? a->head_dim : g + GROUP;
+        ivec dot[16];
+        UNROLLED for (size_t i = 0; i < np * nt; i++) dot[i] = isplat(0);
+        for (size_t d = g; d < end; d += 2, keys += 32, q += nt, next += 32 * np) {
+            wvec key[4];
+            fetch_ahead(next, 32 * np);
+            UNROLLED for (size_t p = 0; p < np; p++) key[p] = wload_int8(keys + p * panel);
+            UNROLLED for (size_t t = 0; t < nt; t++) {
+                uint32_t word = load_word((const uint8_t *)(q + t));
+                UNROLLED for (size_t p = 0; p < np; p++)
+                    dot[p * nt + t] = idot2(dot[p * nt + t], key[p], word);
+            }
+        }
+        UNROLLED for (size_t i = 0; i < np * nt; i++) {
+            float *to = sum_place(out, KEY_BLOCK, nt, i);
+            vec scale = vmul(vload_bf16(scales + i / nt * panel), vsplat(factor[i % nt]));
+            vstore(to, vfma(vfloat(dot[i]), scale, g ? vload(to) : vsplat(0)));
+        }
+    }
+}
+
+/* KEY_STEP keys and a tile of queries, by as many panels as there are registers for. */
+TILED void score_step(const size_t np, const size_t nt, const attention *a, size_t first,
+                      const float *q, float *out) {
+    for (size_t i = 0; i < KEY_STEP; i += 16 * np)
+        if (a->kv == MEDRUN_KV_INT8) score_int8(np, nt, a, first + i, q, out + i);
+        else if (a->kv == MEDRUN_KV_F16) score_tile(np, nt, true, a, first + i, q, out + i);
+        else score_tile(np, nt, false, a, first + i, q, out + i);
+}
+
+/* Scores of all queries with the block of keys from FIRST on: a few panels stay in the first cache
+ * while the queries pass. What a tile does not see is left out by KEY_STEP keys. */
+static void score_block(const attention *a, size_t first) {
+    for (size_t j = 0; j < KEY_BLOCK; j += KEY_STEP)
+        for (size_t t = 0, nt, low, high; t < a->n; t += nt) {
+            const float *q = a->scratch + t * a->head_dim;
+            float *out = a->scratch + QUERIES * a->head_dim + t * KEY_BLOCK + j;
+            nt = query_tile(a, t);
+            tile_keys(a, t, nt, first, &low, &high);
+            if (j + KEY_STEP <= low || j >= high) continue;
+            if (nt == 1) score_step(4, 1, a, first + j, q, out);
+            else score_step(TILE_PANELS, 4, a, first + j, q, out);
+        }
+}
+
+/* Scores of a block -> e^(score - largest) in place for the keys BEGIN .. SEEN-1, zero for the
+ * others. Returns the weights' sum. */
+static float softmax_block(float *s, size_t begin, size_t seen, float *largest) {
     vec most = vsplat(-INFINITY), sum = vsplat(0);
-    size_t end = round_up(n, 16);
-    for (size_t j = 0; j < begin; j++) s[j] = -INFINITY;
+    size_t first = begin / 16 * 16, end = round_up(seen, 16);
+    for (size_t j = first; j < begin; j++) s[j] = -INFINITY;
     for (size_t j = seen; j < end; j++) s[j] = -INFINITY;
-    for (size_t j = 0; j < end; j += 16) most = vmax(vload(s + j), most);
+    for (size_t j = first; j < end; j += 16) most = vmax(vload(s + j), most);
     *largest = vlargest(most);
     most = vsplat(*largest);
-    for (size_t j = 0; j < end; j += 16) {
+    for (size_t j = first; j < end; j += 16) {
         vec weight = vexp(vsub(vload(s + j), most));
         sum = vadd(sum, weight);
         vstore(s + j, weight);
     }
+    memset(s, 0, first * sizeof *s);
+    memset(s + end, 0, (KEY_BLOCK - end) * sizeof *s);
     return vsum(sum);
 }
 
-/* out[t] = out[t] * keep[t] + fresh[t] * sum over j of weight[t][j] * value[first + j] */
-ALWAYS_INLINE void add_values(const int nt, const bool half, const attention *a, size_t first,
-                              size_t n, const float *keep, const float *fresh) {
-    for (size_t c = 0; c < a->head_dim; c += 16) {
-        size_t at = first * a->head_dim + c;
-        vec s[TILE];
-        UNROLLED for (int t = 0; t < nt; t++) s[t] = vsplat(0);
-        for (size_t j = 0; j < n; j++, at += a->head_dim) {
-            vec value = half ? vload_f16((const uint16_t *)a->values + at)
-                             : vload((const float *)a->values + at);
-            UNROLLED for (int t = 0; t < nt; t++)
-                s[t] = vfma(value, vsplat(a->scratch[(size_t)t * KEY_BLOCK + j]), s[t]);
+/* A block's largest score and weights' sum join a query's; what was is kept times KEEP, what comes
+ * counts FRESH. A block of which nothing is seen has -infinity. */
+static void join_block(float *largest, float *total, float block, float more, float *keep,
+                       float *fresh) {
+    float both = *largest > block ? *largest : block, scale[16];
+    *keep = 1, *fresh = 0;
+    if (block == -INFINITY) return;
+    vstore(scale, vexp(vsub(vsplat(*largest), vsplat(both))));
+    *keep = scale[0];
+    vstore(scale, vexp(vsub(vsplat(block), vsplat(both))));
+    *fresh = scale[0];
+    *total = fmaf(more, *fresh, *total * *keep);
+    *largest = both;
+}
+
+/* + 0 turns -0 into 0: skipped and zero-weighted keys must look alike. */
+static void divide(float *out, float total, size_t n) {
+    for (size_t c = 0; c < n; c += 16)
+        vstore(out + c, vadd(vdiv(vload(out + c), vsplat(total)), vsplat(0)));
+}
+
+/* out[t] = out[t] * keep[t] + fresh[t] * sum for a tile's queries and a few vectors of channels. */
+TILED void join_values(const size_t nc, const size_t nt, const attention *a, const key_tile *tile,
+                       size_t c, const vec *sum) {
+    UNROLLED for (size_t i = 0; i < nc * nt; i++) {
+        if (tile->query + i % nt >= a->n) continue;
+        float *out = a->out[tile->query + i % nt] + c + 16 * (i / nt);
+        vec kept = vmul(vload(out), vsplat(tile->keep[i % nt]));
+        vstore(out, vfma(sum[i], vsplat(tile->fresh[i % nt]), kept));
+    }
+}
+
+/* The sum over the keys j that a tile sees of weight[t][j] * value[j], one chain for each query and
+ * channel, joins the outputs. */
+TILED void value_tile(const size_t nc, const size_t nt, const bool half, const attention *a,
+                      const key_tile *tile, size_t c) {
+    vec sum[16];
+    size_t at = (tile->first + tile->low) * a->head_dim + c, ahead = KEY_STEP * a->head_dim;
+    UNROLLED for (size_t i = 0; i < nc * nt; i++) sum[i] = vsplat(0);
+    for (size_t j = tile->low; j < tile->high; j++, at += a->head_dim) {
+        vec value[4];
+        if (half) fetch_ahead((const uint16_t *)a->values + at + ahead, 32 * nc);
+        UNROLLED for (size_t k = 0; k < nc; k++)
+            value[k] = half ? vload_f16((const uint16_t *)a->values + at + 16 * k)
+                            : vload((const float *)a->values + at + 16 * k);
+        UNROLLED for (size_t t = 0; t < nt; t++) {
+            vec x = vsplat(tile->weight[t * KEY_BLOCK + j]);
+            UNROLLED for (size_t k = 0; k < nc; k++)
+                sum[k * nt + t] = vfma(value[k], x, sum[k * nt + t]);
         }
-        UNROLLED for (int t = 0; t < nt; t++) {
-            vec kept = vmul(vload(a->out[t] + c), vsplat(keep[t]));
-            vstore(a->out[t] + c, vfma(s[t], vsplat(fresh[t]), kept));
+    }
+    join_values(nc, nt, a, tile, c, sum);
+}
+
+/* Weights times the scales of channel C's group, rounded to 16 bits; UNIT gets what 1 means. */
+static void weigh_int8(size_t nt, const attention *a, const key_tile *tile, size_t c,
+                       int16_t *weight, float *unit) {
+    size_t panel = cache_panel(MEDRUN_KV_INT8, a->head_dim), low = tile->low / 16 * 16;
+    const uint8_t *scales = (const uint8_t *)a->values + tile->first / 16 * panel;
+    float scaled[KEY_BLOCK];
+    scales += 16 * a->head_dim + c / GROUP * 32;
+    for (size_t t = 0; t < nt; t++) {
+        for (size_t j = low; j < tile->high; j += 16)
+            vstore(scaled + j, vmul(vload(tile->weight + t * KEY_BLOCK + j),
+                                    vload_bf16(scales + j / 16 * panel)));
+        unit[t] = round16(weight + t * KEY_BLOCK + low, scaled + low, tile->high - low);
+    }
+}
+
+/* As value_tile, with int8 values and the weights of weigh_int8. The sums are exact, and fit:
+ * 256 * 32767 * 127 < 2^31. */
+TILED void value_int8(const size_t nc, const size_t nt, const attention *a, const key_tile *tile,
+                      size_t c, const int16_t *weight, const float *unit) {
+    size_t panel = cache_panel(MEDRUN_KV_INT8, a->head_dim), row = 2 * a->head_dim;
+    ivec dot[16];
+    vec sum[16];
+    UNROLLED for (size_t i = 0; i < nc * nt; i++) dot[i] = isplat(0);
+    for (size_t j = tile->low / 16 * 16; j < tile->high; j += 16) {
+        const int8_t *values = (const int8_t *)a->values + (tile->first + j) / 16 * panel + 2 * c;
+        for (size_t k = 0; k < 16; k += 2, values += row) {
+            wvec value[4];
+            fetch_ahead(values + KEY_STEP / 16 * panel, 32 * nc);
+            UNROLLED for (size_t i = 0; i < nc; i++) value[i] = wload_int8(values + 32 * i);
+            UNROLLED for (size_t t = 0; t < nt; t++) {
+                uint32_t word = load_word((const uint8_t *)(weight + t * KEY_BLOCK + j + k));
+                UNROLLED for (size_t i = 0; i < nc; i++)
+                    dot[i * nt + t] = idot2(dot[i * nt + t], value[i], word);
+            }
+        }
+    }
+    UNROLLED for (size_t i = 0; i < nc * nt; i++)
+        sum[i] = vmul(vfloat(dot[i]), vsplat(unit[i % nt]));
+    join_values(nc, nt, a, tile, c, sum);
+}
+
+/* Channels [c, end), one group at most, of a tile of queries. */
+TILED void value_step(const size_t nc, const size_t nt, const attention *a, const key_tile *tile,
+                      size_t c, size_t end) {
+    int16_t weight[4 * KEY_BLOCK];
+    float unit[4];
+    if (a->kv == MEDRUN_KV_INT8) weigh_int8(nt, a, tile, c, weight, unit);
+    for (; c < end; c += 16 * nc)
+        if (a->kv == MEDRUN_KV_INT8) value_int8(nc, nt, a, tile, c, weight, unit);
+        else if (a->kv == MEDRUN_KV_F16) value_tile(nc, nt, true, a, tile, c);
+        else value_tile(nc, nt, false, a, tile, c);
+}
+
+/* The block's weighted values join the outputs: a group of channels stays in the first cache while
+ * the queries pass. */
+static void value_block(const attention *a, size_t first, const float *keep, const float *fresh) {
+    for (size_t c = 0, end; c < a->head_dim; c = end) {
+        bool whole_group = a->head_dim - c >= GROUP;
+        end = whole_group ? c + GROUP : a->head_dim;
+        for (size_t t = 0, nt; t < a->n; t += nt) {
+            key_tile tile = {.query = t, .first = first, .keep = keep + t, .fresh = fresh + t,
+                             .weight = a->scratch + QUERIES * a->head_dim + t * KEY_BLOCK};
+            nt = query_tile(a, t);
+            tile_keys(a, t, nt, first, &tile.low, &tile.high);
+            if (tile.low >= tile.high) continue;
+            if (nt == 1 && whole_group) value_step(4, 1, a, &tile, c, end);
+            else if (nt == 1) value_step(1, 1, a, &tile, c, end);
+            else if (whole_group) value_step(TILE_PANELS, 4, a, &tile, c, end);
+            else value_step(1, 4, a, &tile, c, end);
         }
     }
 }
@@ -2433,74 +2907,73 @@ ALWAYS_INLINE void add_values(const int nt, const bool half, const attention *a,
 /* Attention with an online softmax (Milakov and Gimelshein 2018; Dao et al. 2022) over blocks of
  * KEY_BLOCK keys at absolute positions. Each block is computed by itself and merged in order, so
  * a query's result does not depend on the queries beside it. */
-ALWAYS_INLINE void attend_tile(const int nt, const bool half, const attention *a) {
-    float largest[TILE], total[TILE], keep[TILE], fresh[TILE];
-    size_t longest = 0, start = a->start[0];
-    for (int t = 0; t < nt; t++) {
+static void attend(const attention *a) {
+    float largest[QUERIES], total[QUERIES], keep[QUERIES], fresh[QUERIES];
+    size_t start = SIZE_MAX, end = 0;
+    for (size_t t = 0; t < a->n; t++) {
         largest[t] = -INFINITY, total[t] = 0;
         memset(a->out[t], 0, a->head_dim * sizeof(float));
-        if (a->limit[t] > longest) longest = a->limit[t];
+        if (a->limit[t] > end) end = a->limit[t];
         if (a->start[t] < start) start = a->start[t];
     }
-    for (size_t first = start - start % KEY_BLOCK; first < longest; first += KEY_BLOCK) {
-        size_t n = longest - first < KEY_BLOCK ? longest - first : KEY_BLOCK;
-        key_scores(nt, half, a, first, n);
-        for (int t = 0; t < nt; t++) {
-            float *s = a->scratch + (size_t)t * KEY_BLOCK, block, more;
-            keep[t] = 1, fresh[t] = 0;
-            if (a->limit[t] <= first || a->start[t] >= first + n) { /* sees none of the block    */
-                memset(s, 0, n * sizeof *s);
-                continue;
-            }
-            size_t begin = a->start[t] > first ? a->start[t] - first : 0;
-            size_t seen = a->limit[t] - first < n ? a->limit[t] - first : n;
-            more = softmax_block(s, begin, seen, n, &block);
-            float both = largest[t] > block ? largest[t] : block, scale[16];
-            vstore(scale, vexp(vsub(vsplat(largest[t]), vsplat(both))));
-            keep[t] = scale[0];
-            vstore(scale, vexp(vsub(vsplat(block), vsplat(both))));
-            fresh[t] = scale[0];
-            total[t] = fmaf(more, fresh[t], total[t] * keep[t]);
-            largest[t] = both;
+    if (start < a->begin) start = a->begin;
+    if (end > a->end) end = a->end;
+    if (a->kv == MEDRUN_KV_INT8) pack_int16(a);
+    else pack_queries(a);
+    for (size_t first = start - start % KEY_BLOCK; first < end; first += KEY_BLOCK) {
+        score_block(a, first);
+        float *s = a->scratch + QUERIES * a->head_dim;
+        for (size_t t = 0, low, high; t < a->n; t++, s += KEY_BLOCK) {
+            float block = -INFINITY, more = 0;
+            tile_keys(a, t, 1, first, &low, &high);
+            if (low < high) more = softmax_block(s, low, high, &block);
+            else memset(s, 0, KEY_BLOCK * sizeof *s);
+            join_block(&largest[t], &total[t], block, more, &keep[t], &fresh[t]);
         }
-        add_values(nt, half, a, first, n, keep, fresh);
+        memset(s, 0, (round_up(a->n, 4) - a->n) * KEY_BLOCK * sizeof *s);
+        value_block(a, first, keep, fresh);
     }
-    for (int t = 0; t < nt; t++)                        /* + 0 turns -0 into 0: skipped and      */
-        for (size_t c = 0; c < a->head_dim; c += 16)    /* zero-weighted keys must look alike    */
-            vstore(a->out[t] + c, vadd(vdiv(vload(a->out[t] + c), vsplat(total[t])), vsplat(0)));
+    for (size_t t = 0; t < a->n; t++) {
+        if (!a->part) divide(a->out[t], total[t], a->head_dim);
+        else a->out[t][a->head_dim] = largest[t], a->out[t][a->head_dim + 1] = total[t];
+    }
 }
 
-static void attend(const attention *a) {
-#if MEDRUN_PASS == 1
-    attend_tile(a->n, a->half, a);
-#else
-    if (a->n == 8 && a->half) attend_tile(8, true, a);
-    else if (a->n == 4 && a->half) attend_tile(4, true, a);
-    else if (a->n == 2 && a->half) attend_tile(2, true, a);
-    else if (a->half) attend_tile(1, true, a);
-    else if (a->n == 8) attend_tile(8, false, a);
-    else if (a->n == 4) attend_tile(4, false, a);
-    else if (a->n == 2) attend_tile(2, false, a);
-    else attend_tile(1, false, a);
-#endif
+static void merge(float *out, const float *parts, size_t n, size_t head_dim) {
+    float largest = -INFINITY, total = 0, keep, fresh;
+    memset(out, 0, head_dim * sizeof *out);
+    for (const float *part = parts; n--; part += head_dim + PART_EXTRA) {
+        join_block(&largest, &total, part[head_dim], part[head_dim + 1], &keep, &fresh);
+        for (size_t c = 0; c < head_dim; c += 16)
+            vstore(out + c, vfma(vload(part + c), vsplat(fresh),
+                                 vmul(vload(out + c), vsplat(keep))));
+    }
+    divide(out, total, head_dim);
 }
 
-/* As many chains as a tile has; the factor changes, lest the compiler find a shorter way. */
+#endif /* MEDRUN_PASS != 4 */
+
+/* As many chains as a tile has, each with weights of its own; the other factor changes, lest the
+ * compiler find a shorter way. */
 static size_t peak(int kind, size_t rounds, float *sink) {
     enum { CHAINS = TILE_PANELS * TILE_TOKENS };
-    uint8_t bytes[STEP_BYTES] = {1, 2, 3};
-    wvec w = wload(bytes);
+    uint8_t bytes[2 * STEP_BYTES + 8 * CHAINS] = {1, 2, 3};
+    __asm__("" : : "r"(bytes) : "memory");
+    wvec w[TILE_PANELS];
     ivec dot[CHAINS];
     vec sum[CHAINS], total = vsplat(0);
+    UNROLLED for (size_t i = 0; i < TILE_PANELS; i++) w[i] = wload(bytes + 4 * i);
     UNROLLED for (size_t i = 0; i < CHAINS; i++)
         dot[i] = isplat((int32_t)i), sum[i] = vsplat((float)i);
-    for (size_t n = 0; kind == PACK_INT8 && n < rounds; n++)
+    for (size_t n = 0; kind == INT_PACK && n < rounds; n++)
         UNROLLED for (size_t i = 0; i < CHAINS; i++)
-            dot[i] = idot4(dot[i], w, load_word(bytes + n % 8 * 4));
+            dot[i] = idot4(dot[i], bready(w[i % TILE_PANELS]),
+                           xload(bytes + n % 8 * 4, i / TILE_PANELS, TILE_TOKENS));
 #if MEDRUN_PASS == 3
     for (size_t n = 0; kind == PACK_BF16 && n < rounds; n++)
         UNROLLED for (size_t i = 0; i < CHAINS; i++)
-            sum[i] = vdot2(sum[i], w, load_word(bytes + n % 8 * 4));
+            sum[i] = vdot2(sum[i], w[i % TILE_PANELS],
+                           load_word(bytes + n % 8 * 4 + i / TILE_PANELS * 4));
 #endif
     for (size_t n = 0; kind == PACK_F32 && n < rounds; n++)
         UNROLLED for (size_t i = 0; i < CHAINS; i++)
@@ -2508,18 +2981,19 @@ static size_t peak(int kind, size_t rounds, float *sink) {
     UNROLLED for (size_t i = 0; i < CHAINS; i++)
         total = vadd(total, vadd(vfloat(dot[i]), sum[i]));
     *sink += vsum(total);
-    return CHAINS * LANES * (kind == PACK_INT8 ? 8 : kind == PACK_BF16 ? 4 : 2);
+    return CHAINS * LANES * (kind == INT_PACK ? 8 : kind == PACK_BF16 ? 4 : 2);
 }
 
 /* Reads N bytes in order, as a matmul of one token does; a number that depends on all but a few at
  * the end. */
 static float read_all(const uint8_t *p, size_t n) {
+    static const uint8_t ones[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
     ivec sum[4];
     UNROLLED for (size_t i = 0; i < 4; i++) sum[i] = isplat(0);
     for (size_t at = 0; at + 4 * STEP_BYTES <= n; at += 4 * STEP_BYTES)
         UNROLLED for (size_t i = 0; i < 4; i++) {
             PREFETCH(p + at + i * STEP_BYTES);
-            sum[i] = idot4(sum[i], wload(p + at + i * STEP_BYTES), 0x01010101);
+            sum[i] = idot4(sum[i], bready(wload(p + at + i * STEP_BYTES)), xload(ones, 0, 1));
         }
     return vsum(vadd(vadd(vfloat(sum[0]), vfloat(sum[1])), vadd(vfloat(sum[2]), vfloat(sum[3]))));
 }
@@ -2527,10 +3001,13 @@ static float read_all(const uint8_t *p, size_t n) {
 #define TEXT2(x) #x
 #define TEXT(x) TEXT2(x)
 #define ROW(name, bf16, matmul_bf16) {                                                          \
-        name, bf16, pack, TILE_PANELS, {matmul_f32, matmul_bf16, matmul_int8}, matmul_int4,     \
-        fit_int4, norm, silu_mul, relu2, xielu, add, attend, to_half, peak, read_all,           \
+        name, bf16, INT_PACK, pack, TILE_PANELS, matmul_f32, matmul_bf16, matmul_int8,          \
+        matmul_int4, FIT_INT4, norm, silu_mul, relu2, xielu, add, attend, merge, to_half,       \
+        to_int8, peak, read_all,                                                                \
     }
+#if MEDRUN_PASS != 4
 static const kernel_set kernel_row = ROW(TEXT(KERNEL_SUFFIX), false, NULL);
+#endif
 #if MEDRUN_PASS == 3
 static const kernel_set kernel_row_bf16 = ROW("avx512bf16", true, matmul_bf16);
 #endif
@@ -2539,6 +3016,11 @@ static const kernel_set kernel_row_bf16 = ROW("avx512bf16", true, matmul_bf16);
 #undef TEXT2
 #undef KERNEL_SUFFIX
 #undef UNROLLED
+#undef INT_PACK
+#undef X_BYTES
+#undef X_GROUP
+#undef FIT_INT4
+#undef TILED
 #undef TILE_PANELS
 #undef TILE_TOKENS
 #undef FEW_TOKENS
@@ -2560,6 +3042,9 @@ static const kernel_set kernel_row_bf16 = ROW("avx512bf16", true, matmul_bf16);
 #define MEDRUN_PASS 2
 #include "medrun.c"
 #undef MEDRUN_PASS
+#define MEDRUN_PASS 4
+#include "medrun.c"
+#undef MEDRUN_PASS
 #ifdef __clang__
 #pragma clang attribute pop
 #pragma clang attribute push(__attribute__((target( \
@@ -2578,20 +3063,39 @@ static const kernel_set kernel_row_bf16 = ROW("avx512bf16", true, matmul_bf16);
 #endif /* MEDRUN_X86 */
 
 #undef pack
-#undef fit_int4
+#undef matmul_f32
+#undef matmul_bf16
+#undef matmul_int8
 #undef matmul_int4
+#undef fit_int4
 #undef norm
 #undef silu_mul
 #undef relu2
 #undef xielu
 #undef add
 #undef attend
+#undef merge
 #undef to_half
+#undef to_int8
 #undef peak
 #undef read_all
 
+#ifdef MEDRUN_X86
+/* AVX2 with AVX-VNNI: only products of bytes differ from AVX2's. */
+static const kernel_set kernel_row_avxvnni = {
+    "avxvnni", false, PACK_INT8, pack_avx2, 1, matmul_f32_avx2, NULL, matmul_int8_avxvnni,
+#ifdef MEDRUN_NO_MAIN
+    matmul_int4_avxvnni, fit_int4_avx2,
+#else
+    matmul_int4_avxvnni, NULL,
+#endif
+    norm_avx2, silu_mul_avx2, relu2_avx2, xielu_avx2, add_avx2,
+    attend_avx2, merge_avx2, to_half_avx2, to_int8_avx2, peak_avxvnni, read_all_avxvnni,
+};
+#endif
+
 /* The kernel sets this machine can run, best first; at most N_KERNEL_SETS, returns how many. */
-enum { N_KERNEL_SETS = 4 };
+enum { N_KERNEL_SETS = 5 };
 
 static int usable_kernels(const kernel_set *out[N_KERNEL_SETS]) {
     int n = 0;
@@ -2599,6 +3103,7 @@ static int usable_kernels(const kernel_set *out[N_KERNEL_SETS]) {
     cpu_features f = detect_cpu();
     if (f.avx512_bf16) out[n++] = &kernel_row_bf16_avx512;
     if (f.avx512) out[n++] = &kernel_row_avx512;
+    if (f.avx2 && f.avx_vnni) out[n++] = &kernel_row_avxvnni;
     if (f.avx2) out[n++] = &kernel_row_avx2;
 #endif
     out[n++] = &kernel_row_scalar;
@@ -2636,12 +3141,12 @@ typedef struct {
     const kernel_set *k;
     bool strict;                    /* bf16 weights times f32 activations                       */
     size_t cache;                   /* bytes of the second cache; 0: not known                  */
-    uint8_t *blocks;                /* (threads, block_bytes) for int4 weights                  */
+    uint8_t *blocks;                /* (threads, block_bytes) where weights are unpacked        */
     size_t block_bytes;             /* at least engine_block_bytes                              */
 } engine;
 
 static int pack_kind(const engine *g, int weight_type) {
-    if (weight_type == TYPE_INT8 || weight_type == TYPE_INT4) return PACK_INT8;
+    if (weight_type == TYPE_INT8 || weight_type == TYPE_INT4) return g->k->int_pack;
     return g->k->bf16_dot && !g->strict ? PACK_BF16 : PACK_F32;
 }
 
@@ -2693,7 +3198,8 @@ typedef struct {
 
 /* The kernel for weights of TYPE and activations of KIND. */
 static matmul_fn *matmul_of(const kernel_set *k, int type, int kind) {
-    return type == TYPE_INT4 ? k->matmul_int4 : k->matmul[kind];
+    if (type == TYPE_BF16) return kind == PACK_BF16 ? k->matmul_bf16 : k->matmul_f32;
+    return type == TYPE_INT4 ? k->matmul_int4 : k->matmul_int8;
 }
 
 static size_t tensor_panels(const tensor *w) { return (w->rows + LANES - 1) / LANES; }
@@ -2719,8 +3225,9 @@ static size_t block_cols(const engine *g, size_t bytes) {
     return cols ? cols : 128;
 }
 
-/* What a thread needs to unpack int4 weights of COLS columns. */
-static size_t engine_block_bytes(const engine *g, size_t cols) {
+/* What a thread needs to unpack weights of TYPE and up to COLS columns. */
+static size_t engine_block_bytes(const engine *g, int type, size_t cols) {
+    if (type == TYPE_BF16 || (type == TYPE_INT8 && g->k->int_pack == PACK_INT8)) return 0;
     size_t some = block_cols(g, BLOCK_BYTES);
     return (some < cols ? some : round_up(cols, 128)) * BLOCK_BYTES;
 }
@@ -2729,14 +3236,16 @@ static size_t engine_block_bytes(const engine *g, size_t cols) {
 static void matmul(const engine *g, const product *products, size_t n, const packed *x) {
     size_t panels = 0, bytes = panel_bytes(products->w->type, x->cols);
     size_t some = block_cols(g, (g->k->tile_panels * bytes + x->cols - 1) / x->cols);
-    if (products->w->type == TYPE_INT4) some = block_cols(g, BLOCK_BYTES);
+    if (g->block_bytes) some = block_cols(g, BLOCK_BYTES);
     if (x->tokens <= TILE) some = x->cols;              /* nothing is used a second time         */
     matmul_job j = {g, products, n, x, some};
     for (size_t i = 0; i < n; i++) panels += tensor_panels(products[i].w);
-    size_t grain = panels / ((size_t)g->pool->threads * 8);
-    parallel_for(g->pool, panels, round_up(grain ? grain : 1, 4), matmul_task, &j);
+    size_t grain = panels / ((size_t)g->pool->threads * 32);
+    if (x->tokens > TILE) grain = round_up(grain ? grain : 1, 4);
+    parallel_for(g->pool, panels, grain, matmul_task, &j);
 }
 
+#ifdef MEDRUN_NO_MAIN
 /* Packs 16 rows of one int4 panel; IMPORTANCE (cols) says how much an error of each column counts,
  * NULL: all the same. */
 static void pack_int4(const kernel_set *k, const float *rows, size_t n_rows, size_t cols,
@@ -2768,6 +3277,7 @@ static void pack_panel(const kernel_set *k, int type, const float *rows, size_t 
     memset(out, 0, panel_bytes(type, cols));
     pack_int4(k, rows, n_rows, cols, importance, out);
 }
+#endif
 /* ============================================================================================
  * 9 Model file: parse and check everything before anything is used
  *
@@ -5694,8 +6204,12 @@ struct medrun_session {
     int32_t *tokens;                            /* (context) the timeline                       */
     size_t n_tokens, n_done;                    /* its length; how many have been processed     */
     void *keys, *values;                        /* see session_keys                             */
-    float *logits;                              /* (logit_rows, vocab rounded up to 16)         */
+    float *logits;                              /* (most rows, vocab rounded up to 16)          */
+    size_t n_wanted;                            /* rows of logits that a pass is to give        */
     size_t n_logits;                            /* rows the last pass gave; 0 while pending     */
+    size_t n_ready;                             /* rows medrun_next has still to use: that of the
+                                                   last token and those of guesses behind it    */
+    struct lookup *lookup;                      /* what guesses; NULL: nothing does             */
     uint64_t random;
     bool answer_open;                           /* the last turn is an answer nobody closed     */
     bool starting;                              /* medrun_next has not given text since a feed  */
@@ -5730,29 +6244,31 @@ typedef struct pass {
     float *attn;                                /* (n, heads)                                   */
     float *ffn_act, *up;                        /* (n, ffn); up only beside a gate              */
     float *rotation;                            /* (n, head_dim / 2, 2) cosine, sine            */
-    float *scores;                              /* (threads, TILE * KEY_BLOCK)                  */
+    float *scores;                              /* (threads, attend_scratch)                    */
+    size_t part_places;
+    float *parts;                               /* (part_places, head_dim + PART_EXTRA)         */
+    size_t pieces;                              /* blocks that keys are split into now, or 1    */
     float *logits;                              /* (TILE, vocab)                                */
     packed a;                                   /* the activations that are multiplied next     */
     int layer;
     const float *weight;                        /* of the norm that runs                        */
 } pass;
 
-/* Keys of layer L, head H: panels of 16 positions, (context / 16, head_dim, 16); values lie
- * (context, head_dim). Context is rounded up to 16. */
-static size_t cache_row(const medrun_session *s, int layer, size_t head) {
+/* Bytes of the keys, or of the values, that stand before those of a layer and head. The context is
+ * rounded up to KEY_STEP. */
+static size_t cache_bytes(const medrun_session *s, int layer, size_t head) {
     const model_config *c = &s->model->config;
-    size_t context = round_up((size_t)s->options.context, 16);
-    return ((size_t)layer * (size_t)c->n_kv_heads + head) * context * (size_t)c->head_dim;
+    size_t panels = round_up((size_t)s->options.context, KEY_STEP) / 16;
+    return ((size_t)layer * (size_t)c->n_kv_heads + head) * panels *
+           cache_panel(s->options.kv, (size_t)c->head_dim);
 }
 
-static size_t cache_item(const medrun_session *s) { return s->options.kv == MEDRUN_KV_F32 ? 4 : 2; }
-
 static uint8_t *session_keys(const medrun_session *s, int layer, size_t head) {
-    return (uint8_t *)s->keys + cache_row(s, layer, head) * cache_item(s);
+    return (uint8_t *)s->keys + cache_bytes(s, layer, head);
 }
 
 static uint8_t *session_values(const medrun_session *s, int layer, size_t head) {
-    return (uint8_t *)s->values + cache_row(s, layer, head) * cache_item(s);
+    return (uint8_t *)s->values + cache_bytes(s, layer, head);
 }
 
 /* Shows a stage to the sessions that have an observer. */
@@ -5817,24 +6333,43 @@ static void rotate(float *x, const float *rotation, size_t half) {
     }
 }
 
-/* Keys of one row and head -> lane position % 16 of its panel; values -> their row. */
+/* A row of a head to int8 panels: number d of keys at 32 (d / 2) + d % 2 after the place of their
+ * lane; of values at 2 d after the place of their row. */
+static void store_int8(const pass *p, const float *x, uint8_t *panel, size_t lane, bool keys) {
+    size_t dim = (size_t)p->m->config.head_dim;
+    int8_t q[MAX_HEAD_DIM];
+    uint16_t scales[MAX_HEAD_DIM / GROUP + 1];
+    uint8_t *to = panel + (keys ? 2 * lane : lane / 2 * 2 * dim + lane % 2);
+    p->g.k->to_int8(q, scales, x, dim);
+    if (keys) for (size_t d = 0; d < dim; d += 2) memcpy(to + 16 * d, q + d, 2);
+    else for (size_t d = 0; d < dim; d++) to[2 * d] = (uint8_t)q[d];
+    for (size_t g = 0; g * GROUP < dim; g++)
+        memcpy(panel + 16 * dim + 2 * (16 * g + lane), scales + g, 2);
+}
+
+/* Keys of one row and head -> lane position % 16 of their panel; values -> their row. */
 static void store_row(const pass *p, size_t r, size_t head) {
     medrun_session *s = p->owner[r];
-    size_t dim = (size_t)p->m->config.head_dim, at = p->position[r];
+    int kv = s->options.kv;
+    size_t dim = (size_t)p->m->config.head_dim, at = p->position[r], lane = at % 16;
     const float *k = p->k + r * p->kv + head * dim, *v = p->v + r * p->kv + head * dim;
-    uint8_t *keys = session_keys(s, p->layer, head), *values = session_values(s, p->layer, head);
-    size_t panel = at / 16 * dim * 16 + at % 16;
-    if (s->options.kv == MEDRUN_KV_F32) {
-        for (size_t d = 0; d < dim; d++) memcpy(keys + 4 * (panel + 16 * d), k + d, 4);
-        memcpy(values + 4 * at * dim, v, 4 * dim);
-        return;
+    size_t panel = at / 16 * cache_panel(kv, dim);
+    uint8_t *keys = session_keys(s, p->layer, head) + panel;
+    uint8_t *values = session_values(s, p->layer, head) + panel;
+    if (kv == MEDRUN_KV_INT8) {
+        store_int8(p, k, keys, lane, true);
+        store_int8(p, v, values, lane, false);
+    } else if (kv == MEDRUN_KV_F32) {
+        for (size_t d = 0; d < dim; d++) memcpy(keys + 4 * (16 * d + lane), k + d, 4);
+        memcpy(values + 4 * lane * dim, v, 4 * dim);
+    } else {
+        uint16_t half[16];
+        for (size_t d = 0; d < dim; d += 16) {
+            p->g.k->to_half(half, k + d, 16);
+            for (size_t i = 0; i < 16; i++) memcpy(keys + 2 * (16 * (d + i) + lane), half + i, 2);
+        }
+        p->g.k->to_half((uint16_t *)(void *)values + lane * dim, v, dim);
     }
-    uint16_t half[16];
-    for (size_t d = 0; d < dim; d += 16) {
-        p->g.k->to_half(half, k + d, 16);
-        for (size_t i = 0; i < 16; i++) memcpy(keys + 2 * (panel + 16 * (d + i)), half + i, 2);
-    }
-    p->g.k->to_half((uint16_t *)(void *)values + at * dim, v, dim);
 }
 
 /* One head of q or k: its norm, where the model has one (WEIGHT), then the rotation. */
@@ -5860,57 +6395,80 @@ static void place_task(void *context, size_t begin, size_t end, int thread) {
     }
 }
 
-/* Queries [first, end) of a segment's key-value head, counted through rows and then heads. */
+/* Where a row's query of a head leaves the part that block PIECE of its keys gives. */
+static float *part_place(const pass *p, size_t row, size_t head, size_t piece) {
+    const model_config *c = &p->m->config;
+    size_t query = row * (size_t)c->n_heads + head;
+    return p->parts + (query * p->pieces + piece) * ((size_t)c->head_dim + PART_EXTRA);
+}
+
+/* Queries [first, end) of a segment's key-value head, counted through rows and then heads; all
+ * their keys, or only block PIECE of them. */
 static void attend_queries(const pass *p, const segment *s, size_t head, size_t first, size_t end,
-                           float *scratch) {
+                           size_t piece, float *scratch) {
     const model_config *c = &p->m->config;
     size_t dim = (size_t)c->head_dim, group = (size_t)(c->n_heads / c->n_kv_heads);
     size_t window = c->sliding_window ? (size_t)c->sliding_window : SIZE_MAX;
-    attention a = {.half = s->session->options.kv == MEDRUN_KV_F16, .head_dim = dim,
-                   .scale = 1.0f / sqrtf((float)dim), .scratch = scratch,
+    attention a = {.n = end - first, .kv = s->session->options.kv,
+                   .head_dim = dim, .scale = 1.0f / sqrtf((float)dim), .end = SIZE_MAX,
+                   .part = p->pieces > 1, .scratch = scratch,
                    .keys = session_keys(s->session, p->layer, head),
                    .values = session_values(s->session, p->layer, head)};
-    while (first < end) {
-        a.n = tile_width(end - first);
-        for (int i = 0; i < a.n; i++, first++) {
-            size_t row = first / group, at = (s->first + row) * p->heads;
-            at += (head * group + first % group) * dim;
-            a.q[i] = p->q + at;
-            a.out[i] = p->attn + at;
-            a.limit[i] = s->position + row + 1;
-            a.start[i] = a.limit[i] > window ? a.limit[i] - window : 0;
-        }
-        p->g.k->attend(&a);
+    if (a.part) a.begin = piece * KEY_BLOCK, a.end = a.begin + KEY_BLOCK;
+    for (size_t i = 0; i < a.n; i++, first++) {
+        size_t row = s->first + first / group, q = head * group + first % group;
+        a.q[i] = p->q + row * p->heads + q * dim;
+        a.out[i] = a.part ? part_place(p, row, q, piece) : p->attn + row * p->heads + q * dim;
+        a.limit[i] = s->position + first / group + 1;
+        a.start[i] = a.limit[i] > window ? a.limit[i] - window : 0;
     }
+    p->g.k->attend(&a);
 }
 
-/* Tiles of queries over all segments and key-value heads, numbered through. */
+/* A segment's queries of one key-value head, QUERIES at a time. */
 static size_t segment_tiles(const pass *p, const segment *s) {
     size_t group = (size_t)(p->m->config.n_heads / p->m->config.n_kv_heads);
-    return (s->n * group + TILE - 1) / TILE;
+    return (s->n * group + QUERIES - 1) / QUERIES;
 }
 
+/* Items are numbered through segments, their key-value heads, tiles of queries, pieces. */
 static void attend_task(void *context, size_t begin, size_t end, int thread) {
     pass *p = context;
     size_t kv_heads = (size_t)p->m->config.n_kv_heads;
     size_t group = (size_t)p->m->config.n_heads / kv_heads, at = 0;
-    float *scratch = p->scores + (size_t)thread * TILE * KEY_BLOCK;
+    float *scratch = p->scores + (size_t)thread * attend_scratch((size_t)p->m->config.head_dim);
     for (const segment *s = p->segments; s < p->segments + p->n_segments; s++) {
-        size_t tiles = segment_tiles(p, s);
-        for (size_t i = begin > at ? begin - at : 0; i < tiles * kv_heads && at + i < end; i++) {
-            size_t first = i % tiles * TILE, last = first + TILE;
-            attend_queries(p, s, i / tiles, first, last < s->n * group ? last : s->n * group,
-                           scratch);
+        size_t tiles = segment_tiles(p, s), items = kv_heads * tiles * p->pieces;
+        for (size_t i = begin > at ? begin - at : 0; i < items && at + i < end; i++) {
+            size_t item = i / p->pieces, first = item % tiles * QUERIES, last = first + QUERIES;
+            attend_queries(p, s, item / tiles, first, last < s->n * group ? last : s->n * group,
+                           i % p->pieces, scratch);
         }
-        at += tiles * kv_heads;
+        at += items;
     }
 }
 
+static void merge_task(void *context, size_t begin, size_t end, int thread) {
+    (void)thread;
+    pass *p = context;
+    size_t heads = (size_t)p->m->config.n_heads, dim = (size_t)p->m->config.head_dim;
+    for (size_t i = begin; i < end; i++)
+        p->g.k->merge(p->attn + i * dim, part_place(p, i / heads, i % heads, 0), p->pieces, dim);
+}
+
+/* A few tokens with many keys are split by blocks of keys too, so that all threads have work: each
+ * block is computed by itself anyway, and joined in the same order. */
 static void attend_rows(pass *p) {
-    size_t items = 0;
-    for (size_t i = 0; i < p->n_segments; i++)
-        items += segment_tiles(p, &p->segments[i]) * (size_t)p->m->config.n_kv_heads;
-    parallel_for(p->g.pool, items, 1, attend_task, p);
+    size_t items = 0, longest = 0, heads = (size_t)p->m->config.n_heads;
+    for (const segment *s = p->segments; s < p->segments + p->n_segments; s++) {
+        items += segment_tiles(p, s) * (size_t)p->m->config.n_kv_heads;
+        if (s->position + s->n > longest) longest = s->position + s->n;
+    }
+    p->pieces = (longest + KEY_BLOCK - 1) / KEY_BLOCK;
+    if (items >= 4 * (size_t)p->g.pool->threads || p->n * heads * p->pieces > p->part_places)
+        p->pieces = 1;
+    parallel_for(p->g.pool, items * p->pieces, 1, attend_task, p);
+    if (p->pieces > 1) parallel_for(p->g.pool, p->n * heads, heads, merge_task, p);
 }
 
 static void activate_task(void *context, size_t begin, size_t end, int thread) {
@@ -5985,14 +6543,14 @@ static void output_rows(pass *p, const size_t *rows, size_t n) {
 }
 
 /* Final norm and logits for the sessions that this pass brings to the end of their timeline: the
- * last logit_rows of their rows, last first. */
+ * last n_wanted of their rows, last first. */
 static void output(pass *p) {
     p->layer = -1;
     for (segment *s = p->segments; s < p->segments + p->n_segments; s++) {
         medrun_session *to = s->session;
         to->n_logits = 0;
         if (to->n_done + s->n < to->n_tokens) continue;
-        size_t wanted = (size_t)to->options.logit_rows, n = wanted < s->n ? wanted : s->n;
+        size_t n = to->n_wanted < s->n ? to->n_wanted : s->n;
         while (to->n_logits < n) {
             size_t rows[TILE], take = 0;
             for (; take < TILE && to->n_logits + take < n; take++)
@@ -6130,6 +6688,30 @@ static void *arena_take(arena *a, size_t n, size_t size) {
     return a->base ? a->base + at : NULL;
 }
 
+/* Guesses ahead by looking up: see find_match. */
+enum { MAX_LOOKUP = 31, MAX_MATCH = 16, MAX_SEARCH = 32, N_WIDTHS = 6 };
+
+/* Rows of a pass for which a time is kept: whole tiles, as rows between cost as much. */
+static const uint8_t widths[N_WIDTHS] = {1, 2, 4, 8, 16, 32};
+
+typedef struct lookup {
+    int32_t *latest;                            /* (vocab_size) the last place behind a token;
+                                                   0: none                                      */
+    int32_t *earlier;                           /* (context) the place before it, same token    */
+    size_t n_indexed;                           /* places below this one are in the index       */
+    size_t at, length;                          /* the match: as many tokens before place AT end
+                                                   the timeline; 0: there is none               */
+    float hits[MAX_MATCH + 1];                  /* share of matches of a length that came true  */
+    double times[N_WIDTHS];                     /* seconds of a pass; 0: not known              */
+    uint64_t guessed, right;
+} lookup;
+
+static void layout_lookup(const medrun_session *s, lookup *g, arena *a) {
+    g->latest = arena_take(a, (size_t)s->model->config.vocab_size, sizeof *g->latest);
+    g->earlier = arena_take(a, (size_t)s->options.context, sizeof *g->earlier);
+    for (int i = 1; i <= MAX_MATCH; i++) g->hits[i] = 1 - 1.8f / (float)(i + 1);
+}
+
 static void layout_pass(const medrun_session *s, pass *p, arena *a) {
     const model_config *c = &s->model->config;
     size_t n = (size_t)s->options.batch, dim = (size_t)c->head_dim, widest;
@@ -6154,12 +6736,15 @@ static void layout_pass(const medrun_session *s, pass *p, arena *a) {
     p->ffn_act = arena_take(a, n * p->ffn, sizeof(float));
     if (c->activation == ACTIVATION_SILU) p->up = arena_take(a, n * p->ffn, sizeof(float));
     p->rotation = arena_take(a, n * dim, sizeof(float));
-    p->scores = arena_take(a, (size_t)s->model->pool->threads * TILE * KEY_BLOCK, sizeof(float));
+    p->scores = arena_take(a, (size_t)s->model->pool->threads * attend_scratch(dim),
+                           sizeof(float));
+    p->part_places = TILE * (size_t)c->n_heads *
+                     (((size_t)s->options.context + KEY_BLOCK - 1) / KEY_BLOCK);
+    p->parts = arena_take(a, p->part_places * (dim + PART_EXTRA), sizeof(float));
     p->logits = arena_take(a, TILE * p->vocab, sizeof(float));
     p->a.data = arena_take(a, n > TILE ? n : TILE, pack_bytes(pack_kind(&p->g, s->model->type),
                                                               widest));
-    if (s->model->type != TYPE_INT4) return;
-    p->g.block_bytes = round_up(engine_block_bytes(&p->g, widest), 64);
+    p->g.block_bytes = round_up(engine_block_bytes(&p->g, s->model->type, widest), 64);
     p->g.blocks = arena_take(a, (size_t)s->model->pool->threads, p->g.block_bytes);
 }
 
@@ -6167,16 +6752,20 @@ static void layout_pass(const medrun_session *s, pass *p, arena *a) {
 static void layout_session(medrun_session *s, arena *a) {
     const model_config *c = &s->model->config;
     pass measured, *p = arena_take(a, 1, sizeof *p);
-    size_t cache = cache_row(s, c->n_layers, 0) * cache_item(s);
+    lookup guesses, *g = s->options.lookup ? arena_take(a, 1, sizeof *g) : NULL;
+    int rows = s->options.logit_rows > s->options.lookup ? s->options.logit_rows
+                                                         : s->options.lookup + 1;
+    size_t cache = cache_bytes(s, c->n_layers, 0);
     s->tokens = arena_take(a, (size_t)s->options.context, sizeof *s->tokens);
     s->keys = arena_take(a, cache, 1);
     s->values = arena_take(a, cache, 1);
-    s->logits = arena_take(a, (size_t)s->options.logit_rows *
-                           round_up((size_t)c->vocab_size, LANES), sizeof(float));
+    s->logits = arena_take(a, (size_t)rows * round_up((size_t)c->vocab_size, LANES),
+                           sizeof(float));
     s->candidates = arena_take(a, (size_t)c->vocab_size, sizeof *s->candidates);
     s->text = arena_take(a, s->model->longest_piece + 8, 1);
     layout_pass(s, p ? p : &measured, a);
-    s->pass = p;
+    if (s->options.lookup) layout_lookup(s, g ? g : &guesses, a);
+    s->pass = p, s->lookup = g, s->n_wanted = (size_t)s->options.logit_rows;
 }
 
 /* Replaces zeros by what they stand for and checks ranges. */
@@ -6187,14 +6776,18 @@ static int resolve_options(const medrun_model *m, const medrun_session_options *
     if (o->context < 0 || o->context > most)
         return fail(e, MEDRUN_USAGE, "context: found %d, wanted 1 to %d, the longest this model "
                     "was made for", o->context, most);
-    if (o->batch < 0 || o->logit_rows < 0 || (o->kv != MEDRUN_KV_F16 && o->kv != MEDRUN_KV_F32))
+    if (o->batch < 0 || o->logit_rows < 0 || o->kv < 0 || o->kv > MEDRUN_KV_INT8)
         return fail(e, MEDRUN_USAGE, "session: batch %d, logit_rows %d, kv %d: out of range",
                     o->batch, o->logit_rows, o->kv);
+    if (o->lookup < 0 || o->lookup > MAX_LOOKUP)
+        return fail(e, MEDRUN_USAGE, "lookup: found %d, wanted 0 to %d tokens", o->lookup,
+                    MAX_LOOKUP);
     if (!o->context) o->context = most;
     if (!o->batch) o->batch = 256;
     if (o->batch > o->context) o->batch = o->context;
     if (!o->logit_rows) o->logit_rows = 1;
     if (o->logit_rows > o->batch) o->logit_rows = o->batch;
+    if (o->lookup >= o->batch) o->lookup = o->batch - 1;
     if (!o->custom_sampling) {
         uint64_t seed = o->sampling.seed;
         o->sampling = m->sampling;
@@ -6249,9 +6842,100 @@ void medrun_stop(medrun_session *s) {
     if (s && s->owns_memory) unmap_memory(s, s->bytes);
 }
 
+/* ---- looking up ---------------------------------------------------------------------------- */
+
+/* Prompt lookup (Saxena 2023): what stood behind the last tokens when they occurred before is a
+ * good guess of what comes now, in summaries and quotations above all. A place of the timeline is
+ * indexed by the token before it; the places behind a token are a list, the latest first. */
+static void index_places(lookup *g, const int32_t *tokens, size_t end) {
+    if (!g->n_indexed) g->n_indexed = 1;
+    for (; g->n_indexed < end; g->n_indexed++) {
+        int32_t *latest = &g->latest[tokens[g->n_indexed - 1]];
+        g->earlier[g->n_indexed] = *latest;
+        *latest = (int32_t)g->n_indexed;
+    }
+}
+
+/* Before tokens from END on go: each place is the first of its list when it is taken out. */
+static void forget_places(lookup *g, const int32_t *tokens, size_t end) {
+    while (g->n_indexed > end && g->n_indexed > 1) {
+        size_t place = --g->n_indexed;
+        g->latest[tokens[place - 1]] = g->earlier[place];
+    }
+}
+
+/* How many tokens before place A are those before place B, at most MAX_MATCH; a < b. */
+static size_t common_tokens(const int32_t *tokens, size_t a, size_t b) {
+    size_t n = 0, most = a < MAX_MATCH ? a : MAX_MATCH;
+    while (n < most && tokens[a - 1 - n] == tokens[b - 1 - n]) n++;
+    return n;
+}
+
+/* The place with the longest match, of equals the latest, among the MAX_SEARCH last: so a long text
+ * full of one word costs no more. The match that was right last time stays unless there is a longer
+ * one. */
+static void find_match(lookup *g, const int32_t *tokens, size_t n) {
+    index_places(g, tokens, n);
+    size_t place = (size_t)g->latest[tokens[n - 1]];
+    for (int i = 0; i < MAX_SEARCH && place && g->length < MAX_MATCH; i++) {
+        size_t length = common_tokens(tokens, place, n);
+        if (length > g->length) g->length = length, g->at = place;
+        place = (size_t)g->earlier[place];
+    }
+}
+
+/* Did the token come that the match foretold? This is asked of guesses that nobody checked too, so
+ * that learning costs nothing; then the match moves on, or is none. */
+static void learn_match(lookup *g, bool right) {
+    if (!g->length) return;
+    g->hits[g->length] += ((right ? 1.0f : 0.0f) - g->hits[g->length]) / 16;
+    if (!right) g->length = 0;
+    else if (g->at++, g->length < MAX_MATCH) g->length++;
+}
+
+/* How many rows, at most MOST, give the most tokens a second: the last token and guesses behind it,
+ * of which each comes if all before it do and then by the share for its length of match. A pass
+ * that was never tried counts as a quarter slower than the one half as wide. Plain ones win ties:
+ * 5 % is what the measurements are good for. */
+static size_t choose_rows(const lookup *g, size_t most) {
+    double tokens = 1, chance = 1, time = g->times[0], best = 1.05 / (time + 1e-9);
+    size_t rows = 1, choice = 1;
+    if (!g->length || time <= 0) return 1;
+    for (int i = 1; i < N_WIDTHS && rows < most; i++) {
+        for (; rows < most && rows < widths[i]; rows++) {
+            size_t length = g->length + rows - 1;
+            chance *= (double)g->hits[length < MAX_MATCH ? length : MAX_MATCH];
+            tokens += chance;
+        }
+        time = g->times[i] > 0 ? g->times[i] : time * 1.25;
+        if (tokens / time > best) best = tokens / time, choice = rows;
+    }
+    return choice;
+}
+
+/* Faster than known is believed, slower by and by: other programs may have been in the way. While
+ * nothing is guessed old times fade, so that a bad one does not rule for ever. */
+static void learn_time(lookup *g, size_t rows, double time) {
+    int i = 0;
+    while (widths[i] < rows) i++;
+    if (g->times[i] > 0 && time > g->times[i]) time = g->times[i] + (time - g->times[i]) / 4;
+    g->times[i] = time;
+    for (int k = 1; i == 0 && k < N_WIDTHS; k++) g->times[k] *= 0.99;
+}
+
+static void drop_guesses(medrun_session *s) {
+    s->n_ready = 0;
+    if (s->lookup) s->lookup->length = 0;
+}
+
+void medrun_guesses(const medrun_session *s, uint64_t *guessed, uint64_t *right) {
+    *guessed = s->lookup ? s->lookup->guessed : 0;
+    *right = s->lookup ? s->lookup->right : 0;
+}
+
 /* ---- the timeline -------------------------------------------------------------------------- */
 
-int medrun_feed(medrun_session *s, const int32_t *ids, size_t n, medrun_error *e) {
+static int append_ids(medrun_session *s, const int32_t *ids, size_t n, medrun_error *e) {
     size_t context = (size_t)s->options.context;
     if (n > context - s->n_tokens)
         return fail(e, MEDRUN_TOO_LONG, "%zu tokens after %zu do not fit the context of %zu", n,
@@ -6263,6 +6947,11 @@ int medrun_feed(medrun_session *s, const int32_t *ids, size_t n, medrun_error *e
     if (n) memcpy(s->tokens + s->n_tokens, ids, n * sizeof *ids);
     s->n_tokens += n, s->starting = true;
     return MEDRUN_OK;
+}
+
+int medrun_feed(medrun_session *s, const int32_t *ids, size_t n, medrun_error *e) {
+    drop_guesses(s);
+    return append_ids(s, ids, n, e);
 }
 
 static bool is_stop(const medrun_model *m, int32_t id) {
@@ -6283,6 +6972,8 @@ static int check_template(const chat_template *c, medrun_error *e) {
 int medrun_rewind(medrun_session *s, size_t n, medrun_error *e) {
     if (n > s->n_tokens)
         return fail(e, MEDRUN_USAGE, "rewind to %zu of %zu tokens", n, s->n_tokens);
+    drop_guesses(s);
+    if (s->lookup) forget_places(s->lookup, s->tokens, n);
     s->n_tokens = n, s->n_logits = 0, s->n_text = 0, s->answer_open = false, s->starting = true;
     if (s->n_done >= n) s->n_done = n ? n - 1 : 0;      /* the last one again, for its logits    */
     return MEDRUN_OK;
@@ -6325,7 +7016,7 @@ const float *medrun_logits(const medrun_session *s, size_t row) {
 }
 
 void medrun_observe(medrun_session *s, medrun_observer *observer, void *user) {
-    s->observer = observer, s->observer_user = user;
+    s->observer = observer, s->observer_user = user, s->n_ready = 0;
 }
 
 /* ---- steps --------------------------------------------------------------------------------- */
@@ -6355,7 +7046,7 @@ int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *e) {
             if (sessions[k] == s) return fail(e, MEDRUN_USAGE, "step: session %zu stands twice", i);
     }
     p->n = p->n_segments = 0, p->observed = false;
-    for (size_t i = 0; i < n; i++) add_segment(p, sessions[i]);
+    for (size_t i = 0; i < n; i++) sessions[i]->n_ready = 0, add_segment(p, sessions[i]);
     if (!p->n) return MEDRUN_OK;
     pthread_mutex_lock(&lead->model->pool->turn);
     forward(p);
@@ -6365,11 +7056,56 @@ int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *e) {
     return MEDRUN_OK;
 }
 
+/* From ROW of the logits. */
+static int32_t sample_row(medrun_session *s, size_t row) {
+    return sample_token(s->candidates, s->logits + row * s->pass->vocab,
+                        (size_t)s->model->config.vocab_size, &s->options.sampling, &s->random,
+                        s->tokens, s->n_tokens);
+}
+
 int medrun_sample(medrun_session *s, int32_t *id, medrun_error *e) {
-    const float *logits = medrun_logits(s, 0);
-    if (!logits) return fail(e, MEDRUN_USAGE, "sample: tokens are pending, call medrun_step first");
-    *id = sample_token(s->candidates, logits, (size_t)s->model->config.vocab_size,
-                       &s->options.sampling, &s->random, s->tokens, s->n_tokens);
+    if (!medrun_logits(s, 0))
+        return fail(e, MEDRUN_USAGE, "sample: tokens are pending, call medrun_step first");
+    *id = sample_row(s, 0);
+    return MEDRUN_OK;
+}
+
+/* One pass for the last token, the only one pending, and for what is guessed to come behind it. The
+ * guesses stand past the end of the timeline: s->tokens[n_tokens], ... Behind a guessed stop
+ * nothing is worth guessing. */
+static int step_ahead(medrun_session *s, medrun_error *e) {
+    lookup *g = s->lookup;
+    size_t n = s->n_tokens, room = (size_t)s->options.context - n, k = 0;
+    size_t most = (size_t)s->options.lookup < room ? (size_t)s->options.lookup : room;
+    find_match(g, s->tokens, n);
+    size_t rows = s->observer ? 1 : choose_rows(g, most + 1);
+    for (; k + 1 < rows && !is_stop(s->model, s->tokens[g->at + k]); k++)
+        s->tokens[n + k] = s->tokens[g->at + k];        /* may read what it just wrote           */
+    s->n_tokens = n + k, s->n_wanted = k + 1;
+    double start = seconds();
+    int code = medrun_step(&s, 1, e);
+    learn_time(g, k + 1, seconds() - start);
+    s->n_tokens = n, s->n_wanted = (size_t)s->options.logit_rows;
+    if (code) return code;
+    s->n_done = n, s->n_ready = k + 1, g->guessed += k;
+    return MEDRUN_OK;
+}
+
+/* Brings the timeline's end to its logits, chooses the next id from them as without guesses, and
+ * appends it. If it was the guess, its own logits stand in the row before. */
+static int next_id(medrun_session *s, int32_t *id, medrun_error *e) {
+    int code = MEDRUN_OK;
+    if (s->n_ready) s->n_done = s->n_tokens;            /* guessed, and so in the cache          */
+    while (!code && medrun_pending(s))
+        code = s->lookup && medrun_pending(s) == 1 ? step_ahead(s, e) : medrun_step(&s, 1, e);
+    if (code) return code;
+    if (!s->n_ready) code = medrun_sample(s, id, e);
+    else *id = sample_row(s, s->n_ready - 1);
+    bool right = s->n_ready > 1 && s->tokens[s->n_tokens] == *id;
+    s->n_ready = right ? s->n_ready - 1 : 0;
+    if (code || (code = append_ids(s, id, 1, e)) || !s->lookup) return code;
+    learn_match(s->lookup, *id == s->tokens[s->lookup->at]);
+    s->lookup->right += right;
     return MEDRUN_OK;
 }
 
@@ -6380,10 +7116,9 @@ int medrun_next(medrun_session *s, int32_t *id, const char **text, size_t *n_byt
     size_t unfinished = utf8_unfinished((const uint8_t *)s->text, left);
     memmove(s->text, s->text + s->n_text - unfinished, unfinished);
     s->n_text = unfinished, *text = s->text, *n_bytes = 0;
-    int code = MEDRUN_OK;
-    while (!code && medrun_pending(s)) code = medrun_step(&s, 1, e);
     bool stop, first = s->starting;
-    if (code || (code = medrun_sample(s, id, e)) || (code = medrun_feed(s, id, 1, e))) return code;
+    int code = next_id(s, id, e);
+    if (code) return code;
     const char *piece = tokenizer_text(&m->tokenizer, *id, false, &first, &n);
     if ((stop = is_stop(m, *id))) n = 0;
     s->starting = first;
@@ -6442,118 +7177,329 @@ int medrun_render(const medrun_model *m, const char *name, const medrun_chat_opt
 
 /* ---- save and restore ---------------------------------------------------------------------- */
 
-/* "MEDSESS1", the checkpoint's hash, kv, strict, tokens, processed, random state, the ids, then for
- * each layer and head the keys and the values, then the SHA-256 of it all. */
+/* A file has a head: "MEDSESS2", the checkpoint's hash, what the numbers depend on (24 bytes), the
+ * template's name (32 bytes), kv and strict (4 bytes each), how many tokens and how many of them
+ * processed, the random state, is an answer open (8 bytes each), the ids, and the SHA-256 of the
+ * head. Then blocks of STATE_BLOCK processed tokens: for each layer and key-value head the panels
+ * of keys and of values as they lie in a session, then a sum of the block. So the first tokens of a
+ * file are its first bytes, and can be checked and used without the rest. */
+enum { STATE_BLOCK = 128, STATE_FIXED = 136 };
+
+/* Grows when a change to medrun changes the bits of a cache: files from before are refused. */
+enum { NUMBERS_VERSION = 1 };
+
+typedef struct {
+    uint64_t n, done, random, open;
+} state_head;
+
 typedef struct {
     FILE *f;
-    sha256 sum;
+    sha256 sum;                 /* of the head                                                 */
+    uint64_t lanes[4];          /* of a block                                                  */
     bool failed;
 } state_file;
 
-static void put(state_file *f, const void *bytes, size_t n) {
-    if (f->failed) return;
-    sha256_add(&f->sum, bytes, n);
-    f->failed = fwrite(bytes, 1, n, f->f) != n;
+/* The sum of a block: SHA-256 would take longer than reading, and is no help against forgery where
+ * whoever writes the file writes the sum. Each step is a bijection of its lane, so that no damage
+ * within one word goes unseen. It begins with the head's digest and the block's place. */
+static void start_block(state_file *f, const uint8_t digest[32], uint64_t block) {
+    memcpy(f->lanes, digest, sizeof f->lanes);
+    f->lanes[0] += block;
 }
 
-static void get(state_file *f, void *bytes, size_t n) {
+static void sum_block(uint64_t lanes[4], const uint8_t *p, size_t n) {          /* n % 32 == 0   */
+    for (; n; p += 32, n -= 32)
+        for (size_t i = 0; i < 4; i++) {
+            uint64_t word;
+            memcpy(&word, p + 8 * i, 8);
+            word ^= lanes[i];
+            lanes[i] = (word << 29 | word >> 35) * 0x9E3779B97F4A7C15;
+        }
+}
+
+static uint64_t block_sum(const uint64_t lanes[4]) {
+    uint64_t sum = 0;
+    for (size_t i = 0; i < 4; i++) {
+        sum = (sum ^ lanes[i]) * 0xBF58476D1CE4E5B9;
+        sum ^= sum >> 31;
+    }
+    return sum;
+}
+
+static void put_head(state_file *f, const void *bytes, size_t n) {
+    if (f->failed || (f->failed = fwrite(bytes, 1, n, f->f) != n)) return;
+    sha256_add(&f->sum, bytes, n);
+}
+
+static void get_head(state_file *f, void *bytes, size_t n) {
     if (f->failed || (f->failed = fread(bytes, 1, n, f->f) != n)) return;
     sha256_add(&f->sum, bytes, n);
 }
 
-/* Moves the cache of the first N tokens, by PUT or GET. */
-static void move_cache(state_file *f, const medrun_session *s, size_t n,
-                       void (*move)(state_file *, void *, size_t)) {
-    size_t dim = (size_t)s->model->config.head_dim * cache_item(s);
-    for (int l = 0; l < s->model->config.n_layers; l++)
-        for (size_t h = 0; h < (size_t)s->model->config.n_kv_heads; h++) {
-            move(f, session_keys(s, l, h), round_up(n, 16) * dim);
-            move(f, session_values(s, l, h), n * dim);
-        }
+static void put_cache(state_file *f, const uint8_t *bytes, size_t n) {
+    if (f->failed || (f->failed = fwrite(bytes, 1, n, f->f) != n)) return;
+    sum_block(f->lanes, bytes, n);
 }
 
-static void put_bytes(state_file *f, void *bytes, size_t n) { put(f, bytes, n); }
+/* ALL bytes of a block, of which KEEP have a place. */
+static void get_cache(state_file *f, uint8_t *to, size_t keep, size_t all) {
+    uint8_t rest[4096];
+    for (size_t n; all && !f->failed; all -= n, keep -= keep < n ? keep : n) {
+        n = keep ? keep : all < sizeof rest ? all : sizeof rest;
+        uint8_t *at = keep ? to : rest;
+        if (!(f->failed = fread(at, 1, n, f->f) != n)) sum_block(f->lanes, at, n);
+    }
+}
 
-static void state_header(const medrun_session *s, buffer *b) {
-    buffer_add(b, "MEDSESS1", 8);
-    buffer_add(b, s->model->file.hash, 32);
-    write_le(b, (uint64_t)s->options.kv, 4);
-    write_le(b, s->options.strict, 4);
+static size_t tokens_of_block(size_t first, size_t done) {
+    return done - first < STATE_BLOCK ? done - first : STATE_BLOCK;
+}
+
+/* The position, 0 to 15, to which byte AT of a panel of keys or values belongs; see cache_panel. */
+static size_t position_of(int kv, bool keys, size_t dim, size_t at) {
+    size_t item = kv == MEDRUN_KV_F32 ? 4 : 2;
+    if (kv != MEDRUN_KV_INT8) return keys ? at / item % 16 : at / (dim * item);
+    if (at >= 16 * dim) return at / 2 % 16;
+    return keys ? at / 2 % 16 : at / (2 * dim) * 2 + at % 2;
+}
+
+/* N positions in panels. What the last holds behind them, of a forgotten text or of guesses, is
+ * written as zeros. */
+static void put_panels(state_file *f, const medrun_session *s, bool keys, const uint8_t *p,
+                       size_t n) {
+    size_t dim = (size_t)s->model->config.head_dim, bytes = cache_panel(s->options.kv, dim);
+    put_cache(f, p, n / 16 * bytes);
+    p += n / 16 * bytes;
+    for (size_t at = 0; n % 16 && at < bytes; at += 32) {
+        uint8_t some[32];
+        for (size_t i = 0; i < 32; i++)
+            some[i] = position_of(s->options.kv, keys, dim, at + i) < n % 16 ? p[at + i] : 0;
+        put_cache(f, some, 32);
+    }
+}
+
+static void put_block(state_file *f, const medrun_session *s, size_t first, size_t n) {
+    size_t panel = cache_panel(s->options.kv, (size_t)s->model->config.head_dim);
+    for (int l = 0; l < s->model->config.n_layers; l++)
+        for (size_t h = 0; h < (size_t)s->model->config.n_kv_heads; h++) {
+            put_panels(f, s, true, session_keys(s, l, h) + first / 16 * panel, n);
+            put_panels(f, s, false, session_values(s, l, h) + first / 16 * panel, n);
+        }
+    uint64_t sum = block_sum(f->lanes);
+    f->failed = f->failed || fwrite(&sum, 1, sizeof sum, f->f) != sizeof sum;
+}
+
+/* A block that is longer than the context finds no place for its end. */
+static void get_block(state_file *f, const medrun_session *s, size_t first, size_t n) {
+    size_t panel = cache_panel(s->options.kv, (size_t)s->model->config.head_dim);
+    size_t all = (n + 15) / 16, room = ((size_t)s->options.context - first + 15) / 16;
+    size_t keep = all < room ? all : room, at = first / 16 * panel;
+    for (int l = 0; l < s->model->config.n_layers; l++)
+        for (size_t h = 0; h < (size_t)s->model->config.n_kv_heads; h++) {
+            get_cache(f, session_keys(s, l, h) + at, keep * panel, all * panel);
+            get_cache(f, session_values(s, l, h) + at, keep * panel, all * panel);
+        }
+    uint64_t sum = 0;
+    f->failed = f->failed || fread(&sum, 1, sizeof sum, f->f) != sizeof sum ||
+                sum != block_sum(f->lanes);
+}
+
+/* int8, and bf16 without the processor's bf16 dot product, give the same bits everywhere. */
+static void name_numbers(const medrun_session *s, char name[24]) {
+    bool exact = pack_kind(&s->pass->g, s->model->type) != PACK_BF16;
+    memset(name, 0, 24);
+    snprintf(name, 24, "%d %s", NUMBERS_VERSION, exact ? "exact" : s->model->kernels->name);
+}
+
+static void name_template(const medrun_session *s, char name[32]) {
+    memset(name, 0, 32);
+    snprintf(name, 32, "%s", s->options.template_name ? s->options.template_name
+                                                      : s->model->template_name);
+}
+
+/* Opens PATH.partial anew, for its owner only. PATH must not be a folder or a device. */
+static int create_state(FILE **f, const char *path, buffer *partial, medrun_error *e) {
+    struct stat st;
+    *f = NULL;
+    if (!stat(path, &st) && !S_ISREG(st.st_mode))
+        return fail(e, MEDRUN_FAILED, "%s: cannot write: is not a regular file", path);
+    buffer_printf(partial, "%s.partial", path);
+    if (partial->failed) return out_of_memory(e, strlen(path));
+    const char *name = (const char *)partial->data;
+    unlink(name);                                       /* so that its mode is ours              */
+    int fd = open(name, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+    if (fd >= 0 && (*f = fdopen(fd, "wb"))) return MEDRUN_OK;
+    int code = fail(e, MEDRUN_FAILED, "%s: cannot write: %s", path, strerror(errno));
+    if (fd >= 0) close(fd), remove(name);
+    return code;
+}
+
+static void put_state(state_file *f, const medrun_session *s) {
+    uint8_t digest[32];
+    char numbers[24], template[32];
+    buffer fixed = {0};
+    name_numbers(s, numbers), name_template(s, template);
+    buffer_add(&fixed, "MEDSESS2", 8);
+    buffer_add(&fixed, s->model->file.hash, 32);
+    buffer_add(&fixed, numbers, sizeof numbers);
+    buffer_add(&fixed, template, sizeof template);
+    write_le(&fixed, (uint64_t)s->options.kv, 4);
+    write_le(&fixed, s->options.strict, 4);
+    write_le(&fixed, s->n_tokens, 8);
+    write_le(&fixed, s->n_done, 8);
+    write_le(&fixed, s->random, 8);
+    write_le(&fixed, s->answer_open, 8);
+    sha256_init(&f->sum);
+    if (fixed.failed) f->failed = true, errno = ENOMEM;
+    else put_head(f, fixed.data, fixed.n);
+    put_head(f, s->tokens, s->n_tokens * sizeof *s->tokens);
+    sha256_done(&f->sum, digest);
+    f->failed = f->failed || fwrite(digest, 1, 32, f->f) != 32;
+    for (size_t at = 0; at < s->n_done && !f->failed; at += STATE_BLOCK) {
+        start_block(f, digest, at);
+        put_block(f, s, at, tokens_of_block(at, s->n_done));
+    }
+    buffer_free(&fixed);
 }
 
 int medrun_save(const medrun_session *s, const char *path, medrun_error *e) {
-    buffer b = {0}, partial = {0};
-    uint8_t digest[32];
-    buffer_printf(&partial, "%s.partial", path);
-    state_header(s, &b);
-    write_le(&b, s->n_tokens, 8);
-    write_le(&b, s->n_done, 8);
-    write_le(&b, s->random, 8);
-    write_le(&b, s->answer_open, 8);
-    if (b.failed || partial.failed) {
-        buffer_free(&b), buffer_free(&partial);
-        return out_of_memory(e, 64);
+    buffer partial = {0};
+    state_file f = {0};
+    int code = create_state(&f.f, path, &partial, e);
+    if (!code) {
+        put_state(&f, s);
+        int why = errno;
+        if (fclose(f.f) && !f.failed) f.failed = true, why = errno;
+        if (!f.failed && rename((const char *)partial.data, path)) f.failed = true, why = errno;
+        if (f.failed) {
+            code = fail(e, MEDRUN_FAILED, "%s: cannot write the session: %s", path, strerror(why));
+            remove((const char *)partial.data);
+        }
     }
-    const char *temporary = (const char *)partial.data;
-    state_file f = {.f = fopen(temporary, "wb")};
-    bool opened = f.f != NULL;
-    f.failed = !opened;
-    sha256_init(&f.sum);
-    put(&f, b.data, b.n);
-    put(&f, s->tokens, s->n_tokens * sizeof *s->tokens);
-    move_cache(&f, s, s->n_done, put_bytes);
-    sha256_done(&f.sum, digest);
-    if (!f.failed) f.failed = fwrite(digest, 1, 32, f.f) != 32;
-    if (opened && fclose(f.f)) f.failed = true;
-    if (!f.failed && rename(temporary, path)) f.failed = true;
-    int code = MEDRUN_OK;
-    if (f.failed) {
-        code = fail(e, MEDRUN_FAILED, "%s: cannot write the session: %s", path, strerror(errno));
-        if (opened) remove(temporary);
-    }
-    buffer_free(&b), buffer_free(&partial);
+    buffer_free(&partial);
     return code;
 }
 
-static int restore_from(medrun_session *s, state_file *f, const char *path, medrun_error *e) {
-    uint8_t head[80], digest[32], wanted[32];
-    buffer b = {0};
-    state_header(s, &b);
-    get(f, head, sizeof head);
-    bool same = !b.failed && !f->failed && !memcmp(head, b.data, b.n);
-    buffer_free(&b);
-    if (!same)
-        return fail(e, MEDRUN_BAD_FILE, "%s: not a session saved from this checkpoint with the "
-                    "same kv and strict", path);
-    reader r = {head, sizeof head, 48, false};
-    uint64_t n = read_u64(&r), done = read_u64(&r), random = read_u64(&r), open = read_u64(&r);
-    if (n > (uint64_t)s->options.context)
-        return fail(e, MEDRUN_TOO_LONG, "%s: %llu tokens do not fit the context of %d", path,
-                    (unsigned long long)n, s->options.context);
-    if (done > n) return fail(e, MEDRUN_BAD_FILE, "%s: damaged", path);
-    get(f, s->tokens, (size_t)n * sizeof *s->tokens);
-    move_cache(f, s, (size_t)done, get);
-    sha256_done(&f->sum, digest);
-    bool whole = !f->failed && fread(wanted, 1, 32, f->f) == 32 && fgetc(f->f) == EOF;
-    if (!whole || memcmp(digest, wanted, 32))
-        return fail(e, MEDRUN_BAD_FILE, "%s: the session is cut short or damaged", path);
-    for (size_t i = 0; i < n; i++)
-        if (s->tokens[i] < 0 || s->tokens[i] >= s->model->config.vocab_size)
-            return fail(e, MEDRUN_BAD_FILE, "%s: a token id is out of range", path);
-    s->n_tokens = (size_t)n, s->n_done = (size_t)done, s->random = random;
-    s->answer_open = open && n;
-    if (done == n && n) s->n_done--;                    /* its logits are computed anew          */
+/* Bytes of a file of N tokens, DONE of them processed; N and DONE are sane. */
+static uint64_t state_bytes(const medrun_session *s, uint64_t n, uint64_t done) {
+    uint64_t panel = cache_panel(s->options.kv, (size_t)s->model->config.head_dim);
+    uint64_t heads = (uint64_t)s->model->config.n_layers * (uint64_t)s->model->config.n_kv_heads;
+    return STATE_FIXED + 4 * n + 32 + (done + 15) / 16 * 2 * heads * panel +
+           (done + STATE_BLOCK - 1) / STATE_BLOCK * 8;
+}
+
+/* Reads the head up to the ids and checks all of it against the session and the file's size. */
+static int get_fixed(state_file *f, const medrun_session *s, uint64_t size, state_head *h,
+                     const char *path, medrun_error *e) {
+    static const char *const kv[] = {"f16", "f32", "int8"};
+    uint8_t fixed[STATE_FIXED];
+    char numbers[24], template[32];
+    name_numbers(s, numbers), name_template(s, template);
+    get_head(f, fixed, sizeof fixed);
+    if (f->failed || memcmp(fixed, "MEDSESS2", 8))
+        return fail(e, MEDRUN_BAD_FILE, "%s: not a session or prefix that this medrun can read",
+                    path);
+    if (memcmp(fixed + 8, s->model->file.hash, 32))
+        return fail(e, MEDRUN_BAD_FILE, "%s: was saved from another checkpoint", path);
+    reader r = {fixed, sizeof fixed, 96, false};
+    uint64_t kv_type = read_le(&r, 4), strict = read_le(&r, 4);
+    if (kv_type != (uint64_t)s->options.kv || strict != s->options.strict)
+        return fail(e, MEDRUN_BAD_FILE, "%s: was saved with --kv %s%s, this session has --kv %s%s",
+                    path, kv_type < 3 ? kv[kv_type] : "?", strict ? " --strict" : "",
+                    kv[s->options.kv], s->options.strict ? " --strict" : "");
+    if (memcmp(fixed + 40, numbers, sizeof numbers))
+        return fail(e, MEDRUN_BAD_FILE, "%s: its numbers are \"%.24s\", here they are \"%s\" "
+                    "(version, kernels); save it here, or use int8 or --strict", path,
+                    (const char *)fixed + 40, numbers);
+    if (memcmp(fixed + 64, template, sizeof template))
+        return fail(e, MEDRUN_BAD_FILE, "%s: was saved with the template %.32s, this session has "
+                    "%s", path, (const char *)fixed + 64, template);
+    *h = (state_head){read_u64(&r), read_u64(&r), read_u64(&r), read_u64(&r)};
+    if (h->n > size / 4 || h->done > h->n || h->done > size / 16 ||
+        state_bytes(s, h->n, h->done) != size)
+        return fail(e, MEDRUN_BAD_FILE, "%s: is cut short or damaged", path);
     return MEDRUN_OK;
 }
 
-int medrun_restore(medrun_session *s, const char *path, medrun_error *e) {
-    state_file f = {.f = fopen(path, "rb")};
-    medrun_rewind(s, 0, NULL);
-    if (!f.f) return fail(e, MEDRUN_BAD_FILE, "%s: cannot open: %s", path, strerror(errno));
-    sha256_init(&f.sum);
-    int code = restore_from(s, &f, path, e);
-    fclose(f.f);
+/* Reads the ids, to TO where that is not NULL, and counts how many are as the N of IDS. */
+static int get_ids(state_file *f, const state_head *h, int32_t *to, const int32_t *ids, size_t n,
+                   size_t *shared, uint8_t digest[32]) {
+    int32_t some[256];
+    uint8_t wanted[32];
+    size_t at = 0;
+    for (size_t k; at < h->n && !f->failed; at += k) {
+        k = h->n - at < 256 ? (size_t)h->n - at : 256;
+        get_head(f, some, k * sizeof *some);
+        if (to) memcpy(to + at, some, k * sizeof *some);
+        for (size_t i = 0; i < k && *shared == at + i && at + i < n; i++)
+            if (some[i] == ids[at + i]) ++*shared;
+    }
+    sha256_done(&f->sum, digest);
+    bool good = !f->failed && fread(wanted, 1, 32, f->f) == 32 && !memcmp(digest, wanted, 32);
+    return good ? MEDRUN_OK : MEDRUN_BAD_FILE;
+}
+
+/* Takes the whole file; or, when the N IDS have been fed, what was processed of those. */
+static int restore_from(medrun_session *s, state_file *f, uint64_t size, const int32_t *ids,
+                        size_t n, const char *path, medrun_error *e) {
+    state_head h = {0};
+    uint8_t digest[32];
+    size_t shared = 0, take;
+    sha256_init(&f->sum);
+    int code = get_fixed(f, s, size, &h, path, e);
+    if (code) return code;
+    if (!ids && h.n > (uint64_t)s->options.context)
+        return fail(e, MEDRUN_TOO_LONG, "%s: %llu tokens do not fit the context of %d", path,
+                    (unsigned long long)h.n, s->options.context);
+    bool good = !get_ids(f, &h, ids ? NULL : s->tokens, ids, n, &shared, digest);
+    for (size_t i = 0; good && !ids && i < h.n; i++)
+        good = s->tokens[i] >= 0 && s->tokens[i] < s->model->config.vocab_size;
+    if (ids && shared == n && n) shared--;              /* whose logits are computed anew        */
+    take = (size_t)h.done;
+    if (ids && take > shared) take = shared;
+    for (size_t at = 0; good && !f->failed && at < take; at += STATE_BLOCK) {
+        start_block(f, digest, at);
+        get_block(f, s, at, tokens_of_block(at, (size_t)h.done));
+    }
+    if (!good || f->failed)
+        return fail(e, MEDRUN_BAD_FILE, "%s: is cut short or damaged", path);
+    s->n_done = take;
+    if (ids) return MEDRUN_OK;
+    s->n_tokens = (size_t)h.n, s->random = h.random, s->answer_open = h.open && h.n;
+    if (h.done == h.n && h.n) s->n_done--;              /* its logits are computed anew          */
+    return MEDRUN_OK;
+}
+
+/* As restore_from; after a failure the session is empty. */
+static int restore_file(medrun_session *s, const int32_t *ids, size_t n, const char *path,
+                        medrun_error *e) {
+    struct stat st;
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK), code;       /* not to wait on a pipe */
+    FILE *f = fd < 0 ? NULL : fdopen(fd, "rb");
+    if (!f || fstat(fd, &st))
+        code = fail(e, MEDRUN_BAD_FILE, "%s: cannot open: %s", path, strerror(errno));
+    else if (!S_ISREG(st.st_mode))
+        code = fail(e, MEDRUN_BAD_FILE, "%s: is not a regular file", path);
+    else
+        code = restore_from(s, &(state_file){.f = f}, (uint64_t)st.st_size, ids, n, path, e);
+    if (f) fclose(f);
+    else if (fd >= 0) close(fd);
+    if (code) medrun_rewind(s, 0, NULL);
     return code;
+}
+
+int medrun_restore(medrun_session *s, const char *path, medrun_error *e) {
+    medrun_rewind(s, 0, NULL);
+    return restore_file(s, NULL, 0, path, e);
+}
+
+int medrun_feed_saved(medrun_session *s, const int32_t *ids, size_t n, const char *path,
+                      size_t *taken, medrun_error *e) {
+    *taken = 0;
+    medrun_rewind(s, 0, NULL);
+    int code = medrun_feed(s, ids, n, e);
+    if (code || (code = restore_file(s, s->tokens, n, path, e))) return code;
+    return *taken = s->n_done, MEDRUN_OK;
 }
 #ifndef MEDRUN_NO_MAIN
 /* ============================================================================================
@@ -6595,10 +7541,11 @@ typedef struct {
 } option_row;
 
 enum { O_MODEL, O_PROMPT, O_FILE, O_SYSTEM, O_PREDICT, O_CTX, O_THREADS, O_BATCH, O_SEED, O_TEMP,
-       O_TOP_K, O_TOP_P, O_MIN_P, O_REPEAT, O_TEMPLATE, O_STOP, O_KV, O_OVERFLOW, O_RAW, O_MLOCK,
-       O_STRICT, O_RECORD, O_STATS, O_VERBOSE, O_QUIET, O_BOS, O_SPECIAL, O_PIECES, O_MESSAGES,
-       O_RENDER_IDS, O_NO_OPENING, O_DATE, O_THINK, O_TOOLS, O_CHAT_BOS, O_IDS, O_ALL, O_OUT,
-       O_BENCH_PROMPT, O_BENCH_PREDICT, O_REPETITIONS, O_FORMAT, O_HELP, O_VERSION, N_OPTIONS };
+       O_TOP_K, O_TOP_P, O_MIN_P, O_REPEAT, O_TEMPLATE, O_STOP, O_KV, O_OVERFLOW, O_LOOKUP, O_RAW,
+       O_MLOCK, O_STRICT, O_SAVE_PREFIX, O_LOAD_PREFIX, O_RECORD, O_STATS, O_VERBOSE, O_QUIET,
+       O_BOS, O_SPECIAL, O_PIECES, O_MESSAGES, O_RENDER_IDS, O_NO_OPENING, O_DATE, O_THINK, O_TOOLS,
+       O_CHAT_BOS, O_IDS, O_ALL, O_OUT, O_BENCH_PROMPT, O_BENCH_PREDICT, O_DEPTH, O_REPETITIONS,
+       O_FORMAT, O_HELP, O_VERSION, N_OPTIONS };
 
 static const option_row option_rows[N_OPTIONS] = {
     [O_MODEL] = {"model", "m", "FILE", TEXT, ON_MODEL | ON_FILE, 0, 0, NULL,
@@ -6633,16 +7580,23 @@ static const option_row option_rows[N_OPTIONS] = {
                     0, 0, "the checkpoint's", "chat template: " CHAT_NAMES},
     [O_STOP] = {"stop", NULL, "TEXT", TEXT, ON_ANSWER, 0, 0, NULL,
                 "end the answer before this text; up to 8 of them"},
-    [O_KV] = {"kv", NULL, "f16|f32", CHOICE, ON_SESSION | ON(SHOW), 0, 0, "f16",
-              "numbers of the key-value cache (with --strict: f32)"},
+    [O_KV] = {"kv", NULL, "f16|f32|int8", CHOICE, ON_SESSION | ON(SHOW), 0, 0, "f16",
+              "numbers of the key-value cache (with --strict: f32); int8 takes half the memory of "
+              "f16 and is less exact"},
     [O_OVERFLOW] = {"overflow", NULL, "error|drop", CHOICE, ON(CHAT), 0, 0, "error",
                     "a full context: refuse, or forget the oldest turns"},
+    [O_LOOKUP] = {"lookup", NULL, "N", WHOLE, ON_ANSWER | ON(SHOW), 0, MAX_LOOKUP, "0",
+                  "guess so many tokens ahead from the text so far; changes no token"},
     [O_RAW] = {"raw", NULL, NULL, FLAG, ON(RUN), 0, 0, NULL,
                "no chat template: continue the text as it is"},
     [O_MLOCK] = {"mlock", NULL, NULL, FLAG, ON_SESSION, 0, 0, NULL,
                  "keep the weights in memory, or fail"},
     [O_STRICT] = {"strict", NULL, NULL, FLAG, ON_SESSION, 0, 0, NULL,
                   "bf16 weights: the same numbers on every machine, slower on some"},
+    [O_SAVE_PREFIX] = {"save-prefix", NULL, "FILE", TEXT, ON_ANSWER, 0, 0, NULL,
+                       "write what the model made of the prompt, which it holds: keep it safe"},
+    [O_LOAD_PREFIX] = {"load-prefix", NULL, "FILE", TEXT, ON_ANSWER, 0, 0, NULL,
+                       "take from there as much as the prompt begins with; changes no token"},
     [O_RECORD] = {"record", NULL, "FILE", TEXT, ON(RUN), 0, 0, NULL,
                   "write what replay needs; it holds prompt and answer, as ids: keep it safe"},
     [O_STATS] = {"stats", NULL, NULL, FLAG, ON_ANSWER, 0, 0, NULL, "print speeds"},
@@ -6678,6 +7632,8 @@ static const option_row option_rows[N_OPTIONS] = {
                         "tokens of the prompt"},
     [O_BENCH_PREDICT] = {"predict", "n", "N", WHOLE, ON(BENCH), 1, 1 << 20, "128",
                          "tokens to generate, one after the other"},
+    [O_DEPTH] = {"depth", "d", "N", WHOLE, ON(BENCH), 0, 1 << 20, "0",
+                 "tokens that stand before both and are not timed"},
     [O_REPETITIONS] = {"repetitions", "r", "N", WHOLE, ON(BENCH), 1, 1000, "5", "of both"},
     [O_FORMAT] = {"output", "o", "md|json", CHOICE, ON(BENCH), 0, 0, "md", "a table, or one line"},
     [O_HELP] = {"help", "h", NULL, FLAG, ~0u, 0, 0, NULL, "print this"},
@@ -7077,15 +8033,20 @@ static void choose_sampling(command *c) {
              (unsigned long long)s->seed, random ? "new" : "given");
 }
 
+static const char *const kv_names[] = {"f16", "f32", "int8"};      /* MEDRUN_KV_F16, ...          */
+
 /* Strict means to the last bits of float32, so the cache follows unless --kv says otherwise. */
 static int cache_type(const command *c) {
-    return whole(c, given(c, O_KV) ? O_KV : O_STRICT) ? MEDRUN_KV_F32 : MEDRUN_KV_F16;
+    return whole(c, given(c, O_KV) ? O_KV : O_STRICT);
 }
 
 static medrun_session_options session_options(const command *c, int context) {
     return (medrun_session_options){.context = context, .batch = whole(c, O_BATCH),
-                                    .kv = cache_type(c), .strict = flag(c, O_STRICT),
-                                    .custom_sampling = true, .sampling = c->sampling};
+                                    .lookup = whole(c, O_LOOKUP), .kv = cache_type(c),
+                                    .strict = flag(c, O_STRICT), .custom_sampling = true,
+                                    .sampling = c->sampling,
+                                    .template_name = flag(c, O_RAW) ? "raw"
+                                                     : c->chat ? c->chat->name : NULL};
 }
 
 /* -c, or the model's context; if nobody asked and that does not fit three quarters of the memory,
@@ -7141,6 +8102,7 @@ typedef struct {
     buffer call;                /* of tools, as far as it has come                             */
     bool ended, in_call, mid_line;
     size_t n_prompt, n_answer;  /* tokens                                                      */
+    uint64_t guessed, right;    /* tokens, see medrun_guesses                                  */
     double prompt_time, answer_time;
 } answer;
 
@@ -7195,6 +8157,39 @@ static int process_prompt(command *c) {
     return code;
 }
 
+/* Is told before the work, not after it: that what --save-prefix names cannot be written. */
+static int check_prefix(command *c) {
+    buffer partial = {0};
+    if (!given(c, O_SAVE_PREFIX)) return MEDRUN_OK;
+    FILE *f;
+    int code = create_state(&f, c->text[O_SAVE_PREFIX], &partial, &c->e);
+    if (!code) fclose(f), remove(chars(&partial));
+    buffer_free(&partial);
+    return code;
+}
+
+/* Writes the prompt that was processed, the first of a chat. */
+static int save_prefix(command *c) {
+    const char *path = c->text[O_SAVE_PREFIX];
+    if (!path) return MEDRUN_OK;
+    c->text[O_SAVE_PREFIX] = NULL;
+    int code = medrun_save(c->s, path, &c->e);
+    if (!code) note(c, "prefix: %zu tokens written to %s", medrun_length(c->s), path);
+    return code;
+}
+
+/* Puts a prompt on the timeline; what --load-prefix names is good for a first one only. */
+static int feed_prompt(command *c, const int32_t *ids, size_t n) {
+    const char *path = c->text[O_LOAD_PREFIX];
+    size_t taken;
+    if (!path || medrun_length(c->s)) return medrun_feed(c->s, ids, n, &c->e);
+    int code = medrun_feed_saved(c->s, ids, n, path, &taken, &c->e);
+    if (code) c->text[O_LOAD_PREFIX] = NULL;            /* a chat goes on without it             */
+    else if (taken) note(c, "prefix: %zu of %zu tokens taken from %s", taken, n, path);
+    else note(c, "prefix: the prompt shares nothing with %s", path);
+    return code;
+}
+
 /* The end of a tool call: a line of JSON; what is no call is printed as the text it is. */
 static int print_call(command *c, answer *a) {
     buffer json_line = {0};
@@ -7235,14 +8230,20 @@ static int print_reply(command *c, answer *a) {
     struct sigaction before;
     size_t most = c->number[O_PREDICT] < 0 ? SIZE_MAX : (size_t)c->number[O_PREDICT];
     double start = seconds();
+    uint64_t guessed, right;
     *a = (answer){.n_prompt = medrun_pending(c->s)};
+    medrun_guesses(c->s, &guessed, &right);
     watch_interrupts(&before);
     int code = process_prompt(c), last = MEDRUN_OK;
+    a->prompt_time = seconds() - start;
+    if (!code) code = save_prefix(c);
     double middle = seconds();
     while (!code && !a->ended && a->n_answer < most) code = next_piece(c, a);
     if (!a->ended) last = a->in_call ? print_call(c, a) : print_held(c, a, true);
     sigaction(SIGINT, &before, NULL);
-    a->prompt_time = middle - start, a->answer_time = seconds() - middle;
+    a->answer_time = seconds() - middle;
+    medrun_guesses(c->s, &a->guessed, &a->right);
+    a->guessed -= guessed, a->right -= right;
     buffer_free(&a->held), buffer_free(&a->call);
     if (isatty(STDOUT_FILENO)) puts("");
     if (code != MEDRUN_TOO_LONG) return code ? code : last;
@@ -7255,8 +8256,12 @@ static int print_reply(command *c, answer *a) {
 static void print_stats(const command *c, const answer *a) {
     double steps = a->n_answer > 1 ? (double)(a->n_answer - 1) : 0;
     fprintf(stderr, "prompt %zu tokens, %.1f tokens/s; answer %zu tokens, %.1f tokens/s; context "
-            "%zu of %zu\n", a->n_prompt, (double)a->n_prompt / (a->prompt_time + 1e-9), a->n_answer,
+            "%zu of %zu", a->n_prompt, (double)a->n_prompt / (a->prompt_time + 1e-9), a->n_answer,
             steps / (a->answer_time + 1e-9), medrun_length(c->s), context_of(c));
+    if (flag(c, O_LOOKUP))
+        fprintf(stderr, "; guessed %llu tokens, %llu right", (unsigned long long)a->guessed,
+                (unsigned long long)a->right);
+    fputc('\n', stderr);
 }
 
 static int too_long(command *c, size_t n) {
@@ -7367,7 +8372,8 @@ static int run_ids(command *c, const buffer *ids) {
     size_t n = ids->n / 4;
     if (n >= context_of(c)) return too_long(c, n);
     show_prompt(c, ids_of(ids), n);
-    int code = medrun_feed(c->s, ids_of(ids), n, &c->e);
+    int code = check_prefix(c);
+    if (!code) code = feed_prompt(c, ids_of(ids), n);
     if (code) return code;
     code = print_reply(c, &a);
     bool stopped = code == MEDRUN_INTERRUPTED || code == MEDRUN_TOO_LONG;
@@ -7538,20 +8544,26 @@ static void show_sources(FILE *f, const medrun_model *m) {
 
 static double mb(uint64_t bytes) { return (double)bytes / 0x1p20; }
 
+/* Keys and values of CONTEXT positions. */
+static uint64_t cache_size(const medrun_model *m, int context, int kv) {
+    medrun_session s = {.model = m, .options = {.context = context, .kv = kv}};
+    return 2 * (uint64_t)cache_bytes(&s, m->config.n_layers, 0);
+}
+
 /* What a session with these options takes, beside what the machine has. */
 static void show_memory(FILE *f, const command *c, const medrun_session_options *o) {
-    medrun_session s = {.model = c->m, .options = *o};
     uint64_t total, available, weights = c->m->file.map.n, session = medrun_session_bytes(c->m, o);
-    uint64_t cache = 2 * cache_row(&s, c->m->config.n_layers, 0) * cache_item(&s);
-    uint64_t all = weights + session;
+    uint64_t cache = cache_size(c->m, o->context, o->kv), all = weights + session;
+    int other = o->kv == MEDRUN_KV_INT8 ? MEDRUN_KV_F16 : MEDRUN_KV_INT8;
     memory_size(&total, &available);
     const char *verdict = all <= available ? "it fits" :
         all <= total ? "it fits when other programs leave" :
         session <= total ? "the weights do not fit and would be read again for each token" :
         "it does not fit; ask for a smaller context (-c)";
     fprintf(f, "%-13s%9.1f MB weights, mapped from the file\n", "memory", mb(weights));
-    fprintf(f, "%-13s%9.1f MB key-value cache, context %d, %s\n", "", mb(cache), o->context,
-            o->kv == MEDRUN_KV_F32 ? "f32" : "f16");
+    fprintf(f, "%-13s%9.1f MB key-value cache, context %d, %s (with --kv %s %.1f MB)\n", "",
+            mb(cache), o->context, kv_names[o->kv], kv_names[other],
+            mb(cache_size(c->m, o->context, other)));
     fprintf(f, "%-13s%9.1f MB scratch\n", "", mb(session - cache));
     fprintf(f, "%-13s%9.1f MB in all, of %.1f MB; %.1f MB are free: %s\n", "", mb(all), mb(total),
             mb(available), verdict);
@@ -7930,7 +8942,8 @@ static int chat_feed(chat *h, const char *text, size_t n) {
         show_prompt(c, ids_of(&ids) + skip, ids.n / 4 - skip);
         buffer_add(&h->starts, &start, sizeof start);
         if (h->starts.failed) code = out_of_memory(&c->e, sizeof start);
-        else code = medrun_feed(c->s, ids_of(&ids) + skip, ids.n / 4 - skip, &c->e);
+        else if ((code = feed_prompt(c, ids_of(&ids) + skip, ids.n / 4 - skip)))
+            h->starts.n -= sizeof start;                /* nothing was said                      */
     }
     buffer_free(&ids);
     return code;
@@ -8045,16 +9058,32 @@ static int chat_loop(chat *h, buffer *message) {
     return MEDRUN_OK;
 }
 
+/* A bad prefix is said before the conversation, of which only the opening is known. */
+static int try_prefix(chat *h) {
+    command *c = h->c;
+    buffer ids = {0};
+    size_t taken;
+    int code = check_prefix(c);
+    if (code || !given(c, O_LOAD_PREFIX)) return code;
+    code = chat_opening(h, &ids);
+    if (!code)
+        code = medrun_feed_saved(c->s, ids_of(&ids), ids.n / 4, c->text[O_LOAD_PREFIX], &taken,
+                                 &c->e);
+    buffer_free(&ids);
+    return code ? code : medrun_rewind(c->s, 0, &c->e);
+}
+
 static int talk(command *c) {
     chat h = {.c = c};
     buffer message = {0};
-    int code = MEDRUN_OK;
+    int code;
     prepare_editor(&h.ed);
     fprintf(stderr, "%sFor research and education. Not a clinician; do not use it to decide about "
             "anyone's care.%s\n", h.ed.colour ? "\x1b[33m" : "", h.ed.colour ? "\x1b[0m" : "");
     note(c, "/help lists what can be typed.");
     buffer_text(&h.system, system_text(c));
-    if (given(c, O_PROMPT) || given(c, O_FILE)) code = read_prompt(c, &message);
+    code = try_prefix(&h);
+    if (!code && (given(c, O_PROMPT) || given(c, O_FILE))) code = read_prompt(c, &message);
     if (!code && message.n) code = chat_answer(&h, chars(&message), message.n);
     if (!code) code = chat_loop(&h, &message);
     buffer_free(&message), buffer_free(&h.system), buffer_free(&h.starts);
@@ -8444,6 +9473,15 @@ static double time_tokens(command *c, int n, int each) {
     return seconds() - start;
 }
 
+/* Brings the session to DEPTH tokens, all of them processed. */
+static int go_to_depth(command *c, int depth) {
+    int have = (int)medrun_length(c->s), code = MEDRUN_OK;
+    medrun_rewind(c->s, (size_t)(have < depth ? have : depth), NULL);
+    if (have < depth && time_tokens(c, depth - have, depth - have) < 0) return c->e.code;
+    while (!code && medrun_pending(c->s)) code = medrun_step(&c->s, 1, &c->e);
+    return code;
+}
+
 typedef struct {
     const char *name;
     int n;                                      /* tokens                                       */
@@ -8453,7 +9491,8 @@ typedef struct {
 
 static void print_bench(command *c, const bench_row *row, int repeats) {
     const medrun_model *m = c->m;
-    const char *kv = cache_type(c) ? "f32" : "f16";
+    const char *kv = kv_names[cache_type(c)];
+    char depth[20] = "";
     double mean[2], sd[2], rate[2];
     for (int i = 0; i < 2; i++) {
         mean[i] = row[i].sum / repeats;
@@ -8464,27 +9503,31 @@ static void print_bench(command *c, const bench_row *row, int repeats) {
     if (whole(c, O_FORMAT)) {
         buffer b = {0};
         json_quote(&b, m->name, strlen(m->name));
-        printf("{\"model\":%s,\"type\":\"%s\",\"kernels\":\"%s\",\"threads\":%d,\"kv\":\"%s\","
+        printf("{\"model\":%s,\"type\":\"%s\",\"kernels\":\"%s\",\"threads\":%d,"
+               "\"kv\":\"%s\",\"depth\":%d,"
                "\"read_gbps\":%.2f,\"dot_gops\":%.1f,\"pp\":{\"n\":%d,\"tps\":%.3f,\"sd\":%.3f,"
                "\"gops\":%.1f,\"peak_share\":%.4f},\"tg\":{\"n\":%d,\"tps\":%.3f,\"sd\":%.3f,"
                "\"gbps\":%.2f,\"read_share\":%.4f}}\n", b.data ? (const char *)b.data : "\"\"",
-               type_names[m->type], m->kernels->name, m->pool->threads, kv, row[1].ceiling,
+               type_names[m->type], m->kernels->name, m->pool->threads, kv, whole(c, O_DEPTH),
+               row[1].ceiling,
                row[0].ceiling, row[0].n, mean[0], sd[0], rate[0], rate[0] / row[0].ceiling,
                row[1].n, mean[1], sd[1], rate[1], rate[1] / row[1].ceiling);
         buffer_free(&b);
         return;
     }
+    if (whole(c, O_DEPTH)) snprintf(depth, sizeof depth, " @ d%d", whole(c, O_DEPTH));
     printf("%s, %s, %s kernels, %d threads, kv %s%s\n\n| test | tokens/s | rate | this machine's "
            "ceiling | share |\n|---|---|---|---|---|\n", m->name, type_names[m->type],
            m->kernels->name, m->pool->threads, kv, flag(c, O_STRICT) ? ", strict" : "");
     for (int i = 0; i < 2; i++)
-        printf("| %s%d | %.2f \302\261 %.2f | %.1f %s | %.1f %s | %.0f %% |\n", row[i].name,
-               row[i].n, mean[i], sd[i], rate[i], i ? "GB/s" : "GOPS", row[i].ceiling,
+        printf("| %s%d%s | %.2f \302\261 %.2f | %.1f %s | %.1f %s | %.0f %% |\n", row[i].name,
+               row[i].n, depth, mean[i], sd[i], rate[i], i ? "GB/s" : "GOPS", row[i].ceiling,
                i ? "GB/s read" : "GOPS", 100 * rate[i] / row[i].ceiling);
 }
 
 /* Prompt and generation by turns with the machine's two ceilings, measured beside them. A prompt
- * token costs two operations a weight; a generated one reads each weight but the embedding once. */
+ * token costs two operations a weight; a generated one reads each weight but the embedding once,
+ * and the cache of the tokens before it that --depth asked for. */
 static int bench_command(command *c) {
     int code = open_model(c), repeats = whole(c, O_REPETITIONS);
     if (code) return code;
@@ -8492,7 +9535,8 @@ static int bench_command(command *c) {
     const model_config *k = &m->config;
     bench_row row[2] = {{.name = "pp", .n = whole(c, O_BENCH_PROMPT)},
                         {.name = "tg", .n = whole(c, O_BENCH_PREDICT)}};
-    int longest = row[0].n > row[1].n ? row[0].n : row[1].n;
+    int longest = row[0].n > row[1].n ? row[0].n : row[1].n, depth = whole(c, O_DEPTH);
+    longest += depth;
     if (longest > k->max_positions)
         return fail(&c->e, MEDRUN_TOO_LONG, "bench: %d tokens > context %d, the model's", longest,
                     k->max_positions);
@@ -8506,11 +9550,12 @@ static int bench_command(command *c) {
     row[0].operations = 2 * ((double)inner + (double)embed / row[0].n);
     row[1].bytes = (double)m->weight_bytes - (k->tied ? 0 : (double)tensor_bytes(m->embed.type,
                    (size_t)k->vocab_size, (size_t)k->hidden_size));
+    row[1].bytes += (double)cache_size(m, depth, o.kv);
     for (int r = -1; r < repeats; r++)                  /* the first warms up                    */
         for (int i = 0; i < 2; i++) {
             double rate = i ? read_rate(&top) : peak_rate(&top);
             if (rate > row[i].ceiling) row[i].ceiling = rate;
-            medrun_rewind(c->s, 0, NULL);
+            if ((code = go_to_depth(c, depth))) return code;
             double passed = time_tokens(c, row[i].n, i ? 1 : row[i].n);
             if (passed < 0) return c->e.code;
             if (r >= 0) row[i].sum += row[i].n / passed;
@@ -8524,8 +9569,10 @@ static int bench_command(command *c) {
 
 enum { CHECK_PANELS = 3, CHECK_COLS = 192, CHECK_TOKENS = 11 };
 
-/* A small product of random numbers. OUT (tokens, rows); false: no memory. */
-static bool small_product(const kernel_set *k, int type, int kind, float *out) {
+/* A small product of random numbers. OUT (tokens, rows); false: no memory. An int4 panel may be any
+ * bytes, as long as each scale is a number. */
+static bool small_product(const kernel_set *k, int type, float *out) {
+    int kind = type == TYPE_BF16 ? PACK_F32 : k->int_pack;
     size_t rows = CHECK_PANELS * LANES, cols = CHECK_COLS, panel = panel_bytes(type, cols);
     uint64_t random = 1;
     float *x = new_array((rows + CHECK_TOKENS) * cols, sizeof *x);
@@ -8534,9 +9581,10 @@ static bool small_product(const kernel_set *k, int type, int kind, float *out) {
     bool made = x && w && a;
     for (size_t i = 0; made && i < (rows + CHECK_TOKENS) * cols; i++)
         x[i] = (float)(random_uniform(&random) - 0.5);
-    for (size_t p = 0; made && p < CHECK_PANELS; p++)
-        pack_panel(k, type, x + (CHECK_TOKENS + p * LANES) * cols, LANES, cols, NULL,
-                   w + p * panel);
+    for (size_t p = 0; made && type != TYPE_INT4 && p < CHECK_PANELS; p++)
+        panel_pack(type, x + (CHECK_TOKENS + p * LANES) * cols, LANES, cols, w + p * panel);
+    for (size_t i = 0; made && type == TYPE_INT4 && i < CHECK_PANELS * panel; i++)
+        w[i] = (uint8_t)(random_uniform(&random) * 120);
     if (made) k->pack(kind, x, cols, cols, CHECK_TOKENS, a);
     if (made) matmul_of(k, type, kind)(w, CHECK_PANELS, cols, a, CHECK_TOKENS, cols, block, out,
                                        rows);
@@ -8546,9 +9594,8 @@ static bool small_product(const kernel_set *k, int type, int kind, float *out) {
 
 static int doctor_command(command *c) {
     static float found[CHECK_TOKENS * CHECK_PANELS * LANES], wanted[sizeof found / sizeof *found];
-    static const struct { const char *name; int type, kind; } checks[] = {
-        {"int8", TYPE_INT8, PACK_INT8}, {"int4", TYPE_INT4, PACK_INT8},
-        {"bf16, strict", TYPE_BF16, PACK_F32}};
+    static const struct { const char *name; int type; } checks[] = {
+        {"int8", TYPE_INT8}, {"int4", TYPE_INT4}, {"bf16, strict", TYPE_BF16}};
     const kernel_set *sets[N_KERNEL_SETS], *chosen;
     uint64_t total, available;
     int n = usable_kernels(sets), code = choose_kernels(&chosen, NULL, &c->e);
@@ -8558,8 +9605,8 @@ static int doctor_command(command *c) {
            mb(total), mb(available), chosen->name);
     for (int i = 0; i < 3 * n; i++) {
         const kernel_set *k = sets[i / 3];
-        int type = checks[i % 3].type, kind = checks[i % 3].kind;
-        if (!small_product(sets[n - 1], type, kind, wanted) || !small_product(k, type, kind, found))
+        int type = checks[i % 3].type;
+        if (!small_product(sets[n - 1], type, wanted) || !small_product(k, type, found))
             return out_of_memory(&c->e, sizeof found);
         bool same = !memcmp((void *)found, (void *)wanted, sizeof found);
         printf("self-test  %s, %s: %s\n", k->name, checks[i % 3].name,

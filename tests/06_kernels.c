@@ -92,8 +92,9 @@ static void free_problem(problem *m) {
 /* Packs and multiplies tokens [t, t + n) and panels [p, p + np) alone. OUT holds a guard. */
 static uint8_t *run_part(const kernel_set *k, const problem *m, size_t t, size_t n, size_t p,
                          size_t np, float *out) {
-    uint8_t *stream = need(packed_size(m, n));
-    k->pack(m->kind, m->x + t * m->x_stride, m->x_stride, m->cols, n, stream);
+    int kind = m->kind == PACK_INT8 ? k->int_pack : m->kind;
+    uint8_t *stream = need(n * pack_bytes(kind, m->cols));
+    k->pack(kind, m->x + t * m->x_stride, m->x_stride, m->cols, n, stream);
     static const size_t some[] = {128, SIZE_MAX, 256, 384};         /* must not matter           */
     static size_t turn;
     size_t columns = some[turn++ % 4];
@@ -176,6 +177,40 @@ static int wrong_stream(const problem *m) {
     return wrong;
 }
 
+/* Does PACK_INT16 hold the numbers of the PACK_INT8 stream, for all tokens of one tile? */
+static int wrong_int16(const uint8_t *int8, const uint8_t *int16, size_t cols, size_t wide) {
+    int wrong = 0;
+    for (size_t k = 0; k < cols; k += 64, int8 += wide * 76, int16 += wide * 140) {
+        wrong += memcmp(int8, int16, 12 * wide) != 0;
+        for (size_t i = 0; i < 64; i++)
+            for (size_t t = 0; t < wide; t++) {
+                int16_t q;
+                size_t word = i / 4 * 2 + i % 2;        /* 0 and 2 of four, then 1 and 3         */
+                memcpy(&q, int16 + 12 * wide + 4 * (word * wide + t) + i % 4 / 2 * 2, 2);
+                wrong += q != (int8_t)int8[12 * wide + 4 * (i / 4 * wide + t) + i % 4];
+            }
+    }
+    return wrong;
+}
+
+/* K's packing of integers in both forms, against the scalar pass. */
+static int wrong_pack(const kernel_set *k, const problem *m) {
+    size_t size = m->tokens * pack_bytes(PACK_INT16, m->cols);
+    uint8_t *mine = calloc(1, size), *its = calloc(1, size);
+    k->pack(PACK_INT8, m->x, m->x_stride, m->cols, m->tokens, mine);
+    int wrong = memcmp(mine, m->stream, packed_size(m, m->tokens)) != 0;
+    k->pack(PACK_INT16, m->x, m->x_stride, m->cols, m->tokens, mine);
+    scalar->pack(PACK_INT16, m->x, m->x_stride, m->cols, m->tokens, its);
+    wrong += memcmp(mine, its, size) != 0;
+    for (size_t t = 0, wide; t < m->tokens; t += wide) {
+        wide = (size_t)tile_width(m->tokens - t);
+        wrong += wrong_int16(m->stream + t * pack_bytes(PACK_INT8, m->cols),
+                             its + t * pack_bytes(PACK_INT16, m->cols), m->cols, wide);
+    }
+    free(mine), free(its);
+    return wrong;
+}
+
 /* Every output against the sum in double precision of what the bytes stand for. A chain of n fused
  * multiply-adds is off by at most n roundings of the sum of magnitudes; for int8 that holds group
  * by group (the dot product is exact, the product of the scales is rounded once). The bf16 dot
@@ -233,6 +268,8 @@ static int wrong_matmul(const kernel_set *k, problem *m) {
         free(m->stream), free(m->out);
         m->stream = stream, m->out = out;
         wrong += wrong_stream(m) + beyond_bound(m, out);
+    } else if (m->kind == PACK_INT8) {
+        wrong += wrong_pack(k, m);
     } else {
         wrong += memcmp(stream, m->stream, packed_size(m, m->tokens)) != 0;
     }
@@ -510,37 +547,94 @@ static void test_add_and_half(void) {
     CHECK_EQ(wrong, 0);
 }
 
+/* A row of a cache: what an int8 says is at most half a step from what was, a step being a bf16 that
+ * is at most 2^-7 above the largest magnitude / 127. */
+static void test_to_int8(void) {
+    int wrong = 0, off = 0;
+    for (size_t n = 16; n <= 256; n += 16)
+        for (int style = 0; style < STYLES; style++) {
+            float *x = unaligned(NULL, n);
+            for (size_t i = 0; i < n; i++) x[i] = random_value(style, i);
+            if (style == 1) x[3] = INFINITY, x[5] = -1e20f, x[7] = NAN;
+            int8_t wanted[256], q[257];
+            uint16_t wanted_scale[4], scale[5];
+            scalar->to_int8(wanted, wanted_scale, x, n);
+            for (size_t k = 0; k < n && style != 1; k++) {
+                double step = (double)bf16_to_f32(wanted_scale[k / 64]), most = 0;
+                double clamped = fmax(fmin((double)x[k], 65504), -65504);
+                for (size_t i = k / 64 * 64; i < n && i / 64 == k / 64; i++)
+                    most = fmax(most, fmin(fabs((double)x[i]), 65504));
+                off += !(fabs(wanted[k] * step - clamped) <= step * 0.5001 + 1.1e-30);
+                off += step > most / 127 * (1 + 0x1p-7) || wanted[k] == -128;
+            }
+            for (int i = 0; i < n_sets; i++) {
+                sets[i]->to_int8(q + 1, scale + 1, x, n);
+                wrong += memcmp(q + 1, wanted, n) || memcmp(scale + 1, wanted_scale,
+                                                            (n + 63) / 64 * sizeof *scale);
+            }
+            free(x - 1);
+        }
+    CHECK_EQ(wrong, 0);
+    CHECK_EQ(off, 0);
+}
+
 /* ---- attention ----------------------------------------------------------------------------- */
 
 /* A cache of N keys as section 13 lays it out, and its contents as floats. */
 typedef struct {
     size_t n, dim;
-    bool half;
+    int kv;
     float *key, *value;                         /* (n, dim) what the cache holds                 */
-    void *keys, *values;                        /* the cache: (panels, dim, 16) and (n, dim)     */
+    uint8_t *keys, *values;                     /* the cache                                     */
 } cache;
 
-static void put_item(void *to, size_t at, bool half, float f) {
-    if (half) ((uint16_t *)to)[at] = f32_to_f16(f);
-    else ((float *)to)[at] = f;
+/* Puts number D of position I where the cache has it, and returns what is there then. */
+static float put_item(uint8_t *to, const cache *c, size_t i, size_t d, bool key, float f) {
+    size_t at = key ? (i / 16 * c->dim + d) * 16 + i % 16 : i * c->dim + d;
+    uint16_t h = f32_to_f16(f);
+    if (c->kv == MEDRUN_KV_F32) memcpy(to + 4 * at, &f, 4);
+    else memcpy(to + 2 * at, &h, 2);
+    return c->kv == MEDRUN_KV_F32 ? f : f16_to_f32(h);
 }
 
-static void set_key(cache *c, size_t i, float size) {
+/* The same for a whole row of an int8 cache; X becomes what is there. */
+static void put_int8(uint8_t *to, const cache *c, size_t i, bool key, float *x) {
+    int8_t q[256];
+    uint16_t scale[4];
+    scalar->to_int8(q, scale, x, c->dim);
+    to += i / 16 * cache_panel(c->kv, c->dim);
     for (size_t d = 0; d < c->dim; d++) {
-        float k = uniform() * size, v = uniform() * size;
-        put_item(c->keys, (i / 16 * c->dim + d) * 16 + i % 16, c->half, k);
-        if (i >= c->n) continue;                        /* a panel's unused keys                 */
-        put_item(c->values, i * c->dim + d, c->half, v);
-        c->key[i * c->dim + d] = c->half ? f16_to_f32(f32_to_f16(k)) : k;
-        c->value[i * c->dim + d] = c->half ? f16_to_f32(f32_to_f16(v)) : v;
+        to[key ? d / 2 * 32 + i % 16 * 2 + d % 2 : i % 16 / 2 * 2 * c->dim + 2 * d + i % 2] =
+            (uint8_t)q[d];
+        x[d] = (float)q[d] * bf16_to_f32(scale[d / 64]);
+        memcpy(to + 16 * c->dim + d / 64 * 32 + i % 16 * 2, scale + d / 64, 2);
     }
 }
 
-static cache make_cache(size_t n, size_t dim, bool half, float size) {
-    size_t item = half ? 2 : 4;
-    cache c = {n, dim, half, need(n * dim * 4), need(n * dim * 4),
-               need(round_up(n, 16) * dim * item), need(n * dim * item)};
-    for (size_t i = 0; i < round_up(n, 16); i++) set_key(&c, i, i < n ? size : 60000);
+static void set_key(cache *c, size_t i, float size) {
+    float k[256], v[256];
+    bool extreme = c->kv == MEDRUN_KV_INT8 && test_random() % 4 == 0;   /* all +-127             */
+    for (size_t d = 0; d < c->dim; d++) {
+        k[d] = uniform() * size, v[d] = uniform() * size;
+        if (extreme) k[d] = copysignf(size, k[d]), v[d] = copysignf(size, v[d]);
+    }
+    if (c->kv == MEDRUN_KV_INT8) put_int8(c->keys, c, i, true, k);
+    for (size_t d = 0; d < c->dim && c->kv != MEDRUN_KV_INT8; d++)
+        k[d] = put_item(c->keys, c, i, d, true, k[d]);
+    if (c->kv == MEDRUN_KV_INT8 && i < round_up(c->n, 16)) put_int8(c->values, c, i, false, v);
+    if (i >= c->n) return;                              /* a panel's unused keys                 */
+    for (size_t d = 0; d < c->dim && c->kv != MEDRUN_KV_INT8; d++)
+        v[d] = put_item(c->values, c, i, d, false, v[d]);
+    memcpy(c->key + i * c->dim, k, c->dim * sizeof *k);
+    memcpy(c->value + i * c->dim, v, c->dim * sizeof *v);
+}
+
+static cache make_cache(size_t n, size_t dim, int kv, float size) {
+    size_t panel = cache_panel(kv, dim);
+    cache c = {n, dim, kv, need(n * dim * 4), need(n * dim * 4),
+               need(round_up(n, KEY_STEP) / 16 * panel),
+               need(kv == MEDRUN_KV_INT8 ? round_up(n, 16) / 16 * panel : n * (panel / 16))};
+    for (size_t i = 0; i < round_up(n, KEY_STEP); i++) set_key(&c, i, i < n ? size : 60000);
     return c;
 }
 
@@ -550,50 +644,65 @@ static size_t window = SIZE_MAX;                /* how many keys a query sees at
 
 static size_t start_of(size_t limit) { return limit > window ? limit - window : 0; }
 
-/* Queries Q[ORDER[i]] with their limits, WIDTH at a time, into OUT[ORDER[i]]. */
+/* Queries Q[ORDER[i]] with their limits, WIDTH at a time, into OUT[ORDER[i]]; SPLIT: block by block
+ * of keys, merged. */
 static void run_attention(const kernel_set *k, const cache *c, float *q, const size_t *limit,
-                          const int *order, int n, int width, float *out) {
+                          const int *order, int n, int width, bool split, float *out) {
+    size_t n_scratch = attend_scratch(c->dim), blocks = (c->n + KEY_BLOCK - 1) / KEY_BLOCK;
+    size_t part = c->dim + PART_EXTRA;
+    float *scratch = need(n_scratch * sizeof *scratch);
+    float *parts = need((size_t)width * blocks * part * sizeof *parts);
     for (int i = 0; i < n; i += width) {
-        float *scratch = need(TILE * KEY_BLOCK * sizeof *scratch);
-        attention a = {.n = width, .half = c->half, .head_dim = c->dim,
-                       .scale = 1.0f / sqrtf((float)c->dim), .keys = c->keys, .values = c->values,
-                       .scratch = scratch};
-        for (int t = 0; t < width; t++) {
-            a.q[t] = q + (size_t)order[i + t] * c->dim;
-            a.out[t] = out + (size_t)order[i + t] * c->dim;
-            a.limit[t] = limit[order[i + t]];
+        attention a = {.n = (size_t)(n - i < width ? n - i : width), .kv = c->kv, .part = split,
+                       .head_dim = c->dim, .scale = 1.0f / sqrtf((float)c->dim), .keys = c->keys,
+                       .values = c->values, .scratch = scratch, .end = SIZE_MAX};
+        for (size_t t = 0; t < a.n; t++) {
+            a.q[t] = q + (size_t)order[(size_t)i + t] * c->dim;
+            a.out[t] = out + (size_t)order[(size_t)i + t] * c->dim;
+            a.limit[t] = limit[order[(size_t)i + t]];
             a.start[t] = start_of(a.limit[t]);
         }
-        for (int s = 0; s < TILE * KEY_BLOCK; s++) scratch[s] = NAN;
-        for (int t = 0; t < width; t++) for (size_t d = 0; d < c->dim; d++) a.out[t][d] = NAN;
-        k->attend(&a);
-        free(scratch);
+        for (size_t s = 0; s < n_scratch; s++) scratch[s] = NAN;
+        for (size_t t = 0; t < a.n; t++) for (size_t d = 0; d < c->dim; d++) a.out[t][d] = NAN;
+        if (!split) k->attend(&a);
+        for (size_t b = blocks; split && b--;) {
+            a.begin = b * KEY_BLOCK, a.end = a.begin + KEY_BLOCK;
+            for (size_t t = 0; t < a.n; t++) a.out[t] = parts + (t * blocks + b) * part;
+            k->attend(&a);
+        }
+        for (size_t t = 0; split && t < a.n; t++)
+            k->merge(out + (size_t)order[(size_t)i + t] * c->dim, parts + t * blocks * part, blocks,
+                     c->dim);
     }
+    free(scratch), free(parts);
 }
 
 /* One query in double precision. A score is off by dim + 1 roundings of its magnitudes, a weight by
  * that, 2 ulp and the rounding of its distance to the largest; a sum over a block's keys by their
- * number; the quotient doubles it. */
+ * number; the quotient doubles it. Beside an int8 cache a query is off by half a unit of 1 / 32767
+ * of its largest number, and in each block a weighted value by as much of the largest. */
 static int wrong_attention(const cache *c, const float *q, size_t limit, const float *out) {
     double *s = need(limit * sizeof *s), most = -INFINITY, total = 0, off = 0, largest = 0;
     size_t start = start_of(limit);
     int wrong = 0;
+    double half = c->kv == MEDRUN_KV_INT8 ? 0.5 / 32766 : 0, q_most = 0;
+    for (size_t d = 0; d < c->dim; d++) q_most = fmax(q_most, fabs((double)q[d]));
     for (size_t i = start; i < limit; i++) {
-        double dot = 0, size = 0, scale = 1 / sqrt((double)c->dim);
+        double dot = 0, size = 0, sum = 0, scale = 1 / sqrt((double)c->dim);
         for (size_t d = 0; d < c->dim; d++) {
             double p = (double)q[d] * (double)c->key[i * c->dim + d];
-            dot += p, size += fabs(p);
+            dot += p, size += fabs(p), sum += fabs((double)c->key[i * c->dim + d]);
             if (fabs((double)c->value[i * c->dim + d]) > largest)
                 largest = fabs((double)c->value[i * c->dim + d]);
         }
         s[i] = dot * scale;
         if (s[i] > most) most = s[i];
-        if (((double)c->dim + 3) * size * scale * UNIT > off)
-            off = ((double)c->dim + 3) * size * scale * UNIT;
+        off = fmax(off, (((double)c->dim + 3) * size * UNIT + half * q_most * sum) * scale);
     }
     for (size_t i = start; i < limit; i++) total += s[i] = exp(s[i] - most);
     size_t chain = limit < KEY_BLOCK ? limit : KEY_BLOCK;
     double relative = 2 * off + ((double)chain + 12 + 6 * (double)(limit / KEY_BLOCK)) * 2 * UNIT;
+    relative += (double)chain * half;
     for (size_t d = 0; d < c->dim; d++) {
         double exact = 0;
         for (size_t i = start; i < limit; i++) exact += s[i] / total * (double)c->value[i * c->dim + d];
@@ -603,17 +712,18 @@ static int wrong_attention(const cache *c, const float *q, size_t limit, const f
     return wrong;
 }
 
-static void test_attention(bool half) {
+static void test_attention(int kv) {
     static const size_t limits[] = {1, 15, 16, 17, 255, 256, 257, 600, 2, 31, 511, 512, 513, 300, 100, 64};
     static const size_t dims[] = {16, 64, 80, 128};
     enum { N = 16 };
+    float odd = kv == MEDRUN_KV_F32 ? 1e38f : 60000;
     int off = 0, wrong[N_KERNEL_SETS] = {0}, garbage[N_KERNEL_SETS] = {0};
     for (int run = 0; run < 18; run++) {
         static const size_t windows[] = {1, 17, 255, 256, 300, 500};
         size_t dim = dims[run % 4], limit[N], bytes = N * dim * sizeof(float);
         window = run < 12 ? SIZE_MAX : windows[run - 12];
         float size = run % 3 == 0 ? 1.0f : run % 3 == 1 ? 8.0f : 0.05f;
-        cache c = make_cache(600, dim, half, size);
+        cache c = make_cache(600, dim, kv, size);
         float *q = need(bytes), *wanted = need(bytes), *out = need(bytes);
         int order[N];
         for (int i = 0; i < N; i++) {
@@ -621,40 +731,40 @@ static void test_attention(bool half) {
             limit[i] = run < 4 ? limits[i] : 1 + test_random() % (run < 8 ? 40 : 600);
             for (size_t d = 0; d < dim; d++) q[(size_t)i * dim + d] = uniform() * size;
         }
-        run_attention(scalar, &c, q, limit, order, N, 1, wanted);
+        run_attention(scalar, &c, q, limit, order, N, 1, false, wanted);
         for (int i = 0; i < N; i++)
             off += wrong_attention(&c, q + (size_t)i * dim, limit[i], wanted + (size_t)i * dim);
-        for (int width = 1; width <= TILE; width *= 2)
+        for (int width = 1; width <= N; width += width < 5 ? 1 : 5)
             for (int mix = 0; mix < 3; mix++) {         /* the same queries beside other ones    */
                 for (int i = 0; mix && i < N; i++) {
                     int k = (int)(test_random() % N), swap = order[i];
                     order[i] = order[k], order[k] = swap;
                 }
                 for (int i = 0; i < n_sets; i++) {
-                    run_attention(sets[i], &c, q, limit, order, N, width, out);
+                    run_attention(sets[i], &c, q, limit, order, N, width, mix == 1, out);
                     wrong[i] += differences(out, wanted, N * dim);
                 }
             }
         size_t longest = 0;
         for (int i = 0; i < N; i++) if (limit[i] > longest) longest = limit[i];
-        for (size_t i = longest; i < round_up(c.n, 16); i++) set_key(&c, i, half ? 60000 : 1e38f);
+        for (size_t i = longest; i < round_up(c.n, KEY_STEP); i++) set_key(&c, i, odd);
         for (int i = 0; i < n_sets; i++) {
-            run_attention(sets[i], &c, q, limit, order, N, 8, out);
+            run_attention(sets[i], &c, q, limit, order, N, 8, false, out);
             garbage[i] += differences(out, wanted, N * dim);
         }
         for (int t = 0; t < N; t++) {                   /* what is before its window             */
             if (limit[t] < longest || start_of(longest) == 0) continue;
-            for (size_t i = 0; i < start_of(longest); i++) set_key(&c, i, half ? 60000 : 1e38f);
+            for (size_t i = 0; i < start_of(longest); i++) set_key(&c, i, odd);
             for (int i = 0; i < n_sets; i++) {
-                run_attention(sets[i], &c, q, limit, &(int){t}, 1, 1, out);
+                run_attention(sets[i], &c, q, limit, &(int){t}, 1, 1, false, out);
                 garbage[i] += differences(out + (size_t)t * dim, wanted + (size_t)t * dim, dim);
             }
         }
         for (size_t from = 600; run < 12 && from-- > 1;) {  /* what a single query must not see  */
-            set_key(&c, from, half ? 60000 : 1e38f);
+            set_key(&c, from, odd);
             for (int t = 0; t < N; t++)
                 for (int i = 0; limit[t] == from && i < n_sets; i++) {
-                    run_attention(sets[i], &c, q, limit, &(int){t}, 1, 1, out);
+                    run_attention(sets[i], &c, q, limit, &(int){t}, 1, 1, false, out);
                     garbage[i] += differences(out + (size_t)t * dim, wanted + (size_t)t * dim, dim);
                 }
         }
@@ -669,13 +779,14 @@ static void test_attention(bool half) {
 /* Values that are all equal give that value; zeros give a plus zero. */
 static void test_attention_exact(void) {
     for (int i = 0; i < n_sets; i++) {
-        cache c = make_cache(300, 32, false, 2);
+        cache c = make_cache(300, 32, MEDRUN_KV_F32, 2);
         float q[32] = {1, 2, -1}, out[32];
         int wrong = 0;
         for (int zero = 0; zero < 2; zero++) {
-            for (size_t k = 0; k < 300 * 32; k++) ((float *)c.values)[k] = zero ? -0.0f : 0.75f;
+            for (size_t k = 0; k < 300 * 32; k++)
+                put_item(c.values, &c, k / 32, k % 32, false, zero ? -0.0f : 0.75f);
             for (size_t limit = 1; limit <= 300; limit += 23) {
-                run_attention(sets[i], &c, q, &limit, &(int){0}, 1, 1, out);
+                run_attention(sets[i], &c, q, &limit, &(int){0}, 1, 1, false, out);
                 for (int d = 0; d < 32; d++)
                     wrong += zero ? float_bits(out[d]) != 0 : fabsf(out[d] - 0.75f) > 2e-5f;
             }
@@ -725,8 +836,10 @@ int main(void) {
     test_relu2();
     test_xielu();
     test_add_and_half();
-    test_attention(false);
-    test_attention(true);
+    test_to_int8();
+    test_attention(MEDRUN_KV_F32);
+    test_attention(MEDRUN_KV_F16);
+    test_attention(MEDRUN_KV_INT8);
     test_attention_exact();
     return report();
 }

@@ -55,7 +55,7 @@ static float *run_problem(const engine *g, const problem *m, size_t *n_out) {
     for (size_t i = 0; i < m->n; i++, at += m->tokens * m->stride[i - 1])
         products[i] = (product){&m->w[i], at, m->stride[i]};
     engine with = *g;
-    with.block_bytes = engine_block_bytes(g, m->cols);
+    with.block_bytes = engine_block_bytes(g, m->type, m->cols);
     with.blocks = malloc((size_t)g->pool->threads * with.block_bytes);
     pack_activations(g, &a, m->type, m->x, m->x_stride, m->cols, m->tokens);
     matmul(&with, products, m->n, &a);
@@ -165,8 +165,9 @@ static void test_ranges(const kernel_set *k) {
 
 static void test_kinds(const kernel_set *k) {
     engine g = {.k = k}, strict = {.k = k, .strict = true};
-    CHECK_EQ(pack_kind(&g, TYPE_INT8), PACK_INT8);
-    CHECK_EQ(pack_kind(&strict, TYPE_INT8), PACK_INT8);
+    CHECK_EQ(pack_kind(&g, TYPE_INT8), k->int_pack);
+    CHECK_EQ(pack_kind(&strict, TYPE_INT8), k->int_pack);
+    CHECK_EQ(pack_kind(&g, TYPE_INT4), k->int_pack);
     CHECK_EQ(pack_kind(&g, TYPE_BF16), k->bf16_dot ? PACK_BF16 : PACK_F32);
     CHECK_EQ(pack_kind(&strict, TYPE_BF16), PACK_F32);
 }

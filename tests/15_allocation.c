@@ -190,17 +190,21 @@ static int run_session(medrun_error *e) {
     const char *text;
     size_t n;
     int32_t id;
-    int code = medrun_start(&s, model, &(medrun_session_options){.context = 400}, NULL, 0, e);
+    int code = medrun_start(&s, model, &(medrun_session_options){.context = 400, .lookup = 8}, NULL,
+                            0, e);
     if (code) return code;
     code = medrun_say(s, "user", long_text, strlen(long_text), e);
     size_t length = medrun_length(s);
     CHECK((code == MEDRUN_OK) == (length > 0));         /* all of the turn or nothing            */
     long calls = allocation_calls;
-    for (int i = 0; !code && i < 3; i++) code = medrun_next(s, &id, &text, &n, e);
+    for (int i = 0; !code && i < 9; i++) code = medrun_next(s, &id, &text, &n, e);
     CHECK_EQ(allocation_calls, calls);
     if (!code) code = medrun_save(s, state_path, e);
     if (!code) code = medrun_restore(s, state_path, e);
-    CHECK(code || medrun_length(s) == length + 3);
+    CHECK(code || medrun_length(s) == length + 9);
+    const int32_t ids[3] = {medrun_tokens(s)[0], medrun_tokens(s)[1], medrun_tokens(s)[2]};
+    if (!code) code = medrun_feed_saved(s, ids, 3, state_path, &n, e);
+    CHECK(code || n == 2);
     medrun_stop(s);
     remove(state_path);
     return code;

@@ -1,11 +1,34 @@
-/* Sessions: memory to the byte, feeding, rewinding, saving and restoring, text as it streams, and
- * what a caller does wrong. */
+/* Sessions: memory to the byte, feeding, rewinding, saving and restoring, text as it streams,
+ * guessing ahead, and what a caller does wrong. */
+#define _GNU_SOURCE
+#include <stdint.h>
+#include <sys/resource.h>
+#include <time.h>
+
+/* How far medrun guesses depends on how long its passes take. Here that is 1 to LONGEST_TICK ms,
+ * by chance: with 1 a wide pass costs nothing, so that it guesses as far as it may. */
+static uint64_t longest_tick = 1, test_time, tick_state = 1;
+
+static int test_clock(clockid_t id, struct timespec *t) {
+    (void)id;
+    tick_state = tick_state * 6364136223846793005u + 1442695040888963407u;
+    test_time += 1 + (tick_state >> 33) % longest_tick;
+    *t = (struct timespec){(time_t)(test_time / 1000), (long)(test_time % 1000 * 1000000)};
+    return 0;
+}
+
+#define clock_gettime test_clock
 #define MEDRUN_NO_MAIN
 #include "../medrun.c"
 #include "test.h"
 
 static medrun_model *model;
 static char path[256], other_path[256];
+
+enum { N_KINDS = 4 };
+
+static const medrun_sampling kinds[N_KINDS] = {
+    {0, 0, 1, 0, 1, 0}, {0, 0, 1, 0, 1.02f, 0}, {0.3f, 0, 0.9f, 0, 1, 3}, {0.2f, 20, 1, 0, 1.01f, 4}};
 
 static medrun_session *start(medrun_session_options o) {
     medrun_session *s = NULL;
@@ -28,10 +51,16 @@ static void ids_of(int32_t *ids, size_t n) {
 }
 
 /* A session entirely in the caller's memory, which is exactly as long as was said. */
-static void test_memory(void) {
-    medrun_session_options o = {.context = 100, .batch = 20};
+static void test_memory(int kv, int guesses) {
+    medrun_session_options o = {.context = 100, .batch = 20, .kv = kv, .lookup = guesses};
     size_t n = medrun_session_bytes(model, &o);
     CHECK(n > 0 && n % 64 == 0);
+    if (guesses) {                              /* a row of logits for each guess, two tables    */
+        medrun_session_options none = {.context = 100, .batch = 20, .kv = kv};
+        size_t rows = (size_t)(guesses < 19 ? guesses : 19), vocab = 269;
+        size_t more = rows * 272 * 4 + round_up(vocab * 4, 64) + round_up(100 * 4, 64);
+        CHECK_EQ(n - medrun_session_bytes(model, &none), more + round_up(sizeof(struct lookup), 64));
+    }
     uint8_t *block = calloc(1, n + 192), *at = block + (64 - (uintptr_t)block % 64);
     memset(at + n, 0xA5, 64);
     medrun_session *s;
@@ -40,8 +69,13 @@ static void test_memory(void) {
     CHECK(s == NULL && e.text[0]);
     CHECK_EQ(medrun_start(&s, model, &o, at + 4, n, NULL), MEDRUN_USAGE);
     CHECK_EQ(medrun_start(&s, model, &o, at, n, NULL), MEDRUN_OK);
-    int32_t ids[100];
+    int32_t ids[100], id;
+    const char *text;
+    size_t bytes;
     ids_of(ids, 100);
+    CHECK(!medrun_feed(s, ids, 60, NULL));
+    while (medrun_length(s) < 100) CHECK(!medrun_next(s, &id, &text, &bytes, NULL));
+    CHECK(!medrun_rewind(s, 0, NULL));
     CHECK(!medrun_feed(s, ids, 100, NULL));
     step_all(s);
     medrun_session *mapped = start(o);
@@ -53,11 +87,25 @@ static void test_memory(void) {
     free(block);
 }
 
+/* An int8 cache takes 1 byte a number and 2 a group of 64, f16 and f32 take 2 and 4. */
+static void test_cache_size(void) {
+    const model_config *c = &model->config;
+    size_t bytes[3], dim = (size_t)c->head_dim, heads = (size_t)(c->n_layers * c->n_kv_heads);
+    for (int kv = 0; kv < 3; kv++) {
+        medrun_session_options o = {.context = 128, .kv = kv};
+        bytes[kv] = medrun_session_bytes(model, &o);
+    }
+    CHECK_EQ(bytes[MEDRUN_KV_F32] - bytes[MEDRUN_KV_F16], 2 * 128 * heads * dim * 2);
+    CHECK_EQ(bytes[MEDRUN_KV_F16] - bytes[MEDRUN_KV_INT8],
+             2 * 128 * heads * (dim - (dim + 63) / 64 * 2));
+}
+
 static void test_wrong_use(void) {
     medrun_error e = {0};
     medrun_session *s;
     medrun_session_options bad[] = {
         {.context = -1}, {.context = 1 << 30}, {.batch = -1}, {.logit_rows = -1}, {.kv = 7},
+        {.lookup = -1}, {.lookup = 32}, {.lookup = 10000},
         {.custom_sampling = true},                                          /* top_p is fine at 0 */
         {.custom_sampling = true, .sampling = {.temperature = NAN, .repeat_penalty = 1}},
         {.custom_sampling = true, .sampling = {.top_p = 2, .repeat_penalty = 1}},
@@ -96,11 +144,11 @@ static void test_wrong_use(void) {
 }
 
 /* Going back and feeding again is the same as never having gone there. */
-static void test_rewind(void) {
+static void test_rewind(int kv) {
     int32_t ids[60];
     ids_of(ids, 60);
-    medrun_session *a = start((medrun_session_options){.context = 64, .batch = 16});
-    medrun_session *b = start((medrun_session_options){.context = 64});
+    medrun_session *a = start((medrun_session_options){.context = 64, .batch = 16, .kv = kv});
+    medrun_session *b = start((medrun_session_options){.context = 64, .kv = kv});
     CHECK(!medrun_feed(a, ids + 10, 50, NULL));
     step_all(a);
     for (size_t keep = 0; keep < 60; keep += 7) {
@@ -129,10 +177,11 @@ static void test_save(void) {
     int32_t ids[50], x, y;
     ids_of(ids, 50);
     medrun_sampling hot = {1.0f, 0, 1, 0, 1, 7};
-    for (int pending = 0; pending < 2; pending++) {
+    for (int run = 0; run < 6; run++) {
+        int kv = (run / 2 + 1) % 3, pending = run % 2;          /* f16 is the last               */
         medrun_session *a = start((medrun_session_options){.context = 64, .custom_sampling = true,
-                                                           .sampling = hot});
-        medrun_session *b = start((medrun_session_options){.context = 200, .batch = 5,
+                                                           .sampling = hot, .kv = kv});
+        medrun_session *b = start((medrun_session_options){.context = 200, .batch = 5, .kv = kv,
                                                            .custom_sampling = true,
                                                            .sampling = hot});
         CHECK(!medrun_feed(a, ids, 40, NULL));
@@ -183,11 +232,13 @@ static void test_save(void) {
     fclose(f);
     medrun_session *tiny = start((medrun_session_options){.context = 46});
     medrun_session *wide = start((medrun_session_options){.context = 64, .kv = MEDRUN_KV_F32});
+    medrun_session *small = start((medrun_session_options){.context = 64, .kv = MEDRUN_KV_INT8});
     CHECK_EQ(medrun_restore(tiny, file, NULL), MEDRUN_TOO_LONG);
     CHECK_EQ(medrun_restore(wide, file, NULL), MEDRUN_BAD_FILE);
+    CHECK_EQ(medrun_restore(small, file, NULL), MEDRUN_BAD_FILE);
     CHECK_EQ(medrun_restore(s, file, NULL), MEDRUN_OK);
     CHECK_EQ(medrun_save(s, "/no/such/folder/state", NULL), MEDRUN_FAILED);
-    medrun_stop(tiny), medrun_stop(wide), medrun_stop(s);
+    medrun_stop(tiny), medrun_stop(wide), medrun_stop(small), medrun_stop(s);
     medrun_model *other;
     CHECK(!medrun_open(&other, other_path, NULL, NULL));
     CHECK(!medrun_start(&s, other, NULL, NULL, 0, NULL));
@@ -195,6 +246,325 @@ static void test_save(void) {
     medrun_stop(s), medrun_close(other);
     remove(file);
     free(copy);
+}
+
+/* ---- what a file of a session gives to another ---------------------------------------------- */
+
+enum { SAVED = 300 };
+
+static void write_bytes(const char *file, const uint8_t *bytes, size_t n) {
+    FILE *f = fopen(file, "wb");
+    if (!f || fwrite(bytes, 1, n, f) != n || fclose(f)) exit(1);
+}
+
+static uint8_t *read_all_of(const char *file, size_t *n) {
+    file_map map;
+    if (map_file(file, &map, NULL)) exit(1);
+    uint8_t *copy = malloc(map.n);
+    memcpy(copy, map.data, *n = map.n);
+    unmap_file(&map);
+    return copy;
+}
+
+/* A session of SAVED tokens, the last PENDING of them not processed, in a file. */
+static void save_some(const char *file, medrun_session_options o, const int32_t *ids, size_t pending) {
+    o.context = SAVED;
+    medrun_session *s = start(o);
+    CHECK(!medrun_feed(s, ids, SAVED - pending, NULL));
+    step_all(s);
+    CHECK(!medrun_feed(s, ids + SAVED - pending, pending, NULL));
+    CHECK_EQ(medrun_save(s, file, NULL), MEDRUN_OK);
+    medrun_stop(s);
+}
+
+/* Of every length of common beginning, in contexts that end within a block and behind it: what was
+ * taken and processed further gives the logits of a session that never saw the file. */
+static void test_shared(const char *file, medrun_session_options o, size_t pending) {
+    static const size_t lengths[] = {0, 1, 2, 15, 16, 17, 100, 127, 128, 129, 200, 255, 256, 257, 292, 300};
+    int32_t ids[SAVED + 45], other[SAVED + 40];
+    int wrong = 0;
+    ids_of(ids, SAVED + 45);
+    save_some(file, o, ids, pending);
+    for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++)
+        for (size_t more = 0; more < 40; more += 13) {
+            size_t shared = lengths[i], n = shared + more, taken = 77;
+            if (!n) continue;
+            memcpy(other, ids, shared * sizeof *ids);
+            for (size_t k = shared; k < n; k++) other[k] = (ids[k] + 1 + (int32_t)k) % 250;
+            if (more == 39 && shared == SAVED) other[shared] = ids[shared];     /* past its end  */
+            o.context = (int)n + (i % 2 ? 50 : 0), o.batch = i % 3 ? 0 : 7;
+            medrun_session *a = start(o), *b = start(o);
+            CHECK(!medrun_feed(a, ids + 5, n, NULL));           /* what it forgets               */
+            step_all(a);
+            uint64_t random = a->random;
+            wrong += medrun_feed_saved(a, other, n, file, &taken, NULL);
+            size_t done = shared < SAVED - pending ? shared : SAVED - pending;
+            wrong += taken != (done < n ? done : n - 1) || medrun_pending(a) != n - taken;
+            wrong += medrun_length(a) != n || memcmp(medrun_tokens(a), other, n * sizeof *ids);
+            wrong += a->random != random || medrun_logits(a, 0) != NULL;
+            CHECK(!medrun_feed(b, other, n, NULL));
+            step_all(a), step_all(b);
+            wrong += !same_logits(a, b);
+            medrun_stop(a), medrun_stop(b);
+        }
+    CHECK_EQ(wrong, 0);
+}
+
+/* Damage where nothing is taken from does not matter; anywhere else the file is refused, with a
+ * line that says so, and the session is empty. */
+static void test_damage(const char *file) {
+    int32_t ids[SAVED];
+    size_t n, taken, wrong = 0, refused = 0, head = STATE_FIXED + 4 * SAVED + 32;
+    ids_of(ids, SAVED);
+    medrun_session_options o = {.context = SAVED};
+    save_some(file, o, ids, 0);
+    uint8_t *copy = read_all_of(file, &n);
+    medrun_session *s = start(o);
+    size_t row = 2 * 2 * 64 * 2 * 2;            /* layers, heads, head_dim, f16, keys and values */
+    size_t first = STATE_BLOCK * row + 8;
+    CHECK_EQ(n, head + SAVED / STATE_BLOCK * first + (48 + 48) * row / 2 + 8);
+    for (size_t i = 0; i < n; i += i < head + 40 || n - i < 40 ? 1 : 1009) {
+        medrun_error e = {0};
+        copy[i] ^= (uint8_t)(1 << i % 8);
+        write_bytes(file, copy, n);
+        copy[i] ^= (uint8_t)(1 << i % 8);
+        int code = medrun_feed_saved(s, ids, 100, file, &taken, &e);    /* the first block      */
+        bool used = i < head + first;
+        wrong += used ? code != MEDRUN_BAD_FILE || !e.text[0] || medrun_length(s) || taken
+                      : code != MEDRUN_OK || taken != 99;
+        refused += used;
+        wrong += medrun_feed_saved(s, ids, SAVED, file, &taken, NULL) != MEDRUN_BAD_FILE;
+        write_bytes(file, copy, i);                                     /* cut short             */
+        wrong += medrun_feed_saved(s, ids, 100, file, &taken, NULL) != MEDRUN_BAD_FILE;
+        wrong += medrun_restore(s, file, NULL) != MEDRUN_BAD_FILE || medrun_length(s);
+    }
+    CHECK_EQ(wrong, 0);
+    CHECK(refused > 1500);
+    /* too long by a byte; two blocks that changed places */
+    uint8_t *longer = malloc(n + 1);
+    memcpy(longer, copy, n), longer[n] = 0;
+    write_bytes(file, longer, n + 1);
+    CHECK_EQ(medrun_restore(s, file, NULL), MEDRUN_BAD_FILE);
+    memcpy(longer + head, copy + head + first, first);
+    memcpy(longer + head + first, copy + head, first);
+    write_bytes(file, longer, n);
+    CHECK_EQ(medrun_feed_saved(s, ids, 100, file, &taken, NULL), MEDRUN_BAD_FILE);
+    write_bytes(file, copy, n);
+    CHECK_EQ(medrun_feed_saved(s, ids, 100, file, &taken, NULL), MEDRUN_OK);
+    CHECK_EQ(medrun_feed_saved(s, ids, 0, file, &taken, NULL), MEDRUN_OK);
+    CHECK_EQ(taken, 0);
+    CHECK_EQ(medrun_feed_saved(s, (int32_t[]){-1}, 1, file, &taken, NULL), MEDRUN_USAGE);
+    CHECK_EQ(medrun_feed_saved(s, (int32_t[SAVED + 1]){0}, SAVED + 1, file, &taken, NULL),
+             MEDRUN_TOO_LONG);
+    CHECK_EQ(medrun_length(s), 0);
+    medrun_stop(s);
+    free(copy), free(longer);
+}
+
+/* Files with sums that are right and numbers that are not. */
+static void test_forged(const char *file) {
+    static const struct { size_t at, n; uint64_t value; } lies[] = {
+        {104, 8, 1ull << 62}, {104, 8, UINT64_MAX}, {104, 8, 0}, {112, 8, 301},
+        {112, 8, UINT64_MAX}, {112, 8, 1ull << 40}, {96, 4, 2}, {96, 4, 77}, {100, 4, 1},
+        {100, 4, 1u << 31}, {64, 4, 'x'}, {95, 1, 1},
+        {STATE_FIXED, 4, 269}, {STATE_FIXED + 8, 4, UINT32_MAX}};
+    int32_t ids[SAVED];
+    size_t n, head = STATE_FIXED + 4 * SAVED;
+    int wrong = 0;
+    ids_of(ids, SAVED);
+    medrun_session_options o = {.context = SAVED};
+    save_some(file, o, ids, SAVED);                     /* no cache, so no sum but the head's    */
+    uint8_t *copy = read_all_of(file, &n);
+    CHECK_EQ(n, head + 32);
+    medrun_session *s = start(o);
+    CHECK_EQ(medrun_restore(s, file, NULL), MEDRUN_OK);
+    CHECK_EQ(medrun_length(s), SAVED);
+    for (size_t i = 0; i < sizeof lies / sizeof *lies; i++) {
+        uint8_t before[8];
+        medrun_error e = {0};
+        memcpy(before, copy + lies[i].at, 8);
+        memcpy(copy + lies[i].at, &lies[i].value, lies[i].n);
+        sha256_of(copy, head, copy + head);
+        write_bytes(file, copy, n);
+        wrong += medrun_restore(s, file, &e) != MEDRUN_BAD_FILE;
+        wrong += !e.text[0] || medrun_length(s);
+        memcpy(copy + lies[i].at, before, 8);
+    }
+    CHECK_EQ(wrong, 0);
+    CHECK(!medrun_feed(s, ids, SAVED, NULL));           /* more processed than there is          */
+    step_all(s);
+    s->n_tokens--;
+    CHECK_EQ(medrun_save(s, file, NULL), MEDRUN_OK);
+    CHECK_EQ(medrun_restore(s, file, NULL), MEDRUN_BAD_FILE);
+    CHECK_EQ(medrun_pending(s), 0);
+    medrun_stop(s);
+    free(copy);
+}
+
+/* A file holds what the timeline holds and nothing of what was forgotten or only guessed, and no one
+ * but its owner can read it, whatever the umask. */
+static void test_private(const char *file, int kv) {
+    int32_t ids[SAVED], id;
+    const char *text;
+    size_t n, again, bytes, taken;
+    struct stat st;
+    for (int i = 0; i < SAVED; i++) ids[i] = 20 + i % 9;
+    medrun_session_options o = {.context = SAVED, .kv = kv, .custom_sampling = true,
+                                .sampling = kinds[0]};
+    medrun_session *b = start(o), *a = (o.lookup = 8, start(o));
+    CHECK(!medrun_feed(a, ids, SAVED, NULL));
+    step_all(a);
+    CHECK(!medrun_rewind(a, 0, NULL) && !medrun_feed(a, ids + 3, 49, NULL));
+    CHECK(!medrun_feed(b, ids + 3, 49, NULL));
+    mode_t mask = umask(0);
+    uint8_t *x, *y;
+    int unlike = 0;
+    for (int i = 0; i < 80; i++) {
+        CHECK(!medrun_next(a, &id, &text, &bytes, NULL) && !medrun_next(b, &id, &text, &bytes, NULL));
+        if (i % 3) continue;
+        CHECK(!medrun_save(a, file, NULL));
+        x = read_all_of(file, &n);
+        CHECK(!stat(file, &st) && (st.st_mode & 0777) == 0600);
+        CHECK(!medrun_save(b, file, NULL));
+        y = read_all_of(file, &again);
+        unlike += n != again || memcmp(x, y, n);
+        free(x), free(y);
+    }
+    umask(mask);
+    CHECK_EQ(unlike, 0);
+    CHECK(a->lookup->guessed > 0);
+    /* a failed save leaves what was there before, and nothing else */
+    struct rlimit limit, tight;
+    char partial[320];
+    medrun_error e = {0};
+    snprintf(partial, sizeof partial, "%s.partial", file);
+    signal(SIGXFSZ, SIG_IGN);
+    getrlimit(RLIMIT_FSIZE, &limit);
+    tight = limit, tight.rlim_cur = 2000;
+    setrlimit(RLIMIT_FSIZE, &tight);
+    CHECK_EQ(medrun_save(a, file, &e), MEDRUN_FAILED);
+    setrlimit(RLIMIT_FSIZE, &limit);
+    CHECK(strstr(e.text, "too large") && access(partial, F_OK));
+    CHECK_EQ(medrun_feed_saved(a, ids + 3, 49, file, &taken, NULL), MEDRUN_OK);
+    CHECK_EQ(taken, 48);
+    for (size_t i = 0; i < 3; i++) {
+        static const char *const places[] = {"/dev/full", "/dev/null", "."};
+        e = (medrun_error){0};
+        CHECK_EQ(medrun_save(a, places[i], &e), MEDRUN_FAILED);
+        CHECK(strstr(e.text, "not a regular file"));
+        CHECK_EQ(medrun_feed_saved(a, ids, 3, places[i], &taken, NULL), MEDRUN_BAD_FILE);
+    }
+    medrun_stop(a), medrun_stop(b);
+}
+
+/* Who may take from a file: int8 and fp32 arithmetic on any kernels, the processor's own bf16 dot
+ * product nobody but the same kernels. */
+static void test_kernels(const char *build, const char *file) {
+    static const char *const names[] = {"scalar", "avx2", "avx512", "avx512bf16"};
+    medrun_model *kept = model, *m[4];
+    int32_t ids[SAVED];
+    char checkpoint[300];
+    ids_of(ids, SAVED);
+    for (int kind = 0; kind < 3; kind++) {              /* int8, bf16, bf16 --strict             */
+        medrun_session_options o = {.context = SAVED, .strict = kind == 2};
+        int wrong = 0, refused = 0, usable = 0, own = 0;
+        snprintf(checkpoint, sizeof checkpoint, "%s/mistral-window-%s.mdr", build,
+                 kind ? "bf16" : "int8");
+        for (int i = 0; i < 4; i++)
+            if (medrun_open(&m[usable], checkpoint, &(medrun_options){1, names[i]}, NULL) == 0)
+                own += m[usable++]->kernels->bf16_dot;
+        for (int from = 0; from < usable; from++) {
+            model = m[from];
+            save_some(file, o, ids, 0);
+            for (int to = 0; to < usable; to++) {
+                bool apart = kind == 1 && from != to &&
+                             (m[from]->kernels->bf16_dot || m[to]->kernels->bf16_dot);
+                medrun_error e = {0};
+                size_t taken;
+                model = m[to];
+                medrun_session *a = start(o), *b = start(o);
+                int code = medrun_feed_saved(a, ids, SAVED, file, &taken, &e);
+                wrong += code != (apart ? MEDRUN_BAD_FILE : MEDRUN_OK);
+                wrong += apart && !strstr(e.text, "numbers");
+                refused += apart;
+                CHECK(!medrun_feed(b, ids, SAVED, NULL));
+                step_all(a), step_all(b);
+                wrong += !apart && !same_logits(a, b);
+                medrun_stop(a), medrun_stop(b);
+            }
+        }
+        CHECK_EQ(wrong, 0);
+        CHECK_EQ(refused, kind == 1 ? 2 * own * (usable - own) : 0);
+        while (usable) medrun_close(m[--usable]);
+    }
+    model = kept;
+}
+
+/* A saved cache is good only for a medrun that would compute the same one. Whoever changes its bits
+ * must raise NUMBERS_VERSION, and then put the digest of the new ones here. */
+static void test_numbers_version(void) {
+    static const char wanted[] = "1 1947714bc761afcd03bccc3032eaea0ecadd57181ba794c25109c1906b6c3a88";
+    medrun_model *kept = model;
+    char hex[65], found[80];
+    uint8_t digest[32];
+    int32_t ids[48];
+    sha256 sum;
+    if (!CHECK(!medrun_open(&model, "tools/demo/demo.mdr", NULL, NULL))) { model = kept; return; }
+    medrun_session *s = start((medrun_session_options){.context = 48, .kv = MEDRUN_KV_F32});
+    size_t dim = (size_t)model->config.head_dim;
+    for (int i = 0; i < 48; i++) ids[i] = 300 + 17 * i;
+    CHECK(!medrun_feed(s, ids, 48, NULL));
+    step_all(s);
+    sha256_init(&sum);
+    size_t heads = (size_t)model->config.n_kv_heads, panel = cache_panel(MEDRUN_KV_F32, dim);
+    for (size_t i = 0; i < (size_t)model->config.n_layers * heads; i++)
+        sha256_add(&sum, session_keys(s, (int)(i / heads), i % heads), 3 * panel);
+    for (size_t i = 0; i < (size_t)model->config.n_layers * heads; i++)
+        sha256_add(&sum, session_values(s, (int)(i / heads), i % heads), 3 * panel);
+    sha256_done(&sum, digest);
+    hex_of(digest, hex);
+    snprintf(found, sizeof found, "%d %s", NUMBERS_VERSION, hex);
+    if (!CHECK(!strcmp(found, wanted)))
+        printf("    the bits of a cache are not those of version %.2s: raise NUMBERS_VERSION; found "
+               "%s\n", wanted, found);
+    medrun_stop(s), medrun_close(model);
+    model = kept;
+}
+
+static void test_feed_saved(const char *build) {
+    char file[300];
+    medrun_error e = {0};
+    int32_t ids[SAVED];
+    size_t taken;
+    snprintf(file, sizeof file, "%s/prefix.state", build);
+    test_shared(file, (medrun_session_options){0}, 0);
+    test_shared(file, (medrun_session_options){.kv = MEDRUN_KV_F32, .lookup = 5}, 10);
+    test_shared(file, (medrun_session_options){.kv = MEDRUN_KV_INT8, .lookup = 3}, 20);
+    test_numbers_version();
+    test_damage(file);
+    test_forged(file);
+    for (int kv = 0; kv < 3; kv++) test_private(file, kv);
+    test_kernels(build, file);
+    ids_of(ids, SAVED);
+    save_some(file, (medrun_session_options){0}, ids, 0);
+    medrun_session *s = start((medrun_session_options){.context = 40, .kv = MEDRUN_KV_F32});
+    CHECK_EQ(medrun_feed_saved(s, ids, 30, file, &taken, &e), MEDRUN_BAD_FILE);
+    CHECK(strstr(e.text, "--kv f16") && strstr(e.text, "--kv f32"));
+    medrun_stop(s);
+    s = start((medrun_session_options){.context = 40, .strict = true});
+    e = (medrun_error){0};
+    CHECK_EQ(medrun_feed_saved(s, ids, 30, file, &taken, &e), MEDRUN_BAD_FILE);
+    CHECK(strstr(e.text, "--strict"));
+    medrun_stop(s);
+    medrun_model *kept = model;
+    CHECK(!medrun_open(&model, other_path, NULL, NULL));
+    s = start((medrun_session_options){.context = 40});
+    e = (medrun_error){0};
+    CHECK_EQ(medrun_feed_saved(s, ids, 30, file, &taken, &e), MEDRUN_BAD_FILE);
+    CHECK(strstr(e.text, "another checkpoint"));
+    medrun_stop(s), medrun_close(model);
+    model = kept;
+    remove(file);
 }
 
 /* Marks in INSIDE the offsets that lie within a valid character of TEXT. */
@@ -305,6 +675,183 @@ static void test_say(void) {
     medrun_stop(s);
 }
 
+/* ---- guessing ahead ------------------------------------------------------------------------ */
+
+static const char *const fixtures[] = {
+    "llama-plain-int8", "llama-tied-int8", "llama-grouped-int8", "mistral-window-int8",
+    "mistral-spm-int8", "arcee-yarn-int8", "apertus-plain-int8", "apertus-grouped-int8",
+    "llama-plain-bf16", "mistral-window-bf16", "arcee-yarn-bf16", "apertus-grouped-bf16"};
+
+enum { ROOM = 200 };
+
+/* What an answer came to. */
+typedef struct {
+    int32_t ids[ROOM];
+    char text[64 * ROOM];
+    size_t n, n_text;
+    uint64_t random, guessed, right;
+    float *logits;
+    int code;
+} outcome;
+
+/* A text that repeats itself, then as many ids as there is room for, then the logits after them.
+ * STEP: before every so many ids the caller makes a step of his own, which changes nothing. */
+static void generate(outcome *r, medrun_session_options o, size_t step) {
+    medrun_session *s = start(o);
+    int32_t ids[60], id;
+    const char *piece;
+    size_t bytes, vocab = (size_t)model->config.vocab_size;
+    for (int i = 0; i < 60; i++) ids[i] = (int32_t)(11 + 7 * (i % 20));
+    r->n_text = 0;
+    CHECK(!medrun_feed(s, ids, 60, NULL));
+    while (!(r->code = medrun_next(s, &id, &piece, &bytes, NULL))) {
+        if (step && medrun_length(s) % step == 0 && medrun_step(&s, 1, NULL)) exit(1);
+        if (r->n_text + bytes > sizeof r->text) exit(1);
+        memcpy(r->text + r->n_text, piece, bytes);
+        r->n_text += bytes;
+    }
+    r->n = medrun_length(s), r->random = s->random;
+    memcpy(r->ids, medrun_tokens(s), r->n * sizeof id);
+    CHECK(!medrun_rewind(s, r->n - 3, NULL));
+    step_all(s);
+    r->logits = malloc(vocab * sizeof(float));
+    memcpy(r->logits, medrun_logits(s, 0), vocab * sizeof(float));
+    medrun_guesses(s, &r->guessed, &r->right);
+    medrun_stop(s);
+}
+
+static bool same_outcome(const outcome *a, const outcome *b) {
+    return a->n == b->n && a->n_text == b->n_text && a->random == b->random && a->code == b->code &&
+           !memcmp(a->ids, b->ids, a->n * sizeof *a->ids) && !memcmp(a->text, b->text, a->n_text) &&
+           !memcmp(a->logits, b->logits, (size_t)model->config.vocab_size * sizeof(float));
+}
+
+/* With guesses the same ids, text, random numbers and logits as without: greedy and sampled, with
+ * and without a repeat penalty, for any number of guesses, threads and chunk of the prompt. */
+static void test_lookup_same(int kind, uint64_t *guessed, uint64_t *right, int *wrong) {
+    static const struct { int lookup, batch, context; uint64_t tick; size_t step; } cases[] = {
+        {0, 0, ROOM, 1, 0}, {3, 7, ROOM, 1, 0}, {8, 0, ROOM, 1, 0}, {31, 0, ROOM, 20, 0},
+        {31, 5, ROOM, 1000, 0}, {4, 0, ROOM, 1, 7}, {0, 0, 101, 1, 0}, {1, 0, 101, 1, 0},
+        {8, 0, 101, 1, 0}, {8, 1, 101, 1, 0}};
+    static outcome plain, ahead;
+    medrun_session_options o = {.custom_sampling = true, .sampling = kinds[kind]};
+    plain.logits = NULL;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        outcome *r = cases[i].lookup ? &ahead : &plain;
+        o.lookup = cases[i].lookup, o.batch = cases[i].batch, o.context = cases[i].context;
+        longest_tick = cases[i].tick;
+        if (r == &plain) free(plain.logits);
+        generate(r, o, cases[i].step);
+        *wrong += r->n != (size_t)o.context || r->code != MEDRUN_TOO_LONG;
+        *wrong += o.batch == 1 && ahead.guessed;
+        *guessed += r->guessed, *right += r->right;
+        if (r == &plain) continue;
+        *wrong += !same_outcome(&plain, &ahead) || ahead.right > ahead.guessed;
+        free(ahead.logits);
+    }
+    free(plain.logits);
+    longest_tick = 1;
+}
+
+/* The index is what it would be if it had been made now. */
+static bool index_is_right(const medrun_session *s) {
+    const struct lookup *g = s->lookup;
+    size_t n = g->n_indexed;
+    if (n > 1 && n > s->n_tokens) return false;
+    int32_t *latest = calloc((size_t)model->config.vocab_size, sizeof *latest);
+    bool right = true;
+    for (size_t i = 1; i < n; i++) {
+        right = right && g->earlier[i] == latest[s->tokens[i - 1]];
+        latest[s->tokens[i - 1]] = (int32_t)i;
+    }
+    right = right && !memcmp(latest, g->latest, (size_t)model->config.vocab_size * sizeof *latest);
+    free(latest);
+    return right;
+}
+
+static void count_rows(void *user, const char *stage, int layer, size_t rows, size_t cols,
+                       size_t stride, const float *data) {
+    (void)layer, (void)cols, (void)stride, (void)data;
+    if (!strcmp(stage, "embed")) *(size_t *)user += rows;
+}
+
+/* Everything a caller may do between two calls of medrun_next, done by chance to a session that
+ * guesses and to one that does not: no difference can be seen. */
+static void test_lookup_mixed(medrun_sampling sampling, const char *file, int *wrong,
+                              uint64_t *right) {
+    medrun_session_options o = {.context = 150, .batch = 40, .custom_sampling = true,
+                                .logit_rows = 3, .sampling = sampling};
+    medrun_session *s[2], *company = start(o);
+    uint64_t guessed, came;
+    size_t seen[2] = {0};
+    for (int k = 0; k < 2; k++) o.lookup = 9 * k, s[k] = start(o);
+    longest_tick = 3;
+    for (int i = 0; i < 250; i++) {
+        uint64_t chance = test_random(), what = chance % 16;
+        int32_t ids[4], id[2] = {0};
+        const char *text[2] = {"", ""};
+        size_t n = 1 + (chance >> 8) % 4, length = medrun_length(s[0]), bytes[2] = {0};
+        int code[2] = {0};
+        for (size_t k = 0; k < n; k++)
+            ids[k] = length > 12 ? s[0]->tokens[length - 12 + k] : (int32_t)(chance >> 40) % 250;
+        if (length == 150) what = 11;
+        for (int k = 0; k < 2; k++) {
+            medrun_session *both[2] = {company, s[k]};
+            if (what < 8 && length)
+                for (size_t x = 0; x < n * 2 && !code[k]; x++)
+                    code[k] = medrun_next(s[k], &id[k], &text[k], &bytes[k], NULL);
+            else if (what < 9 || !length) code[k] = medrun_feed(s[k], ids, n, NULL);
+            else if (what == 9 && length > 9) code[k] = medrun_rewind(s[k], length - n * 2, NULL);
+            else if (what == 10) code[k] = medrun_step(&s[k], 1, NULL);
+            else if (what == 11) code[k] = medrun_rewind(s[k], length * (chance >> 20 & 1) / 2, NULL);
+            else if (what == 12) {
+                while (medrun_pending(s[k])) medrun_step(&s[k], 1, NULL);
+                code[k] = medrun_sample(s[k], &id[k], NULL);
+                if (!code[k]) code[k] = medrun_feed(s[k], &id[k], 1, NULL);
+            } else if (what == 13)
+                code[k] = medrun_save(s[k], file, NULL) || medrun_restore(s[k], file, NULL);
+            else if (what == 14) medrun_observe(s[k], n > 1 ? count_rows : NULL, &seen[k]);
+            else if (what == 15) {
+                medrun_rewind(company, 0, NULL), medrun_feed(company, ids, n, NULL);
+                code[k] = medrun_step(both, 2, NULL);
+            }
+        }
+        const float *x = medrun_logits(s[0], 0), *y = medrun_logits(s[1], 0);
+        length = medrun_length(s[0]);
+        *wrong += code[0] != code[1] || id[0] != id[1] || bytes[0] != bytes[1] ||
+                  memcmp(text[0], text[1], bytes[0]);
+        *wrong += length != medrun_length(s[1]) || medrun_pending(s[0]) != medrun_pending(s[1]) ||
+                  memcmp(s[0]->tokens, s[1]->tokens, length * sizeof *ids);
+        *wrong += s[0]->random != s[1]->random || !x != !y || (x && !same_logits(s[0], s[1]));
+        *wrong += seen[0] != seen[1] || !index_is_right(s[1]);
+    }
+    longest_tick = 1;
+    medrun_guesses(s[1], &guessed, &came);
+    *right += came;
+    medrun_stop(s[0]), medrun_stop(s[1]), medrun_stop(company);
+}
+
+/* All of that with one model; its greedy answers run in circles, so guesses must come true. */
+static void test_lookup(const char *build, size_t fixture, uint64_t *mixed) {
+    char file[300], state[300];
+    uint64_t guessed = 0, right = 0;
+    int wrong = 0, different = 0, threads = fixture < 3 ? (int)fixture + 1 : 1;
+    snprintf(file, sizeof file, "%s/%s.mdr", build, fixtures[fixture]);
+    snprintf(state, sizeof state, "%s/lookup.state", build);
+    if (!CHECK(!medrun_open(&model, file, &(medrun_options){.threads = threads}, NULL))) return;
+    test_lookup_same(0, &guessed, &right, &wrong);
+    test_lookup_same(1 + (int)fixture % 3, &guessed, &right, &wrong);
+    test_lookup_mixed(kinds[fixture % N_KINDS], state, &different, mixed);
+    bool same = CHECK_EQ(wrong, 0);
+    same = CHECK_EQ(different, 0) && same;
+    same = CHECK(right > 80 && guessed > right) && same;
+    if (!same)
+        printf("    %s: guessed %llu, right %llu\n", fixtures[fixture],
+               (unsigned long long)guessed, (unsigned long long)right);
+    remove(state);
+    medrun_close(model);
+}
+
 int main(void) {
     const char *build = getenv("MEDRUN_TEST_BUILD");
     medrun_error e = {0};
@@ -319,13 +866,18 @@ int main(void) {
     medrun_describe(model, &info);
     CHECK_EQ(info.vocab_size, 269);
     CHECK(!strcmp(info.type, "int8") && info.n_stops >= 1);
-    test_memory();
+    for (int kv = 0; kv < 3; kv++) test_memory(kv, 0), test_memory(kv, 7), test_memory(kv, 31);
+    test_cache_size();
     test_wrong_use();
-    test_rewind();
+    for (int kv = 0; kv < 3; kv++) test_rewind(kv);
     test_save();
+    test_feed_saved(build);
     test_next();
     test_first_space(build);
     test_say();
     medrun_close(model);
+    uint64_t mixed = 0;
+    for (size_t i = 0; i < sizeof fixtures / sizeof *fixtures; i++) test_lookup(build, i, &mixed);
+    CHECK(mixed > 100);                         /* guesses that came true between other calls    */
     return report();
 }

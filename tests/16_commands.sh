@@ -43,7 +43,7 @@ code 2 rnu "$model"; err_has 'nearest is run'; err_lines 1; no_out
 code 2 run "$model" -p x --tmep 1; err_has 'nearest is --temp'; err_lines 1
 code 2 run "$model" -p x -z; err_has 'unknown option -z'
 code 2 "$model" --raw; err_has 'does not go with chat, but with: run'
-code 2 run "$model" -p x --lookup 3; err_has 'unknown option --lookup'
+code 2 show "$model" --lockup 3; err_has 'nearest is --lookup'
 code 2 render --data 2024-01-01; err_has 'unknown option --data'
 code 2 run "$model" -p; err_has 'wanted TEXT'
 code 2 run "$model" extra -p x; err_has 'extra'
@@ -55,7 +55,8 @@ code 2 run "$model" -p x -f y; err_has 'both'
 code 2 run "$model" -p x --quiet=1; err_has 'wanted none'
 for bad_number in '-n x' '-n 1.5' '-n -2' '-n 1e99' '-c -1' '-t 0' '-t 257' '-b 0' '-s -2' '-s 1e30' \
     '--temp abc' '--temp -1' '--temp 101' '--temp nan' '--temp 0x1' '--temp 1x' '--top-k -1' '--top-k 1.5' \
-    '--top-p 1.1' '--top-p -.1' '--min-p 2' '--repeat-penalty 0' '--kv f8' '--kv f' '--kv f16|f32'; do
+    '--top-p 1.1' '--top-p -.1' '--min-p 2' '--repeat-penalty 0' '--kv f8' '--kv f' '--kv f16|f32' \
+    '--lookup -1' '--lookup 32' '--lookup 10000' '--lookup 1.5' '--lookup many' '--lookup 1x'; do
     code 2 run "$model" -p x $bad_number; err_has "wanted"; err_lines 1; no_out
 done
 code 2 run "$model" -p x --temp=; err_has '""'
@@ -110,7 +111,25 @@ code 0 run "$model" -p hello -n 1 --temp 1.5
 check 'seeds differ' [ "$seed" != "$(sed -n 's/.*seed \([0-9]*\) (new).*/\1/p' "$T/err")" ]
 code 0 run "$model" -p hello -n 12 --temp 0 --raw -q; cp "$T/out" "$T/raw"
 code 0 run "$model" -f "$T/hello" -n 12 --temp 0 --raw -q; out_is "$T/raw"
+code 0 run "$model" -p hello -n 12 --raw --kv int8
 code 0 run "$model" -p hello -n 12 --raw --kv f32 --strict --min-p 0.01 --top-p .9 --repeat-penalty 1.1
+
+# ---- guessing ahead changes nothing but the speed ----
+for how in '--temp 0' '--temp 1.2 -s 5' '--temp .1 -s 6 --repeat-penalty 1.01' '--temp 0 --kv f32 --strict'; do
+    code 0 run "$model" -f "$T/hello" -n 150 --raw $how -q; cp "$T/out" "$T/plain"
+    for lookup in '0' '1' '8 -t 1' '31 -t 3' '8 -b 3' '8 -b 1'; do
+        code 0 run "$model" -f "$T/hello" -n 150 --raw $how -q --lookup $lookup; out_is "$T/plain"
+    done
+done
+code 0 run "$model" -p 'again and again and again and' -n 200 --raw --temp 0 -q --stats; cp "$T/out" "$T/plain"
+err_lines 1; check 'no guesses, no line about them' [ -z "$(grep guessed "$T/err")" ]
+MEDRUN_LOOKUP=8; export MEDRUN_LOOKUP
+code 0 run "$model" -p 'again and again and again and' -n 200 --raw --temp 0 -q --stats; out_is "$T/plain"; err_lines 1
+err_has '; guessed [0-9]* tokens, [0-9]* right$'
+code 0 run "$model" -p 'again and again' -n 9 --raw --temp 0 -q --stats --lookup 0
+check '--lookup 0: off' [ -z "$(grep guessed "$T/err")" ]
+MEDRUN_LOOKUP=all; code 2 run "$model" -p x; err_has MEDRUN_LOOKUP; unset MEDRUN_LOOKUP
+code 0 show "$model" --lookup 31; out_has 'MB scratch'
 
 # ---- stop texts are never printed, not even in part ----
 found=
@@ -239,7 +258,8 @@ code 5 logits "$model" --ids "$(i=0; while [ $i -lt 9000 ]; do printf '1 '; i=$(
 
 # ---- show, verify, doctor ----
 code 0 show "$model"; out_has '^licence'; out_has 'key-value cache'; out_has '^hash  *[0-9a-f]*$'
-code 0 show "$model" -c 32; out_has 'context 32'
+code 0 show "$model" -c 32; out_has 'context 32, f16 (with --kv int8'
+code 0 show "$model" -c 32 --kv int8; out_has 'context 32, int8 (with --kv f16'
 code 2 show "$model" -c 9999999
 code 0 verify "$model"; out_has '^tensors  *\([0-9]*\) of \1 '; out_has '^logits'; out_has '^tokenizer  *1 of 1'
 code 0 verify "$model" -v; out_has 'layers.0.q: the same'
@@ -256,6 +276,8 @@ check 'a changed weight is found' [ -n "$tensor" ]
 code 0 doctor; out_has 'kernels'; out_has 'as scalar'
 code 0 bench "$model" -p 32 -n 4 -r 2; out_has '| pp32 |'; out_has '| tg4 |'; out_has 'GB/s'
 code 0 bench "$model" -p 16 -n 3 -r 1 -o json; out_has '"pp":{"n":16,"tps":'; out_has '"tg":{"n":3,'
+code 0 bench "$model" -p 9 -n 3 -r 2 -d 40 --kv int8; out_has '| pp9 @ d40 |'; out_has 'kv int8'
+code 0 bench "$model" -p 9 -n 3 -r 1 -d 40 -o json; out_has '"kv":"f16","depth":40,'
 code 2 bench "$model" -p 0; code 2 bench "$model" -o xml
 code 5 bench "$model" -p 1000000
 
@@ -276,6 +298,62 @@ sed 's/"answer"/"reply"/' "$T/r.json" >"$T/r2.json"; code 3 replay "$T/r2.json"
 for n in 1 60 200 400; do head -c $n "$T/r.json" >"$T/r2.json"; code 3 replay "$T/r2.json"; done
 code 3 replay "$T/none.json"; code 2 replay
 code 1 run "$model" -p hello -n 2 --record "$T/none/r.json" -q; err_has 'cannot create'
+
+# ---- a prefix that was processed before ----
+ones 60 >"$T/doc"; cp "$T/doc" "$T/doc1"; echo 'what is it?' >>"$T/doc1"; cp "$T/doc" "$T/doc2"; echo 'who says so?' >>"$T/doc2"
+P=$T/prefix
+for how in '--temp 0' '--temp 1.3 -s 3 --lookup 8' '--temp 0 --kv f32' '--temp 0 --raw -b 9'; do
+    code 0 run "$model" -f "$T/doc1" -n 9 $how -q; cp "$T/out" "$T/one"
+    code 0 run "$model" -f "$T/doc2" -n 9 $how -q; cp "$T/out" "$T/two"
+    code 0 run "$model" -f "$T/doc1" -n 9 $how --save-prefix "$P"; out_is "$T/one"; err_has '^prefix: [0-9]* tokens written to'
+    check 'a prefix is private' [ "$(ls -l "$P" | cut -c1-10)" = '-rw-------' ]
+    check 'nothing else is left' [ ! -e "$P.partial" ]
+    code 0 run "$model" -f "$T/doc2" -n 9 $how --load-prefix "$P"; out_is "$T/two"
+    taken=$(sed -n 's/^prefix: \([0-9]*\) of \([0-9]*\) tokens taken from .*/\1/p' "$T/err")
+    check "the text they share was taken: $taken" [ "${taken:-0}" -ge 60 ]
+    code 0 run "$model" -f "$T/doc1" -n 9 $how --load-prefix "$P"; out_is "$T/one"
+    n=$(sed -n 's/^prefix: \([0-9]*\) of .*/\1/p' "$T/err"); err_has "^prefix: $n of $((n + 1)) tokens taken from"
+    code 0 run "$model" -f "$T/doc2" -n 9 $how --load-prefix "$P" --save-prefix "$P" -q; out_is "$T/two"; err_lines 0
+    code 0 run "$model" -f "$T/doc2" -n 9 $how --load-prefix "$P" -c 200 -t 1 -q; out_is "$T/two"
+done
+code 0 run "$model" -f "$T/doc" -n 0 --save-prefix "$P"; no_out
+code 0 run "$model" -f "$T/doc2" -n 9 --temp 1 -s 1 --load-prefix "$P" --record "$T/r.json" -q
+code 0 replay "$T/r.json"; out_has '^same: '
+code 0 run "$model" --raw -f "$T/doc" -n 0 --save-prefix "$T/raw"
+code 0 run "$model" --raw -p '!' -n 1 --load-prefix "$T/raw" --bos off; err_has '^prefix: the prompt shares nothing with'
+MEDRUN_LOAD_PREFIX=$P; export MEDRUN_LOAD_PREFIX; code 0 run "$model" -f "$T/doc2" -n 1; err_has '^prefix: [1-9]'; unset MEDRUN_LOAD_PREFIX
+in=$T/doc2; code 0 "$model" -n 1 --load-prefix "$P"; err_has '^prefix: [1-9]'; in=
+bad_prefix() { code 3 run "$model" -f "$T/doc2" -n 1 -q "$@"; no_out; err_lines 1; }
+bad_prefix --load-prefix "$P" --template none; err_has 'template llama3, this session has none'
+bad_prefix --load-prefix "$P" --raw; err_has 'template llama3, this session has raw'
+bad_prefix --load-prefix "$P" --kv f32; err_has '--kv f16, this session has --kv f32'
+bad_prefix --load-prefix "$P" --kv f16 --strict; err_has '--strict'
+bad_prefix --load-prefix "$T/none"; err_has 'none: cannot open'
+bad_prefix --load-prefix "$T"; err_has 'not a regular file'
+bad_prefix --load-prefix "$T/empty"; err_has 'not a session or prefix'
+bad_prefix --load-prefix "$T/doc"; err_has 'not a session or prefix'
+bad_prefix --load-prefix "$model"; err_has 'not a session or prefix'
+mkfifo "$T/pipe" 2>/dev/null && bad_prefix --load-prefix "$T/pipe"
+size=$(wc -c <"$P")
+for n in 1 8 40 103 104 105 300 $((size / 2)) $((size - 8)) $((size - 1)); do
+    head -c "$n" "$P" >"$T/cut"; bad_prefix --load-prefix "$T/cut"
+done
+for at in 0 8 39 40 63 64 68 72 80 104 150 $((size / 3)) $((size / 2)); do
+    cp "$P" "$T/cut"; printf '\377' | dd of="$T/cut" bs=1 seek="$at" conv=notrunc 2>/dev/null
+    cmp -s "$P" "$T/cut" || bad_prefix --load-prefix "$T/cut"
+done
+other=$2/llama-plain-int8.mdr
+if [ -d "$1" ] && [ -e "$other" ]; then
+    code 3 run "$other" -f "$T/doc2" -n 1 -q --load-prefix "$P"; err_has 'another checkpoint'; err_lines 1
+else skip 'a prefix of another model'; fi
+bad_place() { code 1 run "$model" -f "$T/doc2" -n 1 -q --save-prefix "$1"; no_out; err_lines 1; err_has 'cannot write'; }
+bad_place "$T/none/x"; bad_place "$T"; bad_place /dev/null; check '/dev/null is still there' [ -c /dev/null ]
+if [ -e /dev/full ]; then bad_place /dev/full; check '/dev/full is still there' [ -c /dev/full ]; fi
+cp "$P" "$T/kept"
+(trap '' XFSZ; ulimit -f 8; "$medrun" run "$model" -f "$T/doc2" -n 1 -q --save-prefix "$P" >"$T/out" 2>/dev/null); rc=$?
+check "a full disk: exit $rc, wanted 1" [ $rc = 1 ]; no_out
+check 'what was there stays' cmp -s "$P" "$T/kept"; check 'and nothing else' [ ! -e "$P.partial" ]
+code 2 replay "$T/r.json" --load-prefix "$P"; code 2 show "$model" --save-prefix "$P"
 
 # ---- with Python: proofs that differ, hostile names, the terminal ----
 if python3 -c 'import pty' 2>/dev/null; then
@@ -404,6 +482,31 @@ check('/read of nothing', b'cannot open' in c.say(b'/read %s/nothing\r' % T.enco
 c.say(b'/system be kind\r'); c.say(b'one\r')
 check('/system', figures(c.say(b'/stats\r'))[2] > before[2])
 ended_well('conversation', c.end(b'\x04'), 0)
+
+# a prefix: the first message takes from it, a cleared conversation again; a bad one is said first
+plain = Chat('-n', '5', '--temp', '0', '-q')
+first, second = plain.say(b'one and two and three\r'), plain.say(b'four\r')
+plain.end(b'\x04')
+c = Chat('-n', '5', '--temp', '0', '-q', '--save-prefix', T + '/chat.prefix')
+check('saving a prefix', c.say(b'one and two and three\r') == first and os.path.exists(T + '/chat.prefix'))
+os.remove(T + '/chat.prefix')
+check('once', c.say(b'four\r') == second and not os.path.exists(T + '/chat.prefix'))
+c.say(b'/clear\r'); c.say(b'one and two and five\r'); c.say(b'/save %s/chat.prefix\r' % T.encode()); c.end(b'\x04')
+c = Chat('-n', '5', '--temp', '0', '--load-prefix', T + '/chat.prefix')
+out = c.say(b'one and two and three\r')
+m = re.search(rb'prefix: (\d+) of (\d+) tokens taken', out)
+check('the first message takes what it shares', m and 0 < int(m.group(1)) < int(m.group(2)), out)
+answer = lambda x: re.sub(rb'prefix: [^\n]*\n', b'', x.split(b'\x1b[?2004l', 1)[-1])
+check('and is answered as without', answer(out) == answer(first), out + first)
+check('the second message does not', c.say(b'four\r') == second)
+c.say(b'/clear\r'); out = c.say(b'one and two and three\r')
+check('a new conversation does again', b'taken from' in out and answer(out) == answer(first), out)
+ended_well('with a prefix', c.end(b'\x04'), 0)
+open(T + '/chat.prefix', 'ab').write(b'x')
+c = Chat('--load-prefix', T + '/chat.prefix')
+check('a bad prefix is said before the conversation', b'rc=3' in c.start and b'damaged' in c.start, c.start)
+c = Chat('--save-prefix', T + '/none/x')
+check('so is a place that cannot be written', b'rc=1' in c.start and b'cannot write' in c.start, c.start)
 
 c = Chat('-n', '3', '--temp', '0', '-v')
 c.say(b'one\r')

@@ -1,0 +1,47 @@
+#!/bin/sh
+# 31_peers.sh BIN BUILD: tools/bench_peers.py on a tiny model, where Python and its packages are
+# installed (PYTHON names another interpreter). What it says when something is missing, that both
+# forms of its answer are whole, and that files are made once.
+bin=$1 build=$2
+python=${PYTHON:-python3}
+passed=0 failed=0 skipped=0
+T=$build/peers
+ok() { passed=$((passed + 1)); }
+bad() { failed=$((failed + 1)); echo "failed: $1"; cat "$T.err"; }
+end() { echo "$passed passed, $failed failed, $skipped skipped"; [ "$failed" -eq 0 ]; exit $?; }
+# peers CODE ARGUMENTS: one turn of each on the tiny shape; out and err beside $T
+peers() {
+    want=$1; shift
+    "$python" tools/bench_peers.py --dir "$T" --shape tiny --medrun "$bin/medrun" \
+        --export "$bin/medrun-export" -p 32 -n 4 -r 1 -t 1 --retries 0 --wait 0 "$@" \
+        > "$T.out" 2> "$T.err"
+    rc=$?
+    [ $rc = "$want" ] && ok || bad "bench_peers.py $*: exit $rc, wanted $want"
+}
+
+if ! "$python" -c pass 2> /dev/null; then
+    skipped=1; echo "skipped: bench_peers.py: no $python"; end
+fi
+packages='import importlib.util as u, sys
+sys.exit(not all(map(u.find_spec, ("gguf", "numpy", "llama_cpp"))))'
+if ! "$python" -c "$packages"; then
+    peers 2; [ "$(wc -l < "$T.err")" = 1 ] && grep -q 'pip install' "$T.err" && ok ||
+        bad "one line says which package is missing"
+    skipped=1; echo "skipped: bench_peers.py: no gguf, numpy and llama-cpp-python for $python"; end
+fi
+
+rm -rf "$T"
+peers 2 --medrun "$T/none"
+[ "$(wc -l < "$T.err")" = 1 ] && ok || bad "one line says that a binary is missing"
+peers 0 --types int8
+grep -q '^| int8, llama.cpp Q8_0 | prompt of 32 | .* | \*\*[0-9.]*\*\* (' "$T.out" && ok ||
+    bad "the table has a ratio"
+peers 0 --types int8 --no-pairs --prompts 8,16 --depths 0 --peer-depths --delete -o json
+grep -q '^making' "$T.err" && bad "files are made again" || ok
+[ -e "$T/tiny-2-int8.mdr" ] && ok || bad "--delete removes what was there before"
+"$python" -c 'import json, sys
+r = json.load(open(sys.argv[1]))
+lengths = [row["n"] for row in r["prompts"]]
+sys.exit(lengths != [8, 16] or not r["depths"][0]["peers"][0]["tg"]["ratio"])
+' "$T.out" && ok || bad "the JSON has both tables"
+end
