@@ -1469,8 +1469,8 @@ typedef struct {
     size_t tile_panels;             /* that a matmul of several tokens takes at once            */
     matmul_fn *matmul_f32, *matmul_bf16, *matmul_int8, *matmul_int4;
     /* 16 groups of int4: V (32, 16) -> their scales and shifts, and the nibbles (32, 16). The sum
-     * of the squared errors, weighted by the (32) importances, is made small. NULL in the program,
-     * which does not pack weights. */
+     * of the squared errors, weighted by the (32) importances, is made small; one of them is more
+     * than 0, and what is has a size near 1. NULL in the program, which does not pack weights. */
     void (*fit_int4)(const float *v, const float *importance, uint16_t *bits, uint8_t *q);
     void (*norm)(float *out, const float *x, const float *weight, size_t n, float eps);
     void (*silu_mul)(float *gate, const float *up, size_t n);   /* gate = silu(gate) * up       */
@@ -1552,6 +1552,7 @@ typedef struct {
 #define matmul_int8 K(matmul_int8)
 #define matmul_int4 K(matmul_int4)
 #define level_of K(level_of)
+#define shift_near K(shift_near)
 #define int4_error K(int4_error)
 #define refit_int4 K(refit_int4)
 #define settle_int4 K(settle_int4)
@@ -2433,6 +2434,12 @@ ALWAYS_INLINE vec level_of(vec t, bool index) {
     return q;
 }
 
+/* The nearest shift that six bits can say, but for being whole. */
+ALWAYS_INLINE vec shift_near(vec shift) {
+    vec most = vsplat(SHIFT_MASK - SHIFT_ZERO), least = vsplat(-SHIFT_ZERO);
+    return vmax(vless(shift, most, shift, most), least);
+}
+
 /* The weighted squared error of all values with this scale and shift. */
 NEVER_INLINE vec int4_error(const int4_fit *f, vec scale, vec shift) {
     vec error = vsplat(0), inverse = vdiv(vsplat(1), scale), back = vsub(vsplat(0), shift);
@@ -2444,7 +2451,8 @@ NEVER_INLINE vec int4_error(const int4_fit *f, vec scale, vec shift) {
     return error;
 }
 
-/* Least squares for the levels that are nearest now: v = scale * (level + shift). */
+/* Least squares for the levels that are nearest now: v = scale * (level + shift), the shift within
+ * its range and the scale what suits it. */
 NEVER_INLINE void refit_int4(const int4_fit *f, vec *scale, vec *shift) {
     vec sum = vsplat(0), squares = sum, products = sum;
     vec inverse = vdiv(vsplat(1), *scale), back = vsub(vsplat(0), *shift);
@@ -2458,10 +2466,12 @@ NEVER_INLINE void refit_int4(const int4_fit *f, vec *scale, vec *shift) {
     vec weight = vsplat(f->weight), zero = vsplat(0);
     vec spread = vsub(vmul(weight, squares), vmul(sum, sum));
     vec slope = vsub(vmul(weight, products), vmul(sum, f->v_sum));
-    vec fresh = vdiv(slope, vless(zero, spread, spread, vsplat(1)));
-    vec useful = vless(zero, spread, vmul(fresh, *scale), zero);        /* the sign must stay    */
-    vec offset = vdiv(vsub(f->v_sum, vmul(fresh, sum)), weight);
-    offset = vdiv(offset, vless(zero, useful, fresh, vsplat(1)));
+    vec offset = vdiv(vsub(vmul(f->v_sum, spread), vmul(slope, sum)), weight);
+    offset = vdiv(offset, vless(zero, vmul(slope, slope), slope, vsplat(1)));
+    offset = shift_near(vless(zero, spread, offset, *shift));
+    vec size = vfma(offset, vfma(offset, weight, vadd(sum, sum)), squares);
+    vec fresh = vdiv(vfma(offset, f->v_sum, products), vless(zero, size, size, vsplat(1)));
+    vec useful = vless(zero, size, vmul(fresh, *scale), zero);          /* the sign must stay    */
     *shift = vless(zero, useful, offset, *shift);
     *scale = vless(zero, useful, fresh, *scale);
 }
@@ -2479,15 +2489,16 @@ ALWAYS_INLINE vec round_int4(vec scale, uint16_t *bits) {
     return vmul(vload_int4((const uint8_t *)bits), vsplat(0x1p-13f));
 }
 
-/* Whole shifts around SHIFT, each with its best scale, as bits can say them; keeps the best. */
+/* Whole shifts around SHIFT, each with its best scale, as bits can say them; keeps the best. Many,
+ * because a scale has but five significant bits, and what rounding it takes away, a weight much
+ * larger than the rest feels most: for one of the shifts the best scale hardly needs rounding. */
 static void settle_int4(int4_fit *f, vec scale, vec shift) {
-    vec most = vsplat(SHIFT_MASK - SHIFT_ZERO), least = vsplat(-SHIFT_ZERO), zero = vsplat(0);
+    vec zero = vsplat(0);
     uint16_t bits[16];
-    shift = vmax(vless(shift, most, shift, most), least);
-    for (int i = -1; i <= 1; i++) {
-        vec s = vadd(vfloat(vround(shift)), vsplat((float)i)), squares = zero, products = zero;
+    shift = vfloat(vround(shift));
+    for (int i = -8; i <= 8; i++) {
+        vec s = shift_near(vadd(shift, vsplat((float)i))), squares = zero, products = zero;
         vec inverse = vdiv(vsplat(1), scale);
-        s = vmax(vless(s, most, s, most), least);
         for (size_t k = 0; k < GROUP4; k++) {
             vec v = vload(f->v + 16 * k), level = level_of(vsub(vmul(v, inverse), s), false);
             level = vadd(level, s);
@@ -2506,14 +2517,17 @@ static void settle_int4(int4_fit *f, vec scale, vec shift) {
 }
 
 /* Start I of 18 for a group between LOW and HIGH: its ends, drawn in by three factors each, with
- * both signs of the scale. */
+ * both signs of the scale; reached from the nearest shift there is. */
 ALWAYS_INLINE void start_int4(int i, vec low, vec high, vec *scale, vec *shift) {
     static const float factors[] = {1.02f, 0.87f, 0.72f};
-    float first = (float)(int4_levels[0] - INT4_ZERO), span = int4_levels[15] - int4_levels[0];
-    vec bottom = vmul(low, vsplat(factors[i % 3])), top = vmul(high, vsplat(factors[i / 3 % 3]));
-    vec size = vmax(vmul(vsub(top, bottom), vsplat(1 / span)), vsplat(1e-12f));
-    *scale = vmul(size, vsplat(i < 9 ? 1 : -1));
-    *shift = vsub(vdiv(i < 9 ? bottom : top, *scale), vsplat(first));
+    vec first = vsplat((float)(int4_levels[0] - INT4_ZERO)), sign = vsplat(i < 9 ? 1 : -1);
+    vec last = vsplat((float)(int4_levels[15] - INT4_ZERO));
+    vec from = vmul(vmul(i < 9 ? low : high, vsplat(factors[i % 3])), sign);
+    vec to = vmul(vmul(i < 9 ? high : low, vsplat(factors[i / 3 % 3])), sign);
+    vec size = vmax(vdiv(vsub(to, from), vsub(last, first)), vsplat(1e-12f));
+    *shift = shift_near(vsub(vdiv(from, size), first));
+    size = vmax(vdiv(from, vadd(first, *shift)), vdiv(to, vadd(last, *shift)));
+    *scale = vmul(vmax(size, vsplat(1e-12f)), sign);
 }
 
 /* The best of all starts after three rounds of least squares, settled; then the nibbles. */
@@ -2527,6 +2541,7 @@ static void fit_int4(const float *v, const float *importance, uint16_t *bits, ui
         f.v_sum = vadd(f.v_sum, weighted);
         f.error = vfma(weighted, x, f.error);           /* of nothing but zeros                  */
         f.weight = f.weight + importance[k];
+        if (!(importance[k] > 0)) continue;             /* padding, which may be anything        */
         high = vmax(x, high), low = vless(x, low, x, low);
     }
     for (int i = 0; i < 18; i++) {

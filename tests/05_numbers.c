@@ -3,6 +3,8 @@
 #include "../medrun.c"
 #include "test.h"
 
+static const kernel_set *packer;            /* searches for the scales of int4                    */
+
 /* ---- halves, against their definitions in doubles ------------------------------------------ */
 
 /* The value of a 16-bit float with this many exponent and fraction bits; where the standard puts
@@ -182,7 +184,7 @@ static float *random_matrix(int type, size_t rows, size_t cols, int style, uint8
     memset(out, 0xAA, tensor_bytes(type, rows, cols));
     for (size_t i = 0; i < rows * cols; i++) w[i] = random_weight(style);
     for (size_t r = 0; r < rows; r += LANES)
-        panel_pack(type, w + r * cols, rows - r < LANES ? rows - r : LANES, cols,
+        pack_panel(packer, type, w + r * cols, rows - r < LANES ? rows - r : LANES, cols, NULL,
                    out + r / LANES * panel_bytes(type, cols));
     return *packed_rows = out, w;
 }
@@ -259,6 +261,262 @@ static void test_int8_panels(void) {
     CHECK(extreme > 1000);                              /* the range is used to its ends         */
 }
 
+/* ---- int4 ---------------------------------------------------------------------------------- */
+
+static const int levels[16] = {-96, -72, -57, -45, -34, -24, -15, -6, 2, 10, 19, 27, 36, 47, 60, 76};
+
+/* What the bits of a group and a nibble stand for, in double precision. */
+static double value_int4(uint16_t bits, int q) {
+    return half_value((uint16_t)(bits & 0xFFC0), 5, 10) / 8192 * (levels[q] + (bits & 63) - 32);
+}
+
+/* Where a weight of LANE and K has its nibble, and its group the scale and shift: two groups make
+ * a block, a line of 2 x 16 of these, then 2 x 4 steps of 16 x 4 bytes. */
+static size_t nibble_at(size_t lane, size_t k, int *high) {
+    *high = k % 8 >= 4;
+    return k / 64 * (64 + 512) + 64 + k % 64 / 32 * 256 + k % 32 / 8 * 64 + 4 * lane + k % 4;
+}
+
+static size_t bits_at(size_t lane, size_t k) { return k / 64 * 576 + k % 64 / 32 * 32 + 2 * lane; }
+
+static uint16_t bits_of(const uint8_t *panel, size_t lane, size_t k) {
+    uint16_t bits;
+    memcpy(&bits, panel + bits_at(lane, k), 2);
+    return bits;
+}
+
+static int nibble_of(const uint8_t *panel, size_t lane, size_t k) {
+    int high, byte = panel[nibble_at(lane, k, &high)];
+    return high ? byte >> 4 : byte & 15;
+}
+
+/* Every finite scale, both signs, zero and subnormal ones too, with every shift and level. */
+static void test_int4_values(void) {
+    int wrong = 0;
+    uint8_t panel[576] = {0};
+    float row[64];
+    for (size_t k = 0; k < 64; k++)
+        for (int high, i = 0; i < 16; i++) {
+            size_t at = nibble_at((size_t)i, k, &high);
+            panel[at] |= (uint8_t)(((int)k + i) % 16 << 4 * high);
+        }
+    for (uint32_t h = 0; h < 65536; h++) {
+        uint16_t bits = (uint16_t)h;
+        size_t lane = h % 16;
+        if ((bits & 0x7C00) == 0x7C00) continue;
+        memcpy(panel + bits_at(lane, 0), &bits, 2), memcpy(panel + bits_at(lane, 32), &bits, 2);
+        panel_unpack_row(TYPE_INT4, panel, lane, 64, row);
+        for (size_t k = 0; k < 64; k++)
+            wrong += (double)row[k] != value_int4(bits, ((int)k + (int)lane) % 16);
+    }
+    CHECK_EQ(wrong, 0);
+}
+
+/* A nibble that changes moves its own weight and no other, the bits of a group its 32 weights; all
+ * bytes of a panel are one or the other. */
+static void test_int4_layout(void) {
+    int wrong = 0;
+    for (size_t c = 0; c < N_COLS; c++) {
+        size_t cols = round_up(all_cols[c], 64), bytes = panel_bytes(TYPE_INT4, all_cols[c]);
+        uint8_t *panel = malloc(bytes), *used = calloc(bytes, 1);
+        float *before = malloc(16 * cols * sizeof *before), *row = malloc(cols * sizeof *row);
+        wrong += bytes != cols / 64 * 576;
+        for (size_t i = 0; i < bytes; i++) panel[i] = (uint8_t)(i % 576 < 64 ? 0x15 : i * 37 % 256);
+        for (size_t r = 0; r < 16; r++)
+            panel_unpack_row(TYPE_INT4, panel, r, cols, before + r * cols);
+        for (size_t i = 0; i < 16 * cols * 2; i++) {
+            size_t r = i / 2 / cols, k = i / 2 % cols, moved = 0;
+            int high;
+            bool nibble = i % 2;
+            size_t at = nibble ? nibble_at(r, k, &high) : bits_at(r, k);
+            if (!nibble && k % 32) continue;
+            uint8_t old = panel[at], flip = nibble ? high ? 0x90 : 0x09 : 0x20;
+            panel[at] ^= flip, used[at] |= flip;
+            if (!nibble) used[at + 1]++;
+            for (size_t lane = 0; lane < 16; lane++) {
+                panel_unpack_row(TYPE_INT4, panel, lane, cols, row);
+                for (size_t n = 0; n < cols; n++) {
+                    bool own = lane == r && (nibble ? n == k : n / 32 == k / 32);
+                    bool differs = row[n] != before[lane * cols + n];
+                    wrong += differs && !own, moved += differs;
+                }
+                if (c > 9 && lane == r) lane = 15;      /* the others were seen in small panels  */
+            }
+            wrong += moved != (nibble ? 1 : 32);
+            panel[at] = old;
+        }
+        for (size_t i = 0; i < bytes; i++)
+            wrong += used[i] != (i % 576 >= 64 ? 0x99 : i % 2 ? 1 : 0x20);
+        free(panel), free(used), free(before), free(row);
+    }
+    CHECK_EQ(wrong, 0);
+}
+
+/* No level of the group is nearer to W than the one that is stored. */
+static int wrong_int4(float w, uint16_t bits, int q, float back) {
+    double off = fabs(value_int4(bits, q) - (double)w), size = fabs((double)w);
+    int wrong = (double)back != value_int4(bits, q);
+    for (int i = 0; i < 16 && bits; i++)
+        wrong += fabs(value_int4(bits, i) - (double)w) * (1 + 1e-5) + size * 1e-6 < off;
+    return wrong;
+}
+
+/* Two neighbours of the levels, which span 172, are 24 apart: were a group's ends met exactly, no
+ * weight would be off by more than 12 / 172 of its range. The search makes squares small instead,
+ * so that bounds their mean, beside the smallest scale. A group that is none is all zeros. */
+static void test_int4_panels(void) {
+    int wrong = 0, used[16] = {0}, signs[2] = {0};
+    double worst = 0;
+    for (size_t c = 0; c < N_COLS; c++)
+        for (size_t rows = 1; rows <= 33; rows++) {
+            static const int styles[] = {0, 1, 2, 6, 0, 1};
+            size_t cols = all_cols[c];
+            uint8_t *p;
+            float *w = random_matrix(TYPE_INT4, rows, cols, styles[rows % 6], &p);
+            float *back = malloc(cols * sizeof *back);
+            for (size_t r = 0; r < round_up(rows, LANES); r++) {
+                const uint8_t *panel = panel_of(TYPE_INT4, p, r, cols);
+                panel_unpack_row(TYPE_INT4, panel, r % LANES, cols, back);
+                for (size_t k = 0; k < round_up(cols, 64); k += 32) {
+                    double squares = 0, low = 0, high = 0;
+                    uint16_t bits = bits_of(panel, r % 16, k);
+                    size_t n = r >= rows || k >= cols ? 0 : cols - k < 32 ? cols - k : 32;
+                    for (size_t i = 0; i < n; i++) {
+                        double x = (double)w[r * cols + k + i], d = (double)back[k + i] - x;
+                        int q = nibble_of(panel, r % 16, k + i);
+                        wrong += wrong_int4((float)x, bits, q, back[k + i]);
+                        squares += d * d, low = fmin(low, x), high = fmax(high, x);
+                        used[q]++, signs[bits >> 15]++;
+                    }
+                    double step = (high - low) * 12 / 172 + 0x1p-31;
+                    if (n) worst = fmax(worst, squares / (double)n / (step * step));
+                    for (size_t i = n; i < 32 && !n; i++) wrong += nibble_of(panel, r % 16, k + i);
+                    wrong += (bits == 0) != (low == 0 && high == 0);
+                    wrong += (bits & 0x7C00) == 0x7C00;
+                }
+            }
+            free(back), free(p), free(w);
+        }
+    CHECK_EQ(wrong, 0);
+    if (!CHECK(worst < 1)) printf("    %.3f\n", worst);
+    printf("int4: mean square of a group at most %.3f\n", worst);
+    for (int i = 0; i < 16; i++) CHECK(used[i] > 1000);
+    CHECK(signs[0] > 10000 && signs[1] > 10000);
+}
+
+/* One group in row 0 of a panel of 32 columns -> what is off, relative to its largest weight. */
+static double group_error(const float *v, uint16_t *bits) {
+    uint8_t panel[576];
+    float row[32];
+    double off = 0, largest = 0;
+    pack_panel(packer, TYPE_INT4, v, 1, 32, NULL, panel);
+    panel_unpack_row(TYPE_INT4, panel, 0, 32, row);
+    for (size_t i = 0; i < 32; i++) {
+        off = fmax(off, fabs((double)row[i] - (double)v[i]));
+        largest = fmax(largest, fabs((double)v[i]));
+    }
+    *bits = bits_of(panel, 0, 0);
+    return largest > 0 ? off / largest : 0;
+}
+
+/* What bits can say exactly comes back exactly: every scale with every shift. */
+static void test_int4_exact(void) {
+    int wrong = 0;
+    for (uint32_t h = 64; h < 0x7BC0; h += 64)
+        for (int i = 0; i < 8; i++) {
+            float v[32];
+            uint16_t found, bits = (uint16_t)(h | (test_random() & 1) << 15 | test_random() % 64);
+            double largest = 0;
+            for (size_t k = 0; k < 32; k++) {
+                v[k] = (float)value_int4(bits, k < 16 ? (int)k : (int)(test_random() % 16));
+                largest = fmax(largest, fabs((double)v[k]));
+            }
+            if (largest > INT4_LARGEST) continue;
+            wrong += group_error(v, &found) != 0 || found != bits;
+        }
+    CHECK_EQ(wrong, 0);
+}
+
+/* The ends: the largest weights there may be, of one sign, of both, alone; weights so small that
+ * the smallest scale is too large; nothing. */
+static void test_int4_extremes(void) {
+    float v[32] = {0};
+    uint16_t bits;
+    double worst = 0;
+    CHECK(group_error(v, &bits) == 0 && bits == 0);
+    v[5] = -0.0f;
+    CHECK(group_error(v, &bits) == 0 && bits == 0);
+    for (int style = 0; style < 200; style++) {
+        for (size_t k = 0; k < 32; k++) {
+            float f = (float)((double)test_random() / 0x1p63 - 1) * INT4_LARGEST;
+            v[k] = style % 5 == 0 ? f : style % 5 == 1 ? fabsf(f) : style % 5 == 2 ? -fabsf(f) :
+                   style % 5 == 3 ? copysignf(INT4_LARGEST, f) : f * 1e-3f;
+        }
+        v[style % 32] = copysignf(INT4_LARGEST, style & 1 ? -1.0f : 1.0f);
+        worst = fmax(worst, group_error(v, &bits));
+        CHECK((bits & 0x7FC0) <= 0x7BC0);
+    }
+    printf("int4: largest weights off by at most %.3f\n", worst);
+    CHECK(worst < 0.16);
+    for (size_t k = 0; k < 32; k++) v[k] = k % 2 ? INT4_LARGEST : INT4_LARGEST * 0.999f;
+    CHECK(group_error(v, &bits) < 0.02);
+    for (int i = 0; i < 40; i++) {                      /* ever smaller: well, badly, as zeros   */
+        for (size_t k = 0; k < 32; k++) v[k] = ldexpf((float)levels[k / 2], -24 - i);
+        double error = group_error(v, &bits);
+        CHECK(i < 8 ? error < 0.01 : i < 15 ? error <= 1 : bits == 0 && error == 1);
+    }
+    for (size_t k = 0; k < 32; k++) v[k] = bits_float((uint32_t)k);     /* subnormal             */
+    CHECK(group_error(v, &bits) == 1 && bits == 0);
+}
+
+/* A line between two random numbers (Box and Muller 1958), and what is made of such. */
+static double normal(void) {
+    double u = ((double)(test_random() >> 11) + 1) * 0x1p-53;
+    return sqrt(-2 * log(u)) * cos(6.283185307179586 * (double)(test_random() >> 11) * 0x1p-53);
+}
+
+static double student(int freedom) {
+    double top = normal(), squares = 0;
+    for (int i = 0; i < freedom; i++) {
+        double x = normal();
+        squares += x * x;
+    }
+    return top / sqrt(squares / freedom);
+}
+
+/* Relative squared error against that of llama.cpp's Q4_K, of as many bits, on these very matrices
+ * (ggml_quantize_chunk, without an importance matrix). */
+static void test_int4_error(void) {
+    static const struct { const char *name; int freedom; double q4_k; } kinds[] = {
+        {"normal", 0, 0.0051}, {"Student t5", 5, 0.0068}, {"Student t3", 3, 0.0085},
+        {"Laplace", -1, 0.0071}};
+    enum { ROWS = 256, COLS = 4096 };
+    float *w = malloc(ROWS * COLS * sizeof *w), row[COLS];
+    uint8_t *panel = malloc(panel_bytes(TYPE_INT4, COLS));
+    test_random_state = 88172645463325252ull;           /* the same matrices whatever ran before */
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
+        double off = 0, size = 0;
+        int freedom = kinds[i].freedom;
+        for (size_t k = 0; k < ROWS * COLS; k++) {
+            double u = (double)(test_random() >> 11) * 0x1p-53 - 0.5;
+            double laplace = (u < 0 ? 1 : -1) * log(1 - 2 * fabs(u) + 1e-16);
+            w[k] = (float)(0.02 * (freedom > 0 ? student(freedom) : freedom ? laplace : normal()));
+        }
+        for (size_t r = 0; r < ROWS; r++) {
+            if (r % 16 == 0) pack_panel(packer, TYPE_INT4, w + r * COLS, 16, COLS, NULL, panel);
+            panel_unpack_row(TYPE_INT4, panel, r % 16, COLS, row);
+            for (size_t k = 0; k < COLS; k++) {
+                double x = (double)w[r * COLS + k], d = (double)row[k] - x;
+                off += d * d, size += x * x;
+            }
+        }
+        printf("%s: relative squared error %.5f, Q4_K %.4f\n", kinds[i].name, off / size,
+               kinds[i].q4_k);
+        CHECK(off / size < kinds[i].q4_k);
+    }
+    free(w), free(panel);
+}
+
 /* Each weight has bytes of its own inside the panel: one weight is changed at a time, and the
  * bytes that differ may belong to no other weight (int8: nor be scales of another group). */
 static void test_layout(int type) {
@@ -303,17 +561,27 @@ static void test_sizes(void) {
     CHECK_EQ(panel_bytes(TYPE_INT8, 64), 1024 + 64);
     CHECK_EQ(panel_bytes(TYPE_INT8, 65), 2 * 1024 + 64);
     CHECK_EQ(panel_bytes(TYPE_INT8, 129), 3 * 1024 + 2 * 64);
+    CHECK_EQ(panel_bytes(TYPE_INT4, 4096), 16 * 4096 / 2 + 16 * 2 * 4096 / 32);
+    CHECK_EQ(panel_bytes(TYPE_INT4, 1), 512 + 64);
+    CHECK_EQ(panel_bytes(TYPE_INT4, 64), 512 + 64);
+    CHECK_EQ(panel_bytes(TYPE_INT4, 65), 2 * (512 + 64));
+    CHECK_EQ(tensor_bytes(TYPE_INT4, 17, 80), 2 * 2 * (512 + 64));
     CHECK_EQ(tensor_bytes(TYPE_F32, 3, 5), 60);
     CHECK_EQ(tensor_bytes(TYPE_INT8, 17, 64), 2 * (1024 + 64));
     CHECK_EQ(tensor_bytes(TYPE_BF16, 33, 2), 3 * 64);
     CHECK_EQ(tensor_bytes(TYPE_BF16, 16, 2), 64);
     CHECK(type_find("f32") == TYPE_F32 && type_find("bf16") == TYPE_BF16);
+    CHECK(type_find("int4") == TYPE_INT4 && rows_type(TYPE_INT4) == TYPE_INT8);
+    CHECK(rows_type(TYPE_INT8) == TYPE_INT8 && rows_type(TYPE_BF16) == TYPE_BF16);
     CHECK(type_find("int8") == TYPE_INT8 && type_find("int") == -1 && type_find("") == -1);
     CHECK(round_up(0, 16) == 0 && round_up(1, 16) == 16 && round_up(16, 16) == 16);
     CHECK(round_up(4097, 4096) == 8192);
 }
 
 int main(void) {
+    const kernel_set *sets[N_KERNEL_SETS];
+    usable_kernels(sets);
+    packer = sets[0];
     for (size_t i = 0; i < sizeof half_types / sizeof *half_types; i++) {
         test_half_widening(&half_types[i]);
         test_half_rounding(&half_types[i]);
@@ -327,5 +595,11 @@ int main(void) {
     test_int8_panels();
     test_layout(TYPE_BF16);
     test_layout(TYPE_INT8);
+    test_int4_values();
+    test_int4_layout();
+    test_int4_panels();
+    test_int4_exact();
+    test_int4_extremes();
+    test_int4_error();
     return report();
 }

@@ -19,8 +19,9 @@
  *  7 Plan          which tensor of the source becomes which section; the header
  *  8 Proofs        texts, conversations and prompts with what they must give
  *  9 Writing       sections on all threads, progress, Ctrl-C
- * 10 Finishing     proofs, reading again, the name
- * 11 Commands      options, --dry-run, main
+ * 10 Calibration   which columns of a matrix count, seen on a text
+ * 11 Finishing     proofs, reading again, the name
+ * 12 Commands      options, --dry-run, main
  *
  * Tests: tests/20_export.c, 21_gguf.c. */
 
@@ -979,6 +980,8 @@ typedef struct {
     const source_tensor *from;  /* NULL: values, or the tokenizer                              */
     size_t paired;              /* head_dim, where the rows of a head stand in pairs; else 0   */
     const float *values;        /* (rows, cols) that are known already                         */
+    size_t layer, input;        /* of a layer's matrix: the stage it is multiplied by          */
+    const float *importance;    /* (cols) how much an error counts; NULL: all the same         */
     uint64_t offset, bytes;
     uint8_t digest[32];
 } section;
@@ -1003,8 +1006,21 @@ typedef struct {
     float *rows;
 } scratch;                      /* of one thread                                               */
 
+enum { N_INPUTS = 4, MAX_WINDOWS = 32 };
+
+/* What --calibrate's text shows: section 10. */
+typedef struct {
+    buffer ids;                             /* int32_t, window after window                    */
+    size_t window[MAX_WINDOWS], n_windows;  /* tokens of each                                  */
+    size_t at[N_INPUTS + 1];                /* where a stage's columns begin in a layer's      */
+    double *squares;                        /* (n_layers, all columns) added up over tokens    */
+    float *importance;                      /* the same shape                                  */
+    size_t opening;                         /* 1: the next row is the first of its window      */
+} calibration;
+
 typedef struct {
     const char *source, *out, *type, *template_name, *name, *proof, *yarn_factor, *window, *threads;
+    const char *calibrate;
     bool tokenizer_only, dry_run, help, version;
 } export_options;
 
@@ -1034,6 +1050,7 @@ typedef struct {
     medrun_error error;
     atomic_bool stop;
     const kernel_set *kernels;  /* search for the scales of int4                               */
+    calibration calibration;
 } exporter;
 
 static int add_section(exporter *x, const char *name, int type, size_t rows, size_t cols,
@@ -1094,21 +1111,26 @@ static int plan_layer(exporter *x, int layer, medrun_error *e) {
     const model_config *c = &x->source.config;
     int hidden = c->hidden_size, heads = c->n_heads * c->head_dim, kv = c->n_kv_heads * c->head_dim;
     bool gated = c->activation == ACTIVATION_SILU, apertus = c->qk_norm, own = x->source.gguf;
-    const struct { const char *name, *hf_name, *gguf_name; int rows, cols; bool missing; } all[] = {
+    const struct {
+        const char *name, *hf_name, *gguf_name;
+        int rows, cols;
+        size_t input;                       /* of input_stages                                 */
+        bool missing;
+    } all[] = {
         {"attn_norm", apertus ? "attention_layernorm" : "input_layernorm", "attn_norm", 0, hidden,
-         false},
-        {"q", "self_attn.q_proj", "attn_q", heads, hidden, false},
-        {"k", "self_attn.k_proj", "attn_k", kv, hidden, false},
-        {"v", "self_attn.v_proj", "attn_v", kv, hidden, false},
-        {"q_norm", "self_attn.q_norm", "attn_q_norm", 0, c->head_dim, !c->qk_norm},
-        {"k_norm", "self_attn.k_norm", "attn_k_norm", 0, c->head_dim, !c->qk_norm},
-        {"o", "self_attn.o_proj", "attn_output", hidden, heads, false},
+         0, false},
+        {"q", "self_attn.q_proj", "attn_q", heads, hidden, 0, false},
+        {"k", "self_attn.k_proj", "attn_k", kv, hidden, 0, false},
+        {"v", "self_attn.v_proj", "attn_v", kv, hidden, 0, false},
+        {"q_norm", "self_attn.q_norm", "attn_q_norm", 0, c->head_dim, 0, !c->qk_norm},
+        {"k_norm", "self_attn.k_norm", "attn_k_norm", 0, c->head_dim, 0, !c->qk_norm},
+        {"o", "self_attn.o_proj", "attn_output", hidden, heads, 1, false},
         {"ffn_norm", apertus ? "feedforward_layernorm" : "post_attention_layernorm", "ffn_norm", 0,
-         hidden, false},
-        {"gate", "mlp.gate_proj", "ffn_gate", c->ffn_size, hidden, !gated},
-        {"up", "mlp.up_proj", "ffn_up", c->ffn_size, hidden, false},
-        {"xielu", NULL, NULL, 0, 4, c->activation != ACTIVATION_XIELU},
-        {"down", "mlp.down_proj", "ffn_down", hidden, c->ffn_size, false},
+         hidden, 0, false},
+        {"gate", "mlp.gate_proj", "ffn_gate", c->ffn_size, hidden, 2, !gated},
+        {"up", "mlp.up_proj", "ffn_up", c->ffn_size, hidden, 2, false},
+        {"xielu", NULL, NULL, 0, 4, 0, c->activation != ACTIVATION_XIELU},
+        {"down", "mlp.down_proj", "ffn_down", hidden, c->ffn_size, 3, false},
     };
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
         char name[64], from[96] = "";
@@ -1120,9 +1142,10 @@ static int plan_layer(exporter *x, int layer, medrun_error *e) {
         if (from[0]) plan_tensor(x, name, from, all[i].rows, all[i].cols, e);
         else plan_values(x, name, x->source.xielu + 4 * layer, 4, e);
         if (e->code) return e->code;
+        section *t = &x->sections[x->n_sections - 1];
+        t->layer = (size_t)layer, t->input = all[i].input;
         bool turned = !strcmp(all[i].name, "q") || !strcmp(all[i].name, "k");
-        if (own && turned && !apertus)
-            x->sections[x->n_sections - 1].paired = (size_t)c->head_dim;
+        if (own && turned && !apertus) t->paired = (size_t)c->head_dim;
     }
     return MEDRUN_OK;
 }
@@ -1339,7 +1362,10 @@ static void put_provenance(buffer *b, const exporter *x) {
         buffer_printf(b, ",\"bytes\":%llu", (unsigned long long)s->files[i].bytes);
         put_digest(b, s->files[i].digest);
     }
-    buffer_printf(b, "],\"precision\":\"%s\",\"licence\":", x->precision);
+    if (x->options.calibrate)               /* with the last of the sources                    */
+        buffer_printf(b, "],\"calibration\":{\"tokens\":%zu}", x->calibration.ids.n / 4);
+    else buffer_text(b, "]");
+    buffer_printf(b, ",\"precision\":\"%s\",\"licence\":", x->precision);
     put_string(b, s->licence);
     buffer_text(b, ",\"notice\":\"For research and education. Not a medical device; not for "
                    "clinical use.\"},\n");
@@ -1773,7 +1799,7 @@ static int write_section(exporter *x, section *t, const scratch *m, medrun_error
                     return refuse(e, "%s/%s: tensor %s: found the weight %g, int4 has none beyond "
                                   "%d; use --type int8", x->source.folder, file->name, from->name,
                                   (double)m->rows[i], INT4_LARGEST);
-            pack_panel(x->kernels, t->type, m->rows, n, t->cols, NULL, m->out);
+            pack_panel(x->kernels, t->type, m->rows, n, t->cols, t->importance, m->out);
             out = m->out, n_out = panel_bytes(t->type, t->cols);
         }
         sha256_add(&sum, out, n_out);
@@ -1842,6 +1868,11 @@ static int compare_jobs(const void *a, const void *b) {
     return (x->begin > y->begin) - (x->begin < y->begin);
 }
 
+/* Adds the writing of T to the N jobs that there are. */
+static void plan_job(exporter *x, section *t, size_t *n) {
+    x->jobs[(*n)++] = (job){t, &x->source.files[t->from->file], t->from->begin};
+}
+
 static int plan_jobs(exporter *x, size_t *n_jobs, medrun_error *e) {
     source *s = &x->source;
     size_t n = 0;
@@ -1856,8 +1887,9 @@ static int plan_jobs(exporter *x, size_t *n_jobs, medrun_error *e) {
         const source_tensor *t = x->sections[i].from;
         x->total += x->sections[i].bytes;               /* each is read again at the end         */
         if (!t) continue;
-        x->jobs[n++] = (job){&x->sections[i], &s->files[t->file], t->begin};
-        x->total += t->end - t->begin;
+        plan_job(x, &x->sections[i], &n);
+        bool again = x->options.calibrate && x->sections[i].type == TYPE_INT4;
+        x->total += (t->end - t->begin) * (again ? 2 : 1);
     }
     qsort(x->jobs, n, sizeof *x->jobs, compare_jobs);
     return *n_jobs = n, MEDRUN_OK;
@@ -1944,8 +1976,10 @@ static void drop_partial(exporter *x) {
     x->partial[0] = 0, x->fd = -1;
 }
 
+#include "export_calibrate.c"           /* section 10 */
+
 /* ============================================================================================
- * 10 Finishing: proofs, reading again, the name
+ * 11 Finishing: proofs, reading again, the name
  * ============================================================================================ */
 
 /* Written twice: for the engine that computes the proofs, and with them. */
@@ -2026,7 +2060,8 @@ static int write_checkpoint(exporter *x, medrun_error *e) {
     if (x->source.notes.n) fputs((const char *)x->source.notes.data, stderr);
     if (!create_partial(x, x->file_bytes, e) && !plan_jobs(x, &n_jobs, e) && !start_threads(x, e) &&
         !run_parallel(x, n_jobs, run_jobs, e) && !write_known_sections(x, e) &&
-        !write_header(x, e) && !run_proofs(x, e) && !write_header(x, e) && !read_again(x, e))
+        !write_header(x, e) && !write_calibrated(x, e) && !run_proofs(x, e) &&
+        !write_header(x, e) && !read_again(x, e))
         rename_partial(x, e);
     if (x->terminal) fprintf(stderr, "\r%76s\r", "");
     if (!e->code)
@@ -2051,6 +2086,7 @@ static void close_exporter(exporter *x) {
     free(x->logits);
     free(x->sections);
     free(x->jobs);
+    free_calibration(&x->calibration);
     buffer_free(&x->header);
     buffer_free(&x->token_proofs);
     buffer_free(&x->chat_proofs);
@@ -2059,7 +2095,7 @@ static void close_exporter(exporter *x) {
 }
 
 /* ============================================================================================
- * 11 Commands: options, --dry-run, main
+ * 12 Commands: options, --dry-run, main
  * ============================================================================================ */
 
 typedef struct {
@@ -2075,6 +2111,7 @@ static const export_option option_table[] = {
     {"--name", "TEXT", AT(name), "the checkpoint's name (default: the folder's)"},
     {"--proof", "FILE", AT(proof), "JSON with more proofs: tokens, chats, logits"},
     {"--threads", "N", AT(threads), "threads (default: all processors)"},
+    {"--calibrate", "FILE", AT(calibrate), "text that int4's scales are fitted to"},
     {"--yarn-factor", "F", AT(yarn_factor), "YaRN's factor, if not the config's"},
     {"--sliding-window", "N", AT(window), "keys a token sees, 0: all; for GGUF"},
     {"--dry-run", NULL, AT(dry_run), "check everything, print what would be written"},
@@ -2180,6 +2217,8 @@ static int check_options(exporter *x, medrun_error *e) {
     x->type = o->type ? type_find(o->type) : TYPE_INT8;
     if (x->type != TYPE_BF16 && x->type != TYPE_INT8 && x->type != TYPE_INT4)
         return fail(e, MEDRUN_USAGE, "--type: found %s, wanted bf16, int8 or int4", o->type);
+    if (o->calibrate && (x->type != TYPE_INT4 || o->tokenizer_only))
+        return fail(e, MEDRUN_USAGE, "--calibrate: is only for --type int4");
     if (choose_kernels(&x->kernels, NULL, e)) return e->code;
     double factor = o->yarn_factor ? strtod(o->yarn_factor, &end) : 0;
     if (o->yarn_factor && (*end || end == o->yarn_factor || !(factor >= 1 && factor <= 1e6)))
@@ -2252,8 +2291,8 @@ static int export_model(exporter *x, medrun_error *e) {
                "Face folder", s->folder);
     else if (s->sliding_window < 0) open_hf_folder(s, x->options.template_name, e);
     else fail(e, MEDRUN_USAGE, "--sliding-window: is only for GGUF files; config.json says it");
-    if (e->code || choose_name(x, e) || plan_model(x, e) || plan_proofs(x, e) || lay_out(x, e))
-        return e->code;
+    if (e->code || choose_name(x, e) || plan_model(x, e) || plan_proofs(x, e) ||
+        plan_calibration(x, e) || lay_out(x, e)) return e->code;
     return x->options.dry_run ? print_plan(x, e) : write_checkpoint(x, e);
 }
 
