@@ -3210,7 +3210,7 @@ static void matmul_task(void *context, size_t begin, size_t end, int thread) {
     for (const product *p = j->products; p < j->products + j->n && begin < end; p++) {
         size_t panels = tensor_panels(p->w), n = panels < end ? panels : end;
         matmul_fn *f = matmul_of(g->k, p->w->type, j->x->kind);
-        uint8_t *block = g->blocks + (size_t)thread * g->block_bytes;
+        uint8_t *block = g->blocks ? g->blocks + (size_t)thread * g->block_bytes : NULL;
         if (begin < n)
             f(p->w->data + begin * panel_bytes(p->w->type, p->w->cols), n - begin, p->w->cols,
               j->x->data, j->x->tokens, j->some, block, p->out + begin * LANES, p->stride);
