@@ -154,8 +154,8 @@ static int calibrate(exporter *x, medrun_error *e) {
     calibration *c = &x->calibration;
     const model_config *k = &x->source.config;
     size_t hidden = (size_t)k->hidden_size, heads = (size_t)k->n_heads * (size_t)k->head_dim;
-    const size_t widths[N_INPUTS] = {hidden, heads, hidden, (size_t)k->ffn_size};
-    for (size_t i = 0; i < N_INPUTS; i++) c->at[i + 1] = c->at[i] + widths[i];
+    const size_t columns[N_INPUTS] = {hidden, heads, hidden, (size_t)k->ffn_size};
+    for (size_t i = 0; i < N_INPUTS; i++) c->at[i + 1] = c->at[i] + columns[i];
     size_t n = (size_t)k->n_layers * c->at[N_INPUTS];
     c->squares = new_array(n, sizeof *c->squares);
     c->importance = new_array(n, sizeof *c->importance);
@@ -163,7 +163,7 @@ static int calibrate(exporter *x, medrun_error *e) {
     if (gather(x, e)) return e->code;
     for (size_t i = 0; !e->code && i < (size_t)k->n_layers * N_INPUTS; i++) {
         size_t at = i / N_INPUTS * c->at[N_INPUTS] + c->at[i % N_INPUTS];
-        weigh_columns(c->squares + at, widths[i % N_INPUTS], c->importance + at, e);
+        weigh_columns(c->squares + at, columns[i % N_INPUTS], c->importance + at, e);
     }
     for (size_t i = 0; i < x->n_sections; i++) {
         section *t = &x->sections[i];
