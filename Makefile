@@ -14,7 +14,7 @@ UNITS    = 03_basics 04_threads 05_numbers 06_kernels 07_tensor 09_file 10_token
            12_model 13_transformer 14_sampler 15_allocation 15_session 16_answers 20_export 21_gguf
 FIXTURES = llama-plain llama-tied llama-sharded llama-grouped mistral-window mistral-spm \
            arcee-yarn arcee-yarn5 apertus-plain apertus-grouped
-MODELS   = $(foreach f,$(FIXTURES),$(BUILD)/$(f)-bf16.mdr $(BUILD)/$(f)-int8.mdr) \
+MODELS   = $(foreach f,$(FIXTURES),$(addprefix $(BUILD)/$(f)-,bf16.mdr int8.mdr int4.mdr)) \
            $(BUILD)/arcee-ratio-bf16.mdr
 
 EXPORT   = $(wildcard tools/export_*.c)
@@ -38,6 +38,9 @@ $(BUILD)/%-bf16.mdr: $(BIN)/medrun-export tests/fixtures/%/config.json
 $(BUILD)/%-int8.mdr: $(BIN)/medrun-export tests/fixtures/%/config.json
 	@mkdir -p $(BUILD)
 	$(BIN)/medrun-export tests/fixtures/$* $@ --type int8
+$(BUILD)/%-int4.mdr: $(BIN)/medrun-export tests/fixtures/%/config.json
+	@mkdir -p $(BUILD)
+	$(BIN)/medrun-export tests/fixtures/$* $@ --type int4
 $(BUILD)/tokenizer.bin: $(BIN)/medrun-export tests/fixtures/tokenizer/tokenizer.json
 	@mkdir -p $(BUILD)
 	$(BIN)/medrun-export --tokenizer-only tests/fixtures/tokenizer $@

@@ -796,6 +796,175 @@ static void test_attention_exact(void) {
     }
 }
 
+/* ---- the scales of int4 -------------------------------------------------------------------- */
+
+enum { FIT_STYLES = 12 };
+
+/* 16 groups (32, 16) of weights as they are and as they should not be. */
+static void fill_groups(float *v, int style) {
+    for (int i = 0; i < 512; i++) {
+        float f = uniform(), one = (float)((int)(test_random() % 3) - 1);
+        int k = i / 16, lane = i % 16;
+        switch (style) {
+            case 0: v[i] = f * f * f * 0.02f; break;
+            case 1: v[i] = f; break;
+            case 2: v[i] = (float)(lane - 5) * 0.01f; break;            /* constants, one is 0   */
+            case 3: v[i] = k == lane ? 3.7f : f * 1e-3f; break;         /* one outlier           */
+            case 4: v[i] = lane % 3 ? f : lane % 2 ? -0.0f : 0.0f; break;
+            case 5: v[i] = f * 1e-39f; break;                           /* subnormal             */
+            case 6: v[i] = f * INT4_LARGEST; break;
+            case 7: v[i] = copysignf(INT4_LARGEST, f); break;
+            case 8: v[i] = (float)(int)(f * 172) / 256; break;          /* ties between levels   */
+            case 9: v[i] = (0.5f + 0.001f * f) * (lane % 2 ? 1.0f : -1.0f); break;  /* one sign  */
+            case 10: v[i] = one; break;                                 /* three values          */
+            default: v[i] = ldexpf(f, -(int)(test_random() % 40));      /* every size            */
+        }
+    }
+}
+
+static void fill_importance(float *importance, int style) {
+    for (int k = 0; k < 32; k++) {
+        float f = fabsf(uniform());
+        importance[k] = style == 0 ? 1 : style == 1 ? 0.05f + f : style == 2 ? k < 16 ? 1 : 0 :
+                        style == 3 ? k == 7 ? 14000 : 0.05f : f * f * f * 20 + 0.05f;
+    }
+}
+
+static double level_value(int index, double scale, int shift) {
+    static const int levels[16] = {-96, -72, -57, -45, -34, -24, -15, -6, 2, 10, 19, 27, 36, 47, 60,
+                                   76};
+    return scale * (levels[index] + shift);
+}
+
+/* The weighted squared error of lane LANE with what was found for it. */
+static double found_error(const float *v, const float *importance, int lane, uint16_t bits,
+                          const uint8_t *q) {
+    double error = 0, scale = (double)f16_to_f32(bits & 0xFFC0) / 8192;
+    for (int k = 0; k < 32; k++) {
+        double off = level_value(q[16 * k + lane], scale, (bits & 63) - 32);
+        off -= (double)v[16 * k + lane];
+        error += off * off * (double)importance[k];
+    }
+    return error;
+}
+
+/* The same with the nearest level of each; stops above MOST. */
+static double nearest_error(const float *v, const float *importance, int lane, double scale,
+                            int shift, double most) {
+    double error = 0;
+    for (int k = 0; k < 32 && error < most; k++) {
+        double x = (double)v[16 * k + lane], best = INFINITY;
+        for (int q = 0; q < 16; q++) best = fmin(best, fabs(level_value(q, scale, shift) - x));
+        error += best * best * (double)importance[k];
+    }
+    return error;
+}
+
+/* The least error that any scale and shift give, in double precision. */
+static double least_error(const float *v, const float *importance, int lane) {
+    double low = 0, high = 0, least = INFINITY;
+    for (int k = 0; k < 32; k++) {
+        if (importance[k] > 0) low = fmin(low, (double)v[16 * k + lane]);
+        if (importance[k] > 0) high = fmax(high, (double)v[16 * k + lane]);
+    }
+    least = nearest_error(v, importance, lane, 0, 0, INFINITY);
+    for (int bits = 64; bits <= 0x7BC0; bits += 64) {
+        double scale = (double)f16_to_f32((uint16_t)bits) / 8192, span = (high - low) / 172;
+        if (scale < span * 0.3 || scale > span * 2.7) continue;
+        for (int shift = -32; shift < 32; shift++)
+            for (int sign = -1; sign <= 1; sign += 2)
+                least = fmin(least, nearest_error(v, importance, lane, sign * scale, shift, least));
+    }
+    return least;
+}
+
+/* All sets give the bits of the scalar pass. Nothing is off by more than all zeros would be. */
+static void test_fit(void) {
+    int wrong[N_KERNEL_SETS] = {0}, worse = 0, scales = 0;
+    for (int run = 0; run < FIT_STYLES * 20; run++) {
+        float v[512], importance[32];
+        uint16_t wanted[16], bits[16];
+        uint8_t nibbles[512], q[512];
+        fill_groups(v, run % FIT_STYLES), fill_importance(importance, run / FIT_STYLES % 5);
+        scalar->fit_int4(v, importance, wanted, nibbles);
+        for (int i = 0; i < n_sets; i++) {
+            memset(bits, 0xAA, sizeof bits), memset(q, 0xAA, sizeof q);
+            sets[i]->fit_int4(v, importance, bits, q);
+            wrong[i] += memcmp(bits, wanted, sizeof bits) || memcmp(q, nibbles, sizeof q);
+        }
+        for (int lane = 0; lane < 16; lane++) {
+            double zeros = nearest_error(v, importance, lane, 0, 0, INFINITY);
+            double error = found_error(v, importance, lane, wanted[lane], nibbles);
+            worse += !(error <= zeros * (1 + 1e-5));
+            worse += zeros == 0 && wanted[lane] != 0;
+            scales += (wanted[lane] & 0x7FC0) > 64 && error < zeros / 4;
+            for (int k = 0; k < 32; k++) worse += nibbles[16 * k + lane] > 15;
+        }
+    }
+    for (int i = 0; i < n_sets; i++) if (!CHECK_EQ(wrong[i], 0)) printf("    %s\n", sets[i]->name);
+    CHECK_EQ(worse, 0);
+    CHECK(scales > FIT_STYLES * 20 * 16 / 2);
+}
+
+/* The search against brute force, in sum and for the worst group. */
+static void test_fit_near_best(void) {
+    double found[2] = {0}, best[2] = {0}, worst = 0;
+    for (int run = 0; run < 16; run++) {
+        float v[512], importance[32];
+        uint16_t bits[16];
+        uint8_t q[512];
+        int kind = run / 8;                             /* all the same; columns of unlike weight */
+        fill_groups(v, run % 2 ? 1 : 0), fill_importance(importance, kind ? 4 : 0);
+        sets[0]->fit_int4(v, importance, bits, q);
+        for (int lane = 0; lane < 16; lane++) {
+            double error = found_error(v, importance, lane, bits[lane], q);
+            double least = least_error(v, importance, lane);
+            found[kind] += error / (run % 2 ? 1 : 4e-4), best[kind] += least / (run % 2 ? 1 : 4e-4);
+            worst = fmax(worst, error / least);
+            CHECK(error >= least * (1 - 1e-5));
+        }
+    }
+    printf("int4: %.3f and %.3f times the least error there is, at most %.2f in a group\n",
+           found[0] / best[0], found[1] / best[1], worst);
+    CHECK(found[0] < best[0] * 1.1 && found[1] < best[1] * 1.15);
+    CHECK(worst < 3);
+}
+
+/* Importances make the error smaller that they weigh; what a column of none holds changes nothing,
+ * and neither does a power of two that all have in common. */
+static void test_importance(void) {
+    double with = 0, without = 0, plain = 0, plain_without = 0;
+    int wrong = 0;
+    for (int run = 0; run < 200; run++) {
+        float v[512], importance[32], ones[32], few[32];
+        uint16_t bits[16], other[16];
+        uint8_t q[512], p[512];
+        fill_groups(v, run % 2), fill_importance(importance, 4), fill_importance(ones, 0);
+        sets[0]->fit_int4(v, importance, bits, q);
+        sets[0]->fit_int4(v, ones, other, p);
+        for (int lane = 0; lane < 16; lane++) {
+            double size = run % 2 ? 1 : 4e-4;
+            with += found_error(v, importance, lane, bits[lane], q) / size;
+            without += found_error(v, importance, lane, other[lane], p) / size;
+            plain += found_error(v, ones, lane, bits[lane], q) / size;
+            plain_without += found_error(v, ones, lane, other[lane], p) / size;
+        }
+        for (int k = 0; k < 32; k++) few[k] = k % 3 ? importance[k] : 0;
+        sets[0]->fit_int4(v, few, bits, q);
+        for (int i = 0; i < 512; i++) if (few[i / 16] == 0) v[i] = uniform() * 100;
+        sets[0]->fit_int4(v, few, other, p);
+        wrong += memcmp(bits, other, sizeof bits) != 0;
+        for (int i = 0; i < 512; i++) wrong += few[i / 16] > 0 && p[i] != q[i];
+        for (int k = 0; k < 32; k++) few[k] *= 4;
+        sets[0]->fit_int4(v, few, bits, q);
+        wrong += memcmp(bits, other, sizeof bits) || memcmp(p, q, sizeof p);
+    }
+    printf("int4: importances make the error %.2f times what it was, all columns' %.2f\n",
+           with / without, plain / plain_without);
+    CHECK(with < without * 0.9 && plain > plain_without);
+    CHECK_EQ(wrong, 0);
+}
+
 /* ---- the table ----------------------------------------------------------------------------- */
 
 static void test_choice(void) {
@@ -830,6 +999,9 @@ int main(void) {
     test_matmul(PACK_INT8, TYPE_INT4);
     test_matmul(PACK_BF16, TYPE_BF16);
     test_int8_extremes();
+    test_fit();
+    test_fit_near_best();
+    test_importance();
     test_norm();
     test_exp();
     test_silu_mul();

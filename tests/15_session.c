@@ -876,6 +876,15 @@ int main(void) {
     test_first_space(build);
     test_say();
     medrun_close(model);
+    snprintf(path, sizeof path, "%s/llama-grouped-int4.mdr", build);
+    if (medrun_open(&model, path, &(medrun_options){.threads = 2}, &e)) {
+        printf("%s\n", e.text);
+        return 1;
+    }
+    test_memory(0, 0), test_memory(2, 7);       /* int4 has scratch of its own                   */
+    test_rewind(0);
+    test_save();
+    medrun_close(model);
     uint64_t mixed = 0;
     for (size_t i = 0; i < sizeof fixtures / sizeof *fixtures; i++) test_lookup(build, i, &mixed);
     CHECK(mixed > 100);                         /* guesses that came true between other calls    */

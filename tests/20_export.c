@@ -189,7 +189,8 @@ static void expect(int found, int code, const char *needle, const char *what) {
 
 /* ---- good folders -------------------------------------------------------------------------- */
 
-/* Each weight of the source's tensor is in T: exactly in bf16, within half a step in int8. */
+/* Each weight of the source's tensor is in T: exactly in bf16, within half a step in int8, in int4
+ * near it, groups of 32 with a mean square that 12 of 172 steps of its range bound. */
 static void compare_weights(const char *file, const char *tensor_name, const tensor *t) {
     source s = {.folder = in_work("src")};
     medrun_error e = {0};
@@ -203,7 +204,15 @@ static void compare_weights(const char *file, const char *tensor_name, const ten
         size_t panel = panel_bytes(t->type, t->cols);
         read_at(s.files[0].fd, raw, 2 * n, from->begin + 2 * n * r, file, &e);
         panel_unpack_row(t->type, t->data + r / LANES * panel, r % LANES, n, row);
-        for (size_t k = 0; k < n; k++) {
+        for (size_t k = 0; t->type == TYPE_INT4 && k < n; k += GROUP4) {
+            double low = 0, high = 0, squares = 0, m = n - k < GROUP4 ? (double)(n - k) : GROUP4;
+            for (size_t i = k; i < n && i < k + GROUP4; i++) {
+                double x = (double)bf16_to_f32(raw[i]), d = (double)row[i] - x;
+                low = fmin(low, x), high = fmax(high, x), squares += d * d;
+            }
+            bad += !(sqrt(squares / m) <= (high - low) * 12 / 172);
+        }
+        for (size_t k = 0; t->type != TYPE_INT4 && k < n; k++) {
             float largest = 0, wanted = bf16_to_f32(raw[k]);
             for (size_t i = k / GROUP * GROUP; i < n && i < (k / GROUP + 1) * GROUP; i++)
                 largest = fmaxf(largest, fabsf(bf16_to_f32(raw[i])));
@@ -952,6 +961,40 @@ static void test_files(void) {
     }
 }
 
+/* What int4 has no scale for, and what has none at all: named, in vocabulary and matrices. */
+static void test_int4_weights(void) {
+    static const struct { const char *tensor; uint16_t bits; int code; const char *needle; } all[] = {
+        {"model.layers.1.mlp.down_proj.weight", 0x4416, 3, "found the weight 600, int4 has none"},
+        {"model.layers.0.self_attn.q_proj.weight", 0xC416, 3, "found the weight -600, int4"},
+        {"model.layers.1.mlp.down_proj.weight", 0x4400, 0, ""},         /* 512                   */
+        {"model.layers.1.mlp.down_proj.weight", 0xC400, 0, ""},
+        {"model.layers.0.mlp.up_proj.weight", 0x7F80, 3, "not a number"},
+        {"model.layers.0.mlp.gate_proj.weight", 0x7FC0, 3, "not a number"},
+        {"lm_head.weight", 0xFF80, 3, "not a number"},
+        {"lm_head.weight", 0x4416, 0, ""},              /* int8 there: it has room               */
+        {"model.norm.weight", 0x4416, 0, ""},
+    };
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
+        buffer b = {0};
+        source s = {.folder = in_work("src")};
+        medrun_error e = {0};
+        copy_fixture("llama-plain");
+        must(!read_shard(&s, "model.safetensors", &e) && !sort_tensors(&s, &e), "cannot read", "");
+        const source_tensor *t = find_tensor(&s, all[i].tensor);
+        read_file(in_work("src/model.safetensors"), &b);
+        memcpy(b.data + t->end - 2 * (1 + i), &all[i].bits, 2);
+        write_file(in_work("src/model.safetensors"), b.data, b.n);
+        int code = EXPORT("--type", "int4", "--threads", "2");
+        const char *said = errors.n ? (const char *)errors.data : "";
+        if (!CHECK(code == all[i].code && (!code || (strstr(said, all[i].needle) &&
+                                                     strstr(said, all[i].tensor)))))
+            printf("    %s: code %d: %s\n", all[i].tensor, code, said);
+        CHECK_EQ(clear_folder("out"), code == 0);
+        close_source(&s);
+        buffer_free(&b);
+    }
+}
+
 static void test_weights(void) {
     for (size_t i = 0; i < sizeof header_edits / sizeof *header_edits; i++) {
         copy_fixture("llama-plain");
@@ -988,6 +1031,7 @@ static void test_weights(void) {
         CHECK(code == 3 && strstr((const char *)errors.data, "not a number"));
         CHECK_EQ(clear_folder("out"), 0);
     }
+    test_int4_weights();
     buffer_free(&b);
     buffer_free(&copy);
 }
@@ -1341,6 +1385,219 @@ static void test_proofs(void) {
     CHECK(strstr((const char *)errors.data, "differs") && clear_folder("out") == 0);
 }
 
+/* ---- calibration --------------------------------------------------------------------------- */
+
+/* N bytes of words that differ; the fixtures' tokenizers take most letters for one. */
+static void write_words(const char *path, size_t n) {
+    static const char *const words[] = {"fever", "cough", "a", "dose", "of", "\xc3\xa9t\xc3\xa9"};
+    buffer b = {0};
+    for (size_t i = 0; b.n < n; i++)
+        buffer_printf(&b, "%s%c", words[test_random() % 6], i % 9 ? ' ' : '\n');
+    while (n && b.data[n - 1] >= 0x80) b.data[n - 1] = 'x', n -= n > 1 && b.data[n - 2] >= 0x80;
+    write_file(path, b.data, n);
+    buffer_free(&b);
+}
+
+#define CALIBRATE(...) EXPORT("--type", "int4", "--calibrate", in_work("text.txt"), __VA_ARGS__)
+
+/* The error of down_proj of layer 1, the squares of each column weighted; NULL: all alike. */
+static double weighted_error(const medrun_model *m, const double *weights) {
+    source s = {.folder = in_work("src")};
+    medrun_error e = {0};
+    const tensor *t = &m->layers[1].down;
+    double error = 0;
+    must(!read_shard(&s, "model.safetensors", &e) && !sort_tensors(&s, &e), "cannot read", "");
+    const source_tensor *from = find_tensor(&s, "model.layers.1.mlp.down_proj.weight");
+    float *row = new_array(t->cols, sizeof *row);
+    uint16_t *raw = new_array(t->cols, 2);
+    for (size_t r = 0; r < t->rows; r++) {
+        read_at(s.files[0].fd, raw, 2 * t->cols, from->begin + 2 * t->cols * r, "", &e);
+        panel_unpack_row(t->type, t->data + r / LANES * panel_bytes(t->type, t->cols), r % LANES,
+                         t->cols, row);
+        for (size_t k = 0; k < t->cols; k++) {
+            double d = (double)row[k] - (double)bf16_to_f32(raw[k]);
+            error += d * d * (weights ? weights[k] : 1);
+        }
+    }
+    free(row), free(raw);
+    close_source(&s);
+    return error;
+}
+
+static void add_squares(void *user, const char *stage, int layer, size_t rows, size_t cols,
+                        size_t stride, const float *data) {
+    double *squares = user;
+    for (size_t r = 0; r < rows && layer == 1 && !strcmp(stage, "ffn_act"); r++)
+        for (size_t k = 0; k < cols; k++)
+            squares[k] += (double)data[r * stride + k] * (double)data[r * stride + k];
+}
+
+/* What down_proj of layer 1 is multiplied by on the text, as this model computes it. */
+static double *squares_of(const medrun_model *m) {
+    double *squares = new_array((size_t)m->config.ffn_size, sizeof *squares);
+    medrun_session *s = NULL;
+    int32_t ids[512];
+    size_t n = 0;
+    buffer b = {0};
+    read_file(in_work("text.txt"), &b);
+    CHECK(!medrun_tokenize(m, (const char *)b.data, 400, 0, ids, 512, &n, NULL) && n > 200);
+    if (CHECK(!medrun_start(&s, m, NULL, NULL, 0, NULL) && !medrun_feed(s, ids, n, NULL))) {
+        medrun_observe(s, add_squares, squares);
+        while (medrun_pending(s)) medrun_step(&s, 1, NULL);
+    }
+    medrun_stop(s);
+    buffer_free(&b);
+    return squares;
+}
+
+/* Provenance and proofs of a checkpoint that was calibrated or not. */
+static void check_calibrated(const medrun_model *m, bool calibrated) {
+    const json *j = &m->file.header;
+    medrun_error e = {0};
+    uint32_t from = json_get(j, 0, "provenance"), c = json_get(j, from, "calibration");
+    uint32_t last = JSON_NONE;
+    uint64_t tokens = 0;
+    buffer b = {0};
+    uint8_t digest[32];
+    char hex[65], made[256] = "", said[64];
+    CHECK((c != JSON_NONE) == calibrated);
+    CHECK(!calibrated || (json_size(j, json_get(j, c, "tokens"), &tokens) && tokens > 1000));
+    read_file(in_work("text.txt"), &b);
+    sha256_of(b.data, b.n, digest), hex_of(digest, hex);
+    for EACH(j, json_get(j, from, "sources"), file) last = file;
+    CHECK(json_is(j, json_get(j, last, "file"), "text.txt") == calibrated &&
+          json_is(j, json_get(j, last, "sha256"), hex) == calibrated);
+    json_text(j, from, "", "precision", made, sizeof made, NULL);
+    snprintf(said, sizeof said, "what %d tokens of a text gave", (int)tokens);
+    CHECK((strstr(made, said) != NULL) == calibrated);
+    for EACH(j, json_get(j, json_get(j, 0, "proofs"), "logits"), proof) {
+        logits_proof p = {.given = true};
+        int32_t ids[16] = {0};
+        for EACH(j, json_get(j, proof, "ids"), id)
+            if (p.n < 16) ids[p.n++] = (int32_t)json_number(j, id);
+        p.ids = ids;
+        CHECK(json_text(j, proof, "", "sha256", hex, sizeof hex, &e) && parse_hex(hex, p.wanted) &&
+              !run_logits(m, &p, &e));
+    }
+    buffer_free(&b);
+}
+
+/* The columns that the text uses are nearer to the source than without it, all together are not. */
+static void test_calibration(void) {
+    medrun_error e = {0};
+    double error[2][2], *squares = NULL;
+    copy_fixture("llama-plain");
+    write_words(in_work("text.txt"), 6000);
+    for (int with = 0; with < 2; with++) {
+        medrun_model *m = NULL;
+        CHECK_EQ(with ? CALIBRATE("--threads", "2") : EXPORT("--type", "int4"), 0);
+        if (!CHECK(!medrun_open(&m, in_work("out/x.mdr"), NULL, &e))) return;
+        if (!with) squares = squares_of(m);
+        error[with][0] = weighted_error(m, squares), error[with][1] = weighted_error(m, NULL);
+        CHECK(logits_error(m, "llama-plain") < 0.3);
+        check_calibrated(m, with);
+        medrun_close(m);
+    }
+    printf("calibrated: %.3f of the weighted error, %.3f of the plain one\n",
+           error[1][0] / error[0][0], error[1][1] / error[0][1]);
+    CHECK(error[1][0] < error[0][0] * 0.97 && error[1][1] > error[0][1]);
+    free(squares);
+    clear_folder("out");
+}
+
+/* Neither threads nor kernels show; another text does. */
+static void test_calibration_bytes(void) {
+    const kernel_set *sets[N_KERNEL_SETS];
+    int n_sets = usable_kernels(sets);
+    buffer one = {0}, other = {0};
+    copy_fixture("llama-grouped");
+    write_words(in_work("text.txt"), 3000);
+    for (int i = 0; i < n_sets + 2; i++) {
+        setenv("MEDRUN_KERNELS", i < n_sets ? sets[i]->name : sets[0]->name, 1);
+        if (i > n_sets) write_words(in_work("text.txt"), 3000);
+        CHECK_EQ(CALIBRATE("--threads", i % 2 ? "3" : "1"), 0);
+        read_file(in_work("out/x.mdr"), i ? &other : &one);
+        bool same = one.n && one.n == other.n && !memcmp(one.data, other.data, one.n);
+        if (i) CHECK_EQ(same, i <= n_sets);
+    }
+    unsetenv("MEDRUN_KERNELS");
+    clear_folder("out");
+    buffer_free(&one), buffer_free(&other);
+}
+
+static void test_bad_calibration(void) {
+    const char *text = in_work("text.txt");
+    copy_fixture("llama-plain");
+    write_words(text, 3000);
+    expect(EXPORT("--calibrate", text), 2, "only for --type int4", "int8 by default");
+    expect(EXPORT("--calibrate", text, "--type", "bf16"), 2, "only for --type int4", "bf16");
+    expect(RUN("--tokenizer-only", in_work("src"), in_work("out/t.bin"), "--type", "int4",
+               "--calibrate", text), 2, "only for", "a tokenizer");
+    expect(EXPORT("--type", "int4", "--calibrate"), 2, "--calibrate: wanted a value", "no value");
+    expect(EXPORT("--type", "int4", "--calibrate", in_work("none.txt")), 3, "none.txt: cannot open",
+           "no file");
+    expect(EXPORT("--type", "int4", "--calibrate", work), 3, "is a folder", "a folder");
+    expect(EXPORT("--type", "int4", "--calibrate", "/dev/null"), 3, "not a regular", "a device");
+    expect(RUN(in_work("src"), text, "--type", "int4", "--calibrate", text), 2, "of the source",
+           "OUT is the text");
+    write_file(text, "", 0);
+    expect(CALIBRATE(NULL), 3, "is empty", "empty");
+    write_words(text, 200);
+    expect(CALIBRATE(NULL), 3, " tokens, wanted at least 512", "short");
+    static const struct { const char *bytes; size_t n; const char *needle; } bad[] = {
+        {"\x7f" "ELF\x02\x01\x01\x00", 8, "byte 3007:"}, {"\xff\xfe", 2, "byte 3000:"},
+        {"\xed\xa0\x80", 3, "byte 3000:"}, {"\xc3", 1, "byte 3000:"}, {"\xc0\x80", 2, "byte 3000:"}};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        uint8_t bytes[3008];
+        memset(bytes, 'a', 3000);
+        memcpy(bytes + 3000, bad[i].bytes, bad[i].n);
+        write_file(text, bytes, 3000 + bad[i].n);
+        expect(CALIBRATE(NULL), 3, bad[i].needle, "not UTF-8");
+    }
+}
+
+/* The second writing of matrices, and the text, stopped by a full disk, Ctrl-C, no memory. */
+static void test_calibration_failures(void) {
+    int failed = 0, stopped = 0, wrong = 0, code = 6, runs = 0;
+    copy_fixture("llama-plain");
+    write_words(in_work("text.txt"), 3000);
+    for (long at = 5; at < 700; at += 60) {
+        fail_write_at = at;
+        code = CALIBRATE("--threads", "2");
+        wrong += code && (code != 1 || !strstr((const char *)errors.data, "No space left"));
+        wrong += clear_folder("out") != (code == 0), failed += code == 1;
+        signal_write_at = at;
+        code = CALIBRATE("--threads", "2");
+        wrong += code && (code != 130 || !strstr((const char *)errors.data, "interrupted"));
+        wrong += clear_folder("out") != (code == 0), stopped += code == 130;
+    }
+    if (!CHECK(failed > 4 && failed < 12 && stopped > 4)) printf("    %d, %d\n", failed, stopped);
+    code = 6;
+    for (long i = 0; code && runs < 200; i += 1 + i / 5, runs++) {
+        fail_alloc_at = i;
+        if ((code = CALIBRATE("--threads", "2")) == 0) break;
+        wrong += (code != 6 && code != 3 && code != 1) || clear_folder("out");
+    }
+    CHECK_EQ(wrong, 0);
+    CHECK(code == 0 && runs > 20);
+    clear_folder("out");
+}
+
+/* A dry run says what the text gives. Control tokens in it count; a long one is not read whole. */
+static void test_calibration_plan(void) {
+    buffer b = {0};
+    copy_fixture("llama-plain");
+    for (int i = 0; i < 600; i++) buffer_text(&b, "<|eot_id|>");
+    write_file(in_work("text.txt"), b.data, b.n);
+    CHECK_EQ(CALIBRATE("--dry-run"), 0);
+    if (!CHECK(strstr(answer, "scales fitted to what 6"))) printf("%s\n", answer);
+    CHECK_EQ(clear_folder("out"), 0);
+    write_words(in_work("text.txt"), 900000);
+    CHECK_EQ(CALIBRATE("--dry-run"), 0);
+    CHECK(strstr(answer, "what 16384 tokens of a text gave"));
+    buffer_free(&b);
+}
+
 /* ---- failures while writing ---------------------------------------------------------------- */
 
 /* An existing OUT must be as it was, and no OUT.partial be left. */
@@ -1533,11 +1790,13 @@ int main(void) {
     static const char *const names[] = {"llama-plain", "llama-tied", "llama-sharded",
                                         "llama-grouped"};
     static const char *const twins[] = {"MEDRUN_TYPE", "MEDRUN_TEMPLATE", "MEDRUN_NAME",
-                                        "MEDRUN_PROOF", "MEDRUN_THREADS", "MEDRUN_DRY_RUN"};
-    for (size_t i = 0; i < 6; i++) unsetenv(twins[i]);
+                                        "MEDRUN_PROOF", "MEDRUN_THREADS", "MEDRUN_DRY_RUN",
+                                        "MEDRUN_CALIBRATE", "MEDRUN_KERNELS"};
+    for (size_t i = 0; i < 8; i++) unsetenv(twins[i]);
     for (size_t i = 0; i < 4; i++) {
         test_good(names[i], "bf16", 1e-5);
         test_good(names[i], "int8", 0.1);
+        test_good(names[i], "int4", 0.3);
     }
     test_header();
     test_same_bytes();
@@ -1561,12 +1820,18 @@ int main(void) {
     else SKIP("MEDRUN_TEST_DATA is not set: other people's templates");
     test_proofs();
     test_reference();
+    test_calibration();
+    test_calibration_bytes();
+    test_bad_calibration();
+    test_calibration_failures();
+    test_calibration_plan();
     test_failures();
     test_allocations();
     test_no_room();
     test_real_data();
     clear_folder("src"), clear_folder("out");
     remove(in_work("stdout")), remove(in_work("stderr")), remove(in_work("proof.json"));
+    remove(in_work("text.txt"));
     remove(in_work("src")), remove(in_work("out"));
     CHECK(!remove(work));
     buffer_free(&errors);

@@ -310,14 +310,14 @@ static bool same_model(const char *a, const char *b, bool same_tokenizer) {
     return same;
 }
 
-/* Both routes in both types. SPM: a SentencePiece tokenizer, which llama.cpp does not run as
+/* Both routes in all types. SPM: a SentencePiece tokenizer, which llama.cpp does not run as
  * SentencePiece does. */
 static void compare_routes(const char *gguf_file_path, const char *folder_path, bool spm) {
-    static const char *const types[] = {"bf16", "int8"};
+    static const char *const types[] = {"bf16", "int8", "int4"};
     char from[512], folder[512];
     snprintf(from, sizeof from, "%s", gguf_file_path);
     snprintf(folder, sizeof folder, "%s", folder_path);
-    for (size_t i = 0; i < 2; i++) {
+    for (size_t i = 0; i < 3; i++) {
         if (!CHECK_EQ(export(from, out_path, types[i]), 0) ||
             !CHECK_EQ(export(folder, path_of(work, "other.mdr"), types[i]), 0)) continue;
         if (!CHECK(same_model(out_path, path_of(work, "other.mdr"), !spm)))
