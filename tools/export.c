@@ -2106,12 +2106,12 @@ typedef struct {
 
 #define AT(field) offsetof(export_options, field)
 static const export_option option_table[] = {
-    {"--type", "TYPE", AT(type), "int8 (default), int4 or bf16"},
+    {"--type", "TYPE", AT(type), "int8 (default), bf16, or int4: smaller, less exact"},
     {"--template", "NAME", AT(template_name), "the chat template (default: recognised)"},
     {"--name", "TEXT", AT(name), "the checkpoint's name (default: the folder's)"},
     {"--proof", "FILE", AT(proof), "JSON with more proofs: tokens, chats, logits"},
     {"--threads", "N", AT(threads), "threads (default: all processors)"},
-    {"--calibrate", "FILE", AT(calibrate), "text that int4's scales are fitted to"},
+    {"--calibrate", "FILE", AT(calibrate), "text that int4's scales are fitted to (advised)"},
     {"--yarn-factor", "F", AT(yarn_factor), "YaRN's factor, if not the config's"},
     {"--sliding-window", "N", AT(window), "keys a token sees, 0: all; for GGUF"},
     {"--dry-run", NULL, AT(dry_run), "check everything, print what would be written"},
