@@ -2,8 +2,8 @@
  *
  * One C file: it maps a checkpoint (.mdr, made by medrun-export from a Hugging Face folder or a
  * GGUF file) and answers, with nothing but libc and pthreads. The numbers are the same on every
- * machine: with int8 weights, or bf16 under --strict, scalar, AVX2 and AVX-512 give the same bits,
- * whatever the number of threads, the chunks of the prompt or the company in the batch.
+ * machine: with int8 or int4 weights, or bf16 under --strict, scalar, AVX2 and AVX-512 give the same
+ * bits, whatever the number of threads, the chunks of the prompt or the company in the batch.
  *
  *     cc -O2 -o medrun medrun.c -lm -lpthread      the program
  *     cc -DMEDRUN_NO_MAIN -c medrun.c              the library object
@@ -16,7 +16,7 @@
  *      2 Platform      includes, compilers, what belongs to a system
  *      3 Basics        errors, memory, UTF-8, SHA-256, JSON
  *      4 Threads       files, memory, one pool, parallel_for, processor features
- *      5 Numbers       bf16, f16, int8, and how weights lie in panels
+ *      5 Numbers       bf16, f16, int8, int4, and how weights lie in panels
  *      6 Kernels       the words for each instruction set, the sentences once
  *      7 Tensor        packing activations, matmul on all threads
  *      9 Model file    the container: parse and check everything before anything is used
