@@ -2,8 +2,8 @@
  *
  * One C file: it maps a checkpoint (.mdr, made by medrun-export from a Hugging Face folder or a
  * GGUF file) and answers, with nothing but libc and pthreads. The numbers are the same on every
- * machine: with int8 or int4 weights, or bf16 under --strict, scalar, AVX2 and AVX-512 give the same
- * bits, whatever the number of threads, the chunks of the prompt or the company in the batch.
+ * machine: with int8 or int4 weights, or bf16 under --strict, scalar, AVX2 and AVX-512 give the
+ * same bits, whatever the number of threads, the chunks of the prompt or the company in the batch.
  *
  *     cc -O2 -o medrun medrun.c -lm -lpthread      the program
  *     cc -DMEDRUN_NO_MAIN -c medrun.c              the library object
