@@ -412,7 +412,8 @@ static double group_error(const float *v, uint16_t *bits) {
     pack_panel(packer, TYPE_INT4, v, 1, 32, NULL, panel);
     panel_unpack_row(TYPE_INT4, panel, 0, 32, row);
     for (size_t i = 0; i < 32; i++) {
-        off = fmax(off, fabs((double)row[i] - (double)v[i]));
+        double d = fabs((double)row[i] - (double)v[i]);
+        off = d > off ? d : off;                        /* fmax: gcc 12 for arm64 gives up       */
         largest = fmax(largest, fabs((double)v[i]));
     }
     *bits = bits_of(panel, 0, 0);
