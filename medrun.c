@@ -1463,6 +1463,7 @@ typedef struct {
     const char *name;
     bool bf16_dot;                  /* has a matmul for PACK_BF16                               */
     int int_pack;                   /* what int8 and int4 weights multiply                      */
+    unsigned unpacks;               /* 1 << type: a matmul of many tokens unpacks such weights  */
     /* x (tokens, cols) with STRIDE -> out; cols a multiple of 16 */
     void (*pack)(int kind, const float *x, size_t stride, size_t cols, size_t tokens,
                  uint8_t *out);
@@ -1492,6 +1493,13 @@ typedef struct {
 #define KERNEL_JOIN2(name, suffix) name##_##suffix
 #define KERNEL_JOIN(name, suffix) KERNEL_JOIN2(name, suffix)
 #define K(name) KERNEL_JOIN(name, KERNEL_SUFFIX)        /* vadd -> vadd_avx2 */
+/* A pass with PARTIAL has words of its own for products only; the rest is KERNEL_BASE's. */
+#define B(name) KERNEL_JOIN(name, KERNEL_BASE)
+#ifdef MEDRUN_NO_MAIN
+#define FIT_INT4 fit_int4
+#else
+#define FIT_INT4 NULL           /* the exporter searches for scales, the program never does      */
+#endif
 
 /* The words. vec is 16 floats, ivec 16 int32, wvec 64 bytes of weights. */
 #define vec K(vec)
@@ -1522,32 +1530,38 @@ typedef struct {
 #define istore16 K(istore16)            /* 16 ints that fit as 16 int16                          */
 #define wload K(wload)                  /* 64 bytes of weights                                   */
 #define wshift K(wshift)                /* the shifts of 16 int4 groups, each in 4 bytes         */
-#define wlevels K(wlevels)              /* int4 weights + 128 of 64 low, or else high, nibbles   */
 #define wstore K(wstore)
 #define wload_int8 K(wload_int8)        /* 32 int8, widened to int16                             */
 #define weven K(weven)                  /* of 16 pairs of bf16 the first, widened                */
 #define wodd K(wodd)                    /* ... the second                                        */
 #define bvec K(bvec)                    /* 64 int8 weights + 128 as idot4 wants them             */
 #define bready K(bready)                /* wvec to bvec                                          */
+#define blevels K(blevels)              /* the weights of 64 low, or else high, nibbles of int4  */
 #define bload K(bload)
-#define bstore K(bstore)
-#define xvec K(xvec)                    /* four q of one token, on all lanes                     */
-#define xload K(xload)                  /* token T of a tile of WIDE                             */
-#define idot4 K(idot4)                  /* acc + sum of 4 (weight + 128) * int8, exact           */
-#define idot2 K(idot2)                  /* acc + sum of 2 int16 * int16, exact if it fits        */
+#define bstore K(bstore)                /* two steps                                             */
+#define ibias K(ibias)                  /* -128 * a sum of q, if bvec is weights + 128; else 0   */
+#define svec K(svec)                    /* a float on all lanes                                  */
+#define sload K(sload)                  /* number T of NT that stand side by side                */
+#define vfmas K(vfmas)                  /* vec * svec + vec, rounded once                        */
+#define xvec K(xvec)                    /* four q, or two bf16, of one token on all lanes        */
+#define xload K(xload)                  /* token T of NT, in a tile of WIDE                      */
+#define idot4 K(idot4)                  /* acc + sum of 4 bvec * int8, exact                     */
 #define vdot2 K(vdot2)                  /* acc + w0 x0 + w1 x1 in bf16, as the processor does it */
+#define pvec K(pvec)                    /* two int16 of one query on all lanes                   */
+#define pload K(pload)
+#define idot2 K(idot2)                  /* acc + sum of 2 int16 * int16, exact if it fits        */
 /* The sentences. */
 #define vexp K(vexp)
 #define vexp_bend K(vexp_bend)
 #define vexpm1 K(vexpm1)
 #define pack_int K(pack_int)
-#define pack K(pack)
+#define pack B(pack)
 #define tile_f32 K(tile_f32)
 #define tile_bf16 K(tile_bf16)
 #define tile_int8 K(tile_int8)
 #define unpack K(unpack)
 #define tile_int4 K(tile_int4)
-#define matmul_f32 K(matmul_f32)
+#define matmul_f32 B(matmul_f32)
 #define matmul_bf16 K(matmul_bf16)
 #define matmul_int8 K(matmul_int8)
 #define matmul_int4 K(matmul_int4)
@@ -1559,12 +1573,12 @@ typedef struct {
 #define int4_fit K(int4_fit)
 #define round_int4 K(round_int4)
 #define start_int4 K(start_int4)
-#define fit_int4 K(fit_int4)
-#define norm K(norm)
-#define silu_mul K(silu_mul)
-#define relu2 K(relu2)
-#define xielu K(xielu)
-#define add K(add)
+#define fit_int4 B(fit_int4)
+#define norm B(norm)
+#define silu_mul B(silu_mul)
+#define relu2 B(relu2)
+#define xielu B(xielu)
+#define add B(add)
 #define pack_queries K(pack_queries)
 #define round16 K(round16)
 #define pack_int16 K(pack_int16)
@@ -1581,10 +1595,10 @@ typedef struct {
 #define value_int8 K(value_int8)
 #define value_step K(value_step)
 #define value_block K(value_block)
-#define attend K(attend)
-#define merge K(merge)
-#define to_half K(to_half)
-#define to_int8 K(to_int8)
+#define attend B(attend)
+#define merge B(merge)
+#define to_half B(to_half)
+#define to_int8 B(to_int8)
 #define peak K(peak)
 #define read_all K(read_all)
 #define kernel_row K(kernel_row)
@@ -1633,13 +1647,27 @@ static void tile_keys(const attention *a, size_t t, size_t nt, size_t first, siz
 #define BYTES_AS_THEY_LIE                                                                       \
     typedef wvec bvec;                                                                          \
     ALWAYS_INLINE bvec bready(wvec w) { return w; }                                             \
+    BYTES_BY_STEPS
+#define BYTES_BY_STEPS                                                                          \
     ALWAYS_INLINE bvec bload(const uint8_t *p) { return wload(p); }                             \
-    ALWAYS_INLINE void bstore(uint8_t *p, bvec w) { wstore(p, w); }
+    ALWAYS_INLINE void bstore(uint8_t *p, bvec first, bvec second) {                            \
+        wstore(p, first);                                                                       \
+        wstore(p + STEP_BYTES, second);                                                         \
+    }
+/* Where a number is loaded onto all lanes at once. */
+#define NUMBERS_ON_ALL_LANES                                                                    \
+    typedef vec svec;                                                                           \
+    ALWAYS_INLINE svec sload(const void *p, size_t t, size_t nt) {                              \
+        return (void)nt, vsplat(load_float((const uint8_t *)p + 4 * t));                        \
+    }                                                                                           \
+    ALWAYS_INLINE vec vfmas(vec x, svec y, vec c) { return vfma(x, y, c); }
 
 #else /* ---- MEDRUN_PASS: the words ----------------------------------------------------------- */
 
 #if MEDRUN_PASS == 1
 #define KERNEL_SUFFIX scalar
+#define KERNEL_BASE scalar
+#define KERNEL_NAME "scalar"
 #define TILE_PANELS 1           /* what fits the registers                                       */
 #define TILE_TOKENS 8
 #define FEW_TOKENS 8            /* ... of one panel                                              */
@@ -1724,11 +1752,6 @@ ALWAYS_INLINE wvec wshift(const uint8_t *p) {
     EACH memset(r.v + 4 * i, p[2 * i] & SHIFT_MASK, 4);
     return r;
 }
-ALWAYS_INLINE wvec wlevels(wvec w, wvec shift, bool low) {
-    UNROLLED for (int i = 0; i < 64; i++)
-        w.v[i] = (uint8_t)(int4_levels[low ? w.v[i] & 15 : w.v[i] >> 4] + shift.v[i]);
-    return w;
-}
 ALWAYS_INLINE wvec wload_int8(const int8_t *p) {
     wvec r;
     int16_t wide[32];
@@ -1747,10 +1770,16 @@ ALWAYS_INLINE vec wodd(wvec w) {
     return r;
 }
 BYTES_AS_THEY_LIE
+NUMBERS_ON_ALL_LANES
+ALWAYS_INLINE bvec blevels(wvec w, wvec shift, bool low) {
+    UNROLLED for (int i = 0; i < 64; i++)
+        w.v[i] = (uint8_t)(int4_levels[low ? w.v[i] & 15 : w.v[i] >> 4] + shift.v[i]);
+    return w;
+}
 typedef struct { int8_t q[4]; } xvec;
-ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t wide) {
+ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t nt, size_t wide) {
     xvec x;
-    (void)wide;
+    (void)nt, (void)wide;
     memcpy(&x, words + 4 * t, 4);
     return x;
 }
@@ -1759,11 +1788,12 @@ ALWAYS_INLINE ivec idot4(ivec acc, bvec w, xvec x) {
                      w.v[4 * i + 3] * x.q[3];
     return acc;
 }
-ALWAYS_INLINE ivec idot2(ivec acc, wvec w, uint32_t x) {
-    int16_t q[2], pair[32];
-    memcpy(q, &x, 4);
+typedef struct { int16_t q[2]; } pvec;
+ALWAYS_INLINE pvec pload(const void *p) { pvec x; memcpy(&x, p, 4); return x; }
+ALWAYS_INLINE ivec idot2(ivec acc, wvec w, pvec x) {
+    int16_t pair[32];
     memcpy(pair, &w, 64);
-    EACH acc.v[i] += pair[2 * i] * q[0] + pair[2 * i + 1] * q[1];
+    EACH acc.v[i] += pair[2 * i] * x.q[0] + pair[2 * i + 1] * x.q[1];
     return acc;
 }
 #undef EACH
@@ -1771,9 +1801,14 @@ ALWAYS_INLINE ivec idot2(ivec acc, wvec w, uint32_t x) {
 #elif MEDRUN_PASS == 2 || MEDRUN_PASS == 4
 #if MEDRUN_PASS == 2
 #define KERNEL_SUFFIX avx2
+#define KERNEL_NAME "avx2"
+#define UNPACK_INT8
 #else
 #define KERNEL_SUFFIX avxvnni
+#define KERNEL_NAME "avxvnni"
+#define PARTIAL
 #endif
+#define KERNEL_BASE avx2
 #define TILE_PANELS 1
 #define TILE_TOKENS 4
 #define FEW_TOKENS 4
@@ -1887,9 +1922,6 @@ ALWAYS_INLINE __m256i K(levels_half)(__m256i w, __m256i shift, bool low) {
     __m256i q = _mm256_and_si256(low ? w : _mm256_srli_epi16(w, 4), _mm256_set1_epi8(15));
     return _mm256_add_epi8(_mm256_shuffle_epi8(levels, q), shift);
 }
-ALWAYS_INLINE wvec wlevels(wvec w, wvec shift, bool low) {
-    return (wvec){K(levels_half)(w.a, shift.a, low), K(levels_half)(w.b, shift.b, low)};
-}
 ALWAYS_INLINE vec weven(wvec w) {
     return (vec){_mm256_castsi256_ps(_mm256_slli_epi32(w.a, 16)),
                  _mm256_castsi256_ps(_mm256_slli_epi32(w.b, 16))};
@@ -1899,11 +1931,12 @@ ALWAYS_INLINE vec wodd(wvec w) {
     return (vec){_mm256_castsi256_ps(_mm256_and_si256(w.a, mask)),
                  _mm256_castsi256_ps(_mm256_and_si256(w.b, mask))};
 }
+NUMBERS_ON_ALL_LANES
 #if MEDRUN_PASS == 4
 BYTES_AS_THEY_LIE
 typedef __m256i xvec;
-ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t wide) {
-    (void)wide;
+ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t nt, size_t wide) {
+    (void)nt, (void)wide;
     return _mm256_set1_epi32((int32_t)load_word(words + 4 * t));
 }
 ALWAYS_INLINE ivec idot4(ivec acc, bvec w, xvec x) {
@@ -1925,11 +1958,14 @@ ALWAYS_INLINE bvec bload(const uint8_t *p) {
     wvec even = wload(p), odd = wload(p + 64);
     return (bvec){even.a, even.b, odd.a, odd.b};
 }
-ALWAYS_INLINE void bstore(uint8_t *p, bvec w) {
-    wstore(p, (wvec){w.even_a, w.odd_a});
-    wstore(p + 64, (wvec){w.even_b, w.odd_b});
+ALWAYS_INLINE void bstore(uint8_t *p, bvec first, bvec second) {
+    wstore(p, (wvec){first.even_a, first.odd_a});
+    wstore(p + 64, (wvec){first.even_b, first.odd_b});
+    wstore(p + 128, (wvec){second.even_a, second.odd_a});
+    wstore(p + 192, (wvec){second.even_b, second.odd_b});
 }
-ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t wide) {
+ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t nt, size_t wide) {
+    (void)nt;
     return (xvec){_mm256_set1_epi32((int32_t)load_word(words + 4 * t)),
                   _mm256_set1_epi32((int32_t)load_word(words + 4 * (wide + t)))};
 }
@@ -1946,15 +1982,22 @@ ALWAYS_INLINE ivec idot4(ivec acc, bvec w, xvec x) {
     return acc;
 }
 #endif
-ALWAYS_INLINE ivec idot2(ivec acc, wvec w, uint32_t x) {
-    __m256i q = _mm256_set1_epi32((int32_t)x);
-    return (ivec){_mm256_add_epi32(acc.a, _mm256_madd_epi16(w.a, q)),
-                  _mm256_add_epi32(acc.b, _mm256_madd_epi16(w.b, q))};
+ALWAYS_INLINE bvec blevels(wvec w, wvec shift, bool low) {
+    return bready((wvec){K(levels_half)(w.a, shift.a, low), K(levels_half)(w.b, shift.b, low)});
+}
+typedef __m256i pvec;
+ALWAYS_INLINE pvec pload(const void *p) { return _mm256_set1_epi32((int32_t)load_word(p)); }
+ALWAYS_INLINE ivec idot2(ivec acc, wvec w, pvec x) {
+    return (ivec){_mm256_add_epi32(acc.a, _mm256_madd_epi16(w.a, x)),
+                  _mm256_add_epi32(acc.b, _mm256_madd_epi16(w.b, x))};
 }
 #undef BOTH
 
-#else /* 3: avx512 with VNNI, and for those that have it BF16 */
+#elif MEDRUN_PASS == 3 /* avx512 with VNNI, and for those that have it BF16 */
 #define KERNEL_SUFFIX avx512
+#define KERNEL_BASE avx512
+#define KERNEL_NAME "avx512"
+#define BF16_NAME "avx512bf16"
 #define TILE_PANELS 4
 #define TILE_TOKENS 4
 #define FEW_TOKENS 8
@@ -2027,7 +2070,8 @@ ALWAYS_INLINE wvec wshift(const uint8_t *p) {
     h = _mm512_and_si512(h, _mm512_set1_epi32(SHIFT_MASK));
     return _mm512_mullo_epi32(h, _mm512_set1_epi32(0x01010101));
 }
-ALWAYS_INLINE wvec wlevels(wvec w, wvec shift, bool low) {
+BYTES_AS_THEY_LIE
+ALWAYS_INLINE bvec blevels(wvec w, wvec shift, bool low) {
     __m512i levels = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)int4_levels));
     __m512i q = _mm512_and_si512(low ? w : _mm512_srli_epi16(w, 4), _mm512_set1_epi8(15));
     return _mm512_add_epi8(_mm512_shuffle_epi8(levels, q), shift);
@@ -2039,22 +2083,24 @@ ALWAYS_INLINE vec weven(wvec w) { return _mm512_castsi512_ps(_mm512_slli_epi32(w
 ALWAYS_INLINE vec wodd(wvec w) {
     return _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32((int32_t)0xFFFF0000)));
 }
-BYTES_AS_THEY_LIE
+NUMBERS_ON_ALL_LANES
 typedef __m512i xvec;
-ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t wide) {
-    (void)wide;
+ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t nt, size_t wide) {
+    (void)nt, (void)wide;
     return _mm512_set1_epi32((int32_t)load_word(words + 4 * t));
 }
 ALWAYS_INLINE ivec idot4(ivec acc, bvec w, xvec x) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
     return acc;
 }
-ALWAYS_INLINE ivec idot2(ivec acc, wvec w, uint32_t x) {
-    __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(_mm512_set1_epi32((int32_t)x)));
+ALWAYS_INLINE vec vdot2(vec acc, wvec w, xvec x) {
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
     return acc;
 }
-ALWAYS_INLINE vec vdot2(vec acc, wvec w, uint32_t x) {
-    __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(w), "v"(_mm512_set1_epi32((int32_t)x)));
+typedef __m512i pvec;
+ALWAYS_INLINE pvec pload(const void *p) { return _mm512_set1_epi32((int32_t)load_word(p)); }
+ALWAYS_INLINE ivec idot2(ivec acc, wvec w, pvec x) {
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
     return acc;
 }
 #endif
@@ -2067,6 +2113,8 @@ ALWAYS_INLINE vec vdot2(vec acc, wvec w, uint32_t x) {
 #define X_BYTES 4
 #endif
 #define X_GROUP (GROUP / 4 * X_BYTES + 12)
+
+ALWAYS_INLINE ivec ibias(const uint8_t *p) { return isplat((int32_t)load_word(p)); }
 
 /* ---- the sentences ------------------------------------------------------------------------- */
 
@@ -2102,7 +2150,7 @@ ALWAYS_INLINE vec vexpm1(vec x) {
     return vfma(p, power, vsub(power, one));
 }
 
-#if MEDRUN_PASS != 4
+#ifndef PARTIAL
 /* One tile, one group after the other: scale = largest magnitude / 127, q = x / scale. */
 static void pack_int(int kind, const float *x, size_t stride, size_t cols, size_t nt,
                      uint8_t *out) {
@@ -2179,11 +2227,10 @@ ALWAYS_INLINE void tile_f32(const size_t np, const size_t nt, const size_t wide,
             even[p] = weven(step), odd[p] = wodd(step);
         }
         UNROLLED for (size_t t = 0; t < nt; t++) {
-            vec first = vsplat(load_float(x + 4 * t));
-            vec second = vsplat(load_float(x + 4 * (wide + t)));
+            svec first = sload(x, t, nt), second = sload(x + 4 * wide, t, nt);
             UNROLLED for (size_t p = 0; p < np; p++) {
-                vec s = vfma(even[p], first, sum[p * nt + t]);
-                sum[p * nt + t] = vfma(odd[p], second, s);
+                vec s = vfmas(even[p], first, sum[p * nt + t]);
+                sum[p * nt + t] = vfmas(odd[p], second, s);
             }
         }
     }
@@ -2191,7 +2238,7 @@ ALWAYS_INLINE void tile_f32(const size_t np, const size_t nt, const size_t wide,
         vstore(sum_place(out, stride, nt, i), sum[i]);
 }
 
-#if MEDRUN_PASS == 3
+#ifdef BF16_NAME
 ALWAYS_INLINE void tile_bf16(const size_t np, const size_t nt, const size_t wide, const uint8_t *w,
                              size_t bytes, size_t begin, size_t end, const uint8_t *x, float *out,
                              size_t stride) {
@@ -2204,9 +2251,9 @@ ALWAYS_INLINE void tile_bf16(const size_t np, const size_t nt, const size_t wide
         PREFETCH(np > 1 ? x : w);
         UNROLLED for (size_t p = 0; p < np; p++) step[p] = wload(w + p * bytes);
         UNROLLED for (size_t t = 0; t < nt; t++) {
-            uint32_t word = load_word(x + 4 * t);
+            xvec two = xload(x, t, nt, wide);
             UNROLLED for (size_t p = 0; p < np; p++)
-                sum[p * nt + t] = vdot2(sum[p * nt + t], step[p], word);
+                sum[p * nt + t] = vdot2(sum[p * nt + t], step[p], two);
         }
     }
     UNROLLED for (size_t i = 0; i < np * nt; i++)
@@ -2224,8 +2271,10 @@ ALWAYS_INLINE void unpack(const int type, const uint8_t *w, size_t begin, size_t
     for (size_t g = begin / GROUP; g * GROUP < end; g++) {
         uint8_t *steps = block + 2 * STEP_BYTES;
         if (type == TYPE_INT8) vstore((float *)(void *)block, vload_bf16(w + int8_scales(g)));
-        for (size_t s = 0; type == TYPE_INT8 && s < GROUP / 4; s++, steps += K(READY))
-            bstore(steps, bready(wload(w + int8_steps(g) + s * STEP_BYTES)));
+        for (size_t s = 0; type == TYPE_INT8 && s < GROUP / 4; s += 2, steps += 2 * K(READY)) {
+            const uint8_t *from = w + int8_steps(g) + s * STEP_BYTES;
+            bstore(steps, bready(wload(from)), bready(wload(from + STEP_BYTES)));
+        }
         for (size_t h = 0; type == TYPE_INT4 && h < 2; h++) {
             const uint8_t *scales = w + int4_scales(2 * g + h);
             wvec shift = wshift(scales);
@@ -2233,8 +2282,7 @@ ALWAYS_INLINE void unpack(const int type, const uint8_t *w, size_t begin, size_t
             vstore((float *)(void *)(block + h * STEP_BYTES), scale);
             UNROLLED for (size_t s = 0; s < GROUP4 / 8; s++, steps += 2 * K(READY)) {
                 wvec step = wload(w + int4_steps(2 * g + h) + s * STEP_BYTES);
-                bstore(steps, bready(wlevels(step, shift, true)));
-                bstore(steps + K(READY), bready(wlevels(step, shift, false)));
+                bstore(steps, blevels(step, shift, true), blevels(step, shift, false));
             }
         }
         block += K(UNPACKED);
@@ -2254,15 +2302,14 @@ ALWAYS_INLINE void tile_int8(const bool ready, const size_t np, const size_t nt,
         const uint8_t *steps = w + (ready ? 2 * STEP_BYTES : int8_steps(g));
         ivec dot[16];
         UNROLLED for (size_t i = 0; i < np * nt; i++)
-            dot[i] = iadd(isplat((int32_t)load_word(x + 4 * (i % nt))),
-                          isplat((int32_t)load_word(x + 4 * (wide + i % nt))));
+            dot[i] = iadd(ibias(x + 4 * (i % nt)), ibias(x + 4 * (wide + i % nt)));
         for (size_t s = 0; s < GROUP / 4; s++, words += X_BYTES * wide) {
             bvec step[4];
             PREFETCH(np > 1 || ready ? words : steps);
             UNROLLED for (size_t p = 0; p < np; p++)
                 step[p] = ready ? bload(steps + p * bytes) : bready(wload(steps + p * bytes));
             UNROLLED for (size_t t = 0; t < nt; t++) {
-                xvec four = xload(words, t, wide);
+                xvec four = xload(words, t, nt, wide);
                 UNROLLED for (size_t p = 0; p < np; p++)
                     dot[p * nt + t] = idot4(dot[p * nt + t], step[p], four);
             }
@@ -2299,7 +2346,7 @@ ALWAYS_INLINE void tile_int4(const bool ready, const size_t np, const size_t nt,
             ivec dot[16];
             wvec shift[4], step[4];
             UNROLLED for (size_t i = 0; i < np * nt; i++)
-                dot[i] = isplat((int32_t)load_word(x + 4 * (h * wide + i % nt)));
+                dot[i] = ibias(x + 4 * (h * wide + i % nt));
             UNROLLED for (size_t p = 0; !ready && p < np; p++)
                 shift[p] = wshift(scales + p * bytes);
             for (size_t s = 0; s < GROUP4 / 8; s++) {
@@ -2310,9 +2357,9 @@ ALWAYS_INLINE void tile_int4(const bool ready, const size_t np, const size_t nt,
                     bvec eight[4];
                     UNROLLED for (size_t p = 0; p < np; p++)
                         eight[p] = ready ? bload(steps + p * bytes + (low ? 0 : K(READY)))
-                                         : bready(wlevels(step[p], shift[p], low));
+                                         : blevels(step[p], shift[p], low);
                     UNROLLED for (size_t t = 0; t < nt; t++) {
-                        xvec four = xload(words, t, wide);
+                        xvec four = xload(words, t, nt, wide);
                         UNROLLED for (size_t p = 0; p < np; p++)
                             dot[p * nt + t] = idot4(dot[p * nt + t], eight[p], four);
                     }
@@ -2381,10 +2428,10 @@ ALWAYS_INLINE void tile_int4(const bool ready, const size_t np, const size_t nt,
     else TILE_OF(tile, 1, 1)
 #endif
 
-#if MEDRUN_PASS != 4
+#ifndef PARTIAL
 MATMUL(matmul_f32, tile_f32, 2, BIG(tile_f32), {}, PACK_F32, TYPE_BF16)
 #endif
-#if MEDRUN_PASS == 3
+#ifdef BF16_NAME
 MATMUL(matmul_bf16, tile_bf16, 1, BIG(tile_bf16), {}, PACK_BF16, TYPE_BF16)
 #endif
 
@@ -2395,7 +2442,7 @@ MATMUL(matmul_bf16, tile_bf16, 1, BIG(tile_bf16), {}, PACK_BF16, TYPE_BF16)
     tile(true, TILE_PANELS, TILE_TOKENS, wide, block, BLOCK, k, end, xt, to, stride)
 #define RAW8(...) tile_int8(false, __VA_ARGS__)
 #define RAW4(...) tile_int4(false, __VA_ARGS__)
-#if MEDRUN_PASS == 2
+#ifdef UNPACK_INT8
 MATMUL(matmul_int8, RAW8, 1, BIG_BLOCK(tile_int8), UNPACK(TYPE_INT8), INT_PACK, TYPE_INT8)
 #else
 MATMUL(matmul_int8, RAW8, 1, BIG(RAW8), {}, INT_PACK, TYPE_INT8)
@@ -2411,8 +2458,8 @@ MATMUL(matmul_int4, RAW4, 1, BIG_BLOCK(tile_int4), UNPACK(TYPE_INT4), INT_PACK, 
 #undef TILE_OF
 #undef MATMUL
 
-#if MEDRUN_PASS != 4
-#ifdef MEDRUN_NO_MAIN           /* the exporter searches for scales, the program never does      */
+#ifndef PARTIAL
+#ifdef MEDRUN_NO_MAIN
 /* ---- the scales of int4 -------------------------------------------------------------------- */
 
 /* 16 groups, a lane each, and the best scale and shift so far. */
@@ -2567,9 +2614,6 @@ static void fit_int4(const float *v, const float *importance, uint16_t *bits, ui
         for (size_t i = 0; i < 16; i++) q[16 * k + i] = (uint8_t)index[i];
     }
 }
-#define FIT_INT4 fit_int4
-#else
-#define FIT_INT4 NULL
 #endif /* MEDRUN_NO_MAIN */
 
 /* RMSNorm (Zhang and Sennrich 2019): x / sqrt(mean(x^2) + eps) * weight. */
@@ -2695,9 +2739,9 @@ TILED void score_tile(const size_t np, const size_t nt, const bool half, const a
             key[p] = half ? vload_f16((const uint16_t *)a->keys + at + p * panel)
                           : vload((const float *)a->keys + at + p * panel);
         UNROLLED for (size_t t = 0; t < nt; t++) {
-            vec x = vsplat(q[t]);
+            svec x = sload(q, t, nt);
             UNROLLED for (size_t p = 0; p < np; p++)
-                sum[p * nt + t] = vfma(key[p], x, sum[p * nt + t]);
+                sum[p * nt + t] = vfmas(key[p], x, sum[p * nt + t]);
         }
     }
     UNROLLED for (size_t i = 0; i < np * nt; i++)
@@ -2720,9 +2764,9 @@ TILED void score_int8(const size_t np, const size_t nt, const attention *a, size
             fetch_ahead(next, 32 * np);
             UNROLLED for (size_t p = 0; p < np; p++) key[p] = wload_int8(keys + p * panel);
             UNROLLED for (size_t t = 0; t < nt; t++) {
-                uint32_t word = load_word((const uint8_t *)(q + t));
+                pvec two = pload(q + t);
                 UNROLLED for (size_t p = 0; p < np; p++)
-                    dot[p * nt + t] = idot2(dot[p * nt + t], key[p], word);
+                    dot[p * nt + t] = idot2(dot[p * nt + t], key[p], two);
             }
         }
         UNROLLED for (size_t i = 0; i < np * nt; i++) {
@@ -2823,9 +2867,9 @@ TILED void value_tile(const size_t nc, const size_t nt, const bool half, const a
             value[k] = half ? vload_f16((const uint16_t *)a->values + at + 16 * k)
                             : vload((const float *)a->values + at + 16 * k);
         UNROLLED for (size_t t = 0; t < nt; t++) {
-            vec x = vsplat(tile->weight[t * KEY_BLOCK + j]);
+            svec x = sload(tile->weight + t * KEY_BLOCK + j, 0, 1);
             UNROLLED for (size_t k = 0; k < nc; k++)
-                sum[k * nt + t] = vfma(value[k], x, sum[k * nt + t]);
+                sum[k * nt + t] = vfmas(value[k], x, sum[k * nt + t]);
         }
     }
     join_values(nc, nt, a, tile, c, sum);
@@ -2861,9 +2905,9 @@ TILED void value_int8(const size_t nc, const size_t nt, const attention *a, cons
             fetch_ahead(values + KEY_STEP / 16 * panel, 32 * nc);
             UNROLLED for (size_t i = 0; i < nc; i++) value[i] = wload_int8(values + 32 * i);
             UNROLLED for (size_t t = 0; t < nt; t++) {
-                uint32_t word = load_word((const uint8_t *)(weight + t * KEY_BLOCK + j + k));
+                pvec two = pload(weight + t * KEY_BLOCK + j + k);
                 UNROLLED for (size_t i = 0; i < nc; i++)
-                    dot[i * nt + t] = idot2(dot[i * nt + t], value[i], word);
+                    dot[i * nt + t] = idot2(dot[i * nt + t], value[i], two);
             }
         }
     }
@@ -2951,7 +2995,7 @@ static void merge(float *out, const float *parts, size_t n, size_t head_dim) {
     divide(out, total, head_dim);
 }
 
-#endif /* MEDRUN_PASS != 4 */
+#endif /* PARTIAL */
 
 /* As many chains as a tile has, each with weights of its own; the other factor changes, lest the
  * compiler find a shorter way. */
@@ -2968,12 +3012,12 @@ static size_t peak(int kind, size_t rounds, float *sink) {
     for (size_t n = 0; kind == INT_PACK && n < rounds; n++)
         UNROLLED for (size_t i = 0; i < CHAINS; i++)
             dot[i] = idot4(dot[i], bready(w[i % TILE_PANELS]),
-                           xload(bytes + n % 8 * 4, i / TILE_PANELS, TILE_TOKENS));
-#if MEDRUN_PASS == 3
+                           xload(bytes + n % 8 * 4, i / TILE_PANELS, TILE_TOKENS, TILE_TOKENS));
+#ifdef BF16_NAME
     for (size_t n = 0; kind == PACK_BF16 && n < rounds; n++)
         UNROLLED for (size_t i = 0; i < CHAINS; i++)
             sum[i] = vdot2(sum[i], w[i % TILE_PANELS],
-                           load_word(bytes + n % 8 * 4 + i / TILE_PANELS * 4));
+                           xload(bytes + n % 8 * 4, i / TILE_PANELS, TILE_TOKENS, TILE_TOKENS));
 #endif
     for (size_t n = 0; kind == PACK_F32 && n < rounds; n++)
         UNROLLED for (size_t i = 0; i < CHAINS; i++)
@@ -2993,33 +3037,37 @@ static float read_all(const uint8_t *p, size_t n) {
     for (size_t at = 0; at + 4 * STEP_BYTES <= n; at += 4 * STEP_BYTES)
         UNROLLED for (size_t i = 0; i < 4; i++) {
             PREFETCH(p + at + i * STEP_BYTES);
-            sum[i] = idot4(sum[i], bready(wload(p + at + i * STEP_BYTES)), xload(ones, 0, 1));
+            sum[i] = idot4(sum[i], bready(wload(p + at + i * STEP_BYTES)), xload(ones, 0, 1, 1));
         }
     return vsum(vadd(vadd(vfloat(sum[0]), vfloat(sum[1])), vadd(vfloat(sum[2]), vfloat(sum[3]))));
 }
 
-#define TEXT2(x) #x
-#define TEXT(x) TEXT2(x)
+#ifdef UNPACK_INT8
+#define UNPACKS (1 << TYPE_INT8 | 1 << TYPE_INT4)
+#else
+#define UNPACKS (1 << TYPE_INT4)
+#endif
 #define ROW(name, bf16, matmul_bf16) {                                                          \
-        name, bf16, INT_PACK, pack, TILE_PANELS, matmul_f32, matmul_bf16, matmul_int8,          \
+        name, bf16, INT_PACK, UNPACKS, pack, TILE_PANELS, matmul_f32, matmul_bf16, matmul_int8, \
         matmul_int4, FIT_INT4, norm, silu_mul, relu2, xielu, add, attend, merge, to_half,       \
         to_int8, peak, read_all,                                                                \
     }
-#if MEDRUN_PASS != 4
-static const kernel_set kernel_row = ROW(TEXT(KERNEL_SUFFIX), false, NULL);
-#endif
-#if MEDRUN_PASS == 3
-static const kernel_set kernel_row_bf16 = ROW("avx512bf16", true, matmul_bf16);
+static const kernel_set kernel_row = ROW(KERNEL_NAME, false, NULL);
+#ifdef BF16_NAME
+static const kernel_set kernel_row_bf16 = ROW(BF16_NAME, true, matmul_bf16);
 #endif
 #undef ROW
-#undef TEXT
-#undef TEXT2
+#undef UNPACKS
+#undef UNPACK_INT8
+#undef PARTIAL
 #undef KERNEL_SUFFIX
+#undef KERNEL_BASE
+#undef KERNEL_NAME
+#undef BF16_NAME
 #undef UNROLLED
 #undef INT_PACK
 #undef X_BYTES
 #undef X_GROUP
-#undef FIT_INT4
 #undef TILED
 #undef TILE_PANELS
 #undef TILE_TOKENS
@@ -3079,20 +3127,6 @@ static const kernel_set kernel_row_bf16 = ROW("avx512bf16", true, matmul_bf16);
 #undef to_int8
 #undef peak
 #undef read_all
-
-#ifdef MEDRUN_X86
-/* AVX2 with AVX-VNNI: only products of bytes differ from AVX2's. */
-static const kernel_set kernel_row_avxvnni = {
-    "avxvnni", false, PACK_INT8, pack_avx2, 1, matmul_f32_avx2, NULL, matmul_int8_avxvnni,
-#ifdef MEDRUN_NO_MAIN
-    matmul_int4_avxvnni, fit_int4_avx2,
-#else
-    matmul_int4_avxvnni, NULL,
-#endif
-    norm_avx2, silu_mul_avx2, relu2_avx2, xielu_avx2, add_avx2,
-    attend_avx2, merge_avx2, to_half_avx2, to_int8_avx2, peak_avxvnni, read_all_avxvnni,
-};
-#endif
 
 /* The kernel sets this machine can run, best first; at most N_KERNEL_SETS, returns how many. */
 enum { N_KERNEL_SETS = 5 };
@@ -3227,7 +3261,7 @@ static size_t block_cols(const engine *g, size_t bytes) {
 
 /* What a thread needs to unpack weights of TYPE and up to COLS columns. */
 static size_t engine_block_bytes(const engine *g, int type, size_t cols) {
-    if (type == TYPE_BF16 || (type == TYPE_INT8 && g->k->int_pack == PACK_INT8)) return 0;
+    if (!(g->k->unpacks >> type & 1) || pack_kind(g, type) == PACK_F32) return 0;
     size_t some = block_cols(g, BLOCK_BYTES);
     return (some < cols ? some : round_up(cols, 128)) * BLOCK_BYTES;
 }
