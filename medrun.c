@@ -328,6 +328,14 @@ void medrun_observe(medrun_session *session, medrun_observer *observer, void *us
 #define MEDRUN_X86 1
 #include <cpuid.h>
 #include <immintrin.h>
+#elif defined __aarch64__
+#define MEDRUN_ARM64 1
+#include <arm_neon.h>
+#if defined __linux__
+#include <sys/auxv.h>
+#elif defined __APPLE__
+#include <sys/sysctl.h>
+#endif
 #endif
 
 #define PRINTF_LIKE(text, first) __attribute__((format(printf, text, first)))
@@ -1154,12 +1162,37 @@ static int pool_start(thread_pool *p, int threads, medrun_error *e) {
 
 typedef struct {
     bool avx2, avx_vnni, avx512, avx512_bf16;
+    bool neon, neon_dot, neon_i8mm, neon_bf16;
 } cpu_features;
 
-/* What the processor has AND the system saves at a task switch (xgetbv). */
+#if defined MEDRUN_ARM64 && defined __APPLE__
+static bool has_feature(const char *name) {
+    int found = 0;
+    size_t n = sizeof found;
+    return !sysctlbyname(name, &found, &n, NULL, 0) && found;
+}
+#endif
+
+/* What the processor has AND the system saves at a task switch (xgetbv). NEON is a part of arm64;
+ * what came later, the system tells. */
 static cpu_features detect_cpu(void) {
     cpu_features f = {0};
-#ifdef MEDRUN_X86
+#if defined MEDRUN_ARM64
+    f.neon = true;
+#if defined __linux__
+    f.neon_dot = getauxval(AT_HWCAP) >> 20 & 1;
+    f.neon_i8mm = f.neon_dot && (getauxval(AT_HWCAP2) >> 13 & 1);
+    f.neon_bf16 = f.neon_i8mm && (getauxval(AT_HWCAP2) >> 14 & 1);
+#elif defined __APPLE__
+    f.neon_dot = has_feature("hw.optional.arm.FEAT_DotProd");
+    f.neon_i8mm = f.neon_dot && has_feature("hw.optional.arm.FEAT_I8MM");
+    f.neon_bf16 = f.neon_i8mm && has_feature("hw.optional.arm.FEAT_BF16");
+#elif defined _WIN32            /* PF_ARM_V82_DP_, V82_I8MM_ and V86_BF16_INSTRUCTIONS_AVAILABLE */
+    f.neon_dot = IsProcessorFeaturePresent(43);
+    f.neon_i8mm = f.neon_dot && IsProcessorFeaturePresent(66);
+    f.neon_bf16 = f.neon_i8mm && IsProcessorFeaturePresent(68);
+#endif
+#elif defined MEDRUN_X86
     unsigned a, b, c, d, b7, c7, d7, a71 = 0;
     if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return f;
     bool fma = c >> 12 & 1, f16c = c >> 29 & 1;
@@ -1803,6 +1836,7 @@ ALWAYS_INLINE ivec idot2(ivec acc, wvec w, pvec x) {
 #define KERNEL_SUFFIX avx2
 #define KERNEL_NAME "avx2"
 #define UNPACK_INT8
+#define INT16_WORDS
 #else
 #define KERNEL_SUFFIX avxvnni
 #define KERNEL_NAME "avxvnni"
@@ -2103,9 +2137,268 @@ ALWAYS_INLINE ivec idot2(ivec acc, wvec w, pvec x) {
     __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
     return acc;
 }
+
+#else /* 5: NEON, 6: with dot products, 7: with matrix products, and for those that have it bf16 */
+#if MEDRUN_PASS == 5
+#define KERNEL_SUFFIX neon
+#define KERNEL_NAME "neon"
+#define UNPACK_INT8
+#elif MEDRUN_PASS == 6
+#define KERNEL_SUFFIX neondot
+#define KERNEL_NAME "neon-dot"
+#define UNPACK_INT8
+#define PARTIAL
+#else
+#define KERNEL_SUFFIX neonmat
+#define KERNEL_NAME "neon-i8mm"
+#define BF16_NAME "neon-bf16"
+#define PARTIAL
+#endif
+#define KERNEL_BASE neon
+#define TILE_PANELS 1           /* of 32 registers 16 are sums and 4, or 8, weights              */
+#define TILE_TOKENS 4
+#define FEW_TOKENS 4
+#define UNROLLED UNROLL
+#define TILED ALWAYS_INLINE
+
+typedef struct { float32x4_t a, b, c, d; } vec;
+typedef struct { int32x4_t a, b, c, d; } ivec;
+typedef struct { uint8x16_t a, b, c, d; } wvec;
+#define ALL1(f) {f(x.a), f(x.b), f(x.c), f(x.d)}
+#define ALL2(f) {f(x.a, y.a), f(x.b, y.b), f(x.c, y.c), f(x.d, y.d)}
+
+ALWAYS_INLINE vec vload(const float *p) {
+    return (vec){vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)};
+}
+ALWAYS_INLINE void vstore(float *p, vec x) {
+    vst1q_f32(p, x.a), vst1q_f32(p + 4, x.b), vst1q_f32(p + 8, x.c), vst1q_f32(p + 12, x.d);
+}
+ALWAYS_INLINE uint16x8_t K(load_halves)(const uint8_t *p) {
+    return vreinterpretq_u16_u8(vld1q_u8(p));
+}
+ALWAYS_INLINE vec vload_bf16(const void *p) {
+    uint16x8_t h = K(load_halves)(p), g = K(load_halves)((const uint8_t *)p + 16);
+    uint16x8_t zero = vdupq_n_u16(0);
+    return (vec){vreinterpretq_f32_u16(vzip1q_u16(zero, h)),
+                 vreinterpretq_f32_u16(vzip2q_u16(zero, h)),
+                 vreinterpretq_f32_u16(vzip1q_u16(zero, g)),
+                 vreinterpretq_f32_u16(vzip2q_u16(zero, g))};
+}
+ALWAYS_INLINE vec K(widen)(uint16x8_t h, uint16x8_t g) {
+    float16x8_t x = vreinterpretq_f16_u16(h), y = vreinterpretq_f16_u16(g);
+    return (vec){vcvt_f32_f16(vget_low_f16(x)), vcvt_high_f32_f16(x),
+                 vcvt_f32_f16(vget_low_f16(y)), vcvt_high_f32_f16(y)};
+}
+ALWAYS_INLINE vec vload_f16(const uint16_t *p) { return K(widen)(vld1q_u16(p), vld1q_u16(p + 8)); }
+ALWAYS_INLINE void vstore_f16(uint16_t *p, vec x) {
+    vst1q_u16(p, vreinterpretq_u16_f16(vcvt_high_f16_f32(vcvt_f16_f32(x.a), x.b)));
+    vst1q_u16(p + 8, vreinterpretq_u16_f16(vcvt_high_f16_f32(vcvt_f16_f32(x.c), x.d)));
+}
+ALWAYS_INLINE vec vload_int4(const uint8_t *p) {
+    uint16x8_t mask = vdupq_n_u16(0xFFFF - SHIFT_MASK);
+    return K(widen)(vandq_u16(K(load_halves)(p), mask), vandq_u16(K(load_halves)(p + 16), mask));
+}
+ALWAYS_INLINE vec vsplat(float x) {
+    float32x4_t s = vdupq_n_f32(x);
+    return (vec){s, s, s, s};
+}
+ALWAYS_INLINE vec vadd(vec x, vec y) { return (vec)ALL2(vaddq_f32); }
+ALWAYS_INLINE vec vsub(vec x, vec y) { return (vec)ALL2(vsubq_f32); }
+ALWAYS_INLINE vec vmul(vec x, vec y) { return (vec)ALL2(vmulq_f32); }
+ALWAYS_INLINE vec vdiv(vec x, vec y) { return (vec)ALL2(vdivq_f32); }
+ALWAYS_INLINE float32x4_t K(larger)(float32x4_t x, float32x4_t y) {     /* fmax knows NaN and -0 */
+    return vbslq_f32(vcgtq_f32(x, y), x, y);
+}
+ALWAYS_INLINE vec vmax(vec x, vec y) { return (vec)ALL2(K(larger)); }
+ALWAYS_INLINE vec vfma(vec x, vec y, vec c) {
+    return (vec){vfmaq_f32(c.a, x.a, y.a), vfmaq_f32(c.b, x.b, y.b), vfmaq_f32(c.c, x.c, y.c),
+                 vfmaq_f32(c.d, x.d, y.d)};
+}
+ALWAYS_INLINE vec vless(vec a, vec b, vec x, vec y) {
+    return (vec){vbslq_f32(vcltq_f32(a.a, b.a), x.a, y.a), vbslq_f32(vcltq_f32(a.b, b.b), x.b, y.b),
+                 vbslq_f32(vcltq_f32(a.c, b.c), x.c, y.c), vbslq_f32(vcltq_f32(a.d, b.d), x.d, y.d)};
+}
+ALWAYS_INLINE ivec vround(vec x) { return (ivec)ALL1(vcvtnq_s32_f32); }
+ALWAYS_INLINE vec vfloat(ivec x) { return (vec)ALL1(vcvtq_f32_s32); }
+ALWAYS_INLINE float32x4_t K(scale2_part)(float32x4_t x, int32x4_t n) {
+    return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(x), vshlq_n_s32(n, 23)));
+}
+ALWAYS_INLINE vec vscale2(vec x, ivec y) { return (vec)ALL2(K(scale2_part)); }
+ALWAYS_INLINE float vsum(vec x) {
+    float32x4_t s = vaddq_f32(vaddq_f32(x.a, x.c), vaddq_f32(x.b, x.d));
+    return vpadds_f32(vadd_f32(vget_low_f32(s), vget_high_f32(s)));
+}
+ALWAYS_INLINE float vlargest(vec x) {
+    float s[4];
+    vst1q_f32(s, K(larger)(K(larger)(x.a, x.c), K(larger)(x.b, x.d)));
+    float even = s[0] > s[2] ? s[0] : s[2], odd = s[1] > s[3] ? s[1] : s[3];
+    return even > odd ? even : odd;
+}
+ALWAYS_INLINE ivec isplat(int32_t x) {
+    int32x4_t s = vdupq_n_s32(x);
+    return (ivec){s, s, s, s};
+}
+ALWAYS_INLINE ivec iadd(ivec x, ivec y) { return (ivec)ALL2(vaddq_s32); }
+ALWAYS_INLINE int16x8_t K(narrow)(int32x4_t x, int32x4_t y) {
+    return vuzp1q_s16(vreinterpretq_s16_s32(x), vreinterpretq_s16_s32(y));
+}
+ALWAYS_INLINE void istore16(int16_t *p, ivec x) {
+    vst1q_s16(p, K(narrow)(x.a, x.b)), vst1q_s16(p + 8, K(narrow)(x.c, x.d));
+}
+ALWAYS_INLINE void istore8(int8_t *p, ivec x) {
+    vst1q_s8(p, vuzp1q_s8(vreinterpretq_s8_s16(K(narrow)(x.a, x.b)),
+                          vreinterpretq_s8_s16(K(narrow)(x.c, x.d))));
+}
+ALWAYS_INLINE wvec wload(const uint8_t *p) {
+    return (wvec){vld1q_u8(p), vld1q_u8(p + 16), vld1q_u8(p + 32), vld1q_u8(p + 48)};
+}
+ALWAYS_INLINE void wstore(uint8_t *p, wvec x) {
+    vst1q_u8(p, x.a), vst1q_u8(p + 16, x.b), vst1q_u8(p + 32, x.c), vst1q_u8(p + 48, x.d);
+}
+/* Two registers' even or odd pairs of bytes, or four bytes of one, then of the other. */
+#define PICK(f, x, y) vreinterpretq_u8_u16(f(vreinterpretq_u16_u8(x), vreinterpretq_u16_u8(y)))
+#define PICK4(f, x, y) vreinterpretq_u8_u32(f(vreinterpretq_u32_u8(x), vreinterpretq_u32_u8(y)))
+ALWAYS_INLINE wvec wshift(const uint8_t *p) {
+    uint8x16_t s = vandq_u8(vuzp1q_u8(vld1q_u8(p), vld1q_u8(p + 16)), vdupq_n_u8(SHIFT_MASK));
+    uint8x16_t h = vzip1q_u8(s, s), g = vzip2q_u8(s, s);
+    return (wvec){PICK(vzip1q_u16, h, h), PICK(vzip2q_u16, h, h),
+                  PICK(vzip1q_u16, g, g), PICK(vzip2q_u16, g, g)};
+}
+/* For idot2: the first of the pairs of 8 lanes, the second, then those of the other 8. */
+ALWAYS_INLINE uint8x16_t K(widen_int8)(int8x8_t x) { return vreinterpretq_u8_s16(vmovl_s8(x)); }
+ALWAYS_INLINE wvec wload_int8(const int8_t *p) {
+    int8x16_t x = vld1q_s8(p), y = vld1q_s8(p + 16), e = vuzp1q_s8(x, y), o = vuzp2q_s8(x, y);
+    return (wvec){K(widen_int8)(vget_low_s8(e)), K(widen_int8)(vget_low_s8(o)),
+                  K(widen_int8)(vget_high_s8(e)), K(widen_int8)(vget_high_s8(o))};
+}
+ALWAYS_INLINE float32x4_t K(even_part)(uint8x16_t w) {
+    return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_u8(w), 16));
+}
+ALWAYS_INLINE float32x4_t K(odd_part)(uint8x16_t w) {
+    return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_u8(w), vdupq_n_u32(0xFFFF0000)));
+}
+ALWAYS_INLINE vec weven(wvec x) { return (vec)ALL1(K(even_part)); }
+ALWAYS_INLINE vec wodd(wvec x) { return (vec)ALL1(K(odd_part)); }
+
+/* One load brings the numbers of up to four tokens, and the products take them by lane. */
+typedef struct { float32x4_t v; size_t lane; } svec;
+ALWAYS_INLINE svec sload(const void *p, size_t t, size_t nt) {
+    const uint8_t *b = p;
+    if (nt >= 4) return (svec){vreinterpretq_f32_u8(vld1q_u8(b + t / 4 * 16)), t % 4};
+    if (nt > 1) {
+        float32x2_t two = vreinterpret_f32_u8(vld1_u8(b));
+        return (svec){vcombine_f32(two, two), t};
+    }
+    return (svec){vdupq_n_f32(load_float(b + 4 * t)), 0};
+}
+#define BY_LANE(name, sum, weights, text)                                                       \
+    ALWAYS_INLINE sum K(name)(sum s, weights w, svec x) {                                       \
+        if (x.lane == 0) __asm__(text "[0]" : "+w"(s) : "w"(w), "w"(x.v));                      \
+        else if (x.lane == 1) __asm__(text "[1]" : "+w"(s) : "w"(w), "w"(x.v));                 \
+        else if (x.lane == 2) __asm__(text "[2]" : "+w"(s) : "w"(w), "w"(x.v));                 \
+        else __asm__(text "[3]" : "+w"(s) : "w"(w), "w"(x.v));                                  \
+        return s;                                                                               \
+    }
+#define ALL_BY_LANE(f, s, w, x) {K(f)(s.a, w.a, x), K(f)(s.b, w.b, x), K(f)(s.c, w.c, x), \
+                                 K(f)(s.d, w.d, x)}
+BY_LANE(fma_lane, float32x4_t, float32x4_t, "fmla %0.4s, %1.4s, %2.s")
+ALWAYS_INLINE vec vfmas(vec w, svec x, vec c) { return (vec)ALL_BY_LANE(fma_lane, c, w, x); }
+
+/* Two int16, or two pairs of int8, on all lanes. */
+typedef struct { int16x8_t first, second; } pvec;
+ALWAYS_INLINE pvec K(pairs)(svec x) {
+    int16x8_t v = vreinterpretq_s16_f32(x.v);
+    if (x.lane == 0) return (pvec){vdupq_laneq_s16(v, 0), vdupq_laneq_s16(v, 1)};
+    if (x.lane == 1) return (pvec){vdupq_laneq_s16(v, 2), vdupq_laneq_s16(v, 3)};
+    if (x.lane == 2) return (pvec){vdupq_laneq_s16(v, 4), vdupq_laneq_s16(v, 5)};
+    return (pvec){vdupq_laneq_s16(v, 6), vdupq_laneq_s16(v, 7)};
+}
+ALWAYS_INLINE pvec pload(const void *p) { return K(pairs)(sload(p, 0, 1)); }
+#define HALVES(x) vreinterpretq_s16_u8(x)
+ALWAYS_INLINE ivec idot2(ivec s, wvec w, pvec x) {
+    s.a = vmlal_s16(s.a, vget_low_s16(HALVES(w.a)), vget_low_s16(x.first));
+    s.b = vmlal_high_s16(s.b, HALVES(w.a), x.first);
+    s.c = vmlal_s16(s.c, vget_low_s16(HALVES(w.c)), vget_low_s16(x.first));
+    s.d = vmlal_high_s16(s.d, HALVES(w.c), x.first);
+    s.a = vmlal_s16(s.a, vget_low_s16(HALVES(w.b)), vget_low_s16(x.second));
+    s.b = vmlal_high_s16(s.b, HALVES(w.b), x.second);
+    s.c = vmlal_s16(s.c, vget_low_s16(HALVES(w.d)), vget_low_s16(x.second));
+    s.d = vmlal_high_s16(s.d, HALVES(w.d), x.second);
+    return s;
+}
+#undef HALVES
+
+/* smull and sdot want weights without their + 128; usdot takes them as they lie. */
+#if MEDRUN_PASS == 7
+#define SIGN 0
+BYTES_AS_THEY_LIE
+#else
+#define SIGN 128
+typedef wvec bvec;
+BYTES_BY_STEPS
+#endif
+ALWAYS_INLINE uint8x16_t K(sign_part)(uint8x16_t w) { return veorq_u8(w, vdupq_n_u8(SIGN)); }
+ALWAYS_INLINE uint8x16_t K(levels_part)(uint8x16_t w, uint8x16_t shift, bool low) {
+    uint8x16_t q = low ? vandq_u8(w, vdupq_n_u8(15)) : vshrq_n_u8(w, 4);
+    return vaddq_u8(vqtbl1q_u8(K(sign_part)(vld1q_u8(int4_levels)), q), shift);
+}
+#define ALL_LEVELS {K(levels_part)(w.a, shift.a, low), K(levels_part)(w.b, shift.b, low),       \
+                    K(levels_part)(w.c, shift.c, low), K(levels_part)(w.d, shift.d, low)}
+#if MEDRUN_PASS == 5
+/* A register has two bytes of each of 8 rows. The products of two such, at most 2 * 128 * 127, fit
+ * 16 bits and are then added in pairs: 12 instructions for 64 products. To widen the weights
+ * beforehand and multiply by lane takes 16. */
+ALWAYS_INLINE bvec K(halve_rows)(wvec w) {
+    return (bvec){PICK(vuzp1q_u16, w.a, w.b), PICK(vuzp2q_u16, w.a, w.b),
+                  PICK(vuzp1q_u16, w.c, w.d), PICK(vuzp2q_u16, w.c, w.d)};
+}
+ALWAYS_INLINE bvec bready(wvec x) { return K(halve_rows)((wvec)ALL1(K(sign_part))); }
+ALWAYS_INLINE bvec blevels(wvec w, wvec shift, bool low) {
+    return K(halve_rows)((wvec)ALL_LEVELS);
+}
+typedef struct { int8x16_t first, second; } xvec;
+ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t nt, size_t wide) {
+    pvec x = K(pairs)(sload(words, t, nt));
+    (void)wide;
+    return (xvec){vreinterpretq_s8_s16(x.first), vreinterpretq_s8_s16(x.second)};
+}
+ALWAYS_INLINE ivec idot4(ivec s, bvec w, xvec x) {
+    int8x16_t a = vreinterpretq_s8_u8(w.a), b = vreinterpretq_s8_u8(w.b);
+    int8x16_t c = vreinterpretq_s8_u8(w.c), d = vreinterpretq_s8_u8(w.d);
+    int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(x.first));
+    s.a = vpadalq_s16(s.a, vmlal_s8(low, vget_low_s8(b), vget_low_s8(x.second)));
+    s.b = vpadalq_s16(s.b, vmlal_high_s8(vmull_high_s8(a, x.first), b, x.second));
+    low = vmull_s8(vget_low_s8(c), vget_low_s8(x.first));
+    s.c = vpadalq_s16(s.c, vmlal_s8(low, vget_low_s8(d), vget_low_s8(x.second)));
+    s.d = vpadalq_s16(s.d, vmlal_high_s8(vmull_high_s8(c, x.first), d, x.second));
+    return s;
+}
+#else
+#if MEDRUN_PASS == 6
+ALWAYS_INLINE bvec bready(wvec x) { return (bvec)ALL1(K(sign_part)); }
+BY_LANE(dot_lane, int32x4_t, uint8x16_t, "sdot %0.4s, %1.16b, %2.4b")
+#else
+BY_LANE(dot_lane, int32x4_t, uint8x16_t, "usdot %0.4s, %1.16b, %2.4b")
+BY_LANE(bf16_lane, float32x4_t, uint8x16_t, "bfdot %0.4s, %1.8h, %2.2h")
+ALWAYS_INLINE vec vdot2(vec s, wvec w, svec x) { return (vec)ALL_BY_LANE(bf16_lane, s, w, x); }
+#endif
+ALWAYS_INLINE bvec blevels(wvec w, wvec shift, bool low) { return (bvec)ALL_LEVELS; }
+typedef svec xvec;
+ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t nt, size_t wide) {
+    return (void)wide, sload(words, t, nt);
+}
+ALWAYS_INLINE ivec idot4(ivec s, bvec w, xvec x) { return (ivec)ALL_BY_LANE(dot_lane, s, w, x); }
+#endif
+#undef ALL1
+#undef ALL2
+#undef ALL_BY_LANE
+#undef ALL_LEVELS
+#undef BY_LANE
+#undef PICK
+#undef PICK4
 #endif
 
-#if MEDRUN_PASS == 2
+#ifdef INT16_WORDS
 #define INT_PACK PACK_INT16
 #define X_BYTES 8
 #else
@@ -2113,8 +2406,13 @@ ALWAYS_INLINE ivec idot2(ivec acc, wvec w, pvec x) {
 #define X_BYTES 4
 #endif
 #define X_GROUP (GROUP / 4 * X_BYTES + 12)
+#ifndef SIGN
+#define SIGN 0
+#endif
 
-ALWAYS_INLINE ivec ibias(const uint8_t *p) { return isplat((int32_t)load_word(p)); }
+ALWAYS_INLINE ivec ibias(const uint8_t *p) {
+    return isplat(SIGN ? 0 : (int32_t)load_word(p));
+}
 
 /* ---- the sentences ------------------------------------------------------------------------- */
 
@@ -3059,6 +3357,8 @@ static const kernel_set kernel_row_bf16 = ROW(BF16_NAME, true, matmul_bf16);
 #undef ROW
 #undef UNPACKS
 #undef UNPACK_INT8
+#undef INT16_WORDS
+#undef SIGN
 #undef PARTIAL
 #undef KERNEL_SUFFIX
 #undef KERNEL_BASE
@@ -3109,6 +3409,34 @@ static const kernel_set kernel_row_bf16 = ROW(BF16_NAME, true, matmul_bf16);
 #pragma GCC pop_options
 #endif
 #endif /* MEDRUN_X86 */
+#ifdef MEDRUN_ARM64
+#define MEDRUN_PASS 5
+#include "medrun.c"
+#undef MEDRUN_PASS
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("dotprod"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("arch=armv8.2-a+dotprod")
+#endif
+#define MEDRUN_PASS 6
+#include "medrun.c"
+#undef MEDRUN_PASS
+#ifdef __clang__
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("i8mm,bf16"))), apply_to = function)
+#else
+#pragma GCC target("arch=armv8.2-a+dotprod+i8mm+bf16")
+#endif
+#define MEDRUN_PASS 7
+#include "medrun.c"
+#undef MEDRUN_PASS
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif /* MEDRUN_ARM64 */
 
 #undef pack
 #undef matmul_f32
@@ -3139,6 +3467,12 @@ static int usable_kernels(const kernel_set *out[N_KERNEL_SETS]) {
     if (f.avx512) out[n++] = &kernel_row_avx512;
     if (f.avx2 && f.avx_vnni) out[n++] = &kernel_row_avxvnni;
     if (f.avx2) out[n++] = &kernel_row_avx2;
+#elif defined MEDRUN_ARM64
+    cpu_features f = detect_cpu();
+    if (f.neon_bf16) out[n++] = &kernel_row_bf16_neonmat;
+    if (f.neon_i8mm) out[n++] = &kernel_row_neonmat;
+    if (f.neon_dot) out[n++] = &kernel_row_neondot;
+    out[n++] = &kernel_row_neon;
 #endif
     out[n++] = &kernel_row_scalar;
     return n;
