@@ -13,9 +13,9 @@
  * Sections, each using only what stands above it:
  *
  *      1 API           what an embedder may call; the manual is the comment above each call
- *      2 Platform      includes, compilers, what belongs to a system
+ *      2 Platform      includes, compilers, what the system gives: files, memory, the terminal
  *      3 Basics        errors, memory, UTF-8, SHA-256, JSON
- *      4 Threads       files, memory, one pool, parallel_for, processor features
+ *      4 Threads       mapped files, one pool, parallel_for, processor features
  *      5 Numbers       bf16, f16, int8, int4, and how weights lie in panels
  *      6 Kernels       the words for each instruction set, the sentences once
  *      7 Tensor        packing activations, matmul on all threads
@@ -285,8 +285,8 @@ void medrun_observe(medrun_session *session, medrun_observer *observer, void *us
 /* ============================================================================================
  * 2 Platform: the compiler's and the system's side of the file
  *
- * With section 4, which asks the system for files, memory and threads, the only place that knows
- * which machine this is (the words of section 6 apart). Tests: tests/03_basics.c.
+ * With the processor's features in section 4, and the words of section 6, the only place that knows
+ * which machine this is. Tests: tests/04_threads.c, 16_commands.sh.
  * ============================================================================================ */
 
 /* The sums are defined in section 6 with explicit fma: the compiler must not make its own. */
@@ -338,6 +338,182 @@ void medrun_observe(medrun_session *session, medrun_observer *observer, void *us
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "checkpoints are little-endian and used as they are mapped: this machine is big-endian"
 #endif
+
+/* ---- the system ---------------------------------------------------------------------------- */
+
+/* What a system gives; the rest of the file asks it nothing. Where a call fails, errno says why. */
+
+enum { MAX_THREADS = 256 };
+
+typedef struct {
+    uint64_t bytes, device, inode;              /* the last two tell files apart                */
+    bool regular, folder;
+} file_facts;
+
+/* TO_MAP does not wait for the other end of a pipe; TO_CREATE wants a new name, and only the owner
+ * may read what gets it; TO_UPDATE keeps what is there and follows no link. */
+enum { TO_READ, TO_MAP, TO_WRITE, TO_CREATE, TO_UPDATE };
+
+typedef void signal_handler(int number);
+
+static int open_file(const char *path, int how) {
+    static const int flags[] = {O_RDONLY, O_RDONLY | O_NONBLOCK, O_WRONLY | O_CREAT | O_TRUNC,
+                                O_WRONLY | O_CREAT | O_EXCL,
+                                O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK};
+    return open(path, flags[how] | O_CLOEXEC, how == TO_CREATE ? 0600 : 0666);
+}
+
+/* Of PATH or, where that is NULL, of the open FD. 0, or -1. */
+static int get_facts(const char *path, int fd, file_facts *f) {
+    struct stat st;
+    if (path ? stat(path, &st) : fstat(fd, &st)) return -1;
+    *f = (file_facts){(uint64_t)st.st_size, (uint64_t)st.st_dev, (uint64_t)st.st_ino,
+                      S_ISREG(st.st_mode), S_ISDIR(st.st_mode)};
+    return 0;
+}
+
+static int rename_file(const char *from, const char *to) { return rename(from, to); }
+static int remove_file(const char *path) { return unlink(path); }
+
+/* N > 0 bytes of a file for reading, or NULL. */
+static const void *map_bytes(int fd, size_t n) {
+    void *p = mmap(NULL, n, PROT_READ, MAP_SHARED, fd, 0);
+    return p == MAP_FAILED ? NULL : p;
+}
+
+static void unmap_bytes(const void *p, size_t n) { munmap((void *)(uintptr_t)p, n); }
+static bool lock_bytes(const void *p, size_t n) { return !mlock(p, n); }
+
+/* Zeroed memory straight from the system, given only when touched; NULL if there is none. */
+static void *map_memory(size_t n) {
+    void *p = mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return p == MAP_FAILED ? NULL : p;
+}
+
+static void unmap_memory(void *p, size_t n) {
+    if (p) munmap(p, n);
+}
+
+/* Processors this process may run on, at most MAX_THREADS. */
+static int processors(void) {
+    long n = sysconf(_SC_NPROCESSORS_ONLN);
+#ifdef CPU_COUNT
+    cpu_set_t set;
+    if (!sched_getaffinity(0, sizeof set, &set)) n = CPU_COUNT(&set);
+#endif
+    return n < 1 ? 1 : n > MAX_THREADS ? MAX_THREADS : (int)n;
+}
+
+/* Bytes of a core's second cache, 0 where the system does not say. */
+static size_t second_cache(void) {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    long n = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    return n < 64 << 10 ? 0 : n > 4 << 20 ? 4 << 20 : (size_t)n;
+#else
+    return 0;
+#endif
+}
+
+/* Bytes of memory the machine has, and how many of them are free or can be freed at once. */
+static void memory_size(uint64_t *total, uint64_t *available) {
+    *total = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
+    *available = *total;
+    FILE *f = fopen("/proc/meminfo", "r");
+    if (!f) return;
+    char line[128];
+    unsigned long long kib;
+    while (fgets(line, sizeof line, f))
+        if (sscanf(line, "MemAvailable: %llu kB", &kib) == 1) *available = kib * 1024;
+    fclose(f);
+}
+
+static uint64_t random_bits(void) {
+    uint64_t bits = (uint64_t)time(NULL) ^ (uint64_t)getpid() << 32;
+    int fd = open_file("/dev/urandom", TO_READ);
+    if (fd < 0 || read(fd, &bits, sizeof bits) < 0) bits ^= (uint64_t)clock() << 20;
+    if (fd >= 0) close(fd);
+    return bits;
+}
+
+static void local_time(time_t when, struct tm *t) { localtime_r(&when, t); }
+
+/* HANDLER, which may be SIG_IGN, gets the next signal NUMBER and no other; gives who did so far. */
+static signal_handler *on_signal(int number, signal_handler *handler) {
+    struct sigaction before = {.sa_handler = SIG_DFL},
+                     now = {.sa_handler = handler, .sa_flags = (int)SA_RESETHAND};
+    sigaction(number, &now, &before);
+    return before.sa_handler;
+}
+
+static void suspend_program(void) { raise(SIGTSTP); }
+
+static bool is_terminal(int fd) { return isatty(fd); }
+
+/* May stderr be drawn on? Its columns, 0 where nobody knows. */
+static bool terminal_draws(void) {
+    const char *term = getenv("TERM");
+    return isatty(STDERR_FILENO) && term && strcmp(term, "dumb");
+}
+
+static int terminal_columns(void) {
+    struct winsize size;
+    return ioctl(STDERR_FILENO, TIOCGWINSZ, &size) ? 0 : size.ws_col;
+}
+
+static struct termios cooked_terminal;
+static volatile sig_atomic_t terminal_is_raw;
+
+/* RAW: the keys of stdin come one by one and as they are, Ctrl-C too; else as before that. */
+static bool set_raw(bool raw) {
+    if (!raw && !terminal_is_raw) return false;
+    terminal_is_raw = 0;
+    if (!raw) return !tcsetattr(STDIN_FILENO, TCSADRAIN, &cooked_terminal);
+    if (tcgetattr(STDIN_FILENO, &cooked_terminal)) return false;
+    struct termios t = cooked_terminal;
+    t.c_lflag &= ~(tcflag_t)(ECHO | ICANON | ISIG | IEXTEN);
+    t.c_iflag &= ~(tcflag_t)(IXON | ICRNL | INLCR | ISTRIP);
+    t.c_cc[VMIN] = 1, t.c_cc[VTIME] = 0;
+    terminal_is_raw = 1;
+    return !tcsetattr(STDIN_FILENO, TCSADRAIN, &t) || (terminal_is_raw = 0);
+}
+
+/* The next byte of what is typed, or EOF; whether there is more. */
+static int typed_byte(void) {
+    uint8_t byte;
+    ssize_t n;
+    while ((n = read(STDIN_FILENO, &byte, 1)) < 0 && errno == EINTR) continue;
+    return n == 1 ? byte : EOF;
+}
+
+static bool more_is_typed(void) {
+    int waiting = 0;
+    ioctl(STDIN_FILENO, FIONREAD, &waiting);
+    return waiting > 0;
+}
+
+/* What a program does first; gives its COUNT arguments in UTF-8, NULL if it cannot run. */
+static char **start_program(int *count, char **arguments) {
+    (void)count;
+    for (int fd = 0; fd < 3; fd++)      /* no file that is opened may become stdout by chance    */
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd ? O_RDONLY : O_WRONLY) != fd)
+            return NULL;
+    signal(SIGPIPE, SIG_IGN);           /* writing fails with EPIPE instead                      */
+    signal(SIGXFSZ, SIG_IGN);           /* and with EFBIG                                        */
+    return arguments;
+}
+
+static FILE *open_stream(const char *path, int how) {
+    int fd = open_file(path, how);
+    FILE *f = fd < 0 ? NULL : fdopen(fd, how <= TO_MAP ? "rb" : "wb");
+    if (fd >= 0 && !f) close(fd);
+    return f;
+}
+
+static double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
 /* ============================================================================================
  * 3 Basics: errors, memory, bytes, UTF-8, SHA-256, JSON
  *
@@ -928,52 +1104,13 @@ static void json_quote(buffer *b, const char *text, size_t n) {
     buffer_text(b, "\"");
 }
 /* ============================================================================================
- * 4 Threads: one pool, and what the system gives: clock, memory, files, processor features
+ * 4 Threads: one pool, mapped files, processor features
  *
  * parallel_for hands out ranges of work to threads that were made once. Which thread does which
  * range never shows in a result: every range writes its own outputs. Tests: tests/04_threads.c.
  * ============================================================================================ */
 
-enum { MAX_THREADS = 256, SPINS = 2000 };
-
-static double seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-/* Processors this process may run on, at most MAX_THREADS. */
-static int processors(void) {
-    long n = sysconf(_SC_NPROCESSORS_ONLN);
-#ifdef CPU_COUNT
-    cpu_set_t set;
-    if (!sched_getaffinity(0, sizeof set, &set)) n = CPU_COUNT(&set);
-#endif
-    return n < 1 ? 1 : n > MAX_THREADS ? MAX_THREADS : (int)n;
-}
-
-/* Bytes of a core's second cache, 0 where the system does not say. */
-static size_t second_cache(void) {
-#ifdef _SC_LEVEL2_CACHE_SIZE
-    long n = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    return n < 64 << 10 ? 0 : n > 4 << 20 ? 4 << 20 : (size_t)n;
-#else
-    return 0;
-#endif
-}
-
-/* Bytes of memory the machine has, and how many of them are free or can be freed at once. */
-static void memory_size(uint64_t *total, uint64_t *available) {
-    *total = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
-    *available = *total;
-    FILE *f = fopen("/proc/meminfo", "r");
-    if (!f) return;
-    char line[128];
-    unsigned long long kib;
-    while (fgets(line, sizeof line, f))
-        if (sscanf(line, "MemAvailable: %llu kB", &kib) == 1) *available = kib * 1024;
-    fclose(f);
-}
+enum { SPINS = 2000 };
 
 /* A whole file mapped for reading. */
 typedef struct {
@@ -983,36 +1120,25 @@ typedef struct {
 
 static int map_file(const char *path, file_map *map, medrun_error *e) {
     *map = (file_map){0};
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);     /* do not wait on a pipe         */
+    int fd = open_file(path, TO_MAP);
     if (fd < 0) return fail(e, MEDRUN_BAD_FILE, "%s: cannot open: %s", path, strerror(errno));
-    struct stat st;
-    void *p = MAP_FAILED;
+    file_facts f = {0};
+    const void *p = NULL;
     const char *why = NULL;
-    if (fstat(fd, &st)) why = strerror(errno);
-    else if (S_ISDIR(st.st_mode)) why = "is a folder, wanted a file";
-    else if (!S_ISREG(st.st_mode)) why = "is not a regular file, so it cannot be mapped";
-    else if (st.st_size == 0) why = "is empty";
-    else if ((uint64_t)st.st_size > SIZE_MAX) why = "is larger than this machine can address";
-    else if ((p = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED, fd, 0)) == MAP_FAILED)
-        why = strerror(errno);
+    if (get_facts(NULL, fd, &f)) why = strerror(errno);
+    else if (f.folder) why = "is a folder, wanted a file";
+    else if (!f.regular) why = "is not a regular file, so it cannot be mapped";
+    else if (!f.bytes) why = "is empty";
+    else if (f.bytes > SIZE_MAX) why = "is larger than this machine can address";
+    else if (!(p = map_bytes(fd, (size_t)f.bytes))) why = strerror(errno);
     close(fd);
     if (why) return fail(e, MEDRUN_BAD_FILE, "%s: %s", path, why);
-    return *map = (file_map){p, (size_t)st.st_size}, MEDRUN_OK;
+    return *map = (file_map){p, (size_t)f.bytes}, MEDRUN_OK;
 }
 
 static void unmap_file(file_map *map) {
-    if (map->data) munmap((void *)(uintptr_t)map->data, map->n);
+    if (map->data) unmap_bytes(map->data, map->n);
     *map = (file_map){0};
-}
-
-/* Zeroed memory straight from the system, given only when touched; NULL if there is none. */
-static void *map_memory(size_t n) {
-    void *p = mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    return p == MAP_FAILED ? NULL : p;
-}
-
-static void unmap_memory(void *p, size_t n) {
-    if (p) munmap(p, n);
 }
 
 /* ---- the pool ------------------------------------------------------------------------------ */
@@ -5124,9 +5250,8 @@ static const chat_template *chat_find(const char *name) {
 
 /* Today where this machine is, YYYY-MM-DD. */
 static void date_today(char date[11]) {
-    time_t now = time(NULL);
     struct tm t = {0};
-    localtime_r(&now, &t);
+    local_time(time(NULL), &t);
     strftime(date, 11, "%Y-%m-%d", &t);
 }
 
@@ -7328,19 +7453,16 @@ static void name_template(const medrun_session *s, char name[32]) {
 
 /* Opens PATH.partial anew, for its owner only. PATH must not be a folder or a device. */
 static int create_state(FILE **f, const char *path, buffer *partial, medrun_error *e) {
-    struct stat st;
+    file_facts there;
     *f = NULL;
-    if (!stat(path, &st) && !S_ISREG(st.st_mode))
+    if (!get_facts(path, -1, &there) && !there.regular)
         return fail(e, MEDRUN_FAILED, "%s: cannot write: is not a regular file", path);
     buffer_printf(partial, "%s.partial", path);
     if (partial->failed) return out_of_memory(e, strlen(path));
     const char *name = (const char *)partial->data;
-    unlink(name);                                       /* so that its mode is ours              */
-    int fd = open(name, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
-    if (fd >= 0 && (*f = fdopen(fd, "wb"))) return MEDRUN_OK;
-    int code = fail(e, MEDRUN_FAILED, "%s: cannot write: %s", path, strerror(errno));
-    if (fd >= 0) close(fd), remove(name);
-    return code;
+    remove_file(name);                                  /* so that its mode is ours              */
+    if ((*f = open_stream(name, TO_CREATE))) return MEDRUN_OK;
+    return fail(e, MEDRUN_FAILED, "%s: cannot write: %s", path, strerror(errno));
 }
 
 static void put_state(state_file *f, const medrun_session *s) {
@@ -7379,10 +7501,11 @@ int medrun_save(const medrun_session *s, const char *path, medrun_error *e) {
         put_state(&f, s);
         int why = errno;
         if (fclose(f.f) && !f.failed) f.failed = true, why = errno;
-        if (!f.failed && rename((const char *)partial.data, path)) f.failed = true, why = errno;
+        if (!f.failed && rename_file((const char *)partial.data, path))
+            f.failed = true, why = errno;
         if (f.failed) {
             code = fail(e, MEDRUN_FAILED, "%s: cannot write the session: %s", path, strerror(why));
-            remove((const char *)partial.data);
+            remove_file((const char *)partial.data);
         }
     }
     buffer_free(&partial);
@@ -7482,17 +7605,16 @@ static int restore_from(medrun_session *s, state_file *f, uint64_t size, const i
 /* As restore_from; after a failure the session is empty. */
 static int restore_file(medrun_session *s, const int32_t *ids, size_t n, const char *path,
                         medrun_error *e) {
-    struct stat st;
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK), code;       /* not to wait on a pipe */
-    FILE *f = fd < 0 ? NULL : fdopen(fd, "rb");
-    if (!f || fstat(fd, &st))
+    file_facts there;
+    FILE *f = open_stream(path, TO_MAP);
+    int code;
+    if (!f || get_facts(NULL, fileno(f), &there))
         code = fail(e, MEDRUN_BAD_FILE, "%s: cannot open: %s", path, strerror(errno));
-    else if (!S_ISREG(st.st_mode))
+    else if (!there.regular)
         code = fail(e, MEDRUN_BAD_FILE, "%s: is not a regular file", path);
     else
-        code = restore_from(s, &(state_file){.f = f}, (uint64_t)st.st_size, ids, n, path, e);
+        code = restore_from(s, &(state_file){.f = f}, there.bytes, ids, n, path, e);
     if (f) fclose(f);
-    else if (fd >= 0) close(fd);
     if (code) medrun_rewind(s, 0, NULL);
     return code;
 }
@@ -7849,7 +7971,7 @@ static const int32_t *ids_of(const buffer *b) { return (const int32_t *)(const v
 /* Appends all of PATH (- is stdin) to OUT. */
 static int read_file(command *c, const char *path, buffer *out) {
     bool standard = !strcmp(path, "-");
-    FILE *f = standard ? stdin : fopen(path, "rb");
+    FILE *f = standard ? stdin : open_stream(path, TO_READ);
     if (!f) return fail(&c->e, MEDRUN_BAD_FILE, "%s: cannot open: %s", path, strerror(errno));
     for (size_t n = 1; n && buffer_room(out, 65536); out->n += n, out->data[out->n] = 0)
         n = fread(out->data + out->n, 1, 65536, f);
@@ -7863,7 +7985,7 @@ static int read_file(command *c, const char *path, buffer *out) {
 /* A file is written beside its place and moved there when it is whole. */
 static FILE *create_file(command *c, const char *path, char partial[1024]) {
     int n = snprintf(partial, 1024, "%s.partial", path);
-    FILE *f = n < 1024 ? fopen(partial, "wb") : NULL;
+    FILE *f = n < 1024 ? open_stream(partial, TO_WRITE) : NULL;
     if (!f) fail(&c->e, MEDRUN_FAILED, "%s: cannot create: %s", path, strerror(errno));
     return f;
 }
@@ -7872,9 +7994,9 @@ static FILE *create_file(command *c, const char *path, char partial[1024]) {
 static int finish_file(command *c, FILE *f, const char *path, const char *partial, int code) {
     bool bad = ferror(f);
     if (fclose(f)) bad = true;
-    if (!code && (bad || rename(partial, path)))
+    if (!code && (bad || rename_file(partial, path)))
         code = fail(&c->e, MEDRUN_FAILED, "%s: cannot write: %s", path, strerror(errno));
-    if (code) remove(partial);
+    if (code) remove_file(partial);
     return code;
 }
 
@@ -7977,7 +8099,7 @@ static int open_path(command *c, const char *path) {
     int code = medrun_open(&c->m, path, &o, &c->e);
     if (code) return code;
     c->t = &c->m->tokenizer, c->chat = c->m->chat, c->sampling = c->m->sampling;
-    if (flag(c, O_MLOCK) && mlock(c->m->file.map.data, c->m->file.map.n))
+    if (flag(c, O_MLOCK) && !lock_bytes(c->m->file.map.data, c->m->file.map.n))
         return fail(&c->e, MEDRUN_FAILED, "--mlock: %zu MB cannot be locked: %s; see ulimit -l",
                     c->m->file.map.n >> 20, strerror(errno));
     return choose_template(c);
@@ -8013,14 +8135,6 @@ static const char *origin(const command *c, int id) {
     return origins[c->from[id]];
 }
 
-static uint64_t new_seed(void) {
-    uint64_t seed = (uint64_t)time(NULL) ^ (uint64_t)getpid() << 32;
-    int fd = open("/dev/urandom", O_RDONLY | O_CLOEXEC);
-    if (fd < 0 || read(fd, &seed, sizeof seed) < 0) seed ^= (uint64_t)clock() << 20;
-    if (fd >= 0) close(fd);
-    return seed & MAX_SEED;
-}
-
 /* The card's values, but for those that were given; says which is which. */
 static void choose_sampling(command *c) {
     medrun_sampling *s = &c->sampling;
@@ -8030,7 +8144,7 @@ static void choose_sampling(command *c) {
     if (given(c, O_MIN_P)) s->min_p = (float)c->number[O_MIN_P];
     if (given(c, O_REPEAT)) s->repeat_penalty = (float)c->number[O_REPEAT];
     bool random = c->number[O_SEED] < 0;
-    s->seed = random ? new_seed() : (uint64_t)c->number[O_SEED];
+    s->seed = random ? random_bits() & MAX_SEED : (uint64_t)c->number[O_SEED];
     if (s->temperature <= 0)
         note(c, "sampling: temperature 0 (%s), the likeliest token always; repeat-penalty %g (%s)",
              origin(c, O_TEMP), (double)s->repeat_penalty, origin(c, O_REPEAT));
@@ -8099,11 +8213,11 @@ static void on_interrupt(int signal_number) {
 
 /* From here on the first Ctrl-C is noted and the second one ends the program. Who started us with
  * Ctrl-C ignored meant it. */
-static void watch_interrupts(struct sigaction *before) {
-    struct sigaction action = {.sa_handler = on_interrupt, .sa_flags = (int)SA_RESETHAND};
+static signal_handler *watch_interrupts(void) {
     interrupted = 0;
-    sigaction(SIGINT, &action, before);
-    if (before->sa_handler == SIG_IGN) sigaction(SIGINT, before, NULL);
+    signal_handler *before = on_signal(SIGINT, on_interrupt);
+    if (before == SIG_IGN) on_signal(SIGINT, SIG_IGN);
+    return before;
 }
 
 typedef struct {
@@ -8136,7 +8250,7 @@ static int print_held(command *c, answer *a, bool over) {
     if (find_stop(c, &a->held, &n, &hold)) a->ended = true;
     else if (!over) n -= hold;
     if (!n || !a->held.data) return MEDRUN_OK;
-    if (isatty(STDOUT_FILENO)) print_safe(stdout, chars(&a->held), n, true);
+    if (is_terminal(STDOUT_FILENO)) print_safe(stdout, chars(&a->held), n, true);
     else fwrite(a->held.data, 1, n, stdout);
     a->mid_line = a->held.data[n - 1] != '\n';
     a->held.n -= n;
@@ -8148,7 +8262,7 @@ static int print_held(command *c, answer *a, bool over) {
  * seconds shows how far it is: on a terminal all the time, in a log every ten seconds. */
 static int process_prompt(command *c) {
     size_t n = medrun_pending(c->s), left;
-    bool terminal = isatty(STDERR_FILENO), drawn = false;
+    bool terminal = is_terminal(STDERR_FILENO), drawn = false;
     double start = seconds(), next = start + (terminal ? 2 : 10);
     int code = MEDRUN_OK;
     while (!code && (left = medrun_pending(c->s))) {
@@ -8172,7 +8286,7 @@ static int check_prefix(command *c) {
     if (!given(c, O_SAVE_PREFIX)) return MEDRUN_OK;
     FILE *f;
     int code = create_state(&f, c->text[O_SAVE_PREFIX], &partial, &c->e);
-    if (!code) fclose(f), remove(chars(&partial));
+    if (!code) fclose(f), remove_file(chars(&partial));
     buffer_free(&partial);
     return code;
 }
@@ -8236,25 +8350,24 @@ static int next_piece(command *c, answer *a) {
 
 /* Answers what has been fed. A full context cuts the answer: MEDRUN_TOO_LONG. */
 static int print_reply(command *c, answer *a) {
-    struct sigaction before;
     size_t most = c->number[O_PREDICT] < 0 ? SIZE_MAX : (size_t)c->number[O_PREDICT];
     double start = seconds();
     uint64_t guessed, right;
     *a = (answer){.n_prompt = medrun_pending(c->s)};
     medrun_guesses(c->s, &guessed, &right);
-    watch_interrupts(&before);
+    signal_handler *before = watch_interrupts();
     int code = process_prompt(c), last = MEDRUN_OK;
     a->prompt_time = seconds() - start;
     if (!code) code = save_prefix(c);
     double middle = seconds();
     while (!code && !a->ended && a->n_answer < most) code = next_piece(c, a);
     if (!a->ended) last = a->in_call ? print_call(c, a) : print_held(c, a, true);
-    sigaction(SIGINT, &before, NULL);
+    on_signal(SIGINT, before);
     a->answer_time = seconds() - middle;
     medrun_guesses(c->s, &a->guessed, &a->right);
     a->guessed -= guessed, a->right -= right;
     buffer_free(&a->held), buffer_free(&a->call);
-    if (isatty(STDOUT_FILENO)) puts("");
+    if (is_terminal(STDOUT_FILENO)) puts("");
     if (code != MEDRUN_TOO_LONG) return code ? code : last;
     c->e = (medrun_error){0};
     return fail(&c->e, code, "the answer is cut: the context of %zu tokens is full (-c)",
@@ -8305,7 +8418,7 @@ static int read_prompt(command *c, buffer *text) {
         buffer_text(text, c->text[O_PROMPT]);
         return text->failed ? out_of_memory(&c->e, strlen(c->text[O_PROMPT])) : MEDRUN_OK;
     }
-    if (!file && isatty(STDIN_FILENO))
+    if (!file && is_terminal(STDIN_FILENO))
         return fail(&c->e, MEDRUN_USAGE, "no text: give -p TEXT or -f FILE, or pipe it in");
     int code = read_file(c, file ? c->text[O_FILE] : "-", text);
     if (c->which != TOKENIZE) drop_line_end(text);
@@ -8617,14 +8730,8 @@ typedef struct {
     bool plain, colour;                         /* plain: nothing that can be drawn on          */
 } editor;
 
-static struct termios cooked_terminal;
-static volatile sig_atomic_t terminal_is_raw;
-
 static void restore_terminal(void) {
-    if (!terminal_is_raw) return;
-    terminal_is_raw = 0;
-    tcsetattr(STDIN_FILENO, TCSADRAIN, &cooked_terminal);
-    if (write(STDERR_FILENO, "\x1b[?2004l", 8) < 0) return;     /* nothing more can be done      */
+    if (set_raw(false) && write(STDERR_FILENO, "\x1b[?2004l", 8) < 0) return;   /* no more to do */
 }
 
 static void on_fatal_signal(int signal_number) {
@@ -8632,39 +8739,21 @@ static void on_fatal_signal(int signal_number) {
     raise(signal_number);                               /* now with its default effect           */
 }
 
-/* Keys come one by one and as they are, Ctrl-C too; what is pasted comes between marks. */
-static bool make_raw(void) {
-    struct termios raw;
-    if (tcgetattr(STDIN_FILENO, &cooked_terminal)) return false;
-    raw = cooked_terminal;
-    raw.c_lflag &= ~(tcflag_t)(ECHO | ICANON | ISIG | IEXTEN);
-    raw.c_iflag &= ~(tcflag_t)(IXON | ICRNL | INLCR | ISTRIP);
-    raw.c_cc[VMIN] = 1, raw.c_cc[VTIME] = 0;
-    terminal_is_raw = 1;
-    if (tcsetattr(STDIN_FILENO, TCSADRAIN, &raw)) return terminal_is_raw = 0, false;
-    return fputs("\x1b[?2004h", stderr) >= 0;
-}
+/* What is pasted comes between marks. */
+static bool make_raw(void) { return set_raw(true) && fputs("\x1b[?2004h", stderr) >= 0; }
 
 static void prepare_editor(editor *ed) {
     static const int fatal[] = {SIGTERM, SIGHUP, SIGQUIT, SIGINT};
-    struct sigaction action = {.sa_handler = on_fatal_signal, .sa_flags = (int)SA_RESETHAND};
-    const char *term = getenv("TERM"), *no_colour = getenv("NO_COLOR");
-    ed->plain = !isatty(STDERR_FILENO) || !term || !strcmp(term, "dumb");
+    const char *no_colour = getenv("NO_COLOR");
+    ed->plain = !terminal_draws();
     ed->colour = !ed->plain && !(no_colour && *no_colour);
     atexit(restore_terminal);
-    for (size_t i = 0; i < sizeof fatal / sizeof *fatal; i++) sigaction(fatal[i], &action, NULL);
+    for (size_t i = 0; i < sizeof fatal / sizeof *fatal; i++) on_signal(fatal[i], on_fatal_signal);
 }
 
 static void close_editor(editor *ed) {
     for (int i = 0; i < ed->n_history; i++) free(ed->history[i]);
     buffer_free(&ed->line);
-}
-
-static int read_byte(void) {
-    uint8_t byte;
-    ssize_t n;
-    while ((n = read(STDIN_FILENO, &byte, 1)) < 0 && errno == EINTR) continue;
-    return n == 1 ? byte : EOF;
 }
 
 enum { KEY_UP = 256, KEY_DOWN, KEY_RIGHT, KEY_LEFT, KEY_HOME, KEY_END, KEY_DELETE, KEY_PASTE,
@@ -8673,10 +8762,10 @@ enum { KEY_UP = 256, KEY_DOWN, KEY_RIGHT, KEY_LEFT, KEY_HOME, KEY_END, KEY_DELET
 /* A byte, a KEY_, or EOF. Escape sequences are ESC [ numbers letter, or ESC O letter. */
 static int read_key(void) {
     static const char letters[] = "ABCDHF";             /* in the order of the KEY_              */
-    int c = read_byte(), number = 0;
+    int c = typed_byte(), number = 0;
     if (c != 27) return c;
-    if ((c = read_byte()) != '[' && c != 'O') return c == EOF ? EOF : KEY_OTHER;
-    while ((c = read_byte()) != EOF && c < 0x40)        /* of numbers the last: Ctrl-Left is     */
+    if ((c = typed_byte()) != '[' && c != 'O') return c == EOF ? EOF : KEY_OTHER;
+    while ((c = typed_byte()) != EOF && c < 0x40)        /* of numbers the last: Ctrl-Left is     */
         number = isdigit(c) ? (number * 10 + c - '0') % 1000 : 0;               /* 1;5D, so Left */
     const char *letter = c > 0 ? strchr(letters, c) : NULL;
     if (letter) return KEY_UP + (int)(letter - letters);
@@ -8741,9 +8830,8 @@ static size_t window_start(const editor *ed, size_t room, size_t *cursor) {
 
 /* Draws the window, or, when the line is DONE, all of it. */
 static void draw_line(const editor *ed, const char *prompt, bool done) {
-    struct winsize size;
-    bool known = !ioctl(STDERR_FILENO, TIOCGWINSZ, &size) && size.ws_col > 10;
-    size_t room = (known ? size.ws_col : 80) - strlen(prompt) - 1, cursor, used = 0, columns;
+    int width = terminal_columns();
+    size_t room = (width > 10 ? (size_t)width : 80) - strlen(prompt) - 1, cursor, used = 0, columns;
     size_t i = window_start(ed, room, &cursor);
     buffer out = {0};
     buffer_printf(&out, ed->colour ? "\r\x1b[1m%s\x1b[0m" : "\r%s", prompt);
@@ -8824,13 +8912,11 @@ static int edit_line(editor *ed, const char *prompt) {
     bool pasting = false;
     ed->line.n = ed->at = 0, ed->place = ed->n_history;
     for (;;) {
-        int waiting = 0;
-        ioctl(STDIN_FILENO, FIONREAD, &waiting);        /* draw when the typist pauses           */
-        if (!waiting) draw_line(ed, prompt, false);
+        if (!more_is_typed()) draw_line(ed, prompt, false);
         int key = read_key();
         bool leaves = key == CTRL_KEY('D') && !ed->line.n;
         if (key == EOF) return LINE_END;
-        if (key == CTRL_KEY('Z')) restore_terminal(), raise(SIGTSTP), make_raw();
+        if (key == CTRL_KEY('Z')) restore_terminal(), suspend_program(), make_raw();
         else if (key == KEY_PASTE || key == KEY_PASTED) pasting = key == KEY_PASTE;
         else if (pasting && key < 256) insert(ed, &(char){(char)(key == '\r' ? '\n' : key)}, 1);
         else if (key == '\r' || key == '\n' || key == CTRL_KEY('C') || leaves) {
@@ -8846,7 +8932,8 @@ static int plain_line(editor *ed, const char *prompt) {
     int c;
     fputs(prompt, stderr);
     ed->line.n = 0;
-    while ((c = read_byte()) != EOF && c != '\n') buffer_add(&ed->line, &(char){(char)c}, 1);
+    while ((c = typed_byte()) != EOF && c != '\n') buffer_add(&ed->line, &(char){(char)c}, 1);
+    drop_line_end(&ed->line);
     return c == EOF && !ed->line.n ? LINE_END : LINE;
 }
 
@@ -9101,7 +9188,7 @@ static int talk(command *c) {
 }
 
 static int converse_command(command *c) {
-    if (!isatty(STDIN_FILENO)) return run_command(c);
+    if (!is_terminal(STDIN_FILENO)) return run_command(c);
     int code = open_model(c);
     if (!code) code = choose_chat(c);
     if (!code) code = start_session(c);
@@ -9156,7 +9243,7 @@ static bool report_hash(const command *c, const hashed *h, bool is_tensor) {
 static int verify_hashes(command *c, bool *same) {
     const model_file *f = &c->m->file;
     size_t n = f->header.nodes[f->tensors].count, good = 0;
-    hash_job job = {.all = new_array(n + 1, sizeof(hashed)), .show = isatty(STDERR_FILENO)};
+    hash_job job = {.all = new_array(n + 1, sizeof(hashed)), .show = is_terminal(STDERR_FILENO)};
     if (!job.all) return out_of_memory(&c->e, (n + 1) * sizeof(hashed));
     uint32_t v = f->tensors + 1;
     for (size_t i = 0; i <= n; i++, v = f->header.nodes[v].next) {
@@ -9757,8 +9844,9 @@ static int read_line_of_arguments(command *c, int argc, char **argv, int place) 
 /* Without a command's name the first argument is a model, and must look like a file. */
 static int check_rest(command *c, bool named) {
     int most = command_rows[c->which].most;
+    file_facts there;
     if (given(c, O_MODEL) && most == 1 && c->which != REPLAY) most = 0;
-    if (!named && c->n_rest && !strpbrk(c->rest[0], "./") && access(c->rest[0], F_OK))
+    if (!named && c->n_rest && !strpbrk(c->rest[0], "./\\") && get_facts(c->rest[0], -1, &there))
         return unknown_command(c, c->rest[0]);
     if (c->n_rest <= most) return MEDRUN_OK;
     return fail(&c->e, MEDRUN_USAGE, "%s: found \"%s\" too many; a text with spaces needs quotes",
@@ -9782,9 +9870,7 @@ static int run_line(command *c, int argc, char **argv) {
 
 int main(int argc, char **argv) {
     static command c;
-    for (int fd = 0; fd < 3; fd++)      /* no file that is opened may become stdout by chance    */
-        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd ? O_RDONLY : O_WRONLY) != fd) return 1;
-    signal(SIGPIPE, SIG_IGN);           /* writing fails with EPIPE instead                      */
+    if (!(argv = start_program(&argc, argv))) return 1;
     umask(077);                         /* records and sessions hold what a patient said         */
     int code = run_line(&c, argc, argv);
     if (!code) code = flush_stdout(&c);
