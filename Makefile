@@ -28,6 +28,12 @@ $(BIN)/medrun: medrun.c
 $(BIN)/medrun-export: tools/export.c $(EXPORT) medrun.c
 	$(CC) $(CFLAGS) $(WARN) -o $@ tools/export.c $(LIBS)
 
+# One file with no library beside it; make static STATIC_CC=gcc takes the system's own libc.
+STATIC_CC ?= musl-gcc
+static:
+	@mkdir -p $(BUILD)/static
+	$(MAKE) BIN=$(BUILD)/static CC="$(STATIC_CC)" CFLAGS="$(CFLAGS) -static" all
+
 run: $(BIN)/medrun
 	$(BIN)/medrun run $(DEMO) -p "What are the symptoms of diabetes?"
 
@@ -91,6 +97,7 @@ help:
 	@echo "make debug      the tests under address and undefined-behaviour sanitizers"
 	@echo "make threads    those of the thread pool and sessions under the thread sanitizer"
 	@echo "make lint       line lengths, function lengths, warnings of gcc and clang, clang-tidy"
+	@echo "make static     build/static/medrun and medrun-export, by musl-gcc, with no library beside"
 	@echo "make size, make install, make clean"
 
-.PHONY: all run test lint debug threads size install clean help
+.PHONY: all static run test lint debug threads size install clean help
