@@ -19,20 +19,22 @@ MODELS   = $(foreach f,$(FIXTURES),$(addprefix $(BUILD)/$(f)-,bf16.mdr int8.mdr 
 
 EXPORT   = $(wildcard tools/export_*.c)
 
-all: $(BIN)/medrun $(BIN)/medrun-export
+all: $(BIN)/medrun$(EXE) $(BIN)/medrun-export$(EXE)
 
-$(BIN)/medrun: medrun.c
+$(BIN)/medrun$(EXE): medrun.c
 	@mkdir -p $(BIN)
 	$(CC) $(CFLAGS) $(WARN) -o $@ medrun.c $(LIBS)
 
-$(BIN)/medrun-export: tools/export.c $(EXPORT) medrun.c
+$(BIN)/medrun-export$(EXE): tools/export.c $(EXPORT) medrun.c
 	$(CC) $(CFLAGS) $(WARN) -o $@ tools/export.c $(LIBS)
 
 # One file with no library beside it; make static STATIC_CC=gcc takes the system's own libc.
-STATIC_CC ?= musl-gcc
+STATIC_CC  ?= musl-gcc
+WINDOWS_CC ?= x86_64-w64-mingw32-gcc
 static:
-	@mkdir -p $(BUILD)/static
 	$(MAKE) BIN=$(BUILD)/static CC="$(STATIC_CC)" CFLAGS="$(CFLAGS) -static" all
+windows:
+	$(MAKE) BIN=$(BUILD)/windows EXE=.exe CC="$(WINDOWS_CC)" CFLAGS="$(CFLAGS) -static" all
 
 run: $(BIN)/medrun
 	$(BIN)/medrun run $(DEMO) -p "What are the symptoms of diabetes?"
@@ -98,6 +100,7 @@ help:
 	@echo "make threads    those of the thread pool and sessions under the thread sanitizer"
 	@echo "make lint       line lengths, function lengths, warnings of gcc and clang, clang-tidy"
 	@echo "make static     build/static/medrun and medrun-export, by musl-gcc, with no library beside"
+	@echo "make windows    build/windows/medrun.exe and medrun-export.exe, by mingw-w64"
 	@echo "make size, make install, make clean"
 
-.PHONY: all static run test lint debug threads size install clean help
+.PHONY: all static windows run test lint debug threads size install clean help

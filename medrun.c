@@ -40,6 +40,11 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
+#ifdef _WIN32
+#define _CRT_RAND_S
+#define _FILE_OFFSET_BITS 64
+#define WIN32_LEAN_AND_MEAN
+#endif
 
 /* ============================================================================================
  * 1 API: what an embedder may call
@@ -318,19 +323,36 @@ void medrun_observe(medrun_session *session, medrun_observer *observer, void *us
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
-#include <termios.h>
 #include <time.h>
 #include <unistd.h>
+#ifdef _WIN32
+#define SIGHUP SIGBREAK         /* the console was closed                                        */
+#define SIGQUIT SIGBREAK
+#include <io.h>
+#include <windows.h>
+#include <sddl.h>
+#include <shellapi.h>
+#undef O_RAW                    /* words that are ours                                           */
+#undef TEXT
+#undef far
+#undef near
+#else
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <termios.h>
+#endif
 #if defined __x86_64__ || defined __i386__
 #define MEDRUN_X86 1
 #include <cpuid.h>
 #include <immintrin.h>
 #endif
 
+#ifdef __MINGW_PRINTF_FORMAT
+#define PRINTF_LIKE(text, first) __attribute__((format(__MINGW_PRINTF_FORMAT, text, first)))
+#else
 #define PRINTF_LIKE(text, first) __attribute__((format(printf, text, first)))
+#endif
 #define ALWAYS_INLINE static inline __attribute__((always_inline, unused))
 #define MAYBE_UNUSED __attribute__((unused))
 #define NEVER_INLINE static __attribute__((noinline))
@@ -341,7 +363,8 @@ void medrun_observe(medrun_session *session, medrun_observer *observer, void *us
 
 /* ---- the system ---------------------------------------------------------------------------- */
 
-/* What a system gives; the rest of the file asks it nothing. Where a call fails, errno says why. */
+/* What a system gives, here in the words of POSIX, below in those of Windows; the rest of the file
+ * knows neither. Where a call fails, errno says why. Paths are UTF-8. */
 
 enum { MAX_THREADS = 256 };
 
@@ -356,6 +379,7 @@ enum { TO_READ, TO_MAP, TO_WRITE, TO_CREATE, TO_UPDATE };
 
 typedef void signal_handler(int number);
 
+#ifndef _WIN32
 static int open_file(const char *path, int how) {
     static const int flags[] = {O_RDONLY, O_RDONLY | O_NONBLOCK, O_WRONLY | O_CREAT | O_TRUNC,
                                 O_WRONLY | O_CREAT | O_EXCL,
@@ -501,6 +525,259 @@ static char **start_program(int *count, char **arguments) {
     signal(SIGXFSZ, SIG_IGN);           /* and with EFBIG                                        */
     return arguments;
 }
+#else
+enum { WIDE_PATH = 4096 + 8 };
+
+static int windows_failed(void) {
+    switch (GetLastError()) {
+        case ERROR_FILE_NOT_FOUND: case ERROR_PATH_NOT_FOUND: case ERROR_INVALID_NAME:
+        case ERROR_BAD_PATHNAME: errno = ENOENT; break;
+        case ERROR_ACCESS_DENIED: case ERROR_SHARING_VIOLATION: case ERROR_WRITE_PROTECT:
+        case ERROR_USER_MAPPED_FILE: errno = EACCES; break;
+        case ERROR_FILE_EXISTS: case ERROR_ALREADY_EXISTS: errno = EEXIST; break;
+        case ERROR_DISK_FULL: case ERROR_HANDLE_DISK_FULL: errno = ENOSPC; break;
+        case ERROR_NOT_ENOUGH_MEMORY: case ERROR_COMMITMENT_LIMIT:
+        case ERROR_WORKING_SET_QUOTA: errno = ENOMEM; break;
+        default: errno = EIO;
+    }
+    return -1;
+}
+
+/* PATH from its root, where \\?\ before a drive's letter takes away the limit of 260; or NULL. */
+static wchar_t *wide_path(const char *path, wchar_t room[WIDE_PATH]) {
+    wchar_t short_path[WIDE_PATH], *full = room + 4;
+    DWORD most = WIDE_PATH - 4, n = 0;
+    if (MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, path, -1, short_path, WIDE_PATH))
+        n = GetFullPathNameW(short_path, most, full, NULL);
+    if (!n || n >= most) return errno = n ? ENAMETOOLONG : ENOENT, NULL;
+    if (full[1] != ':') return full;
+    memcpy(room, L"\\\\?\\", 4 * sizeof *room);
+    return room;
+}
+
+static HANDLE open_handle(const char *path, DWORD access, DWORD share, DWORD create,
+                          SECURITY_ATTRIBUTES *who) {
+    wchar_t room[WIDE_PATH];
+    wchar_t *name = wide_path(path, room);
+    if (!name) return INVALID_HANDLE_VALUE;
+    HANDLE h = CreateFileW(name, access, share, who, create, FILE_FLAG_BACKUP_SEMANTICS, NULL);
+    if (h == INVALID_HANDLE_VALUE) windows_failed();
+    return h;
+}
+
+/* Files may be renamed and removed while they are open, as elsewhere; what is updated has one
+ * writer. What is written is for its owner only, but for what is updated. */
+static int open_file(const char *path, int how) {
+    static const DWORD access[] = {GENERIC_READ, GENERIC_READ, GENERIC_WRITE, GENERIC_WRITE,
+                                   GENERIC_READ | GENERIC_WRITE};
+    static const DWORD create[] = {OPEN_EXISTING, OPEN_EXISTING, CREATE_ALWAYS, CREATE_NEW,
+                                   OPEN_ALWAYS};
+    SECURITY_ATTRIBUTES owner = {sizeof owner, NULL, FALSE};
+    bool closed = how == TO_WRITE || how == TO_CREATE;
+    if (closed && !ConvertStringSecurityDescriptorToSecurityDescriptorW(
+            L"D:P(A;;FA;;;OW)", SDDL_REVISION_1, &owner.lpSecurityDescriptor, NULL))
+        return windows_failed();
+    DWORD share = FILE_SHARE_READ | FILE_SHARE_DELETE | (how == TO_UPDATE ? 0 : FILE_SHARE_WRITE);
+    HANDLE h = open_handle(path, access[how], share, create[how], closed ? &owner : NULL);
+    LocalFree(owner.lpSecurityDescriptor);
+    return h == INVALID_HANDLE_VALUE ? -1 : _open_osfhandle((intptr_t)h, _O_BINARY);
+}
+
+static int get_facts(const char *path, int fd, file_facts *f) {
+    BY_HANDLE_FILE_INFORMATION i = {0};
+    HANDLE h = path ? open_handle(path, 0, 7, OPEN_EXISTING, NULL) : (HANDLE)_get_osfhandle(fd);
+    if (h == INVALID_HANDLE_VALUE) return -1;
+    bool disk = GetFileType(h) == FILE_TYPE_DISK && GetFileInformationByHandle(h, &i);
+    bool folder = i.dwFileAttributes & FILE_ATTRIBUTE_DIRECTORY;
+    *f = (file_facts){(uint64_t)i.nFileSizeHigh << 32 | i.nFileSizeLow, i.dwVolumeSerialNumber,
+                      (uint64_t)i.nFileIndexHigh << 32 | i.nFileIndexLow, disk && !folder, folder};
+    if (path) CloseHandle(h);
+    return 0;
+}
+
+static int rename_file(const char *from, const char *to) {
+    wchar_t rooms[2][WIDE_PATH];
+    const wchar_t *a = wide_path(from, rooms[0]), *b = wide_path(to, rooms[1]);
+    if (!a || !b) return -1;
+    bool done = MoveFileExW(a, b, MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH);
+    return done ? 0 : windows_failed();
+}
+
+static int remove_file(const char *path) {
+    wchar_t room[WIDE_PATH];
+    const wchar_t *name = wide_path(path, room);
+    return name && DeleteFileW(name) ? 0 : name ? windows_failed() : -1;
+}
+
+static const void *map_bytes(int fd, size_t n) {
+    HANDLE h = CreateFileMappingW((HANDLE)_get_osfhandle(fd), NULL, PAGE_READONLY, 0, 0, NULL);
+    const void *p = h ? MapViewOfFile(h, FILE_MAP_READ, 0, 0, n) : NULL;
+    if (!p) windows_failed();
+    if (h) CloseHandle(h);                      /* the view keeps what it needs                 */
+    return p;
+}
+
+static void unmap_bytes(const void *p, size_t n) { (void)n, UnmapViewOfFile(p); }
+
+/* What is locked counts as part of the working set, which must have room for it. */
+static bool lock_bytes(const void *p, size_t n) {
+    HANDLE me = GetCurrentProcess();
+    SIZE_T least, most;
+    bool done = GetProcessWorkingSetSize(me, &least, &most) &&
+                SetProcessWorkingSetSize(me, least + n, most + n) &&
+                VirtualLock((void *)(uintptr_t)p, n);
+    return done || windows_failed() == 0;
+}
+
+static void *map_memory(size_t n) {
+    return VirtualAlloc(NULL, n, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE);
+}
+
+static void unmap_memory(void *p, size_t n) {
+    (void)n;
+    if (p) VirtualFree(p, 0, MEM_RELEASE);
+}
+
+/* Of this process's group of at most 64. */
+static int processors(void) {
+    DWORD_PTR mine = 0, all;
+    GetProcessAffinityMask(GetCurrentProcess(), &mine, &all);
+    return mine ? __builtin_popcountll(mine) : 1;
+}
+
+static size_t second_cache(void) {
+    SYSTEM_LOGICAL_PROCESSOR_INFORMATION row[512];
+    DWORD n = sizeof row;
+    if (!GetLogicalProcessorInformation(row, &n)) return 0;
+    for (size_t i = 0; i < n / sizeof *row; i++)
+        if (row[i].Relationship == RelationCache && row[i].Cache.Level == 2)
+            return row[i].Cache.Size > 4 << 20 ? 4 << 20 : row[i].Cache.Size;
+    return 0;
+}
+
+/* Memory is free where a process may have it, too: the paging file counts. */
+static void memory_size(uint64_t *total, uint64_t *available) {
+    MEMORYSTATUSEX m = {.dwLength = sizeof m};
+    GlobalMemoryStatusEx(&m);
+    *total = m.ullTotalPhys;
+    *available = m.ullAvailPhys < m.ullAvailPageFile ? m.ullAvailPhys : m.ullAvailPageFile;
+}
+
+static uint64_t random_bits(void) {
+    unsigned low = 0, high = 0;
+    rand_s(&low), rand_s(&high);
+    return (uint64_t)high << 32 | low;
+}
+
+static void local_time(time_t when, struct tm *t) { localtime_s(t, &when); }
+
+static signal_handler *on_signal(int number, signal_handler *handler) {
+    return signal(number, handler);
+}
+
+static void suspend_program(void) {}
+
+static HANDLE console(int fd) {
+    DWORD mode;
+    HANDLE h = (HANDLE)_get_osfhandle(fd);
+    return GetConsoleMode(h, &mode) ? h : NULL;
+}
+
+static bool is_terminal(int fd) { return console(fd); }
+
+static bool terminal_draws(void) {
+    DWORD mode = 0;
+    return console(2) && GetConsoleMode(console(2), &mode) &&
+           SetConsoleMode(console(2), mode | ENABLE_VIRTUAL_TERMINAL_PROCESSING);
+}
+
+static int terminal_columns(void) {
+    CONSOLE_SCREEN_BUFFER_INFO i;
+    return GetConsoleScreenBufferInfo(console(2), &i) ? i.srWindow.Right - i.srWindow.Left + 1 : 0;
+}
+
+static DWORD cooked_console;
+static volatile sig_atomic_t terminal_is_raw;
+
+/* An old console, which does not send arrows as other terminals do, stays as it is. */
+static bool set_raw(bool raw) {
+    DWORD lines = ENABLE_LINE_INPUT | ENABLE_ECHO_INPUT | ENABLE_PROCESSED_INPUT;
+    if (!raw && !terminal_is_raw) return false;
+    terminal_is_raw = 0;
+    if (!raw) return SetConsoleMode(console(0), cooked_console);
+    if (!GetConsoleMode(console(0), &cooked_console)) return false;
+    terminal_is_raw = 1;
+    return SetConsoleMode(console(0), (cooked_console & ~lines) | ENABLE_VIRTUAL_TERMINAL_INPUT) ||
+           (terminal_is_raw = 0);
+}
+
+static struct { char bytes[256]; int n, at; } typed;
+
+static int typed_byte(void) {
+    wchar_t wide[64];
+    DWORD n = 0, more = 0;
+    if (typed.at == typed.n) {
+        if (!ReadConsoleW(console(0), wide, 63, &n, NULL) || !n) return EOF;
+        if (IS_HIGH_SURROGATE(wide[n - 1])) ReadConsoleW(console(0), wide + n, 1, &more, NULL);
+        typed.n = WideCharToMultiByte(CP_UTF8, 0, wide, (int)(n + more), typed.bytes,
+                                      sizeof typed.bytes, NULL, NULL);
+        typed.at = 0;
+        if (!terminal_is_raw && wide[0] == 26) return typed.n = 0, EOF;         /* Ctrl-Z        */
+    }
+    return typed.at < typed.n ? (uint8_t)typed.bytes[typed.at++] : EOF;
+}
+
+static bool more_is_typed(void) { return typed.at < typed.n; }
+
+static char *utf8_of(const wchar_t *wide) {
+    int n = WideCharToMultiByte(CP_UTF8, 0, wide, -1, NULL, 0, NULL, NULL);
+    char *text = malloc((size_t)n + 1);
+    if (text) WideCharToMultiByte(CP_UTF8, 0, wide, -1, text, n, NULL, NULL);
+    return text;
+}
+
+static UINT other_code_page;
+
+static void restore_code_page(void) { SetConsoleOutputCP(other_code_page); }
+
+/* Arguments, and variables of our names, from UTF-16: it has what the code page lacks. */
+static char **start_program(int *count, char **arguments) {
+    wchar_t **wide = CommandLineToArgvW(GetCommandLineW(), count);
+    arguments = wide ? calloc((size_t)*count + 1, sizeof *arguments) : NULL;
+    for (int i = 0; arguments && i < *count; i++)
+        if (!(arguments[i] = utf8_of(wide[i]))) return NULL;
+    LocalFree(wide);
+    wchar_t *all = GetEnvironmentStringsW();
+    for (wchar_t *p = all; p && *p; p += wcslen(p) + 1) {
+        char *text = wcsncmp(p, L"MEDRUN_", 7) ? NULL : utf8_of(p);
+        if (text) _putenv(text);
+        free(text);
+    }
+    FreeEnvironmentStringsW(all);
+    for (int fd = 0; fd < 3; fd++) _setmode(fd, _O_BINARY);
+    other_code_page = GetConsoleOutputCP();
+    if (other_code_page && SetConsoleOutputCP(CP_UTF8)) atexit(restore_code_page);
+    return arguments;
+}
+
+/* The C library's fmaf rounds twice. A product of floats is exact in double; a sum rounded to odd
+ * there still knows, when it is rounded to float, what it lost (Boldo and Melquiond, 2008). */
+static float exact_fmaf(float a, float b, float c) {
+    double p = (double)a * b, s = p + c, more = s - p, lost = (p - (s - more)) + (c - more);
+    uint64_t bits;
+    memcpy(&bits, &s, 8);
+    if ((lost > 0 || lost < 0) && !(bits & 1)) bits += (lost > 0) == (s > 0) ? 1u : UINT64_MAX;
+    memcpy(&s, &bits, 8);
+    return (float)s;
+}
+#define fmaf exact_fmaf
+
+static void *memmem(const void *in, size_t n, const void *what, size_t k) {
+    for (const char *p = in; n >= k; p++, n--)
+        if (!memcmp(p, what, k)) return (void *)(uintptr_t)p;
+    return NULL;
+}
+#endif /* _WIN32 */
 
 static FILE *open_stream(const char *path, int how) {
     int fd = open_file(path, how);
@@ -4688,7 +4965,7 @@ static bool json_truthy(const json *j, uint32_t v) {
 static void python_float(buffer *b, double value) {
     char text[40], digits[20];
     int n = 0, precision = 0, power;
-    if (!isfinite(value)) { buffer_text(b, value < 0 ? "-Infinity" : "Infinity"); return; }
+    if (!(fabs(value) <= DBL_MAX)) { buffer_text(b, value < 0 ? "-Infinity" : "Infinity"); return; }
     do snprintf(text, sizeof text, "%.*e", precision, value);
     while (strtod(text, NULL) != value && ++precision < 17);
     for (const char *p = text; *p != 'e'; p++) if (isdigit((uint8_t)*p)) digits[n++] = *p;
@@ -7856,7 +8133,7 @@ static bool parse_number(const char *text, double *out) {
     char *end;
     if (!*text || text[strspn(text, "+-.0123456789eE")]) return false;
     *out = strtod(text, &end);
-    return !*end && isfinite(*out);
+    return !*end && fabs(*out) <= DBL_MAX;
 }
 
 /* WORDS has | between its words; the place of VALUE among them becomes the number. */
