@@ -331,7 +331,6 @@ void medrun_observe(medrun_session *session, medrun_observer *observer, void *us
 #define SIGQUIT SIGBREAK
 #include <io.h>
 #include <windows.h>
-#include <sddl.h>
 #include <shellapi.h>
 #undef O_RAW                    /* words that are ours                                           */
 #undef TEXT
@@ -565,21 +564,41 @@ static HANDLE open_handle(const char *path, DWORD access, DWORD share, DWORD cre
     return h;
 }
 
-/* Files may be renamed and removed while they are open, as elsewhere; what is updated has one
- * writer. What is written is for its owner only, but for what is updated. */
+typedef struct {
+    SECURITY_ATTRIBUTES attributes;
+    SECURITY_DESCRIPTOR descriptor;
+    union { TOKEN_USER user; BYTE room[256]; } who;
+    union { ACL list; BYTE room[512]; } rights;
+} privacy;
+
+/* All rights for who runs this, none for others. */
+static bool make_private(privacy *p) {
+    HANDLE token;
+    DWORD n;
+    if (!OpenProcessToken(GetCurrentProcess(), TOKEN_QUERY, &token)) return false;
+    bool known = GetTokenInformation(token, TokenUser, &p->who, sizeof p->who, &n);
+    CloseHandle(token);
+    p->attributes = (SECURITY_ATTRIBUTES){sizeof p->attributes, &p->descriptor, FALSE};
+    return known && InitializeAcl(&p->rights.list, sizeof p->rights, ACL_REVISION) &&
+           AddAccessAllowedAce(&p->rights.list, ACL_REVISION, FILE_ALL_ACCESS,
+                               p->who.user.User.Sid) &&
+           InitializeSecurityDescriptor(&p->descriptor, SECURITY_DESCRIPTOR_REVISION) &&
+           SetSecurityDescriptorDacl(&p->descriptor, TRUE, &p->rights.list, FALSE) &&
+           SetSecurityDescriptorControl(&p->descriptor, SE_DACL_PROTECTED, SE_DACL_PROTECTED);
+}
+
+/* Files may be renamed and removed while they are open, as elsewhere. TO_WRITE is private too, for
+ * umask does nothing here, and TO_UPDATE has one writer. */
 static int open_file(const char *path, int how) {
     static const DWORD access[] = {GENERIC_READ, GENERIC_READ, GENERIC_WRITE, GENERIC_WRITE,
                                    GENERIC_READ | GENERIC_WRITE};
     static const DWORD create[] = {OPEN_EXISTING, OPEN_EXISTING, CREATE_ALWAYS, CREATE_NEW,
                                    OPEN_ALWAYS};
-    SECURITY_ATTRIBUTES owner = {sizeof owner, NULL, FALSE};
-    bool closed = how == TO_WRITE || how == TO_CREATE;
-    if (closed && !ConvertStringSecurityDescriptorToSecurityDescriptorW(
-            L"D:P(A;;FA;;;OW)", SDDL_REVISION_1, &owner.lpSecurityDescriptor, NULL))
-        return windows_failed();
     DWORD share = FILE_SHARE_READ | FILE_SHARE_DELETE | (how == TO_UPDATE ? 0 : FILE_SHARE_WRITE);
-    HANDLE h = open_handle(path, access[how], share, create[how], closed ? &owner : NULL);
-    LocalFree(owner.lpSecurityDescriptor);
+    privacy p;
+    bool closed = how == TO_WRITE || how == TO_CREATE;
+    if (closed && !make_private(&p)) return windows_failed();
+    HANDLE h = open_handle(path, access[how], share, create[how], closed ? &p.attributes : NULL);
     return h == INVALID_HANDLE_VALUE ? -1 : _open_osfhandle((intptr_t)h, _O_BINARY);
 }
 
