@@ -340,6 +340,9 @@ void medrun_observe(medrun_session *session, medrun_observer *observer, void *us
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <termios.h>
+#ifdef __APPLE__
+#include <sys/sysctl.h>
+#endif
 #endif
 #if defined __x86_64__ || defined __i386__
 #define MEDRUN_X86 1
@@ -417,30 +420,48 @@ static void unmap_memory(void *p, size_t n) {
     if (p) munmap(p, n);
 }
 
-/* Processors this process may run on, at most MAX_THREADS. */
+#ifdef __APPLE__
+/* 0 where there is no such number. */
+static uint64_t sysctl_number(const char *name) {
+    uint64_t n = 0;                             /* some have 4 bytes                            */
+    size_t size = sizeof n;
+    return sysctlbyname(name, &n, &size, NULL, 0) ? 0 : n;
+}
+#endif
+
+/* Processors this process may run on, at most MAX_THREADS; without the slow ones of a Mac. */
 static int processors(void) {
     long n = sysconf(_SC_NPROCESSORS_ONLN);
 #ifdef CPU_COUNT
     cpu_set_t set;
     if (!sched_getaffinity(0, sizeof set, &set)) n = CPU_COUNT(&set);
+#elif defined __APPLE__
+    long fast = (long)sysctl_number("hw.perflevel0.logicalcpu");
+    if (fast) n = fast;
 #endif
     return n < 1 ? 1 : n > MAX_THREADS ? MAX_THREADS : (int)n;
 }
 
 /* Bytes of a core's second cache, 0 where the system does not say. */
 static size_t second_cache(void) {
+    long n = 0;
 #ifdef _SC_LEVEL2_CACHE_SIZE
-    long n = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    return n < 64 << 10 ? 0 : n > 4 << 20 ? 4 << 20 : (size_t)n;
-#else
-    return 0;
+    n = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#elif defined __APPLE__
+    n = (long)sysctl_number("hw.l2cachesize");
 #endif
+    return n < 64 << 10 ? 0 : n > 4 << 20 ? 4 << 20 : (size_t)n;
 }
 
-/* Bytes of memory the machine has, and how many of them are free or can be freed at once. */
+/* Bytes of memory the machine has, and how many of them are free or can be freed at once: all,
+ * where the system does not say. */
 static void memory_size(uint64_t *total, uint64_t *available) {
+#ifdef __APPLE__
+    *available = *total = sysctl_number("hw.memsize");
+#else
     *total = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
     *available = *total;
+#endif
     FILE *f = fopen("/proc/meminfo", "r");
     if (!f) return;
     char line[128];
@@ -467,6 +488,9 @@ static signal_handler *on_signal(int number, signal_handler *handler) {
     sigaction(number, &now, &before);
     return before.sa_handler;
 }
+
+/* HANDLER is called where a mapped page cannot be read any more. */
+static void on_lost_page(signal_handler *handler) { on_signal(SIGBUS, handler); }
 
 static void suspend_program(void) { raise(SIGTSTP); }
 
@@ -692,6 +716,18 @@ static void local_time(time_t when, struct tm *t) { localtime_s(t, &when); }
 
 static signal_handler *on_signal(int number, signal_handler *handler) {
     return signal(number, handler);
+}
+
+static signal_handler *lost_page_handler;
+
+static LONG WINAPI filter_lost_page(EXCEPTION_POINTERS *p) {
+    if (p->ExceptionRecord->ExceptionCode == EXCEPTION_IN_PAGE_ERROR) lost_page_handler(0);
+    return EXCEPTION_CONTINUE_SEARCH;
+}
+
+static void on_lost_page(signal_handler *handler) {
+    lost_page_handler = handler;
+    SetUnhandledExceptionFilter(filter_lost_page);
 }
 
 static void suspend_program(void) {}
@@ -6320,7 +6356,7 @@ static int read_config(const model_file *f, model_config *c, medrun_error *e) {
 /* ---- the tensors --------------------------------------------------------------------------- */
 
 /* Binds the next entry of the table: it must be called NAME and have this type and shape. */
-static int bind(medrun_model *m, uint32_t *entry, uint32_t *left, const char *name, int type,
+static int bind_one(medrun_model *m, uint32_t *entry, uint32_t *left, const char *name, int type,
                 int rows, int cols, tensor *out, medrun_error *e) {
     model_file *f = &m->file;
     char found[64], found_type[16];
@@ -6377,7 +6413,7 @@ static int bind_all(medrun_model *m, medrun_error *e) {
     const float *xielu_stored = NULL;
     bool gated = c->activation == ACTIVATION_SILU, xielu = c->activation == ACTIVATION_XIELU;
     int vocabulary = rows_type(m->type);
-    int code = bind(m, &entry, &left, "embed", vocabulary, c->vocab_size, hidden, &m->embed, e);
+    int code = bind_one(m, &entry, &left, "embed", vocabulary, c->vocab_size, hidden, &m->embed, e);
     if (code) return code;
     for (int l = 0; l < c->n_layers; l++) {
         model_layer *y = &m->layers[l];
@@ -6406,17 +6442,19 @@ static int bind_all(medrun_model *m, medrun_error *e) {
             if (all[i].missing) continue;
             snprintf(name, sizeof name, "layers.%d.%s", l, all[i].name);
             int type = all[i].vector ? TYPE_F32 : m->type;
-            code = bind(m, &entry, &left, name, type, all[i].rows, all[i].cols, all[i].to, e);
+            code = bind_one(m, &entry, &left, name, type, all[i].rows, all[i].cols, all[i].to, e);
             if (code) return code;
             if (all[i].vector) *all[i].vector = (const void *)vector.data;
         }
         if (xielu && (code = read_xielu(m->file.path, l, xielu_stored, &y->xielu, e))) return code;
     }
-    if ((code = bind(m, &entry, &left, "final_norm", TYPE_F32, 1, hidden, &vector, e))) return code;
+    code = bind_one(m, &entry, &left, "final_norm", TYPE_F32, 1, hidden, &vector, e);
+    if (code) return code;
     m->final_norm = (const void *)vector.data;
     m->output = m->embed;
     if (!c->tied)
-        code = bind(m, &entry, &left, "output", vocabulary, c->vocab_size, hidden, &m->output, e);
+        code = bind_one(m, &entry, &left, "output", vocabulary, c->vocab_size, hidden,
+                        &m->output, e);
     if (code) return code;
     if (left) return fail(e, MEDRUN_BAD_FILE, "%s: %u tensors more than the config needs",
                           m->file.path, left);
@@ -8199,7 +8237,7 @@ static int read_environment(command *c) {
     for (int id = 0; id < O_HELP; id++) {
         if (!(option_rows[id].on & ON(c->which)) || c->from[id] != FROM_DEFAULT) continue;
         snprintf(name, sizeof name, "MEDRUN_%s", option_rows[id].name);
-        for (char *p = name; *p; p++) *p = *p == '-' ? '_' : (char)toupper(*p);
+        for (char *p = name; *p; p++) *p = *p == '-' ? '_' : (char)toupper((uint8_t)*p);
         const char *value = getenv(name);
         int code = value && *value ? set_option(c, id, value, FROM_ENVIRONMENT, name) : 0;
         if (code) return code;
@@ -10164,9 +10202,20 @@ static int run_line(command *c, int argc, char **argv) {
     return command_rows[c->which].run(c);
 }
 
+/* In a signal handler: a file that is mapped became shorter, or its disk went away. */
+static void on_lost_file(int signal_number) {
+    static const char said[] = "medrun: the checkpoint cannot be read any more: it was cut, or its "
+                               "disk is gone\n";
+    (void)signal_number;
+    restore_terminal();
+    if (write(STDERR_FILENO, said, sizeof said - 1) < 0) _exit(MEDRUN_FAILED);
+    _exit(MEDRUN_FAILED);
+}
+
 int main(int argc, char **argv) {
     static command c;
     if (!(argv = start_program(&argc, argv))) return 1;
+    on_lost_page(on_lost_file);
     umask(077);                         /* records and sessions hold what a patient said         */
     int code = run_line(&c, argc, argv);
     if (!code) code = flush_stdout(&c);
