@@ -41,9 +41,9 @@
 #define _GNU_SOURCE
 #endif
 #ifdef _WIN32
-#define _CRT_RAND_S
 #define _FILE_OFFSET_BITS 64
 #define WIN32_LEAN_AND_MEAN
+#define NOGDI
 #endif
 
 /* ============================================================================================
@@ -331,6 +331,7 @@ void medrun_observe(medrun_session *session, medrun_observer *observer, void *us
 #define SIGQUIT SIGBREAK
 #include <io.h>
 #include <windows.h>
+#include <ntsecapi.h>
 #include <shellapi.h>
 #undef O_RAW                    /* words that are ours                                           */
 #undef TEXT
@@ -707,9 +708,9 @@ static void memory_size(uint64_t *total, uint64_t *available) {
 }
 
 static uint64_t random_bits(void) {
-    unsigned low = 0, high = 0;
-    rand_s(&low), rand_s(&high);
-    return (uint64_t)high << 32 | low;
+    uint64_t bits = (uint64_t)time(NULL);
+    RtlGenRandom(&bits, sizeof bits);
+    return bits;
 }
 
 static void local_time(time_t when, struct tm *t) { localtime_s(t, &when); }
@@ -741,7 +742,9 @@ static HANDLE console(int fd) {
 static bool is_terminal(int fd) { return console(fd); }
 
 static bool terminal_draws(void) {
+    const char *term = getenv("TERM");
     DWORD mode = 0;
+    if (term && !strcmp(term, "dumb")) return false;
     return console(2) && GetConsoleMode(console(2), &mode) &&
            SetConsoleMode(console(2), mode | ENABLE_VIRTUAL_TERMINAL_PROCESSING);
 }
