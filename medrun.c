@@ -935,6 +935,7 @@ static void json_quote(buffer *b, const char *text, size_t n) {
  * ============================================================================================ */
 
 enum { MAX_THREADS = 256, SPINS = 2000 };
+enum { THREAD_STACK = 512 << 10 };
 
 static double seconds(void) {
     struct timespec t;
@@ -1021,8 +1022,14 @@ static void unmap_memory(void *p, size_t n) {
 typedef void task_fn(void *context, size_t begin, size_t end, int thread);
 
 typedef struct {
+    struct thread_pool *pool;
+    int index;                              /* 1 .. threads-1                                   */
+    pthread_t id;
+} worker;
+
+typedef struct thread_pool {
     int threads;                            /* with the caller, who is thread 0                 */
-    pthread_t ids[MAX_THREADS];
+    worker workers[MAX_THREADS];
     int started;
     pthread_mutex_t turn;                   /* held by the session whose step runs              */
     pthread_mutex_t lock;
@@ -1036,11 +1043,6 @@ typedef struct {
     size_t n, grain;
     atomic_size_t next;                     /* first item nobody has taken                      */
 } thread_pool;
-
-typedef struct {
-    thread_pool *pool;
-    int index;
-} worker_start;
 
 static void take_work(thread_pool *p, int thread) {
     for (;;) {
@@ -1069,17 +1071,17 @@ static unsigned wait_for_job(thread_pool *p, unsigned seen) {
     return atomic_load(&p->job);
 }
 
-static void *worker_main(void *start) {
-    worker_start s = *(worker_start *)start;
-    free(start);
+static void *worker_main(void *context) {
+    const worker *w = context;
+    thread_pool *p = w->pool;
     for (unsigned job = 0;;) {
-        job = wait_for_job(s.pool, job);
-        if (atomic_load(&s.pool->quit)) return NULL;
-        take_work(s.pool, s.index);
-        if (atomic_fetch_sub(&s.pool->running, 1) == 1) {
-            pthread_mutex_lock(&s.pool->lock);
-            pthread_cond_signal(&s.pool->idle);
-            pthread_mutex_unlock(&s.pool->lock);
+        job = wait_for_job(p, job);
+        if (atomic_load(&p->quit)) return NULL;
+        take_work(p, w->index);
+        if (atomic_fetch_sub(&p->running, 1) == 1) {
+            pthread_mutex_lock(&p->lock);
+            pthread_cond_signal(&p->idle);
+            pthread_mutex_unlock(&p->lock);
         }
     }
 }
@@ -1119,12 +1121,22 @@ static void parallel_for(thread_pool *p, size_t n, size_t grain, task_fn *task, 
 static void pool_stop(thread_pool *p) {
     atomic_store(&p->quit, true);
     start_job(p);
-    for (int i = 0; i < p->started; i++) pthread_join(p->ids[i], NULL);
+    for (int i = 0; i < p->started; i++) pthread_join(p->workers[i].id, NULL);
     pthread_mutex_destroy(&p->turn);
     pthread_mutex_destroy(&p->lock);
     pthread_cond_destroy(&p->wake);
     pthread_cond_destroy(&p->idle);
     p->started = p->threads = 0;
+}
+
+/* A system's usual stack would take 8 MiB of addresses from a process that may have few. */
+static int start_thread(pthread_t *id, void *(*run)(void *), void *context) {
+    pthread_attr_t small;
+    pthread_attr_init(&small);
+    pthread_attr_setstacksize(&small, THREAD_STACK);
+    int failed = pthread_create(id, &small, run, context);
+    pthread_attr_destroy(&small);
+    return failed;
 }
 
 /* THREADS 0: one for each processor. The pool must not move afterwards. */
@@ -1138,10 +1150,9 @@ static int pool_start(thread_pool *p, int threads, medrun_error *e) {
     pthread_cond_init(&p->idle, NULL);
     p->threads = threads ? threads : processors();
     for (int i = 1; i < p->threads; i++) {
-        worker_start *start = new_array(1, sizeof *start);
-        if (start) *start = (worker_start){p, i};
-        if (!start || pthread_create(&p->ids[i - 1], NULL, worker_main, start)) {
-            free(start);
+        worker *w = &p->workers[p->started];
+        w->pool = p, w->index = i;
+        if (start_thread(&w->id, worker_main, w)) {
             fail(e, MEDRUN_FAILED, "cannot start thread %d of %d", i + 1, p->threads);
             return pool_stop(p), MEDRUN_FAILED;
         }
