@@ -11,7 +11,8 @@ BUILD   = build
 BIN     = .
 
 UNITS    = 03_basics 04_threads 05_numbers 06_kernels 07_tensor 09_file 10_tokenizer 11_chat \
-           12_model 13_transformer 14_sampler 15_allocation 15_session 16_answers 20_export 21_gguf
+           12_model 13_transformer 14_sampler 15_allocation 15_embedding 15_session 16_answers \
+           20_export 21_gguf
 FIXTURES = llama-plain llama-tied llama-sharded llama-grouped mistral-window mistral-spm \
            arcee-yarn arcee-yarn5 apertus-plain apertus-grouped
 MODELS   = $(foreach f,$(FIXTURES),$(addprefix $(BUILD)/$(f)-,bf16.mdr int8.mdr int4.mdr)) \

@@ -51,6 +51,12 @@
  *
  * Threads: a medrun_model may be shared by threads and sessions. A medrun_session belongs to one
  * thread at a time. Steps of sessions of one model take turns on the model's thread pool.
+ *
+ * Memory: medrun_open maps the file and takes heap for tables. A session is one piece, the caller's
+ * or mapped. After medrun_start only what turns text into ids or back (medrun_say, _render,
+ * _tokenize, _detokenize) and files (_save, _restore, _feed_saved) take heap, and give it back
+ * before they return. No call needs more than 32 KiB of stack (seen: 17, scalar kernels, gcc -O2).
+ * Tests: tests/15_embedding.c.
  * ============================================================================================ */
 
 #ifndef MEDRUN_H
@@ -6838,7 +6844,7 @@ int medrun_start(medrun_session **out, const medrun_model *model,
                  const medrun_session_options *options, void *memory, size_t bytes,
                  medrun_error *e) {
     medrun_session_options o;
-    uint64_t total, available;
+    uint64_t total = 0, available;
     *out = NULL;
     int code = resolve_options(model, options, &o, e);
     if (code) return code;
@@ -6846,8 +6852,8 @@ int medrun_start(medrun_session **out, const medrun_model *model,
     if (memory && (bytes < need || (uintptr_t)memory % 64))
         return fail(e, MEDRUN_USAGE, "session memory: found %zu bytes at %p, wanted %zu, 64-byte "
                     "aligned", bytes, memory, need);
-    memory_size(&total, &available);
-    if (!memory && need > total)
+    if (!memory) memory_size(&total, &available);
+    if (need > total && !memory)
         return fail(e, MEDRUN_NO_MEMORY, "a context of %d tokens needs %llu MB, this machine has "
                     "%llu MB; ask for a smaller one (-c)", o.context,
                     (unsigned long long)need >> 20, (unsigned long long)total >> 20);
