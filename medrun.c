@@ -41,6 +41,8 @@
 #define _GNU_SOURCE
 #endif
 
+#ifndef MEDRUN_H
+#define MEDRUN_H
 /* ============================================================================================
  * 1 API: what an embedder may call
  *
@@ -57,16 +59,21 @@
  * _tokenize, _detokenize) and files (_save, _restore, _feed_saved) take heap, and give it back
  * before they return. No call needs more than 32 KiB of stack (seen: 17, scalar kernels, gcc -O2).
  * Tests: tests/15_embedding.c.
+ *
+ * Structs may grow from 0.1 to 0.2, not from 0.1.0 to 0.1.1. The name of the shared library (make
+ * lib: libmedrun.so.0.1) and the version of its symbols (MEDRUN_0.1) carry the two numbers that
+ * count, so that a program never meets another's structs. Tests: tests/34_examples.sh.
  * ============================================================================================ */
-
-#ifndef MEDRUN_H
-#define MEDRUN_H
 
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
 #define MEDRUN_VERSION "0.1.0"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
 
 /* Codes of every call; the command line uses them as exit codes. */
 enum {
@@ -131,6 +138,9 @@ void medrun_close(medrun_model *model);                     /* NULL is fine     
 
 /* Fills INFO; the strings live as long as the model. Cannot fail. */
 void medrun_describe(const medrun_model *model, medrun_info *info);
+
+/* Does this id end an answer? One of medrun_info's stops. */
+bool medrun_is_stop(const medrun_model *model, int32_t id);
 
 /* ---- text and tokens ----------------------------------------------------------------------- */
 
@@ -283,6 +293,9 @@ typedef void medrun_observer(void *user, const char *stage, int layer, size_t ro
                              size_t stride, const float *data);
 void medrun_observe(medrun_session *session, medrun_observer *observer, void *user);
 
+#ifdef __cplusplus
+}
+#endif
 #endif /* MEDRUN_H */
 #endif /* MEDRUN_PASS */
 
@@ -6983,14 +6996,14 @@ int medrun_feed(medrun_session *s, const int32_t *ids, size_t n, medrun_error *e
     return append_ids(s, ids, n, e);
 }
 
-static bool is_stop(const medrun_model *m, int32_t id) {
+bool medrun_is_stop(const medrun_model *m, int32_t id) {
     for (int i = 0; i < m->n_stops; i++) if (m->stops[i] == id) return true;
     return false;
 }
 
 /* Does this stop leave the timeline when the template closes the answer? */
 static bool stop_goes(const chat_template *c, const medrun_model *m, int32_t id) {
-    return is_stop(m, id) && !chat_keeps(c, &m->tokenizer, id);
+    return medrun_is_stop(m, id) && !chat_keeps(c, &m->tokenizer, id);
 }
 
 static int check_template(const chat_template *c, medrun_error *e) {
@@ -7108,7 +7121,7 @@ static int step_ahead(medrun_session *s, medrun_error *e) {
     size_t most = (size_t)s->options.lookup < room ? (size_t)s->options.lookup : room;
     find_match(g, s->tokens, n);
     size_t rows = s->observer ? 1 : choose_rows(g, most + 1);
-    for (; k + 1 < rows && !is_stop(s->model, s->tokens[g->at + k]); k++)
+    for (; k + 1 < rows && !medrun_is_stop(s->model, s->tokens[g->at + k]); k++)
         s->tokens[n + k] = s->tokens[g->at + k];        /* may read what it just wrote           */
     s->n_tokens = n + k, s->n_wanted = k + 1;
     double start = seconds();
@@ -7149,7 +7162,7 @@ int medrun_next(medrun_session *s, int32_t *id, const char **text, size_t *n_byt
     int code = next_id(s, id, e);
     if (code) return code;
     const char *piece = tokenizer_text(&m->tokenizer, *id, false, &first, &n);
-    if ((stop = is_stop(m, *id))) n = 0;
+    if ((stop = medrun_is_stop(m, *id))) n = 0;
     s->starting = first;
     memcpy(s->text + s->n_text, piece, n);
     s->n_text += n;
@@ -7968,7 +7981,7 @@ static int choose_template(command *c) {
                     c->text[O_TEMPLATE], CHAT_NAMES);
     for (size_t i = 0; c->m && chosen && chosen != c->chat && i < 4; i++) {
         int32_t id = chat_token(c->t, chosen->stops[i]);
-        if (id >= 0 && !is_stop(c->m, id) && c->m->n_stops < MEDRUN_MAX_STOPS)
+        if (id >= 0 && !medrun_is_stop(c->m, id) && c->m->n_stops < MEDRUN_MAX_STOPS)
             c->m->stops[c->m->n_stops++] = id;
     }
     c->chat = chosen;
@@ -8245,7 +8258,7 @@ static int next_piece(command *c, answer *a) {
     const char *const *tokens = c->chat_options.tools ? c->chat->call_tokens : NULL;
     bool opens = tokens && id == chat_token(c->t, tokens[0]);
     a->n_answer++;
-    a->ended = is_stop(c->m, id);
+    a->ended = medrun_is_stop(c->m, id);
     buffer_add(a->in_call ? &a->call : &a->held, text, n);
     if (a->in_call && (a->ended || id == chat_token(c->t, tokens[1]))) return print_call(c, a);
     if (a->held.failed || a->call.failed) return out_of_memory(&c->e, n);
