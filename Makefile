@@ -9,6 +9,8 @@ PREFIX ?= /usr/local
 DEMO    = tools/demo/demo.mdr
 BUILD   = build
 BIN     = .
+LIB     = $(BUILD)/lib
+ABI    := $(shell sed -n 's/^.define MEDRUN_VERSION "\([0-9]*\.[0-9]*\)\..*/\1/p' medrun.c)
 SECONDS = 60
 
 UNITS    = 03_basics 04_threads 05_numbers 06_kernels 07_tensor 09_file 10_tokenizer 11_chat \
@@ -92,6 +94,25 @@ size: $(BIN)/medrun
 install: all
 	install -d $(DESTDIR)$(PREFIX)/bin
 	install $(BIN)/medrun $(BIN)/medrun-export $(DESTDIR)$(PREFIX)/bin
+lib: $(LIB)/libmedrun.a $(LIB)/libmedrun.so $(LIB)/medrun.h
+$(LIB)/medrun.o: medrun.c
+	@mkdir -p $(LIB)
+	$(CC) $(CFLAGS) $(WARN) -fPIC -DMEDRUN_NO_MAIN -c -o $@ medrun.c
+$(LIB)/libmedrun.a: $(LIB)/medrun.o
+	rm -f $@ && $(AR) rcs $@ $<
+$(LIB)/libmedrun.so: $(LIB)/medrun.o
+	echo 'MEDRUN_$(ABI) { global: medrun_*; local: *; };' > $(LIB)/libmedrun.map
+	$(CC) $(CFLAGS) -shared -Wl,-soname,libmedrun.so.$(ABI) \
+	    -Wl,--version-script,$(LIB)/libmedrun.map -o $@.$(ABI) $< $(LIBS)
+	ln -sf libmedrun.so.$(ABI) $@
+$(LIB)/medrun.h: medrun.c
+	@mkdir -p $(LIB)
+	sed -n '/^#ifndef MEDRUN_H$$/,/^#endif .. MEDRUN_H/p' medrun.c > $@
+install-lib: lib
+	install -d $(DESTDIR)$(PREFIX)/lib $(DESTDIR)$(PREFIX)/include
+	install -m 644 $(LIB)/libmedrun.a $(LIB)/libmedrun.so.$(ABI) $(DESTDIR)$(PREFIX)/lib
+	ln -sf libmedrun.so.$(ABI) $(DESTDIR)$(PREFIX)/lib/libmedrun.so
+	install -m 644 $(LIB)/medrun.h $(DESTDIR)$(PREFIX)/include
 clean:
 	rm -rf $(BUILD) medrun medrun-export
 help:
@@ -102,6 +123,7 @@ help:
 	@echo "make threads    those of the thread pool and sessions under the thread sanitizer"
 	@echo "make fuzz       strangers' files, made up by clang's libFuzzer: 60 s a reader; SECONDS=600"
 	@echo "make lint       line lengths, function lengths, warnings of gcc and clang, clang-tidy"
-	@echo "make bench, make size, make install, make clean"
+	@echo "make lib        libmedrun.a, libmedrun.so and medrun.h, in build/lib"
+	@echo "make bench, make size, make install, make install-lib, make clean"
 
-.PHONY: all run test lint debug threads fuzz bench size install clean help
+.PHONY: all run test lint debug threads fuzz bench size lib install install-lib clean help
