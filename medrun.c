@@ -954,7 +954,6 @@ static void json_quote(buffer *b, const char *text, size_t n) {
  * ============================================================================================ */
 
 enum { MAX_THREADS = 256, SPINS = 2000 };
-enum { THREAD_STACK = 512 << 10 };
 
 static double seconds(void) {
     struct timespec t;
@@ -1147,6 +1146,8 @@ static void pool_stop(thread_pool *p) {
     pthread_cond_destroy(&p->idle);
     p->started = p->threads = 0;
 }
+
+enum { THREAD_STACK = 512 << 10 };
 
 /* A system's usual stack would take 8 MiB of addresses from a process that may have few. */
 static int start_thread(pthread_t *id, void *(*run)(void *), void *context) {
