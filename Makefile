@@ -113,17 +113,21 @@ install-lib: lib
 	install -m 644 $(LIB)/libmedrun.a $(LIB)/libmedrun.so.$(ABI) $(DESTDIR)$(PREFIX)/lib
 	ln -sf libmedrun.so.$(ABI) $(DESTDIR)$(PREFIX)/lib/libmedrun.so
 	install -m 644 $(LIB)/medrun.h $(DESTDIR)$(PREFIX)/include
+dist:
+	@sh tools/dist.sh $(BUILD)/dist
+.PHONY: lib install-lib dist
 clean:
 	rm -rf $(BUILD) medrun medrun-export
 help:
 	@echo "make            builds medrun and medrun-export"
 	@echo "make run        asks the demo model a question"
+	@echo "make lib        libmedrun.a, libmedrun.so, medrun.h in build/lib; make install-lib"
+	@echo "make dist       archives of the last commit, programs and source, in build/dist"
 	@echo "make test       runs every test; with MEDRUN_TEST_DATA also those on real vocabularies"
 	@echo "make debug      the tests under address and undefined-behaviour sanitizers"
 	@echo "make threads    those of the thread pool and sessions under the thread sanitizer"
 	@echo "make fuzz       strangers' files, made up by clang's libFuzzer: 60 s a reader; SECONDS=600"
 	@echo "make lint       line lengths, function lengths, warnings of gcc and clang, clang-tidy"
-	@echo "make lib        libmedrun.a, libmedrun.so and medrun.h, in build/lib"
-	@echo "make bench, make size, make install, make install-lib, make clean"
+	@echo "make bench, make size, make install, make clean"
 
-.PHONY: all run test lint debug threads fuzz bench size lib install install-lib clean help
+.PHONY: all run test lint debug threads fuzz bench size install clean help
