@@ -7,8 +7,8 @@ ok() { passed=$((passed + 1)); }
 bad() { failed=$((failed + 1)); echo "failed: $1"; }
 skip() { skipped=$((skipped + 1)); echo "skipped: $1"; }
 end() { echo "$passed passed, $failed failed, $skipped skipped"; [ "$failed" -eq 0 ]; exit; }
-[ "$(git rev-parse --show-prefix 2> /dev/null; echo $?)" = "
-0" ] || { skip "no git repository to make archives of"; end; }
+[ -e .git ] && git rev-parse -q --verify HEAD > /dev/null ||
+    { skip "no git repository to make archives of"; end; }
 for tool in zip unzip tar gzip sha256sum; do
     command -v $tool > /dev/null || { skip "no $tool"; end; }
 done
