@@ -1813,6 +1813,7 @@ static void add_progress(exporter *x, uint64_t n) {
     if (now - x->drawn > 0.2 || done == x->total) {
         x->drawn = now;
         draw_progress(x, done);
+        fflush(stderr);
     }
     pthread_mutex_unlock(&x->lock);
 }
