@@ -7853,6 +7853,7 @@ int medrun_save(const medrun_session *s, const char *path, medrun_error *e) {
     if (!code) {
         put_state(&f, s);
         int why = errno;
+        if (fflush(f.f) && !f.failed) f.failed = true, why = errno;
         if (fclose(f.f) && !f.failed) f.failed = true, why = errno;
         if (!f.failed && rename_file((const char *)partial.data, path))
             f.failed = true, why = errno;
@@ -8346,7 +8347,7 @@ static FILE *create_file(command *c, const char *path, char partial[1024]) {
 
 /* CODE: what came of writing F; after a failure nothing is left. */
 static int finish_file(command *c, FILE *f, const char *path, const char *partial, int code) {
-    bool bad = ferror(f);
+    bool bad = fflush(f) || ferror(f);          /* not every fclose says what its flush came to */
     if (fclose(f)) bad = true;
     if (!code && (bad || rename_file(partial, path)))
         code = fail(&c->e, MEDRUN_FAILED, "%s: cannot write: %s", path, strerror(errno));
