@@ -9,10 +9,13 @@ PREFIX ?= /usr/local
 DEMO    = tools/demo/demo.mdr
 BUILD   = build
 BIN     = .
+LIB     = $(BUILD)/lib
+ABI    := $(shell sed -n 's/^.define MEDRUN_VERSION "\([0-9]*\.[0-9]*\)\..*/\1/p' medrun.c)
 SECONDS = 60
 
 UNITS    = 03_basics 04_threads 05_numbers 06_kernels 07_tensor 09_file 10_tokenizer 11_chat \
-           12_model 13_transformer 14_sampler 15_allocation 15_session 16_answers 20_export 21_gguf
+           12_model 13_transformer 14_sampler 15_allocation 15_embedding 15_session 16_answers \
+           20_export 21_gguf
 FIXTURES = llama-plain llama-tied llama-sharded llama-grouped mistral-window mistral-spm \
            arcee-yarn arcee-yarn5 apertus-plain apertus-grouped
 MODELS   = $(foreach f,$(FIXTURES),$(addprefix $(BUILD)/$(f)-,bf16.mdr int8.mdr int4.mdr)) \
@@ -99,11 +102,35 @@ size: $(BIN)/medrun
 install: all
 	install -d $(DESTDIR)$(PREFIX)/bin
 	install $(BIN)/medrun $(BIN)/medrun-export $(DESTDIR)$(PREFIX)/bin
+lib: $(LIB)/libmedrun.a $(LIB)/libmedrun.so $(LIB)/medrun.h
+$(LIB)/medrun.o: medrun.c
+	@mkdir -p $(LIB)
+	$(CC) $(CFLAGS) $(WARN) -fPIC -DMEDRUN_NO_MAIN -c -o $@ medrun.c
+$(LIB)/libmedrun.a: $(LIB)/medrun.o
+	rm -f $@ && $(AR) rcs $@ $<
+$(LIB)/libmedrun.so: $(LIB)/medrun.o
+	echo 'MEDRUN_$(ABI) { global: medrun_*; local: *; };' > $(LIB)/libmedrun.map
+	$(CC) $(CFLAGS) -shared -Wl,-soname,libmedrun.so.$(ABI) \
+	    -Wl,--version-script,$(LIB)/libmedrun.map -o $@.$(ABI) $< $(LIBS)
+	ln -sf libmedrun.so.$(ABI) $@
+$(LIB)/medrun.h: medrun.c
+	@mkdir -p $(LIB)
+	sed -n '/^#ifndef MEDRUN_H$$/,/^#endif .. MEDRUN_H/p' medrun.c > $@
+install-lib: lib
+	install -d $(DESTDIR)$(PREFIX)/lib $(DESTDIR)$(PREFIX)/include
+	install -m 644 $(LIB)/libmedrun.a $(LIB)/libmedrun.so.$(ABI) $(DESTDIR)$(PREFIX)/lib
+	ln -sf libmedrun.so.$(ABI) $(DESTDIR)$(PREFIX)/lib/libmedrun.so
+	install -m 644 $(LIB)/medrun.h $(DESTDIR)$(PREFIX)/include
+dist:
+	@sh tools/dist.sh $(BUILD)/dist
+.PHONY: lib install-lib dist
 clean:
 	rm -rf $(BUILD) medrun medrun-export
 help:
 	@echo "make            builds medrun and medrun-export"
 	@echo "make run        asks the demo model a question"
+	@echo "make lib        libmedrun.a, libmedrun.so, medrun.h in build/lib; make install-lib"
+	@echo "make dist       archives of the last commit, programs and source, in build/dist"
 	@echo "make test       runs every test; with MEDRUN_TEST_DATA also those on real vocabularies"
 	@echo "make debug      the tests under address and undefined-behaviour sanitizers"
 	@echo "make threads    those of the thread pool and sessions under the thread sanitizer"

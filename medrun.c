@@ -46,6 +46,8 @@
 #define NOGDI
 #endif
 
+#ifndef MEDRUN_H
+#define MEDRUN_H
 /* ============================================================================================
  * 1 API: what an embedder may call
  *
@@ -56,16 +58,27 @@
  *
  * Threads: a medrun_model may be shared by threads and sessions. A medrun_session belongs to one
  * thread at a time. Steps of sessions of one model take turns on the model's thread pool.
+ *
+ * Memory: medrun_open maps the file and takes heap for tables. A session is one piece, the caller's
+ * or mapped. After medrun_start only what turns text into ids or back (medrun_say, _render,
+ * _tokenize, _detokenize) and files (_save, _restore, _feed_saved) take heap, and give it back
+ * before they return. No call needs more than 32 KiB of stack (seen: 17, scalar kernels, gcc -O2).
+ * Tests: tests/15_embedding.c.
+ *
+ * Structs may grow from 0.1 to 0.2, not from 0.1.0 to 0.1.1. The name of the shared library (make
+ * lib: libmedrun.so.0.1) and the version of its symbols (MEDRUN_0.1) carry the two numbers that
+ * count, so that a program never meets another's structs. Tests: tests/34_examples.sh.
  * ============================================================================================ */
-
-#ifndef MEDRUN_H
-#define MEDRUN_H
 
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
 #define MEDRUN_VERSION "0.1.0"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
 
 /* Codes of every call; the command line uses them as exit codes. */
 enum {
@@ -130,6 +143,9 @@ void medrun_close(medrun_model *model);                     /* NULL is fine     
 
 /* Fills INFO; the strings live as long as the model. Cannot fail. */
 void medrun_describe(const medrun_model *model, medrun_info *info);
+
+/* Does this id end an answer? One of medrun_info's stops. */
+bool medrun_is_stop(const medrun_model *model, int32_t id);
 
 /* ---- text and tokens ----------------------------------------------------------------------- */
 
@@ -282,6 +298,9 @@ typedef void medrun_observer(void *user, const char *stage, int layer, size_t ro
                              size_t stride, const float *data);
 void medrun_observe(medrun_session *session, medrun_observer *observer, void *user);
 
+#ifdef __cplusplus
+}
+#endif
 #endif /* MEDRUN_H */
 #endif /* MEDRUN_PASS */
 
@@ -1498,8 +1517,14 @@ static void unmap_file(file_map *map) {
 typedef void task_fn(void *context, size_t begin, size_t end, int thread);
 
 typedef struct {
+    struct thread_pool *pool;
+    int index;                              /* 1 .. threads-1                                   */
+    pthread_t id;
+} worker;
+
+typedef struct thread_pool {
     int threads;                            /* with the caller, who is thread 0                 */
-    pthread_t ids[MAX_THREADS];
+    worker workers[MAX_THREADS];
     int started;
     pthread_mutex_t turn;                   /* held by the session whose step runs              */
     pthread_mutex_t lock;
@@ -1513,11 +1538,6 @@ typedef struct {
     size_t n, grain;
     atomic_size_t next;                     /* first item nobody has taken                      */
 } thread_pool;
-
-typedef struct {
-    thread_pool *pool;
-    int index;
-} worker_start;
 
 static void take_work(thread_pool *p, int thread) {
     for (;;) {
@@ -1546,17 +1566,17 @@ static unsigned wait_for_job(thread_pool *p, unsigned seen) {
     return atomic_load(&p->job);
 }
 
-static void *worker_main(void *start) {
-    worker_start s = *(worker_start *)start;
-    free(start);
+static void *worker_main(void *context) {
+    const worker *w = context;
+    thread_pool *p = w->pool;
     for (unsigned job = 0;;) {
-        job = wait_for_job(s.pool, job);
-        if (atomic_load(&s.pool->quit)) return NULL;
-        take_work(s.pool, s.index);
-        if (atomic_fetch_sub(&s.pool->running, 1) == 1) {
-            pthread_mutex_lock(&s.pool->lock);
-            pthread_cond_signal(&s.pool->idle);
-            pthread_mutex_unlock(&s.pool->lock);
+        job = wait_for_job(p, job);
+        if (atomic_load(&p->quit)) return NULL;
+        take_work(p, w->index);
+        if (atomic_fetch_sub(&p->running, 1) == 1) {
+            pthread_mutex_lock(&p->lock);
+            pthread_cond_signal(&p->idle);
+            pthread_mutex_unlock(&p->lock);
         }
     }
 }
@@ -1596,12 +1616,24 @@ static void parallel_for(thread_pool *p, size_t n, size_t grain, task_fn *task, 
 static void pool_stop(thread_pool *p) {
     atomic_store(&p->quit, true);
     start_job(p);
-    for (int i = 0; i < p->started; i++) pthread_join(p->ids[i], NULL);
+    for (int i = 0; i < p->started; i++) pthread_join(p->workers[i].id, NULL);
     pthread_mutex_destroy(&p->turn);
     pthread_mutex_destroy(&p->lock);
     pthread_cond_destroy(&p->wake);
     pthread_cond_destroy(&p->idle);
     p->started = p->threads = 0;
+}
+
+enum { THREAD_STACK = 512 << 10 };
+
+/* A system's usual stack would take 8 MiB of addresses from a process that may have few. */
+static int start_thread(pthread_t *id, void *(*run)(void *), void *context) {
+    pthread_attr_t small;
+    pthread_attr_init(&small);
+    pthread_attr_setstacksize(&small, THREAD_STACK);
+    int failed = pthread_create(id, &small, run, context);
+    pthread_attr_destroy(&small);
+    return failed;
 }
 
 /* THREADS 0: one for each processor. The pool must not move afterwards. */
@@ -1615,10 +1647,9 @@ static int pool_start(thread_pool *p, int threads, medrun_error *e) {
     pthread_cond_init(&p->idle, NULL);
     p->threads = threads ? threads : processors();
     for (int i = 1; i < p->threads; i++) {
-        worker_start *start = new_array(1, sizeof *start);
-        if (start) *start = (worker_start){p, i};
-        if (!start || pthread_create(&p->ids[i - 1], NULL, worker_main, start)) {
-            free(start);
+        worker *w = &p->workers[p->started];
+        w->pool = p, w->index = i;
+        if (start_thread(&w->id, worker_main, w)) {
             fail(e, MEDRUN_FAILED, "cannot start thread %d of %d", i + 1, p->threads);
             return pool_stop(p), MEDRUN_FAILED;
         }
@@ -7216,12 +7247,15 @@ static void layout_pass(const medrun_session *s, pass *p, arena *a) {
     p->position = arena_take(a, n, sizeof *p->position);
     p->x = arena_take(a, n * p->hidden, sizeof(float));
     p->h = arena_take(a, (n > TILE ? n : TILE) * p->hidden, sizeof(float));
+    size_t shared = a->at, end;                 /* the two blocks of a layer take turns in it    */
     p->q = arena_take(a, n * p->heads, sizeof(float));
     p->k = arena_take(a, n * p->kv, sizeof(float));
     p->v = arena_take(a, n * p->kv, sizeof(float));
     p->attn = arena_take(a, n * p->heads, sizeof(float));
+    end = a->at, a->at = shared;
     p->ffn_act = arena_take(a, n * p->ffn, sizeof(float));
     if (c->activation == ACTIVATION_SILU) p->up = arena_take(a, n * p->ffn, sizeof(float));
+    if (a->at < end) a->at = end;
     p->rotation = arena_take(a, n * dim, sizeof(float));
     p->scores = arena_take(a, (size_t)s->model->pool->threads * attend_scratch(dim),
                            sizeof(float));
@@ -7302,7 +7336,7 @@ int medrun_start(medrun_session **out, const medrun_model *model,
                  const medrun_session_options *options, void *memory, size_t bytes,
                  medrun_error *e) {
     medrun_session_options o;
-    uint64_t total, available;
+    uint64_t total = 0, available;
     *out = NULL;
     int code = resolve_options(model, options, &o, e);
     if (code) return code;
@@ -7310,8 +7344,8 @@ int medrun_start(medrun_session **out, const medrun_model *model,
     if (memory && (bytes < need || (uintptr_t)memory % 64))
         return fail(e, MEDRUN_USAGE, "session memory: found %zu bytes at %p, wanted %zu, 64-byte "
                     "aligned", bytes, memory, need);
-    memory_size(&total, &available);
-    if (!memory && need > total)
+    if (!memory) memory_size(&total, &available);
+    if (need > total && !memory)
         return fail(e, MEDRUN_NO_MEMORY, "a context of %d tokens needs %llu MB, this machine has "
                     "%llu MB; ask for a smaller one (-c)", o.context,
                     (unsigned long long)need >> 20, (unsigned long long)total >> 20);
@@ -7441,14 +7475,14 @@ int medrun_feed(medrun_session *s, const int32_t *ids, size_t n, medrun_error *e
     return append_ids(s, ids, n, e);
 }
 
-static bool is_stop(const medrun_model *m, int32_t id) {
+bool medrun_is_stop(const medrun_model *m, int32_t id) {
     for (int i = 0; i < m->n_stops; i++) if (m->stops[i] == id) return true;
     return false;
 }
 
 /* Does this stop leave the timeline when the template closes the answer? */
 static bool stop_goes(const chat_template *c, const medrun_model *m, int32_t id) {
-    return is_stop(m, id) && !chat_keeps(c, &m->tokenizer, id);
+    return medrun_is_stop(m, id) && !chat_keeps(c, &m->tokenizer, id);
 }
 
 static int check_template(const chat_template *c, medrun_error *e) {
@@ -7566,7 +7600,7 @@ static int step_ahead(medrun_session *s, medrun_error *e) {
     size_t most = (size_t)s->options.lookup < room ? (size_t)s->options.lookup : room;
     find_match(g, s->tokens, n);
     size_t rows = s->observer ? 1 : choose_rows(g, most + 1);
-    for (; k + 1 < rows && !is_stop(s->model, s->tokens[g->at + k]); k++)
+    for (; k + 1 < rows && !medrun_is_stop(s->model, s->tokens[g->at + k]); k++)
         s->tokens[n + k] = s->tokens[g->at + k];        /* may read what it just wrote           */
     s->n_tokens = n + k, s->n_wanted = k + 1;
     double start = seconds();
@@ -7607,7 +7641,7 @@ int medrun_next(medrun_session *s, int32_t *id, const char **text, size_t *n_byt
     int code = next_id(s, id, e);
     if (code) return code;
     const char *piece = tokenizer_text(&m->tokenizer, *id, false, &first, &n);
-    if ((stop = is_stop(m, *id))) n = 0;
+    if ((stop = medrun_is_stop(m, *id))) n = 0;
     s->starting = first;
     memcpy(s->text + s->n_text, piece, n);
     s->n_text += n;
@@ -8425,7 +8459,7 @@ static int choose_template(command *c) {
                     c->text[O_TEMPLATE], CHAT_NAMES);
     for (size_t i = 0; c->m && chosen && chosen != c->chat && i < 4; i++) {
         int32_t id = chat_token(c->t, chosen->stops[i]);
-        if (id >= 0 && !is_stop(c->m, id) && c->m->n_stops < MEDRUN_MAX_STOPS)
+        if (id >= 0 && !medrun_is_stop(c->m, id) && c->m->n_stops < MEDRUN_MAX_STOPS)
             c->m->stops[c->m->n_stops++] = id;
     }
     c->chat = chosen;
@@ -8695,7 +8729,7 @@ static int next_piece(command *c, answer *a) {
     const char *const *tokens = c->chat_options.tools ? c->chat->call_tokens : NULL;
     bool opens = tokens && id == chat_token(c->t, tokens[0]);
     a->n_answer++;
-    a->ended = is_stop(c->m, id);
+    a->ended = medrun_is_stop(c->m, id);
     buffer_add(a->in_call ? &a->call : &a->held, text, n);
     if (a->in_call && (a->ended || id == chat_token(c->t, tokens[1]))) return print_call(c, a);
     if (a->held.failed || a->call.failed) return out_of_memory(&c->e, n);

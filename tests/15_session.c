@@ -604,7 +604,7 @@ static void test_next(void) {
             memcpy(text[run] + n[run], piece, bytes);
             n[run] += bytes;
             cut[n[run]] = true;
-            if (is_stop(model, id)) break;
+            if (medrun_is_stop(model, id)) break;
         }
         size_t count = medrun_length(s) - before;
         char all[4096];
