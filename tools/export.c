@@ -103,6 +103,8 @@ typedef struct {
 /* Only one program at a time may hold it; the lock ends with FD. */
 static int lock_file(int fd) { return flock(fd, LOCK_EX | LOCK_NB); }
 
+static int set_length(int fd, uint64_t bytes) { return ftruncate(fd, (off_t)bytes); }
+
 /* Bytes that the disk of PATH, which is open as FD, has room for. 0, or -1. */
 static int disk_room(int fd, const char *path, uint64_t *room) {
     struct statvfs fs;
@@ -150,6 +152,12 @@ static ssize_t pwrite(int fd, const void *from, size_t n, off_t at) {
 }
 
 static int lock_file(int fd) { return (void)fd, 0; }    /* nobody else could open it             */
+
+static int set_length(int fd, uint64_t bytes) {
+    FILE_END_OF_FILE_INFO i = {.EndOfFile.QuadPart = (LONGLONG)bytes};
+    HANDLE h = (HANDLE)_get_osfhandle(fd);
+    return SetFileInformationByHandle(h, FileEndOfFileInfo, &i, sizeof i) ? 0 : windows_failed();
+}
 
 static int disk_room(int fd, const char *path, uint64_t *room) {
     wchar_t wide[WIDE_PATH];
@@ -1813,6 +1821,7 @@ static void add_progress(exporter *x, uint64_t n) {
     if (now - x->drawn > 0.2 || done == x->total) {
         x->drawn = now;
         draw_progress(x, done);
+        fflush(stderr);
     }
     pthread_mutex_unlock(&x->lock);
 }
@@ -2027,13 +2036,13 @@ static int create_partial(exporter *x, uint64_t bytes, medrun_error *e) {
     if (lock_file(x->fd))
         return fail(e, MEDRUN_FAILED, "%s: cannot write: another export is writing it", path);
     memcpy(x->partial, path, sizeof path);
-    if (ftruncate(x->fd, 0) || disk_room(x->fd, path, &room)) return cannot_write(x, e);
+    if (set_length(x->fd, 0) || disk_room(x->fd, path, &room)) return cannot_write(x, e);
     if (room < bytes)
         return fail(e, MEDRUN_FAILED, "%s: needs %llu MB, but this disk has %llu MB free; make "
                     "room or choose another disk", x->options.out,
                     (unsigned long long)(bytes + 999999) / 1000000,
                     (unsigned long long)room / 1000000);
-    return ftruncate(x->fd, (off_t)bytes) ? cannot_write(x, e) : MEDRUN_OK;
+    return set_length(x->fd, bytes) ? cannot_write(x, e) : MEDRUN_OK;
 }
 
 /* Gives the finished file its name; a crash of the machine leaves the old file or the new one. */
