@@ -9,9 +9,10 @@ PREFIX ?= /usr/local
 DEMO    = tools/demo/demo.mdr
 BUILD   = build
 BIN     = .
+CL      = $(if $(OPENCL),-DMEDRUN_OPENCL -ldl)
 
-UNITS    = 03_basics 04_threads 05_numbers 06_kernels 07_tensor 09_file 10_tokenizer 11_chat \
-           12_model 13_transformer 14_sampler 15_allocation 15_session 16_answers 20_export 21_gguf
+UNITS    = 03_basics 04_threads 05_numbers 06_kernels 07_tensor 08_opencl 09_file 10_tokenizer \
+           11_chat 12_model 13_transformer 14_sampler 15_allocation 15_session 16_answers 20_export 21_gguf
 FIXTURES = llama-plain llama-tied llama-sharded llama-grouped mistral-window mistral-spm \
            arcee-yarn arcee-yarn5 apertus-plain apertus-grouped
 MODELS   = $(foreach f,$(FIXTURES),$(addprefix $(BUILD)/$(f)-,bf16.mdr int8.mdr int4.mdr)) \
@@ -23,7 +24,7 @@ all: $(BIN)/medrun $(BIN)/medrun-export
 
 $(BIN)/medrun: medrun.c
 	@mkdir -p $(BIN)
-	$(CC) $(CFLAGS) $(WARN) -o $@ medrun.c $(LIBS)
+	$(CC) $(CFLAGS) $(WARN) $(CL) -o $@ medrun.c $(LIBS)
 
 $(BIN)/medrun-export: tools/export.c $(EXPORT) medrun.c
 	$(CC) $(CFLAGS) $(WARN) -o $@ tools/export.c $(LIBS)
@@ -63,6 +64,8 @@ $(BUILD)/test_%: tests/%.c tests/test.h medrun.c tools/export.c $(EXPORT)
 	@mkdir -p $(BUILD)
 	$(CC) $(CFLAGS) $(WARN) -o $@ $< $(LIBS)
 
+$(BUILD)/test_08_opencl: LIBS += -ldl
+
 test: all $(MODELS) $(REAL) $(BUILD)/tokenizer.bin $(UNITS:%=$(BUILD)/test_%)
 	@SCRIPTS="$(SCRIPTS)" CC="$(CC)" sh tests/run.sh "$(BIN)" "$(BUILD)" $(UNITS)
 
@@ -86,6 +89,7 @@ clean:
 	rm -rf $(BUILD) medrun medrun-export
 help:
 	@echo "make            builds medrun and medrun-export"
+	@echo "make OPENCL=1   the same with OpenCL devices (make clean first)"
 	@echo "make run        asks the demo model a question"
 	@echo "make test       runs every test; with MEDRUN_TEST_DATA also those on real vocabularies"
 	@echo "make debug      the tests under address and undefined-behaviour sanitizers"

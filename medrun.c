@@ -126,12 +126,12 @@ int medrun_open(medrun_model **out, const char *path, const medrun_options *opti
                 medrun_error *error);
 void medrun_close(medrun_model *model);                     /* NULL is fine                    */
 
-/* Lets an OpenCL device compute the first LAYERS layers (-1: all), and behind all of them the logits,
- * as far as its memory goes. DEVICE is a number or a part of a name (`medrun doctor` lists them), or
- * "auto", the first that is no processor. A short prompt must give the processor's logits, within
- * 1e-5. To be called before any session starts; with bf16 weights all sessions are strict then, and
- * none can have an int8 cache. The device holds the weights until medrun_close.
- * Errors: MEDRUN_NO_MEMORY (no such device, or it cannot: MODEL is as it was), MEDRUN_FAILED. */
+/* Lets an OpenCL device compute the first LAYERS layers (-1: all), and behind all of them the
+ * logits, as far as its memory goes. DEVICE is a number or a part of a name (`medrun doctor` lists
+ * them), or "auto", the first that is no processor. A short prompt must give the processor's
+ * logits, within 1e-5. To be called before any session starts; with bf16 weights all sessions are
+ * strict then, and none can have an int8 cache. The device holds the weights until medrun_close.
+ * Errors: MEDRUN_NO_MEMORY (no such device, or it cannot: MODEL is as it was). */
 int medrun_attach(medrun_model *model, const char *device, int layers, medrun_error *error);
 
 /* Fills INFO; the strings live until medrun_close or medrun_attach. Cannot fail. */
@@ -3326,7 +3326,7 @@ static const char device_source[] =
 "#define SYNC barrier(CLK_LOCAL_MEM_FENCE)\n"
 "typedef global const uchar *bytes;\n"
 "\n"
-"#ifdef EXACT\n"
+"#if defined EXACT && !defined CORRECTED\n"
 "float divide(float a, float b) { return a / b; }\n"
 "float root(float a) { return sqrt(a); }\n"
 "#else                              /* corrected by what is left over (Markstein 1990) */\n"
@@ -3691,7 +3691,7 @@ typedef struct {
 
 typedef struct {
     cl_device_id id;
-    char name[96], platform[64], version[64];
+    char name[128], platform[128], version[128];
     cl_device_type type;
     cl_device_fp_config numbers;
     cl_ulong memory, largest;       /* bytes in all, of one buffer                              */
@@ -3919,7 +3919,7 @@ static int choose_device(device *d, const char *which, medrun_error *e) {
             break;
     if (i == n)
         return fail(e, MEDRUN_NO_MEMORY, "device: found no \"%s\" among the %d that OpenCL has "
-                    "here; medrun doctor lists them", which, n);
+                    "here; medrun doctor lists them", any ? "GPU" : which, n);
     d->facts = all[i];
     if (!d->facts.little || d->facts.group < DEVICE_GROUP)
         return fail(e, MEDRUN_NO_MEMORY, "device %s: work-groups of %zu, %s-endian; wanted %d, "
@@ -6366,7 +6366,7 @@ struct medrun_model {
 #ifdef MEDRUN_OPENCL
     device *device;                             /* NULL: none                                   */
 #endif
-    char device_says[192];
+    char device_says[256];
     buffer device_log;
 };
 
@@ -7194,8 +7194,8 @@ typedef struct {
 #ifdef MEDRUN_OPENCL
 /* ---- the same on a device ------------------------------------------------------------------ */
 
-/* Keys and values of the device's layers from its memory to ours, or UP from ours, for the panels of
- * positions FROM .. TO-1. */
+/* Keys and values of the device's layers from its memory to ours, or UP from ours, for the panels
+ * of positions FROM .. TO-1. */
 static void copy_cache(const medrun_session *s, size_t from, size_t to, bool up) {
     device *d = s->model->device;
     size_t panel = cache_panel(s->options.kv, (size_t)s->model->config.head_dim);
@@ -7205,11 +7205,11 @@ static void copy_cache(const medrun_session *s, size_t from, size_t to, bool up)
     for (int i = 0; i < 2 && from < to && !d->failed; i++) {
         cl_mem there = i ? s->device_values : s->device_keys;
         void *here = i ? s->values : s->keys;
-        device_ok(d, up ? d->cl.clEnqueueWriteBufferRect(d->queue, there, CL_TRUE, at, at, size, row,
-                                                         0, row, 0, here, 0, NULL, NULL)
-                        : d->cl.clEnqueueReadBufferRect(d->queue, there, CL_TRUE, at, at, size, row,
-                                                        0, row, 0, here, 0, NULL, NULL),
-                  "copying the cache");
+        cl_int why = up ? d->cl.clEnqueueWriteBufferRect(d->queue, there, CL_TRUE, at, at, size,
+                                                         row, 0, row, 0, here, 0, NULL, NULL)
+                        : d->cl.clEnqueueReadBufferRect(d->queue, there, CL_TRUE, at, at, size,
+                                                        row, 0, row, 0, here, 0, NULL, NULL);
+        device_ok(d, why, "copying the cache");
     }
 }
 
@@ -7270,8 +7270,8 @@ static void device_pack(const pass *p, cl_mem x, size_t stride, size_t cols, siz
                FLOAT(c->eps), INT(p->m->type != TYPE_BF16), MEMORY(d->a), MEMORY(d->scales));
 }
 
-/* Rotates, stores keys and values, attends, for the rows of a segment; as many rows at once as there
- * is room for the parts that their blocks of keys give. */
+/* Rotates, stores keys and values, attends, for the rows of a segment; as many rows at once as
+ * there is room for the parts that their blocks of keys give. */
 static void device_attend(const pass *p, const segment *s, int layer) {
     device *d = p->m->device;
     const model_config *c = &p->m->config;
@@ -8547,15 +8547,17 @@ static int check_device(medrun_model *m, device *d, medrun_error *e) {
 }
 
 int medrun_attach(medrun_model *m, const char *name, int layers, medrun_error *e) {
+    medrun_error why = {0};
     if (m->device) return fail(e, MEDRUN_NO_MEMORY, "device: this model has one");
     device *d = new_array(1, sizeof *d);
     if (!d) return out_of_memory(e, sizeof *d);
     buffer_free(&m->device_log);
-    int code = device_open(d, name, (size_t)m->config.head_dim, &m->device_log, e);
-    if (!code) code = device_load(m, d, layers, e);
-    if (!code) code = check_device(m, d, e);
-    if (code) device_close(d);
-    return code;
+    int code = device_open(d, name, (size_t)m->config.head_dim, &m->device_log, &why);
+    if (!code) code = device_load(m, d, layers, &why);
+    if (!code) code = check_device(m, d, &why);
+    if (!code) return MEDRUN_OK;
+    device_close(d);
+    return fail(e, MEDRUN_NO_MEMORY, "%s", why.text);
 }
 #else
 int medrun_attach(medrun_model *m, const char *name, int layers, medrun_error *e) {
@@ -8605,7 +8607,8 @@ typedef struct {
 
 enum { O_MODEL, O_PROMPT, O_FILE, O_SYSTEM, O_PREDICT, O_CTX, O_THREADS, O_BATCH, O_SEED, O_TEMP,
        O_TOP_K, O_TOP_P, O_MIN_P, O_REPEAT, O_TEMPLATE, O_STOP, O_KV, O_OVERFLOW, O_LOOKUP, O_RAW,
-       O_MLOCK, O_STRICT, O_SAVE_PREFIX, O_LOAD_PREFIX, O_RECORD, O_STATS, O_VERBOSE, O_QUIET,
+       O_MLOCK, O_STRICT, O_DEVICE, O_GPU_LAYERS, O_SAVE_PREFIX, O_LOAD_PREFIX, O_RECORD, O_STATS,
+       O_VERBOSE, O_QUIET,
        O_BOS, O_SPECIAL, O_PIECES, O_MESSAGES, O_RENDER_IDS, O_NO_OPENING, O_DATE, O_THINK, O_TOOLS,
        O_CHAT_BOS, O_IDS, O_ALL, O_OUT, O_BENCH_PROMPT, O_BENCH_PREDICT, O_DEPTH, O_REPETITIONS,
        O_FORMAT, O_HELP, O_VERSION, N_OPTIONS };
@@ -8656,6 +8659,15 @@ static const option_row option_rows[N_OPTIONS] = {
                  "keep the weights in memory, or fail"},
     [O_STRICT] = {"strict", NULL, NULL, FLAG, ON_SESSION, 0, 0, NULL,
                   "bf16 weights: the same numbers on every machine, slower on some"},
+    [O_DEVICE] = {"device", NULL, "N|NAME|none", TEXT, ON_MODEL & ~ON(SHOW), 0, 0,
+#ifdef MEDRUN_OPENCL
+                  "the first that is no processor",
+#else
+                  "none, this build has no OpenCL",
+#endif
+                  "OpenCL device that computes; doctor lists them"},
+    [O_GPU_LAYERS] = {"gpu-layers", "ngl", "N", WHOLE, ON_MODEL & ~ON(SHOW), 0, 1 << 16,
+                      "all that fit", "layers that the device computes; 0: no device"},
     [O_SAVE_PREFIX] = {"save-prefix", NULL, "FILE", TEXT, ON_ANSWER, 0, 0, NULL,
                        "write what the model made of the prompt, which it holds: keep it safe"},
     [O_LOAD_PREFIX] = {"load-prefix", NULL, "FILE", TEXT, ON_ANSWER, 0, 0, NULL,
@@ -9026,10 +9038,31 @@ static int choose_chat(command *c) {
     return code;
 }
 
+/* Has a device compute. If none can and nobody asked for one, that is the processor's work. */
+static int attach_device(command *c) {
+    bool asked = given(c, O_DEVICE) || given(c, O_GPU_LAYERS);
+    const char *name = given(c, O_DEVICE) ? c->text[O_DEVICE] : "auto";
+    int layers = given(c, O_GPU_LAYERS) ? whole(c, O_GPU_LAYERS) : -1;
+    medrun_info info;
+    medrun_error e = {0};
+#ifndef MEDRUN_OPENCL
+    if (!asked) return MEDRUN_OK;
+#endif
+    if (!(option_rows[O_DEVICE].on & ON(c->which)) || !layers || !strcmp(name, "none") ||
+        (!asked && whole(c, O_KV) == MEDRUN_KV_INT8)) return MEDRUN_OK;
+    int code = medrun_attach(c->m, name, layers, &e);
+    medrun_describe(c->m, &info);
+    if (code) print_safe(stderr, info.device_log, strlen(info.device_log), true);
+    if (code && asked) return fail(&c->e, code, "%s", e.text);
+    if (code) note(c, "%s; the processor computes", e.text);
+    else note(c, "device: %s", info.device);
+    return MEDRUN_OK;
+}
+
 static int open_path(command *c, const char *path) {
     medrun_options o = {.threads = ON(c->which) & (ON_FILE | ON(SHOW)) ? 1 : whole(c, O_THREADS)};
     int code = medrun_open(&c->m, path, &o, &c->e);
-    if (code) return code;
+    if (code || (code = attach_device(c))) return code;
     c->t = &c->m->tokenizer, c->chat = c->m->chat, c->sampling = c->m->sampling;
     if (flag(c, O_MLOCK) && mlock(c->m->file.map.data, c->m->file.map.n))
         return fail(&c->e, MEDRUN_FAILED, "--mlock: %zu MB cannot be locked: %s; see ulimit -l",
@@ -9112,18 +9145,27 @@ static medrun_session_options session_options(const command *c, int context) {
                                                      : c->chat ? c->chat->name : NULL};
 }
 
-/* -c, or the model's context; if nobody asked and that does not fit three quarters of the memory,
- * the largest power of two that does. */
+/* Does a session with a context of N tokens fit three quarters of what is free, and the device? */
+static bool context_fits(const command *c, int n, uint64_t available) {
+    medrun_session_options o = session_options(c, n);
+#ifdef MEDRUN_OPENCL
+    medrun_session s = {.model = c->m, .options = o};
+    const device *d = c->m->device;
+    if (d && 2 * cache_bytes(&s, d->layers, 0) > d->room) return false;
+#endif
+    return medrun_session_bytes(c->m, &o) <= available / 4 * 3;
+}
+
+/* -c, or the model's context; if nobody asked and that does not fit, the largest power of two that
+ * does. */
 static int choose_context(const command *c) {
     uint64_t total, available;
     int most = c->m->config.max_positions, context = 1;
-    medrun_session_options o = session_options(c, most);
     memory_size(&total, &available);
     if (given(c, O_CTX)) return whole(c, O_CTX) ? whole(c, O_CTX) : most;
-    if (medrun_session_bytes(c->m, &o) <= available / 4 * 3) return most;
+    if (context_fits(c, most, available)) return most;
     while (context <= most / 2) context *= 2;
-    for (o.context = context; context > 256; o.context = context /= 2)
-        if (medrun_session_bytes(c->m, &o) <= available / 4 * 3) break;
+    while (context > 256 && !context_fits(c, context, available)) context /= 2;
     note(c, "context: %d of the model's %d tokens, as this machine has %llu MB free; -c asks for "
          "another", context, most, (unsigned long long)available >> 20);
     return context;
@@ -10655,6 +10697,27 @@ static bool small_product(const kernel_set *k, int type, float *out) {
     return made;
 }
 
+static void list_opencl(void) {
+#ifdef MEDRUN_OPENCL
+    opencl cl;
+    device_facts all[MAX_DEVICES];
+    medrun_error e = {0};
+    int n = opencl_open(&cl, &e) ? -1 : list_devices(&cl, all);
+    if (n <= 0) printf("OpenCL     %s\n", n ? e.text : "no device");
+    for (int i = 0; i < n; i++) {
+        printf("OpenCL     %d ", i);
+        print_safe(stdout, all[i].name, strlen(all[i].name), false);
+        printf(" (%s, %s), %.1f MB, %u units, %sfma, %s division\n", all[i].platform,
+               all[i].version, mb(all[i].memory), all[i].units,
+               all[i].numbers & CL_FP_FMA ? "" : "slow ",
+               all[i].numbers & CL_FP_CORRECTLY_ROUNDED_DIVIDE_SQRT ? "exact" : "corrected");
+    }
+    if (n >= 0) close_library(cl.library);
+#else
+    puts("OpenCL     not in this build (make OPENCL=1)");
+#endif
+}
+
 static int doctor_command(command *c) {
     static float found[CHECK_TOKENS * CHECK_PANELS * LANES], wanted[sizeof found / sizeof *found];
     static const struct { const char *name; int type; } checks[] = {
@@ -10676,6 +10739,7 @@ static int doctor_command(command *c) {
                same ? "as scalar" : "DIFFERS from scalar");
         if (!same) code = MEDRUN_DIFFERS;
     }
+    list_opencl();
     return code;
 }
 /* ============================================================================================
@@ -10743,7 +10807,8 @@ static int help_all(FILE *f) {
                 command_rows[i].arguments, command_rows[i].help);
     fputs("\nmedrun help COMMAND lists a command's options. Exit codes: 0 ok, 1 failed while "
           "running,\n2 usage, 3 file missing, unsupported or malformed, 4 verification failed,\n"
-          "5 prompt longer than the context, 6 out of memory, 130 interrupted.\n", f);
+          "5 prompt longer than the context, 6 out of memory or no such device, 130 interrupted.\n",
+          f);
     return MEDRUN_OK;
 }
 
