@@ -4,12 +4,13 @@
 CC     ?= cc
 CFLAGS ?= -O2
 WARN    = -Wall -Wextra -Wshadow -Wconversion
-LIBS    = -lm -lpthread
+LIBS    = -lm -lpthread $(if $(OPENCL),-ldl)
 PREFIX ?= /usr/local
 DEMO    = tools/demo/demo.mdr
 BUILD   = build
 BIN     = .
-CL      = $(if $(OPENCL),-DMEDRUN_OPENCL -ldl)
+CL      = $(if $(OPENCL),-DMEDRUN_OPENCL)
+SECONDS = 60
 
 UNITS    = 03_basics 04_threads 05_numbers 06_kernels 07_tensor 08_opencl 09_file 10_tokenizer \
            11_chat 12_model 13_transformer 14_sampler 15_allocation 15_session 16_answers 20_export 21_gguf
@@ -79,6 +80,14 @@ threads:
 	@mkdir -p build/threads
 	$(MAKE) BUILD=build/threads BIN=build/threads CFLAGS="-O1 -g1 -fsanitize=thread" \
 	    UNITS="04_threads 07_tensor 15_session" SCRIPTS=none test
+# Each reader of a stranger's bytes under clang's libFuzzer, for SECONDS.
+$(BUILD)/fuzz_readers: tests/fuzz.c tools/export.c $(EXPORT) medrun.c
+	@mkdir -p $(BUILD)
+	clang -O1 -g1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -o $@ $< $(LIBS)
+fuzz: $(BUILD)/fuzz_readers $(MODELS) $(BUILD)/tokenizer.bin
+	@sh tests/fuzz.sh $(BUILD)/fuzz_readers $(SECONDS) $(READERS)
+bench: $(BIN)/medrun
+	$(BIN)/medrun bench $(DEMO)
 size: $(BIN)/medrun
 	@mkdir -p $(BUILD)
 	strip -o $(BUILD)/medrun.stripped $(BIN)/medrun && size $(BUILD)/medrun.stripped
@@ -94,7 +103,8 @@ help:
 	@echo "make test       runs every test; with MEDRUN_TEST_DATA also those on real vocabularies"
 	@echo "make debug      the tests under address and undefined-behaviour sanitizers"
 	@echo "make threads    those of the thread pool and sessions under the thread sanitizer"
+	@echo "make fuzz       strangers' files, made up by clang's libFuzzer: 60 s a reader; SECONDS=600"
 	@echo "make lint       line lengths, function lengths, warnings of gcc and clang, clang-tidy"
-	@echo "make size, make install, make clean"
+	@echo "make bench, make size, make install, make clean"
 
-.PHONY: all run test lint debug threads size install clean help
+.PHONY: all run test lint debug threads fuzz bench size install clean help

@@ -1035,7 +1035,7 @@ static void unmap_memory(void *p, size_t n) {
     if (p) munmap(p, n);
 }
 
-#ifdef MEDRUN_OPENCL
+#ifdef MEDRUN_OPENCL            /* a library that may be there or not                            */
 #ifdef __APPLE__
 #define OPENCL_LIBRARY "/System/Library/Frameworks/OpenCL.framework/OpenCL"
 #else
@@ -3324,6 +3324,7 @@ static void pack_panel(const kernel_set *k, int type, const float *rows, size_t 
 static const char device_source[] =
 "#pragma OPENCL FP_CONTRACT OFF\n"
 "#define SYNC barrier(CLK_LOCAL_MEM_FENCE)\n"
+"#define EACH_TOKEN _Pragma(\"unroll\") for (int t = 0; t < nt; t++)\n"
 "typedef global const uchar *bytes;\n"
 "\n"
 "#if defined EXACT && !defined CORRECTED\n"
@@ -3447,14 +3448,12 @@ static const char device_source[] =
 "    global const uint *steps = (global const uint *)(line + 64 + g % 2 * 1024) + lane;\n"
 "    ushort bits = ((global const ushort *)(line + g % 2 * 32))[lane];\n"
 "    float dot[8], scale = as_float((uint)bits << 16);\n"
-"    for (int t = 0; t < nt; t++) dot[t] = 0;\n"
+"    EACH_TOKEN dot[t] = 0;\n"
 "    for (int s = 0; s < 16; s++) {\n"
 "        float4 four = convert_float4(as_uchar4(steps[16 * s])) - 128.0f;\n"
-"        for (int t = 0; t < nt; t++)\n"
-"            dot[t] = add_four(dot[t], four, vload4(s, a + (at[t] + g) * 64));\n"
+"        EACH_TOKEN dot[t] = add_four(dot[t], four, vload4(s, a + (at[t] + g) * 64));\n"
 "    }\n"
-"    for (int t = 0; t < nt; t++)\n"
-"        parts[t * next] = (float2)(dot[t], scale * scales[at[t] + g]);\n"
+"    EACH_TOKEN parts[t * next] = (float2)(dot[t], scale * scales[at[t] + g]);\n"
 "}\n"
 "\n"
 "float scale_int4(uint bits) {\n"
@@ -3472,18 +3471,17 @@ static const char device_source[] =
 "        global const uint *steps = (global const uint *)(line + 64 + h * 256) + lane;\n"
 "        uint bits = ((global const ushort *)(line + h * 32))[lane];\n"
 "        float scale = scale_int4(bits), shift = (float)(bits & 63) - 128;\n"
-"        for (int t = 0; t < nt; t++) dot[t] = 0;\n"
+"        EACH_TOKEN dot[t] = 0;\n"
 "        for (int s = 0; s < 8; s++) {\n"
 "            uint word = steps[s / 2 * 16] >> s % 2 * 4;\n"
 "            float4 four = (float4)(levels[word & 15], levels[word >> 8 & 15],\n"
 "                                   levels[word >> 16 & 15], levels[word >> 24 & 15]) + shift;\n"
-"            for (int t = 0; t < nt; t++)\n"
+"            EACH_TOKEN\n"
 "                dot[t] = add_four(dot[t], four, vload4(8 * h + s, a + (at[t] + g) * 64));\n"
 "        }\n"
-"        for (int t = 0; t < nt; t++)\n"
-"            part[t] = h ? fma(dot[t], scale, part[t]) : dot[t] * scale;\n"
+"        EACH_TOKEN part[t] = h ? fma(dot[t], scale, part[t]) : dot[t] * scale;\n"
 "    }\n"
-"    for (int t = 0; t < nt; t++) parts[t * next] = (float2)(part[t], scales[at[t] + g]);\n"
+"    EACH_TOKEN parts[t * next] = (float2)(part[t], scales[at[t] + g]);\n"
 "}\n"
 "\n"
 "/* A work-group is a panel and NT tokens: SPLITS groups at once, then 16 lanes a token add\n"
@@ -3496,7 +3494,7 @@ static const char device_source[] =
 "    float sum = 0;\n"
 "    if (type == 4 && split == 0) levels[lane] = level[lane];\n"
 "    if (type == 4) SYNC;\n"
-"    for (int t = 0; t < nt; t++) at[t] = min(first + t, tokens - 1) * groups;\n"
+"    EACH_TOKEN at[t] = min(first + t, tokens - 1) * groups;\n"
 "    for (int g = 0; g < groups; g += splits) {\n"
 "        local float2 *mine = parts + split * 16 + lane;\n"
 "        if (g + split < groups && type == 8)\n"
@@ -3532,11 +3530,11 @@ static const char device_source[] =
 "    float sum[8];\n"
 "    if (panel >= n2) return;\n"
 "    global const uint *steps = (global const uint *)PANEL(panel) + lane;\n"
-"    for (int t = 0; t < nt; t++) sum[t] = 0;\n"
+"    EACH_TOKEN sum[t] = 0;\n"
 "    for (int k = 0; k < cols / 2; k++) {\n"
 "        uint pair = steps[16 * k];\n"
 "        float even = as_float(pair << 16), odd = as_float(pair & 0xFFFF0000);\n"
-"        for (int t = 0; t < nt; t++) {\n"
+"        EACH_TOKEN {\n"
 "            float2 x = vload2(k, a + min(first + t, tokens - 1) * row);\n"
 "            sum[t] = fma(odd, x.y, fma(even, x.x, sum[t]));\n"
 "        }\n"
@@ -3779,6 +3777,7 @@ typedef struct device {
     cl_int why;
     int layers;                     /* that it computes, the first of the model                 */
     bool output;                    /* and the logits                                           */
+    bool exact;                     /* gave the processor's bits                                */
     cl_mem *weights;                /* (layers) as they lie in the file                         */
     cl_mem final_norm, vocabulary;
     cl_mem x, h, qkv, attn, wide;   /* (DEVICE_ROWS, ...) see pass; q, k, v side by side, and
@@ -8235,6 +8234,12 @@ static void get_block(state_file *f, const medrun_session *s, size_t first, size
 static void name_numbers(const medrun_session *s, char name[24]) {
     bool exact = pack_kind(&s->pass->g, s->model->type) != PACK_BF16;
     memset(name, 0, 24);
+#ifdef MEDRUN_OPENCL
+    if (s->model->device && !s->model->device->exact) {
+        snprintf(name, 24, "%d OpenCL", NUMBERS_VERSION);
+        return;
+    }
+#endif
     snprintf(name, 24, "%d %s", NUMBERS_VERSION, exact ? "exact" : s->model->kernels->name);
 }
 
@@ -8523,8 +8528,9 @@ static int try_logits(const medrun_model *m, float *logits, medrun_error *e) {
 /* Takes D if it gives the processor's logits. */
 static int check_device(medrun_model *m, device *d, medrun_error *e) {
     size_t vocab = (size_t)m->config.vocab_size;
-    float *wanted = new_array(2 * vocab, sizeof *wanted), *found = wanted + vocab;
+    float *wanted = new_array(2 * vocab, sizeof *wanted), *found;
     if (!wanted) return out_of_memory(e, 2 * vocab * sizeof *wanted);
+    found = wanted + vocab;
     double largest = 0, off = 0;
     int code = try_logits(m, wanted, e);
     m->device = d;
@@ -8534,14 +8540,14 @@ static int check_device(medrun_model *m, device *d, medrun_error *e) {
         if (fabs((double)wanted[i]) > largest) largest = fabs((double)wanted[i]);
         if (!(difference <= off)) off = difference;
     }
-    bool same = !memcmp((void *)found, (void *)wanted, vocab * sizeof *found);
+    d->exact = !memcmp((void *)found, (void *)wanted, vocab * sizeof *found);
     free(wanted);
     if (!code && !(off <= 1e-5 * largest))
         code = fail(e, MEDRUN_NO_MEMORY, "device %s: its logits are %.2g off the processor's, "
                     "wanted 1e-5", d->facts.name, off / largest);
     snprintf(m->device_says, sizeof m->device_says, "%s: %d of %d layers%s, %s", d->facts.name,
              d->layers, m->config.n_layers, d->output ? " and the logits" : "",
-             same ? "with the processor's bits" : "within 1e-5 of the processor's");
+             d->exact ? "with the processor's bits" : "within 1e-5 of the processor's");
     if (code) m->device = NULL, m->device_says[0] = 0;
     return code;
 }
