@@ -131,7 +131,8 @@ void medrun_close(medrun_model *model);                     /* NULL is fine     
  * them), or "auto", the first that is no processor. A short prompt must give the processor's
  * logits, within 1e-5. To be called before any session starts; with bf16 weights all sessions are
  * strict then, and none can have an int8 cache. The device holds the weights until medrun_close.
- * Errors: MEDRUN_NO_MEMORY (no such device, or it cannot: MODEL is as it was). */
+ * Errors, after which MODEL is as it was: MEDRUN_USAGE (no such device, or no OpenCL in this
+ * build), MEDRUN_NO_MEMORY (it cannot). */
 int medrun_attach(medrun_model *model, const char *device, int layers, medrun_error *error);
 
 /* Fills INFO; the strings live until medrun_close or medrun_attach. Cannot fail. */
@@ -3484,13 +3485,13 @@ static const char device_source[] =
 "    EACH_TOKEN parts[t * next] = (float2)(part[t], scales[at[t] + g]);\n"
 "}\n"
 "\n"
-"/* A work-group is a panel and NT tokens: SPLITS groups at once, then 16 lanes a token add\n"
-" * them up. */\n"
+"/* A work-group is NT tokens and a panel: SPLITS groups at once, then 16 lanes a token add\n"
+" * them up. Those that run together share a panel, so weights are read once. */\n"
 "constant uchar level[16] = {LEVELS};\n"
 "void multiply(const int type, const int nt, const int splits, ARGUMENTS, local float2 *parts,\n"
 "              local float *levels) {\n"
-"    int lane = get_local_id(0) % 16, split = get_local_id(0) / 16, panel = get_group_id(0);\n"
-"    int first = get_group_id(1) * nt, groups = (cols + 63) / 64, at[8];\n"
+"    int lane = get_local_id(0) % 16, split = get_local_id(0) / 16, panel = get_group_id(1);\n"
+"    int first = get_group_id(0) * nt, groups = (cols + 63) / 64, at[8];\n"
 "    float sum = 0;\n"
 "    if (type == 4 && split == 0) levels[lane] = level[lane];\n"
 "    if (type == 4) SYNC;\n"
@@ -3525,8 +3526,8 @@ static const char device_source[] =
 "\n"
 "/* A sum is one chain in the order of K: nothing to share out but panels, two a work-group. */\n"
 "void multiply_bf16(const int nt, ARGUMENTS) {\n"
-"    int lane = get_local_id(0) % 16, panel = get_group_id(0) * 2 + get_local_id(0) / 16;\n"
-"    int first = get_group_id(1) * nt, row = (cols + 63) / 64 * 64;\n"
+"    int lane = get_local_id(0) % 16, panel = get_group_id(1) * 2 + get_local_id(0) / 16;\n"
+"    int first = get_group_id(0) * nt, row = (cols + 63) / 64 * 64;\n"
 "    float sum[8];\n"
 "    if (panel >= n2) return;\n"
 "    global const uint *steps = (global const uint *)PANEL(panel) + lane;\n"
@@ -3710,12 +3711,12 @@ static int opencl_open(opencl *cl, medrun_error *e) {
     if (!path || !*path) path = OPENCL_LIBRARY;
     *cl = (opencl){.library = open_library(path)};
     if (!cl->library)
-        return fail(e, MEDRUN_NO_MEMORY, "device: this machine has no OpenCL library (%s)", path);
+        return fail(e, MEDRUN_USAGE, "device: this machine has no OpenCL library (%s)", path);
     for (size_t i = 0; i < sizeof calls / sizeof *calls; i++) {
         void *call = find_symbol(cl->library, calls[i].name);
         if (!call) {
             close_library(cl->library);
-            return fail(e, MEDRUN_NO_MEMORY, "device: %s has no %s", path, calls[i].name);
+            return fail(e, MEDRUN_USAGE, "device: %s has no %s", path, calls[i].name);
         }
         memcpy((char *)cl + calls[i].at, &call, sizeof call);
     }
@@ -3796,15 +3797,18 @@ static int device_error(const device *d, medrun_error *e) {
     return fail(e, MEDRUN_FAILED, "device %s: %s failed (%d)", d->facts.name, d->failed, d->why);
 }
 
-/* N bytes on the device, with DATA unless that is NULL; DATA must stay where it is. NULL: it has no
- * room. */
+/* N bytes on the device, with DATA unless that is NULL, which must stay where it is: a device that
+ * shares our memory may use it there. NULL: it has no room. */
 static cl_mem device_bytes(device *d, const void *data, size_t n) {
-    cl_mem_flags flags = !data ? CL_MEM_READ_WRITE
-                         : CL_MEM_READ_ONLY | (d->facts.shared ? CL_MEM_USE_HOST_PTR
-                                                               : CL_MEM_COPY_HOST_PTR);
-    cl_int why;
+    const cl_mem_flags copied = CL_MEM_READ_ONLY | CL_MEM_COPY_HOST_PTR;
+    const cl_mem_flags shared = CL_MEM_READ_ONLY | CL_MEM_USE_HOST_PTR;
+    void *from = (void *)(uintptr_t)data;
+    cl_int why = CL_INVALID_HOST_PTR;
+    cl_mem made = NULL;
     if (n > d->room || n > d->facts.largest) return NULL;
-    cl_mem made = d->cl.clCreateBuffer(d->context, flags, n, (void *)(uintptr_t)data, &why);
+    if (!data) made = d->cl.clCreateBuffer(d->context, CL_MEM_READ_WRITE, n, NULL, &why);
+    else if (d->facts.shared) made = d->cl.clCreateBuffer(d->context, shared, n, from, &why);
+    if (why && data) made = d->cl.clCreateBuffer(d->context, copied, n, from, &why);
     if (why) return NULL;
     d->room -= n;
     return made;
@@ -3917,7 +3921,7 @@ static int choose_device(device *d, const char *which, medrun_error *e) {
                       : any ? !(all[i].type & CL_DEVICE_TYPE_CPU) : !!strstr(all[i].name, which))
             break;
     if (i == n)
-        return fail(e, MEDRUN_NO_MEMORY, "device: found no \"%s\" among the %d that OpenCL has "
+        return fail(e, MEDRUN_USAGE, "device: found no \"%s\" among the %d that OpenCL has "
                     "here; medrun doctor lists them", any ? "GPU" : which, n);
     d->facts = all[i];
     if (!d->facts.little || d->facts.group < DEVICE_GROUP)
@@ -7245,8 +7249,8 @@ static void device_matmul(const pass *p, cl_mem weights, const void *base, const
         panels += tensor_panels(w[i]);
     }
     bool bf16 = type == TYPE_BF16, many = tokens > 1;
-    DEVICE_RUN(d, kernel, bf16 ? 32 : many ? 128 : 256, bf16 ? (panels + 1) / 2 : panels,
-               many ? (tokens + 7) / 8 : 1, 1, MEMORY(weights), PLACE(at[0]), PLACE(at[1]),
+    DEVICE_RUN(d, kernel, bf16 ? 32 : many ? 128 : 256, many ? (tokens + 7) / 8 : 1,
+               bf16 ? (panels + 1) / 2 : panels, 1, MEMORY(weights), PLACE(at[0]), PLACE(at[1]),
                PLACE(at[2]), INT(end[0]), INT(end[1]), INT(end[2]),
                PLACE(panel_bytes(type, cols)), INT(cols), MEMORY(d->a), MEMORY(d->scales),
                INT(tokens), MEMORY(out), INT(stride), INT(add));
@@ -8554,7 +8558,7 @@ static int check_device(medrun_model *m, device *d, medrun_error *e) {
 
 int medrun_attach(medrun_model *m, const char *name, int layers, medrun_error *e) {
     medrun_error why = {0};
-    if (m->device) return fail(e, MEDRUN_NO_MEMORY, "device: this model has one");
+    if (m->device) return fail(e, MEDRUN_USAGE, "device: this model has one");
     device *d = new_array(1, sizeof *d);
     if (!d) return out_of_memory(e, sizeof *d);
     buffer_free(&m->device_log);
@@ -8563,12 +8567,12 @@ int medrun_attach(medrun_model *m, const char *name, int layers, medrun_error *e
     if (!code) code = check_device(m, d, &why);
     if (!code) return MEDRUN_OK;
     device_close(d);
-    return fail(e, MEDRUN_NO_MEMORY, "%s", why.text);
+    return fail(e, code == MEDRUN_USAGE ? code : MEDRUN_NO_MEMORY, "%s", why.text);
 }
 #else
 int medrun_attach(medrun_model *m, const char *name, int layers, medrun_error *e) {
     (void)m, (void)layers;
-    return fail(e, MEDRUN_NO_MEMORY, "device \"%s\": this medrun was built without OpenCL (make "
+    return fail(e, MEDRUN_USAGE, "device \"%s\": this medrun was built without OpenCL (make "
                 "OPENCL=1)", name);
 }
 #endif
@@ -9059,9 +9063,9 @@ static int attach_device(command *c) {
     int code = medrun_attach(c->m, name, layers, &e);
     medrun_describe(c->m, &info);
     if (code) print_safe(stderr, info.device_log, strlen(info.device_log), true);
-    if (code && asked) return fail(&c->e, code, "%s", e.text);
-    if (code) note(c, "%s; the processor computes", e.text);
-    else note(c, "device: %s", info.device);
+    if (code && asked) return fail(&c->e, MEDRUN_NO_MEMORY, "%s", e.text);
+    if (!code) note(c, "device: %s", info.device);
+    else if (code != MEDRUN_USAGE) note(c, "%s; the processor computes", e.text);
     return MEDRUN_OK;
 }
 
