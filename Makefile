@@ -4,7 +4,7 @@
 CC     ?= cc
 CFLAGS ?= -O2
 WARN    = -Wall -Wextra -Wshadow -Wconversion
-LIBS    = -lm -lpthread $(if $(OPENCL),-ldl)
+LIBS    = -lm -lpthread $(if $(OPENCL),$(if $(EXE),,-ldl))
 PREFIX ?= /usr/local
 DEMO    = tools/demo/demo.mdr
 BUILD   = build
@@ -108,7 +108,7 @@ install: all
 lib: $(LIB)/libmedrun.a $(LIB)/libmedrun.so $(LIB)/medrun.h
 $(LIB)/medrun.o: medrun.c
 	@mkdir -p $(LIB)
-	$(CC) $(CFLAGS) $(WARN) -fPIC -DMEDRUN_NO_MAIN -c -o $@ medrun.c
+	$(CC) $(CFLAGS) $(WARN) $(CL) -fPIC -DMEDRUN_NO_MAIN -c -o $@ medrun.c
 $(LIB)/libmedrun.a: $(LIB)/medrun.o
 	rm -f $@ && $(AR) rcs $@ $<
 $(LIB)/libmedrun.so: $(LIB)/medrun.o
