@@ -4,18 +4,19 @@
 CC     ?= cc
 CFLAGS ?= -O2
 WARN    = -Wall -Wextra -Wshadow -Wconversion
-LIBS    = -lm -lpthread
+LIBS    = -lm -lpthread $(if $(OPENCL),$(if $(EXE),,-ldl))
 PREFIX ?= /usr/local
 DEMO    = tools/demo/demo.mdr
 BUILD   = build
 BIN     = .
 LIB     = $(BUILD)/lib
 ABI    := $(shell sed -n 's/^.define MEDRUN_VERSION "\([0-9]*\.[0-9]*\)\..*/\1/p' medrun.c)
+CL      = $(if $(OPENCL),-DMEDRUN_OPENCL)
 SECONDS = 60
 
-UNITS    = 03_basics 04_threads 05_numbers 06_kernels 07_tensor 09_file 10_tokenizer 11_chat \
-           12_model 13_transformer 14_sampler 15_allocation 15_embedding 15_session 16_answers \
-           20_export 21_gguf
+UNITS    = 03_basics 04_threads 05_numbers 06_kernels 07_tensor 08_opencl 09_file 10_tokenizer \
+           11_chat 12_model 13_transformer 14_sampler 15_allocation 15_embedding 15_session \
+           16_answers 20_export 21_gguf
 FIXTURES = llama-plain llama-tied llama-sharded llama-grouped mistral-window mistral-spm \
            arcee-yarn arcee-yarn5 apertus-plain apertus-grouped
 MODELS   = $(foreach f,$(FIXTURES),$(addprefix $(BUILD)/$(f)-,bf16.mdr int8.mdr int4.mdr)) \
@@ -27,7 +28,7 @@ all: $(BIN)/medrun$(EXE) $(BIN)/medrun-export$(EXE)
 
 $(BIN)/medrun$(EXE): medrun.c
 	@mkdir -p $(BIN)
-	$(CC) $(CFLAGS) $(WARN) -o $@ medrun.c $(LIBS)
+	$(CC) $(CFLAGS) $(WARN) $(CL) -o $@ medrun.c $(LIBS)
 
 $(BIN)/medrun-export$(EXE): tools/export.c $(EXPORT) medrun.c
 	$(CC) $(CFLAGS) $(WARN) -o $@ tools/export.c $(LIBS)
@@ -75,6 +76,8 @@ $(BUILD)/test_%: tests/%.c tests/test.h medrun.c tools/export.c $(EXPORT)
 	@mkdir -p $(BUILD)
 	$(CC) $(CFLAGS) $(WARN) -o $@ $< $(LIBS)
 
+$(BUILD)/test_08_opencl: LIBS += -ldl
+
 test: all $(MODELS) $(REAL) $(BUILD)/tokenizer.bin $(UNITS:%=$(BUILD)/test_%)
 	@SCRIPTS="$(SCRIPTS)" CC="$(CC)" sh tests/run.sh "$(BIN)" "$(BUILD)" $(UNITS)
 
@@ -105,7 +108,7 @@ install: all
 lib: $(LIB)/libmedrun.a $(LIB)/libmedrun.so $(LIB)/medrun.h
 $(LIB)/medrun.o: medrun.c
 	@mkdir -p $(LIB)
-	$(CC) $(CFLAGS) $(WARN) -fPIC -DMEDRUN_NO_MAIN -c -o $@ medrun.c
+	$(CC) $(CFLAGS) $(WARN) $(CL) -fPIC -DMEDRUN_NO_MAIN -c -o $@ medrun.c
 $(LIB)/libmedrun.a: $(LIB)/medrun.o
 	rm -f $@ && $(AR) rcs $@ $<
 $(LIB)/libmedrun.so: $(LIB)/medrun.o
@@ -128,6 +131,7 @@ clean:
 	rm -rf $(BUILD) medrun medrun-export
 help:
 	@echo "make            builds medrun and medrun-export"
+	@echo "make OPENCL=1   the same with OpenCL devices (make clean first)"
 	@echo "make run        asks the demo model a question"
 	@echo "make lib        libmedrun.a, libmedrun.so, medrun.h in build/lib; make install-lib"
 	@echo "make dist       archives of the last commit, programs and source, in build/dist"
