@@ -11,15 +11,16 @@ BUILD   = build
 BIN     = .
 
 UNITS    = 03_basics 04_threads 05_numbers 06_kernels 07_tensor 09_file 10_tokenizer 11_chat \
-           12_model 13_transformer 14_sampler 15_allocation 15_session 16_answers 20_export 21_gguf
+           12_model 13_transformer 14_sampler 15_allocation 15_session 16_answers 20_export 21_gguf 22_eval
 FIXTURES = llama-plain llama-tied llama-sharded llama-grouped mistral-window mistral-spm \
            arcee-yarn arcee-yarn5 apertus-plain apertus-grouped
 MODELS   = $(foreach f,$(FIXTURES),$(addprefix $(BUILD)/$(f)-,bf16.mdr int8.mdr int4.mdr)) \
            $(BUILD)/arcee-ratio-bf16.mdr
 
-EXPORT   = $(wildcard tools/export_*.c)
+EXPORT   = $(wildcard tools/export_*.c) tools/options.c
+EVAL     = $(wildcard tools/eval_*.c) tools/options.c
 
-all: $(BIN)/medrun $(BIN)/medrun-export
+all: $(BIN)/medrun $(BIN)/medrun-export $(BIN)/medrun-eval
 
 $(BIN)/medrun: medrun.c
 	@mkdir -p $(BIN)
@@ -27,6 +28,10 @@ $(BIN)/medrun: medrun.c
 
 $(BIN)/medrun-export: tools/export.c $(EXPORT) medrun.c
 	$(CC) $(CFLAGS) $(WARN) -o $@ tools/export.c $(LIBS)
+
+$(BIN)/medrun-eval: tools/eval.c $(EVAL) medrun.c
+	@mkdir -p $(BIN)
+	$(CC) $(CFLAGS) $(WARN) -o $@ tools/eval.c $(LIBS)
 
 run: $(BIN)/medrun
 	$(BIN)/medrun run $(DEMO) -p "What are the symptoms of diabetes?"
@@ -59,7 +64,7 @@ $(REAL): $(BUILD)/%.tokenizer.bin: $(BIN)/medrun-export
 	@mkdir -p $(BUILD)
 	$(BIN)/medrun-export --tokenizer-only $(MEDRUN_TEST_DATA)/tokenizers/$(REAL_$*) $@
 endif
-$(BUILD)/test_%: tests/%.c tests/test.h medrun.c tools/export.c $(EXPORT)
+$(BUILD)/test_%: tests/%.c tests/test.h medrun.c tools/export.c $(EXPORT) tools/eval.c $(EVAL)
 	@mkdir -p $(BUILD)
 	$(CC) $(CFLAGS) $(WARN) -o $@ $< $(LIBS)
 
@@ -81,11 +86,11 @@ size: $(BIN)/medrun
 	strip -o $(BUILD)/medrun.stripped $(BIN)/medrun && size $(BUILD)/medrun.stripped
 install: all
 	install -d $(DESTDIR)$(PREFIX)/bin
-	install $(BIN)/medrun $(BIN)/medrun-export $(DESTDIR)$(PREFIX)/bin
+	install $(BIN)/medrun $(BIN)/medrun-export $(BIN)/medrun-eval $(DESTDIR)$(PREFIX)/bin
 clean:
-	rm -rf $(BUILD) medrun medrun-export
+	rm -rf $(BUILD) medrun medrun-export medrun-eval
 help:
-	@echo "make            builds medrun and medrun-export"
+	@echo "make            builds medrun, medrun-export and medrun-eval"
 	@echo "make run        asks the demo model a question"
 	@echo "make test       runs every test; with MEDRUN_TEST_DATA also those on real vocabularies"
 	@echo "make debug      the tests under address and undefined-behaviour sanitizers"

@@ -897,14 +897,16 @@ static result_set *find_set(results *all, const char *path, const char *head, si
     result_set *found = NULL;
     for (size_t i = 0; i < all->n_sets && !found; i++)
         if (all->sets[i].n_head == n && !memcmp(all->sets[i].head, head, n)) found = &all->sets[i];
-    if (!found && !json_parse(&j, head, n, NULL) && json_get(&j, 0, "medrun-eval") != JSON_NONE) {
+    if (!found && json_parse(&j, head, n, NULL)) j.n = 0;
+    uint32_t data = j.n ? json_get(&j, 0, "data") : JSON_NONE;
+    uint32_t run = j.n ? json_get(&j, 0, "run") : JSON_NONE;
+    if (!found && json_is_type(&j, run, JSON_OBJECT) && json_is_type(&j, data, JSON_OBJECT)) {
         json first = {0};
-        uint32_t data = json_get(&j, 0, "data"), run = json_get(&j, 0, "run");
         int64_t questions = 0;
         char task_name[40] = "";
         if (all->n_sets) {              /* another data set, but is it the same run?             */
             json_parse(&first, all->sets[0].head, all->sets[0].n_head, NULL);
-            const json_node *a = &j.nodes[run == JSON_NONE ? 0 : run];
+            const json_node *a = &j.nodes[run];
             const json_node *b = &first.nodes[json_get(&first, 0, "run")];
             if (a->end - a->start != b->end - b->start ||
                 memcmp(j.text + a->start, first.text + b->start, a->end - a->start))
@@ -948,7 +950,7 @@ static int take_result(results *all, result_set *s, const char *path, size_t lin
                        size_t n, medrun_error *e) {
     json j = {0};
     char what[300];
-    int64_t truth, pred = -1, norm = -1;
+    int64_t truth = 0, pred = -1, norm = -1;
     result r = {.line = text, .n_line = n, .sure = -1};
     snprintf(what, sizeof what, "%s:%zu", path, line);
     if (!line_number(path, line, text, n, s->questions, &j, &r.n, e)) {
@@ -1226,17 +1228,22 @@ static void write_summary(const results *all, const tallies *t, buffer *b) {
 
 #include "eval_html.c"
 
-/* The table or JSON to stdout, the page to its file. */
-static int report_results(const results *all, const eval_options *o, tallies *t, medrun_error *e) {
+/* The table or JSON to stdout, the page to its file; then every task must reach --require. */
+static int report_results(const results *all, const evaluation *v, tallies *t, medrun_error *e) {
     buffer b = {0};
     if (count_results(all, t, e)) return e->code;
-    if (o->summary && !strcmp(o->summary, "json")) write_summary(all, t, &b);
+    if (v->o.summary && !strcmp(v->o.summary, "json")) write_summary(all, t, &b);
     if (b.failed) return out_of_memory(e, b.n);
     if (b.n) fwrite(b.data, 1, b.n, stdout);
     else print_table(all, t, stdout);
     buffer_free(&b);
     if (fflush(stdout) || ferror(stdout)) return fail(e, MEDRUN_FAILED, "stdout: cannot write");
-    return o->html ? write_page(all, t, o->html, e) : MEDRUN_OK;
+    if (v->o.html && write_page(all, t, v->o.html, e)) return e->code;
+    for (const tally *p = t->t; p < t->t + t->n && v->require > 0; p++)
+        if (!*p->subject && share(p->right, p->n) < v->require)
+            return fail(e, BELOW_REQUIRED, "task %s: accuracy %.4f, --require %g", p->task,
+                        share(p->right, p->n), v->require);
+    return MEDRUN_OK;
 }
 
 /* ============================================================================================
@@ -1462,12 +1469,8 @@ static int finish_run(evaluation *v, medrun_error *e) {
     buffer_add(&text, v->lines.data, v->lines.n);
     if (text.failed) out_of_memory(e, text.n);
     else if (!take_results(&all, v->o.out ? v->o.out : "results", text_of(&text), text.n, e) &&
-             !check_results(&all, false, e)) {
-        report_results(&all, &v->o, &t, e);
-        if (!e->code && share(t.t[0].right, t.t[0].n) < v->require)
-            fail(e, BELOW_REQUIRED, "accuracy %.4f, --require %g", share(t.t[0].right, t.t[0].n),
-                 v->require);
-    }
+             !check_results(&all, false, e))
+        report_results(&all, v, &t, e);
     free_results(&all);
     buffer_free(&text);
     return e->code;
@@ -1512,7 +1515,7 @@ static int merge_results(evaluation *v, const char **words, size_t n, medrun_err
         if (!map_file(words[i], &maps[i], e))
             take_results(&all, words[i], (const char *)maps[i].data, maps[i].n, e);
     if (!e->code && !check_results(&all, true, e) &&
-        (!v->o.out || !write_merged(&all, v->o.out, e))) report_results(&all, &v->o, &t, e);
+        (!v->o.out || !write_merged(&all, v->o.out, e))) report_results(&all, v, &t, e);
     free_results(&all);
     for (size_t i = 0; i < n; i++) unmap_file(&maps[i]);
     free(maps);
