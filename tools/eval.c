@@ -292,8 +292,8 @@ static int encode_prompt(const evaluation *v, const question *q, const open_text
         if (text.failed) code = out_of_memory(e, text.n);
         else code = tokenizer_encode(t, text_of(&text), text.n, x->flags, &whole, e);
         if (!code && n_ids(&whole) <= p->n)
-            code = fail(e, MEDRUN_BAD_FILE, "question in line %zu: choice %d adds no token", q->line,
-                        i + 1);
+            code = fail(e, MEDRUN_BAD_FILE, "question in line %zu: choice %d adds no token",
+                        q->line, i + 1);
         if (!code) buffer_add(&p->ids, ids_at(&whole, p->n), whole.n - p->n * sizeof(int32_t));
         p->end[i] = n_ids(&p->ids), p->n_tails = i + 1;
         buffer_free(&text);
@@ -329,7 +329,7 @@ static int make_prompt(const evaluation *v, const question *q, prompt *p, medrun
     int code = write_parts(v, q, &parts, e);
     if (!code && v->chat) code = open_chat(v, &parts, &x, p, e);
     else if (!code) {
-        bool bos = v->bos == MEDRUN_BOS_ON || (v->bos == MEDRUN_BOS_AUTO && v->m->tokenizer.add_bos);
+        bool bos = v->bos == MEDRUN_BOS_AUTO ? v->m->tokenizer.add_bos : v->bos == MEDRUN_BOS_ON;
         join_parts(&parts, 0, &x.run);
         sha256_of(text_of(&x.run), x.run.n, p->digest);
         x.flags = bos ? MEDRUN_ADD_BOS : 0;
@@ -440,10 +440,12 @@ static bool share_start(const evaluation *v, slot *s, medrun_error *e) {
 
 /* Gives an idle slot the next question of this shard; false: there is none. */
 static bool next_question(evaluation *v, slot *s) {
-    while (v->next < v->data.n && (v->next % v->n_shards != v->shard || v->done[v->next])) v->next++;
-    if (v->next == v->data.n) return false;
+    size_t at = v->next;
+    while (at < v->data.n && (at % v->n_shards != v->shard || v->done[at])) at++;
+    v->next = at + 1;
+    if (at >= v->data.n) return v->next = at, false;
     buffer_free(&s->text);
-    *s = (slot){.s = s->s, .at = (long)v->next++, .first = true};
+    *s = (slot){.s = s->s, .at = (long)at, .first = true};
     return next_tail(v, s);
 }
 
@@ -461,7 +463,7 @@ static int feed_slot(evaluation *v, slot *s, size_t *room, medrun_error *e) {
     return MEDRUN_OK;
 }
 
-/* Logits for what stands at place N - 1 - ROW: every tail that goes on from there gets its share. */
+/* Logits of place N - 1 - ROW: every tail that goes on from there gets its share. */
 static int score_row(const evaluation *v, slot *s, size_t row, medrun_error *e) {
     const prompt *p = &v->prompts[s->at];
     size_t known = s->n - row - p->n;
@@ -538,8 +540,7 @@ static bool is_word(const char *p) {
  * (?i)Answer[^A-D]*(?::)*[^A-D]*(?:boxed)*[^A-D]*([A-D])\b */
 static int find_reasoned_answer(const char *text, int n) {
     char letters[2 * MAX_CHOICES + 1] = "";
-    for (int i = 0; i < n; i++) letters[2 * i] = (char)('A' + i), letters[2 * i + 1] = (char)('a' + i);
-    letters[2 * n] = 0;
+    for (int i = 0; i < 2 * n; i++) letters[i] = (char)((i % 2 ? 'a' : 'A') + i / 2);
     for (const char *p = text; *p; p++) {
         if (strncasecmp(p, "answer", 6)) continue;
         const char *at = p + 6 + strcspn(p + 6, letters);
@@ -647,7 +648,8 @@ static void write_header(evaluation *v) {
     add_string(b, "model", v->m->name);
     add_digest(b, "hash", v->m->file.hash);
     add_string(b, "type", type_names[v->m->type]);
-    add_string(b, "numbers", pack_kind(&g, v->m->type) == PACK_BF16 ? v->m->kernels->name : "exact");
+    bool exact = pack_kind(&g, v->m->type) != PACK_BF16;
+    add_string(b, "numbers", exact ? "exact" : v->m->kernels->name);
     add_string(b, "kv", kv[v->kv]);
     add_string(b, "mode", mode_names[v->mode]);
     add_string(b, "template", v->chat ? v->chat->name : NULL);
@@ -753,11 +755,12 @@ static int add_result(evaluation *v, size_t at, const slot *s, medrun_error *e) 
 /* Says in which field two header lines differ. FOUND is that of PATH. */
 static int refuse_header(const char *path, const json *found, uint32_t f, const json *wanted,
                          uint32_t w, medrun_error *e) {
-    uint32_t c = w + 1;
-    for (uint32_t i = 0; json_is_type(wanted, w, JSON_OBJECT) && i < wanted->nodes[w].count; i += 2) {
+    uint32_t c = w + 1, n = json_is_type(wanted, w, JSON_OBJECT) ? wanted->nodes[w].count : 0;
+    for (uint32_t i = 0; i < n; i += 2) {
         const json_node *key = &wanted->nodes[c], *b = &wanted->nodes[c + 1];
         char name[40];
-        snprintf(name, sizeof name, "%.*s", (int)(key->end - key->start), wanted->text + key->start);
+        snprintf(name, sizeof name, "%.*s", (int)(key->end - key->start),
+                 wanted->text + key->start);
         uint32_t at = json_get(found, f, name);
         const json_node *a = at == JSON_NONE ? NULL : &found->nodes[at];
         int na = a ? (int)(a->end - a->start) : 0, nb = (int)(b->end - b->start);
@@ -913,7 +916,8 @@ static result_set *find_set(results *all, const char *path, const char *head, si
                 refuse_header(path, &j, run, &first, json_get(&first, 0, "run"), e);
             json_free(&first);
         }
-        result_set *sets = e->code ? NULL : MEDRUN_ALLOC(all->sets, (all->n_sets + 1) * sizeof *sets);
+        result_set *sets = NULL;
+        if (!e->code) sets = MEDRUN_ALLOC(all->sets, (all->n_sets + 1) * sizeof *sets);
         if (sets) all->sets = sets;
         else if (!e->code) out_of_memory(e, sizeof *sets);
         if (sets && json_int(&j, data, path, "questions", 1, 1 << 30, &questions, e) &&
@@ -1004,21 +1008,18 @@ static int compare_results(const void *a, const void *b) {
 /* Sorts; refuses a question that stands twice, and when WHOLE one that is missing. */
 static int check_results(results *all, bool whole, medrun_error *e) {
     for (result_set *s = all->sets; s < all->sets + all->n_sets && !e->code; s++) {
-        size_t missing = s->questions - s->n;
+        size_t missing = s->questions - s->n, first = 0;
         qsort(s->r, s->n, sizeof *s->r, compare_results);
         for (size_t i = 0; i < s->n && !e->code; i++) {
             if (i && s->r[i].n == s->r[i - 1].n)
-                fail(e, MEDRUN_BAD_FILE, "task %s: question %lld stands twice: shards overlap, or a "
-                     "file is named twice", s->task, (long long)s->r[i].n);
-            else if (whole && s->r[i].n != (int64_t)i)
-                fail(e, MEDRUN_BAD_FILE, "task %s: %zu of %zu questions are missing, the first is "
-                     "number %zu: a shard is missing or not finished", s->task, missing,
-                     s->questions, i);
+                fail(e, MEDRUN_BAD_FILE, "task %s: question %lld stands twice: shards overlap, or "
+                     "a file is named twice", s->task, (long long)s->r[i].n);
+            if (s->r[i].n == (int64_t)first) first++;
         }
         if (!e->code && whole && missing)
             fail(e, MEDRUN_BAD_FILE, "task %s: %zu of %zu questions are missing, the first is "
                  "number %zu: a shard is missing or not finished", s->task, missing, s->questions,
-                 s->n);
+                 first);
     }
     return e->code;
 }
@@ -1154,7 +1155,7 @@ static void describe_run(const results *all, buffer *b) {
         if (type == JSON_TRUE) continue;
         buffer_text(b, " ");
         if (type == JSON_STRING) json_unescape(&j, c + 1, b);
-        else buffer_add(b, j.text + j.nodes[c + 1].start, j.nodes[c + 1].end - j.nodes[c + 1].start);
+        else python_number(b, &j, c + 1);
     }
     json_free(&j);
 }
@@ -1176,21 +1177,23 @@ static void print_table(const results *all, const tallies *t, FILE *f) {
         wilson(p->right, p->n, interval);
         fprintf(f, "| %s | ", p->task);
         print_plain(f, p->subject);
-        fprintf(f, " | %zu | %.4f | %.4f | %.4f to %.4f | ", p->n, share(p->right, p->n), error_of(p),
-                interval[0], interval[1]);
+        fprintf(f, " | %zu | %.4f | %.4f | %.4f to %.4f | ", p->n, share(p->right, p->n),
+                error_of(p), interval[0], interval[1]);
         if (p->scored) fprintf(f, "%.4f |\n", share(p->right_norm, p->n));
         else fputs("|\n", f);
     }
     for (const tally *p = t->t; p < t->t + t->n; p++)
         if (!*p->subject && p->silent)
-            fprintf(f, "\n%s: %zu answers without a choice, counted as wrong\n", p->task, p->silent);
+            fprintf(f, "\n%s: %zu answers without a choice, counted as wrong\n", p->task,
+                    p->silent);
     for (size_t i = 0; i < all->n_sets; i++)
         for (size_t k = 0; k < all->sets[i].n; k++) {
             const result *r = &all->sets[i].r[k];
             if (!r->skipped) continue;
-            fprintf(f, "\n%s: skipped, too long, counted nowhere: question %lld ", all->sets[i].task,
-                    (long long)r->n);
+            fprintf(f, "\n%s: skipped, too long, counted nowhere: question %lld ",
+                    all->sets[i].task, (long long)r->n);
             print_plain(f, r->id);
+            fputc('\n', f);
         }
 }
 
@@ -1283,6 +1286,7 @@ static const tool_option eval_table[] = {
     {"--version", NULL, NULL, AT(version), "the version"},
 };
 #undef AT
+enum { N_EVAL_OPTIONS = sizeof eval_table / sizeof *eval_table };
 
 static void print_eval_help(const tool_line *l) {
     printf("medrun-eval MODEL.mdr TASK DATA [options]\n"
@@ -1291,8 +1295,9 @@ static void print_eval_help(const tool_line *l) {
            "medmcqa, pubmedqa, mmlu, mmlu_pro, usmle, generic (question, choices,\nanswer). DATA: "
            "JSONL, JSON, or CSV (mmlu, generic), as published or exported from Hugging Face.\n\n");
     print_options(l);
-    printf("\nletter: the log-likelihood of the letter; answer: of the choice's text, and divided by "
-           "its\ncharacters (acc_norm); generate: the model reasons, and its answer is looked for.\n"
+    printf("\nletter: the log-likelihood of the letter; answer: of the choice's text, and divided "
+           "by\nits characters (acc_norm); generate: the model reasons, and its answer is looked "
+           "for.\n"
            "MEDRUN_MODE, MEDRUN_KV and so on set an option that is not given.\n"
            "Exit codes: 0 ok, 1 failed while running, 2 usage, 3 file missing, unsupported or\n"
            "malformed, 5 question longer than the context, 6 out of memory, 7 below --require,\n"
@@ -1317,7 +1322,8 @@ static int read_shard(evaluation *v, medrun_error *e) {
     v->n_shards = 1;
     if (!v->o.shard) return MEDRUN_OK;
     if (sscanf(v->o.shard, "%5u/%5u%c", &i, &n, &rest) != 2 || i < 1 || i > n)
-        return fail(e, MEDRUN_USAGE, "--shard: found %s, wanted I/N with I from 1 to N", v->o.shard);
+        return fail(e, MEDRUN_USAGE, "--shard: found %s, wanted I/N with I from 1 to N",
+                    v->o.shard);
     return v->shard = i - 1, v->n_shards = n, MEDRUN_OK;
 }
 
@@ -1346,7 +1352,8 @@ static int check_options(evaluation *v, medrun_error *e) {
             fail(e, MEDRUN_USAGE, "--fewshot: this protocol has no shots; leave it out");
     }
     if (!e->code && o->multiturn && o->no_template)
-        fail(e, MEDRUN_USAGE, "--fewshot-multiturn: wanted a chat template; leave --no-template out");
+        fail(e, MEDRUN_USAGE, "--fewshot-multiturn: wanted a chat template; leave --no-template "
+             "out");
     if (!e->code && o->resume && !o->out) fail(e, MEDRUN_USAGE, "--resume: wanted -o FILE");
     return e->code ? e->code : read_shard(v, e);
 }
@@ -1484,7 +1491,8 @@ static int run_evaluation(evaluation *v, const char **words, medrun_error *e) {
     if (v->header.failed) return out_of_memory(e, v->header.n);
     if (open_results(v, e) || make_prompts(v, &longest, &rows, e)) return e->code;
     v->context = longest, v->n_resumed = v->n_done;
-    if (v->n_done < v->n_mine && (start_sessions(v, rows, e) || run_questions(v, e))) return e->code;
+    if (v->n_done < v->n_mine && !start_sessions(v, rows, e)) run_questions(v, e);
+    if (e->code) return e->code;
     print_speed(v);
     return finish_run(v, e);
 }
@@ -1492,16 +1500,16 @@ static int run_evaluation(evaluation *v, const char **words, medrun_error *e) {
 /* The lines of one run in their order, as --out of a merge. */
 static int write_merged(const results *all, const char *path, medrun_error *e) {
     if (all->n_sets > 1)
-        return fail(e, MEDRUN_USAGE, "--out: these results are of %zu data sets; one file holds one",
-                    all->n_sets);
+        return fail(e, MEDRUN_USAGE, "--out: these results are of %zu data sets; one file holds "
+                    "one", all->n_sets);
     FILE *f = fopen(path, "wbx");
     if (!f) return fail(e, MEDRUN_FAILED, "%s: cannot create: %s", path, strerror(errno));
     fwrite(all->sets->head, 1, all->sets->n_head, f);
     for (size_t i = 0; i < all->sets->n; i++)
         fwrite(all->sets->r[i].line, 1, all->sets->r[i].n_line + 1, f);
     bool bad = ferror(f);
-    if (fclose(f) || bad) return fail(e, MEDRUN_FAILED, "%s: cannot write: %s", path, strerror(errno));
-    return MEDRUN_OK;
+    if (!fclose(f) && !bad) return MEDRUN_OK;
+    return fail(e, MEDRUN_FAILED, "%s: cannot write: %s", path, strerror(errno));
 }
 
 static int merge_results(evaluation *v, const char **words, size_t n, medrun_error *e) {
@@ -1546,7 +1554,7 @@ static int eval_main(int argc, char **argv) {
     static const char *words[MOST_WORDS];
     medrun_error e = {0};
     v = (evaluation){.fd = -1};
-    tool_line line = {eval_table, sizeof eval_table / sizeof *eval_table, &v.o, words, 0, MOST_WORDS};
+    tool_line line = {eval_table, N_EVAL_OPTIONS, &v.o, words, 0, MOST_WORDS};
     struct sigaction action = {.sa_handler = on_interrupt, .sa_flags = SA_RESTART};
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);

@@ -155,7 +155,8 @@ static const char *node_text(data_set *d, const json *j, uint32_t v, size_t line
         const json_node *n = &j->nodes[c];
         if (i) buffer_text(&b, "\n");
         if (n->type == JSON_STRING) json_unescape(j, c, &b);
-        else if (n->type == JSON_NUMBER && !list) buffer_add(&b, j->text + n->start, n->end - n->start);
+        else if (n->type == JSON_NUMBER && !list)
+            buffer_add(&b, j->text + n->start, n->end - n->start);
         else good = false;
     }
     const char *text = NULL;
@@ -235,8 +236,8 @@ static int take_choices(data_set *d, const json *j, uint32_t v, const char *key,
         if (json_is_type(j, item, JSON_OBJECT)) item = json_get(j, item, "value");
         c = j->nodes[object ? c + 1 : c].next;
         if (item != JSON_NONE && json_typeof(j, item) == JSON_NULL) continue;
-        add_choice(d, q, item == JSON_NONE ? (bad_data(d, q->line, e, "field %s: wanted texts", key),
-                   NULL) : node_text(d, j, item, q->line, key, e), e);
+        if (item == JSON_NONE) bad_data(d, q->line, e, "field %s: wanted texts", key);
+        else add_choice(d, q, node_text(d, j, item, q->line, key, e), e);
     }
     return e->code;
 }
@@ -290,7 +291,8 @@ static int take_record(data_set *d, const task *t, const json *j, uint32_t v, co
     const form *f = choose_form(d, t, j, v, e);
     if (!f) return e->code;
     q->id = id ? id : "";
-    if (take_text(d, j, v, f->text, &q->text, e) || take_text(d, j, v, f->context, &q->context, e) ||
+    if (take_text(d, j, v, f->text, &q->text, e) ||
+        take_text(d, j, v, f->context, &q->context, e) ||
         take_text(d, j, v, f->id, &q->id, e) || take_text(d, j, v, f->subject, &q->subject, e) ||
         take_text(d, j, v, f->reasoning, &q->reasoning, e)) return e->code;
     for (int i = 0; f->each[i]; i++)
@@ -448,7 +450,8 @@ static const char *subject_of_path(data_set *d, medrun_error *e) {
     static const char *const ends[] = {"_test.csv", "_val.csv", "_dev.csv"};
     const char *name = strrchr(d->path, '/') ? strrchr(d->path, '/') + 1 : d->path;
     for (size_t i = 0; i < 3; i++)
-        if (ends_with(name, ends[i])) return keep_text(&d->texts, name, strlen(name) - strlen(ends[i]), e);
+        if (ends_with(name, ends[i]))
+            return keep_text(&d->texts, name, strlen(name) - strlen(ends[i]), e);
     return NULL;
 }
 

@@ -1,12 +1,12 @@
 /* Part of medrun-eval (eval.c includes it): the summary as one page that needs no other file. */
 
-static void add_html(buffer *b, const char *text) {
+static void add_html(buffer *b, const char *text, const char *line_end) {
     for (; *text; text++) {
         if (*text == '<') buffer_text(b, "&lt;");
         else if (*text == '>') buffer_text(b, "&gt;");
         else if (*text == '&') buffer_text(b, "&amp;");
         else if (*text == '"') buffer_text(b, "&quot;");
-        else if (*text == '\n') buffer_text(b, "<br>");
+        else if (*text == '\n') buffer_text(b, line_end);
         else buffer_add(b, text, 1);
     }
 }
@@ -15,7 +15,8 @@ static void page_head(const results *all, buffer *b) {
     buffer about = {0};
     describe_run(all, &about);
     buffer_text(b, "<!DOCTYPE html>\n<html lang=\"en\"><meta charset=\"utf-8\">\n"
-        "<meta name=\"viewport\" content=\"width=device-width\">\n<title>medrun-eval</title>\n<style>\n"
+        "<meta name=\"viewport\" content=\"width=device-width\">\n<title>medrun-eval</title>\n"
+        "<style>\n"
         ":root { color-scheme: light dark; --line: #8886; --blue: #2563eb; --soft: #2563eb22 }\n"
         "@media (prefers-color-scheme: dark) { :root { --blue: #7aa5ff; --soft: #7aa5ff33 } }\n"
         "body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; "
@@ -29,11 +30,13 @@ static void page_head(const results *all, buffer *b) {
         ".about { font-size: .85rem; overflow-wrap: anywhere; opacity: .8 }\n"
         ".same { background: var(--soft) }\n"
         "svg { max-width: 100%; height: auto } svg text { font-size: 11px; fill: currentColor }\n"
-        "details { border-bottom: 1px solid var(--line); padding: .4rem 0; overflow-wrap: anywhere }\n"
-        "summary { cursor: pointer }\n</style>\n<h1>Multiple-choice questions</h1>\n"
+        "details { border-bottom: 1px solid var(--line); padding: .4rem 0; "
+        "overflow-wrap: anywhere }\n"
+        "summary { cursor: pointer; white-space: nowrap; overflow: hidden; "
+        "text-overflow: ellipsis }\n</style>\n<h1>Multiple-choice questions</h1>\n"
         "<p>Research and teaching only: a score on an examination says nothing about safety with "
         "patients.</p>\n<p class=\"about\">");
-    add_html(b, text_of(&about));
+    add_html(b, text_of(&about), " ");
     buffer_text(b, "</p>\n");
     buffer_free(&about);
 }
@@ -45,8 +48,8 @@ static void page_table(const tallies *t, buffer *b) {
         double interval[2];
         wilson(p->right, p->n, interval);
         buffer_text(b, "<tr><td>");
-        add_html(b, p->task);
-        if (*p->subject) buffer_text(b, " / "), add_html(b, p->subject);
+        add_html(b, p->task, " ");
+        if (*p->subject) buffer_text(b, " / "), add_html(b, p->subject, " ");
         buffer_printf(b, "<td>%zu<td>%.4f<td>%.4f<td>%.4f to %.4f<td>", p->n, share(p->right, p->n),
                       error_of(p), interval[0], interval[1]);
         if (p->scored) buffer_printf(b, "%.4f", share(p->right_norm, p->n));
@@ -58,7 +61,7 @@ static void page_table(const tallies *t, buffer *b) {
 /* Ten bins by the probability of the chosen answer: how often it was right. A dot's area is the
  * share of questions. */
 static void page_calibration(const results *all, buffer *b) {
-    enum { BINS = 10, SIZE = 320, EDGE = 44 };
+    enum { BINS = 10, SIZE = 320, EDGE = 60 };
     size_t n[BINS] = {0}, right[BINS] = {0}, total = 0;
     double sure[BINS] = {0}, gap = 0;
     for (size_t i = 0; i < all->n_sets; i++)
@@ -68,9 +71,9 @@ static void page_calibration(const results *all, buffer *b) {
             n[bin]++, total++, right[bin] += r->pred == r->truth, sure[bin] += r->sure;
         }
     if (!total) return;
-    buffer_printf(b, "<h2>Calibration</h2>\n<svg viewBox=\"0 0 %d %d\" width=\"%d\" role=\"img\" "
+    buffer_printf(b, "<h2>Calibration</h2>\n<svg viewBox=\"0 40 %d %d\" width=\"%d\" role=\"img\" "
                   "aria-label=\"accuracy by probability of the answer\">\n", SIZE + 2 * EDGE,
-                  SIZE + 2 * EDGE, SIZE + 2 * EDGE);
+                  SIZE + EDGE + 10, SIZE + 2 * EDGE);
     for (int i = 0; i <= 4; i++) {
         int at = SIZE * i / 4;
         buffer_printf(b, "<path d=\"M%d %dH%dM%d %dV%d\" stroke=\"var(--line)\"/>"
@@ -94,7 +97,7 @@ static void page_calibration(const results *all, buffer *b) {
                   "answer</text><text x=\"14\" y=\"%d\" transform=\"rotate(-90 14 %d)\" "
                   "text-anchor=\"middle\">share that is right</text>\n</svg>\n"
                   "<p>Expected calibration error %.4f, in ten bins.</p>\n", EDGE + SIZE / 2,
-                  SIZE + 2 * EDGE - 8, EDGE + SIZE / 2, EDGE + SIZE / 2, gap);
+                  EDGE + SIZE + 40, EDGE + SIZE / 2, EDGE + SIZE / 2, gap);
 }
 
 /* Rows are the right choice, columns the chosen one; the last column: none was found. */
@@ -137,13 +140,15 @@ static int page_wrong(const result_set *s, buffer *b, medrun_error *e) {
         uint32_t f = json_get(&j, 0, "question"), c = json_get(&j, 0, "choices") + 1;
         if (json_is_type(&j, f, JSON_STRING)) json_unescape(&j, f, &text);
         buffer_printf(b, "<details><summary>%lld. ", (long long)r->n);
-        add_html(b, text_of(&text));
+        add_html(b, text_of(&text), " ");
         buffer_text(b, "</summary><p>");
+        add_html(b, text_of(&text), "<br>");
+        buffer_text(b, "</p><p>");
         for (int i = 0; i < r->n_choices; i++, c = j.nodes[c].next) {
             text.n = 0;
             if (json_is_type(&j, c, JSON_STRING)) json_unescape(&j, c, &text);
             buffer_printf(b, "%c. ", 'A' + i);
-            add_html(b, text.n ? text_of(&text) : "");
+            add_html(b, text.n ? text_of(&text) : "", "<br>");
             buffer_text(b, i == r->truth ? " <b>(right)</b><br>" : i == r->pred ?
                         " <b>(chosen)</b><br>" : "<br>");
         }

@@ -114,6 +114,7 @@ static int option_int(const char *name, const char *text, int min, int max, int 
                       medrun_error *e) {
     double v = *out;
     if (option_number(name, text, min, max, &v, e)) return e->code;
-    if (v != floor(v)) return fail(e, MEDRUN_USAGE, "%s: found %s, wanted a whole number", name, text);
+    if (v != floor(v))
+        return fail(e, MEDRUN_USAGE, "%s: found %s, wanted a whole number", name, text);
     return *out = (int)v, MEDRUN_OK;
 }

@@ -85,7 +85,8 @@ def afm_persona():
 
 
 def round_weights(folder, work):
-    """A copy of FOLDER with bfloat16 weights, which a bf16 checkpoint holds exactly."""
+    """A copy of FOLDER with bfloat16 weights, which a bf16 checkpoint holds exactly, and with room for
+    the prompts with shots (only models without rope scaling: it may follow from the length)."""
     import torch
     from safetensors.torch import load_file, save_file
     copy = os.path.join(work, os.path.basename(folder.rstrip("/")) + "-bf16")
@@ -94,6 +95,13 @@ def round_weights(folder, work):
         tensors = {k: t.to(torch.bfloat16) for k, t in load_file(path).items()}
         os.remove(path)
         save_file(tensors, path, metadata={"format": "pt"})
+    path = os.path.join(copy, "config.json")
+    with open(path, encoding="utf-8") as f:
+        config = json.load(f)
+    if not (config.get("rope_scaling") or config.get("rope_parameters", {}).get("factor")):
+        config["max_position_embeddings"] = max(config["max_position_embeddings"], 8192)
+    with open(path, "w", encoding="utf-8") as f:
+        json.dump(config, f)
     return copy
 
 
