@@ -6715,9 +6715,8 @@ static int chat_find_late(chat_writer *w, const medrun_message *m, size_t n, boo
     return code;
 }
 
-/* A whole conversation. */
-static int chat_write(chat_writer *w, const medrun_message *m, size_t n, bool answer) {
-    size_t n_before = w->out->n;
+/* A whole conversation; its last run of text is left in W->run. */
+static int chat_conversation(chat_writer *w, const medrun_message *m, size_t n, bool answer) {
     bool late = false;
     int code = n ? MEDRUN_OK : fail(w->e, MEDRUN_USAGE, "messages: found none, wanted one or more");
     if (!code) code = chat_find_late(w, m, n, &late);
@@ -6734,7 +6733,12 @@ static int chat_write(chat_writer *w, const medrun_message *m, size_t n, bool an
         code = chat_refuse(w, "tools: wanted a turn after the system's");
     if (!code) code = chat_parts(w, w->c->end, NULL, NULL, 0);
     if (!code && answer) code = chat_parts(w, w->c->answer, NULL, NULL, 0);
-    return chat_end(w, code, n_before);
+    return code;
+}
+
+static int chat_write(chat_writer *w, const medrun_message *m, size_t n, bool answer) {
+    size_t n_before = w->out->n;
+    return chat_end(w, chat_conversation(w, m, n, answer), n_before);
 }
 
 /* ---- what others call ---------------------------------------------------------------------- */
