@@ -76,9 +76,10 @@ threads:
 	@mkdir -p build/threads
 	$(MAKE) BUILD=build/threads BIN=build/threads CFLAGS="-O1 -g1 -fsanitize=thread" \
 	    UNITS="04_threads 07_tensor 15_session" SCRIPTS=none test
-size: $(BIN)/medrun
-	@mkdir -p $(BUILD)
-	strip -o $(BUILD)/medrun.stripped $(BIN)/medrun && size $(BUILD)/medrun.stripped
+targets:
+	sh tools/targets.sh
+size:
+	@CC="$(CC)" CFLAGS="$(CFLAGS)" sh tools/size.sh $(BUILD)
 install: all
 	install -d $(DESTDIR)$(PREFIX)/bin
 	install $(BIN)/medrun $(BIN)/medrun-export $(DESTDIR)$(PREFIX)/bin
@@ -90,7 +91,9 @@ help:
 	@echo "make test       runs every test; with MEDRUN_TEST_DATA also those on real vocabularies"
 	@echo "make debug      the tests under address and undefined-behaviour sanitizers"
 	@echo "make threads    those of the thread pool and sessions under the thread sanitizer"
+	@echo "make targets    the same bits on other processors and systems, as far as they can be emulated here"
 	@echo "make lint       line lengths, function lengths, warnings of gcc and clang, clang-tidy"
-	@echo "make size, make install, make clean"
+	@echo "make size       bytes of code and data, for each processor there is a compiler for"
+	@echo "make install, make clean"
 
-.PHONY: all run test lint debug threads size install clean help
+.PHONY: all run test lint debug threads targets size install clean help

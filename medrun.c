@@ -1011,14 +1011,19 @@ static int map_file(const char *path, file_map *map, medrun_error *e) {
     struct stat st;
     void *p = MAP_FAILED;
     const char *why = NULL;
+    unsigned long long bytes = 0;
     if (fstat(fd, &st)) why = strerror(errno);
     else if (S_ISDIR(st.st_mode)) why = "is a folder, wanted a file";
+    else if (S_ISFIFO(st.st_mode)) why = "is a pipe, which cannot be mapped; make it a file first";
     else if (!S_ISREG(st.st_mode)) why = "is not a regular file, so it cannot be mapped";
     else if (st.st_size == 0) why = "is empty";
-    else if ((uint64_t)st.st_size > SIZE_MAX) why = "is larger than this machine can address";
+    else if ((bytes = (unsigned long long)st.st_size) > SIZE_MAX)
+        why = "a program of 32 bits can address 4294967295";
     else if ((p = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED, fd, 0)) == MAP_FAILED)
         why = strerror(errno);
     close(fd);
+    if (why && bytes)
+        return fail(e, MEDRUN_BAD_FILE, "%s: cannot map its %llu bytes: %s", path, bytes, why);
     if (why) return fail(e, MEDRUN_BAD_FILE, "%s: %s", path, why);
     return *map = (file_map){p, (size_t)st.st_size}, MEDRUN_OK;
 }
@@ -3132,6 +3137,17 @@ static int usable_kernels(const kernel_set *out[N_KERNEL_SETS]) {
 #endif
     out[n++] = &kernel_row_scalar;
     return n;
+}
+
+/* What to tell people where only the plain words are left, else NULL. */
+static const char *plain_only(void) {
+    const kernel_set *sets[N_KERNEL_SETS];
+    if (usable_kernels(sets) > 1) return NULL;
+#ifdef MEDRUN_X86
+    return "this processor has no AVX2 with FMA and F16C: plain C computes, several times slower";
+#else
+    return "there are no kernels for this kind of processor: plain C computes";
+#endif
 }
 
 /* NAME or, when it is NULL, the environment's MEDRUN_KERNELS, or the best. */
@@ -8113,9 +8129,11 @@ static int choose_context(const command *c) {
 static int start_session(command *c) {
     medrun_session_options o;
     int context = choose_context(c);
-    note(c, "medrun " MEDRUN_VERSION ": %s, %s, %s kernels, %d threads, context %d, kv %s%s",
+    const char *plain = plain_only();
+    note(c, "medrun " MEDRUN_VERSION ": %s, %s, %s kernels, %d threads, context %d, kv %s%s%s%s",
          c->m->name, type_names[c->m->type], c->m->kernels->name, c->m->pool->threads, context,
-         cache_type(c) ? "f32" : "f16", flag(c, O_STRICT) ? ", strict" : "");
+         cache_type(c) ? "f32" : "f16", flag(c, O_STRICT) ? ", strict" : "",
+         plain ? "; " : "", plain ? plain : "");
     choose_sampling(c);
     o = session_options(c, context);
     return medrun_start(&c->s, c->m, &o, NULL, 0, &c->e);
@@ -9647,6 +9665,7 @@ static int doctor_command(command *c) {
     memory_size(&total, &available);
     printf("processors %d\nmemory     %.1f MB, %.1f MB are free\nkernels    %s\n", processors(),
            mb(total), mb(available), chosen->name);
+    if (plain_only()) printf("           %s\n", plain_only());
     for (int i = 0; i < 3 * n; i++) {
         const kernel_set *k = sets[i / 3];
         int type = checks[i % 3].type;
@@ -9806,7 +9825,10 @@ static int run_line(command *c, int argc, char **argv) {
     for (int id = 0; id < N_OPTIONS; id++)
         if (option_rows[id].standard) parse_number(option_rows[id].standard, &c->number[id]);
     if ((code = read_line_of_arguments(c, argc, argv, place))) return code;
-    if (flag(c, O_VERSION)) return puts("medrun " MEDRUN_VERSION), MEDRUN_OK;
+    if (flag(c, O_VERSION)) {
+        puts("medrun " MEDRUN_VERSION);
+        return plain_only() ? puts(plain_only()), MEDRUN_OK : MEDRUN_OK;
+    }
     if (flag(c, O_HELP)) return place ? help_on(c->which) : help_all(stdout);
     if ((code = check_rest(c, place)) || (code = read_environment(c))) return code;
     if (c->which == HELP) return help_command(c);
