@@ -41,8 +41,10 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
+#ifndef _FILE_OFFSET_BITS
+#define _FILE_OFFSET_BITS 64    /* on 32 bits too files are larger than memory                  */
+#endif
 #ifdef _WIN32
-#define _FILE_OFFSET_BITS 64
 #define WIN32_LEAN_AND_MEAN
 #define NOGDI
 #endif
@@ -231,7 +233,8 @@ typedef struct {
                                    who renders with another says which; must outlive it, too   */
 } medrun_session_options;
 
-/* The exact bytes medrun_start needs for these options; 0 if they are out of range. */
+/* The exact bytes medrun_start needs for these options; 0 if they are out of range, SIZE_MAX if no
+ * memory of a machine of 32 bits can hold them. */
 size_t medrun_session_bytes(const medrun_model *model, const medrun_session_options *options);
 
 /* Starts a session. MEMORY is NULL (the session maps its own) or at least medrun_session_bytes
@@ -390,6 +393,14 @@ void medrun_observe(medrun_session *session, medrun_observer *observer, void *us
 #if defined __x86_64__ || defined __i386__
 #define MEDRUN_X86 1
 #include <cpuid.h>
+#if defined __i386__ && !defined __SSE2_MATH__  /* x87 would round to other bits                 */
+#ifdef __clang__
+#error "clang: add -msse2"
+#endif
+#pragma GCC target("sse,fpmath=sse")            /* with sse2, headers would want a _Float16 that */
+#include <immintrin.h>                          /* gcc has only where -msse2 was on the line     */
+#pragma GCC target("sse2")
+#endif
 #include <immintrin.h>
 #endif
 
@@ -414,10 +425,6 @@ MOVE_ANYWHERE("vmovdqa64", "vmovdqu64")
 #define ALWAYS_INLINE static inline __attribute__((always_inline, unused))
 #define MAYBE_UNUSED __attribute__((unused))
 #define NEVER_INLINE static __attribute__((noinline))
-
-#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "checkpoints are little-endian and used as they are mapped: this machine is big-endian"
-#endif
 
 /* ---- the system ---------------------------------------------------------------------------- */
 
@@ -525,6 +532,7 @@ static void memory_size(uint64_t *total, uint64_t *available) {
     while (fgets(line, sizeof line, f))
         if (sscanf(line, "MemAvailable: %llu kB", &kib) == 1) *available = kib * 1024;
     fclose(f);
+    if (*available > *total) *available = *total;
 }
 
 static uint64_t random_bits(void) {
@@ -1527,6 +1535,20 @@ static void json_quote(buffer *b, const char *text, size_t n) {
 
 enum { SPINS = 2000 };
 
+/* Refuses a machine that cannot use checkpoints as they are mapped, or not with the same bits. */
+static int check_machine(medrun_error *e) {
+    const char *why = NULL;
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+    why = "is big-endian, and checkpoints are little-endian";
+#elif defined __i386__
+    unsigned a, b, c, d = 0;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(d >> 26 & 1)) why = "has no SSE2";
+#endif
+    return why ? fail(e, MEDRUN_BAD_FILE, "this processor %s: medrun cannot run here", why)
+               : MEDRUN_OK;
+}
+
+
 /* A whole file mapped for reading. */
 typedef struct {
     const uint8_t *data;
@@ -1535,6 +1557,7 @@ typedef struct {
 
 static int map_file(const char *path, file_map *map, medrun_error *e) {
     *map = (file_map){0};
+    if (check_machine(e)) return MEDRUN_BAD_FILE;
     int fd = open_file(path, TO_MAP);
     if (fd < 0) return fail(e, MEDRUN_BAD_FILE, "%s: cannot open: %s", path, strerror(errno));
     file_facts f = {0};
@@ -1542,11 +1565,15 @@ static int map_file(const char *path, file_map *map, medrun_error *e) {
     const char *why = NULL;
     if (get_facts(NULL, fd, &f)) why = strerror(errno);
     else if (f.folder) why = "is a folder, wanted a file";
-    else if (!f.regular) why = "is not a regular file, so it cannot be mapped";
+    else if (!f.regular) why = "is not a regular file but a pipe or a device, so it "
+                                "cannot be mapped";
     else if (!f.bytes) why = "is empty";
-    else if (f.bytes > SIZE_MAX) why = "is larger than this machine can address";
+    else if (f.bytes > SIZE_MAX) why = "a program of 32 bits can address 4294967295";
     else if (!(p = map_bytes(fd, (size_t)f.bytes))) why = strerror(errno);
     close(fd);
+    if (why && f.regular && f.bytes)
+        return fail(e, MEDRUN_BAD_FILE, "%s: cannot map its %llu bytes: %s", path,
+                    (unsigned long long)f.bytes, why);
     if (why) return fail(e, MEDRUN_BAD_FILE, "%s: %s", path, why);
     return *map = (file_map){p, (size_t)f.bytes}, MEDRUN_OK;
 }
@@ -1710,7 +1737,7 @@ typedef struct {
 } cpu_features;
 
 /* What the processor has AND the system saves at a task switch (xgetbv). */
-static cpu_features detect_cpu(void) {
+MAYBE_UNUSED static cpu_features detect_cpu(void) {
     cpu_features f = {0};
 #ifdef MEDRUN_X86
     unsigned a, b, c, d, b7, c7, d7, a71 = 0;
@@ -1851,7 +1878,8 @@ static size_t panel_bytes(int type, size_t cols) {
     return groups * GROUP_BYTES + (groups + 1) / 2 * STEP_BYTES;
 }
 
-static size_t tensor_bytes(int type, size_t rows, size_t cols) {
+/* May be more than the machine can address. */
+static uint64_t tensor_bytes(int type, uint64_t rows, size_t cols) {
     if (type == TYPE_F32) return rows * cols * sizeof(float);
     return (rows + LANES - 1) / LANES * panel_bytes(type, cols);
 }
@@ -3661,6 +3689,17 @@ static int usable_kernels(const kernel_set *out[N_KERNEL_SETS]) {
 #endif
     out[n++] = &kernel_row_scalar;
     return n;
+}
+
+/* What to tell people where only the plain words are left, else NULL. */
+static const char *plain_only(void) {
+    const kernel_set *sets[N_KERNEL_SETS];
+    if (usable_kernels(sets) > 1) return NULL;
+#ifdef MEDRUN_X86
+    return "this processor has no AVX2 with FMA and F16C: plain C computes, several times slower";
+#else
+    return "there are no kernels for this kind of processor: plain C computes";
+#endif
 }
 
 /* NAME or, when it is NULL, the environment's MEDRUN_KERNELS, or the best. */
@@ -7108,7 +7147,8 @@ static int bind_one(medrun_model *m, uint32_t *entry, uint32_t *left, const char
     char found[64], found_type[16];
     int64_t r, c;
     uint8_t digest[32];
-    size_t bytes = 0, wanted = tensor_bytes(type, (size_t)rows, (size_t)cols);
+    size_t bytes = 0;
+    uint64_t wanted = tensor_bytes(type, (uint64_t)rows, (size_t)cols);
     if (!*left) return fail(e, MEDRUN_BAD_FILE, "%s: tensor %s is missing", f->path, name);
     uint32_t v = *entry;
     if (!json_text(&f->header, v, f->path, "name", found, sizeof found, e) ||
@@ -7122,8 +7162,8 @@ static int bind_one(medrun_model *m, uint32_t *entry, uint32_t *left, const char
     int code = take_section(f, v, name, &out->data, &bytes, digest, e);
     if (code) return code;
     if (bytes != wanted)
-        return fail(e, MEDRUN_BAD_FILE, "%s: tensor %s: found %zu bytes, wanted %zu", f->path, name,
-                    bytes, wanted);
+        return fail(e, MEDRUN_BAD_FILE, "%s: tensor %s: found %zu bytes, wanted %llu", f->path,
+                    name, bytes, (unsigned long long)wanted);
     out->type = type, out->rows = (size_t)rows, out->cols = (size_t)cols;
     m->parameters += (uint64_t)rows * (uint64_t)cols;
     m->weight_bytes += bytes;
@@ -7471,9 +7511,9 @@ typedef struct pass {
 
 /* Bytes of the keys, or of the values, that stand before those of a layer and head. The context is
  * rounded up to KEY_STEP. */
-static size_t cache_bytes(const medrun_session *s, int layer, size_t head) {
+static uint64_t cache_bytes(const medrun_session *s, int layer, size_t head) {
     const model_config *c = &s->model->config;
-    size_t panels = round_up((size_t)s->options.context, KEY_STEP) / 16;
+    uint64_t panels = round_up((size_t)s->options.context, KEY_STEP) / 16;
     return ((size_t)layer * (size_t)c->n_kv_heads + head) * panels *
            cache_panel(s->options.kv, (size_t)c->head_dim);
 }
@@ -8111,15 +8151,16 @@ static int32_t sample_token(candidate *list, const float *logits, size_t vocab,
  * size is known before anything is allocated. Tests: tests/15_session.c.
  * ============================================================================================ */
 
-/* Hands out 64-byte aligned pieces of the memory at BASE; only counts them when it is NULL. */
+/* Hands out 64-byte aligned pieces of the memory at BASE; only counts them when it is NULL, even
+ * those that are more than the machine can address. */
 typedef struct {
     uint8_t *base;
-    size_t at;
+    uint64_t at;
 } arena;
 
-static void *arena_take(arena *a, size_t n, size_t size) {
-    size_t at = a->at;
-    a->at += round_up(n * size, 64);
+static void *arena_take(arena *a, uint64_t n, uint64_t size) {
+    uint64_t at = a->at;
+    a->at += (n * size + 63) / 64 * 64;
     return a->base ? a->base + at : NULL;
 }
 
@@ -8149,7 +8190,8 @@ static void layout_lookup(const medrun_session *s, lookup *g, arena *a) {
 
 static void layout_pass(const medrun_session *s, pass *p, arena *a) {
     const model_config *c = &s->model->config;
-    size_t n = (size_t)s->options.batch, dim = (size_t)c->head_dim, widest;
+    size_t dim = (size_t)c->head_dim, widest;
+    uint64_t n = (uint64_t)s->options.batch;
     p->hidden = (size_t)c->hidden_size, p->ffn = (size_t)c->ffn_size;
     p->heads = (size_t)c->n_heads * dim, p->kv = (size_t)c->n_kv_heads * dim;
     p->vocab = round_up((size_t)c->vocab_size, LANES);
@@ -8158,13 +8200,13 @@ static void layout_pass(const medrun_session *s, pass *p, arena *a) {
     p->m = s->model;
     p->g = (engine){.pool = s->model->pool, .k = s->model->kernels, .strict = s->options.strict,
                     .cache = s->model->cache};
-    p->capacity = n;
+    p->capacity = (size_t)n;
     p->segments = arena_take(a, n, sizeof *p->segments);
     p->owner = arena_take(a, n, sizeof *p->owner);
     p->position = arena_take(a, n, sizeof *p->position);
     p->x = arena_take(a, n * p->hidden, sizeof(float));
     p->h = arena_take(a, (n > TILE ? n : TILE) * p->hidden, sizeof(float));
-    size_t shared = a->at, end;                 /* the two blocks of a layer take turns in it    */
+    uint64_t shared = a->at, end;               /* the two blocks of a layer take turns in it    */
     p->q = arena_take(a, n * p->heads, sizeof(float));
     p->k = arena_take(a, n * p->kv, sizeof(float));
     p->v = arena_take(a, n * p->kv, sizeof(float));
@@ -8178,7 +8220,7 @@ static void layout_pass(const medrun_session *s, pass *p, arena *a) {
                            sizeof(float));
     p->part_places = TILE * (size_t)c->n_heads *
                      (((size_t)s->options.context + KEY_BLOCK - 1) / KEY_BLOCK);
-    p->parts = arena_take(a, p->part_places * (dim + PART_EXTRA), sizeof(float));
+    p->parts = arena_take(a, p->part_places, (dim + PART_EXTRA) * sizeof(float));
     p->logits = arena_take(a, TILE * p->vocab, sizeof(float));
     p->a.data = arena_take(a, n > TILE ? n : TILE, pack_bytes(pack_kind(&p->g, s->model->type),
                                                               widest));
@@ -8193,11 +8235,11 @@ static void layout_session(medrun_session *s, arena *a) {
     lookup guesses, *g = s->options.lookup ? arena_take(a, 1, sizeof *g) : NULL;
     int rows = s->options.logit_rows > s->options.lookup ? s->options.logit_rows
                                                          : s->options.lookup + 1;
-    size_t cache = cache_bytes(s, c->n_layers, 0);
+    uint64_t cache = cache_bytes(s, c->n_layers, 0);
     s->tokens = arena_take(a, (size_t)s->options.context, sizeof *s->tokens);
     s->keys = arena_take(a, cache, 1);
     s->values = arena_take(a, cache, 1);
-    s->logits = arena_take(a, (size_t)rows * round_up((size_t)c->vocab_size, LANES),
+    s->logits = arena_take(a, (uint64_t)rows, round_up((size_t)c->vocab_size, LANES) *
                            sizeof(float));
     s->candidates = arena_take(a, (size_t)c->vocab_size, sizeof *s->candidates);
     s->text = arena_take(a, s->model->longest_piece + 8, 1);
@@ -8248,12 +8290,17 @@ static int resolve_options(const medrun_model *m, const medrun_session_options *
     return MEDRUN_OK;
 }
 
-size_t medrun_session_bytes(const medrun_model *model, const medrun_session_options *options) {
+static uint64_t session_needs(const medrun_model *model, const medrun_session_options *options) {
     medrun_session s = {.model = model};
     if (resolve_options(model, options, &s.options, NULL)) return 0;
     arena a = {NULL, round_up(sizeof s, 64)};
     layout_session(&s, &a);
     return a.at;
+}
+
+size_t medrun_session_bytes(const medrun_model *model, const medrun_session_options *options) {
+    uint64_t need = session_needs(model, options);
+    return need > SIZE_MAX ? SIZE_MAX : (size_t)need;
 }
 
 int medrun_start(medrun_session **out, const medrun_model *model,
@@ -8264,19 +8311,21 @@ int medrun_start(medrun_session **out, const medrun_model *model,
     *out = NULL;
     int code = resolve_options(model, options, &o, e);
     if (code) return code;
-    size_t need = medrun_session_bytes(model, options);
+    uint64_t need = session_needs(model, options);
     if (memory && (bytes < need || (uintptr_t)memory % 64))
-        return fail(e, MEDRUN_USAGE, "session memory: found %zu bytes at %p, wanted %zu, 64-byte "
-                    "aligned", bytes, memory, need);
+        return fail(e, MEDRUN_USAGE, "session memory: found %zu bytes at %p, wanted %llu, 64-byte "
+                    "aligned", bytes, memory, (unsigned long long)need);
     if (!memory) memory_size(&total, &available);
     if (need > total && !memory)
         return fail(e, MEDRUN_NO_MEMORY, "a context of %d tokens needs %llu MB, this machine has "
                     "%llu MB; ask for a smaller one (-c)", o.context,
                     (unsigned long long)need >> 20, (unsigned long long)total >> 20);
-    medrun_session *s = memory ? memory : map_memory(need);
-    if (!s) return fail(e, MEDRUN_NO_MEMORY, "a context of %d tokens needs %zu MB, which were not "
-                        "to be had; ask for a smaller one (-c)", o.context, need >> 20);
-    *s = (medrun_session){.model = model, .options = o, .bytes = need, .owns_memory = !memory,
+    medrun_session *s = memory ? memory : need > SIZE_MAX ? NULL : map_memory((size_t)need);
+    if (!s) return fail(e, MEDRUN_NO_MEMORY, "a context of %d tokens needs %llu MB, which were not "
+                        "to be had; ask for a smaller one (-c)", o.context,
+                        (unsigned long long)need >> 20);
+    *s = (medrun_session){.model = model, .options = o, .bytes = (size_t)need,
+                          .owns_memory = !memory,
                           .random = o.sampling.seed};
     arena a = {(uint8_t *)s, round_up(sizeof *s, 64)};
     layout_session(s, &a);
@@ -9683,7 +9732,7 @@ static bool context_fits(const command *c, int n, uint64_t available) {
     const device *d = c->m->device;
     if (d && 2 * cache_bytes(&s, d->layers, 0) > d->room) return false;
 #endif
-    return medrun_session_bytes(c->m, &o) <= available / 4 * 3;
+    return session_needs(c->m, &o) <= available / 4 * 3;
 }
 
 /* -c, or the model's context; if nobody asked and that does not fit, the largest power of two that
@@ -9693,6 +9742,7 @@ static int choose_context(const command *c) {
     int most = c->m->config.max_positions, context = 1;
     memory_size(&total, &available);
     if (given(c, O_CTX)) return whole(c, O_CTX) ? whole(c, O_CTX) : most;
+    if (available > SIZE_MAX / 3) available = SIZE_MAX / 3;     /* a model is mapped beside it   */
     if (context_fits(c, most, available)) return most;
     while (context <= most / 2) context *= 2;
     while (context > 256 && !context_fits(c, context, available)) context /= 2;
@@ -9704,9 +9754,11 @@ static int choose_context(const command *c) {
 static int start_session(command *c) {
     medrun_session_options o;
     int context = choose_context(c);
-    note(c, "medrun " MEDRUN_VERSION ": %s, %s, %s kernels, %d threads, context %d, kv %s%s",
+    const char *plain = plain_only();
+    note(c, "medrun " MEDRUN_VERSION ": %s, %s, %s kernels, %d threads, context %d, kv %s%s%s%s",
          c->m->name, type_names[c->m->type], c->m->kernels->name, c->m->pool->threads, context,
-         cache_type(c) ? "f32" : "f16", flag(c, O_STRICT) ? ", strict" : "");
+         cache_type(c) ? "f32" : "f16", flag(c, O_STRICT) ? ", strict" : "",
+         plain ? "; " : "", plain ? plain : "");
     choose_sampling(c);
     o = session_options(c, context);
     return medrun_start(&c->s, c->m, &o, NULL, 0, &c->e);
@@ -10182,12 +10234,12 @@ static double mb(uint64_t bytes) { return (double)bytes / 0x1p20; }
 /* Keys and values of CONTEXT positions. */
 static uint64_t cache_size(const medrun_model *m, int context, int kv) {
     medrun_session s = {.model = m, .options = {.context = context, .kv = kv}};
-    return 2 * (uint64_t)cache_bytes(&s, m->config.n_layers, 0);
+    return 2 * cache_bytes(&s, m->config.n_layers, 0);
 }
 
 /* What a session with these options takes, beside what the machine has. */
 static void show_memory(FILE *f, const command *c, const medrun_session_options *o) {
-    uint64_t total, available, weights = c->m->file.map.n, session = medrun_session_bytes(c->m, o);
+    uint64_t total, available, weights = c->m->file.map.n, session = session_needs(c->m, o);
     uint64_t cache = cache_size(c->m, o->context, o->kv), all = weights + session;
     int other = o->kv == MEDRUN_KV_INT8 ? MEDRUN_KV_F16 : MEDRUN_KV_INT8;
     memory_size(&total, &available);
@@ -11033,7 +11085,7 @@ typedef struct {
     int kind;
     size_t rounds;
     atomic_size_t operations;
-    atomic_uint_fast64_t sink;
+    atomic_uint sink;
 } ceiling;
 
 static void read_task(void *context, size_t begin, size_t end, int thread) {
@@ -11235,6 +11287,7 @@ static int doctor_command(command *c) {
     memory_size(&total, &available);
     printf("processors %d\nmemory     %.1f MB, %.1f MB are free\nkernels    %s\n", processors(),
            mb(total), mb(available), chosen->name);
+    if (plain_only()) printf("           %s\n", plain_only());
     for (int i = 0; i < 3 * n; i++) {
         const kernel_set *k = sets[i / 3];
         int type = checks[i % 3].type;
@@ -11397,7 +11450,10 @@ static int run_line(command *c, int argc, char **argv) {
     for (int id = 0; id < N_OPTIONS; id++)
         if (option_rows[id].standard) parse_number(option_rows[id].standard, &c->number[id]);
     if ((code = read_line_of_arguments(c, argc, argv, place))) return code;
-    if (flag(c, O_VERSION)) return puts("medrun " MEDRUN_VERSION), MEDRUN_OK;
+    if (flag(c, O_VERSION)) {
+        puts("medrun " MEDRUN_VERSION);
+        return plain_only() ? puts(plain_only()), MEDRUN_OK : MEDRUN_OK;
+    }
     if (flag(c, O_HELP)) return place ? help_on(c->which) : help_all(stdout);
     if ((code = check_rest(c, place)) || (code = read_environment(c))) return code;
     if (c->which == HELP) return help_command(c);
@@ -11421,7 +11477,8 @@ int main(int argc, char **argv) {
     if (!(argv = start_program(&argc, argv))) return 1;
     on_lost_page(on_lost_file);
     umask(077);                         /* records and sessions hold what a patient said         */
-    int code = run_line(&c, argc, argv);
+    int code = check_machine(&c.e);
+    if (!code) code = run_line(&c, argc, argv);
     if (!code) code = flush_stdout(&c);
     if (code && *c.e.text) fprintf(stderr, "medrun: %s\n", c.e.text);
     close_command(&c);
