@@ -398,6 +398,19 @@ void medrun_observe(medrun_session *session, medrun_observer *observer, void *us
 #else
 #define PRINTF_LIKE(text, first) __attribute__((format(printf, text, first)))
 #endif
+#if defined _WIN64 && defined MEDRUN_X86 && !defined __clang__
+/* The stack of Win64 is aligned to 16 bytes, but gcc moves wider vectors there as if it were to
+ * theirs (its bug 54412; some builds lack it but for masked moves). So such moves become those that
+ * want no alignment, in the assembler; where data is aligned they cost the same. */
+#define MOVE_ANYWHERE(aligned, any) \
+    __asm__(".macro " aligned " operands:vararg\n" any " \\operands\n.endm");
+MOVE_ANYWHERE("vmovaps", "vmovups")
+MOVE_ANYWHERE("vmovapd", "vmovupd")
+MOVE_ANYWHERE("vmovdqa", "vmovdqu")
+MOVE_ANYWHERE("vmovdqa32", "vmovdqu32")
+MOVE_ANYWHERE("vmovdqa64", "vmovdqu64")
+#endif
+
 #define ALWAYS_INLINE static inline __attribute__((always_inline, unused))
 #define MAYBE_UNUSED __attribute__((unused))
 #define NEVER_INLINE static __attribute__((noinline))
@@ -827,6 +840,7 @@ static int typed_byte(void) {
     wchar_t wide[64];
     DWORD n = 0, more = 0;
     if (typed.at == typed.n) {
+        fflush(NULL);
         if (!ReadConsoleW(console(0), wide, 63, &n, NULL) || !n) return EOF;
         if (IS_HIGH_SURROGATE(wide[n - 1])) ReadConsoleW(console(0), wide + n, 1, &more, NULL);
         typed.n = WideCharToMultiByte(CP_UTF8, 0, wide, (int)(n + more), typed.bytes,
@@ -875,6 +889,8 @@ static char **start_program(int *count, char **arguments) {
     }
     FreeEnvironmentStringsW(all);
     for (int fd = 0; fd < 3; fd++) _setmode(fd, _O_BINARY);
+    setvbuf(stdout, NULL, _IOFBF, 1 << 14);     /* else a character goes to the console by bytes */
+    setvbuf(stderr, NULL, _IOFBF, 1 << 14);
     other_code_page = GetConsoleOutputCP();
     if (other_code_page && SetConsoleOutputCP(CP_UTF8)) atexit(restore_code_page);
     return arguments;
@@ -6690,9 +6706,8 @@ static int chat_find_late(chat_writer *w, const medrun_message *m, size_t n, boo
     return code;
 }
 
-/* A whole conversation. */
-static int chat_write(chat_writer *w, const medrun_message *m, size_t n, bool answer) {
-    size_t n_before = w->out->n;
+/* A whole conversation; its last run of text is left in W->run. */
+static int chat_conversation(chat_writer *w, const medrun_message *m, size_t n, bool answer) {
     bool late = false;
     int code = n ? MEDRUN_OK : fail(w->e, MEDRUN_USAGE, "messages: found none, wanted one or more");
     if (!code) code = chat_find_late(w, m, n, &late);
@@ -6709,7 +6724,12 @@ static int chat_write(chat_writer *w, const medrun_message *m, size_t n, bool an
         code = chat_refuse(w, "tools: wanted a turn after the system's");
     if (!code) code = chat_parts(w, w->c->end, NULL, NULL, 0);
     if (!code && answer) code = chat_parts(w, w->c->answer, NULL, NULL, 0);
-    return chat_end(w, code, n_before);
+    return code;
+}
+
+static int chat_write(chat_writer *w, const medrun_message *m, size_t n, bool answer) {
+    size_t n_before = w->out->n;
+    return chat_end(w, chat_conversation(w, m, n, answer), n_before);
 }
 
 /* ---- what others call ---------------------------------------------------------------------- */
@@ -8802,6 +8822,7 @@ int medrun_save(const medrun_session *s, const char *path, medrun_error *e) {
     if (!code) {
         put_state(&f, s);
         int why = errno;
+        if (fflush(f.f) && !f.failed) f.failed = true, why = errno;
         if (fclose(f.f) && !f.failed) f.failed = true, why = errno;
         if (!f.failed && rename_file((const char *)partial.data, path))
             f.failed = true, why = errno;
@@ -9399,6 +9420,7 @@ static void note(const command *c, const char *format, ...) {
     vfprintf(stderr, format, args);
     va_end(args);
     fputc('\n', stderr);
+    fflush(stderr);
 }
 
 /* Whoever read stdout and left does not want to hear about it. */
@@ -9437,7 +9459,7 @@ static FILE *create_file(command *c, const char *path, char partial[1024]) {
 
 /* CODE: what came of writing F; after a failure nothing is left. */
 static int finish_file(command *c, FILE *f, const char *path, const char *partial, int code) {
-    bool bad = ferror(f);
+    bool bad = fflush(f) || ferror(f);          /* not every fclose says what its flush came to */
     if (fclose(f)) bad = true;
     if (!code && (bad || rename_file(partial, path)))
         code = fail(&c->e, MEDRUN_FAILED, "%s: cannot write: %s", path, strerror(errno));
@@ -9747,6 +9769,7 @@ static int process_prompt(command *c) {
             fprintf(stderr, "%sprompt: %zu of %zu tokens, %.1f tokens/s, %d:%02d left %s",
                     terminal ? "\r" : "", n - left, n, rate, wait / 60, wait % 60,
                     terminal ? "" : "\n");
+            fflush(stderr);
             drawn = terminal, next = now + (terminal ? 0.2 : 10);
         }
         code = interrupted ? MEDRUN_INTERRUPTED : medrun_step(&c->s, 1, &c->e);
@@ -10691,7 +10714,9 @@ static void hash_task(void *context, size_t begin, size_t end, int thread) {
     for (hashed *h = j->all + begin; h < j->all + end; h++) {
         sha256_of(h->data, h->bytes, h->found);
         size_t done = atomic_fetch_add(&j->done, h->bytes) + h->bytes;
-        if (j->show && thread == 0) fprintf(stderr, "\rhashing: %zu %% ", done * 100 / j->total);
+        if (!j->show || thread) continue;
+        fprintf(stderr, "\rhashing: %zu %% ", done * 100 / j->total);
+        fflush(stderr);
     }
 }
 
