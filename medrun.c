@@ -602,7 +602,7 @@ static bool more_is_typed(void) {
     return waiting > 0;
 }
 
-#ifdef MEDRUN_OPENCL            /* a library that may be there or not                            */
+#ifdef MEDRUN_OPENCL            /* a library that may be there, for as long as the program runs  */
 #ifdef __APPLE__
 #define OPENCL_LIBRARY "/System/Library/Frameworks/OpenCL.framework/OpenCL"
 #else
@@ -610,7 +610,6 @@ static bool more_is_typed(void) {
 #endif
 static void *open_library(const char *path) { return dlopen(path, RTLD_NOW | RTLD_LOCAL); }
 static void *find_symbol(void *library, const char *name) { return dlsym(library, name); }
-static void close_library(void *library) { dlclose(library); }
 #endif
 
 /* What a program does first; gives its COUNT arguments in UTF-8, NULL if it cannot run. */
@@ -881,7 +880,6 @@ static void *open_library(const char *path) {
 static void *find_symbol(void *library, const char *name) {
     return (void *)(uintptr_t)GetProcAddress(library, name);
 }
-static void close_library(void *library) { FreeLibrary(library); }
 #endif
 
 /* Arguments, and variables of our names, from UTF-16: it has what the code page lacks. */
@@ -4125,20 +4123,21 @@ static const char device_source[] =
 "    ulong p = position + get_group_id(1);\n"
 "    global float *x = qkv + row * stride + head * DIM;\n"
 "    global const float *turn = rotation + row * DIM;\n"
-"    values += at + (kv - kv_heads) * (long)head_bytes, keys += at + kv * (long)head_bytes;\n"
+"    global uchar *cache = kv < kv_heads ? keys + at + max(kv, 0) * head_bytes\n"
+"                                        : values + at + (kv - kv_heads) * head_bytes;\n"
 "    for (int i = get_local_id(0); i < DIM / 2; i += get_local_size(0)) {\n"
 "        float a = x[i], b = x[i + DIM / 2], cosine = turn[2 * i], sine = turn[2 * i + 1];\n"
 "        if (kv >= kv_heads) {\n"
-"            store(values, p * DIM + i, a, f32);\n"
-"            store(values, p * DIM + i + DIM / 2, b, f32);\n"
+"            store(cache, p * DIM + i, a, f32);\n"
+"            store(cache, p * DIM + i + DIM / 2, b, f32);\n"
 "            continue;\n"
 "        }\n"
 "        float c = a * cosine - b * sine, d = b * cosine + a * sine;\n"
 "        x[i] = c, x[i + DIM / 2] = d;\n"
 "        if (kv < 0) continue;\n"
 "        ulong to = p / 16 * 16 * DIM + p % 16;\n"
-"        store(keys, to + i * 16, c, f32);\n"
-"        store(keys, to + (i + DIM / 2) * 16, d, f32);\n"
+"        store(cache, to + i * 16, c, f32);\n"
+"        store(cache, to + (i + DIM / 2) * 16, d, f32);\n"
 "    }\n"
 "}\n"
 "\n"
@@ -4242,7 +4241,6 @@ static const char device_source[] =
     X(clEnqueueReadBufferRect) X(clEnqueueWriteBufferRect) X(clFinish)
 
 typedef struct {
-    void *library;
 #define FIELD(call) __typeof__(call) *call;
     DEVICE_CALLS(FIELD)
 #undef FIELD
@@ -4269,15 +4267,12 @@ static int opencl_open(opencl *cl, medrun_error *e) {
     };
     const char *path = getenv("MEDRUN_OPENCL_LIBRARY");
     if (!path || !*path) path = OPENCL_LIBRARY;
-    *cl = (opencl){.library = open_library(path)};
-    if (!cl->library)
+    void *library = open_library(path);
+    if (!library)
         return fail(e, MEDRUN_USAGE, "device: this machine has no OpenCL library (%s)", path);
     for (size_t i = 0; i < sizeof calls / sizeof *calls; i++) {
-        void *call = find_symbol(cl->library, calls[i].name);
-        if (!call) {
-            close_library(cl->library);
-            return fail(e, MEDRUN_USAGE, "device: %s has no %s", path, calls[i].name);
-        }
+        void *call = find_symbol(library, calls[i].name);
+        if (!call) return fail(e, MEDRUN_USAGE, "device: %s has no %s", path, calls[i].name);
         memcpy((char *)cl + calls[i].at, &call, sizeof call);
     }
     return MEDRUN_OK;
@@ -4432,7 +4427,6 @@ static void device_close(device *d) {
     if (d->program) d->cl.clReleaseProgram(d->program);
     if (d->queue) d->cl.clReleaseCommandQueue(d->queue);
     if (d->context) d->cl.clReleaseContext(d->context);
-    if (d->cl.library) close_library(d->cl.library);
     free(d->weights);
     free(d);
 }
@@ -4442,9 +4436,8 @@ static int build_kernels(device *d, size_t head_dim, buffer *log, medrun_error *
     char head[160] = "", options[256];
     const char *more = getenv("MEDRUN_OPENCL_OPTIONS"), *sources[] = {head, device_source};
     bool exact = d->facts.numbers & CL_FP_CORRECTLY_ROUNDED_DIVIDE_SQRT;
-    size_t n = 0;
     cl_int why;
-    n = (size_t)snprintf(head, sizeof head, "#define DIM %zu\n#define LEVELS 0", head_dim);
+    size_t n = (size_t)snprintf(head, sizeof head, "#define DIM %zu\n#define LEVELS 0", head_dim);
     for (int i = 1; i < 16; i++)
         n += (size_t)snprintf(head + n, sizeof head - n, ",%d", int4_levels[i]);
     snprintf(head + n, sizeof head - n, "\n");
@@ -4452,18 +4445,16 @@ static int build_kernels(device *d, size_t head_dim, buffer *log, medrun_error *
              exact ? " -cl-fp32-correctly-rounded-divide-sqrt -D EXACT" : "", more ? more : "");
     d->program = d->cl.clCreateProgramWithSource(d->context, 2, sources, NULL, &why);
     if (!why) why = d->cl.clBuildProgram(d->program, 1, &d->facts.id, options, NULL, NULL);
-    if (!why) {
-        for (int k = 0; k < N_DEVICE_KERNELS && !why; k++)
-            d->kernels[k] = d->cl.clCreateKernel(d->program, device_kernels[k], &why);
-        if (!why) return MEDRUN_OK;
-    }
+    for (int k = 0; k < N_DEVICE_KERNELS && !why; k++)
+        d->kernels[k] = d->cl.clCreateKernel(d->program, device_kernels[k], &why);
+    if (!why) return MEDRUN_OK;
     n = 0;
     if (d->program)
         d->cl.clGetProgramBuildInfo(d->program, d->facts.id, CL_PROGRAM_BUILD_LOG, 0, NULL, &n);
     if (n && buffer_room(log, n)) {
         d->cl.clGetProgramBuildInfo(d->program, d->facts.id, CL_PROGRAM_BUILD_LOG, n, log->data,
                                     NULL);
-        log->n = strlen((const char *)log->data);
+        log->data[n] = 0, log->n = strlen((const char *)log->data);
     }
     return fail(e, MEDRUN_NO_MEMORY, "device %s: its kernels cannot be built (%d)", d->facts.name,
                 why);
@@ -4511,7 +4502,7 @@ static int device_open(device *d, const char *which, size_t head_dim, buffer *lo
     if (why) return fail(e, MEDRUN_NO_MEMORY, "device %s: cannot be used (%d)", d->facts.name, why);
     return build_kernels(d, head_dim, log, e);
 }
-#endif
+#endif /* MEDRUN_OPENCL */
 /* ============================================================================================
  * 9 Model file: parse and check everything before anything is used
  *
@@ -7469,10 +7460,10 @@ struct medrun_session {
     medrun_observer *observer;
     void *observer_user;
     struct pass *pass;                          /* scratch for passes that this session leads   */
-#ifdef MEDRUN_OPENCL
-    cl_mem device_keys, device_values;          /* of the device's layers, as they lie here     */
-    size_t device_done, host_done;              /* positions of those layers that the device has,
+    size_t device_done, host_done;              /* positions of a device's layers that it has,
                                                    and that are here; one is at least n_done    */
+#ifdef MEDRUN_OPENCL
+    cl_mem device_keys, device_values;          /* of those layers, as they lie here            */
 #endif
 };
 
@@ -7931,8 +7922,9 @@ static bool device_logits(const pass *p, const output_rows *o) {
 }
 
 /* Room for the keys and values of the device's layers. */
-static int cache_on_device(medrun_session *s, medrun_error *e) {
+static int join_device(medrun_session *s, medrun_error *e) {
     device *d = s->model->device;
+    if (!d) return MEDRUN_OK;
     size_t n = cache_bytes(s, d->layers, 0);
     pthread_mutex_lock(&s->model->pool->turn);
     s->device_keys = device_bytes(d, NULL, n);
@@ -7945,8 +7937,9 @@ static int cache_on_device(medrun_session *s, medrun_error *e) {
                 s->options.context, 2 * n >> 20, d->facts.name, (unsigned long long)room >> 20);
 }
 
-static void leave_device(medrun_session *s) {
+static void leave_device(const medrun_session *s) {
     device *d = s->model->device;
+    if (!d) return;
     size_t n = cache_bytes(s, d->layers, 0);
     pthread_mutex_lock(&s->model->pool->turn);
     if (s->device_keys) device_release(d, s->device_keys), d->room += n;
@@ -7964,8 +7957,15 @@ static int cache_from_device(const medrun_session *s, medrun_error *e) {
     return d->failed ? device_error(d, e) : MEDRUN_OK;
 }
 #else
+static void begin_on_device(pass *p) { p->on_device = false; }
+static int end_on_device(const pass *p, medrun_error *e) { return (void)p, (void)e, MEDRUN_OK; }
 static int device_layers(const pass *p) { return (void)p, 0; }
 static bool device_logits(const pass *p, const output_rows *o) { return (void)p, (void)o, false; }
+static int join_device(medrun_session *s, medrun_error *e) { return (void)s, (void)e, MEDRUN_OK; }
+static void leave_device(const medrun_session *s) { (void)s; }
+static int cache_from_device(const medrun_session *s, medrun_error *e) {
+    return (void)s, (void)e, MEDRUN_OK;
+}
 #endif
 
 /* The tokens of the pass through all layers; x ends as the last layer's output. */
@@ -8329,16 +8329,12 @@ int medrun_start(medrun_session **out, const medrun_model *model,
                           .random = o.sampling.seed};
     arena a = {(uint8_t *)s, round_up(sizeof *s, 64)};
     layout_session(s, &a);
-#ifdef MEDRUN_OPENCL
-    if (model->device && (code = cache_on_device(s, e))) return medrun_stop(s), code;
-#endif
+    if ((code = join_device(s, e))) return medrun_stop(s), code;
     return *out = s, MEDRUN_OK;
 }
 
 void medrun_stop(medrun_session *s) {
-#ifdef MEDRUN_OPENCL
-    if (s && s->model->device) leave_device(s);
-#endif
+    if (s) leave_device(s);
     if (s && s->owns_memory) unmap_memory(s, s->bytes);
 }
 
@@ -8549,15 +8545,10 @@ int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *e) {
     for (size_t i = 0; i < n; i++) sessions[i]->n_ready = 0, add_segment(p, sessions[i]);
     if (!p->n) return MEDRUN_OK;
     pthread_mutex_lock(&lead->model->pool->turn);
-#ifdef MEDRUN_OPENCL
     begin_on_device(p);
-#endif
     forward(p);
     output(p);
-    int code = MEDRUN_OK;
-#ifdef MEDRUN_OPENCL
-    code = end_on_device(p, e);
-#endif
+    int code = end_on_device(p, e);
     pthread_mutex_unlock(&lead->model->pool->turn);
     if (code) return code;
     for (size_t i = 0; i < p->n_segments; i++) p->segments[i].session->n_done += p->segments[i].n;
@@ -8812,17 +8803,16 @@ static void get_block(state_file *f, const medrun_session *s, size_t first, size
                 sum != block_sum(f->lanes);
 }
 
-/* int8, and bf16 without the processor's bf16 dot product, give the same bits everywhere. */
+/* int8, and bf16 without the processor's bf16 dot product, give the same bits everywhere but on a
+ * device that is only near them. */
 static void name_numbers(const medrun_session *s, char name[24]) {
     bool exact = pack_kind(&s->pass->g, s->model->type) != PACK_BF16;
-    memset(name, 0, 24);
+    const char *numbers = exact ? "exact" : s->model->kernels->name;
 #ifdef MEDRUN_OPENCL
-    if (s->model->device && !s->model->device->exact) {
-        snprintf(name, 24, "%d OpenCL", NUMBERS_VERSION);
-        return;
-    }
+    if (s->model->device && !s->model->device->exact) numbers = "OpenCL";
 #endif
-    snprintf(name, 24, "%d %s", NUMBERS_VERSION, exact ? "exact" : s->model->kernels->name);
+    memset(name, 0, 24);
+    snprintf(name, 24, "%d %s", NUMBERS_VERSION, numbers);
 }
 
 static void name_template(const medrun_session *s, char name[32]) {
@@ -8876,10 +8866,7 @@ static void put_state(state_file *f, const medrun_session *s) {
 int medrun_save(const medrun_session *s, const char *path, medrun_error *e) {
     buffer partial = {0};
     state_file f = {0};
-    int code = MEDRUN_OK;
-#ifdef MEDRUN_OPENCL
-    code = cache_from_device(s, e);
-#endif
+    int code = cache_from_device(s, e);
     if (!code) code = create_state(&f.f, path, &partial, e);
     if (!code) {
         put_state(&f, s);
@@ -8981,9 +8968,7 @@ static int restore_from(medrun_session *s, state_file *f, uint64_t size, const i
     if (!good || f->failed)
         return fail(e, MEDRUN_BAD_FILE, "%s: is cut short or damaged", path);
     s->n_done = take;
-#ifdef MEDRUN_OPENCL
     s->host_done = take, s->device_done = 0;
-#endif
     if (ids) return MEDRUN_OK;
     s->n_tokens = (size_t)h.n, s->random = h.random, s->answer_open = h.open && h.n;
     if (h.done == h.n && h.n) s->n_done--;              /* its logits are computed anew          */
@@ -9118,7 +9103,7 @@ static int check_device(medrun_model *m, device *d, medrun_error *e) {
     for (size_t i = 0; !code && i < vocab; i++) {
         double difference = fabs((double)found[i] - (double)wanted[i]);
         if (fabs((double)wanted[i]) > largest) largest = fabs((double)wanted[i]);
-        if (!(difference <= off)) off = difference;
+        if (difference > off || isnan(difference)) off = difference;    /* a NaN stays           */
     }
     d->exact = !memcmp((void *)found, (void *)wanted, vocab * sizeof *found);
     free(wanted);
@@ -11270,7 +11255,6 @@ static void list_opencl(void) {
                all[i].numbers & CL_FP_FMA ? "" : "slow ",
                all[i].numbers & CL_FP_CORRECTLY_ROUNDED_DIVIDE_SQRT ? "exact" : "corrected");
     }
-    if (n >= 0) close_library(cl.library);
 #else
     puts("OpenCL     not in this build (make OPENCL=1)");
 #endif
