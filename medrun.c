@@ -13,9 +13,9 @@
  * Sections, each using only what stands above it:
  *
  *      1 API           what an embedder may call; the manual is the comment above each call
- *      2 Platform      includes, compilers, what belongs to a system
+ *      2 Platform      includes, compilers, what the system gives: files, memory, the terminal
  *      3 Basics        errors, memory, UTF-8, SHA-256, JSON
- *      4 Threads       files, memory, one pool, parallel_for, processor features
+ *      4 Threads       mapped files, one pool, parallel_for, processor features
  *      5 Numbers       bf16, f16, int8, int4, and how weights lie in panels
  *      6 Kernels       the words for each instruction set, the sentences once
  *      7 Tensor        packing activations, matmul on all threads
@@ -40,7 +40,14 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
+#ifdef _WIN32
+#define _FILE_OFFSET_BITS 64
+#define WIN32_LEAN_AND_MEAN
+#define NOGDI
+#endif
 
+#ifndef MEDRUN_H
+#define MEDRUN_H
 /* ============================================================================================
  * 1 API: what an embedder may call
  *
@@ -51,16 +58,27 @@
  *
  * Threads: a medrun_model may be shared by threads and sessions. A medrun_session belongs to one
  * thread at a time. Steps of sessions of one model take turns on the model's thread pool.
+ *
+ * Memory: medrun_open maps the file and takes heap for tables. A session is one piece, the caller's
+ * or mapped. After medrun_start only what turns text into ids or back (medrun_say, _render,
+ * _tokenize, _detokenize) and files (_save, _restore, _feed_saved) take heap, and give it back
+ * before they return. No call needs more than 32 KiB of stack (seen: 17, scalar kernels, gcc -O2).
+ * Tests: tests/15_embedding.c.
+ *
+ * Structs may grow from 0.1 to 0.2, not from 0.1.0 to 0.1.1. The name of the shared library (make
+ * lib: libmedrun.so.0.1) and the version of its symbols (MEDRUN_0.1) carry the two numbers that
+ * count, so that a program never meets another's structs. Tests: tests/34_examples.sh.
  * ============================================================================================ */
-
-#ifndef MEDRUN_H
-#define MEDRUN_H
 
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
 #define MEDRUN_VERSION "0.1.0"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
 
 /* Codes of every call; the command line uses them as exit codes. */
 enum {
@@ -125,6 +143,9 @@ void medrun_close(medrun_model *model);                     /* NULL is fine     
 
 /* Fills INFO; the strings live as long as the model. Cannot fail. */
 void medrun_describe(const medrun_model *model, medrun_info *info);
+
+/* Does this id end an answer? One of medrun_info's stops. */
+bool medrun_is_stop(const medrun_model *model, int32_t id);
 
 /* ---- text and tokens ----------------------------------------------------------------------- */
 
@@ -277,6 +298,9 @@ typedef void medrun_observer(void *user, const char *stage, int layer, size_t ro
                              size_t stride, const float *data);
 void medrun_observe(medrun_session *session, medrun_observer *observer, void *user);
 
+#ifdef __cplusplus
+}
+#endif
 #endif /* MEDRUN_H */
 #endif /* MEDRUN_PASS */
 
@@ -285,8 +309,8 @@ void medrun_observe(medrun_session *session, medrun_observer *observer, void *us
 /* ============================================================================================
  * 2 Platform: the compiler's and the system's side of the file
  *
- * With section 4, which asks the system for files, memory and threads, the only place that knows
- * which machine this is (the words of section 6 apart). Tests: tests/03_basics.c.
+ * With the processor's features in section 4, and the words of section 6, the only place that knows
+ * which machine this is. Tests: tests/04_threads.c, 16_commands.sh.
  * ============================================================================================ */
 
 /* The sums are defined in section 6 with explicit fma: the compiler must not make its own. */
@@ -318,19 +342,39 @@ void medrun_observe(medrun_session *session, medrun_observer *observer, void *us
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
-#include <termios.h>
 #include <time.h>
 #include <unistd.h>
+#ifdef _WIN32
+#define SIGHUP SIGBREAK         /* the console was closed                                        */
+#define SIGQUIT SIGBREAK
+#include <io.h>
+#include <windows.h>
+#include <ntsecapi.h>
+#include <shellapi.h>
+#undef O_RAW                    /* words that are ours                                           */
+#undef TEXT
+#undef far
+#undef near
+#else
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <termios.h>
+#ifdef __APPLE__
+#include <sys/sysctl.h>
+#endif
+#endif
 #if defined __x86_64__ || defined __i386__
 #define MEDRUN_X86 1
 #include <cpuid.h>
 #include <immintrin.h>
 #endif
 
+#ifdef __MINGW_PRINTF_FORMAT
+#define PRINTF_LIKE(text, first) __attribute__((format(__MINGW_PRINTF_FORMAT, text, first)))
+#else
 #define PRINTF_LIKE(text, first) __attribute__((format(printf, text, first)))
+#endif
 #define ALWAYS_INLINE static inline __attribute__((always_inline, unused))
 #define MAYBE_UNUSED __attribute__((unused))
 #define NEVER_INLINE static __attribute__((noinline))
@@ -338,6 +382,492 @@ void medrun_observe(medrun_session *session, medrun_observer *observer, void *us
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "checkpoints are little-endian and used as they are mapped: this machine is big-endian"
 #endif
+
+/* ---- the system ---------------------------------------------------------------------------- */
+
+/* What a system gives, here in the words of POSIX, below in those of Windows; the rest of the file
+ * knows neither. Where a call fails, errno says why. Paths are UTF-8. */
+
+enum { MAX_THREADS = 256 };
+
+typedef struct {
+    uint64_t bytes, device, inode;              /* the last two tell files apart                */
+    bool regular, folder;
+} file_facts;
+
+/* TO_MAP does not wait for the other end of a pipe; TO_CREATE wants a new name, and only the owner
+ * may read what gets it; TO_UPDATE keeps what is there and follows no link. */
+enum { TO_READ, TO_MAP, TO_WRITE, TO_CREATE, TO_UPDATE };
+
+typedef void signal_handler(int number);
+
+#ifndef _WIN32
+static int open_file(const char *path, int how) {
+    static const int flags[] = {O_RDONLY, O_RDONLY | O_NONBLOCK, O_WRONLY | O_CREAT | O_TRUNC,
+                                O_WRONLY | O_CREAT | O_EXCL,
+                                O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK};
+    return open(path, flags[how] | O_CLOEXEC, how == TO_CREATE ? 0600 : 0666);
+}
+
+/* Of PATH or, where that is NULL, of the open FD. 0, or -1. */
+static int get_facts(const char *path, int fd, file_facts *f) {
+    struct stat st;
+    if (path ? stat(path, &st) : fstat(fd, &st)) return -1;
+    *f = (file_facts){(uint64_t)st.st_size, (uint64_t)st.st_dev, (uint64_t)st.st_ino,
+                      S_ISREG(st.st_mode), S_ISDIR(st.st_mode)};
+    return 0;
+}
+
+static int rename_file(const char *from, const char *to) { return rename(from, to); }
+static int remove_file(const char *path) { return unlink(path); }
+
+/* N > 0 bytes of a file for reading, or NULL. */
+static const void *map_bytes(int fd, size_t n) {
+    void *p = mmap(NULL, n, PROT_READ, MAP_SHARED, fd, 0);
+    return p == MAP_FAILED ? NULL : p;
+}
+
+static void unmap_bytes(const void *p, size_t n) { munmap((void *)(uintptr_t)p, n); }
+static bool lock_bytes(const void *p, size_t n) { return !mlock(p, n); }
+
+/* Zeroed memory straight from the system, given only when touched; NULL if there is none. */
+static void *map_memory(size_t n) {
+    void *p = mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return p == MAP_FAILED ? NULL : p;
+}
+
+static void unmap_memory(void *p, size_t n) {
+    if (p) munmap(p, n);
+}
+
+#ifdef __APPLE__
+/* 0 where there is no such number. */
+static uint64_t sysctl_number(const char *name) {
+    uint64_t n = 0;                             /* some have 4 bytes                            */
+    size_t size = sizeof n;
+    return sysctlbyname(name, &n, &size, NULL, 0) ? 0 : n;
+}
+#endif
+
+/* Processors this process may run on, at most MAX_THREADS; without the slow ones of a Mac. */
+static int processors(void) {
+    long n = sysconf(_SC_NPROCESSORS_ONLN);
+#ifdef CPU_COUNT
+    cpu_set_t set;
+    if (!sched_getaffinity(0, sizeof set, &set)) n = CPU_COUNT(&set);
+#elif defined __APPLE__
+    long fast = (long)sysctl_number("hw.perflevel0.logicalcpu");
+    if (fast) n = fast;
+#endif
+    return n < 1 ? 1 : n > MAX_THREADS ? MAX_THREADS : (int)n;
+}
+
+/* Bytes of a core's second cache, 0 where the system does not say. */
+static size_t second_cache(void) {
+    long n = 0;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    n = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#elif defined __APPLE__
+    n = (long)sysctl_number("hw.l2cachesize");
+#endif
+    return n < 64 << 10 ? 0 : n > 4 << 20 ? 4 << 20 : (size_t)n;
+}
+
+/* Bytes of memory the machine has, and how many of them are free or can be freed at once: all,
+ * where the system does not say. */
+static void memory_size(uint64_t *total, uint64_t *available) {
+#ifdef __APPLE__
+    *available = *total = sysctl_number("hw.memsize");
+#else
+    *total = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
+    *available = *total;
+#endif
+    FILE *f = fopen("/proc/meminfo", "r");
+    if (!f) return;
+    char line[128];
+    unsigned long long kib;
+    while (fgets(line, sizeof line, f))
+        if (sscanf(line, "MemAvailable: %llu kB", &kib) == 1) *available = kib * 1024;
+    fclose(f);
+}
+
+static uint64_t random_bits(void) {
+    uint64_t bits = (uint64_t)time(NULL) ^ (uint64_t)getpid() << 32;
+    int fd = open_file("/dev/urandom", TO_READ);
+    if (fd < 0 || read(fd, &bits, sizeof bits) < 0) bits ^= (uint64_t)clock() << 20;
+    if (fd >= 0) close(fd);
+    return bits;
+}
+
+static void local_time(time_t when, struct tm *t) { localtime_r(&when, t); }
+
+/* HANDLER, which may be SIG_IGN, gets the next signal NUMBER and no other; gives who did so far. */
+static signal_handler *on_signal(int number, signal_handler *handler) {
+    struct sigaction before = {.sa_handler = SIG_DFL},
+                     now = {.sa_handler = handler, .sa_flags = (int)SA_RESETHAND};
+    sigaction(number, &now, &before);
+    return before.sa_handler;
+}
+
+/* HANDLER is called where a mapped page cannot be read any more. */
+static void on_lost_page(signal_handler *handler) { on_signal(SIGBUS, handler); }
+
+static void suspend_program(void) { raise(SIGTSTP); }
+
+static bool is_terminal(int fd) { return isatty(fd); }
+
+/* May stderr be drawn on? Its columns, 0 where nobody knows. */
+static bool terminal_draws(void) {
+    const char *term = getenv("TERM");
+    return isatty(STDERR_FILENO) && term && strcmp(term, "dumb");
+}
+
+static int terminal_columns(void) {
+    struct winsize size;
+    return ioctl(STDERR_FILENO, TIOCGWINSZ, &size) ? 0 : size.ws_col;
+}
+
+static struct termios cooked_terminal;
+static volatile sig_atomic_t terminal_is_raw;
+
+/* RAW: the keys of stdin come one by one and as they are, Ctrl-C too; else as before that. */
+static bool set_raw(bool raw) {
+    if (!raw && !terminal_is_raw) return false;
+    terminal_is_raw = 0;
+    if (!raw) return !tcsetattr(STDIN_FILENO, TCSADRAIN, &cooked_terminal);
+    if (tcgetattr(STDIN_FILENO, &cooked_terminal)) return false;
+    struct termios t = cooked_terminal;
+    t.c_lflag &= ~(tcflag_t)(ECHO | ICANON | ISIG | IEXTEN);
+    t.c_iflag &= ~(tcflag_t)(IXON | ICRNL | INLCR | ISTRIP);
+    t.c_cc[VMIN] = 1, t.c_cc[VTIME] = 0;
+    terminal_is_raw = 1;
+    return !tcsetattr(STDIN_FILENO, TCSADRAIN, &t) || (terminal_is_raw = 0);
+}
+
+/* The next byte of what is typed, or EOF; whether there is more. */
+static int typed_byte(void) {
+    uint8_t byte;
+    ssize_t n;
+    while ((n = read(STDIN_FILENO, &byte, 1)) < 0 && errno == EINTR) continue;
+    return n == 1 ? byte : EOF;
+}
+
+static bool more_is_typed(void) {
+    int waiting = 0;
+    ioctl(STDIN_FILENO, FIONREAD, &waiting);
+    return waiting > 0;
+}
+
+/* What a program does first; gives its COUNT arguments in UTF-8, NULL if it cannot run. */
+static char **start_program(int *count, char **arguments) {
+    (void)count;
+    for (int fd = 0; fd < 3; fd++)      /* no file that is opened may become stdout by chance    */
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd ? O_RDONLY : O_WRONLY) != fd)
+            return NULL;
+    signal(SIGPIPE, SIG_IGN);           /* writing fails with EPIPE instead                      */
+    signal(SIGXFSZ, SIG_IGN);           /* and with EFBIG                                        */
+    return arguments;
+}
+#else
+enum { WIDE_PATH = 4096 + 8 };
+
+static int windows_failed(void) {
+    switch (GetLastError()) {
+        case ERROR_FILE_NOT_FOUND: case ERROR_PATH_NOT_FOUND: case ERROR_INVALID_NAME:
+        case ERROR_BAD_PATHNAME: errno = ENOENT; break;
+        case ERROR_ACCESS_DENIED: case ERROR_SHARING_VIOLATION: case ERROR_WRITE_PROTECT:
+        case ERROR_USER_MAPPED_FILE: errno = EACCES; break;
+        case ERROR_FILE_EXISTS: case ERROR_ALREADY_EXISTS: errno = EEXIST; break;
+        case ERROR_DISK_FULL: case ERROR_HANDLE_DISK_FULL: errno = ENOSPC; break;
+        case ERROR_NOT_ENOUGH_MEMORY: case ERROR_COMMITMENT_LIMIT:
+        case ERROR_WORKING_SET_QUOTA: errno = ENOMEM; break;
+        default: errno = EIO;
+    }
+    return -1;
+}
+
+/* PATH from its root, where \\?\ before a drive's letter takes away the limit of 260; or NULL. */
+static wchar_t *wide_path(const char *path, wchar_t room[WIDE_PATH]) {
+    wchar_t short_path[WIDE_PATH], *full = room + 4;
+    DWORD most = WIDE_PATH - 4, n = 0;
+    if (MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, path, -1, short_path, WIDE_PATH))
+        n = GetFullPathNameW(short_path, most, full, NULL);
+    if (!n || n >= most) return errno = n ? ENAMETOOLONG : ENOENT, NULL;
+    if (full[1] != ':') return full;
+    memcpy(room, L"\\\\?\\", 4 * sizeof *room);
+    return room;
+}
+
+static HANDLE open_handle(const char *path, DWORD access, DWORD share, DWORD create,
+                          SECURITY_ATTRIBUTES *who) {
+    wchar_t room[WIDE_PATH];
+    wchar_t *name = wide_path(path, room);
+    if (!name) return INVALID_HANDLE_VALUE;
+    HANDLE h = CreateFileW(name, access, share, who, create, FILE_FLAG_BACKUP_SEMANTICS, NULL);
+    if (h == INVALID_HANDLE_VALUE) windows_failed();
+    return h;
+}
+
+typedef struct {
+    SECURITY_ATTRIBUTES attributes;
+    SECURITY_DESCRIPTOR descriptor;
+    union { TOKEN_USER user; BYTE room[256]; } who;
+    union { ACL list; BYTE room[512]; } rights;
+} privacy;
+
+/* All rights for who runs this, none for others. */
+static bool make_private(privacy *p) {
+    HANDLE token;
+    DWORD n;
+    if (!OpenProcessToken(GetCurrentProcess(), TOKEN_QUERY, &token)) return false;
+    bool known = GetTokenInformation(token, TokenUser, &p->who, sizeof p->who, &n);
+    CloseHandle(token);
+    p->attributes = (SECURITY_ATTRIBUTES){sizeof p->attributes, &p->descriptor, FALSE};
+    return known && InitializeAcl(&p->rights.list, sizeof p->rights, ACL_REVISION) &&
+           AddAccessAllowedAce(&p->rights.list, ACL_REVISION, FILE_ALL_ACCESS,
+                               p->who.user.User.Sid) &&
+           InitializeSecurityDescriptor(&p->descriptor, SECURITY_DESCRIPTOR_REVISION) &&
+           SetSecurityDescriptorDacl(&p->descriptor, TRUE, &p->rights.list, FALSE) &&
+           SetSecurityDescriptorControl(&p->descriptor, SE_DACL_PROTECTED, SE_DACL_PROTECTED);
+}
+
+/* Files may be renamed and removed while they are open, as elsewhere. TO_WRITE is private too, for
+ * umask does nothing here, and TO_UPDATE has one writer. */
+static int open_file(const char *path, int how) {
+    static const DWORD access[] = {GENERIC_READ, GENERIC_READ, GENERIC_WRITE, GENERIC_WRITE,
+                                   GENERIC_READ | GENERIC_WRITE};
+    static const DWORD create[] = {OPEN_EXISTING, OPEN_EXISTING, CREATE_ALWAYS, CREATE_NEW,
+                                   OPEN_ALWAYS};
+    DWORD share = FILE_SHARE_READ | FILE_SHARE_DELETE | (how == TO_UPDATE ? 0 : FILE_SHARE_WRITE);
+    privacy p;
+    bool closed = how == TO_WRITE || how == TO_CREATE;
+    if (closed && !make_private(&p)) return windows_failed();
+    HANDLE h = open_handle(path, access[how], share, create[how], closed ? &p.attributes : NULL);
+    return h == INVALID_HANDLE_VALUE ? -1 : _open_osfhandle((intptr_t)h, _O_BINARY);
+}
+
+static int get_facts(const char *path, int fd, file_facts *f) {
+    BY_HANDLE_FILE_INFORMATION i = {0};
+    HANDLE h = path ? open_handle(path, 0, 7, OPEN_EXISTING, NULL) : (HANDLE)_get_osfhandle(fd);
+    if (h == INVALID_HANDLE_VALUE) return -1;
+    bool disk = GetFileType(h) == FILE_TYPE_DISK && GetFileInformationByHandle(h, &i);
+    bool folder = i.dwFileAttributes & FILE_ATTRIBUTE_DIRECTORY;
+    *f = (file_facts){(uint64_t)i.nFileSizeHigh << 32 | i.nFileSizeLow, i.dwVolumeSerialNumber,
+                      (uint64_t)i.nFileIndexHigh << 32 | i.nFileIndexLow, disk && !folder, folder};
+    if (path) CloseHandle(h);
+    return 0;
+}
+
+static int rename_file(const char *from, const char *to) {
+    wchar_t rooms[2][WIDE_PATH];
+    const wchar_t *a = wide_path(from, rooms[0]), *b = wide_path(to, rooms[1]);
+    if (!a || !b) return -1;
+    bool done = MoveFileExW(a, b, MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH);
+    return done ? 0 : windows_failed();
+}
+
+static int remove_file(const char *path) {
+    wchar_t room[WIDE_PATH];
+    const wchar_t *name = wide_path(path, room);
+    return name && DeleteFileW(name) ? 0 : name ? windows_failed() : -1;
+}
+
+static const void *map_bytes(int fd, size_t n) {
+    HANDLE h = CreateFileMappingW((HANDLE)_get_osfhandle(fd), NULL, PAGE_READONLY, 0, 0, NULL);
+    const void *p = h ? MapViewOfFile(h, FILE_MAP_READ, 0, 0, n) : NULL;
+    if (!p) windows_failed();
+    if (h) CloseHandle(h);                      /* the view keeps what it needs                 */
+    return p;
+}
+
+static void unmap_bytes(const void *p, size_t n) { (void)n, UnmapViewOfFile(p); }
+
+/* What is locked counts as part of the working set, which must have room for it. */
+static bool lock_bytes(const void *p, size_t n) {
+    HANDLE me = GetCurrentProcess();
+    SIZE_T least, most;
+    bool done = GetProcessWorkingSetSize(me, &least, &most) &&
+                SetProcessWorkingSetSize(me, least + n, most + n) &&
+                VirtualLock((void *)(uintptr_t)p, n);
+    return done || windows_failed() == 0;
+}
+
+static void *map_memory(size_t n) {
+    return VirtualAlloc(NULL, n, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE);
+}
+
+static void unmap_memory(void *p, size_t n) {
+    (void)n;
+    if (p) VirtualFree(p, 0, MEM_RELEASE);
+}
+
+/* Of this process's group of at most 64. */
+static int processors(void) {
+    DWORD_PTR mine = 0, all;
+    GetProcessAffinityMask(GetCurrentProcess(), &mine, &all);
+    return mine ? __builtin_popcountll(mine) : 1;
+}
+
+static size_t second_cache(void) {
+    SYSTEM_LOGICAL_PROCESSOR_INFORMATION row[512];
+    DWORD n = sizeof row;
+    if (!GetLogicalProcessorInformation(row, &n)) return 0;
+    for (size_t i = 0; i < n / sizeof *row; i++)
+        if (row[i].Relationship == RelationCache && row[i].Cache.Level == 2)
+            return row[i].Cache.Size > 4 << 20 ? 4 << 20 : row[i].Cache.Size;
+    return 0;
+}
+
+/* Memory is free where a process may have it, too: the paging file counts. */
+static void memory_size(uint64_t *total, uint64_t *available) {
+    MEMORYSTATUSEX m = {.dwLength = sizeof m};
+    GlobalMemoryStatusEx(&m);
+    *total = m.ullTotalPhys;
+    *available = m.ullAvailPhys < m.ullAvailPageFile ? m.ullAvailPhys : m.ullAvailPageFile;
+}
+
+static uint64_t random_bits(void) {
+    uint64_t bits = (uint64_t)time(NULL);
+    RtlGenRandom(&bits, sizeof bits);
+    return bits;
+}
+
+static void local_time(time_t when, struct tm *t) { localtime_s(t, &when); }
+
+static signal_handler *on_signal(int number, signal_handler *handler) {
+    return signal(number, handler);
+}
+
+static signal_handler *lost_page_handler;
+
+static LONG WINAPI filter_lost_page(EXCEPTION_POINTERS *p) {
+    if (p->ExceptionRecord->ExceptionCode == EXCEPTION_IN_PAGE_ERROR) lost_page_handler(0);
+    return EXCEPTION_CONTINUE_SEARCH;
+}
+
+static void on_lost_page(signal_handler *handler) {
+    lost_page_handler = handler;
+    SetUnhandledExceptionFilter(filter_lost_page);
+}
+
+static void suspend_program(void) {}
+
+static HANDLE console(int fd) {
+    DWORD mode;
+    HANDLE h = (HANDLE)_get_osfhandle(fd);
+    return GetConsoleMode(h, &mode) ? h : NULL;
+}
+
+static bool is_terminal(int fd) { return console(fd); }
+
+static bool terminal_draws(void) {
+    const char *term = getenv("TERM");
+    DWORD mode = 0;
+    if (term && !strcmp(term, "dumb")) return false;
+    return console(2) && GetConsoleMode(console(2), &mode) &&
+           SetConsoleMode(console(2), mode | ENABLE_VIRTUAL_TERMINAL_PROCESSING);
+}
+
+static int terminal_columns(void) {
+    CONSOLE_SCREEN_BUFFER_INFO i;
+    return GetConsoleScreenBufferInfo(console(2), &i) ? i.srWindow.Right - i.srWindow.Left + 1 : 0;
+}
+
+static DWORD cooked_console;
+static volatile sig_atomic_t terminal_is_raw;
+
+/* An old console, which does not send arrows as other terminals do, stays as it is. */
+static bool set_raw(bool raw) {
+    DWORD lines = ENABLE_LINE_INPUT | ENABLE_ECHO_INPUT | ENABLE_PROCESSED_INPUT;
+    if (!raw && !terminal_is_raw) return false;
+    terminal_is_raw = 0;
+    if (!raw) return SetConsoleMode(console(0), cooked_console);
+    if (!GetConsoleMode(console(0), &cooked_console)) return false;
+    terminal_is_raw = 1;
+    return SetConsoleMode(console(0), (cooked_console & ~lines) | ENABLE_VIRTUAL_TERMINAL_INPUT) ||
+           (terminal_is_raw = 0);
+}
+
+static struct { char bytes[256]; int n, at; } typed;
+
+static int typed_byte(void) {
+    wchar_t wide[64];
+    DWORD n = 0, more = 0;
+    if (typed.at == typed.n) {
+        if (!ReadConsoleW(console(0), wide, 63, &n, NULL) || !n) return EOF;
+        if (IS_HIGH_SURROGATE(wide[n - 1])) ReadConsoleW(console(0), wide + n, 1, &more, NULL);
+        typed.n = WideCharToMultiByte(CP_UTF8, 0, wide, (int)(n + more), typed.bytes,
+                                      sizeof typed.bytes, NULL, NULL);
+        typed.at = 0;
+        if (!terminal_is_raw && wide[0] == 26) return typed.n = 0, EOF;         /* Ctrl-Z        */
+    }
+    return typed.at < typed.n ? (uint8_t)typed.bytes[typed.at++] : EOF;
+}
+
+static bool more_is_typed(void) { return typed.at < typed.n; }
+
+static char *utf8_of(const wchar_t *wide) {
+    int n = WideCharToMultiByte(CP_UTF8, 0, wide, -1, NULL, 0, NULL, NULL);
+    char *text = malloc((size_t)n + 1);
+    if (text) WideCharToMultiByte(CP_UTF8, 0, wide, -1, text, n, NULL, NULL);
+    return text;
+}
+
+static UINT other_code_page;
+
+static void restore_code_page(void) { SetConsoleOutputCP(other_code_page); }
+
+/* Arguments, and variables of our names, from UTF-16: it has what the code page lacks. */
+static char **start_program(int *count, char **arguments) {
+    wchar_t **wide = CommandLineToArgvW(GetCommandLineW(), count);
+    arguments = wide ? calloc((size_t)*count + 1, sizeof *arguments) : NULL;
+    for (int i = 0; arguments && i < *count; i++)
+        if (!(arguments[i] = utf8_of(wide[i]))) return NULL;
+    LocalFree(wide);
+    wchar_t *all = GetEnvironmentStringsW();
+    for (wchar_t *p = all; p && *p; p += wcslen(p) + 1) {
+        char *text = wcsncmp(p, L"MEDRUN_", 7) ? NULL : utf8_of(p);
+        if (text) _putenv(text);
+        free(text);
+    }
+    FreeEnvironmentStringsW(all);
+    for (int fd = 0; fd < 3; fd++) _setmode(fd, _O_BINARY);
+    other_code_page = GetConsoleOutputCP();
+    if (other_code_page && SetConsoleOutputCP(CP_UTF8)) atexit(restore_code_page);
+    return arguments;
+}
+
+/* The C library's fmaf rounds twice. A product of floats is exact in double; a sum rounded to odd
+ * there still knows, when it is rounded to float, what it lost (Boldo and Melquiond, 2008). */
+static float exact_fmaf(float a, float b, float c) {
+    double p = (double)a * b, s = p + c, more = s - p, lost = (p - (s - more)) + (c - more);
+    uint64_t bits;
+    memcpy(&bits, &s, 8);
+    if ((lost > 0 || lost < 0) && !(bits & 1)) bits += (lost > 0) == (s > 0) ? 1u : UINT64_MAX;
+    memcpy(&s, &bits, 8);
+    return (float)s;
+}
+#define fmaf exact_fmaf
+
+static void *memmem(const void *in, size_t n, const void *what, size_t k) {
+    for (const char *p = in; n >= k; p++, n--)
+        if (!memcmp(p, what, k)) return (void *)(uintptr_t)p;
+    return NULL;
+}
+#endif /* _WIN32 */
+
+static FILE *open_stream(const char *path, int how) {
+    int fd = open_file(path, how);
+    FILE *f = fd < 0 ? NULL : fdopen(fd, how <= TO_MAP ? "rb" : "wb");
+    if (fd >= 0 && !f) close(fd);
+    return f;
+}
+
+static double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
 /* ============================================================================================
  * 3 Basics: errors, memory, bytes, UTF-8, SHA-256, JSON
  *
@@ -928,52 +1458,13 @@ static void json_quote(buffer *b, const char *text, size_t n) {
     buffer_text(b, "\"");
 }
 /* ============================================================================================
- * 4 Threads: one pool, and what the system gives: clock, memory, files, processor features
+ * 4 Threads: one pool, mapped files, processor features
  *
  * parallel_for hands out ranges of work to threads that were made once. Which thread does which
  * range never shows in a result: every range writes its own outputs. Tests: tests/04_threads.c.
  * ============================================================================================ */
 
-enum { MAX_THREADS = 256, SPINS = 2000 };
-
-static double seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-/* Processors this process may run on, at most MAX_THREADS. */
-static int processors(void) {
-    long n = sysconf(_SC_NPROCESSORS_ONLN);
-#ifdef CPU_COUNT
-    cpu_set_t set;
-    if (!sched_getaffinity(0, sizeof set, &set)) n = CPU_COUNT(&set);
-#endif
-    return n < 1 ? 1 : n > MAX_THREADS ? MAX_THREADS : (int)n;
-}
-
-/* Bytes of a core's second cache, 0 where the system does not say. */
-static size_t second_cache(void) {
-#ifdef _SC_LEVEL2_CACHE_SIZE
-    long n = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    return n < 64 << 10 ? 0 : n > 4 << 20 ? 4 << 20 : (size_t)n;
-#else
-    return 0;
-#endif
-}
-
-/* Bytes of memory the machine has, and how many of them are free or can be freed at once. */
-static void memory_size(uint64_t *total, uint64_t *available) {
-    *total = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
-    *available = *total;
-    FILE *f = fopen("/proc/meminfo", "r");
-    if (!f) return;
-    char line[128];
-    unsigned long long kib;
-    while (fgets(line, sizeof line, f))
-        if (sscanf(line, "MemAvailable: %llu kB", &kib) == 1) *available = kib * 1024;
-    fclose(f);
-}
+enum { SPINS = 2000 };
 
 /* A whole file mapped for reading. */
 typedef struct {
@@ -983,36 +1474,25 @@ typedef struct {
 
 static int map_file(const char *path, file_map *map, medrun_error *e) {
     *map = (file_map){0};
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);     /* do not wait on a pipe         */
+    int fd = open_file(path, TO_MAP);
     if (fd < 0) return fail(e, MEDRUN_BAD_FILE, "%s: cannot open: %s", path, strerror(errno));
-    struct stat st;
-    void *p = MAP_FAILED;
+    file_facts f = {0};
+    const void *p = NULL;
     const char *why = NULL;
-    if (fstat(fd, &st)) why = strerror(errno);
-    else if (S_ISDIR(st.st_mode)) why = "is a folder, wanted a file";
-    else if (!S_ISREG(st.st_mode)) why = "is not a regular file, so it cannot be mapped";
-    else if (st.st_size == 0) why = "is empty";
-    else if ((uint64_t)st.st_size > SIZE_MAX) why = "is larger than this machine can address";
-    else if ((p = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED, fd, 0)) == MAP_FAILED)
-        why = strerror(errno);
+    if (get_facts(NULL, fd, &f)) why = strerror(errno);
+    else if (f.folder) why = "is a folder, wanted a file";
+    else if (!f.regular) why = "is not a regular file, so it cannot be mapped";
+    else if (!f.bytes) why = "is empty";
+    else if (f.bytes > SIZE_MAX) why = "is larger than this machine can address";
+    else if (!(p = map_bytes(fd, (size_t)f.bytes))) why = strerror(errno);
     close(fd);
     if (why) return fail(e, MEDRUN_BAD_FILE, "%s: %s", path, why);
-    return *map = (file_map){p, (size_t)st.st_size}, MEDRUN_OK;
+    return *map = (file_map){p, (size_t)f.bytes}, MEDRUN_OK;
 }
 
 static void unmap_file(file_map *map) {
-    if (map->data) munmap((void *)(uintptr_t)map->data, map->n);
+    if (map->data) unmap_bytes(map->data, map->n);
     *map = (file_map){0};
-}
-
-/* Zeroed memory straight from the system, given only when touched; NULL if there is none. */
-static void *map_memory(size_t n) {
-    void *p = mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    return p == MAP_FAILED ? NULL : p;
-}
-
-static void unmap_memory(void *p, size_t n) {
-    if (p) munmap(p, n);
 }
 
 /* ---- the pool ------------------------------------------------------------------------------ */
@@ -1021,8 +1501,14 @@ static void unmap_memory(void *p, size_t n) {
 typedef void task_fn(void *context, size_t begin, size_t end, int thread);
 
 typedef struct {
+    struct thread_pool *pool;
+    int index;                              /* 1 .. threads-1                                   */
+    pthread_t id;
+} worker;
+
+typedef struct thread_pool {
     int threads;                            /* with the caller, who is thread 0                 */
-    pthread_t ids[MAX_THREADS];
+    worker workers[MAX_THREADS];
     int started;
     pthread_mutex_t turn;                   /* held by the session whose step runs              */
     pthread_mutex_t lock;
@@ -1036,11 +1522,6 @@ typedef struct {
     size_t n, grain;
     atomic_size_t next;                     /* first item nobody has taken                      */
 } thread_pool;
-
-typedef struct {
-    thread_pool *pool;
-    int index;
-} worker_start;
 
 static void take_work(thread_pool *p, int thread) {
     for (;;) {
@@ -1069,17 +1550,17 @@ static unsigned wait_for_job(thread_pool *p, unsigned seen) {
     return atomic_load(&p->job);
 }
 
-static void *worker_main(void *start) {
-    worker_start s = *(worker_start *)start;
-    free(start);
+static void *worker_main(void *context) {
+    const worker *w = context;
+    thread_pool *p = w->pool;
     for (unsigned job = 0;;) {
-        job = wait_for_job(s.pool, job);
-        if (atomic_load(&s.pool->quit)) return NULL;
-        take_work(s.pool, s.index);
-        if (atomic_fetch_sub(&s.pool->running, 1) == 1) {
-            pthread_mutex_lock(&s.pool->lock);
-            pthread_cond_signal(&s.pool->idle);
-            pthread_mutex_unlock(&s.pool->lock);
+        job = wait_for_job(p, job);
+        if (atomic_load(&p->quit)) return NULL;
+        take_work(p, w->index);
+        if (atomic_fetch_sub(&p->running, 1) == 1) {
+            pthread_mutex_lock(&p->lock);
+            pthread_cond_signal(&p->idle);
+            pthread_mutex_unlock(&p->lock);
         }
     }
 }
@@ -1119,12 +1600,24 @@ static void parallel_for(thread_pool *p, size_t n, size_t grain, task_fn *task, 
 static void pool_stop(thread_pool *p) {
     atomic_store(&p->quit, true);
     start_job(p);
-    for (int i = 0; i < p->started; i++) pthread_join(p->ids[i], NULL);
+    for (int i = 0; i < p->started; i++) pthread_join(p->workers[i].id, NULL);
     pthread_mutex_destroy(&p->turn);
     pthread_mutex_destroy(&p->lock);
     pthread_cond_destroy(&p->wake);
     pthread_cond_destroy(&p->idle);
     p->started = p->threads = 0;
+}
+
+enum { THREAD_STACK = 512 << 10 };
+
+/* A system's usual stack would take 8 MiB of addresses from a process that may have few. */
+static int start_thread(pthread_t *id, void *(*run)(void *), void *context) {
+    pthread_attr_t small;
+    pthread_attr_init(&small);
+    pthread_attr_setstacksize(&small, THREAD_STACK);
+    int failed = pthread_create(id, &small, run, context);
+    pthread_attr_destroy(&small);
+    return failed;
 }
 
 /* THREADS 0: one for each processor. The pool must not move afterwards. */
@@ -1138,10 +1631,9 @@ static int pool_start(thread_pool *p, int threads, medrun_error *e) {
     pthread_cond_init(&p->idle, NULL);
     p->threads = threads ? threads : processors();
     for (int i = 1; i < p->threads; i++) {
-        worker_start *start = new_array(1, sizeof *start);
-        if (start) *start = (worker_start){p, i};
-        if (!start || pthread_create(&p->ids[i - 1], NULL, worker_main, start)) {
-            free(start);
+        worker *w = &p->workers[p->started];
+        w->pool = p, w->index = i;
+        if (start_thread(&w->id, worker_main, w)) {
             fail(e, MEDRUN_FAILED, "cannot start thread %d of %d", i + 1, p->threads);
             return pool_stop(p), MEDRUN_FAILED;
         }
@@ -4562,7 +5054,7 @@ static bool json_truthy(const json *j, uint32_t v) {
 static void python_float(buffer *b, double value) {
     char text[40], digits[20];
     int n = 0, precision = 0, power;
-    if (!isfinite(value)) { buffer_text(b, value < 0 ? "-Infinity" : "Infinity"); return; }
+    if (!(fabs(value) <= DBL_MAX)) { buffer_text(b, value < 0 ? "-Infinity" : "Infinity"); return; }
     do snprintf(text, sizeof text, "%.*e", precision, value);
     while (strtod(text, NULL) != value && ++precision < 17);
     for (const char *p = text; *p != 'e'; p++) if (isdigit((uint8_t)*p)) digits[n++] = *p;
@@ -5124,9 +5616,8 @@ static const chat_template *chat_find(const char *name) {
 
 /* Today where this machine is, YYYY-MM-DD. */
 static void date_today(char date[11]) {
-    time_t now = time(NULL);
     struct tm t = {0};
-    localtime_r(&now, &t);
+    local_time(time(NULL), &t);
     strftime(date, 11, "%Y-%m-%d", &t);
 }
 
@@ -5903,7 +6394,7 @@ static int read_config(const model_file *f, model_config *c, medrun_error *e) {
 /* ---- the tensors --------------------------------------------------------------------------- */
 
 /* Binds the next entry of the table: it must be called NAME and have this type and shape. */
-static int bind(medrun_model *m, uint32_t *entry, uint32_t *left, const char *name, int type,
+static int bind_one(medrun_model *m, uint32_t *entry, uint32_t *left, const char *name, int type,
                 int rows, int cols, tensor *out, medrun_error *e) {
     model_file *f = &m->file;
     char found[64], found_type[16];
@@ -5960,7 +6451,7 @@ static int bind_all(medrun_model *m, medrun_error *e) {
     const float *xielu_stored = NULL;
     bool gated = c->activation == ACTIVATION_SILU, xielu = c->activation == ACTIVATION_XIELU;
     int vocabulary = rows_type(m->type);
-    int code = bind(m, &entry, &left, "embed", vocabulary, c->vocab_size, hidden, &m->embed, e);
+    int code = bind_one(m, &entry, &left, "embed", vocabulary, c->vocab_size, hidden, &m->embed, e);
     if (code) return code;
     for (int l = 0; l < c->n_layers; l++) {
         model_layer *y = &m->layers[l];
@@ -5989,17 +6480,19 @@ static int bind_all(medrun_model *m, medrun_error *e) {
             if (all[i].missing) continue;
             snprintf(name, sizeof name, "layers.%d.%s", l, all[i].name);
             int type = all[i].vector ? TYPE_F32 : m->type;
-            code = bind(m, &entry, &left, name, type, all[i].rows, all[i].cols, all[i].to, e);
+            code = bind_one(m, &entry, &left, name, type, all[i].rows, all[i].cols, all[i].to, e);
             if (code) return code;
             if (all[i].vector) *all[i].vector = (const void *)vector.data;
         }
         if (xielu && (code = read_xielu(m->file.path, l, xielu_stored, &y->xielu, e))) return code;
     }
-    if ((code = bind(m, &entry, &left, "final_norm", TYPE_F32, 1, hidden, &vector, e))) return code;
+    code = bind_one(m, &entry, &left, "final_norm", TYPE_F32, 1, hidden, &vector, e);
+    if (code) return code;
     m->final_norm = (const void *)vector.data;
     m->output = m->embed;
     if (!c->tied)
-        code = bind(m, &entry, &left, "output", vocabulary, c->vocab_size, hidden, &m->output, e);
+        code = bind_one(m, &entry, &left, "output", vocabulary, c->vocab_size, hidden,
+                        &m->output, e);
     if (code) return code;
     if (left) return fail(e, MEDRUN_BAD_FILE, "%s: %u tensors more than the config needs",
                           m->file.path, left);
@@ -6742,12 +7235,15 @@ static void layout_pass(const medrun_session *s, pass *p, arena *a) {
     p->position = arena_take(a, n, sizeof *p->position);
     p->x = arena_take(a, n * p->hidden, sizeof(float));
     p->h = arena_take(a, (n > TILE ? n : TILE) * p->hidden, sizeof(float));
+    size_t shared = a->at, end;                 /* the two blocks of a layer take turns in it    */
     p->q = arena_take(a, n * p->heads, sizeof(float));
     p->k = arena_take(a, n * p->kv, sizeof(float));
     p->v = arena_take(a, n * p->kv, sizeof(float));
     p->attn = arena_take(a, n * p->heads, sizeof(float));
+    end = a->at, a->at = shared;
     p->ffn_act = arena_take(a, n * p->ffn, sizeof(float));
     if (c->activation == ACTIVATION_SILU) p->up = arena_take(a, n * p->ffn, sizeof(float));
+    if (a->at < end) a->at = end;
     p->rotation = arena_take(a, n * dim, sizeof(float));
     p->scores = arena_take(a, (size_t)s->model->pool->threads * attend_scratch(dim),
                            sizeof(float));
@@ -6828,7 +7324,7 @@ int medrun_start(medrun_session **out, const medrun_model *model,
                  const medrun_session_options *options, void *memory, size_t bytes,
                  medrun_error *e) {
     medrun_session_options o;
-    uint64_t total, available;
+    uint64_t total = 0, available;
     *out = NULL;
     int code = resolve_options(model, options, &o, e);
     if (code) return code;
@@ -6836,8 +7332,8 @@ int medrun_start(medrun_session **out, const medrun_model *model,
     if (memory && (bytes < need || (uintptr_t)memory % 64))
         return fail(e, MEDRUN_USAGE, "session memory: found %zu bytes at %p, wanted %zu, 64-byte "
                     "aligned", bytes, memory, need);
-    memory_size(&total, &available);
-    if (!memory && need > total)
+    if (!memory) memory_size(&total, &available);
+    if (need > total && !memory)
         return fail(e, MEDRUN_NO_MEMORY, "a context of %d tokens needs %llu MB, this machine has "
                     "%llu MB; ask for a smaller one (-c)", o.context,
                     (unsigned long long)need >> 20, (unsigned long long)total >> 20);
@@ -6967,14 +7463,14 @@ int medrun_feed(medrun_session *s, const int32_t *ids, size_t n, medrun_error *e
     return append_ids(s, ids, n, e);
 }
 
-static bool is_stop(const medrun_model *m, int32_t id) {
+bool medrun_is_stop(const medrun_model *m, int32_t id) {
     for (int i = 0; i < m->n_stops; i++) if (m->stops[i] == id) return true;
     return false;
 }
 
 /* Does this stop leave the timeline when the template closes the answer? */
 static bool stop_goes(const chat_template *c, const medrun_model *m, int32_t id) {
-    return is_stop(m, id) && !chat_keeps(c, &m->tokenizer, id);
+    return medrun_is_stop(m, id) && !chat_keeps(c, &m->tokenizer, id);
 }
 
 static int check_template(const chat_template *c, medrun_error *e) {
@@ -7092,7 +7588,7 @@ static int step_ahead(medrun_session *s, medrun_error *e) {
     size_t most = (size_t)s->options.lookup < room ? (size_t)s->options.lookup : room;
     find_match(g, s->tokens, n);
     size_t rows = s->observer ? 1 : choose_rows(g, most + 1);
-    for (; k + 1 < rows && !is_stop(s->model, s->tokens[g->at + k]); k++)
+    for (; k + 1 < rows && !medrun_is_stop(s->model, s->tokens[g->at + k]); k++)
         s->tokens[n + k] = s->tokens[g->at + k];        /* may read what it just wrote           */
     s->n_tokens = n + k, s->n_wanted = k + 1;
     double start = seconds();
@@ -7133,7 +7629,7 @@ int medrun_next(medrun_session *s, int32_t *id, const char **text, size_t *n_byt
     int code = next_id(s, id, e);
     if (code) return code;
     const char *piece = tokenizer_text(&m->tokenizer, *id, false, &first, &n);
-    if ((stop = is_stop(m, *id))) n = 0;
+    if ((stop = medrun_is_stop(m, *id))) n = 0;
     s->starting = first;
     memcpy(s->text + s->n_text, piece, n);
     s->n_text += n;
@@ -7332,19 +7828,16 @@ static void name_template(const medrun_session *s, char name[32]) {
 
 /* Opens PATH.partial anew, for its owner only. PATH must not be a folder or a device. */
 static int create_state(FILE **f, const char *path, buffer *partial, medrun_error *e) {
-    struct stat st;
+    file_facts there;
     *f = NULL;
-    if (!stat(path, &st) && !S_ISREG(st.st_mode))
+    if (!get_facts(path, -1, &there) && !there.regular)
         return fail(e, MEDRUN_FAILED, "%s: cannot write: is not a regular file", path);
     buffer_printf(partial, "%s.partial", path);
     if (partial->failed) return out_of_memory(e, strlen(path));
     const char *name = (const char *)partial->data;
-    unlink(name);                                       /* so that its mode is ours              */
-    int fd = open(name, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
-    if (fd >= 0 && (*f = fdopen(fd, "wb"))) return MEDRUN_OK;
-    int code = fail(e, MEDRUN_FAILED, "%s: cannot write: %s", path, strerror(errno));
-    if (fd >= 0) close(fd), remove(name);
-    return code;
+    remove_file(name);                                  /* so that its mode is ours              */
+    if ((*f = open_stream(name, TO_CREATE))) return MEDRUN_OK;
+    return fail(e, MEDRUN_FAILED, "%s: cannot write: %s", path, strerror(errno));
 }
 
 static void put_state(state_file *f, const medrun_session *s) {
@@ -7383,10 +7876,11 @@ int medrun_save(const medrun_session *s, const char *path, medrun_error *e) {
         put_state(&f, s);
         int why = errno;
         if (fclose(f.f) && !f.failed) f.failed = true, why = errno;
-        if (!f.failed && rename((const char *)partial.data, path)) f.failed = true, why = errno;
+        if (!f.failed && rename_file((const char *)partial.data, path))
+            f.failed = true, why = errno;
         if (f.failed) {
             code = fail(e, MEDRUN_FAILED, "%s: cannot write the session: %s", path, strerror(why));
-            remove((const char *)partial.data);
+            remove_file((const char *)partial.data);
         }
     }
     buffer_free(&partial);
@@ -7486,17 +7980,16 @@ static int restore_from(medrun_session *s, state_file *f, uint64_t size, const i
 /* As restore_from; after a failure the session is empty. */
 static int restore_file(medrun_session *s, const int32_t *ids, size_t n, const char *path,
                         medrun_error *e) {
-    struct stat st;
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK), code;       /* not to wait on a pipe */
-    FILE *f = fd < 0 ? NULL : fdopen(fd, "rb");
-    if (!f || fstat(fd, &st))
+    file_facts there;
+    FILE *f = open_stream(path, TO_MAP);
+    int code;
+    if (!f || get_facts(NULL, fileno(f), &there))
         code = fail(e, MEDRUN_BAD_FILE, "%s: cannot open: %s", path, strerror(errno));
-    else if (!S_ISREG(st.st_mode))
+    else if (!there.regular)
         code = fail(e, MEDRUN_BAD_FILE, "%s: is not a regular file", path);
     else
-        code = restore_from(s, &(state_file){.f = f}, (uint64_t)st.st_size, ids, n, path, e);
+        code = restore_from(s, &(state_file){.f = f}, there.bytes, ids, n, path, e);
     if (f) fclose(f);
-    else if (fd >= 0) close(fd);
     if (code) medrun_rewind(s, 0, NULL);
     return code;
 }
@@ -7738,7 +8231,7 @@ static bool parse_number(const char *text, double *out) {
     char *end;
     if (!*text || text[strspn(text, "+-.0123456789eE")]) return false;
     *out = strtod(text, &end);
-    return !*end && isfinite(*out);
+    return !*end && fabs(*out) <= DBL_MAX;
 }
 
 /* WORDS has | between its words; the place of VALUE among them becomes the number. */
@@ -7785,7 +8278,7 @@ static int read_environment(command *c) {
     for (int id = 0; id < O_HELP; id++) {
         if (!(option_rows[id].on & ON(c->which)) || c->from[id] != FROM_DEFAULT) continue;
         snprintf(name, sizeof name, "MEDRUN_%s", option_rows[id].name);
-        for (char *p = name; *p; p++) *p = *p == '-' ? '_' : (char)toupper(*p);
+        for (char *p = name; *p; p++) *p = *p == '-' ? '_' : (char)toupper((uint8_t)*p);
         const char *value = getenv(name);
         int code = value && *value ? set_option(c, id, value, FROM_ENVIRONMENT, name) : 0;
         if (code) return code;
@@ -7853,7 +8346,7 @@ static const int32_t *ids_of(const buffer *b) { return (const int32_t *)(const v
 /* Appends all of PATH (- is stdin) to OUT. */
 static int read_file(command *c, const char *path, buffer *out) {
     bool standard = !strcmp(path, "-");
-    FILE *f = standard ? stdin : fopen(path, "rb");
+    FILE *f = standard ? stdin : open_stream(path, TO_READ);
     if (!f) return fail(&c->e, MEDRUN_BAD_FILE, "%s: cannot open: %s", path, strerror(errno));
     for (size_t n = 1; n && buffer_room(out, 65536); out->n += n, out->data[out->n] = 0)
         n = fread(out->data + out->n, 1, 65536, f);
@@ -7867,7 +8360,7 @@ static int read_file(command *c, const char *path, buffer *out) {
 /* A file is written beside its place and moved there when it is whole. */
 static FILE *create_file(command *c, const char *path, char partial[1024]) {
     int n = snprintf(partial, 1024, "%s.partial", path);
-    FILE *f = n < 1024 ? fopen(partial, "wb") : NULL;
+    FILE *f = n < 1024 ? open_stream(partial, TO_WRITE) : NULL;
     if (!f) fail(&c->e, MEDRUN_FAILED, "%s: cannot create: %s", path, strerror(errno));
     return f;
 }
@@ -7876,9 +8369,9 @@ static FILE *create_file(command *c, const char *path, char partial[1024]) {
 static int finish_file(command *c, FILE *f, const char *path, const char *partial, int code) {
     bool bad = ferror(f);
     if (fclose(f)) bad = true;
-    if (!code && (bad || rename(partial, path)))
+    if (!code && (bad || rename_file(partial, path)))
         code = fail(&c->e, MEDRUN_FAILED, "%s: cannot write: %s", path, strerror(errno));
-    if (code) remove(partial);
+    if (code) remove_file(partial);
     return code;
 }
 
@@ -7952,7 +8445,7 @@ static int choose_template(command *c) {
                     c->text[O_TEMPLATE], CHAT_NAMES);
     for (size_t i = 0; c->m && chosen && chosen != c->chat && i < 4; i++) {
         int32_t id = chat_token(c->t, chosen->stops[i]);
-        if (id >= 0 && !is_stop(c->m, id) && c->m->n_stops < MEDRUN_MAX_STOPS)
+        if (id >= 0 && !medrun_is_stop(c->m, id) && c->m->n_stops < MEDRUN_MAX_STOPS)
             c->m->stops[c->m->n_stops++] = id;
     }
     c->chat = chosen;
@@ -7981,7 +8474,7 @@ static int open_path(command *c, const char *path) {
     int code = medrun_open(&c->m, path, &o, &c->e);
     if (code) return code;
     c->t = &c->m->tokenizer, c->chat = c->m->chat, c->sampling = c->m->sampling;
-    if (flag(c, O_MLOCK) && mlock(c->m->file.map.data, c->m->file.map.n))
+    if (flag(c, O_MLOCK) && !lock_bytes(c->m->file.map.data, c->m->file.map.n))
         return fail(&c->e, MEDRUN_FAILED, "--mlock: %zu MB cannot be locked: %s; see ulimit -l",
                     c->m->file.map.n >> 20, strerror(errno));
     return choose_template(c);
@@ -8017,14 +8510,6 @@ static const char *origin(const command *c, int id) {
     return origins[c->from[id]];
 }
 
-static uint64_t new_seed(void) {
-    uint64_t seed = (uint64_t)time(NULL) ^ (uint64_t)getpid() << 32;
-    int fd = open("/dev/urandom", O_RDONLY | O_CLOEXEC);
-    if (fd < 0 || read(fd, &seed, sizeof seed) < 0) seed ^= (uint64_t)clock() << 20;
-    if (fd >= 0) close(fd);
-    return seed & MAX_SEED;
-}
-
 /* The card's values, but for those that were given; says which is which. */
 static void choose_sampling(command *c) {
     medrun_sampling *s = &c->sampling;
@@ -8034,7 +8519,7 @@ static void choose_sampling(command *c) {
     if (given(c, O_MIN_P)) s->min_p = (float)c->number[O_MIN_P];
     if (given(c, O_REPEAT)) s->repeat_penalty = (float)c->number[O_REPEAT];
     bool random = c->number[O_SEED] < 0;
-    s->seed = random ? new_seed() : (uint64_t)c->number[O_SEED];
+    s->seed = random ? random_bits() & MAX_SEED : (uint64_t)c->number[O_SEED];
     if (s->temperature <= 0)
         note(c, "sampling: temperature 0 (%s), the likeliest token always; repeat-penalty %g (%s)",
              origin(c, O_TEMP), (double)s->repeat_penalty, origin(c, O_REPEAT));
@@ -8103,11 +8588,11 @@ static void on_interrupt(int signal_number) {
 
 /* From here on the first Ctrl-C is noted and the second one ends the program. Who started us with
  * Ctrl-C ignored meant it. */
-static void watch_interrupts(struct sigaction *before) {
-    struct sigaction action = {.sa_handler = on_interrupt, .sa_flags = (int)SA_RESETHAND};
+static signal_handler *watch_interrupts(void) {
     interrupted = 0;
-    sigaction(SIGINT, &action, before);
-    if (before->sa_handler == SIG_IGN) sigaction(SIGINT, before, NULL);
+    signal_handler *before = on_signal(SIGINT, on_interrupt);
+    if (before == SIG_IGN) on_signal(SIGINT, SIG_IGN);
+    return before;
 }
 
 typedef struct {
@@ -8140,7 +8625,7 @@ static int print_held(command *c, answer *a, bool over) {
     if (find_stop(c, &a->held, &n, &hold)) a->ended = true;
     else if (!over) n -= hold;
     if (!n || !a->held.data) return MEDRUN_OK;
-    if (isatty(STDOUT_FILENO)) print_safe(stdout, chars(&a->held), n, true);
+    if (is_terminal(STDOUT_FILENO)) print_safe(stdout, chars(&a->held), n, true);
     else fwrite(a->held.data, 1, n, stdout);
     a->mid_line = a->held.data[n - 1] != '\n';
     a->held.n -= n;
@@ -8152,7 +8637,7 @@ static int print_held(command *c, answer *a, bool over) {
  * seconds shows how far it is: on a terminal all the time, in a log every ten seconds. */
 static int process_prompt(command *c) {
     size_t n = medrun_pending(c->s), left;
-    bool terminal = isatty(STDERR_FILENO), drawn = false;
+    bool terminal = is_terminal(STDERR_FILENO), drawn = false;
     double start = seconds(), next = start + (terminal ? 2 : 10);
     int code = MEDRUN_OK;
     while (!code && (left = medrun_pending(c->s))) {
@@ -8176,7 +8661,7 @@ static int check_prefix(command *c) {
     if (!given(c, O_SAVE_PREFIX)) return MEDRUN_OK;
     FILE *f;
     int code = create_state(&f, c->text[O_SAVE_PREFIX], &partial, &c->e);
-    if (!code) fclose(f), remove(chars(&partial));
+    if (!code) fclose(f), remove_file(chars(&partial));
     buffer_free(&partial);
     return code;
 }
@@ -8229,7 +8714,7 @@ static int next_piece(command *c, answer *a) {
     const char *const *tokens = c->chat_options.tools ? c->chat->call_tokens : NULL;
     bool opens = tokens && id == chat_token(c->t, tokens[0]);
     a->n_answer++;
-    a->ended = is_stop(c->m, id);
+    a->ended = medrun_is_stop(c->m, id);
     buffer_add(a->in_call ? &a->call : &a->held, text, n);
     if (a->in_call && (a->ended || id == chat_token(c->t, tokens[1]))) return print_call(c, a);
     if (a->held.failed || a->call.failed) return out_of_memory(&c->e, n);
@@ -8240,25 +8725,24 @@ static int next_piece(command *c, answer *a) {
 
 /* Answers what has been fed. A full context cuts the answer: MEDRUN_TOO_LONG. */
 static int print_reply(command *c, answer *a) {
-    struct sigaction before;
     size_t most = c->number[O_PREDICT] < 0 ? SIZE_MAX : (size_t)c->number[O_PREDICT];
     double start = seconds();
     uint64_t guessed, right;
     *a = (answer){.n_prompt = medrun_pending(c->s)};
     medrun_guesses(c->s, &guessed, &right);
-    watch_interrupts(&before);
+    signal_handler *before = watch_interrupts();
     int code = process_prompt(c), last = MEDRUN_OK;
     a->prompt_time = seconds() - start;
     if (!code) code = save_prefix(c);
     double middle = seconds();
     while (!code && !a->ended && a->n_answer < most) code = next_piece(c, a);
     if (!a->ended) last = a->in_call ? print_call(c, a) : print_held(c, a, true);
-    sigaction(SIGINT, &before, NULL);
+    on_signal(SIGINT, before);
     a->answer_time = seconds() - middle;
     medrun_guesses(c->s, &a->guessed, &a->right);
     a->guessed -= guessed, a->right -= right;
     buffer_free(&a->held), buffer_free(&a->call);
-    if (isatty(STDOUT_FILENO)) puts("");
+    if (is_terminal(STDOUT_FILENO)) puts("");
     if (code != MEDRUN_TOO_LONG) return code ? code : last;
     c->e = (medrun_error){0};
     return fail(&c->e, code, "the answer is cut: the context of %zu tokens is full (-c)",
@@ -8309,7 +8793,7 @@ static int read_prompt(command *c, buffer *text) {
         buffer_text(text, c->text[O_PROMPT]);
         return text->failed ? out_of_memory(&c->e, strlen(c->text[O_PROMPT])) : MEDRUN_OK;
     }
-    if (!file && isatty(STDIN_FILENO))
+    if (!file && is_terminal(STDIN_FILENO))
         return fail(&c->e, MEDRUN_USAGE, "no text: give -p TEXT or -f FILE, or pipe it in");
     int code = read_file(c, file ? c->text[O_FILE] : "-", text);
     if (c->which != TOKENIZE) drop_line_end(text);
@@ -8621,14 +9105,8 @@ typedef struct {
     bool plain, colour;                         /* plain: nothing that can be drawn on          */
 } editor;
 
-static struct termios cooked_terminal;
-static volatile sig_atomic_t terminal_is_raw;
-
 static void restore_terminal(void) {
-    if (!terminal_is_raw) return;
-    terminal_is_raw = 0;
-    tcsetattr(STDIN_FILENO, TCSADRAIN, &cooked_terminal);
-    if (write(STDERR_FILENO, "\x1b[?2004l", 8) < 0) return;     /* nothing more can be done      */
+    if (set_raw(false) && write(STDERR_FILENO, "\x1b[?2004l", 8) < 0) return;   /* no more to do */
 }
 
 static void on_fatal_signal(int signal_number) {
@@ -8636,39 +9114,21 @@ static void on_fatal_signal(int signal_number) {
     raise(signal_number);                               /* now with its default effect           */
 }
 
-/* Keys come one by one and as they are, Ctrl-C too; what is pasted comes between marks. */
-static bool make_raw(void) {
-    struct termios raw;
-    if (tcgetattr(STDIN_FILENO, &cooked_terminal)) return false;
-    raw = cooked_terminal;
-    raw.c_lflag &= ~(tcflag_t)(ECHO | ICANON | ISIG | IEXTEN);
-    raw.c_iflag &= ~(tcflag_t)(IXON | ICRNL | INLCR | ISTRIP);
-    raw.c_cc[VMIN] = 1, raw.c_cc[VTIME] = 0;
-    terminal_is_raw = 1;
-    if (tcsetattr(STDIN_FILENO, TCSADRAIN, &raw)) return terminal_is_raw = 0, false;
-    return fputs("\x1b[?2004h", stderr) >= 0;
-}
+/* What is pasted comes between marks. */
+static bool make_raw(void) { return set_raw(true) && fputs("\x1b[?2004h", stderr) >= 0; }
 
 static void prepare_editor(editor *ed) {
     static const int fatal[] = {SIGTERM, SIGHUP, SIGQUIT, SIGINT};
-    struct sigaction action = {.sa_handler = on_fatal_signal, .sa_flags = (int)SA_RESETHAND};
-    const char *term = getenv("TERM"), *no_colour = getenv("NO_COLOR");
-    ed->plain = !isatty(STDERR_FILENO) || !term || !strcmp(term, "dumb");
+    const char *no_colour = getenv("NO_COLOR");
+    ed->plain = !terminal_draws();
     ed->colour = !ed->plain && !(no_colour && *no_colour);
     atexit(restore_terminal);
-    for (size_t i = 0; i < sizeof fatal / sizeof *fatal; i++) sigaction(fatal[i], &action, NULL);
+    for (size_t i = 0; i < sizeof fatal / sizeof *fatal; i++) on_signal(fatal[i], on_fatal_signal);
 }
 
 static void close_editor(editor *ed) {
     for (int i = 0; i < ed->n_history; i++) free(ed->history[i]);
     buffer_free(&ed->line);
-}
-
-static int read_byte(void) {
-    uint8_t byte;
-    ssize_t n;
-    while ((n = read(STDIN_FILENO, &byte, 1)) < 0 && errno == EINTR) continue;
-    return n == 1 ? byte : EOF;
 }
 
 enum { KEY_UP = 256, KEY_DOWN, KEY_RIGHT, KEY_LEFT, KEY_HOME, KEY_END, KEY_DELETE, KEY_PASTE,
@@ -8677,10 +9137,10 @@ enum { KEY_UP = 256, KEY_DOWN, KEY_RIGHT, KEY_LEFT, KEY_HOME, KEY_END, KEY_DELET
 /* A byte, a KEY_, or EOF. Escape sequences are ESC [ numbers letter, or ESC O letter. */
 static int read_key(void) {
     static const char letters[] = "ABCDHF";             /* in the order of the KEY_              */
-    int c = read_byte(), number = 0;
+    int c = typed_byte(), number = 0;
     if (c != 27) return c;
-    if ((c = read_byte()) != '[' && c != 'O') return c == EOF ? EOF : KEY_OTHER;
-    while ((c = read_byte()) != EOF && c < 0x40)        /* of numbers the last: Ctrl-Left is     */
+    if ((c = typed_byte()) != '[' && c != 'O') return c == EOF ? EOF : KEY_OTHER;
+    while ((c = typed_byte()) != EOF && c < 0x40)        /* of numbers the last: Ctrl-Left is     */
         number = isdigit(c) ? (number * 10 + c - '0') % 1000 : 0;               /* 1;5D, so Left */
     const char *letter = c > 0 ? strchr(letters, c) : NULL;
     if (letter) return KEY_UP + (int)(letter - letters);
@@ -8745,9 +9205,8 @@ static size_t window_start(const editor *ed, size_t room, size_t *cursor) {
 
 /* Draws the window, or, when the line is DONE, all of it. */
 static void draw_line(const editor *ed, const char *prompt, bool done) {
-    struct winsize size;
-    bool known = !ioctl(STDERR_FILENO, TIOCGWINSZ, &size) && size.ws_col > 10;
-    size_t room = (known ? size.ws_col : 80) - strlen(prompt) - 1, cursor, used = 0, columns;
+    int width = terminal_columns();
+    size_t room = (width > 10 ? (size_t)width : 80) - strlen(prompt) - 1, cursor, used = 0, columns;
     size_t i = window_start(ed, room, &cursor);
     buffer out = {0};
     buffer_printf(&out, ed->colour ? "\r\x1b[1m%s\x1b[0m" : "\r%s", prompt);
@@ -8828,13 +9287,11 @@ static int edit_line(editor *ed, const char *prompt) {
     bool pasting = false;
     ed->line.n = ed->at = 0, ed->place = ed->n_history;
     for (;;) {
-        int waiting = 0;
-        ioctl(STDIN_FILENO, FIONREAD, &waiting);        /* draw when the typist pauses           */
-        if (!waiting) draw_line(ed, prompt, false);
+        if (!more_is_typed()) draw_line(ed, prompt, false);
         int key = read_key();
         bool leaves = key == CTRL_KEY('D') && !ed->line.n;
         if (key == EOF) return LINE_END;
-        if (key == CTRL_KEY('Z')) restore_terminal(), raise(SIGTSTP), make_raw();
+        if (key == CTRL_KEY('Z')) restore_terminal(), suspend_program(), make_raw();
         else if (key == KEY_PASTE || key == KEY_PASTED) pasting = key == KEY_PASTE;
         else if (pasting && key < 256) insert(ed, &(char){(char)(key == '\r' ? '\n' : key)}, 1);
         else if (key == '\r' || key == '\n' || key == CTRL_KEY('C') || leaves) {
@@ -8850,7 +9307,8 @@ static int plain_line(editor *ed, const char *prompt) {
     int c;
     fputs(prompt, stderr);
     ed->line.n = 0;
-    while ((c = read_byte()) != EOF && c != '\n') buffer_add(&ed->line, &(char){(char)c}, 1);
+    while ((c = typed_byte()) != EOF && c != '\n') buffer_add(&ed->line, &(char){(char)c}, 1);
+    drop_line_end(&ed->line);
     return c == EOF && !ed->line.n ? LINE_END : LINE;
 }
 
@@ -9105,7 +9563,7 @@ static int talk(command *c) {
 }
 
 static int converse_command(command *c) {
-    if (!isatty(STDIN_FILENO)) return run_command(c);
+    if (!is_terminal(STDIN_FILENO)) return run_command(c);
     int code = open_model(c);
     if (!code) code = choose_chat(c);
     if (!code) code = start_session(c);
@@ -9160,7 +9618,7 @@ static bool report_hash(const command *c, const hashed *h, bool is_tensor) {
 static int verify_hashes(command *c, bool *same) {
     const model_file *f = &c->m->file;
     size_t n = f->header.nodes[f->tensors].count, good = 0;
-    hash_job job = {.all = new_array(n + 1, sizeof(hashed)), .show = isatty(STDERR_FILENO)};
+    hash_job job = {.all = new_array(n + 1, sizeof(hashed)), .show = is_terminal(STDERR_FILENO)};
     if (!job.all) return out_of_memory(&c->e, (n + 1) * sizeof(hashed));
     uint32_t v = f->tensors + 1;
     for (size_t i = 0; i <= n; i++, v = f->header.nodes[v].next) {
@@ -9761,8 +10219,9 @@ static int read_line_of_arguments(command *c, int argc, char **argv, int place) 
 /* Without a command's name the first argument is a model, and must look like a file. */
 static int check_rest(command *c, bool named) {
     int most = command_rows[c->which].most;
+    file_facts there;
     if (given(c, O_MODEL) && most == 1 && c->which != REPLAY) most = 0;
-    if (!named && c->n_rest && !strpbrk(c->rest[0], "./") && access(c->rest[0], F_OK))
+    if (!named && c->n_rest && !strpbrk(c->rest[0], "./\\") && get_facts(c->rest[0], -1, &there))
         return unknown_command(c, c->rest[0]);
     if (c->n_rest <= most) return MEDRUN_OK;
     return fail(&c->e, MEDRUN_USAGE, "%s: found \"%s\" too many; a text with spaces needs quotes",
@@ -9784,11 +10243,20 @@ static int run_line(command *c, int argc, char **argv) {
     return command_rows[c->which].run(c);
 }
 
+/* In a signal handler: a file that is mapped became shorter, or its disk went away. */
+static void on_lost_file(int signal_number) {
+    static const char said[] = "medrun: the checkpoint cannot be read any more: it was cut, or its "
+                               "disk is gone\n";
+    (void)signal_number;
+    restore_terminal();
+    if (write(STDERR_FILENO, said, sizeof said - 1) < 0) _exit(MEDRUN_FAILED);
+    _exit(MEDRUN_FAILED);
+}
+
 int main(int argc, char **argv) {
     static command c;
-    for (int fd = 0; fd < 3; fd++)      /* no file that is opened may become stdout by chance    */
-        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd ? O_RDONLY : O_WRONLY) != fd) return 1;
-    signal(SIGPIPE, SIG_IGN);           /* writing fails with EPIPE instead                      */
+    if (!(argv = start_program(&argc, argv))) return 1;
+    on_lost_page(on_lost_file);
     umask(077);                         /* records and sessions hold what a patient said         */
     int code = run_line(&c, argc, argv);
     if (!code) code = flush_stdout(&c);

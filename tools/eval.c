@@ -22,8 +22,7 @@
 
 #define MEDRUN_NO_MAIN
 #include "../medrun.c"
-#include <sys/file.h>
-#include "options.c"
+#include "common.c"
 #include "eval_data.c"
 
 #define HARNESS "lm-evaluation-harness 0.4.13"
@@ -510,7 +509,7 @@ static bool generate_token(evaluation *v, slot *s, medrun_error *e) {
     size_t n;
     const char *text = tokenizer_text(&v->m->tokenizer, best, false, &s->first, &n);
     v->generated++, s->n_new++;
-    if (is_stop(v->m, best)) return true;
+    if (medrun_is_stop(v->m, best)) return true;
     buffer_add(&s->text, text, n);
     buffer_add(&p->ids, &best, sizeof best);
     p->end[0] = n_ids(&p->ids);
@@ -838,9 +837,9 @@ static int open_results(evaluation *v, medrun_error *e) {
     buffer text = {0};
     ssize_t n = 1;
     if (!v->o.out) return MEDRUN_OK;
-    v->fd = open(v->o.out, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+    v->fd = open_file(v->o.out, TO_UPDATE);
     if (v->fd < 0) return fail(e, MEDRUN_FAILED, "%s: cannot open: %s", v->o.out, strerror(errno));
-    if (flock(v->fd, LOCK_EX | LOCK_NB))
+    if (lock_file(v->fd))
         return fail(e, MEDRUN_FAILED, "%s: another process is writing it", v->o.out);
     while (n > 0 && buffer_room(&text, 1 << 16)) {
         n = read(v->fd, text.data + text.n, 1 << 16);
@@ -1368,6 +1367,11 @@ static int choose_chat(evaluation *v, medrun_error *e) {
         return fail(e, MEDRUN_USAGE, "chat template: found %s, wanted --template with one of "
                     CHAT_NAMES ", or --no-template",
                     v->o.template_name ? v->o.template_name : "one that medrun does not know");
+    for (size_t i = 0; i < 4; i++) {                    /* a template that is named brings its stops  */
+        int32_t id = chat_token(&v->m->tokenizer, v->chat->stops[i]);
+        if (id >= 0 && !medrun_is_stop(v->m, id) && v->m->n_stops < MEDRUN_MAX_STOPS)
+            v->m->stops[v->m->n_stops++] = id;
+    }
     c->date = v->o.date, c->bos = v->bos;
     if (!c->date && v->chat->how & STATES_TODAY) date_today(v->today), c->date = v->today;
     if (v->bos == MEDRUN_BOS_AUTO && !v->chat->bos)
@@ -1406,7 +1410,7 @@ static int make_prompts(evaluation *v, size_t *longest, size_t *rows, medrun_err
 /* On a terminal one line that changes, else a line for each tenth. */
 static void draw_progress(evaluation *v, bool last) {
     double now = seconds(), passed = now - v->start;
-    bool terminal = isatty(STDERR_FILENO);
+    bool terminal = terminal_draws();
     if (v->o.quiet) return;
     if (!last && (terminal ? now - v->drawn < 0.2 : v->n_done < v->drawn_at)) return;
     v->drawn = now, v->drawn_at = v->n_done + v->n_mine / 10 + 1;
@@ -1502,7 +1506,7 @@ static int write_merged(const results *all, const char *path, medrun_error *e) {
     if (all->n_sets > 1)
         return fail(e, MEDRUN_USAGE, "--out: these results are of %zu data sets; one file holds "
                     "one", all->n_sets);
-    FILE *f = fopen(path, "wbx");
+    FILE *f = open_stream(path, TO_CREATE);
     if (!f) return fail(e, MEDRUN_FAILED, "%s: cannot create: %s", path, strerror(errno));
     fwrite(all->sets->head, 1, all->sets->n_head, f);
     for (size_t i = 0; i < all->sets->n; i++)
@@ -1555,9 +1559,9 @@ static int eval_main(int argc, char **argv) {
     medrun_error e = {0};
     v = (evaluation){.fd = -1};
     tool_line line = {eval_table, N_EVAL_OPTIONS, &v.o, words, 0, MOST_WORDS};
-    struct sigaction action = {.sa_handler = on_interrupt, .sa_flags = SA_RESTART};
-    sigaction(SIGINT, &action, NULL);
-    sigaction(SIGTERM, &action, NULL);
+    if (!(argv = start_program(&argc, argv))) return MEDRUN_FAILED;
+    on_signal(SIGINT, on_interrupt);
+    on_signal(SIGTERM, on_interrupt);
     parse_options(&line, argc, argv, &e);
     if (!e.code && v.o.help) return print_eval_help(&line), MEDRUN_OK;
     if (!e.code && v.o.version) return puts("medrun-eval " MEDRUN_VERSION), MEDRUN_OK;

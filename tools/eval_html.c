@@ -167,7 +167,7 @@ static int write_page(const results *all, const tallies *t, const char *path, me
     page_calibration(all, &b);
     for (size_t i = 0; i < all->n_sets; i++) page_confusion(&all->sets[i], &b);
     for (size_t i = 0; i < all->n_sets && !e->code; i++) page_wrong(&all->sets[i], &b, e);
-    FILE *f = e->code ? NULL : fopen(path, "wb");
+    FILE *f = e->code ? NULL : open_stream(path, TO_WRITE);
     if (b.failed) out_of_memory(e, b.n);
     else if (!e->code && (!f || fwrite(b.data, 1, b.n, f) != b.n))
         fail(e, MEDRUN_FAILED, "%s: cannot write: %s", path, strerror(errno));

@@ -27,9 +27,10 @@
 
 #define MEDRUN_NO_MAIN
 #include "../medrun.c"
-#include <sys/file.h>
+#ifndef _WIN32
 #include <sys/statvfs.h>
-#include "options.c"
+#endif
+#include "common.c"
 
 /* ============================================================================================
  * 1 Files: a folder's files, JSON without doubts
@@ -46,8 +47,7 @@ typedef struct {
     uint64_t bytes;
     uint8_t digest[32];
     int fd;                     /* of a shard of weights; else -1                              */
-    dev_t device;
-    ino_t inode;
+    uint64_t device, inode;
 } source_file;
 
 typedef struct {
@@ -97,6 +97,86 @@ typedef struct {
     json j;
 } json_file;
 
+/* ---- what only this program asks of the system --------------------------------------------- */
+
+#ifndef _WIN32
+/* Bytes that the disk of PATH, which is open as FD, has room for. 0, or -1. */
+static int disk_room(int fd, const char *path, uint64_t *room) {
+    struct statvfs fs;
+    (void)path;
+    if (fstatvfs(fd, &fs)) return -1;
+    *room = (uint64_t)fs.f_bavail * fs.f_frsize;
+    return 0;
+}
+
+/* Puts on the disk what was written, and lets memory forget it, as far as the system does that. */
+static int sync_file(int fd) {
+#ifdef F_FULLFSYNC
+    if (!fcntl(fd, F_FULLFSYNC)) return 0;              /* past the disk's own memory            */
+#endif
+    if (fsync(fd)) return -1;
+#ifdef POSIX_FADV_DONTNEED
+    posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
+#endif
+    return 0;
+}
+
+static void sync_folder(const char *path) {
+    int fd = open_file(path, TO_READ);
+    if (fd >= 0) fsync(fd), close(fd);
+}
+
+/* PATH from the root without links, to be freed; or NULL. */
+static char *full_path(const char *path) { return realpath(path, NULL); }
+
+/* The / before the last name of PATH, or NULL. */
+static char *last_slash(const char *path) { return strrchr(path, '/'); }
+#else
+static ssize_t pread(int fd, void *to, size_t n, off_t at) {
+    OVERLAPPED o = {.Offset = (DWORD)at, .OffsetHigh = (DWORD)(at >> 32)};
+    DWORD got = 0, most = n < 1 << 30 ? (DWORD)n : 1 << 30;
+    if (ReadFile((HANDLE)_get_osfhandle(fd), to, most, &got, &o)) return (ssize_t)got;
+    return GetLastError() == ERROR_HANDLE_EOF ? 0 : windows_failed();
+}
+
+static ssize_t pwrite(int fd, const void *from, size_t n, off_t at) {
+    OVERLAPPED o = {.Offset = (DWORD)at, .OffsetHigh = (DWORD)(at >> 32)};
+    DWORD put = 0, most = n < 1 << 30 ? (DWORD)n : 1 << 30;
+    bool done = WriteFile((HANDLE)_get_osfhandle(fd), from, most, &put, &o);
+    return done ? (ssize_t)put : windows_failed();
+}
+
+static int disk_room(int fd, const char *path, uint64_t *room) {
+    wchar_t wide[WIDE_PATH];
+    wchar_t *name = wide_path(path, wide);
+    ULARGE_INTEGER bytes;
+    (void)fd;
+    if (!name) return -1;
+    wcsrchr(name, '\\')[1] = 0;
+    if (!GetDiskFreeSpaceExW(name, &bytes, NULL, NULL)) return windows_failed();
+    *room = bytes.QuadPart;
+    return 0;
+}
+
+static int sync_file(int fd) { return _commit(fd); }
+static void sync_folder(const char *path) { (void)path; }
+
+static char *full_path(const char *path) {
+    wchar_t wide[WIDE_PATH];
+    wchar_t *name = wide_path(path, wide);
+    size_t n = name ? wcslen(name) : 0;
+    if (n && name[n - 1] == '\\') name[n - 1] = 0;
+    return name ? utf8_of(name) : NULL;
+}
+
+static char *last_slash(const char *path) {
+    char *a = strrchr(path, '/'), *b = strrchr(path, '\\');
+    return !a || (b && b > a) ? b : a;
+}
+#endif
+
+/* ---- lists and files ----------------------------------------------------------------------- */
+
 /* Room for one more item at the end of *ARRAY. */
 static int grow(void *array, size_t n, size_t *cap, size_t size, medrun_error *e) {
     void **at = array;
@@ -127,19 +207,19 @@ static void add_note(source *s, const char *format, ...) {
 
 static bool file_exists(const char *folder, const char *name) {
     char path[PATH_BYTES];
-    struct stat st;
-    return !join_path(path, folder, name, NULL) && !stat(path, &st);
+    file_facts there;
+    return !join_path(path, folder, name, NULL) && !get_facts(path, -1, &there);
 }
 
 /* Adds a file to the provenance, with the digest of its bytes unless MAP is NULL. */
 static int add_file(source *s, const char *name, const char *path, const file_map *map,
                     medrun_error *e) {
-    struct stat st;
+    file_facts facts;
     if (grow(&s->files, s->n_files, &s->files_cap, sizeof *s->files, e)) return e->code;
-    if (stat(path, &st)) return refuse(e, "%s: %s", path, strerror(errno));
+    if (get_facts(path, -1, &facts)) return refuse(e, "%s: %s", path, strerror(errno));
     source_file *f = &s->files[s->n_files++];
-    *f = (source_file){.bytes = map ? map->n : (uint64_t)st.st_size, .fd = -1,
-                       .device = st.st_dev, .inode = st.st_ino};
+    *f = (source_file){.bytes = map ? map->n : facts.bytes, .fd = -1,
+                       .device = facts.device, .inode = facts.inode};
     snprintf(f->name, sizeof f->name, "%s", name);
     if (map) sha256_of(map->data, map->n, f->digest);
     return MEDRUN_OK;
@@ -822,13 +902,13 @@ static int read_shard_header(source *s, int fd, uint64_t size, const char *path,
 /* Opens one file of weights, adds it and its tensors to the source. */
 static int read_shard(source *s, const char *name, medrun_error *e) {
     char path[PATH_BYTES];
-    struct stat st;
+    file_facts facts;
     if (join_path(path, s->folder, name, e)) return e->code;
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    int fd = open_file(path, TO_MAP);
     if (fd < 0)
         return refuse(e, "%s: cannot open: %s; the weights are not complete", path,
                       strerror(errno));
-    if (fstat(fd, &st) || !S_ISREG(st.st_mode) || add_file(s, name, path, NULL, e)) {
+    if (get_facts(NULL, fd, &facts) || !facts.regular || add_file(s, name, path, NULL, e)) {
         close(fd);
         return refuse(e, "%s: found no regular file, wanted weights", path);
     }
@@ -870,7 +950,7 @@ static int open_shards(source *s, const json_file *f, uint32_t map, medrun_error
         while (i < s->n_files && !json_is(j, v, s->files[i].name)) i++;
         if (i < s->n_files) continue;
         char *name = json_is_type(j, v, JSON_STRING) ? copy_name(j, v) : NULL;
-        bool plain = name && *name && *name != '.' && !strchr(name, '/') &&
+        bool plain = name && *name && *name != '.' && !strpbrk(name, "/\\:") &&
                      strlen(name) < sizeof s->files->name && s->n_files < MAX_SHARDS;
         if (!plain) wrong_field(f, "weight_map", v, "at most 500 files of this folder", e);
         else read_shard(s, name, e);
@@ -1690,19 +1770,14 @@ static int plan_proofs(exporter *x, medrun_error *e) {
 static volatile sig_atomic_t interrupted;
 
 static void on_interrupt(int signal_number) {
-    (void)signal_number;
     interrupted = 1;
+    on_signal(signal_number, on_interrupt);
 }
 
-/* Signals that would end the program end the export instead, so that OUT.partial goes. A file that
- * grows too large and a stderr that is closed are errors of write. */
+/* Signals that would end the program end the export instead, so that OUT.partial goes. */
 static void catch_signals(void) {
-    static const int ends[] = {SIGINT, SIGTERM, SIGHUP}, ignored[] = {SIGPIPE, SIGXFSZ};
-    struct sigaction a = {.sa_handler = on_interrupt};
-    sigemptyset(&a.sa_mask);
-    for (size_t i = 0; i < 3; i++) sigaction(ends[i], &a, NULL);
-    a.sa_handler = SIG_IGN;
-    for (size_t i = 0; i < 2; i++) sigaction(ignored[i], &a, NULL);
+    static const int ends[] = {SIGINT, SIGTERM, SIGHUP};
+    for (size_t i = 0; i < 3; i++) on_signal(ends[i], on_interrupt);
 }
 
 static int check_interrupt(medrun_error *e) {
@@ -1923,13 +1998,13 @@ static int start_threads(exporter *x, medrun_error *e) {
 
 /* OUT may be a new name or a file to replace, but no device, and none of the sources. */
 static int check_target(const exporter *x, medrun_error *e) {
-    struct stat st;
-    if (stat(x->options.out, &st)) return MEDRUN_OK;
-    if (!S_ISREG(st.st_mode))
+    file_facts there;
+    if (get_facts(x->options.out, -1, &there)) return MEDRUN_OK;
+    if (!there.regular)
         return fail(e, MEDRUN_FAILED, "%s: cannot write: found a folder or a device there, wanted "
                     "a file or nothing", x->options.out);
     for (size_t i = 0; i < x->source.n_files; i++)
-        if (x->source.files[i].device == st.st_dev && x->source.files[i].inode == st.st_ino)
+        if (x->source.files[i].device == there.device && x->source.files[i].inode == there.inode)
             return fail(e, MEDRUN_USAGE, "%s: is a file of the source; choose another name",
                         x->options.out);
     return MEDRUN_OK;
@@ -1937,18 +2012,17 @@ static int check_target(const exporter *x, medrun_error *e) {
 
 /* Creates OUT.partial, which nobody else may be writing, with room for BYTES bytes. */
 static int create_partial(exporter *x, uint64_t bytes, medrun_error *e) {
-    struct statvfs fs;
+    uint64_t room = 0;
     char path[PATH_BYTES];
     if (check_target(x, e)) return e->code;
     if (snprintf(path, sizeof path, "%s.partial", x->options.out) >= (int)sizeof path)
         return fail(e, MEDRUN_USAGE, "%s: this path is too long", x->options.out);
-    x->fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0666);
+    x->fd = open_file(path, TO_UPDATE);
     if (x->fd < 0) return cannot_write(x, e);
-    if (flock(x->fd, LOCK_EX | LOCK_NB))
+    if (lock_file(x->fd))
         return fail(e, MEDRUN_FAILED, "%s: cannot write: another export is writing it", path);
     memcpy(x->partial, path, sizeof path);
-    if (ftruncate(x->fd, 0) || fstatvfs(x->fd, &fs)) return cannot_write(x, e);
-    uint64_t room = (uint64_t)fs.f_bavail * fs.f_frsize;
+    if (ftruncate(x->fd, 0) || disk_room(x->fd, path, &room)) return cannot_write(x, e);
     if (room < bytes)
         return fail(e, MEDRUN_FAILED, "%s: needs %llu MB, but this disk has %llu MB free; make "
                     "room or choose another disk", x->options.out,
@@ -1961,18 +2035,17 @@ static int create_partial(exporter *x, uint64_t bytes, medrun_error *e) {
 static int rename_partial(exporter *x, medrun_error *e) {
     char folder[PATH_BYTES];
     snprintf(folder, sizeof folder, "%s", x->options.out);
-    char *slash = strrchr(folder, '/');
+    char *slash = last_slash(folder);
     if (slash) slash[slash == folder] = 0;
     if (check_interrupt(e)) return e->code;
-    if (rename(x->partial, x->options.out)) return cannot_write(x, e);
+    if (rename_file(x->partial, x->options.out)) return cannot_write(x, e);
     x->partial[0] = 0;
-    int fd = open(slash ? folder : ".", O_RDONLY | O_CLOEXEC);
-    if (fd >= 0) fsync(fd), close(fd);
+    sync_folder(slash ? folder : ".");
     return MEDRUN_OK;
 }
 
 static void drop_partial(exporter *x) {
-    if (x->partial[0]) unlink(x->partial);
+    if (x->partial[0]) remove_file(x->partial);
     if (x->fd >= 0) close(x->fd);
     x->partial[0] = 0, x->fd = -1;
 }
@@ -2041,13 +2114,9 @@ static int run_proofs(exporter *x, medrun_error *e) {
     return e->code;
 }
 
-/* Reads what the disk has, not what memory still remembers of it, as far as the system lets us. */
 static int read_again(exporter *x, medrun_error *e) {
     model_file f;
-    if (fsync(x->fd)) return cannot_write(x, e);
-#ifdef POSIX_FADV_DONTNEED
-    posix_fadvise(x->fd, 0, 0, POSIX_FADV_DONTNEED);
-#endif
+    if (sync_file(x->fd)) return cannot_write(x, e);
     if (file_open(&f, x->partial, e)) return e->code;
     file_close(&f);
     return run_parallel(x, x->n_sections, run_checks, e);
@@ -2057,7 +2126,7 @@ static int read_again(exporter *x, medrun_error *e) {
 static int write_checkpoint(exporter *x, medrun_error *e) {
     size_t n_jobs = 0;
     double start = x->start = seconds();
-    x->terminal = isatty(STDERR_FILENO);
+    x->terminal = is_terminal(STDERR_FILENO);
     if (x->source.notes.n) fputs((const char *)x->source.notes.data, stderr);
     if (!create_partial(x, x->file_bytes, e) && !plan_jobs(x, &n_jobs, e) && !start_threads(x, e) &&
         !run_parallel(x, n_jobs, run_jobs, e) && !write_known_sections(x, e) &&
@@ -2177,10 +2246,10 @@ static int check_options(exporter *x, medrun_error *e) {
 
 /* --name, or the name in the file, or the folder's own, cut between characters. */
 static int choose_name(exporter *x, medrun_error *e) {
-    char *full = realpath(x->options.source, NULL);
+    char *full = full_path(x->options.source);
     const char *name = x->options.name;
     if (!full) return refuse(e, "%s: %s", x->options.source, strerror(errno));
-    if (!name) name = x->source.name[0] ? x->source.name : strrchr(full, '/') + 1;
+    if (!name) name = x->source.name[0] ? x->source.name : last_slash(full) + 1;
     size_t n = strlen(name) < sizeof x->name ? strlen(name) : sizeof x->name - 1;
     memcpy(x->name, name, n);
     x->name[n - utf8_unfinished((const uint8_t *)name, n)] = 0;
@@ -2218,10 +2287,10 @@ static int print_plan(const exporter *x, medrun_error *e) {
 
 static int export_model(exporter *x, medrun_error *e) {
     source *s = &x->source;
-    struct stat st;
+    file_facts there;
     s->folder = x->options.source;
     if (is_gguf(s->folder)) open_gguf_source(s, x->options.source, x->options.template_name, e);
-    else if (!stat(s->folder, &st) && S_ISREG(st.st_mode))
+    else if (!get_facts(s->folder, -1, &there) && there.regular)
         refuse(e, "%s: found a file that does not begin with GGUF, wanted a GGUF file or a Hugging "
                "Face folder", s->folder);
     else if (s->sliding_window < 0) open_hf_folder(s, x->options.template_name, e);
@@ -2235,16 +2304,16 @@ static int export_model(exporter *x, medrun_error *e) {
 static int export_tokenizer(exporter *x, medrun_error *e) {
     source *s = &x->source;
     source_tokenizer t = {0};
-    struct stat st;
+    file_facts there;
     s->folder = x->options.source;
     if (is_gguf(s->folder)) open_gguf_tokenizer(s, x->options.source, e);
-    else if (!stat(s->folder, &st) && S_ISREG(st.st_mode)) open_tokenizer_file(s, &t, e);
+    else if (!get_facts(s->folder, -1, &there) && there.regular) open_tokenizer_file(s, &t, e);
     else open_tokenizer(s, &t, e);
     if (!e->code && !s->gguf) convert_tokenizer(&t, &s->tokenizer, e);
     free_tokenizer(&t);
     if (e->code || x->options.dry_run || create_partial(x, s->tokenizer.n, e) ||
         write_at(x, s->tokenizer.data, s->tokenizer.n, 0, e)) return e->code;
-    return fsync(x->fd) ? cannot_write(x, e) : rename_partial(x, e);
+    return sync_file(x->fd) ? cannot_write(x, e) : rename_partial(x, e);
 }
 
 /* The whole program; tests call it in a child process. */
@@ -2252,6 +2321,7 @@ static int export_main(int argc, char **argv) {
     static exporter x;
     medrun_error e = {0};
     x = (exporter){.fd = -1};
+    if (!(argv = start_program(&argc, argv))) return MEDRUN_FAILED;
     pthread_mutex_init(&x.lock, NULL);
     catch_signals();
     parse_line(&x, argc, argv, &e);
