@@ -4,31 +4,32 @@
 CC     ?= cc
 CFLAGS ?= -O2
 WARN    = -Wall -Wextra -Wshadow -Wconversion
-LIBS    = -lm -lpthread
+LIBS    = -lm -lpthread $(if $(OPENCL),$(if $(EXE),,-ldl))
 PREFIX ?= /usr/local
 DEMO    = tools/demo/demo.mdr
 BUILD   = build
 BIN     = .
 LIB     = $(BUILD)/lib
 ABI    := $(shell sed -n 's/^.define MEDRUN_VERSION "\([0-9]*\.[0-9]*\)\..*/\1/p' medrun.c)
+CL      = $(if $(OPENCL),-DMEDRUN_OPENCL)
 SECONDS = 60
 
-UNITS    = 03_basics 04_threads 05_numbers 06_kernels 07_tensor 09_file 10_tokenizer 11_chat \
-           12_model 13_transformer 14_sampler 15_allocation 15_embedding 15_session 16_answers \
-           20_export 21_gguf 22_eval
+UNITS    = 03_basics 04_threads 05_numbers 06_kernels 07_tensor 08_opencl 09_file 10_tokenizer \
+           11_chat 12_model 13_transformer 14_sampler 15_allocation 15_embedding 15_session \
+           16_answers 20_export 21_gguf 22_eval
 FIXTURES = llama-plain llama-tied llama-sharded llama-grouped mistral-window mistral-spm \
            arcee-yarn arcee-yarn5 apertus-plain apertus-grouped
 MODELS   = $(foreach f,$(FIXTURES),$(addprefix $(BUILD)/$(f)-,bf16.mdr int8.mdr int4.mdr)) \
            $(BUILD)/arcee-ratio-bf16.mdr
 
-EXPORT   = $(wildcard tools/export_*.c) tools/common.c
-EVAL     = $(wildcard tools/eval_*.c) tools/common.c
+EXPORT   = $(wildcard tools/export_*.c) tools/options.c tools/files.c
+EVAL     = $(wildcard tools/eval_*.c) tools/options.c tools/files.c
 
 all: $(BIN)/medrun$(EXE) $(BIN)/medrun-export$(EXE) $(BIN)/medrun-eval$(EXE)
 
 $(BIN)/medrun$(EXE): medrun.c
 	@mkdir -p $(BIN)
-	$(CC) $(CFLAGS) $(WARN) -o $@ medrun.c $(LIBS)
+	$(CC) $(CFLAGS) $(WARN) $(CL) -o $@ medrun.c $(LIBS)
 
 $(BIN)/medrun-export$(EXE): tools/export.c $(EXPORT) medrun.c
 	$(CC) $(CFLAGS) $(WARN) -o $@ tools/export.c $(LIBS)
@@ -79,6 +80,8 @@ $(BUILD)/test_%: tests/%.c tests/test.h medrun.c tools/export.c $(EXPORT) tools/
 	@mkdir -p $(BUILD)
 	$(CC) $(CFLAGS) $(WARN) -o $@ $< $(LIBS)
 
+$(BUILD)/test_08_opencl: LIBS += -ldl
+
 test: all $(MODELS) $(REAL) $(BUILD)/tokenizer.bin $(UNITS:%=$(BUILD)/test_%)
 	@SCRIPTS="$(SCRIPTS)" CC="$(CC)" sh tests/run.sh "$(BIN)" "$(BUILD)" $(UNITS)
 
@@ -109,7 +112,7 @@ install: all
 lib: $(LIB)/libmedrun.a $(LIB)/libmedrun.so $(LIB)/medrun.h
 $(LIB)/medrun.o: medrun.c
 	@mkdir -p $(LIB)
-	$(CC) $(CFLAGS) $(WARN) -fPIC -DMEDRUN_NO_MAIN -c -o $@ medrun.c
+	$(CC) $(CFLAGS) $(WARN) $(CL) -fPIC -DMEDRUN_NO_MAIN -c -o $@ medrun.c
 $(LIB)/libmedrun.a: $(LIB)/medrun.o
 	rm -f $@ && $(AR) rcs $@ $<
 $(LIB)/libmedrun.so: $(LIB)/medrun.o
@@ -132,6 +135,7 @@ clean:
 	rm -rf $(BUILD) medrun medrun-export medrun-eval
 help:
 	@echo "make            builds medrun, medrun-export and medrun-eval"
+	@echo "make OPENCL=1   the same with OpenCL devices (make clean first)"
 	@echo "make run        asks the demo model a question"
 	@echo "make lib        libmedrun.a, libmedrun.so, medrun.h in build/lib; make install-lib"
 	@echo "make dist       archives of the last commit, programs and source, in build/dist"
@@ -140,8 +144,8 @@ help:
 	@echo "make threads    those of the thread pool and sessions under the thread sanitizer"
 	@echo "make fuzz       strangers' files, made up by clang's libFuzzer: 60 s a reader; SECONDS=600"
 	@echo "make lint       line lengths, function lengths, warnings of gcc and clang, clang-tidy"
-	@echo "make static     the programs in build/static, by musl-gcc, with no library beside"
-	@echo "make windows    the programs in build/windows, by mingw-w64"
+	@echo "make static     build/static/medrun and medrun-export, by musl-gcc, with no library beside"
+	@echo "make windows    build/windows/medrun.exe and medrun-export.exe, by mingw-w64"
 	@echo "make bench, make size, make install, make clean"
 
 .PHONY: all static windows run test lint debug threads fuzz bench size install clean help

@@ -19,6 +19,7 @@
  *      5 Numbers       bf16, f16, int8, int4, and how weights lie in panels
  *      6 Kernels       the words for each instruction set, the sentences once
  *      7 Tensor        packing activations, matmul on all threads
+ *      8 OpenCL        the same on a device, where it is built in
  *      9 Model file    the container: parse and check everything before anything is used
  *     10 Tokenizer     byte-level and SentencePiece BPE, the patterns, Unicode classes
  *     11 Chat          templates as tables
@@ -132,6 +133,8 @@ typedef struct {
     uint64_t parameters, file_bytes, weight_bytes;
     medrun_sampling sampling;                   /* the card's                                  */
     uint8_t hash[32];                           /* SHA-256 of the header, names the checkpoint */
+    const char *device;                         /* what medrun_attach did, or ""               */
+    const char *device_log;                     /* a device's compiler when it failed, or ""   */
 } medrun_info;
 
 /* Maps PATH and checks everything in it but the weights' hashes (`medrun verify` does those).
@@ -141,7 +144,16 @@ int medrun_open(medrun_model **out, const char *path, const medrun_options *opti
                 medrun_error *error);
 void medrun_close(medrun_model *model);                     /* NULL is fine                    */
 
-/* Fills INFO; the strings live as long as the model. Cannot fail. */
+/* Lets an OpenCL device compute the first LAYERS layers (-1: all), and behind all of them the
+ * logits, as far as its memory goes. DEVICE is a number or a part of a name (`medrun doctor` lists
+ * them), or "auto", the first that is no processor. A short prompt must give the processor's
+ * logits, within 1e-5. To be called before any session starts; with bf16 weights all sessions are
+ * strict then, and none can have an int8 cache. The device holds the weights until medrun_close.
+ * Errors, after which MODEL is as it was: MEDRUN_USAGE (no such device, or no OpenCL in this
+ * build), MEDRUN_NO_MEMORY (it cannot). */
+int medrun_attach(medrun_model *model, const char *device, int layers, medrun_error *error);
+
+/* Fills INFO; the strings live until medrun_close or medrun_attach. Cannot fail. */
 void medrun_describe(const medrun_model *model, medrun_info *info);
 
 /* Does this id end an answer? One of medrun_info's stops. */
@@ -364,6 +376,17 @@ void medrun_observe(medrun_session *session, medrun_observer *observer, void *us
 #include <sys/sysctl.h>
 #endif
 #endif
+#ifdef MEDRUN_OPENCL            /* its headers; the library is found at run time                 */
+#define CL_TARGET_OPENCL_VERSION 120
+#ifdef __APPLE__
+#include <OpenCL/cl.h>
+#else
+#include <CL/cl.h>
+#endif
+#ifndef _WIN32
+#include <dlfcn.h>
+#endif
+#endif
 #if defined __x86_64__ || defined __i386__
 #define MEDRUN_X86 1
 #include <cpuid.h>
@@ -375,6 +398,19 @@ void medrun_observe(medrun_session *session, medrun_observer *observer, void *us
 #else
 #define PRINTF_LIKE(text, first) __attribute__((format(printf, text, first)))
 #endif
+#if defined _WIN64 && defined MEDRUN_X86 && !defined __clang__
+/* The stack of Win64 is aligned to 16 bytes, but gcc moves wider vectors there as if it were to
+ * theirs (its bug 54412; some builds lack it but for masked moves). So such moves become those that
+ * want no alignment, in the assembler; where data is aligned they cost the same. */
+#define MOVE_ANYWHERE(aligned, any) \
+    __asm__(".macro " aligned " operands:vararg\n" any " \\operands\n.endm");
+MOVE_ANYWHERE("vmovaps", "vmovups")
+MOVE_ANYWHERE("vmovapd", "vmovupd")
+MOVE_ANYWHERE("vmovdqa", "vmovdqu")
+MOVE_ANYWHERE("vmovdqa32", "vmovdqu32")
+MOVE_ANYWHERE("vmovdqa64", "vmovdqu64")
+#endif
+
 #define ALWAYS_INLINE static inline __attribute__((always_inline, unused))
 #define MAYBE_UNUSED __attribute__((unused))
 #define NEVER_INLINE static __attribute__((noinline))
@@ -557,6 +593,17 @@ static bool more_is_typed(void) {
     ioctl(STDIN_FILENO, FIONREAD, &waiting);
     return waiting > 0;
 }
+
+#ifdef MEDRUN_OPENCL            /* a library that may be there or not                            */
+#ifdef __APPLE__
+#define OPENCL_LIBRARY "/System/Library/Frameworks/OpenCL.framework/OpenCL"
+#else
+#define OPENCL_LIBRARY "libOpenCL.so.1"
+#endif
+static void *open_library(const char *path) { return dlopen(path, RTLD_NOW | RTLD_LOCAL); }
+static void *find_symbol(void *library, const char *name) { return dlsym(library, name); }
+static void close_library(void *library) { dlclose(library); }
+#endif
 
 /* What a program does first; gives its COUNT arguments in UTF-8, NULL if it cannot run. */
 static char **start_program(int *count, char **arguments) {
@@ -794,6 +841,7 @@ static int typed_byte(void) {
     wchar_t wide[64];
     DWORD n = 0, more = 0;
     if (typed.at == typed.n) {
+        fflush(NULL);
         if (!ReadConsoleW(console(0), wide, 63, &n, NULL) || !n) return EOF;
         if (IS_HIGH_SURROGATE(wide[n - 1])) ReadConsoleW(console(0), wide + n, 1, &more, NULL);
         typed.n = WideCharToMultiByte(CP_UTF8, 0, wide, (int)(n + more), typed.bytes,
@@ -817,6 +865,17 @@ static UINT other_code_page;
 
 static void restore_code_page(void) { SetConsoleOutputCP(other_code_page); }
 
+#ifdef MEDRUN_OPENCL
+#define OPENCL_LIBRARY "OpenCL.dll"
+static void *open_library(const char *path) {
+    return LoadLibraryExA(path, NULL, LOAD_LIBRARY_SEARCH_SYSTEM32);
+}
+static void *find_symbol(void *library, const char *name) {
+    return (void *)(uintptr_t)GetProcAddress(library, name);
+}
+static void close_library(void *library) { FreeLibrary(library); }
+#endif
+
 /* Arguments, and variables of our names, from UTF-16: it has what the code page lacks. */
 static char **start_program(int *count, char **arguments) {
     wchar_t **wide = CommandLineToArgvW(GetCommandLineW(), count);
@@ -832,6 +891,8 @@ static char **start_program(int *count, char **arguments) {
     }
     FreeEnvironmentStringsW(all);
     for (int fd = 0; fd < 3; fd++) _setmode(fd, _O_BINARY);
+    setvbuf(stdout, NULL, _IOFBF, 1 << 14);     /* else a character goes to the console by bytes */
+    setvbuf(stderr, NULL, _IOFBF, 1 << 14);
     other_code_page = GetConsoleOutputCP();
     if (other_code_page && SetConsoleOutputCP(CP_UTF8)) atexit(restore_code_page);
     return arguments;
@@ -3770,6 +3831,648 @@ static void pack_panel(const kernel_set *k, int type, const float *rows, size_t 
     pack_int4(k, rows, n_rows, cols, importance, out);
 }
 #endif
+#ifdef MEDRUN_OPENCL
+/* ============================================================================================
+ * 8 OpenCL: a device that computes layers, optional (make OPENCL=1)
+ *
+ * The library is found at run time, so that the program runs without it. The kernels are section
+ * 6's sentences again: a work-item is a lane, and each sum is added in the same order, so a device
+ * gives the processor's bits. What weights and activations multiply fits a float exactly while a
+ * group is summed up, so groups may be shared out: only the chain over them is in order. Needs
+ * OpenCL 1.2 and no extension. Tests: tests/08_opencl.c.
+ * ============================================================================================ */
+
+/* DIM is head_dim. EXACT: the device's division and square root are correctly rounded. */
+static const char device_source[] =
+"#pragma OPENCL FP_CONTRACT OFF\n"
+"#define SYNC barrier(CLK_LOCAL_MEM_FENCE)\n"
+"#define EACH_TOKEN _Pragma(\"unroll\") for (int t = 0; t < nt; t++)\n"
+"typedef global const uchar *bytes;\n"
+"\n"
+"#if defined EXACT && !defined CORRECTED\n"
+"float divide(float a, float b) { return a / b; }\n"
+"float root(float a) { return sqrt(a); }\n"
+"#else                              /* corrected by what is left over (Markstein 1990) */\n"
+"float divide(float a, float b) {\n"
+"    float y = 1 / b;\n"
+"    y = fma(fma(-b, y, 1.0f), y, y);\n"
+"    float q = a * y;\n"
+"    return fma(fma(-b, q, a), y, q);\n"
+"}\n"
+"float root(float a) {\n"
+"    float s = sqrt(a);\n"
+"    return s > 0 ? fma(fma(-s, s, a), divide(0.5f, s), s) : s;\n"
+"}\n"
+"#endif\n"
+"\n"
+"float exp_bend(float x, int *n, float *r) {\n"
+"    *n = convert_int_rte(x * 1.44269504f);\n"
+"    *r = fma((float)*n, -0.693359375f, x);\n"
+"    *r = fma((float)*n, 2.12194440e-4f, *r);\n"
+"    float p = 1.0f / 5040;\n"
+"    p = fma(p, *r, 1.0f / 720);\n"
+"    p = fma(p, *r, 1.0f / 120);\n"
+"    p = fma(p, *r, 1.0f / 24);\n"
+"    p = fma(p, *r, 1.0f / 6);\n"
+"    return fma(p, *r, 0.5f);\n"
+"}\n"
+"float exponential(float x) {\n"
+"    int n;\n"
+"    float r, p = exp_bend(x > -86 ? x : -86, &n, &r);\n"
+"    p = fma(fma(p, r, 1.0f), r, 1.0f);\n"
+"    return x < -86 ? 0 : as_float(as_uint(p) + ((uint)n << 23));\n"
+"}\n"
+"float exponential_less_1(float x) {\n"
+"    int n;\n"
+"    float r, p = exp_bend(x > -86 ? x : -86, &n, &r);\n"
+"    float power = as_float(as_uint(1.0f) + ((uint)n << 23));\n"
+"    return fma(fma(p * r, r, r), power, power - 1);\n"
+"}\n"
+"float sum_lanes(local float *sums, int lane, float sum) {\n"
+"    if (lane < 16) sums[lane] = sum;\n"
+"    for (int d = 8; d; d /= 2) {\n"
+"        SYNC;\n"
+"        if (lane < d) sums[lane] = sums[lane] + sums[lane + d];\n"
+"    }\n"
+"    SYNC;\n"
+"    return sums[0];\n"
+"}\n"
+"\n"
+"/* A work-group is a row, or one head of it. */\n"
+"kernel void norm(global const float *x, int x_at, int x_stride, global float *out, int out_at,\n"
+"                 int out_stride, bytes w, ulong w_at, int n, float eps) {\n"
+"    local float some[1024], sums[16];\n"
+"    int item = get_local_id(0), size = get_local_size(0), head = get_group_id(1) * n;\n"
+"    global const float *weight = (global const float *)(w + w_at);\n"
+"    float sum = 0;\n"
+"    x += x_at + (int)get_group_id(0) * x_stride + head;\n"
+"    out += out_at + (int)get_group_id(0) * out_stride + head;\n"
+"    for (int i = 0; i < n; i += 1024) {\n"
+"        int end = min(n - i, 1024);\n"
+"        for (int k = item; k < end; k += size) some[k] = x[i + k];\n"
+"        SYNC;\n"
+"        for (int k = item; item < 16 && k < end; k += 16) sum = fma(some[k], some[k], sum);\n"
+"        SYNC;\n"
+"    }\n"
+"    sum = sum_lanes(sums, item, sum);\n"
+"    float scale = divide(1, root(divide(sum, n) + eps));\n"
+"    for (int k = item; k < n; k += size) out[k] = x[k] * scale * weight[k];\n"
+"}\n"
+"\n"
+"enum { SILU, RELU2, XIELU, NONE };\n"
+"float activate(int which, global const float *x, int n, float4 c) {\n"
+"    float z = *x;\n"
+"    if (which == NONE) return z;\n"
+"    if (which == SILU) return divide(z, 1 + exponential(-z < 87 ? -z : 87)) * x[n];\n"
+"    if (which == RELU2) return z > 0 ? z * z : 0;\n"
+"    if (z > 0) return c.x * z * z + c.z * z;\n"
+"    return c.y * (exponential_less_1(z < c.w ? z : c.w) - z) + c.z * z;\n"
+"}\n"
+"\n"
+"/* x, or its activation, as a matmul wants it: whole numbers and a scale for each group of 64 of\n"
+" * a row, which is a work-group; for bf16 weights as it is. */\n"
+"kernel void pack(global const float *x, int stride, int n, int activation, float c0, float c1,\n"
+"                 float c2, float c3, int whole, global float *a, global float *scales) {\n"
+"    local float big[64];\n"
+"    int item = get_local_id(0), row = get_group_id(1), i = get_global_id(0);\n"
+"    float v = 0;\n"
+"    if (i < n) v = activate(activation, x + row * stride + i, n, (float4)(c0, c1, c2, c3));\n"
+"    big[item] = fabs(v);\n"
+"    for (int d = 32; d; d /= 2) {\n"
+"        SYNC;\n"
+"        if (item < d && big[item + d] > big[item]) big[item] = big[item + d];\n"
+"    }\n"
+"    SYNC;\n"
+"    if (whole) {\n"
+"        bool tiny = big[0] < 1e-30f;\n"
+"        v = rint(v * (tiny ? 0 : divide(127, big[0])));\n"
+"        if (!item) scales[row * get_num_groups(0) + get_group_id(0)] =\n"
+"            tiny ? 0 : divide(big[0], 127);\n"
+"    }\n"
+"    a[row * get_global_size(0) + i] = v;\n"
+"}\n"
+"\n"
+"/* Products of up to three matrices, n0, n1 - n0, n2 - n1 panels, with packed activations. */\n"
+"#define ARGUMENTS bytes w, ulong at0, ulong at1, ulong at2, int n0, int n1, int n2, \\\n"
+"    ulong size, int cols, global const float *a, global const float *scales, int tokens, \\\n"
+"    global float *out, int stride, int add\n"
+"#define PASSED w, at0, at1, at2, n0, n1, n2, size, cols, a, scales, tokens, out, stride, add\n"
+"#define PANEL(p) (w + (p < n0 ? at0 + p * size : \\\n"
+"                       p < n1 ? at1 + (p - n0) * size : at2 + (p - n1) * size))\n"
+"float add_four(float sum, float4 w, float4 x) {\n"
+"    return fma(w.w, x.w, fma(w.z, x.z, fma(w.y, x.y, fma(w.x, x.x, sum))));\n"
+"}\n"
+"\n"
+"/* Sums of one group for NT tokens, whose groups stand AT; a part is a sum and its scale. */\n"
+"void sum_int8(const int nt, bytes w, int g, int lane, global const float *a,\n"
+"              global const float *scales, const int *at, local float2 *parts, int next) {\n"
+"    bytes line = w + g / 2 * 2112;\n"
+"    global const uint *steps = (global const uint *)(line + 64 + g % 2 * 1024) + lane;\n"
+"    ushort bits = ((global const ushort *)(line + g % 2 * 32))[lane];\n"
+"    float dot[8], scale = as_float((uint)bits << 16);\n"
+"    EACH_TOKEN dot[t] = 0;\n"
+"    for (int s = 0; s < 16; s++) {\n"
+"        float4 four = convert_float4(as_uchar4(steps[16 * s])) - 128.0f;\n"
+"        EACH_TOKEN dot[t] = add_four(dot[t], four, vload4(s, a + (at[t] + g) * 64));\n"
+"    }\n"
+"    EACH_TOKEN parts[t * next] = (float2)(dot[t], scale * scales[at[t] + g]);\n"
+"}\n"
+"\n"
+"float scale_int4(uint bits) {\n"
+"    uint sign = (bits & 0x8000) << 16, rest = bits & 0x7FC0;\n"
+"    float small = (float)rest * 0x1p-24f;\n"
+"    return as_float(sign | (rest < 0x400 ? as_uint(small) : (rest << 13) + 0x38000000)) *\n"
+"           0x1p-13f;\n"
+"}\n"
+"void sum_int4(const int nt, bytes w, int g, int lane, global const float *a,\n"
+"              global const float *scales, const int *at, local float2 *parts, int next,\n"
+"              local const float *levels) {\n"
+"    float dot[8], part[8];\n"
+"    for (int h = 0; h < 2; h++) {\n"
+"        bytes line = w + g * 576;\n"
+"        global const uint *steps = (global const uint *)(line + 64 + h * 256) + lane;\n"
+"        uint bits = ((global const ushort *)(line + h * 32))[lane];\n"
+"        float scale = scale_int4(bits), shift = (float)(bits & 63) - 128;\n"
+"        EACH_TOKEN dot[t] = 0;\n"
+"        for (int s = 0; s < 8; s++) {\n"
+"            uint word = steps[s / 2 * 16] >> s % 2 * 4;\n"
+"            float4 four = (float4)(levels[word & 15], levels[word >> 8 & 15],\n"
+"                                   levels[word >> 16 & 15], levels[word >> 24 & 15]) + shift;\n"
+"            EACH_TOKEN\n"
+"                dot[t] = add_four(dot[t], four, vload4(8 * h + s, a + (at[t] + g) * 64));\n"
+"        }\n"
+"        EACH_TOKEN part[t] = h ? fma(dot[t], scale, part[t]) : dot[t] * scale;\n"
+"    }\n"
+"    EACH_TOKEN parts[t * next] = (float2)(part[t], scales[at[t] + g]);\n"
+"}\n"
+"\n"
+"/* A work-group is NT tokens and a panel: SPLITS groups at once, then 16 lanes a token add\n"
+" * them up. Those that run together share a panel, so weights are read once. */\n"
+"constant uchar level[16] = {LEVELS};\n"
+"void multiply(const int type, const int nt, const int splits, ARGUMENTS, local float2 *parts,\n"
+"              local float *levels) {\n"
+"    int lane = get_local_id(0) % 16, split = get_local_id(0) / 16, panel = get_group_id(1);\n"
+"    int first = get_group_id(0) * nt, groups = (cols + 63) / 64, at[8];\n"
+"    float sum = 0;\n"
+"    if (type == 4 && split == 0) levels[lane] = level[lane];\n"
+"    if (type == 4) SYNC;\n"
+"    EACH_TOKEN at[t] = min(first + t, tokens - 1) * groups;\n"
+"    for (int g = 0; g < groups; g += splits) {\n"
+"        local float2 *mine = parts + split * 16 + lane;\n"
+"        if (g + split < groups && type == 8)\n"
+"            sum_int8(nt, PANEL(panel), g + split, lane, a, scales, at, mine, splits * 16);\n"
+"        if (g + split < groups && type == 4)\n"
+"            sum_int4(nt, PANEL(panel), g + split, lane, a, scales, at, mine, splits * 16,\n"
+"                     levels);\n"
+"        SYNC;\n"
+"        for (int i = 0; split < nt && i < min(splits, groups - g); i++) {\n"
+"            float2 part = parts[(split * splits + i) * 16 + lane];\n"
+"            sum = fma(part.x, part.y, sum);\n"
+"        }\n"
+"        SYNC;\n"
+"    }\n"
+"    if (split >= nt || first + split >= tokens) return;\n"
+"    out += (first + split) * stride + panel * 16 + lane;\n"
+"    *out = add ? *out + sum : sum;\n"
+"}\n"
+"#define MATMUL(name, type, nt, splits) kernel void name(ARGUMENTS) { \\\n"
+"    local float2 parts[nt * splits * 16]; \\\n"
+"    local float levels[16]; \\\n"
+"    multiply(type, nt, splits, PASSED, parts, levels); \\\n"
+"}\n"
+"MATMUL(matvec_int8, 8, 1, 16)\n"
+"MATMUL(matmul_int8, 8, 8, 8)\n"
+"MATMUL(matvec_int4, 4, 1, 16)\n"
+"MATMUL(matmul_int4, 4, 8, 8)\n"
+"\n"
+"/* A sum is one chain in the order of K: nothing to share out but panels, two a work-group. */\n"
+"void multiply_bf16(const int nt, ARGUMENTS) {\n"
+"    int lane = get_local_id(0) % 16, panel = get_group_id(1) * 2 + get_local_id(0) / 16;\n"
+"    int first = get_group_id(0) * nt, row = (cols + 63) / 64 * 64;\n"
+"    float sum[8];\n"
+"    if (panel >= n2) return;\n"
+"    global const uint *steps = (global const uint *)PANEL(panel) + lane;\n"
+"    EACH_TOKEN sum[t] = 0;\n"
+"    for (int k = 0; k < cols / 2; k++) {\n"
+"        uint pair = steps[16 * k];\n"
+"        float even = as_float(pair << 16), odd = as_float(pair & 0xFFFF0000);\n"
+"        EACH_TOKEN {\n"
+"            float2 x = vload2(k, a + min(first + t, tokens - 1) * row);\n"
+"            sum[t] = fma(odd, x.y, fma(even, x.x, sum[t]));\n"
+"        }\n"
+"    }\n"
+"    for (int t = 0; t < nt && first + t < tokens; t++) {\n"
+"        global float *to = out + (first + t) * stride + panel * 16 + lane;\n"
+"        *to = add ? *to + sum[t] : sum[t];\n"
+"    }\n"
+"}\n"
+"kernel void matvec_bf16(ARGUMENTS) { multiply_bf16(1, PASSED); }\n"
+"kernel void matmul_bf16(ARGUMENTS) { multiply_bf16(8, PASSED); }\n"
+"\n"
+"float half_range(float x) { x = x > -65504 ? x : -65504; return x < 65504 ? x : 65504; }\n"
+"void store(global uchar *cache, ulong i, float x, int f32) {\n"
+"    if (f32) ((global float *)cache)[i] = x;\n"
+"    else vstore_half_rte(half_range(x), i, (global half *)cache);\n"
+"}\n"
+"float fetch(bytes cache, ulong i, int f32) {\n"
+"    return f32 ? ((global const float *)cache)[i] : vload_half(i, (global const half *)cache);\n"
+"}\n"
+"\n"
+"/* Rotates q and k; keys and values go to the cache. A work-group is one of them and a row. */\n"
+"kernel void place(global float *qkv, int stride, int heads, int kv_heads, int first,\n"
+"                  global const float *rotation, int position, global uchar *keys,\n"
+"                  global uchar *values, ulong at, ulong head_bytes, int f32) {\n"
+"    int head = get_group_id(0), row = first + get_group_id(1), kv = head - heads;\n"
+"    ulong p = position + get_group_id(1);\n"
+"    global float *x = qkv + row * stride + head * DIM;\n"
+"    global const float *turn = rotation + row * DIM;\n"
+"    values += at + (kv - kv_heads) * (long)head_bytes, keys += at + kv * (long)head_bytes;\n"
+"    for (int i = get_local_id(0); i < DIM / 2; i += get_local_size(0)) {\n"
+"        float a = x[i], b = x[i + DIM / 2], cosine = turn[2 * i], sine = turn[2 * i + 1];\n"
+"        if (kv >= kv_heads) {\n"
+"            store(values, p * DIM + i, a, f32);\n"
+"            store(values, p * DIM + i + DIM / 2, b, f32);\n"
+"            continue;\n"
+"        }\n"
+"        float c = a * cosine - b * sine, d = b * cosine + a * sine;\n"
+"        x[i] = c, x[i + DIM / 2] = d;\n"
+"        if (kv < 0) continue;\n"
+"        ulong to = p / 16 * 16 * DIM + p % 16;\n"
+"        store(keys, to + i * 16, c, f32);\n"
+"        store(keys, to + (i + DIM / 2) * 16, d, f32);\n"
+"    }\n"
+"}\n"
+"\n"
+"/* The keys of a block that a query sees: low to high - 1. Queries are counted through the rows\n"
+" * of a segment and then the heads that share keys. */\n"
+"int2 seen_keys(int query, int queries, int group, int position, int window, int block) {\n"
+"    int limit = position + query / group + 1, start = max(limit - window, 0);\n"
+"    if (query >= queries) return (int2)(0, 0);\n"
+"    return (int2)(max(start - block * 256, 0), min(limit - block * 256, 256));\n"
+"}\n"
+"\n"
+"/* A work-group is four queries, a key-value head and a block of 256 keys. */\n"
+"kernel void attend(global const float *qkv, int stride, int first, bytes keys, bytes values,\n"
+"                   ulong at, ulong head_bytes, int f32, int queries, int group, int position,\n"
+"                   int window, int block0, float scale, global float *parts) {\n"
+"    local float q[4 * DIM], weight[4 * 256], big[256], sums[64];\n"
+"    int item = get_local_id(0), tile = get_group_id(0) * 4, kv = get_group_id(1);\n"
+"    int block = block0 + get_group_id(2), blocks = get_num_groups(2), low = 256, high = 0;\n"
+"    float score[4] = {0, 0, 0, 0};\n"
+"    keys += at + kv * head_bytes, values += at + kv * head_bytes;\n"
+"    for (int t = 0; t < 4; t++) {\n"
+"        int2 seen = seen_keys(tile + t, queries, group, position, window, block);\n"
+"        if (seen.x < seen.y) low = min(low, seen.x), high = max(high, seen.y);\n"
+"    }\n"
+"    if (low >= high) return;\n"
+"    for (int i = item; i < 4 * DIM; i += 256) {\n"
+"        int query = min(tile + i / DIM, queries - 1), head = kv * group + query % group;\n"
+"        q[i] = qkv[(first + query / group) * stride + head * DIM + i % DIM];\n"
+"    }\n"
+"    SYNC;\n"
+"    ulong key = (ulong)(block * 16 + item / 16) * 16 * DIM + item % 16;\n"
+"    for (int d = 0; low <= item && item < high && d < DIM; d++) {\n"
+"        float k = fetch(keys, key + d * 16, f32);\n"
+"        for (int t = 0; t < 4; t++) score[t] = fma(k, q[t * DIM + d], score[t]);\n"
+"    }\n"
+"    for (int t = 0; t < 4; t++) {\n"
+"        int2 seen = seen_keys(tile + t, queries, group, position, window, block);\n"
+"        bool sees = seen.x <= item && item < seen.y;\n"
+"        weight[t * 256 + item] = sees ? score[t] * scale : -INFINITY;\n"
+"    }\n"
+"    SYNC;\n"
+"    local float *four = weight + item / 64 * 256 + item % 64;\n"
+"    big[item] = fmax(fmax(four[0], four[64]), fmax(four[128], four[192]));\n"
+"    for (int d = 32; d; d /= 2) {\n"
+"        SYNC;\n"
+"        if (item % 64 < d) big[item] = fmax(big[item], big[item + d]);\n"
+"    }\n"
+"    SYNC;\n"
+"    for (int t = 0; t < 4; t++)\n"
+"        weight[t * 256 + item] = exponential(weight[t * 256 + item] - big[t * 64]);\n"
+"    SYNC;\n"
+"    float total = 0;\n"
+"    for (int i = item % 16; item < 64 && i < 256; i += 16)\n"
+"        total = total + weight[item / 16 * 256 + i];\n"
+"    total = sum_lanes(sums + item / 16 % 4 * 16, item < 64 ? item % 16 : 16, total);\n"
+"    for (int i = item; i < 4 * DIM; i += 256) {\n"
+"        int query = tile + i / DIM, c = i % DIM;\n"
+"        int2 seen = seen_keys(query, queries, group, position, window, block);\n"
+"        float sum = 0;\n"
+"        if (seen.x >= seen.y) continue;\n"
+"        for (int j = seen.x; j < seen.y; j++)\n"
+"            sum = fma(fetch(values, (ulong)(block * 256 + j) * DIM + c, f32),\n"
+"                      weight[i / DIM * 256 + j], sum);\n"
+"        ulong part = (ulong)(kv * queries + query) * blocks + get_group_id(2);\n"
+"        parts[part * (DIM + 2) + c] = sum;\n"
+"        if (!c) parts[part * (DIM + 2) + DIM] = big[i / DIM * 64];\n"
+"    }\n"
+"    if (item >= 64 || item % 16 || tile + item / 16 >= queries) return;\n"
+"    ulong part = (ulong)(kv * queries + tile + item / 16) * blocks + get_group_id(2);\n"
+"    parts[part * (DIM + 2) + DIM + 1] = total;\n"
+"}\n"
+"\n"
+"/* A work-group is a query and a key-value head. */\n"
+"kernel void merge(global const float *parts, int blocks, int first, int queries, int group,\n"
+"                  int position, int window, int block0, global float *out, int stride) {\n"
+"    int query = get_group_id(0), kv = get_group_id(1);\n"
+"    int limit = position + query / group + 1, start = max(limit - window, 0);\n"
+"    out += (first + query / group) * stride + (kv * group + query % group) * DIM;\n"
+"    parts += (ulong)(kv * queries + query) * blocks * (DIM + 2);\n"
+"    for (int c = get_local_id(0); c < DIM; c += get_local_size(0)) {\n"
+"        float largest = -INFINITY, total = 0, sum = 0;\n"
+"        for (int b = start / 256 - block0; b <= (limit - 1) / 256 - block0; b++) {\n"
+"            global const float *part = parts + b * (DIM + 2);\n"
+"            float both = largest > part[DIM] ? largest : part[DIM];\n"
+"            float keep = exponential(largest - both), fresh = exponential(part[DIM] - both);\n"
+"            total = fma(part[DIM + 1], fresh, total * keep);\n"
+"            sum = fma(part[c], fresh, sum * keep);\n"
+"            largest = both;\n"
+"        }\n"
+"        out[c] = divide(sum, total) + 0.0f;\n"
+"    }\n"
+"}\n";
+
+/* The calls that are used, found by name. */
+#define DEVICE_CALLS(X)                                                                         \
+    X(clGetPlatformIDs) X(clGetPlatformInfo) X(clGetDeviceIDs) X(clGetDeviceInfo)               \
+    X(clCreateContext) X(clReleaseContext) X(clCreateCommandQueue) X(clReleaseCommandQueue)     \
+    X(clCreateProgramWithSource) X(clBuildProgram) X(clGetProgramBuildInfo) X(clReleaseProgram) \
+    X(clCreateKernel) X(clReleaseKernel) X(clSetKernelArg) X(clEnqueueNDRangeKernel)            \
+    X(clCreateBuffer) X(clReleaseMemObject) X(clEnqueueReadBuffer) X(clEnqueueWriteBuffer)      \
+    X(clEnqueueReadBufferRect) X(clEnqueueWriteBufferRect) X(clFinish)
+
+typedef struct {
+    void *library;
+#define FIELD(call) __typeof__(call) *call;
+    DEVICE_CALLS(FIELD)
+#undef FIELD
+} opencl;
+
+typedef struct {
+    cl_device_id id;
+    char name[128], platform[128], version[128];
+    cl_device_type type;
+    cl_device_fp_config numbers;
+    cl_ulong memory, largest;       /* bytes in all, of one buffer                              */
+    cl_uint units;
+    cl_bool little, shared;         /* little-endian; its memory is the processor's             */
+    size_t group;                   /* work-items in a work-group                               */
+} device_facts;
+
+enum { MAX_DEVICES = 16, DEVICE_GROUP = 256, DEVICE_ROWS = 512 };
+
+static int opencl_open(opencl *cl, medrun_error *e) {
+    static const struct { const char *name; size_t at; } calls[] = {
+#define NAME(call) {#call, offsetof(opencl, call)},
+        DEVICE_CALLS(NAME)
+#undef NAME
+    };
+    const char *path = getenv("MEDRUN_OPENCL_LIBRARY");
+    if (!path || !*path) path = OPENCL_LIBRARY;
+    *cl = (opencl){.library = open_library(path)};
+    if (!cl->library)
+        return fail(e, MEDRUN_USAGE, "device: this machine has no OpenCL library (%s)", path);
+    for (size_t i = 0; i < sizeof calls / sizeof *calls; i++) {
+        void *call = find_symbol(cl->library, calls[i].name);
+        if (!call) {
+            close_library(cl->library);
+            return fail(e, MEDRUN_USAGE, "device: %s has no %s", path, calls[i].name);
+        }
+        memcpy((char *)cl + calls[i].at, &call, sizeof call);
+    }
+    return MEDRUN_OK;
+}
+
+static void describe_device(const opencl *cl, cl_platform_id platform, device_facts *d) {
+    const struct { cl_device_info what; size_t bytes; void *to; } facts[] = {
+        {CL_DEVICE_NAME, sizeof d->name - 1, d->name},
+        {CL_DEVICE_VERSION, sizeof d->version - 1, d->version},
+        {CL_DEVICE_TYPE, sizeof d->type, &d->type},
+        {CL_DEVICE_SINGLE_FP_CONFIG, sizeof d->numbers, &d->numbers},
+        {CL_DEVICE_GLOBAL_MEM_SIZE, sizeof d->memory, &d->memory},
+        {CL_DEVICE_MAX_MEM_ALLOC_SIZE, sizeof d->largest, &d->largest},
+        {CL_DEVICE_MAX_COMPUTE_UNITS, sizeof d->units, &d->units},
+        {CL_DEVICE_ENDIAN_LITTLE, sizeof d->little, &d->little},
+        {CL_DEVICE_HOST_UNIFIED_MEMORY, sizeof d->shared, &d->shared},
+        {CL_DEVICE_MAX_WORK_GROUP_SIZE, sizeof d->group, &d->group}};
+    for (size_t i = 0; i < sizeof facts / sizeof *facts; i++)
+        cl->clGetDeviceInfo(d->id, facts[i].what, facts[i].bytes, facts[i].to, NULL);
+    cl->clGetPlatformInfo(platform, CL_PLATFORM_NAME, sizeof d->platform - 1, d->platform, NULL);
+}
+
+/* All devices of all platforms, numbered as they come; returns how many. */
+static int list_devices(const opencl *cl, device_facts out[MAX_DEVICES]) {
+    cl_platform_id platforms[MAX_DEVICES];
+    cl_uint n_platforms = 0;
+    int n = 0;
+    if (cl->clGetPlatformIDs(MAX_DEVICES, platforms, &n_platforms)) return 0;
+    for (cl_uint p = 0; p < n_platforms && p < MAX_DEVICES; p++) {
+        cl_device_id ids[MAX_DEVICES];
+        cl_uint found = 0;
+        if (cl->clGetDeviceIDs(platforms[p], CL_DEVICE_TYPE_ALL, MAX_DEVICES, ids, &found))
+            continue;
+        for (cl_uint i = 0; i < found && n < MAX_DEVICES; i++) {
+            out[n] = (device_facts){.id = ids[i]};
+            describe_device(cl, platforms[p], &out[n++]);
+        }
+    }
+    return n;
+}
+
+enum { DEVICE_NORM, DEVICE_PACK, DEVICE_PLACE, DEVICE_ATTEND, DEVICE_MERGE, DEVICE_MATMUL,
+       N_DEVICE_KERNELS = DEVICE_MATMUL + 6 };          /* by type, for one token and for more   */
+static const char *const device_kernels[N_DEVICE_KERNELS] = {
+    "norm", "pack", "place", "attend", "merge", "matvec_bf16", "matmul_bf16", "matvec_int8",
+    "matmul_int8", "matvec_int4", "matmul_int4"};
+
+/* A device in use. After a call has failed nothing more is asked of it. */
+typedef struct device {
+    opencl cl;
+    device_facts facts;
+    cl_context context;
+    cl_command_queue queue;
+    cl_program program;
+    cl_kernel kernels[N_DEVICE_KERNELS];
+    uint64_t room;                  /* bytes that may still be taken                            */
+    const char *failed;             /* the call that failed first                               */
+    cl_int why;
+    int layers;                     /* that it computes, the first of the model                 */
+    bool output;                    /* and the logits                                           */
+    bool exact;                     /* gave the processor's bits                                */
+    cl_mem *weights;                /* (layers) as they lie in the file                         */
+    cl_mem final_norm, vocabulary;
+    cl_mem x, h, qkv, attn, wide;   /* (DEVICE_ROWS, ...) see pass; q, k, v side by side, and
+                                       gate and up                                              */
+    cl_mem rotation, a, scales;     /* a, scales: packed activations                            */
+    cl_mem parts, logits;
+    size_t part_floats;
+} device;
+
+static bool device_ok(device *d, cl_int why, const char *call) {
+    if (why && !d->failed) d->failed = call, d->why = why;
+    return !d->failed;
+}
+
+static int device_error(const device *d, medrun_error *e) {
+    return fail(e, MEDRUN_FAILED, "device %s: %s failed (%d)", d->facts.name, d->failed, d->why);
+}
+
+/* N bytes on the device, with DATA unless that is NULL, which must stay where it is: a device that
+ * shares our memory may use it there. NULL: it has no room. */
+static cl_mem device_bytes(device *d, const void *data, size_t n) {
+    const cl_mem_flags copied = CL_MEM_READ_ONLY | CL_MEM_COPY_HOST_PTR;
+    const cl_mem_flags shared = CL_MEM_READ_ONLY | CL_MEM_USE_HOST_PTR;
+    void *from = (void *)(uintptr_t)data;
+    cl_int why = CL_INVALID_HOST_PTR;
+    cl_mem made = NULL;
+    if (n > d->room || n > d->facts.largest) return NULL;
+    if (!data) made = d->cl.clCreateBuffer(d->context, CL_MEM_READ_WRITE, n, NULL, &why);
+    else if (d->facts.shared) made = d->cl.clCreateBuffer(d->context, shared, n, from, &why);
+    if (why && data) made = d->cl.clCreateBuffer(d->context, copied, n, from, &why);
+    if (why) return NULL;
+    d->room -= n;
+    return made;
+}
+
+static void device_release(device *d, cl_mem memory) {
+    if (memory) d->cl.clReleaseMemObject(memory);
+}
+
+typedef struct {
+    size_t n;
+    union {
+        cl_mem memory;
+        cl_int whole;
+        cl_float real;
+        cl_ulong place;
+    } v;
+} device_argument;
+
+#define MEMORY(x) {sizeof(cl_mem), {.memory = (x)}}
+#define INT(x) {sizeof(cl_int), {.whole = (cl_int)(x)}}
+#define FLOAT(x) {sizeof(cl_float), {.real = (x)}}
+#define PLACE(x) {sizeof(cl_ulong), {.place = (x)}}
+
+/* X * Y * Z work-groups of SIZE work-items. */
+static void device_run(device *d, int kernel, size_t size, size_t x, size_t y, size_t z,
+                       const device_argument *arguments, cl_uint n) {
+    const size_t all[3] = {x * size, y, z}, group[3] = {size, 1, 1};
+    cl_kernel k = d->kernels[kernel];
+    for (cl_uint i = 0; i < n && !d->failed; i++)
+        device_ok(d, d->cl.clSetKernelArg(k, i, arguments[i].n, &arguments[i].v),
+                  device_kernels[kernel]);
+    if (!d->failed)
+        device_ok(d, d->cl.clEnqueueNDRangeKernel(d->queue, k, 3, NULL, all, group, 0, NULL, NULL),
+                  device_kernels[kernel]);
+}
+#define DEVICE_RUN(d, kernel, size, x, y, z, ...)                                               \
+    device_run(d, kernel, size, x, y, z, (const device_argument[]){__VA_ARGS__},                \
+               sizeof((const device_argument[]){__VA_ARGS__}) / sizeof(device_argument))
+
+static void device_write(device *d, cl_mem to, const void *from, size_t n) {
+    if (!d->failed)
+        device_ok(d, d->cl.clEnqueueWriteBuffer(d->queue, to, CL_TRUE, 0, n, from, 0, NULL, NULL),
+                  "clEnqueueWriteBuffer");
+}
+
+static void device_read(device *d, cl_mem from, void *to, size_t n) {
+    if (!d->failed)
+        device_ok(d, d->cl.clEnqueueReadBuffer(d->queue, from, CL_TRUE, 0, n, to, 0, NULL, NULL),
+                  "clEnqueueReadBuffer");
+}
+
+static void device_close(device *d) {
+    if (!d) return;
+    const cl_mem all[] = {d->final_norm, d->vocabulary, d->x, d->h, d->qkv, d->attn, d->wide,
+                          d->rotation, d->a, d->scales, d->parts, d->logits};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) device_release(d, all[i]);
+    for (int l = 0; d->weights && l < d->layers; l++) device_release(d, d->weights[l]);
+    for (int k = 0; k < N_DEVICE_KERNELS; k++)
+        if (d->kernels[k]) d->cl.clReleaseKernel(d->kernels[k]);
+    if (d->program) d->cl.clReleaseProgram(d->program);
+    if (d->queue) d->cl.clReleaseCommandQueue(d->queue);
+    if (d->context) d->cl.clReleaseContext(d->context);
+    if (d->cl.library) close_library(d->cl.library);
+    free(d->weights);
+    free(d);
+}
+
+/* LOG gets what the device's compiler says when it fails. */
+static int build_kernels(device *d, size_t head_dim, buffer *log, medrun_error *e) {
+    char head[160] = "", options[256];
+    const char *more = getenv("MEDRUN_OPENCL_OPTIONS"), *sources[] = {head, device_source};
+    bool exact = d->facts.numbers & CL_FP_CORRECTLY_ROUNDED_DIVIDE_SQRT;
+    size_t n = 0;
+    cl_int why;
+    n = (size_t)snprintf(head, sizeof head, "#define DIM %zu\n#define LEVELS 0", head_dim);
+    for (int i = 1; i < 16; i++)
+        n += (size_t)snprintf(head + n, sizeof head - n, ",%d", int4_levels[i]);
+    snprintf(head + n, sizeof head - n, "\n");
+    snprintf(options, sizeof options, "-cl-std=CL1.2%s %s",
+             exact ? " -cl-fp32-correctly-rounded-divide-sqrt -D EXACT" : "", more ? more : "");
+    d->program = d->cl.clCreateProgramWithSource(d->context, 2, sources, NULL, &why);
+    if (!why) why = d->cl.clBuildProgram(d->program, 1, &d->facts.id, options, NULL, NULL);
+    if (!why) {
+        for (int k = 0; k < N_DEVICE_KERNELS && !why; k++)
+            d->kernels[k] = d->cl.clCreateKernel(d->program, device_kernels[k], &why);
+        if (!why) return MEDRUN_OK;
+    }
+    n = 0;
+    if (d->program)
+        d->cl.clGetProgramBuildInfo(d->program, d->facts.id, CL_PROGRAM_BUILD_LOG, 0, NULL, &n);
+    if (n && buffer_room(log, n)) {
+        d->cl.clGetProgramBuildInfo(d->program, d->facts.id, CL_PROGRAM_BUILD_LOG, n, log->data,
+                                    NULL);
+        log->n = strlen((const char *)log->data);
+    }
+    return fail(e, MEDRUN_NO_MEMORY, "device %s: its kernels cannot be built (%d)", d->facts.name,
+                why);
+}
+
+/* WHICH is a number, a part of a name, or "auto": the first that is no processor. */
+static int choose_device(device *d, const char *which, medrun_error *e) {
+    device_facts all[MAX_DEVICES];
+    int n = list_devices(&d->cl, all), i = 0;
+    char *end;
+    long number = strtol(which, &end, 10);
+    bool by_number = *which && !*end, any = !strcmp(which, "auto");
+    for (; i < n; i++)
+        if (by_number ? i == number
+                      : any ? !(all[i].type & CL_DEVICE_TYPE_CPU) : !!strstr(all[i].name, which))
+            break;
+    if (i == n)
+        return fail(e, MEDRUN_USAGE, "device: found no \"%s\" among the %d that OpenCL has "
+                    "here; medrun doctor lists them", any ? "GPU" : which, n);
+    d->facts = all[i];
+    if (!d->facts.little || d->facts.group < DEVICE_GROUP)
+        return fail(e, MEDRUN_NO_MEMORY, "device %s: work-groups of %zu, %s-endian; wanted %d, "
+                    "little-endian", d->facts.name, d->facts.group,
+                    d->facts.little ? "little" : "big", DEVICE_GROUP);
+    return MEDRUN_OK;
+}
+
+/* A sixteenth of its memory is the driver's; MEDRUN_DEVICE_MEMORY says how many MB may be taken
+ * where other programs want some, which OpenCL does not tell. */
+static uint64_t device_room(const device_facts *f) {
+    const char *most = getenv("MEDRUN_DEVICE_MEMORY");
+    uint64_t room = f->memory - f->memory / 16, asked = most ? strtoull(most, NULL, 10) << 20 : 0;
+    return asked && asked < room ? asked : room;
+}
+
+/* On failure D, zeroed before, is still to be closed. */
+static int device_open(device *d, const char *which, size_t head_dim, buffer *log,
+                       medrun_error *e) {
+    int code = opencl_open(&d->cl, e);
+    if (code || (code = choose_device(d, which, e))) return code;
+    cl_int why;
+    d->room = device_room(&d->facts);
+    d->context = d->cl.clCreateContext(NULL, 1, &d->facts.id, NULL, NULL, &why);
+    if (!why) d->queue = d->cl.clCreateCommandQueue(d->context, d->facts.id, 0, &why);
+    if (why) return fail(e, MEDRUN_NO_MEMORY, "device %s: cannot be used (%d)", d->facts.name, why);
+    return build_kernels(d, head_dim, log, e);
+}
+#endif
 /* ============================================================================================
  * 9 Model file: parse and check everything before anything is used
  *
@@ -6187,6 +6890,11 @@ struct medrun_model {
     size_t cache;                               /* bytes of the second cache                    */
     uint64_t parameters, weight_bytes;
     size_t longest_piece;                       /* bytes                                        */
+#ifdef MEDRUN_OPENCL
+    device *device;                             /* NULL: none                                   */
+#endif
+    char device_says[256];
+    buffer device_log;
 };
 
 /* ---- double precision functions without libm: the same bits on every machine ---------------- */
@@ -6615,6 +7323,10 @@ static int load_model(medrun_model *m, const medrun_options *options, medrun_err
 void medrun_close(medrun_model *m) {
     if (!m) return;
     if (m->pool && m->pool->threads) pool_stop(m->pool);
+#ifdef MEDRUN_OPENCL
+    device_close(m->device);
+#endif
+    buffer_free(&m->device_log);
     free(m->pool);
     tokenizer_close(&m->tokenizer);
     free(m->system);
@@ -6653,7 +7365,8 @@ void medrun_describe(const medrun_model *m, medrun_info *info) {
         .n_kv_heads = c->n_kv_heads, .head_dim = c->head_dim, .ffn_size = c->ffn_size,
         .max_positions = c->max_positions, .threads = m->pool->threads, .bos = m->tokenizer.bos,
         .n_stops = m->n_stops, .parameters = m->parameters, .file_bytes = m->file.map.n,
-        .weight_bytes = m->weight_bytes, .sampling = m->sampling};
+        .weight_bytes = m->weight_bytes, .sampling = m->sampling, .device = m->device_says,
+        .device_log = m->device_log.n ? (const char *)m->device_log.data : ""};
     memcpy(info->stops, m->stops, sizeof info->stops);
     memcpy(info->hash, m->file.hash, 32);
 }
@@ -6716,6 +7429,11 @@ struct medrun_session {
     medrun_observer *observer;
     void *observer_user;
     struct pass *pass;                          /* scratch for passes that this session leads   */
+#ifdef MEDRUN_OPENCL
+    cl_mem device_keys, device_values;          /* of the device's layers, as they lie here     */
+    size_t device_done, host_done;              /* positions of those layers that the device has,
+                                                   and that are here; one is at least n_done    */
+#endif
 };
 
 /* Rows of one session that stand together in a pass. */
@@ -6733,7 +7451,7 @@ typedef struct pass {
     size_t n_segments;
     medrun_session **owner;                     /* (capacity) of each row                       */
     size_t *position;                           /* (capacity)                                   */
-    bool observed;
+    bool observed, on_device;
     size_t hidden, heads, kv, ffn, vocab;       /* row strides, in floats                       */
     float *x;                                   /* (n, hidden) the residual stream              */
     float *h;                                   /* (n, hidden) normed, then a block's output    */
@@ -6996,6 +7714,220 @@ static void residual_task(void *context, size_t begin, size_t end, int thread) {
         p->g.k->add(p->x + r * p->hidden, p->h + r * p->hidden, p->hidden);
 }
 
+/* Rows of the pass whose logits are wanted, and by whom. */
+typedef struct {
+    size_t n, row[TILE];
+    medrun_session *to[TILE];
+} output_rows;
+
+#ifdef MEDRUN_OPENCL
+/* ---- the same on a device ------------------------------------------------------------------ */
+
+/* Keys and values of the device's layers from its memory to ours, or UP from ours, for the panels
+ * of positions FROM .. TO-1. */
+static void copy_cache(const medrun_session *s, size_t from, size_t to, bool up) {
+    device *d = s->model->device;
+    size_t panel = cache_panel(s->options.kv, (size_t)s->model->config.head_dim);
+    size_t row = cache_bytes(s, 0, 1), heads = (size_t)s->model->config.n_kv_heads;
+    const size_t at[3] = {from / 16 * panel, 0, 0};
+    const size_t size[3] = {(to + 15) / 16 * panel - at[0], (size_t)d->layers * heads, 1};
+    for (int i = 0; i < 2 && from < to && !d->failed; i++) {
+        cl_mem there = i ? s->device_values : s->device_keys;
+        void *here = i ? s->values : s->keys;
+        cl_int why = up ? d->cl.clEnqueueWriteBufferRect(d->queue, there, CL_TRUE, at, at, size,
+                                                         row, 0, row, 0, here, 0, NULL, NULL)
+                        : d->cl.clEnqueueReadBufferRect(d->queue, there, CL_TRUE, at, at, size,
+                                                        row, 0, row, 0, here, 0, NULL, NULL);
+        device_ok(d, why, "copying the cache");
+    }
+}
+
+/* Who computes the pass, and sees to it that the caches are there. An observer wants every stage of
+ * every layer: then it is the processor. */
+static void begin_on_device(pass *p) {
+    p->on_device = p->m->device && !p->observed;
+    for (segment *i = p->segments; p->m->device && i < p->segments + p->n_segments; i++) {
+        medrun_session *s = i->session;
+        if (s->device_done > s->n_done) s->device_done = s->n_done;
+        if (s->host_done > s->n_done) s->host_done = s->n_done;
+        if (p->on_device) copy_cache(s, s->device_done, s->n_done, true);
+        else copy_cache(s, s->host_done, s->n_done, false);
+        *(p->on_device ? &s->device_done : &s->host_done) = s->n_done + i->n;
+    }
+}
+
+static int end_on_device(const pass *p, medrun_error *e) {
+    const device *d = p->m->device;
+    return d && d->failed ? device_error(d, e) : MEDRUN_OK;
+}
+
+/* out (TOKENS, STRIDE) = the products of N tensors with packed activations, side by side; ADD: what
+ * is there and that. WEIGHTS begins with BASE. */
+static void device_matmul(const pass *p, cl_mem weights, const void *base, const tensor *const *w,
+                          int n, size_t tokens, cl_mem out, size_t stride, bool add) {
+    device *d = p->m->device;
+    cl_ulong at[3] = {0};
+    size_t panels = 0, end[3], cols = w[0]->cols;
+    int type = w[0]->type, kernel = DEVICE_MATMUL + 2 * (type - TYPE_BF16) + (tokens > 1);
+    for (int i = 0; i < 3; end[i++] = panels) {
+        if (i >= n) continue;
+        at[i] = (cl_ulong)(w[i]->data - (const uint8_t *)base);
+        panels += tensor_panels(w[i]);
+    }
+    bool bf16 = type == TYPE_BF16, many = tokens > 1;
+    DEVICE_RUN(d, kernel, bf16 ? 32 : many ? 128 : 256, many ? (tokens + 7) / 8 : 1,
+               bf16 ? (panels + 1) / 2 : panels, 1, MEMORY(weights), PLACE(at[0]), PLACE(at[1]),
+               PLACE(at[2]), INT(end[0]), INT(end[1]), INT(end[2]),
+               PLACE(panel_bytes(type, cols)), INT(cols), MEMORY(d->a), MEMORY(d->scales),
+               INT(tokens), MEMORY(out), INT(stride), INT(add));
+}
+
+static void device_norm(const pass *p, cl_mem x, size_t at, size_t stride, cl_mem out,
+                        size_t out_at, cl_mem weights, size_t weight_at, size_t cols, size_t rows,
+                        size_t heads) {
+    DEVICE_RUN(p->m->device, DEVICE_NORM, DEVICE_GROUP, rows, heads, 1, MEMORY(x), INT(at),
+               INT(stride), MEMORY(out), INT(out_at), INT(stride), MEMORY(weights),
+               PLACE(weight_at), INT(cols), FLOAT(p->m->config.norm_eps));
+}
+
+/* x, or its ACTIVATION, packed for the next matmul. */
+static void device_pack(const pass *p, cl_mem x, size_t stride, size_t cols, size_t rows,
+                        int activation, const xielu_numbers *c) {
+    device *d = p->m->device;
+    DEVICE_RUN(d, DEVICE_PACK, GROUP, (cols + GROUP - 1) / GROUP, rows, 1, MEMORY(x), INT(stride),
+               INT(cols), INT(activation), FLOAT(c->positive), FLOAT(c->negative), FLOAT(c->beta),
+               FLOAT(c->eps), INT(p->m->type != TYPE_BF16), MEMORY(d->a), MEMORY(d->scales));
+}
+
+/* Rotates, stores keys and values, attends, for the rows of a segment; as many rows at once as
+ * there is room for the parts that their blocks of keys give. */
+static void device_attend(const pass *p, const segment *s, int layer) {
+    device *d = p->m->device;
+    const model_config *c = &p->m->config;
+    const medrun_session *to = s->session;
+    size_t dim = (size_t)c->head_dim, kv_heads = (size_t)c->n_kv_heads, n;
+    size_t group = (size_t)c->n_heads / kv_heads, stride = p->heads + 2 * p->kv;
+    size_t window = c->sliding_window ? (size_t)c->sliding_window : INT_MAX;
+    cl_ulong at = cache_bytes(to, layer, 0), head_bytes = cache_bytes(to, 0, 1);
+    bool f32 = to->options.kv == MEDRUN_KV_F32;
+    DEVICE_RUN(d, DEVICE_PLACE, GROUP, (size_t)c->n_heads + 2 * kv_heads, s->n, 1, MEMORY(d->qkv),
+               INT(stride), INT(c->n_heads), INT(kv_heads), INT(s->first), MEMORY(d->rotation),
+               INT(s->position), MEMORY(to->device_keys), MEMORY(to->device_values), PLACE(at),
+               PLACE(head_bytes), INT(f32));
+    for (size_t r = 0; r < s->n; r += n) {
+        size_t position = s->position + r, start = position < window ? 0 : position + 1 - window;
+        size_t blocks = (s->position + s->n - 1) / KEY_BLOCK - start / KEY_BLOCK + 1;
+        n = d->part_floats / ((size_t)c->n_heads * blocks * (dim + 2));
+        if (n > s->n - r) n = s->n - r;
+        DEVICE_RUN(d, DEVICE_ATTEND, DEVICE_GROUP, (n * group + 3) / 4, kv_heads, blocks,
+                   MEMORY(d->qkv), INT(stride), INT(s->first + r), MEMORY(to->device_keys),
+                   MEMORY(to->device_values), PLACE(at), PLACE(head_bytes), INT(f32),
+                   INT(n * group), INT(group), INT(position), INT(window),
+                   INT(start / KEY_BLOCK), FLOAT(1.0f / sqrtf((float)dim)), MEMORY(d->parts));
+        DEVICE_RUN(d, DEVICE_MERGE, GROUP, n * group, kv_heads, 1, MEMORY(d->parts), INT(blocks),
+                   INT(s->first + r), INT(n * group), INT(group), INT(position), INT(window),
+                   INT(start / KEY_BLOCK), MEMORY(d->attn), INT(p->heads));
+    }
+}
+
+/* One layer as in `forward`. */
+static void device_layer(const pass *p, int layer) {
+    static const xielu_numbers none = {0};
+    device *d = p->m->device;
+    const model_layer *y = &p->m->layers[layer];
+    const uint8_t *base = (const uint8_t *)y->attn_norm;
+    cl_mem weights = d->weights[layer];
+    size_t dim = (size_t)p->m->config.head_dim, qkv = p->heads + 2 * p->kv;
+    bool gated = p->m->config.activation == ACTIVATION_SILU;
+    size_t wide = (gated ? 2 : 1) * p->ffn;
+
+    device_norm(p, d->x, 0, p->hidden, d->h, 0, weights, 0, p->hidden, p->n, 1);
+    device_pack(p, d->h, p->hidden, p->hidden, p->n, N_ACTIVATIONS, &none);
+    device_matmul(p, weights, base, (const tensor *[]){&y->q, &y->k, &y->v}, 3, p->n, d->qkv, qkv,
+                  false);
+    if (y->q_norm) {
+        device_norm(p, d->qkv, 0, qkv, d->qkv, 0, weights,
+                    (size_t)((const uint8_t *)y->q_norm - base), dim, p->n, p->heads / dim);
+        device_norm(p, d->qkv, p->heads, qkv, d->qkv, p->heads, weights,
+                    (size_t)((const uint8_t *)y->k_norm - base), dim, p->n, p->kv / dim);
+    }
+    for (size_t i = 0; i < p->n_segments; i++) device_attend(p, &p->segments[i], layer);
+    device_pack(p, d->attn, p->heads, p->heads, p->n, N_ACTIVATIONS, &none);
+    device_matmul(p, weights, base, (const tensor *[]){&y->o}, 1, p->n, d->x, p->hidden, true);
+
+    device_norm(p, d->x, 0, p->hidden, d->h, 0, weights,
+                (size_t)((const uint8_t *)y->ffn_norm - base), p->hidden, p->n, 1);
+    device_pack(p, d->h, p->hidden, p->hidden, p->n, N_ACTIVATIONS, &none);
+    device_matmul(p, weights, base, (const tensor *[]){gated ? &y->gate : &y->up, &y->up},
+                  gated ? 2 : 1, p->n, d->wide, wide, false);
+    device_pack(p, d->wide, wide, p->ffn, p->n, p->m->config.activation, &y->xielu);
+    device_matmul(p, weights, base, (const tensor *[]){&y->down}, 1, p->n, d->x, p->hidden, true);
+}
+
+/* The device's layers; returns how many. x comes back where the processor goes on. */
+static int device_layers(const pass *p) {
+    if (!p->on_device) return 0;
+    device *d = p->m->device;
+    device_write(d, d->x, p->x, p->n * p->hidden * sizeof(float));
+    device_write(d, d->rotation, p->rotation,
+                 p->n * (size_t)p->m->config.head_dim * sizeof(float));
+    for (int layer = 0; layer < d->layers; layer++) device_layer(p, layer);
+    if (!d->output) device_read(d, d->x, p->x, p->n * p->hidden * sizeof(float));
+    return d->layers;
+}
+
+/* Final norm and logits of these rows, if that is the device's. */
+static bool device_logits(const pass *p, const output_rows *o) {
+    device *d = p->m->device;
+    const tensor *w = &p->m->output;
+    if (!p->on_device || !d->output) return false;
+    for (size_t i = 0; i < o->n; i++)
+        device_norm(p, d->x, o->row[i] * p->hidden, 0, d->h, i * p->hidden, d->final_norm, 0,
+                    p->hidden, 1, 1);
+    device_pack(p, d->h, p->hidden, p->hidden, o->n, N_ACTIVATIONS, &(xielu_numbers){0});
+    device_matmul(p, d->vocabulary, w->data, &w, 1, o->n, d->logits, p->vocab, false);
+    device_read(d, d->logits, p->logits, o->n * p->vocab * sizeof(float));
+    return true;
+}
+
+/* Room for the keys and values of the device's layers. */
+static int cache_on_device(medrun_session *s, medrun_error *e) {
+    device *d = s->model->device;
+    size_t n = cache_bytes(s, d->layers, 0);
+    pthread_mutex_lock(&s->model->pool->turn);
+    s->device_keys = device_bytes(d, NULL, n);
+    if (s->device_keys) s->device_values = device_bytes(d, NULL, n);
+    uint64_t room = d->room;
+    pthread_mutex_unlock(&s->model->pool->turn);
+    if (s->device_values) return MEDRUN_OK;
+    return fail(e, MEDRUN_NO_MEMORY, "a context of %d tokens needs %zu MB of device %s, which has "
+                "%llu MB left; ask for a smaller one (-c) or fewer layers (--gpu-layers)",
+                s->options.context, 2 * n >> 20, d->facts.name, (unsigned long long)room >> 20);
+}
+
+static void leave_device(medrun_session *s) {
+    device *d = s->model->device;
+    size_t n = cache_bytes(s, d->layers, 0);
+    pthread_mutex_lock(&s->model->pool->turn);
+    if (s->device_keys) device_release(d, s->device_keys), d->room += n;
+    if (s->device_values) device_release(d, s->device_values), d->room += n;
+    pthread_mutex_unlock(&s->model->pool->turn);
+}
+
+/* Brings our keys and values up to date. */
+static int cache_from_device(const medrun_session *s, medrun_error *e) {
+    device *d = s->model->device;
+    if (!d) return MEDRUN_OK;
+    pthread_mutex_lock(&s->model->pool->turn);
+    copy_cache(s, s->host_done < s->n_done ? s->host_done : s->n_done, s->n_done, false);
+    pthread_mutex_unlock(&s->model->pool->turn);
+    return d->failed ? device_error(d, e) : MEDRUN_OK;
+}
+#else
+static int device_layers(const pass *p) { return (void)p, 0; }
+static bool device_logits(const pass *p, const output_rows *o) { return (void)p, (void)o, false; }
+#endif
+
 /* The tokens of the pass through all layers; x ends as the last layer's output. */
 static void forward(pass *p) {
     const medrun_model *m = p->m;
@@ -7003,7 +7935,7 @@ static void forward(pass *p) {
     each_tile(p, embed_task);
     observe(p, "embed", p->x, p->hidden, p->hidden);
 
-    for (p->layer = 0; p->layer < m->config.n_layers; p->layer++) {
+    for (p->layer = device_layers(p); p->layer < m->config.n_layers; p->layer++) {
         const model_layer *y = &m->layers[p->layer];
 
         norm_rows(p, y->attn_norm, "attn_norm");
@@ -7030,20 +7962,17 @@ static void forward(pass *p) {
     }
 }
 
-/* Rows of the pass whose logits are wanted, and by whom. */
-typedef struct {
-    size_t n, row[TILE];
-    medrun_session *to[TILE];
-} output_rows;
-
 /* Final norm and logits of these rows, gathered at the front of h, to their sessions. */
 static void give_logits(pass *p, output_rows *o) {
     size_t cols = (size_t)p->m->config.vocab_size, same;
-    for (size_t i = 0; i < o->n; i++)
+    bool done = device_logits(p, o);
+    for (size_t i = 0; !done && i < o->n; i++)
         p->g.k->norm(p->h + i * p->hidden, p->x + o->row[i] * p->hidden, p->m->final_norm,
                      p->hidden, p->m->config.norm_eps);
-    pack_activations(&p->g, &p->a, p->m->output.type, p->h, p->hidden, p->hidden, o->n);
-    matmul(&p->g, &(product){&p->m->output, p->logits, p->vocab}, 1, &p->a);
+    if (!done) {
+        pack_activations(&p->g, &p->a, p->m->output.type, p->h, p->hidden, p->hidden, o->n);
+        matmul(&p->g, &(product){&p->m->output, p->logits, p->vocab}, 1, &p->a);
+    }
     for (size_t i = 0; i < o->n; i += same) {
         medrun_session *to = o->to[i];
         const float *h = p->h + i * p->hidden, *logits = p->logits + i * p->vocab;
@@ -7302,6 +8231,13 @@ static int resolve_options(const medrun_model *m, const medrun_session_options *
         o->sampling = m->sampling;
         o->sampling.seed = seed;
     }
+#ifdef MEDRUN_OPENCL
+    if (m->device && o->kv == MEDRUN_KV_INT8)
+        return fail(e, MEDRUN_USAGE, "kv int8: a device has f16 and f32; take one of them, or no "
+                    "device");
+    if (m->device && m->type == TYPE_BF16) o->strict = true;
+    if (m->device && o->batch > DEVICE_ROWS) o->batch = DEVICE_ROWS;
+#endif
     const medrun_sampling *s = &o->sampling;
     if (!(s->temperature >= 0 && s->temperature <= 100) || s->top_k < 0 ||
         !(s->top_p >= 0 && s->top_p <= 1) || !(s->min_p >= 0 && s->min_p <= 1) ||
@@ -7344,10 +8280,16 @@ int medrun_start(medrun_session **out, const medrun_model *model,
                           .random = o.sampling.seed};
     arena a = {(uint8_t *)s, round_up(sizeof *s, 64)};
     layout_session(s, &a);
+#ifdef MEDRUN_OPENCL
+    if (model->device && (code = cache_on_device(s, e))) return medrun_stop(s), code;
+#endif
     return *out = s, MEDRUN_OK;
 }
 
 void medrun_stop(medrun_session *s) {
+#ifdef MEDRUN_OPENCL
+    if (s && s->model->device) leave_device(s);
+#endif
     if (s && s->owns_memory) unmap_memory(s, s->bytes);
 }
 
@@ -7558,9 +8500,17 @@ int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *e) {
     for (size_t i = 0; i < n; i++) sessions[i]->n_ready = 0, add_segment(p, sessions[i]);
     if (!p->n) return MEDRUN_OK;
     pthread_mutex_lock(&lead->model->pool->turn);
+#ifdef MEDRUN_OPENCL
+    begin_on_device(p);
+#endif
     forward(p);
     output(p);
+    int code = MEDRUN_OK;
+#ifdef MEDRUN_OPENCL
+    code = end_on_device(p, e);
+#endif
     pthread_mutex_unlock(&lead->model->pool->turn);
+    if (code) return code;
     for (size_t i = 0; i < p->n_segments; i++) p->segments[i].session->n_done += p->segments[i].n;
     return MEDRUN_OK;
 }
@@ -7817,6 +8767,12 @@ static void get_block(state_file *f, const medrun_session *s, size_t first, size
 static void name_numbers(const medrun_session *s, char name[24]) {
     bool exact = pack_kind(&s->pass->g, s->model->type) != PACK_BF16;
     memset(name, 0, 24);
+#ifdef MEDRUN_OPENCL
+    if (s->model->device && !s->model->device->exact) {
+        snprintf(name, 24, "%d OpenCL", NUMBERS_VERSION);
+        return;
+    }
+#endif
     snprintf(name, 24, "%d %s", NUMBERS_VERSION, exact ? "exact" : s->model->kernels->name);
 }
 
@@ -7871,10 +8827,15 @@ static void put_state(state_file *f, const medrun_session *s) {
 int medrun_save(const medrun_session *s, const char *path, medrun_error *e) {
     buffer partial = {0};
     state_file f = {0};
-    int code = create_state(&f.f, path, &partial, e);
+    int code = MEDRUN_OK;
+#ifdef MEDRUN_OPENCL
+    code = cache_from_device(s, e);
+#endif
+    if (!code) code = create_state(&f.f, path, &partial, e);
     if (!code) {
         put_state(&f, s);
         int why = errno;
+        if (fflush(f.f) && !f.failed) f.failed = true, why = errno;
         if (fclose(f.f) && !f.failed) f.failed = true, why = errno;
         if (!f.failed && rename_file((const char *)partial.data, path))
             f.failed = true, why = errno;
@@ -7971,6 +8932,9 @@ static int restore_from(medrun_session *s, state_file *f, uint64_t size, const i
     if (!good || f->failed)
         return fail(e, MEDRUN_BAD_FILE, "%s: is cut short or damaged", path);
     s->n_done = take;
+#ifdef MEDRUN_OPENCL
+    s->host_done = take, s->device_done = 0;
+#endif
     if (ids) return MEDRUN_OK;
     s->n_tokens = (size_t)h.n, s->random = h.random, s->answer_open = h.open && h.n;
     if (h.done == h.n && h.n) s->n_done--;              /* its logits are computed anew          */
@@ -8007,6 +8971,138 @@ int medrun_feed_saved(medrun_session *s, const int32_t *ids, size_t n, const cha
     if (code || (code = restore_file(s, s->tokens, n, path, e))) return code;
     return *taken = s->n_done, MEDRUN_OK;
 }
+/* ---- devices ------------------------------------------------------------------------------- */
+
+#ifdef MEDRUN_OPENCL
+static size_t layer_bytes(const model_layer *y) {
+    const tensor *last = &y->down;
+    return (size_t)(last->data - (const uint8_t *)y->attn_norm) +
+           tensor_bytes(last->type, last->rows, last->cols);
+}
+
+/* Activations and whatever else does not depend on how many layers there are. */
+static bool device_scratch(const medrun_model *m, device *d) {
+    const model_config *c = &m->config;
+    size_t rows = DEVICE_ROWS * sizeof(float), dim = (size_t)c->head_dim;
+    size_t hidden = (size_t)c->hidden_size, heads = (size_t)c->n_heads * dim;
+    size_t ffn = (size_t)c->ffn_size, widest = ffn > heads ? ffn : heads;
+    size_t blocks = ((size_t)c->max_positions + KEY_BLOCK - 1) / KEY_BLOCK;
+    size_t row_parts = (size_t)c->n_heads * blocks * (dim + 2);
+    if (hidden > widest) widest = hidden;
+    d->part_floats = row_parts < 16 << 20 ? (16 << 20) / row_parts * row_parts : row_parts;
+    const struct { cl_mem *to; size_t n; } all[] = {
+        {&d->x, rows * hidden}, {&d->h, rows * hidden},
+        {&d->qkv, rows * (heads + 2 * (size_t)c->n_kv_heads * dim)}, {&d->attn, rows * heads},
+        {&d->wide, rows * ffn * (c->activation == ACTIVATION_SILU ? 2 : 1)},
+        {&d->rotation, rows * dim}, {&d->a, rows * round_up(widest, GROUP)},
+        {&d->scales, rows * ((widest + GROUP - 1) / GROUP)}, {&d->parts, d->part_floats * 4},
+        {&d->logits, TILE * round_up((size_t)c->vocab_size, LANES) * sizeof(float)}};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        if (!(*all[i].to = device_bytes(d, NULL, all[i].n))) return false;
+    return true;
+}
+
+/* Keys and values of a layer for 4096 tokens, or as many as the model can: what is kept free. */
+static size_t layer_cache(const model_config *c) {
+    size_t context = c->max_positions < 4096 ? (size_t)c->max_positions : 4096;
+    return 2 * round_up(context, KEY_STEP) / 16 * (size_t)c->n_kv_heads *
+           cache_panel(MEDRUN_KV_F16, (size_t)c->head_dim);
+}
+
+/* Weights to the device; what fits is reckoned before any goes. */
+static int device_load(const medrun_model *m, device *d, int most, medrun_error *e) {
+    const model_config *c = &m->config;
+    size_t output = tensor_bytes(m->output.type, m->output.rows, m->output.cols);
+    size_t norm = m->output.cols * sizeof(float), need = 0, cache = layer_cache(c);
+    uint64_t had = d->room;
+    int n = 0;
+    if (most < 0 || most > c->n_layers) most = c->n_layers;
+    for (bool fits = device_scratch(m, d); fits && n < most; n += fits) {
+        need += layer_bytes(&m->layers[n]) + cache;
+        fits = need <= d->room && layer_bytes(&m->layers[n]) <= d->facts.largest;
+    }
+    if (!n)
+        return fail(e, MEDRUN_NO_MEMORY, "device %s: %llu MB are not enough for a layer of %zu MB "
+                    "and what it works with", d->facts.name, (unsigned long long)had >> 20,
+                    layer_bytes(m->layers) >> 20);
+    d->output = n == c->n_layers && need + output + norm <= d->room && output <= d->facts.largest;
+    d->weights = new_array((size_t)n, sizeof *d->weights);
+    if (!d->weights) return out_of_memory(e, (size_t)n * sizeof *d->weights);
+    bool good = true;
+    for (d->layers = 0; good && d->layers < n; d->layers++) {
+        const model_layer *y = &m->layers[d->layers];
+        good = (d->weights[d->layers] = device_bytes(d, y->attn_norm, layer_bytes(y)));
+    }
+    if (good && d->output)
+        good = (d->final_norm = device_bytes(d, m->final_norm, norm)) &&
+               (d->vocabulary = device_bytes(d, m->output.data, output));
+    return good ? MEDRUN_OK : fail(e, MEDRUN_NO_MEMORY, "device %s: has less memory than it says; "
+                                   "ask for fewer layers (--gpu-layers)", d->facts.name);
+}
+
+/* Logits after a pass of several tokens and one of a single token. */
+static int try_logits(const medrun_model *m, float *logits, medrun_error *e) {
+    int32_t ids[9];
+    int n = m->config.max_positions < 9 ? m->config.max_positions : 9;
+    medrun_session *s;
+    int code = medrun_start(&s, m, &(medrun_session_options){.context = n, .batch = 8,
+                                                             .strict = true}, NULL, 0, e);
+    if (code) return code;
+    for (int i = 0; i < n; i++) ids[i] = i * 37 % m->config.vocab_size;
+    code = medrun_feed(s, ids, (size_t)n, e);
+    while (!code && medrun_pending(s)) code = medrun_step(&s, 1, e);
+    if (!code) memcpy(logits, medrun_logits(s, 0), (size_t)m->config.vocab_size * sizeof *logits);
+    medrun_stop(s);
+    return code;
+}
+
+/* Takes D if it gives the processor's logits. */
+static int check_device(medrun_model *m, device *d, medrun_error *e) {
+    size_t vocab = (size_t)m->config.vocab_size;
+    float *wanted = new_array(2 * vocab, sizeof *wanted), *found;
+    if (!wanted) return out_of_memory(e, 2 * vocab * sizeof *wanted);
+    found = wanted + vocab;
+    double largest = 0, off = 0;
+    int code = try_logits(m, wanted, e);
+    m->device = d;
+    if (!code) code = try_logits(m, found, e);
+    for (size_t i = 0; !code && i < vocab; i++) {
+        double difference = fabs((double)found[i] - (double)wanted[i]);
+        if (fabs((double)wanted[i]) > largest) largest = fabs((double)wanted[i]);
+        if (!(difference <= off)) off = difference;
+    }
+    d->exact = !memcmp((void *)found, (void *)wanted, vocab * sizeof *found);
+    free(wanted);
+    if (!code && !(off <= 1e-5 * largest))
+        code = fail(e, MEDRUN_NO_MEMORY, "device %s: its logits are %.2g off the processor's, "
+                    "wanted 1e-5", d->facts.name, off / largest);
+    snprintf(m->device_says, sizeof m->device_says, "%s: %d of %d layers%s, %s", d->facts.name,
+             d->layers, m->config.n_layers, d->output ? " and the logits" : "",
+             d->exact ? "with the processor's bits" : "within 1e-5 of the processor's");
+    if (code) m->device = NULL, m->device_says[0] = 0;
+    return code;
+}
+
+int medrun_attach(medrun_model *m, const char *name, int layers, medrun_error *e) {
+    medrun_error why = {0};
+    if (m->device) return fail(e, MEDRUN_USAGE, "device: this model has one");
+    device *d = new_array(1, sizeof *d);
+    if (!d) return out_of_memory(e, sizeof *d);
+    buffer_free(&m->device_log);
+    int code = device_open(d, name, (size_t)m->config.head_dim, &m->device_log, &why);
+    if (!code) code = device_load(m, d, layers, &why);
+    if (!code) code = check_device(m, d, &why);
+    if (!code) return MEDRUN_OK;
+    device_close(d);
+    return fail(e, code == MEDRUN_USAGE ? code : MEDRUN_NO_MEMORY, "%s", why.text);
+}
+#else
+int medrun_attach(medrun_model *m, const char *name, int layers, medrun_error *e) {
+    (void)m, (void)layers;
+    return fail(e, MEDRUN_USAGE, "device \"%s\": this medrun was built without OpenCL (make "
+                "OPENCL=1)", name);
+}
+#endif
 #ifndef MEDRUN_NO_MAIN
 /* ============================================================================================
  * 16 Commands: what users type
@@ -8048,7 +9144,8 @@ typedef struct {
 
 enum { O_MODEL, O_PROMPT, O_FILE, O_SYSTEM, O_PREDICT, O_CTX, O_THREADS, O_BATCH, O_SEED, O_TEMP,
        O_TOP_K, O_TOP_P, O_MIN_P, O_REPEAT, O_TEMPLATE, O_STOP, O_KV, O_OVERFLOW, O_LOOKUP, O_RAW,
-       O_MLOCK, O_STRICT, O_SAVE_PREFIX, O_LOAD_PREFIX, O_RECORD, O_STATS, O_VERBOSE, O_QUIET,
+       O_MLOCK, O_STRICT, O_DEVICE, O_GPU_LAYERS, O_SAVE_PREFIX, O_LOAD_PREFIX, O_RECORD, O_STATS,
+       O_VERBOSE, O_QUIET,
        O_BOS, O_SPECIAL, O_PIECES, O_MESSAGES, O_RENDER_IDS, O_NO_OPENING, O_DATE, O_THINK, O_TOOLS,
        O_CHAT_BOS, O_IDS, O_ALL, O_OUT, O_BENCH_PROMPT, O_BENCH_PREDICT, O_DEPTH, O_REPETITIONS,
        O_FORMAT, O_HELP, O_VERSION, N_OPTIONS };
@@ -8099,6 +9196,15 @@ static const option_row option_rows[N_OPTIONS] = {
                  "keep the weights in memory, or fail"},
     [O_STRICT] = {"strict", NULL, NULL, FLAG, ON_SESSION, 0, 0, NULL,
                   "bf16 weights: the same numbers on every machine, slower on some"},
+    [O_DEVICE] = {"device", NULL, "N|NAME|none", TEXT, ON_MODEL & ~ON(SHOW), 0, 0,
+#ifdef MEDRUN_OPENCL
+                  "the first that is no processor",
+#else
+                  "none, this build has no OpenCL",
+#endif
+                  "OpenCL device that computes; doctor lists them"},
+    [O_GPU_LAYERS] = {"gpu-layers", "ngl", "N", WHOLE, ON_MODEL & ~ON(SHOW), 0, 1 << 16,
+                      "all that fit", "layers that the device computes; 0: no device"},
     [O_SAVE_PREFIX] = {"save-prefix", NULL, "FILE", TEXT, ON_ANSWER, 0, 0, NULL,
                        "write what the model made of the prompt, which it holds: keep it safe"},
     [O_LOAD_PREFIX] = {"load-prefix", NULL, "FILE", TEXT, ON_ANSWER, 0, 0, NULL,
@@ -8329,6 +9435,7 @@ static void note(const command *c, const char *format, ...) {
     vfprintf(stderr, format, args);
     va_end(args);
     fputc('\n', stderr);
+    fflush(stderr);
 }
 
 /* Whoever read stdout and left does not want to hear about it. */
@@ -8367,7 +9474,7 @@ static FILE *create_file(command *c, const char *path, char partial[1024]) {
 
 /* CODE: what came of writing F; after a failure nothing is left. */
 static int finish_file(command *c, FILE *f, const char *path, const char *partial, int code) {
-    bool bad = ferror(f);
+    bool bad = fflush(f) || ferror(f);          /* not every fclose says what its flush came to */
     if (fclose(f)) bad = true;
     if (!code && (bad || rename_file(partial, path)))
         code = fail(&c->e, MEDRUN_FAILED, "%s: cannot write: %s", path, strerror(errno));
@@ -8469,10 +9576,31 @@ static int choose_chat(command *c) {
     return code;
 }
 
+/* Has a device compute. If none can and nobody asked for one, that is the processor's work. */
+static int attach_device(command *c) {
+    bool asked = given(c, O_DEVICE) || given(c, O_GPU_LAYERS);
+    const char *name = given(c, O_DEVICE) ? c->text[O_DEVICE] : "auto";
+    int layers = given(c, O_GPU_LAYERS) ? whole(c, O_GPU_LAYERS) : -1;
+    medrun_info info;
+    medrun_error e = {0};
+#ifndef MEDRUN_OPENCL
+    if (!asked) return MEDRUN_OK;
+#endif
+    if (!(option_rows[O_DEVICE].on & ON(c->which)) || !layers || !strcmp(name, "none") ||
+        (!asked && whole(c, O_KV) == MEDRUN_KV_INT8)) return MEDRUN_OK;
+    int code = medrun_attach(c->m, name, layers, &e);
+    medrun_describe(c->m, &info);
+    if (code) print_safe(stderr, info.device_log, strlen(info.device_log), true);
+    if (code && asked) return fail(&c->e, MEDRUN_NO_MEMORY, "%s", e.text);
+    if (!code) note(c, "device: %s", info.device);
+    else if (code != MEDRUN_USAGE) note(c, "%s; the processor computes", e.text);
+    return MEDRUN_OK;
+}
+
 static int open_path(command *c, const char *path) {
     medrun_options o = {.threads = ON(c->which) & (ON_FILE | ON(SHOW)) ? 1 : whole(c, O_THREADS)};
     int code = medrun_open(&c->m, path, &o, &c->e);
-    if (code) return code;
+    if (code || (code = attach_device(c))) return code;
     c->t = &c->m->tokenizer, c->chat = c->m->chat, c->sampling = c->m->sampling;
     if (flag(c, O_MLOCK) && !lock_bytes(c->m->file.map.data, c->m->file.map.n))
         return fail(&c->e, MEDRUN_FAILED, "--mlock: %zu MB cannot be locked: %s; see ulimit -l",
@@ -8547,18 +9675,27 @@ static medrun_session_options session_options(const command *c, int context) {
                                                      : c->chat ? c->chat->name : NULL};
 }
 
-/* -c, or the model's context; if nobody asked and that does not fit three quarters of the memory,
- * the largest power of two that does. */
+/* Does a session with a context of N tokens fit three quarters of what is free, and the device? */
+static bool context_fits(const command *c, int n, uint64_t available) {
+    medrun_session_options o = session_options(c, n);
+#ifdef MEDRUN_OPENCL
+    medrun_session s = {.model = c->m, .options = o};
+    const device *d = c->m->device;
+    if (d && 2 * cache_bytes(&s, d->layers, 0) > d->room) return false;
+#endif
+    return medrun_session_bytes(c->m, &o) <= available / 4 * 3;
+}
+
+/* -c, or the model's context; if nobody asked and that does not fit, the largest power of two that
+ * does. */
 static int choose_context(const command *c) {
     uint64_t total, available;
     int most = c->m->config.max_positions, context = 1;
-    medrun_session_options o = session_options(c, most);
     memory_size(&total, &available);
     if (given(c, O_CTX)) return whole(c, O_CTX) ? whole(c, O_CTX) : most;
-    if (medrun_session_bytes(c->m, &o) <= available / 4 * 3) return most;
+    if (context_fits(c, most, available)) return most;
     while (context <= most / 2) context *= 2;
-    for (o.context = context; context > 256; o.context = context /= 2)
-        if (medrun_session_bytes(c->m, &o) <= available / 4 * 3) break;
+    while (context > 256 && !context_fits(c, context, available)) context /= 2;
     note(c, "context: %d of the model's %d tokens, as this machine has %llu MB free; -c asks for "
          "another", context, most, (unsigned long long)available >> 20);
     return context;
@@ -8647,6 +9784,7 @@ static int process_prompt(command *c) {
             fprintf(stderr, "%sprompt: %zu of %zu tokens, %.1f tokens/s, %d:%02d left %s",
                     terminal ? "\r" : "", n - left, n, rate, wait / 60, wait % 60,
                     terminal ? "" : "\n");
+            fflush(stderr);
             drawn = terminal, next = now + (terminal ? 0.2 : 10);
         }
         code = interrupted ? MEDRUN_INTERRUPTED : medrun_step(&c->s, 1, &c->e);
@@ -9591,7 +10729,9 @@ static void hash_task(void *context, size_t begin, size_t end, int thread) {
     for (hashed *h = j->all + begin; h < j->all + end; h++) {
         sha256_of(h->data, h->bytes, h->found);
         size_t done = atomic_fetch_add(&j->done, h->bytes) + h->bytes;
-        if (j->show && thread == 0) fprintf(stderr, "\rhashing: %zu %% ", done * 100 / j->total);
+        if (!j->show || thread) continue;
+        fprintf(stderr, "\rhashing: %zu %% ", done * 100 / j->total);
+        fflush(stderr);
     }
 }
 
@@ -10063,6 +11203,27 @@ static bool small_product(const kernel_set *k, int type, float *out) {
     return made;
 }
 
+static void list_opencl(void) {
+#ifdef MEDRUN_OPENCL
+    opencl cl;
+    device_facts all[MAX_DEVICES];
+    medrun_error e = {0};
+    int n = opencl_open(&cl, &e) ? -1 : list_devices(&cl, all);
+    if (n <= 0) printf("OpenCL     %s\n", n ? e.text : "no device");
+    for (int i = 0; i < n; i++) {
+        printf("OpenCL     %d ", i);
+        print_safe(stdout, all[i].name, strlen(all[i].name), false);
+        printf(" (%s, %s), %.1f MB, %u units, %sfma, %s division\n", all[i].platform,
+               all[i].version, mb(all[i].memory), all[i].units,
+               all[i].numbers & CL_FP_FMA ? "" : "slow ",
+               all[i].numbers & CL_FP_CORRECTLY_ROUNDED_DIVIDE_SQRT ? "exact" : "corrected");
+    }
+    if (n >= 0) close_library(cl.library);
+#else
+    puts("OpenCL     not in this build (make OPENCL=1)");
+#endif
+}
+
 static int doctor_command(command *c) {
     static float found[CHECK_TOKENS * CHECK_PANELS * LANES], wanted[sizeof found / sizeof *found];
     static const struct { const char *name; int type; } checks[] = {
@@ -10084,6 +11245,7 @@ static int doctor_command(command *c) {
                same ? "as scalar" : "DIFFERS from scalar");
         if (!same) code = MEDRUN_DIFFERS;
     }
+    list_opencl();
     return code;
 }
 /* ============================================================================================
@@ -10151,7 +11313,8 @@ static int help_all(FILE *f) {
                 command_rows[i].arguments, command_rows[i].help);
     fputs("\nmedrun help COMMAND lists a command's options. Exit codes: 0 ok, 1 failed while "
           "running,\n2 usage, 3 file missing, unsupported or malformed, 4 verification failed,\n"
-          "5 prompt longer than the context, 6 out of memory, 130 interrupted.\n", f);
+          "5 prompt longer than the context, 6 out of memory or no such device, 130 interrupted.\n",
+          f);
     return MEDRUN_OK;
 }
 

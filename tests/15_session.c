@@ -418,7 +418,7 @@ static void test_private(const char *file, int kv) {
     step_all(a);
     CHECK(!medrun_rewind(a, 0, NULL) && !medrun_feed(a, ids + 3, 49, NULL));
     CHECK(!medrun_feed(b, ids + 3, 49, NULL));
-    mode_t mask = umask(0);
+    mode_t mask = (mode_t)umask(0);
     uint8_t *x, *y;
     int unlike = 0;
     for (int i = 0; i < 80; i++) {

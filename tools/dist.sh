@@ -34,19 +34,22 @@ programs() { # SYSTEM PACK COMPILER...: with the first compiler there is
     for cc in "$@"; do command -v "$cc" > /dev/null && break; done
     command -v "$cc" > /dev/null || { echo "dist: no $cc: no $system" >&2; return; }
     echo "$name: $cc" >&2
-    exe=$(case $system in windows*) echo .exe ;; esac)
+    exe='' link=-Wl,--build-id=none
+    case $system in windows*) exe=.exe link=-Wl,--no-insert-timestamp ;; esac
     mkdir -p "$work/$name/tools/demo"
     for source in medrun tools/export tools/eval; do
         (cd "$work/$version" && "$cc" ${CFLAGS:--O2} -static -s -ffile-prefix-map="$work"=. \
-            -Wl,--build-id=none -o "$work/program" $source.c -lm -lpthread)
-        mv "$work/program"* "$work/$name/medrun$(case $source in tools/*) echo "-${source#tools/}" ;; esac)$exe"
+            $link -o "$work/program$exe" $source.c -lm -lpthread)
+        program=medrun
+        [ $source = medrun ] || program=medrun-${source#tools/}
+        mv "$work/program$exe" "$work/$name/$program$exe"
     done
     cp "$work/$version/README.md" "$work/$version/LICENSE" "$work/$name"
     cp "$work/$version/tools/demo/demo.mdr" "$work/$name/tools/demo"
     $pack "$name"
 }
 
-git archive --prefix="$version/" HEAD | tar -C "$work" -xf -
+git -c tar.umask=022 archive --prefix="$version/" HEAD | tar -C "$work" -xf -
 tarball "$version"
 [ "$(uname -m)" = x86_64 ] && musl=musl-gcc || musl=x86_64-linux-musl-gcc
 programs linux-x86_64 tarball $musl x86_64-linux-gnu-gcc

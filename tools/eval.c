@@ -22,7 +22,8 @@
 
 #define MEDRUN_NO_MAIN
 #include "../medrun.c"
-#include "common.c"
+#include "options.c"
+#include "files.c"
 #include "eval_data.c"
 
 #define HARNESS "lm-evaluation-harness 0.4.13"
@@ -470,8 +471,9 @@ static int score_row(const evaluation *v, slot *s, size_t row, medrun_error *e) 
     const float *logits = medrun_logits(s->s, row);
     if (!logits) return fail(e, MEDRUN_FAILED, "eval: a row of logits is missing");
     double sum = log_sum(logits, (size_t)v->m->config.vocab_size);
-    if (!isfinite(sum)) return fail(e, MEDRUN_FAILED, "the model computes logits that are not "
-                                    "finite (question in line %zu)", v->data.q[s->at].line);
+    if (!(fabs(sum) <= DBL_MAX))
+        return fail(e, MEDRUN_FAILED, "the model computes logits that are not finite (question in "
+                    "line %zu)", v->data.q[s->at].line);
     for (int i = 0; i < p->n_tails; i++) {
         const int32_t *ids = ids_at(&p->ids, tail_start(p, i));
         if (s->known[i] != known || known == tail_length(p, i) ||
@@ -732,7 +734,7 @@ static void write_line(const evaluation *v, size_t at, const slot *s, buffer *b)
 
 static int append_results(evaluation *v, const void *bytes, size_t n, medrun_error *e) {
     for (const char *p = bytes; n && v->fd >= 0;) {
-        ssize_t written = write(v->fd, p, n);
+        ssize_t written = write(v->fd, p, n < 1 << 30 ? (unsigned)n : 1u << 30);
         if (written < 0 && errno == EINTR) continue;
         if (written < 0)
             return fail(e, MEDRUN_FAILED, "%s: cannot write: %s", v->o.out, strerror(errno));
@@ -807,7 +809,7 @@ static int line_number(const char *path, size_t line, const char *text, size_t n
 static int resume_results(evaluation *v, buffer *text, medrun_error *e) {
     const char *p = text_of(text);
     while (text->n && p[text->n - 1] != '\n') text->n--;
-    if (ftruncate(v->fd, (off_t)text->n) || lseek(v->fd, 0, SEEK_END) < 0)
+    if (set_length(v->fd, text->n) || lseek(v->fd, 0, SEEK_END) < 0)
         return fail(e, MEDRUN_FAILED, "%s: %s", v->o.out, strerror(errno));
     if (!text->n) return append_results(v, v->header.data, v->header.n, e);
     const char *head = memchr(p, '\n', text->n), *end = p + text->n;
@@ -1560,8 +1562,7 @@ static int eval_main(int argc, char **argv) {
     v = (evaluation){.fd = -1};
     tool_line line = {eval_table, N_EVAL_OPTIONS, &v.o, words, 0, MOST_WORDS};
     if (!(argv = start_program(&argc, argv))) return MEDRUN_FAILED;
-    on_signal(SIGINT, on_interrupt);
-    on_signal(SIGTERM, on_interrupt);
+    on_signal(SIGINT, on_interrupt), on_signal(SIGTERM, on_interrupt);
     parse_options(&line, argc, argv, &e);
     if (!e.code && v.o.help) return print_eval_help(&line), MEDRUN_OK;
     if (!e.code && v.o.version) return puts("medrun-eval " MEDRUN_VERSION), MEDRUN_OK;

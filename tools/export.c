@@ -30,7 +30,8 @@
 #ifndef _WIN32
 #include <sys/statvfs.h>
 #endif
-#include "common.c"
+#include "options.c"
+#include "files.c"
 
 /* ============================================================================================
  * 1 Files: a folder's files, JSON without doubts
@@ -1808,6 +1809,7 @@ static void add_progress(exporter *x, uint64_t n) {
     if (now - x->drawn > 0.2 || done == x->total) {
         x->drawn = now;
         draw_progress(x, done);
+        fflush(stderr);
     }
     pthread_mutex_unlock(&x->lock);
 }
@@ -2022,13 +2024,13 @@ static int create_partial(exporter *x, uint64_t bytes, medrun_error *e) {
     if (lock_file(x->fd))
         return fail(e, MEDRUN_FAILED, "%s: cannot write: another export is writing it", path);
     memcpy(x->partial, path, sizeof path);
-    if (ftruncate(x->fd, 0) || disk_room(x->fd, path, &room)) return cannot_write(x, e);
+    if (set_length(x->fd, 0) || disk_room(x->fd, path, &room)) return cannot_write(x, e);
     if (room < bytes)
         return fail(e, MEDRUN_FAILED, "%s: needs %llu MB, but this disk has %llu MB free; make "
                     "room or choose another disk", x->options.out,
                     (unsigned long long)(bytes + 999999) / 1000000,
                     (unsigned long long)room / 1000000);
-    return ftruncate(x->fd, (off_t)bytes) ? cannot_write(x, e) : MEDRUN_OK;
+    return set_length(x->fd, bytes) ? cannot_write(x, e) : MEDRUN_OK;
 }
 
 /* Gives the finished file its name; a crash of the machine leaves the old file or the new one. */

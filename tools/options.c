@@ -1,15 +1,5 @@
-/* What the tools share; they include this file after medrun.c. MIT licence, see LICENSE.
- *
- * The command line: one table of options gives parsing, environment twins and help. */
-
-#ifndef _WIN32
-#include <sys/file.h>
-
-/* Only one program at a time may hold it; the lock ends with FD. */
-static int lock_file(int fd) { return flock(fd, LOCK_EX | LOCK_NB); }
-#else
-static int lock_file(int fd) { return (void)fd, 0; }    /* nobody else could open it             */
-#endif
+/* The options of the tools' command lines: one table gives parsing, environment twins and help.
+ * A tool includes this file after medrun.c. MIT licence, see LICENSE. */
 
 typedef struct {
     const char *name, *small;   /* --name; -s or NULL                                          */
