@@ -3006,7 +3006,7 @@ typedef struct {
 ALWAYS_INLINE vec level_of(vec t, bool index) {
     vec q = vsplat(index ? 0 : (float)(int4_levels[0] - INT4_ZERO));
     UNROLLED for (int i = 1; i < 16; i++) {
-        float middle = (float)(int4_levels[i - 1] + int4_levels[i]) * 0.5f - INT4_ZERO;
+        float middle = (float)(int4_levels[i - 1] + int4_levels[i]) * 0.5f - (float)INT4_ZERO;
         float next = index ? (float)i : (float)(int4_levels[i] - INT4_ZERO);
         q = vless(vsplat(middle), t, vsplat(next), q);
     }

@@ -1877,7 +1877,7 @@ static int write_section(exporter *x, section *t, const scratch *m, medrun_error
         size_t n_out = n * t->cols * sizeof(float);
         if (t->type != TYPE_F32) {
             for (size_t i = 0; t->type == TYPE_INT4 && i < n * t->cols; i++)
-                if (fabsf(m->rows[i]) > INT4_LARGEST)
+                if (fabsf(m->rows[i]) > (float)INT4_LARGEST)
                     return refuse(e, "%s/%s: tensor %s: found the weight %g, int4 has none beyond "
                                   "%d; use --type int8", x->source.folder, file->name, from->name,
                                   (double)m->rows[i], INT4_LARGEST);
