@@ -4,29 +4,46 @@
 CC     ?= cc
 CFLAGS ?= -O2
 WARN    = -Wall -Wextra -Wshadow -Wconversion
-LIBS    = -lm -lpthread
+LIBS    = -lm -lpthread $(if $(OPENCL),$(if $(EXE),,-ldl))
 PREFIX ?= /usr/local
 DEMO    = tools/demo/demo.mdr
 BUILD   = build
 BIN     = .
+LIB     = $(BUILD)/lib
+ABI    := $(shell sed -n 's/^.define MEDRUN_VERSION "\([0-9]*\.[0-9]*\)\..*/\1/p' medrun.c)
+CL      = $(if $(OPENCL),-DMEDRUN_OPENCL)
+SECONDS = 60
 
-UNITS    = 03_basics 04_threads 05_numbers 06_kernels 07_tensor 09_file 10_tokenizer 11_chat \
-           12_model 13_transformer 14_sampler 15_allocation 15_session 16_answers 20_export 21_gguf
+UNITS    = 03_basics 04_threads 05_numbers 06_kernels 07_tensor 08_opencl 09_file 10_tokenizer \
+           11_chat 12_model 13_transformer 14_sampler 15_allocation 15_embedding 15_session \
+           16_answers 20_export 21_gguf 22_eval
 FIXTURES = llama-plain llama-tied llama-sharded llama-grouped mistral-window mistral-spm \
            arcee-yarn arcee-yarn5 apertus-plain apertus-grouped
 MODELS   = $(foreach f,$(FIXTURES),$(addprefix $(BUILD)/$(f)-,bf16.mdr int8.mdr int4.mdr)) \
            $(BUILD)/arcee-ratio-bf16.mdr
 
-EXPORT   = $(wildcard tools/export_*.c)
+EXPORT   = $(wildcard tools/export_*.c) tools/options.c tools/files.c
+EVAL     = $(wildcard tools/eval_*.c) tools/options.c tools/files.c
 
-all: $(BIN)/medrun $(BIN)/medrun-export
+all: $(BIN)/medrun$(EXE) $(BIN)/medrun-export$(EXE) $(BIN)/medrun-eval$(EXE)
 
-$(BIN)/medrun: medrun.c
+$(BIN)/medrun$(EXE): medrun.c
 	@mkdir -p $(BIN)
-	$(CC) $(CFLAGS) $(WARN) -o $@ medrun.c $(LIBS)
+	$(CC) $(CFLAGS) $(WARN) $(CL) -o $@ medrun.c $(LIBS)
 
-$(BIN)/medrun-export: tools/export.c $(EXPORT) medrun.c
+$(BIN)/medrun-export$(EXE): tools/export.c $(EXPORT) medrun.c
 	$(CC) $(CFLAGS) $(WARN) -o $@ tools/export.c $(LIBS)
+
+$(BIN)/medrun-eval$(EXE): tools/eval.c $(EVAL) medrun.c
+	$(CC) $(CFLAGS) $(WARN) -o $@ tools/eval.c $(LIBS)
+
+# One file with no library beside it; make static STATIC_CC=gcc takes the system's own libc.
+STATIC_CC  ?= musl-gcc
+WINDOWS_CC ?= x86_64-w64-mingw32-gcc
+static:
+	$(MAKE) BIN=$(BUILD)/static CC="$(STATIC_CC)" CFLAGS="$(CFLAGS) -static" all
+windows:
+	$(MAKE) BIN=$(BUILD)/windows EXE=.exe CC="$(WINDOWS_CC)" CFLAGS="$(CFLAGS) -static" all
 
 run: $(BIN)/medrun
 	$(BIN)/medrun run $(DEMO) -p "What are the symptoms of diabetes?"
@@ -59,9 +76,11 @@ $(REAL): $(BUILD)/%.tokenizer.bin: $(BIN)/medrun-export
 	@mkdir -p $(BUILD)
 	$(BIN)/medrun-export --tokenizer-only $(MEDRUN_TEST_DATA)/tokenizers/$(REAL_$*) $@
 endif
-$(BUILD)/test_%: tests/%.c tests/test.h medrun.c tools/export.c $(EXPORT)
+$(BUILD)/test_%: tests/%.c tests/test.h medrun.c tools/export.c $(EXPORT) tools/eval.c $(EVAL)
 	@mkdir -p $(BUILD)
 	$(CC) $(CFLAGS) $(WARN) -o $@ $< $(LIBS)
+
+$(BUILD)/test_08_opencl: LIBS += -ldl
 
 test: all $(MODELS) $(REAL) $(BUILD)/tokenizer.bin $(UNITS:%=$(BUILD)/test_%)
 	@SCRIPTS="$(SCRIPTS)" CC="$(CC)" sh tests/run.sh "$(BIN)" "$(BUILD)" $(UNITS)
@@ -76,21 +95,60 @@ threads:
 	@mkdir -p build/threads
 	$(MAKE) BUILD=build/threads BIN=build/threads CFLAGS="-O1 -g1 -fsanitize=thread" \
 	    UNITS="04_threads 07_tensor 15_session" SCRIPTS=none test
-size: $(BIN)/medrun
+targets:
+	sh tools/targets.sh
+# Each reader of a stranger's bytes under clang's libFuzzer, for SECONDS.
+$(BUILD)/fuzz_readers: tests/fuzz.c tools/export.c $(EXPORT) medrun.c
 	@mkdir -p $(BUILD)
-	strip -o $(BUILD)/medrun.stripped $(BIN)/medrun && size $(BUILD)/medrun.stripped
+	clang -O1 -g1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -o $@ $< $(LIBS)
+fuzz: $(BUILD)/fuzz_readers $(MODELS) $(BUILD)/tokenizer.bin
+	@sh tests/fuzz.sh $(BUILD)/fuzz_readers $(SECONDS) $(READERS)
+bench: $(BIN)/medrun
+	$(BIN)/medrun bench $(DEMO)
+size:
+	@CC="$(CC)" CFLAGS="$(CFLAGS)" sh tools/size.sh $(BUILD)
 install: all
 	install -d $(DESTDIR)$(PREFIX)/bin
-	install $(BIN)/medrun $(BIN)/medrun-export $(DESTDIR)$(PREFIX)/bin
+	install $(BIN)/medrun $(BIN)/medrun-export $(BIN)/medrun-eval $(DESTDIR)$(PREFIX)/bin
+lib: $(LIB)/libmedrun.a $(LIB)/libmedrun.so $(LIB)/medrun.h
+$(LIB)/medrun.o: medrun.c
+	@mkdir -p $(LIB)
+	$(CC) $(CFLAGS) $(WARN) $(CL) -fPIC -DMEDRUN_NO_MAIN -c -o $@ medrun.c
+$(LIB)/libmedrun.a: $(LIB)/medrun.o
+	rm -f $@ && $(AR) rcs $@ $<
+$(LIB)/libmedrun.so: $(LIB)/medrun.o
+	echo 'MEDRUN_$(ABI) { global: medrun_*; local: *; };' > $(LIB)/libmedrun.map
+	$(CC) $(CFLAGS) -shared -Wl,-soname,libmedrun.so.$(ABI) \
+	    -Wl,--version-script,$(LIB)/libmedrun.map -o $@.$(ABI) $< $(LIBS)
+	ln -sf libmedrun.so.$(ABI) $@
+$(LIB)/medrun.h: medrun.c
+	@mkdir -p $(LIB)
+	sed -n '/^#ifndef MEDRUN_H$$/,/^#endif .. MEDRUN_H/p' medrun.c > $@
+install-lib: lib
+	install -d $(DESTDIR)$(PREFIX)/lib $(DESTDIR)$(PREFIX)/include
+	install -m 644 $(LIB)/libmedrun.a $(LIB)/libmedrun.so.$(ABI) $(DESTDIR)$(PREFIX)/lib
+	ln -sf libmedrun.so.$(ABI) $(DESTDIR)$(PREFIX)/lib/libmedrun.so
+	install -m 644 $(LIB)/medrun.h $(DESTDIR)$(PREFIX)/include
+dist:
+	@sh tools/dist.sh $(BUILD)/dist
+.PHONY: lib install-lib dist
 clean:
-	rm -rf $(BUILD) medrun medrun-export
+	rm -rf $(BUILD) medrun medrun-export medrun-eval
 help:
-	@echo "make            builds medrun and medrun-export"
+	@echo "make            builds medrun, medrun-export and medrun-eval"
+	@echo "make OPENCL=1   the same with OpenCL devices (make clean first)"
 	@echo "make run        asks the demo model a question"
+	@echo "make lib        libmedrun.a, libmedrun.so, medrun.h in build/lib; make install-lib"
+	@echo "make dist       archives of the last commit, programs and source, in build/dist"
 	@echo "make test       runs every test; with MEDRUN_TEST_DATA also those on real vocabularies"
 	@echo "make debug      the tests under address and undefined-behaviour sanitizers"
 	@echo "make threads    those of the thread pool and sessions under the thread sanitizer"
+	@echo "make fuzz       strangers' files, made up by clang's libFuzzer: 60 s a reader; SECONDS=600"
 	@echo "make lint       line lengths, function lengths, warnings of gcc and clang, clang-tidy"
-	@echo "make size, make install, make clean"
+	@echo "make targets    the same bits on other processors and systems, emulated where they must be"
+	@echo "make size       bytes of code and data, by each compiler for another processor, too"
+	@echo "make static     build/static/medrun and medrun-export, by musl-gcc, with no library beside"
+	@echo "make windows    build/windows/medrun.exe and medrun-export.exe, by mingw-w64"
+	@echo "make bench, make install, make clean"
 
-.PHONY: all run test lint debug threads size install clean help
+.PHONY: all static windows run test lint debug threads fuzz bench targets size install clean help

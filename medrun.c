@@ -13,12 +13,13 @@
  * Sections, each using only what stands above it:
  *
  *      1 API           what an embedder may call; the manual is the comment above each call
- *      2 Platform      includes, compilers, what belongs to a system
+ *      2 Platform      includes, compilers, what the system gives: files, memory, the terminal
  *      3 Basics        errors, memory, UTF-8, SHA-256, JSON
- *      4 Threads       files, memory, one pool, parallel_for, processor features
+ *      4 Threads       mapped files, one pool, parallel_for, processor features
  *      5 Numbers       bf16, f16, int8, int4, and how weights lie in panels
  *      6 Kernels       the words for each instruction set, the sentences once
  *      7 Tensor        packing activations, matmul on all threads
+ *      8 OpenCL        the same on a device, where it is built in
  *      9 Model file    the container: parse and check everything before anything is used
  *     10 Tokenizer     byte-level and SentencePiece BPE, the patterns, Unicode classes
  *     11 Chat          templates as tables
@@ -40,7 +41,16 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
+#ifndef _FILE_OFFSET_BITS
+#define _FILE_OFFSET_BITS 64    /* on 32 bits too files are larger than memory                  */
+#endif
+#ifdef _WIN32
+#define WIN32_LEAN_AND_MEAN
+#define NOGDI
+#endif
 
+#ifndef MEDRUN_H
+#define MEDRUN_H
 /* ============================================================================================
  * 1 API: what an embedder may call
  *
@@ -51,16 +61,27 @@
  *
  * Threads: a medrun_model may be shared by threads and sessions. A medrun_session belongs to one
  * thread at a time. Steps of sessions of one model take turns on the model's thread pool.
+ *
+ * Memory: medrun_open maps the file and takes heap for tables. A session is one piece, the caller's
+ * or mapped. After medrun_start only what turns text into ids or back (medrun_say, _render,
+ * _tokenize, _detokenize) and files (_save, _restore, _feed_saved) take heap, and give it back
+ * before they return. No call needs more than 32 KiB of stack (seen: 17, scalar kernels, gcc -O2).
+ * Tests: tests/15_embedding.c.
+ *
+ * Structs may grow from 0.1 to 0.2, not from 0.1.0 to 0.1.1. The name of the shared library (make
+ * lib: libmedrun.so.0.1) and the version of its symbols (MEDRUN_0.1) carry the two numbers that
+ * count, so that a program never meets another's structs. Tests: tests/34_examples.sh.
  * ============================================================================================ */
-
-#ifndef MEDRUN_H
-#define MEDRUN_H
 
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
 #define MEDRUN_VERSION "0.1.0"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
 
 /* Codes of every call; the command line uses them as exit codes. */
 enum {
@@ -114,6 +135,8 @@ typedef struct {
     uint64_t parameters, file_bytes, weight_bytes;
     medrun_sampling sampling;                   /* the card's                                  */
     uint8_t hash[32];                           /* SHA-256 of the header, names the checkpoint */
+    const char *device;                         /* what medrun_attach did, or ""               */
+    const char *device_log;                     /* a device's compiler when it failed, or ""   */
 } medrun_info;
 
 /* Maps PATH and checks everything in it but the weights' hashes (`medrun verify` does those).
@@ -123,8 +146,20 @@ int medrun_open(medrun_model **out, const char *path, const medrun_options *opti
                 medrun_error *error);
 void medrun_close(medrun_model *model);                     /* NULL is fine                    */
 
-/* Fills INFO; the strings live as long as the model. Cannot fail. */
+/* Lets an OpenCL device compute the first LAYERS layers (-1: all), and behind all of them the
+ * logits, as far as its memory goes. DEVICE is a number or a part of a name (`medrun doctor` lists
+ * them), or "auto", the first that is no processor. A short prompt must give the processor's
+ * logits, within 1e-5. To be called before any session starts; with bf16 weights all sessions are
+ * strict then, and none can have an int8 cache. The device holds the weights until medrun_close.
+ * Errors, after which MODEL is as it was: MEDRUN_USAGE (no such device, or no OpenCL in this
+ * build), MEDRUN_NO_MEMORY (it cannot). */
+int medrun_attach(medrun_model *model, const char *device, int layers, medrun_error *error);
+
+/* Fills INFO; the strings live until medrun_close or medrun_attach. Cannot fail. */
 void medrun_describe(const medrun_model *model, medrun_info *info);
+
+/* Does this id end an answer? One of medrun_info's stops. */
+bool medrun_is_stop(const medrun_model *model, int32_t id);
 
 /* ---- text and tokens ----------------------------------------------------------------------- */
 
@@ -198,7 +233,8 @@ typedef struct {
                                    who renders with another says which; must outlive it, too   */
 } medrun_session_options;
 
-/* The exact bytes medrun_start needs for these options; 0 if they are out of range. */
+/* The exact bytes medrun_start needs for these options; 0 if they are out of range, SIZE_MAX if no
+ * memory of a machine of 32 bits can hold them. */
 size_t medrun_session_bytes(const medrun_model *model, const medrun_session_options *options);
 
 /* Starts a session. MEMORY is NULL (the session maps its own) or at least medrun_session_bytes
@@ -277,6 +313,9 @@ typedef void medrun_observer(void *user, const char *stage, int layer, size_t ro
                              size_t stride, const float *data);
 void medrun_observe(medrun_session *session, medrun_observer *observer, void *user);
 
+#ifdef __cplusplus
+}
+#endif
 #endif /* MEDRUN_H */
 #endif /* MEDRUN_PASS */
 
@@ -285,8 +324,8 @@ void medrun_observe(medrun_session *session, medrun_observer *observer, void *us
 /* ============================================================================================
  * 2 Platform: the compiler's and the system's side of the file
  *
- * With section 4, which asks the system for files, memory and threads, the only place that knows
- * which machine this is (the words of section 6 apart). Tests: tests/03_basics.c.
+ * With the processor's features in section 4, and the words of section 6, the only place that knows
+ * which machine this is. Tests: tests/04_threads.c, 16_commands.sh.
  * ============================================================================================ */
 
 /* The sums are defined in section 6 with explicit fma: the compiler must not make its own. */
@@ -318,15 +357,50 @@ void medrun_observe(medrun_session *session, medrun_observer *observer, void *us
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
-#include <termios.h>
 #include <time.h>
 #include <unistd.h>
+#ifdef _WIN32
+#define SIGHUP SIGBREAK         /* the console was closed                                        */
+#define SIGQUIT SIGBREAK
+#include <io.h>
+#include <windows.h>
+#include <ntsecapi.h>
+#include <shellapi.h>
+#undef O_RAW                    /* words that are ours                                           */
+#undef TEXT
+#undef far
+#undef near
+#else
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <termios.h>
+#ifdef __APPLE__
+#include <sys/sysctl.h>
+#endif
+#endif
+#ifdef MEDRUN_OPENCL            /* its headers; the library is found at run time                 */
+#define CL_TARGET_OPENCL_VERSION 120
+#ifdef __APPLE__
+#include <OpenCL/cl.h>
+#else
+#include <CL/cl.h>
+#endif
+#ifndef _WIN32
+#include <dlfcn.h>
+#endif
+#endif
 #if defined __x86_64__ || defined __i386__
 #define MEDRUN_X86 1
 #include <cpuid.h>
+#if defined __i386__ && !defined __SSE2_MATH__  /* x87 would round to other bits                 */
+#ifdef __clang__
+#error "clang: add -msse2"
+#endif
+#pragma GCC target("sse,fpmath=sse")            /* with sse2, headers would want a _Float16 that */
+#include <immintrin.h>                          /* gcc has only where -msse2 was on the line     */
+#pragma GCC target("sse2")
+#endif
 #include <immintrin.h>
 #elif defined __aarch64__
 #define MEDRUN_ARM64 1
@@ -338,14 +412,537 @@ void medrun_observe(medrun_session *session, medrun_observer *observer, void *us
 #endif
 #endif
 
+#ifdef __MINGW_PRINTF_FORMAT
+#define PRINTF_LIKE(text, first) __attribute__((format(__MINGW_PRINTF_FORMAT, text, first)))
+#else
 #define PRINTF_LIKE(text, first) __attribute__((format(printf, text, first)))
+#endif
+#if defined _WIN64 && defined MEDRUN_X86 && !defined __clang__
+/* The stack of Win64 is aligned to 16 bytes, but gcc moves wider vectors there as if it were to
+ * theirs (its bug 54412; some builds lack it but for masked moves). So such moves become those that
+ * want no alignment, in the assembler; where data is aligned they cost the same. */
+#define MOVE_ANYWHERE(aligned, any) \
+    __asm__(".macro " aligned " operands:vararg\n" any " \\operands\n.endm");
+MOVE_ANYWHERE("vmovaps", "vmovups")
+MOVE_ANYWHERE("vmovapd", "vmovupd")
+MOVE_ANYWHERE("vmovdqa", "vmovdqu")
+MOVE_ANYWHERE("vmovdqa32", "vmovdqu32")
+MOVE_ANYWHERE("vmovdqa64", "vmovdqu64")
+#endif
+
 #define ALWAYS_INLINE static inline __attribute__((always_inline, unused))
 #define MAYBE_UNUSED __attribute__((unused))
 #define NEVER_INLINE static __attribute__((noinline))
 
-#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "checkpoints are little-endian and used as they are mapped: this machine is big-endian"
+/* ---- the system ---------------------------------------------------------------------------- */
+
+/* What a system gives, here in the words of POSIX, below in those of Windows; the rest of the file
+ * knows neither. Where a call fails, errno says why. Paths are UTF-8. */
+
+enum { MAX_THREADS = 256 };
+
+typedef struct {
+    uint64_t bytes, device, inode;              /* the last two tell files apart                */
+    bool regular, folder;
+} file_facts;
+
+/* TO_MAP does not wait for the other end of a pipe; TO_CREATE wants a new name, and only the owner
+ * may read what gets it; TO_UPDATE keeps what is there and follows no link. */
+enum { TO_READ, TO_MAP, TO_WRITE, TO_CREATE, TO_UPDATE };
+
+typedef void signal_handler(int number);
+
+#ifndef _WIN32
+static int open_file(const char *path, int how) {
+    static const int flags[] = {O_RDONLY, O_RDONLY | O_NONBLOCK, O_WRONLY | O_CREAT | O_TRUNC,
+                                O_WRONLY | O_CREAT | O_EXCL,
+                                O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK};
+    return open(path, flags[how] | O_CLOEXEC, how == TO_CREATE ? 0600 : 0666);
+}
+
+/* Of PATH or, where that is NULL, of the open FD. 0, or -1. */
+static int get_facts(const char *path, int fd, file_facts *f) {
+    struct stat st;
+    if (path ? stat(path, &st) : fstat(fd, &st)) return -1;
+    *f = (file_facts){(uint64_t)st.st_size, (uint64_t)st.st_dev, (uint64_t)st.st_ino,
+                      S_ISREG(st.st_mode), S_ISDIR(st.st_mode)};
+    return 0;
+}
+
+static int rename_file(const char *from, const char *to) { return rename(from, to); }
+static int remove_file(const char *path) { return unlink(path); }
+
+/* N > 0 bytes of a file for reading, or NULL. */
+static const void *map_bytes(int fd, size_t n) {
+    void *p = mmap(NULL, n, PROT_READ, MAP_SHARED, fd, 0);
+    return p == MAP_FAILED ? NULL : p;
+}
+
+static void unmap_bytes(const void *p, size_t n) { munmap((void *)(uintptr_t)p, n); }
+static bool lock_bytes(const void *p, size_t n) { return !mlock(p, n); }
+
+/* Zeroed memory straight from the system, given only when touched; NULL if there is none. */
+static void *map_memory(size_t n) {
+    void *p = mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return p == MAP_FAILED ? NULL : p;
+}
+
+static void unmap_memory(void *p, size_t n) {
+    if (p) munmap(p, n);
+}
+
+#ifdef __APPLE__
+/* 0 where there is no such number. */
+static uint64_t sysctl_number(const char *name) {
+    uint64_t n = 0;                             /* some have 4 bytes                            */
+    size_t size = sizeof n;
+    return sysctlbyname(name, &n, &size, NULL, 0) ? 0 : n;
+}
 #endif
+
+/* Processors this process may run on, at most MAX_THREADS; without the slow ones of a Mac. */
+static int processors(void) {
+    long n = sysconf(_SC_NPROCESSORS_ONLN);
+#ifdef CPU_COUNT
+    cpu_set_t set;
+    if (!sched_getaffinity(0, sizeof set, &set)) n = CPU_COUNT(&set);
+#elif defined __APPLE__
+    long fast = (long)sysctl_number("hw.perflevel0.logicalcpu");
+    if (fast) n = fast;
+#endif
+    return n < 1 ? 1 : n > MAX_THREADS ? MAX_THREADS : (int)n;
+}
+
+/* Bytes of a core's second cache, 0 where the system does not say. */
+static size_t second_cache(void) {
+    long n = 0;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    n = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#elif defined __APPLE__
+    n = (long)sysctl_number("hw.l2cachesize");
+#endif
+    return n < 64 << 10 ? 0 : n > 4 << 20 ? 4 << 20 : (size_t)n;
+}
+
+/* Bytes of memory the machine has, and how many of them are free or can be freed at once: all,
+ * where the system does not say. */
+static void memory_size(uint64_t *total, uint64_t *available) {
+#ifdef __APPLE__
+    *available = *total = sysctl_number("hw.memsize");
+#else
+    *total = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
+    *available = *total;
+#endif
+    FILE *f = fopen("/proc/meminfo", "r");
+    if (!f) return;
+    char line[128];
+    unsigned long long kib;
+    while (fgets(line, sizeof line, f))
+        if (sscanf(line, "MemAvailable: %llu kB", &kib) == 1) *available = kib * 1024;
+    fclose(f);
+    if (*available > *total) *available = *total;
+}
+
+static uint64_t random_bits(void) {
+    uint64_t bits = (uint64_t)time(NULL) ^ (uint64_t)getpid() << 32;
+    int fd = open_file("/dev/urandom", TO_READ);
+    if (fd < 0 || read(fd, &bits, sizeof bits) < 0) bits ^= (uint64_t)clock() << 20;
+    if (fd >= 0) close(fd);
+    return bits;
+}
+
+static void local_time(time_t when, struct tm *t) { localtime_r(&when, t); }
+
+/* HANDLER, which may be SIG_IGN, gets the next signal NUMBER and no other; gives who did so far. */
+static signal_handler *on_signal(int number, signal_handler *handler) {
+    struct sigaction before = {.sa_handler = SIG_DFL},
+                     now = {.sa_handler = handler, .sa_flags = (int)SA_RESETHAND};
+    sigaction(number, &now, &before);
+    return before.sa_handler;
+}
+
+/* HANDLER is called where a mapped page cannot be read any more. */
+static void on_lost_page(signal_handler *handler) { on_signal(SIGBUS, handler); }
+
+static void suspend_program(void) { raise(SIGTSTP); }
+
+static bool is_terminal(int fd) { return isatty(fd); }
+
+/* May stderr be drawn on? Its columns, 0 where nobody knows. */
+static bool terminal_draws(void) {
+    const char *term = getenv("TERM");
+    return isatty(STDERR_FILENO) && term && strcmp(term, "dumb");
+}
+
+static int terminal_columns(void) {
+    struct winsize size;
+    return ioctl(STDERR_FILENO, TIOCGWINSZ, &size) ? 0 : size.ws_col;
+}
+
+static struct termios cooked_terminal;
+static volatile sig_atomic_t terminal_is_raw;
+
+/* RAW: the keys of stdin come one by one and as they are, Ctrl-C too; else as before that. */
+static bool set_raw(bool raw) {
+    if (!raw && !terminal_is_raw) return false;
+    terminal_is_raw = 0;
+    if (!raw) return !tcsetattr(STDIN_FILENO, TCSADRAIN, &cooked_terminal);
+    if (tcgetattr(STDIN_FILENO, &cooked_terminal)) return false;
+    struct termios t = cooked_terminal;
+    t.c_lflag &= ~(tcflag_t)(ECHO | ICANON | ISIG | IEXTEN);
+    t.c_iflag &= ~(tcflag_t)(IXON | ICRNL | INLCR | ISTRIP);
+    t.c_cc[VMIN] = 1, t.c_cc[VTIME] = 0;
+    terminal_is_raw = 1;
+    return !tcsetattr(STDIN_FILENO, TCSADRAIN, &t) || (terminal_is_raw = 0);
+}
+
+/* The next byte of what is typed, or EOF; whether there is more. */
+static int typed_byte(void) {
+    uint8_t byte;
+    ssize_t n;
+    while ((n = read(STDIN_FILENO, &byte, 1)) < 0 && errno == EINTR) continue;
+    return n == 1 ? byte : EOF;
+}
+
+static bool more_is_typed(void) {
+    int waiting = 0;
+    ioctl(STDIN_FILENO, FIONREAD, &waiting);
+    return waiting > 0;
+}
+
+#ifdef MEDRUN_OPENCL            /* a library that may be there, for as long as the program runs  */
+#ifdef __APPLE__
+#define OPENCL_LIBRARY "/System/Library/Frameworks/OpenCL.framework/OpenCL"
+#else
+#define OPENCL_LIBRARY "libOpenCL.so.1"
+#endif
+static void *open_library(const char *path) { return dlopen(path, RTLD_NOW | RTLD_LOCAL); }
+static void *find_symbol(void *library, const char *name) { return dlsym(library, name); }
+#endif
+
+/* What a program does first; gives its COUNT arguments in UTF-8, NULL if it cannot run. */
+static char **start_program(int *count, char **arguments) {
+    (void)count;
+    for (int fd = 0; fd < 3; fd++)      /* no file that is opened may become stdout by chance    */
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd ? O_RDONLY : O_WRONLY) != fd)
+            return NULL;
+    signal(SIGPIPE, SIG_IGN);           /* writing fails with EPIPE instead                      */
+    signal(SIGXFSZ, SIG_IGN);           /* and with EFBIG                                        */
+    return arguments;
+}
+#else
+enum { WIDE_PATH = 4096 + 8 };
+
+static int windows_failed(void) {
+    switch (GetLastError()) {
+        case ERROR_FILE_NOT_FOUND: case ERROR_PATH_NOT_FOUND: case ERROR_INVALID_NAME:
+        case ERROR_BAD_PATHNAME: errno = ENOENT; break;
+        case ERROR_ACCESS_DENIED: case ERROR_SHARING_VIOLATION: case ERROR_WRITE_PROTECT:
+        case ERROR_USER_MAPPED_FILE: errno = EACCES; break;
+        case ERROR_FILE_EXISTS: case ERROR_ALREADY_EXISTS: errno = EEXIST; break;
+        case ERROR_DISK_FULL: case ERROR_HANDLE_DISK_FULL: errno = ENOSPC; break;
+        case ERROR_NOT_ENOUGH_MEMORY: case ERROR_COMMITMENT_LIMIT:
+        case ERROR_WORKING_SET_QUOTA: errno = ENOMEM; break;
+        default: errno = EIO;
+    }
+    return -1;
+}
+
+/* PATH from its root, where \\?\ before a drive's letter takes away the limit of 260; or NULL. */
+static wchar_t *wide_path(const char *path, wchar_t room[WIDE_PATH]) {
+    wchar_t short_path[WIDE_PATH], *full = room + 4;
+    DWORD most = WIDE_PATH - 4, n = 0;
+    if (MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, path, -1, short_path, WIDE_PATH))
+        n = GetFullPathNameW(short_path, most, full, NULL);
+    if (!n || n >= most) return errno = n ? ENAMETOOLONG : ENOENT, NULL;
+    if (full[1] != ':') return full;
+    memcpy(room, L"\\\\?\\", 4 * sizeof *room);
+    return room;
+}
+
+static HANDLE open_handle(const char *path, DWORD access, DWORD share, DWORD create,
+                          SECURITY_ATTRIBUTES *who) {
+    wchar_t room[WIDE_PATH];
+    wchar_t *name = wide_path(path, room);
+    if (!name) return INVALID_HANDLE_VALUE;
+    HANDLE h = CreateFileW(name, access, share, who, create, FILE_FLAG_BACKUP_SEMANTICS, NULL);
+    if (h == INVALID_HANDLE_VALUE) windows_failed();
+    return h;
+}
+
+typedef struct {
+    SECURITY_ATTRIBUTES attributes;
+    SECURITY_DESCRIPTOR descriptor;
+    union { TOKEN_USER user; BYTE room[256]; } who;
+    union { ACL list; BYTE room[512]; } rights;
+} privacy;
+
+/* All rights for who runs this, none for others. */
+static bool make_private(privacy *p) {
+    HANDLE token;
+    DWORD n;
+    if (!OpenProcessToken(GetCurrentProcess(), TOKEN_QUERY, &token)) return false;
+    bool known = GetTokenInformation(token, TokenUser, &p->who, sizeof p->who, &n);
+    CloseHandle(token);
+    p->attributes = (SECURITY_ATTRIBUTES){sizeof p->attributes, &p->descriptor, FALSE};
+    return known && InitializeAcl(&p->rights.list, sizeof p->rights, ACL_REVISION) &&
+           AddAccessAllowedAce(&p->rights.list, ACL_REVISION, FILE_ALL_ACCESS,
+                               p->who.user.User.Sid) &&
+           InitializeSecurityDescriptor(&p->descriptor, SECURITY_DESCRIPTOR_REVISION) &&
+           SetSecurityDescriptorDacl(&p->descriptor, TRUE, &p->rights.list, FALSE) &&
+           SetSecurityDescriptorControl(&p->descriptor, SE_DACL_PROTECTED, SE_DACL_PROTECTED);
+}
+
+/* Files may be renamed and removed while they are open, as elsewhere. TO_WRITE is private too, for
+ * umask does nothing here, and TO_UPDATE has one writer. */
+static int open_file(const char *path, int how) {
+    static const DWORD access[] = {GENERIC_READ, GENERIC_READ, GENERIC_WRITE, GENERIC_WRITE,
+                                   GENERIC_READ | GENERIC_WRITE};
+    static const DWORD create[] = {OPEN_EXISTING, OPEN_EXISTING, CREATE_ALWAYS, CREATE_NEW,
+                                   OPEN_ALWAYS};
+    DWORD share = FILE_SHARE_READ | FILE_SHARE_DELETE | (how == TO_UPDATE ? 0 : FILE_SHARE_WRITE);
+    privacy p;
+    bool closed = how == TO_WRITE || how == TO_CREATE;
+    if (closed && !make_private(&p)) return windows_failed();
+    HANDLE h = open_handle(path, access[how], share, create[how], closed ? &p.attributes : NULL);
+    return h == INVALID_HANDLE_VALUE ? -1 : _open_osfhandle((intptr_t)h, _O_BINARY);
+}
+
+static int get_facts(const char *path, int fd, file_facts *f) {
+    BY_HANDLE_FILE_INFORMATION i = {0};
+    HANDLE h = path ? open_handle(path, 0, 7, OPEN_EXISTING, NULL) : (HANDLE)_get_osfhandle(fd);
+    if (h == INVALID_HANDLE_VALUE) return -1;
+    bool disk = GetFileType(h) == FILE_TYPE_DISK && GetFileInformationByHandle(h, &i);
+    bool folder = i.dwFileAttributes & FILE_ATTRIBUTE_DIRECTORY;
+    *f = (file_facts){(uint64_t)i.nFileSizeHigh << 32 | i.nFileSizeLow, i.dwVolumeSerialNumber,
+                      (uint64_t)i.nFileIndexHigh << 32 | i.nFileIndexLow, disk && !folder, folder};
+    if (path) CloseHandle(h);
+    return 0;
+}
+
+static int rename_file(const char *from, const char *to) {
+    wchar_t rooms[2][WIDE_PATH];
+    const wchar_t *a = wide_path(from, rooms[0]), *b = wide_path(to, rooms[1]);
+    if (!a || !b) return -1;
+    bool done = MoveFileExW(a, b, MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH);
+    return done ? 0 : windows_failed();
+}
+
+static int remove_file(const char *path) {
+    wchar_t room[WIDE_PATH];
+    const wchar_t *name = wide_path(path, room);
+    return name && DeleteFileW(name) ? 0 : name ? windows_failed() : -1;
+}
+
+static const void *map_bytes(int fd, size_t n) {
+    HANDLE h = CreateFileMappingW((HANDLE)_get_osfhandle(fd), NULL, PAGE_READONLY, 0, 0, NULL);
+    const void *p = h ? MapViewOfFile(h, FILE_MAP_READ, 0, 0, n) : NULL;
+    if (!p) windows_failed();
+    if (h) CloseHandle(h);                      /* the view keeps what it needs                 */
+    return p;
+}
+
+static void unmap_bytes(const void *p, size_t n) { (void)n, UnmapViewOfFile(p); }
+
+/* What is locked counts as part of the working set, which must have room for it. */
+static bool lock_bytes(const void *p, size_t n) {
+    HANDLE me = GetCurrentProcess();
+    SIZE_T least, most;
+    bool done = GetProcessWorkingSetSize(me, &least, &most) &&
+                SetProcessWorkingSetSize(me, least + n, most + n) &&
+                VirtualLock((void *)(uintptr_t)p, n);
+    return done || windows_failed() == 0;
+}
+
+static void *map_memory(size_t n) {
+    return VirtualAlloc(NULL, n, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE);
+}
+
+static void unmap_memory(void *p, size_t n) {
+    (void)n;
+    if (p) VirtualFree(p, 0, MEM_RELEASE);
+}
+
+/* Of this process's group of at most 64. */
+static int processors(void) {
+    DWORD_PTR mine = 0, all;
+    GetProcessAffinityMask(GetCurrentProcess(), &mine, &all);
+    return mine ? __builtin_popcountll(mine) : 1;
+}
+
+static size_t second_cache(void) {
+    SYSTEM_LOGICAL_PROCESSOR_INFORMATION row[512];
+    DWORD n = sizeof row;
+    if (!GetLogicalProcessorInformation(row, &n)) return 0;
+    for (size_t i = 0; i < n / sizeof *row; i++)
+        if (row[i].Relationship == RelationCache && row[i].Cache.Level == 2)
+            return row[i].Cache.Size > 4 << 20 ? 4 << 20 : row[i].Cache.Size;
+    return 0;
+}
+
+/* Memory is free where a process may have it, too: the paging file counts. */
+static void memory_size(uint64_t *total, uint64_t *available) {
+    MEMORYSTATUSEX m = {.dwLength = sizeof m};
+    GlobalMemoryStatusEx(&m);
+    *total = m.ullTotalPhys;
+    *available = m.ullAvailPhys < m.ullAvailPageFile ? m.ullAvailPhys : m.ullAvailPageFile;
+}
+
+static uint64_t random_bits(void) {
+    uint64_t bits = (uint64_t)time(NULL);
+    RtlGenRandom(&bits, sizeof bits);
+    return bits;
+}
+
+static void local_time(time_t when, struct tm *t) { localtime_s(t, &when); }
+
+static signal_handler *on_signal(int number, signal_handler *handler) {
+    return signal(number, handler);
+}
+
+static signal_handler *lost_page_handler;
+
+static LONG WINAPI filter_lost_page(EXCEPTION_POINTERS *p) {
+    if (p->ExceptionRecord->ExceptionCode == EXCEPTION_IN_PAGE_ERROR) lost_page_handler(0);
+    return EXCEPTION_CONTINUE_SEARCH;
+}
+
+static void on_lost_page(signal_handler *handler) {
+    lost_page_handler = handler;
+    SetUnhandledExceptionFilter(filter_lost_page);
+}
+
+static void suspend_program(void) {}
+
+static HANDLE console(int fd) {
+    DWORD mode;
+    HANDLE h = (HANDLE)_get_osfhandle(fd);
+    return GetConsoleMode(h, &mode) ? h : NULL;
+}
+
+static bool is_terminal(int fd) { return console(fd); }
+
+static bool terminal_draws(void) {
+    const char *term = getenv("TERM");
+    DWORD mode = 0;
+    if (term && !strcmp(term, "dumb")) return false;
+    return console(2) && GetConsoleMode(console(2), &mode) &&
+           SetConsoleMode(console(2), mode | ENABLE_VIRTUAL_TERMINAL_PROCESSING);
+}
+
+static int terminal_columns(void) {
+    CONSOLE_SCREEN_BUFFER_INFO i;
+    return GetConsoleScreenBufferInfo(console(2), &i) ? i.srWindow.Right - i.srWindow.Left + 1 : 0;
+}
+
+static DWORD cooked_console;
+static volatile sig_atomic_t terminal_is_raw;
+
+/* An old console, which does not send arrows as other terminals do, stays as it is. */
+static bool set_raw(bool raw) {
+    DWORD lines = ENABLE_LINE_INPUT | ENABLE_ECHO_INPUT | ENABLE_PROCESSED_INPUT;
+    if (!raw && !terminal_is_raw) return false;
+    terminal_is_raw = 0;
+    if (!raw) return SetConsoleMode(console(0), cooked_console);
+    if (!GetConsoleMode(console(0), &cooked_console)) return false;
+    terminal_is_raw = 1;
+    return SetConsoleMode(console(0), (cooked_console & ~lines) | ENABLE_VIRTUAL_TERMINAL_INPUT) ||
+           (terminal_is_raw = 0);
+}
+
+static struct { char bytes[256]; int n, at; } typed;
+
+static int typed_byte(void) {
+    wchar_t wide[64];
+    DWORD n = 0, more = 0;
+    if (typed.at == typed.n) {
+        fflush(NULL);
+        if (!ReadConsoleW(console(0), wide, 63, &n, NULL) || !n) return EOF;
+        if (IS_HIGH_SURROGATE(wide[n - 1])) ReadConsoleW(console(0), wide + n, 1, &more, NULL);
+        typed.n = WideCharToMultiByte(CP_UTF8, 0, wide, (int)(n + more), typed.bytes,
+                                      sizeof typed.bytes, NULL, NULL);
+        typed.at = 0;
+        if (!terminal_is_raw && wide[0] == 26) return typed.n = 0, EOF;         /* Ctrl-Z        */
+    }
+    return typed.at < typed.n ? (uint8_t)typed.bytes[typed.at++] : EOF;
+}
+
+static bool more_is_typed(void) { return typed.at < typed.n; }
+
+static char *utf8_of(const wchar_t *wide) {
+    int n = WideCharToMultiByte(CP_UTF8, 0, wide, -1, NULL, 0, NULL, NULL);
+    char *text = malloc((size_t)n + 1);
+    if (text) WideCharToMultiByte(CP_UTF8, 0, wide, -1, text, n, NULL, NULL);
+    return text;
+}
+
+static UINT other_code_page;
+
+static void restore_code_page(void) { SetConsoleOutputCP(other_code_page); }
+
+#ifdef MEDRUN_OPENCL
+#define OPENCL_LIBRARY "OpenCL.dll"
+static void *open_library(const char *path) {
+    return LoadLibraryExA(path, NULL, LOAD_LIBRARY_SEARCH_SYSTEM32);
+}
+static void *find_symbol(void *library, const char *name) {
+    return (void *)(uintptr_t)GetProcAddress(library, name);
+}
+#endif
+
+/* Arguments, and variables of our names, from UTF-16: it has what the code page lacks. */
+static char **start_program(int *count, char **arguments) {
+    wchar_t **wide = CommandLineToArgvW(GetCommandLineW(), count);
+    arguments = wide ? calloc((size_t)*count + 1, sizeof *arguments) : NULL;
+    for (int i = 0; arguments && i < *count; i++)
+        if (!(arguments[i] = utf8_of(wide[i]))) return NULL;
+    LocalFree(wide);
+    wchar_t *all = GetEnvironmentStringsW();
+    for (wchar_t *p = all; p && *p; p += wcslen(p) + 1) {
+        char *text = wcsncmp(p, L"MEDRUN_", 7) ? NULL : utf8_of(p);
+        if (text) _putenv(text);
+        free(text);
+    }
+    FreeEnvironmentStringsW(all);
+    for (int fd = 0; fd < 3; fd++) _setmode(fd, _O_BINARY);
+    setvbuf(stdout, NULL, _IOFBF, 1 << 14);     /* else a character goes to the console by bytes */
+    setvbuf(stderr, NULL, _IOFBF, 1 << 14);
+    other_code_page = GetConsoleOutputCP();
+    if (other_code_page && SetConsoleOutputCP(CP_UTF8)) atexit(restore_code_page);
+    return arguments;
+}
+
+/* The C library's fmaf rounds twice. A product of floats is exact in double; a sum rounded to odd
+ * there still knows, when it is rounded to float, what it lost (Boldo and Melquiond, 2008). */
+static float exact_fmaf(float a, float b, float c) {
+    double p = (double)a * b, s = p + c, more = s - p, lost = (p - (s - more)) + (c - more);
+    uint64_t bits;
+    memcpy(&bits, &s, 8);
+    if ((lost > 0 || lost < 0) && !(bits & 1)) bits += (lost > 0) == (s > 0) ? 1u : UINT64_MAX;
+    memcpy(&s, &bits, 8);
+    return (float)s;
+}
+#define fmaf exact_fmaf
+
+static void *memmem(const void *in, size_t n, const void *what, size_t k) {
+    for (const char *p = in; n >= k; p++, n--)
+        if (!memcmp(p, what, k)) return (void *)(uintptr_t)p;
+    return NULL;
+}
+#endif /* _WIN32 */
+
+static FILE *open_stream(const char *path, int how) {
+    int fd = open_file(path, how);
+    FILE *f = fd < 0 ? NULL : fdopen(fd, how <= TO_MAP ? "rb" : "wb");
+    if (fd >= 0 && !f) close(fd);
+    return f;
+}
+
+static double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
 /* ============================================================================================
  * 3 Basics: errors, memory, bytes, UTF-8, SHA-256, JSON
  *
@@ -936,52 +1533,27 @@ static void json_quote(buffer *b, const char *text, size_t n) {
     buffer_text(b, "\"");
 }
 /* ============================================================================================
- * 4 Threads: one pool, and what the system gives: clock, memory, files, processor features
+ * 4 Threads: one pool, mapped files, processor features
  *
  * parallel_for hands out ranges of work to threads that were made once. Which thread does which
  * range never shows in a result: every range writes its own outputs. Tests: tests/04_threads.c.
  * ============================================================================================ */
 
-enum { MAX_THREADS = 256, SPINS = 2000 };
+enum { SPINS = 2000 };
 
-static double seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-/* Processors this process may run on, at most MAX_THREADS. */
-static int processors(void) {
-    long n = sysconf(_SC_NPROCESSORS_ONLN);
-#ifdef CPU_COUNT
-    cpu_set_t set;
-    if (!sched_getaffinity(0, sizeof set, &set)) n = CPU_COUNT(&set);
+/* Refuses a machine that cannot use checkpoints as they are mapped, or not with the same bits. */
+static int check_machine(medrun_error *e) {
+    const char *why = NULL;
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+    why = "is big-endian, and checkpoints are little-endian";
+#elif defined __i386__
+    unsigned a, b, c, d = 0;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(d >> 26 & 1)) why = "has no SSE2";
 #endif
-    return n < 1 ? 1 : n > MAX_THREADS ? MAX_THREADS : (int)n;
+    return why ? fail(e, MEDRUN_BAD_FILE, "this processor %s: medrun cannot run here", why)
+               : MEDRUN_OK;
 }
 
-/* Bytes of a core's second cache, 0 where the system does not say. */
-static size_t second_cache(void) {
-#ifdef _SC_LEVEL2_CACHE_SIZE
-    long n = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    return n < 64 << 10 ? 0 : n > 4 << 20 ? 4 << 20 : (size_t)n;
-#else
-    return 0;
-#endif
-}
-
-/* Bytes of memory the machine has, and how many of them are free or can be freed at once. */
-static void memory_size(uint64_t *total, uint64_t *available) {
-    *total = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
-    *available = *total;
-    FILE *f = fopen("/proc/meminfo", "r");
-    if (!f) return;
-    char line[128];
-    unsigned long long kib;
-    while (fgets(line, sizeof line, f))
-        if (sscanf(line, "MemAvailable: %llu kB", &kib) == 1) *available = kib * 1024;
-    fclose(f);
-}
 
 /* A whole file mapped for reading. */
 typedef struct {
@@ -991,36 +1563,30 @@ typedef struct {
 
 static int map_file(const char *path, file_map *map, medrun_error *e) {
     *map = (file_map){0};
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);     /* do not wait on a pipe         */
+    if (check_machine(e)) return MEDRUN_BAD_FILE;
+    int fd = open_file(path, TO_MAP);
     if (fd < 0) return fail(e, MEDRUN_BAD_FILE, "%s: cannot open: %s", path, strerror(errno));
-    struct stat st;
-    void *p = MAP_FAILED;
+    file_facts f = {0};
+    const void *p = NULL;
     const char *why = NULL;
-    if (fstat(fd, &st)) why = strerror(errno);
-    else if (S_ISDIR(st.st_mode)) why = "is a folder, wanted a file";
-    else if (!S_ISREG(st.st_mode)) why = "is not a regular file, so it cannot be mapped";
-    else if (st.st_size == 0) why = "is empty";
-    else if ((uint64_t)st.st_size > SIZE_MAX) why = "is larger than this machine can address";
-    else if ((p = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED, fd, 0)) == MAP_FAILED)
-        why = strerror(errno);
+    if (get_facts(NULL, fd, &f)) why = strerror(errno);
+    else if (f.folder) why = "is a folder, wanted a file";
+    else if (!f.regular) why = "is not a regular file but a pipe or a device, so it "
+                                "cannot be mapped";
+    else if (!f.bytes) why = "is empty";
+    else if (f.bytes > SIZE_MAX) why = "a program of 32 bits can address 4294967295";
+    else if (!(p = map_bytes(fd, (size_t)f.bytes))) why = strerror(errno);
     close(fd);
+    if (why && f.regular && f.bytes)
+        return fail(e, MEDRUN_BAD_FILE, "%s: cannot map its %llu bytes: %s", path,
+                    (unsigned long long)f.bytes, why);
     if (why) return fail(e, MEDRUN_BAD_FILE, "%s: %s", path, why);
-    return *map = (file_map){p, (size_t)st.st_size}, MEDRUN_OK;
+    return *map = (file_map){p, (size_t)f.bytes}, MEDRUN_OK;
 }
 
 static void unmap_file(file_map *map) {
-    if (map->data) munmap((void *)(uintptr_t)map->data, map->n);
+    if (map->data) unmap_bytes(map->data, map->n);
     *map = (file_map){0};
-}
-
-/* Zeroed memory straight from the system, given only when touched; NULL if there is none. */
-static void *map_memory(size_t n) {
-    void *p = mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    return p == MAP_FAILED ? NULL : p;
-}
-
-static void unmap_memory(void *p, size_t n) {
-    if (p) munmap(p, n);
 }
 
 /* ---- the pool ------------------------------------------------------------------------------ */
@@ -1029,8 +1595,14 @@ static void unmap_memory(void *p, size_t n) {
 typedef void task_fn(void *context, size_t begin, size_t end, int thread);
 
 typedef struct {
+    struct thread_pool *pool;
+    int index;                              /* 1 .. threads-1                                   */
+    pthread_t id;
+} worker;
+
+typedef struct thread_pool {
     int threads;                            /* with the caller, who is thread 0                 */
-    pthread_t ids[MAX_THREADS];
+    worker workers[MAX_THREADS];
     int started;
     pthread_mutex_t turn;                   /* held by the session whose step runs              */
     pthread_mutex_t lock;
@@ -1044,11 +1616,6 @@ typedef struct {
     size_t n, grain;
     atomic_size_t next;                     /* first item nobody has taken                      */
 } thread_pool;
-
-typedef struct {
-    thread_pool *pool;
-    int index;
-} worker_start;
 
 static void take_work(thread_pool *p, int thread) {
     for (;;) {
@@ -1077,17 +1644,17 @@ static unsigned wait_for_job(thread_pool *p, unsigned seen) {
     return atomic_load(&p->job);
 }
 
-static void *worker_main(void *start) {
-    worker_start s = *(worker_start *)start;
-    free(start);
+static void *worker_main(void *context) {
+    const worker *w = context;
+    thread_pool *p = w->pool;
     for (unsigned job = 0;;) {
-        job = wait_for_job(s.pool, job);
-        if (atomic_load(&s.pool->quit)) return NULL;
-        take_work(s.pool, s.index);
-        if (atomic_fetch_sub(&s.pool->running, 1) == 1) {
-            pthread_mutex_lock(&s.pool->lock);
-            pthread_cond_signal(&s.pool->idle);
-            pthread_mutex_unlock(&s.pool->lock);
+        job = wait_for_job(p, job);
+        if (atomic_load(&p->quit)) return NULL;
+        take_work(p, w->index);
+        if (atomic_fetch_sub(&p->running, 1) == 1) {
+            pthread_mutex_lock(&p->lock);
+            pthread_cond_signal(&p->idle);
+            pthread_mutex_unlock(&p->lock);
         }
     }
 }
@@ -1127,12 +1694,24 @@ static void parallel_for(thread_pool *p, size_t n, size_t grain, task_fn *task, 
 static void pool_stop(thread_pool *p) {
     atomic_store(&p->quit, true);
     start_job(p);
-    for (int i = 0; i < p->started; i++) pthread_join(p->ids[i], NULL);
+    for (int i = 0; i < p->started; i++) pthread_join(p->workers[i].id, NULL);
     pthread_mutex_destroy(&p->turn);
     pthread_mutex_destroy(&p->lock);
     pthread_cond_destroy(&p->wake);
     pthread_cond_destroy(&p->idle);
     p->started = p->threads = 0;
+}
+
+enum { THREAD_STACK = 512 << 10 };
+
+/* A system's usual stack would take 8 MiB of addresses from a process that may have few. */
+static int start_thread(pthread_t *id, void *(*run)(void *), void *context) {
+    pthread_attr_t small;
+    pthread_attr_init(&small);
+    pthread_attr_setstacksize(&small, THREAD_STACK);
+    int failed = pthread_create(id, &small, run, context);
+    pthread_attr_destroy(&small);
+    return failed;
 }
 
 /* THREADS 0: one for each processor. The pool must not move afterwards. */
@@ -1146,10 +1725,9 @@ static int pool_start(thread_pool *p, int threads, medrun_error *e) {
     pthread_cond_init(&p->idle, NULL);
     p->threads = threads ? threads : processors();
     for (int i = 1; i < p->threads; i++) {
-        worker_start *start = new_array(1, sizeof *start);
-        if (start) *start = (worker_start){p, i};
-        if (!start || pthread_create(&p->ids[i - 1], NULL, worker_main, start)) {
-            free(start);
+        worker *w = &p->workers[p->started];
+        w->pool = p, w->index = i;
+        if (start_thread(&w->id, worker_main, w)) {
             fail(e, MEDRUN_FAILED, "cannot start thread %d of %d", i + 1, p->threads);
             return pool_stop(p), MEDRUN_FAILED;
         }
@@ -1175,7 +1753,7 @@ static bool has_feature(const char *name) {
 
 /* What the processor has AND the system saves at a task switch (xgetbv). NEON is a part of arm64;
  * what came later, the system tells. */
-static cpu_features detect_cpu(void) {
+MAYBE_UNUSED static cpu_features detect_cpu(void) {
     cpu_features f = {0};
 #if defined MEDRUN_ARM64
     f.neon = true;
@@ -1331,7 +1909,8 @@ static size_t panel_bytes(int type, size_t cols) {
     return groups * GROUP_BYTES + (groups + 1) / 2 * STEP_BYTES;
 }
 
-static size_t tensor_bytes(int type, size_t rows, size_t cols) {
+/* May be more than the machine can address. */
+static uint64_t tensor_bytes(int type, uint64_t rows, size_t cols) {
     if (type == TYPE_F32) return rows * cols * sizeof(float);
     return (rows + LANES - 1) / LANES * panel_bytes(type, cols);
 }
@@ -2884,7 +3463,7 @@ typedef struct {
 ALWAYS_INLINE vec level_of(vec t, bool index) {
     vec q = vsplat(index ? 0 : (float)(int4_levels[0] - INT4_ZERO));
     UNROLLED for (int i = 1; i < 16; i++) {
-        float middle = (float)(int4_levels[i - 1] + int4_levels[i]) * 0.5f - INT4_ZERO;
+        float middle = (float)(int4_levels[i - 1] + int4_levels[i]) * 0.5f - (float)INT4_ZERO;
         float next = index ? (float)i : (float)(int4_levels[i] - INT4_ZERO);
         q = vless(vsplat(middle), t, vsplat(next), q);
     }
@@ -3604,6 +4183,17 @@ static int usable_kernels(const kernel_set *out[N_KERNEL_SETS]) {
     return n;
 }
 
+/* What to tell people where only the plain words are left, else NULL. */
+static const char *plain_only(void) {
+    const kernel_set *sets[N_KERNEL_SETS];
+    if (usable_kernels(sets) > 1) return NULL;
+#ifdef MEDRUN_X86
+    return "this processor has no AVX2 with FMA and F16C: plain C computes, several times slower";
+#else
+    return "there are no kernels for this kind of processor: plain C computes";
+#endif
+}
+
 /* NAME or, when it is NULL, the environment's MEDRUN_KERNELS, or the best. */
 static int choose_kernels(const kernel_set **out, const char *name, medrun_error *e) {
     const kernel_set *sets[N_KERNEL_SETS];
@@ -3772,6 +4362,641 @@ static void pack_panel(const kernel_set *k, int type, const float *rows, size_t 
     pack_int4(k, rows, n_rows, cols, importance, out);
 }
 #endif
+#ifdef MEDRUN_OPENCL
+/* ============================================================================================
+ * 8 OpenCL: a device that computes layers, optional (make OPENCL=1)
+ *
+ * The library is found at run time, so that the program runs without it. The kernels are section
+ * 6's sentences again: a work-item is a lane, and each sum is added in the same order, so a device
+ * gives the processor's bits. What weights and activations multiply fits a float exactly while a
+ * group is summed up, so groups may be shared out: only the chain over them is in order. Needs
+ * OpenCL 1.2 and no extension. Tests: tests/08_opencl.c.
+ * ============================================================================================ */
+
+/* DIM is head_dim. EXACT: the device's division and square root are correctly rounded. */
+static const char device_source[] =
+"#pragma OPENCL FP_CONTRACT OFF\n"
+"#define SYNC barrier(CLK_LOCAL_MEM_FENCE)\n"
+"#define EACH_TOKEN _Pragma(\"unroll\") for (int t = 0; t < nt; t++)\n"
+"typedef global const uchar *bytes;\n"
+"\n"
+"#if defined EXACT && !defined CORRECTED\n"
+"float divide(float a, float b) { return a / b; }\n"
+"float root(float a) { return sqrt(a); }\n"
+"#else                              /* corrected by what is left over (Markstein 1990) */\n"
+"float divide(float a, float b) {\n"
+"    float y = 1 / b;\n"
+"    y = fma(fma(-b, y, 1.0f), y, y);\n"
+"    float q = a * y;\n"
+"    return fma(fma(-b, q, a), y, q);\n"
+"}\n"
+"float root(float a) {\n"
+"    float s = sqrt(a);\n"
+"    return s > 0 ? fma(fma(-s, s, a), divide(0.5f, s), s) : s;\n"
+"}\n"
+"#endif\n"
+"\n"
+"float exp_bend(float x, int *n, float *r) {\n"
+"    *n = convert_int_rte(x * 1.44269504f);\n"
+"    *r = fma((float)*n, -0.693359375f, x);\n"
+"    *r = fma((float)*n, 2.12194440e-4f, *r);\n"
+"    float p = 1.0f / 5040;\n"
+"    p = fma(p, *r, 1.0f / 720);\n"
+"    p = fma(p, *r, 1.0f / 120);\n"
+"    p = fma(p, *r, 1.0f / 24);\n"
+"    p = fma(p, *r, 1.0f / 6);\n"
+"    return fma(p, *r, 0.5f);\n"
+"}\n"
+"float exponential(float x) {\n"
+"    int n;\n"
+"    float r, p = exp_bend(x > -86 ? x : -86, &n, &r);\n"
+"    p = fma(fma(p, r, 1.0f), r, 1.0f);\n"
+"    return x < -86 ? 0 : as_float(as_uint(p) + ((uint)n << 23));\n"
+"}\n"
+"float exponential_less_1(float x) {\n"
+"    int n;\n"
+"    float r, p = exp_bend(x > -86 ? x : -86, &n, &r);\n"
+"    float power = as_float(as_uint(1.0f) + ((uint)n << 23));\n"
+"    return fma(fma(p * r, r, r), power, power - 1);\n"
+"}\n"
+"float sum_lanes(local float *sums, int lane, float sum) {\n"
+"    if (lane < 16) sums[lane] = sum;\n"
+"    for (int d = 8; d; d /= 2) {\n"
+"        SYNC;\n"
+"        if (lane < d) sums[lane] = sums[lane] + sums[lane + d];\n"
+"    }\n"
+"    SYNC;\n"
+"    return sums[0];\n"
+"}\n"
+"\n"
+"/* A work-group is a row, or one head of it. */\n"
+"kernel void norm(global const float *x, int x_at, int x_stride, global float *out, int out_at,\n"
+"                 int out_stride, bytes w, ulong w_at, int n, float eps) {\n"
+"    local float some[1024], sums[16];\n"
+"    int item = get_local_id(0), size = get_local_size(0), head = get_group_id(1) * n;\n"
+"    global const float *weight = (global const float *)(w + w_at);\n"
+"    float sum = 0;\n"
+"    x += x_at + (int)get_group_id(0) * x_stride + head;\n"
+"    out += out_at + (int)get_group_id(0) * out_stride + head;\n"
+"    for (int i = 0; i < n; i += 1024) {\n"
+"        int end = min(n - i, 1024);\n"
+"        for (int k = item; k < end; k += size) some[k] = x[i + k];\n"
+"        SYNC;\n"
+"        for (int k = item; item < 16 && k < end; k += 16) sum = fma(some[k], some[k], sum);\n"
+"        SYNC;\n"
+"    }\n"
+"    sum = sum_lanes(sums, item, sum);\n"
+"    float scale = divide(1, root(divide(sum, n) + eps));\n"
+"    for (int k = item; k < n; k += size) out[k] = x[k] * scale * weight[k];\n"
+"}\n"
+"\n"
+"enum { SILU, RELU2, XIELU, NONE };\n"
+"float activate(int which, global const float *x, int n, float4 c) {\n"
+"    float z = *x;\n"
+"    if (which == NONE) return z;\n"
+"    if (which == SILU) return divide(z, 1 + exponential(-z < 87 ? -z : 87)) * x[n];\n"
+"    if (which == RELU2) return z > 0 ? z * z : 0;\n"
+"    if (z > 0) return c.x * z * z + c.z * z;\n"
+"    return c.y * (exponential_less_1(z < c.w ? z : c.w) - z) + c.z * z;\n"
+"}\n"
+"\n"
+"/* x, or its activation, as a matmul wants it: whole numbers and a scale for each group of 64 of\n"
+" * a row, which is a work-group; for bf16 weights as it is. */\n"
+"kernel void pack(global const float *x, int stride, int n, int activation, float c0, float c1,\n"
+"                 float c2, float c3, int whole, global float *a, global float *scales) {\n"
+"    local float big[64];\n"
+"    int item = get_local_id(0), row = get_group_id(1), i = get_global_id(0);\n"
+"    float v = 0;\n"
+"    if (i < n) v = activate(activation, x + row * stride + i, n, (float4)(c0, c1, c2, c3));\n"
+"    big[item] = fabs(v);\n"
+"    for (int d = 32; d; d /= 2) {\n"
+"        SYNC;\n"
+"        if (item < d && big[item + d] > big[item]) big[item] = big[item + d];\n"
+"    }\n"
+"    SYNC;\n"
+"    if (whole) {\n"
+"        bool tiny = big[0] < 1e-30f;\n"
+"        v = rint(v * (tiny ? 0 : divide(127, big[0])));\n"
+"        if (!item) scales[row * get_num_groups(0) + get_group_id(0)] =\n"
+"            tiny ? 0 : divide(big[0], 127);\n"
+"    }\n"
+"    a[row * get_global_size(0) + i] = v;\n"
+"}\n"
+"\n"
+"/* Products of up to three matrices, n0, n1 - n0, n2 - n1 panels, with packed activations. */\n"
+"#define ARGUMENTS bytes w, ulong at0, ulong at1, ulong at2, int n0, int n1, int n2, \\\n"
+"    ulong size, int cols, global const float *a, global const float *scales, int tokens, \\\n"
+"    global float *out, int stride, int add\n"
+"#define PASSED w, at0, at1, at2, n0, n1, n2, size, cols, a, scales, tokens, out, stride, add\n"
+"#define PANEL(p) (w + (p < n0 ? at0 + p * size : \\\n"
+"                       p < n1 ? at1 + (p - n0) * size : at2 + (p - n1) * size))\n"
+"float add_four(float sum, float4 w, float4 x) {\n"
+"    return fma(w.w, x.w, fma(w.z, x.z, fma(w.y, x.y, fma(w.x, x.x, sum))));\n"
+"}\n"
+"\n"
+"/* Sums of one group for NT tokens, whose groups stand AT; a part is a sum and its scale. */\n"
+"void sum_int8(const int nt, bytes w, int g, int lane, global const float *a,\n"
+"              global const float *scales, const int *at, local float2 *parts, int next) {\n"
+"    bytes line = w + g / 2 * 2112;\n"
+"    global const uint *steps = (global const uint *)(line + 64 + g % 2 * 1024) + lane;\n"
+"    ushort bits = ((global const ushort *)(line + g % 2 * 32))[lane];\n"
+"    float dot[8], scale = as_float((uint)bits << 16);\n"
+"    EACH_TOKEN dot[t] = 0;\n"
+"    for (int s = 0; s < 16; s++) {\n"
+"        float4 four = convert_float4(as_uchar4(steps[16 * s])) - 128.0f;\n"
+"        EACH_TOKEN dot[t] = add_four(dot[t], four, vload4(s, a + (at[t] + g) * 64));\n"
+"    }\n"
+"    EACH_TOKEN parts[t * next] = (float2)(dot[t], scale * scales[at[t] + g]);\n"
+"}\n"
+"\n"
+"float scale_int4(uint bits) {\n"
+"    uint sign = (bits & 0x8000) << 16, rest = bits & 0x7FC0;\n"
+"    float small = (float)rest * 0x1p-24f;\n"
+"    return as_float(sign | (rest < 0x400 ? as_uint(small) : (rest << 13) + 0x38000000)) *\n"
+"           0x1p-13f;\n"
+"}\n"
+"void sum_int4(const int nt, bytes w, int g, int lane, global const float *a,\n"
+"              global const float *scales, const int *at, local float2 *parts, int next,\n"
+"              local const float *levels) {\n"
+"    float dot[8], part[8];\n"
+"    for (int h = 0; h < 2; h++) {\n"
+"        bytes line = w + g * 576;\n"
+"        global const uint *steps = (global const uint *)(line + 64 + h * 256) + lane;\n"
+"        uint bits = ((global const ushort *)(line + h * 32))[lane];\n"
+"        float scale = scale_int4(bits), shift = (float)(bits & 63) - 128;\n"
+"        EACH_TOKEN dot[t] = 0;\n"
+"        for (int s = 0; s < 8; s++) {\n"
+"            uint word = steps[s / 2 * 16] >> s % 2 * 4;\n"
+"            float4 four = (float4)(levels[word & 15], levels[word >> 8 & 15],\n"
+"                                   levels[word >> 16 & 15], levels[word >> 24 & 15]) + shift;\n"
+"            EACH_TOKEN\n"
+"                dot[t] = add_four(dot[t], four, vload4(8 * h + s, a + (at[t] + g) * 64));\n"
+"        }\n"
+"        EACH_TOKEN part[t] = h ? fma(dot[t], scale, part[t]) : dot[t] * scale;\n"
+"    }\n"
+"    EACH_TOKEN parts[t * next] = (float2)(part[t], scales[at[t] + g]);\n"
+"}\n"
+"\n"
+"/* A work-group is NT tokens and a panel: SPLITS groups at once, then 16 lanes a token add\n"
+" * them up. Those that run together share a panel, so weights are read once. */\n"
+"constant uchar level[16] = {LEVELS};\n"
+"void multiply(const int type, const int nt, const int splits, ARGUMENTS, local float2 *parts,\n"
+"              local float *levels) {\n"
+"    int lane = get_local_id(0) % 16, split = get_local_id(0) / 16, panel = get_group_id(1);\n"
+"    int first = get_group_id(0) * nt, groups = (cols + 63) / 64, at[8];\n"
+"    float sum = 0;\n"
+"    if (type == 4 && split == 0) levels[lane] = level[lane];\n"
+"    if (type == 4) SYNC;\n"
+"    EACH_TOKEN at[t] = min(first + t, tokens - 1) * groups;\n"
+"    for (int g = 0; g < groups; g += splits) {\n"
+"        local float2 *mine = parts + split * 16 + lane;\n"
+"        if (g + split < groups && type == 8)\n"
+"            sum_int8(nt, PANEL(panel), g + split, lane, a, scales, at, mine, splits * 16);\n"
+"        if (g + split < groups && type == 4)\n"
+"            sum_int4(nt, PANEL(panel), g + split, lane, a, scales, at, mine, splits * 16,\n"
+"                     levels);\n"
+"        SYNC;\n"
+"        for (int i = 0; split < nt && i < min(splits, groups - g); i++) {\n"
+"            float2 part = parts[(split * splits + i) * 16 + lane];\n"
+"            sum = fma(part.x, part.y, sum);\n"
+"        }\n"
+"        SYNC;\n"
+"    }\n"
+"    if (split >= nt || first + split >= tokens) return;\n"
+"    out += (first + split) * stride + panel * 16 + lane;\n"
+"    *out = add ? *out + sum : sum;\n"
+"}\n"
+"#define MATMUL(name, type, nt, splits) kernel void name(ARGUMENTS) { \\\n"
+"    local float2 parts[nt * splits * 16]; \\\n"
+"    local float levels[16]; \\\n"
+"    multiply(type, nt, splits, PASSED, parts, levels); \\\n"
+"}\n"
+"MATMUL(matvec_int8, 8, 1, 16)\n"
+"MATMUL(matmul_int8, 8, 8, 8)\n"
+"MATMUL(matvec_int4, 4, 1, 16)\n"
+"MATMUL(matmul_int4, 4, 8, 8)\n"
+"\n"
+"/* A sum is one chain in the order of K: nothing to share out but panels, two a work-group. */\n"
+"void multiply_bf16(const int nt, ARGUMENTS) {\n"
+"    int lane = get_local_id(0) % 16, panel = get_group_id(1) * 2 + get_local_id(0) / 16;\n"
+"    int first = get_group_id(0) * nt, row = (cols + 63) / 64 * 64;\n"
+"    float sum[8];\n"
+"    if (panel >= n2) return;\n"
+"    global const uint *steps = (global const uint *)PANEL(panel) + lane;\n"
+"    EACH_TOKEN sum[t] = 0;\n"
+"    for (int k = 0; k < cols / 2; k++) {\n"
+"        uint pair = steps[16 * k];\n"
+"        float even = as_float(pair << 16), odd = as_float(pair & 0xFFFF0000);\n"
+"        EACH_TOKEN {\n"
+"            float2 x = vload2(k, a + min(first + t, tokens - 1) * row);\n"
+"            sum[t] = fma(odd, x.y, fma(even, x.x, sum[t]));\n"
+"        }\n"
+"    }\n"
+"    for (int t = 0; t < nt && first + t < tokens; t++) {\n"
+"        global float *to = out + (first + t) * stride + panel * 16 + lane;\n"
+"        *to = add ? *to + sum[t] : sum[t];\n"
+"    }\n"
+"}\n"
+"kernel void matvec_bf16(ARGUMENTS) { multiply_bf16(1, PASSED); }\n"
+"kernel void matmul_bf16(ARGUMENTS) { multiply_bf16(8, PASSED); }\n"
+"\n"
+"float half_range(float x) { x = x > -65504 ? x : -65504; return x < 65504 ? x : 65504; }\n"
+"void store(global uchar *cache, ulong i, float x, int f32) {\n"
+"    if (f32) ((global float *)cache)[i] = x;\n"
+"    else vstore_half_rte(half_range(x), i, (global half *)cache);\n"
+"}\n"
+"float fetch(bytes cache, ulong i, int f32) {\n"
+"    return f32 ? ((global const float *)cache)[i] : vload_half(i, (global const half *)cache);\n"
+"}\n"
+"\n"
+"/* Rotates q and k; keys and values go to the cache. A work-group is one of them and a row. */\n"
+"kernel void place(global float *qkv, int stride, int heads, int kv_heads, int first,\n"
+"                  global const float *rotation, int position, global uchar *keys,\n"
+"                  global uchar *values, ulong at, ulong head_bytes, int f32) {\n"
+"    int head = get_group_id(0), row = first + get_group_id(1), kv = head - heads;\n"
+"    ulong p = position + get_group_id(1);\n"
+"    global float *x = qkv + row * stride + head * DIM;\n"
+"    global const float *turn = rotation + row * DIM;\n"
+"    global uchar *cache = kv < kv_heads ? keys + at + max(kv, 0) * head_bytes\n"
+"                                        : values + at + (kv - kv_heads) * head_bytes;\n"
+"    for (int i = get_local_id(0); i < DIM / 2; i += get_local_size(0)) {\n"
+"        float a = x[i], b = x[i + DIM / 2], cosine = turn[2 * i], sine = turn[2 * i + 1];\n"
+"        if (kv >= kv_heads) {\n"
+"            store(cache, p * DIM + i, a, f32);\n"
+"            store(cache, p * DIM + i + DIM / 2, b, f32);\n"
+"            continue;\n"
+"        }\n"
+"        float c = a * cosine - b * sine, d = b * cosine + a * sine;\n"
+"        x[i] = c, x[i + DIM / 2] = d;\n"
+"        if (kv < 0) continue;\n"
+"        ulong to = p / 16 * 16 * DIM + p % 16;\n"
+"        store(cache, to + i * 16, c, f32);\n"
+"        store(cache, to + (i + DIM / 2) * 16, d, f32);\n"
+"    }\n"
+"}\n"
+"\n"
+"/* The keys of a block that a query sees: low to high - 1. Queries are counted through the rows\n"
+" * of a segment and then the heads that share keys. */\n"
+"int2 seen_keys(int query, int queries, int group, int position, int window, int block) {\n"
+"    int limit = position + query / group + 1, start = max(limit - window, 0);\n"
+"    if (query >= queries) return (int2)(0, 0);\n"
+"    return (int2)(max(start - block * 256, 0), min(limit - block * 256, 256));\n"
+"}\n"
+"\n"
+"/* A work-group is four queries, a key-value head and a block of 256 keys. */\n"
+"kernel void attend(global const float *qkv, int stride, int first, bytes keys, bytes values,\n"
+"                   ulong at, ulong head_bytes, int f32, int queries, int group, int position,\n"
+"                   int window, int block0, float scale, global float *parts) {\n"
+"    local float q[4 * DIM], weight[4 * 256], big[256], sums[64];\n"
+"    int item = get_local_id(0), tile = get_group_id(0) * 4, kv = get_group_id(1);\n"
+"    int block = block0 + get_group_id(2), blocks = get_num_groups(2), low = 256, high = 0;\n"
+"    float score[4] = {0, 0, 0, 0};\n"
+"    keys += at + kv * head_bytes, values += at + kv * head_bytes;\n"
+"    for (int t = 0; t < 4; t++) {\n"
+"        int2 seen = seen_keys(tile + t, queries, group, position, window, block);\n"
+"        if (seen.x < seen.y) low = min(low, seen.x), high = max(high, seen.y);\n"
+"    }\n"
+"    if (low >= high) return;\n"
+"    for (int i = item; i < 4 * DIM; i += 256) {\n"
+"        int query = min(tile + i / DIM, queries - 1), head = kv * group + query % group;\n"
+"        q[i] = qkv[(first + query / group) * stride + head * DIM + i % DIM];\n"
+"    }\n"
+"    SYNC;\n"
+"    ulong key = (ulong)(block * 16 + item / 16) * 16 * DIM + item % 16;\n"
+"    for (int d = 0; low <= item && item < high && d < DIM; d++) {\n"
+"        float k = fetch(keys, key + d * 16, f32);\n"
+"        for (int t = 0; t < 4; t++) score[t] = fma(k, q[t * DIM + d], score[t]);\n"
+"    }\n"
+"    for (int t = 0; t < 4; t++) {\n"
+"        int2 seen = seen_keys(tile + t, queries, group, position, window, block);\n"
+"        bool sees = seen.x <= item && item < seen.y;\n"
+"        weight[t * 256 + item] = sees ? score[t] * scale : -INFINITY;\n"
+"    }\n"
+"    SYNC;\n"
+"    local float *four = weight + item / 64 * 256 + item % 64;\n"
+"    big[item] = fmax(fmax(four[0], four[64]), fmax(four[128], four[192]));\n"
+"    for (int d = 32; d; d /= 2) {\n"
+"        SYNC;\n"
+"        if (item % 64 < d) big[item] = fmax(big[item], big[item + d]);\n"
+"    }\n"
+"    SYNC;\n"
+"    for (int t = 0; t < 4; t++)\n"
+"        weight[t * 256 + item] = exponential(weight[t * 256 + item] - big[t * 64]);\n"
+"    SYNC;\n"
+"    float total = 0;\n"
+"    for (int i = item % 16; item < 64 && i < 256; i += 16)\n"
+"        total = total + weight[item / 16 * 256 + i];\n"
+"    total = sum_lanes(sums + item / 16 % 4 * 16, item < 64 ? item % 16 : 16, total);\n"
+"    for (int i = item; i < 4 * DIM; i += 256) {\n"
+"        int query = tile + i / DIM, c = i % DIM;\n"
+"        int2 seen = seen_keys(query, queries, group, position, window, block);\n"
+"        float sum = 0;\n"
+"        if (seen.x >= seen.y) continue;\n"
+"        for (int j = seen.x; j < seen.y; j++)\n"
+"            sum = fma(fetch(values, (ulong)(block * 256 + j) * DIM + c, f32),\n"
+"                      weight[i / DIM * 256 + j], sum);\n"
+"        ulong part = (ulong)(kv * queries + query) * blocks + get_group_id(2);\n"
+"        parts[part * (DIM + 2) + c] = sum;\n"
+"        if (!c) parts[part * (DIM + 2) + DIM] = big[i / DIM * 64];\n"
+"    }\n"
+"    if (item >= 64 || item % 16 || tile + item / 16 >= queries) return;\n"
+"    ulong part = (ulong)(kv * queries + tile + item / 16) * blocks + get_group_id(2);\n"
+"    parts[part * (DIM + 2) + DIM + 1] = total;\n"
+"}\n"
+"\n"
+"/* A work-group is a query and a key-value head. */\n"
+"kernel void merge(global const float *parts, int blocks, int first, int queries, int group,\n"
+"                  int position, int window, int block0, global float *out, int stride) {\n"
+"    int query = get_group_id(0), kv = get_group_id(1);\n"
+"    int limit = position + query / group + 1, start = max(limit - window, 0);\n"
+"    out += (first + query / group) * stride + (kv * group + query % group) * DIM;\n"
+"    parts += (ulong)(kv * queries + query) * blocks * (DIM + 2);\n"
+"    for (int c = get_local_id(0); c < DIM; c += get_local_size(0)) {\n"
+"        float largest = -INFINITY, total = 0, sum = 0;\n"
+"        for (int b = start / 256 - block0; b <= (limit - 1) / 256 - block0; b++) {\n"
+"            global const float *part = parts + b * (DIM + 2);\n"
+"            float both = largest > part[DIM] ? largest : part[DIM];\n"
+"            float keep = exponential(largest - both), fresh = exponential(part[DIM] - both);\n"
+"            total = fma(part[DIM + 1], fresh, total * keep);\n"
+"            sum = fma(part[c], fresh, sum * keep);\n"
+"            largest = both;\n"
+"        }\n"
+"        out[c] = divide(sum, total) + 0.0f;\n"
+"    }\n"
+"}\n";
+
+/* The calls that are used, found by name. */
+#define DEVICE_CALLS(X)                                                                         \
+    X(clGetPlatformIDs) X(clGetPlatformInfo) X(clGetDeviceIDs) X(clGetDeviceInfo)               \
+    X(clCreateContext) X(clReleaseContext) X(clCreateCommandQueue) X(clReleaseCommandQueue)     \
+    X(clCreateProgramWithSource) X(clBuildProgram) X(clGetProgramBuildInfo) X(clReleaseProgram) \
+    X(clCreateKernel) X(clReleaseKernel) X(clSetKernelArg) X(clEnqueueNDRangeKernel)            \
+    X(clCreateBuffer) X(clReleaseMemObject) X(clEnqueueReadBuffer) X(clEnqueueWriteBuffer)      \
+    X(clEnqueueReadBufferRect) X(clEnqueueWriteBufferRect) X(clFinish)
+
+typedef struct {
+#define FIELD(call) __typeof__(call) *call;
+    DEVICE_CALLS(FIELD)
+#undef FIELD
+} opencl;
+
+typedef struct {
+    cl_device_id id;
+    char name[128], platform[128], version[128];
+    cl_device_type type;
+    cl_device_fp_config numbers;
+    cl_ulong memory, largest;       /* bytes in all, of one buffer                              */
+    cl_uint units;
+    cl_bool little, shared;         /* little-endian; its memory is the processor's             */
+    size_t group;                   /* work-items in a work-group                               */
+} device_facts;
+
+enum { MAX_DEVICES = 16, DEVICE_GROUP = 256, DEVICE_ROWS = 512 };
+
+static int opencl_open(opencl *cl, medrun_error *e) {
+    static const struct { const char *name; size_t at; } calls[] = {
+#define NAME(call) {#call, offsetof(opencl, call)},
+        DEVICE_CALLS(NAME)
+#undef NAME
+    };
+    const char *path = getenv("MEDRUN_OPENCL_LIBRARY");
+    if (!path || !*path) path = OPENCL_LIBRARY;
+    void *library = open_library(path);
+    if (!library)
+        return fail(e, MEDRUN_USAGE, "device: this machine has no OpenCL library (%s)", path);
+    for (size_t i = 0; i < sizeof calls / sizeof *calls; i++) {
+        void *call = find_symbol(library, calls[i].name);
+        if (!call) return fail(e, MEDRUN_USAGE, "device: %s has no %s", path, calls[i].name);
+        memcpy((char *)cl + calls[i].at, &call, sizeof call);
+    }
+    return MEDRUN_OK;
+}
+
+static void describe_device(const opencl *cl, cl_platform_id platform, device_facts *d) {
+    const struct { cl_device_info what; size_t bytes; void *to; } facts[] = {
+        {CL_DEVICE_NAME, sizeof d->name - 1, d->name},
+        {CL_DEVICE_VERSION, sizeof d->version - 1, d->version},
+        {CL_DEVICE_TYPE, sizeof d->type, &d->type},
+        {CL_DEVICE_SINGLE_FP_CONFIG, sizeof d->numbers, &d->numbers},
+        {CL_DEVICE_GLOBAL_MEM_SIZE, sizeof d->memory, &d->memory},
+        {CL_DEVICE_MAX_MEM_ALLOC_SIZE, sizeof d->largest, &d->largest},
+        {CL_DEVICE_MAX_COMPUTE_UNITS, sizeof d->units, &d->units},
+        {CL_DEVICE_ENDIAN_LITTLE, sizeof d->little, &d->little},
+        {CL_DEVICE_HOST_UNIFIED_MEMORY, sizeof d->shared, &d->shared},
+        {CL_DEVICE_MAX_WORK_GROUP_SIZE, sizeof d->group, &d->group}};
+    for (size_t i = 0; i < sizeof facts / sizeof *facts; i++)
+        cl->clGetDeviceInfo(d->id, facts[i].what, facts[i].bytes, facts[i].to, NULL);
+    cl->clGetPlatformInfo(platform, CL_PLATFORM_NAME, sizeof d->platform - 1, d->platform, NULL);
+}
+
+/* All devices of all platforms, numbered as they come; returns how many. */
+static int list_devices(const opencl *cl, device_facts out[MAX_DEVICES]) {
+    cl_platform_id platforms[MAX_DEVICES];
+    cl_uint n_platforms = 0;
+    int n = 0;
+    if (cl->clGetPlatformIDs(MAX_DEVICES, platforms, &n_platforms)) return 0;
+    for (cl_uint p = 0; p < n_platforms && p < MAX_DEVICES; p++) {
+        cl_device_id ids[MAX_DEVICES];
+        cl_uint found = 0;
+        if (cl->clGetDeviceIDs(platforms[p], CL_DEVICE_TYPE_ALL, MAX_DEVICES, ids, &found))
+            continue;
+        for (cl_uint i = 0; i < found && n < MAX_DEVICES; i++) {
+            out[n] = (device_facts){.id = ids[i]};
+            describe_device(cl, platforms[p], &out[n++]);
+        }
+    }
+    return n;
+}
+
+enum { DEVICE_NORM, DEVICE_PACK, DEVICE_PLACE, DEVICE_ATTEND, DEVICE_MERGE, DEVICE_MATMUL,
+       N_DEVICE_KERNELS = DEVICE_MATMUL + 6 };          /* by type, for one token and for more   */
+static const char *const device_kernels[N_DEVICE_KERNELS] = {
+    "norm", "pack", "place", "attend", "merge", "matvec_bf16", "matmul_bf16", "matvec_int8",
+    "matmul_int8", "matvec_int4", "matmul_int4"};
+
+/* A device in use. After a call has failed nothing more is asked of it. */
+typedef struct device {
+    opencl cl;
+    device_facts facts;
+    cl_context context;
+    cl_command_queue queue;
+    cl_program program;
+    cl_kernel kernels[N_DEVICE_KERNELS];
+    uint64_t room;                  /* bytes that may still be taken                            */
+    const char *failed;             /* the call that failed first                               */
+    cl_int why;
+    int layers;                     /* that it computes, the first of the model                 */
+    bool output;                    /* and the logits                                           */
+    bool exact;                     /* gave the processor's bits                                */
+    cl_mem *weights;                /* (layers) as they lie in the file                         */
+    cl_mem final_norm, vocabulary;
+    cl_mem x, h, qkv, attn, wide;   /* (DEVICE_ROWS, ...) see pass; q, k, v side by side, and
+                                       gate and up                                              */
+    cl_mem rotation, a, scales;     /* a, scales: packed activations                            */
+    cl_mem parts, logits;
+    size_t part_floats;
+} device;
+
+static bool device_ok(device *d, cl_int why, const char *call) {
+    if (why && !d->failed) d->failed = call, d->why = why;
+    return !d->failed;
+}
+
+static int device_error(const device *d, medrun_error *e) {
+    return fail(e, MEDRUN_FAILED, "device %s: %s failed (%d)", d->facts.name, d->failed, d->why);
+}
+
+/* N bytes on the device, with DATA unless that is NULL, which must stay where it is: a device that
+ * shares our memory may use it there. NULL: it has no room. */
+static cl_mem device_bytes(device *d, const void *data, size_t n) {
+    const cl_mem_flags copied = CL_MEM_READ_ONLY | CL_MEM_COPY_HOST_PTR;
+    const cl_mem_flags shared = CL_MEM_READ_ONLY | CL_MEM_USE_HOST_PTR;
+    void *from = (void *)(uintptr_t)data;
+    cl_int why = CL_INVALID_HOST_PTR;
+    cl_mem made = NULL;
+    if (n > d->room || n > d->facts.largest) return NULL;
+    if (!data) made = d->cl.clCreateBuffer(d->context, CL_MEM_READ_WRITE, n, NULL, &why);
+    else if (d->facts.shared) made = d->cl.clCreateBuffer(d->context, shared, n, from, &why);
+    if (why && data) made = d->cl.clCreateBuffer(d->context, copied, n, from, &why);
+    if (why) return NULL;
+    d->room -= n;
+    return made;
+}
+
+static void device_release(device *d, cl_mem memory) {
+    if (memory) d->cl.clReleaseMemObject(memory);
+}
+
+typedef struct {
+    size_t n;
+    union {
+        cl_mem memory;
+        cl_int whole;
+        cl_float real;
+        cl_ulong place;
+    } v;
+} device_argument;
+
+#define MEMORY(x) {sizeof(cl_mem), {.memory = (x)}}
+#define INT(x) {sizeof(cl_int), {.whole = (cl_int)(x)}}
+#define FLOAT(x) {sizeof(cl_float), {.real = (x)}}
+#define PLACE(x) {sizeof(cl_ulong), {.place = (x)}}
+
+/* X * Y * Z work-groups of SIZE work-items. */
+static void device_run(device *d, int kernel, size_t size, size_t x, size_t y, size_t z,
+                       const device_argument *arguments, cl_uint n) {
+    const size_t all[3] = {x * size, y, z}, group[3] = {size, 1, 1};
+    cl_kernel k = d->kernels[kernel];
+    for (cl_uint i = 0; i < n && !d->failed; i++)
+        device_ok(d, d->cl.clSetKernelArg(k, i, arguments[i].n, &arguments[i].v),
+                  device_kernels[kernel]);
+    if (!d->failed)
+        device_ok(d, d->cl.clEnqueueNDRangeKernel(d->queue, k, 3, NULL, all, group, 0, NULL, NULL),
+                  device_kernels[kernel]);
+}
+#define DEVICE_RUN(d, kernel, size, x, y, z, ...)                                               \
+    device_run(d, kernel, size, x, y, z, (const device_argument[]){__VA_ARGS__},                \
+               sizeof((const device_argument[]){__VA_ARGS__}) / sizeof(device_argument))
+
+static void device_write(device *d, cl_mem to, const void *from, size_t n) {
+    if (!d->failed)
+        device_ok(d, d->cl.clEnqueueWriteBuffer(d->queue, to, CL_TRUE, 0, n, from, 0, NULL, NULL),
+                  "clEnqueueWriteBuffer");
+}
+
+static void device_read(device *d, cl_mem from, void *to, size_t n) {
+    if (!d->failed)
+        device_ok(d, d->cl.clEnqueueReadBuffer(d->queue, from, CL_TRUE, 0, n, to, 0, NULL, NULL),
+                  "clEnqueueReadBuffer");
+}
+
+static void device_close(device *d) {
+    if (!d) return;
+    const cl_mem all[] = {d->final_norm, d->vocabulary, d->x, d->h, d->qkv, d->attn, d->wide,
+                          d->rotation, d->a, d->scales, d->parts, d->logits};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) device_release(d, all[i]);
+    for (int l = 0; d->weights && l < d->layers; l++) device_release(d, d->weights[l]);
+    for (int k = 0; k < N_DEVICE_KERNELS; k++)
+        if (d->kernels[k]) d->cl.clReleaseKernel(d->kernels[k]);
+    if (d->program) d->cl.clReleaseProgram(d->program);
+    if (d->queue) d->cl.clReleaseCommandQueue(d->queue);
+    if (d->context) d->cl.clReleaseContext(d->context);
+    free(d->weights);
+    free(d);
+}
+
+/* LOG gets what the device's compiler says when it fails. */
+static int build_kernels(device *d, size_t head_dim, buffer *log, medrun_error *e) {
+    char head[160] = "", options[256];
+    const char *more = getenv("MEDRUN_OPENCL_OPTIONS"), *sources[] = {head, device_source};
+    bool exact = d->facts.numbers & CL_FP_CORRECTLY_ROUNDED_DIVIDE_SQRT;
+    cl_int why;
+    size_t n = (size_t)snprintf(head, sizeof head, "#define DIM %zu\n#define LEVELS 0", head_dim);
+    for (int i = 1; i < 16; i++)
+        n += (size_t)snprintf(head + n, sizeof head - n, ",%d", int4_levels[i]);
+    snprintf(head + n, sizeof head - n, "\n");
+    snprintf(options, sizeof options, "-cl-std=CL1.2%s %s",
+             exact ? " -cl-fp32-correctly-rounded-divide-sqrt -D EXACT" : "", more ? more : "");
+    d->program = d->cl.clCreateProgramWithSource(d->context, 2, sources, NULL, &why);
+    if (!why) why = d->cl.clBuildProgram(d->program, 1, &d->facts.id, options, NULL, NULL);
+    for (int k = 0; k < N_DEVICE_KERNELS && !why; k++)
+        d->kernels[k] = d->cl.clCreateKernel(d->program, device_kernels[k], &why);
+    if (!why) return MEDRUN_OK;
+    n = 0;
+    if (d->program)
+        d->cl.clGetProgramBuildInfo(d->program, d->facts.id, CL_PROGRAM_BUILD_LOG, 0, NULL, &n);
+    if (n && buffer_room(log, n)) {
+        d->cl.clGetProgramBuildInfo(d->program, d->facts.id, CL_PROGRAM_BUILD_LOG, n, log->data,
+                                    NULL);
+        log->data[n] = 0, log->n = strlen((const char *)log->data);
+    }
+    return fail(e, MEDRUN_NO_MEMORY, "device %s: its kernels cannot be built (%d)", d->facts.name,
+                why);
+}
+
+/* WHICH is a number, a part of a name, or "auto": the first that is no processor. */
+static int choose_device(device *d, const char *which, medrun_error *e) {
+    device_facts all[MAX_DEVICES];
+    int n = list_devices(&d->cl, all), i = 0;
+    char *end;
+    long number = strtol(which, &end, 10);
+    bool by_number = *which && !*end, any = !strcmp(which, "auto");
+    for (; i < n; i++)
+        if (by_number ? i == number
+                      : any ? !(all[i].type & CL_DEVICE_TYPE_CPU) : !!strstr(all[i].name, which))
+            break;
+    if (i == n)
+        return fail(e, MEDRUN_USAGE, "device: found no \"%s\" among the %d that OpenCL has "
+                    "here; medrun doctor lists them", any ? "GPU" : which, n);
+    d->facts = all[i];
+    if (!d->facts.little || d->facts.group < DEVICE_GROUP)
+        return fail(e, MEDRUN_NO_MEMORY, "device %s: work-groups of %zu, %s-endian; wanted %d, "
+                    "little-endian", d->facts.name, d->facts.group,
+                    d->facts.little ? "little" : "big", DEVICE_GROUP);
+    return MEDRUN_OK;
+}
+
+/* A sixteenth of its memory is the driver's; MEDRUN_DEVICE_MEMORY says how many MB may be taken
+ * where other programs want some, which OpenCL does not tell. */
+static uint64_t device_room(const device_facts *f) {
+    const char *most = getenv("MEDRUN_DEVICE_MEMORY");
+    uint64_t room = f->memory - f->memory / 16, asked = most ? strtoull(most, NULL, 10) << 20 : 0;
+    return asked && asked < room ? asked : room;
+}
+
+/* On failure D, zeroed before, is still to be closed. */
+static int device_open(device *d, const char *which, size_t head_dim, buffer *log,
+                       medrun_error *e) {
+    int code = opencl_open(&d->cl, e);
+    if (code || (code = choose_device(d, which, e))) return code;
+    cl_int why;
+    d->room = device_room(&d->facts);
+    d->context = d->cl.clCreateContext(NULL, 1, &d->facts.id, NULL, NULL, &why);
+    if (!why) d->queue = d->cl.clCreateCommandQueue(d->context, d->facts.id, 0, &why);
+    if (why) return fail(e, MEDRUN_NO_MEMORY, "device %s: cannot be used (%d)", d->facts.name, why);
+    return build_kernels(d, head_dim, log, e);
+}
+#endif /* MEDRUN_OPENCL */
 /* ============================================================================================
  * 9 Model file: parse and check everything before anything is used
  *
@@ -5056,7 +6281,7 @@ static bool json_truthy(const json *j, uint32_t v) {
 static void python_float(buffer *b, double value) {
     char text[40], digits[20];
     int n = 0, precision = 0, power;
-    if (!isfinite(value)) { buffer_text(b, value < 0 ? "-Infinity" : "Infinity"); return; }
+    if (!(fabs(value) <= DBL_MAX)) { buffer_text(b, value < 0 ? "-Infinity" : "Infinity"); return; }
     do snprintf(text, sizeof text, "%.*e", precision, value);
     while (strtod(text, NULL) != value && ++precision < 17);
     for (const char *p = text; *p != 'e'; p++) if (isdigit((uint8_t)*p)) digits[n++] = *p;
@@ -5618,9 +6843,8 @@ static const chat_template *chat_find(const char *name) {
 
 /* Today where this machine is, YYYY-MM-DD. */
 static void date_today(char date[11]) {
-    time_t now = time(NULL);
     struct tm t = {0};
-    localtime_r(&now, &t);
+    local_time(time(NULL), &t);
     strftime(date, 11, "%Y-%m-%d", &t);
 }
 
@@ -6015,9 +7239,8 @@ static int chat_find_late(chat_writer *w, const medrun_message *m, size_t n, boo
     return code;
 }
 
-/* A whole conversation. */
-static int chat_write(chat_writer *w, const medrun_message *m, size_t n, bool answer) {
-    size_t n_before = w->out->n;
+/* A whole conversation; its last run of text is left in W->run. */
+static int chat_conversation(chat_writer *w, const medrun_message *m, size_t n, bool answer) {
     bool late = false;
     int code = n ? MEDRUN_OK : fail(w->e, MEDRUN_USAGE, "messages: found none, wanted one or more");
     if (!code) code = chat_find_late(w, m, n, &late);
@@ -6034,7 +7257,12 @@ static int chat_write(chat_writer *w, const medrun_message *m, size_t n, bool an
         code = chat_refuse(w, "tools: wanted a turn after the system's");
     if (!code) code = chat_parts(w, w->c->end, NULL, NULL, 0);
     if (!code && answer) code = chat_parts(w, w->c->answer, NULL, NULL, 0);
-    return chat_end(w, code, n_before);
+    return code;
+}
+
+static int chat_write(chat_writer *w, const medrun_message *m, size_t n, bool answer) {
+    size_t n_before = w->out->n;
+    return chat_end(w, chat_conversation(w, m, n, answer), n_before);
 }
 
 /* ---- what others call ---------------------------------------------------------------------- */
@@ -6186,6 +7414,11 @@ struct medrun_model {
     size_t cache;                               /* bytes of the second cache                    */
     uint64_t parameters, weight_bytes;
     size_t longest_piece;                       /* bytes                                        */
+#ifdef MEDRUN_OPENCL
+    device *device;                             /* NULL: none                                   */
+#endif
+    char device_says[256];
+    buffer device_log;
 };
 
 /* ---- double precision functions without libm: the same bits on every machine ---------------- */
@@ -6393,13 +7626,14 @@ static int read_config(const model_file *f, model_config *c, medrun_error *e) {
 /* ---- the tensors --------------------------------------------------------------------------- */
 
 /* Binds the next entry of the table: it must be called NAME and have this type and shape. */
-static int bind(medrun_model *m, uint32_t *entry, uint32_t *left, const char *name, int type,
+static int bind_one(medrun_model *m, uint32_t *entry, uint32_t *left, const char *name, int type,
                 int rows, int cols, tensor *out, medrun_error *e) {
     model_file *f = &m->file;
     char found[64], found_type[16];
     int64_t r, c;
     uint8_t digest[32];
-    size_t bytes = 0, wanted = tensor_bytes(type, (size_t)rows, (size_t)cols);
+    size_t bytes = 0;
+    uint64_t wanted = tensor_bytes(type, (uint64_t)rows, (size_t)cols);
     if (!*left) return fail(e, MEDRUN_BAD_FILE, "%s: tensor %s is missing", f->path, name);
     uint32_t v = *entry;
     if (!json_text(&f->header, v, f->path, "name", found, sizeof found, e) ||
@@ -6413,8 +7647,8 @@ static int bind(medrun_model *m, uint32_t *entry, uint32_t *left, const char *na
     int code = take_section(f, v, name, &out->data, &bytes, digest, e);
     if (code) return code;
     if (bytes != wanted)
-        return fail(e, MEDRUN_BAD_FILE, "%s: tensor %s: found %zu bytes, wanted %zu", f->path, name,
-                    bytes, wanted);
+        return fail(e, MEDRUN_BAD_FILE, "%s: tensor %s: found %zu bytes, wanted %llu", f->path,
+                    name, bytes, (unsigned long long)wanted);
     out->type = type, out->rows = (size_t)rows, out->cols = (size_t)cols;
     m->parameters += (uint64_t)rows * (uint64_t)cols;
     m->weight_bytes += bytes;
@@ -6450,7 +7684,7 @@ static int bind_all(medrun_model *m, medrun_error *e) {
     const float *xielu_stored = NULL;
     bool gated = c->activation == ACTIVATION_SILU, xielu = c->activation == ACTIVATION_XIELU;
     int vocabulary = rows_type(m->type);
-    int code = bind(m, &entry, &left, "embed", vocabulary, c->vocab_size, hidden, &m->embed, e);
+    int code = bind_one(m, &entry, &left, "embed", vocabulary, c->vocab_size, hidden, &m->embed, e);
     if (code) return code;
     for (int l = 0; l < c->n_layers; l++) {
         model_layer *y = &m->layers[l];
@@ -6479,17 +7713,19 @@ static int bind_all(medrun_model *m, medrun_error *e) {
             if (all[i].missing) continue;
             snprintf(name, sizeof name, "layers.%d.%s", l, all[i].name);
             int type = all[i].vector ? TYPE_F32 : m->type;
-            code = bind(m, &entry, &left, name, type, all[i].rows, all[i].cols, all[i].to, e);
+            code = bind_one(m, &entry, &left, name, type, all[i].rows, all[i].cols, all[i].to, e);
             if (code) return code;
             if (all[i].vector) *all[i].vector = (const void *)vector.data;
         }
         if (xielu && (code = read_xielu(m->file.path, l, xielu_stored, &y->xielu, e))) return code;
     }
-    if ((code = bind(m, &entry, &left, "final_norm", TYPE_F32, 1, hidden, &vector, e))) return code;
+    code = bind_one(m, &entry, &left, "final_norm", TYPE_F32, 1, hidden, &vector, e);
+    if (code) return code;
     m->final_norm = (const void *)vector.data;
     m->output = m->embed;
     if (!c->tied)
-        code = bind(m, &entry, &left, "output", vocabulary, c->vocab_size, hidden, &m->output, e);
+        code = bind_one(m, &entry, &left, "output", vocabulary, c->vocab_size, hidden,
+                        &m->output, e);
     if (code) return code;
     if (left) return fail(e, MEDRUN_BAD_FILE, "%s: %u tensors more than the config needs",
                           m->file.path, left);
@@ -6612,6 +7848,10 @@ static int load_model(medrun_model *m, const medrun_options *options, medrun_err
 void medrun_close(medrun_model *m) {
     if (!m) return;
     if (m->pool && m->pool->threads) pool_stop(m->pool);
+#ifdef MEDRUN_OPENCL
+    device_close(m->device);
+#endif
+    buffer_free(&m->device_log);
     free(m->pool);
     tokenizer_close(&m->tokenizer);
     free(m->system);
@@ -6650,7 +7890,8 @@ void medrun_describe(const medrun_model *m, medrun_info *info) {
         .n_kv_heads = c->n_kv_heads, .head_dim = c->head_dim, .ffn_size = c->ffn_size,
         .max_positions = c->max_positions, .threads = m->pool->threads, .bos = m->tokenizer.bos,
         .n_stops = m->n_stops, .parameters = m->parameters, .file_bytes = m->file.map.n,
-        .weight_bytes = m->weight_bytes, .sampling = m->sampling};
+        .weight_bytes = m->weight_bytes, .sampling = m->sampling, .device = m->device_says,
+        .device_log = m->device_log.n ? (const char *)m->device_log.data : ""};
     memcpy(info->stops, m->stops, sizeof info->stops);
     memcpy(info->hash, m->file.hash, 32);
 }
@@ -6713,6 +7954,11 @@ struct medrun_session {
     medrun_observer *observer;
     void *observer_user;
     struct pass *pass;                          /* scratch for passes that this session leads   */
+    size_t device_done, host_done;              /* positions of a device's layers that it has,
+                                                   and that are here; one is at least n_done    */
+#ifdef MEDRUN_OPENCL
+    cl_mem device_keys, device_values;          /* of those layers, as they lie here            */
+#endif
 };
 
 /* Rows of one session that stand together in a pass. */
@@ -6730,7 +7976,7 @@ typedef struct pass {
     size_t n_segments;
     medrun_session **owner;                     /* (capacity) of each row                       */
     size_t *position;                           /* (capacity)                                   */
-    bool observed;
+    bool observed, on_device;
     size_t hidden, heads, kv, ffn, vocab;       /* row strides, in floats                       */
     float *x;                                   /* (n, hidden) the residual stream              */
     float *h;                                   /* (n, hidden) normed, then a block's output    */
@@ -6750,9 +7996,9 @@ typedef struct pass {
 
 /* Bytes of the keys, or of the values, that stand before those of a layer and head. The context is
  * rounded up to KEY_STEP. */
-static size_t cache_bytes(const medrun_session *s, int layer, size_t head) {
+static uint64_t cache_bytes(const medrun_session *s, int layer, size_t head) {
     const model_config *c = &s->model->config;
-    size_t panels = round_up((size_t)s->options.context, KEY_STEP) / 16;
+    uint64_t panels = round_up((size_t)s->options.context, KEY_STEP) / 16;
     return ((size_t)layer * (size_t)c->n_kv_heads + head) * panels *
            cache_panel(s->options.kv, (size_t)c->head_dim);
 }
@@ -6993,6 +8239,229 @@ static void residual_task(void *context, size_t begin, size_t end, int thread) {
         p->g.k->add(p->x + r * p->hidden, p->h + r * p->hidden, p->hidden);
 }
 
+/* Rows of the pass whose logits are wanted, and by whom. */
+typedef struct {
+    size_t n, row[TILE];
+    medrun_session *to[TILE];
+} output_rows;
+
+#ifdef MEDRUN_OPENCL
+/* ---- the same on a device ------------------------------------------------------------------ */
+
+/* Keys and values of the device's layers from its memory to ours, or UP from ours, for the panels
+ * of positions FROM .. TO-1. */
+static void copy_cache(const medrun_session *s, size_t from, size_t to, bool up) {
+    device *d = s->model->device;
+    size_t panel = cache_panel(s->options.kv, (size_t)s->model->config.head_dim);
+    size_t row = cache_bytes(s, 0, 1), heads = (size_t)s->model->config.n_kv_heads;
+    const size_t at[3] = {from / 16 * panel, 0, 0};
+    const size_t size[3] = {(to + 15) / 16 * panel - at[0], (size_t)d->layers * heads, 1};
+    for (int i = 0; i < 2 && from < to && !d->failed; i++) {
+        cl_mem there = i ? s->device_values : s->device_keys;
+        void *here = i ? s->values : s->keys;
+        cl_int why = up ? d->cl.clEnqueueWriteBufferRect(d->queue, there, CL_TRUE, at, at, size,
+                                                         row, 0, row, 0, here, 0, NULL, NULL)
+                        : d->cl.clEnqueueReadBufferRect(d->queue, there, CL_TRUE, at, at, size,
+                                                        row, 0, row, 0, here, 0, NULL, NULL);
+        device_ok(d, why, "copying the cache");
+    }
+}
+
+/* Who computes the pass, and sees to it that the caches are there. An observer wants every stage of
+ * every layer: then it is the processor. */
+static void begin_on_device(pass *p) {
+    p->on_device = p->m->device && !p->observed;
+    for (segment *i = p->segments; p->m->device && i < p->segments + p->n_segments; i++) {
+        medrun_session *s = i->session;
+        if (s->device_done > s->n_done) s->device_done = s->n_done;
+        if (s->host_done > s->n_done) s->host_done = s->n_done;
+        if (p->on_device) copy_cache(s, s->device_done, s->n_done, true);
+        else copy_cache(s, s->host_done, s->n_done, false);
+        *(p->on_device ? &s->device_done : &s->host_done) = s->n_done + i->n;
+    }
+}
+
+static int end_on_device(const pass *p, medrun_error *e) {
+    const device *d = p->m->device;
+    return d && d->failed ? device_error(d, e) : MEDRUN_OK;
+}
+
+/* out (TOKENS, STRIDE) = the products of N tensors with packed activations, side by side; ADD: what
+ * is there and that. WEIGHTS begins with BASE. */
+static void device_matmul(const pass *p, cl_mem weights, const void *base, const tensor *const *w,
+                          int n, size_t tokens, cl_mem out, size_t stride, bool add) {
+    device *d = p->m->device;
+    cl_ulong at[3] = {0};
+    size_t panels = 0, end[3], cols = w[0]->cols;
+    int type = w[0]->type, kernel = DEVICE_MATMUL + 2 * (type - TYPE_BF16) + (tokens > 1);
+    for (int i = 0; i < 3; end[i++] = panels) {
+        if (i >= n) continue;
+        at[i] = (cl_ulong)(w[i]->data - (const uint8_t *)base);
+        panels += tensor_panels(w[i]);
+    }
+    bool bf16 = type == TYPE_BF16, many = tokens > 1;
+    DEVICE_RUN(d, kernel, bf16 ? 32 : many ? 128 : 256, many ? (tokens + 7) / 8 : 1,
+               bf16 ? (panels + 1) / 2 : panels, 1, MEMORY(weights), PLACE(at[0]), PLACE(at[1]),
+               PLACE(at[2]), INT(end[0]), INT(end[1]), INT(end[2]),
+               PLACE(panel_bytes(type, cols)), INT(cols), MEMORY(d->a), MEMORY(d->scales),
+               INT(tokens), MEMORY(out), INT(stride), INT(add));
+}
+
+static void device_norm(const pass *p, cl_mem x, size_t at, size_t stride, cl_mem out,
+                        size_t out_at, cl_mem weights, size_t weight_at, size_t cols, size_t rows,
+                        size_t heads) {
+    DEVICE_RUN(p->m->device, DEVICE_NORM, DEVICE_GROUP, rows, heads, 1, MEMORY(x), INT(at),
+               INT(stride), MEMORY(out), INT(out_at), INT(stride), MEMORY(weights),
+               PLACE(weight_at), INT(cols), FLOAT(p->m->config.norm_eps));
+}
+
+/* x, or its ACTIVATION, packed for the next matmul. */
+static void device_pack(const pass *p, cl_mem x, size_t stride, size_t cols, size_t rows,
+                        int activation, const xielu_numbers *c) {
+    device *d = p->m->device;
+    DEVICE_RUN(d, DEVICE_PACK, GROUP, (cols + GROUP - 1) / GROUP, rows, 1, MEMORY(x), INT(stride),
+               INT(cols), INT(activation), FLOAT(c->positive), FLOAT(c->negative), FLOAT(c->beta),
+               FLOAT(c->eps), INT(p->m->type != TYPE_BF16), MEMORY(d->a), MEMORY(d->scales));
+}
+
+/* Rotates, stores keys and values, attends, for the rows of a segment; as many rows at once as
+ * there is room for the parts that their blocks of keys give. */
+static void device_attend(const pass *p, const segment *s, int layer) {
+    device *d = p->m->device;
+    const model_config *c = &p->m->config;
+    const medrun_session *to = s->session;
+    size_t dim = (size_t)c->head_dim, kv_heads = (size_t)c->n_kv_heads, n;
+    size_t group = (size_t)c->n_heads / kv_heads, stride = p->heads + 2 * p->kv;
+    size_t window = c->sliding_window ? (size_t)c->sliding_window : INT_MAX;
+    cl_ulong at = cache_bytes(to, layer, 0), head_bytes = cache_bytes(to, 0, 1);
+    bool f32 = to->options.kv == MEDRUN_KV_F32;
+    DEVICE_RUN(d, DEVICE_PLACE, GROUP, (size_t)c->n_heads + 2 * kv_heads, s->n, 1, MEMORY(d->qkv),
+               INT(stride), INT(c->n_heads), INT(kv_heads), INT(s->first), MEMORY(d->rotation),
+               INT(s->position), MEMORY(to->device_keys), MEMORY(to->device_values), PLACE(at),
+               PLACE(head_bytes), INT(f32));
+    for (size_t r = 0; r < s->n; r += n) {
+        size_t position = s->position + r, start = position < window ? 0 : position + 1 - window;
+        size_t blocks = (s->position + s->n - 1) / KEY_BLOCK - start / KEY_BLOCK + 1;
+        n = d->part_floats / ((size_t)c->n_heads * blocks * (dim + 2));
+        if (n > s->n - r) n = s->n - r;
+        DEVICE_RUN(d, DEVICE_ATTEND, DEVICE_GROUP, (n * group + 3) / 4, kv_heads, blocks,
+                   MEMORY(d->qkv), INT(stride), INT(s->first + r), MEMORY(to->device_keys),
+                   MEMORY(to->device_values), PLACE(at), PLACE(head_bytes), INT(f32),
+                   INT(n * group), INT(group), INT(position), INT(window),
+                   INT(start / KEY_BLOCK), FLOAT(1.0f / sqrtf((float)dim)), MEMORY(d->parts));
+        DEVICE_RUN(d, DEVICE_MERGE, GROUP, n * group, kv_heads, 1, MEMORY(d->parts), INT(blocks),
+                   INT(s->first + r), INT(n * group), INT(group), INT(position), INT(window),
+                   INT(start / KEY_BLOCK), MEMORY(d->attn), INT(p->heads));
+    }
+}
+
+/* One layer as in `forward`. */
+static void device_layer(const pass *p, int layer) {
+    static const xielu_numbers none = {0};
+    device *d = p->m->device;
+    const model_layer *y = &p->m->layers[layer];
+    const uint8_t *base = (const uint8_t *)y->attn_norm;
+    cl_mem weights = d->weights[layer];
+    size_t dim = (size_t)p->m->config.head_dim, qkv = p->heads + 2 * p->kv;
+    bool gated = p->m->config.activation == ACTIVATION_SILU;
+    size_t wide = (gated ? 2 : 1) * p->ffn;
+
+    device_norm(p, d->x, 0, p->hidden, d->h, 0, weights, 0, p->hidden, p->n, 1);
+    device_pack(p, d->h, p->hidden, p->hidden, p->n, N_ACTIVATIONS, &none);
+    device_matmul(p, weights, base, (const tensor *[]){&y->q, &y->k, &y->v}, 3, p->n, d->qkv, qkv,
+                  false);
+    if (y->q_norm) {
+        device_norm(p, d->qkv, 0, qkv, d->qkv, 0, weights,
+                    (size_t)((const uint8_t *)y->q_norm - base), dim, p->n, p->heads / dim);
+        device_norm(p, d->qkv, p->heads, qkv, d->qkv, p->heads, weights,
+                    (size_t)((const uint8_t *)y->k_norm - base), dim, p->n, p->kv / dim);
+    }
+    for (size_t i = 0; i < p->n_segments; i++) device_attend(p, &p->segments[i], layer);
+    device_pack(p, d->attn, p->heads, p->heads, p->n, N_ACTIVATIONS, &none);
+    device_matmul(p, weights, base, (const tensor *[]){&y->o}, 1, p->n, d->x, p->hidden, true);
+
+    device_norm(p, d->x, 0, p->hidden, d->h, 0, weights,
+                (size_t)((const uint8_t *)y->ffn_norm - base), p->hidden, p->n, 1);
+    device_pack(p, d->h, p->hidden, p->hidden, p->n, N_ACTIVATIONS, &none);
+    device_matmul(p, weights, base, (const tensor *[]){gated ? &y->gate : &y->up, &y->up},
+                  gated ? 2 : 1, p->n, d->wide, wide, false);
+    device_pack(p, d->wide, wide, p->ffn, p->n, p->m->config.activation, &y->xielu);
+    device_matmul(p, weights, base, (const tensor *[]){&y->down}, 1, p->n, d->x, p->hidden, true);
+}
+
+/* The device's layers; returns how many. x comes back where the processor goes on. */
+static int device_layers(const pass *p) {
+    if (!p->on_device) return 0;
+    device *d = p->m->device;
+    device_write(d, d->x, p->x, p->n * p->hidden * sizeof(float));
+    device_write(d, d->rotation, p->rotation,
+                 p->n * (size_t)p->m->config.head_dim * sizeof(float));
+    for (int layer = 0; layer < d->layers; layer++) device_layer(p, layer);
+    if (!d->output) device_read(d, d->x, p->x, p->n * p->hidden * sizeof(float));
+    return d->layers;
+}
+
+/* Final norm and logits of these rows, if that is the device's. */
+static bool device_logits(const pass *p, const output_rows *o) {
+    device *d = p->m->device;
+    const tensor *w = &p->m->output;
+    if (!p->on_device || !d->output) return false;
+    for (size_t i = 0; i < o->n; i++)
+        device_norm(p, d->x, o->row[i] * p->hidden, 0, d->h, i * p->hidden, d->final_norm, 0,
+                    p->hidden, 1, 1);
+    device_pack(p, d->h, p->hidden, p->hidden, o->n, N_ACTIVATIONS, &(xielu_numbers){0});
+    device_matmul(p, d->vocabulary, w->data, &w, 1, o->n, d->logits, p->vocab, false);
+    device_read(d, d->logits, p->logits, o->n * p->vocab * sizeof(float));
+    return true;
+}
+
+/* Room for the keys and values of the device's layers. */
+static int join_device(medrun_session *s, medrun_error *e) {
+    device *d = s->model->device;
+    if (!d) return MEDRUN_OK;
+    size_t n = cache_bytes(s, d->layers, 0);
+    pthread_mutex_lock(&s->model->pool->turn);
+    s->device_keys = device_bytes(d, NULL, n);
+    if (s->device_keys) s->device_values = device_bytes(d, NULL, n);
+    uint64_t room = d->room;
+    pthread_mutex_unlock(&s->model->pool->turn);
+    if (s->device_values) return MEDRUN_OK;
+    return fail(e, MEDRUN_NO_MEMORY, "a context of %d tokens needs %zu MB of device %s, which has "
+                "%llu MB left; ask for a smaller one (-c) or fewer layers (--gpu-layers)",
+                s->options.context, 2 * n >> 20, d->facts.name, (unsigned long long)room >> 20);
+}
+
+static void leave_device(const medrun_session *s) {
+    device *d = s->model->device;
+    if (!d) return;
+    size_t n = cache_bytes(s, d->layers, 0);
+    pthread_mutex_lock(&s->model->pool->turn);
+    if (s->device_keys) device_release(d, s->device_keys), d->room += n;
+    if (s->device_values) device_release(d, s->device_values), d->room += n;
+    pthread_mutex_unlock(&s->model->pool->turn);
+}
+
+/* Brings our keys and values up to date. */
+static int cache_from_device(const medrun_session *s, medrun_error *e) {
+    device *d = s->model->device;
+    if (!d) return MEDRUN_OK;
+    pthread_mutex_lock(&s->model->pool->turn);
+    copy_cache(s, s->host_done < s->n_done ? s->host_done : s->n_done, s->n_done, false);
+    pthread_mutex_unlock(&s->model->pool->turn);
+    return d->failed ? device_error(d, e) : MEDRUN_OK;
+}
+#else
+static void begin_on_device(pass *p) { p->on_device = false; }
+static int end_on_device(const pass *p, medrun_error *e) { return (void)p, (void)e, MEDRUN_OK; }
+static int device_layers(const pass *p) { return (void)p, 0; }
+static bool device_logits(const pass *p, const output_rows *o) { return (void)p, (void)o, false; }
+static int join_device(medrun_session *s, medrun_error *e) { return (void)s, (void)e, MEDRUN_OK; }
+static void leave_device(const medrun_session *s) { (void)s; }
+static int cache_from_device(const medrun_session *s, medrun_error *e) {
+    return (void)s, (void)e, MEDRUN_OK;
+}
+#endif
+
 /* The tokens of the pass through all layers; x ends as the last layer's output. */
 static void forward(pass *p) {
     const medrun_model *m = p->m;
@@ -7000,7 +8469,7 @@ static void forward(pass *p) {
     each_tile(p, embed_task);
     observe(p, "embed", p->x, p->hidden, p->hidden);
 
-    for (p->layer = 0; p->layer < m->config.n_layers; p->layer++) {
+    for (p->layer = device_layers(p); p->layer < m->config.n_layers; p->layer++) {
         const model_layer *y = &m->layers[p->layer];
 
         norm_rows(p, y->attn_norm, "attn_norm");
@@ -7027,20 +8496,17 @@ static void forward(pass *p) {
     }
 }
 
-/* Rows of the pass whose logits are wanted, and by whom. */
-typedef struct {
-    size_t n, row[TILE];
-    medrun_session *to[TILE];
-} output_rows;
-
 /* Final norm and logits of these rows, gathered at the front of h, to their sessions. */
 static void give_logits(pass *p, output_rows *o) {
     size_t cols = (size_t)p->m->config.vocab_size, same;
-    for (size_t i = 0; i < o->n; i++)
+    bool done = device_logits(p, o);
+    for (size_t i = 0; !done && i < o->n; i++)
         p->g.k->norm(p->h + i * p->hidden, p->x + o->row[i] * p->hidden, p->m->final_norm,
                      p->hidden, p->m->config.norm_eps);
-    pack_activations(&p->g, &p->a, p->m->output.type, p->h, p->hidden, p->hidden, o->n);
-    matmul(&p->g, &(product){&p->m->output, p->logits, p->vocab}, 1, &p->a);
+    if (!done) {
+        pack_activations(&p->g, &p->a, p->m->output.type, p->h, p->hidden, p->hidden, o->n);
+        matmul(&p->g, &(product){&p->m->output, p->logits, p->vocab}, 1, &p->a);
+    }
     for (size_t i = 0; i < o->n; i += same) {
         medrun_session *to = o->to[i];
         const float *h = p->h + i * p->hidden, *logits = p->logits + i * p->vocab;
@@ -7179,15 +8645,16 @@ static int32_t sample_token(candidate *list, const float *logits, size_t vocab,
  * size is known before anything is allocated. Tests: tests/15_session.c.
  * ============================================================================================ */
 
-/* Hands out 64-byte aligned pieces of the memory at BASE; only counts them when it is NULL. */
+/* Hands out 64-byte aligned pieces of the memory at BASE; only counts them when it is NULL, even
+ * those that are more than the machine can address. */
 typedef struct {
     uint8_t *base;
-    size_t at;
+    uint64_t at;
 } arena;
 
-static void *arena_take(arena *a, size_t n, size_t size) {
-    size_t at = a->at;
-    a->at += round_up(n * size, 64);
+static void *arena_take(arena *a, uint64_t n, uint64_t size) {
+    uint64_t at = a->at;
+    a->at += (n * size + 63) / 64 * 64;
     return a->base ? a->base + at : NULL;
 }
 
@@ -7217,7 +8684,8 @@ static void layout_lookup(const medrun_session *s, lookup *g, arena *a) {
 
 static void layout_pass(const medrun_session *s, pass *p, arena *a) {
     const model_config *c = &s->model->config;
-    size_t n = (size_t)s->options.batch, dim = (size_t)c->head_dim, widest;
+    size_t dim = (size_t)c->head_dim, widest;
+    uint64_t n = (uint64_t)s->options.batch;
     p->hidden = (size_t)c->hidden_size, p->ffn = (size_t)c->ffn_size;
     p->heads = (size_t)c->n_heads * dim, p->kv = (size_t)c->n_kv_heads * dim;
     p->vocab = round_up((size_t)c->vocab_size, LANES);
@@ -7226,24 +8694,27 @@ static void layout_pass(const medrun_session *s, pass *p, arena *a) {
     p->m = s->model;
     p->g = (engine){.pool = s->model->pool, .k = s->model->kernels, .strict = s->options.strict,
                     .cache = s->model->cache};
-    p->capacity = n;
+    p->capacity = (size_t)n;
     p->segments = arena_take(a, n, sizeof *p->segments);
     p->owner = arena_take(a, n, sizeof *p->owner);
     p->position = arena_take(a, n, sizeof *p->position);
     p->x = arena_take(a, n * p->hidden, sizeof(float));
     p->h = arena_take(a, (n > TILE ? n : TILE) * p->hidden, sizeof(float));
+    uint64_t shared = a->at, end;               /* the two blocks of a layer take turns in it    */
     p->q = arena_take(a, n * p->heads, sizeof(float));
     p->k = arena_take(a, n * p->kv, sizeof(float));
     p->v = arena_take(a, n * p->kv, sizeof(float));
     p->attn = arena_take(a, n * p->heads, sizeof(float));
+    end = a->at, a->at = shared;
     p->ffn_act = arena_take(a, n * p->ffn, sizeof(float));
     if (c->activation == ACTIVATION_SILU) p->up = arena_take(a, n * p->ffn, sizeof(float));
+    if (a->at < end) a->at = end;
     p->rotation = arena_take(a, n * dim, sizeof(float));
     p->scores = arena_take(a, (size_t)s->model->pool->threads * attend_scratch(dim),
                            sizeof(float));
     p->part_places = TILE * (size_t)c->n_heads *
                      (((size_t)s->options.context + KEY_BLOCK - 1) / KEY_BLOCK);
-    p->parts = arena_take(a, p->part_places * (dim + PART_EXTRA), sizeof(float));
+    p->parts = arena_take(a, p->part_places, (dim + PART_EXTRA) * sizeof(float));
     p->logits = arena_take(a, TILE * p->vocab, sizeof(float));
     p->a.data = arena_take(a, n > TILE ? n : TILE, pack_bytes(pack_kind(&p->g, s->model->type),
                                                               widest));
@@ -7258,11 +8729,11 @@ static void layout_session(medrun_session *s, arena *a) {
     lookup guesses, *g = s->options.lookup ? arena_take(a, 1, sizeof *g) : NULL;
     int rows = s->options.logit_rows > s->options.lookup ? s->options.logit_rows
                                                          : s->options.lookup + 1;
-    size_t cache = cache_bytes(s, c->n_layers, 0);
+    uint64_t cache = cache_bytes(s, c->n_layers, 0);
     s->tokens = arena_take(a, (size_t)s->options.context, sizeof *s->tokens);
     s->keys = arena_take(a, cache, 1);
     s->values = arena_take(a, cache, 1);
-    s->logits = arena_take(a, (size_t)rows * round_up((size_t)c->vocab_size, LANES),
+    s->logits = arena_take(a, (uint64_t)rows, round_up((size_t)c->vocab_size, LANES) *
                            sizeof(float));
     s->candidates = arena_take(a, (size_t)c->vocab_size, sizeof *s->candidates);
     s->text = arena_take(a, s->model->longest_piece + 8, 1);
@@ -7296,6 +8767,13 @@ static int resolve_options(const medrun_model *m, const medrun_session_options *
         o->sampling = m->sampling;
         o->sampling.seed = seed;
     }
+#ifdef MEDRUN_OPENCL
+    if (m->device && o->kv == MEDRUN_KV_INT8)
+        return fail(e, MEDRUN_USAGE, "kv int8: a device has f16 and f32; take one of them, or no "
+                    "device");
+    if (m->device && m->type == TYPE_BF16) o->strict = true;
+    if (m->device && o->batch > DEVICE_ROWS) o->batch = DEVICE_ROWS;
+#endif
     const medrun_sampling *s = &o->sampling;
     if (!(s->temperature >= 0 && s->temperature <= 100) || s->top_k < 0 ||
         !(s->top_p >= 0 && s->top_p <= 1) || !(s->min_p >= 0 && s->min_p <= 1) ||
@@ -7306,7 +8784,7 @@ static int resolve_options(const medrun_model *m, const medrun_session_options *
     return MEDRUN_OK;
 }
 
-size_t medrun_session_bytes(const medrun_model *model, const medrun_session_options *options) {
+static uint64_t session_needs(const medrun_model *model, const medrun_session_options *options) {
     medrun_session s = {.model = model};
     if (resolve_options(model, options, &s.options, NULL)) return 0;
     arena a = {NULL, round_up(sizeof s, 64)};
@@ -7314,34 +8792,43 @@ size_t medrun_session_bytes(const medrun_model *model, const medrun_session_opti
     return a.at;
 }
 
+size_t medrun_session_bytes(const medrun_model *model, const medrun_session_options *options) {
+    uint64_t need = session_needs(model, options);
+    return need > SIZE_MAX ? SIZE_MAX : (size_t)need;
+}
+
 int medrun_start(medrun_session **out, const medrun_model *model,
                  const medrun_session_options *options, void *memory, size_t bytes,
                  medrun_error *e) {
     medrun_session_options o;
-    uint64_t total, available;
+    uint64_t total = 0, available;
     *out = NULL;
     int code = resolve_options(model, options, &o, e);
     if (code) return code;
-    size_t need = medrun_session_bytes(model, options);
+    uint64_t need = session_needs(model, options);
     if (memory && (bytes < need || (uintptr_t)memory % 64))
-        return fail(e, MEDRUN_USAGE, "session memory: found %zu bytes at %p, wanted %zu, 64-byte "
-                    "aligned", bytes, memory, need);
-    memory_size(&total, &available);
-    if (!memory && need > total)
+        return fail(e, MEDRUN_USAGE, "session memory: found %zu bytes at %p, wanted %llu, 64-byte "
+                    "aligned", bytes, memory, (unsigned long long)need);
+    if (!memory) memory_size(&total, &available);
+    if (need > total && !memory)
         return fail(e, MEDRUN_NO_MEMORY, "a context of %d tokens needs %llu MB, this machine has "
                     "%llu MB; ask for a smaller one (-c)", o.context,
                     (unsigned long long)need >> 20, (unsigned long long)total >> 20);
-    medrun_session *s = memory ? memory : map_memory(need);
-    if (!s) return fail(e, MEDRUN_NO_MEMORY, "a context of %d tokens needs %zu MB, which were not "
-                        "to be had; ask for a smaller one (-c)", o.context, need >> 20);
-    *s = (medrun_session){.model = model, .options = o, .bytes = need, .owns_memory = !memory,
+    medrun_session *s = memory ? memory : need > SIZE_MAX ? NULL : map_memory((size_t)need);
+    if (!s) return fail(e, MEDRUN_NO_MEMORY, "a context of %d tokens needs %llu MB, which were not "
+                        "to be had; ask for a smaller one (-c)", o.context,
+                        (unsigned long long)need >> 20);
+    *s = (medrun_session){.model = model, .options = o, .bytes = (size_t)need,
+                          .owns_memory = !memory,
                           .random = o.sampling.seed};
     arena a = {(uint8_t *)s, round_up(sizeof *s, 64)};
     layout_session(s, &a);
+    if ((code = join_device(s, e))) return medrun_stop(s), code;
     return *out = s, MEDRUN_OK;
 }
 
 void medrun_stop(medrun_session *s) {
+    if (s) leave_device(s);
     if (s && s->owns_memory) unmap_memory(s, s->bytes);
 }
 
@@ -7457,14 +8944,14 @@ int medrun_feed(medrun_session *s, const int32_t *ids, size_t n, medrun_error *e
     return append_ids(s, ids, n, e);
 }
 
-static bool is_stop(const medrun_model *m, int32_t id) {
+bool medrun_is_stop(const medrun_model *m, int32_t id) {
     for (int i = 0; i < m->n_stops; i++) if (m->stops[i] == id) return true;
     return false;
 }
 
 /* Does this stop leave the timeline when the template closes the answer? */
 static bool stop_goes(const chat_template *c, const medrun_model *m, int32_t id) {
-    return is_stop(m, id) && !chat_keeps(c, &m->tokenizer, id);
+    return medrun_is_stop(m, id) && !chat_keeps(c, &m->tokenizer, id);
 }
 
 static int check_template(const chat_template *c, medrun_error *e) {
@@ -7552,9 +9039,12 @@ int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *e) {
     for (size_t i = 0; i < n; i++) sessions[i]->n_ready = 0, add_segment(p, sessions[i]);
     if (!p->n) return MEDRUN_OK;
     pthread_mutex_lock(&lead->model->pool->turn);
+    begin_on_device(p);
     forward(p);
     output(p);
+    int code = end_on_device(p, e);
     pthread_mutex_unlock(&lead->model->pool->turn);
+    if (code) return code;
     for (size_t i = 0; i < p->n_segments; i++) p->segments[i].session->n_done += p->segments[i].n;
     return MEDRUN_OK;
 }
@@ -7582,7 +9072,7 @@ static int step_ahead(medrun_session *s, medrun_error *e) {
     size_t most = (size_t)s->options.lookup < room ? (size_t)s->options.lookup : room;
     find_match(g, s->tokens, n);
     size_t rows = s->observer ? 1 : choose_rows(g, most + 1);
-    for (; k + 1 < rows && !is_stop(s->model, s->tokens[g->at + k]); k++)
+    for (; k + 1 < rows && !medrun_is_stop(s->model, s->tokens[g->at + k]); k++)
         s->tokens[n + k] = s->tokens[g->at + k];        /* may read what it just wrote           */
     s->n_tokens = n + k, s->n_wanted = k + 1;
     double start = seconds();
@@ -7623,7 +9113,7 @@ int medrun_next(medrun_session *s, int32_t *id, const char **text, size_t *n_byt
     int code = next_id(s, id, e);
     if (code) return code;
     const char *piece = tokenizer_text(&m->tokenizer, *id, false, &first, &n);
-    if ((stop = is_stop(m, *id))) n = 0;
+    if ((stop = medrun_is_stop(m, *id))) n = 0;
     s->starting = first;
     memcpy(s->text + s->n_text, piece, n);
     s->n_text += n;
@@ -7807,11 +9297,16 @@ static void get_block(state_file *f, const medrun_session *s, size_t first, size
                 sum != block_sum(f->lanes);
 }
 
-/* int8, and bf16 without the processor's bf16 dot product, give the same bits everywhere. */
+/* int8, and bf16 without the processor's bf16 dot product, give the same bits everywhere but on a
+ * device that is only near them. */
 static void name_numbers(const medrun_session *s, char name[24]) {
     bool exact = pack_kind(&s->pass->g, s->model->type) != PACK_BF16;
+    const char *numbers = exact ? "exact" : s->model->kernels->name;
+#ifdef MEDRUN_OPENCL
+    if (s->model->device && !s->model->device->exact) numbers = "OpenCL";
+#endif
     memset(name, 0, 24);
-    snprintf(name, 24, "%d %s", NUMBERS_VERSION, exact ? "exact" : s->model->kernels->name);
+    snprintf(name, 24, "%d %s", NUMBERS_VERSION, numbers);
 }
 
 static void name_template(const medrun_session *s, char name[32]) {
@@ -7822,19 +9317,16 @@ static void name_template(const medrun_session *s, char name[32]) {
 
 /* Opens PATH.partial anew, for its owner only. PATH must not be a folder or a device. */
 static int create_state(FILE **f, const char *path, buffer *partial, medrun_error *e) {
-    struct stat st;
+    file_facts there;
     *f = NULL;
-    if (!stat(path, &st) && !S_ISREG(st.st_mode))
+    if (!get_facts(path, -1, &there) && !there.regular)
         return fail(e, MEDRUN_FAILED, "%s: cannot write: is not a regular file", path);
     buffer_printf(partial, "%s.partial", path);
     if (partial->failed) return out_of_memory(e, strlen(path));
     const char *name = (const char *)partial->data;
-    unlink(name);                                       /* so that its mode is ours              */
-    int fd = open(name, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
-    if (fd >= 0 && (*f = fdopen(fd, "wb"))) return MEDRUN_OK;
-    int code = fail(e, MEDRUN_FAILED, "%s: cannot write: %s", path, strerror(errno));
-    if (fd >= 0) close(fd), remove(name);
-    return code;
+    remove_file(name);                                  /* so that its mode is ours              */
+    if ((*f = open_stream(name, TO_CREATE))) return MEDRUN_OK;
+    return fail(e, MEDRUN_FAILED, "%s: cannot write: %s", path, strerror(errno));
 }
 
 static void put_state(state_file *f, const medrun_session *s) {
@@ -7868,15 +9360,18 @@ static void put_state(state_file *f, const medrun_session *s) {
 int medrun_save(const medrun_session *s, const char *path, medrun_error *e) {
     buffer partial = {0};
     state_file f = {0};
-    int code = create_state(&f.f, path, &partial, e);
+    int code = cache_from_device(s, e);
+    if (!code) code = create_state(&f.f, path, &partial, e);
     if (!code) {
         put_state(&f, s);
         int why = errno;
+        if (fflush(f.f) && !f.failed) f.failed = true, why = errno;
         if (fclose(f.f) && !f.failed) f.failed = true, why = errno;
-        if (!f.failed && rename((const char *)partial.data, path)) f.failed = true, why = errno;
+        if (!f.failed && rename_file((const char *)partial.data, path))
+            f.failed = true, why = errno;
         if (f.failed) {
             code = fail(e, MEDRUN_FAILED, "%s: cannot write the session: %s", path, strerror(why));
-            remove((const char *)partial.data);
+            remove_file((const char *)partial.data);
         }
     }
     buffer_free(&partial);
@@ -7967,6 +9462,7 @@ static int restore_from(medrun_session *s, state_file *f, uint64_t size, const i
     if (!good || f->failed)
         return fail(e, MEDRUN_BAD_FILE, "%s: is cut short or damaged", path);
     s->n_done = take;
+    s->host_done = take, s->device_done = 0;
     if (ids) return MEDRUN_OK;
     s->n_tokens = (size_t)h.n, s->random = h.random, s->answer_open = h.open && h.n;
     if (h.done == h.n && h.n) s->n_done--;              /* its logits are computed anew          */
@@ -7976,17 +9472,16 @@ static int restore_from(medrun_session *s, state_file *f, uint64_t size, const i
 /* As restore_from; after a failure the session is empty. */
 static int restore_file(medrun_session *s, const int32_t *ids, size_t n, const char *path,
                         medrun_error *e) {
-    struct stat st;
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK), code;       /* not to wait on a pipe */
-    FILE *f = fd < 0 ? NULL : fdopen(fd, "rb");
-    if (!f || fstat(fd, &st))
+    file_facts there;
+    FILE *f = open_stream(path, TO_MAP);
+    int code;
+    if (!f || get_facts(NULL, fileno(f), &there))
         code = fail(e, MEDRUN_BAD_FILE, "%s: cannot open: %s", path, strerror(errno));
-    else if (!S_ISREG(st.st_mode))
+    else if (!there.regular)
         code = fail(e, MEDRUN_BAD_FILE, "%s: is not a regular file", path);
     else
-        code = restore_from(s, &(state_file){.f = f}, (uint64_t)st.st_size, ids, n, path, e);
+        code = restore_from(s, &(state_file){.f = f}, there.bytes, ids, n, path, e);
     if (f) fclose(f);
-    else if (fd >= 0) close(fd);
     if (code) medrun_rewind(s, 0, NULL);
     return code;
 }
@@ -8004,6 +9499,138 @@ int medrun_feed_saved(medrun_session *s, const int32_t *ids, size_t n, const cha
     if (code || (code = restore_file(s, s->tokens, n, path, e))) return code;
     return *taken = s->n_done, MEDRUN_OK;
 }
+/* ---- devices ------------------------------------------------------------------------------- */
+
+#ifdef MEDRUN_OPENCL
+static size_t layer_bytes(const model_layer *y) {
+    const tensor *last = &y->down;
+    return (size_t)(last->data - (const uint8_t *)y->attn_norm) +
+           tensor_bytes(last->type, last->rows, last->cols);
+}
+
+/* Activations and whatever else does not depend on how many layers there are. */
+static bool device_scratch(const medrun_model *m, device *d) {
+    const model_config *c = &m->config;
+    size_t rows = DEVICE_ROWS * sizeof(float), dim = (size_t)c->head_dim;
+    size_t hidden = (size_t)c->hidden_size, heads = (size_t)c->n_heads * dim;
+    size_t ffn = (size_t)c->ffn_size, widest = ffn > heads ? ffn : heads;
+    size_t blocks = ((size_t)c->max_positions + KEY_BLOCK - 1) / KEY_BLOCK;
+    size_t row_parts = (size_t)c->n_heads * blocks * (dim + 2);
+    if (hidden > widest) widest = hidden;
+    d->part_floats = row_parts < 16 << 20 ? (16 << 20) / row_parts * row_parts : row_parts;
+    const struct { cl_mem *to; size_t n; } all[] = {
+        {&d->x, rows * hidden}, {&d->h, rows * hidden},
+        {&d->qkv, rows * (heads + 2 * (size_t)c->n_kv_heads * dim)}, {&d->attn, rows * heads},
+        {&d->wide, rows * ffn * (c->activation == ACTIVATION_SILU ? 2 : 1)},
+        {&d->rotation, rows * dim}, {&d->a, rows * round_up(widest, GROUP)},
+        {&d->scales, rows * ((widest + GROUP - 1) / GROUP)}, {&d->parts, d->part_floats * 4},
+        {&d->logits, TILE * round_up((size_t)c->vocab_size, LANES) * sizeof(float)}};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        if (!(*all[i].to = device_bytes(d, NULL, all[i].n))) return false;
+    return true;
+}
+
+/* Keys and values of a layer for 4096 tokens, or as many as the model can: what is kept free. */
+static size_t layer_cache(const model_config *c) {
+    size_t context = c->max_positions < 4096 ? (size_t)c->max_positions : 4096;
+    return 2 * round_up(context, KEY_STEP) / 16 * (size_t)c->n_kv_heads *
+           cache_panel(MEDRUN_KV_F16, (size_t)c->head_dim);
+}
+
+/* Weights to the device; what fits is reckoned before any goes. */
+static int device_load(const medrun_model *m, device *d, int most, medrun_error *e) {
+    const model_config *c = &m->config;
+    size_t output = tensor_bytes(m->output.type, m->output.rows, m->output.cols);
+    size_t norm = m->output.cols * sizeof(float), need = 0, cache = layer_cache(c);
+    uint64_t had = d->room;
+    int n = 0;
+    if (most < 0 || most > c->n_layers) most = c->n_layers;
+    for (bool fits = device_scratch(m, d); fits && n < most; n += fits) {
+        need += layer_bytes(&m->layers[n]) + cache;
+        fits = need <= d->room && layer_bytes(&m->layers[n]) <= d->facts.largest;
+    }
+    if (!n)
+        return fail(e, MEDRUN_NO_MEMORY, "device %s: %llu MB are not enough for a layer of %zu MB "
+                    "and what it works with", d->facts.name, (unsigned long long)had >> 20,
+                    layer_bytes(m->layers) >> 20);
+    d->output = n == c->n_layers && need + output + norm <= d->room && output <= d->facts.largest;
+    d->weights = new_array((size_t)n, sizeof *d->weights);
+    if (!d->weights) return out_of_memory(e, (size_t)n * sizeof *d->weights);
+    bool good = true;
+    for (d->layers = 0; good && d->layers < n; d->layers++) {
+        const model_layer *y = &m->layers[d->layers];
+        good = (d->weights[d->layers] = device_bytes(d, y->attn_norm, layer_bytes(y)));
+    }
+    if (good && d->output)
+        good = (d->final_norm = device_bytes(d, m->final_norm, norm)) &&
+               (d->vocabulary = device_bytes(d, m->output.data, output));
+    return good ? MEDRUN_OK : fail(e, MEDRUN_NO_MEMORY, "device %s: has less memory than it says; "
+                                   "ask for fewer layers (--gpu-layers)", d->facts.name);
+}
+
+/* Logits after a pass of several tokens and one of a single token. */
+static int try_logits(const medrun_model *m, float *logits, medrun_error *e) {
+    int32_t ids[9];
+    int n = m->config.max_positions < 9 ? m->config.max_positions : 9;
+    medrun_session *s;
+    int code = medrun_start(&s, m, &(medrun_session_options){.context = n, .batch = 8,
+                                                             .strict = true}, NULL, 0, e);
+    if (code) return code;
+    for (int i = 0; i < n; i++) ids[i] = i * 37 % m->config.vocab_size;
+    code = medrun_feed(s, ids, (size_t)n, e);
+    while (!code && medrun_pending(s)) code = medrun_step(&s, 1, e);
+    if (!code) memcpy(logits, medrun_logits(s, 0), (size_t)m->config.vocab_size * sizeof *logits);
+    medrun_stop(s);
+    return code;
+}
+
+/* Takes D if it gives the processor's logits. */
+static int check_device(medrun_model *m, device *d, medrun_error *e) {
+    size_t vocab = (size_t)m->config.vocab_size;
+    float *wanted = new_array(2 * vocab, sizeof *wanted), *found;
+    if (!wanted) return out_of_memory(e, 2 * vocab * sizeof *wanted);
+    found = wanted + vocab;
+    double largest = 0, off = 0;
+    int code = try_logits(m, wanted, e);
+    m->device = d;
+    if (!code) code = try_logits(m, found, e);
+    for (size_t i = 0; !code && i < vocab; i++) {
+        double difference = fabs((double)found[i] - (double)wanted[i]);
+        if (fabs((double)wanted[i]) > largest) largest = fabs((double)wanted[i]);
+        if (difference > off || isnan(difference)) off = difference;    /* a NaN stays           */
+    }
+    d->exact = !memcmp((void *)found, (void *)wanted, vocab * sizeof *found);
+    free(wanted);
+    if (!code && !(off <= 1e-5 * largest))
+        code = fail(e, MEDRUN_NO_MEMORY, "device %s: its logits are %.2g off the processor's, "
+                    "wanted 1e-5", d->facts.name, off / largest);
+    snprintf(m->device_says, sizeof m->device_says, "%s: %d of %d layers%s, %s", d->facts.name,
+             d->layers, m->config.n_layers, d->output ? " and the logits" : "",
+             d->exact ? "with the processor's bits" : "within 1e-5 of the processor's");
+    if (code) m->device = NULL, m->device_says[0] = 0;
+    return code;
+}
+
+int medrun_attach(medrun_model *m, const char *name, int layers, medrun_error *e) {
+    medrun_error why = {0};
+    if (m->device) return fail(e, MEDRUN_USAGE, "device: this model has one");
+    device *d = new_array(1, sizeof *d);
+    if (!d) return out_of_memory(e, sizeof *d);
+    buffer_free(&m->device_log);
+    int code = device_open(d, name, (size_t)m->config.head_dim, &m->device_log, &why);
+    if (!code) code = device_load(m, d, layers, &why);
+    if (!code) code = check_device(m, d, &why);
+    if (!code) return MEDRUN_OK;
+    device_close(d);
+    return fail(e, code == MEDRUN_USAGE ? code : MEDRUN_NO_MEMORY, "%s", why.text);
+}
+#else
+int medrun_attach(medrun_model *m, const char *name, int layers, medrun_error *e) {
+    (void)m, (void)layers;
+    return fail(e, MEDRUN_USAGE, "device \"%s\": this medrun was built without OpenCL (make "
+                "OPENCL=1)", name);
+}
+#endif
 #ifndef MEDRUN_NO_MAIN
 /* ============================================================================================
  * 16 Commands: what users type
@@ -8045,7 +9672,8 @@ typedef struct {
 
 enum { O_MODEL, O_PROMPT, O_FILE, O_SYSTEM, O_PREDICT, O_CTX, O_THREADS, O_BATCH, O_SEED, O_TEMP,
        O_TOP_K, O_TOP_P, O_MIN_P, O_REPEAT, O_TEMPLATE, O_STOP, O_KV, O_OVERFLOW, O_LOOKUP, O_RAW,
-       O_MLOCK, O_STRICT, O_SAVE_PREFIX, O_LOAD_PREFIX, O_RECORD, O_STATS, O_VERBOSE, O_QUIET,
+       O_MLOCK, O_STRICT, O_DEVICE, O_GPU_LAYERS, O_SAVE_PREFIX, O_LOAD_PREFIX, O_RECORD, O_STATS,
+       O_VERBOSE, O_QUIET,
        O_BOS, O_SPECIAL, O_PIECES, O_MESSAGES, O_RENDER_IDS, O_NO_OPENING, O_DATE, O_THINK, O_TOOLS,
        O_CHAT_BOS, O_IDS, O_ALL, O_OUT, O_BENCH_PROMPT, O_BENCH_PREDICT, O_DEPTH, O_REPETITIONS,
        O_FORMAT, O_HELP, O_VERSION, N_OPTIONS };
@@ -8096,6 +9724,15 @@ static const option_row option_rows[N_OPTIONS] = {
                  "keep the weights in memory, or fail"},
     [O_STRICT] = {"strict", NULL, NULL, FLAG, ON_SESSION, 0, 0, NULL,
                   "bf16 weights: the same numbers on every machine, slower on some"},
+    [O_DEVICE] = {"device", NULL, "N|NAME|none", TEXT, ON_MODEL & ~ON(SHOW), 0, 0,
+#ifdef MEDRUN_OPENCL
+                  "the first that is no processor",
+#else
+                  "none, this build has no OpenCL",
+#endif
+                  "OpenCL device that computes; doctor lists them"},
+    [O_GPU_LAYERS] = {"gpu-layers", "ngl", "N", WHOLE, ON_MODEL & ~ON(SHOW), 0, 1 << 16,
+                      "all that fit", "layers that the device computes; 0: no device"},
     [O_SAVE_PREFIX] = {"save-prefix", NULL, "FILE", TEXT, ON_ANSWER, 0, 0, NULL,
                        "write what the model made of the prompt, which it holds: keep it safe"},
     [O_LOAD_PREFIX] = {"load-prefix", NULL, "FILE", TEXT, ON_ANSWER, 0, 0, NULL,
@@ -8228,7 +9865,7 @@ static bool parse_number(const char *text, double *out) {
     char *end;
     if (!*text || text[strspn(text, "+-.0123456789eE")]) return false;
     *out = strtod(text, &end);
-    return !*end && isfinite(*out);
+    return !*end && fabs(*out) <= DBL_MAX;
 }
 
 /* WORDS has | between its words; the place of VALUE among them becomes the number. */
@@ -8275,7 +9912,7 @@ static int read_environment(command *c) {
     for (int id = 0; id < O_HELP; id++) {
         if (!(option_rows[id].on & ON(c->which)) || c->from[id] != FROM_DEFAULT) continue;
         snprintf(name, sizeof name, "MEDRUN_%s", option_rows[id].name);
-        for (char *p = name; *p; p++) *p = *p == '-' ? '_' : (char)toupper(*p);
+        for (char *p = name; *p; p++) *p = *p == '-' ? '_' : (char)toupper((uint8_t)*p);
         const char *value = getenv(name);
         int code = value && *value ? set_option(c, id, value, FROM_ENVIRONMENT, name) : 0;
         if (code) return code;
@@ -8326,6 +9963,7 @@ static void note(const command *c, const char *format, ...) {
     vfprintf(stderr, format, args);
     va_end(args);
     fputc('\n', stderr);
+    fflush(stderr);
 }
 
 /* Whoever read stdout and left does not want to hear about it. */
@@ -8343,7 +9981,7 @@ static const int32_t *ids_of(const buffer *b) { return (const int32_t *)(const v
 /* Appends all of PATH (- is stdin) to OUT. */
 static int read_file(command *c, const char *path, buffer *out) {
     bool standard = !strcmp(path, "-");
-    FILE *f = standard ? stdin : fopen(path, "rb");
+    FILE *f = standard ? stdin : open_stream(path, TO_READ);
     if (!f) return fail(&c->e, MEDRUN_BAD_FILE, "%s: cannot open: %s", path, strerror(errno));
     for (size_t n = 1; n && buffer_room(out, 65536); out->n += n, out->data[out->n] = 0)
         n = fread(out->data + out->n, 1, 65536, f);
@@ -8357,18 +9995,18 @@ static int read_file(command *c, const char *path, buffer *out) {
 /* A file is written beside its place and moved there when it is whole. */
 static FILE *create_file(command *c, const char *path, char partial[1024]) {
     int n = snprintf(partial, 1024, "%s.partial", path);
-    FILE *f = n < 1024 ? fopen(partial, "wb") : NULL;
+    FILE *f = n < 1024 ? open_stream(partial, TO_WRITE) : NULL;
     if (!f) fail(&c->e, MEDRUN_FAILED, "%s: cannot create: %s", path, strerror(errno));
     return f;
 }
 
 /* CODE: what came of writing F; after a failure nothing is left. */
 static int finish_file(command *c, FILE *f, const char *path, const char *partial, int code) {
-    bool bad = ferror(f);
+    bool bad = fflush(f) || ferror(f);          /* not every fclose says what its flush came to */
     if (fclose(f)) bad = true;
-    if (!code && (bad || rename(partial, path)))
+    if (!code && (bad || rename_file(partial, path)))
         code = fail(&c->e, MEDRUN_FAILED, "%s: cannot write: %s", path, strerror(errno));
-    if (code) remove(partial);
+    if (code) remove_file(partial);
     return code;
 }
 
@@ -8442,7 +10080,7 @@ static int choose_template(command *c) {
                     c->text[O_TEMPLATE], CHAT_NAMES);
     for (size_t i = 0; c->m && chosen && chosen != c->chat && i < 4; i++) {
         int32_t id = chat_token(c->t, chosen->stops[i]);
-        if (id >= 0 && !is_stop(c->m, id) && c->m->n_stops < MEDRUN_MAX_STOPS)
+        if (id >= 0 && !medrun_is_stop(c->m, id) && c->m->n_stops < MEDRUN_MAX_STOPS)
             c->m->stops[c->m->n_stops++] = id;
     }
     c->chat = chosen;
@@ -8466,12 +10104,33 @@ static int choose_chat(command *c) {
     return code;
 }
 
+/* Has a device compute. If none can and nobody asked for one, that is the processor's work. */
+static int attach_device(command *c) {
+    bool asked = given(c, O_DEVICE) || given(c, O_GPU_LAYERS);
+    const char *name = given(c, O_DEVICE) ? c->text[O_DEVICE] : "auto";
+    int layers = given(c, O_GPU_LAYERS) ? whole(c, O_GPU_LAYERS) : -1;
+    medrun_info info;
+    medrun_error e = {0};
+#ifndef MEDRUN_OPENCL
+    if (!asked) return MEDRUN_OK;
+#endif
+    if (!(option_rows[O_DEVICE].on & ON(c->which)) || !layers || !strcmp(name, "none") ||
+        (!asked && whole(c, O_KV) == MEDRUN_KV_INT8)) return MEDRUN_OK;
+    int code = medrun_attach(c->m, name, layers, &e);
+    medrun_describe(c->m, &info);
+    if (code) print_safe(stderr, info.device_log, strlen(info.device_log), true);
+    if (code && asked) return fail(&c->e, MEDRUN_NO_MEMORY, "%s", e.text);
+    if (!code) note(c, "device: %s", info.device);
+    else if (code != MEDRUN_USAGE) note(c, "%s; the processor computes", e.text);
+    return MEDRUN_OK;
+}
+
 static int open_path(command *c, const char *path) {
     medrun_options o = {.threads = ON(c->which) & (ON_FILE | ON(SHOW)) ? 1 : whole(c, O_THREADS)};
     int code = medrun_open(&c->m, path, &o, &c->e);
-    if (code) return code;
+    if (code || (code = attach_device(c))) return code;
     c->t = &c->m->tokenizer, c->chat = c->m->chat, c->sampling = c->m->sampling;
-    if (flag(c, O_MLOCK) && mlock(c->m->file.map.data, c->m->file.map.n))
+    if (flag(c, O_MLOCK) && !lock_bytes(c->m->file.map.data, c->m->file.map.n))
         return fail(&c->e, MEDRUN_FAILED, "--mlock: %zu MB cannot be locked: %s; see ulimit -l",
                     c->m->file.map.n >> 20, strerror(errno));
     return choose_template(c);
@@ -8507,14 +10166,6 @@ static const char *origin(const command *c, int id) {
     return origins[c->from[id]];
 }
 
-static uint64_t new_seed(void) {
-    uint64_t seed = (uint64_t)time(NULL) ^ (uint64_t)getpid() << 32;
-    int fd = open("/dev/urandom", O_RDONLY | O_CLOEXEC);
-    if (fd < 0 || read(fd, &seed, sizeof seed) < 0) seed ^= (uint64_t)clock() << 20;
-    if (fd >= 0) close(fd);
-    return seed & MAX_SEED;
-}
-
 /* The card's values, but for those that were given; says which is which. */
 static void choose_sampling(command *c) {
     medrun_sampling *s = &c->sampling;
@@ -8524,7 +10175,7 @@ static void choose_sampling(command *c) {
     if (given(c, O_MIN_P)) s->min_p = (float)c->number[O_MIN_P];
     if (given(c, O_REPEAT)) s->repeat_penalty = (float)c->number[O_REPEAT];
     bool random = c->number[O_SEED] < 0;
-    s->seed = random ? new_seed() : (uint64_t)c->number[O_SEED];
+    s->seed = random ? random_bits() & MAX_SEED : (uint64_t)c->number[O_SEED];
     if (s->temperature <= 0)
         note(c, "sampling: temperature 0 (%s), the likeliest token always; repeat-penalty %g (%s)",
              origin(c, O_TEMP), (double)s->repeat_penalty, origin(c, O_REPEAT));
@@ -8552,18 +10203,28 @@ static medrun_session_options session_options(const command *c, int context) {
                                                      : c->chat ? c->chat->name : NULL};
 }
 
-/* -c, or the model's context; if nobody asked and that does not fit three quarters of the memory,
- * the largest power of two that does. */
+/* Does a session with a context of N tokens fit three quarters of what is free, and the device? */
+static bool context_fits(const command *c, int n, uint64_t available) {
+    medrun_session_options o = session_options(c, n);
+#ifdef MEDRUN_OPENCL
+    medrun_session s = {.model = c->m, .options = o};
+    const device *d = c->m->device;
+    if (d && 2 * cache_bytes(&s, d->layers, 0) > d->room) return false;
+#endif
+    return session_needs(c->m, &o) <= available / 4 * 3;
+}
+
+/* -c, or the model's context; if nobody asked and that does not fit, the largest power of two that
+ * does. */
 static int choose_context(const command *c) {
     uint64_t total, available;
     int most = c->m->config.max_positions, context = 1;
-    medrun_session_options o = session_options(c, most);
     memory_size(&total, &available);
     if (given(c, O_CTX)) return whole(c, O_CTX) ? whole(c, O_CTX) : most;
-    if (medrun_session_bytes(c->m, &o) <= available / 4 * 3) return most;
+    if (available > SIZE_MAX / 3) available = SIZE_MAX / 3;     /* a model is mapped beside it   */
+    if (context_fits(c, most, available)) return most;
     while (context <= most / 2) context *= 2;
-    for (o.context = context; context > 256; o.context = context /= 2)
-        if (medrun_session_bytes(c->m, &o) <= available / 4 * 3) break;
+    while (context > 256 && !context_fits(c, context, available)) context /= 2;
     note(c, "context: %d of the model's %d tokens, as this machine has %llu MB free; -c asks for "
          "another", context, most, (unsigned long long)available >> 20);
     return context;
@@ -8572,9 +10233,11 @@ static int choose_context(const command *c) {
 static int start_session(command *c) {
     medrun_session_options o;
     int context = choose_context(c);
-    note(c, "medrun " MEDRUN_VERSION ": %s, %s, %s kernels, %d threads, context %d, kv %s%s",
+    const char *plain = plain_only();
+    note(c, "medrun " MEDRUN_VERSION ": %s, %s, %s kernels, %d threads, context %d, kv %s%s%s%s",
          c->m->name, type_names[c->m->type], c->m->kernels->name, c->m->pool->threads, context,
-         cache_type(c) ? "f32" : "f16", flag(c, O_STRICT) ? ", strict" : "");
+         cache_type(c) ? "f32" : "f16", flag(c, O_STRICT) ? ", strict" : "",
+         plain ? "; " : "", plain ? plain : "");
     choose_sampling(c);
     o = session_options(c, context);
     return medrun_start(&c->s, c->m, &o, NULL, 0, &c->e);
@@ -8593,11 +10256,11 @@ static void on_interrupt(int signal_number) {
 
 /* From here on the first Ctrl-C is noted and the second one ends the program. Who started us with
  * Ctrl-C ignored meant it. */
-static void watch_interrupts(struct sigaction *before) {
-    struct sigaction action = {.sa_handler = on_interrupt, .sa_flags = (int)SA_RESETHAND};
+static signal_handler *watch_interrupts(void) {
     interrupted = 0;
-    sigaction(SIGINT, &action, before);
-    if (before->sa_handler == SIG_IGN) sigaction(SIGINT, before, NULL);
+    signal_handler *before = on_signal(SIGINT, on_interrupt);
+    if (before == SIG_IGN) on_signal(SIGINT, SIG_IGN);
+    return before;
 }
 
 typedef struct {
@@ -8630,7 +10293,7 @@ static int print_held(command *c, answer *a, bool over) {
     if (find_stop(c, &a->held, &n, &hold)) a->ended = true;
     else if (!over) n -= hold;
     if (!n || !a->held.data) return MEDRUN_OK;
-    if (isatty(STDOUT_FILENO)) print_safe(stdout, chars(&a->held), n, true);
+    if (is_terminal(STDOUT_FILENO)) print_safe(stdout, chars(&a->held), n, true);
     else fwrite(a->held.data, 1, n, stdout);
     a->mid_line = a->held.data[n - 1] != '\n';
     a->held.n -= n;
@@ -8642,7 +10305,7 @@ static int print_held(command *c, answer *a, bool over) {
  * seconds shows how far it is: on a terminal all the time, in a log every ten seconds. */
 static int process_prompt(command *c) {
     size_t n = medrun_pending(c->s), left;
-    bool terminal = isatty(STDERR_FILENO), drawn = false;
+    bool terminal = is_terminal(STDERR_FILENO), drawn = false;
     double start = seconds(), next = start + (terminal ? 2 : 10);
     int code = MEDRUN_OK;
     while (!code && (left = medrun_pending(c->s))) {
@@ -8652,6 +10315,7 @@ static int process_prompt(command *c) {
             fprintf(stderr, "%sprompt: %zu of %zu tokens, %.1f tokens/s, %d:%02d left %s",
                     terminal ? "\r" : "", n - left, n, rate, wait / 60, wait % 60,
                     terminal ? "" : "\n");
+            fflush(stderr);
             drawn = terminal, next = now + (terminal ? 0.2 : 10);
         }
         code = interrupted ? MEDRUN_INTERRUPTED : medrun_step(&c->s, 1, &c->e);
@@ -8666,7 +10330,7 @@ static int check_prefix(command *c) {
     if (!given(c, O_SAVE_PREFIX)) return MEDRUN_OK;
     FILE *f;
     int code = create_state(&f, c->text[O_SAVE_PREFIX], &partial, &c->e);
-    if (!code) fclose(f), remove(chars(&partial));
+    if (!code) fclose(f), remove_file(chars(&partial));
     buffer_free(&partial);
     return code;
 }
@@ -8719,7 +10383,7 @@ static int next_piece(command *c, answer *a) {
     const char *const *tokens = c->chat_options.tools ? c->chat->call_tokens : NULL;
     bool opens = tokens && id == chat_token(c->t, tokens[0]);
     a->n_answer++;
-    a->ended = is_stop(c->m, id);
+    a->ended = medrun_is_stop(c->m, id);
     buffer_add(a->in_call ? &a->call : &a->held, text, n);
     if (a->in_call && (a->ended || id == chat_token(c->t, tokens[1]))) return print_call(c, a);
     if (a->held.failed || a->call.failed) return out_of_memory(&c->e, n);
@@ -8730,25 +10394,24 @@ static int next_piece(command *c, answer *a) {
 
 /* Answers what has been fed. A full context cuts the answer: MEDRUN_TOO_LONG. */
 static int print_reply(command *c, answer *a) {
-    struct sigaction before;
     size_t most = c->number[O_PREDICT] < 0 ? SIZE_MAX : (size_t)c->number[O_PREDICT];
     double start = seconds();
     uint64_t guessed, right;
     *a = (answer){.n_prompt = medrun_pending(c->s)};
     medrun_guesses(c->s, &guessed, &right);
-    watch_interrupts(&before);
+    signal_handler *before = watch_interrupts();
     int code = process_prompt(c), last = MEDRUN_OK;
     a->prompt_time = seconds() - start;
     if (!code) code = save_prefix(c);
     double middle = seconds();
     while (!code && !a->ended && a->n_answer < most) code = next_piece(c, a);
     if (!a->ended) last = a->in_call ? print_call(c, a) : print_held(c, a, true);
-    sigaction(SIGINT, &before, NULL);
+    on_signal(SIGINT, before);
     a->answer_time = seconds() - middle;
     medrun_guesses(c->s, &a->guessed, &a->right);
     a->guessed -= guessed, a->right -= right;
     buffer_free(&a->held), buffer_free(&a->call);
-    if (isatty(STDOUT_FILENO)) puts("");
+    if (is_terminal(STDOUT_FILENO)) puts("");
     if (code != MEDRUN_TOO_LONG) return code ? code : last;
     c->e = (medrun_error){0};
     return fail(&c->e, code, "the answer is cut: the context of %zu tokens is full (-c)",
@@ -8799,7 +10462,7 @@ static int read_prompt(command *c, buffer *text) {
         buffer_text(text, c->text[O_PROMPT]);
         return text->failed ? out_of_memory(&c->e, strlen(c->text[O_PROMPT])) : MEDRUN_OK;
     }
-    if (!file && isatty(STDIN_FILENO))
+    if (!file && is_terminal(STDIN_FILENO))
         return fail(&c->e, MEDRUN_USAGE, "no text: give -p TEXT or -f FILE, or pipe it in");
     int code = read_file(c, file ? c->text[O_FILE] : "-", text);
     if (c->which != TOKENIZE) drop_line_end(text);
@@ -9050,12 +10713,12 @@ static double mb(uint64_t bytes) { return (double)bytes / 0x1p20; }
 /* Keys and values of CONTEXT positions. */
 static uint64_t cache_size(const medrun_model *m, int context, int kv) {
     medrun_session s = {.model = m, .options = {.context = context, .kv = kv}};
-    return 2 * (uint64_t)cache_bytes(&s, m->config.n_layers, 0);
+    return 2 * cache_bytes(&s, m->config.n_layers, 0);
 }
 
 /* What a session with these options takes, beside what the machine has. */
 static void show_memory(FILE *f, const command *c, const medrun_session_options *o) {
-    uint64_t total, available, weights = c->m->file.map.n, session = medrun_session_bytes(c->m, o);
+    uint64_t total, available, weights = c->m->file.map.n, session = session_needs(c->m, o);
     uint64_t cache = cache_size(c->m, o->context, o->kv), all = weights + session;
     int other = o->kv == MEDRUN_KV_INT8 ? MEDRUN_KV_F16 : MEDRUN_KV_INT8;
     memory_size(&total, &available);
@@ -9111,14 +10774,8 @@ typedef struct {
     bool plain, colour;                         /* plain: nothing that can be drawn on          */
 } editor;
 
-static struct termios cooked_terminal;
-static volatile sig_atomic_t terminal_is_raw;
-
 static void restore_terminal(void) {
-    if (!terminal_is_raw) return;
-    terminal_is_raw = 0;
-    tcsetattr(STDIN_FILENO, TCSADRAIN, &cooked_terminal);
-    if (write(STDERR_FILENO, "\x1b[?2004l", 8) < 0) return;     /* nothing more can be done      */
+    if (set_raw(false) && write(STDERR_FILENO, "\x1b[?2004l", 8) < 0) return;   /* no more to do */
 }
 
 static void on_fatal_signal(int signal_number) {
@@ -9126,39 +10783,21 @@ static void on_fatal_signal(int signal_number) {
     raise(signal_number);                               /* now with its default effect           */
 }
 
-/* Keys come one by one and as they are, Ctrl-C too; what is pasted comes between marks. */
-static bool make_raw(void) {
-    struct termios raw;
-    if (tcgetattr(STDIN_FILENO, &cooked_terminal)) return false;
-    raw = cooked_terminal;
-    raw.c_lflag &= ~(tcflag_t)(ECHO | ICANON | ISIG | IEXTEN);
-    raw.c_iflag &= ~(tcflag_t)(IXON | ICRNL | INLCR | ISTRIP);
-    raw.c_cc[VMIN] = 1, raw.c_cc[VTIME] = 0;
-    terminal_is_raw = 1;
-    if (tcsetattr(STDIN_FILENO, TCSADRAIN, &raw)) return terminal_is_raw = 0, false;
-    return fputs("\x1b[?2004h", stderr) >= 0;
-}
+/* What is pasted comes between marks. */
+static bool make_raw(void) { return set_raw(true) && fputs("\x1b[?2004h", stderr) >= 0; }
 
 static void prepare_editor(editor *ed) {
     static const int fatal[] = {SIGTERM, SIGHUP, SIGQUIT, SIGINT};
-    struct sigaction action = {.sa_handler = on_fatal_signal, .sa_flags = (int)SA_RESETHAND};
-    const char *term = getenv("TERM"), *no_colour = getenv("NO_COLOR");
-    ed->plain = !isatty(STDERR_FILENO) || !term || !strcmp(term, "dumb");
+    const char *no_colour = getenv("NO_COLOR");
+    ed->plain = !terminal_draws();
     ed->colour = !ed->plain && !(no_colour && *no_colour);
     atexit(restore_terminal);
-    for (size_t i = 0; i < sizeof fatal / sizeof *fatal; i++) sigaction(fatal[i], &action, NULL);
+    for (size_t i = 0; i < sizeof fatal / sizeof *fatal; i++) on_signal(fatal[i], on_fatal_signal);
 }
 
 static void close_editor(editor *ed) {
     for (int i = 0; i < ed->n_history; i++) free(ed->history[i]);
     buffer_free(&ed->line);
-}
-
-static int read_byte(void) {
-    uint8_t byte;
-    ssize_t n;
-    while ((n = read(STDIN_FILENO, &byte, 1)) < 0 && errno == EINTR) continue;
-    return n == 1 ? byte : EOF;
 }
 
 enum { KEY_UP = 256, KEY_DOWN, KEY_RIGHT, KEY_LEFT, KEY_HOME, KEY_END, KEY_DELETE, KEY_PASTE,
@@ -9167,10 +10806,10 @@ enum { KEY_UP = 256, KEY_DOWN, KEY_RIGHT, KEY_LEFT, KEY_HOME, KEY_END, KEY_DELET
 /* A byte, a KEY_, or EOF. Escape sequences are ESC [ numbers letter, or ESC O letter. */
 static int read_key(void) {
     static const char letters[] = "ABCDHF";             /* in the order of the KEY_              */
-    int c = read_byte(), number = 0;
+    int c = typed_byte(), number = 0;
     if (c != 27) return c;
-    if ((c = read_byte()) != '[' && c != 'O') return c == EOF ? EOF : KEY_OTHER;
-    while ((c = read_byte()) != EOF && c < 0x40)        /* of numbers the last: Ctrl-Left is     */
+    if ((c = typed_byte()) != '[' && c != 'O') return c == EOF ? EOF : KEY_OTHER;
+    while ((c = typed_byte()) != EOF && c < 0x40)        /* of numbers the last: Ctrl-Left is     */
         number = isdigit(c) ? (number * 10 + c - '0') % 1000 : 0;               /* 1;5D, so Left */
     const char *letter = c > 0 ? strchr(letters, c) : NULL;
     if (letter) return KEY_UP + (int)(letter - letters);
@@ -9235,9 +10874,8 @@ static size_t window_start(const editor *ed, size_t room, size_t *cursor) {
 
 /* Draws the window, or, when the line is DONE, all of it. */
 static void draw_line(const editor *ed, const char *prompt, bool done) {
-    struct winsize size;
-    bool known = !ioctl(STDERR_FILENO, TIOCGWINSZ, &size) && size.ws_col > 10;
-    size_t room = (known ? size.ws_col : 80) - strlen(prompt) - 1, cursor, used = 0, columns;
+    int width = terminal_columns();
+    size_t room = (width > 10 ? (size_t)width : 80) - strlen(prompt) - 1, cursor, used = 0, columns;
     size_t i = window_start(ed, room, &cursor);
     buffer out = {0};
     buffer_printf(&out, ed->colour ? "\r\x1b[1m%s\x1b[0m" : "\r%s", prompt);
@@ -9318,13 +10956,11 @@ static int edit_line(editor *ed, const char *prompt) {
     bool pasting = false;
     ed->line.n = ed->at = 0, ed->place = ed->n_history;
     for (;;) {
-        int waiting = 0;
-        ioctl(STDIN_FILENO, FIONREAD, &waiting);        /* draw when the typist pauses           */
-        if (!waiting) draw_line(ed, prompt, false);
+        if (!more_is_typed()) draw_line(ed, prompt, false);
         int key = read_key();
         bool leaves = key == CTRL_KEY('D') && !ed->line.n;
         if (key == EOF) return LINE_END;
-        if (key == CTRL_KEY('Z')) restore_terminal(), raise(SIGTSTP), make_raw();
+        if (key == CTRL_KEY('Z')) restore_terminal(), suspend_program(), make_raw();
         else if (key == KEY_PASTE || key == KEY_PASTED) pasting = key == KEY_PASTE;
         else if (pasting && key < 256) insert(ed, &(char){(char)(key == '\r' ? '\n' : key)}, 1);
         else if (key == '\r' || key == '\n' || key == CTRL_KEY('C') || leaves) {
@@ -9340,7 +10976,8 @@ static int plain_line(editor *ed, const char *prompt) {
     int c;
     fputs(prompt, stderr);
     ed->line.n = 0;
-    while ((c = read_byte()) != EOF && c != '\n') buffer_add(&ed->line, &(char){(char)c}, 1);
+    while ((c = typed_byte()) != EOF && c != '\n') buffer_add(&ed->line, &(char){(char)c}, 1);
+    drop_line_end(&ed->line);
     return c == EOF && !ed->line.n ? LINE_END : LINE;
 }
 
@@ -9595,7 +11232,7 @@ static int talk(command *c) {
 }
 
 static int converse_command(command *c) {
-    if (!isatty(STDIN_FILENO)) return run_command(c);
+    if (!is_terminal(STDIN_FILENO)) return run_command(c);
     int code = open_model(c);
     if (!code) code = choose_chat(c);
     if (!code) code = start_session(c);
@@ -9623,7 +11260,9 @@ static void hash_task(void *context, size_t begin, size_t end, int thread) {
     for (hashed *h = j->all + begin; h < j->all + end; h++) {
         sha256_of(h->data, h->bytes, h->found);
         size_t done = atomic_fetch_add(&j->done, h->bytes) + h->bytes;
-        if (j->show && thread == 0) fprintf(stderr, "\rhashing: %zu %% ", done * 100 / j->total);
+        if (!j->show || thread) continue;
+        fprintf(stderr, "\rhashing: %zu %% ", done * 100 / j->total);
+        fflush(stderr);
     }
 }
 
@@ -9650,7 +11289,7 @@ static bool report_hash(const command *c, const hashed *h, bool is_tensor) {
 static int verify_hashes(command *c, bool *same) {
     const model_file *f = &c->m->file;
     size_t n = f->header.nodes[f->tensors].count, good = 0;
-    hash_job job = {.all = new_array(n + 1, sizeof(hashed)), .show = isatty(STDERR_FILENO)};
+    hash_job job = {.all = new_array(n + 1, sizeof(hashed)), .show = is_terminal(STDERR_FILENO)};
     if (!job.all) return out_of_memory(&c->e, (n + 1) * sizeof(hashed));
     uint32_t v = f->tensors + 1;
     for (size_t i = 0; i <= n; i++, v = f->header.nodes[v].next) {
@@ -9925,7 +11564,7 @@ typedef struct {
     int kind;
     size_t rounds;
     atomic_size_t operations;
-    atomic_uint_fast64_t sink;
+    atomic_uint sink;
 } ceiling;
 
 static void read_task(void *context, size_t begin, size_t end, int thread) {
@@ -10095,6 +11734,26 @@ static bool small_product(const kernel_set *k, int type, float *out) {
     return made;
 }
 
+static void list_opencl(void) {
+#ifdef MEDRUN_OPENCL
+    opencl cl;
+    device_facts all[MAX_DEVICES];
+    medrun_error e = {0};
+    int n = opencl_open(&cl, &e) ? -1 : list_devices(&cl, all);
+    if (n <= 0) printf("OpenCL     %s\n", n ? e.text : "no device");
+    for (int i = 0; i < n; i++) {
+        printf("OpenCL     %d ", i);
+        print_safe(stdout, all[i].name, strlen(all[i].name), false);
+        printf(" (%s, %s), %.1f MB, %u units, %sfma, %s division\n", all[i].platform,
+               all[i].version, mb(all[i].memory), all[i].units,
+               all[i].numbers & CL_FP_FMA ? "" : "slow ",
+               all[i].numbers & CL_FP_CORRECTLY_ROUNDED_DIVIDE_SQRT ? "exact" : "corrected");
+    }
+#else
+    puts("OpenCL     not in this build (make OPENCL=1)");
+#endif
+}
+
 static int doctor_command(command *c) {
     static float found[CHECK_TOKENS * CHECK_PANELS * LANES], wanted[sizeof found / sizeof *found];
     static const struct { const char *name; int type; } checks[] = {
@@ -10106,6 +11765,7 @@ static int doctor_command(command *c) {
     memory_size(&total, &available);
     printf("processors %d\nmemory     %.1f MB, %.1f MB are free\nkernels    %s\n", processors(),
            mb(total), mb(available), chosen->name);
+    if (plain_only()) printf("           %s\n", plain_only());
     for (int i = 0; i < 3 * n; i++) {
         const kernel_set *k = sets[i / 3];
         int type = checks[i % 3].type;
@@ -10116,6 +11776,7 @@ static int doctor_command(command *c) {
                same ? "as scalar" : "DIFFERS from scalar");
         if (!same) code = MEDRUN_DIFFERS;
     }
+    list_opencl();
     return code;
 }
 /* ============================================================================================
@@ -10183,7 +11844,8 @@ static int help_all(FILE *f) {
                 command_rows[i].arguments, command_rows[i].help);
     fputs("\nmedrun help COMMAND lists a command's options. Exit codes: 0 ok, 1 failed while "
           "running,\n2 usage, 3 file missing, unsupported or malformed, 4 verification failed,\n"
-          "5 prompt longer than the context, 6 out of memory, 130 interrupted.\n", f);
+          "5 prompt longer than the context, 6 out of memory or no such device, 130 interrupted.\n",
+          f);
     return MEDRUN_OK;
 }
 
@@ -10251,8 +11913,9 @@ static int read_line_of_arguments(command *c, int argc, char **argv, int place) 
 /* Without a command's name the first argument is a model, and must look like a file. */
 static int check_rest(command *c, bool named) {
     int most = command_rows[c->which].most;
+    file_facts there;
     if (given(c, O_MODEL) && most == 1 && c->which != REPLAY) most = 0;
-    if (!named && c->n_rest && !strpbrk(c->rest[0], "./") && access(c->rest[0], F_OK))
+    if (!named && c->n_rest && !strpbrk(c->rest[0], "./\\") && get_facts(c->rest[0], -1, &there))
         return unknown_command(c, c->rest[0]);
     if (c->n_rest <= most) return MEDRUN_OK;
     return fail(&c->e, MEDRUN_USAGE, "%s: found \"%s\" too many; a text with spaces needs quotes",
@@ -10265,7 +11928,10 @@ static int run_line(command *c, int argc, char **argv) {
     for (int id = 0; id < N_OPTIONS; id++)
         if (option_rows[id].standard) parse_number(option_rows[id].standard, &c->number[id]);
     if ((code = read_line_of_arguments(c, argc, argv, place))) return code;
-    if (flag(c, O_VERSION)) return puts("medrun " MEDRUN_VERSION), MEDRUN_OK;
+    if (flag(c, O_VERSION)) {
+        puts("medrun " MEDRUN_VERSION);
+        return plain_only() ? puts(plain_only()), MEDRUN_OK : MEDRUN_OK;
+    }
     if (flag(c, O_HELP)) return place ? help_on(c->which) : help_all(stdout);
     if ((code = check_rest(c, place)) || (code = read_environment(c))) return code;
     if (c->which == HELP) return help_command(c);
@@ -10274,13 +11940,23 @@ static int run_line(command *c, int argc, char **argv) {
     return command_rows[c->which].run(c);
 }
 
+/* In a signal handler: a file that is mapped became shorter, or its disk went away. */
+static void on_lost_file(int signal_number) {
+    static const char said[] = "medrun: the checkpoint cannot be read any more: it was cut, or its "
+                               "disk is gone\n";
+    (void)signal_number;
+    restore_terminal();
+    if (write(STDERR_FILENO, said, sizeof said - 1) < 0) _exit(MEDRUN_FAILED);
+    _exit(MEDRUN_FAILED);
+}
+
 int main(int argc, char **argv) {
     static command c;
-    for (int fd = 0; fd < 3; fd++)      /* no file that is opened may become stdout by chance    */
-        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd ? O_RDONLY : O_WRONLY) != fd) return 1;
-    signal(SIGPIPE, SIG_IGN);           /* writing fails with EPIPE instead                      */
+    if (!(argv = start_program(&argc, argv))) return 1;
+    on_lost_page(on_lost_file);
     umask(077);                         /* records and sessions hold what a patient said         */
-    int code = run_line(&c, argc, argv);
+    int code = check_machine(&c.e);
+    if (!code) code = run_line(&c, argc, argv);
     if (!code) code = flush_stdout(&c);
     if (code && *c.e.text) fprintf(stderr, "medrun: %s\n", c.e.text);
     close_command(&c);

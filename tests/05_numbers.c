@@ -569,6 +569,8 @@ static void test_sizes(void) {
     CHECK_EQ(panel_bytes(TYPE_INT4, 65), 2 * (512 + 64));
     CHECK_EQ(tensor_bytes(TYPE_INT4, 17, 80), 2 * 2 * (512 + 64));
     CHECK_EQ(tensor_bytes(TYPE_F32, 3, 5), 60);
+    CHECK_EQ(tensor_bytes(TYPE_F32, 1 << 20, 1 << 18), 1ll << 40);      /* on 32 bits, too       */
+    CHECK_EQ(tensor_bytes(TYPE_BF16, 1 << 22, 1 << 16), 1ll << 39);
     CHECK_EQ(tensor_bytes(TYPE_INT8, 17, 64), 2 * (1024 + 64));
     CHECK_EQ(tensor_bytes(TYPE_BF16, 33, 2), 3 * 64);
     CHECK_EQ(tensor_bytes(TYPE_BF16, 16, 2), 64);

@@ -224,7 +224,7 @@ int main(int argc, char **argv) {
     fail_each("json_parse", run_json, 3);
     fail_each("json fields", run_fields, 3);
     fail_each("json_quote", run_quote, 3);
-    fail_each("pool_start", run_pool, 12);
+    fail_each("pool_start", run_pool, 6);
     if (access(model_path, R_OK)) {
         SKIP("no checkpoint to open: build/llama-grouped-int8.mdr is made by `make test`");
         return report();

@@ -91,7 +91,7 @@ int main(void) {
         c.t = &c.m->tokenizer, c.chat = chat_find("apertus");
         c.chat_options.tools = "[]";
         for (size_t i = 0; i < 3; i++)          /* the fixture may stop at fewer tokens          */
-            if (!is_stop(c.m, chat_token(c.t, c.chat->stops[i])))
+            if (!medrun_is_stop(c.m, chat_token(c.t, c.chat->stops[i])))
                 c.m->stops[c.m->n_stops++] = chat_token(c.t, c.chat->stops[i]);
         medrun_session_options o = {.context = 200, .custom_sampling = true,
                                     .sampling = {.top_p = 1, .repeat_penalty = 1}};

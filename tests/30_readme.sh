@@ -9,6 +9,7 @@ bad() { failed=$((failed + 1)); echo "failed: $1"; }
 question="What are the symptoms of diabetes?"
 
 sed -n '/^```c$/,/^```$/p' README.md | sed '1d;$d' > "$build/ask.c"
+cmp "$build/ask.c" tools/examples/ask.c && ok || bad "the example differs from tools/examples/ask.c"
 if $cc -O2 -DMEDRUN_NO_MAIN -c medrun.c -o "$build/medrun.o" 2> "$build/ask.log" &&
    $cc -O2 -Wall -Wextra -I. -o "$build/ask" "$build/ask.c" "$build/medrun.o" -lm -lpthread \
        2>> "$build/ask.log" && [ ! -s "$build/ask.log" ]; then ok

@@ -4,9 +4,10 @@ passed=0 failed=0 skipped=0
 ok() { passed=$((passed + 1)); }
 bad() { failed=$((failed + 1)); echo "lint: $1"; }
 
-sources="medrun.c tools/*.c tests/*.c tests/test.h"
+sources="medrun.c tools/*.c tools/examples/* tests/*.c tests/test.h"
 
-long=$(awk 'length($0) > 100 { print FILENAME ":" FNR }' medrun.c tools/*.c | head -5)
+long=$(awk 'length($0) > 100 { print FILENAME ":" FNR }' medrun.c tools/*.c \
+       tools/examples/* | head -5)
 [ -z "$long" ] && ok || bad "lines past column 100: $long"
 
 # shellcheck disable=SC2086
@@ -35,7 +36,7 @@ for cc in gcc clang; do
     if ! command -v $cc > /dev/null; then
         skipped=$((skipped + 1)); echo "skipped: no $cc"; continue
     fi
-    for what in "medrun.c" "-DMEDRUN_NO_MAIN medrun.c" tools/export.c; do
+    for what in "medrun.c" "-DMEDRUN_NO_MAIN medrun.c" tools/export.c tools/eval.c; do
         # shellcheck disable=SC2086
         said=$($cc -O2 -Wall -Wextra -Wshadow -Wconversion -c -o /dev/null $what 2>&1)
         [ -z "$said" ] && ok || bad "$cc $what: $(echo "$said" | head -5)"

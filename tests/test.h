@@ -34,6 +34,15 @@ MAYBE_UNUSED static uint64_t test_random(void) {
     return test_random_state * 0x2545F4914F6CDD1D;
 }
 
+#ifdef _WIN32
+MAYBE_UNUSED static int setenv(const char *name, const char *value, int replace) {
+    (void)replace;
+    return _putenv_s(name, value);
+}
+
+MAYBE_UNUSED static int unsetenv(const char *name) { return _putenv_s(name, ""); }
+#endif
+
 static int report(void) {
     printf("%d passed, %d failed, %d skipped\n", checks_passed, checks_failed, checks_skipped);
     return checks_failed != 0;

@@ -27,8 +27,11 @@
 
 #define MEDRUN_NO_MAIN
 #include "../medrun.c"
-#include <sys/file.h>
+#ifndef _WIN32
 #include <sys/statvfs.h>
+#endif
+#include "options.c"
+#include "files.c"
 
 /* ============================================================================================
  * 1 Files: a folder's files, JSON without doubts
@@ -45,8 +48,7 @@ typedef struct {
     uint64_t bytes;
     uint8_t digest[32];
     int fd;                     /* of a shard of weights; else -1                              */
-    dev_t device;
-    ino_t inode;
+    uint64_t device, inode;
 } source_file;
 
 typedef struct {
@@ -96,6 +98,86 @@ typedef struct {
     json j;
 } json_file;
 
+/* ---- what only this program asks of the system --------------------------------------------- */
+
+#ifndef _WIN32
+/* Bytes that the disk of PATH, which is open as FD, has room for. 0, or -1. */
+static int disk_room(int fd, const char *path, uint64_t *room) {
+    struct statvfs fs;
+    (void)path;
+    if (fstatvfs(fd, &fs)) return -1;
+    *room = (uint64_t)fs.f_bavail * fs.f_frsize;
+    return 0;
+}
+
+/* Puts on the disk what was written, and lets memory forget it, as far as the system does that. */
+static int sync_file(int fd) {
+#ifdef F_FULLFSYNC
+    if (!fcntl(fd, F_FULLFSYNC)) return 0;              /* past the disk's own memory            */
+#endif
+    if (fsync(fd)) return -1;
+#ifdef POSIX_FADV_DONTNEED
+    posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
+#endif
+    return 0;
+}
+
+static void sync_folder(const char *path) {
+    int fd = open_file(path, TO_READ);
+    if (fd >= 0) fsync(fd), close(fd);
+}
+
+/* PATH from the root without links, to be freed; or NULL. */
+static char *full_path(const char *path) { return realpath(path, NULL); }
+
+/* The / before the last name of PATH, or NULL. */
+static char *last_slash(const char *path) { return strrchr(path, '/'); }
+#else
+static ssize_t pread(int fd, void *to, size_t n, off_t at) {
+    OVERLAPPED o = {.Offset = (DWORD)at, .OffsetHigh = (DWORD)(at >> 32)};
+    DWORD got = 0, most = n < 1 << 30 ? (DWORD)n : 1 << 30;
+    if (ReadFile((HANDLE)_get_osfhandle(fd), to, most, &got, &o)) return (ssize_t)got;
+    return GetLastError() == ERROR_HANDLE_EOF ? 0 : windows_failed();
+}
+
+static ssize_t pwrite(int fd, const void *from, size_t n, off_t at) {
+    OVERLAPPED o = {.Offset = (DWORD)at, .OffsetHigh = (DWORD)(at >> 32)};
+    DWORD put = 0, most = n < 1 << 30 ? (DWORD)n : 1 << 30;
+    bool done = WriteFile((HANDLE)_get_osfhandle(fd), from, most, &put, &o);
+    return done ? (ssize_t)put : windows_failed();
+}
+
+static int disk_room(int fd, const char *path, uint64_t *room) {
+    wchar_t wide[WIDE_PATH];
+    wchar_t *name = wide_path(path, wide);
+    ULARGE_INTEGER bytes;
+    (void)fd;
+    if (!name) return -1;
+    wcsrchr(name, '\\')[1] = 0;
+    if (!GetDiskFreeSpaceExW(name, &bytes, NULL, NULL)) return windows_failed();
+    *room = bytes.QuadPart;
+    return 0;
+}
+
+static int sync_file(int fd) { return _commit(fd); }
+static void sync_folder(const char *path) { (void)path; }
+
+static char *full_path(const char *path) {
+    wchar_t wide[WIDE_PATH];
+    wchar_t *name = wide_path(path, wide);
+    size_t n = name ? wcslen(name) : 0;
+    if (n && name[n - 1] == '\\') name[n - 1] = 0;
+    return name ? utf8_of(name) : NULL;
+}
+
+static char *last_slash(const char *path) {
+    char *a = strrchr(path, '/'), *b = strrchr(path, '\\');
+    return !a || (b && b > a) ? b : a;
+}
+#endif
+
+/* ---- lists and files ----------------------------------------------------------------------- */
+
 /* Room for one more item at the end of *ARRAY. */
 static int grow(void *array, size_t n, size_t *cap, size_t size, medrun_error *e) {
     void **at = array;
@@ -126,19 +208,19 @@ static void add_note(source *s, const char *format, ...) {
 
 static bool file_exists(const char *folder, const char *name) {
     char path[PATH_BYTES];
-    struct stat st;
-    return !join_path(path, folder, name, NULL) && !stat(path, &st);
+    file_facts there;
+    return !join_path(path, folder, name, NULL) && !get_facts(path, -1, &there);
 }
 
 /* Adds a file to the provenance, with the digest of its bytes unless MAP is NULL. */
 static int add_file(source *s, const char *name, const char *path, const file_map *map,
                     medrun_error *e) {
-    struct stat st;
+    file_facts facts;
     if (grow(&s->files, s->n_files, &s->files_cap, sizeof *s->files, e)) return e->code;
-    if (stat(path, &st)) return refuse(e, "%s: %s", path, strerror(errno));
+    if (get_facts(path, -1, &facts)) return refuse(e, "%s: %s", path, strerror(errno));
     source_file *f = &s->files[s->n_files++];
-    *f = (source_file){.bytes = map ? map->n : (uint64_t)st.st_size, .fd = -1,
-                       .device = st.st_dev, .inode = st.st_ino};
+    *f = (source_file){.bytes = map ? map->n : facts.bytes, .fd = -1,
+                       .device = facts.device, .inode = facts.inode};
     snprintf(f->name, sizeof f->name, "%s", name);
     if (map) sha256_of(map->data, map->n, f->digest);
     return MEDRUN_OK;
@@ -821,13 +903,13 @@ static int read_shard_header(source *s, int fd, uint64_t size, const char *path,
 /* Opens one file of weights, adds it and its tensors to the source. */
 static int read_shard(source *s, const char *name, medrun_error *e) {
     char path[PATH_BYTES];
-    struct stat st;
+    file_facts facts;
     if (join_path(path, s->folder, name, e)) return e->code;
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    int fd = open_file(path, TO_MAP);
     if (fd < 0)
         return refuse(e, "%s: cannot open: %s; the weights are not complete", path,
                       strerror(errno));
-    if (fstat(fd, &st) || !S_ISREG(st.st_mode) || add_file(s, name, path, NULL, e)) {
+    if (get_facts(NULL, fd, &facts) || !facts.regular || add_file(s, name, path, NULL, e)) {
         close(fd);
         return refuse(e, "%s: found no regular file, wanted weights", path);
     }
@@ -869,7 +951,7 @@ static int open_shards(source *s, const json_file *f, uint32_t map, medrun_error
         while (i < s->n_files && !json_is(j, v, s->files[i].name)) i++;
         if (i < s->n_files) continue;
         char *name = json_is_type(j, v, JSON_STRING) ? copy_name(j, v) : NULL;
-        bool plain = name && *name && *name != '.' && !strchr(name, '/') &&
+        bool plain = name && *name && *name != '.' && !strpbrk(name, "/\\:") &&
                      strlen(name) < sizeof s->files->name && s->n_files < MAX_SHARDS;
         if (!plain) wrong_field(f, "weight_map", v, "at most 500 files of this folder", e);
         else read_shard(s, name, e);
@@ -1414,13 +1496,17 @@ static int lay_out(exporter *x, medrun_error *e) {
     for (uint64_t wanted = FILE_ALIGN; wanted != x->data_at;) {
         uint64_t at = x->data_at = wanted;
         for (size_t i = 0; i < x->n_sections; i++) {
-            x->sections[i].offset = round_up((size_t)at, FILE_ALIGN);
+            x->sections[i].offset = (at + FILE_ALIGN - 1) / FILE_ALIGN * FILE_ALIGN;
             at = x->sections[i].offset + x->sections[i].bytes;
         }
         x->file_bytes = at;
         if (render_header(x, e)) return e->code;
         wanted = round_up(PREAMBLE + x->header.n + 32, FILE_ALIGN);
     }
+    if (x->file_bytes > SIZE_MAX)
+        return fail(e, MEDRUN_USAGE, "the checkpoint would have %llu bytes, a program of 32 bits "
+                    "can address 4294967295: export on a machine of 64 bits",
+                    (unsigned long long)x->file_bytes);
     if (!json_parse(&f.header, (const char *)x->header.data, x->header.n, e))
         read_config(&f, &c, e);
     json_free(&f.header);
@@ -1689,19 +1775,14 @@ static int plan_proofs(exporter *x, medrun_error *e) {
 static volatile sig_atomic_t interrupted;
 
 static void on_interrupt(int signal_number) {
-    (void)signal_number;
     interrupted = 1;
+    on_signal(signal_number, on_interrupt);
 }
 
-/* Signals that would end the program end the export instead, so that OUT.partial goes. A file that
- * grows too large and a stderr that is closed are errors of write. */
+/* Signals that would end the program end the export instead, so that OUT.partial goes. */
 static void catch_signals(void) {
-    static const int ends[] = {SIGINT, SIGTERM, SIGHUP}, ignored[] = {SIGPIPE, SIGXFSZ};
-    struct sigaction a = {.sa_handler = on_interrupt};
-    sigemptyset(&a.sa_mask);
-    for (size_t i = 0; i < 3; i++) sigaction(ends[i], &a, NULL);
-    a.sa_handler = SIG_IGN;
-    for (size_t i = 0; i < 2; i++) sigaction(ignored[i], &a, NULL);
+    static const int ends[] = {SIGINT, SIGTERM, SIGHUP};
+    for (size_t i = 0; i < 3; i++) on_signal(ends[i], on_interrupt);
 }
 
 static int check_interrupt(medrun_error *e) {
@@ -1732,6 +1813,7 @@ static void add_progress(exporter *x, uint64_t n) {
     if (now - x->drawn > 0.2 || done == x->total) {
         x->drawn = now;
         draw_progress(x, done);
+        fflush(stderr);
     }
     pthread_mutex_unlock(&x->lock);
 }
@@ -1795,7 +1877,7 @@ static int write_section(exporter *x, section *t, const scratch *m, medrun_error
         size_t n_out = n * t->cols * sizeof(float);
         if (t->type != TYPE_F32) {
             for (size_t i = 0; t->type == TYPE_INT4 && i < n * t->cols; i++)
-                if (fabsf(m->rows[i]) > INT4_LARGEST)
+                if (fabsf(m->rows[i]) > (float)INT4_LARGEST)
                     return refuse(e, "%s/%s: tensor %s: found the weight %g, int4 has none beyond "
                                   "%d; use --type int8", x->source.folder, file->name, from->name,
                                   (double)m->rows[i], INT4_LARGEST);
@@ -1922,13 +2004,13 @@ static int start_threads(exporter *x, medrun_error *e) {
 
 /* OUT may be a new name or a file to replace, but no device, and none of the sources. */
 static int check_target(const exporter *x, medrun_error *e) {
-    struct stat st;
-    if (stat(x->options.out, &st)) return MEDRUN_OK;
-    if (!S_ISREG(st.st_mode))
+    file_facts there;
+    if (get_facts(x->options.out, -1, &there)) return MEDRUN_OK;
+    if (!there.regular)
         return fail(e, MEDRUN_FAILED, "%s: cannot write: found a folder or a device there, wanted "
                     "a file or nothing", x->options.out);
     for (size_t i = 0; i < x->source.n_files; i++)
-        if (x->source.files[i].device == st.st_dev && x->source.files[i].inode == st.st_ino)
+        if (x->source.files[i].device == there.device && x->source.files[i].inode == there.inode)
             return fail(e, MEDRUN_USAGE, "%s: is a file of the source; choose another name",
                         x->options.out);
     return MEDRUN_OK;
@@ -1936,42 +2018,40 @@ static int check_target(const exporter *x, medrun_error *e) {
 
 /* Creates OUT.partial, which nobody else may be writing, with room for BYTES bytes. */
 static int create_partial(exporter *x, uint64_t bytes, medrun_error *e) {
-    struct statvfs fs;
+    uint64_t room = 0;
     char path[PATH_BYTES];
     if (check_target(x, e)) return e->code;
     if (snprintf(path, sizeof path, "%s.partial", x->options.out) >= (int)sizeof path)
         return fail(e, MEDRUN_USAGE, "%s: this path is too long", x->options.out);
-    x->fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0666);
+    x->fd = open_file(path, TO_UPDATE);
     if (x->fd < 0) return cannot_write(x, e);
-    if (flock(x->fd, LOCK_EX | LOCK_NB))
+    if (lock_file(x->fd))
         return fail(e, MEDRUN_FAILED, "%s: cannot write: another export is writing it", path);
     memcpy(x->partial, path, sizeof path);
-    if (ftruncate(x->fd, 0) || fstatvfs(x->fd, &fs)) return cannot_write(x, e);
-    uint64_t room = (uint64_t)fs.f_bavail * fs.f_frsize;
+    if (set_length(x->fd, 0) || disk_room(x->fd, path, &room)) return cannot_write(x, e);
     if (room < bytes)
         return fail(e, MEDRUN_FAILED, "%s: needs %llu MB, but this disk has %llu MB free; make "
                     "room or choose another disk", x->options.out,
                     (unsigned long long)(bytes + 999999) / 1000000,
                     (unsigned long long)room / 1000000);
-    return ftruncate(x->fd, (off_t)bytes) ? cannot_write(x, e) : MEDRUN_OK;
+    return set_length(x->fd, bytes) ? cannot_write(x, e) : MEDRUN_OK;
 }
 
 /* Gives the finished file its name; a crash of the machine leaves the old file or the new one. */
 static int rename_partial(exporter *x, medrun_error *e) {
     char folder[PATH_BYTES];
     snprintf(folder, sizeof folder, "%s", x->options.out);
-    char *slash = strrchr(folder, '/');
+    char *slash = last_slash(folder);
     if (slash) slash[slash == folder] = 0;
     if (check_interrupt(e)) return e->code;
-    if (rename(x->partial, x->options.out)) return cannot_write(x, e);
+    if (rename_file(x->partial, x->options.out)) return cannot_write(x, e);
     x->partial[0] = 0;
-    int fd = open(slash ? folder : ".", O_RDONLY | O_CLOEXEC);
-    if (fd >= 0) fsync(fd), close(fd);
+    sync_folder(slash ? folder : ".");
     return MEDRUN_OK;
 }
 
 static void drop_partial(exporter *x) {
-    if (x->partial[0]) unlink(x->partial);
+    if (x->partial[0]) remove_file(x->partial);
     if (x->fd >= 0) close(x->fd);
     x->partial[0] = 0, x->fd = -1;
 }
@@ -2040,13 +2120,9 @@ static int run_proofs(exporter *x, medrun_error *e) {
     return e->code;
 }
 
-/* Reads what the disk has, not what memory still remembers of it, as far as the system lets us. */
 static int read_again(exporter *x, medrun_error *e) {
     model_file f;
-    if (fsync(x->fd)) return cannot_write(x, e);
-#ifdef POSIX_FADV_DONTNEED
-    posix_fadvise(x->fd, 0, 0, POSIX_FADV_DONTNEED);
-#endif
+    if (sync_file(x->fd)) return cannot_write(x, e);
     if (file_open(&f, x->partial, e)) return e->code;
     file_close(&f);
     return run_parallel(x, x->n_sections, run_checks, e);
@@ -2056,7 +2132,7 @@ static int read_again(exporter *x, medrun_error *e) {
 static int write_checkpoint(exporter *x, medrun_error *e) {
     size_t n_jobs = 0;
     double start = x->start = seconds();
-    x->terminal = isatty(STDERR_FILENO);
+    x->terminal = is_terminal(STDERR_FILENO);
     if (x->source.notes.n) fputs((const char *)x->source.notes.data, stderr);
     if (!create_partial(x, x->file_bytes, e) && !plan_jobs(x, &n_jobs, e) && !start_threads(x, e) &&
         !run_parallel(x, n_jobs, run_jobs, e) && !write_known_sections(x, e) &&
@@ -2098,26 +2174,20 @@ static void close_exporter(exporter *x) {
  * 12 Commands: options, --dry-run, main
  * ============================================================================================ */
 
-typedef struct {
-    const char *name, *value;   /* value NULL: a flag                                          */
-    size_t at;                  /* in export_options                                           */
-    const char *help;
-} export_option;
-
 #define AT(field) offsetof(export_options, field)
-static const export_option option_table[] = {
-    {"--type", "TYPE", AT(type), "int8 (default), bf16, or int4: smaller, less exact"},
-    {"--template", "NAME", AT(template_name), "the chat template (default: recognised)"},
-    {"--name", "TEXT", AT(name), "the checkpoint's name (default: the folder's)"},
-    {"--proof", "FILE", AT(proof), "JSON with more proofs: tokens, chats, logits"},
-    {"--threads", "N", AT(threads), "threads (default: all processors)"},
-    {"--calibrate", "FILE", AT(calibrate), "text that int4's scales are fitted to (advised)"},
-    {"--yarn-factor", "F", AT(yarn_factor), "YaRN's factor, if not the config's"},
-    {"--sliding-window", "N", AT(window), "keys a token sees, 0: all; for GGUF"},
-    {"--dry-run", NULL, AT(dry_run), "check everything, print what would be written"},
-    {"--tokenizer-only", NULL, AT(tokenizer_only), "write only a tokenizer.bin"},
-    {"--help", NULL, AT(help), "this text"},
-    {"--version", NULL, AT(version), "the version"},
+static const tool_option option_table[] = {
+    {"--type", NULL, "TYPE", AT(type), "int8 (default), bf16, or int4: smaller, less exact"},
+    {"--template", NULL, "NAME", AT(template_name), "the chat template (default: recognised)"},
+    {"--name", NULL, "TEXT", AT(name), "the checkpoint's name (default: the folder's)"},
+    {"--proof", NULL, "FILE", AT(proof), "JSON with more proofs: tokens, chats, logits"},
+    {"--threads", "-t", "N", AT(threads), "threads (default: all processors)"},
+    {"--calibrate", NULL, "FILE", AT(calibrate), "text that int4's scales are fitted to (advised)"},
+    {"--yarn-factor", NULL, "F", AT(yarn_factor), "YaRN's factor, if not the config's"},
+    {"--sliding-window", NULL, "N", AT(window), "keys a token sees, 0: all; for GGUF"},
+    {"--dry-run", NULL, NULL, AT(dry_run), "check everything, print what would be written"},
+    {"--tokenizer-only", NULL, NULL, AT(tokenizer_only), "write only a tokenizer.bin"},
+    {"--help", "-h", NULL, AT(help), "this text"},
+    {"--version", NULL, NULL, AT(version), "the version"},
 };
 #undef AT
 enum { N_EXPORT_OPTIONS = sizeof option_table / sizeof *option_table };
@@ -2128,82 +2198,22 @@ static void print_export_help(void) {
            "Makes a medrun checkpoint from a Hugging Face folder (config.json, tokenizer.json,\n"
            "safetensors) or from a GGUF file. Writes OUT.partial; renames it when it is complete\n"
            "and read again.\n\n");
-    for (size_t i = 0; i < N_EXPORT_OPTIONS; i++)
-        printf("  %-18s%-6s%s\n", option_table[i].name,
-               option_table[i].value ? option_table[i].value : "", option_table[i].help);
+    print_options(&(tool_line){.table = option_table, .n = N_EXPORT_OPTIONS});
     printf("\nTemplates: " CHAT_NAMES ".\n");
     printf("MEDRUN_TYPE, MEDRUN_TEMPLATE and so on set an option that is not given.\n"
            "Exit codes: 0 ok, 1 failed while running, 2 usage, 3 file missing, unsupported or\n"
            "malformed, 4 a given proof differs, 6 out of memory, 130 interrupted.\n");
 }
 
-/* Letters to insert, remove or change to get from A to B (of at most 31 letters each). */
-static size_t edit_distance(const char *a, const char *b) {
-    size_t row[32], nb = strlen(b);
-    for (size_t k = 0; k <= nb; k++) row[k] = k;
-    for (; *a; a++) {
-        size_t corner = row[0]++;
-        for (size_t k = 1; k <= nb; k++) {
-            size_t best = corner + (*a != b[k - 1]);
-            if (row[k] + 1 < best) best = row[k] + 1;
-            if (row[k - 1] + 1 < best) best = row[k - 1] + 1;
-            corner = row[k], row[k] = best;
-        }
-    }
-    return row[nb];
-}
-
-/* The option that the first N letters of TEXT name. */
-static const export_option *find_option(const char *text, size_t n, medrun_error *e) {
-    char name[32];
-    snprintf(name, sizeof name, "%.*s", (int)(n < 31 ? n : 31), text);
-    if (!strcmp(name, "-t")) snprintf(name, sizeof name, "--threads");
-    if (!strcmp(name, "-h")) snprintf(name, sizeof name, "--help");
-    const export_option *nearest = option_table;
-    for (size_t i = 0; i < N_EXPORT_OPTIONS; i++) {
-        if (!strcmp(name, option_table[i].name)) return &option_table[i];
-        if (edit_distance(name, option_table[i].name) < edit_distance(name, nearest->name))
-            nearest = &option_table[i];
-    }
-    fail(e, MEDRUN_USAGE, "unknown option %s; the nearest is %s", name, nearest->name);
-    return NULL;
-}
-
-/* --yarn-factor is MEDRUN_YARN_FACTOR in the environment. */
-static void read_environment(export_options *o) {
-    for (const export_option *p = option_table; p < option_table + N_EXPORT_OPTIONS; p++) {
-        char name[64];
-        snprintf(name, sizeof name, "MEDRUN_%s", p->name + 2);
-        for (char *c = name; *c; c++) *c = *c == '-' ? '_' : (char)toupper((unsigned char)*c);
-        const char *value = getenv(name);
-        void *field = (char *)o + p->at;
-        if (value && p->value) *(const char **)field = value;
-        else if (value) *(bool *)field = !strcmp(value, "1") || !strcmp(value, "on") ||
-                                         !strcmp(value, "true");
-    }
-}
-
-static int parse_options(export_options *o, int argc, char **argv, medrun_error *e) {
-    bool only_words = false;
-    read_environment(o);
-    for (int i = 1; i < argc; i++) {
-        const char *arg = argv[i], *equals = strchr(arg, '=');
-        if (!only_words && !strcmp(arg, "--")) { only_words = true; continue; }
-        if (only_words || arg[0] != '-' || !arg[1]) {
-            if (o->out) return fail(e, MEDRUN_USAGE, "found a third word %s, wanted SOURCE and "
-                                    "OUT; see --help", arg);
-            *(o->source ? &o->out : &o->source) = arg;
-            continue;
-        }
-        const export_option *p = find_option(arg, equals ? (size_t)(equals - arg) : strlen(arg), e);
-        if (!p) return e->code;
-        void *field = (char *)o + p->at;
-        if (!p->value && equals) return fail(e, MEDRUN_USAGE, "%s takes no value", p->name);
-        if (p->value && !equals && i + 1 == argc)
-            return fail(e, MEDRUN_USAGE, "%s: wanted a value %s", p->name, p->value);
-        if (p->value) *(const char **)field = equals ? equals + 1 : argv[++i];
-        else *(bool *)field = true;
-    }
+static int parse_line(exporter *x, int argc, char **argv, medrun_error *e) {
+    const char *words[3];
+    tool_line line = {option_table, N_EXPORT_OPTIONS, &x->options, words, 0, 3};
+    if (parse_options(&line, argc, argv, e)) return e->code;
+    if (line.n_words == 3)
+        return fail(e, MEDRUN_USAGE, "found a third word %s, wanted SOURCE and OUT; see --help",
+                    words[2]);
+    if (line.n_words) x->options.source = words[0];
+    if (line.n_words > 1) x->options.out = words[1];
     return MEDRUN_OK;
 }
 
@@ -2242,10 +2252,10 @@ static int check_options(exporter *x, medrun_error *e) {
 
 /* --name, or the name in the file, or the folder's own, cut between characters. */
 static int choose_name(exporter *x, medrun_error *e) {
-    char *full = realpath(x->options.source, NULL);
+    char *full = full_path(x->options.source);
     const char *name = x->options.name;
     if (!full) return refuse(e, "%s: %s", x->options.source, strerror(errno));
-    if (!name) name = x->source.name[0] ? x->source.name : strrchr(full, '/') + 1;
+    if (!name) name = x->source.name[0] ? x->source.name : last_slash(full) + 1;
     size_t n = strlen(name) < sizeof x->name ? strlen(name) : sizeof x->name - 1;
     memcpy(x->name, name, n);
     x->name[n - utf8_unfinished((const uint8_t *)name, n)] = 0;
@@ -2283,10 +2293,10 @@ static int print_plan(const exporter *x, medrun_error *e) {
 
 static int export_model(exporter *x, medrun_error *e) {
     source *s = &x->source;
-    struct stat st;
+    file_facts there;
     s->folder = x->options.source;
     if (is_gguf(s->folder)) open_gguf_source(s, x->options.source, x->options.template_name, e);
-    else if (!stat(s->folder, &st) && S_ISREG(st.st_mode))
+    else if (!get_facts(s->folder, -1, &there) && there.regular)
         refuse(e, "%s: found a file that does not begin with GGUF, wanted a GGUF file or a Hugging "
                "Face folder", s->folder);
     else if (s->sliding_window < 0) open_hf_folder(s, x->options.template_name, e);
@@ -2300,16 +2310,16 @@ static int export_model(exporter *x, medrun_error *e) {
 static int export_tokenizer(exporter *x, medrun_error *e) {
     source *s = &x->source;
     source_tokenizer t = {0};
-    struct stat st;
+    file_facts there;
     s->folder = x->options.source;
     if (is_gguf(s->folder)) open_gguf_tokenizer(s, x->options.source, e);
-    else if (!stat(s->folder, &st) && S_ISREG(st.st_mode)) open_tokenizer_file(s, &t, e);
+    else if (!get_facts(s->folder, -1, &there) && there.regular) open_tokenizer_file(s, &t, e);
     else open_tokenizer(s, &t, e);
     if (!e->code && !s->gguf) convert_tokenizer(&t, &s->tokenizer, e);
     free_tokenizer(&t);
     if (e->code || x->options.dry_run || create_partial(x, s->tokenizer.n, e) ||
         write_at(x, s->tokenizer.data, s->tokenizer.n, 0, e)) return e->code;
-    return fsync(x->fd) ? cannot_write(x, e) : rename_partial(x, e);
+    return sync_file(x->fd) ? cannot_write(x, e) : rename_partial(x, e);
 }
 
 /* The whole program; tests call it in a child process. */
@@ -2317,9 +2327,10 @@ static int export_main(int argc, char **argv) {
     static exporter x;
     medrun_error e = {0};
     x = (exporter){.fd = -1};
+    if (!(argv = start_program(&argc, argv))) return MEDRUN_FAILED;
     pthread_mutex_init(&x.lock, NULL);
     catch_signals();
-    parse_options(&x.options, argc, argv, &e);
+    parse_line(&x, argc, argv, &e);
     if (!e.code && x.options.help) return print_export_help(), MEDRUN_OK;
     if (!e.code && x.options.version) return puts("medrun-export " MEDRUN_VERSION), MEDRUN_OK;
     if (!e.code && !check_options(&x, &e))

@@ -64,7 +64,7 @@ static int tokenize_windows(exporter *x, const file_map *map, medrun_error *e) {
 
 /* Reads --calibrate's file, which becomes part of the provenance. */
 static int plan_calibration(exporter *x, medrun_error *e) {
-    const char *path = x->options.calibrate, *slash = path ? strrchr(path, '/') : NULL;
+    const char *path = x->options.calibrate, *slash = path ? last_slash(path) : NULL;
     size_t used = strlen(x->precision);
     file_map map;
     if (!path || map_file(path, &map, e)) return e->code;

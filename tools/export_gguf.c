@@ -358,10 +358,10 @@ static int read_switch(const gguf_file *g, const char *key, bool *out, medrun_er
 
 /* Is this a regular file that begins with the letters of the format? */
 static bool is_gguf(const char *path) {
-    struct stat st;
+    file_facts there;
     uint8_t magic[4] = {0};
-    if (stat(path, &st) || !S_ISREG(st.st_mode) || st.st_size < 4) return false;
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (get_facts(path, -1, &there) || !there.regular || there.bytes < 4) return false;
+    int fd = open_file(path, TO_MAP);
     bool same = fd >= 0 && pread(fd, magic, 4, 0) == 4 && !memcmp(magic, "GGUF", 4);
     if (fd >= 0) close(fd);
     return same;
@@ -394,7 +394,7 @@ static int read_gguf_header(source *s, gguf_file *g, medrun_error *e) {
 
 /* Opens the file at PATH, adds it and its tensors to the source. Close G also after a failure. */
 static int open_gguf(source *s, gguf_file *g, const char *path, medrun_error *e) {
-    const char *slash = strrchr(path, '/');
+    const char *slash = last_slash(path);
     const char *name = slash ? slash + 1 : path;
     double parts = 1;
     snprintf(g->path, sizeof g->path, "%s", path);
@@ -403,7 +403,7 @@ static int open_gguf(source *s, gguf_file *g, const char *path, medrun_error *e)
     s->folder = s->own_folder, s->description = "the metadata", s->gguf = true;
     if (map_file(path, &g->map, e) || add_file(s, name, path, NULL, e)) return e->code;
     source_file *f = &s->files[s->n_files - 1];
-    f->fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    f->fd = open_file(path, TO_MAP);
     if (f->fd < 0) return refuse(e, "%s: cannot open: %s", path, strerror(errno));
     if (f->bytes != g->map.n) return refuse(e, "%s: its length changes while it is read", path);
     if (read_gguf_header(s, g, e) ||
@@ -469,8 +469,8 @@ static int read_gguf_sizes(const gguf_file *g, model_config *c, medrun_error *e)
         read_number(g, ".rope.dimension_count", 1, 1024, true, &rotated, e)) return e->code;
     double whole = (double)c->hidden_size / c->n_heads;
     if (!(head > 0)) head = whole;
-    if (differ(head, floor(head)) || head > MAX_HEAD_DIM || differ(head, value > 0 ? value : whole)
-        || (rotated > 0 && differ(head, rotated)))
+    if (differ(head, floor(head)) || head > (double)MAX_HEAD_DIM ||
+        differ(head, value > 0 ? value : whole) || (rotated > 0 && differ(head, rotated)))
         return refuse(e, "%s: found heads of key_length %g, value_length %g, rope.dimension_count "
                       "%g, wanted the same whole number, which is embedding_length / head_count = "
                       "%g where they are not given", g->path, head, value, rotated, whole);

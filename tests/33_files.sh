@@ -1,0 +1,64 @@
+#!/bin/sh
+# 33_files.sh BIN BUILD - disks that are full or read-only, and a checkpoint that is cut while it is
+# in use: one line, exit 1, and nothing that is half written.
+passed=0 failed=0 skipped=0
+T=$(mktemp -d) || exit 1
+trap 'rm -rf "$T"' EXIT
+case $1 in /*) bin=$1;; *) bin=$PWD/$1;; esac
+model=$PWD/$2/llama-tied-int8.mdr fixtures=$PWD/tests/fixtures
+
+check() {
+    what=$1; shift
+    if "$@"; then passed=$((passed + 1)); else failed=$((failed + 1)); echo "FAILED: $what"; fi
+}
+
+# Written by a shell that has a disk of 64 KB for itself: a line for each program that did not end
+# with code 1, one line on stderr and its words in it, or that left something behind.
+cat >"$T/disk.sh" <<'EOS'
+bin=$1 model=$2 fixtures=$3 T=$4
+fails() {
+    words=$1; shift
+    "$@" >/dev/null 2>"$T/err"; rc=$?
+    left=$(ls -A "$T/disk" | grep -v '^kept$')
+    [ $rc = 1 ] && [ "$(wc -l <"$T/err")" = 1 ] && grep -q "$words" "$T/err" && [ -z "$left" ] ||
+        echo "$*: exit $rc, left: $left; $(cat "$T/err")"
+    echo one >>"$T/tried"
+}
+fail_all() {
+    fails "$1" "$bin/medrun" logits "$model" --ids '1 2 3 4 5 6 7 8 9' --all -o "$T/disk/logits"
+    fails "$1" "$bin/medrun" run "$model" -p hello -n 1 -q --record "$T/disk/record"
+    fails "$1" "$bin/medrun" run "$model" -p hello -n 1 -q --save-prefix "$T/disk/prefix"
+    fails "$2" "$bin/medrun-export" "$fixtures/llama-tied" "$T/disk/out.mdr"
+    fails "$2" "$bin/medrun-export" --tokenizer-only "$fixtures/llama-tied" "$T/disk/out.bin"
+}
+mount -t tmpfs -o size=64k none "$T/disk" || exit 2
+cat /dev/zero >"$T/disk/kept" 2>/dev/null
+fail_all 'No space left' 'make room'
+rm "$T/disk/kept"
+mount -o remount,ro "$T/disk"
+fail_all 'Read-only' 'Read-only'
+EOS
+mkdir "$T/disk"
+unshare -rm sh "$T/disk.sh" "$bin" "$model" "$fixtures" "$T" >"$T/out" 2>/dev/null; rc=$?
+if [ -e "$T/tried" ]; then
+    check "ten programs tried: $(wc -l <"$T/tried"), exit $rc" [ "$(wc -l <"$T/tried")" = 10 ]
+    check "$(cat "$T/out")" [ ! -s "$T/out" ]
+else skipped=$((skipped + 1)); echo 'skipped: full and read-only disks: this user cannot mount one'; fi
+
+# The prompt comes from a pipe, so that the checkpoint is open and nothing of it was used.
+cp "$model" "$T/cut.mdr"
+if [ -d /proc/self ] && mkfifo "$T/pipe"; then
+    "$bin/medrun" run "$T/cut.mdr" -f - -n 4 -q <"$T/pipe" >"$T/out" 2>"$T/err" &
+    exec 3>"$T/pipe"
+    i=0
+    until grep -q cut.mdr /proc/$!/maps || [ $((i += 1)) = 100 ]; do sleep 0.1; done
+    sleep 0.5
+    dd if="$model" of="$T/cut.mdr" bs=4096 count=1 2>/dev/null
+    echo hello >&3; exec 3>&-
+    wait $!; rc=$?
+    check "a checkpoint that is cut: exit $rc, wanted 1" [ $rc = 1 ]
+    check "one line: $(cat "$T/err")" [ "$(grep -c 'cannot be read any more' "$T/err")" = "$(wc -l <"$T/err")" ]
+else skipped=$((skipped + 1)); echo 'skipped: a checkpoint that is cut: no /proc, or no pipes'; fi
+
+echo "$passed passed, $failed failed, $skipped skipped"
+[ $failed = 0 ]

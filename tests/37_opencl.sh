@@ -1,0 +1,64 @@
+#!/bin/sh
+# 37_opencl.sh BIN BUILD - devices as users see them: medrun built with OpenCL and without.
+passed=0 failed=0 skipped=0
+T=$(mktemp -d) || exit 1
+trap 'rm -rf "$T"' EXIT
+model=$2/llama-tied-int8.mdr plain=$1/medrun cc=${CC:-cc}
+for v in $(env | sed -n 's/^\(MEDRUN_[A-Z_]*\)=.*/\1/p'); do unset "$v"; done
+
+good() { passed=$((passed + 1)); }
+bad() { failed=$((failed + 1)); echo "FAILED: $*"; }
+finish() { echo "$passed passed, $failed failed, $skipped skipped"; [ "$failed" -eq 0 ]; exit; }
+# code N ARGUMENTS: runs $medrun; out and err in $T; the exit code must be N
+code() {
+    want=$1; shift
+    "$medrun" "$@" < /dev/null > "$T/out" 2> "$T/err"; rc=$?
+    if [ $rc = "$want" ]; then good; else bad "medrun $*: exit $rc, wanted $want: $(cat "$T/err")"; fi
+}
+with() { v=${1%%=*}; export "${1?}"; shift; "$@"; unset "$v"; }      # VARIABLE=VALUE COMMAND
+has() { if grep -q -- "$2" "$T/$1"; then good; else bad "$1 has no '$2': $(cat "$T/$1")"; fi; }
+hasnt() { if grep -q -- "$2" "$T/$1"; then bad "$1 has '$2': $(cat "$T/$1")"; else good; fi; }
+same() { if cmp -s "$1" "$2"; then good; else bad "$1 and $2 differ"; fi; }
+
+medrun=$plain
+code 0 doctor
+if grep -q 'not in this build' "$T/out"; then
+    code 6 logits "$model" --ids '1 2' -o "$T/none" --device 0; has err 'built without OpenCL'
+    code 6 logits "$model" --ids '1 2' -o "$T/none" -ngl 1; has err 'built without OpenCL'
+    code 0 run --help; has out 'this build has no OpenCL'
+    if grep -q clCreate "$plain"; then bad "$plain has traces of OpenCL"; else good; fi
+fi
+code 0 logits "$model" --ids '1 2 3 4 5' -o "$T/wanted" --device none
+
+if ! echo '#include <CL/cl.h>' | $cc -E - > /dev/null 2>&1; then
+    skipped=1; echo "skipped: no OpenCL headers (opencl-headers)"; finish
+fi
+medrun=$T/medrun
+if ! $cc -O1 -DMEDRUN_OPENCL -o "$medrun" medrun.c -lm -lpthread -ldl > "$T/log" 2>&1; then
+    bad "building with OpenCL: $(head -5 "$T/log")"; finish
+fi
+code 0 doctor; has out '^OpenCL '
+MEDRUN_OPENCL_LIBRARY=./none.so; export MEDRUN_OPENCL_LIBRARY
+code 0 doctor; has out 'no OpenCL library'
+code 6 logits "$model" --ids '1 2' -o "$T/none" --device 0; has err 'no OpenCL library'
+code 0 logits "$model" --ids '1 2 3 4 5' -o "$T/found"; same "$T/wanted" "$T/found"; hasnt err device
+unset MEDRUN_OPENCL_LIBRARY
+if ! "$medrun" doctor | grep -q '^OpenCL *0'; then
+    skipped=1; echo "skipped: OpenCL has no device here"; finish
+fi
+for device in "--device 0" "--device 0 --gpu-layers 1" "--device 0 -ngl 99" "--device none" "-ngl 0"; do
+    # shellcheck disable=SC2086
+    code 0 logits "$model" --ids '1 2 3 4 5' -o "$T/found" $device; same "$T/wanted" "$T/found"
+    case $device in *none|*"ngl 0") hasnt err device: ;; *) has err 'device: .* layers';; esac
+done
+with MEDRUN_DEVICE=0 code 0 run "$model" -n 3 -p x --raw; has err 'device: .* layers'
+code 6 run "$model" -n 3 -p x --device 99; has err 'found no "99"'
+code 2 run "$model" -n 3 -p x --device 0 --gpu-layers many; has err 'wanted a whole number'
+code 2 run "$model" -n 3 -p x --raw --device 0 --kv int8; has err 'f16 and f32'
+code 0 run "$model" -n 3 -p x --raw --kv int8
+code 2 show "$model" --device 0; has err 'does not go with show'
+with MEDRUN_DEVICE_MEMORY=1 code 6 run "$model" -n 3 -p x --device 0; has err '1 MB are not enough'
+with MEDRUN_OPENCL_OPTIONS="-D norm=+" code 6 run "$model" -n 3 -p x --device 0
+has err 'cannot be built'; has err "error"
+code 0 run --help; hasnt out 'this build has no OpenCL'; has out '--gpu-layers'
+finish

@@ -1,0 +1,203 @@
+/* fuzz.c - what a stranger's file can do to medrun, for clang's libFuzzer: see `make fuzz`.
+ *
+ * MEDRUN_FUZZ names what is read: header (of the checkpoint MEDRUN_FUZZ_BASE; its length and hash
+ * are made right, or nothing behind them would be reached), tokenizer, json, messages, state, gguf,
+ * and of the Hugging Face folder MEDRUN_FUZZ_BASE one file: config.json, tokenizer.json,
+ * tokenizer_config.json, generation_config.json, model.safetensors. Files are made in the working
+ * folder, first what is valid, corpus/seed. An error is fine; the sanitizers and libFuzzer's
+ * limits of time and memory say what is not. */
+#define MEDRUN_NO_MAIN
+#define MEDRUN_EXPORT_NO_MAIN
+#include "../tools/export.c"
+
+static const char *target, *base;
+static buffer original;                 /* the file of which the input replaces a part          */
+static medrun_model *model;             /* MEDRUN_FUZZ_BASE, for messages and state             */
+
+static void must(bool ok, const char *what) {
+    if (ok) return;
+    fprintf(stderr, "fuzz: %s\n", what);
+    exit(1);
+}
+
+static void slurp(const char *path, buffer *b) {
+    file_map map;
+    medrun_error e = {0};
+    must(!map_file(path, &map, &e), e.text);
+    buffer_add(b, map.data, map.n);
+    unmap_file(&map);
+}
+
+static void put_file(const char *path, const void *a, size_t n, const void *b, size_t m) {
+    FILE *f = fopen(path, "wb");
+    must(f && fwrite(a, 1, n, f) == n && fwrite(b, 1, m, f) == m && !fclose(f), path);
+}
+
+static void use_model(const char *path) {
+    static const int32_t ids[] = {1, 2, 3, 4};
+    medrun_model *m;
+    medrun_session *s;
+    if (medrun_open(&m, path, &(medrun_options){.threads = 1}, NULL)) return;
+    medrun_session_options o = {.context = 32};
+    size_t bytes = medrun_session_bytes(m, &o);
+    if (bytes && bytes < 64 << 20 && !medrun_start(&s, m, &o, NULL, 0, NULL)) {
+        if (!medrun_feed(s, ids, 4, NULL)) medrun_step(&s, 1, NULL);
+        medrun_stop(s);
+    }
+    medrun_close(m);
+}
+
+/* The checkpoint with INPUT for its header. */
+static void try_header(const uint8_t *input, size_t n) {
+    reader r = {original.data, original.n, 8, false};
+    size_t body = round_up(PREAMBLE + (size_t)read_u64(&r) + 32, FILE_ALIGN);
+    size_t end = PREAMBLE + n + 32, gap = round_up(end, FILE_ALIGN) - end;
+    static const uint8_t zeros[FILE_ALIGN];
+    uint8_t digest[32];
+    buffer b = {0};
+    buffer_add(&b, "MEDRUN01", 8);
+    write_le(&b, n, 8);
+    buffer_add(&b, input, n);
+    sha256_of(b.data, b.n, digest);
+    buffer_add(&b, digest, 32);
+    buffer_add(&b, zeros, gap);
+    put_file("input", b.data, b.n, original.data + body, original.n - body);
+    buffer_free(&b);
+    use_model("input");
+}
+
+static void try_tokenizer(const uint8_t *input, size_t n) {
+    static const char text[] = "Fever, 38.5 \xC2\xB0\x43 <|eot_id|>\n\n  na\xC3\xAFve\xFF";
+    tokenizer t;
+    buffer ids = {0};
+    if (tokenizer_open(&t, input, n, "input", NULL)) return;
+    tokenizer_encode(&t, text, sizeof text, MEDRUN_PARSE_SPECIAL, &ids, NULL);
+    buffer_free(&ids);
+    tokenizer_close(&t);
+}
+
+static void try_json(const uint8_t *input, size_t n) {
+    json j, again;
+    buffer text = {0}, quoted = {0};
+    bool good = !json_parse(&j, (const char *)input, n, NULL);
+    for (uint32_t v = 0; good && v < j.n; v++) {        /* what is read is what is written      */
+        if (json_typeof(&j, v) != JSON_STRING) continue;
+        text.n = quoted.n = 0;
+        json_unescape(&j, v, &text);
+        json_quote(&quoted, (const char *)text.data, text.n);
+        must(!json_parse(&again, (const char *)quoted.data, quoted.n, NULL), "refused as quoted");
+        size_t before = text.n;
+        json_unescape(&again, 0, &text);
+        must(text.n == 2 * before, "another length as quoted");
+        must(!before || !memcmp(text.data, text.data + before, before), "another text as quoted");
+        json_free(&again);
+    }
+    buffer_free(&text), buffer_free(&quoted);
+    json_free(&j);
+}
+
+static void try_messages(const uint8_t *input, size_t n) {
+    static const char *const names[] = {"llama3", "llama3.1", "alpaca", "afm", "apertus", "none"};
+    medrun_message m[2] = {{"user", "hello", 5}, {NULL, (const char *)input, n}};
+    medrun_chat_options o = {.tools = (const char *)input, .n_tools = n};
+    int32_t ids[64];
+    size_t count;
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        medrun_render(model, names[i], NULL, m, 2, true, ids, 64, &count, NULL);
+        medrun_render(model, names[i], &o, m, 1, true, ids, 64, &count, NULL);
+    }
+}
+
+/* The sum over the ids is made right where the head says how many there are. */
+static void try_state(const uint8_t *input, size_t n) {
+    buffer b = {0};
+    buffer_add(&b, input, n);
+    reader r = {b.data, b.n, 0, false};
+    read_bytes(&r, 104);
+    uint64_t ids = read_u64(&r), head = STATE_FIXED + 4 * ids;
+    if (!r.failed && ids < n && head + 32 <= n) sha256_of(b.data, (size_t)head, b.data + head);
+    put_file("input", b.data, b.n, NULL, 0);
+    buffer_free(&b);
+    medrun_session *s;
+    must(!medrun_start(&s, model, &(medrun_session_options){.context = 64}, NULL, 0, NULL), "start");
+    if (!medrun_restore(s, "input", NULL)) medrun_step(&s, 1, NULL);
+    size_t taken;
+    medrun_feed_saved(s, (const int32_t[]){1, 2, 3, 4, 5}, 5, "input", &taken, NULL);
+    medrun_stop(s);
+}
+
+static void run_export(const char *source) {
+    char *line[] = {"medrun-export", (char *)(uintptr_t)source, "out.mdr", "--dry-run", NULL};
+    export_main(4, line);
+}
+
+static void try_gguf(const uint8_t *input, size_t n) {
+    put_file("input.gguf", input, n, NULL, 0);
+    run_export("input.gguf");
+}
+
+/* One file of a folder; of safetensors the header, whose length is made right. */
+static void try_folder(const uint8_t *input, size_t n) {
+    char path[256];
+    snprintf(path, sizeof path, "folder/%s", target);
+    buffer b = {0};
+    if (strcmp(target, "model.safetensors")) {
+        put_file(path, input, n, NULL, 0);
+    } else {
+        reader r = {original.data, original.n, 0, false};
+        size_t body = 8 + (size_t)read_u64(&r);
+        write_le(&b, n, 8);
+        buffer_add(&b, input, n);
+        put_file(path, b.data, b.n, original.data + body, original.n - body);
+        buffer_free(&b);
+    }
+    run_export("folder");
+}
+
+/* What is valid, for the first of the corpus. */
+static void make_seed(void) {
+    if (!strcmp(target, "header") || !strcmp(target, "model.safetensors")) {
+        size_t at = *target == 'h' ? 8 : 0;
+        reader r = {original.data, original.n, at, false};
+        put_file("corpus/seed", original.data + at + 8, (size_t)read_u64(&r), NULL, 0);
+    } else if (!strcmp(target, "state")) {
+        medrun_session *s;
+        must(!medrun_start(&s, model, &(medrun_session_options){.context = 64}, NULL, 0, NULL) &&
+             !medrun_feed(s, (const int32_t[]){1, 2, 3, 4}, 4, NULL) &&
+             !medrun_step(&s, 1, NULL) && !medrun_save(s, "corpus/seed", NULL), "seed");
+        medrun_stop(s);
+    } else if (!strcmp(target, "json") || !strcmp(target, "messages")) {
+        static const char text[] = "{\"role\": \"user\", \"content\": [{\"type\": \"text\", \"text\": "
+                                   "\"\\u00b5\\ud83d\\ude00\"}, 1e-3, null, true, [-0.5]]}";
+        put_file("corpus/seed", text, sizeof text - 1, NULL, 0);
+    } else {
+        put_file("corpus/seed", original.data, original.n, NULL, 0);
+    }
+}
+
+int LLVMFuzzerInitialize(int *argc, char ***argv);
+int LLVMFuzzerTestOneInput(const uint8_t *input, size_t n);
+
+int LLVMFuzzerInitialize(int *argc, char ***argv) {
+    (void)argc, (void)argv;
+    target = getenv("MEDRUN_FUZZ"), base = getenv("MEDRUN_FUZZ_BASE");
+    must(target && base, "MEDRUN_FUZZ and MEDRUN_FUZZ_BASE say what to read");
+    medrun_error e = {0};
+    if (!strcmp(target, "messages") || !strcmp(target, "state"))
+        must(!medrun_open(&model, base, &(medrun_options){.threads = 1}, &e), e.text);
+    slurp(base, &original);
+    make_seed();
+    return 0;
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *input, size_t n) {
+    static const struct {
+        const char *name;
+        void (*run)(const uint8_t *input, size_t n);
+    } all[] = {{"header", try_header}, {"tokenizer", try_tokenizer}, {"json", try_json},
+               {"messages", try_messages}, {"state", try_state}, {"gguf", try_gguf}};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        if (!strcmp(target, all[i].name)) return all[i].run(input, n), 0;
+    try_folder(input, n);
+    return 0;
+}
