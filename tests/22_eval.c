@@ -279,7 +279,7 @@ static size_t generate_alone(const prompt *p, int32_t *out, size_t most) {
     while (n < most && !e.code) {
         while (medrun_pending(s)) medrun_step(&s, 1, &e);
         medrun_sample(s, &out[n], &e);
-        if (is_stop(v.m, out[n])) break;
+        if (medrun_is_stop(v.m, out[n])) break;
         medrun_feed(s, &out[n++], 1, &e);
     }
     medrun_stop(s);

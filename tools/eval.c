@@ -85,7 +85,7 @@ typedef struct {
     size_t next;                                /* the question that no slot has had           */
     uint64_t processed, needed;                 /* tokens; without any sharing                 */
     uint64_t generated, fed_back;               /* and how many of those went through a pass   */
-    double seconds, start, drawn;               /* in passes; clock                            */
+    double start, seconds, drawn;               /* of the clock; since the start               */
     size_t drawn_at;                            /* the next number of done that is worth a line */
     buffer header, lines;                       /* of the results                              */
     int fd;                                     /* of the result file, or -1                   */
@@ -583,9 +583,8 @@ static int run_pass(evaluation *v, medrun_error *e) {
             sessions[n++] = s->s;
             if (medrun_length(s->s) == s->n) ready[n_ready++] = s;
         }
-    double start = seconds();
     if (medrun_step(sessions, n, e)) return e->code;
-    v->seconds += seconds() - start, v->processed += v->batch - room;
+    v->processed += v->batch - room;
     for (size_t i = 0; i < n_ready; i++) if (use_logits(v, ready[i], e)) return e->code;
     return MEDRUN_OK;
 }
@@ -1369,6 +1368,11 @@ static int choose_chat(evaluation *v, medrun_error *e) {
         return fail(e, MEDRUN_USAGE, "chat template: found %s, wanted --template with one of "
                     CHAT_NAMES ", or --no-template",
                     v->o.template_name ? v->o.template_name : "one that medrun does not know");
+    for (size_t i = 0; i < 4; i++) {                    /* a template that is named brings its stops  */
+        int32_t id = chat_token(&v->m->tokenizer, v->chat->stops[i]);
+        if (id >= 0 && !medrun_is_stop(v->m, id) && v->m->n_stops < MEDRUN_MAX_STOPS)
+            v->m->stops[v->m->n_stops++] = id;
+    }
     c->date = v->o.date, c->bos = v->bos;
     if (!c->date && v->chat->how & STATES_TODAY) date_today(v->today), c->date = v->today;
     if (v->bos == MEDRUN_BOS_AUTO && !v->chat->bos)
@@ -1406,8 +1410,8 @@ static int make_prompts(evaluation *v, size_t *longest, size_t *rows, medrun_err
 
 /* On a terminal one line that changes, else a line for each tenth. */
 static void draw_progress(evaluation *v, bool last) {
-    double now = seconds(), passed = now - v->start;
-    bool terminal = is_terminal(STDERR_FILENO);
+    double now = seconds(), passed = v->seconds = now - v->start;
+    bool terminal = terminal_draws();
     if (v->o.quiet) return;
     if (!last && (terminal ? now - v->drawn < 0.2 : v->n_done < v->drawn_at)) return;
     v->drawn = now, v->drawn_at = v->n_done + v->n_mine / 10 + 1;
@@ -1415,7 +1419,7 @@ static void draw_progress(evaluation *v, bool last) {
     int left = rate > 0 ? (int)((double)(v->n_mine - v->n_done) / rate) : 0;
     fprintf(stderr, "%s%zu of %zu, acc %.4f, %.2f questions/s, %.1f tokens/s, %d:%02d:%02d left%s",
             terminal ? "\r" : "", v->n_done, v->n_mine, share(v->n_right, v->n_scored), rate,
-            v->seconds > 0 ? (double)v->processed / v->seconds : 0, left / 3600, left / 60 % 60,
+            passed > 0 ? (double)v->processed / passed : 0, left / 3600, left / 60 % 60,
             left % 60, terminal ? "   " : "\n");
     if (terminal && last) fputc('\n', stderr);
 }
