@@ -9594,10 +9594,10 @@ static int check_device(medrun_model *m, device *d, medrun_error *e) {
     int code = try_logits(m, wanted, e);
     m->device = d;
     if (!code) code = try_logits(m, found, e);
-    for (size_t i = 0; !code && i < vocab; i++) {
+    for (size_t i = 0; !code && off >= 0 && i < vocab; i++) {           /* a NaN ends it         */
         double difference = fabs((double)found[i] - (double)wanted[i]);
         if (fabs((double)wanted[i]) > largest) largest = fabs((double)wanted[i]);
-        if (difference > off || isnan(difference)) off = difference;    /* a NaN stays           */
+        if (!(difference <= off)) off = difference;
     }
     d->exact = !memcmp((void *)found, (void *)wanted, vocab * sizeof *found);
     free(wanted);
