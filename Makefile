@@ -95,6 +95,8 @@ threads:
 	@mkdir -p build/threads
 	$(MAKE) BUILD=build/threads BIN=build/threads CFLAGS="-O1 -g1 -fsanitize=thread" \
 	    UNITS="04_threads 07_tensor 15_session" SCRIPTS=none test
+targets:
+	sh tools/targets.sh
 # Each reader of a stranger's bytes under clang's libFuzzer, for SECONDS.
 $(BUILD)/fuzz_readers: tests/fuzz.c tools/export.c $(EXPORT) medrun.c
 	@mkdir -p $(BUILD)
@@ -103,9 +105,8 @@ fuzz: $(BUILD)/fuzz_readers $(MODELS) $(BUILD)/tokenizer.bin
 	@sh tests/fuzz.sh $(BUILD)/fuzz_readers $(SECONDS) $(READERS)
 bench: $(BIN)/medrun
 	$(BIN)/medrun bench $(DEMO)
-size: $(BIN)/medrun
-	@mkdir -p $(BUILD)
-	strip -o $(BUILD)/medrun.stripped $(BIN)/medrun && size $(BUILD)/medrun.stripped
+size:
+	@CC="$(CC)" CFLAGS="$(CFLAGS)" sh tools/size.sh $(BUILD)
 install: all
 	install -d $(DESTDIR)$(PREFIX)/bin
 	install $(BIN)/medrun $(BIN)/medrun-export $(BIN)/medrun-eval $(DESTDIR)$(PREFIX)/bin
@@ -144,8 +145,10 @@ help:
 	@echo "make threads    those of the thread pool and sessions under the thread sanitizer"
 	@echo "make fuzz       strangers' files, made up by clang's libFuzzer: 60 s a reader; SECONDS=600"
 	@echo "make lint       line lengths, function lengths, warnings of gcc and clang, clang-tidy"
+	@echo "make targets    the same bits on other processors and systems, emulated where they must be"
+	@echo "make size       bytes of code and data, by each compiler for another processor, too"
 	@echo "make static     build/static/medrun and medrun-export, by musl-gcc, with no library beside"
 	@echo "make windows    build/windows/medrun.exe and medrun-export.exe, by mingw-w64"
-	@echo "make bench, make size, make install, make clean"
+	@echo "make bench, make install, make clean"
 
-.PHONY: all static windows run test lint debug threads fuzz bench size install clean help
+.PHONY: all static windows run test lint debug threads fuzz bench targets size install clean help

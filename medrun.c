@@ -41,8 +41,10 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
+#ifndef _FILE_OFFSET_BITS
+#define _FILE_OFFSET_BITS 64    /* on 32 bits too files are larger than memory                  */
+#endif
 #ifdef _WIN32
-#define _FILE_OFFSET_BITS 64
 #define WIN32_LEAN_AND_MEAN
 #define NOGDI
 #endif
@@ -231,7 +233,8 @@ typedef struct {
                                    who renders with another says which; must outlive it, too   */
 } medrun_session_options;
 
-/* The exact bytes medrun_start needs for these options; 0 if they are out of range. */
+/* The exact bytes medrun_start needs for these options; 0 if they are out of range, SIZE_MAX if no
+ * memory of a machine of 32 bits can hold them. */
 size_t medrun_session_bytes(const medrun_model *model, const medrun_session_options *options);
 
 /* Starts a session. MEMORY is NULL (the session maps its own) or at least medrun_session_bytes
@@ -390,7 +393,23 @@ void medrun_observe(medrun_session *session, medrun_observer *observer, void *us
 #if defined __x86_64__ || defined __i386__
 #define MEDRUN_X86 1
 #include <cpuid.h>
+#if defined __i386__ && !defined __SSE2_MATH__  /* x87 would round to other bits                 */
+#ifdef __clang__
+#error "clang: add -msse2"
+#endif
+#pragma GCC target("sse,fpmath=sse")            /* with sse2, headers would want a _Float16 that */
+#include <immintrin.h>                          /* gcc has only where -msse2 was on the line     */
+#pragma GCC target("sse2")
+#endif
 #include <immintrin.h>
+#elif defined __aarch64__
+#define MEDRUN_ARM64 1
+#include <arm_neon.h>
+#if defined __linux__
+#include <sys/auxv.h>
+#elif defined __APPLE__
+#include <sys/sysctl.h>
+#endif
 #endif
 
 #ifdef __MINGW_PRINTF_FORMAT
@@ -414,10 +433,6 @@ MOVE_ANYWHERE("vmovdqa64", "vmovdqu64")
 #define ALWAYS_INLINE static inline __attribute__((always_inline, unused))
 #define MAYBE_UNUSED __attribute__((unused))
 #define NEVER_INLINE static __attribute__((noinline))
-
-#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "checkpoints are little-endian and used as they are mapped: this machine is big-endian"
-#endif
 
 /* ---- the system ---------------------------------------------------------------------------- */
 
@@ -525,6 +540,7 @@ static void memory_size(uint64_t *total, uint64_t *available) {
     while (fgets(line, sizeof line, f))
         if (sscanf(line, "MemAvailable: %llu kB", &kib) == 1) *available = kib * 1024;
     fclose(f);
+    if (*available > *total) *available = *total;
 }
 
 static uint64_t random_bits(void) {
@@ -594,7 +610,7 @@ static bool more_is_typed(void) {
     return waiting > 0;
 }
 
-#ifdef MEDRUN_OPENCL            /* a library that may be there or not                            */
+#ifdef MEDRUN_OPENCL            /* a library that may be there, for as long as the program runs  */
 #ifdef __APPLE__
 #define OPENCL_LIBRARY "/System/Library/Frameworks/OpenCL.framework/OpenCL"
 #else
@@ -602,7 +618,6 @@ static bool more_is_typed(void) {
 #endif
 static void *open_library(const char *path) { return dlopen(path, RTLD_NOW | RTLD_LOCAL); }
 static void *find_symbol(void *library, const char *name) { return dlsym(library, name); }
-static void close_library(void *library) { dlclose(library); }
 #endif
 
 /* What a program does first; gives its COUNT arguments in UTF-8, NULL if it cannot run. */
@@ -873,7 +888,6 @@ static void *open_library(const char *path) {
 static void *find_symbol(void *library, const char *name) {
     return (void *)(uintptr_t)GetProcAddress(library, name);
 }
-static void close_library(void *library) { FreeLibrary(library); }
 #endif
 
 /* Arguments, and variables of our names, from UTF-16: it has what the code page lacks. */
@@ -1527,6 +1541,20 @@ static void json_quote(buffer *b, const char *text, size_t n) {
 
 enum { SPINS = 2000 };
 
+/* Refuses a machine that cannot use checkpoints as they are mapped, or not with the same bits. */
+static int check_machine(medrun_error *e) {
+    const char *why = NULL;
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+    why = "is big-endian, and checkpoints are little-endian";
+#elif defined __i386__
+    unsigned a, b, c, d = 0;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(d >> 26 & 1)) why = "has no SSE2";
+#endif
+    return why ? fail(e, MEDRUN_BAD_FILE, "this processor %s: medrun cannot run here", why)
+               : MEDRUN_OK;
+}
+
+
 /* A whole file mapped for reading. */
 typedef struct {
     const uint8_t *data;
@@ -1535,6 +1563,7 @@ typedef struct {
 
 static int map_file(const char *path, file_map *map, medrun_error *e) {
     *map = (file_map){0};
+    if (check_machine(e)) return MEDRUN_BAD_FILE;
     int fd = open_file(path, TO_MAP);
     if (fd < 0) return fail(e, MEDRUN_BAD_FILE, "%s: cannot open: %s", path, strerror(errno));
     file_facts f = {0};
@@ -1542,11 +1571,15 @@ static int map_file(const char *path, file_map *map, medrun_error *e) {
     const char *why = NULL;
     if (get_facts(NULL, fd, &f)) why = strerror(errno);
     else if (f.folder) why = "is a folder, wanted a file";
-    else if (!f.regular) why = "is not a regular file, so it cannot be mapped";
+    else if (!f.regular) why = "is not a regular file but a pipe or a device, so it "
+                                "cannot be mapped";
     else if (!f.bytes) why = "is empty";
-    else if (f.bytes > SIZE_MAX) why = "is larger than this machine can address";
+    else if (f.bytes > SIZE_MAX) why = "a program of 32 bits can address 4294967295";
     else if (!(p = map_bytes(fd, (size_t)f.bytes))) why = strerror(errno);
     close(fd);
+    if (why && f.regular && f.bytes)
+        return fail(e, MEDRUN_BAD_FILE, "%s: cannot map its %llu bytes: %s", path,
+                    (unsigned long long)f.bytes, why);
     if (why) return fail(e, MEDRUN_BAD_FILE, "%s: %s", path, why);
     return *map = (file_map){p, (size_t)f.bytes}, MEDRUN_OK;
 }
@@ -1707,12 +1740,37 @@ static int pool_start(thread_pool *p, int threads, medrun_error *e) {
 
 typedef struct {
     bool avx2, avx_vnni, avx512, avx512_bf16;
+    bool neon, neon_dot, neon_i8mm, neon_bf16;
 } cpu_features;
 
-/* What the processor has AND the system saves at a task switch (xgetbv). */
-static cpu_features detect_cpu(void) {
+#if defined MEDRUN_ARM64 && defined __APPLE__
+static bool has_feature(const char *name) {
+    int found = 0;
+    size_t n = sizeof found;
+    return !sysctlbyname(name, &found, &n, NULL, 0) && found;
+}
+#endif
+
+/* What the processor has AND the system saves at a task switch (xgetbv). NEON is a part of arm64;
+ * what came later, the system tells. */
+MAYBE_UNUSED static cpu_features detect_cpu(void) {
     cpu_features f = {0};
-#ifdef MEDRUN_X86
+#if defined MEDRUN_ARM64
+    f.neon = true;
+#if defined __linux__
+    f.neon_dot = getauxval(AT_HWCAP) >> 20 & 1;
+    f.neon_i8mm = f.neon_dot && (getauxval(AT_HWCAP2) >> 13 & 1);
+    f.neon_bf16 = f.neon_i8mm && (getauxval(AT_HWCAP2) >> 14 & 1);
+#elif defined __APPLE__
+    f.neon_dot = has_feature("hw.optional.arm.FEAT_DotProd");
+    f.neon_i8mm = f.neon_dot && has_feature("hw.optional.arm.FEAT_I8MM");
+    f.neon_bf16 = f.neon_i8mm && has_feature("hw.optional.arm.FEAT_BF16");
+#elif defined _WIN32            /* PF_ARM_V82_DP_, V82_I8MM_ and V86_BF16_INSTRUCTIONS_AVAILABLE */
+    f.neon_dot = IsProcessorFeaturePresent(43);
+    f.neon_i8mm = f.neon_dot && IsProcessorFeaturePresent(66);
+    f.neon_bf16 = f.neon_i8mm && IsProcessorFeaturePresent(68);
+#endif
+#elif defined MEDRUN_X86
     unsigned a, b, c, d, b7, c7, d7, a71 = 0;
     if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return f;
     bool fma = c >> 12 & 1, f16c = c >> 29 & 1;
@@ -1851,7 +1909,8 @@ static size_t panel_bytes(int type, size_t cols) {
     return groups * GROUP_BYTES + (groups + 1) / 2 * STEP_BYTES;
 }
 
-static size_t tensor_bytes(int type, size_t rows, size_t cols) {
+/* May be more than the machine can address. */
+static uint64_t tensor_bytes(int type, uint64_t rows, size_t cols) {
     if (type == TYPE_F32) return rows * cols * sizeof(float);
     return (rows + LANES - 1) / LANES * panel_bytes(type, cols);
 }
@@ -2016,6 +2075,7 @@ typedef struct {
     const char *name;
     bool bf16_dot;                  /* has a matmul for PACK_BF16                               */
     int int_pack;                   /* what int8 and int4 weights multiply                      */
+    unsigned unpacks;               /* 1 << type: a matmul of many tokens unpacks such weights  */
     /* x (tokens, cols) with STRIDE -> out; cols a multiple of 16 */
     void (*pack)(int kind, const float *x, size_t stride, size_t cols, size_t tokens,
                  uint8_t *out);
@@ -2045,6 +2105,13 @@ typedef struct {
 #define KERNEL_JOIN2(name, suffix) name##_##suffix
 #define KERNEL_JOIN(name, suffix) KERNEL_JOIN2(name, suffix)
 #define K(name) KERNEL_JOIN(name, KERNEL_SUFFIX)        /* vadd -> vadd_avx2 */
+/* A pass with PARTIAL has words of its own for products only; the rest is KERNEL_BASE's. */
+#define B(name) KERNEL_JOIN(name, KERNEL_BASE)
+#ifdef MEDRUN_NO_MAIN
+#define FIT_INT4 fit_int4
+#else
+#define FIT_INT4 NULL           /* the exporter searches for scales, the program never does      */
+#endif
 
 /* The words. vec is 16 floats, ivec 16 int32, wvec 64 bytes of weights. */
 #define vec K(vec)
@@ -2075,32 +2142,38 @@ typedef struct {
 #define istore16 K(istore16)            /* 16 ints that fit as 16 int16                          */
 #define wload K(wload)                  /* 64 bytes of weights                                   */
 #define wshift K(wshift)                /* the shifts of 16 int4 groups, each in 4 bytes         */
-#define wlevels K(wlevels)              /* int4 weights + 128 of 64 low, or else high, nibbles   */
 #define wstore K(wstore)
 #define wload_int8 K(wload_int8)        /* 32 int8, widened to int16                             */
 #define weven K(weven)                  /* of 16 pairs of bf16 the first, widened                */
 #define wodd K(wodd)                    /* ... the second                                        */
 #define bvec K(bvec)                    /* 64 int8 weights + 128 as idot4 wants them             */
 #define bready K(bready)                /* wvec to bvec                                          */
+#define blevels K(blevels)              /* the weights of 64 low, or else high, nibbles of int4  */
 #define bload K(bload)
-#define bstore K(bstore)
-#define xvec K(xvec)                    /* four q of one token, on all lanes                     */
-#define xload K(xload)                  /* token T of a tile of WIDE                             */
-#define idot4 K(idot4)                  /* acc + sum of 4 (weight + 128) * int8, exact           */
-#define idot2 K(idot2)                  /* acc + sum of 2 int16 * int16, exact if it fits        */
+#define bstore K(bstore)                /* two steps                                             */
+#define ibias K(ibias)                  /* -128 * a sum of q, if bvec is weights + 128; else 0   */
+#define svec K(svec)                    /* a float on all lanes                                  */
+#define sload K(sload)                  /* number T of NT that stand side by side                */
+#define vfmas K(vfmas)                  /* vec * svec + vec, rounded once                        */
+#define xvec K(xvec)                    /* four q, or two bf16, of one token on all lanes        */
+#define xload K(xload)                  /* token T of NT, in a tile of WIDE                      */
+#define idot4 K(idot4)                  /* acc + sum of 4 bvec * int8, exact                     */
 #define vdot2 K(vdot2)                  /* acc + w0 x0 + w1 x1 in bf16, as the processor does it */
+#define pvec K(pvec)                    /* two int16 of one query on all lanes                   */
+#define pload K(pload)
+#define idot2 K(idot2)                  /* acc + sum of 2 int16 * int16, exact if it fits        */
 /* The sentences. */
 #define vexp K(vexp)
 #define vexp_bend K(vexp_bend)
 #define vexpm1 K(vexpm1)
 #define pack_int K(pack_int)
-#define pack K(pack)
+#define pack B(pack)
 #define tile_f32 K(tile_f32)
 #define tile_bf16 K(tile_bf16)
 #define tile_int8 K(tile_int8)
 #define unpack K(unpack)
 #define tile_int4 K(tile_int4)
-#define matmul_f32 K(matmul_f32)
+#define matmul_f32 B(matmul_f32)
 #define matmul_bf16 K(matmul_bf16)
 #define matmul_int8 K(matmul_int8)
 #define matmul_int4 K(matmul_int4)
@@ -2112,12 +2185,12 @@ typedef struct {
 #define int4_fit K(int4_fit)
 #define round_int4 K(round_int4)
 #define start_int4 K(start_int4)
-#define fit_int4 K(fit_int4)
-#define norm K(norm)
-#define silu_mul K(silu_mul)
-#define relu2 K(relu2)
-#define xielu K(xielu)
-#define add K(add)
+#define fit_int4 B(fit_int4)
+#define norm B(norm)
+#define silu_mul B(silu_mul)
+#define relu2 B(relu2)
+#define xielu B(xielu)
+#define add B(add)
 #define pack_queries K(pack_queries)
 #define round16 K(round16)
 #define pack_int16 K(pack_int16)
@@ -2134,10 +2207,10 @@ typedef struct {
 #define value_int8 K(value_int8)
 #define value_step K(value_step)
 #define value_block K(value_block)
-#define attend K(attend)
-#define merge K(merge)
-#define to_half K(to_half)
-#define to_int8 K(to_int8)
+#define attend B(attend)
+#define merge B(merge)
+#define to_half B(to_half)
+#define to_int8 B(to_int8)
 #define peak K(peak)
 #define read_all K(read_all)
 #define kernel_row K(kernel_row)
@@ -2186,13 +2259,27 @@ static void tile_keys(const attention *a, size_t t, size_t nt, size_t first, siz
 #define BYTES_AS_THEY_LIE                                                                       \
     typedef wvec bvec;                                                                          \
     ALWAYS_INLINE bvec bready(wvec w) { return w; }                                             \
+    BYTES_BY_STEPS
+#define BYTES_BY_STEPS                                                                          \
     ALWAYS_INLINE bvec bload(const uint8_t *p) { return wload(p); }                             \
-    ALWAYS_INLINE void bstore(uint8_t *p, bvec w) { wstore(p, w); }
+    ALWAYS_INLINE void bstore(uint8_t *p, bvec first, bvec second) {                            \
+        wstore(p, first);                                                                       \
+        wstore(p + STEP_BYTES, second);                                                         \
+    }
+/* Where a number is loaded onto all lanes at once. */
+#define NUMBERS_ON_ALL_LANES                                                                    \
+    typedef vec svec;                                                                           \
+    ALWAYS_INLINE svec sload(const void *p, size_t t, size_t nt) {                              \
+        return (void)nt, vsplat(load_float((const uint8_t *)p + 4 * t));                        \
+    }                                                                                           \
+    ALWAYS_INLINE vec vfmas(vec x, svec y, vec c) { return vfma(x, y, c); }
 
 #else /* ---- MEDRUN_PASS: the words ----------------------------------------------------------- */
 
 #if MEDRUN_PASS == 1
 #define KERNEL_SUFFIX scalar
+#define KERNEL_BASE scalar
+#define KERNEL_NAME "scalar"
 #define TILE_PANELS 1           /* what fits the registers                                       */
 #define TILE_TOKENS 8
 #define FEW_TOKENS 8            /* ... of one panel                                              */
@@ -2277,11 +2364,6 @@ ALWAYS_INLINE wvec wshift(const uint8_t *p) {
     EACH memset(r.v + 4 * i, p[2 * i] & SHIFT_MASK, 4);
     return r;
 }
-ALWAYS_INLINE wvec wlevels(wvec w, wvec shift, bool low) {
-    UNROLLED for (int i = 0; i < 64; i++)
-        w.v[i] = (uint8_t)(int4_levels[low ? w.v[i] & 15 : w.v[i] >> 4] + shift.v[i]);
-    return w;
-}
 ALWAYS_INLINE wvec wload_int8(const int8_t *p) {
     wvec r;
     int16_t wide[32];
@@ -2300,10 +2382,16 @@ ALWAYS_INLINE vec wodd(wvec w) {
     return r;
 }
 BYTES_AS_THEY_LIE
+NUMBERS_ON_ALL_LANES
+ALWAYS_INLINE bvec blevels(wvec w, wvec shift, bool low) {
+    UNROLLED for (int i = 0; i < 64; i++)
+        w.v[i] = (uint8_t)(int4_levels[low ? w.v[i] & 15 : w.v[i] >> 4] + shift.v[i]);
+    return w;
+}
 typedef struct { int8_t q[4]; } xvec;
-ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t wide) {
+ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t nt, size_t wide) {
     xvec x;
-    (void)wide;
+    (void)nt, (void)wide;
     memcpy(&x, words + 4 * t, 4);
     return x;
 }
@@ -2312,11 +2400,12 @@ ALWAYS_INLINE ivec idot4(ivec acc, bvec w, xvec x) {
                      w.v[4 * i + 3] * x.q[3];
     return acc;
 }
-ALWAYS_INLINE ivec idot2(ivec acc, wvec w, uint32_t x) {
-    int16_t q[2], pair[32];
-    memcpy(q, &x, 4);
+typedef struct { int16_t q[2]; } pvec;
+ALWAYS_INLINE pvec pload(const void *p) { pvec x; memcpy(&x, p, 4); return x; }
+ALWAYS_INLINE ivec idot2(ivec acc, wvec w, pvec x) {
+    int16_t pair[32];
     memcpy(pair, &w, 64);
-    EACH acc.v[i] += pair[2 * i] * q[0] + pair[2 * i + 1] * q[1];
+    EACH acc.v[i] += pair[2 * i] * x.q[0] + pair[2 * i + 1] * x.q[1];
     return acc;
 }
 #undef EACH
@@ -2324,9 +2413,15 @@ ALWAYS_INLINE ivec idot2(ivec acc, wvec w, uint32_t x) {
 #elif MEDRUN_PASS == 2 || MEDRUN_PASS == 4
 #if MEDRUN_PASS == 2
 #define KERNEL_SUFFIX avx2
+#define KERNEL_NAME "avx2"
+#define UNPACK_INT8
+#define INT16_WORDS
 #else
 #define KERNEL_SUFFIX avxvnni
+#define KERNEL_NAME "avxvnni"
+#define PARTIAL
 #endif
+#define KERNEL_BASE avx2
 #define TILE_PANELS 1
 #define TILE_TOKENS 4
 #define FEW_TOKENS 4
@@ -2440,9 +2535,6 @@ ALWAYS_INLINE __m256i K(levels_half)(__m256i w, __m256i shift, bool low) {
     __m256i q = _mm256_and_si256(low ? w : _mm256_srli_epi16(w, 4), _mm256_set1_epi8(15));
     return _mm256_add_epi8(_mm256_shuffle_epi8(levels, q), shift);
 }
-ALWAYS_INLINE wvec wlevels(wvec w, wvec shift, bool low) {
-    return (wvec){K(levels_half)(w.a, shift.a, low), K(levels_half)(w.b, shift.b, low)};
-}
 ALWAYS_INLINE vec weven(wvec w) {
     return (vec){_mm256_castsi256_ps(_mm256_slli_epi32(w.a, 16)),
                  _mm256_castsi256_ps(_mm256_slli_epi32(w.b, 16))};
@@ -2452,11 +2544,12 @@ ALWAYS_INLINE vec wodd(wvec w) {
     return (vec){_mm256_castsi256_ps(_mm256_and_si256(w.a, mask)),
                  _mm256_castsi256_ps(_mm256_and_si256(w.b, mask))};
 }
+NUMBERS_ON_ALL_LANES
 #if MEDRUN_PASS == 4
 BYTES_AS_THEY_LIE
 typedef __m256i xvec;
-ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t wide) {
-    (void)wide;
+ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t nt, size_t wide) {
+    (void)nt, (void)wide;
     return _mm256_set1_epi32((int32_t)load_word(words + 4 * t));
 }
 ALWAYS_INLINE ivec idot4(ivec acc, bvec w, xvec x) {
@@ -2478,11 +2571,14 @@ ALWAYS_INLINE bvec bload(const uint8_t *p) {
     wvec even = wload(p), odd = wload(p + 64);
     return (bvec){even.a, even.b, odd.a, odd.b};
 }
-ALWAYS_INLINE void bstore(uint8_t *p, bvec w) {
-    wstore(p, (wvec){w.even_a, w.odd_a});
-    wstore(p + 64, (wvec){w.even_b, w.odd_b});
+ALWAYS_INLINE void bstore(uint8_t *p, bvec first, bvec second) {
+    wstore(p, (wvec){first.even_a, first.odd_a});
+    wstore(p + 64, (wvec){first.even_b, first.odd_b});
+    wstore(p + 128, (wvec){second.even_a, second.odd_a});
+    wstore(p + 192, (wvec){second.even_b, second.odd_b});
 }
-ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t wide) {
+ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t nt, size_t wide) {
+    (void)nt;
     return (xvec){_mm256_set1_epi32((int32_t)load_word(words + 4 * t)),
                   _mm256_set1_epi32((int32_t)load_word(words + 4 * (wide + t)))};
 }
@@ -2499,15 +2595,22 @@ ALWAYS_INLINE ivec idot4(ivec acc, bvec w, xvec x) {
     return acc;
 }
 #endif
-ALWAYS_INLINE ivec idot2(ivec acc, wvec w, uint32_t x) {
-    __m256i q = _mm256_set1_epi32((int32_t)x);
-    return (ivec){_mm256_add_epi32(acc.a, _mm256_madd_epi16(w.a, q)),
-                  _mm256_add_epi32(acc.b, _mm256_madd_epi16(w.b, q))};
+ALWAYS_INLINE bvec blevels(wvec w, wvec shift, bool low) {
+    return bready((wvec){K(levels_half)(w.a, shift.a, low), K(levels_half)(w.b, shift.b, low)});
+}
+typedef __m256i pvec;
+ALWAYS_INLINE pvec pload(const void *p) { return _mm256_set1_epi32((int32_t)load_word(p)); }
+ALWAYS_INLINE ivec idot2(ivec acc, wvec w, pvec x) {
+    return (ivec){_mm256_add_epi32(acc.a, _mm256_madd_epi16(w.a, x)),
+                  _mm256_add_epi32(acc.b, _mm256_madd_epi16(w.b, x))};
 }
 #undef BOTH
 
-#else /* 3: avx512 with VNNI, and for those that have it BF16 */
+#elif MEDRUN_PASS == 3 /* avx512 with VNNI, and for those that have it BF16 */
 #define KERNEL_SUFFIX avx512
+#define KERNEL_BASE avx512
+#define KERNEL_NAME "avx512"
+#define BF16_NAME "avx512bf16"
 #define TILE_PANELS 4
 #define TILE_TOKENS 4
 #define FEW_TOKENS 8
@@ -2580,7 +2683,8 @@ ALWAYS_INLINE wvec wshift(const uint8_t *p) {
     h = _mm512_and_si512(h, _mm512_set1_epi32(SHIFT_MASK));
     return _mm512_mullo_epi32(h, _mm512_set1_epi32(0x01010101));
 }
-ALWAYS_INLINE wvec wlevels(wvec w, wvec shift, bool low) {
+BYTES_AS_THEY_LIE
+ALWAYS_INLINE bvec blevels(wvec w, wvec shift, bool low) {
     __m512i levels = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)int4_levels));
     __m512i q = _mm512_and_si512(low ? w : _mm512_srli_epi16(w, 4), _mm512_set1_epi8(15));
     return _mm512_add_epi8(_mm512_shuffle_epi8(levels, q), shift);
@@ -2592,27 +2696,288 @@ ALWAYS_INLINE vec weven(wvec w) { return _mm512_castsi512_ps(_mm512_slli_epi32(w
 ALWAYS_INLINE vec wodd(wvec w) {
     return _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32((int32_t)0xFFFF0000)));
 }
-BYTES_AS_THEY_LIE
+NUMBERS_ON_ALL_LANES
 typedef __m512i xvec;
-ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t wide) {
-    (void)wide;
+ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t nt, size_t wide) {
+    (void)nt, (void)wide;
     return _mm512_set1_epi32((int32_t)load_word(words + 4 * t));
 }
 ALWAYS_INLINE ivec idot4(ivec acc, bvec w, xvec x) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
     return acc;
 }
-ALWAYS_INLINE ivec idot2(ivec acc, wvec w, uint32_t x) {
-    __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(_mm512_set1_epi32((int32_t)x)));
+ALWAYS_INLINE vec vdot2(vec acc, wvec w, xvec x) {
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
     return acc;
 }
-ALWAYS_INLINE vec vdot2(vec acc, wvec w, uint32_t x) {
-    __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(w), "v"(_mm512_set1_epi32((int32_t)x)));
+typedef __m512i pvec;
+ALWAYS_INLINE pvec pload(const void *p) { return _mm512_set1_epi32((int32_t)load_word(p)); }
+ALWAYS_INLINE ivec idot2(ivec acc, wvec w, pvec x) {
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
     return acc;
 }
+
+#else /* 5: NEON, 6: with dot products, 7: with matrix products, and for those that have it bf16 */
+#if MEDRUN_PASS == 5
+#define KERNEL_SUFFIX neon
+#define KERNEL_NAME "neon"
+#define UNPACK_INT8
+#elif MEDRUN_PASS == 6
+#define KERNEL_SUFFIX neondot
+#define KERNEL_NAME "neon-dot"
+#define UNPACK_INT8
+#define PARTIAL
+#else
+#define KERNEL_SUFFIX neonmat
+#define KERNEL_NAME "neon-i8mm"
+#define BF16_NAME "neon-bf16"
+#define PARTIAL
+#endif
+#define KERNEL_BASE neon
+#define TILE_PANELS 1           /* of 32 registers 16 are sums and 4, or 8, weights              */
+#define TILE_TOKENS 4
+#define FEW_TOKENS 4
+#define UNROLLED UNROLL
+#define TILED ALWAYS_INLINE
+
+typedef struct { float32x4_t a, b, c, d; } vec;
+typedef struct { int32x4_t a, b, c, d; } ivec;
+typedef struct { uint8x16_t a, b, c, d; } wvec;
+#define ALL1(f) {f(x.a), f(x.b), f(x.c), f(x.d)}
+#define ALL2(f) {f(x.a, y.a), f(x.b, y.b), f(x.c, y.c), f(x.d, y.d)}
+
+ALWAYS_INLINE vec vload(const float *p) {
+    return (vec){vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)};
+}
+ALWAYS_INLINE void vstore(float *p, vec x) {
+    vst1q_f32(p, x.a), vst1q_f32(p + 4, x.b), vst1q_f32(p + 8, x.c), vst1q_f32(p + 12, x.d);
+}
+ALWAYS_INLINE uint16x8_t K(load_halves)(const uint8_t *p) {
+    return vreinterpretq_u16_u8(vld1q_u8(p));
+}
+ALWAYS_INLINE vec vload_bf16(const void *p) {
+    uint16x8_t h = K(load_halves)(p), g = K(load_halves)((const uint8_t *)p + 16);
+    uint16x8_t zero = vdupq_n_u16(0);
+    return (vec){vreinterpretq_f32_u16(vzip1q_u16(zero, h)),
+                 vreinterpretq_f32_u16(vzip2q_u16(zero, h)),
+                 vreinterpretq_f32_u16(vzip1q_u16(zero, g)),
+                 vreinterpretq_f32_u16(vzip2q_u16(zero, g))};
+}
+ALWAYS_INLINE vec K(widen)(uint16x8_t h, uint16x8_t g) {
+    float16x8_t x = vreinterpretq_f16_u16(h), y = vreinterpretq_f16_u16(g);
+    return (vec){vcvt_f32_f16(vget_low_f16(x)), vcvt_high_f32_f16(x),
+                 vcvt_f32_f16(vget_low_f16(y)), vcvt_high_f32_f16(y)};
+}
+ALWAYS_INLINE vec vload_f16(const uint16_t *p) { return K(widen)(vld1q_u16(p), vld1q_u16(p + 8)); }
+ALWAYS_INLINE void vstore_f16(uint16_t *p, vec x) {
+    vst1q_u16(p, vreinterpretq_u16_f16(vcvt_high_f16_f32(vcvt_f16_f32(x.a), x.b)));
+    vst1q_u16(p + 8, vreinterpretq_u16_f16(vcvt_high_f16_f32(vcvt_f16_f32(x.c), x.d)));
+}
+ALWAYS_INLINE vec vload_int4(const uint8_t *p) {
+    uint16x8_t mask = vdupq_n_u16(0xFFFF - SHIFT_MASK);
+    return K(widen)(vandq_u16(K(load_halves)(p), mask), vandq_u16(K(load_halves)(p + 16), mask));
+}
+ALWAYS_INLINE vec vsplat(float x) {
+    float32x4_t s = vdupq_n_f32(x);
+    return (vec){s, s, s, s};
+}
+ALWAYS_INLINE vec vadd(vec x, vec y) { return (vec)ALL2(vaddq_f32); }
+ALWAYS_INLINE vec vsub(vec x, vec y) { return (vec)ALL2(vsubq_f32); }
+ALWAYS_INLINE vec vmul(vec x, vec y) { return (vec)ALL2(vmulq_f32); }
+ALWAYS_INLINE vec vdiv(vec x, vec y) { return (vec)ALL2(vdivq_f32); }
+ALWAYS_INLINE float32x4_t K(larger)(float32x4_t x, float32x4_t y) {     /* fmax knows NaN and -0 */
+    return vbslq_f32(vcgtq_f32(x, y), x, y);
+}
+ALWAYS_INLINE vec vmax(vec x, vec y) { return (vec)ALL2(K(larger)); }
+ALWAYS_INLINE vec vfma(vec x, vec y, vec c) {
+    return (vec){vfmaq_f32(c.a, x.a, y.a), vfmaq_f32(c.b, x.b, y.b), vfmaq_f32(c.c, x.c, y.c),
+                 vfmaq_f32(c.d, x.d, y.d)};
+}
+ALWAYS_INLINE vec vless(vec a, vec b, vec x, vec y) {
+    return (vec){vbslq_f32(vcltq_f32(a.a, b.a), x.a, y.a), vbslq_f32(vcltq_f32(a.b, b.b), x.b, y.b),
+                 vbslq_f32(vcltq_f32(a.c, b.c), x.c, y.c), vbslq_f32(vcltq_f32(a.d, b.d), x.d, y.d)};
+}
+ALWAYS_INLINE ivec vround(vec x) { return (ivec)ALL1(vcvtnq_s32_f32); }
+ALWAYS_INLINE vec vfloat(ivec x) { return (vec)ALL1(vcvtq_f32_s32); }
+ALWAYS_INLINE float32x4_t K(scale2_part)(float32x4_t x, int32x4_t n) {
+    return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(x), vshlq_n_s32(n, 23)));
+}
+ALWAYS_INLINE vec vscale2(vec x, ivec y) { return (vec)ALL2(K(scale2_part)); }
+ALWAYS_INLINE float vsum(vec x) {
+    float32x4_t s = vaddq_f32(vaddq_f32(x.a, x.c), vaddq_f32(x.b, x.d));
+    return vpadds_f32(vadd_f32(vget_low_f32(s), vget_high_f32(s)));
+}
+ALWAYS_INLINE float vlargest(vec x) {
+    float s[4];
+    vst1q_f32(s, K(larger)(K(larger)(x.a, x.c), K(larger)(x.b, x.d)));
+    float even = s[0] > s[2] ? s[0] : s[2], odd = s[1] > s[3] ? s[1] : s[3];
+    return even > odd ? even : odd;
+}
+ALWAYS_INLINE ivec isplat(int32_t x) {
+    int32x4_t s = vdupq_n_s32(x);
+    return (ivec){s, s, s, s};
+}
+ALWAYS_INLINE ivec iadd(ivec x, ivec y) { return (ivec)ALL2(vaddq_s32); }
+ALWAYS_INLINE int16x8_t K(narrow)(int32x4_t x, int32x4_t y) {
+    return vuzp1q_s16(vreinterpretq_s16_s32(x), vreinterpretq_s16_s32(y));
+}
+ALWAYS_INLINE void istore16(int16_t *p, ivec x) {
+    vst1q_s16(p, K(narrow)(x.a, x.b)), vst1q_s16(p + 8, K(narrow)(x.c, x.d));
+}
+ALWAYS_INLINE void istore8(int8_t *p, ivec x) {
+    vst1q_s8(p, vuzp1q_s8(vreinterpretq_s8_s16(K(narrow)(x.a, x.b)),
+                          vreinterpretq_s8_s16(K(narrow)(x.c, x.d))));
+}
+ALWAYS_INLINE wvec wload(const uint8_t *p) {
+    return (wvec){vld1q_u8(p), vld1q_u8(p + 16), vld1q_u8(p + 32), vld1q_u8(p + 48)};
+}
+ALWAYS_INLINE void wstore(uint8_t *p, wvec x) {
+    vst1q_u8(p, x.a), vst1q_u8(p + 16, x.b), vst1q_u8(p + 32, x.c), vst1q_u8(p + 48, x.d);
+}
+/* Two registers' even or odd pairs of bytes, or four bytes of one, then of the other. */
+#define PICK(f, x, y) vreinterpretq_u8_u16(f(vreinterpretq_u16_u8(x), vreinterpretq_u16_u8(y)))
+#define PICK4(f, x, y) vreinterpretq_u8_u32(f(vreinterpretq_u32_u8(x), vreinterpretq_u32_u8(y)))
+ALWAYS_INLINE wvec wshift(const uint8_t *p) {
+    uint8x16_t s = vandq_u8(vuzp1q_u8(vld1q_u8(p), vld1q_u8(p + 16)), vdupq_n_u8(SHIFT_MASK));
+    uint8x16_t h = vzip1q_u8(s, s), g = vzip2q_u8(s, s);
+    return (wvec){PICK(vzip1q_u16, h, h), PICK(vzip2q_u16, h, h),
+                  PICK(vzip1q_u16, g, g), PICK(vzip2q_u16, g, g)};
+}
+/* For idot2: the first of the pairs of 8 lanes, the second, then those of the other 8. */
+ALWAYS_INLINE uint8x16_t K(widen_int8)(int8x8_t x) { return vreinterpretq_u8_s16(vmovl_s8(x)); }
+ALWAYS_INLINE wvec wload_int8(const int8_t *p) {
+    int8x16_t x = vld1q_s8(p), y = vld1q_s8(p + 16), e = vuzp1q_s8(x, y), o = vuzp2q_s8(x, y);
+    return (wvec){K(widen_int8)(vget_low_s8(e)), K(widen_int8)(vget_low_s8(o)),
+                  K(widen_int8)(vget_high_s8(e)), K(widen_int8)(vget_high_s8(o))};
+}
+ALWAYS_INLINE float32x4_t K(even_part)(uint8x16_t w) {
+    return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_u8(w), 16));
+}
+ALWAYS_INLINE float32x4_t K(odd_part)(uint8x16_t w) {
+    return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_u8(w), vdupq_n_u32(0xFFFF0000)));
+}
+ALWAYS_INLINE vec weven(wvec x) { return (vec)ALL1(K(even_part)); }
+ALWAYS_INLINE vec wodd(wvec x) { return (vec)ALL1(K(odd_part)); }
+
+/* One load brings the numbers of up to four tokens, and the products take them by lane. */
+typedef struct { float32x4_t v; size_t lane; } svec;
+ALWAYS_INLINE svec sload(const void *p, size_t t, size_t nt) {
+    const uint8_t *b = p;
+    if (nt >= 4) return (svec){vreinterpretq_f32_u8(vld1q_u8(b + t / 4 * 16)), t % 4};
+    if (nt > 1) {
+        float32x2_t two = vreinterpret_f32_u8(vld1_u8(b));
+        return (svec){vcombine_f32(two, two), t};
+    }
+    return (svec){vdupq_n_f32(load_float(b + 4 * t)), 0};
+}
+#define BY_LANE(name, sum, weights, text)                                                       \
+    ALWAYS_INLINE sum K(name)(sum s, weights w, svec x) {                                       \
+        if (x.lane == 0) __asm__(text "[0]" : "+w"(s) : "w"(w), "w"(x.v));                      \
+        else if (x.lane == 1) __asm__(text "[1]" : "+w"(s) : "w"(w), "w"(x.v));                 \
+        else if (x.lane == 2) __asm__(text "[2]" : "+w"(s) : "w"(w), "w"(x.v));                 \
+        else __asm__(text "[3]" : "+w"(s) : "w"(w), "w"(x.v));                                  \
+        return s;                                                                               \
+    }
+#define ALL_BY_LANE(f, s, w, x) {K(f)(s.a, w.a, x), K(f)(s.b, w.b, x), K(f)(s.c, w.c, x), \
+                                 K(f)(s.d, w.d, x)}
+BY_LANE(fma_lane, float32x4_t, float32x4_t, "fmla %0.4s, %1.4s, %2.s")
+ALWAYS_INLINE vec vfmas(vec w, svec x, vec c) { return (vec)ALL_BY_LANE(fma_lane, c, w, x); }
+
+/* Two int16, or two pairs of int8, on all lanes. */
+typedef struct { int16x8_t first, second; } pvec;
+ALWAYS_INLINE pvec K(pairs)(svec x) {
+    int16x8_t v = vreinterpretq_s16_f32(x.v);
+    if (x.lane == 0) return (pvec){vdupq_laneq_s16(v, 0), vdupq_laneq_s16(v, 1)};
+    if (x.lane == 1) return (pvec){vdupq_laneq_s16(v, 2), vdupq_laneq_s16(v, 3)};
+    if (x.lane == 2) return (pvec){vdupq_laneq_s16(v, 4), vdupq_laneq_s16(v, 5)};
+    return (pvec){vdupq_laneq_s16(v, 6), vdupq_laneq_s16(v, 7)};
+}
+ALWAYS_INLINE pvec pload(const void *p) { return K(pairs)(sload(p, 0, 1)); }
+#define HALVES(x) vreinterpretq_s16_u8(x)
+ALWAYS_INLINE ivec idot2(ivec s, wvec w, pvec x) {
+    s.a = vmlal_s16(s.a, vget_low_s16(HALVES(w.a)), vget_low_s16(x.first));
+    s.b = vmlal_high_s16(s.b, HALVES(w.a), x.first);
+    s.c = vmlal_s16(s.c, vget_low_s16(HALVES(w.c)), vget_low_s16(x.first));
+    s.d = vmlal_high_s16(s.d, HALVES(w.c), x.first);
+    s.a = vmlal_s16(s.a, vget_low_s16(HALVES(w.b)), vget_low_s16(x.second));
+    s.b = vmlal_high_s16(s.b, HALVES(w.b), x.second);
+    s.c = vmlal_s16(s.c, vget_low_s16(HALVES(w.d)), vget_low_s16(x.second));
+    s.d = vmlal_high_s16(s.d, HALVES(w.d), x.second);
+    return s;
+}
+#undef HALVES
+
+/* smull and sdot want weights without their + 128; usdot takes them as they lie. */
+#if MEDRUN_PASS == 7
+#define SIGN 0
+BYTES_AS_THEY_LIE
+#else
+#define SIGN 128
+typedef wvec bvec;
+BYTES_BY_STEPS
+#endif
+ALWAYS_INLINE uint8x16_t K(sign_part)(uint8x16_t w) { return veorq_u8(w, vdupq_n_u8(SIGN)); }
+ALWAYS_INLINE uint8x16_t K(levels_part)(uint8x16_t w, uint8x16_t shift, bool low) {
+    uint8x16_t q = low ? vandq_u8(w, vdupq_n_u8(15)) : vshrq_n_u8(w, 4);
+    return vaddq_u8(vqtbl1q_u8(K(sign_part)(vld1q_u8(int4_levels)), q), shift);
+}
+#define ALL_LEVELS {K(levels_part)(w.a, shift.a, low), K(levels_part)(w.b, shift.b, low),       \
+                    K(levels_part)(w.c, shift.c, low), K(levels_part)(w.d, shift.d, low)}
+#if MEDRUN_PASS == 5
+/* A register has two bytes of each of 8 rows. The products of two such, at most 2 * 128 * 127, fit
+ * 16 bits and are then added in pairs: 12 instructions for 64 products. To widen the weights
+ * beforehand and multiply by lane takes 16. */
+ALWAYS_INLINE bvec K(halve_rows)(wvec w) {
+    return (bvec){PICK(vuzp1q_u16, w.a, w.b), PICK(vuzp2q_u16, w.a, w.b),
+                  PICK(vuzp1q_u16, w.c, w.d), PICK(vuzp2q_u16, w.c, w.d)};
+}
+ALWAYS_INLINE bvec bready(wvec x) { return K(halve_rows)((wvec)ALL1(K(sign_part))); }
+ALWAYS_INLINE bvec blevels(wvec w, wvec shift, bool low) {
+    return K(halve_rows)((wvec)ALL_LEVELS);
+}
+typedef struct { int8x16_t first, second; } xvec;
+ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t nt, size_t wide) {
+    pvec x = K(pairs)(sload(words, t, nt));
+    (void)wide;
+    return (xvec){vreinterpretq_s8_s16(x.first), vreinterpretq_s8_s16(x.second)};
+}
+ALWAYS_INLINE ivec idot4(ivec s, bvec w, xvec x) {
+    int8x16_t a = vreinterpretq_s8_u8(w.a), b = vreinterpretq_s8_u8(w.b);
+    int8x16_t c = vreinterpretq_s8_u8(w.c), d = vreinterpretq_s8_u8(w.d);
+    int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(x.first));
+    s.a = vpadalq_s16(s.a, vmlal_s8(low, vget_low_s8(b), vget_low_s8(x.second)));
+    s.b = vpadalq_s16(s.b, vmlal_high_s8(vmull_high_s8(a, x.first), b, x.second));
+    low = vmull_s8(vget_low_s8(c), vget_low_s8(x.first));
+    s.c = vpadalq_s16(s.c, vmlal_s8(low, vget_low_s8(d), vget_low_s8(x.second)));
+    s.d = vpadalq_s16(s.d, vmlal_high_s8(vmull_high_s8(c, x.first), d, x.second));
+    return s;
+}
+#else
+#if MEDRUN_PASS == 6
+ALWAYS_INLINE bvec bready(wvec x) { return (bvec)ALL1(K(sign_part)); }
+BY_LANE(dot_lane, int32x4_t, uint8x16_t, "sdot %0.4s, %1.16b, %2.4b")
+#else
+BY_LANE(dot_lane, int32x4_t, uint8x16_t, "usdot %0.4s, %1.16b, %2.4b")
+BY_LANE(bf16_lane, float32x4_t, uint8x16_t, "bfdot %0.4s, %1.8h, %2.2h")
+ALWAYS_INLINE vec vdot2(vec s, wvec w, svec x) { return (vec)ALL_BY_LANE(bf16_lane, s, w, x); }
+#endif
+ALWAYS_INLINE bvec blevels(wvec w, wvec shift, bool low) { return (bvec)ALL_LEVELS; }
+typedef svec xvec;
+ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t nt, size_t wide) {
+    return (void)wide, sload(words, t, nt);
+}
+ALWAYS_INLINE ivec idot4(ivec s, bvec w, xvec x) { return (ivec)ALL_BY_LANE(dot_lane, s, w, x); }
+#endif
+#undef ALL1
+#undef ALL2
+#undef ALL_BY_LANE
+#undef ALL_LEVELS
+#undef BY_LANE
+#undef PICK
+#undef PICK4
 #endif
 
-#if MEDRUN_PASS == 2
+#ifdef INT16_WORDS
 #define INT_PACK PACK_INT16
 #define X_BYTES 8
 #else
@@ -2620,6 +2985,13 @@ ALWAYS_INLINE vec vdot2(vec acc, wvec w, uint32_t x) {
 #define X_BYTES 4
 #endif
 #define X_GROUP (GROUP / 4 * X_BYTES + 12)
+#ifndef SIGN
+#define SIGN 0
+#endif
+
+ALWAYS_INLINE ivec ibias(const uint8_t *p) {
+    return isplat(SIGN ? 0 : (int32_t)load_word(p));
+}
 
 /* ---- the sentences ------------------------------------------------------------------------- */
 
@@ -2655,7 +3027,7 @@ ALWAYS_INLINE vec vexpm1(vec x) {
     return vfma(p, power, vsub(power, one));
 }
 
-#if MEDRUN_PASS != 4
+#ifndef PARTIAL
 /* One tile, one group after the other: scale = largest magnitude / 127, q = x / scale. */
 static void pack_int(int kind, const float *x, size_t stride, size_t cols, size_t nt,
                      uint8_t *out) {
@@ -2732,11 +3104,10 @@ ALWAYS_INLINE void tile_f32(const size_t np, const size_t nt, const size_t wide,
             even[p] = weven(step), odd[p] = wodd(step);
         }
         UNROLLED for (size_t t = 0; t < nt; t++) {
-            vec first = vsplat(load_float(x + 4 * t));
-            vec second = vsplat(load_float(x + 4 * (wide + t)));
+            svec first = sload(x, t, nt), second = sload(x + 4 * wide, t, nt);
             UNROLLED for (size_t p = 0; p < np; p++) {
-                vec s = vfma(even[p], first, sum[p * nt + t]);
-                sum[p * nt + t] = vfma(odd[p], second, s);
+                vec s = vfmas(even[p], first, sum[p * nt + t]);
+                sum[p * nt + t] = vfmas(odd[p], second, s);
             }
         }
     }
@@ -2744,7 +3115,7 @@ ALWAYS_INLINE void tile_f32(const size_t np, const size_t nt, const size_t wide,
         vstore(sum_place(out, stride, nt, i), sum[i]);
 }
 
-#if MEDRUN_PASS == 3
+#ifdef BF16_NAME
 ALWAYS_INLINE void tile_bf16(const size_t np, const size_t nt, const size_t wide, const uint8_t *w,
                              size_t bytes, size_t begin, size_t end, const uint8_t *x, float *out,
                              size_t stride) {
@@ -2757,9 +3128,9 @@ ALWAYS_INLINE void tile_bf16(const size_t np, const size_t nt, const size_t wide
         PREFETCH(np > 1 ? x : w);
         UNROLLED for (size_t p = 0; p < np; p++) step[p] = wload(w + p * bytes);
         UNROLLED for (size_t t = 0; t < nt; t++) {
-            uint32_t word = load_word(x + 4 * t);
+            xvec two = xload(x, t, nt, wide);
             UNROLLED for (size_t p = 0; p < np; p++)
-                sum[p * nt + t] = vdot2(sum[p * nt + t], step[p], word);
+                sum[p * nt + t] = vdot2(sum[p * nt + t], step[p], two);
         }
     }
     UNROLLED for (size_t i = 0; i < np * nt; i++)
@@ -2777,8 +3148,10 @@ ALWAYS_INLINE void unpack(const int type, const uint8_t *w, size_t begin, size_t
     for (size_t g = begin / GROUP; g * GROUP < end; g++) {
         uint8_t *steps = block + 2 * STEP_BYTES;
         if (type == TYPE_INT8) vstore((float *)(void *)block, vload_bf16(w + int8_scales(g)));
-        for (size_t s = 0; type == TYPE_INT8 && s < GROUP / 4; s++, steps += K(READY))
-            bstore(steps, bready(wload(w + int8_steps(g) + s * STEP_BYTES)));
+        for (size_t s = 0; type == TYPE_INT8 && s < GROUP / 4; s += 2, steps += 2 * K(READY)) {
+            const uint8_t *from = w + int8_steps(g) + s * STEP_BYTES;
+            bstore(steps, bready(wload(from)), bready(wload(from + STEP_BYTES)));
+        }
         for (size_t h = 0; type == TYPE_INT4 && h < 2; h++) {
             const uint8_t *scales = w + int4_scales(2 * g + h);
             wvec shift = wshift(scales);
@@ -2786,8 +3159,7 @@ ALWAYS_INLINE void unpack(const int type, const uint8_t *w, size_t begin, size_t
             vstore((float *)(void *)(block + h * STEP_BYTES), scale);
             UNROLLED for (size_t s = 0; s < GROUP4 / 8; s++, steps += 2 * K(READY)) {
                 wvec step = wload(w + int4_steps(2 * g + h) + s * STEP_BYTES);
-                bstore(steps, bready(wlevels(step, shift, true)));
-                bstore(steps + K(READY), bready(wlevels(step, shift, false)));
+                bstore(steps, blevels(step, shift, true), blevels(step, shift, false));
             }
         }
         block += K(UNPACKED);
@@ -2807,15 +3179,14 @@ ALWAYS_INLINE void tile_int8(const bool ready, const size_t np, const size_t nt,
         const uint8_t *steps = w + (ready ? 2 * STEP_BYTES : int8_steps(g));
         ivec dot[16];
         UNROLLED for (size_t i = 0; i < np * nt; i++)
-            dot[i] = iadd(isplat((int32_t)load_word(x + 4 * (i % nt))),
-                          isplat((int32_t)load_word(x + 4 * (wide + i % nt))));
+            dot[i] = iadd(ibias(x + 4 * (i % nt)), ibias(x + 4 * (wide + i % nt)));
         for (size_t s = 0; s < GROUP / 4; s++, words += X_BYTES * wide) {
             bvec step[4];
             PREFETCH(np > 1 || ready ? words : steps);
             UNROLLED for (size_t p = 0; p < np; p++)
                 step[p] = ready ? bload(steps + p * bytes) : bready(wload(steps + p * bytes));
             UNROLLED for (size_t t = 0; t < nt; t++) {
-                xvec four = xload(words, t, wide);
+                xvec four = xload(words, t, nt, wide);
                 UNROLLED for (size_t p = 0; p < np; p++)
                     dot[p * nt + t] = idot4(dot[p * nt + t], step[p], four);
             }
@@ -2852,7 +3223,7 @@ ALWAYS_INLINE void tile_int4(const bool ready, const size_t np, const size_t nt,
             ivec dot[16];
             wvec shift[4], step[4];
             UNROLLED for (size_t i = 0; i < np * nt; i++)
-                dot[i] = isplat((int32_t)load_word(x + 4 * (h * wide + i % nt)));
+                dot[i] = ibias(x + 4 * (h * wide + i % nt));
             UNROLLED for (size_t p = 0; !ready && p < np; p++)
                 shift[p] = wshift(scales + p * bytes);
             for (size_t s = 0; s < GROUP4 / 8; s++) {
@@ -2863,9 +3234,9 @@ ALWAYS_INLINE void tile_int4(const bool ready, const size_t np, const size_t nt,
                     bvec eight[4];
                     UNROLLED for (size_t p = 0; p < np; p++)
                         eight[p] = ready ? bload(steps + p * bytes + (low ? 0 : K(READY)))
-                                         : bready(wlevels(step[p], shift[p], low));
+                                         : blevels(step[p], shift[p], low);
                     UNROLLED for (size_t t = 0; t < nt; t++) {
-                        xvec four = xload(words, t, wide);
+                        xvec four = xload(words, t, nt, wide);
                         UNROLLED for (size_t p = 0; p < np; p++)
                             dot[p * nt + t] = idot4(dot[p * nt + t], eight[p], four);
                     }
@@ -2934,10 +3305,10 @@ ALWAYS_INLINE void tile_int4(const bool ready, const size_t np, const size_t nt,
     else TILE_OF(tile, 1, 1)
 #endif
 
-#if MEDRUN_PASS != 4
+#ifndef PARTIAL
 MATMUL(matmul_f32, tile_f32, 2, BIG(tile_f32), {}, PACK_F32, TYPE_BF16)
 #endif
-#if MEDRUN_PASS == 3
+#ifdef BF16_NAME
 MATMUL(matmul_bf16, tile_bf16, 1, BIG(tile_bf16), {}, PACK_BF16, TYPE_BF16)
 #endif
 
@@ -2948,7 +3319,7 @@ MATMUL(matmul_bf16, tile_bf16, 1, BIG(tile_bf16), {}, PACK_BF16, TYPE_BF16)
     tile(true, TILE_PANELS, TILE_TOKENS, wide, block, BLOCK, k, end, xt, to, stride)
 #define RAW8(...) tile_int8(false, __VA_ARGS__)
 #define RAW4(...) tile_int4(false, __VA_ARGS__)
-#if MEDRUN_PASS == 2
+#ifdef UNPACK_INT8
 MATMUL(matmul_int8, RAW8, 1, BIG_BLOCK(tile_int8), UNPACK(TYPE_INT8), INT_PACK, TYPE_INT8)
 #else
 MATMUL(matmul_int8, RAW8, 1, BIG(RAW8), {}, INT_PACK, TYPE_INT8)
@@ -2964,8 +3335,8 @@ MATMUL(matmul_int4, RAW4, 1, BIG_BLOCK(tile_int4), UNPACK(TYPE_INT4), INT_PACK, 
 #undef TILE_OF
 #undef MATMUL
 
-#if MEDRUN_PASS != 4
-#ifdef MEDRUN_NO_MAIN           /* the exporter searches for scales, the program never does      */
+#ifndef PARTIAL
+#ifdef MEDRUN_NO_MAIN
 /* ---- the scales of int4 -------------------------------------------------------------------- */
 
 /* 16 groups, a lane each, and the best scale and shift so far. */
@@ -2980,7 +3351,7 @@ typedef struct {
 ALWAYS_INLINE vec level_of(vec t, bool index) {
     vec q = vsplat(index ? 0 : (float)(int4_levels[0] - INT4_ZERO));
     UNROLLED for (int i = 1; i < 16; i++) {
-        float middle = (float)(int4_levels[i - 1] + int4_levels[i]) * 0.5f - INT4_ZERO;
+        float middle = (float)(int4_levels[i - 1] + int4_levels[i]) * 0.5f - (float)INT4_ZERO;
         float next = index ? (float)i : (float)(int4_levels[i] - INT4_ZERO);
         q = vless(vsplat(middle), t, vsplat(next), q);
     }
@@ -3120,9 +3491,6 @@ static void fit_int4(const float *v, const float *importance, uint16_t *bits, ui
         for (size_t i = 0; i < 16; i++) q[16 * k + i] = (uint8_t)index[i];
     }
 }
-#define FIT_INT4 fit_int4
-#else
-#define FIT_INT4 NULL
 #endif /* MEDRUN_NO_MAIN */
 
 /* RMSNorm (Zhang and Sennrich 2019): x / sqrt(mean(x^2) + eps) * weight. */
@@ -3248,9 +3616,9 @@ TILED void score_tile(const size_t np, const size_t nt, const bool half, const a
             key[p] = half ? vload_f16((const uint16_t *)a->keys + at + p * panel)
                           : vload((const float *)a->keys + at + p * panel);
         UNROLLED for (size_t t = 0; t < nt; t++) {
-            vec x = vsplat(q[t]);
+            svec x = sload(q, t, nt);
             UNROLLED for (size_t p = 0; p < np; p++)
-                sum[p * nt + t] = vfma(key[p], x, sum[p * nt + t]);
+                sum[p * nt + t] = vfmas(key[p], x, sum[p * nt + t]);
         }
     }
     UNROLLED for (size_t i = 0; i < np * nt; i++)
@@ -3273,9 +3641,9 @@ TILED void score_int8(const size_t np, const size_t nt, const attention *a, size
             fetch_ahead(next, 32 * np);
             UNROLLED for (size_t p = 0; p < np; p++) key[p] = wload_int8(keys + p * panel);
             UNROLLED for (size_t t = 0; t < nt; t++) {
-                uint32_t word = load_word((const uint8_t *)(q + t));
+                pvec two = pload(q + t);
                 UNROLLED for (size_t p = 0; p < np; p++)
-                    dot[p * nt + t] = idot2(dot[p * nt + t], key[p], word);
+                    dot[p * nt + t] = idot2(dot[p * nt + t], key[p], two);
             }
         }
         UNROLLED for (size_t i = 0; i < np * nt; i++) {
@@ -3376,9 +3744,9 @@ TILED void value_tile(const size_t nc, const size_t nt, const bool half, const a
             value[k] = half ? vload_f16((const uint16_t *)a->values + at + 16 * k)
                             : vload((const float *)a->values + at + 16 * k);
         UNROLLED for (size_t t = 0; t < nt; t++) {
-            vec x = vsplat(tile->weight[t * KEY_BLOCK + j]);
+            svec x = sload(tile->weight + t * KEY_BLOCK + j, 0, 1);
             UNROLLED for (size_t k = 0; k < nc; k++)
-                sum[k * nt + t] = vfma(value[k], x, sum[k * nt + t]);
+                sum[k * nt + t] = vfmas(value[k], x, sum[k * nt + t]);
         }
     }
     join_values(nc, nt, a, tile, c, sum);
@@ -3414,9 +3782,9 @@ TILED void value_int8(const size_t nc, const size_t nt, const attention *a, cons
             fetch_ahead(values + KEY_STEP / 16 * panel, 32 * nc);
             UNROLLED for (size_t i = 0; i < nc; i++) value[i] = wload_int8(values + 32 * i);
             UNROLLED for (size_t t = 0; t < nt; t++) {
-                uint32_t word = load_word((const uint8_t *)(weight + t * KEY_BLOCK + j + k));
+                pvec two = pload(weight + t * KEY_BLOCK + j + k);
                 UNROLLED for (size_t i = 0; i < nc; i++)
-                    dot[i * nt + t] = idot2(dot[i * nt + t], value[i], word);
+                    dot[i * nt + t] = idot2(dot[i * nt + t], value[i], two);
             }
         }
     }
@@ -3504,7 +3872,7 @@ static void merge(float *out, const float *parts, size_t n, size_t head_dim) {
     divide(out, total, head_dim);
 }
 
-#endif /* MEDRUN_PASS != 4 */
+#endif /* PARTIAL */
 
 /* As many chains as a tile has, each with weights of its own; the other factor changes, lest the
  * compiler find a shorter way. */
@@ -3521,12 +3889,12 @@ static size_t peak(int kind, size_t rounds, float *sink) {
     for (size_t n = 0; kind == INT_PACK && n < rounds; n++)
         UNROLLED for (size_t i = 0; i < CHAINS; i++)
             dot[i] = idot4(dot[i], bready(w[i % TILE_PANELS]),
-                           xload(bytes + n % 8 * 4, i / TILE_PANELS, TILE_TOKENS));
-#if MEDRUN_PASS == 3
+                           xload(bytes + n % 8 * 4, i / TILE_PANELS, TILE_TOKENS, TILE_TOKENS));
+#ifdef BF16_NAME
     for (size_t n = 0; kind == PACK_BF16 && n < rounds; n++)
         UNROLLED for (size_t i = 0; i < CHAINS; i++)
             sum[i] = vdot2(sum[i], w[i % TILE_PANELS],
-                           load_word(bytes + n % 8 * 4 + i / TILE_PANELS * 4));
+                           xload(bytes + n % 8 * 4, i / TILE_PANELS, TILE_TOKENS, TILE_TOKENS));
 #endif
     for (size_t n = 0; kind == PACK_F32 && n < rounds; n++)
         UNROLLED for (size_t i = 0; i < CHAINS; i++)
@@ -3546,33 +3914,39 @@ static float read_all(const uint8_t *p, size_t n) {
     for (size_t at = 0; at + 4 * STEP_BYTES <= n; at += 4 * STEP_BYTES)
         UNROLLED for (size_t i = 0; i < 4; i++) {
             PREFETCH(p + at + i * STEP_BYTES);
-            sum[i] = idot4(sum[i], bready(wload(p + at + i * STEP_BYTES)), xload(ones, 0, 1));
+            sum[i] = idot4(sum[i], bready(wload(p + at + i * STEP_BYTES)), xload(ones, 0, 1, 1));
         }
     return vsum(vadd(vadd(vfloat(sum[0]), vfloat(sum[1])), vadd(vfloat(sum[2]), vfloat(sum[3]))));
 }
 
-#define TEXT2(x) #x
-#define TEXT(x) TEXT2(x)
+#ifdef UNPACK_INT8
+#define UNPACKS (1 << TYPE_INT8 | 1 << TYPE_INT4)
+#else
+#define UNPACKS (1 << TYPE_INT4)
+#endif
 #define ROW(name, bf16, matmul_bf16) {                                                          \
-        name, bf16, INT_PACK, pack, TILE_PANELS, matmul_f32, matmul_bf16, matmul_int8,          \
+        name, bf16, INT_PACK, UNPACKS, pack, TILE_PANELS, matmul_f32, matmul_bf16, matmul_int8, \
         matmul_int4, FIT_INT4, norm, silu_mul, relu2, xielu, add, attend, merge, to_half,       \
         to_int8, peak, read_all,                                                                \
     }
-#if MEDRUN_PASS != 4
-static const kernel_set kernel_row = ROW(TEXT(KERNEL_SUFFIX), false, NULL);
-#endif
-#if MEDRUN_PASS == 3
-static const kernel_set kernel_row_bf16 = ROW("avx512bf16", true, matmul_bf16);
+static const kernel_set kernel_row = ROW(KERNEL_NAME, false, NULL);
+#ifdef BF16_NAME
+static const kernel_set kernel_row_bf16 = ROW(BF16_NAME, true, matmul_bf16);
 #endif
 #undef ROW
-#undef TEXT
-#undef TEXT2
+#undef UNPACKS
+#undef UNPACK_INT8
+#undef INT16_WORDS
+#undef SIGN
+#undef PARTIAL
 #undef KERNEL_SUFFIX
+#undef KERNEL_BASE
+#undef KERNEL_NAME
+#undef BF16_NAME
 #undef UNROLLED
 #undef INT_PACK
 #undef X_BYTES
 #undef X_GROUP
-#undef FIT_INT4
 #undef TILED
 #undef TILE_PANELS
 #undef TILE_TOKENS
@@ -3614,6 +3988,34 @@ static const kernel_set kernel_row_bf16 = ROW("avx512bf16", true, matmul_bf16);
 #pragma GCC pop_options
 #endif
 #endif /* MEDRUN_X86 */
+#ifdef MEDRUN_ARM64
+#define MEDRUN_PASS 5
+#include "medrun.c"
+#undef MEDRUN_PASS
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("dotprod"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("arch=armv8.2-a+dotprod")
+#endif
+#define MEDRUN_PASS 6
+#include "medrun.c"
+#undef MEDRUN_PASS
+#ifdef __clang__
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("i8mm,bf16"))), apply_to = function)
+#else
+#pragma GCC target("arch=armv8.2-a+dotprod+i8mm+bf16")
+#endif
+#define MEDRUN_PASS 7
+#include "medrun.c"
+#undef MEDRUN_PASS
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif /* MEDRUN_ARM64 */
 
 #undef pack
 #undef matmul_f32
@@ -3633,20 +4035,6 @@ static const kernel_set kernel_row_bf16 = ROW("avx512bf16", true, matmul_bf16);
 #undef peak
 #undef read_all
 
-#ifdef MEDRUN_X86
-/* AVX2 with AVX-VNNI: only products of bytes differ from AVX2's. */
-static const kernel_set kernel_row_avxvnni = {
-    "avxvnni", false, PACK_INT8, pack_avx2, 1, matmul_f32_avx2, NULL, matmul_int8_avxvnni,
-#ifdef MEDRUN_NO_MAIN
-    matmul_int4_avxvnni, fit_int4_avx2,
-#else
-    matmul_int4_avxvnni, NULL,
-#endif
-    norm_avx2, silu_mul_avx2, relu2_avx2, xielu_avx2, add_avx2,
-    attend_avx2, merge_avx2, to_half_avx2, to_int8_avx2, peak_avxvnni, read_all_avxvnni,
-};
-#endif
-
 /* The kernel sets this machine can run, best first; at most N_KERNEL_SETS, returns how many. */
 enum { N_KERNEL_SETS = 5 };
 
@@ -3658,9 +4046,26 @@ static int usable_kernels(const kernel_set *out[N_KERNEL_SETS]) {
     if (f.avx512) out[n++] = &kernel_row_avx512;
     if (f.avx2 && f.avx_vnni) out[n++] = &kernel_row_avxvnni;
     if (f.avx2) out[n++] = &kernel_row_avx2;
+#elif defined MEDRUN_ARM64
+    cpu_features f = detect_cpu();
+    if (f.neon_bf16) out[n++] = &kernel_row_bf16_neonmat;
+    if (f.neon_i8mm) out[n++] = &kernel_row_neonmat;
+    if (f.neon_dot) out[n++] = &kernel_row_neondot;
+    out[n++] = &kernel_row_neon;
 #endif
     out[n++] = &kernel_row_scalar;
     return n;
+}
+
+/* What to tell people where only the plain words are left, else NULL. */
+static const char *plain_only(void) {
+    const kernel_set *sets[N_KERNEL_SETS];
+    if (usable_kernels(sets) > 1) return NULL;
+#ifdef MEDRUN_X86
+    return "this processor has no AVX2 with FMA and F16C: plain C computes, several times slower";
+#else
+    return "there are no kernels for this kind of processor: plain C computes";
+#endif
 }
 
 /* NAME or, when it is NULL, the environment's MEDRUN_KERNELS, or the best. */
@@ -3780,7 +4185,7 @@ static size_t block_cols(const engine *g, size_t bytes) {
 
 /* What a thread needs to unpack weights of TYPE and up to COLS columns. */
 static size_t engine_block_bytes(const engine *g, int type, size_t cols) {
-    if (type == TYPE_BF16 || (type == TYPE_INT8 && g->k->int_pack == PACK_INT8)) return 0;
+    if (!(g->k->unpacks >> type & 1) || pack_kind(g, type) == PACK_F32) return 0;
     size_t some = block_cols(g, BLOCK_BYTES);
     return (some < cols ? some : round_up(cols, 128)) * BLOCK_BYTES;
 }
@@ -4086,20 +4491,21 @@ static const char device_source[] =
 "    ulong p = position + get_group_id(1);\n"
 "    global float *x = qkv + row * stride + head * DIM;\n"
 "    global const float *turn = rotation + row * DIM;\n"
-"    values += at + (kv - kv_heads) * (long)head_bytes, keys += at + kv * (long)head_bytes;\n"
+"    global uchar *cache = kv < kv_heads ? keys + at + max(kv, 0) * head_bytes\n"
+"                                        : values + at + (kv - kv_heads) * head_bytes;\n"
 "    for (int i = get_local_id(0); i < DIM / 2; i += get_local_size(0)) {\n"
 "        float a = x[i], b = x[i + DIM / 2], cosine = turn[2 * i], sine = turn[2 * i + 1];\n"
 "        if (kv >= kv_heads) {\n"
-"            store(values, p * DIM + i, a, f32);\n"
-"            store(values, p * DIM + i + DIM / 2, b, f32);\n"
+"            store(cache, p * DIM + i, a, f32);\n"
+"            store(cache, p * DIM + i + DIM / 2, b, f32);\n"
 "            continue;\n"
 "        }\n"
 "        float c = a * cosine - b * sine, d = b * cosine + a * sine;\n"
 "        x[i] = c, x[i + DIM / 2] = d;\n"
 "        if (kv < 0) continue;\n"
 "        ulong to = p / 16 * 16 * DIM + p % 16;\n"
-"        store(keys, to + i * 16, c, f32);\n"
-"        store(keys, to + (i + DIM / 2) * 16, d, f32);\n"
+"        store(cache, to + i * 16, c, f32);\n"
+"        store(cache, to + (i + DIM / 2) * 16, d, f32);\n"
 "    }\n"
 "}\n"
 "\n"
@@ -4203,7 +4609,6 @@ static const char device_source[] =
     X(clEnqueueReadBufferRect) X(clEnqueueWriteBufferRect) X(clFinish)
 
 typedef struct {
-    void *library;
 #define FIELD(call) __typeof__(call) *call;
     DEVICE_CALLS(FIELD)
 #undef FIELD
@@ -4230,15 +4635,12 @@ static int opencl_open(opencl *cl, medrun_error *e) {
     };
     const char *path = getenv("MEDRUN_OPENCL_LIBRARY");
     if (!path || !*path) path = OPENCL_LIBRARY;
-    *cl = (opencl){.library = open_library(path)};
-    if (!cl->library)
+    void *library = open_library(path);
+    if (!library)
         return fail(e, MEDRUN_USAGE, "device: this machine has no OpenCL library (%s)", path);
     for (size_t i = 0; i < sizeof calls / sizeof *calls; i++) {
-        void *call = find_symbol(cl->library, calls[i].name);
-        if (!call) {
-            close_library(cl->library);
-            return fail(e, MEDRUN_USAGE, "device: %s has no %s", path, calls[i].name);
-        }
+        void *call = find_symbol(library, calls[i].name);
+        if (!call) return fail(e, MEDRUN_USAGE, "device: %s has no %s", path, calls[i].name);
         memcpy((char *)cl + calls[i].at, &call, sizeof call);
     }
     return MEDRUN_OK;
@@ -4393,7 +4795,6 @@ static void device_close(device *d) {
     if (d->program) d->cl.clReleaseProgram(d->program);
     if (d->queue) d->cl.clReleaseCommandQueue(d->queue);
     if (d->context) d->cl.clReleaseContext(d->context);
-    if (d->cl.library) close_library(d->cl.library);
     free(d->weights);
     free(d);
 }
@@ -4403,9 +4804,8 @@ static int build_kernels(device *d, size_t head_dim, buffer *log, medrun_error *
     char head[160] = "", options[256];
     const char *more = getenv("MEDRUN_OPENCL_OPTIONS"), *sources[] = {head, device_source};
     bool exact = d->facts.numbers & CL_FP_CORRECTLY_ROUNDED_DIVIDE_SQRT;
-    size_t n = 0;
     cl_int why;
-    n = (size_t)snprintf(head, sizeof head, "#define DIM %zu\n#define LEVELS 0", head_dim);
+    size_t n = (size_t)snprintf(head, sizeof head, "#define DIM %zu\n#define LEVELS 0", head_dim);
     for (int i = 1; i < 16; i++)
         n += (size_t)snprintf(head + n, sizeof head - n, ",%d", int4_levels[i]);
     snprintf(head + n, sizeof head - n, "\n");
@@ -4413,18 +4813,16 @@ static int build_kernels(device *d, size_t head_dim, buffer *log, medrun_error *
              exact ? " -cl-fp32-correctly-rounded-divide-sqrt -D EXACT" : "", more ? more : "");
     d->program = d->cl.clCreateProgramWithSource(d->context, 2, sources, NULL, &why);
     if (!why) why = d->cl.clBuildProgram(d->program, 1, &d->facts.id, options, NULL, NULL);
-    if (!why) {
-        for (int k = 0; k < N_DEVICE_KERNELS && !why; k++)
-            d->kernels[k] = d->cl.clCreateKernel(d->program, device_kernels[k], &why);
-        if (!why) return MEDRUN_OK;
-    }
+    for (int k = 0; k < N_DEVICE_KERNELS && !why; k++)
+        d->kernels[k] = d->cl.clCreateKernel(d->program, device_kernels[k], &why);
+    if (!why) return MEDRUN_OK;
     n = 0;
     if (d->program)
         d->cl.clGetProgramBuildInfo(d->program, d->facts.id, CL_PROGRAM_BUILD_LOG, 0, NULL, &n);
     if (n && buffer_room(log, n)) {
         d->cl.clGetProgramBuildInfo(d->program, d->facts.id, CL_PROGRAM_BUILD_LOG, n, log->data,
                                     NULL);
-        log->n = strlen((const char *)log->data);
+        log->data[n] = 0, log->n = strlen((const char *)log->data);
     }
     return fail(e, MEDRUN_NO_MEMORY, "device %s: its kernels cannot be built (%d)", d->facts.name,
                 why);
@@ -4472,7 +4870,7 @@ static int device_open(device *d, const char *which, size_t head_dim, buffer *lo
     if (why) return fail(e, MEDRUN_NO_MEMORY, "device %s: cannot be used (%d)", d->facts.name, why);
     return build_kernels(d, head_dim, log, e);
 }
-#endif
+#endif /* MEDRUN_OPENCL */
 /* ============================================================================================
  * 9 Model file: parse and check everything before anything is used
  *
@@ -7108,7 +7506,8 @@ static int bind_one(medrun_model *m, uint32_t *entry, uint32_t *left, const char
     char found[64], found_type[16];
     int64_t r, c;
     uint8_t digest[32];
-    size_t bytes = 0, wanted = tensor_bytes(type, (size_t)rows, (size_t)cols);
+    size_t bytes = 0;
+    uint64_t wanted = tensor_bytes(type, (uint64_t)rows, (size_t)cols);
     if (!*left) return fail(e, MEDRUN_BAD_FILE, "%s: tensor %s is missing", f->path, name);
     uint32_t v = *entry;
     if (!json_text(&f->header, v, f->path, "name", found, sizeof found, e) ||
@@ -7122,8 +7521,8 @@ static int bind_one(medrun_model *m, uint32_t *entry, uint32_t *left, const char
     int code = take_section(f, v, name, &out->data, &bytes, digest, e);
     if (code) return code;
     if (bytes != wanted)
-        return fail(e, MEDRUN_BAD_FILE, "%s: tensor %s: found %zu bytes, wanted %zu", f->path, name,
-                    bytes, wanted);
+        return fail(e, MEDRUN_BAD_FILE, "%s: tensor %s: found %zu bytes, wanted %llu", f->path,
+                    name, bytes, (unsigned long long)wanted);
     out->type = type, out->rows = (size_t)rows, out->cols = (size_t)cols;
     m->parameters += (uint64_t)rows * (uint64_t)cols;
     m->weight_bytes += bytes;
@@ -7429,10 +7828,10 @@ struct medrun_session {
     medrun_observer *observer;
     void *observer_user;
     struct pass *pass;                          /* scratch for passes that this session leads   */
-#ifdef MEDRUN_OPENCL
-    cl_mem device_keys, device_values;          /* of the device's layers, as they lie here     */
-    size_t device_done, host_done;              /* positions of those layers that the device has,
+    size_t device_done, host_done;              /* positions of a device's layers that it has,
                                                    and that are here; one is at least n_done    */
+#ifdef MEDRUN_OPENCL
+    cl_mem device_keys, device_values;          /* of those layers, as they lie here            */
 #endif
 };
 
@@ -7471,9 +7870,9 @@ typedef struct pass {
 
 /* Bytes of the keys, or of the values, that stand before those of a layer and head. The context is
  * rounded up to KEY_STEP. */
-static size_t cache_bytes(const medrun_session *s, int layer, size_t head) {
+static uint64_t cache_bytes(const medrun_session *s, int layer, size_t head) {
     const model_config *c = &s->model->config;
-    size_t panels = round_up((size_t)s->options.context, KEY_STEP) / 16;
+    uint64_t panels = round_up((size_t)s->options.context, KEY_STEP) / 16;
     return ((size_t)layer * (size_t)c->n_kv_heads + head) * panels *
            cache_panel(s->options.kv, (size_t)c->head_dim);
 }
@@ -7891,8 +8290,9 @@ static bool device_logits(const pass *p, const output_rows *o) {
 }
 
 /* Room for the keys and values of the device's layers. */
-static int cache_on_device(medrun_session *s, medrun_error *e) {
+static int join_device(medrun_session *s, medrun_error *e) {
     device *d = s->model->device;
+    if (!d) return MEDRUN_OK;
     size_t n = cache_bytes(s, d->layers, 0);
     pthread_mutex_lock(&s->model->pool->turn);
     s->device_keys = device_bytes(d, NULL, n);
@@ -7905,8 +8305,9 @@ static int cache_on_device(medrun_session *s, medrun_error *e) {
                 s->options.context, 2 * n >> 20, d->facts.name, (unsigned long long)room >> 20);
 }
 
-static void leave_device(medrun_session *s) {
+static void leave_device(const medrun_session *s) {
     device *d = s->model->device;
+    if (!d) return;
     size_t n = cache_bytes(s, d->layers, 0);
     pthread_mutex_lock(&s->model->pool->turn);
     if (s->device_keys) device_release(d, s->device_keys), d->room += n;
@@ -7924,8 +8325,15 @@ static int cache_from_device(const medrun_session *s, medrun_error *e) {
     return d->failed ? device_error(d, e) : MEDRUN_OK;
 }
 #else
+static void begin_on_device(pass *p) { p->on_device = false; }
+static int end_on_device(const pass *p, medrun_error *e) { return (void)p, (void)e, MEDRUN_OK; }
 static int device_layers(const pass *p) { return (void)p, 0; }
 static bool device_logits(const pass *p, const output_rows *o) { return (void)p, (void)o, false; }
+static int join_device(medrun_session *s, medrun_error *e) { return (void)s, (void)e, MEDRUN_OK; }
+static void leave_device(const medrun_session *s) { (void)s; }
+static int cache_from_device(const medrun_session *s, medrun_error *e) {
+    return (void)s, (void)e, MEDRUN_OK;
+}
 #endif
 
 /* The tokens of the pass through all layers; x ends as the last layer's output. */
@@ -8111,15 +8519,16 @@ static int32_t sample_token(candidate *list, const float *logits, size_t vocab,
  * size is known before anything is allocated. Tests: tests/15_session.c.
  * ============================================================================================ */
 
-/* Hands out 64-byte aligned pieces of the memory at BASE; only counts them when it is NULL. */
+/* Hands out 64-byte aligned pieces of the memory at BASE; only counts them when it is NULL, even
+ * those that are more than the machine can address. */
 typedef struct {
     uint8_t *base;
-    size_t at;
+    uint64_t at;
 } arena;
 
-static void *arena_take(arena *a, size_t n, size_t size) {
-    size_t at = a->at;
-    a->at += round_up(n * size, 64);
+static void *arena_take(arena *a, uint64_t n, uint64_t size) {
+    uint64_t at = a->at;
+    a->at += (n * size + 63) / 64 * 64;
     return a->base ? a->base + at : NULL;
 }
 
@@ -8149,7 +8558,8 @@ static void layout_lookup(const medrun_session *s, lookup *g, arena *a) {
 
 static void layout_pass(const medrun_session *s, pass *p, arena *a) {
     const model_config *c = &s->model->config;
-    size_t n = (size_t)s->options.batch, dim = (size_t)c->head_dim, widest;
+    size_t dim = (size_t)c->head_dim, widest;
+    uint64_t n = (uint64_t)s->options.batch;
     p->hidden = (size_t)c->hidden_size, p->ffn = (size_t)c->ffn_size;
     p->heads = (size_t)c->n_heads * dim, p->kv = (size_t)c->n_kv_heads * dim;
     p->vocab = round_up((size_t)c->vocab_size, LANES);
@@ -8158,13 +8568,13 @@ static void layout_pass(const medrun_session *s, pass *p, arena *a) {
     p->m = s->model;
     p->g = (engine){.pool = s->model->pool, .k = s->model->kernels, .strict = s->options.strict,
                     .cache = s->model->cache};
-    p->capacity = n;
+    p->capacity = (size_t)n;
     p->segments = arena_take(a, n, sizeof *p->segments);
     p->owner = arena_take(a, n, sizeof *p->owner);
     p->position = arena_take(a, n, sizeof *p->position);
     p->x = arena_take(a, n * p->hidden, sizeof(float));
     p->h = arena_take(a, (n > TILE ? n : TILE) * p->hidden, sizeof(float));
-    size_t shared = a->at, end;                 /* the two blocks of a layer take turns in it    */
+    uint64_t shared = a->at, end;               /* the two blocks of a layer take turns in it    */
     p->q = arena_take(a, n * p->heads, sizeof(float));
     p->k = arena_take(a, n * p->kv, sizeof(float));
     p->v = arena_take(a, n * p->kv, sizeof(float));
@@ -8178,7 +8588,7 @@ static void layout_pass(const medrun_session *s, pass *p, arena *a) {
                            sizeof(float));
     p->part_places = TILE * (size_t)c->n_heads *
                      (((size_t)s->options.context + KEY_BLOCK - 1) / KEY_BLOCK);
-    p->parts = arena_take(a, p->part_places * (dim + PART_EXTRA), sizeof(float));
+    p->parts = arena_take(a, p->part_places, (dim + PART_EXTRA) * sizeof(float));
     p->logits = arena_take(a, TILE * p->vocab, sizeof(float));
     p->a.data = arena_take(a, n > TILE ? n : TILE, pack_bytes(pack_kind(&p->g, s->model->type),
                                                               widest));
@@ -8193,11 +8603,11 @@ static void layout_session(medrun_session *s, arena *a) {
     lookup guesses, *g = s->options.lookup ? arena_take(a, 1, sizeof *g) : NULL;
     int rows = s->options.logit_rows > s->options.lookup ? s->options.logit_rows
                                                          : s->options.lookup + 1;
-    size_t cache = cache_bytes(s, c->n_layers, 0);
+    uint64_t cache = cache_bytes(s, c->n_layers, 0);
     s->tokens = arena_take(a, (size_t)s->options.context, sizeof *s->tokens);
     s->keys = arena_take(a, cache, 1);
     s->values = arena_take(a, cache, 1);
-    s->logits = arena_take(a, (size_t)rows * round_up((size_t)c->vocab_size, LANES),
+    s->logits = arena_take(a, (uint64_t)rows, round_up((size_t)c->vocab_size, LANES) *
                            sizeof(float));
     s->candidates = arena_take(a, (size_t)c->vocab_size, sizeof *s->candidates);
     s->text = arena_take(a, s->model->longest_piece + 8, 1);
@@ -8248,12 +8658,17 @@ static int resolve_options(const medrun_model *m, const medrun_session_options *
     return MEDRUN_OK;
 }
 
-size_t medrun_session_bytes(const medrun_model *model, const medrun_session_options *options) {
+static uint64_t session_needs(const medrun_model *model, const medrun_session_options *options) {
     medrun_session s = {.model = model};
     if (resolve_options(model, options, &s.options, NULL)) return 0;
     arena a = {NULL, round_up(sizeof s, 64)};
     layout_session(&s, &a);
     return a.at;
+}
+
+size_t medrun_session_bytes(const medrun_model *model, const medrun_session_options *options) {
+    uint64_t need = session_needs(model, options);
+    return need > SIZE_MAX ? SIZE_MAX : (size_t)need;
 }
 
 int medrun_start(medrun_session **out, const medrun_model *model,
@@ -8264,32 +8679,30 @@ int medrun_start(medrun_session **out, const medrun_model *model,
     *out = NULL;
     int code = resolve_options(model, options, &o, e);
     if (code) return code;
-    size_t need = medrun_session_bytes(model, options);
+    uint64_t need = session_needs(model, options);
     if (memory && (bytes < need || (uintptr_t)memory % 64))
-        return fail(e, MEDRUN_USAGE, "session memory: found %zu bytes at %p, wanted %zu, 64-byte "
-                    "aligned", bytes, memory, need);
+        return fail(e, MEDRUN_USAGE, "session memory: found %zu bytes at %p, wanted %llu, 64-byte "
+                    "aligned", bytes, memory, (unsigned long long)need);
     if (!memory) memory_size(&total, &available);
     if (need > total && !memory)
         return fail(e, MEDRUN_NO_MEMORY, "a context of %d tokens needs %llu MB, this machine has "
                     "%llu MB; ask for a smaller one (-c)", o.context,
                     (unsigned long long)need >> 20, (unsigned long long)total >> 20);
-    medrun_session *s = memory ? memory : map_memory(need);
-    if (!s) return fail(e, MEDRUN_NO_MEMORY, "a context of %d tokens needs %zu MB, which were not "
-                        "to be had; ask for a smaller one (-c)", o.context, need >> 20);
-    *s = (medrun_session){.model = model, .options = o, .bytes = need, .owns_memory = !memory,
+    medrun_session *s = memory ? memory : need > SIZE_MAX ? NULL : map_memory((size_t)need);
+    if (!s) return fail(e, MEDRUN_NO_MEMORY, "a context of %d tokens needs %llu MB, which were not "
+                        "to be had; ask for a smaller one (-c)", o.context,
+                        (unsigned long long)need >> 20);
+    *s = (medrun_session){.model = model, .options = o, .bytes = (size_t)need,
+                          .owns_memory = !memory,
                           .random = o.sampling.seed};
     arena a = {(uint8_t *)s, round_up(sizeof *s, 64)};
     layout_session(s, &a);
-#ifdef MEDRUN_OPENCL
-    if (model->device && (code = cache_on_device(s, e))) return medrun_stop(s), code;
-#endif
+    if ((code = join_device(s, e))) return medrun_stop(s), code;
     return *out = s, MEDRUN_OK;
 }
 
 void medrun_stop(medrun_session *s) {
-#ifdef MEDRUN_OPENCL
-    if (s && s->model->device) leave_device(s);
-#endif
+    if (s) leave_device(s);
     if (s && s->owns_memory) unmap_memory(s, s->bytes);
 }
 
@@ -8500,15 +8913,10 @@ int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *e) {
     for (size_t i = 0; i < n; i++) sessions[i]->n_ready = 0, add_segment(p, sessions[i]);
     if (!p->n) return MEDRUN_OK;
     pthread_mutex_lock(&lead->model->pool->turn);
-#ifdef MEDRUN_OPENCL
     begin_on_device(p);
-#endif
     forward(p);
     output(p);
-    int code = MEDRUN_OK;
-#ifdef MEDRUN_OPENCL
-    code = end_on_device(p, e);
-#endif
+    int code = end_on_device(p, e);
     pthread_mutex_unlock(&lead->model->pool->turn);
     if (code) return code;
     for (size_t i = 0; i < p->n_segments; i++) p->segments[i].session->n_done += p->segments[i].n;
@@ -8763,17 +9171,16 @@ static void get_block(state_file *f, const medrun_session *s, size_t first, size
                 sum != block_sum(f->lanes);
 }
 
-/* int8, and bf16 without the processor's bf16 dot product, give the same bits everywhere. */
+/* int8, and bf16 without the processor's bf16 dot product, give the same bits everywhere but on a
+ * device that is only near them. */
 static void name_numbers(const medrun_session *s, char name[24]) {
     bool exact = pack_kind(&s->pass->g, s->model->type) != PACK_BF16;
-    memset(name, 0, 24);
+    const char *numbers = exact ? "exact" : s->model->kernels->name;
 #ifdef MEDRUN_OPENCL
-    if (s->model->device && !s->model->device->exact) {
-        snprintf(name, 24, "%d OpenCL", NUMBERS_VERSION);
-        return;
-    }
+    if (s->model->device && !s->model->device->exact) numbers = "OpenCL";
 #endif
-    snprintf(name, 24, "%d %s", NUMBERS_VERSION, exact ? "exact" : s->model->kernels->name);
+    memset(name, 0, 24);
+    snprintf(name, 24, "%d %s", NUMBERS_VERSION, numbers);
 }
 
 static void name_template(const medrun_session *s, char name[32]) {
@@ -8827,10 +9234,7 @@ static void put_state(state_file *f, const medrun_session *s) {
 int medrun_save(const medrun_session *s, const char *path, medrun_error *e) {
     buffer partial = {0};
     state_file f = {0};
-    int code = MEDRUN_OK;
-#ifdef MEDRUN_OPENCL
-    code = cache_from_device(s, e);
-#endif
+    int code = cache_from_device(s, e);
     if (!code) code = create_state(&f.f, path, &partial, e);
     if (!code) {
         put_state(&f, s);
@@ -8932,9 +9336,7 @@ static int restore_from(medrun_session *s, state_file *f, uint64_t size, const i
     if (!good || f->failed)
         return fail(e, MEDRUN_BAD_FILE, "%s: is cut short or damaged", path);
     s->n_done = take;
-#ifdef MEDRUN_OPENCL
     s->host_done = take, s->device_done = 0;
-#endif
     if (ids) return MEDRUN_OK;
     s->n_tokens = (size_t)h.n, s->random = h.random, s->answer_open = h.open && h.n;
     if (h.done == h.n && h.n) s->n_done--;              /* its logits are computed anew          */
@@ -9069,7 +9471,7 @@ static int check_device(medrun_model *m, device *d, medrun_error *e) {
     for (size_t i = 0; !code && i < vocab; i++) {
         double difference = fabs((double)found[i] - (double)wanted[i]);
         if (fabs((double)wanted[i]) > largest) largest = fabs((double)wanted[i]);
-        if (!(difference <= off)) off = difference;
+        if (difference > off || isnan(difference)) off = difference;    /* a NaN stays           */
     }
     d->exact = !memcmp((void *)found, (void *)wanted, vocab * sizeof *found);
     free(wanted);
@@ -9683,7 +10085,7 @@ static bool context_fits(const command *c, int n, uint64_t available) {
     const device *d = c->m->device;
     if (d && 2 * cache_bytes(&s, d->layers, 0) > d->room) return false;
 #endif
-    return medrun_session_bytes(c->m, &o) <= available / 4 * 3;
+    return session_needs(c->m, &o) <= available / 4 * 3;
 }
 
 /* -c, or the model's context; if nobody asked and that does not fit, the largest power of two that
@@ -9693,6 +10095,7 @@ static int choose_context(const command *c) {
     int most = c->m->config.max_positions, context = 1;
     memory_size(&total, &available);
     if (given(c, O_CTX)) return whole(c, O_CTX) ? whole(c, O_CTX) : most;
+    if (available > SIZE_MAX / 3) available = SIZE_MAX / 3;     /* a model is mapped beside it   */
     if (context_fits(c, most, available)) return most;
     while (context <= most / 2) context *= 2;
     while (context > 256 && !context_fits(c, context, available)) context /= 2;
@@ -9704,9 +10107,11 @@ static int choose_context(const command *c) {
 static int start_session(command *c) {
     medrun_session_options o;
     int context = choose_context(c);
-    note(c, "medrun " MEDRUN_VERSION ": %s, %s, %s kernels, %d threads, context %d, kv %s%s",
+    const char *plain = plain_only();
+    note(c, "medrun " MEDRUN_VERSION ": %s, %s, %s kernels, %d threads, context %d, kv %s%s%s%s",
          c->m->name, type_names[c->m->type], c->m->kernels->name, c->m->pool->threads, context,
-         cache_type(c) ? "f32" : "f16", flag(c, O_STRICT) ? ", strict" : "");
+         cache_type(c) ? "f32" : "f16", flag(c, O_STRICT) ? ", strict" : "",
+         plain ? "; " : "", plain ? plain : "");
     choose_sampling(c);
     o = session_options(c, context);
     return medrun_start(&c->s, c->m, &o, NULL, 0, &c->e);
@@ -10182,12 +10587,12 @@ static double mb(uint64_t bytes) { return (double)bytes / 0x1p20; }
 /* Keys and values of CONTEXT positions. */
 static uint64_t cache_size(const medrun_model *m, int context, int kv) {
     medrun_session s = {.model = m, .options = {.context = context, .kv = kv}};
-    return 2 * (uint64_t)cache_bytes(&s, m->config.n_layers, 0);
+    return 2 * cache_bytes(&s, m->config.n_layers, 0);
 }
 
 /* What a session with these options takes, beside what the machine has. */
 static void show_memory(FILE *f, const command *c, const medrun_session_options *o) {
-    uint64_t total, available, weights = c->m->file.map.n, session = medrun_session_bytes(c->m, o);
+    uint64_t total, available, weights = c->m->file.map.n, session = session_needs(c->m, o);
     uint64_t cache = cache_size(c->m, o->context, o->kv), all = weights + session;
     int other = o->kv == MEDRUN_KV_INT8 ? MEDRUN_KV_F16 : MEDRUN_KV_INT8;
     memory_size(&total, &available);
@@ -11033,7 +11438,7 @@ typedef struct {
     int kind;
     size_t rounds;
     atomic_size_t operations;
-    atomic_uint_fast64_t sink;
+    atomic_uint sink;
 } ceiling;
 
 static void read_task(void *context, size_t begin, size_t end, int thread) {
@@ -11218,7 +11623,6 @@ static void list_opencl(void) {
                all[i].numbers & CL_FP_FMA ? "" : "slow ",
                all[i].numbers & CL_FP_CORRECTLY_ROUNDED_DIVIDE_SQRT ? "exact" : "corrected");
     }
-    if (n >= 0) close_library(cl.library);
 #else
     puts("OpenCL     not in this build (make OPENCL=1)");
 #endif
@@ -11235,6 +11639,7 @@ static int doctor_command(command *c) {
     memory_size(&total, &available);
     printf("processors %d\nmemory     %.1f MB, %.1f MB are free\nkernels    %s\n", processors(),
            mb(total), mb(available), chosen->name);
+    if (plain_only()) printf("           %s\n", plain_only());
     for (int i = 0; i < 3 * n; i++) {
         const kernel_set *k = sets[i / 3];
         int type = checks[i % 3].type;
@@ -11397,7 +11802,10 @@ static int run_line(command *c, int argc, char **argv) {
     for (int id = 0; id < N_OPTIONS; id++)
         if (option_rows[id].standard) parse_number(option_rows[id].standard, &c->number[id]);
     if ((code = read_line_of_arguments(c, argc, argv, place))) return code;
-    if (flag(c, O_VERSION)) return puts("medrun " MEDRUN_VERSION), MEDRUN_OK;
+    if (flag(c, O_VERSION)) {
+        puts("medrun " MEDRUN_VERSION);
+        return plain_only() ? puts(plain_only()), MEDRUN_OK : MEDRUN_OK;
+    }
     if (flag(c, O_HELP)) return place ? help_on(c->which) : help_all(stdout);
     if ((code = check_rest(c, place)) || (code = read_environment(c))) return code;
     if (c->which == HELP) return help_command(c);
@@ -11421,7 +11829,8 @@ int main(int argc, char **argv) {
     if (!(argv = start_program(&argc, argv))) return 1;
     on_lost_page(on_lost_file);
     umask(077);                         /* records and sessions hold what a patient said         */
-    int code = run_line(&c, argc, argv);
+    int code = check_machine(&c.e);
+    if (!code) code = run_line(&c, argc, argv);
     if (!code) code = flush_stdout(&c);
     if (code && *c.e.text) fprintf(stderr, "medrun: %s\n", c.e.text);
     close_command(&c);

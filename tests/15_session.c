@@ -102,6 +102,22 @@ static void test_cache_size(void) {
              2 * 128 * heads * (dim - (dim + 63) / 64 * 2));
 }
 
+/* Sizes past 4 GiB come out right, and are refused, where a program has 32 bits, too. */
+static void test_large_size(void) {
+    medrun_model large = *model;
+    model_config *c = &large.config;
+    c->n_layers = 80, c->n_heads = 64, c->n_kv_heads = 8, c->head_dim = 128;
+    c->hidden_size = 8192, c->ffn_size = 28672, c->max_positions = 1 << 17;
+    const medrun_session_options o = {.batch = 1 << 17};
+    uint64_t cache = 2ull * 80 * 8 * 128 * 2 << 17;
+    uint64_t rows = 4ull * (2 * 8192 + 2 * 64 * 128 + 2 * 8 * 128 + 2 * 28672) << 17;
+    uint64_t need = session_needs(&large, &o);
+    CHECK(need > cache + rows && need < (cache + rows) * 5 / 4);
+    CHECK_EQ(medrun_session_bytes(&large, &o), need > SIZE_MAX ? SIZE_MAX : need);
+    medrun_session *s;
+    if (need > SIZE_MAX) CHECK_EQ(medrun_start(&s, &large, &o, NULL, 0, NULL), MEDRUN_NO_MEMORY);
+}
+
 static void test_wrong_use(void) {
     medrun_error e = {0};
     medrun_session *s;
@@ -876,6 +892,7 @@ int main(void) {
     CHECK(!strcmp(info.type, "int8") && info.n_stops >= 1);
     for (int kv = 0; kv < 3; kv++) test_memory(kv, 0), test_memory(kv, 7), test_memory(kv, 31);
     test_cache_size();
+    test_large_size();
     test_wrong_use();
     for (int kv = 0; kv < 3; kv++) test_rewind(kv);
     test_save();

@@ -1496,13 +1496,17 @@ static int lay_out(exporter *x, medrun_error *e) {
     for (uint64_t wanted = FILE_ALIGN; wanted != x->data_at;) {
         uint64_t at = x->data_at = wanted;
         for (size_t i = 0; i < x->n_sections; i++) {
-            x->sections[i].offset = round_up((size_t)at, FILE_ALIGN);
+            x->sections[i].offset = (at + FILE_ALIGN - 1) / FILE_ALIGN * FILE_ALIGN;
             at = x->sections[i].offset + x->sections[i].bytes;
         }
         x->file_bytes = at;
         if (render_header(x, e)) return e->code;
         wanted = round_up(PREAMBLE + x->header.n + 32, FILE_ALIGN);
     }
+    if (x->file_bytes > SIZE_MAX)
+        return fail(e, MEDRUN_USAGE, "the checkpoint would have %llu bytes, a program of 32 bits "
+                    "can address 4294967295: export on a machine of 64 bits",
+                    (unsigned long long)x->file_bytes);
     if (!json_parse(&f.header, (const char *)x->header.data, x->header.n, e))
         read_config(&f, &c, e);
     json_free(&f.header);
@@ -1873,7 +1877,7 @@ static int write_section(exporter *x, section *t, const scratch *m, medrun_error
         size_t n_out = n * t->cols * sizeof(float);
         if (t->type != TYPE_F32) {
             for (size_t i = 0; t->type == TYPE_INT4 && i < n * t->cols; i++)
-                if (fabsf(m->rows[i]) > INT4_LARGEST)
+                if (fabsf(m->rows[i]) > (float)INT4_LARGEST)
                     return refuse(e, "%s/%s: tensor %s: found the weight %g, int4 has none beyond "
                                   "%d; use --type int8", x->source.folder, file->name, from->name,
                                   (double)m->rows[i], INT4_LARGEST);
