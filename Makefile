@@ -16,15 +16,16 @@ SECONDS = 60
 
 UNITS    = 03_basics 04_threads 05_numbers 06_kernels 07_tensor 08_opencl 09_file 10_tokenizer \
            11_chat 12_model 13_transformer 14_sampler 15_allocation 15_embedding 15_session \
-           16_answers 20_export 21_gguf
+           16_answers 20_export 21_gguf 22_eval
 FIXTURES = llama-plain llama-tied llama-sharded llama-grouped mistral-window mistral-spm \
            arcee-yarn arcee-yarn5 apertus-plain apertus-grouped
 MODELS   = $(foreach f,$(FIXTURES),$(addprefix $(BUILD)/$(f)-,bf16.mdr int8.mdr int4.mdr)) \
            $(BUILD)/arcee-ratio-bf16.mdr
 
-EXPORT   = $(wildcard tools/export_*.c)
+EXPORT   = $(wildcard tools/export_*.c) tools/options.c tools/files.c
+EVAL     = $(wildcard tools/eval_*.c) tools/options.c tools/files.c
 
-all: $(BIN)/medrun$(EXE) $(BIN)/medrun-export$(EXE)
+all: $(BIN)/medrun$(EXE) $(BIN)/medrun-export$(EXE) $(BIN)/medrun-eval$(EXE)
 
 $(BIN)/medrun$(EXE): medrun.c
 	@mkdir -p $(BIN)
@@ -32,6 +33,9 @@ $(BIN)/medrun$(EXE): medrun.c
 
 $(BIN)/medrun-export$(EXE): tools/export.c $(EXPORT) medrun.c
 	$(CC) $(CFLAGS) $(WARN) -o $@ tools/export.c $(LIBS)
+
+$(BIN)/medrun-eval$(EXE): tools/eval.c $(EVAL) medrun.c
+	$(CC) $(CFLAGS) $(WARN) -o $@ tools/eval.c $(LIBS)
 
 # One file with no library beside it; make static STATIC_CC=gcc takes the system's own libc.
 STATIC_CC  ?= musl-gcc
@@ -72,7 +76,7 @@ $(REAL): $(BUILD)/%.tokenizer.bin: $(BIN)/medrun-export
 	@mkdir -p $(BUILD)
 	$(BIN)/medrun-export --tokenizer-only $(MEDRUN_TEST_DATA)/tokenizers/$(REAL_$*) $@
 endif
-$(BUILD)/test_%: tests/%.c tests/test.h medrun.c tools/export.c $(EXPORT)
+$(BUILD)/test_%: tests/%.c tests/test.h medrun.c tools/export.c $(EXPORT) tools/eval.c $(EVAL)
 	@mkdir -p $(BUILD)
 	$(CC) $(CFLAGS) $(WARN) -o $@ $< $(LIBS)
 
@@ -105,7 +109,7 @@ size:
 	@CC="$(CC)" CFLAGS="$(CFLAGS)" sh tools/size.sh $(BUILD)
 install: all
 	install -d $(DESTDIR)$(PREFIX)/bin
-	install $(BIN)/medrun $(BIN)/medrun-export $(DESTDIR)$(PREFIX)/bin
+	install $(BIN)/medrun $(BIN)/medrun-export $(BIN)/medrun-eval $(DESTDIR)$(PREFIX)/bin
 lib: $(LIB)/libmedrun.a $(LIB)/libmedrun.so $(LIB)/medrun.h
 $(LIB)/medrun.o: medrun.c
 	@mkdir -p $(LIB)
@@ -129,9 +133,9 @@ dist:
 	@sh tools/dist.sh $(BUILD)/dist
 .PHONY: lib install-lib dist
 clean:
-	rm -rf $(BUILD) medrun medrun-export
+	rm -rf $(BUILD) medrun medrun-export medrun-eval
 help:
-	@echo "make            builds medrun and medrun-export"
+	@echo "make            builds medrun, medrun-export and medrun-eval"
 	@echo "make OPENCL=1   the same with OpenCL devices (make clean first)"
 	@echo "make run        asks the demo model a question"
 	@echo "make lib        libmedrun.a, libmedrun.so, medrun.h in build/lib; make install-lib"

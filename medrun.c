@@ -402,6 +402,14 @@ void medrun_observe(medrun_session *session, medrun_observer *observer, void *us
 #pragma GCC target("sse2")
 #endif
 #include <immintrin.h>
+#elif defined __aarch64__
+#define MEDRUN_ARM64 1
+#include <arm_neon.h>
+#if defined __linux__
+#include <sys/auxv.h>
+#elif defined __APPLE__
+#include <sys/sysctl.h>
+#endif
 #endif
 
 #ifdef __MINGW_PRINTF_FORMAT
@@ -602,7 +610,7 @@ static bool more_is_typed(void) {
     return waiting > 0;
 }
 
-#ifdef MEDRUN_OPENCL            /* a library that may be there or not                            */
+#ifdef MEDRUN_OPENCL            /* a library that may be there, for as long as the program runs  */
 #ifdef __APPLE__
 #define OPENCL_LIBRARY "/System/Library/Frameworks/OpenCL.framework/OpenCL"
 #else
@@ -610,7 +618,6 @@ static bool more_is_typed(void) {
 #endif
 static void *open_library(const char *path) { return dlopen(path, RTLD_NOW | RTLD_LOCAL); }
 static void *find_symbol(void *library, const char *name) { return dlsym(library, name); }
-static void close_library(void *library) { dlclose(library); }
 #endif
 
 /* What a program does first; gives its COUNT arguments in UTF-8, NULL if it cannot run. */
@@ -881,7 +888,6 @@ static void *open_library(const char *path) {
 static void *find_symbol(void *library, const char *name) {
     return (void *)(uintptr_t)GetProcAddress(library, name);
 }
-static void close_library(void *library) { FreeLibrary(library); }
 #endif
 
 /* Arguments, and variables of our names, from UTF-16: it has what the code page lacks. */
@@ -1734,12 +1740,37 @@ static int pool_start(thread_pool *p, int threads, medrun_error *e) {
 
 typedef struct {
     bool avx2, avx_vnni, avx512, avx512_bf16;
+    bool neon, neon_dot, neon_i8mm, neon_bf16;
 } cpu_features;
 
-/* What the processor has AND the system saves at a task switch (xgetbv). */
+#if defined MEDRUN_ARM64 && defined __APPLE__
+static bool has_feature(const char *name) {
+    int found = 0;
+    size_t n = sizeof found;
+    return !sysctlbyname(name, &found, &n, NULL, 0) && found;
+}
+#endif
+
+/* What the processor has AND the system saves at a task switch (xgetbv). NEON is a part of arm64;
+ * what came later, the system tells. */
 MAYBE_UNUSED static cpu_features detect_cpu(void) {
     cpu_features f = {0};
-#ifdef MEDRUN_X86
+#if defined MEDRUN_ARM64
+    f.neon = true;
+#if defined __linux__
+    f.neon_dot = getauxval(AT_HWCAP) >> 20 & 1;
+    f.neon_i8mm = f.neon_dot && (getauxval(AT_HWCAP2) >> 13 & 1);
+    f.neon_bf16 = f.neon_i8mm && (getauxval(AT_HWCAP2) >> 14 & 1);
+#elif defined __APPLE__
+    f.neon_dot = has_feature("hw.optional.arm.FEAT_DotProd");
+    f.neon_i8mm = f.neon_dot && has_feature("hw.optional.arm.FEAT_I8MM");
+    f.neon_bf16 = f.neon_i8mm && has_feature("hw.optional.arm.FEAT_BF16");
+#elif defined _WIN32            /* PF_ARM_V82_DP_, V82_I8MM_ and V86_BF16_INSTRUCTIONS_AVAILABLE */
+    f.neon_dot = IsProcessorFeaturePresent(43);
+    f.neon_i8mm = f.neon_dot && IsProcessorFeaturePresent(66);
+    f.neon_bf16 = f.neon_i8mm && IsProcessorFeaturePresent(68);
+#endif
+#elif defined MEDRUN_X86
     unsigned a, b, c, d, b7, c7, d7, a71 = 0;
     if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return f;
     bool fma = c >> 12 & 1, f16c = c >> 29 & 1;
@@ -2044,6 +2075,7 @@ typedef struct {
     const char *name;
     bool bf16_dot;                  /* has a matmul for PACK_BF16                               */
     int int_pack;                   /* what int8 and int4 weights multiply                      */
+    unsigned unpacks;               /* 1 << type: a matmul of many tokens unpacks such weights  */
     /* x (tokens, cols) with STRIDE -> out; cols a multiple of 16 */
     void (*pack)(int kind, const float *x, size_t stride, size_t cols, size_t tokens,
                  uint8_t *out);
@@ -2073,6 +2105,13 @@ typedef struct {
 #define KERNEL_JOIN2(name, suffix) name##_##suffix
 #define KERNEL_JOIN(name, suffix) KERNEL_JOIN2(name, suffix)
 #define K(name) KERNEL_JOIN(name, KERNEL_SUFFIX)        /* vadd -> vadd_avx2 */
+/* A pass with PARTIAL has words of its own for products only; the rest is KERNEL_BASE's. */
+#define B(name) KERNEL_JOIN(name, KERNEL_BASE)
+#ifdef MEDRUN_NO_MAIN
+#define FIT_INT4 fit_int4
+#else
+#define FIT_INT4 NULL           /* the exporter searches for scales, the program never does      */
+#endif
 
 /* The words. vec is 16 floats, ivec 16 int32, wvec 64 bytes of weights. */
 #define vec K(vec)
@@ -2103,32 +2142,41 @@ typedef struct {
 #define istore16 K(istore16)            /* 16 ints that fit as 16 int16                          */
 #define wload K(wload)                  /* 64 bytes of weights                                   */
 #define wshift K(wshift)                /* the shifts of 16 int4 groups, each in 4 bytes         */
-#define wlevels K(wlevels)              /* int4 weights + 128 of 64 low, or else high, nibbles   */
 #define wstore K(wstore)
 #define wload_int8 K(wload_int8)        /* 32 int8, widened to int16                             */
 #define weven K(weven)                  /* of 16 pairs of bf16 the first, widened                */
 #define wodd K(wodd)                    /* ... the second                                        */
 #define bvec K(bvec)                    /* 64 int8 weights + 128 as idot4 wants them             */
 #define bready K(bready)                /* wvec to bvec                                          */
+#define blevels K(blevels)              /* the weights of 64 low, or else high, nibbles of int4  */
 #define bload K(bload)
-#define bstore K(bstore)
-#define xvec K(xvec)                    /* four q of one token, on all lanes                     */
-#define xload K(xload)                  /* token T of a tile of WIDE                             */
-#define idot4 K(idot4)                  /* acc + sum of 4 (weight + 128) * int8, exact           */
-#define idot2 K(idot2)                  /* acc + sum of 2 int16 * int16, exact if it fits        */
+#define bstore K(bstore)                /* two steps                                             */
+#define ibias K(ibias)                  /* -128 * a sum of q, if bvec is weights + 128; else 0   */
+#define svec K(svec)                    /* a float on all lanes                                  */
+#define sload K(sload)                  /* number T of NT that stand side by side                */
+#define vfmas K(vfmas)                  /* vec * svec + vec, rounded once                        */
+#define xvec K(xvec)                    /* four q, or two bf16, of one token on all lanes        */
+#define xload K(xload)                  /* token T of NT, in a tile of WIDE                      */
+#define idot4 K(idot4)                  /* acc + sum of 4 bvec * int8, exact                     */
 #define vdot2 K(vdot2)                  /* acc + w0 x0 + w1 x1 in bf16, as the processor does it */
+#define pvec K(pvec)                    /* two int16 of one query on all lanes                   */
+#define pload K(pload)
+#define idot2 K(idot2)                  /* acc + sum of 2 int16 * int16, exact if it fits        */
 /* The sentences. */
 #define vexp K(vexp)
 #define vexp_bend K(vexp_bend)
 #define vexpm1 K(vexpm1)
 #define pack_int K(pack_int)
-#define pack K(pack)
+#define pack B(pack)
 #define tile_f32 K(tile_f32)
 #define tile_bf16 K(tile_bf16)
+#define dot_pairs K(dot_pairs)
+#define zip_bf16 K(zip_bf16)
+#define tile_pairs K(tile_pairs)
 #define tile_int8 K(tile_int8)
 #define unpack K(unpack)
 #define tile_int4 K(tile_int4)
-#define matmul_f32 K(matmul_f32)
+#define matmul_f32 B(matmul_f32)
 #define matmul_bf16 K(matmul_bf16)
 #define matmul_int8 K(matmul_int8)
 #define matmul_int4 K(matmul_int4)
@@ -2140,12 +2188,12 @@ typedef struct {
 #define int4_fit K(int4_fit)
 #define round_int4 K(round_int4)
 #define start_int4 K(start_int4)
-#define fit_int4 K(fit_int4)
-#define norm K(norm)
-#define silu_mul K(silu_mul)
-#define relu2 K(relu2)
-#define xielu K(xielu)
-#define add K(add)
+#define fit_int4 B(fit_int4)
+#define norm B(norm)
+#define silu_mul B(silu_mul)
+#define relu2 B(relu2)
+#define xielu B(xielu)
+#define add B(add)
 #define pack_queries K(pack_queries)
 #define round16 K(round16)
 #define pack_int16 K(pack_int16)
@@ -2162,10 +2210,10 @@ typedef struct {
 #define value_int8 K(value_int8)
 #define value_step K(value_step)
 #define value_block K(value_block)
-#define attend K(attend)
-#define merge K(merge)
-#define to_half K(to_half)
-#define to_int8 K(to_int8)
+#define attend B(attend)
+#define merge B(merge)
+#define to_half B(to_half)
+#define to_int8 B(to_int8)
 #define peak K(peak)
 #define read_all K(read_all)
 #define kernel_row K(kernel_row)
@@ -2214,13 +2262,27 @@ static void tile_keys(const attention *a, size_t t, size_t nt, size_t first, siz
 #define BYTES_AS_THEY_LIE                                                                       \
     typedef wvec bvec;                                                                          \
     ALWAYS_INLINE bvec bready(wvec w) { return w; }                                             \
+    BYTES_BY_STEPS
+#define BYTES_BY_STEPS                                                                          \
     ALWAYS_INLINE bvec bload(const uint8_t *p) { return wload(p); }                             \
-    ALWAYS_INLINE void bstore(uint8_t *p, bvec w) { wstore(p, w); }
+    ALWAYS_INLINE void bstore(uint8_t *p, bvec first, bvec second) {                            \
+        wstore(p, first);                                                                       \
+        wstore(p + STEP_BYTES, second);                                                         \
+    }
+/* Where a number is loaded onto all lanes at once. */
+#define NUMBERS_ON_ALL_LANES                                                                    \
+    typedef vec svec;                                                                           \
+    ALWAYS_INLINE svec sload(const void *p, size_t t, size_t nt) {                              \
+        return (void)nt, vsplat(load_float((const uint8_t *)p + 4 * t));                        \
+    }                                                                                           \
+    ALWAYS_INLINE vec vfmas(vec x, svec y, vec c) { return vfma(x, y, c); }
 
 #else /* ---- MEDRUN_PASS: the words ----------------------------------------------------------- */
 
 #if MEDRUN_PASS == 1
 #define KERNEL_SUFFIX scalar
+#define KERNEL_BASE scalar
+#define KERNEL_NAME "scalar"
 #define TILE_PANELS 1           /* what fits the registers                                       */
 #define TILE_TOKENS 8
 #define FEW_TOKENS 8            /* ... of one panel                                              */
@@ -2305,11 +2367,6 @@ ALWAYS_INLINE wvec wshift(const uint8_t *p) {
     EACH memset(r.v + 4 * i, p[2 * i] & SHIFT_MASK, 4);
     return r;
 }
-ALWAYS_INLINE wvec wlevels(wvec w, wvec shift, bool low) {
-    UNROLLED for (int i = 0; i < 64; i++)
-        w.v[i] = (uint8_t)(int4_levels[low ? w.v[i] & 15 : w.v[i] >> 4] + shift.v[i]);
-    return w;
-}
 ALWAYS_INLINE wvec wload_int8(const int8_t *p) {
     wvec r;
     int16_t wide[32];
@@ -2328,10 +2385,16 @@ ALWAYS_INLINE vec wodd(wvec w) {
     return r;
 }
 BYTES_AS_THEY_LIE
+NUMBERS_ON_ALL_LANES
+ALWAYS_INLINE bvec blevels(wvec w, wvec shift, bool low) {
+    UNROLLED for (int i = 0; i < 64; i++)
+        w.v[i] = (uint8_t)(int4_levels[low ? w.v[i] & 15 : w.v[i] >> 4] + shift.v[i]);
+    return w;
+}
 typedef struct { int8_t q[4]; } xvec;
-ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t wide) {
+ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t nt, size_t wide) {
     xvec x;
-    (void)wide;
+    (void)nt, (void)wide;
     memcpy(&x, words + 4 * t, 4);
     return x;
 }
@@ -2340,11 +2403,17 @@ ALWAYS_INLINE ivec idot4(ivec acc, bvec w, xvec x) {
                      w.v[4 * i + 3] * x.q[3];
     return acc;
 }
-ALWAYS_INLINE ivec idot2(ivec acc, wvec w, uint32_t x) {
-    int16_t q[2], pair[32];
-    memcpy(q, &x, 4);
+typedef struct { int16_t q[2]; } pvec;
+ALWAYS_INLINE pvec pload(const void *p, size_t t, size_t nt) {
+    pvec x;
+    (void)nt;
+    memcpy(&x, (const uint8_t *)p + 4 * t, 4);
+    return x;
+}
+ALWAYS_INLINE ivec idot2(ivec acc, wvec w, pvec x) {
+    int16_t pair[32];
     memcpy(pair, &w, 64);
-    EACH acc.v[i] += pair[2 * i] * q[0] + pair[2 * i + 1] * q[1];
+    EACH acc.v[i] += pair[2 * i] * x.q[0] + pair[2 * i + 1] * x.q[1];
     return acc;
 }
 #undef EACH
@@ -2352,9 +2421,15 @@ ALWAYS_INLINE ivec idot2(ivec acc, wvec w, uint32_t x) {
 #elif MEDRUN_PASS == 2 || MEDRUN_PASS == 4
 #if MEDRUN_PASS == 2
 #define KERNEL_SUFFIX avx2
+#define KERNEL_NAME "avx2"
+#define UNPACK_INT8
+#define INT16_WORDS
 #else
 #define KERNEL_SUFFIX avxvnni
+#define KERNEL_NAME "avxvnni"
+#define PARTIAL
 #endif
+#define KERNEL_BASE avx2
 #define TILE_PANELS 1
 #define TILE_TOKENS 4
 #define FEW_TOKENS 4
@@ -2468,9 +2543,6 @@ ALWAYS_INLINE __m256i K(levels_half)(__m256i w, __m256i shift, bool low) {
     __m256i q = _mm256_and_si256(low ? w : _mm256_srli_epi16(w, 4), _mm256_set1_epi8(15));
     return _mm256_add_epi8(_mm256_shuffle_epi8(levels, q), shift);
 }
-ALWAYS_INLINE wvec wlevels(wvec w, wvec shift, bool low) {
-    return (wvec){K(levels_half)(w.a, shift.a, low), K(levels_half)(w.b, shift.b, low)};
-}
 ALWAYS_INLINE vec weven(wvec w) {
     return (vec){_mm256_castsi256_ps(_mm256_slli_epi32(w.a, 16)),
                  _mm256_castsi256_ps(_mm256_slli_epi32(w.b, 16))};
@@ -2480,11 +2552,12 @@ ALWAYS_INLINE vec wodd(wvec w) {
     return (vec){_mm256_castsi256_ps(_mm256_and_si256(w.a, mask)),
                  _mm256_castsi256_ps(_mm256_and_si256(w.b, mask))};
 }
+NUMBERS_ON_ALL_LANES
 #if MEDRUN_PASS == 4
 BYTES_AS_THEY_LIE
 typedef __m256i xvec;
-ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t wide) {
-    (void)wide;
+ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t nt, size_t wide) {
+    (void)nt, (void)wide;
     return _mm256_set1_epi32((int32_t)load_word(words + 4 * t));
 }
 ALWAYS_INLINE ivec idot4(ivec acc, bvec w, xvec x) {
@@ -2506,11 +2579,14 @@ ALWAYS_INLINE bvec bload(const uint8_t *p) {
     wvec even = wload(p), odd = wload(p + 64);
     return (bvec){even.a, even.b, odd.a, odd.b};
 }
-ALWAYS_INLINE void bstore(uint8_t *p, bvec w) {
-    wstore(p, (wvec){w.even_a, w.odd_a});
-    wstore(p + 64, (wvec){w.even_b, w.odd_b});
+ALWAYS_INLINE void bstore(uint8_t *p, bvec first, bvec second) {
+    wstore(p, (wvec){first.even_a, first.odd_a});
+    wstore(p + 64, (wvec){first.even_b, first.odd_b});
+    wstore(p + 128, (wvec){second.even_a, second.odd_a});
+    wstore(p + 192, (wvec){second.even_b, second.odd_b});
 }
-ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t wide) {
+ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t nt, size_t wide) {
+    (void)nt;
     return (xvec){_mm256_set1_epi32((int32_t)load_word(words + 4 * t)),
                   _mm256_set1_epi32((int32_t)load_word(words + 4 * (wide + t)))};
 }
@@ -2527,15 +2603,24 @@ ALWAYS_INLINE ivec idot4(ivec acc, bvec w, xvec x) {
     return acc;
 }
 #endif
-ALWAYS_INLINE ivec idot2(ivec acc, wvec w, uint32_t x) {
-    __m256i q = _mm256_set1_epi32((int32_t)x);
-    return (ivec){_mm256_add_epi32(acc.a, _mm256_madd_epi16(w.a, q)),
-                  _mm256_add_epi32(acc.b, _mm256_madd_epi16(w.b, q))};
+ALWAYS_INLINE bvec blevels(wvec w, wvec shift, bool low) {
+    return bready((wvec){K(levels_half)(w.a, shift.a, low), K(levels_half)(w.b, shift.b, low)});
+}
+typedef __m256i pvec;
+ALWAYS_INLINE pvec pload(const void *p, size_t t, size_t nt) {
+    return (void)nt, _mm256_set1_epi32((int32_t)load_word((const uint8_t *)p + 4 * t));
+}
+ALWAYS_INLINE ivec idot2(ivec acc, wvec w, pvec x) {
+    return (ivec){_mm256_add_epi32(acc.a, _mm256_madd_epi16(w.a, x)),
+                  _mm256_add_epi32(acc.b, _mm256_madd_epi16(w.b, x))};
 }
 #undef BOTH
 
-#else /* 3: avx512 with VNNI, and for those that have it BF16 */
+#elif MEDRUN_PASS == 3 /* avx512 with VNNI, and for those that have it BF16 */
 #define KERNEL_SUFFIX avx512
+#define KERNEL_BASE avx512
+#define KERNEL_NAME "avx512"
+#define BF16_NAME "avx512bf16"
 #define TILE_PANELS 4
 #define TILE_TOKENS 4
 #define FEW_TOKENS 8
@@ -2608,7 +2693,8 @@ ALWAYS_INLINE wvec wshift(const uint8_t *p) {
     h = _mm512_and_si512(h, _mm512_set1_epi32(SHIFT_MASK));
     return _mm512_mullo_epi32(h, _mm512_set1_epi32(0x01010101));
 }
-ALWAYS_INLINE wvec wlevels(wvec w, wvec shift, bool low) {
+BYTES_AS_THEY_LIE
+ALWAYS_INLINE bvec blevels(wvec w, wvec shift, bool low) {
     __m512i levels = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)int4_levels));
     __m512i q = _mm512_and_si512(low ? w : _mm512_srli_epi16(w, 4), _mm512_set1_epi8(15));
     return _mm512_add_epi8(_mm512_shuffle_epi8(levels, q), shift);
@@ -2620,27 +2706,358 @@ ALWAYS_INLINE vec weven(wvec w) { return _mm512_castsi512_ps(_mm512_slli_epi32(w
 ALWAYS_INLINE vec wodd(wvec w) {
     return _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32((int32_t)0xFFFF0000)));
 }
-BYTES_AS_THEY_LIE
+NUMBERS_ON_ALL_LANES
 typedef __m512i xvec;
-ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t wide) {
-    (void)wide;
+ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t nt, size_t wide) {
+    (void)nt, (void)wide;
     return _mm512_set1_epi32((int32_t)load_word(words + 4 * t));
 }
 ALWAYS_INLINE ivec idot4(ivec acc, bvec w, xvec x) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
     return acc;
 }
-ALWAYS_INLINE ivec idot2(ivec acc, wvec w, uint32_t x) {
-    __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(_mm512_set1_epi32((int32_t)x)));
+ALWAYS_INLINE vec vdot2(vec acc, wvec w, xvec x) {
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
     return acc;
 }
-ALWAYS_INLINE vec vdot2(vec acc, wvec w, uint32_t x) {
-    __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(w), "v"(_mm512_set1_epi32((int32_t)x)));
+typedef __m512i pvec;
+ALWAYS_INLINE pvec pload(const void *p, size_t t, size_t nt) {
+    return (void)nt, _mm512_set1_epi32((int32_t)load_word((const uint8_t *)p + 4 * t));
+}
+ALWAYS_INLINE ivec idot2(ivec acc, wvec w, pvec x) {
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
     return acc;
 }
+
+#else /* 5: NEON, 6: with dot products, 7: with matrix products, and for those that have it bf16 */
+#if MEDRUN_PASS == 5
+#define KERNEL_SUFFIX neon
+#define KERNEL_NAME "neon"
+#elif MEDRUN_PASS == 6
+#define KERNEL_SUFFIX neondot
+#define KERNEL_NAME "neon-dot"
+#define PARTIAL
+#else
+#define KERNEL_SUFFIX neonmat
+#define KERNEL_NAME "neon-i8mm"
+#define BF16_NAME "neon-bf16"
+#define PARTIAL
+#endif
+#define UNPACK_INT8
+#define KERNEL_BASE neon
+#define TILE_PANELS 1           /* of 32 registers 16 are sums and 4, or 8, weights              */
+#define TILE_TOKENS 4
+#define FEW_TOKENS 4
+#define UNROLLED UNROLL
+#define TILED ALWAYS_INLINE
+
+typedef struct { float32x4_t a, b, c, d; } vec;
+typedef struct { int32x4_t a, b, c, d; } ivec;
+typedef struct { uint8x16_t a, b, c, d; } wvec;
+#define ALL1(f) {f(x.a), f(x.b), f(x.c), f(x.d)}
+#define ALL2(f) {f(x.a, y.a), f(x.b, y.b), f(x.c, y.c), f(x.d, y.d)}
+
+ALWAYS_INLINE vec vload(const float *p) {
+    return (vec){vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)};
+}
+ALWAYS_INLINE void vstore(float *p, vec x) {
+    vst1q_f32(p, x.a), vst1q_f32(p + 4, x.b), vst1q_f32(p + 8, x.c), vst1q_f32(p + 12, x.d);
+}
+ALWAYS_INLINE uint16x8_t K(load_halves)(const uint8_t *p) {
+    return vreinterpretq_u16_u8(vld1q_u8(p));
+}
+ALWAYS_INLINE vec vload_bf16(const void *p) {
+    uint16x8_t h = K(load_halves)(p), g = K(load_halves)((const uint8_t *)p + 16);
+    uint16x8_t zero = vdupq_n_u16(0);
+    return (vec){vreinterpretq_f32_u16(vzip1q_u16(zero, h)),
+                 vreinterpretq_f32_u16(vzip2q_u16(zero, h)),
+                 vreinterpretq_f32_u16(vzip1q_u16(zero, g)),
+                 vreinterpretq_f32_u16(vzip2q_u16(zero, g))};
+}
+ALWAYS_INLINE vec K(widen)(uint16x8_t h, uint16x8_t g) {
+    float16x8_t x = vreinterpretq_f16_u16(h), y = vreinterpretq_f16_u16(g);
+    return (vec){vcvt_f32_f16(vget_low_f16(x)), vcvt_high_f32_f16(x),
+                 vcvt_f32_f16(vget_low_f16(y)), vcvt_high_f32_f16(y)};
+}
+ALWAYS_INLINE vec vload_f16(const uint16_t *p) { return K(widen)(vld1q_u16(p), vld1q_u16(p + 8)); }
+ALWAYS_INLINE void vstore_f16(uint16_t *p, vec x) {
+    vst1q_u16(p, vreinterpretq_u16_f16(vcvt_high_f16_f32(vcvt_f16_f32(x.a), x.b)));
+    vst1q_u16(p + 8, vreinterpretq_u16_f16(vcvt_high_f16_f32(vcvt_f16_f32(x.c), x.d)));
+}
+ALWAYS_INLINE vec vload_int4(const uint8_t *p) {
+    uint16x8_t mask = vdupq_n_u16(0xFFFF - SHIFT_MASK);
+    return K(widen)(vandq_u16(K(load_halves)(p), mask), vandq_u16(K(load_halves)(p + 16), mask));
+}
+ALWAYS_INLINE vec vsplat(float x) {
+    float32x4_t s = vdupq_n_f32(x);
+    return (vec){s, s, s, s};
+}
+ALWAYS_INLINE vec vadd(vec x, vec y) { return (vec)ALL2(vaddq_f32); }
+ALWAYS_INLINE vec vsub(vec x, vec y) { return (vec)ALL2(vsubq_f32); }
+ALWAYS_INLINE vec vmul(vec x, vec y) { return (vec)ALL2(vmulq_f32); }
+ALWAYS_INLINE vec vdiv(vec x, vec y) { return (vec)ALL2(vdivq_f32); }
+ALWAYS_INLINE float32x4_t K(larger)(float32x4_t x, float32x4_t y) {     /* fmax knows NaN and -0 */
+    return vbslq_f32(vcgtq_f32(x, y), x, y);
+}
+ALWAYS_INLINE vec vmax(vec x, vec y) { return (vec)ALL2(K(larger)); }
+ALWAYS_INLINE vec vfma(vec x, vec y, vec c) {
+    return (vec){vfmaq_f32(c.a, x.a, y.a), vfmaq_f32(c.b, x.b, y.b), vfmaq_f32(c.c, x.c, y.c),
+                 vfmaq_f32(c.d, x.d, y.d)};
+}
+ALWAYS_INLINE vec vless(vec a, vec b, vec x, vec y) {
+    return (vec){vbslq_f32(vcltq_f32(a.a, b.a), x.a, y.a), vbslq_f32(vcltq_f32(a.b, b.b), x.b, y.b),
+                 vbslq_f32(vcltq_f32(a.c, b.c), x.c, y.c), vbslq_f32(vcltq_f32(a.d, b.d), x.d, y.d)};
+}
+ALWAYS_INLINE ivec vround(vec x) { return (ivec)ALL1(vcvtnq_s32_f32); }
+ALWAYS_INLINE vec vfloat(ivec x) { return (vec)ALL1(vcvtq_f32_s32); }
+ALWAYS_INLINE float32x4_t K(scale2_part)(float32x4_t x, int32x4_t n) {
+    return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(x), vshlq_n_s32(n, 23)));
+}
+ALWAYS_INLINE vec vscale2(vec x, ivec y) { return (vec)ALL2(K(scale2_part)); }
+ALWAYS_INLINE float vsum(vec x) {
+    float32x4_t s = vaddq_f32(vaddq_f32(x.a, x.c), vaddq_f32(x.b, x.d));
+    return vpadds_f32(vadd_f32(vget_low_f32(s), vget_high_f32(s)));
+}
+ALWAYS_INLINE float vlargest(vec x) {
+    float s[4];
+    vst1q_f32(s, K(larger)(K(larger)(x.a, x.c), K(larger)(x.b, x.d)));
+    float even = s[0] > s[2] ? s[0] : s[2], odd = s[1] > s[3] ? s[1] : s[3];
+    return even > odd ? even : odd;
+}
+ALWAYS_INLINE ivec isplat(int32_t x) {
+    int32x4_t s = vdupq_n_s32(x);
+    return (ivec){s, s, s, s};
+}
+ALWAYS_INLINE ivec iadd(ivec x, ivec y) { return (ivec)ALL2(vaddq_s32); }
+ALWAYS_INLINE int16x8_t K(narrow)(int32x4_t x, int32x4_t y) {
+    return vuzp1q_s16(vreinterpretq_s16_s32(x), vreinterpretq_s16_s32(y));
+}
+ALWAYS_INLINE void istore16(int16_t *p, ivec x) {
+    vst1q_s16(p, K(narrow)(x.a, x.b)), vst1q_s16(p + 8, K(narrow)(x.c, x.d));
+}
+ALWAYS_INLINE void istore8(int8_t *p, ivec x) {
+    vst1q_s8(p, vuzp1q_s8(vreinterpretq_s8_s16(K(narrow)(x.a, x.b)),
+                          vreinterpretq_s8_s16(K(narrow)(x.c, x.d))));
+}
+ALWAYS_INLINE wvec wload(const uint8_t *p) {
+    return (wvec){vld1q_u8(p), vld1q_u8(p + 16), vld1q_u8(p + 32), vld1q_u8(p + 48)};
+}
+ALWAYS_INLINE void wstore(uint8_t *p, wvec x) {
+    vst1q_u8(p, x.a), vst1q_u8(p + 16, x.b), vst1q_u8(p + 32, x.c), vst1q_u8(p + 48, x.d);
+}
+/* Two registers' even or odd pairs of bytes, or four bytes of one, then of the other. */
+#define PICK(f, x, y) vreinterpretq_u8_u16(f(vreinterpretq_u16_u8(x), vreinterpretq_u16_u8(y)))
+#define PICK4(f, x, y) vreinterpretq_u8_u32(f(vreinterpretq_u32_u8(x), vreinterpretq_u32_u8(y)))
+ALWAYS_INLINE wvec wshift(const uint8_t *p) {
+    uint8x16_t s = vandq_u8(vuzp1q_u8(vld1q_u8(p), vld1q_u8(p + 16)), vdupq_n_u8(SHIFT_MASK));
+    uint8x16_t h = vzip1q_u8(s, s), g = vzip2q_u8(s, s);
+    return (wvec){PICK(vzip1q_u16, h, h), PICK(vzip2q_u16, h, h),
+                  PICK(vzip1q_u16, g, g), PICK(vzip2q_u16, g, g)};
+}
+/* For idot2: the first of the pairs of 8 lanes, the second, then those of the other 8. */
+ALWAYS_INLINE uint8x16_t K(widen_int8)(int8x8_t x) { return vreinterpretq_u8_s16(vmovl_s8(x)); }
+ALWAYS_INLINE wvec wload_int8(const int8_t *p) {
+    int8x16_t x = vld1q_s8(p), y = vld1q_s8(p + 16), e = vuzp1q_s8(x, y), o = vuzp2q_s8(x, y);
+    return (wvec){K(widen_int8)(vget_low_s8(e)), K(widen_int8)(vget_low_s8(o)),
+                  K(widen_int8)(vget_high_s8(e)), K(widen_int8)(vget_high_s8(o))};
+}
+ALWAYS_INLINE float32x4_t K(even_part)(uint8x16_t w) {
+    return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_u8(w), 16));
+}
+ALWAYS_INLINE float32x4_t K(odd_part)(uint8x16_t w) {
+    return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_u8(w), vdupq_n_u32(0xFFFF0000)));
+}
+ALWAYS_INLINE vec weven(wvec x) { return (vec)ALL1(K(even_part)); }
+ALWAYS_INLINE vec wodd(wvec x) { return (vec)ALL1(K(odd_part)); }
+
+/* One load brings the numbers of four tokens, or of one (lane 4), and products take them by lane. */
+typedef struct { float32x4_t four; float one; size_t lane; } svec;
+ALWAYS_INLINE svec sload(const void *p, size_t t, size_t nt) {
+    const uint8_t *b = p;
+    if (nt < 4) return (svec){.one = load_float(b + 4 * t), .lane = 4};
+    return (svec){.four = vreinterpretq_f32_u8(vld1q_u8(b + t / 4 * 16)), .lane = t % 4};
+}
+#define BY_LANE(name, sum, weights, text)                                                       \
+    ALWAYS_INLINE sum K(name)(sum s, weights w, svec x) {                                       \
+        if (x.lane == 0) __asm__(text "[0]" : "+w"(s) : "w"(w), "w"(x.four));                   \
+        else if (x.lane == 1) __asm__(text "[1]" : "+w"(s) : "w"(w), "w"(x.four));              \
+        else if (x.lane == 2) __asm__(text "[2]" : "+w"(s) : "w"(w), "w"(x.four));              \
+        else if (x.lane == 3) __asm__(text "[3]" : "+w"(s) : "w"(w), "w"(x.four));              \
+        else __asm__(text "[0]" : "+w"(s) : "w"(w), "w"(x.one));                                \
+        return s;                                                                               \
+    }
+#define ALL_BY_LANE(f, s, w, x) {K(f)(s.a, w.a, x), K(f)(s.b, w.b, x), K(f)(s.c, w.c, x),       \
+                                 K(f)(s.d, w.d, x)}
+#ifdef __clang__                /* which has too few registers around asm; gcc, without, moves    */
+ALWAYS_INLINE float32x4_t K(fma_lane)(float32x4_t s, float32x4_t w, svec x) {
+    if (x.lane == 0) return vfmaq_laneq_f32(s, w, x.four, 0);
+    if (x.lane == 1) return vfmaq_laneq_f32(s, w, x.four, 1);
+    if (x.lane == 2) return vfmaq_laneq_f32(s, w, x.four, 2);
+    if (x.lane == 3) return vfmaq_laneq_f32(s, w, x.four, 3);
+    return vfmaq_n_f32(s, w, x.one);
+}
+#else
+BY_LANE(fma_lane, float32x4_t, float32x4_t, "fmla %0.4s, %1.4s, %2.s")
+#endif
+ALWAYS_INLINE vec vfmas(vec w, svec x, vec c) { return (vec)ALL_BY_LANE(fma_lane, c, w, x); }
+
+typedef svec pvec;
+ALWAYS_INLINE pvec pload(const void *p, size_t t, size_t nt) { return sload(p, t, nt); }
+#define IDOT2(sum, half, n, v, w, x, first, second)                                             \
+    __asm__("smlal" half " %0.4s, %1." n "h, %3.h[" first "]\n\t"                               \
+            "smlal" half " %0.4s, %2." n "h, %3.h[" second "]" : "+w"(sum) : "w"(v), "w"(w), "x"(x))
+#define IDOT2_LANE(x, first, second)                                                            \
+    do {                                                                                        \
+        IDOT2(s.a, "", "4", w.a, w.b, x, first, second);                                        \
+        IDOT2(s.b, "2", "8", w.a, w.b, x, first, second);                                       \
+        IDOT2(s.c, "", "4", w.c, w.d, x, first, second);                                        \
+        IDOT2(s.d, "2", "8", w.c, w.d, x, first, second);                                       \
+    } while (0)
+ALWAYS_INLINE ivec idot2(ivec s, wvec w, pvec x) {
+    if (x.lane == 0) IDOT2_LANE(x.four, "0", "1");
+    else if (x.lane == 1) IDOT2_LANE(x.four, "2", "3");
+    else if (x.lane == 2) IDOT2_LANE(x.four, "4", "5");
+    else if (x.lane == 3) IDOT2_LANE(x.four, "6", "7");
+    else IDOT2_LANE(vdupq_n_f32(x.one), "0", "1");
+    return s;
+}
+#undef IDOT2_LANE
+#undef IDOT2
+
+/* smull and sdot want weights without their + 128; usdot takes them as they lie. */
+typedef wvec bvec;
+#if MEDRUN_PASS == 7
+#define SIGN 0
+#else
+#define SIGN 128
+BYTES_BY_STEPS
+#endif
+ALWAYS_INLINE uint8x16_t K(sign_part)(uint8x16_t w) { return veorq_u8(w, vdupq_n_u8(SIGN)); }
+ALWAYS_INLINE uint8x16_t K(levels_part)(uint8x16_t w, uint8x16_t shift, bool low) {
+    uint8x16_t q = low ? vandq_u8(w, vdupq_n_u8(15)) : vshrq_n_u8(w, 4);
+    return vaddq_u8(vqtbl1q_u8(K(sign_part)(vld1q_u8(int4_levels)), q), shift);
+}
+#define ALL_LEVELS {K(levels_part)(w.a, shift.a, low), K(levels_part)(w.b, shift.b, low),       \
+                    K(levels_part)(w.c, shift.c, low), K(levels_part)(w.d, shift.d, low)}
+#if MEDRUN_PASS == 5
+/* A register has two bytes of each of 8 rows. The products of two such, at most 2 * 128 * 127, fit
+ * 16 bits and are then added in pairs: 12 instructions for 64 products. To widen the weights
+ * beforehand and multiply by lane takes 16. */
+ALWAYS_INLINE bvec K(halve_rows)(wvec w) {
+    return (bvec){PICK(vuzp1q_u16, w.a, w.b), PICK(vuzp2q_u16, w.a, w.b),
+                  PICK(vuzp1q_u16, w.c, w.d), PICK(vuzp2q_u16, w.c, w.d)};
+}
+ALWAYS_INLINE bvec bready(wvec x) { return K(halve_rows)((wvec)ALL1(K(sign_part))); }
+ALWAYS_INLINE bvec blevels(wvec w, wvec shift, bool low) {
+    return K(halve_rows)((wvec)ALL_LEVELS);
+}
+typedef struct { int8x16_t first, second; } xvec;
+#define DUP(x, even, odd) __asm__("dup %0.8h, %2.h[" even "]\n\tdup %1.8h, %2.h[" odd "]"        \
+                                  : "=&w"(r.first), "=w"(r.second) : "w"(x))
+ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t nt, size_t wide) {
+    svec x = sload(words, t, nt);
+    xvec r;
+    (void)wide;
+    if (x.lane == 0) DUP(x.four, "0", "1");
+    else if (x.lane == 1) DUP(x.four, "2", "3");
+    else if (x.lane == 2) DUP(x.four, "4", "5");
+    else if (x.lane == 3) DUP(x.four, "6", "7");
+    else DUP(x.one, "0", "1");
+    return r;
+}
+#undef DUP
+/* In pieces: clang would extract the high halves, gcc take more registers than there are. */
+#define PRODUCTS(s, t, v, w)                                                                    \
+    __asm__("smull %2.8h, %4.8b, %6.8b\n\t"                                                     \
+            "smull2 %3.8h, %4.16b, %6.16b\n\t"                                                  \
+            "smlal %2.8h, %5.8b, %7.8b\n\t"                                                     \
+            "smlal2 %3.8h, %5.16b, %7.16b\n\t"                                                  \
+            "sadalp %0.4s, %2.8h\n\t"                                                           \
+            "sadalp %1.4s, %3.8h"                                                               \
+            : "+w"(s), "+w"(t), "=&w"(a), "=&w"(b) : "w"(v), "w"(w), "w"(x.first), "w"(x.second))
+ALWAYS_INLINE ivec idot4(ivec s, bvec w, xvec x) {
+    int16x8_t a, b;
+    PRODUCTS(s.a, s.b, w.a, w.b);
+    PRODUCTS(s.c, s.d, w.c, w.d);
+    return s;
+}
+#undef PRODUCTS
+#else
+#if MEDRUN_PASS == 6
+ALWAYS_INLINE bvec bready(wvec x) { return (bvec)ALL1(K(sign_part)); }
+BY_LANE(dot_lane, int32x4_t, uint8x16_t, "sdot %0.4s, %1.16b, %2.4b")
+#else
+ALWAYS_INLINE bvec bready(wvec w) { return w; }
+BY_LANE(dot_lane, int32x4_t, uint8x16_t, "usdot %0.4s, %1.16b, %2.4b")
+BY_LANE(bf16_lane, float32x4_t, uint8x16_t, "bfdot %0.4s, %1.8h, %2.2h")
+ALWAYS_INLINE vec vdot2(vec s, wvec w, svec x) { return (vec)ALL_BY_LANE(bf16_lane, s, w, x); }
+
+/* Matrix products: 8 bytes each of two rows times those of two tokens, 32 products of bytes or 16
+ * of bf16, twice those of a dot product. A pair of steps is zipped, so that the bytes of a row stand
+ * side by side, and so are the sums of two tokens. That pays where unpack does it once for many
+ * tokens; for a few, usdot needs no more instructions than the zips and matrix products. */
+#define PAIRS
+ALWAYS_INLINE bvec bload(const uint8_t *p) { return wload(p); }
+ALWAYS_INLINE void bstore(uint8_t *p, bvec x, bvec y) {
+    wstore(p, (wvec){PICK4(vzip1q_u32, x.a, y.a), PICK4(vzip1q_u32, x.b, y.b),
+                     PICK4(vzip1q_u32, x.c, y.c), PICK4(vzip1q_u32, x.d, y.d)});
+    wstore(p + STEP_BYTES, (wvec){PICK4(vzip2q_u32, x.a, y.a), PICK4(vzip2q_u32, x.b, y.b),
+                                  PICK4(vzip2q_u32, x.c, y.c), PICK4(vzip2q_u32, x.d, y.d)});
+}
+ALWAYS_INLINE int32x4_t K(matrix)(const bool bf16, int32x4_t s, uint8x16_t w, uint8x16_t x) {
+    if (bf16) __asm__("bfmmla %0.4s, %1.8h, %2.8h" : "+w"(s) : "w"(w), "w"(x));
+    else __asm__("usmmla %0.4s, %1.16b, %2.16b" : "+w"(s) : "w"(w), "w"(x));
+    return s;
+}
+ALWAYS_INLINE void K(two_tokens)(const bool bf16, ivec *s, ivec *t, wvec v, wvec w, uint8x16_t x) {
+    s->a = K(matrix)(bf16, s->a, v.a, x), t->a = K(matrix)(bf16, t->a, w.a, x);
+    s->b = K(matrix)(bf16, s->b, v.b, x), t->b = K(matrix)(bf16, t->b, w.b, x);
+    s->c = K(matrix)(bf16, s->c, v.c, x), t->c = K(matrix)(bf16, t->c, w.c, x);
+    s->d = K(matrix)(bf16, s->d, v.d, x), t->d = K(matrix)(bf16, t->d, w.d, x);
+}
+ALWAYS_INLINE void K(zip)(ivec *s, ivec *t) {
+    ivec x = *s, y = *t;
+    *s = (ivec)ALL2(vzip1q_s32), *t = (ivec)ALL2(vzip2q_s32);
+}
+ALWAYS_INLINE void K(unzip)(ivec *s, ivec *t) {
+    ivec x = *s, y = *t;
+    *s = (ivec)ALL2(vuzp1q_s32), *t = (ivec)ALL2(vuzp2q_s32);
+}
+/* N steps that bstore has zipped, times four tokens of a tile, are added to DOT. Returns the tile's
+ * next words. */
+ALWAYS_INLINE const uint8_t *dot_pairs(const bool bf16, size_t n, size_t wide, const uint8_t *steps,
+                                       const uint8_t *words, ivec *dot) {
+    K(zip)(&dot[0], &dot[1]), K(zip)(&dot[2], &dot[3]);
+    for (size_t s = 0; s < n; s += 2, steps += 2 * STEP_BYTES, words += 8 * wide) {
+        wvec v = wload(steps), w = wload(steps + STEP_BYTES);
+        uint8x16_t x = vld1q_u8(words), y = vld1q_u8(words + 4 * wide);
+        PREFETCH(words);
+        K(two_tokens)(bf16, &dot[0], &dot[1], v, w, PICK4(vzip1q_u32, x, y));
+        K(two_tokens)(bf16, &dot[2], &dot[3], v, w, PICK4(vzip2q_u32, x, y));
+    }
+    K(unzip)(&dot[0], &dot[1]), K(unzip)(&dot[2], &dot[3]);
+    return words;
+}
+ALWAYS_INLINE ivec K(as_ints)(vec x) { return (ivec)ALL1(vreinterpretq_s32_f32); }
+ALWAYS_INLINE vec K(as_floats)(ivec x) { return (vec)ALL1(vreinterpretq_f32_s32); }
+#endif
+ALWAYS_INLINE bvec blevels(wvec w, wvec shift, bool low) { return (bvec)ALL_LEVELS; }
+typedef svec xvec;
+ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t nt, size_t wide) {
+    return (void)wide, sload(words, t, nt);
+}
+ALWAYS_INLINE ivec idot4(ivec s, bvec w, xvec x) { return (ivec)ALL_BY_LANE(dot_lane, s, w, x); }
+#endif
+#undef ALL1
+#undef ALL2
+#undef ALL_BY_LANE
+#undef ALL_LEVELS
+#undef BY_LANE
+#undef PICK
+#undef PICK4
 #endif
 
-#if MEDRUN_PASS == 2
+#ifdef INT16_WORDS
 #define INT_PACK PACK_INT16
 #define X_BYTES 8
 #else
@@ -2648,6 +3065,18 @@ ALWAYS_INLINE vec vdot2(vec acc, wvec w, uint32_t x) {
 #define X_BYTES 4
 #endif
 #define X_GROUP (GROUP / 4 * X_BYTES + 12)
+#ifndef SIGN
+#define SIGN 0
+#endif
+#ifdef PAIRS
+#define IN_PAIRS(ready) (ready)
+#else
+#define IN_PAIRS(ready) false
+#endif
+
+ALWAYS_INLINE ivec ibias(const uint8_t *p) {
+    return isplat(SIGN ? 0 : (int32_t)load_word(p));
+}
 
 /* ---- the sentences ------------------------------------------------------------------------- */
 
@@ -2683,7 +3112,7 @@ ALWAYS_INLINE vec vexpm1(vec x) {
     return vfma(p, power, vsub(power, one));
 }
 
-#if MEDRUN_PASS != 4
+#ifndef PARTIAL
 /* One tile, one group after the other: scale = largest magnitude / 127, q = x / scale. */
 static void pack_int(int kind, const float *x, size_t stride, size_t cols, size_t nt,
                      uint8_t *out) {
@@ -2760,11 +3189,10 @@ ALWAYS_INLINE void tile_f32(const size_t np, const size_t nt, const size_t wide,
             even[p] = weven(step), odd[p] = wodd(step);
         }
         UNROLLED for (size_t t = 0; t < nt; t++) {
-            vec first = vsplat(load_float(x + 4 * t));
-            vec second = vsplat(load_float(x + 4 * (wide + t)));
+            svec first = sload(x, t, nt), second = sload(x + 4 * wide, t, nt);
             UNROLLED for (size_t p = 0; p < np; p++) {
-                vec s = vfma(even[p], first, sum[p * nt + t]);
-                sum[p * nt + t] = vfma(odd[p], second, s);
+                vec s = vfmas(even[p], first, sum[p * nt + t]);
+                sum[p * nt + t] = vfmas(odd[p], second, s);
             }
         }
     }
@@ -2772,7 +3200,7 @@ ALWAYS_INLINE void tile_f32(const size_t np, const size_t nt, const size_t wide,
         vstore(sum_place(out, stride, nt, i), sum[i]);
 }
 
-#if MEDRUN_PASS == 3
+#ifdef BF16_NAME
 ALWAYS_INLINE void tile_bf16(const size_t np, const size_t nt, const size_t wide, const uint8_t *w,
                              size_t bytes, size_t begin, size_t end, const uint8_t *x, float *out,
                              size_t stride) {
@@ -2785,13 +3213,31 @@ ALWAYS_INLINE void tile_bf16(const size_t np, const size_t nt, const size_t wide
         PREFETCH(np > 1 ? x : w);
         UNROLLED for (size_t p = 0; p < np; p++) step[p] = wload(w + p * bytes);
         UNROLLED for (size_t t = 0; t < nt; t++) {
-            uint32_t word = load_word(x + 4 * t);
+            xvec two = xload(x, t, nt, wide);
             UNROLLED for (size_t p = 0; p < np; p++)
-                sum[p * nt + t] = vdot2(sum[p * nt + t], step[p], word);
+                sum[p * nt + t] = vdot2(sum[p * nt + t], step[p], two);
         }
     }
     UNROLLED for (size_t i = 0; i < np * nt; i++)
         vstore(sum_place(out, stride, nt, i), sum[i]);
+}
+#endif
+#ifdef PAIRS
+/* Columns [BEGIN, END) of a bf16 panel -> BLOCK, which all tokens then use. */
+ALWAYS_INLINE void zip_bf16(const uint8_t *w, size_t begin, size_t end, uint8_t *block) {
+    for (size_t k = begin; k < end; k += 4, block += 2 * STEP_BYTES)
+        bstore(block, wload(w + k / 2 * STEP_BYTES), wload(w + (k / 2 + 1) * STEP_BYTES));
+}
+
+/* As tile_bf16, for four tokens, W what zip_bf16 made. The same bits: a matrix product adds up as
+ * two dot products do. */
+ALWAYS_INLINE void tile_pairs(size_t wide, const uint8_t *w, size_t begin, size_t end,
+                              const uint8_t *x, float *out, size_t stride) {
+    ivec sum[4];
+    UNROLLED for (size_t t = 0; t < 4; t++)
+        sum[t] = K(as_ints)(begin ? vload(out + t * stride) : vsplat(0));
+    dot_pairs(true, (end - begin) / 2, wide, w, x + begin * 2 * wide, sum);
+    UNROLLED for (size_t t = 0; t < 4; t++) vstore(out + t * stride, K(as_floats)(sum[t]));
 }
 #endif
 
@@ -2805,8 +3251,10 @@ ALWAYS_INLINE void unpack(const int type, const uint8_t *w, size_t begin, size_t
     for (size_t g = begin / GROUP; g * GROUP < end; g++) {
         uint8_t *steps = block + 2 * STEP_BYTES;
         if (type == TYPE_INT8) vstore((float *)(void *)block, vload_bf16(w + int8_scales(g)));
-        for (size_t s = 0; type == TYPE_INT8 && s < GROUP / 4; s++, steps += K(READY))
-            bstore(steps, bready(wload(w + int8_steps(g) + s * STEP_BYTES)));
+        for (size_t s = 0; type == TYPE_INT8 && s < GROUP / 4; s += 2, steps += 2 * K(READY)) {
+            const uint8_t *from = w + int8_steps(g) + s * STEP_BYTES;
+            bstore(steps, bready(wload(from)), bready(wload(from + STEP_BYTES)));
+        }
         for (size_t h = 0; type == TYPE_INT4 && h < 2; h++) {
             const uint8_t *scales = w + int4_scales(2 * g + h);
             wvec shift = wshift(scales);
@@ -2814,8 +3262,7 @@ ALWAYS_INLINE void unpack(const int type, const uint8_t *w, size_t begin, size_t
             vstore((float *)(void *)(block + h * STEP_BYTES), scale);
             UNROLLED for (size_t s = 0; s < GROUP4 / 8; s++, steps += 2 * K(READY)) {
                 wvec step = wload(w + int4_steps(2 * g + h) + s * STEP_BYTES);
-                bstore(steps, bready(wlevels(step, shift, true)));
-                bstore(steps + K(READY), bready(wlevels(step, shift, false)));
+                bstore(steps, blevels(step, shift, true), blevels(step, shift, false));
             }
         }
         block += K(UNPACKED);
@@ -2835,15 +3282,17 @@ ALWAYS_INLINE void tile_int8(const bool ready, const size_t np, const size_t nt,
         const uint8_t *steps = w + (ready ? 2 * STEP_BYTES : int8_steps(g));
         ivec dot[16];
         UNROLLED for (size_t i = 0; i < np * nt; i++)
-            dot[i] = iadd(isplat((int32_t)load_word(x + 4 * (i % nt))),
-                          isplat((int32_t)load_word(x + 4 * (wide + i % nt))));
-        for (size_t s = 0; s < GROUP / 4; s++, words += X_BYTES * wide) {
+            dot[i] = iadd(ibias(x + 4 * (i % nt)), ibias(x + 4 * (wide + i % nt)));
+#ifdef PAIRS
+        if (ready) dot_pairs(false, GROUP / 4, wide, steps, words, dot);
+#endif
+        for (size_t s = 0; !IN_PAIRS(ready) && s < GROUP / 4; s++, words += X_BYTES * wide) {
             bvec step[4];
             PREFETCH(np > 1 || ready ? words : steps);
             UNROLLED for (size_t p = 0; p < np; p++)
                 step[p] = ready ? bload(steps + p * bytes) : bready(wload(steps + p * bytes));
             UNROLLED for (size_t t = 0; t < nt; t++) {
-                xvec four = xload(words, t, wide);
+                xvec four = xload(words, t, nt, wide);
                 UNROLLED for (size_t p = 0; p < np; p++)
                     dot[p * nt + t] = idot4(dot[p * nt + t], step[p], four);
             }
@@ -2880,10 +3329,13 @@ ALWAYS_INLINE void tile_int4(const bool ready, const size_t np, const size_t nt,
             ivec dot[16];
             wvec shift[4], step[4];
             UNROLLED for (size_t i = 0; i < np * nt; i++)
-                dot[i] = isplat((int32_t)load_word(x + 4 * (h * wide + i % nt)));
+                dot[i] = ibias(x + 4 * (h * wide + i % nt));
             UNROLLED for (size_t p = 0; !ready && p < np; p++)
                 shift[p] = wshift(scales + p * bytes);
-            for (size_t s = 0; s < GROUP4 / 8; s++) {
+#ifdef PAIRS
+            if (ready) words = dot_pairs(false, GROUP4 / 4, wide, steps, words, dot);
+#endif
+            for (size_t s = 0; !IN_PAIRS(ready) && s < GROUP4 / 8; s++) {
                 PREFETCH(ready ? words : steps);
                 UNROLLED for (size_t p = 0; !ready && p < np; p++)
                     step[p] = wload(steps + p * bytes);
@@ -2891,9 +3343,9 @@ ALWAYS_INLINE void tile_int4(const bool ready, const size_t np, const size_t nt,
                     bvec eight[4];
                     UNROLLED for (size_t p = 0; p < np; p++)
                         eight[p] = ready ? bload(steps + p * bytes + (low ? 0 : K(READY)))
-                                         : bready(wlevels(step[p], shift[p], low));
+                                         : blevels(step[p], shift[p], low);
                     UNROLLED for (size_t t = 0; t < nt; t++) {
-                        xvec four = xload(words, t, wide);
+                        xvec four = xload(words, t, nt, wide);
                         UNROLLED for (size_t p = 0; p < np; p++)
                             dot[p * nt + t] = idot4(dot[p * nt + t], eight[p], four);
                     }
@@ -2962,10 +3414,13 @@ ALWAYS_INLINE void tile_int4(const bool ready, const size_t np, const size_t nt,
     else TILE_OF(tile, 1, 1)
 #endif
 
-#if MEDRUN_PASS != 4
+#ifndef PARTIAL
 MATMUL(matmul_f32, tile_f32, 2, BIG(tile_f32), {}, PACK_F32, TYPE_BF16)
 #endif
-#if MEDRUN_PASS == 3
+#ifdef PAIRS
+MATMUL(matmul_bf16, tile_bf16, 1, tile_pairs(wide, block, k, end, xt, to, stride),
+       zip_bf16(w, k, end, block), PACK_BF16, TYPE_BF16)
+#elif defined BF16_NAME
 MATMUL(matmul_bf16, tile_bf16, 1, BIG(tile_bf16), {}, PACK_BF16, TYPE_BF16)
 #endif
 
@@ -2976,7 +3431,7 @@ MATMUL(matmul_bf16, tile_bf16, 1, BIG(tile_bf16), {}, PACK_BF16, TYPE_BF16)
     tile(true, TILE_PANELS, TILE_TOKENS, wide, block, BLOCK, k, end, xt, to, stride)
 #define RAW8(...) tile_int8(false, __VA_ARGS__)
 #define RAW4(...) tile_int4(false, __VA_ARGS__)
-#if MEDRUN_PASS == 2
+#ifdef UNPACK_INT8
 MATMUL(matmul_int8, RAW8, 1, BIG_BLOCK(tile_int8), UNPACK(TYPE_INT8), INT_PACK, TYPE_INT8)
 #else
 MATMUL(matmul_int8, RAW8, 1, BIG(RAW8), {}, INT_PACK, TYPE_INT8)
@@ -2992,8 +3447,8 @@ MATMUL(matmul_int4, RAW4, 1, BIG_BLOCK(tile_int4), UNPACK(TYPE_INT4), INT_PACK, 
 #undef TILE_OF
 #undef MATMUL
 
-#if MEDRUN_PASS != 4
-#ifdef MEDRUN_NO_MAIN           /* the exporter searches for scales, the program never does      */
+#ifndef PARTIAL
+#ifdef MEDRUN_NO_MAIN
 /* ---- the scales of int4 -------------------------------------------------------------------- */
 
 /* 16 groups, a lane each, and the best scale and shift so far. */
@@ -3008,7 +3463,7 @@ typedef struct {
 ALWAYS_INLINE vec level_of(vec t, bool index) {
     vec q = vsplat(index ? 0 : (float)(int4_levels[0] - INT4_ZERO));
     UNROLLED for (int i = 1; i < 16; i++) {
-        float middle = (float)(int4_levels[i - 1] + int4_levels[i]) * 0.5f - INT4_ZERO;
+        float middle = (float)(int4_levels[i - 1] + int4_levels[i]) * 0.5f - (float)INT4_ZERO;
         float next = index ? (float)i : (float)(int4_levels[i] - INT4_ZERO);
         q = vless(vsplat(middle), t, vsplat(next), q);
     }
@@ -3148,9 +3603,6 @@ static void fit_int4(const float *v, const float *importance, uint16_t *bits, ui
         for (size_t i = 0; i < 16; i++) q[16 * k + i] = (uint8_t)index[i];
     }
 }
-#define FIT_INT4 fit_int4
-#else
-#define FIT_INT4 NULL
 #endif /* MEDRUN_NO_MAIN */
 
 /* RMSNorm (Zhang and Sennrich 2019): x / sqrt(mean(x^2) + eps) * weight. */
@@ -3276,9 +3728,9 @@ TILED void score_tile(const size_t np, const size_t nt, const bool half, const a
             key[p] = half ? vload_f16((const uint16_t *)a->keys + at + p * panel)
                           : vload((const float *)a->keys + at + p * panel);
         UNROLLED for (size_t t = 0; t < nt; t++) {
-            vec x = vsplat(q[t]);
+            svec x = sload(q, t, nt);
             UNROLLED for (size_t p = 0; p < np; p++)
-                sum[p * nt + t] = vfma(key[p], x, sum[p * nt + t]);
+                sum[p * nt + t] = vfmas(key[p], x, sum[p * nt + t]);
         }
     }
     UNROLLED for (size_t i = 0; i < np * nt; i++)
@@ -3301,9 +3753,9 @@ TILED void score_int8(const size_t np, const size_t nt, const attention *a, size
             fetch_ahead(next, 32 * np);
             UNROLLED for (size_t p = 0; p < np; p++) key[p] = wload_int8(keys + p * panel);
             UNROLLED for (size_t t = 0; t < nt; t++) {
-                uint32_t word = load_word((const uint8_t *)(q + t));
+                pvec two = pload(q, t, nt);
                 UNROLLED for (size_t p = 0; p < np; p++)
-                    dot[p * nt + t] = idot2(dot[p * nt + t], key[p], word);
+                    dot[p * nt + t] = idot2(dot[p * nt + t], key[p], two);
             }
         }
         UNROLLED for (size_t i = 0; i < np * nt; i++) {
@@ -3404,9 +3856,9 @@ TILED void value_tile(const size_t nc, const size_t nt, const bool half, const a
             value[k] = half ? vload_f16((const uint16_t *)a->values + at + 16 * k)
                             : vload((const float *)a->values + at + 16 * k);
         UNROLLED for (size_t t = 0; t < nt; t++) {
-            vec x = vsplat(tile->weight[t * KEY_BLOCK + j]);
+            svec x = sload(tile->weight + t * KEY_BLOCK + j, 0, 1);
             UNROLLED for (size_t k = 0; k < nc; k++)
-                sum[k * nt + t] = vfma(value[k], x, sum[k * nt + t]);
+                sum[k * nt + t] = vfmas(value[k], x, sum[k * nt + t]);
         }
     }
     join_values(nc, nt, a, tile, c, sum);
@@ -3442,9 +3894,9 @@ TILED void value_int8(const size_t nc, const size_t nt, const attention *a, cons
             fetch_ahead(values + KEY_STEP / 16 * panel, 32 * nc);
             UNROLLED for (size_t i = 0; i < nc; i++) value[i] = wload_int8(values + 32 * i);
             UNROLLED for (size_t t = 0; t < nt; t++) {
-                uint32_t word = load_word((const uint8_t *)(weight + t * KEY_BLOCK + j + k));
+                pvec two = pload(weight + t * KEY_BLOCK + j + k, 0, 1);
                 UNROLLED for (size_t i = 0; i < nc; i++)
-                    dot[i * nt + t] = idot2(dot[i * nt + t], value[i], word);
+                    dot[i * nt + t] = idot2(dot[i * nt + t], value[i], two);
             }
         }
     }
@@ -3532,7 +3984,7 @@ static void merge(float *out, const float *parts, size_t n, size_t head_dim) {
     divide(out, total, head_dim);
 }
 
-#endif /* MEDRUN_PASS != 4 */
+#endif /* PARTIAL */
 
 /* As many chains as a tile has, each with weights of its own; the other factor changes, lest the
  * compiler find a shorter way. */
@@ -3546,15 +3998,24 @@ static size_t peak(int kind, size_t rounds, float *sink) {
     UNROLLED for (size_t i = 0; i < TILE_PANELS; i++) w[i] = wload(bytes + 4 * i);
     UNROLLED for (size_t i = 0; i < CHAINS; i++)
         dot[i] = isplat((int32_t)i), sum[i] = vsplat((float)i);
+#ifdef PAIRS
+    for (size_t n = 0; kind == INT_PACK && n < rounds; n++)
+        UNROLLED for (size_t i = 0; i < CHAINS; i += 2)
+            K(two_tokens)(false, &dot[i], &dot[i + 1], w[0], w[0], vld1q_u8(bytes + n % 8 * 4));
+    for (size_t n = 0; kind == PACK_BF16 && n < rounds; n++)
+        UNROLLED for (size_t i = 0; i < CHAINS; i += 2)
+            K(two_tokens)(true, &dot[i], &dot[i + 1], w[0], w[0], vld1q_u8(bytes + n % 8 * 4));
+#else
     for (size_t n = 0; kind == INT_PACK && n < rounds; n++)
         UNROLLED for (size_t i = 0; i < CHAINS; i++)
             dot[i] = idot4(dot[i], bready(w[i % TILE_PANELS]),
-                           xload(bytes + n % 8 * 4, i / TILE_PANELS, TILE_TOKENS));
-#if MEDRUN_PASS == 3
+                           xload(bytes + n % 8 * 4, i / TILE_PANELS, TILE_TOKENS, TILE_TOKENS));
+#ifdef BF16_NAME
     for (size_t n = 0; kind == PACK_BF16 && n < rounds; n++)
         UNROLLED for (size_t i = 0; i < CHAINS; i++)
             sum[i] = vdot2(sum[i], w[i % TILE_PANELS],
-                           load_word(bytes + n % 8 * 4 + i / TILE_PANELS * 4));
+                           xload(bytes + n % 8 * 4, i / TILE_PANELS, TILE_TOKENS, TILE_TOKENS));
+#endif
 #endif
     for (size_t n = 0; kind == PACK_F32 && n < rounds; n++)
         UNROLLED for (size_t i = 0; i < CHAINS; i++)
@@ -3562,7 +4023,8 @@ static size_t peak(int kind, size_t rounds, float *sink) {
     UNROLLED for (size_t i = 0; i < CHAINS; i++)
         total = vadd(total, vadd(vfloat(dot[i]), sum[i]));
     *sink += vsum(total);
-    return CHAINS * LANES * (kind == INT_PACK ? 8 : kind == PACK_BF16 ? 4 : 2);
+    size_t in_pairs = IN_PAIRS(kind != PACK_F32) ? 2 : 1;
+    return CHAINS * LANES * in_pairs * (kind == INT_PACK ? 8 : kind == PACK_BF16 ? 4 : 2);
 }
 
 /* Reads N bytes in order, as a matmul of one token does; a number that depends on all but a few at
@@ -3574,33 +4036,43 @@ static float read_all(const uint8_t *p, size_t n) {
     for (size_t at = 0; at + 4 * STEP_BYTES <= n; at += 4 * STEP_BYTES)
         UNROLLED for (size_t i = 0; i < 4; i++) {
             PREFETCH(p + at + i * STEP_BYTES);
-            sum[i] = idot4(sum[i], bready(wload(p + at + i * STEP_BYTES)), xload(ones, 0, 1));
+            sum[i] = idot4(sum[i], bready(wload(p + at + i * STEP_BYTES)), xload(ones, 0, 1, 1));
         }
     return vsum(vadd(vadd(vfloat(sum[0]), vfloat(sum[1])), vadd(vfloat(sum[2]), vfloat(sum[3]))));
 }
 
-#define TEXT2(x) #x
-#define TEXT(x) TEXT2(x)
+#ifdef PAIRS
+#define UNPACKS (1 << TYPE_BF16 | 1 << TYPE_INT8 | 1 << TYPE_INT4)
+#elif defined UNPACK_INT8
+#define UNPACKS (1 << TYPE_INT8 | 1 << TYPE_INT4)
+#else
+#define UNPACKS (1 << TYPE_INT4)
+#endif
 #define ROW(name, bf16, matmul_bf16) {                                                          \
-        name, bf16, INT_PACK, pack, TILE_PANELS, matmul_f32, matmul_bf16, matmul_int8,          \
+        name, bf16, INT_PACK, UNPACKS, pack, TILE_PANELS, matmul_f32, matmul_bf16, matmul_int8, \
         matmul_int4, FIT_INT4, norm, silu_mul, relu2, xielu, add, attend, merge, to_half,       \
         to_int8, peak, read_all,                                                                \
     }
-#if MEDRUN_PASS != 4
-static const kernel_set kernel_row = ROW(TEXT(KERNEL_SUFFIX), false, NULL);
-#endif
-#if MEDRUN_PASS == 3
-static const kernel_set kernel_row_bf16 = ROW("avx512bf16", true, matmul_bf16);
+static const kernel_set kernel_row = ROW(KERNEL_NAME, false, NULL);
+#ifdef BF16_NAME
+static const kernel_set kernel_row_bf16 = ROW(BF16_NAME, true, matmul_bf16);
 #endif
 #undef ROW
-#undef TEXT
-#undef TEXT2
+#undef UNPACKS
+#undef UNPACK_INT8
+#undef INT16_WORDS
+#undef SIGN
+#undef PAIRS
+#undef IN_PAIRS
+#undef PARTIAL
 #undef KERNEL_SUFFIX
+#undef KERNEL_BASE
+#undef KERNEL_NAME
+#undef BF16_NAME
 #undef UNROLLED
 #undef INT_PACK
 #undef X_BYTES
 #undef X_GROUP
-#undef FIT_INT4
 #undef TILED
 #undef TILE_PANELS
 #undef TILE_TOKENS
@@ -3642,6 +4114,34 @@ static const kernel_set kernel_row_bf16 = ROW("avx512bf16", true, matmul_bf16);
 #pragma GCC pop_options
 #endif
 #endif /* MEDRUN_X86 */
+#ifdef MEDRUN_ARM64
+#define MEDRUN_PASS 5
+#include "medrun.c"
+#undef MEDRUN_PASS
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("dotprod"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("arch=armv8.2-a+dotprod")
+#endif
+#define MEDRUN_PASS 6
+#include "medrun.c"
+#undef MEDRUN_PASS
+#ifdef __clang__
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("i8mm,bf16"))), apply_to = function)
+#else
+#pragma GCC target("arch=armv8.2-a+dotprod+i8mm+bf16")
+#endif
+#define MEDRUN_PASS 7
+#include "medrun.c"
+#undef MEDRUN_PASS
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif /* MEDRUN_ARM64 */
 
 #undef pack
 #undef matmul_f32
@@ -3661,20 +4161,6 @@ static const kernel_set kernel_row_bf16 = ROW("avx512bf16", true, matmul_bf16);
 #undef peak
 #undef read_all
 
-#ifdef MEDRUN_X86
-/* AVX2 with AVX-VNNI: only products of bytes differ from AVX2's. */
-static const kernel_set kernel_row_avxvnni = {
-    "avxvnni", false, PACK_INT8, pack_avx2, 1, matmul_f32_avx2, NULL, matmul_int8_avxvnni,
-#ifdef MEDRUN_NO_MAIN
-    matmul_int4_avxvnni, fit_int4_avx2,
-#else
-    matmul_int4_avxvnni, NULL,
-#endif
-    norm_avx2, silu_mul_avx2, relu2_avx2, xielu_avx2, add_avx2,
-    attend_avx2, merge_avx2, to_half_avx2, to_int8_avx2, peak_avxvnni, read_all_avxvnni,
-};
-#endif
-
 /* The kernel sets this machine can run, best first; at most N_KERNEL_SETS, returns how many. */
 enum { N_KERNEL_SETS = 5 };
 
@@ -3686,6 +4172,12 @@ static int usable_kernels(const kernel_set *out[N_KERNEL_SETS]) {
     if (f.avx512) out[n++] = &kernel_row_avx512;
     if (f.avx2 && f.avx_vnni) out[n++] = &kernel_row_avxvnni;
     if (f.avx2) out[n++] = &kernel_row_avx2;
+#elif defined MEDRUN_ARM64
+    cpu_features f = detect_cpu();
+    if (f.neon_bf16) out[n++] = &kernel_row_bf16_neonmat;
+    if (f.neon_i8mm) out[n++] = &kernel_row_neonmat;
+    if (f.neon_dot) out[n++] = &kernel_row_neondot;
+    out[n++] = &kernel_row_neon;
 #endif
     out[n++] = &kernel_row_scalar;
     return n;
@@ -3819,7 +4311,7 @@ static size_t block_cols(const engine *g, size_t bytes) {
 
 /* What a thread needs to unpack weights of TYPE and up to COLS columns. */
 static size_t engine_block_bytes(const engine *g, int type, size_t cols) {
-    if (type == TYPE_BF16 || (type == TYPE_INT8 && g->k->int_pack == PACK_INT8)) return 0;
+    if (!(g->k->unpacks >> type & 1) || pack_kind(g, type) == PACK_F32) return 0;
     size_t some = block_cols(g, BLOCK_BYTES);
     return (some < cols ? some : round_up(cols, 128)) * BLOCK_BYTES;
 }
@@ -4125,20 +4617,21 @@ static const char device_source[] =
 "    ulong p = position + get_group_id(1);\n"
 "    global float *x = qkv + row * stride + head * DIM;\n"
 "    global const float *turn = rotation + row * DIM;\n"
-"    values += at + (kv - kv_heads) * (long)head_bytes, keys += at + kv * (long)head_bytes;\n"
+"    global uchar *cache = kv < kv_heads ? keys + at + max(kv, 0) * head_bytes\n"
+"                                        : values + at + (kv - kv_heads) * head_bytes;\n"
 "    for (int i = get_local_id(0); i < DIM / 2; i += get_local_size(0)) {\n"
 "        float a = x[i], b = x[i + DIM / 2], cosine = turn[2 * i], sine = turn[2 * i + 1];\n"
 "        if (kv >= kv_heads) {\n"
-"            store(values, p * DIM + i, a, f32);\n"
-"            store(values, p * DIM + i + DIM / 2, b, f32);\n"
+"            store(cache, p * DIM + i, a, f32);\n"
+"            store(cache, p * DIM + i + DIM / 2, b, f32);\n"
 "            continue;\n"
 "        }\n"
 "        float c = a * cosine - b * sine, d = b * cosine + a * sine;\n"
 "        x[i] = c, x[i + DIM / 2] = d;\n"
 "        if (kv < 0) continue;\n"
 "        ulong to = p / 16 * 16 * DIM + p % 16;\n"
-"        store(keys, to + i * 16, c, f32);\n"
-"        store(keys, to + (i + DIM / 2) * 16, d, f32);\n"
+"        store(cache, to + i * 16, c, f32);\n"
+"        store(cache, to + (i + DIM / 2) * 16, d, f32);\n"
 "    }\n"
 "}\n"
 "\n"
@@ -4242,7 +4735,6 @@ static const char device_source[] =
     X(clEnqueueReadBufferRect) X(clEnqueueWriteBufferRect) X(clFinish)
 
 typedef struct {
-    void *library;
 #define FIELD(call) __typeof__(call) *call;
     DEVICE_CALLS(FIELD)
 #undef FIELD
@@ -4269,15 +4761,12 @@ static int opencl_open(opencl *cl, medrun_error *e) {
     };
     const char *path = getenv("MEDRUN_OPENCL_LIBRARY");
     if (!path || !*path) path = OPENCL_LIBRARY;
-    *cl = (opencl){.library = open_library(path)};
-    if (!cl->library)
+    void *library = open_library(path);
+    if (!library)
         return fail(e, MEDRUN_USAGE, "device: this machine has no OpenCL library (%s)", path);
     for (size_t i = 0; i < sizeof calls / sizeof *calls; i++) {
-        void *call = find_symbol(cl->library, calls[i].name);
-        if (!call) {
-            close_library(cl->library);
-            return fail(e, MEDRUN_USAGE, "device: %s has no %s", path, calls[i].name);
-        }
+        void *call = find_symbol(library, calls[i].name);
+        if (!call) return fail(e, MEDRUN_USAGE, "device: %s has no %s", path, calls[i].name);
         memcpy((char *)cl + calls[i].at, &call, sizeof call);
     }
     return MEDRUN_OK;
@@ -4432,7 +4921,6 @@ static void device_close(device *d) {
     if (d->program) d->cl.clReleaseProgram(d->program);
     if (d->queue) d->cl.clReleaseCommandQueue(d->queue);
     if (d->context) d->cl.clReleaseContext(d->context);
-    if (d->cl.library) close_library(d->cl.library);
     free(d->weights);
     free(d);
 }
@@ -4442,9 +4930,8 @@ static int build_kernels(device *d, size_t head_dim, buffer *log, medrun_error *
     char head[160] = "", options[256];
     const char *more = getenv("MEDRUN_OPENCL_OPTIONS"), *sources[] = {head, device_source};
     bool exact = d->facts.numbers & CL_FP_CORRECTLY_ROUNDED_DIVIDE_SQRT;
-    size_t n = 0;
     cl_int why;
-    n = (size_t)snprintf(head, sizeof head, "#define DIM %zu\n#define LEVELS 0", head_dim);
+    size_t n = (size_t)snprintf(head, sizeof head, "#define DIM %zu\n#define LEVELS 0", head_dim);
     for (int i = 1; i < 16; i++)
         n += (size_t)snprintf(head + n, sizeof head - n, ",%d", int4_levels[i]);
     snprintf(head + n, sizeof head - n, "\n");
@@ -4452,18 +4939,16 @@ static int build_kernels(device *d, size_t head_dim, buffer *log, medrun_error *
              exact ? " -cl-fp32-correctly-rounded-divide-sqrt -D EXACT" : "", more ? more : "");
     d->program = d->cl.clCreateProgramWithSource(d->context, 2, sources, NULL, &why);
     if (!why) why = d->cl.clBuildProgram(d->program, 1, &d->facts.id, options, NULL, NULL);
-    if (!why) {
-        for (int k = 0; k < N_DEVICE_KERNELS && !why; k++)
-            d->kernels[k] = d->cl.clCreateKernel(d->program, device_kernels[k], &why);
-        if (!why) return MEDRUN_OK;
-    }
+    for (int k = 0; k < N_DEVICE_KERNELS && !why; k++)
+        d->kernels[k] = d->cl.clCreateKernel(d->program, device_kernels[k], &why);
+    if (!why) return MEDRUN_OK;
     n = 0;
     if (d->program)
         d->cl.clGetProgramBuildInfo(d->program, d->facts.id, CL_PROGRAM_BUILD_LOG, 0, NULL, &n);
     if (n && buffer_room(log, n)) {
         d->cl.clGetProgramBuildInfo(d->program, d->facts.id, CL_PROGRAM_BUILD_LOG, n, log->data,
                                     NULL);
-        log->n = strlen((const char *)log->data);
+        log->data[n] = 0, log->n = strlen((const char *)log->data);
     }
     return fail(e, MEDRUN_NO_MEMORY, "device %s: its kernels cannot be built (%d)", d->facts.name,
                 why);
@@ -4511,7 +4996,7 @@ static int device_open(device *d, const char *which, size_t head_dim, buffer *lo
     if (why) return fail(e, MEDRUN_NO_MEMORY, "device %s: cannot be used (%d)", d->facts.name, why);
     return build_kernels(d, head_dim, log, e);
 }
-#endif
+#endif /* MEDRUN_OPENCL */
 /* ============================================================================================
  * 9 Model file: parse and check everything before anything is used
  *
@@ -6754,9 +7239,8 @@ static int chat_find_late(chat_writer *w, const medrun_message *m, size_t n, boo
     return code;
 }
 
-/* A whole conversation. */
-static int chat_write(chat_writer *w, const medrun_message *m, size_t n, bool answer) {
-    size_t n_before = w->out->n;
+/* A whole conversation; its last run of text is left in W->run. */
+static int chat_conversation(chat_writer *w, const medrun_message *m, size_t n, bool answer) {
     bool late = false;
     int code = n ? MEDRUN_OK : fail(w->e, MEDRUN_USAGE, "messages: found none, wanted one or more");
     if (!code) code = chat_find_late(w, m, n, &late);
@@ -6773,7 +7257,12 @@ static int chat_write(chat_writer *w, const medrun_message *m, size_t n, bool an
         code = chat_refuse(w, "tools: wanted a turn after the system's");
     if (!code) code = chat_parts(w, w->c->end, NULL, NULL, 0);
     if (!code && answer) code = chat_parts(w, w->c->answer, NULL, NULL, 0);
-    return chat_end(w, code, n_before);
+    return code;
+}
+
+static int chat_write(chat_writer *w, const medrun_message *m, size_t n, bool answer) {
+    size_t n_before = w->out->n;
+    return chat_end(w, chat_conversation(w, m, n, answer), n_before);
 }
 
 /* ---- what others call ---------------------------------------------------------------------- */
@@ -7465,10 +7954,10 @@ struct medrun_session {
     medrun_observer *observer;
     void *observer_user;
     struct pass *pass;                          /* scratch for passes that this session leads   */
-#ifdef MEDRUN_OPENCL
-    cl_mem device_keys, device_values;          /* of the device's layers, as they lie here     */
-    size_t device_done, host_done;              /* positions of those layers that the device has,
+    size_t device_done, host_done;              /* positions of a device's layers that it has,
                                                    and that are here; one is at least n_done    */
+#ifdef MEDRUN_OPENCL
+    cl_mem device_keys, device_values;          /* of those layers, as they lie here            */
 #endif
 };
 
@@ -7927,8 +8416,9 @@ static bool device_logits(const pass *p, const output_rows *o) {
 }
 
 /* Room for the keys and values of the device's layers. */
-static int cache_on_device(medrun_session *s, medrun_error *e) {
+static int join_device(medrun_session *s, medrun_error *e) {
     device *d = s->model->device;
+    if (!d) return MEDRUN_OK;
     size_t n = cache_bytes(s, d->layers, 0);
     pthread_mutex_lock(&s->model->pool->turn);
     s->device_keys = device_bytes(d, NULL, n);
@@ -7941,8 +8431,9 @@ static int cache_on_device(medrun_session *s, medrun_error *e) {
                 s->options.context, 2 * n >> 20, d->facts.name, (unsigned long long)room >> 20);
 }
 
-static void leave_device(medrun_session *s) {
+static void leave_device(const medrun_session *s) {
     device *d = s->model->device;
+    if (!d) return;
     size_t n = cache_bytes(s, d->layers, 0);
     pthread_mutex_lock(&s->model->pool->turn);
     if (s->device_keys) device_release(d, s->device_keys), d->room += n;
@@ -7960,8 +8451,15 @@ static int cache_from_device(const medrun_session *s, medrun_error *e) {
     return d->failed ? device_error(d, e) : MEDRUN_OK;
 }
 #else
+static void begin_on_device(pass *p) { p->on_device = false; }
+static int end_on_device(const pass *p, medrun_error *e) { return (void)p, (void)e, MEDRUN_OK; }
 static int device_layers(const pass *p) { return (void)p, 0; }
 static bool device_logits(const pass *p, const output_rows *o) { return (void)p, (void)o, false; }
+static int join_device(medrun_session *s, medrun_error *e) { return (void)s, (void)e, MEDRUN_OK; }
+static void leave_device(const medrun_session *s) { (void)s; }
+static int cache_from_device(const medrun_session *s, medrun_error *e) {
+    return (void)s, (void)e, MEDRUN_OK;
+}
 #endif
 
 /* The tokens of the pass through all layers; x ends as the last layer's output. */
@@ -8325,16 +8823,12 @@ int medrun_start(medrun_session **out, const medrun_model *model,
                           .random = o.sampling.seed};
     arena a = {(uint8_t *)s, round_up(sizeof *s, 64)};
     layout_session(s, &a);
-#ifdef MEDRUN_OPENCL
-    if (model->device && (code = cache_on_device(s, e))) return medrun_stop(s), code;
-#endif
+    if ((code = join_device(s, e))) return medrun_stop(s), code;
     return *out = s, MEDRUN_OK;
 }
 
 void medrun_stop(medrun_session *s) {
-#ifdef MEDRUN_OPENCL
-    if (s && s->model->device) leave_device(s);
-#endif
+    if (s) leave_device(s);
     if (s && s->owns_memory) unmap_memory(s, s->bytes);
 }
 
@@ -8545,15 +9039,10 @@ int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *e) {
     for (size_t i = 0; i < n; i++) sessions[i]->n_ready = 0, add_segment(p, sessions[i]);
     if (!p->n) return MEDRUN_OK;
     pthread_mutex_lock(&lead->model->pool->turn);
-#ifdef MEDRUN_OPENCL
     begin_on_device(p);
-#endif
     forward(p);
     output(p);
-    int code = MEDRUN_OK;
-#ifdef MEDRUN_OPENCL
-    code = end_on_device(p, e);
-#endif
+    int code = end_on_device(p, e);
     pthread_mutex_unlock(&lead->model->pool->turn);
     if (code) return code;
     for (size_t i = 0; i < p->n_segments; i++) p->segments[i].session->n_done += p->segments[i].n;
@@ -8808,17 +9297,16 @@ static void get_block(state_file *f, const medrun_session *s, size_t first, size
                 sum != block_sum(f->lanes);
 }
 
-/* int8, and bf16 without the processor's bf16 dot product, give the same bits everywhere. */
+/* int8, and bf16 without the processor's bf16 dot product, give the same bits everywhere but on a
+ * device that is only near them. */
 static void name_numbers(const medrun_session *s, char name[24]) {
     bool exact = pack_kind(&s->pass->g, s->model->type) != PACK_BF16;
-    memset(name, 0, 24);
+    const char *numbers = exact ? "exact" : s->model->kernels->name;
 #ifdef MEDRUN_OPENCL
-    if (s->model->device && !s->model->device->exact) {
-        snprintf(name, 24, "%d OpenCL", NUMBERS_VERSION);
-        return;
-    }
+    if (s->model->device && !s->model->device->exact) numbers = "OpenCL";
 #endif
-    snprintf(name, 24, "%d %s", NUMBERS_VERSION, exact ? "exact" : s->model->kernels->name);
+    memset(name, 0, 24);
+    snprintf(name, 24, "%d %s", NUMBERS_VERSION, numbers);
 }
 
 static void name_template(const medrun_session *s, char name[32]) {
@@ -8872,10 +9360,7 @@ static void put_state(state_file *f, const medrun_session *s) {
 int medrun_save(const medrun_session *s, const char *path, medrun_error *e) {
     buffer partial = {0};
     state_file f = {0};
-    int code = MEDRUN_OK;
-#ifdef MEDRUN_OPENCL
-    code = cache_from_device(s, e);
-#endif
+    int code = cache_from_device(s, e);
     if (!code) code = create_state(&f.f, path, &partial, e);
     if (!code) {
         put_state(&f, s);
@@ -8977,9 +9462,7 @@ static int restore_from(medrun_session *s, state_file *f, uint64_t size, const i
     if (!good || f->failed)
         return fail(e, MEDRUN_BAD_FILE, "%s: is cut short or damaged", path);
     s->n_done = take;
-#ifdef MEDRUN_OPENCL
     s->host_done = take, s->device_done = 0;
-#endif
     if (ids) return MEDRUN_OK;
     s->n_tokens = (size_t)h.n, s->random = h.random, s->answer_open = h.open && h.n;
     if (h.done == h.n && h.n) s->n_done--;              /* its logits are computed anew          */
@@ -9111,7 +9594,7 @@ static int check_device(medrun_model *m, device *d, medrun_error *e) {
     int code = try_logits(m, wanted, e);
     m->device = d;
     if (!code) code = try_logits(m, found, e);
-    for (size_t i = 0; !code && i < vocab; i++) {
+    for (size_t i = 0; !code && off >= 0 && i < vocab; i++) {           /* a NaN ends it         */
         double difference = fabs((double)found[i] - (double)wanted[i]);
         if (fabs((double)wanted[i]) > largest) largest = fabs((double)wanted[i]);
         if (!(difference <= off)) off = difference;
@@ -9753,7 +10236,7 @@ static int start_session(command *c) {
     const char *plain = plain_only();
     note(c, "medrun " MEDRUN_VERSION ": %s, %s, %s kernels, %d threads, context %d, kv %s%s%s%s",
          c->m->name, type_names[c->m->type], c->m->kernels->name, c->m->pool->threads, context,
-         cache_type(c) ? "f32" : "f16", flag(c, O_STRICT) ? ", strict" : "",
+         kv_names[cache_type(c)], flag(c, O_STRICT) ? ", strict" : "",
          plain ? "; " : "", plain ? plain : "");
     choose_sampling(c);
     o = session_options(c, context);
@@ -10036,7 +10519,7 @@ static int write_record(command *c, size_t n_prompt) {
                   "\"%llu\",\n  \"--temp\": \"%.9g\", \"--top-k\": \"%d\", \"--top-p\": \"%.9g\", "
                   "\"--min-p\": \"%.9g\", \"--repeat-penalty\": \"%.9g\"},\n", hash,
                   c->m->kernels->name,
-                  flag(c, O_STRICT), cache_type(c) ? "f32" : "f16", context_of(c),
+                  flag(c, O_STRICT), kv_names[cache_type(c)], context_of(c),
                   (unsigned long long)s->seed, (double)s->temperature, s->top_k, (double)s->top_p,
                   (double)s->min_p, (double)s->repeat_penalty);
     if (c->chat_options.date) buffer_printf(&b, " \"date\": \"%s\",\n", c->chat_options.date);
@@ -11266,7 +11749,6 @@ static void list_opencl(void) {
                all[i].numbers & CL_FP_FMA ? "" : "slow ",
                all[i].numbers & CL_FP_CORRECTLY_ROUNDED_DIVIDE_SQRT ? "exact" : "corrected");
     }
-    if (n >= 0) close_library(cl.library);
 #else
     puts("OpenCL     not in this build (make OPENCL=1)");
 #endif

@@ -854,7 +854,10 @@ static double nearest_error(const float *v, const float *importance, int lane, d
     double error = 0;
     for (int k = 0; k < 32 && error < most; k++) {
         double x = (double)v[16 * k + lane], best = INFINITY;
-        for (int q = 0; q < 16; q++) best = fmin(best, fabs(level_value(q, scale, shift) - x));
+        for (int q = 0; q < 16; q++) {
+            double off = fabs(level_value(q, scale, shift) - x);
+            best = off < best ? off : best;             /* fmin: gcc 12 for arm64 gives up       */
+        }
         error += best * best * (double)importance[k];
     }
     return error;

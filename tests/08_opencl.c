@@ -304,7 +304,6 @@ int main(void) {
     if (getenv("MEDRUN_TEST_DEVICE")) device_name = getenv("MEDRUN_TEST_DEVICE");
     if (opencl_open(&cl, &e)) return SKIP(e.text), report();
     int n = list_devices(&cl, all);
-    close_library(cl.library);
     if (!n) return SKIP("OpenCL has no device here"), report();
     test_models();
     test_part();

@@ -32,15 +32,15 @@ static bool refused(void) {
 /* In place of libc's own, so that its requests count too, those of fopen for example: memory of one
  * piece, of which nothing comes back. Before each block its size. */
 #if !SANITIZED
-static _Alignas(16) uint8_t memory[256 << 20];
+static _Alignas(16) uint8_t test_heap[256 << 20];
 static atomic_size_t given;
 
 void *malloc(size_t n) {
-    if (refused() || n > sizeof memory) return NULL;
+    if (refused() || n > sizeof test_heap) return NULL;
     size_t at = atomic_fetch_add(&given, (n + 31) / 16 * 16);
-    if (at + n + 16 > sizeof memory) return NULL;
-    memcpy(memory + at, &n, sizeof n);
-    return memory + at + 16;
+    if (at + n + 16 > sizeof test_heap) return NULL;
+    memcpy(test_heap + at, &n, sizeof n);
+    return test_heap + at + 16;
 }
 
 void *calloc(size_t n, size_t size) {

@@ -36,7 +36,7 @@ for cc in gcc clang; do
     if ! command -v $cc > /dev/null; then
         skipped=$((skipped + 1)); echo "skipped: no $cc"; continue
     fi
-    for what in "medrun.c" "-DMEDRUN_NO_MAIN medrun.c" tools/export.c; do
+    for what in "medrun.c" "-DMEDRUN_NO_MAIN medrun.c" tools/export.c tools/eval.c; do
         # shellcheck disable=SC2086
         said=$($cc -O2 -Wall -Wextra -Wshadow -Wconversion -c -o /dev/null $what 2>&1)
         [ -z "$said" ] && ok || bad "$cc $what: $(echo "$said" | head -5)"

@@ -28,9 +28,10 @@
 #define MEDRUN_NO_MAIN
 #include "../medrun.c"
 #ifndef _WIN32
-#include <sys/file.h>
 #include <sys/statvfs.h>
 #endif
+#include "options.c"
+#include "files.c"
 
 /* ============================================================================================
  * 1 Files: a folder's files, JSON without doubts
@@ -100,11 +101,6 @@ typedef struct {
 /* ---- what only this program asks of the system --------------------------------------------- */
 
 #ifndef _WIN32
-/* Only one program at a time may hold it; the lock ends with FD. */
-static int lock_file(int fd) { return flock(fd, LOCK_EX | LOCK_NB); }
-
-static int set_length(int fd, uint64_t bytes) { return ftruncate(fd, (off_t)bytes); }
-
 /* Bytes that the disk of PATH, which is open as FD, has room for. 0, or -1. */
 static int disk_room(int fd, const char *path, uint64_t *room) {
     struct statvfs fs;
@@ -149,14 +145,6 @@ static ssize_t pwrite(int fd, const void *from, size_t n, off_t at) {
     DWORD put = 0, most = n < 1 << 30 ? (DWORD)n : 1 << 30;
     bool done = WriteFile((HANDLE)_get_osfhandle(fd), from, most, &put, &o);
     return done ? (ssize_t)put : windows_failed();
-}
-
-static int lock_file(int fd) { return (void)fd, 0; }    /* nobody else could open it             */
-
-static int set_length(int fd, uint64_t bytes) {
-    FILE_END_OF_FILE_INFO i = {.EndOfFile.QuadPart = (LONGLONG)bytes};
-    HANDLE h = (HANDLE)_get_osfhandle(fd);
-    return SetFileInformationByHandle(h, FileEndOfFileInfo, &i, sizeof i) ? 0 : windows_failed();
 }
 
 static int disk_room(int fd, const char *path, uint64_t *room) {
@@ -1889,7 +1877,7 @@ static int write_section(exporter *x, section *t, const scratch *m, medrun_error
         size_t n_out = n * t->cols * sizeof(float);
         if (t->type != TYPE_F32) {
             for (size_t i = 0; t->type == TYPE_INT4 && i < n * t->cols; i++)
-                if (fabsf(m->rows[i]) > INT4_LARGEST)
+                if (fabsf(m->rows[i]) > (float)INT4_LARGEST)
                     return refuse(e, "%s/%s: tensor %s: found the weight %g, int4 has none beyond "
                                   "%d; use --type int8", x->source.folder, file->name, from->name,
                                   (double)m->rows[i], INT4_LARGEST);
@@ -2186,26 +2174,20 @@ static void close_exporter(exporter *x) {
  * 12 Commands: options, --dry-run, main
  * ============================================================================================ */
 
-typedef struct {
-    const char *name, *value;   /* value NULL: a flag                                          */
-    size_t at;                  /* in export_options                                           */
-    const char *help;
-} export_option;
-
 #define AT(field) offsetof(export_options, field)
-static const export_option option_table[] = {
-    {"--type", "TYPE", AT(type), "int8 (default), bf16, or int4: smaller, less exact"},
-    {"--template", "NAME", AT(template_name), "the chat template (default: recognised)"},
-    {"--name", "TEXT", AT(name), "the checkpoint's name (default: the folder's)"},
-    {"--proof", "FILE", AT(proof), "JSON with more proofs: tokens, chats, logits"},
-    {"--threads", "N", AT(threads), "threads (default: all processors)"},
-    {"--calibrate", "FILE", AT(calibrate), "text that int4's scales are fitted to (advised)"},
-    {"--yarn-factor", "F", AT(yarn_factor), "YaRN's factor, if not the config's"},
-    {"--sliding-window", "N", AT(window), "keys a token sees, 0: all; for GGUF"},
-    {"--dry-run", NULL, AT(dry_run), "check everything, print what would be written"},
-    {"--tokenizer-only", NULL, AT(tokenizer_only), "write only a tokenizer.bin"},
-    {"--help", NULL, AT(help), "this text"},
-    {"--version", NULL, AT(version), "the version"},
+static const tool_option option_table[] = {
+    {"--type", NULL, "TYPE", AT(type), "int8 (default), bf16, or int4: smaller, less exact"},
+    {"--template", NULL, "NAME", AT(template_name), "the chat template (default: recognised)"},
+    {"--name", NULL, "TEXT", AT(name), "the checkpoint's name (default: the folder's)"},
+    {"--proof", NULL, "FILE", AT(proof), "JSON with more proofs: tokens, chats, logits"},
+    {"--threads", "-t", "N", AT(threads), "threads (default: all processors)"},
+    {"--calibrate", NULL, "FILE", AT(calibrate), "text that int4's scales are fitted to (advised)"},
+    {"--yarn-factor", NULL, "F", AT(yarn_factor), "YaRN's factor, if not the config's"},
+    {"--sliding-window", NULL, "N", AT(window), "keys a token sees, 0: all; for GGUF"},
+    {"--dry-run", NULL, NULL, AT(dry_run), "check everything, print what would be written"},
+    {"--tokenizer-only", NULL, NULL, AT(tokenizer_only), "write only a tokenizer.bin"},
+    {"--help", "-h", NULL, AT(help), "this text"},
+    {"--version", NULL, NULL, AT(version), "the version"},
 };
 #undef AT
 enum { N_EXPORT_OPTIONS = sizeof option_table / sizeof *option_table };
@@ -2216,82 +2198,22 @@ static void print_export_help(void) {
            "Makes a medrun checkpoint from a Hugging Face folder (config.json, tokenizer.json,\n"
            "safetensors) or from a GGUF file. Writes OUT.partial; renames it when it is complete\n"
            "and read again.\n\n");
-    for (size_t i = 0; i < N_EXPORT_OPTIONS; i++)
-        printf("  %-18s%-6s%s\n", option_table[i].name,
-               option_table[i].value ? option_table[i].value : "", option_table[i].help);
+    print_options(&(tool_line){.table = option_table, .n = N_EXPORT_OPTIONS});
     printf("\nTemplates: " CHAT_NAMES ".\n");
     printf("MEDRUN_TYPE, MEDRUN_TEMPLATE and so on set an option that is not given.\n"
            "Exit codes: 0 ok, 1 failed while running, 2 usage, 3 file missing, unsupported or\n"
            "malformed, 4 a given proof differs, 6 out of memory, 130 interrupted.\n");
 }
 
-/* Letters to insert, remove or change to get from A to B (of at most 31 letters each). */
-static size_t edit_distance(const char *a, const char *b) {
-    size_t row[32], nb = strlen(b);
-    for (size_t k = 0; k <= nb; k++) row[k] = k;
-    for (; *a; a++) {
-        size_t corner = row[0]++;
-        for (size_t k = 1; k <= nb; k++) {
-            size_t best = corner + (*a != b[k - 1]);
-            if (row[k] + 1 < best) best = row[k] + 1;
-            if (row[k - 1] + 1 < best) best = row[k - 1] + 1;
-            corner = row[k], row[k] = best;
-        }
-    }
-    return row[nb];
-}
-
-/* The option that the first N letters of TEXT name. */
-static const export_option *find_option(const char *text, size_t n, medrun_error *e) {
-    char name[32];
-    snprintf(name, sizeof name, "%.*s", (int)(n < 31 ? n : 31), text);
-    if (!strcmp(name, "-t")) snprintf(name, sizeof name, "--threads");
-    if (!strcmp(name, "-h")) snprintf(name, sizeof name, "--help");
-    const export_option *nearest = option_table;
-    for (size_t i = 0; i < N_EXPORT_OPTIONS; i++) {
-        if (!strcmp(name, option_table[i].name)) return &option_table[i];
-        if (edit_distance(name, option_table[i].name) < edit_distance(name, nearest->name))
-            nearest = &option_table[i];
-    }
-    fail(e, MEDRUN_USAGE, "unknown option %s; the nearest is %s", name, nearest->name);
-    return NULL;
-}
-
-/* --yarn-factor is MEDRUN_YARN_FACTOR in the environment. */
-static void read_environment(export_options *o) {
-    for (const export_option *p = option_table; p < option_table + N_EXPORT_OPTIONS; p++) {
-        char name[64];
-        snprintf(name, sizeof name, "MEDRUN_%s", p->name + 2);
-        for (char *c = name; *c; c++) *c = *c == '-' ? '_' : (char)toupper((unsigned char)*c);
-        const char *value = getenv(name);
-        void *field = (char *)o + p->at;
-        if (value && p->value) *(const char **)field = value;
-        else if (value) *(bool *)field = !strcmp(value, "1") || !strcmp(value, "on") ||
-                                         !strcmp(value, "true");
-    }
-}
-
-static int parse_options(export_options *o, int argc, char **argv, medrun_error *e) {
-    bool only_words = false;
-    read_environment(o);
-    for (int i = 1; i < argc; i++) {
-        const char *arg = argv[i], *equals = strchr(arg, '=');
-        if (!only_words && !strcmp(arg, "--")) { only_words = true; continue; }
-        if (only_words || arg[0] != '-' || !arg[1]) {
-            if (o->out) return fail(e, MEDRUN_USAGE, "found a third word %s, wanted SOURCE and "
-                                    "OUT; see --help", arg);
-            *(o->source ? &o->out : &o->source) = arg;
-            continue;
-        }
-        const export_option *p = find_option(arg, equals ? (size_t)(equals - arg) : strlen(arg), e);
-        if (!p) return e->code;
-        void *field = (char *)o + p->at;
-        if (!p->value && equals) return fail(e, MEDRUN_USAGE, "%s takes no value", p->name);
-        if (p->value && !equals && i + 1 == argc)
-            return fail(e, MEDRUN_USAGE, "%s: wanted a value %s", p->name, p->value);
-        if (p->value) *(const char **)field = equals ? equals + 1 : argv[++i];
-        else *(bool *)field = true;
-    }
+static int parse_line(exporter *x, int argc, char **argv, medrun_error *e) {
+    const char *words[3];
+    tool_line line = {option_table, N_EXPORT_OPTIONS, &x->options, words, 0, 3};
+    if (parse_options(&line, argc, argv, e)) return e->code;
+    if (line.n_words == 3)
+        return fail(e, MEDRUN_USAGE, "found a third word %s, wanted SOURCE and OUT; see --help",
+                    words[2]);
+    if (line.n_words) x->options.source = words[0];
+    if (line.n_words > 1) x->options.out = words[1];
     return MEDRUN_OK;
 }
 
@@ -2408,7 +2330,7 @@ static int export_main(int argc, char **argv) {
     if (!(argv = start_program(&argc, argv))) return MEDRUN_FAILED;
     pthread_mutex_init(&x.lock, NULL);
     catch_signals();
-    parse_options(&x.options, argc, argv, &e);
+    parse_line(&x, argc, argv, &e);
     if (!e.code && x.options.help) return print_export_help(), MEDRUN_OK;
     if (!e.code && x.options.version) return puts("medrun-export " MEDRUN_VERSION), MEDRUN_OK;
     if (!e.code && !check_options(&x, &e))

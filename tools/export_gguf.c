@@ -469,8 +469,8 @@ static int read_gguf_sizes(const gguf_file *g, model_config *c, medrun_error *e)
         read_number(g, ".rope.dimension_count", 1, 1024, true, &rotated, e)) return e->code;
     double whole = (double)c->hidden_size / c->n_heads;
     if (!(head > 0)) head = whole;
-    if (differ(head, floor(head)) || head > MAX_HEAD_DIM || differ(head, value > 0 ? value : whole)
-        || (rotated > 0 && differ(head, rotated)))
+    if (differ(head, floor(head)) || head > (double)MAX_HEAD_DIM ||
+        differ(head, value > 0 ? value : whole) || (rotated > 0 && differ(head, rotated)))
         return refuse(e, "%s: found heads of key_length %g, value_length %g, rope.dimension_count "
                       "%g, wanted the same whole number, which is embedding_length / head_count = "
                       "%g where they are not given", g->path, head, value, rotated, whole);

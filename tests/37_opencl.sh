@@ -1,5 +1,5 @@
 #!/bin/sh
-# 36_opencl.sh BIN BUILD - devices as users see them: medrun built with OpenCL and without.
+# 37_opencl.sh BIN BUILD - devices as users see them: medrun built with OpenCL and without.
 passed=0 failed=0 skipped=0
 T=$(mktemp -d) || exit 1
 trap 'rm -rf "$T"' EXIT

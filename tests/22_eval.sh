@@ -1,0 +1,147 @@
+#!/bin/sh
+# 22_eval.sh BIN BUILD - medrun-eval as people use it: shards, going on after kill -9, merging, the
+# page, what it refuses. The questions of tests/eval and the demo model.
+passed=0 failed=0 skipped=0
+T=$(mktemp -d) || exit 1
+trap 'rm -rf "$T"' EXIT
+eval=$1/medrun-eval model=tools/demo/demo.mdr other=$2/llama-tied-int8.mdr data=tests/eval
+case $eval in /*) ;; *) eval=$PWD/$eval;; esac
+LC_ALL=C; export LC_ALL
+for v in $(env | sed -n 's/^\(MEDRUN_[A-Z_]*\)=.*/\1/p'); do unset "$v"; done
+
+good() { passed=$((passed + 1)); }
+bad() { failed=$((failed + 1)); echo "FAILED: $*"; }
+skip() { skipped=$((skipped + 1)); echo "skipped: $*"; }
+check() { what=$1; shift; if "$@"; then good; else bad "$what"; fi; }
+# code N ARGUMENTS: out and err in $T; the exit code must be N
+code() {
+    want=$1; shift
+    "$eval" "$@" </dev/null >"$T/out" 2>"$T/err"; rc=$?
+    if [ $rc = "$want" ]; then good; else bad "$*: exit $rc, wanted $want: $(cat "$T/err")"; fi
+}
+err_has() { check "stderr has '$1': $(cat "$T/err")" grep -q -- "$1" "$T/err"; }
+out_has() { check "stdout has '$1': $(cat "$T/out")" grep -q -- "$1" "$T/out"; }
+one_line() { check "one line: $(cat "$T/err")" [ "$(wc -l <"$T/err")" = 1 ]; }
+same() { # FILE FILE: the same lines
+    sort "$1" >"$T/a"; sort "$2" >"$T/b"; check "$1 and $2 have the same lines" cmp -s "$T/a" "$T/b"
+}
+
+# ---- the line ----
+code 0 --version; out_has '^medrun-eval [0-9]'
+code 0 --help; out_has '--fewshot K FILE'; out_has 'Exit codes'
+code 2; err_has 'wanted MODEL.mdr TASK DATA'; one_line
+code 2 "$model" medqq "$data/medqa.jsonl"; err_has 'task: found medqq'
+code 2 "$model" medqa "$data/medqa.jsonl" --mdoe letter; err_has 'nearest is --mode'
+for wrong in '--mode x' '--shard 0/3' '--shard 4/3' '--shard 1' '--shard 1/2x' '--limit 0' '--limit 1.5' \
+    '--batch x' '--kv f8' '--bos maybe' '--overflow drop' '--summary xml' '--require 2' '--parallel 0' \
+    '--resume' '--fewshot 5' '--fewshot x y' '--template llama4' '--fewshot-multiturn --no-template' \
+    '--threads 0' '--ctx -1' "--fewshot 2 $data/medqa.jsonl --mode generate"; do
+    # shellcheck disable=SC2086
+    code 2 "$model" medqa "$data/medqa.jsonl" $wrong; one_line
+done
+code 3 "$T/none.mdr" medqa "$data/medqa.jsonl"; one_line
+code 3 "$model" medqa "$T/none.jsonl"; one_line
+code 3 "$model" medqa "$data/pubmedqa.json"; err_has 'fields missing'; one_line
+code 3 "$model" mmlu "$data/anatomy_test.csv" --fewshot 4 "$data/anatomy_dev.csv"; err_has 'only 3 of 4'
+code 3 "$model" mmlu "$data/anatomy_test.csv" --fewshot 1 "$data/college_biology_test.csv"; err_has 'about anatomy'
+code 7 "$model" medqa "$data/medqa.jsonl" --require 0.99 -q; err_has 'accuracy'
+code 0 "$model" medqa "$data/medqa.jsonl" --require 0.01 --limit 4; out_has '| medqa |  | 4 |'; err_has 'were saved'
+MEDRUN_LIMIT=3 MEDRUN_FEWSHOT=; export MEDRUN_LIMIT; unset MEDRUN_FEWSHOT
+code 0 "$model" medqa "$data/medqa.jsonl" -q; out_has '| medqa |  | 3 |'; unset MEDRUN_LIMIT
+
+# ---- one run, its shards, and what was interrupted are the same lines ----
+for how in '' '--mode answer --no-template' '--mode generate -n 8'; do
+    rm -f "$T"/*.jsonl
+    # shellcheck disable=SC2086
+    {
+    code 0 "$model" medqa "$data/medqa.jsonl" $how -o "$T/all.jsonl"; cp "$T/out" "$T/table"
+    code 2 "$model" medqa "$data/medqa.jsonl" $how -o "$T/all.jsonl"; err_has '--resume'
+    code 0 "$model" medqa "$data/medqa.jsonl" $how -o "$T/b.jsonl" -t 1 -b 33 --parallel 2; same "$T/all.jsonl" "$T/b.jsonl"
+    for i in 1 2 3; do code 0 "$model" medqa "$data/medqa.jsonl" $how --shard $i/3 -o "$T/s$i.jsonl"; done
+    code 3 --merge "$T/s1.jsonl" "$T/s3.jsonl"; err_has '4 of 13 questions are missing, the first is number 1'; one_line
+    code 3 --merge "$T/s1.jsonl" "$T/s2.jsonl" "$T/s3.jsonl" "$T/s2.jsonl"; err_has 'question 1 stands twice'
+    code 0 --merge "$T"/s?.jsonl -o "$T/merged.jsonl"; same "$T/all.jsonl" "$T/merged.jsonl"
+    check 'the same table' cmp -s "$T/out" "$T/table"
+    cat "$T"/s?.jsonl | sort -u >"$T/cat"; same "$T/all.jsonl" "$T/cat"
+    n=$(wc -c <"$T/all.jsonl")
+    for cut in 0 40 $((n / 3)) $((n / 2)) $((n - 1)) "$n"; do
+        head -c "$cut" "$T/all.jsonl" >"$T/c.jsonl"
+        code 0 "$model" medqa "$data/medqa.jsonl" $how -o "$T/c.jsonl" --resume; same "$T/all.jsonl" "$T/c.jsonl"
+        check 'the same table' cmp -s "$T/out" "$T/table"
+    done
+    }
+done
+
+# ---- kill -9 at any time ----
+seq 20 | while read -r i; do sed "s/\"question\": \"/&($i) /" "$data/medqa.jsonl"; done >"$T/many.jsonl"
+code 0 "$model" medqa "$T/many.jsonl" -o "$T/plain.jsonl" -q
+"$eval" "$model" medqa "$T/many.jsonl" -o "$T/killed.jsonl" -q >"$T/out" 2>&1 & pid=$!
+while [ "$(cat "$T/killed.jsonl" 2>/dev/null | wc -l)" -lt 30 ] && kill -0 $pid 2>/dev/null; do sleep 0.01; done
+code 1 "$model" medqa "$T/many.jsonl" -o "$T/killed.jsonl" --resume; err_has 'another process'
+kill -9 $pid 2>/dev/null; wait $pid 2>/dev/null
+before=$(wc -l <"$T/killed.jsonl")
+check "killed in the middle ($before lines)" [ "$before" -lt 261 ]
+code 0 "$model" medqa "$T/many.jsonl" -o "$T/killed.jsonl" --resume -q; same "$T/plain.jsonl" "$T/killed.jsonl"
+"$eval" "$model" medqa "$T/many.jsonl" -o "$T/int.jsonl" -q >"$T/out" 2>"$T/err" & pid=$!
+while [ "$(cat "$T/int.jsonl" 2>/dev/null | wc -l)" -lt 20 ] && kill -0 $pid 2>/dev/null; do sleep 0.01; done
+kill -TERM $pid 2>/dev/null; wait $pid; check 'interrupted: exit 130' [ $? = 130 ]; err_has '--resume goes on'; one_line
+if command -v parallel >/dev/null && parallel --version 2>/dev/null | grep -q '^GNU'; then
+    parallel --will-cite -j2 "$eval" "$model" medqa "$T/many.jsonl" -q -t 1 --shard '{}/4' -o "$T/p{}.jsonl" ::: 1 2 3 4 \
+        >/dev/null 2>"$T/err"
+    code 0 --merge "$T"/p?.jsonl -o "$T/par.jsonl"; same "$T/plain.jsonl" "$T/par.jsonl"
+else skip 'no GNU parallel'; fi
+
+# ---- what does not belong together ----
+code 0 "$other" medqa "$data/medqa.jsonl" --shard 2/3 -q -o "$T/other.jsonl"
+rm "$T"/s?.jsonl
+for i in 1 2 3; do code 0 "$model" medqa "$data/medqa.jsonl" -q --shard $i/3 -o "$T/s$i.jsonl"; done
+code 3 --merge "$T/s1.jsonl" "$T/other.jsonl" "$T/s3.jsonl"; err_has 'other.jsonl: model: found'; one_line
+code 3 "$model" medqa "$data/medqa.jsonl" --mode answer -o "$T/s1.jsonl" --resume; err_has 'mode: found letter, wanted answer'
+code 3 "$model" medqa "$data/medqa_hf.jsonl" -o "$T/s1.jsonl" --resume; err_has 'file: found'
+code 3 --merge "$data/medqa.jsonl"; err_has 'not a result'; one_line
+code 3 --merge "$T/none.jsonl"; one_line
+code 2 --merge; one_line
+for line in '{}' '{"medrun-eval":1,"run":1,"data":2}' '{"medrun-eval":1,"run":{},"data":{}}' \
+    '{"medrun-eval":1,"run":{},"data":{"questions":0,"task":"x"}}'; do
+    echo "$line" >"$T/bad.jsonl"; code 3 --merge "$T/bad.jsonl"; one_line
+done
+for line in '{' '{}' '[]' '{"n":99}' '{"n":0}' '{"n":0,"choices":[1,2],"truth":5,"pred":0}' \
+    '{"n":0,"choices":[1,2],"truth":1,"pred":-9}' '{"n":0,"choices":[1,2],"truth":1,"pred":0,"ll":[1]}' \
+    '{"n":0,"choices":[1,2],"truth":1,"pred":0,"ll":[1,2]}' '{"n":0,"choices":[1],"truth":0,"pred":0}'; do
+    { head -n 1 "$T/s1.jsonl"; echo "$line"; } >"$T/bad.jsonl"; code 3 --merge "$T/bad.jsonl"; one_line; err_has ':2'
+done
+{ head -n 1 "$T/s1.jsonl"; echo '{'; } >"$T/bad.jsonl"
+code 3 "$model" medqa "$data/medqa.jsonl" -o "$T/bad.jsonl" --resume; err_has ':2: JSON'; one_line
+
+# ---- too long ----
+code 5 "$model" medqa "$data/medqa.jsonl" -c 80; err_has '> context 80'; one_line
+code 0 "$model" medqa "$data/medqa.jsonl" -c 80 --overflow skip -q -o "$T/skip.jsonl"; out_has 'skipped, too long'
+check 'skipped ones have lines' [ "$(grep -c '"skipped":' "$T/skip.jsonl")" -gt 0 ]
+check 'each question has one' [ "$(wc -l <"$T/skip.jsonl")" = 14 ]
+code 0 --merge "$T/skip.jsonl"; out_has 'skipped, too long'
+
+# ---- tasks, groups, the page ----
+for f in anatomy college_biology; do
+    code 0 "$model" mmlu "$data/${f}_test.csv" --fewshot 2 "$data/anatomy_dev.csv" --subject anatomy -q -o "$T/shots_$f.jsonl"
+    code 0 "$model" mmlu "$data/${f}_test.csv" -q -o "$T/task_$f.jsonl"
+done
+for t in 'medqa medqa.jsonl' 'medmcqa medmcqa.jsonl' 'pubmedqa pubmedqa.json'; do
+    code 0 "$model" ${t% *} "$data/${t#* }" -q -o "$T/task_${t% *}.jsonl"
+done
+code 0 --merge "$T"/task_*.jsonl --html "$T/page.html"
+out_has '^| mmlu |  | 15 |'; out_has '^| mmlu | anatomy | 10 |'; out_has '^| pubmedqa |  | 4 |'
+check 'no group of nine yet' [ "$(grep -c multimedqa "$T/out")" = 0 ]
+for f in clinical_knowledge college_medicine medical_genetics professional_medicine; do
+    cp "$data/college_biology_test.csv" "$T/${f}_test.csv"
+    code 0 "$model" mmlu "$T/${f}_test.csv" -q -o "$T/task_$f.jsonl"
+done
+code 0 --merge "$T"/task_*.jsonl --summary json
+out_has '"task":"multimedqa","subject":"","n":65,'
+code 3 --merge "$T"/task_*.jsonl "$T/shots_anatomy.jsonl"; err_has 'shots: found 2, wanted 0'
+for words in '<svg' 'Calibration' 'prefers-color-scheme' '<b>(right)</b>' 'Research and teaching only'; do
+    check "the page has $words" grep -q -- "$words" "$T/page.html"
+done
+check 'the page loads nothing' [ "$(grep -cE 'https?://|src=|url\(' "$T/page.html")" = 0 ]
+
+echo "$passed passed, $failed failed, $skipped skipped"
+[ "$failed" -eq 0 ]

@@ -1,0 +1,120 @@
+/* The options of the tools' command lines: one table gives parsing, environment twins and help.
+ * A tool includes this file after medrun.c. MIT licence, see LICENSE. */
+
+typedef struct {
+    const char *name, *small;   /* --name; -s or NULL                                          */
+    const char *value;          /* NULL: a flag; two words mean two values                     */
+    size_t at;                  /* of a bool or of one or two const char * in the options      */
+    const char *help;
+} tool_option;
+
+typedef struct {
+    const tool_option *table;
+    size_t n;
+    void *options;              /* the struct that the table's `at` count in                   */
+    const char **words;         /* (max_words) what is no option                               */
+    size_t n_words, max_words;
+} tool_line;
+
+/* Letters to insert, remove or change to get from A to B (of at most 31 letters each). */
+static size_t edit_distance(const char *a, const char *b) {
+    size_t row[32], nb = strlen(b);
+    for (size_t k = 0; k <= nb; k++) row[k] = k;
+    for (; *a; a++) {
+        size_t corner = row[0]++;
+        for (size_t k = 1; k <= nb; k++) {
+            size_t best = corner + (*a != b[k - 1]);
+            if (row[k] + 1 < best) best = row[k] + 1;
+            if (row[k - 1] + 1 < best) best = row[k - 1] + 1;
+            corner = row[k], row[k] = best;
+        }
+    }
+    return row[nb];
+}
+
+/* The option that the first N letters of TEXT name. */
+static const tool_option *find_option(const tool_line *l, const char *text, size_t n,
+                                      medrun_error *e) {
+    char name[32];
+    snprintf(name, sizeof name, "%.*s", (int)(n < 31 ? n : 31), text);
+    const tool_option *nearest = l->table;
+    for (const tool_option *p = l->table; p < l->table + l->n; p++) {
+        if (!strcmp(name, p->name) || (p->small && !strcmp(name, p->small))) return p;
+        if (edit_distance(name, p->name) < edit_distance(name, nearest->name)) nearest = p;
+    }
+    fail(e, MEDRUN_USAGE, "unknown option %s; the nearest is %s", name, nearest->name);
+    return NULL;
+}
+
+/* --yarn-factor is MEDRUN_YARN_FACTOR in the environment. */
+static void read_environment(const tool_line *l) {
+    for (const tool_option *p = l->table; p < l->table + l->n; p++) {
+        char name[64];
+        snprintf(name, sizeof name, "MEDRUN_%s", p->name + 2);
+        for (char *c = name; *c; c++) *c = *c == '-' ? '_' : (char)toupper((unsigned char)*c);
+        const char *value = getenv(name);
+        void *field = (char *)l->options + p->at;
+        if (value && p->value) *(const char **)field = value;
+        else if (value) *(bool *)field = !strcmp(value, "1") || !strcmp(value, "on") ||
+                                         !strcmp(value, "true");
+    }
+}
+
+static int add_word(tool_line *l, const char *word, medrun_error *e) {
+    if (l->n_words == l->max_words)
+        return fail(e, MEDRUN_USAGE, "found one word too many: %s; see --help", word);
+    return l->words[l->n_words++] = word, MEDRUN_OK;
+}
+
+/* The environment, then the line, which wins. */
+static int parse_options(tool_line *l, int argc, char **argv, medrun_error *e) {
+    bool only_words = false;
+    read_environment(l);
+    for (int i = 1; i < argc && !e->code; i++) {
+        const char *arg = argv[i], *equals = strchr(arg, '=');
+        if (!only_words && !strcmp(arg, "--")) { only_words = true; continue; }
+        if (only_words || arg[0] != '-' || !arg[1]) { add_word(l, arg, e); continue; }
+        size_t n = equals ? (size_t)(equals - arg) : strlen(arg);
+        const tool_option *p = find_option(l, arg, n, e);
+        if (!p) return e->code;
+        void *field = (char *)l->options + p->at;
+        int values = !p->value ? 0 : strchr(p->value, ' ') ? 2 : 1;
+        if (equals && values != 1)
+            return fail(e, MEDRUN_USAGE, "%s takes no value after =", p->name);
+        if (!equals && i + values >= argc)
+            return fail(e, MEDRUN_USAGE, "%s: wanted a value %s", p->name, p->value);
+        if (!values) *(bool *)field = true;
+        else if (equals) *(const char **)field = equals + 1;
+        else for (int k = 0; k < values; k++) ((const char **)field)[k] = argv[++i];
+    }
+    return e->code;
+}
+
+static void print_options(const tool_line *l) {
+    for (const tool_option *p = l->table; p < l->table + l->n; p++) {
+        char left[64];
+        snprintf(left, sizeof left, "%s%s%s %s", p->small ? p->small : "", p->small ? ", " : "",
+                 p->name, p->value ? p->value : "");
+        printf("  %-26s %s\n", left, p->help);
+    }
+}
+
+/* TEXT is what the option NAME was given, or NULL, which leaves *OUT as it is. */
+static int option_number(const char *name, const char *text, double min, double max, double *out,
+                         medrun_error *e) {
+    char *end;
+    double v = text ? strtod(text, &end) : 0;
+    if (!text) return MEDRUN_OK;
+    if (*end || end == text || !(v >= min && v <= max))
+        return fail(e, MEDRUN_USAGE, "%s: found %s, wanted %g to %.10g", name, text, min, max);
+    return *out = v, MEDRUN_OK;
+}
+
+static int option_int(const char *name, const char *text, int min, int max, int *out,
+                      medrun_error *e) {
+    double v = *out;
+    if (option_number(name, text, min, max, &v, e)) return e->code;
+    if (v != floor(v))
+        return fail(e, MEDRUN_USAGE, "%s: found %s, wanted a whole number", name, text);
+    return *out = (int)v, MEDRUN_OK;
+}
