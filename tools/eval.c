@@ -900,7 +900,11 @@ static result_set *find_set(results *all, const char *path, const char *head, si
     result_set *found = NULL;
     for (size_t i = 0; i < all->n_sets && !found; i++)
         if (all->sets[i].n_head == n && !memcmp(all->sets[i].head, head, n)) found = &all->sets[i];
-    if (!found && json_parse(&j, head, n, NULL)) j.n = 0;
+    medrun_error why = {0};
+    if (!found && json_parse(&j, head, n, &why)) {
+        j.n = 0;
+        if (why.code == MEDRUN_NO_MEMORY) fail(e, why.code, "%s", why.text);
+    }
     uint32_t data = j.n ? json_get(&j, 0, "data") : JSON_NONE;
     uint32_t run = j.n ? json_get(&j, 0, "run") : JSON_NONE;
     if (!found && json_is_type(&j, run, JSON_OBJECT) && json_is_type(&j, data, JSON_OBJECT)) {
