@@ -255,7 +255,7 @@ static void test_map_file(void) {
         e = (medrun_error){0};
         CHECK_EQ(map_file(fifo, &map, &e), MEDRUN_BAD_FILE);
         alarm(0);
-        CHECK(!too_slow && strstr(e.text, "is a pipe"));
+        CHECK(!too_slow && strstr(e.text, "but a pipe or a device"));
         unlink(fifo);
     }
 }
@@ -285,6 +285,11 @@ static void test_machine(void) {
 
     cpu_features f = detect_cpu();                      /* each stands on the one before it      */
     CHECK((!f.avx512 || f.avx2) && (!f.avx512_bf16 || f.avx512));
+    CHECK((!f.neon_dot || f.neon) && (!f.neon_i8mm || f.neon_dot));
+    CHECK(!f.neon_bf16 || f.neon_i8mm);
+#ifdef MEDRUN_ARM64
+    CHECK(f.neon);
+#endif
 #ifdef MEDRUN_X86
     CHECK_EQ(f.avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
     CHECK_EQ(f.avx512, f.avx2 && __builtin_cpu_supports("avx512f") &&

@@ -484,8 +484,10 @@ static void test_private(const char *file, int kv) {
 /* Who may take from a file: int8 and fp32 arithmetic on any kernels, the processor's own bf16 dot
  * product nobody but the same kernels. */
 static void test_kernels(const char *build, const char *file) {
-    static const char *const names[] = {"scalar", "avx2", "avx512", "avx512bf16"};
-    medrun_model *kept = model, *m[4];
+    static const char *const names[] = {"scalar", "avx2", "avx512", "avx512bf16", "neon", "neon-dot",
+                                        "neon-i8mm", "neon-bf16"};
+    enum { NAMES = sizeof names / sizeof *names };
+    medrun_model *kept = model, *m[NAMES];
     int32_t ids[SAVED];
     char checkpoint[300];
     ids_of(ids, SAVED);
@@ -494,7 +496,7 @@ static void test_kernels(const char *build, const char *file) {
         int wrong = 0, refused = 0, usable = 0, own = 0;
         snprintf(checkpoint, sizeof checkpoint, "%s/mistral-window-%s.mdr", build,
                  kind ? "bf16" : "int8");
-        for (int i = 0; i < 4; i++)
+        for (int i = 0; i < NAMES; i++)
             if (medrun_open(&m[usable], checkpoint, &(medrun_options){1, names[i]}, NULL) == 0)
                 own += m[usable++]->kernels->bf16_dot;
         for (int from = 0; from < usable; from++) {
