@@ -1,6 +1,16 @@
 /* Tests of tools/eval.c: data as it is published, prompts, how answers are found, scores against
  * one text at a time, statistics. Run in the repository root; questions are in tests/eval. */
 
+#define _GNU_SOURCE
+#include <stdint.h>
+#include <stdlib.h>
+
+static size_t allocations_left = SIZE_MAX;      /* then memory is out                             */
+
+static void *test_alloc(void *p, size_t n) {
+    return allocations_left && allocations_left-- ? realloc(p, n) : NULL;
+}
+#define MEDRUN_ALLOC test_alloc
 #define MEDRUN_EVAL_NO_MAIN
 #include "../tools/eval.c"
 #include "test.h"
@@ -178,6 +188,7 @@ static void test_statistics(void) {
 /* ---- prompts, letter for letter ------------------------------------------------------------ */
 
 static evaluation v;
+static char model_path[512];
 
 static void set_up(const char *name, const char *path, int mode) {
     medrun_error e = {0};
@@ -351,10 +362,7 @@ static void test_border(void) {
 
 static void test_scores(void) {
     medrun_error e = {0};
-    char path[512];
-    snprintf(path, sizeof path, "%s/llama-tied-int8.mdr", getenv("MEDRUN_TEST_BUILD") ?
-             getenv("MEDRUN_TEST_BUILD") : "build");
-    if (!CHECK_EQ(medrun_open(&v.m, path, &(medrun_options){.threads = 2}, &e), 0)) return;
+    if (!CHECK_EQ(medrun_open(&v.m, model_path, &(medrun_options){.threads = 2}, &e), 0)) return;
     test_border();
     for (int mode = LETTER; mode <= GENERATE; mode++) {
         set_up("medqa", DATA "medqa.jsonl", mode);
@@ -375,15 +383,53 @@ static void test_scores(void) {
     }
     CHECK(processed[0] > 0 && processed[1] < processed[0] + processed[0] / 10);
     medrun_close(v.m);
+    v.m = NULL;
+}
+
+/* ---- memory -------------------------------------------------------------------------------- */
+
+/* The exit code of a run that gets N allocations and no more; in a child, which may crash. */
+static int run_with(size_t n, const char *mode) {
+    const char *line[] = {"medrun-eval", model_path, "mmlu", DATA "anatomy_test.csv", "--fewshot", "1",
+                          DATA "anatomy_dev.csv", "--limit", "2", "-t", "1", "--mode", mode,
+                          "--html", "/dev/null", NULL};
+    int status = 0;
+    fflush(stdout);
+    pid_t child = fork();
+    if (!child) {
+        char *arguments[16];
+        for (int i = 0; i < 16; i++) arguments[i] = (char *)(uintptr_t)line[i];
+        if (!freopen("/dev/null", "w", stdout) || !freopen("/dev/null", "w", stderr)) _exit(99);
+        allocations_left = n;
+        _exit(eval_main(15, arguments));
+    }
+    waitpid(child, &status, 0);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 100 + WTERMSIG(status);
+}
+
+static void test_memory(void) {
+    static const char *const modes[] = {"answer", "letter"};
+    for (int i = 0; i < 2; i++) {
+        size_t n = 0, wrong = 0;
+        int code = MEDRUN_NO_MEMORY;
+        for (; n < 100000 && (code = run_with(n, modes[i])) != MEDRUN_OK; n++)
+            if (code != MEDRUN_NO_MEMORY && code != MEDRUN_BAD_FILE && ++wrong < 5)
+                printf("    allocation %zu: %d\n", n, code);     /* 3: a text of the header       */
+        CHECK_EQ(wrong, 0);
+        CHECK(n > 50 && code == MEDRUN_OK);
+    }
 }
 
 int main(void) {
+    const char *build = getenv("MEDRUN_TEST_BUILD");
+    snprintf(model_path, sizeof model_path, "%s/llama-tied-int8.mdr", build ? build : "build");
     test_forms();
     test_refusals();
     test_answers();
     test_statistics();
     test_prompts();
     test_scores();
+    test_memory();
     free_data(&loaded);
     free_data(&v.data);
     free_data(&v.shots);

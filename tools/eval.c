@@ -872,10 +872,16 @@ typedef struct {
     size_t n_line;
 } result;
 
+typedef struct {
+    const char *text;
+    size_t n;
+} span;
+
 /* The results on one data set. */
 typedef struct {
-    const char *task, *head;    /* head: the first line                                        */
-    size_t n_head, questions;   /* how many it should have                                     */
+    const char *task;
+    span head, run, data;       /* the first line, and two objects in it                       */
+    size_t questions;           /* how many it should have                                     */
     result *r;
     size_t n, cap;
 } result_set;
@@ -883,6 +889,7 @@ typedef struct {
 typedef struct {
     result_set *sets;
     size_t n_sets;
+    const char *about;          /* the run, for people                                         */
     text_block *texts;
 } results;
 
@@ -893,42 +900,67 @@ static void free_results(results *all) {
     *all = (results){0};
 }
 
-/* The set that HEAD, a line of N bytes, belongs to: a new one, if it is the first of its data. */
-static result_set *find_set(results *all, const char *path, const char *head, size_t n,
-                            medrun_error *e) {
-    json j = {0};
-    result_set *found = NULL;
-    for (size_t i = 0; i < all->n_sets && !found; i++)
-        if (all->sets[i].n_head == n && !memcmp(all->sets[i].head, head, n)) found = &all->sets[i];
-    if (!found && json_parse(&j, head, n, NULL)) j.n = 0;
-    uint32_t data = j.n ? json_get(&j, 0, "data") : JSON_NONE;
-    uint32_t run = j.n ? json_get(&j, 0, "run") : JSON_NONE;
-    if (!found && json_is_type(&j, run, JSON_OBJECT) && json_is_type(&j, data, JSON_OBJECT)) {
-        json first = {0};
-        int64_t questions = 0;
-        char task_name[40] = "";
-        if (all->n_sets) {              /* another data set, but is it the same run?             */
-            json_parse(&first, all->sets[0].head, all->sets[0].n_head, NULL);
-            const json_node *a = &j.nodes[run];
-            const json_node *b = &first.nodes[json_get(&first, 0, "run")];
-            if (a->end - a->start != b->end - b->start ||
-                memcmp(j.text + a->start, first.text + b->start, a->end - a->start))
-                refuse_header(path, &j, run, &first, json_get(&first, 0, "run"), e);
-            json_free(&first);
-        }
-        result_set *sets = NULL;
-        if (!e->code) sets = MEDRUN_ALLOC(all->sets, (all->n_sets + 1) * sizeof *sets);
+static span node_span(const json *j, uint32_t v) {
+    return (span){j->text + j->nodes[v].start, j->nodes[v].end - j->nodes[v].start};
+}
+
+/* The fields of object V as a line for people: engine 0.1.0, ... */
+static const char *describe_run(results *all, const json *j, uint32_t v, medrun_error *e) {
+    buffer b = {0};
+    uint32_t c = v + 1;
+    for (uint32_t i = 0; i < j->nodes[v].count; i += 2, c = j->nodes[c + 1].next) {
+        json_type type = json_typeof(j, c + 1);
+        if (type == JSON_NULL || type == JSON_FALSE) continue;
+        if (b.n) buffer_text(&b, ", ");
+        json_unescape(j, c, &b);
+        if (type == JSON_TRUE) continue;
+        buffer_text(&b, " ");
+        if (type == JSON_STRING) json_unescape(j, c + 1, &b);
+        else buffer_add(&b, node_span(j, c + 1).text, node_span(j, c + 1).n);
+    }
+    const char *text = b.failed ? (out_of_memory(e, b.n), NULL)
+                                : keep_text(&all->texts, text_of(&b), b.n, e);
+    buffer_free(&b);
+    return text;
+}
+
+/* Adds the set of a header line that was parsed to J. It must be of the same run as the others. */
+static result_set *add_set(results *all, const char *path, const json *j, span head,
+                           medrun_error *e) {
+    uint32_t data = json_get(j, 0, "data"), run = json_get(j, 0, "run");
+    int64_t questions = 0;
+    char name[40] = "";
+    if (!json_is_type(j, run, JSON_OBJECT) || !json_is_type(j, data, JSON_OBJECT))
+        return fail(e, MEDRUN_BAD_FILE, "%s: line 1: not a result of medrun-eval", path), NULL;
+    result_set s = {.head = head, .run = node_span(j, run), .data = node_span(j, data)};
+    if (all->n_sets && (s.run.n != all->sets->run.n ||
+                        memcmp(s.run.text, all->sets->run.text, s.run.n)))
+        compare_headers(path, head.text, head.n, all->sets->head.text, all->sets->head.n, e);
+    if (!all->n_sets && !e->code) all->about = describe_run(all, j, run, e);
+    if (e->code || !json_int(j, data, path, "questions", 1, 1 << 30, &questions, e) ||
+        !json_text(j, data, path, "task", name, sizeof name, e)) return NULL;
+    s.questions = (size_t)questions, s.task = keep_text(&all->texts, name, strlen(name), e);
+    result_set *sets = MEDRUN_ALLOC(all->sets, (all->n_sets + 1) * sizeof *sets);
+    if (!sets || !s.task) {
         if (sets) all->sets = sets;
-        else if (!e->code) out_of_memory(e, sizeof *sets);
-        if (sets && json_int(&j, data, path, "questions", 1, 1 << 30, &questions, e) &&
-            json_text(&j, data, path, "task", task_name, sizeof task_name, e)) {
-            found = &sets[all->n_sets++];
-            *found = (result_set){.head = head, .n_head = n, .questions = (size_t)questions};
-            found->task = keep_text(&all->texts, task_name, strlen(task_name), e);
-        }
-    } else if (!found) fail(e, MEDRUN_BAD_FILE, "%s: line 1: not a result of medrun-eval", path);
+        return out_of_memory(e, sizeof *sets), NULL;
+    }
+    all->sets = sets;
+    sets[all->n_sets] = s;
+    return &sets[all->n_sets++];
+}
+
+/* The set that a header line belongs to: a new one, if it is the first of its data. */
+static result_set *find_set(results *all, const char *path, span head, medrun_error *e) {
+    json j = {0};
+    medrun_error why = {0};
+    result_set *found = NULL;
+    for (result_set *s = all->sets; s < all->sets + all->n_sets; s++)
+        if (s->head.n == head.n && !memcmp(s->head.text, head.text, head.n)) return s;
+    if (!json_parse(&j, head.text, head.n, &why)) found = add_set(all, path, &j, head, e);
+    else fail(e, why.code, "%s: line 1: not a result of medrun-eval: %s", path, why.text);
     json_free(&j);
-    return e->code ? NULL : found;
+    return found;
 }
 
 /* Softmax over the choices' log-likelihoods. */
@@ -989,7 +1021,7 @@ static int take_results(results *all, const char *path, const char *text, size_t
                         medrun_error *e) {
     const char *end = text + n, *stop = memchr(text, '\n', n);
     if (!stop) return fail(e, MEDRUN_BAD_FILE, "%s: line 1: not a result of medrun-eval", path);
-    result_set *s = find_set(all, path, text, (size_t)(stop + 1 - text), e);
+    result_set *s = find_set(all, path, (span){text, (size_t)(stop + 1 - text)}, e);
     size_t line = 2;
     for (const char *p = stop + 1; s && p < end && !e->code; p = stop + 1, line++) {
         if (!(stop = memchr(p, '\n', (size_t)(end - p))))
@@ -1137,39 +1169,13 @@ static int count_results(const results *all, tallies *out, medrun_error *e) {
 
 /* ---- printing ------------------------------------------------------------------------------ */
 
-static json_node head_part(const results *all, json *j, const char *key) {
-    json_parse(j, all->sets[0].head, all->sets[0].n_head, NULL);
-    return j->nodes[json_get(j, 0, key)];
-}
-
-/* The header's fields as one line for people: engine 0.1.0, ... */
-static void describe_run(const results *all, buffer *b) {
-    json j;
-    head_part(all, &j, "run");
-    uint32_t run = json_get(&j, 0, "run"), c = run + 1;
-    for (uint32_t i = 0; i < j.nodes[run].count; i += 2, c = j.nodes[c + 1].next) {
-        json_type type = json_typeof(&j, c + 1);
-        if (type == JSON_NULL || type == JSON_FALSE) continue;
-        if (i) buffer_text(b, ", ");
-        json_unescape(&j, c, b);
-        if (type == JSON_TRUE) continue;
-        buffer_text(b, " ");
-        if (type == JSON_STRING) json_unescape(&j, c + 1, b);
-        else python_number(b, &j, c + 1);
-    }
-    json_free(&j);
-}
-
 /* TEXT without what could drive a terminal. */
 static void print_plain(FILE *f, const char *text) {
     for (; *text; text++) fputc((uint8_t)*text < 32 || *text == 127 ? '?' : *text, f);
 }
 
 static void print_table(const results *all, const tallies *t, FILE *f) {
-    buffer about = {0};
-    describe_run(all, &about);
-    print_plain(f, text_of(&about));
-    buffer_free(&about);
+    print_plain(f, all->about);
     fputs("\n\n| task | subject | questions | acc | standard error | 95 % interval | acc_norm |\n"
           "|---|---|---|---|---|---|---|\n", f);
     for (const tally *p = t->t; p < t->t + t->n; p++) {
@@ -1198,18 +1204,12 @@ static void print_table(const results *all, const tallies *t, FILE *f) {
 }
 
 static void write_summary(const results *all, const tallies *t, buffer *b) {
-    json j;
-    json_node run = head_part(all, &j, "run");
     buffer_text(b, "{\"run\":");
-    buffer_add(b, j.text + run.start, run.end - run.start);
-    json_free(&j);
+    buffer_add(b, all->sets->run.text, all->sets->run.n);
     buffer_text(b, ",\"data\":[");
     for (size_t i = 0; i < all->n_sets; i++) {
-        json_parse(&j, all->sets[i].head, all->sets[i].n_head, NULL);
-        json_node data = j.nodes[json_get(&j, 0, "data")];
         if (i) buffer_text(b, ",");
-        buffer_add(b, j.text + data.start, data.end - data.start);
-        json_free(&j);
+        buffer_add(b, all->sets[i].data.text, all->sets[i].data.n);
     }
     buffer_text(b, "],\"results\":[");
     for (const tally *p = t->t; p < t->t + t->n; p++) {
@@ -1509,7 +1509,7 @@ static int write_merged(const results *all, const char *path, medrun_error *e) {
                     "one", all->n_sets);
     FILE *f = open_stream(path, TO_CREATE);
     if (!f) return fail(e, MEDRUN_FAILED, "%s: cannot create: %s", path, strerror(errno));
-    fwrite(all->sets->head, 1, all->sets->n_head, f);
+    fwrite(all->sets->head.text, 1, all->sets->head.n, f);
     for (size_t i = 0; i < all->sets->n; i++)
         fwrite(all->sets->r[i].line, 1, all->sets->r[i].n_line + 1, f);
     bool bad = ferror(f);

@@ -12,8 +12,6 @@ static void add_html(buffer *b, const char *text, const char *line_end) {
 }
 
 static void page_head(const results *all, buffer *b) {
-    buffer about = {0};
-    describe_run(all, &about);
     buffer_text(b, "<!DOCTYPE html>\n<html lang=\"en\"><meta charset=\"utf-8\">\n"
         "<meta name=\"viewport\" content=\"width=device-width\">\n<title>medrun-eval</title>\n"
         "<style>\n"
@@ -36,9 +34,8 @@ static void page_head(const results *all, buffer *b) {
         "text-overflow: ellipsis }\n</style>\n<h1>Multiple-choice questions</h1>\n"
         "<p>Research and teaching only: a score on an examination says nothing about safety with "
         "patients.</p>\n<p class=\"about\">");
-    add_html(b, text_of(&about), " ");
+    add_html(b, all->about, " ");
     buffer_text(b, "</p>\n");
-    buffer_free(&about);
 }
 
 static void page_table(const tallies *t, buffer *b) {
