@@ -9598,10 +9598,10 @@ static int check_device(medrun_model *m, device *d, medrun_error *e) {
     int code = try_logits(m, wanted, e);
     m->device = d;
     if (!code) code = try_logits(m, found, e);
-    for (size_t i = 0; !code && i < vocab; i++) {
+    for (size_t i = 0; !code && off >= 0 && i < vocab; i++) {           /* a NaN ends it         */
         double difference = fabs((double)found[i] - (double)wanted[i]);
         if (fabs((double)wanted[i]) > largest) largest = fabs((double)wanted[i]);
-        if (difference > off || isnan(difference)) off = difference;    /* a NaN stays           */
+        if (!(difference <= off)) off = difference;
     }
     d->exact = !memcmp((void *)found, (void *)wanted, vocab * sizeof *found);
     free(wanted);
@@ -10240,7 +10240,7 @@ static int start_session(command *c) {
     const char *plain = plain_only();
     note(c, "medrun " MEDRUN_VERSION ": %s, %s, %s kernels, %d threads, context %d, kv %s%s%s%s",
          c->m->name, type_names[c->m->type], c->m->kernels->name, c->m->pool->threads, context,
-         cache_type(c) ? "f32" : "f16", flag(c, O_STRICT) ? ", strict" : "",
+         kv_names[cache_type(c)], flag(c, O_STRICT) ? ", strict" : "",
          plain ? "; " : "", plain ? plain : "");
     choose_sampling(c);
     o = session_options(c, context);
@@ -10523,7 +10523,7 @@ static int write_record(command *c, size_t n_prompt) {
                   "\"%llu\",\n  \"--temp\": \"%.9g\", \"--top-k\": \"%d\", \"--top-p\": \"%.9g\", "
                   "\"--min-p\": \"%.9g\", \"--repeat-penalty\": \"%.9g\"},\n", hash,
                   c->m->kernels->name,
-                  flag(c, O_STRICT), cache_type(c) ? "f32" : "f16", context_of(c),
+                  flag(c, O_STRICT), kv_names[cache_type(c)], context_of(c),
                   (unsigned long long)s->seed, (double)s->temperature, s->top_k, (double)s->top_p,
                   (double)s->min_p, (double)s->repeat_penalty);
     if (c->chat_options.date) buffer_printf(&b, " \"date\": \"%s\",\n", c->chat_options.date);

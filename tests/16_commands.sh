@@ -296,6 +296,8 @@ sed 's/"--temp"/"--record"/' "$T/r.json" >"$T/r2.json"; code 3 replay "$T/r2.jso
 sed 's/"prompt": \[/"prompt": [-1,/' "$T/r.json" >"$T/r2.json"; code 3 replay "$T/r2.json"
 sed 's/"answer"/"reply"/' "$T/r.json" >"$T/r2.json"; code 3 replay "$T/r2.json"
 for n in 1 60 200 400; do head -c $n "$T/r.json" >"$T/r2.json"; code 3 replay "$T/r2.json"; done
+code 0 run "$model" -p hello -n 5 --kv int8 --record "$T/r2.json"; err_has 'kv int8'
+code 0 replay "$T/r2.json"; out_has '^same: '
 code 3 replay "$T/none.json"; code 2 replay
 code 1 run "$model" -p hello -n 2 --record "$T/none/r.json" -q; err_has 'cannot create'
 

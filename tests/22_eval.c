@@ -323,12 +323,39 @@ static uint64_t check_run(size_t batch, size_t parallel) {
     return v.processed;
 }
 
+static void tail_is(const prompt *p, int i, const char *wanted) {
+    char text[64];
+    size_t n;
+    medrun_error e = {0};
+    medrun_detokenize(v.m, ids_at(&p->ids, tail_start(p, i)), tail_length(p, i), true, text,
+                      sizeof text, &n, &e);
+    if (!CHECK(n == strlen(wanted) && !memcmp(text, wanted, n))) printf("    %.*s\n", (int)n, text);
+}
+
+/* White space at the end of the context goes to what follows. */
+static void test_border(void) {
+    medrun_error e = {0};
+    for (int chat = 0; chat < 2; chat++) {
+        prompt p = {0};
+        set_up("medqa", DATA "medqa.jsonl", chat ? ANSWER : LETTER);
+        v.chat = chat ? chat_find("llama3") : NULL;
+        CHECK_EQ(make_prompt(&v, &v.data.q[0], &p, &e), 0);
+        CHECK_EQ(p.n_tails, 4);
+        int32_t bos = v.m->tokenizer.bos, end = chat_token(&v.m->tokenizer, "<|end_header_id|>");
+        CHECK(*ids_at(&p.ids, 0) == bos && *ids_at(&p.ids, 1) != bos);
+        CHECK((*ids_at(&p.ids, p.n - 1) == end) == chat);
+        tail_is(&p, 3, chat ? "\n\nVitamin D" : " D");
+        buffer_free(&p.ids);
+    }
+}
+
 static void test_scores(void) {
     medrun_error e = {0};
     char path[512];
     snprintf(path, sizeof path, "%s/llama-tied-int8.mdr", getenv("MEDRUN_TEST_BUILD") ?
              getenv("MEDRUN_TEST_BUILD") : "build");
     if (!CHECK_EQ(medrun_open(&v.m, path, &(medrun_options){.threads = 2}, &e), 0)) return;
+    test_border();
     for (int mode = LETTER; mode <= GENERATE; mode++) {
         set_up("medqa", DATA "medqa.jsonl", mode);
         v.chat = chat_find("llama3");

@@ -33,7 +33,7 @@ env -u CC -u CFLAGS make -s BUILD="$build" windows >"$T/log" 2>&1; rc=$?
 check "it builds: $(tail -n 5 "$T/log")" [ $rc = 0 ]
 check "without a warning: $(grep warning "$T/log" | head -n 3)" [ ! -s "$T/log" ]
 [ $rc = 0 ] || finish
-for program in medrun medrun-export; do
+for program in medrun medrun-export medrun-eval; do
     x86_64-w64-mingw32-objdump -p "$win/$program.exe" >"$T/log"
     alien=$(sed -n 's/.*DLL Name: //p' "$T/log" | grep -Eiv '^(advapi32|kernel32|msvcrt|shell32)\.dll$')
     check "$program has only the system's libraries: $alien" [ -z "$alien" ]
@@ -78,6 +78,11 @@ code 0 medrun run "$model" -p hello -q --temp 0 -n 5 --save-prefix "$P/pΩ"
 code 0 medrun replay "$P/rΩ"
 check 'others may not read them' [ -z "$(find "$P" -name '[pr]Ω' -perm /007)" ]
 check 'nothing else is left' [ -z "$(find "$P" -name '*.partial')" ]
+m="medqa tests/eval/medqa.jsonl --limit 4 -q"
+"$bin/medrun-eval" "$demo" $m -o "$T/eval" >/dev/null 2>&1
+code 0 medrun-eval "$model" $m -o "$P/eΩ.jsonl"; same "$P/eΩ.jsonl" "$T/eval"
+head -n 3 "$T/eval" >"$P/eΩ.jsonl"
+code 0 medrun-eval "$model" $m -o "$P/eΩ.jsonl" --resume; same "$P/eΩ.jsonl" "$T/eval"
 long=$P/$(printf '%0100d' 1)/$(printf '%0100d' 2)/$(printf '%0100d' 3); mkdir -p "$long"
 code 0 medrun-export --tokenizer-only "$fixture" "$long/t.bin"; code 0 medrun tokenize "$long/t.bin" -p x
 
@@ -85,7 +90,7 @@ code 0 medrun-export --tokenizer-only "$fixture" "$long/t.bin"; code 0 medrun to
 code 3 medrun show "$P/no Ω.mdr"; err_is "medrun: $P/no Ω.mdr: cannot open: No such file or directory"
 code 3 medrun show "$P"; err_is "medrun: $P: is a folder, wanted a file"
 mkfifo "$T/pipe"
-code 3 medrun show "$T/pipe"; err_is "medrun: $T/pipe: is not a regular file, so it cannot be mapped"
+code 3 medrun show "$T/pipe"; err_is "medrun: $T/pipe: is not a regular file but a pipe or a device, so it cannot be mapped"
 code 1 medrun logits "$model" --ids 1 -o "$P/no/x"; err_is "medrun: $P/no/x: cannot create: No such file or directory"
 code 1 medrun logits "$model" --ids 1 -o "$P"; check "a folder in the way: $(cat "$T/err")" [ ! -e "$P.partial" ]
 
