@@ -2996,10 +2996,10 @@ BY_LANE(bf16_lane, float32x4_t, uint8x16_t, "bfdot %0.4s, %1.8h, %2.2h")
 ALWAYS_INLINE vec vdot2(vec s, wvec w, svec x) { return (vec)ALL_BY_LANE(bf16_lane, s, w, x); }
 
 /* Matrix products: 8 bytes each of two rows times those of two tokens, 32 products of bytes or 16
- * of bf16, twice those of a dot product. A pair of steps is zipped, so that a row's bytes stand
- * side by side, and so are the sums of two tokens. That pays where unpack does it once for many
- * tokens: 18 instructions for 16 rows, 4 tokens and 8 columns, where usdot takes 32. For one or
- * two tokens usdot takes no more than the zips and matrix products, and for four 32 to their 26. */
+ * of bf16, twice those of a dot product. A pair of steps is zipped, so that a row's bytes are side
+ * by side, and so are the sums of two tokens. That pays where unpack does it once for many tokens:
+ * 18 instructions for 16 rows, 4 tokens and 8 columns, where usdot takes 32. For one or two tokens
+ * usdot takes no more than the zips and matrix products, and for four 32 to their 26. */
 #define PAIRS
 ALWAYS_INLINE bvec bload(const uint8_t *p) { return wload(p); }
 ALWAYS_INLINE void bstore(uint8_t *p, bvec x, bvec y) {
