@@ -363,7 +363,8 @@ static int wrong_int4(float w, uint16_t bits, int q, float back) {
 
 /* Two neighbours of the levels, which span 172, are 24 apart: were a group's ends met exactly, no
  * weight would be off by more than 12 / 172 of its range. The search makes squares small instead,
- * so that bounds their mean, beside the smallest scale. A group that is none is all zeros. */
+ * so that bounds their mean, beside half the smallest scale at the furthest level (128): scales are
+ * rounded. A group that is none is all zeros. */
 static void test_int4_panels(void) {
     int wrong = 0, used[16] = {0}, signs[2] = {0};
     double worst = 0;
@@ -388,7 +389,7 @@ static void test_int4_panels(void) {
                         squares += d * d, low = fmin(low, x), high = fmax(high, x);
                         used[q]++, signs[bits >> 15]++;
                     }
-                    double step = (high - low) * 12 / 172 + 0x1p-31;
+                    double step = (high - low) * 12 / 172 + 128 * 0x1p-32;
                     if (n) worst = fmax(worst, squares / (double)n / (step * step));
                     for (size_t i = n; i < 32 && !n; i++) wrong += nibble_of(panel, r % 16, k + i);
                     wrong += low == 0 && high == 0 && bits != 0;
