@@ -940,12 +940,13 @@ static result_set *add_set(results *all, const char *path, const json *j, span h
     if (e->code || !json_int(j, data, path, "questions", 1, 1 << 30, &questions, e) ||
         !json_text(j, data, path, "task", name, sizeof name, e)) return NULL;
     s.questions = (size_t)questions, s.task = keep_text(&all->texts, name, strlen(name), e);
+    s.cap = 256, s.r = new_array(s.cap, sizeof *s.r);
     result_set *sets = MEDRUN_ALLOC(all->sets, (all->n_sets + 1) * sizeof *sets);
-    if (!sets || !s.task) {
-        if (sets) all->sets = sets;
+    if (sets) all->sets = sets;
+    if (!sets || !s.task || !s.r) {
+        free(s.r);
         return out_of_memory(e, sizeof *sets), NULL;
     }
-    all->sets = sets;
     sets[all->n_sets] = s;
     return &sets[all->n_sets++];
 }
@@ -955,8 +956,10 @@ static result_set *find_set(results *all, const char *path, span head, medrun_er
     json j = {0};
     medrun_error why = {0};
     result_set *found = NULL;
-    for (result_set *s = all->sets; s < all->sets + all->n_sets; s++)
-        if (s->head.n == head.n && !memcmp(s->head.text, head.text, head.n)) return s;
+    for (size_t i = 0; i < all->n_sets; i++) {
+        span other = all->sets[i].head;
+        if (other.n == head.n && !memcmp(other.text, head.text, head.n)) return &all->sets[i];
+    }
     if (!json_parse(&j, head.text, head.n, &why)) found = add_set(all, path, &j, head, e);
     else fail(e, why.code, "%s: line 1: not a result of medrun-eval: %s", path, why.text);
     json_free(&j);
@@ -1007,7 +1010,7 @@ static int take_result(results *all, result_set *s, const char *path, size_t lin
     }
     json_free(&j);
     if (!e->code && s->n == s->cap) {
-        size_t cap = s->cap ? s->cap * 2 : 256;
+        size_t cap = s->cap * 2;
         result *more = MEDRUN_ALLOC(s->r, cap * sizeof *more);
         if (!more) return out_of_memory(e, cap * sizeof *more);
         s->r = more, s->cap = cap;
