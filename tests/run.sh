@@ -1,6 +1,7 @@
 #!/bin/sh
-# run.sh BIN BUILD UNIT...: runs the test programs BUILD/test_UNIT, then the tests of the commands,
-# and adds up. Every program ends with a line "N passed, N failed, N skipped".
+# run.sh BIN BUILD UNIT...: runs the test programs BUILD/test_UNIT, then the tests of the commands
+# (SCRIPTS: only those, or none), and adds up. Every program ends with a line "N passed, N failed,
+# N skipped".
 bin=$1 build=$2
 shift 2
 export MEDRUN_TEST_BIN="$bin" MEDRUN_TEST_BUILD="$build"
@@ -25,7 +26,7 @@ for unit in "$@"; do
     "$build/test_$unit" > "$log" 2>&1
     count "$unit" $?
 done
-[ "$SCRIPTS" = none ] || for script in tests/[0-9][0-9]_*.sh; do
+[ "$SCRIPTS" = none ] || for script in ${SCRIPTS:-tests/[0-9][0-9]_*.sh}; do
     sh "$script" "$bin" "$build" > "$log" 2>&1
     count "$(basename "$script" .sh)" $?
 done
