@@ -391,7 +391,8 @@ void medrun_observe(medrun_session *session, medrun_observer *observer, void *us
 #include <dlfcn.h>
 #endif
 #endif
-#if defined __x86_64__ || defined __i386__
+#if defined MEDRUN_SCALAR && !defined __i386__  /* asked for: plain C only, a quarter less code  */
+#elif defined __x86_64__ || defined __i386__
 #define MEDRUN_X86 1
 #include <cpuid.h>
 #if defined __i386__ && !defined __SSE2_MATH__  /* x87 would round to other bits                 */
@@ -4191,7 +4192,9 @@ static int usable_kernels(const kernel_set *out[N_KERNEL_SETS]) {
 static const char *plain_only(void) {
     const kernel_set *sets[N_KERNEL_SETS];
     if (usable_kernels(sets) > 1) return NULL;
-#ifdef MEDRUN_X86
+#if defined MEDRUN_SCALAR
+    return "built with MEDRUN_SCALAR: plain C computes";
+#elif defined MEDRUN_X86
     return "this processor has no AVX2 with FMA and F16C: plain C computes, several times slower";
 #else
     return "there are no kernels for this kind of processor: plain C computes";
