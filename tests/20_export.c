@@ -1227,8 +1227,8 @@ static void test_fingerprint(void) {
     static const char *const same[] = {
         "{% for m in messages %}{{ m['role'] + 'a\\n' }}  \n{% endfor %}\n{{ x }}",
         "{%for m in messages%}{{m[\"role\"]+\"a\\n\"}}  \n{%endfor%}{{x}}\n",
-        "{# a comment #}{% for m\n in\tmessages -%}  \n {{ m.role + 'a\n' }}  \n   {% endfor %}"
-        "{#- #}{{ x }}",
+        ("{# a comment #}{% for m\n in\tmessages -%}  \n {{ m.role + 'a\n' }}  \n   {% endfor %}"
+         "{#- #}{{ x }}"),
         "  {%- for m in messages %}\n{{ m.role + 'a\\n' }}  \r\n{% endfor %}\r\n{{ x }}",
         "{% for m in messages %}{{ m.role + \"a\n\" }}  {# {{ y }} #}\n\n{% endfor %}{{ x }}\r\n"};
     static const char *const other[] = {

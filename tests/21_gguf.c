@@ -612,7 +612,7 @@ static size_t make_small(buffer *out, const change *c) {
 
 #define TENSOR "blk.0.attn_q.weight"
 static const change changes[] = {
-    {NULL},
+    {0},
     {"general.architecture: found nothing", .key = "general.architecture"},
     {"found \"gpt2\"", .key = "general.architecture", .value = "str gpt2"},
     {"found 7, wanted a string", .key = "general.architecture", .value = "u32 7"},
