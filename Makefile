@@ -92,7 +92,8 @@ debug:
 	@mkdir -p build/debug
 	$(MAKE) BUILD=build/debug BIN=build/debug \
 	    CFLAGS="-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all" \
-	    PLAIN="03_basics 09_file 10_tokenizer 11_chat 12_model 14_sampler 15_allocation" test
+	    PLAIN="03_basics 09_file 10_tokenizer 11_chat 12_model 14_sampler 15_allocation \
+          15_embedding" test
 threads:
 	@mkdir -p build/threads
 	$(MAKE) BUILD=build/threads BIN=build/threads CFLAGS="-O1 -g1 -fsanitize=thread" \
