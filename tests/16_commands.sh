@@ -2,7 +2,7 @@
 # 16_commands.sh BIN BUILD - what users type: options, errors, exit codes, streams, the terminal.
 # Or 16_commands.sh MEDRUN MODEL.mdr TOKENIZER.bin, with any small checkpoint that has a chat template
 # and its tokenizer. Python is for the tests on a terminal only.
-passed=0 failed=0 skipped=0
+. tests/script.sh
 T=$(mktemp -d) || exit 1
 trap 'rm -rf "$T"' EXIT
 medrun=$1 model=$2 tok=$3
@@ -15,15 +15,11 @@ LC_ALL=C TERM=xterm; export LC_ALL TERM
 for v in $(env | sed -n 's/^\(MEDRUN_[A-Z_]*\)=.*/\1/p'); do unset "$v"; done
 unset NO_COLOR
 
-good() { passed=$((passed + 1)); }
-bad() { failed=$((failed + 1)); echo "FAILED: $*"; }
-skip() { skipped=$((skipped + 1)); echo "skipped: $*"; }
-check() { what=$1; shift; if "$@"; then good; else bad "$what"; fi; }
 # code N ARGUMENTS: runs medrun, stdin is /dev/null or $in; out and err in $T; the exit code must be N
 code() {
     want=$1; shift
     "$medrun" "$@" <"${in:-/dev/null}" >"$T/out" 2>"$T/err"; rc=$?
-    if [ $rc = "$want" ]; then good; else bad "medrun $*: exit $rc, wanted $want: $(cat "$T/err")"; fi
+    if [ $rc = "$want" ]; then ok; else bad "medrun $*: exit $rc, wanted $want: $(cat "$T/err")"; fi
 }
 err_has() { check "stderr has '$1': $(cat "$T/err")" grep -q -- "$1" "$T/err"; }
 out_has() { check "stdout has '$1': $(head -c 300 "$T/out")" grep -q -- "$1" "$T/out"; }
@@ -645,5 +641,4 @@ PY
     esac
 else skip 'the terminal: no python3'; fi
 
-echo "$passed passed, $failed failed, $skipped skipped"
-[ $failed = 0 ]
+finish

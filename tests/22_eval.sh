@@ -1,7 +1,7 @@
 #!/bin/sh
 # 22_eval.sh BIN BUILD - medrun-eval as people use it: shards, going on after kill -9, merging, the
 # page, what it refuses. The questions of tests/eval and the demo model.
-passed=0 failed=0 skipped=0
+. tests/script.sh
 T=$(mktemp -d) || exit 1
 trap 'rm -rf "$T"' EXIT
 eval=$1/medrun-eval model=tools/demo/demo.mdr other=$2/llama-tied-int8.mdr data=tests/eval
@@ -9,15 +9,11 @@ case $eval in /*) ;; *) eval=$PWD/$eval;; esac
 LC_ALL=C; export LC_ALL
 for v in $(env | sed -n 's/^\(MEDRUN_[A-Z_]*\)=.*/\1/p'); do unset "$v"; done
 
-good() { passed=$((passed + 1)); }
-bad() { failed=$((failed + 1)); echo "FAILED: $*"; }
-skip() { skipped=$((skipped + 1)); echo "skipped: $*"; }
-check() { what=$1; shift; if "$@"; then good; else bad "$what"; fi; }
 # code N ARGUMENTS: out and err in $T; the exit code must be N
 code() {
     want=$1; shift
     "$eval" "$@" </dev/null >"$T/out" 2>"$T/err"; rc=$?
-    if [ $rc = "$want" ]; then good; else bad "$*: exit $rc, wanted $want: $(cat "$T/err")"; fi
+    if [ $rc = "$want" ]; then ok; else bad "$*: exit $rc, wanted $want: $(cat "$T/err")"; fi
 }
 err_has() { check "stderr has '$1': $(cat "$T/err")" grep -q -- "$1" "$T/err"; }
 out_has() { check "stdout has '$1': $(cat "$T/out")" grep -q -- "$1" "$T/out"; }
@@ -143,5 +139,4 @@ for words in '<svg' 'Calibration' 'prefers-color-scheme' '<b>(right)</b>' 'Resea
 done
 check 'the page loads nothing' [ "$(grep -cE 'https?://|src=|url\(' "$T/page.html")" = 0 ]
 
-echo "$passed passed, $failed failed, $skipped skipped"
-[ "$failed" -eq 0 ]
+finish

@@ -3,9 +3,7 @@
 # run; the one-line build; the size; no socket call.
 bin=$1 build=$2
 cc=${CC:-cc}
-passed=0 failed=0 skipped=0
-ok() { passed=$((passed + 1)); }
-bad() { failed=$((failed + 1)); echo "failed: $1"; }
+. tests/script.sh
 question="What are the symptoms of diabetes?"
 
 sed -n '/^```c$/,/^```$/p' README.md | sed '1d;$d' > "$build/ask.c"
@@ -41,5 +39,4 @@ b=$("$bin/medrun" tokenize tools/demo/demo.mdr -p "$question")
 for command in run chat show verify tokenize detokenize render logits replay; do
     "$bin/medrun" help $command > /dev/null 2>&1 && ok || bad "help $command"
 done
-echo "$passed passed, $failed failed, $skipped skipped"
-[ "$failed" -eq 0 ]
+finish

@@ -1,8 +1,7 @@
 #!/bin/sh
 # 32_windows.sh BIN BUILD - the programs for Windows, built by mingw-w64 and run by wine: they need no
 # library beside them and say and write what those of this machine do.
-passed=0 failed=0 skipped=0
-finish() { echo "$passed passed, $failed failed, $skipped skipped"; [ $failed = 0 ]; exit; }
+. tests/script.sh
 for tool in x86_64-w64-mingw32-gcc x86_64-w64-mingw32-objdump wine; do
     command -v $tool >/dev/null || { skipped=1; echo "skipped: Windows: no $tool"; finish; }
 done
@@ -16,10 +15,6 @@ unset MAKEFLAGS MFLAGS MAKEOVERRIDES DISPLAY TERM
 WINEPREFIX=$build/wine WINEDEBUG=-all WINEDLLOVERRIDES='mscoree,mshtml=' MEDRUN_TEST_BUILD=$build
 export WINEPREFIX WINEDEBUG WINEDLLOVERRIDES MEDRUN_TEST_BUILD
 
-check() {
-    what=$1; shift
-    if "$@"; then passed=$((passed + 1)); else failed=$((failed + 1)); echo "FAILED: $what"; fi
-}
 # code N PROGRAM ARGUMENTS: runs the program for Windows; out and err in $T
 code() {
     want=$1 program=$2; shift 2

@@ -1,16 +1,12 @@
 #!/bin/sh
 # 33_files.sh BIN BUILD - disks that are full or read-only, and a checkpoint that is cut while it is
 # in use: one line, exit 1, and nothing that is half written.
-passed=0 failed=0 skipped=0
+. tests/script.sh
 T=$(mktemp -d) || exit 1
 trap 'rm -rf "$T"' EXIT
 case $1 in /*) bin=$1;; *) bin=$PWD/$1;; esac
 model=$PWD/$2/llama-tied-int8.mdr fixtures=$PWD/tests/fixtures
 
-check() {
-    what=$1; shift
-    if "$@"; then passed=$((passed + 1)); else failed=$((failed + 1)); echo "FAILED: $what"; fi
-}
 
 # Written by a shell that has a disk of 64 KB for itself: a line for each program that did not end
 # with code 1, one line on stderr and its words in it, or that left something behind.
@@ -60,5 +56,4 @@ if [ -d /proc/self ] && mkfifo "$T/pipe"; then
     check "one line: $(cat "$T/err")" [ "$(grep -c 'cannot be read any more' "$T/err")" = "$(wc -l <"$T/err")" ]
 else skipped=$((skipped + 1)); echo 'skipped: a checkpoint that is cut: no /proc, or no pipes'; fi
 
-echo "$passed passed, $failed failed, $skipped skipped"
-[ $failed = 0 ]
+finish

@@ -3,10 +3,7 @@
 # which answers as `medrun run` does.
 bin=$1 build=$(cd "$2" && pwd)
 cc=${CC:-cc}
-passed=0 failed=0 skipped=0
-ok() { passed=$((passed + 1)); }
-bad() { failed=$((failed + 1)); echo "failed: $1"; }
-skip() { skipped=$((skipped + 1)); echo "skipped: $1"; }
+. tests/script.sh
 demo=tools/demo/demo.mdr
 question="What are the symptoms of asthma?"
 answer=$("$bin/medrun" run -q $demo -p "$question")
@@ -74,5 +71,4 @@ else
     same "medrun.py, by the library's name" env LD_LIBRARY_PATH="$lib" python3 -B \
         tools/examples/medrun.py
 fi
-echo "$passed passed, $failed failed, $skipped skipped"
-[ "$failed" -eq 0 ]
+finish

@@ -2,10 +2,7 @@
 # 35_small.sh BIN BUILD: a small machine. The demo model answers within 16 MiB of addresses beyond
 # its file, and with little stack.
 bin=$1
-passed=0 failed=0 skipped=0
-ok() { passed=$((passed + 1)); }
-bad() { failed=$((failed + 1)); echo "failed: $1"; }
-skip() { skipped=$((skipped + 1)); echo "skipped: $1"; }
+. tests/script.sh
 demo=tools/demo/demo.mdr
 question="What are the symptoms of diabetes?"
 
@@ -28,5 +25,4 @@ else
     found=$(ask $((file + 1024)) 1024 run -q $demo -p "$question" -t 1)
     [ "$found" != "$wanted" ] && ok || bad "the limit limits nothing"
 fi
-echo "$passed passed, $failed failed, $skipped skipped"
-[ "$failed" -eq 0 ]
+finish

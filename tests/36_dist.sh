@@ -2,15 +2,11 @@
 # 36_dist.sh BIN BUILD: make dist twice gives the same bytes, and what is in them works. Not
 # optimized, to be done sooner.
 build=$(cd "$2" && pwd)
-passed=0 failed=0 skipped=0
-ok() { passed=$((passed + 1)); }
-bad() { failed=$((failed + 1)); echo "failed: $1"; }
-skip() { skipped=$((skipped + 1)); echo "skipped: $1"; }
-end() { echo "$passed passed, $failed failed, $skipped skipped"; [ "$failed" -eq 0 ]; exit; }
+. tests/script.sh
 [ -e .git ] && git rev-parse -q --verify HEAD > /dev/null ||
-    { skip "no git repository to make archives of"; end; }
+    { skip "no git repository to make archives of"; finish; }
 for tool in zip unzip tar gzip sha256sum; do
-    command -v $tool > /dev/null || { skip "no $tool"; end; }
+    command -v $tool > /dev/null || { skip "no $tool"; finish; }
 done
 
 rm -rf "$build/dist_a" "$build/dist_b"
@@ -42,4 +38,4 @@ if [ -d "$here" ]; then
     grep -q "$build" medrun medrun-export && bad "a program names the folder of its build" || ok
 else skip "no archive for this machine"
 fi
-end
+finish

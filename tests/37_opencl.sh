@@ -1,24 +1,21 @@
 #!/bin/sh
 # 37_opencl.sh BIN BUILD - devices as users see them: medrun built with OpenCL and without.
-passed=0 failed=0 skipped=0
+. tests/script.sh
 T=$(mktemp -d) || exit 1
 trap 'rm -rf "$T"' EXIT
 model=$2/llama-tied-int8.mdr plain=$1/medrun cc=${CC:-cc}
 for v in $(env | sed -n 's/^\(MEDRUN_[A-Z_]*\)=.*/\1/p'); do unset "$v"; done
 
-good() { passed=$((passed + 1)); }
-bad() { failed=$((failed + 1)); echo "FAILED: $*"; }
-finish() { echo "$passed passed, $failed failed, $skipped skipped"; [ "$failed" -eq 0 ]; exit; }
 # code N ARGUMENTS: runs $medrun; out and err in $T; the exit code must be N
 code() {
     want=$1; shift
     "$medrun" "$@" < /dev/null > "$T/out" 2> "$T/err"; rc=$?
-    if [ $rc = "$want" ]; then good; else bad "medrun $*: exit $rc, wanted $want: $(cat "$T/err")"; fi
+    if [ $rc = "$want" ]; then ok; else bad "medrun $*: exit $rc, wanted $want: $(cat "$T/err")"; fi
 }
 with() { v=${1%%=*}; export "${1?}"; shift; "$@"; unset "$v"; }      # VARIABLE=VALUE COMMAND
-has() { if grep -q -- "$2" "$T/$1"; then good; else bad "$1 has no '$2': $(cat "$T/$1")"; fi; }
-hasnt() { if grep -q -- "$2" "$T/$1"; then bad "$1 has '$2': $(cat "$T/$1")"; else good; fi; }
-same() { if cmp -s "$1" "$2"; then good; else bad "$1 and $2 differ"; fi; }
+has() { if grep -q -- "$2" "$T/$1"; then ok; else bad "$1 has no '$2': $(cat "$T/$1")"; fi; }
+hasnt() { if grep -q -- "$2" "$T/$1"; then bad "$1 has '$2': $(cat "$T/$1")"; else ok; fi; }
+same() { if cmp -s "$1" "$2"; then ok; else bad "$1 and $2 differ"; fi; }
 
 medrun=$plain
 code 0 doctor
@@ -26,7 +23,7 @@ if grep -q 'not in this build' "$T/out"; then
     code 6 logits "$model" --ids '1 2' -o "$T/none" --device 0; has err 'built without OpenCL'
     code 6 logits "$model" --ids '1 2' -o "$T/none" -ngl 1; has err 'built without OpenCL'
     code 0 run --help; has out 'this build has no OpenCL'
-    if grep -q clCreate "$plain"; then bad "$plain has traces of OpenCL"; else good; fi
+    if grep -q clCreate "$plain"; then bad "$plain has traces of OpenCL"; else ok; fi
 fi
 code 0 logits "$model" --ids '1 2 3 4 5' -o "$T/wanted" --device none
 
