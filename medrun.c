@@ -409,8 +409,6 @@ void medrun_observe(medrun_session *session, medrun_observer *observer, void *us
 #include <arm_neon.h>
 #if defined __linux__
 #include <sys/auxv.h>
-#elif defined __APPLE__
-#include <sys/sysctl.h>
 #endif
 #endif
 
@@ -1534,6 +1532,23 @@ static void json_quote(buffer *b, const char *text, size_t n) {
     }
     buffer_text(b, "\"");
 }
+
+/* Levenshtein's distance, to guess what was meant; a long B is cut. */
+static size_t edit_distance(const char *a, const char *b) {
+    size_t row[40], nb = strlen(b) < 39 ? strlen(b) : 39;
+    for (size_t k = 0; k <= nb; k++) row[k] = k;
+    for (size_t i = 0; a[i]; i++) {
+        size_t corner = i;
+        row[0] = i + 1;
+        for (size_t k = 0; k < nb; k++) {
+            size_t best = corner + (a[i] != b[k]);
+            corner = row[k + 1];
+            if (corner + 1 < best) best = corner + 1;
+            row[k + 1] = row[k] + 1 < best ? row[k] + 1 : best;
+        }
+    }
+    return row[nb];
+}
 /* ============================================================================================
  * 4 Threads: one pool, mapped files, processor features
  *
@@ -1555,7 +1570,6 @@ static int check_machine(medrun_error *e) {
     return why ? fail(e, MEDRUN_BAD_FILE, "this processor %s: medrun cannot run here", why)
                : MEDRUN_OK;
 }
-
 
 /* A whole file mapped for reading. */
 typedef struct {
@@ -1745,14 +1759,6 @@ typedef struct {
     bool neon, neon_dot, neon_i8mm, neon_bf16;
 } cpu_features;
 
-#if defined MEDRUN_ARM64 && defined __APPLE__
-static bool has_feature(const char *name) {
-    int found = 0;
-    size_t n = sizeof found;
-    return !sysctlbyname(name, &found, &n, NULL, 0) && found;
-}
-#endif
-
 /* What the processor has AND the system saves at a task switch (xgetbv). NEON is a part of arm64;
  * what came later, the system tells. */
 MAYBE_UNUSED static cpu_features detect_cpu(void) {
@@ -1764,9 +1770,9 @@ MAYBE_UNUSED static cpu_features detect_cpu(void) {
     f.neon_i8mm = f.neon_dot && (getauxval(AT_HWCAP2) >> 13 & 1);
     f.neon_bf16 = f.neon_i8mm && (getauxval(AT_HWCAP2) >> 14 & 1);
 #elif defined __APPLE__
-    f.neon_dot = has_feature("hw.optional.arm.FEAT_DotProd");
-    f.neon_i8mm = f.neon_dot && has_feature("hw.optional.arm.FEAT_I8MM");
-    f.neon_bf16 = f.neon_i8mm && has_feature("hw.optional.arm.FEAT_BF16");
+    f.neon_dot = sysctl_number("hw.optional.arm.FEAT_DotProd");
+    f.neon_i8mm = f.neon_dot && sysctl_number("hw.optional.arm.FEAT_I8MM");
+    f.neon_bf16 = f.neon_i8mm && sysctl_number("hw.optional.arm.FEAT_BF16");
 #elif defined _WIN32            /* PF_ARM_V82_DP_, V82_I8MM_ and V86_BF16_INSTRUCTIONS_AVAILABLE */
     f.neon_dot = IsProcessorFeaturePresent(43);
     f.neon_i8mm = f.neon_dot && IsProcessorFeaturePresent(66);
@@ -8956,6 +8962,15 @@ bool medrun_is_stop(const medrun_model *m, int32_t id) {
     return false;
 }
 
+/* A template that was named brings its stops. */
+static void add_stops(medrun_model *m, const chat_template *c) {
+    for (size_t i = 0; i < sizeof c->stops / sizeof *c->stops; i++) {
+        int32_t id = chat_token(&m->tokenizer, c->stops[i]);
+        if (id >= 0 && !medrun_is_stop(m, id) && m->n_stops < MEDRUN_MAX_STOPS)
+            m->stops[m->n_stops++] = id;
+    }
+}
+
 /* Does this stop leave the timeline when the template closes the answer? */
 static bool stop_goes(const chat_template *c, const medrun_model *m, int32_t id) {
     return medrun_is_stop(m, id) && !chat_keeps(c, &m->tokenizer, id);
@@ -9816,23 +9831,6 @@ static bool given(const command *c, int id) { return c->text[id] != NULL; }
 static bool flag(const command *c, int id) { return c->number[id] != 0; }
 static int whole(const command *c, int id) { return (int)c->number[id]; }
 
-/* Levenshtein's distance, to guess what was meant; a long B is cut. */
-static size_t edit_distance(const char *a, const char *b) {
-    size_t row[40], nb = strlen(b) < 39 ? strlen(b) : 39;
-    for (size_t k = 0; k <= nb; k++) row[k] = k;
-    for (size_t i = 0; a[i]; i++) {
-        size_t corner = i;
-        row[0] = i + 1;
-        for (size_t k = 0; k < nb; k++) {
-            size_t best = corner + (a[i] != b[k]);
-            corner = row[k + 1];
-            if (corner + 1 < best) best = corner + 1;
-            row[k + 1] = row[k] + 1 < best ? row[k] + 1 : best;
-        }
-    }
-    return row[nb];
-}
-
 static const char *nearest(const char *word, const char *const *names, size_t n) {
     size_t best = 0;
     for (size_t i = 1; i < n; i++)
@@ -10079,17 +10077,13 @@ static const char *model_path(command *c) {
     return NULL;
 }
 
-/* A template that was named brings its stops. */
+/* The template that was named, or the checkpoint's. */
 static int choose_template(command *c) {
     const chat_template *chosen = given(c, O_TEMPLATE) ? chat_find(c->text[O_TEMPLATE]) : c->chat;
     if (given(c, O_TEMPLATE) && !chosen)
         return fail(&c->e, MEDRUN_USAGE, "--template: found \"%s\", wanted one of: %s",
                     c->text[O_TEMPLATE], CHAT_NAMES);
-    for (size_t i = 0; c->m && chosen && chosen != c->chat && i < 4; i++) {
-        int32_t id = chat_token(c->t, chosen->stops[i]);
-        if (id >= 0 && !medrun_is_stop(c->m, id) && c->m->n_stops < MEDRUN_MAX_STOPS)
-            c->m->stops[c->m->n_stops++] = id;
-    }
+    if (c->m && chosen && chosen != c->chat) add_stops(c->m, chosen);
     c->chat = chosen;
     return MEDRUN_OK;
 }

@@ -1371,11 +1371,7 @@ static int choose_chat(evaluation *v, medrun_error *e) {
         return fail(e, MEDRUN_USAGE, "chat template: found %s, wanted --template with one of "
                     CHAT_NAMES ", or --no-template",
                     v->o.template_name ? v->o.template_name : "one that medrun does not know");
-    for (size_t i = 0; i < 4; i++) {            /* a template that is named brings its stops     */
-        int32_t id = chat_token(&v->m->tokenizer, v->chat->stops[i]);
-        if (id >= 0 && !medrun_is_stop(v->m, id) && v->m->n_stops < MEDRUN_MAX_STOPS)
-            v->m->stops[v->m->n_stops++] = id;
-    }
+    add_stops(v->m, v->chat);
     c->date = v->o.date, c->bos = v->bos;
     if (!c->date && v->chat->how & STATES_TODAY) date_today(v->today), c->date = v->today;
     if (v->bos == MEDRUN_BOS_AUTO && !v->chat->bos)

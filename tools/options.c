@@ -16,22 +16,6 @@ typedef struct {
     size_t n_words, max_words;
 } tool_line;
 
-/* Letters to insert, remove or change to get from A to B (of at most 31 letters each). */
-static size_t edit_distance(const char *a, const char *b) {
-    size_t row[32], nb = strlen(b);
-    for (size_t k = 0; k <= nb; k++) row[k] = k;
-    for (; *a; a++) {
-        size_t corner = row[0]++;
-        for (size_t k = 1; k <= nb; k++) {
-            size_t best = corner + (*a != b[k - 1]);
-            if (row[k] + 1 < best) best = row[k] + 1;
-            if (row[k - 1] + 1 < best) best = row[k - 1] + 1;
-            corner = row[k], row[k] = best;
-        }
-    }
-    return row[nb];
-}
-
 /* The option that the first N letters of TEXT name. */
 static const tool_option *find_option(const tool_line *l, const char *text, size_t n,
                                       medrun_error *e) {
