@@ -124,7 +124,7 @@ typedef struct {
 enum { MEDRUN_MAX_STOPS = 8 };
 
 typedef struct {
-    const char *name, *architecture, *type;     /* type: "bf16" or "int8"                      */
+    const char *name, *architecture, *type;     /* type: "bf16", "int8" or "int4"              */
     const char *chat_template, *system;         /* its name, or "unknown"; default system text  */
     const char *kernels;                        /* the instruction set in use                  */
     const char *licence, *notice;               /* from the checkpoint, "" when it has none    */
@@ -2000,8 +2000,8 @@ static void panel_unpack_row(int type, const uint8_t *panel, size_t lane, size_t
 
 #ifndef MEDRUN_PASS
 
-/* How activations are packed for a matmul, by tiles of 8, 4, 2, 1 tokens. A tile is a stream of
- * 4-byte words, the tile's tokens side by side, in the order of K:
+/* How activations are packed for a matmul, by tiles of 8 tokens, the last of 8, 4, 2 or 1, filled
+ * up with zeros. A tile is a stream of 4-byte words, its tokens side by side, in the order of K:
  *   PACK_F32   one float a k                                    (bf16 weights, strict)
  *   PACK_BF16  two bf16, k and k + 1                            (bf16 weights, vdpbf16ps)
  *   PACK_INT8  for each group of 64: for each token -128 * the sum of its first 32 q, then for
@@ -2013,14 +2013,14 @@ enum { PACK_F32, PACK_BF16, PACK_INT8, PACK_INT16, N_PACKS };
 enum { TILE = 8 };
 enum { AHEAD = 8192 };          /* bytes by which a matmul asks for what it will read            */
 
-static size_t pack_bytes(int kind, size_t cols) {       /* for one token */
-    if (kind == PACK_F32) return round_up(cols, 2) * 4;
-    if (kind == PACK_BF16) return round_up(cols, 2) * 2;
-    return (cols + GROUP - 1) / GROUP * (kind == PACK_INT16 ? 2 * GROUP + 12 : GROUP + 12);
-}
+static size_t tile_width(size_t tokens) { return tokens > 4 ? 8 : tokens > 2 ? 4 : tokens; }
 
-static int tile_width(size_t tokens) {
-    return tokens >= 8 ? 8 : tokens >= 4 ? 4 : tokens >= 2 ? 2 : 1;
+static size_t pack_bytes(int kind, size_t cols, size_t tokens) {
+    size_t groups = (cols + GROUP - 1) / GROUP;
+    size_t words = 3 + (size_t)GROUP / (kind == PACK_INT16 ? 2 : 4);
+    if (kind == PACK_F32) words = round_up(cols, 2), groups = 1;
+    if (kind == PACK_BF16) words = (cols + 1) / 2, groups = 1;
+    return (tokens / TILE * TILE + tile_width(tokens % TILE)) * groups * words * 4;
 }
 
 /* The cache of one key-value head: keys in panels of 16 positions, walked along head_dim like
@@ -2087,7 +2087,7 @@ typedef struct {
     /* x (tokens, cols) with STRIDE -> out; cols a multiple of 16 */
     void (*pack)(int kind, const float *x, size_t stride, size_t cols, size_t tokens,
                  uint8_t *out);
-    size_t tile_panels;             /* that a matmul of several tokens takes at once            */
+    size_t tile_panels, int_panels; /* that a matmul of many tokens takes at once               */
     matmul_fn *matmul_f32, *matmul_bf16, *matmul_int8, *matmul_int4;
     /* 16 groups of int4: V (32, 16) -> their scales and shifts, and the nibbles (32, 16). The sum
      * of the squared errors, weighted by the (32) importances, is made small; one of them is more
@@ -2292,6 +2292,7 @@ static void tile_keys(const attention *a, size_t t, size_t nt, size_t first, siz
 #define KERNEL_BASE scalar
 #define KERNEL_NAME "scalar"
 #define TILE_PANELS 1           /* what fits the registers                                       */
+#define INT_PANELS 1            /* ... with int8 or int4 weights, whose sums are two kinds       */
 #define TILE_TOKENS 8
 #define FEW_TOKENS 8            /* ... of one panel                                              */
 #define TILED static            /* one function for every size of tile                           */
@@ -2439,6 +2440,7 @@ ALWAYS_INLINE ivec idot2(ivec acc, wvec w, pvec x) {
 #endif
 #define KERNEL_BASE avx2
 #define TILE_PANELS 1
+#define INT_PANELS 1
 #define TILE_TOKENS 4
 #define FEW_TOKENS 4
 #define UNROLLED UNROLL
@@ -2630,6 +2632,7 @@ ALWAYS_INLINE ivec idot2(ivec acc, wvec w, pvec x) {
 #define KERNEL_NAME "avx512"
 #define BF16_NAME "avx512bf16"
 #define TILE_PANELS 4
+#define INT_PANELS 3
 #define TILE_TOKENS 4
 #define FEW_TOKENS 8
 #define UNROLLED UNROLL
@@ -2754,6 +2757,7 @@ ALWAYS_INLINE ivec idot2(ivec acc, wvec w, pvec x) {
 #define UNPACK_INT8
 #define KERNEL_BASE neon
 #define TILE_PANELS 1           /* of 32 registers 16 are sums and 4, or 8, weights              */
+#define INT_PANELS 1
 #define TILE_TOKENS 4
 #define FEW_TOKENS 4
 #define UNROLLED UNROLL
@@ -3124,13 +3128,15 @@ ALWAYS_INLINE vec vexpm1(vec x) {
 }
 
 #ifndef PARTIAL
-/* One tile, one group after the other: scale = largest magnitude / 127, q = x / scale. */
-static void pack_int(int kind, const float *x, size_t stride, size_t cols, size_t nt,
+/* A tile of LIVE tokens, one group after the other: scale = largest magnitude / 127, q = x / scale.
+ */
+static void pack_int(int kind, const float *x, size_t stride, size_t cols, size_t live,
                      uint8_t *out) {
-    for (size_t k = 0; k < cols; k += GROUP, out += nt * pack_bytes(kind, GROUP)) {
+    size_t nt = tile_width(live);
+    for (size_t k = 0; k < cols; k += GROUP, out += pack_bytes(kind, GROUP, nt)) {
         for (size_t t = 0; t < nt; t++) {
             const float *from = x + t * stride + k;
-            size_t n = cols - k < GROUP ? cols - k : GROUP;
+            size_t n = t >= live ? 0 : cols - k < GROUP ? cols - k : GROUP;
             vec big = vsplat(0);
             for (size_t i = 0; i < n; i += 16) {
                 vec v = vload(from + i);
@@ -3161,36 +3167,36 @@ static void pack_int(int kind, const float *x, size_t stride, size_t cols, size_
 
 static void pack(int kind, const float *x, size_t stride, size_t cols, size_t tokens,
                  uint8_t *out) {
-    for (size_t t = 0, nt; t < tokens; t += nt) {
+    for (size_t t = 0, nt; t < tokens; t += nt, out += pack_bytes(kind, cols, nt)) {
         const float *from = x + t * stride;
-        uint8_t *to = out + t * pack_bytes(kind, cols);
-        nt = (size_t)tile_width(tokens - t);
-        if (kind == PACK_INT8 || kind == PACK_INT16) pack_int(kind, from, stride, cols, nt, to);
-        else if (kind == PACK_F32)
-            for (size_t i = 0; i < nt; i++)
-                for (size_t k = 0; k < cols; k++)
-                    memcpy(to + 4 * (k * nt + i), from + i * stride + k, 4);
-        else
-            for (size_t i = 0; i < nt; i++)
-                for (size_t k = 0; k < cols; k += 2) {
-                    const float *f = from + i * stride + k;
-                    uint32_t pair = f32_to_bf16(f[0]) | (uint32_t)f32_to_bf16(f[1]) << 16;
-                    memcpy(to + 4 * (k / 2 * nt + i), &pair, 4);
-                }
+        nt = tile_width(tokens - t);
+        size_t live = tokens - t < nt ? tokens - t : nt;
+        if (kind == PACK_INT8 || kind == PACK_INT16) pack_int(kind, from, stride, cols, live, out);
+        else memset(out, 0, live < nt ? pack_bytes(kind, cols, nt) : 0);
+        for (size_t i = 0; kind == PACK_F32 && i < live; i++)
+            for (size_t k = 0; k < cols; k++)
+                memcpy(out + 4 * (k * nt + i), from + i * stride + k, 4);
+        for (size_t i = 0; kind == PACK_BF16 && i < live; i++)
+            for (size_t k = 0; k < cols; k += 2) {
+                const float *f = from + i * stride + k;
+                uint32_t pair = f32_to_bf16(f[0]) | (uint32_t)f32_to_bf16(f[1]) << 16;
+                memcpy(out + 4 * (k / 2 * nt + i), &pair, 4);
+            }
     }
 }
 
 #endif
 
-/* Columns [BEGIN, END) of NP panels, BYTES apart, times NT tokens of a packed tile of WIDE, added
- * to what OUT has unless BEGIN is 0. NP and NT are constants after inlining, so that the sums are
- * registers; every sum is one chain in the order of K, whatever they are. */
-ALWAYS_INLINE void tile_f32(const size_t np, const size_t nt, const size_t wide, const uint8_t *w,
-                            size_t bytes, size_t begin, size_t end, const uint8_t *x, float *out,
-                            size_t stride) {
+/* Columns [BEGIN, END) of NP panels, BYTES apart, times NT tokens of a packed tile of WIDE, of
+ * which the first LIVE are no filling, added to what OUT has unless BEGIN is 0. NP and NT are
+ * constants after inlining, so that the sums are registers; every sum is one chain in the order of
+ * K, whatever they are. */
+ALWAYS_INLINE void tile_f32(const size_t np, const size_t nt, size_t live, const size_t wide,
+                            const uint8_t *w, size_t bytes, size_t begin, size_t end,
+                            const uint8_t *x, float *out, size_t stride) {
     vec sum[16];
     UNROLLED for (size_t i = 0; i < np * nt; i++)
-        sum[i] = begin ? vload(sum_place(out, stride, nt, i)) : vsplat(0);
+        sum[i] = begin && i % nt < live ? vload(sum_place(out, stride, nt, i)) : vsplat(0);
     w += begin / 2 * STEP_BYTES, x += begin * 4 * wide;
     for (size_t k = begin; k < end; k += 2, w += STEP_BYTES, x += 8 * wide) {
         vec even[4], odd[4];
@@ -3208,16 +3214,16 @@ ALWAYS_INLINE void tile_f32(const size_t np, const size_t nt, const size_t wide,
         }
     }
     UNROLLED for (size_t i = 0; i < np * nt; i++)
-        vstore(sum_place(out, stride, nt, i), sum[i]);
+        if (i % nt < live) vstore(sum_place(out, stride, nt, i), sum[i]);
 }
 
 #ifdef BF16_NAME
-ALWAYS_INLINE void tile_bf16(const size_t np, const size_t nt, const size_t wide, const uint8_t *w,
-                             size_t bytes, size_t begin, size_t end, const uint8_t *x, float *out,
-                             size_t stride) {
+ALWAYS_INLINE void tile_bf16(const size_t np, const size_t nt, size_t live, const size_t wide,
+                             const uint8_t *w, size_t bytes, size_t begin, size_t end,
+                             const uint8_t *x, float *out, size_t stride) {
     vec sum[16];
     UNROLLED for (size_t i = 0; i < np * nt; i++)
-        sum[i] = begin ? vload(sum_place(out, stride, nt, i)) : vsplat(0);
+        sum[i] = begin && i % nt < live ? vload(sum_place(out, stride, nt, i)) : vsplat(0);
     w += begin / 2 * STEP_BYTES, x += begin * 2 * wide;
     for (size_t k = begin; k < end; k += 2, w += STEP_BYTES, x += 4 * wide) {
         wvec step[4];
@@ -3230,7 +3236,7 @@ ALWAYS_INLINE void tile_bf16(const size_t np, const size_t nt, const size_t wide
         }
     }
     UNROLLED for (size_t i = 0; i < np * nt; i++)
-        vstore(sum_place(out, stride, nt, i), sum[i]);
+        if (i % nt < live) vstore(sum_place(out, stride, nt, i), sum[i]);
 }
 #endif
 #ifdef PAIRS
@@ -3242,13 +3248,14 @@ ALWAYS_INLINE void zip_bf16(const uint8_t *w, size_t begin, size_t end, uint8_t 
 
 /* As tile_bf16, for four tokens, W what zip_bf16 made. The same bits: a matrix product adds up as
  * two dot products do. */
-ALWAYS_INLINE void tile_pairs(size_t wide, const uint8_t *w, size_t begin, size_t end,
+ALWAYS_INLINE void tile_pairs(size_t live, size_t wide, const uint8_t *w, size_t begin, size_t end,
                               const uint8_t *x, float *out, size_t stride) {
     ivec sum[4];
     UNROLLED for (size_t t = 0; t < 4; t++)
-        sum[t] = K(as_ints)(begin ? vload(out + t * stride) : vsplat(0));
+        sum[t] = K(as_ints)(begin && t < live ? vload(out + t * stride) : vsplat(0));
     dot_pairs(true, (end - begin) / 2, wide, w, x + begin * 2 * wide, sum);
-    UNROLLED for (size_t t = 0; t < 4; t++) vstore(out + t * stride, K(as_floats)(sum[t]));
+    UNROLLED for (size_t t = 0; t < 4; t++)
+        if (t < live) vstore(out + t * stride, K(as_floats)(sum[t]));
 }
 #endif
 
@@ -3281,12 +3288,12 @@ ALWAYS_INLINE void unpack(const int type, const uint8_t *w, size_t begin, size_t
 }
 
 /* READY: W is NP blocks that unpack made, BYTES apart; else W is the panels. */
-ALWAYS_INLINE void tile_int8(const bool ready, const size_t np, const size_t nt, const size_t wide,
-                             const uint8_t *w, size_t bytes, size_t begin, size_t end,
-                             const uint8_t *x, float *out, size_t stride) {
-    float sum[16 * 16];                 /* in memory: the registers are for the products         */
-    for (size_t i = 0; i < np * nt; i++)
-        vstore(sum + 16 * i, begin ? vload(sum_place(out, stride, nt, i)) : vsplat(0));
+ALWAYS_INLINE void tile_int8(const bool ready, const size_t np, const size_t nt, size_t live,
+                             const size_t wide, const uint8_t *w, size_t bytes, size_t begin,
+                             size_t end, const uint8_t *x, float *out, size_t stride) {
+    vec sum[16];
+    UNROLLED for (size_t i = 0; i < np * nt; i++)
+        sum[i] = begin && i % nt < live ? vload(sum_place(out, stride, nt, i)) : vsplat(0);
     x += begin / GROUP * wide * X_GROUP;
     for (size_t g = begin / GROUP; g * GROUP < end; g++, x += wide * X_GROUP) {
         const uint8_t *words = x + 12 * wide;
@@ -3309,27 +3316,28 @@ ALWAYS_INLINE void tile_int8(const bool ready, const size_t np, const size_t nt,
             }
             steps += ready ? K(READY) : STEP_BYTES;
         }
-        UNROLLED for (size_t p = 0; p < np; p++) {
-            vec scales = ready ? vload((const float *)(const void *)(w + p * bytes))
-                               : vload_bf16(w + p * bytes + int8_scales(g));
-            UNROLLED for (size_t t = 0; t < nt; t++) {
-                float *to = sum + 16 * (p * nt + t);
-                vec scale = vmul(scales, vsplat(load_float(x + 4 * (2 * wide + t))));
-                vstore(to, vfma(vfloat(dot[p * nt + t]), scale, vload(to)));
-            }
+        UNROLLED for (size_t i = 0; i < np * nt; i++) {
+            const uint8_t *from = w + i / nt * bytes;
+            vec scale = ready ? vload((const float *)(const void *)from)
+                              : vload_bf16(from + int8_scales(g));
+            scale = vmul(scale, vsplat(load_float(x + 4 * (2 * wide + i % nt))));
+            sum[i] = vfma(vfloat(dot[i]), scale, sum[i]);
         }
         if (ready) w += K(UNPACKED);
     }
-    for (size_t i = 0; i < np * nt; i++)
-        vstore(sum_place(out, stride, nt, i), vload(sum + 16 * i));
+    UNROLLED for (size_t i = 0; i < np * nt; i++)
+        if (i % nt < live) vstore(sum_place(out, stride, nt, i), sum[i]);
 }
 
-ALWAYS_INLINE void tile_int4(const bool ready, const size_t np, const size_t nt, const size_t wide,
-                             const uint8_t *w, size_t bytes, size_t begin, size_t end,
-                             const uint8_t *x, float *out, size_t stride) {
-    float sum[16 * 16], part[16 * 16];
-    for (size_t i = 0; i < np * nt; i++)
-        vstore(sum + 16 * i, begin ? vload(sum_place(out, stride, nt, i)) : vsplat(0));
+ALWAYS_INLINE void tile_int4(const bool ready, const size_t np, const size_t nt, size_t live,
+                             const size_t wide, const uint8_t *w, size_t bytes, size_t begin,
+                             size_t end, const uint8_t *x, float *out, size_t stride) {
+    float sum[16 * 16];                 /* in memory: the registers are for the products         */
+    vec part[16];
+    for (size_t i = 0; i < np * nt; i++) {
+        bool more = begin && i % nt < live;
+        vstore(sum + 16 * i, more ? vload(sum_place(out, stride, nt, i)) : vsplat(0));
+    }
     x += begin / GROUP * wide * X_GROUP;
     if (!ready) w += int4_scales(begin / GROUP4);
     for (size_t k = begin; k < end; k += GROUP, x += wide * X_GROUP) {
@@ -3367,44 +3375,46 @@ ALWAYS_INLINE void tile_int4(const bool ready, const size_t np, const size_t nt,
                 const uint8_t *from = scales + i / nt * bytes;
                 vec scale = ready ? vload((const float *)(const void *)from)
                                   : vmul(vload_int4(from), vsplat(0x1p-13f));
-                vec old = h ? vload(part + 16 * i) : vsplat(0);
-                vstore(part + 16 * i, h ? vfma(vfloat(dot[i]), scale, old)
-                                        : vmul(vfloat(dot[i]), scale));
+                part[i] = h ? vfma(vfloat(dot[i]), scale, part[i]) : vmul(vfloat(dot[i]), scale);
             }
         }
         UNROLLED for (size_t i = 0; i < np * nt; i++) {
             vec scale = vsplat(load_float(x + 4 * (2 * wide + i % nt)));
-            vstore(sum + 16 * i, vfma(vload(part + 16 * i), scale, vload(sum + 16 * i)));
+            vstore(sum + 16 * i, vfma(part[i], scale, vload(sum + 16 * i)));
         }
         w += ready ? K(UNPACKED) : 2 * GROUP4_BYTES + STEP_BYTES;
     }
     for (size_t i = 0; i < np * nt; i++)
-        vstore(sum_place(out, stride, nt, i), vload(sum + 16 * i));
+        if (i % nt < live) vstore(sum_place(out, stride, nt, i), vload(sum + 16 * i));
 }
 
 /* A few tokens take the panels one by one (ALONE at once for a single token), so that the weights
  * come from memory as one stream, which the processor reads ahead best. For many tokens SOME
- * columns of TILE_PANELS panels, which READY prepares, stay in the second cache while all tokens
- * pass; BIG is the tile of as many panels and tokens as the registers take. */
-#define MATMUL(name, tile, alone, big, ready, kind, type)                                       \
+ * columns of TOGETHER panels, which READY prepares, stay in the second cache while all tokens pass;
+ * BIG is the tile of as many panels and tokens as the registers take. */
+#define MATMUL(name, tile, alone, together, big, ready, kind, type)                             \
     static void name(const uint8_t *w, size_t panels, size_t cols, const uint8_t *x,            \
                      size_t tokens, size_t some, uint8_t *block, float *out, size_t stride) {   \
-        size_t bytes = panel_bytes(type, cols), row = pack_bytes(kind, cols);                   \
+        size_t bytes = panel_bytes(type, cols), row = pack_bytes(kind, cols, 1);                \
         (void)block;                                                                            \
         for (size_t p = 0, np; p < panels; p += np, w += np * bytes, out += 16 * np) {          \
-            bool many = tokens > TILE && panels - p >= TILE_PANELS;                             \
-            np = many ? TILE_PANELS : tokens == 1 && panels - p >= alone ? alone : 1;           \
+            bool many = tokens > TILE && panels - p >= together;                                \
+            np = many ? together : tokens == 1 && panels - p >= alone ? alone : 1;           \
             for (size_t k = 0, end; k < cols; k = end) {                                        \
                 end = some < cols - k ? k + some : cols;                                        \
                 if (many) ready;                                                                \
                 for (size_t t = 0, wide; t < tokens; t += wide) {                               \
-                    wide = (size_t)tile_width(tokens - t);                                      \
-                    for (size_t u = 0, nt; u < wide; u += nt) {                                 \
+                    wide = tile_width(tokens - t);                                              \
+                    for (size_t u = 0, nt; u < wide && t + u < tokens; u += nt) {               \
                         const uint8_t *xt = x + t * row + 4 * u, *wp = w;                       \
                         float *to = out + (t + u) * stride;                                     \
+                        size_t live = tokens - t - u;                                           \
                         nt = many && wide > TILE_TOKENS ? TILE_TOKENS                           \
                              : wide > FEW_TOKENS ? FEW_TOKENS : wide;                           \
-                        if (many && nt == TILE_TOKENS) big;                                     \
+                        if (nt > TILE_OF_LIVE(live)) nt = TILE_OF_LIVE(live);                   \
+                        if (many && nt == TILE_TOKENS) big(TILE_TOKENS);                        \
+                        else if (many && together > 1 && nt == 2) big(2);                       \
+                        else if (many && together > 1) big(1);                                  \
                         else if (np == alone && nt == 1) TILE_OF(tile, alone, 1);               \
                         else for (size_t q = 0; q < np; q++, wp += bytes, to += 16)             \
                             SMALL_TILE(tile);                                                   \
@@ -3413,11 +3423,12 @@ ALWAYS_INLINE void tile_int4(const bool ready, const size_t np, const size_t nt,
             }                                                                                   \
         }                                                                                       \
     }
-#define TILE_OF(tile, np, nt) tile(np, nt, wide, wp, bytes, k, end, xt, to, stride)
-#define BIG(tile) TILE_OF(tile, TILE_PANELS, TILE_TOKENS)
+#define TILE_OF(tile, np, nt) tile(np, nt, live, wide, wp, bytes, k, end, xt, to, stride)
 #if MEDRUN_PASS == 1
+#define TILE_OF_LIVE(live) (live)       /* here each token of a tile takes its time               */
 #define SMALL_TILE(tile) TILE_OF(tile, 1, nt)
 #else
+#define TILE_OF_LIVE(live) tile_width(live)
 #define SMALL_TILE(tile)                                                                        \
     if (nt == FEW_TOKENS) TILE_OF(tile, 1, FEW_TOKENS);                                         \
     else if (nt == 4) TILE_OF(tile, 1, 4);                                                      \
@@ -3426,36 +3437,47 @@ ALWAYS_INLINE void tile_int4(const bool ready, const size_t np, const size_t nt,
 #endif
 
 #ifndef PARTIAL
-MATMUL(matmul_f32, tile_f32, 2, BIG(tile_f32), {}, PACK_F32, TYPE_BF16)
+#define BIG(nt) TILE_OF(tile_f32, TILE_PANELS, nt)
+MATMUL(matmul_f32, tile_f32, 2, TILE_PANELS, BIG, {}, PACK_F32, TYPE_BF16)
+#undef BIG
 #endif
 #ifdef PAIRS
-MATMUL(matmul_bf16, tile_bf16, 1, tile_pairs(wide, block, k, end, xt, to, stride),
-       zip_bf16(w, k, end, block), PACK_BF16, TYPE_BF16)
+#define BIG(nt) tile_pairs(live, wide, block, k, end, xt, to, stride)
+MATMUL(matmul_bf16, tile_bf16, 1, TILE_PANELS, BIG, zip_bf16(w, k, end, block), PACK_BF16,
+       TYPE_BF16)
+#undef BIG
 #elif defined BF16_NAME
-MATMUL(matmul_bf16, tile_bf16, 1, BIG(tile_bf16), {}, PACK_BF16, TYPE_BF16)
+#define BIG(nt) TILE_OF(tile_bf16, TILE_PANELS, nt)
+MATMUL(matmul_bf16, tile_bf16, 1, TILE_PANELS, BIG, {}, PACK_BF16, TYPE_BF16)
+#undef BIG
 #endif
 
 #define BLOCK ((end - k + GROUP - 1) / GROUP * K(UNPACKED))
 #define UNPACK(type)                                                                            \
     for (size_t i = 0; i < np; i++) unpack(type, w + i * bytes, k, end, block + i * BLOCK)
-#define BIG_BLOCK(tile)                                                                         \
-    tile(true, TILE_PANELS, TILE_TOKENS, wide, block, BLOCK, k, end, xt, to, stride)
+#define BIG_BLOCK(tile, nt)                                                                     \
+    tile(true, INT_PANELS, nt, live, wide, block, BLOCK, k, end, xt, to, stride)
 #define RAW8(...) tile_int8(false, __VA_ARGS__)
 #define RAW4(...) tile_int4(false, __VA_ARGS__)
 #ifdef UNPACK_INT8
-MATMUL(matmul_int8, RAW8, 1, BIG_BLOCK(tile_int8), UNPACK(TYPE_INT8), INT_PACK, TYPE_INT8)
+#define BIG8(nt) BIG_BLOCK(tile_int8, nt)
+MATMUL(matmul_int8, RAW8, 1, INT_PANELS, BIG8, UNPACK(TYPE_INT8), INT_PACK, TYPE_INT8)
 #else
-MATMUL(matmul_int8, RAW8, 1, BIG(RAW8), {}, INT_PACK, TYPE_INT8)
+#define BIG8(nt) TILE_OF(RAW8, INT_PANELS, nt)
+MATMUL(matmul_int8, RAW8, 1, INT_PANELS, BIG8, {}, INT_PACK, TYPE_INT8)
 #endif
-MATMUL(matmul_int4, RAW4, 1, BIG_BLOCK(tile_int4), UNPACK(TYPE_INT4), INT_PACK, TYPE_INT4)
+#define BIG4(nt) BIG_BLOCK(tile_int4, nt)
+MATMUL(matmul_int4, RAW4, 1, INT_PANELS, BIG4, UNPACK(TYPE_INT4), INT_PACK, TYPE_INT4)
+#undef BIG8
+#undef BIG4
 #undef RAW8
 #undef RAW4
 #undef BIG_BLOCK
 #undef UNPACK
 #undef BLOCK
-#undef BIG
 #undef SMALL_TILE
 #undef TILE_OF
+#undef TILE_OF_LIVE
 #undef MATMUL
 
 #ifndef PARTIAL
@@ -4060,9 +4082,9 @@ static float read_all(const uint8_t *p, size_t n) {
 #define UNPACKS (1 << TYPE_INT4)
 #endif
 #define ROW(name, bf16, matmul_bf16) {                                                          \
-        name, bf16, INT_PACK, UNPACKS, pack, TILE_PANELS, matmul_f32, matmul_bf16, matmul_int8, \
-        matmul_int4, FIT_INT4, norm, silu_mul, relu2, xielu, add, attend, merge, to_half,       \
-        to_int8, peak, read_all,                                                                \
+        name, bf16, INT_PACK, UNPACKS, pack, TILE_PANELS, INT_PANELS, matmul_f32, matmul_bf16,  \
+        matmul_int8, matmul_int4, FIT_INT4, norm, silu_mul, relu2, xielu, add, attend, merge,   \
+        to_half, to_int8, peak, read_all,                                                       \
     }
 static const kernel_set kernel_row = ROW(KERNEL_NAME, false, NULL);
 #ifdef BF16_NAME
@@ -4086,6 +4108,7 @@ static const kernel_set kernel_row_bf16 = ROW(BF16_NAME, true, matmul_bf16);
 #undef X_GROUP
 #undef TILED
 #undef TILE_PANELS
+#undef INT_PANELS
 #undef TILE_TOKENS
 #undef FEW_TOKENS
 
@@ -4251,7 +4274,7 @@ static int pack_kind(const engine *g, int weight_type) {
 typedef struct {
     int kind;
     size_t tokens, cols;
-    uint8_t *data;                  /* tokens * pack_bytes(kind, cols)                          */
+    uint8_t *data;                  /* pack_bytes(kind, cols, tokens)                           */
 } packed;
 
 typedef struct {
@@ -4266,7 +4289,7 @@ static void pack_task(void *context, size_t begin, size_t end, int thread) {
     pack_job *j = context;
     size_t first = begin * TILE, last = end * TILE < j->to->tokens ? end * TILE : j->to->tokens;
     j->g->k->pack(j->to->kind, j->x + first * j->stride, j->stride, j->to->cols, last - first,
-                  j->to->data + first * pack_bytes(j->to->kind, j->to->cols));
+                  j->to->data + pack_bytes(j->to->kind, j->to->cols, first));
 }
 
 /* x (tokens, cols) with STRIDE -> *TO, whose data has room, for weights of WEIGHT_TYPE. */
@@ -4332,13 +4355,14 @@ static size_t engine_block_bytes(const engine *g, int type, size_t cols) {
 /* Up to a few matrices of one type that multiply the same activations, in one go (q, k and v). */
 static void matmul(const engine *g, const product *products, size_t n, const packed *x) {
     size_t panels = 0, bytes = panel_bytes(products->w->type, x->cols);
-    size_t some = block_cols(g, (g->k->tile_panels * bytes + x->cols - 1) / x->cols);
+    size_t tile = products->w->type == TYPE_BF16 ? g->k->tile_panels : g->k->int_panels;
+    size_t some = block_cols(g, (tile * bytes + x->cols - 1) / x->cols);
     if (g->block_bytes) some = block_cols(g, BLOCK_BYTES);
     if (x->tokens <= TILE) some = x->cols;              /* nothing is used a second time         */
     matmul_job j = {g, products, n, x, some};
     for (size_t i = 0; i < n; i++) panels += tensor_panels(products[i].w);
     size_t grain = panels / ((size_t)g->pool->threads * 32);
-    if (x->tokens > TILE) grain = round_up(grain ? grain : 1, 4);
+    if (x->tokens > TILE) grain = round_up(grain ? grain : 1, tile);
     parallel_for(g->pool, panels, grain, matmul_task, &j);
 }
 
@@ -8729,8 +8753,8 @@ static void layout_pass(const medrun_session *s, pass *p, arena *a) {
                      (((size_t)s->options.context + KEY_BLOCK - 1) / KEY_BLOCK);
     p->parts = arena_take(a, p->part_places, (dim + PART_EXTRA) * sizeof(float));
     p->logits = arena_take(a, TILE * p->vocab, sizeof(float));
-    p->a.data = arena_take(a, n > TILE ? n : TILE, pack_bytes(pack_kind(&p->g, s->model->type),
-                                                              widest));
+    p->a.data = arena_take(a, round_up(n, TILE), pack_bytes(pack_kind(&p->g, s->model->type),
+                                                            widest, 1));
     p->g.block_bytes = round_up(engine_block_bytes(&p->g, s->model->type, widest), 64);
     p->g.blocks = arena_take(a, (size_t)s->model->pool->threads, p->g.block_bytes);
 }
@@ -11720,7 +11744,8 @@ static bool small_product(const kernel_set *k, int type, float *out) {
     uint64_t random = 1;
     float *x = new_array((rows + CHECK_TOKENS) * cols, sizeof *x);
     uint8_t *w = new_array(CHECK_PANELS, panel);
-    uint8_t *a = new_array(CHECK_TOKENS, pack_bytes(kind, cols)), block[BLOCK_BYTES * CHECK_COLS];
+    uint8_t *a = new_array(1, pack_bytes(kind, cols, CHECK_TOKENS));
+    uint8_t block[BLOCK_BYTES * CHECK_COLS];
     bool made = x && w && a;
     for (size_t i = 0; made && i < (rows + CHECK_TOKENS) * cols; i++)
         x[i] = (float)(random_uniform(&random) - 0.5);

@@ -57,7 +57,7 @@ typedef struct {
 } problem;
 
 static size_t packed_size(const problem *m, size_t tokens) {
-    return tokens * pack_bytes(m->kind, m->cols);
+    return pack_bytes(m->kind, m->cols, tokens);
 }
 
 static problem make_problem(int kind, int type, size_t tokens, size_t panels, size_t cols,
@@ -93,7 +93,7 @@ static void free_problem(problem *m) {
 static uint8_t *run_part(const kernel_set *k, const problem *m, size_t t, size_t n, size_t p,
                          size_t np, float *out) {
     int kind = m->kind == PACK_INT8 ? k->int_pack : m->kind;
-    uint8_t *stream = need(n * pack_bytes(kind, m->cols));
+    uint8_t *stream = need(pack_bytes(kind, m->cols, n));
     k->pack(kind, m->x + t * m->x_stride, m->x_stride, m->cols, n, stream);
     static const size_t some[] = {128, SIZE_MAX, 256, 384};         /* must not matter           */
     static size_t turn;
@@ -115,11 +115,8 @@ static float *guarded(const problem *m) {
 
 /* Where token T's words stand: the tile it is in, and its place there. */
 static const uint8_t *tile_of(const problem *m, size_t t, size_t *width, size_t *place) {
-    size_t first = 0, left = m->tokens, w = 8;
-    for (;; first += w, left -= w) {
-        while (w > left) w /= 2;
-        if (t < first + w) break;
-    }
+    size_t first = t / 8 * 8, left = m->tokens - first, w = 8;
+    while (w / 2 >= left) w /= 2;
     *width = w, *place = t - first;
     return m->stream + packed_size(m, first);
 }
@@ -195,7 +192,7 @@ static int wrong_int16(const uint8_t *int8, const uint8_t *int16, size_t cols, s
 
 /* K's packing of integers in both forms, against the scalar pass. */
 static int wrong_pack(const kernel_set *k, const problem *m) {
-    size_t size = m->tokens * pack_bytes(PACK_INT16, m->cols);
+    size_t size = pack_bytes(PACK_INT16, m->cols, m->tokens);
     uint8_t *mine = calloc(1, size), *its = calloc(1, size);
     k->pack(PACK_INT8, m->x, m->x_stride, m->cols, m->tokens, mine);
     int wrong = memcmp(mine, m->stream, packed_size(m, m->tokens)) != 0;
@@ -203,9 +200,9 @@ static int wrong_pack(const kernel_set *k, const problem *m) {
     scalar->pack(PACK_INT16, m->x, m->x_stride, m->cols, m->tokens, its);
     wrong += memcmp(mine, its, size) != 0;
     for (size_t t = 0, wide; t < m->tokens; t += wide) {
-        wide = (size_t)tile_width(m->tokens - t);
-        wrong += wrong_int16(m->stream + t * pack_bytes(PACK_INT8, m->cols),
-                             its + t * pack_bytes(PACK_INT16, m->cols), m->cols, wide);
+        wide = tile_width(m->tokens - t);
+        wrong += wrong_int16(m->stream + pack_bytes(PACK_INT8, m->cols, t),
+                             its + pack_bytes(PACK_INT16, m->cols, t), m->cols, wide);
     }
     free(mine), free(its);
     return wrong;

@@ -46,7 +46,7 @@ static void free_problem(problem *m) {
 /* All products in one call on G; the outputs one behind the other, unwritten places NaN. */
 static float *run_problem(const engine *g, const problem *m, size_t *n_out) {
     product products[MOST_PRODUCTS];
-    packed a = {.data = malloc(m->tokens * pack_bytes(pack_kind(g, m->type), m->cols))};
+    packed a = {.data = malloc(pack_bytes(pack_kind(g, m->type), m->cols, m->tokens))};
     float *out, *at;
     *n_out = 0;
     for (size_t i = 0; i < m->n; i++) *n_out += m->tokens * m->stride[i];
@@ -66,7 +66,7 @@ static float *run_problem(const engine *g, const problem *m, size_t *n_out) {
 /* Each output of each token against the same row of weights times the same token, alone. */
 static int wrong_sums(const engine *g, const problem *m, const float *out) {
     int wrong = 0, kind = pack_kind(g, m->type);
-    uint8_t *alone = malloc(pack_bytes(kind, m->cols));
+    uint8_t *alone = malloc(pack_bytes(kind, m->cols, 1));
     for (size_t i = 0; i < m->n; i++) {
         size_t rows = m->w[i].rows, bytes = panel_bytes(m->type, m->cols);
         for (size_t t = 0; t < m->tokens; t++, out += m->stride[i]) {
@@ -142,7 +142,7 @@ static void test_ranges(const kernel_set *k) {
         size_t n_out, panels = 0;
         float *wanted = run_problem(&g, &m, &n_out), *out = malloc(n_out * sizeof *out), *at = out;
         product products[3];
-        packed a = {.data = malloc(m.tokens * pack_bytes(pack_kind(&g, m.type), m.cols))};
+        packed a = {.data = malloc(pack_bytes(pack_kind(&g, m.type), m.cols, m.tokens))};
         pack_activations(&g, &a, m.type, m.x, m.x_stride, m.cols, m.tokens);
         wrong += a.kind != pack_kind(&g, m.type) || a.tokens != m.tokens || a.cols != m.cols;
         for (size_t i = 0; i < 3; at += m.tokens * m.stride[i++]) {
