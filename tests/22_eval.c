@@ -248,9 +248,9 @@ static void test_prompts(void) {
     prompt_is(3, "Instructions: The following are multiple choice questions about medical knowledge. "
               "Solve them in a step-by-step fashion, starting by summarizing the available "
               "information. Output a single option from the three options as the final answer.\n\n "
-              "Abstract: Time matters in chest pain.\n200 ECGs were read by both.\nAgreement was 97 %."
-              "\n Question: Can nurses read ECGs of chest pain as well as doctors? (A) Yes (B) No (C) "
-              "Maybe\n Response (think step by step and then end with 'Final Answer:' followed by "
+              "Question: Time matters in chest pain. 200 ECGs were read by both. Agreement was 97 %. "
+              "Can nurses read ECGs of chest pain as well as doctors? (A) Yes (B) No (C) "
+              "Maybe \n Response (think step by step and then end with 'Final Answer:' followed by "
               "*only* the letter corresponding to the correct answer enclosed in parentheses)");
 }
 

@@ -141,14 +141,20 @@ static void write_reasoning(const evaluation *v, const question *q, buffer *b) {
     if (q->n_choices <= 10) buffer_text(b, numbers[q->n_choices - 2]);
     else buffer_printf(b, "%d", q->n_choices);
     buffer_text(b, " options as the final answer.\n\n");
-    if (*q->context) buffer_printf(b, " Abstract: %s\n", q->context);
-    buffer_printf(b, " Question: %s%s", q->text, !strcmp(v->t->name, "medmcqa") ? "\n" : "");
+    buffer_text(b, " Question: ");
+    for (const char *p = q->context; *p; p++)           /* an abstract's paragraphs are one here */
+        buffer_add(b, *p == '\n' && v->t->words ? " " : p, 1);
+    if (*q->context) buffer_text(b, " ");
+    if (v->t->words) add_stripped(b, q->text);
+    else buffer_text(b, q->text);
+    if (!strcmp(v->t->name, "medmcqa")) buffer_text(b, "\n");
     for (int i = 0; i < q->n_choices; i++) {
         const char *text = q->choice[i];
         buffer_printf(b, " (%c) ", 'A' + i);
         if (v->t->words) buffer_printf(b, "%c%s", toupper(text[0]), text + 1);
         else buffer_text(b, text);
     }
+    if (v->t->words) buffer_text(b, " ");
     buffer_text(b, "\n Response (think step by step and then end with 'Final Answer:' followed by "
                 "*only* the letter corresponding to the correct answer enclosed in parentheses)");
 }
@@ -512,7 +518,8 @@ static bool generate_token(evaluation *v, slot *s, medrun_error *e) {
     const char *text = tokenizer_text(&v->m->tokenizer, best, false, &s->first, &n);
     v->generated++, s->n_new++;
     if (medrun_is_stop(v->m, best)) return true;
-    buffer_add(&s->text, text, n);
+    for (size_t i = 0; i < n; i++)                      /* a NUL would end the text             */
+        buffer_add(&s->text, text[i] ? text + i : "\xEF\xBF\xBD", text[i] ? 1 : 3);
     buffer_add(&p->ids, &best, sizeof best);
     p->end[0] = n_ids(&p->ids);
     if (s->text.failed || p->ids.failed) return out_of_memory(e, s->text.n), true;
@@ -536,8 +543,8 @@ static bool is_word(const char *p) {
     return *p == '_' || is_letter(class) || class == CLASS_N;
 }
 
-/* MeditronFO's pattern: "answer" in any case, then nothing that could be a letter of the N choices,
- * perhaps "boxed", and such a letter as a word. With four choices, as a regular expression:
+/* MeditronFO's pattern: "answer" in any case, then nothing that could be a letter of N choices,
+ * perhaps "boxed", and such a letter as a word. With four, as a regular expression:
  * (?i)Answer[^A-D]*(?::)*[^A-D]*(?:boxed)*[^A-D]*([A-D])\b */
 static int find_reasoned_answer(const char *text, int n) {
     char letters[2 * MAX_CHOICES + 1] = "";
@@ -700,8 +707,8 @@ static void write_scores(const evaluation *v, const slot *s, buffer *b) {
 static int prediction(const evaluation *v, const slot *s) {
     int n = v->data.q[s->at].n_choices;
     if (v->mode != GENERATE) return best_choice(v, s, false);
-    int found = is_pro(v) ? find_pro_answer(text_of(&s->text))
-                          : find_reasoned_answer(text_of(&s->text), n);
+    int found = is_pro(v) ? find_pro_answer(text_of(&s->text))  /* of three choices D is one, too */
+                          : find_reasoned_answer(text_of(&s->text), n < 4 ? 4 : n);
     return found < n ? found : -1;
 }
 

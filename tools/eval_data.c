@@ -78,7 +78,7 @@ static const task tasks[] = {
      .words = true},
     {"mmlu", "mmlu 1.0", {MMLU, -1, -1}, .csv = true, .opening = "", .between = "\n",
      .strip = true, .topic = true},
-    {"mmlu_pro", "leaderboard_mmlu_pro 0.1, mmlu_pro 2.1", {MMLU_PRO, -1, -1}, .opening = "",
+    {"mmlu_pro", "leaderboard_mmlu_pro 0.1, mmlu_pro 3.1", {MMLU_PRO, -1, -1}, .opening = "",
      .between = "\n"},
     {"usmle", "", {MEDQA, USMLE, -1}, .opening = "Question: ", .between = "\n"},
     {"generic", "", {GENERIC, MEDQA, GENERIC_OPTIONS}, .csv = true, .opening = "Question: ",

@@ -16,7 +16,10 @@ checkpoint with --strict.
 
 For every question, plain and with chat template, without shots, with three in one text, and with
 three as turns: the prompt is the same (by SHA-256), the log-likelihood of every choice within 1e-3,
-the prediction the same; and the accuracy of every task to the last digit. Exit code 1 otherwise.
+the prediction the same; and the accuracy of every task to the last digit. With --mode generate the
+prompt, the text that the model writes (greedily, at most 48 tokens), what counts as its answer, and
+the accuracy are the same: the harness's own mmlu_pro, and tasks written here as MeditronFO's are
+described. Exit code 1 otherwise.
 """
 
 import argparse
@@ -25,6 +28,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -50,6 +54,19 @@ ALPACA = ("{% if messages[0]['role'] != 'system' %}{{ '### System:\\nYou are a m
 TINY = {"mistral-window": ("alpaca", ALPACA), "arcee-yarn": ("afm", AFM), "arcee-yarn5": ("afm", AFM),
         "apertus-plain": ("apertus", APERTUS)}
 SUBJECTS = 2
+GENERATED = 48
+REASON = ("Instructions: The following are multiple choice questions about medical knowledge. Solve them in a "
+          "step-by-step fashion, starting by summarizing the available information. Output a single option from "
+          "the %s options as the final answer.\n\n Question: %s\n Response (think step by step and then end with "
+          "'Final Answer:' followed by *only* the letter corresponding to the correct answer enclosed in "
+          "parentheses)")
+REASONED = {  # our task: (text, target)
+    "medqa": (REASON % ("four", "{{sent1}} (A) {{ending0}} (B) {{ending1}} (C) {{ending2}} (D) {{ending3}}"),
+              "{{['A', 'B', 'C', 'D'][label]}}"),
+    "medmcqa": (REASON % ("four", "{{question}}\n (A) {{opa}} (B) {{opb}} (C) {{opc}} (D) {{opd}}"),
+                "{{['A', 'B', 'C', 'D'][cop]}}"),
+    "pubmedqa": (REASON % ("three", "{{CONTEXTS | join(' ')}} {{QUESTION.strip()}} (A) Yes (B) No (C) Maybe "),
+                 "{{ {'yes': 'A', 'no': 'B', 'maybe': 'C'}[final_decision] }}")}
 
 
 def run(*command):
@@ -135,7 +152,8 @@ def of_pro(rows):
     for i, r in enumerate(rows):
         options = [r["options"][k] for k in "ABCD"] + [o["answer"] for o in rows if o is not r][:i % 7]
         made.append({"question_id": i, "question": r["question"], "options": options,
-                     "answer": r["answer_idx"], "category": "health", "cot_content": ""})
+                     "answer": r["answer_idx"], "category": "health", "cot_content":
+                     "A: Let's think step by step. Nothing else fits. The answer is (%s)." % r["answer_idx"]})
     return made
 
 
@@ -191,47 +209,82 @@ def make_data(work, data, limit):
     return {name: (os.path.join(home, file), paths) for name, (file, paths) in tasks.items()}
 
 
+def local_name(task, generate):
+    return ("write_" if generate else "local_") + task.replace(" ", "_")
+
+
 def write_tasks(work, tasks):
-    """The harness's own files, with another place of the data."""
+    """The harness's own files, with another place of the data; and the tasks whose answers are
+    generated."""
     folder = os.path.join(work, "tasks")
     os.makedirs(folder)
     for name, (file, paths) in tasks.items():
-        with open(os.path.join(folder, name.replace(" ", "_") + ".yaml"), "w", encoding="utf-8") as f:
-            json.dump({"include": file, "task": "local_" + name.replace(" ", "_"), "dataset_path": "json",
-                       "dataset_name": None, "dataset_kwargs": {"data_files": {"test": paths[2], "dev": paths[3]}},
-                       "training_split": None, "validation_split": None, "test_split": "test",
-                       "fewshot_split": "dev", "fewshot_config": {"sampler": "first_n"}, "num_fewshot": None,
-                       "tag": None}, f)  # JSON is YAML
+        place = {"dataset_path": "json", "dataset_name": None,
+                 "dataset_kwargs": {"data_files": {"test": paths[2], "dev": paths[3]}}, "training_split": None,
+                 "validation_split": None, "test_split": "test", "fewshot_split": "dev", "num_fewshot": None,
+                 "tag": None}
+        made = {local_name(name, False): {"include": file, "fewshot_config": {"sampler": "first_n"}, **place}}
+        if name == "mmlu_pro":
+            home = os.path.dirname(os.path.dirname(os.path.dirname(file)))
+            made[local_name(name, True)] = {
+                "include": os.path.join(home, "mmlu_pro", "mmlu_pro_health.yaml"), **place}
+        if name in REASONED:
+            made[local_name(name, True)] = {
+                "output_type": "generate_until", "doc_to_text": REASONED[name][0],
+                "doc_to_target": REASONED[name][1], "filter_list": [{"name": "strict-final-answer", "filter": [
+                    {"function": "regex",
+                     "regex_pattern": r"(?i)Answer[^A-D]*(?::)*[^A-D]*(?:boxed)*[^A-D]*([A-D])\b"},
+                    {"function": "take_first"}]}],
+                "generation_kwargs": {"until": ["</s>", "Q:", "<|im_end|>", "<|end_of_text|>"], "do_sample": False},
+                "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True,
+                                 "ignore_case": True, "ignore_punctuation": True}], **place}
+        for task, settings in made.items():
+            with open(os.path.join(folder, task + ".yaml"), "w", encoding="utf-8") as f:
+                json.dump({"task": task, **settings}, f)  # JSON is YAML
     return folder
 
 
 # ---- both sides ----
 
 def harness(model, manager, names, chat, shots, turns):
-    """{task: ([(prompt hash, log-likelihoods, right)], accuracy)}"""
+    """{task: ([(prompt hash, log-likelihoods or text, right)], accuracy)}"""
     import lm_eval
     out = lm_eval.simple_evaluate(model=model, tasks=names, num_fewshot=shots, task_manager=manager,
                                   apply_chat_template=chat, fewshot_as_multiturn=turns, bootstrap_iters=0,
-                                  log_samples=True)
+                                  gen_kwargs="max_gen_toks=%d" % GENERATED, log_samples=True)
     result = {}
     for name in names:
         samples = sorted(out["samples"][name], key=lambda s: s["doc_id"])
-        result[name] = ([(s["prompt_hash"], [float(r[0]) for r in s["filtered_resps"]], s["acc"])
-                         for s in samples], out["results"][name]["acc,none"])
+        scores = out["results"][name]
+        if "acc,none" in scores:
+            result[name] = ([(s["prompt_hash"], [float(r[0]) for r in s["filtered_resps"]], s["acc"])
+                             for s in samples], scores["acc,none"])
+        else:
+            result[name] = ([(s["prompt_hash"], s["resps"][0][0], s["exact_match"]) for s in samples],
+                            next(v for k, v in scores.items() if k.startswith("exact_match,")))
     return result
 
 
-def medrun(binary, model, template, task, paths, chat, shots, turns, work):
+def medrun(binary, model, template, task, paths, chat, shots, turns, generate, work):
     lines = os.path.join(work, "lines.jsonl")
     if os.path.exists(lines):
         os.remove(lines)
     how = ["--template", template, "--date", "2026-01-02"] if chat else ["--no-template"]
     if shots:
         how += ["--fewshot", str(shots), paths[1]] + ["--fewshot-multiturn"] * turns
+    if generate:
+        how += ["--mode", "generate", "--predict", str(GENERATED)]
     summary = json.loads(run(binary, model, task.split()[0], paths[0], "--strict", "--quiet", "--summary", "json",
                              "-o", lines, *how))
     rows = sorted(read_lines(lines)[1:], key=lambda r: r["n"])
-    return [(r["prompt"], r["ll"], float(r["pred"] == r["truth"])) for r in rows], summary["results"][0]["acc"]
+    return ([(r["prompt"], r["text" if generate else "ll"], float(r["pred"] == r["truth"])) for r in rows],
+            summary["results"][0]["acc"])
+
+
+def same_text(mine, wanted):
+    """But for bytes that are no UTF-8: tokenizers makes U+FFFD of them by other rules, and also of the
+    byte tokens beside them."""
+    return re.fullmatch(".+".join(re.escape(part) for part in re.split("\ufffd+", wanted)), mine, re.DOTALL)
 
 
 def compare(ours, theirs, where):
@@ -242,12 +295,15 @@ def compare(ours, theirs, where):
         print("%s: %d questions, wanted %d" % (where, len(mine), len(wanted)))
         return 1, 0.0
     for i, ((prompt, ll, right), (wanted_prompt, wanted_ll, wanted_right)) in enumerate(zip(mine, wanted)):
-        gap = max(abs(a - b) for a, b in zip(ll, wanted_ll)) if len(ll) == len(wanted_ll) else float("inf")
-        worst = max(worst, gap)
-        if prompt != wanted_prompt or gap > BOUND or right != wanted_right or \
-                ll.index(max(ll)) != wanted_ll.index(max(wanted_ll)):
+        if isinstance(ll, str):
+            same = same_text(ll, wanted_ll)
+        else:
+            gap = max(abs(a - b) for a, b in zip(ll, wanted_ll)) if len(ll) == len(wanted_ll) else float("inf")
+            worst = max(worst, gap)
+            same = gap <= BOUND and ll.index(max(ll)) == wanted_ll.index(max(wanted_ll))
+        if prompt != wanted_prompt or not same or right != wanted_right:
             bad += 1
-            print("%s, question %d: prompt %s, %s, wanted %s" % (
+            print("%s, question %d: prompt %s, %r, wanted %r" % (
                 where, i, "same" if prompt == wanted_prompt else "DIFFERS", ll, wanted_ll))
     if float(my_acc) != float(acc):
         bad += 1
@@ -264,16 +320,19 @@ def compare_model(folder, template, o, work, tasks, task_folder):
     manager = TaskManager(include_path=task_folder)
     bad = count = 0
     worst = 0.0
-    for chat, shots, turns in ((False, 0, False), (False, SHOTS, False), (True, 0, False), (True, SHOTS, False),
-                               (True, SHOTS, True)):
-        theirs = harness(model, manager, ["local_" + t.replace(" ", "_") for t in tasks], chat, shots, turns)
-        for task, (_, paths) in tasks.items():
-            ours = medrun(os.path.join(o.bin, "medrun-eval"), checkpoint, template, task, paths, chat, shots, turns,
-                          work)
-            where = "%s, %s, %s, %d shots%s" % (os.path.basename(folder), task, "chat" if chat else "plain", shots,
-                                                " as turns" if turns else "")
-            more, gap = compare(ours, theirs["local_" + task.replace(" ", "_")], where)
-            bad, worst, count = bad + more, max(worst, gap), count + len(ours[0])
+    hows = [(False, 0, False), (False, SHOTS, False), (True, 0, False), (True, SHOTS, False), (True, SHOTS, True)]
+    for generate in (False, True):
+        for chat, shots, turns in hows:
+            # without generated tasks that have no shots
+            some = [t for t in tasks if not generate or t == "mmlu_pro" or (t in REASONED and not shots)]
+            theirs = harness(model, manager, [local_name(t, generate) for t in some], chat, shots, turns)
+            for task in some:
+                ours = medrun(os.path.join(o.bin, "medrun-eval"), checkpoint, template, task, tasks[task][1], chat,
+                              shots, turns, generate, work)
+                where = "%s, %s%s, %s, %d shots%s" % (os.path.basename(folder), task, " generated" * generate,
+                                                      "chat" if chat else "plain", shots, " as turns" * turns)
+                more, gap = compare(ours, theirs[local_name(task, generate)], where)
+                bad, worst, count = bad + more, max(worst, gap), count + len(ours[0])
     print("%s: %d questions, %d differ, log-likelihoods within %.1e" % (os.path.basename(folder), count, bad, worst),
           flush=True)
     os.remove(checkpoint)
