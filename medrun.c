@@ -11654,14 +11654,25 @@ typedef struct {
     int n;                                      /* tokens                                       */
     double operations, bytes;                   /* of a token                                   */
     double sum, squares, ceiling;
+    double passed, attention, began;            /* seconds                                      */
 } bench_row;
+
+/* Between these stages stand the rotation, the cache and attention. */
+static void time_attention(void *user, const char *stage, int layer, size_t rows, size_t cols,
+                           size_t stride, const float *data) {
+    bench_row *row = user;
+    (void)layer, (void)rows, (void)cols, (void)stride, (void)data;
+    if (!strcmp(stage, "v")) row->began = seconds();
+    if (!strcmp(stage, "attn_out")) row->attention += seconds() - row->began;
+}
 
 static void print_bench(command *c, const bench_row *row, int repeats) {
     const medrun_model *m = c->m;
     const char *kv = kv_names[cache_type(c)];
     char depth[20] = "";
-    double mean[2], sd[2], rate[2];
+    double mean[2], sd[2], rate[2], attended[2];
     for (int i = 0; i < 2; i++) {
+        attended[i] = row[i].attention / row[i].passed;
         mean[i] = row[i].sum / repeats;
         double variance = row[i].squares / repeats - mean[i] * mean[i];
         sd[i] = variance > 0 ? sqrt(variance) : 0;
@@ -11673,23 +11684,25 @@ static void print_bench(command *c, const bench_row *row, int repeats) {
         printf("{\"model\":%s,\"type\":\"%s\",\"kernels\":\"%s\",\"threads\":%d,"
                "\"kv\":\"%s\",\"depth\":%d,"
                "\"read_gbps\":%.2f,\"dot_gops\":%.1f,\"pp\":{\"n\":%d,\"tps\":%.3f,\"sd\":%.3f,"
-               "\"gops\":%.1f,\"peak_share\":%.4f},\"tg\":{\"n\":%d,\"tps\":%.3f,\"sd\":%.3f,"
-               "\"gbps\":%.2f,\"read_share\":%.4f}}\n", b.data ? (const char *)b.data : "\"\"",
-               type_names[m->type], m->kernels->name, m->pool->threads, kv, whole(c, O_DEPTH),
-               row[1].ceiling,
-               row[0].ceiling, row[0].n, mean[0], sd[0], rate[0], rate[0] / row[0].ceiling,
-               row[1].n, mean[1], sd[1], rate[1], rate[1] / row[1].ceiling);
+               "\"gops\":%.1f,\"peak_share\":%.4f,\"attention_share\":%.4f},\"tg\":{\"n\":%d,"
+               "\"tps\":%.3f,\"sd\":%.3f,\"gbps\":%.2f,\"read_share\":%.4f,"
+               "\"attention_share\":%.4f}}\n", chars(&b), type_names[m->type], m->kernels->name,
+               m->pool->threads, kv, whole(c, O_DEPTH), row[1].ceiling, row[0].ceiling, row[0].n,
+               mean[0], sd[0], rate[0], rate[0] / row[0].ceiling, attended[0], row[1].n, mean[1],
+               sd[1], rate[1], rate[1] / row[1].ceiling, attended[1]);
         buffer_free(&b);
         return;
     }
     if (whole(c, O_DEPTH)) snprintf(depth, sizeof depth, " @ d%d", whole(c, O_DEPTH));
     printf("%s, %s, %s kernels, %d threads, kv %s%s\n\n| test | tokens/s | rate | this machine's "
-           "ceiling | share |\n|---|---|---|---|---|\n", m->name, type_names[m->type],
-           m->kernels->name, m->pool->threads, kv, flag(c, O_STRICT) ? ", strict" : "");
+           "ceiling | share | attention |\n|---|---|---|---|---|---|\n", m->name,
+           type_names[m->type], m->kernels->name, m->pool->threads, kv,
+           flag(c, O_STRICT) ? ", strict" : "");
     for (int i = 0; i < 2; i++)
-        printf("| %s%d%s | %.2f \302\261 %.2f | %.1f %s | %.1f %s | %.0f %% |\n", row[i].name,
-               row[i].n, depth, mean[i], sd[i], rate[i], i ? "GB/s" : "GOPS", row[i].ceiling,
-               i ? "GB/s read" : "GOPS", 100 * rate[i] / row[i].ceiling);
+        printf("| %s%d%s | %.2f \302\261 %.2f | %.1f %s | %.1f %s | %.0f %% | %.1f %% |\n",
+               row[i].name, row[i].n, depth, mean[i], sd[i], rate[i], i ? "GB/s" : "GOPS",
+               row[i].ceiling, i ? "GB/s read" : "GOPS", 100 * rate[i] / row[i].ceiling,
+               100 * attended[i]);
 }
 
 /* Prompt and generation by turns with the machine's two ceilings, measured beside them. A prompt
@@ -11723,10 +11736,13 @@ static int bench_command(command *c) {
             double rate = i ? read_rate(&top) : peak_rate(&top);
             if (rate > row[i].ceiling) row[i].ceiling = rate;
             if ((code = go_to_depth(c, depth))) return code;
+            medrun_observe(c->s, *m->device_says ? NULL : time_attention, &row[i]);
             double passed = time_tokens(c, row[i].n, i ? 1 : row[i].n);
+            medrun_observe(c->s, NULL, NULL);
             if (passed < 0) return c->e.code;
-            if (r >= 0) row[i].sum += row[i].n / passed;
-            if (r >= 0) row[i].squares += row[i].n / passed * (row[i].n / passed);
+            if (r < 0) { row[i].attention = 0; continue; }
+            row[i].passed += passed, row[i].sum += row[i].n / passed;
+            row[i].squares += row[i].n / passed * (row[i].n / passed);
         }
     print_bench(c, row, repeats);
     return MEDRUN_OK;
