@@ -22,6 +22,13 @@ static bool refused(medrun_error *e) {
     return code == MEDRUN_BAD_FILE && !m && e->text[0] && !strchr(e->text, '\n');
 }
 
+#ifndef O_BINARY
+#define O_BINARY 0
+#endif
+static void put_byte(int fd, size_t at, uint8_t byte) {
+    if (lseek(fd, (off_t)at, SEEK_SET) < 0 || write(fd, &byte, 1) != 1) exit(1);
+}
+
 static void test_cuts(void) {
     int wrong = 0, cuts = 0;
     medrun_error e;
@@ -49,22 +56,22 @@ static void test_flips(void) {
     int wrong = 0;
     medrun_error e;
     write_file(whole, n_whole);
-    int fd = open(file, O_RDWR);
+    int fd = open(file, O_RDWR | O_BINARY);
     for (size_t i = 0; i < PREAMBLE + header_bytes + 32 + 300; i++) {
         uint8_t bad = (uint8_t)(whole[i] ^ 1 << i % 8);
         if (i >= PREAMBLE + header_bytes + 32 && i % 4096 == 0) continue;
-        if (pwrite(fd, &bad, 1, (off_t)i) != 1) exit(1);
+        put_byte(fd, i, bad);
         bool section = i >= round_up(PREAMBLE + header_bytes + 32, FILE_ALIGN);
         wrong += !section && !refused(&e);              /* weights are for `verify`              */
-        if (pwrite(fd, whole + i, 1, (off_t)i) != 1) exit(1);
+        put_byte(fd, i, whole[i]);
     }
     CHECK_EQ(wrong, 0);
     /* the tokenizer's bytes are hashed at each open */
     for (size_t i = n_whole - 1; i > n_whole - 2000; i -= 37) {
         uint8_t bad = whole[i] ^ 0x10;
-        if (pwrite(fd, &bad, 1, (off_t)i) != 1) exit(1);
+        put_byte(fd, i, bad);
         wrong += !refused(&e);
-        if (pwrite(fd, whole + i, 1, (off_t)i) != 1) exit(1);
+        put_byte(fd, i, whole[i]);
     }
     CHECK_EQ(wrong, 0);
     medrun_model *m;
