@@ -480,6 +480,7 @@ static const void *map_bytes(int fd, size_t n) {
 
 static void unmap_bytes(const void *p, size_t n) { munmap((void *)(uintptr_t)p, n); }
 static bool lock_bytes(const void *p, size_t n) { return !mlock(p, n); }
+#define LOCK_HINT "; see ulimit -l"
 
 /* Zeroed memory straight from the system, given only when touched; NULL if there is none. */
 static void *map_memory(size_t n) {
@@ -753,6 +754,7 @@ static bool lock_bytes(const void *p, size_t n) {
                 VirtualLock((void *)(uintptr_t)p, n);
     return done || windows_failed() == 0;
 }
+#define LOCK_HINT ""
 
 static void *map_memory(size_t n) {
     return VirtualAlloc(NULL, n, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE);
@@ -930,6 +932,13 @@ static void *memmem(const void *in, size_t n, const void *what, size_t k) {
     return NULL;
 }
 #endif /* _WIN32 */
+
+/* As on_signal, but who started us with NUMBER ignored, as nohup does, meant it. */
+static signal_handler *catch_signal(int number, signal_handler *handler) {
+    signal_handler *before = on_signal(number, handler);
+    if (before == SIG_IGN) on_signal(number, SIG_IGN);
+    return before;
+}
 
 static FILE *open_stream(const char *path, int how) {
     int fd = open_file(path, how);
@@ -10156,7 +10165,7 @@ static int open_path(command *c, const char *path) {
     if (code || (code = attach_device(c))) return code;
     c->t = &c->m->tokenizer, c->chat = c->m->chat, c->sampling = c->m->sampling;
     if (flag(c, O_MLOCK) && !lock_bytes(c->m->file.map.data, c->m->file.map.n))
-        return fail(&c->e, MEDRUN_FAILED, "--mlock: %zu MB cannot be locked: %s; see ulimit -l",
+        return fail(&c->e, MEDRUN_FAILED, "--mlock: %zu MB cannot be locked: %s" LOCK_HINT,
                     c->m->file.map.n >> 20, strerror(errno));
     return choose_template(c);
 }
@@ -10279,13 +10288,10 @@ static void on_interrupt(int signal_number) {
     interrupted = 1;
 }
 
-/* From here on the first Ctrl-C is noted and the second one ends the program. Who started us with
- * Ctrl-C ignored meant it. */
+/* From here on the first Ctrl-C is noted and the second one ends the program. */
 static signal_handler *watch_interrupts(void) {
     interrupted = 0;
-    signal_handler *before = on_signal(SIGINT, on_interrupt);
-    if (before == SIG_IGN) on_signal(SIGINT, SIG_IGN);
-    return before;
+    return catch_signal(SIGINT, on_interrupt);
 }
 
 typedef struct {
@@ -10817,7 +10823,7 @@ static void prepare_editor(editor *ed) {
     ed->plain = !terminal_draws();
     ed->colour = !ed->plain && !(no_colour && *no_colour);
     atexit(restore_terminal);
-    for (size_t i = 0; i < sizeof fatal / sizeof *fatal; i++) on_signal(fatal[i], on_fatal_signal);
+    for (size_t i = 0; i < sizeof fatal / sizeof *fatal; i++) catch_signal(fatal[i], on_fatal_signal);
 }
 
 static void close_editor(editor *ed) {

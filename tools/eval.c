@@ -1567,7 +1567,7 @@ static int eval_main(int argc, char **argv) {
     v = (evaluation){.fd = -1};
     tool_line line = {eval_table, N_EVAL_OPTIONS, &v.o, words, 0, MOST_WORDS};
     if (!(argv = start_program(&argc, argv))) return MEDRUN_FAILED;
-    on_signal(SIGINT, on_interrupt), on_signal(SIGTERM, on_interrupt);
+    catch_signal(SIGINT, on_interrupt), catch_signal(SIGTERM, on_interrupt);
     parse_options(&line, argc, argv, &e);
     if (!e.code && v.o.help) return print_eval_help(&line), MEDRUN_OK;
     if (!e.code && v.o.version) return puts("medrun-eval " MEDRUN_VERSION), MEDRUN_OK;

@@ -1782,7 +1782,7 @@ static void on_interrupt(int signal_number) {
 /* Signals that would end the program end the export instead, so that OUT.partial goes. */
 static void catch_signals(void) {
     static const int ends[] = {SIGINT, SIGTERM, SIGHUP};
-    for (size_t i = 0; i < 3; i++) on_signal(ends[i], on_interrupt);
+    for (size_t i = 0; i < 3; i++) catch_signal(ends[i], on_interrupt);
 }
 
 static int check_interrupt(medrun_error *e) {
