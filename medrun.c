@@ -8762,8 +8762,8 @@ static void layout_pass(const medrun_session *s, pass *p, arena *a) {
                      (((size_t)s->options.context + KEY_BLOCK - 1) / KEY_BLOCK);
     p->parts = arena_take(a, p->part_places, (dim + PART_EXTRA) * sizeof(float));
     p->logits = arena_take(a, TILE * p->vocab, sizeof(float));
-    p->a.data = arena_take(a, round_up(n, TILE), pack_bytes(pack_kind(&p->g, s->model->type),
-                                                            widest, 1));
+    p->a.data = arena_take(a, round_up((size_t)n, TILE),
+                           pack_bytes(pack_kind(&p->g, s->model->type), widest, 1));
     p->g.block_bytes = round_up(engine_block_bytes(&p->g, s->model->type, widest), 64);
     p->g.blocks = arena_take(a, (size_t)s->model->pool->threads, p->g.block_bytes);
 }
@@ -10823,7 +10823,8 @@ static void prepare_editor(editor *ed) {
     ed->plain = !terminal_draws();
     ed->colour = !ed->plain && !(no_colour && *no_colour);
     atexit(restore_terminal);
-    for (size_t i = 0; i < sizeof fatal / sizeof *fatal; i++) catch_signal(fatal[i], on_fatal_signal);
+    for (size_t i = 0; i < sizeof fatal / sizeof *fatal; i++)
+        catch_signal(fatal[i], on_fatal_signal);
 }
 
 static void close_editor(editor *ed) {

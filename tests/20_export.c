@@ -1785,6 +1785,7 @@ static void test_real_data(void) {
 
 int main(void) {
     const char *slash = strrchr(__FILE__, '/'), *tmp = getenv("TMPDIR");
+    signal(SIGINT, SIG_DFL);            /* a shell's job in the background has it ignored        */
     snprintf(fixtures, sizeof fixtures, "%.*sfixtures", slash ? (int)(slash - __FILE__) + 1 : 0,
              __FILE__);
     snprintf(work, sizeof work, "%s/medrun-export-XXXXXX", tmp ? tmp : "/tmp");
