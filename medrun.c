@@ -3181,7 +3181,7 @@ static void pack(int kind, const float *x, size_t stride, size_t cols, size_t to
         nt = tile_width(tokens - t);
         size_t live = tokens - t < nt ? tokens - t : nt;
         if (kind == PACK_INT8 || kind == PACK_INT16) pack_int(kind, from, stride, cols, live, out);
-        else memset(out, 0, live < nt ? pack_bytes(kind, cols, nt) : 0);
+        else if (live < nt) memset(out, 0, pack_bytes(kind, cols, nt));
         for (size_t i = 0; kind == PACK_F32 && i < live; i++)
             for (size_t k = 0; k < cols; k++)
                 memcpy(out + 4 * (k * nt + i), from + i * stride + k, 4);
@@ -11677,23 +11677,28 @@ static void print_bench(command *c, const bench_row *row, int repeats) {
     const medrun_model *m = c->m;
     const char *kv = kv_names[cache_type(c)];
     char depth[20] = "";
-    double mean[2], sd[2], rate[2], attended[2];
+    double mean[2], sd[2], rate[2];
+    bool in_json = whole(c, O_FORMAT);
+    char attended[2][16];
     for (int i = 0; i < 2; i++) {
-        attended[i] = row[i].attention / row[i].passed;
+        double share = row[i].attention / row[i].passed;
+        if (*m->device_says) strcpy(attended[i], in_json ? "null" : "-");       /* not observed  */
+        else if (in_json) snprintf(attended[i], sizeof *attended, "%.4f", share);
+        else snprintf(attended[i], sizeof *attended, "%.1f %%", 100 * share);
         mean[i] = row[i].sum / repeats;
         double variance = row[i].squares / repeats - mean[i] * mean[i];
         sd[i] = variance > 0 ? sqrt(variance) : 0;
         rate[i] = mean[i] * (i ? row[i].bytes : row[i].operations) / 1e9;
     }
-    if (whole(c, O_FORMAT)) {
+    if (in_json) {
         buffer b = {0};
         json_quote(&b, m->name, strlen(m->name));
         printf("{\"model\":%s,\"type\":\"%s\",\"kernels\":\"%s\",\"threads\":%d,"
                "\"kv\":\"%s\",\"depth\":%d,"
                "\"read_gbps\":%.2f,\"dot_gops\":%.1f,\"pp\":{\"n\":%d,\"tps\":%.3f,\"sd\":%.3f,"
-               "\"gops\":%.1f,\"peak_share\":%.4f,\"attention_share\":%.4f},\"tg\":{\"n\":%d,"
+               "\"gops\":%.1f,\"peak_share\":%.4f,\"attention_share\":%s},\"tg\":{\"n\":%d,"
                "\"tps\":%.3f,\"sd\":%.3f,\"gbps\":%.2f,\"read_share\":%.4f,"
-               "\"attention_share\":%.4f}}\n", chars(&b), type_names[m->type], m->kernels->name,
+               "\"attention_share\":%s}}\n", chars(&b), type_names[m->type], m->kernels->name,
                m->pool->threads, kv, whole(c, O_DEPTH), row[1].ceiling, row[0].ceiling, row[0].n,
                mean[0], sd[0], rate[0], rate[0] / row[0].ceiling, attended[0], row[1].n, mean[1],
                sd[1], rate[1], rate[1] / row[1].ceiling, attended[1]);
@@ -11706,10 +11711,10 @@ static void print_bench(command *c, const bench_row *row, int repeats) {
            type_names[m->type], m->kernels->name, m->pool->threads, kv,
            flag(c, O_STRICT) ? ", strict" : "");
     for (int i = 0; i < 2; i++)
-        printf("| %s%d%s | %.2f \302\261 %.2f | %.1f %s | %.1f %s | %.0f %% | %.1f %% |\n",
+        printf("| %s%d%s | %.2f \302\261 %.2f | %.1f %s | %.1f %s | %.0f %% | %s |\n",
                row[i].name, row[i].n, depth, mean[i], sd[i], rate[i], i ? "GB/s" : "GOPS",
                row[i].ceiling, i ? "GB/s read" : "GOPS", 100 * rate[i] / row[i].ceiling,
-               100 * attended[i]);
+               attended[i]);
 }
 
 /* Prompt and generation by turns with the machine's two ceilings, measured beside them. A prompt

@@ -4,11 +4,9 @@
 # forms of its answer are whole, and that files are made once.
 bin=$1 build=$2
 python=${PYTHON:-python3}
-passed=0 failed=0 skipped=0
 T=$build/peers
-ok() { passed=$((passed + 1)); }
-bad() { failed=$((failed + 1)); echo "failed: $1"; cat "$T.err"; }
-end() { echo "$passed passed, $failed failed, $skipped skipped"; [ "$failed" -eq 0 ]; exit $?; }
+. tests/script.sh
+bad() { failed=$((failed + 1)); echo "FAILED: $1"; cat "$T.err"; }
 # peers CODE ARGUMENTS: one turn of each on the tiny shape; out and err beside $T
 peers() {
     want=$1; shift
@@ -20,14 +18,14 @@ peers() {
 }
 
 if ! "$python" -c pass 2> /dev/null; then
-    skipped=1; echo "skipped: bench_peers.py: no $python"; end
+    skip "bench_peers.py: no $python"; finish
 fi
 packages='import importlib.util as u, sys
 sys.exit(not all(map(u.find_spec, ("gguf", "numpy", "llama_cpp"))))'
 if ! "$python" -c "$packages"; then
     peers 2; [ "$(wc -l < "$T.err")" = 1 ] && grep -q 'pip install' "$T.err" && ok ||
         bad "one line says which package is missing"
-    skipped=1; echo "skipped: bench_peers.py: no gguf, numpy and llama-cpp-python for $python"; end
+    skip "bench_peers.py: no gguf, numpy and llama-cpp-python for $python"; finish
 fi
 
 rm -rf "$T"
@@ -44,4 +42,4 @@ r = json.load(open(sys.argv[1]))
 lengths = [row["n"] for row in r["prompts"]]
 sys.exit(lengths != [8, 16] or not r["depths"][0]["peers"][0]["tg"]["ratio"])
 ' "$T.out" && ok || bad "the JSON has both tables"
-end
+finish

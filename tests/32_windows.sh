@@ -3,7 +3,7 @@
 # library beside them and say and write what those of this machine do.
 . tests/script.sh
 for tool in x86_64-w64-mingw32-gcc x86_64-w64-mingw32-objdump wine; do
-    command -v $tool >/dev/null || { skipped=1; echo "skipped: Windows: no $tool"; finish; }
+    command -v $tool >/dev/null || { skip "Windows: no $tool"; finish; }
 done
 T=$(mktemp -d) || exit 1
 trap 'rm -rf "$T"' EXIT
@@ -38,7 +38,7 @@ for program in medrun medrun-export medrun-eval; do
 done
 
 if ! timeout 300 wine "$win/medrun.exe" --version >"$T/out" 2>&1; then
-    skipped=$((skipped + 1)); echo "skipped: Windows: wine does not run here: $(tail -n 1 "$T/out")"; finish
+    skip "Windows: wine does not run here: $(tail -n 1 "$T/out")"; finish
 fi
 P="$T/a Ω b"; mkdir "$P"; cp "$demo" "$P/my Ωdel.mdr"; chmod 444 "$P/my Ωdel.mdr"
 model="$P/my Ωdel.mdr"

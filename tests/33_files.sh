@@ -7,7 +7,6 @@ trap 'rm -rf "$T"' EXIT
 case $1 in /*) bin=$1;; *) bin=$PWD/$1;; esac
 model=$PWD/$2/llama-tied-int8.mdr fixtures=$PWD/tests/fixtures
 
-
 # Written by a shell that has a disk of 64 KB for itself: a line for each program that did not end
 # with code 1, one line on stderr and its words in it, or that left something behind.
 cat >"$T/disk.sh" <<'EOS'
@@ -39,7 +38,7 @@ unshare -rm sh "$T/disk.sh" "$bin" "$model" "$fixtures" "$T" >"$T/out" 2>/dev/nu
 if [ -e "$T/tried" ]; then
     check "ten programs tried: $(wc -l <"$T/tried"), exit $rc" [ "$(wc -l <"$T/tried")" = 10 ]
     check "$(cat "$T/out")" [ ! -s "$T/out" ]
-else skipped=$((skipped + 1)); echo 'skipped: full and read-only disks: this user cannot mount one'; fi
+else skip 'full and read-only disks: this user cannot mount one'; fi
 
 # The prompt comes from a pipe, so that the checkpoint is open and nothing of it was used.
 cp "$model" "$T/cut.mdr"
@@ -54,6 +53,6 @@ if [ -d /proc/self ] && mkfifo "$T/pipe"; then
     wait $!; rc=$?
     check "a checkpoint that is cut: exit $rc, wanted 1" [ $rc = 1 ]
     check "one line: $(cat "$T/err")" [ "$(grep -c 'cannot be read any more' "$T/err")" = "$(wc -l <"$T/err")" ]
-else skipped=$((skipped + 1)); echo 'skipped: a checkpoint that is cut: no /proc, or no pipes'; fi
+else skip 'a checkpoint that is cut: no /proc, or no pipes'; fi
 
 finish

@@ -28,7 +28,7 @@ fi
 code 0 logits "$model" --ids '1 2 3 4 5' -o "$T/wanted" --device none
 
 if ! echo '#include <CL/cl.h>' | $cc -E - > /dev/null 2>&1; then
-    skipped=1; echo "skipped: no OpenCL headers (opencl-headers)"; finish
+    skip "no OpenCL headers (opencl-headers)"; finish
 fi
 medrun=$T/medrun
 if ! $cc -O1 -DMEDRUN_OPENCL -o "$medrun" medrun.c -lm -lpthread -ldl > "$T/log" 2>&1; then
@@ -41,7 +41,7 @@ code 6 logits "$model" --ids '1 2' -o "$T/none" --device 0; has err 'no OpenCL l
 code 0 logits "$model" --ids '1 2 3 4 5' -o "$T/found"; same "$T/wanted" "$T/found"; hasnt err device
 unset MEDRUN_OPENCL_LIBRARY
 if ! "$medrun" doctor | grep -q '^OpenCL *0'; then
-    skipped=1; echo "skipped: OpenCL has no device here"; finish
+    skip "OpenCL has no device here"; finish
 fi
 for device in "--device 0" "--device 0 --gpu-layers 1" "--device 0 -ngl 99" "--device none" "-ngl 0"; do
     # shellcheck disable=SC2086

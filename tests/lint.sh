@@ -1,7 +1,6 @@
 #!/bin/sh
 # lint.sh: what can be checked about the source without running it. Last line as in the tests.
-passed=0 failed=0 skipped=0
-ok() { passed=$((passed + 1)); }
+. tests/script.sh
 bad() { failed=$((failed + 1)); echo "lint: $1"; }
 
 sources="medrun.c tools/*.c tools/examples/* tests/*.c tests/test.h"
@@ -34,7 +33,7 @@ calls=$(grep -nE '\b(socket|connect|getaddrinfo|gethostbyname|system|popen|execv
 
 for cc in gcc clang; do
     if ! command -v $cc > /dev/null; then
-        skipped=$((skipped + 1)); echo "skipped: no $cc"; continue
+        skip "no $cc"; continue
     fi
     for what in "medrun.c" "-DMEDRUN_NO_MAIN medrun.c" tools/export.c tools/eval.c; do
         # shellcheck disable=SC2086
@@ -58,8 +57,7 @@ if command -v clang-tidy > /dev/null; then
            grep -E 'warning:|error:' | head -5)
     [ -z "$said" ] && ok || bad "clang-tidy: $said"
 else
-    skipped=$((skipped + 1)); echo "skipped: no clang-tidy"
+    skip "no clang-tidy"
 fi
 
-echo "$passed passed, $failed failed, $skipped skipped"
-[ "$failed" -eq 0 ]
+finish

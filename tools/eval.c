@@ -140,8 +140,7 @@ static void write_reasoning(const evaluation *v, const question *q, buffer *b) {
                 "available information. Output a single option from the ");
     if (q->n_choices <= 10) buffer_text(b, numbers[q->n_choices - 2]);
     else buffer_printf(b, "%d", q->n_choices);
-    buffer_text(b, " options as the final answer.\n\n");
-    buffer_text(b, " Question: ");
+    buffer_text(b, " options as the final answer.\n\n Question: ");
     for (const char *p = q->context; *p; p++)           /* an abstract's paragraphs are one here */
         buffer_add(b, *p == '\n' && v->t->words ? " " : p, 1);
     if (*q->context) buffer_text(b, " ");

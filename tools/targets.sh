@@ -123,7 +123,7 @@ try_units() {
         [ "$dir/test_$unit" -nt "tests/$unit.c" ] && [ "$dir/test_$unit" -nt medrun.c ] ||
             $compiler $CFLAGS -Wall -Wextra -Wshadow -o "$dir/test_$unit" "tests/$unit.c" -lm \
                 -lpthread || { check "builds $unit" false; continue; }
-        timeout 7200 $runner "$dir/test_$unit" > "$dir/log" 2> "$dir/err"
+        timeout 3600 $runner "$dir/test_$unit" > "$dir/log" 2> "$dir/err"
         check "$unit: $(tail -n 1 "$dir/log")" [ $? = 0 ]
     done
 }

@@ -323,7 +323,7 @@ def compare_model(folder, template, o, work, tasks, task_folder):
     hows = [(False, 0, False), (False, SHOTS, False), (True, 0, False), (True, SHOTS, False), (True, SHOTS, True)]
     for generate in (False, True):
         for chat, shots, turns in hows:
-            # without generated tasks that have no shots
+            # MeditronFO's have no shots
             some = [t for t in tasks if not generate or t == "mmlu_pro" or (t in REASONED and not shots)]
             theirs = harness(model, manager, [local_name(t, generate) for t in some], chat, shots, turns)
             for task in some:
