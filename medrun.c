@@ -8040,6 +8040,59 @@ typedef struct pass {
     const float *weight;                        /* of the norm that runs                        */
 } pass;
 
+/* Hands out 64-byte aligned pieces of the memory at BASE; only counts them when it is NULL, even
+ * those that are more than the machine can address. */
+typedef struct {
+    uint8_t *base;
+    uint64_t at;
+} arena;
+
+static void *arena_take(arena *a, uint64_t n, uint64_t size) {
+    uint64_t at = a->at;
+    a->at += (n * size + 63) / 64 * 64;
+    return a->base ? a->base + at : NULL;
+}
+
+static void layout_pass(const medrun_session *s, pass *p, arena *a) {
+    const model_config *c = &s->model->config;
+    size_t dim = (size_t)c->head_dim, widest;
+    uint64_t n = (uint64_t)s->options.batch;
+    p->hidden = (size_t)c->hidden_size, p->ffn = (size_t)c->ffn_size;
+    p->heads = (size_t)c->n_heads * dim, p->kv = (size_t)c->n_kv_heads * dim;
+    p->vocab = round_up((size_t)c->vocab_size, LANES);
+    widest = p->ffn > p->heads ? p->ffn : p->heads;
+    if (p->hidden > widest) widest = p->hidden;
+    p->m = s->model;
+    p->g = (engine){.pool = s->model->pool, .k = s->model->kernels, .strict = s->options.strict,
+                    .cache = s->model->cache};
+    p->capacity = (size_t)n;
+    p->segments = arena_take(a, n, sizeof *p->segments);
+    p->owner = arena_take(a, n, sizeof *p->owner);
+    p->position = arena_take(a, n, sizeof *p->position);
+    p->x = arena_take(a, n * p->hidden, sizeof(float));
+    p->h = arena_take(a, (n > TILE ? n : TILE) * p->hidden, sizeof(float));
+    uint64_t shared = a->at, end;               /* the two blocks of a layer take turns in it    */
+    p->q = arena_take(a, n * p->heads, sizeof(float));
+    p->k = arena_take(a, n * p->kv, sizeof(float));
+    p->v = arena_take(a, n * p->kv, sizeof(float));
+    p->attn = arena_take(a, n * p->heads, sizeof(float));
+    end = a->at, a->at = shared;
+    p->ffn_act = arena_take(a, n * p->ffn, sizeof(float));
+    if (c->activation == ACTIVATION_SILU) p->up = arena_take(a, n * p->ffn, sizeof(float));
+    if (a->at < end) a->at = end;
+    p->rotation = arena_take(a, n * dim, sizeof(float));
+    p->scores = arena_take(a, (size_t)s->model->pool->threads * attend_scratch(dim),
+                           sizeof(float));
+    p->part_places = TILE * (size_t)c->n_heads *
+                     (((size_t)s->options.context + KEY_BLOCK - 1) / KEY_BLOCK);
+    p->parts = arena_take(a, p->part_places, (dim + PART_EXTRA) * sizeof(float));
+    p->logits = arena_take(a, TILE * p->vocab, sizeof(float));
+    p->a.data = arena_take(a, round_up((size_t)n, TILE),
+                           pack_bytes(pack_kind(&p->g, s->model->type), widest, 1));
+    p->g.block_bytes = round_up(engine_block_bytes(&p->g, s->model->type, widest), 64);
+    p->g.blocks = arena_take(a, (size_t)s->model->pool->threads, p->g.block_bytes);
+}
+
 /* Bytes of the keys, or of the values, that stand before those of a layer and head. The context is
  * rounded up to KEY_STEP. */
 static uint64_t cache_bytes(const medrun_session *s, int layer, size_t head) {
@@ -8691,19 +8744,6 @@ static int32_t sample_token(candidate *list, const float *logits, size_t vocab,
  * size is known before anything is allocated. Tests: tests/15_session.c.
  * ============================================================================================ */
 
-/* Hands out 64-byte aligned pieces of the memory at BASE; only counts them when it is NULL, even
- * those that are more than the machine can address. */
-typedef struct {
-    uint8_t *base;
-    uint64_t at;
-} arena;
-
-static void *arena_take(arena *a, uint64_t n, uint64_t size) {
-    uint64_t at = a->at;
-    a->at += (n * size + 63) / 64 * 64;
-    return a->base ? a->base + at : NULL;
-}
-
 /* Guesses ahead by looking up: see find_match. */
 enum { MAX_LOOKUP = 31, MAX_MATCH = 16, MAX_SEARCH = 32, N_WIDTHS = 6 };
 
@@ -8726,46 +8766,6 @@ static void layout_lookup(const medrun_session *s, lookup *g, arena *a) {
     g->latest = arena_take(a, (size_t)s->model->config.vocab_size, sizeof *g->latest);
     g->earlier = arena_take(a, (size_t)s->options.context, sizeof *g->earlier);
     for (int i = 1; i <= MAX_MATCH; i++) g->hits[i] = 1 - 1.8f / (float)(i + 1);
-}
-
-static void layout_pass(const medrun_session *s, pass *p, arena *a) {
-    const model_config *c = &s->model->config;
-    size_t dim = (size_t)c->head_dim, widest;
-    uint64_t n = (uint64_t)s->options.batch;
-    p->hidden = (size_t)c->hidden_size, p->ffn = (size_t)c->ffn_size;
-    p->heads = (size_t)c->n_heads * dim, p->kv = (size_t)c->n_kv_heads * dim;
-    p->vocab = round_up((size_t)c->vocab_size, LANES);
-    widest = p->ffn > p->heads ? p->ffn : p->heads;
-    if (p->hidden > widest) widest = p->hidden;
-    p->m = s->model;
-    p->g = (engine){.pool = s->model->pool, .k = s->model->kernels, .strict = s->options.strict,
-                    .cache = s->model->cache};
-    p->capacity = (size_t)n;
-    p->segments = arena_take(a, n, sizeof *p->segments);
-    p->owner = arena_take(a, n, sizeof *p->owner);
-    p->position = arena_take(a, n, sizeof *p->position);
-    p->x = arena_take(a, n * p->hidden, sizeof(float));
-    p->h = arena_take(a, (n > TILE ? n : TILE) * p->hidden, sizeof(float));
-    uint64_t shared = a->at, end;               /* the two blocks of a layer take turns in it    */
-    p->q = arena_take(a, n * p->heads, sizeof(float));
-    p->k = arena_take(a, n * p->kv, sizeof(float));
-    p->v = arena_take(a, n * p->kv, sizeof(float));
-    p->attn = arena_take(a, n * p->heads, sizeof(float));
-    end = a->at, a->at = shared;
-    p->ffn_act = arena_take(a, n * p->ffn, sizeof(float));
-    if (c->activation == ACTIVATION_SILU) p->up = arena_take(a, n * p->ffn, sizeof(float));
-    if (a->at < end) a->at = end;
-    p->rotation = arena_take(a, n * dim, sizeof(float));
-    p->scores = arena_take(a, (size_t)s->model->pool->threads * attend_scratch(dim),
-                           sizeof(float));
-    p->part_places = TILE * (size_t)c->n_heads *
-                     (((size_t)s->options.context + KEY_BLOCK - 1) / KEY_BLOCK);
-    p->parts = arena_take(a, p->part_places, (dim + PART_EXTRA) * sizeof(float));
-    p->logits = arena_take(a, TILE * p->vocab, sizeof(float));
-    p->a.data = arena_take(a, round_up((size_t)n, TILE),
-                           pack_bytes(pack_kind(&p->g, s->model->type), widest, 1));
-    p->g.block_bytes = round_up(engine_block_bytes(&p->g, s->model->type, widest), 64);
-    p->g.blocks = arena_take(a, (size_t)s->model->pool->threads, p->g.block_bytes);
 }
 
 /* Lays out S, whose model and options are set, in the arena. */
