@@ -1559,60 +1559,13 @@ static size_t edit_distance(const char *a, const char *b) {
     return row[nb];
 }
 /* ============================================================================================
- * 4 Threads: one pool, mapped files, processor features
+ * 4 Threads: one pool, processor features
  *
  * parallel_for hands out ranges of work to threads that were made once. Which thread does which
  * range never shows in a result: every range writes its own outputs. Tests: tests/04_threads.c.
  * ============================================================================================ */
 
 enum { SPINS = 2000 };
-
-/* Refuses a machine that cannot use checkpoints as they are mapped, or not with the same bits. */
-static int check_machine(medrun_error *e) {
-    const char *why = NULL;
-#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-    why = "is big-endian, and checkpoints are little-endian";
-#elif defined __i386__
-    unsigned a, b, c, d = 0;
-    if (!__get_cpuid(1, &a, &b, &c, &d) || !(d >> 26 & 1)) why = "has no SSE2";
-#endif
-    return why ? fail(e, MEDRUN_BAD_FILE, "this processor %s: medrun cannot run here", why)
-               : MEDRUN_OK;
-}
-
-/* A whole file mapped for reading. */
-typedef struct {
-    const uint8_t *data;
-    size_t n;
-} file_map;
-
-static int map_file(const char *path, file_map *map, medrun_error *e) {
-    *map = (file_map){0};
-    if (check_machine(e)) return MEDRUN_BAD_FILE;
-    int fd = open_file(path, TO_MAP);
-    if (fd < 0) return fail(e, MEDRUN_BAD_FILE, "%s: cannot open: %s", path, strerror(errno));
-    file_facts f = {0};
-    const void *p = NULL;
-    const char *why = NULL;
-    if (get_facts(NULL, fd, &f)) why = strerror(errno);
-    else if (f.folder) why = "is a folder, wanted a file";
-    else if (!f.regular) why = "is not a regular file but a pipe or a device, so it "
-                                "cannot be mapped";
-    else if (!f.bytes) why = "is empty";
-    else if (f.bytes > SIZE_MAX) why = "a program of 32 bits can address 4294967295";
-    else if (!(p = map_bytes(fd, (size_t)f.bytes))) why = strerror(errno);
-    close(fd);
-    if (why && f.regular && f.bytes)
-        return fail(e, MEDRUN_BAD_FILE, "%s: cannot map its %llu bytes: %s", path,
-                    (unsigned long long)f.bytes, why);
-    if (why) return fail(e, MEDRUN_BAD_FILE, "%s: %s", path, why);
-    return *map = (file_map){p, (size_t)f.bytes}, MEDRUN_OK;
-}
-
-static void unmap_file(file_map *map) {
-    if (map->data) unmap_bytes(map->data, map->n);
-    *map = (file_map){0};
-}
 
 /* ---- the pool ------------------------------------------------------------------------------ */
 
@@ -5051,6 +5004,57 @@ static int device_open(device *d, const char *which, size_t head_dim, buffer *lo
  * tokenizer. Padding is zero and the file ends with its last section. Everything in it is treated
  * as hostile. Tests: tests/09_file.c.
  * ============================================================================================ */
+
+/* ---- mapped files -------------------------------------------------------------------------- */
+
+/* Refuses a machine that cannot use checkpoints as they are mapped, or not with the same bits. */
+static int check_machine(medrun_error *e) {
+    const char *why = NULL;
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+    why = "is big-endian, and checkpoints are little-endian";
+#elif defined __i386__
+    unsigned a, b, c, d = 0;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(d >> 26 & 1)) why = "has no SSE2";
+#endif
+    return why ? fail(e, MEDRUN_BAD_FILE, "this processor %s: medrun cannot run here", why)
+               : MEDRUN_OK;
+}
+
+/* A whole file mapped for reading. */
+typedef struct {
+    const uint8_t *data;
+    size_t n;
+} file_map;
+
+static int map_file(const char *path, file_map *map, medrun_error *e) {
+    *map = (file_map){0};
+    if (check_machine(e)) return MEDRUN_BAD_FILE;
+    int fd = open_file(path, TO_MAP);
+    if (fd < 0) return fail(e, MEDRUN_BAD_FILE, "%s: cannot open: %s", path, strerror(errno));
+    file_facts f = {0};
+    const void *p = NULL;
+    const char *why = NULL;
+    if (get_facts(NULL, fd, &f)) why = strerror(errno);
+    else if (f.folder) why = "is a folder, wanted a file";
+    else if (!f.regular) why = "is not a regular file but a pipe or a device, so it "
+                                "cannot be mapped";
+    else if (!f.bytes) why = "is empty";
+    else if (f.bytes > SIZE_MAX) why = "a program of 32 bits can address 4294967295";
+    else if (!(p = map_bytes(fd, (size_t)f.bytes))) why = strerror(errno);
+    close(fd);
+    if (why && f.regular && f.bytes)
+        return fail(e, MEDRUN_BAD_FILE, "%s: cannot map its %llu bytes: %s", path,
+                    (unsigned long long)f.bytes, why);
+    if (why) return fail(e, MEDRUN_BAD_FILE, "%s: %s", path, why);
+    return *map = (file_map){p, (size_t)f.bytes}, MEDRUN_OK;
+}
+
+static void unmap_file(file_map *map) {
+    if (map->data) unmap_bytes(map->data, map->n);
+    *map = (file_map){0};
+}
+
+/* ---- the container ------------------------------------------------------------------------- */
 
 enum { FILE_ALIGN = 4096, MAX_HEADER = 64 << 20, PREAMBLE = 16 };
 
