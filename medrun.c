@@ -7895,57 +7895,6 @@ static int load_model(medrun_model *m, const medrun_options *options, medrun_err
     return pool_start(m->pool, options ? options->threads : 0, e);
 }
 
-void medrun_close(medrun_model *m) {
-    if (!m) return;
-    if (m->pool && m->pool->threads) pool_stop(m->pool);
-#ifdef MEDRUN_OPENCL
-    device_close(m->device);
-#endif
-    buffer_free(&m->device_log);
-    free(m->pool);
-    tokenizer_close(&m->tokenizer);
-    free(m->system);
-    free(m->rope_frequencies);
-    free(m->layers);
-    file_close(&m->file);
-    free(m->path);
-    free(m);
-}
-
-int medrun_open(medrun_model **out, const char *path, const medrun_options *options,
-                medrun_error *error) {
-    medrun_error local = {0}, *e = error ? error : &local;
-    *out = NULL;
-    if (!path) return fail(e, MEDRUN_USAGE, "medrun_open: no path");
-    e->code = MEDRUN_OK;
-    medrun_model *m = new_array(1, sizeof *m);
-    if (!m) return out_of_memory(e, sizeof *m);
-    m->path = new_array(strlen(path) + 1, 1);
-    int code = m->path ? MEDRUN_OK : out_of_memory(e, strlen(path));
-    if (!code) {
-        memcpy(m->path, path, strlen(path));
-        code = load_model(m, options, e);
-    }
-    if (code) return medrun_close(m), code;
-    return *out = m, MEDRUN_OK;
-}
-
-void medrun_describe(const medrun_model *m, medrun_info *info) {
-    const model_config *c = &m->config;
-    *info = (medrun_info){
-        .name = m->name, .architecture = m->architecture, .type = type_names[m->type],
-        .chat_template = m->template_name, .system = m->system, .kernels = m->kernels->name,
-        .licence = m->licence, .notice = m->notice, .vocab_size = c->vocab_size,
-        .hidden_size = c->hidden_size, .n_layers = c->n_layers, .n_heads = c->n_heads,
-        .n_kv_heads = c->n_kv_heads, .head_dim = c->head_dim, .ffn_size = c->ffn_size,
-        .max_positions = c->max_positions, .threads = m->pool->threads, .bos = m->tokenizer.bos,
-        .n_stops = m->n_stops, .parameters = m->parameters, .file_bytes = m->file.map.n,
-        .weight_bytes = m->weight_bytes, .sampling = m->sampling, .device = m->device_says,
-        .device_log = m->device_log.n ? (const char *)m->device_log.data : ""};
-    memcpy(info->stops, m->stops, sizeof info->stops);
-    memcpy(info->hash, m->file.hash, 32);
-}
-
 /* What `show` and the exporter print of a config; labels are padded to WIDTH. */
 static void print_config(FILE *f, const model_config *c, const char *architecture,
                          const char *type, uint64_t parameters, int width) {
@@ -8747,6 +8696,61 @@ static int32_t sample_token(candidate *list, const float *logits, size_t vocab,
  * A session is one arena, laid out by one function that both measures and places, so its exact
  * size is known before anything is allocated. Tests: tests/15_session.c.
  * ============================================================================================ */
+
+/* ---- models -------------------------------------------------------------------------------- */
+
+void medrun_close(medrun_model *m) {
+    if (!m) return;
+    if (m->pool && m->pool->threads) pool_stop(m->pool);
+#ifdef MEDRUN_OPENCL
+    device_close(m->device);
+#endif
+    buffer_free(&m->device_log);
+    free(m->pool);
+    tokenizer_close(&m->tokenizer);
+    free(m->system);
+    free(m->rope_frequencies);
+    free(m->layers);
+    file_close(&m->file);
+    free(m->path);
+    free(m);
+}
+
+int medrun_open(medrun_model **out, const char *path, const medrun_options *options,
+                medrun_error *error) {
+    medrun_error local = {0}, *e = error ? error : &local;
+    *out = NULL;
+    if (!path) return fail(e, MEDRUN_USAGE, "medrun_open: no path");
+    e->code = MEDRUN_OK;
+    medrun_model *m = new_array(1, sizeof *m);
+    if (!m) return out_of_memory(e, sizeof *m);
+    m->path = new_array(strlen(path) + 1, 1);
+    int code = m->path ? MEDRUN_OK : out_of_memory(e, strlen(path));
+    if (!code) {
+        memcpy(m->path, path, strlen(path));
+        code = load_model(m, options, e);
+    }
+    if (code) return medrun_close(m), code;
+    return *out = m, MEDRUN_OK;
+}
+
+void medrun_describe(const medrun_model *m, medrun_info *info) {
+    const model_config *c = &m->config;
+    *info = (medrun_info){
+        .name = m->name, .architecture = m->architecture, .type = type_names[m->type],
+        .chat_template = m->template_name, .system = m->system, .kernels = m->kernels->name,
+        .licence = m->licence, .notice = m->notice, .vocab_size = c->vocab_size,
+        .hidden_size = c->hidden_size, .n_layers = c->n_layers, .n_heads = c->n_heads,
+        .n_kv_heads = c->n_kv_heads, .head_dim = c->head_dim, .ffn_size = c->ffn_size,
+        .max_positions = c->max_positions, .threads = m->pool->threads, .bos = m->tokenizer.bos,
+        .n_stops = m->n_stops, .parameters = m->parameters, .file_bytes = m->file.map.n,
+        .weight_bytes = m->weight_bytes, .sampling = m->sampling, .device = m->device_says,
+        .device_log = m->device_log.n ? (const char *)m->device_log.data : ""};
+    memcpy(info->stops, m->stops, sizeof info->stops);
+    memcpy(info->hash, m->file.hash, 32);
+}
+
+/* ---- looking ahead: its memory -------------------------------------------------------------- */
 
 /* Guesses ahead by looking up: see find_match. */
 enum { MAX_LOOKUP = 31, MAX_MATCH = 16, MAX_SEARCH = 32, N_WIDTHS = 6 };
