@@ -16,9 +16,9 @@
  *      1 API           what an embedder may call; the manual is the comment above each call
  *      2 Platform      includes, compilers, what the system gives: files, memory, the terminal
  *      3 Basics        errors, memory, UTF-8, SHA-256, JSON
- *      4 Threads       mapped files, one pool, parallel_for, processor features
+ *      4 Threads       mapped files, one pool, parallel_for
  *      5 Numbers       bf16, f16, int8, int4, and how weights lie in panels
- *      6 Kernels       the words for each instruction set, the sentences once
+ *      6 Kernels       the words for each instruction set, the sentences once, choosing a set
  *      7 Tensor        packing activations, matmul on all threads
  *      8 OpenCL        the same on a device, where it is built in
  *      9 Model file    the container: parse and check everything before anything is used
@@ -325,8 +325,8 @@ void medrun_observe(medrun_session *session, medrun_observer *observer, void *us
 /* ============================================================================================
  * 2 Platform: the compiler's and the system's side of the file
  *
- * With the processor's features in section 4, and the words of section 6, the only place that knows
- * which machine this is. Tests: tests/04_threads.c, 16_commands.sh.
+ * With the words and the processor's features in section 6, the only place that knows which machine
+ * this is. Tests: tests/04_threads.c, 16_commands.sh.
  * ============================================================================================ */
 
 /* The sums are defined in section 6 with explicit fma: the compiler must not make its own. */
@@ -1712,48 +1712,6 @@ static int pool_start(thread_pool *p, int threads, medrun_error *e) {
         p->started++;
     }
     return MEDRUN_OK;
-}
-
-/* ---- processor features -------------------------------------------------------------------- */
-
-typedef struct {
-    bool avx2, avx_vnni, avx512, avx512_bf16;
-    bool neon, neon_dot, neon_i8mm, neon_bf16;
-} cpu_features;
-
-/* What the processor has AND the system saves at a task switch (xgetbv). NEON is a part of arm64;
- * what came later, the system tells. */
-MAYBE_UNUSED static cpu_features detect_cpu(void) {
-    cpu_features f = {0};
-#if defined MEDRUN_ARM64
-    f.neon = true;
-#if defined __linux__
-    f.neon_dot = getauxval(AT_HWCAP) >> 20 & 1;
-    f.neon_i8mm = f.neon_dot && (getauxval(AT_HWCAP2) >> 13 & 1);
-    f.neon_bf16 = f.neon_i8mm && (getauxval(AT_HWCAP2) >> 14 & 1);
-#elif defined __APPLE__
-    f.neon_dot = sysctl_number("hw.optional.arm.FEAT_DotProd");
-    f.neon_i8mm = f.neon_dot && sysctl_number("hw.optional.arm.FEAT_I8MM");
-    f.neon_bf16 = f.neon_i8mm && sysctl_number("hw.optional.arm.FEAT_BF16");
-#elif defined _WIN32            /* PF_ARM_V82_DP_, V82_I8MM_ and V86_BF16_INSTRUCTIONS_AVAILABLE */
-    f.neon_dot = IsProcessorFeaturePresent(43);
-    f.neon_i8mm = f.neon_dot && IsProcessorFeaturePresent(66);
-    f.neon_bf16 = f.neon_i8mm && IsProcessorFeaturePresent(68);
-#endif
-#elif defined MEDRUN_X86
-    unsigned a, b, c, d, b7, c7, d7, a71 = 0;
-    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return f;
-    bool fma = c >> 12 & 1, f16c = c >> 29 & 1;
-    uint32_t saved, high;
-    __asm__ volatile("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
-    if (!__get_cpuid_count(7, 0, &a, &b7, &c7, &d7)) return f;
-    f.avx2 = fma && f16c && (b7 >> 5 & 1) && (saved & 6) == 6;
-    bool wide = (b7 & 0xC0030000) == 0xC0030000;        /* F, DQ, BW, VL */
-    f.avx512 = f.avx2 && wide && (c7 >> 11 & 1) && (saved & 0xE6) == 0xE6;          /* VNNI     */
-    if (a >= 1 && __get_cpuid_count(7, 1, &a71, &b, &c, &d))
-        f.avx512_bf16 = f.avx512 && (a71 >> 5 & 1), f.avx_vnni = f.avx2 && (a71 >> 4 & 1);
-#endif
-    return f;
 }
 /* ============================================================================================
  * 5 Numbers: bf16, f16, int8, and how weights lie in memory
@@ -4156,6 +4114,50 @@ static const kernel_set kernel_row_bf16 = ROW(BF16_NAME, true, matmul_bf16);
 #undef to_int8
 #undef peak
 #undef read_all
+
+/* ---- processor features -------------------------------------------------------------------- */
+
+typedef struct {
+    bool avx2, avx_vnni, avx512, avx512_bf16;
+    bool neon, neon_dot, neon_i8mm, neon_bf16;
+} cpu_features;
+
+/* What the processor has AND the system saves at a task switch (xgetbv). NEON is a part of arm64;
+ * what came later, the system tells. */
+MAYBE_UNUSED static cpu_features detect_cpu(void) {
+    cpu_features f = {0};
+#if defined MEDRUN_ARM64
+    f.neon = true;
+#if defined __linux__
+    f.neon_dot = getauxval(AT_HWCAP) >> 20 & 1;
+    f.neon_i8mm = f.neon_dot && (getauxval(AT_HWCAP2) >> 13 & 1);
+    f.neon_bf16 = f.neon_i8mm && (getauxval(AT_HWCAP2) >> 14 & 1);
+#elif defined __APPLE__
+    f.neon_dot = sysctl_number("hw.optional.arm.FEAT_DotProd");
+    f.neon_i8mm = f.neon_dot && sysctl_number("hw.optional.arm.FEAT_I8MM");
+    f.neon_bf16 = f.neon_i8mm && sysctl_number("hw.optional.arm.FEAT_BF16");
+#elif defined _WIN32            /* PF_ARM_V82_DP_, V82_I8MM_ and V86_BF16_INSTRUCTIONS_AVAILABLE */
+    f.neon_dot = IsProcessorFeaturePresent(43);
+    f.neon_i8mm = f.neon_dot && IsProcessorFeaturePresent(66);
+    f.neon_bf16 = f.neon_i8mm && IsProcessorFeaturePresent(68);
+#endif
+#elif defined MEDRUN_X86
+    unsigned a, b, c, d, b7, c7, d7, a71 = 0;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return f;
+    bool fma = c >> 12 & 1, f16c = c >> 29 & 1;
+    uint32_t saved, high;
+    __asm__ volatile("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+    if (!__get_cpuid_count(7, 0, &a, &b7, &c7, &d7)) return f;
+    f.avx2 = fma && f16c && (b7 >> 5 & 1) && (saved & 6) == 6;
+    bool wide = (b7 & 0xC0030000) == 0xC0030000;        /* F, DQ, BW, VL */
+    f.avx512 = f.avx2 && wide && (c7 >> 11 & 1) && (saved & 0xE6) == 0xE6;          /* VNNI     */
+    if (a >= 1 && __get_cpuid_count(7, 1, &a71, &b, &c, &d))
+        f.avx512_bf16 = f.avx512 && (a71 >> 5 & 1), f.avx_vnni = f.avx2 && (a71 >> 4 & 1);
+#endif
+    return f;
+}
+
+/* ---- choosing ------------------------------------------------------------------------------- */
 
 /* The kernel sets this machine can run, best first; at most N_KERNEL_SETS, returns how many. */
 enum { N_KERNEL_SETS = 5 };
