@@ -446,16 +446,19 @@ typedef struct {
     bool regular, folder;
 } file_facts;
 
-/* TO_MAP does not wait for the other end of a pipe; TO_CREATE wants a new name, and only the owner
- * may read what gets it; TO_UPDATE keeps what is there and follows no link. */
-enum { TO_READ, TO_MAP, TO_WRITE, TO_CREATE, TO_UPDATE };
+/* TO_MAP does not wait for the other end of a pipe, TO_LOOK follows no link either. TO_WRITE and
+ * TO_CREATE want a new name, and only its owner may read what TO_CREATE makes. TO_UPDATE keeps what
+ * is there and follows no link. */
+enum { TO_READ, TO_MAP, TO_LOOK, TO_WRITE, TO_CREATE, TO_UPDATE };
 
 typedef void signal_handler(int number);
 
 #ifndef _WIN32
 static int open_file(const char *path, int how) {
-    static const int flags[] = {O_RDONLY, O_RDONLY | O_NONBLOCK, O_WRONLY | O_CREAT | O_TRUNC,
-                                O_WRONLY | O_CREAT | O_EXCL,
+    static const int flags[] = {O_RDONLY, O_RDONLY | O_NONBLOCK,
+                                O_RDONLY | O_NONBLOCK | O_NOFOLLOW,
+                                O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW,
+                                O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW,
                                 O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK};
     return open(path, flags[how] | O_CLOEXEC, how == TO_CREATE ? 0600 : 0666);
 }
@@ -471,6 +474,14 @@ static int get_facts(const char *path, int fd, file_facts *f) {
 
 static int rename_file(const char *from, const char *to) { return rename(from, to); }
 static int remove_file(const char *path) { return unlink(path); }
+
+/* Puts on the disk what was written to FD. */
+static int sync_file(int fd) {
+#ifdef F_FULLFSYNC
+    if (!fcntl(fd, F_FULLFSYNC)) return 0;              /* past the disk's own memory            */
+#endif
+    return fsync(fd);
+}
 
 /* N > 0 bytes of a file for reading, or NULL. */
 static const void *map_bytes(int fd, size_t n) {
@@ -661,12 +672,13 @@ static wchar_t *wide_path(const char *path, wchar_t room[WIDE_PATH]) {
     return room;
 }
 
-static HANDLE open_handle(const char *path, DWORD access, DWORD share, DWORD create,
+static HANDLE open_handle(const char *path, DWORD access, DWORD share, DWORD create, DWORD flags,
                           SECURITY_ATTRIBUTES *who) {
     wchar_t room[WIDE_PATH];
     wchar_t *name = wide_path(path, room);
     if (!name) return INVALID_HANDLE_VALUE;
-    HANDLE h = CreateFileW(name, access, share, who, create, FILE_FLAG_BACKUP_SEMANTICS, NULL);
+    flags |= FILE_FLAG_BACKUP_SEMANTICS;
+    HANDLE h = CreateFileW(name, access, share, who, create, flags, NULL);
     if (h == INVALID_HANDLE_VALUE) windows_failed();
     return h;
 }
@@ -694,24 +706,35 @@ static bool make_private(privacy *p) {
            SetSecurityDescriptorControl(&p->descriptor, SE_DACL_PROTECTED, SE_DACL_PROTECTED);
 }
 
+static bool is_link(HANDLE h) {
+    FILE_ATTRIBUTE_TAG_INFO i;
+    return GetFileInformationByHandleEx(h, FileAttributeTagInfo, &i, sizeof i) &&
+           i.FileAttributes & FILE_ATTRIBUTE_REPARSE_POINT &&
+           i.ReparseTag == IO_REPARSE_TAG_SYMLINK;
+}
+
 /* Files may be renamed and removed while they are open, as elsewhere. TO_WRITE is private too, for
  * umask does nothing here, and TO_UPDATE has one writer. */
 static int open_file(const char *path, int how) {
-    static const DWORD access[] = {GENERIC_READ, GENERIC_READ, GENERIC_WRITE, GENERIC_WRITE,
-                                   GENERIC_READ | GENERIC_WRITE};
-    static const DWORD create[] = {OPEN_EXISTING, OPEN_EXISTING, CREATE_ALWAYS, CREATE_NEW,
-                                   OPEN_ALWAYS};
+    static const DWORD access[] = {GENERIC_READ, GENERIC_READ, GENERIC_READ, GENERIC_WRITE,
+                                   GENERIC_WRITE, GENERIC_READ | GENERIC_WRITE};
+    static const DWORD create[] = {OPEN_EXISTING, OPEN_EXISTING, OPEN_EXISTING, CREATE_NEW,
+                                   CREATE_NEW, OPEN_ALWAYS};
     DWORD share = FILE_SHARE_READ | FILE_SHARE_DELETE | (how == TO_UPDATE ? 0 : FILE_SHARE_WRITE);
     privacy p;
     bool closed = how == TO_WRITE || how == TO_CREATE;
     if (closed && !make_private(&p)) return windows_failed();
-    HANDLE h = open_handle(path, access[how], share, create[how], closed ? &p.attributes : NULL);
+    HANDLE h = open_handle(path, access[how], share, create[how],
+                           how == TO_LOOK ? FILE_FLAG_OPEN_REPARSE_POINT : 0,
+                           closed ? &p.attributes : NULL);
+    if (h != INVALID_HANDLE_VALUE && how == TO_LOOK && is_link(h))
+        return CloseHandle(h), errno = ELOOP, -1;
     return h == INVALID_HANDLE_VALUE ? -1 : _open_osfhandle((intptr_t)h, _O_BINARY);
 }
 
 static int get_facts(const char *path, int fd, file_facts *f) {
     BY_HANDLE_FILE_INFORMATION i = {0};
-    HANDLE h = path ? open_handle(path, 0, 7, OPEN_EXISTING, NULL) : (HANDLE)_get_osfhandle(fd);
+    HANDLE h = path ? open_handle(path, 0, 7, OPEN_EXISTING, 0, NULL) : (HANDLE)_get_osfhandle(fd);
     if (h == INVALID_HANDLE_VALUE) return -1;
     bool disk = GetFileType(h) == FILE_TYPE_DISK && GetFileInformationByHandle(h, &i);
     bool folder = i.dwFileAttributes & FILE_ATTRIBUTE_DIRECTORY;
@@ -734,6 +757,8 @@ static int remove_file(const char *path) {
     const wchar_t *name = wide_path(path, room);
     return name && DeleteFileW(name) ? 0 : name ? windows_failed() : -1;
 }
+
+static int sync_file(int fd) { return _commit(fd); }
 
 static const void *map_bytes(int fd, size_t n) {
     HANDLE h = CreateFileMappingW((HANDLE)_get_osfhandle(fd), NULL, PAGE_READONLY, 0, 0, NULL);
@@ -942,7 +967,7 @@ static signal_handler *catch_signal(int number, signal_handler *handler) {
 
 static FILE *open_stream(const char *path, int how) {
     int fd = open_file(path, how);
-    FILE *f = fd < 0 ? NULL : fdopen(fd, how <= TO_MAP ? "rb" : "wb");
+    FILE *f = fd < 0 ? NULL : fdopen(fd, how <= TO_LOOK ? "rb" : "wb");
     if (fd >= 0 && !f) close(fd);
     return f;
 }
@@ -5054,6 +5079,87 @@ static int map_file(const char *path, file_map *map, medrun_error *e) {
 static void unmap_file(file_map *map) {
     if (map->data) unmap_bytes(map->data, map->n);
     *map = (file_map){0};
+}
+
+/* ---- files that medrun makes --------------------------------------------------------------- */
+
+/* What people call a kind of file, what each file of it begins with (NULL: nothing that could tell
+ * it from others; at most 16 bytes), and may only its owner read it, as it holds a prompt? */
+typedef struct {
+    const char *name, *mark;
+    bool is_private;
+} file_kind;
+
+/* A file is written beside its place, as PATH.partial, and renamed when it is whole and on the
+ * disk: whoever opens PATH finds the old file or the new one, never a half. */
+typedef struct {
+    FILE *f;                        /* what the caller writes to                                */
+    const char *path;               /* the caller's                                             */
+    buffer partial;                 /* the name beside it                                       */
+} file_writer;
+
+static int write_failed(const char *path, medrun_error *e) {
+    return fail(e, MEDRUN_FAILED, "%s: cannot write: %s", path, strerror(errno));
+}
+
+/* Nothing is overwritten that medrun did not make: at PATH there may be nothing, an empty file, or
+ * one that begins with the kind's mark. Only FORCE lets a link or another file be replaced. */
+static int check_place(const char *path, const file_kind *kind, bool force, medrun_error *e) {
+    char start[16];
+    file_facts there = {0};
+    size_t n = kind->mark ? strlen(kind->mark) : 0;
+    int fd = open_file(path, TO_LOOK);
+    if (fd < 0 && errno == ENOENT) return MEDRUN_OK;
+    if (fd < 0 && (errno == ELOOP || errno == EMLINK))          /* EMLINK: BSD's                 */
+        return force ? MEDRUN_OK
+                     : fail(e, MEDRUN_USAGE, "%s is a symbolic link: name the file itself", path);
+    if (fd < 0) return write_failed(path, e);
+    bool known = !get_facts(NULL, fd, &there);
+    bool ours = there.bytes == 0 ||
+                (n && read(fd, start, n) == (ssize_t)n && !memcmp(start, kind->mark, n));
+    close(fd);
+    if (!known || !there.regular)
+        return fail(e, MEDRUN_FAILED, "%s: cannot write: is not a regular file", path);
+    if (ours || force) return MEDRUN_OK;
+    return fail(e, MEDRUN_USAGE, "%s exists and is not %s", path, kind->name);
+}
+
+/* Takes back what was written: what stood at the path stays, nothing is left beside it. */
+static void writer_drop(file_writer *w) {
+    if (w->f) fclose(w->f);
+    if (w->partial.n) remove_file((const char *)w->partial.data);
+    buffer_free(&w->partial);
+    w->f = NULL;
+}
+
+/* Opens W->f for a file of KIND that shall stand at PATH. The file beside it must be new, so two
+ * writers of one name never share it: the second is refused. */
+static int writer_open(file_writer *w, const char *path, const file_kind *kind, bool force,
+                       medrun_error *e) {
+    *w = (file_writer){.path = path};
+    if (e->code || check_place(path, kind, force, e)) return e->code;
+    buffer_printf(&w->partial, "%s.partial", path);
+    if (w->partial.failed) return out_of_memory(e, strlen(path));
+    const char *name = (const char *)w->partial.data;
+    w->f = open_stream(name, kind->is_private ? TO_CREATE : TO_WRITE);
+    if (w->f) return MEDRUN_OK;
+    if (errno != EEXIST) write_failed(path, e);
+    else fail(e, MEDRUN_FAILED, "%s: cannot write: %s is there; another program writes it, or one "
+              "was stopped: then remove it", path, name);
+    buffer_free(&w->partial);
+    return e->code;
+}
+
+/* Moves the file to its place; after a failure, of writing or one that E holds already, drops it. */
+static int writer_done(file_writer *w, medrun_error *e) {
+    FILE *f = w->f;
+    w->f = NULL;
+    if (f && (fflush(f) || ferror(f) || sync_file(fileno(f)))) write_failed(w->path, e);
+    if (f && fclose(f)) write_failed(w->path, e);
+    if (!e->code && rename_file((const char *)w->partial.data, w->path)) write_failed(w->path, e);
+    if (!e->code) buffer_free(&w->partial);             /* there is nothing to take back         */
+    writer_drop(w);
+    return e->code;
 }
 
 /* ---- the container ------------------------------------------------------------------------- */
@@ -9380,20 +9486,6 @@ static void name_template(const medrun_session *s, char name[32]) {
                                                       : s->model->template_name);
 }
 
-/* Opens PATH.partial anew, for its owner only. PATH must not be a folder or a device. */
-static int create_state(FILE **f, const char *path, buffer *partial, medrun_error *e) {
-    file_facts there;
-    *f = NULL;
-    if (!get_facts(path, -1, &there) && !there.regular)
-        return fail(e, MEDRUN_FAILED, "%s: cannot write: is not a regular file", path);
-    buffer_printf(partial, "%s.partial", path);
-    if (partial->failed) return out_of_memory(e, strlen(path));
-    const char *name = (const char *)partial->data;
-    remove_file(name);                                  /* so that its mode is ours              */
-    if ((*f = open_stream(name, TO_CREATE))) return MEDRUN_OK;
-    return fail(e, MEDRUN_FAILED, "%s: cannot write: %s", path, strerror(errno));
-}
-
 static void put_state(state_file *f, const medrun_session *s) {
     uint8_t digest[32];
     char numbers[24], template[32];
@@ -9410,8 +9502,7 @@ static void put_state(state_file *f, const medrun_session *s) {
     write_le(&fixed, s->random, 8);
     write_le(&fixed, s->answer_open, 8);
     sha256_init(&f->sum);
-    if (fixed.failed) f->failed = true, errno = ENOMEM;
-    else put_head(f, fixed.data, fixed.n);
+    if (!fixed.failed) put_head(f, fixed.data, fixed.n);
     put_head(f, s->tokens, s->n_tokens * sizeof *s->tokens);
     sha256_done(&f->sum, digest);
     f->failed = f->failed || fwrite(digest, 1, 32, f->f) != 32;
@@ -9422,25 +9513,20 @@ static void put_state(state_file *f, const medrun_session *s) {
     buffer_free(&fixed);
 }
 
-int medrun_save(const medrun_session *s, const char *path, medrun_error *e) {
-    buffer partial = {0};
-    state_file f = {0};
-    int code = cache_from_device(s, e);
-    if (!code) code = create_state(&f.f, path, &partial, e);
-    if (!code) {
-        put_state(&f, s);
-        int why = errno;
-        if (fflush(f.f) && !f.failed) f.failed = true, why = errno;
-        if (fclose(f.f) && !f.failed) f.failed = true, why = errno;
-        if (!f.failed && rename_file((const char *)partial.data, path))
-            f.failed = true, why = errno;
-        if (f.failed) {
-            code = fail(e, MEDRUN_FAILED, "%s: cannot write the session: %s", path, strerror(why));
-            remove_file((const char *)partial.data);
-        }
-    }
-    buffer_free(&partial);
-    return code;
+static const file_kind session_file = {"a saved session", "MEDSESS", true};
+
+/* FORCE: over any other file, too. */
+static int save_session(const medrun_session *s, const char *path, bool force, medrun_error *e) {
+    file_writer w;
+    if (cache_from_device(s, e) || writer_open(&w, path, &session_file, force, e)) return e->code;
+    put_state(&(state_file){.f = w.f}, s);
+    return writer_done(&w, e);
+}
+
+int medrun_save(const medrun_session *s, const char *path, medrun_error *error) {
+    medrun_error local = {0}, *e = error ? error : &local;
+    e->code = MEDRUN_OK;
+    return save_session(s, path, false, e);
 }
 
 /* Bytes of a file of N tokens, DONE of them processed; N and DONE are sane. */
@@ -10040,24 +10126,6 @@ static int read_file(command *c, const char *path, buffer *out) {
     return code;
 }
 
-/* A file is written beside its place and moved there when it is whole. */
-static FILE *create_file(command *c, const char *path, char partial[1024]) {
-    int n = snprintf(partial, 1024, "%s.partial", path);
-    FILE *f = n < 1024 ? open_stream(partial, TO_WRITE) : NULL;
-    if (!f) fail(&c->e, MEDRUN_FAILED, "%s: cannot create: %s", path, strerror(errno));
-    return f;
-}
-
-/* CODE: what came of writing F; after a failure nothing is left. */
-static int finish_file(command *c, FILE *f, const char *path, const char *partial, int code) {
-    bool bad = fflush(f) || ferror(f);          /* not every fclose says what its flush came to */
-    if (fclose(f)) bad = true;
-    if (!code && (bad || rename_file(partial, path)))
-        code = fail(&c->e, MEDRUN_FAILED, "%s: cannot write: %s", path, strerror(errno));
-    if (code) remove_file(partial);
-    return code;
-}
-
 static int add_id(command *c, buffer *ids, double id, const char *what) {
     if (!(id >= 0 && id < c->t->vocab_size) || id != floor(id))
         return fail(&c->e, MEDRUN_BAD_FILE, "%s: wanted token ids, whole numbers below %d", what,
@@ -10365,15 +10433,12 @@ static int process_prompt(command *c) {
     return code;
 }
 
-/* Is told before the work, not after it: that what --save-prefix names cannot be written. */
+/* Checks that the file of --save-prefix can be written before the prompt is processed. */
 static int check_prefix(command *c) {
-    buffer partial = {0};
+    file_writer w;
     if (!given(c, O_SAVE_PREFIX)) return MEDRUN_OK;
-    FILE *f;
-    int code = create_state(&f, c->text[O_SAVE_PREFIX], &partial, &c->e);
-    if (!code) fclose(f), remove_file(chars(&partial));
-    buffer_free(&partial);
-    return code;
+    if (!writer_open(&w, c->text[O_SAVE_PREFIX], &session_file, false, &c->e)) writer_drop(&w);
+    return c->e.code;
 }
 
 /* Writes the prompt that was processed, the first of a chat. */
@@ -10549,7 +10614,9 @@ static void record_ids(buffer *b, const char *key, const int32_t *ids, size_t n)
 static int write_record(command *c, size_t n_prompt) {
     const medrun_sampling *s = &c->sampling;
     const int32_t *ids = medrun_tokens(c->s);
-    char hash[65], logits[65], partial[1024];
+    static const file_kind record_file = {"a record of a run", "{\"engine\": \"me", true};
+    char hash[65], logits[65];
+    file_writer w;
     buffer b = {0};
     int code = hash_logits(c, logits);
     hex_of(c->m->file.hash, hash);
@@ -10568,8 +10635,10 @@ static int write_record(command *c, size_t n_prompt) {
     record_ids(&b, "answer", ids + n_prompt, medrun_length(c->s) - n_prompt);
     buffer_printf(&b, " \"logits_sha256\": \"%s\"}\n", logits);
     if (!code && b.failed) code = out_of_memory(&c->e, b.n);
-    FILE *f = code ? NULL : create_file(c, c->text[O_RECORD], partial);
-    if (f) fwrite(b.data, 1, b.n, f), code = finish_file(c, f, c->text[O_RECORD], partial, code);
+    if (!code && !writer_open(&w, c->text[O_RECORD], &record_file, false, &c->e)) {
+        fwrite(b.data, 1, b.n, w.f);
+        writer_done(&w, &c->e);
+    }
     buffer_free(&b);
     return code ? code : c->e.code;
 }
@@ -11573,8 +11642,9 @@ static int write_logits(command *c, const buffer *ids, FILE *f) {
 }
 
 static int logits_command(command *c) {
+    static const file_kind logits_file = {"to be overwritten", NULL, false};
     buffer ids = {0};
-    char partial[1024];
+    file_writer w;
     if (!given(c, O_IDS) || !given(c, O_OUT))
         return fail(&c->e, MEDRUN_USAGE, "logits: wanted --ids \"1 2 3\" and -o OUT.f32");
     int code = open_model(c);
@@ -11588,8 +11658,10 @@ static int logits_command(command *c) {
     medrun_session_options o = session_options(c, (int)n);
     if (flag(c, O_ALL)) o.logit_rows = o.batch;
     if (!code) code = medrun_start(&c->s, c->m, &o, NULL, 0, &c->e);
-    FILE *f = code ? NULL : create_file(c, c->text[O_OUT], partial);
-    if (f) code = finish_file(c, f, c->text[O_OUT], partial, write_logits(c, &ids, f));
+    if (!code && !writer_open(&w, c->text[O_OUT], &logits_file, true, &c->e)) {
+        write_logits(c, &ids, w.f);
+        writer_done(&w, &c->e);
+    }
     buffer_free(&ids);
     return code ? code : c->e.code;
 }

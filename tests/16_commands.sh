@@ -249,7 +249,7 @@ head -c $((row * 3)) "$T/all.f32" | tail -c "$row" | cmp -s - "$T/three.f32"; ch
 check 'nothing else is left' [ ! -e "$T/last.f32.partial" ]
 code 2 logits "$model" --ids '' -o "$T/x"; code 2 logits "$model" --ids '1 x' -o "$T/x"
 code 2 logits "$model" -o "$T/x"; code 2 logits "$model" --ids 1
-code 1 logits "$model" --ids 1 -o "$T/none/x"; err_has 'cannot create'
+code 1 logits "$model" --ids 1 -o "$T/none/x"; err_has 'cannot write'
 code 5 logits "$model" --ids "$(i=0; while [ $i -lt 9000 ]; do printf '1 '; i=$((i + 1)); done)" -o "$T/x"
 
 # ---- show, verify, doctor ----
@@ -295,7 +295,7 @@ for n in 1 60 200 400; do head -c $n "$T/r.json" >"$T/r2.json"; code 3 replay "$
 code 0 run "$model" -p hello -n 5 --kv int8 --record "$T/r2.json"; err_has 'kv int8'
 code 0 replay "$T/r2.json"; out_has '^same: '
 code 3 replay "$T/none.json"; code 2 replay
-code 1 run "$model" -p hello -n 2 --record "$T/none/r.json" -q; err_has 'cannot create'
+code 1 run "$model" -p hello -n 2 --record "$T/none/r.json" -q; err_has 'cannot write'
 
 # ---- a prefix that was processed before ----
 ones 60 >"$T/doc"; cp "$T/doc" "$T/doc1"; echo 'what is it?' >>"$T/doc1"; cp "$T/doc" "$T/doc2"; echo 'who says so?' >>"$T/doc2"

@@ -86,7 +86,7 @@ code 3 medrun show "$P/no Ω.mdr"; err_is "medrun: $P/no Ω.mdr: cannot open: No
 code 3 medrun show "$P"; err_is "medrun: $P: is a folder, wanted a file"
 mkfifo "$T/pipe"
 code 3 medrun show "$T/pipe"; err_is "medrun: $T/pipe: is not a regular file but a pipe or a device, so it cannot be mapped"
-code 1 medrun logits "$model" --ids 1 -o "$P/no/x"; err_is "medrun: $P/no/x: cannot create: No such file or directory"
+code 1 medrun logits "$model" --ids 1 -o "$P/no/x"; err_is "medrun: $P/no/x: cannot write: No such file or directory"
 code 1 medrun logits "$model" --ids 1 -o "$P"; check "a folder in the way: $(cat "$T/err")" [ ! -e "$P.partial" ]
 
 # ---- the tests of what differs most: vectors on the stack, sessions in files ----

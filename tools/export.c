@@ -111,11 +111,8 @@ static int disk_room(int fd, const char *path, uint64_t *room) {
 }
 
 /* Puts on the disk what was written, and lets memory forget it, as far as the system does that. */
-static int sync_file(int fd) {
-#ifdef F_FULLFSYNC
-    if (!fcntl(fd, F_FULLFSYNC)) return 0;              /* past the disk's own memory            */
-#endif
-    if (fsync(fd)) return -1;
+static int settle_file(int fd) {
+    if (sync_file(fd)) return -1;
 #ifdef POSIX_FADV_DONTNEED
     posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
 #endif
@@ -159,7 +156,7 @@ static int disk_room(int fd, const char *path, uint64_t *room) {
     return 0;
 }
 
-static int sync_file(int fd) { return _commit(fd); }
+static int settle_file(int fd) { return sync_file(fd); }
 static void sync_folder(const char *path) { (void)path; }
 
 static char *full_path(const char *path) {
@@ -2122,7 +2119,7 @@ static int run_proofs(exporter *x, medrun_error *e) {
 
 static int read_again(exporter *x, medrun_error *e) {
     model_file f;
-    if (sync_file(x->fd)) return cannot_write(x, e);
+    if (settle_file(x->fd)) return cannot_write(x, e);
     if (file_open(&f, x->partial, e)) return e->code;
     file_close(&f);
     return run_parallel(x, x->n_sections, run_checks, e);
@@ -2319,7 +2316,7 @@ static int export_tokenizer(exporter *x, medrun_error *e) {
     free_tokenizer(&t);
     if (e->code || x->options.dry_run || create_partial(x, s->tokenizer.n, e) ||
         write_at(x, s->tokenizer.data, s->tokenizer.n, 0, e)) return e->code;
-    return sync_file(x->fd) ? cannot_write(x, e) : rename_partial(x, e);
+    return settle_file(x->fd) ? cannot_write(x, e) : rename_partial(x, e);
 }
 
 /* The whole program; tests call it in a child process. */
