@@ -5150,7 +5150,7 @@ static int writer_open(file_writer *w, const char *path, const file_kind *kind, 
     return e->code;
 }
 
-/* Moves the file to its place; after a failure, of writing or one that E holds already, drops it. */
+/* Moves the file to its place. After a failure, of writing or one that E holds, drops it. */
 static int writer_done(file_writer *w, medrun_error *e) {
     FILE *f = w->f;
     w->f = NULL;

@@ -1,8 +1,12 @@
-/* Checkpoints as strangers send them: cut anywhere, any header byte flipped, and headers that are
+/* Files: what is refused, and what a writer leaves alone.
+ * Checkpoints as strangers send them: cut anywhere, any header byte flipped, and headers that are
  * well signed but lie. All are refused with code 3 and one line; none crashes. */
 #define MEDRUN_NO_MAIN
 #include "../medrun.c"
 #include "test.h"
+#ifndef _WIN32
+#include <sys/resource.h>
+#endif
 
 static char source[256], file[256];
 static uint8_t *whole;
@@ -166,6 +170,141 @@ static void test_noise(void) {
     free(copy);
 }
 
+/* ---- files that are written ----------------------------------------------------------------- */
+
+static const file_kind note_kind = {"a saved note", "NOTE1", false};
+static const file_kind secret_kind = {"a saved secret", "NOTE1", true};
+static const file_kind bare_kind = {"to be overwritten", NULL, false};
+
+static char place[300], beside[320], victim[300];
+
+static void put_text(const char *path, const char *text) {
+    FILE *f = fopen(path, "wb");
+    if (!f || fwrite(text, 1, strlen(text), f) != strlen(text) || fclose(f)) exit(1);
+}
+
+/* Does PATH hold TEXT and nothing more? NULL: nothing is there. */
+static bool holds(const char *path, const char *text) {
+    char found[64] = "";
+    FILE *f = fopen(path, "rb");
+    if (!f) return !text;
+    size_t n = fread(found, 1, sizeof found - 1, f);
+    fclose(f);
+    return text && n == strlen(text) && !memcmp(found, text, n);
+}
+
+static int write_note(const file_kind *kind, bool force, const char *text, medrun_error *e) {
+    file_writer w;
+    *e = (medrun_error){0};
+    if (!writer_open(&w, place, kind, force, e)) fputs(text, w.f);
+    return writer_done(&w, e);
+}
+
+static void test_writer(void) {
+    medrun_error e;
+    CHECK_EQ(write_note(&note_kind, false, "NOTE1 one", &e), MEDRUN_OK);
+    CHECK(holds(place, "NOTE1 one") && holds(beside, NULL));
+    CHECK_EQ(write_note(&note_kind, false, "NOTE1 two", &e), MEDRUN_OK);        /* its own       */
+    CHECK(holds(place, "NOTE1 two") && holds(beside, NULL));
+    CHECK_EQ(write_note(&bare_kind, false, "NOTE1 three", &e), MEDRUN_USAGE);   /* has no mark   */
+    CHECK(strstr(e.text, " exists and is not to be overwritten") && holds(place, "NOTE1 two"));
+    static const char *const foreign[] = {"NOTE", "NOTE2", "a letter", "\nNOTE1"};
+    for (size_t i = 0; i < 4; i++) {
+        put_text(place, foreign[i]);
+        CHECK_EQ(write_note(&note_kind, false, "NOTE1", &e), MEDRUN_USAGE);
+        CHECK(strstr(e.text, " exists and is not a saved note") && strstr(e.text, place));
+        CHECK(holds(place, foreign[i]) && holds(beside, NULL));
+    }
+    CHECK_EQ(write_note(&note_kind, true, "NOTE1 by force", &e), MEDRUN_OK);
+    CHECK(holds(place, "NOTE1 by force"));
+    put_text(place, "");                                                /* holds nothing        */
+    CHECK_EQ(write_note(&bare_kind, false, "x", &e), MEDRUN_OK);
+    CHECK(holds(place, "x"));
+}
+
+/* What happens when a writer stops half way, and when there are two. */
+static void test_writer_fails(void) {
+    file_writer a, b;
+    medrun_error e = {0}, other = {0};
+    put_text(place, "NOTE1 old");
+    CHECK(!writer_open(&a, place, &note_kind, false, &e) && !holds(beside, NULL));
+    CHECK_EQ(writer_open(&b, place, &note_kind, false, &other), MEDRUN_FAILED);
+    CHECK(strstr(other.text, beside) && strstr(other.text, "another program"));
+    writer_drop(&b);
+    CHECK(!holds(beside, NULL));                        /* that of the first is still there     */
+    fputs("NOTE1 new", a.f);
+    CHECK(holds(place, "NOTE1 old"));
+    CHECK(!writer_done(&a, &e) && holds(place, "NOTE1 new") && holds(beside, NULL));
+    CHECK(!writer_open(&a, place, &note_kind, false, &e));
+    fputs("NOTE1 half", a.f);
+    fail(&e, MEDRUN_NO_MEMORY, "what was to be written could not be made");
+    CHECK_EQ(writer_done(&a, &e), MEDRUN_NO_MEMORY);
+    CHECK(holds(place, "NOTE1 new") && holds(beside, NULL));
+    CHECK_EQ(writer_open(&a, place, &note_kind, false, &e), MEDRUN_NO_MEMORY);  /* kept          */
+    CHECK_EQ(writer_done(&a, &e), MEDRUN_NO_MEMORY);
+    CHECK(holds(place, "NOTE1 new") && holds(beside, NULL));
+    e = (medrun_error){0};
+    CHECK(!writer_open(&a, place, &note_kind, false, &e));
+    writer_drop(&a);
+    CHECK(holds(place, "NOTE1 new") && holds(beside, NULL));
+    static const char *const bad[] = {".", "no such folder/x"};
+    for (size_t i = 0; i < 2; i++) {
+        e = (medrun_error){0};
+        CHECK_EQ(writer_open(&a, bad[i], &note_kind, true, &e), MEDRUN_FAILED);
+        CHECK(strstr(e.text, ": cannot write: "));
+    }
+}
+
+#ifndef _WIN32
+static void test_links(void) {
+    medrun_error e;
+    struct stat st;
+    put_text(victim, "NOTE1 of a patient");             /* even one of the right kind           */
+    unlink(place);
+    if (symlink(victim, place)) exit(1);
+    CHECK_EQ(write_note(&note_kind, false, "NOTE1", &e), MEDRUN_USAGE);
+    CHECK(strstr(e.text, "symbolic link") && holds(beside, NULL));
+    CHECK_EQ(write_note(&note_kind, true, "NOTE1 mine", &e), MEDRUN_OK);
+    CHECK(!lstat(place, &st) && S_ISREG(st.st_mode) && holds(place, "NOTE1 mine"));
+    CHECK(holds(victim, "NOTE1 of a patient"));
+    if (symlink(victim, beside)) exit(1);               /* laid where the file is written       */
+    CHECK_EQ(write_note(&note_kind, false, "NOTE1 new", &e), MEDRUN_FAILED);
+    CHECK(holds(victim, "NOTE1 of a patient") && holds(place, "NOTE1 mine"));
+    unlink(beside), unlink(place), unlink(victim);
+    if (symlink(victim, place)) exit(1);                /* to nothing, yet                      */
+    CHECK_EQ(write_note(&note_kind, false, "NOTE1", &e), MEDRUN_USAGE);
+    CHECK(holds(victim, NULL));
+    unlink(place);
+    mode_t mask = umask(0);                             /* who may read it, by its kind         */
+    put_text(place, "NOTE1 for all");
+    CHECK(!write_note(&secret_kind, false, "NOTE1", &e));
+    CHECK(!stat(place, &st) && (st.st_mode & 0777) == 0600);
+    CHECK(!write_note(&note_kind, false, "NOTE1", &e));
+    CHECK(!stat(place, &st) && (st.st_mode & 0777) == 0666);
+    umask(mask);
+    CHECK_EQ(writer_open(&(file_writer){0}, "/dev/null", &note_kind, true, &e), MEDRUN_FAILED);
+    CHECK(strstr(e.text, "not a regular file"));
+}
+
+/* A disk that is full leaves the old file. */
+static void test_full_disk(void) {
+    struct rlimit limit, tight;
+    medrun_error e = {0};
+    file_writer w;
+    put_text(place, "NOTE1 old");
+    signal(SIGXFSZ, SIG_IGN);
+    getrlimit(RLIMIT_FSIZE, &limit);
+    tight = limit, tight.rlim_cur = 10000;
+    setrlimit(RLIMIT_FSIZE, &tight);
+    CHECK(!writer_open(&w, place, &note_kind, false, &e));
+    for (int i = 0; i < 20000; i++) fputc('x', w.f);
+    CHECK_EQ(writer_done(&w, &e), MEDRUN_FAILED);
+    setrlimit(RLIMIT_FSIZE, &limit);
+    CHECK(strstr(e.text, "cannot write: ") && strstr(e.text, "large"));
+    CHECK(holds(place, "NOTE1 old") && holds(beside, NULL));
+}
+#endif
+
 int main(void) {
     const char *build = getenv("MEDRUN_TEST_BUILD");
     file_map map;
@@ -183,6 +322,17 @@ int main(void) {
     test_lies();
     test_noise();
     remove(file);
+    snprintf(place, sizeof place, "%s/writer.note", build ? build : "build");
+    snprintf(beside, sizeof beside, "%s.partial", place);
+    snprintf(victim, sizeof victim, "%s/writer.victim", build ? build : "build");
+    remove(place), remove(beside);
+    test_writer();
+    test_writer_fails();
+#ifndef _WIN32
+    test_links();
+    test_full_disk();
+#endif
+    remove(place);
     free(whole);
     return report();
 }
