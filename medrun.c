@@ -16,7 +16,7 @@
  *      1 API           what an embedder may call; the manual is the comment above each call
  *      2 Platform      includes, compilers, what the system gives: files, memory, the terminal
  *      3 Basics        errors, memory, UTF-8, SHA-256, JSON
- *      4 Threads       mapped files, one pool, parallel_for
+ *      4 Threads       one pool, parallel_for
  *      5 Numbers       bf16, f16, int8, int4, and how weights lie in panels
  *      6 Kernels       the words for each instruction set, the sentences once, choosing a set
  *      7 Tensor        packing activations, matmul on all threads
@@ -1584,15 +1584,17 @@ static size_t edit_distance(const char *a, const char *b) {
     return row[nb];
 }
 /* ============================================================================================
- * 4 Threads: one pool, processor features
+ * 4 Threads: one pool
  *
- * parallel_for hands out ranges of work to threads that were made once. Which thread does which
- * range never shows in a result: every range writes its own outputs. Tests: tests/04_threads.c.
+ * Every loop of the engine that is worth sharing goes through parallel_for. It cuts the loop's
+ * items into ranges and lets the threads of a pool, made once when a model is opened, take them.
+ * May use sections 2 and 3. Tests: tests/04_threads.c, also built with -fsanitize=thread.
+ *
+ * A result never depends on the number of threads or on which thread computed what: an item (a
+ * panel of 16 output rows, a block of keys) is computed whole by one thread, in the same order
+ * whoever that is, and is written to a place of its own. No thread adds to the sum of another.
+ * So threads race for work, but never for memory.
  * ============================================================================================ */
-
-enum { SPINS = 2000 };
-
-/* ---- the pool ------------------------------------------------------------------------------ */
 
 /* Work on items [begin, end); THREAD (0 .. threads-1) names scratch that no one else uses. */
 typedef void task_fn(void *context, size_t begin, size_t end, int thread);
@@ -1603,12 +1605,14 @@ typedef struct {
     pthread_t id;
 } worker;
 
+/* A job is one call of parallel_for. The caller writes the plain fields of a job before it raises
+ * `job`, and workers read them after they saw the new number: that order makes them safe. */
 typedef struct thread_pool {
     int threads;                            /* with the caller, who is thread 0                 */
     worker workers[MAX_THREADS];
     int started;
     pthread_mutex_t turn;                   /* held by the session whose step runs              */
-    pthread_mutex_t lock;
+    pthread_mutex_t lock;                   /* for sleeping and waking only                     */
     pthread_cond_t wake, idle;
     atomic_uint job;                        /* grows by one for each parallel_for               */
     atomic_int running;                     /* workers that have not finished this job          */
@@ -1620,94 +1624,118 @@ typedef struct thread_pool {
     atomic_size_t next;                     /* first item nobody has taken                      */
 } thread_pool;
 
-static void take_work(thread_pool *p, int thread) {
+/* Takes ranges until none is left. One atomic counter is the whole schedule: a thread on a slow or
+ * busy core takes fewer ranges, and nobody waits for it longer than for one range. The order may be
+ * relaxed, because the counter guards nothing but itself. */
+static void take_work(thread_pool *pool, int thread) {
     for (;;) {
-        size_t begin = atomic_fetch_add_explicit(&p->next, p->grain, memory_order_relaxed);
-        if (begin >= p->n) return;
-        size_t end = p->n - begin < p->grain ? p->n : begin + p->grain;
-        p->task(p->context, begin, end, thread);
+        size_t begin = atomic_fetch_add_explicit(&pool->next, pool->grain, memory_order_relaxed);
+        if (begin >= pool->n) return;
+        size_t end = pool->n - begin < pool->grain ? pool->n : begin + pool->grain;
+        pool->task(pool->context, begin, end, thread);
     }
 }
 
-/* Waits until the job number is no longer SEEN: spins briefly, because the next job mostly comes
- * within microseconds, then sleeps, because nobody wants a fan to run while a person types. */
-static unsigned wait_for_job(thread_pool *p, unsigned seen) {
-    for (int i = 0; i < SPINS; i++) {
-        unsigned job = atomic_load_explicit(&p->job, memory_order_acquire);
-        if (job != seen) return job;
+/* How often a thread that waits looks again before it sleeps: 20 microseconds in all on a Xeon of
+ * 2023. The next job of a pass mostly comes sooner, and to wake a thread that sleeps would cost a
+ * system call and a task switch for each of the hundreds of jobs of a pass. */
+enum { SPINS = 2000 };
+
+/* Tells the core that this is a waiting loop: it leaves more to its other hardware thread. */
+ALWAYS_INLINE void pause_briefly(void) {
 #ifdef MEDRUN_X86
-        _mm_pause();
+    _mm_pause();
 #endif
+}
+
+/* Waits until the job number is no longer SEEN: first spins, then sleeps, because nobody wants a
+ * fan to run while a person types. */
+static unsigned wait_for_job(thread_pool *pool, unsigned seen) {
+    for (int i = 0; i < SPINS; i++) {
+        unsigned job = atomic_load_explicit(&pool->job, memory_order_acquire);
+        if (job != seen) return job;
+        pause_briefly();
     }
-    pthread_mutex_lock(&p->lock);
-    atomic_fetch_add(&p->sleeping, 1);
-    while (atomic_load(&p->job) == seen) pthread_cond_wait(&p->wake, &p->lock);
-    atomic_fetch_sub(&p->sleeping, 1);
-    pthread_mutex_unlock(&p->lock);
-    return atomic_load(&p->job);
+    pthread_mutex_lock(&pool->lock);
+    atomic_fetch_add(&pool->sleeping, 1);
+    while (atomic_load(&pool->job) == seen) pthread_cond_wait(&pool->wake, &pool->lock);
+    atomic_fetch_sub(&pool->sleeping, 1);
+    pthread_mutex_unlock(&pool->lock);
+    return atomic_load(&pool->job);
 }
 
 static void *worker_main(void *context) {
     const worker *w = context;
-    thread_pool *p = w->pool;
+    thread_pool *pool = w->pool;
     for (unsigned job = 0;;) {
-        job = wait_for_job(p, job);
-        if (atomic_load(&p->quit)) return NULL;
-        take_work(p, w->index);
-        if (atomic_fetch_sub(&p->running, 1) == 1) {
-            pthread_mutex_lock(&p->lock);
-            pthread_cond_signal(&p->idle);
-            pthread_mutex_unlock(&p->lock);
+        job = wait_for_job(pool, job);
+        if (atomic_load(&pool->quit)) return NULL;
+        take_work(pool, w->index);
+        if (atomic_fetch_sub(&pool->running, 1) == 1) {         /* the last one done wakes the   */
+            pthread_mutex_lock(&pool->lock);                    /* caller, should it sleep       */
+            pthread_cond_signal(&pool->idle);
+            pthread_mutex_unlock(&pool->lock);
         }
     }
 }
 
-static void start_job(thread_pool *p) {
-    atomic_store(&p->running, p->started);
-    atomic_fetch_add(&p->job, 1);
-    if (!atomic_load(&p->sleeping)) return;
-    pthread_mutex_lock(&p->lock);
-    pthread_cond_broadcast(&p->wake);
-    pthread_mutex_unlock(&p->lock);
+/* A worker cannot miss the new number and sleep on: it counts itself as sleeping before it looks at
+ * the number for the last time, and here the number grows before the sleepers are counted. */
+static void start_job(thread_pool *pool) {
+    atomic_store(&pool->running, pool->started);
+    atomic_fetch_add(&pool->job, 1);
+    if (!atomic_load(&pool->sleeping)) return;
+    pthread_mutex_lock(&pool->lock);
+    pthread_cond_broadcast(&pool->wake);
+    pthread_mutex_unlock(&pool->lock);
 }
 
-/* Runs TASK over N items, GRAIN at a time, on all threads, and returns when all are done. */
-static void parallel_for(thread_pool *p, size_t n, size_t grain, task_fn *task, void *context) {
+/* Waits until no worker runs. All of them must have left this job before the next one begins, even
+ * those that came too late to find work: they read its fields. */
+static void wait_for_workers(thread_pool *pool) {
+    for (int i = 0; i < SPINS; i++) {
+        if (!atomic_load_explicit(&pool->running, memory_order_acquire)) return;
+        pause_briefly();
+    }
+    pthread_mutex_lock(&pool->lock);
+    while (atomic_load(&pool->running)) pthread_cond_wait(&pool->idle, &pool->lock);
+    pthread_mutex_unlock(&pool->lock);
+}
+
+/* Runs TASK over N items, GRAIN at a time, on all threads, and returns when all are done. One
+ * caller at a time, who holds `turn`; a task must not call parallel_for itself. */
+static void parallel_for(thread_pool *pool, size_t n, size_t grain, task_fn *task, void *context) {
     if (!n) return;
     if (grain < 1) grain = 1;
-    if (!p->started || n <= grain) {
+    if (!pool->started || n <= grain) {
         task(context, 0, n, 0);
         return;
     }
-    p->task = task, p->context = context, p->n = n, p->grain = grain;
-    atomic_store(&p->next, 0);
-    start_job(p);
-    take_work(p, 0);
-    for (int i = 0; i < SPINS && atomic_load_explicit(&p->running, memory_order_acquire); i++) {
-#ifdef MEDRUN_X86
-        _mm_pause();
-#endif
-    }
-    if (!atomic_load_explicit(&p->running, memory_order_acquire)) return;
-    pthread_mutex_lock(&p->lock);
-    while (atomic_load(&p->running)) pthread_cond_wait(&p->idle, &p->lock);
-    pthread_mutex_unlock(&p->lock);
+    pool->task = task;
+    pool->context = context;
+    pool->n = n;
+    pool->grain = grain;
+    atomic_store(&pool->next, 0);
+    start_job(pool);
+    take_work(pool, 0);
+    wait_for_workers(pool);
 }
 
-static void pool_stop(thread_pool *p) {
-    atomic_store(&p->quit, true);
-    start_job(p);
-    for (int i = 0; i < p->started; i++) pthread_join(p->workers[i].id, NULL);
-    pthread_mutex_destroy(&p->turn);
-    pthread_mutex_destroy(&p->lock);
-    pthread_cond_destroy(&p->wake);
-    pthread_cond_destroy(&p->idle);
-    p->started = p->threads = 0;
+static void pool_stop(thread_pool *pool) {
+    atomic_store(&pool->quit, true);
+    start_job(pool);
+    for (int i = 0; i < pool->started; i++) pthread_join(pool->workers[i].id, NULL);
+    pthread_mutex_destroy(&pool->turn);
+    pthread_mutex_destroy(&pool->lock);
+    pthread_cond_destroy(&pool->wake);
+    pthread_cond_destroy(&pool->idle);
+    pool->started = pool->threads = 0;
 }
 
 enum { THREAD_STACK = 512 << 10 };
 
-/* A system's usual stack would take 8 MiB of addresses from a process that may have few. */
+/* The usual stack of 8 MiB a thread would use up the address space of a process that may have only
+ * little (ulimit -v). Big arrays lie in a session's scratch, not on the stack. */
 static int start_thread(pthread_t *id, void *(*run)(void *), void *context) {
     pthread_attr_t small;
     pthread_attr_init(&small);
@@ -1717,24 +1745,26 @@ static int start_thread(pthread_t *id, void *(*run)(void *), void *context) {
     return failed;
 }
 
-/* THREADS 0: one for each processor. The pool must not move afterwards. */
-static int pool_start(thread_pool *p, int threads, medrun_error *e) {
-    memset(p, 0, sizeof *p);
+/* THREADS 0: one for each processor. The pool must not move afterwards, for workers point to it. */
+static int pool_start(thread_pool *pool, int threads, medrun_error *e) {
+    memset(pool, 0, sizeof *pool);
     if (threads < 0 || threads > MAX_THREADS)
         return fail(e, MEDRUN_USAGE, "threads: found %d, wanted 1 to %d", threads, MAX_THREADS);
-    pthread_mutex_init(&p->turn, NULL);
-    pthread_mutex_init(&p->lock, NULL);
-    pthread_cond_init(&p->wake, NULL);
-    pthread_cond_init(&p->idle, NULL);
-    p->threads = threads ? threads : processors();
-    for (int i = 1; i < p->threads; i++) {
-        worker *w = &p->workers[p->started];
-        w->pool = p, w->index = i;
+    pthread_mutex_init(&pool->turn, NULL);
+    pthread_mutex_init(&pool->lock, NULL);
+    pthread_cond_init(&pool->wake, NULL);
+    pthread_cond_init(&pool->idle, NULL);
+    pool->threads = threads ? threads : processors();
+    for (int i = 1; i < pool->threads; i++) {
+        worker *w = &pool->workers[pool->started];
+        w->pool = pool;
+        w->index = i;
         if (start_thread(&w->id, worker_main, w)) {
-            fail(e, MEDRUN_FAILED, "cannot start thread %d of %d", i + 1, p->threads);
-            return pool_stop(p), MEDRUN_FAILED;
+            fail(e, MEDRUN_FAILED, "cannot start thread %d of %d", i + 1, pool->threads);
+            pool_stop(pool);
+            return MEDRUN_FAILED;
         }
-        p->started++;
+        pool->started++;
     }
     return MEDRUN_OK;
 }

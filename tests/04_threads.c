@@ -104,7 +104,8 @@ static void meet(void *context, size_t begin, size_t end, int thread) {
 
 static void test_all_threads_work(void) {
     thread_pool p;
-    if (!CHECK_EQ(pool_start(&p, 4, NULL), MEDRUN_OK)) return;
+    medrun_error e = {0};
+    if (!CHECK_EQ(pool_start(&p, 4, &e), MEDRUN_OK)) return;
     meeting m = {.pool = &p, .together = true};
     parallel_for(&p, 4, 1, meet, &m);
     CHECK(m.together);
@@ -122,8 +123,9 @@ static void test_short_jobs(void) {
     static seen s;
     for (size_t i = 0; i < sizeof counts / sizeof *counts; i++) {
         thread_pool p;
+        medrun_error e = {0};
         int wrong = 0;
-        if (!CHECK_EQ(pool_start(&p, counts[i], NULL), MEDRUN_OK)) continue;
+        if (!CHECK_EQ(pool_start(&p, counts[i], &e), MEDRUN_OK)) continue;
         for (int job = 0; job < 3000; job++) wrong += wrong_job(&p, &s, 2 + (size_t)job % 9, 1, 0);
         CHECK_EQ(wrong, 0);
         for (int job = 0; job < 150; job++) {
@@ -140,8 +142,9 @@ static void test_short_jobs(void) {
 /* Idle workers must sleep, not spin: an engine that waits for a person uses no processor. */
 static void test_workers_sleep(void) {
     thread_pool p;
+    medrun_error e = {0};
     static seen s;
-    if (!CHECK_EQ(pool_start(&p, 4, NULL), MEDRUN_OK)) return;
+    if (!CHECK_EQ(pool_start(&p, 4, &e), MEDRUN_OK)) return;
     CHECK_EQ(wrong_job(&p, &s, 100, 1, 0), 0);
     double start = seconds();
     while (atomic_load(&p.sleeping) < 3 && seconds() - start < 10) usleep(1000);
@@ -165,15 +168,16 @@ static void test_pool_start(void) {
     e = (medrun_error){0};
     CHECK_EQ(pool_start(&p, MAX_THREADS + 1, &e), MEDRUN_USAGE);
     CHECK(strstr(e.text, "257") != NULL);
-    CHECK_EQ(pool_start(&p, 0, NULL), MEDRUN_OK);
+    e = (medrun_error){0};
+    CHECK_EQ(pool_start(&p, 0, &e), MEDRUN_OK);
     CHECK_EQ(p.threads, processors());
     pool_stop(&p);
-    CHECK_EQ(pool_start(&p, MAX_THREADS, NULL), MEDRUN_OK);
+    CHECK_EQ(pool_start(&p, MAX_THREADS, &e), MEDRUN_OK);
     CHECK_EQ(p.started, MAX_THREADS - 1);
     pool_stop(&p);
     int wrong = 0;
     for (int i = 0; i < 300; i++) {                     /* started and stopped before they run   */
-        wrong += pool_start(&p, 1 + i % 6, NULL) != MEDRUN_OK;
+        wrong += pool_start(&p, 1 + i % 6, &e) != MEDRUN_OK;
         pool_stop(&p);
     }
     CHECK_EQ(wrong, 0);
@@ -246,7 +250,8 @@ static void test_map_file(void) {
     CHECK(strstr(e.text, "is empty") != NULL);
     CHECK(write(fd, "twelve bytes", 12) == 12);
     close(fd);
-    CHECK_EQ(map_file(path, &map, NULL), MEDRUN_OK);
+    e = (medrun_error){0};
+    CHECK_EQ(map_file(path, &map, &e), MEDRUN_OK);
     CHECK(map.n == 12 && !memcmp(map.data, "twelve bytes", 12));
     unmap_file(&map);
     CHECK(map.data == NULL && map.n == 0);
