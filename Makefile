@@ -25,7 +25,7 @@ MODELS   = $(foreach f,$(FIXTURES),$(addprefix $(BUILD)/$(f)-,bf16.mdr int8.mdr 
 EXPORT   = $(wildcard tools/export_*.c) tools/options.c tools/files.c
 EVAL     = $(wildcard tools/eval_*.c) tools/options.c tools/files.c
 
-all: $(BIN)/medrun$(EXE) $(BIN)/medrun-export$(EXE) $(BIN)/medrun-eval$(EXE)
+all: $(foreach p,medrun medrun-export medrun-eval medrun-lab,$(BIN)/$(p)$(EXE))
 
 $(BIN)/medrun$(EXE): medrun.c
 	@mkdir -p $(BIN)
@@ -36,6 +36,9 @@ $(BIN)/medrun-export$(EXE): tools/export.c $(EXPORT) medrun.c
 
 $(BIN)/medrun-eval$(EXE): tools/eval.c $(EVAL) medrun.c
 	$(CC) $(CFLAGS) $(WARN) -o $@ tools/eval.c $(LIBS)
+
+$(BIN)/medrun-lab$(EXE): tools/lab.c medrun.c
+	$(CC) $(CFLAGS) $(WARN) $(CL) -o $@ tools/lab.c $(LIBS)
 
 # One file with no library beside it; make static STATIC_CC=gcc takes the system's own libc.
 STATIC_CC  ?= musl-gcc
@@ -108,13 +111,13 @@ $(BUILD)/fuzz_readers: tests/fuzz.c tools/export.c $(EXPORT) medrun.c
 	clang -O1 -g1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -o $@ $< $(LIBS)
 fuzz: $(BUILD)/fuzz_readers $(MODELS) $(BUILD)/tokenizer.bin
 	@sh tests/fuzz.sh $(BUILD)/fuzz_readers $(SECONDS) $(READERS)
-bench: $(BIN)/medrun
-	$(BIN)/medrun bench $(DEMO)
+bench: $(BIN)/medrun-lab
+	$(BIN)/medrun-lab bench $(DEMO)
 size:
 	@CC="$(CC)" CFLAGS="$(CFLAGS)" sh tools/size.sh $(BUILD)
 install: all
 	install -d $(DESTDIR)$(PREFIX)/bin
-	install $(BIN)/medrun $(BIN)/medrun-export $(BIN)/medrun-eval $(DESTDIR)$(PREFIX)/bin
+	install $(BIN)/medrun $(BIN)/medrun-export $(BIN)/medrun-eval $(BIN)/medrun-lab $(DESTDIR)$(PREFIX)/bin
 lib: $(LIB)/libmedrun.a $(LIB)/libmedrun.so $(LIB)/medrun.h
 $(LIB)/medrun.o: medrun.c
 	@mkdir -p $(LIB)
@@ -138,9 +141,9 @@ dist:
 	@sh tools/dist.sh $(BUILD)/dist
 .PHONY: lib install-lib dist
 clean:
-	rm -rf $(BUILD) medrun medrun-export medrun-eval
+	rm -rf $(BUILD) medrun medrun-export medrun-eval medrun-lab
 help:
-	@echo "make            builds medrun, medrun-export and medrun-eval"
+	@echo "make            builds medrun, medrun-export, medrun-eval and medrun-lab"
 	@echo "make OPENCL=1   the same with OpenCL devices (make clean first)"
 	@echo "make run        asks the demo model a question"
 	@echo "make lib        libmedrun.a, libmedrun.so, medrun.h in build/lib; make install-lib"

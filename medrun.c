@@ -10,6 +10,7 @@
  *     cc -DMEDRUN_NO_MAIN -c medrun.c              the library object
  *     #define MEDRUN_API_ONLY                      then include: section 1 only, as a header
  *     #define MEDRUN_NO_MAIN                       then include: every static within reach
+ *     #define MEDRUN_COMMANDS                      and the command line's machinery, too
  *
  * Sections, each using only what stands above it:
  *
@@ -1554,7 +1555,7 @@ static bool json_text(const json *j, uint32_t v, const char *what, const char *k
 }
 
 /* Appends TEXT as a JSON string with its quotes. Bytes that are not UTF-8 become U+FFFD. */
-static void json_quote(buffer *b, const char *text, size_t n) {
+MAYBE_UNUSED static void json_quote(buffer *b, const char *text, size_t n) {
     buffer_text(b, "\"");
     for (size_t i = 0, len; i < n; i += len) {
         uint32_t code;
@@ -9812,7 +9813,7 @@ int medrun_attach(medrun_model *m, const char *name, int layers, medrun_error *e
                 "OPENCL=1)", name);
 }
 #endif
-#ifndef MEDRUN_NO_MAIN
+#if !defined MEDRUN_NO_MAIN || defined MEDRUN_COMMANDS
 /* ============================================================================================
  * 16 Commands: what users type
  *
@@ -9824,18 +9825,13 @@ int medrun_attach(medrun_model *m, const char *name, int layers, medrun_error *e
 
 /* ---- options ------------------------------------------------------------------------------- */
 
-enum { CHAT, RUN, SHOW, VERIFY, TOKENIZE, DETOKENIZE, RENDER, LOGITS, REPLAY, BENCH, DOCTOR,
-       HELP, N_COMMANDS };
-
-static const char *const command_names[N_COMMANDS] = {
-    "chat", "run", "show", "verify", "tokenize", "detokenize", "render", "logits", "replay",
-    "bench", "doctor", "help"};
+enum { CHAT, RUN, SHOW, VERIFY, TOKENIZE, DETOKENIZE, RENDER, LOGITS, HELP, N_COMMANDS };
 
 #define ON(command) (1u << (command))
 #define ON_ANSWER (ON(CHAT) | ON(RUN))
-#define ON_MODEL (ON_ANSWER | ON(SHOW) | ON(VERIFY) | ON(LOGITS) | ON(REPLAY) | ON(BENCH))
+#define ON_MODEL (ON_ANSWER | ON(SHOW) | ON(VERIFY) | ON(LOGITS))
 #define ON_FILE (ON(TOKENIZE) | ON(DETOKENIZE) | ON(RENDER))
-#define ON_SESSION (ON_ANSWER | ON(LOGITS) | ON(BENCH))
+#define ON_SESSION (ON_ANSWER | ON(LOGITS))
 #define ON_TEXT (ON_ANSWER | ON(TOKENIZE))
 #define MAX_SEED 9007199254740991       /* 2^53 - 1: a double, and so JSON, can hold it           */
 
@@ -9849,15 +9845,37 @@ typedef struct {
     double min, max;
     const char *standard;       /* what holds without it; a number is parsed from here         */
     const char *help;
+    const char *twin;           /* names its environment variable, where the name would name
+                                   another command's option too                                 */
 } option_row;
+
+enum { MAX_OPTIONS = 64 };
+
+struct command;
+
+typedef struct {
+    const char *name, *arguments, *help;
+    int (*run)(struct command *c);
+    int most;                   /* arguments that are no options                                */
+    bool model_first;           /* the first of them is the model, unless -m names it           */
+    bool exact_text;            /* a line end at the end of a text counts                       */
+} command_row;
+
+/* A command line is read for a program: medrun, or a tool that includes this file. */
+typedef struct {
+    const char *name, *about;
+    const command_row *commands;
+    int n_commands;
+    const option_row *options;                  /* a row without a name is no option            */
+    int n_options;
+    int unnamed;                                /* the command that needs no name, or -1        */
+} program;
 
 enum { O_MODEL, O_PROMPT, O_FILE, O_SYSTEM, O_PREDICT, O_CTX, O_THREADS, O_BATCH, O_SEED, O_TEMP,
        O_TOP_K, O_TOP_P, O_MIN_P, O_REPEAT, O_TEMPLATE, O_STOP, O_KV, O_OVERFLOW, O_LOOKUP, O_RAW,
-       O_MLOCK, O_STRICT, O_DEVICE, O_GPU_LAYERS, O_SAVE_PREFIX, O_LOAD_PREFIX, O_RECORD, O_STATS,
-       O_VERBOSE, O_QUIET,
-       O_BOS, O_SPECIAL, O_PIECES, O_MESSAGES, O_RENDER_IDS, O_NO_OPENING, O_DATE, O_THINK, O_TOOLS,
-       O_CHAT_BOS, O_IDS, O_ALL, O_OUT, O_BENCH_PROMPT, O_BENCH_PREDICT, O_DEPTH, O_REPETITIONS,
-       O_FORMAT, O_HELP, O_VERSION, N_OPTIONS };
+       O_MLOCK, O_STRICT, O_DEVICE, O_GPU_LAYERS, O_SAVE_PREFIX, O_LOAD_PREFIX, O_STATS,
+       O_VERBOSE, O_QUIET, O_BOS, O_SPECIAL, O_PIECES, O_MESSAGES, O_RENDER_IDS, O_NO_OPENING, O_DATE, O_THINK, O_TOOLS,
+       O_CHAT_BOS, O_IDS, O_ALL, O_OUT, O_HELP, O_VERSION, N_OPTIONS };
 
 static const option_row option_rows[N_OPTIONS] = {
     [O_MODEL] = {"model", "m", "FILE", TEXT, ON_MODEL | ON_FILE, 0, 0, NULL,
@@ -9918,21 +9936,21 @@ static const option_row option_rows[N_OPTIONS] = {
                        "write what the model made of the prompt, which it holds: keep it safe"},
     [O_LOAD_PREFIX] = {"load-prefix", NULL, "FILE", TEXT, ON_ANSWER, 0, 0, NULL,
                        "take from there as much as the prompt begins with; changes no token"},
-    [O_RECORD] = {"record", NULL, "FILE", TEXT, ON(RUN), 0, 0, NULL,
-                  "write what replay needs; it holds prompt and answer, as ids: keep it safe"},
     [O_STATS] = {"stats", NULL, NULL, FLAG, ON_ANSWER, 0, 0, NULL, "print speeds"},
     [O_VERBOSE] = {"verbose", "v", NULL, FLAG, ON_ANSWER | ON(VERIFY), 0, 0, NULL,
                    "print the prompt as the model sees it; verify: all that is the same"},
     [O_QUIET] = {"quiet", "q", NULL, FLAG, ON_ANSWER | ON(VERIFY), 0, 0, NULL,
                  "no lines about the run; verify: only what differs"},
-    [O_BOS] = {"bos", NULL, NULL, FLAG, ON(TOKENIZE), 0, 0, NULL, "begin with the token for that"},
+    [O_BOS] = {"bos", NULL, NULL, FLAG, ON(TOKENIZE), 0, 0, NULL, "begin with the token for that",
+               "TOKENIZE_BOS"},
     [O_SPECIAL] = {"special", NULL, NULL, FLAG, ON(TOKENIZE) | ON(DETOKENIZE), 0, 0, NULL,
                    "control tokens count: read them in the text, print them"},
     [O_PIECES] = {"pieces", NULL, NULL, FLAG, ON(TOKENIZE), 0, 0, NULL,
                   "a line for each token: id, tab, text with escapes"},
     [O_MESSAGES] = {"messages", NULL, "FILE", TEXT, ON(RENDER), 0, 0, NULL,
                     "[{\"role\": \"user\", \"content\": \"...\"}, ...], - is stdin"},
-    [O_RENDER_IDS] = {"ids", NULL, NULL, FLAG, ON(RENDER), 0, 0, NULL, "ids instead of text"},
+    [O_RENDER_IDS] = {"ids", NULL, NULL, FLAG, ON(RENDER), 0, 0, NULL, "ids instead of text",
+                      "RENDER_IDS"},
     [O_NO_OPENING] = {"no-generation-prompt", NULL, NULL, FLAG, ON(RENDER), 0, 0, NULL,
                       "leave out the opening of the answer (afm's template has no choice)"},
     [O_DATE] = {"date", NULL, "YYYY-MM-DD", TEXT, ON_ANSWER | ON(RENDER), 0, 0, "the template's",
@@ -9949,26 +9967,19 @@ static const option_row option_rows[N_OPTIONS] = {
                "after each token, not only after the last"},
     [O_OUT] = {"out", "o", "OUT.f32", TEXT, ON(LOGITS), 0, 0, NULL,
                "little-endian float32, vocab_size a row"},
-    [O_BENCH_PROMPT] = {"prompt", "p", "N", WHOLE, ON(BENCH), 1, 1 << 20, "512",
-                        "tokens of the prompt"},
-    [O_BENCH_PREDICT] = {"predict", "n", "N", WHOLE, ON(BENCH), 1, 1 << 20, "128",
-                         "tokens to generate, one after the other"},
-    [O_DEPTH] = {"depth", "d", "N", WHOLE, ON(BENCH), 0, 1 << 20, "0",
-                 "tokens that stand before both and are not timed"},
-    [O_REPETITIONS] = {"repetitions", "r", "N", WHOLE, ON(BENCH), 1, 1000, "5", "of both"},
-    [O_FORMAT] = {"output", "o", "md|json", CHOICE, ON(BENCH), 0, 0, "md", "a table, or one line"},
     [O_HELP] = {"help", "h", NULL, FLAG, ~0u, 0, 0, NULL, "print this"},
     [O_VERSION] = {"version", NULL, NULL, FLAG, ~0u, 0, 0, NULL, "print the version"},
 };
 
 enum { FROM_DEFAULT, FROM_ENVIRONMENT, FROM_FLAG };
 
-/* What a command works on. main closes what it opened. */
-typedef struct {
-    int which;                                  /* CHAT, RUN, ...                               */
-    const char *text[N_OPTIONS];                /* as given, or NULL                            */
-    double number[N_OPTIONS];                   /* a FLAG's is 0 or 1, a CHOICE's its place     */
-    int from[N_OPTIONS];
+/* What a command works on. run_program closes what it opened. */
+typedef struct command {
+    const program *p;
+    const command_row *row;
+    const char *text[MAX_OPTIONS];              /* as given, or NULL                            */
+    double number[MAX_OPTIONS];                 /* a FLAG's is 0 or 1, a CHOICE's its place     */
+    int from[MAX_OPTIONS];
     const char *stops[MEDRUN_MAX_STOPS];
     size_t n_stops;
     char **rest;                                /* (n_rest) what is no option                   */
@@ -9990,6 +10001,11 @@ static bool given(const command *c, int id) { return c->text[id] != NULL; }
 static bool flag(const command *c, int id) { return c->number[id] != 0; }
 static int whole(const command *c, int id) { return (int)c->number[id]; }
 
+/* Does this command take the option? */
+static bool takes(const command *c, int id) {
+    return c->p->options[id].on & ON(c->row - c->p->commands);
+}
+
 static const char *nearest(const char *word, const char *const *names, size_t n) {
     size_t best = 0;
     for (size_t i = 1; i < n; i++)
@@ -9998,30 +10014,47 @@ static const char *nearest(const char *word, const char *const *names, size_t n)
 }
 
 /* The option that ARG (N bytes, with its dashes) names for one of these commands, or -1. */
-static int find_option(const char *arg, size_t n, unsigned on) {
+static int find_option(const program *p, const char *arg, size_t n, unsigned on) {
     size_t dashes = n > 1 && arg[1] == '-' ? 2 : 1;
-    for (int id = 0; id < N_OPTIONS; id++) {
-        const char *name = dashes == 2 ? option_rows[id].name : option_rows[id].small;
-        if (name && (option_rows[id].on & on) && strlen(name) == n - dashes &&
+    for (int id = 0; id < p->n_options; id++) {
+        const char *name = dashes == 2 ? p->options[id].name : p->options[id].small;
+        if (name && (p->options[id].on & on) && strlen(name) == n - dashes &&
             !memcmp(name, arg + dashes, n - dashes)) return id;
     }
     return -1;
 }
 
+/* Commands and options that another program has. */
+static const char *const elsewhere[][2] = {
+    {"bench", "medrun-lab bench"}, {"doctor", "medrun-lab doctor"}, {"replay", "medrun-lab replay"},
+    {"record", "medrun-lab record"}, {"--record", "medrun-lab record"}, {"call", "medrun-lab call"},
+    {"export", "medrun-export"}, {"eval", "medrun-eval"}, {"serve", "medrun-serve"},
+    {"explain", "medrun-explain"}};
+
+static int look_elsewhere(command *c, const char *word) {
+    for (size_t i = 0; i < sizeof elsewhere / sizeof *elsewhere; i++)
+        if (!strcmp(word, elsewhere[i][0]))
+            return fail(&c->e, MEDRUN_USAGE, "%s: %s does this", word, elsewhere[i][1]);
+    return MEDRUN_OK;
+}
+
 static int unknown_option(command *c, const char *arg) {
-    const char *names[N_OPTIONS], *mine = command_names[c->which];
+    const program *p = c->p;
+    const char *names[MAX_OPTIONS];
     char where[200] = "";
     size_t n_names = 0;
-    int id = find_option(arg, strlen(arg), ~0u);
-    for (int k = 0; id >= 0 && k < N_COMMANDS; k++)
-        if (option_rows[id].on & ON(k))
-            snprintf(where + strlen(where), sizeof where - strlen(where), " %s", command_names[k]);
+    int id = find_option(p, arg, strlen(arg), ~0u);
+    for (int k = 0; id >= 0 && k < p->n_commands; k++)
+        if (p->options[id].on & ON(k))
+            snprintf(where + strlen(where), sizeof where - strlen(where), " %s",
+                     p->commands[k].name);
     if (*where)
-        return fail(&c->e, MEDRUN_USAGE, "%s does not go with %s, but with:%s", arg, mine, where);
-    for (id = 0; id < N_OPTIONS; id++)
-        if (option_rows[id].on & ON(c->which)) names[n_names++] = option_rows[id].name;
-    return fail(&c->e, MEDRUN_USAGE, "unknown option %s; the nearest is --%s (medrun help %s)", arg,
-                nearest(arg + strspn(arg, "-"), names, n_names), mine);
+        return fail(&c->e, MEDRUN_USAGE, "%s does not go with %s, but with:%s", arg, c->row->name,
+                    where);
+    if (look_elsewhere(c, arg)) return c->e.code;
+    for (id = 0; id < p->n_options; id++) if (takes(c, id)) names[n_names++] = p->options[id].name;
+    return fail(&c->e, MEDRUN_USAGE, "unknown option %s; the nearest is --%s (%s help %s)", arg,
+                nearest(arg + strspn(arg, "-"), names, n_names), p->name, c->row->name);
 }
 
 /* A decimal number and nothing else. */
@@ -10052,7 +10085,7 @@ static int set_flag(command *c, int id, const char *value, const char *name) {
 
 /* VALUE was found in NAME, an option or an environment variable. */
 static int set_option(command *c, int id, const char *value, int from, const char *name) {
-    const option_row *r = &option_rows[id];
+    const option_row *r = &c->p->options[id];
     double v;
     c->text[id] = value, c->from[id] = from;
     if (r->kind == FLAG) return set_flag(c, id, value, name);
@@ -10072,14 +10105,15 @@ static int set_option(command *c, int id, const char *value, int from, const cha
 
 /* MEDRUN_TOP_K for --top-k, and so on, where the line does not have the option. */
 static int read_environment(command *c) {
-    char name[40];
-    for (int id = 0; id < O_HELP; id++) {
-        if (!(option_rows[id].on & ON(c->which)) || c->from[id] != FROM_DEFAULT) continue;
-        snprintf(name, sizeof name, "MEDRUN_%s", option_rows[id].name);
+    char name[48];
+    for (int id = 0; id < c->p->n_options; id++) {
+        const option_row *r = &c->p->options[id];
+        if (!takes(c, id) || c->from[id] != FROM_DEFAULT || id == O_HELP || id == O_VERSION)
+            continue;
+        snprintf(name, sizeof name, "MEDRUN_%s", r->twin ? r->twin : r->name);
         for (char *p = name; *p; p++) *p = *p == '-' ? '_' : (char)toupper((uint8_t)*p);
         const char *value = getenv(name);
-        int code = value && *value ? set_option(c, id, value, FROM_ENVIRONMENT, name) : 0;
-        if (code) return code;
+        if (value && *value && set_option(c, id, value, FROM_ENVIRONMENT, name)) return c->e.code;
     }
     return MEDRUN_OK;
 }
@@ -10213,8 +10247,8 @@ static int json_messages(command *c, const json *j, uint32_t v, const char *what
 static const char *model_path(command *c) {
     if (c->n_rest && c->from[O_MODEL] != FROM_FLAG) return c->n_rest--, *c->rest++;
     if (given(c, O_MODEL)) return c->text[O_MODEL];
-    fail(&c->e, MEDRUN_USAGE, "%s: no model; name one (medrun help %s)", command_names[c->which],
-         command_names[c->which]);
+    fail(&c->e, MEDRUN_USAGE, "%s: no model; name one (%s help %s)", c->row->name, c->p->name,
+         c->row->name);
     return NULL;
 }
 
@@ -10256,7 +10290,7 @@ static int attach_device(command *c) {
 #ifndef MEDRUN_OPENCL
     if (!asked) return MEDRUN_OK;
 #endif
-    if (!(option_rows[O_DEVICE].on & ON(c->which)) || !layers || !strcmp(name, "none") ||
+    if (!takes(c, O_DEVICE) || !layers || !strcmp(name, "none") ||
         (!asked && whole(c, O_KV) == MEDRUN_KV_INT8)) return MEDRUN_OK;
     int code = medrun_attach(c->m, name, layers, &e);
     medrun_describe(c->m, &info);
@@ -10268,7 +10302,7 @@ static int attach_device(command *c) {
 }
 
 static int open_path(command *c, const char *path) {
-    medrun_options o = {.threads = ON(c->which) & (ON_FILE | ON(SHOW)) ? 1 : whole(c, O_THREADS)};
+    medrun_options o = {.threads = takes(c, O_THREADS) ? whole(c, O_THREADS) : 1};
     int code = medrun_open(&c->m, path, &o, &c->e);
     if (code || (code = attach_device(c))) return code;
     c->t = &c->m->tokenizer, c->chat = c->m->chat, c->sampling = c->m->sampling;
@@ -10601,7 +10635,7 @@ static int read_prompt(command *c, buffer *text) {
     if (!file && is_terminal(STDIN_FILENO))
         return fail(&c->e, MEDRUN_USAGE, "no text: give -p TEXT or -f FILE, or pipe it in");
     int code = read_file(c, file ? c->text[O_FILE] : "-", text);
-    if (c->which != TOKENIZE) drop_line_end(text);
+    if (!c->row->exact_text) drop_line_end(text);
     return code;
 }
 
@@ -10609,7 +10643,7 @@ static const char *system_text(const command *c) {
     return given(c, O_SYSTEM) ? c->text[O_SYSTEM] : c->m->system;
 }
 
-/* ---- run, replay --------------------------------------------------------------------------- */
+/* ---- run ----------------------------------------------------------------------------------- */
 
 /* The ids of the whole prompt. */
 static int make_prompt(command *c, const buffer *text, buffer *ids) {
@@ -10634,156 +10668,38 @@ static int hash_logits(command *c, char hex[65]) {
     return hex_of(digest, hex), MEDRUN_OK;
 }
 
-static void record_ids(buffer *b, const char *key, const int32_t *ids, size_t n) {
-    buffer_printf(b, " \"%s\": [", key);
-    for (size_t i = 0; i < n; i++) buffer_printf(b, i ? ",%d" : "%d", ids[i]);
-    buffer_text(b, "],\n");
-}
-
-/* The options are those of a command line, so that replay reads them with the same table. */
-static int write_record(command *c, size_t n_prompt) {
-    const medrun_sampling *s = &c->sampling;
-    const int32_t *ids = medrun_tokens(c->s);
-    static const file_kind record_file = {"a record of a run", "{\"engine\": \"me", true};
-    char hash[65], logits[65];
-    file_writer w;
-    buffer b = {0};
-    int code = hash_logits(c, logits);
-    hex_of(c->m->file.hash, hash);
-    buffer_text(&b, "{\"engine\": \"medrun " MEDRUN_VERSION "\", \"model\": ");
-    json_quote(&b, c->m->path, strlen(c->m->path));
-    buffer_printf(&b, ",\n \"model_hash\": \"%s\",\n \"kernels\": \"%s\",\n \"options\": {"
-                  "\"--strict\": \"%d\", \"--kv\": \"%s\", \"--ctx\": \"%zu\", \"--seed\": "
-                  "\"%llu\",\n  \"--temp\": \"%.9g\", \"--top-k\": \"%d\", \"--top-p\": \"%.9g\", "
-                  "\"--min-p\": \"%.9g\", \"--repeat-penalty\": \"%.9g\"},\n", hash,
-                  c->m->kernels->name,
-                  flag(c, O_STRICT), kv_names[cache_type(c)], context_of(c),
-                  (unsigned long long)s->seed, (double)s->temperature, s->top_k, (double)s->top_p,
-                  (double)s->min_p, (double)s->repeat_penalty);
-    if (c->chat_options.date) buffer_printf(&b, " \"date\": \"%s\",\n", c->chat_options.date);
-    record_ids(&b, "prompt", ids, n_prompt);
-    record_ids(&b, "answer", ids + n_prompt, medrun_length(c->s) - n_prompt);
-    buffer_printf(&b, " \"logits_sha256\": \"%s\"}\n", logits);
-    if (!code && b.failed) code = out_of_memory(&c->e, b.n);
-    if (!code && !writer_open(&w, c->text[O_RECORD], &record_file, false, &c->e)) {
-        fwrite(b.data, 1, b.n, w.f);
-        writer_done(&w, &c->e);
-    }
-    buffer_free(&b);
-    return code ? code : c->e.code;
-}
-
-static int run_ids(command *c, const buffer *ids) {
-    answer a;
+/* Answers the prompt IDS; *A says how that went, also when it was cut. */
+static int run_ids(command *c, const buffer *ids, answer *a) {
     size_t n = ids->n / 4;
     if (n >= context_of(c)) return too_long(c, n);
     show_prompt(c, ids_of(ids), n);
     int code = check_prefix(c);
     if (!code) code = feed_prompt(c, ids_of(ids), n);
     if (code) return code;
-    code = print_reply(c, &a);
+    code = print_reply(c, a);
     bool stopped = code == MEDRUN_INTERRUPTED || code == MEDRUN_TOO_LONG;
-    if ((!code || stopped) && flag(c, O_STATS)) print_stats(c, &a);
-    if (!given(c, O_RECORD) || (code && !(stopped && a.n_answer))) return code;
-    medrun_error before = c->e;                         /* a cut answer is recorded as well      */
-    c->e = (medrun_error){0};
-    int written = write_record(c, n);
-    if (!written) c->e = before;
-    return written ? written : code;
-}
-
-static int run_command(command *c) {
-    buffer text = {0}, ids = {0};
-    int code = open_model(c);
-    if (!code) code = choose_chat(c);
-    if (!code) code = read_prompt(c, &text);
-    if (!code) code = make_prompt(c, &text, &ids);
-    if (!code) code = start_session(c);
-    if (!code) code = run_ids(c, &ids);
-    buffer_free(&text), buffer_free(&ids);
+    if ((!code || stopped) && flag(c, O_STATS)) print_stats(c, a);
     return code;
 }
 
-/* Sets the options of a record, as if they had been typed. */
-static int replay_options(command *c, const json *j, uint32_t all, const char *path) {
-    uint32_t v = all + 1;
-    bool object = json_is_type(j, all, JSON_OBJECT);
-    if (!object) return fail(&c->e, MEDRUN_BAD_FILE, "%s: field options: wanted an object", path);
-    for (uint32_t i = 0; i < j->nodes[all].count; i += 2, v = j->nodes[v + 1].next) {
-        const json_node *key = &j->nodes[v];
-        const char *name = j->text + key->start;
-        char value[40], known[24];
-        int id = find_option(name, key->end - key->start, ON(RUN));
-        if (id < 0 || option_rows[id].kind == TEXT)
-            return fail(&c->e, MEDRUN_BAD_FILE, "%s: options: found %.*s, which this medrun cannot "
-                        "replay", path, (int)(key->end - key->start), name);
-        snprintf(known, sizeof known, "--%s", option_rows[id].name);
-        if (!json_text(j, all, path, known, value, sizeof value, &c->e)) return MEDRUN_BAD_FILE;
-        if (set_option(c, id, value, FROM_FLAG, known)) return c->e.code = MEDRUN_BAD_FILE;
-        c->text[id] = "";                               /* given; but `value` ends here          */
-    }
-    return MEDRUN_OK;
+/* The prompt is *IDS then. */
+static int answer_once(command *c, buffer *ids, answer *a) {
+    buffer text = {0};
+    int code = open_model(c);
+    if (!code) code = choose_chat(c);
+    if (!code) code = read_prompt(c, &text);
+    if (!code) code = make_prompt(c, &text, ids);
+    if (!code) code = start_session(c);
+    if (!code) code = run_ids(c, ids, a);
+    buffer_free(&text);
+    return code;
 }
 
-/* Opens what was recorded; -m names another place of the same checkpoint. */
-static int open_recorded(command *c, const json *j, const char *path) {
-    char model[1024], hash[65], found[65];
-    if (!json_text(j, 0, path, "model", model, sizeof model, &c->e) ||
-        !json_text(j, 0, path, "model_hash", hash, sizeof hash, &c->e)) return MEDRUN_BAD_FILE;
-    int code = open_path(c, given(c, O_MODEL) ? c->text[O_MODEL] : model);
-    if (code) return code;
-    hex_of(c->m->file.hash, found);
-    if (strcmp(hash, found))
-        return fail(&c->e, MEDRUN_DIFFERS, "checkpoint: expected %s, found %s", hash, found);
-    code = replay_options(c, j, json_get(j, 0, "options"), path);
-    return code ? code : start_session(c);
-}
-
-static void print_token(const command *c, const char *label, int32_t id) {
-    size_t n;
-    const char *piece = tokenizer_piece(c->t, id, &n);
-    printf("%s %d \"", label, id);
-    print_escaped(stdout, piece, n);
-    putchar('"');
-}
-
-/* Generates again and compares each id with the one that is expected. */
-static int compare_answer(command *c, const int32_t *expected, size_t n) {
-    int32_t id;
-    const char *text;
-    size_t n_bytes;
-    for (size_t i = 0; i < n; i++) {
-        int code = medrun_next(c->s, &id, &text, &n_bytes, &c->e);
-        if (code) return code;
-        if (id == expected[i]) continue;
-        printf("token %zu of the answer:", i + 1);
-        print_token(c, " expected", expected[i]);
-        print_token(c, ", found", id);
-        return puts(""), MEDRUN_DIFFERS;
-    }
-    return MEDRUN_OK;
-}
-
-static int replay_record(command *c, const json *j, const char *path) {
-    buffer prompt = {0}, expected = {0};
-    char wanted[65], found[65], kernels[32];
-    int code = open_recorded(c, j, path);
-    if (!code) code = json_ids(c, j, json_get(j, 0, "prompt"), "prompt", &prompt);
-    if (!code) code = json_ids(c, j, json_get(j, 0, "answer"), "answer", &expected);
-    if (!code && (!json_text(j, 0, path, "logits_sha256", wanted, sizeof wanted, &c->e) ||
-                  !json_text(j, 0, path, "kernels", kernels, sizeof kernels, &c->e) || !prompt.n))
-        code = fail(&c->e, MEDRUN_BAD_FILE, "%s: the prompt is empty", path);
-    if (!code) code = medrun_feed(c->s, ids_of(&prompt), prompt.n / 4, &c->e);
-    if (!code) code = compare_answer(c, ids_of(&expected), expected.n / 4);
-    if (!code && !(code = hash_logits(c, found)) && strcmp(wanted, found)) {
-        printf("logits after the answer: expected %s, found %s\n", wanted, found);
-        code = MEDRUN_DIFFERS;
-    }
-    if (!code) printf("same: %zu tokens and the logits after them\n", expected.n / 4);
-    if (code == MEDRUN_DIFFERS && c->s && strcmp(kernels, c->m->kernels->name))
-        printf("recorded with %s kernels, replayed with %s: bf16 weights give the same numbers on "
-               "both with --strict only\n", kernels, c->m->kernels->name);
-    buffer_free(&prompt), buffer_free(&expected);
+static int run_command(command *c) {
+    buffer ids = {0};
+    answer a = {0};
+    int code = answer_once(c, &ids, &a);
+    buffer_free(&ids);
     return code;
 }
 
@@ -10793,16 +10709,6 @@ static int read_json(command *c, const char *path, buffer *text, json *j) {
     int code = read_file(c, path, text);
     if (code || !(code = json_parse(j, chars(text), text->n, &why))) return code;
     return fail(&c->e, code, "%s: %s", path, why.text);
-}
-
-static int replay_command(command *c) {
-    buffer text = {0};
-    json j = {0};
-    if (!c->n_rest) return fail(&c->e, MEDRUN_USAGE, "replay: wanted a file that --record wrote");
-    int code = read_json(c, c->rest[0], &text, &j);
-    if (!code) code = replay_record(c, &j, c->rest[0]);
-    json_free(&j), buffer_free(&text);
-    return code;
 }
 
 /* ---- show ---------------------------------------------------------------------------------- */
@@ -11696,289 +11602,11 @@ static int logits_command(command *c) {
     return code ? code : c->e.code;
 }
 
-/* ---- bench --------------------------------------------------------------------------------- */
-
-enum { READ_CHUNK = 1 << 20 };
-
-/* What all threads measure together; SINK keeps results alive. */
-typedef struct {
-    const medrun_model *m;
-    const uint8_t *data;
-    size_t n;
-    int kind;
-    size_t rounds;
-    atomic_size_t operations;
-    atomic_uint sink;
-} ceiling;
-
-static void read_task(void *context, size_t begin, size_t end, int thread) {
-    (void)thread;
-    ceiling *c = context;
-    size_t last = end * READ_CHUNK < c->n ? end * READ_CHUNK : c->n, first = begin * READ_CHUNK;
-    float sum = c->m->kernels->read_all(c->data + first, last - first);
-    atomic_fetch_add(&c->sink, float_bits(sum));
-}
-
-static void peak_task(void *context, size_t begin, size_t end, int thread) {
-    (void)begin, (void)end, (void)thread;
-    ceiling *c = context;
-    float sum = 0;
-    atomic_fetch_add(&c->operations, c->m->kernels->peak(c->kind, c->rounds, &sum) * c->rounds);
-    atomic_fetch_add(&c->sink, float_bits(sum));
-}
-
-/* GB/s of reading all weights once. */
-static double read_rate(ceiling *c) {
-    double start = seconds();
-    parallel_for(c->m->pool, (c->n + READ_CHUNK - 1) / READ_CHUNK, 16, read_task, c);
-    return (double)c->n / 1e9 / (seconds() - start);
-}
-
-/* Operations a nanosecond of the instruction that does a prompt's products, on all threads. */
-static double peak_rate(ceiling *c) {
-    double passed = 0;
-    for (c->rounds = c->rounds ? c->rounds : 1 << 10; passed < 0.02; c->rounds *= 2) {
-        double start = seconds();
-        atomic_store(&c->operations, 0);
-        parallel_for(c->m->pool, (size_t)c->m->pool->threads, 1, peak_task, c);
-        passed = seconds() - start;
-    }
-    c->rounds /= 2;
-    return (double)atomic_load(&c->operations) / 1e9 / passed;
-}
-
-/* Feeds N tokens, EACH at a time; the seconds that they take, or a negative number. */
-static double time_tokens(command *c, int n, int each) {
-    int32_t id = 1;
-    double start = seconds();
-    for (int i = 0; i < n; i += each) {
-        for (int k = 0; k < each; k++, id = (id * 31 + 7) % c->m->config.vocab_size)
-            if (medrun_feed(c->s, &id, 1, &c->e)) return -1;
-        while (medrun_pending(c->s)) if (medrun_step(&c->s, 1, &c->e)) return -1;
-    }
-    return seconds() - start;
-}
-
-/* Brings the session to DEPTH tokens, all of them processed. */
-static int go_to_depth(command *c, int depth) {
-    int have = (int)medrun_length(c->s), code = MEDRUN_OK;
-    medrun_rewind(c->s, (size_t)(have < depth ? have : depth), NULL);
-    if (have < depth && time_tokens(c, depth - have, depth - have) < 0) return c->e.code;
-    while (!code && medrun_pending(c->s)) code = medrun_step(&c->s, 1, &c->e);
-    return code;
-}
-
-typedef struct {
-    const char *name;
-    int n;                                      /* tokens                                       */
-    double operations, bytes;                   /* of a token                                   */
-    double sum, squares, ceiling;
-    double passed, attention, began;            /* seconds                                      */
-} bench_row;
-
-/* Between these stages stand the rotation, the cache and attention. */
-static void time_attention(void *user, const char *stage, int layer, size_t rows, size_t cols,
-                           size_t stride, const float *data) {
-    bench_row *row = user;
-    (void)layer, (void)rows, (void)cols, (void)stride, (void)data;
-    if (!strcmp(stage, "v")) row->began = seconds();
-    if (!strcmp(stage, "attn_out")) row->attention += seconds() - row->began;
-}
-
-static void print_bench(command *c, const bench_row *row, int repeats) {
-    const medrun_model *m = c->m;
-    const char *kv = kv_names[cache_type(c)];
-    char depth[20] = "";
-    double mean[2], sd[2], rate[2];
-    bool in_json = whole(c, O_FORMAT);
-    char attended[2][16];
-    for (int i = 0; i < 2; i++) {
-        double share = row[i].attention / row[i].passed;
-        if (*m->device_says) strcpy(attended[i], in_json ? "null" : "-");       /* not observed  */
-        else if (in_json) snprintf(attended[i], sizeof *attended, "%.4f", share);
-        else snprintf(attended[i], sizeof *attended, "%.1f %%", 100 * share);
-        mean[i] = row[i].sum / repeats;
-        double variance = row[i].squares / repeats - mean[i] * mean[i];
-        sd[i] = variance > 0 ? sqrt(variance) : 0;
-        rate[i] = mean[i] * (i ? row[i].bytes : row[i].operations) / 1e9;
-    }
-    if (in_json) {
-        buffer b = {0};
-        json_quote(&b, m->name, strlen(m->name));
-        printf("{\"model\":%s,\"type\":\"%s\",\"kernels\":\"%s\",\"threads\":%d,"
-               "\"kv\":\"%s\",\"depth\":%d,"
-               "\"read_gbps\":%.2f,\"dot_gops\":%.1f,\"pp\":{\"n\":%d,\"tps\":%.3f,\"sd\":%.3f,"
-               "\"gops\":%.1f,\"peak_share\":%.4f,\"attention_share\":%s},\"tg\":{\"n\":%d,"
-               "\"tps\":%.3f,\"sd\":%.3f,\"gbps\":%.2f,\"read_share\":%.4f,"
-               "\"attention_share\":%s}}\n", chars(&b), type_names[m->type], m->kernels->name,
-               m->pool->threads, kv, whole(c, O_DEPTH), row[1].ceiling, row[0].ceiling, row[0].n,
-               mean[0], sd[0], rate[0], rate[0] / row[0].ceiling, attended[0], row[1].n, mean[1],
-               sd[1], rate[1], rate[1] / row[1].ceiling, attended[1]);
-        buffer_free(&b);
-        return;
-    }
-    if (whole(c, O_DEPTH)) snprintf(depth, sizeof depth, " @ d%d", whole(c, O_DEPTH));
-    printf("%s, %s, %s kernels, %d threads, kv %s%s\n\n| test | tokens/s | rate | this machine's "
-           "ceiling | share | attention |\n|---|---|---|---|---|---|\n", m->name,
-           type_names[m->type], m->kernels->name, m->pool->threads, kv,
-           flag(c, O_STRICT) ? ", strict" : "");
-    for (int i = 0; i < 2; i++)
-        printf("| %s%d%s | %.2f \302\261 %.2f | %.1f %s | %.1f %s | %.0f %% | %s |\n",
-               row[i].name, row[i].n, depth, mean[i], sd[i], rate[i], i ? "GB/s" : "GOPS",
-               row[i].ceiling, i ? "GB/s read" : "GOPS", 100 * rate[i] / row[i].ceiling,
-               attended[i]);
-}
-
-/* Prompt and generation by turns with the machine's two ceilings, measured beside them. A prompt
- * token costs two operations a weight; a generated one reads each weight but the embedding once,
- * and the cache of the tokens before it that --depth asked for. */
-static int bench_command(command *c) {
-    int code = open_model(c), repeats = whole(c, O_REPETITIONS);
-    if (code) return code;
-    const medrun_model *m = c->m;
-    const model_config *k = &m->config;
-    bench_row row[2] = {{.name = "pp", .n = whole(c, O_BENCH_PROMPT)},
-                        {.name = "tg", .n = whole(c, O_BENCH_PREDICT)}};
-    int longest = row[0].n > row[1].n ? row[0].n : row[1].n, depth = whole(c, O_DEPTH);
-    longest += depth;
-    if (longest > k->max_positions)
-        return fail(&c->e, MEDRUN_TOO_LONG, "bench: %d tokens > context %d, the model's", longest,
-                    k->max_positions);
-    medrun_session_options o = session_options(c, longest);
-    if ((code = medrun_start(&c->s, m, &o, NULL, 0, &c->e))) return code;
-    engine g = {.k = m->kernels, .strict = flag(c, O_STRICT)};
-    ceiling top = {.m = m, .data = m->embed.data, .kind = pack_kind(&g, m->type),
-                   .n = (size_t)(m->file.map.data + m->file.map.n - m->embed.data)};
-    uint64_t embed = (uint64_t)k->vocab_size * (uint64_t)k->hidden_size;
-    uint64_t inner = m->parameters - embed * (k->tied ? 1 : 2);
-    row[0].operations = 2 * ((double)inner + (double)embed / row[0].n);
-    row[1].bytes = (double)m->weight_bytes - (k->tied ? 0 : (double)tensor_bytes(m->embed.type,
-                   (size_t)k->vocab_size, (size_t)k->hidden_size));
-    row[1].bytes += (double)cache_size(m, depth, o.kv);
-    for (int r = -1; r < repeats; r++)                  /* the first warms up                    */
-        for (int i = 0; i < 2; i++) {
-            double rate = i ? read_rate(&top) : peak_rate(&top);
-            if (rate > row[i].ceiling) row[i].ceiling = rate;
-            if ((code = go_to_depth(c, depth))) return code;
-            medrun_observe(c->s, *m->device_says ? NULL : time_attention, &row[i]);
-            double passed = time_tokens(c, row[i].n, i ? 1 : row[i].n);
-            medrun_observe(c->s, NULL, NULL);
-            if (passed < 0) return c->e.code;
-            if (r < 0) { row[i].attention = 0; continue; }
-            row[i].passed += passed, row[i].sum += row[i].n / passed;
-            row[i].squares += row[i].n / passed * (row[i].n / passed);
-        }
-    print_bench(c, row, repeats);
-    return MEDRUN_OK;
-}
-
-/* ---- doctor -------------------------------------------------------------------------------- */
-
-enum { CHECK_PANELS = 3, CHECK_COLS = 192, CHECK_TOKENS = 11 };
-
-/* A small product of random numbers. OUT (tokens, rows); false: no memory. An int4 panel may be any
- * bytes, as long as each scale is a number. */
-static bool small_product(const kernel_set *k, int type, float *out) {
-    int kind = type == TYPE_BF16 ? PACK_F32 : k->int_pack;
-    size_t rows = CHECK_PANELS * LANES, cols = CHECK_COLS, panel = panel_bytes(type, cols);
-    uint64_t random = 1;
-    float *x = new_array((rows + CHECK_TOKENS) * cols, sizeof *x);
-    uint8_t *w = new_array(CHECK_PANELS, panel);
-    uint8_t *a = new_array(1, pack_bytes(kind, cols, CHECK_TOKENS));
-    uint8_t block[BLOCK_BYTES * CHECK_COLS];
-    bool made = x && w && a;
-    for (size_t i = 0; made && i < (rows + CHECK_TOKENS) * cols; i++)
-        x[i] = (float)(random_uniform(&random) - 0.5);
-    for (size_t p = 0; made && type != TYPE_INT4 && p < CHECK_PANELS; p++)
-        panel_pack(type, x + (CHECK_TOKENS + p * LANES) * cols, LANES, cols, w + p * panel);
-    for (size_t i = 0; made && type == TYPE_INT4 && i < CHECK_PANELS * panel; i++)
-        w[i] = (uint8_t)(random_uniform(&random) * 120);
-    if (made) k->pack(kind, x, cols, cols, CHECK_TOKENS, a);
-    if (made) matmul_of(k, type, kind)(w, CHECK_PANELS, cols, a, CHECK_TOKENS, cols, block, out,
-                                       rows);
-    free(x), free(w), free(a);
-    return made;
-}
-
-static void list_opencl(void) {
-#ifdef MEDRUN_OPENCL
-    opencl cl;
-    device_facts all[MAX_DEVICES];
-    medrun_error e = {0};
-    int n = opencl_open(&cl, &e) ? -1 : list_devices(&cl, all);
-    if (n <= 0) printf("OpenCL     %s\n", n ? e.text : "no device");
-    for (int i = 0; i < n; i++) {
-        printf("OpenCL     %d ", i);
-        print_safe(stdout, all[i].name, strlen(all[i].name), false);
-        printf(" (%s, %s), %.1f MB, %u units, %sfma, %s division\n", all[i].platform,
-               all[i].version, mb(all[i].memory), all[i].units,
-               all[i].numbers & CL_FP_FMA ? "" : "slow ",
-               all[i].numbers & CL_FP_CORRECTLY_ROUNDED_DIVIDE_SQRT ? "exact" : "corrected");
-    }
-#else
-    puts("OpenCL     not in this build (make OPENCL=1)");
-#endif
-}
-
-static int doctor_command(command *c) {
-    static float found[CHECK_TOKENS * CHECK_PANELS * LANES], wanted[sizeof found / sizeof *found];
-    static const struct { const char *name; int type; } checks[] = {
-        {"int8", TYPE_INT8}, {"int4", TYPE_INT4}, {"bf16, strict", TYPE_BF16}};
-    const kernel_set *sets[N_KERNEL_SETS], *chosen;
-    uint64_t total, available;
-    int n = usable_kernels(sets), code = choose_kernels(&chosen, NULL, &c->e);
-    if (code) return code;
-    memory_size(&total, &available);
-    printf("processors %d\nmemory     %.1f MB, %.1f MB are free\nkernels    %s\n", processors(),
-           mb(total), mb(available), chosen->name);
-    if (plain_only()) printf("           %s\n", plain_only());
-    for (int i = 0; i < 3 * n; i++) {
-        const kernel_set *k = sets[i / 3];
-        int type = checks[i % 3].type;
-        if (!small_product(sets[n - 1], type, wanted) || !small_product(k, type, found))
-            return out_of_memory(&c->e, sizeof found);
-        bool same = !memcmp((void *)found, (void *)wanted, sizeof found);
-        printf("self-test  %s, %s: %s\n", k->name, checks[i % 3].name,
-               same ? "as scalar" : "DIFFERS from scalar");
-        if (!same) code = MEDRUN_DIFFERS;
-    }
-    list_opencl();
-    return code;
-}
 /* ============================================================================================
  * 17 main: finds the command, reads the line, reports the error, closes
  *
  * Tests: tests/16_commands.sh.
  * ============================================================================================ */
-
-typedef struct {
-    const char *arguments, *help;
-    int (*run)(command *c);
-    int most;                                   /* arguments that are no options                */
-} command_row;
-
-static const command_row command_rows[N_COMMANDS] = {
-    [CHAT] = {"MODEL.mdr", "a conversation; if stdin is no terminal, answers what it says, once",
-              converse_command, 1},
-    [RUN] = {"MODEL.mdr -p TEXT | -f FILE", "answers once", run_command, 1},
-    [SHOW] = {"MODEL.mdr", "what is in the file, and whether this machine has memory for it",
-              show_command, 1},
-    [VERIFY] = {"MODEL.mdr", "computes the file's hashes and proofs anew; exit 4 if one differs",
-                verify_command, 1},
-    [TOKENIZE] = {"FILE [-p TEXT | -f FILE]", "text to ids, by a .mdr or a tokenizer.bin",
-                  tokenize_command, 1},
-    [DETOKENIZE] = {"FILE IDS... | -", "ids to the exact bytes", detokenize_command, INT_MAX},
-    [RENDER] = {"FILE | --template NAME --messages FILE.json", "what the model sees of messages",
-                render_command, 1},
-    [LOGITS] = {"MODEL.mdr --ids \"1 2 3\" -o OUT.f32", "what the model computes, as numbers",
-                logits_command, 1},
-    [BENCH] = {"MODEL.mdr", "speed of a prompt and of generation, beside what this machine can do",
-               bench_command, 1},
-    [REPLAY] = {"RUN.json", "repeats what run --record wrote; exit 4 at the first difference",
-                replay_command, 1},
-    [DOCTOR] = {"", "what this machine has, and whether its kernels agree", doctor_command, 0},
-    [HELP] = {"[COMMAND]", "what there is, or what a command takes", NULL, 1},
-};
 
 static void print_option(const option_row *r) {
     char left[64], small[8] = "    ";
@@ -11990,54 +11618,55 @@ static void print_option(const option_row *r) {
     puts("");
 }
 
-static int help_on(int which) {
-    printf("medrun %s %s\n%s\n\n", command_names[which], command_rows[which].arguments,
-           command_rows[which].help);
-    for (int id = 0; id < N_OPTIONS; id++)
-        if (option_rows[id].on & ON(which)) print_option(&option_rows[id]);
+static int help_on(const program *p, int which) {
+    const command_row *row = &p->commands[which];
+    printf("%s %s %s\n%s\n\n", p->name, row->name, row->arguments, row->help);
+    for (int id = 0; id < p->n_options; id++)
+        if (p->options[id].on & ON(which)) print_option(&p->options[id]);
     puts("\n(range) [what holds without]. Options may stand anywhere; --option=value works too.\n"
          "What the environment says, as MEDRUN_TOP_K=20, holds unless the line says otherwise.\n"
-         "MEDRUN_KERNELS=scalar (medrun doctor lists them) chooses the instruction set.");
+         "MEDRUN_KERNELS=scalar (medrun-lab doctor lists them) chooses the instruction set.");
     return MEDRUN_OK;
 }
 
-static int help_all(FILE *f) {
-    fputs("medrun " MEDRUN_VERSION ": runs open medical language models on an ordinary CPU.\n"
-          "For research and education. Not a clinician; do not use it to decide about anyone's "
-          "care.\n\n", f);
-    for (int i = 0; i < N_COMMANDS; i++)
-        fprintf(f, "medrun %s %s\n      %s\n", i == CHAT ? "[chat]" : command_names[i],
-                command_rows[i].arguments, command_rows[i].help);
-    fputs("\nmedrun help COMMAND lists a command's options. Exit codes: 0 ok, 1 failed while "
-          "running,\n2 usage, 3 file missing, unsupported or malformed, 4 verification failed,\n"
-          "5 prompt longer than the context, 6 out of memory or no such device, 130 interrupted.\n",
-          f);
+static int help_all(const program *p, FILE *f) {
+    fprintf(f, "%s " MEDRUN_VERSION ": %s.\nFor research and education. Not a clinician; do not use "
+            "it to decide about anyone's care.\n\n", p->name, p->about);
+    for (int i = 0; i < p->n_commands; i++)
+        fprintf(f, i == p->unnamed ? "%s [%s] %s\n      %s\n" : "%s %s %s\n      %s\n", p->name,
+                p->commands[i].name, p->commands[i].arguments, p->commands[i].help);
+    fprintf(f, "\n%s help COMMAND lists a command's options. Exit codes: 0 ok, 1 failed while "
+            "running,\n2 usage, 3 file missing, unsupported or malformed, 4 verification failed,\n"
+            "5 prompt longer than the context, 6 out of memory or no such device, 130 "
+            "interrupted.\n", p->name);
     return MEDRUN_OK;
 }
 
-static int find_command(const char *name) {
-    for (int i = 0; i < N_COMMANDS; i++) if (!strcmp(name, command_names[i])) return i;
+static int find_command(const program *p, const char *name) {
+    for (int i = 0; i < p->n_commands; i++) if (!strcmp(name, p->commands[i].name)) return i;
     return -1;
 }
 
 static int unknown_command(command *c, const char *name) {
-    return fail(&c->e, MEDRUN_USAGE, "unknown command %s; the nearest is %s, medrun help lists all",
-                name, nearest(name, command_names, N_COMMANDS));
+    const char *names[32];
+    for (int i = 0; i < c->p->n_commands; i++) names[i] = c->p->commands[i].name;
+    return fail(&c->e, MEDRUN_USAGE, "unknown command %s; the nearest is %s, %s help lists all",
+                name, nearest(name, names, (size_t)c->p->n_commands), c->p->name);
 }
 
 static int help_command(command *c) {
-    if (!c->n_rest) return help_all(stdout);
-    int which = find_command(c->rest[0]);
-    return which < 0 ? unknown_command(c, c->rest[0]) : help_on(which);
+    if (!c->n_rest) return help_all(c->p, stdout);
+    int which = find_command(c->p, c->rest[0]);
+    return which < 0 ? unknown_command(c, c->rest[0]) : help_on(c->p, which);
 }
 
 /* The place of the command's name: the first argument that is one and no option's value. */
-static int command_place(int argc, char **argv) {
+static int command_place(const program *p, int argc, char **argv) {
     for (int i = 1; i < argc && strcmp(argv[i], "--"); i++) {
         const char *arg = argv[i];
-        int id = arg[0] == '-' ? find_option(arg, strlen(arg), ~0u) : -1;
-        if (id >= 0 && option_rows[id].kind != FLAG) i++;
-        else if (find_command(arg) >= 0) return i;
+        int id = arg[0] == '-' ? find_option(p, arg, strlen(arg), ~0u) : -1;
+        if (id >= 0 && p->options[id].kind != FLAG) i++;
+        else if (find_command(p, arg) >= 0) return i;
     }
     return 0;
 }
@@ -12047,14 +11676,14 @@ static int read_option(command *c, char **argv, int i, int argc, int *used) {
     const char *arg = argv[i], *equals = strchr(arg, '=');
     char name[40];
     snprintf(name, sizeof name, "%.*s", equals ? (int)(equals - arg) : 39, arg);
-    int id = find_option(name, strlen(name), ON(c->which));
+    int id = find_option(c->p, name, strlen(name), ON(c->row - c->p->commands));
     if (id < 0) return unknown_option(c, name);
-    bool is_flag = option_rows[id].kind == FLAG, next = !is_flag && !equals;
+    bool is_flag = c->p->options[id].kind == FLAG, next = !is_flag && !equals;
     const char *value = is_flag ? "on" : equals ? equals + 1 : argv[i + 1];
     if (is_flag && equals) return fail(&c->e, MEDRUN_USAGE, "%s: found a value, wanted none", name);
     if (next && i + 1 == argc)
         return fail(&c->e, MEDRUN_USAGE, "%s: found nothing, wanted %s", name,
-                    option_rows[id].argument);
+                    c->p->options[id].argument);
     *used = next ? 2 : 1;
     return set_option(c, id, value, FROM_FLAG, name);
 }
@@ -12078,32 +11707,40 @@ static int read_line_of_arguments(command *c, int argc, char **argv, int place) 
 
 /* Without a command's name the first argument is a model, and must look like a file. */
 static int check_rest(command *c, bool named) {
-    int most = command_rows[c->which].most;
+    int most = c->row->most;
     file_facts there;
-    if (given(c, O_MODEL) && most == 1 && c->which != REPLAY) most = 0;
+    if (given(c, O_MODEL) && c->row->model_first) most--;
     if (!named && c->n_rest && !strpbrk(c->rest[0], "./\\") && get_facts(c->rest[0], -1, &there))
         return unknown_command(c, c->rest[0]);
     if (c->n_rest <= most) return MEDRUN_OK;
     return fail(&c->e, MEDRUN_USAGE, "%s: found \"%s\" too many; a text with spaces needs quotes",
-                command_names[c->which], c->rest[most]);
+                c->row->name, c->rest[most]);
 }
 
 static int run_line(command *c, int argc, char **argv) {
-    int place = command_place(argc, argv), code;
-    c->which = place ? find_command(argv[place]) : CHAT;
-    for (int id = 0; id < N_OPTIONS; id++)
-        if (option_rows[id].standard) parse_number(option_rows[id].standard, &c->number[id]);
+    const program *p = c->p;
+    int place = command_place(p, argc, argv), code;
+    int which = place ? find_command(p, argv[place]) : p->unnamed;
+    file_facts there;
+    if (!place && argc > 1 && get_facts(argv[1], -1, &there) && look_elsewhere(c, argv[1]))
+        return c->e.code;
+    if (which < 0) which = p->n_commands - 1;           /* help, which takes --version, too      */
+    c->row = &p->commands[which];
+    for (int id = 0; id < p->n_options; id++)
+        if (p->options[id].standard) parse_number(p->options[id].standard, &c->number[id]);
     if ((code = read_line_of_arguments(c, argc, argv, place))) return code;
     if (flag(c, O_VERSION)) {
-        puts("medrun " MEDRUN_VERSION);
-        return plain_only() ? puts(plain_only()), MEDRUN_OK : MEDRUN_OK;
+        printf("%s " MEDRUN_VERSION "\n", p->name);
+        if (plain_only()) puts(plain_only());
+        return MEDRUN_OK;
     }
-    if (flag(c, O_HELP)) return place ? help_on(c->which) : help_all(stdout);
+    if (flag(c, O_HELP)) return place ? help_on(p, which) : help_all(p, stdout);
     if ((code = check_rest(c, place)) || (code = read_environment(c))) return code;
-    if (c->which == HELP) return help_command(c);
-    if (c->which == CHAT && !c->n_rest && !given(c, O_MODEL))
-        return help_all(stderr), fail(&c->e, MEDRUN_USAGE, "no model; name one");
-    return command_rows[c->which].run(c);
+    if (!place && !c->n_rest && !given(c, O_MODEL)) {
+        help_all(p, stderr);
+        return fail(&c->e, MEDRUN_USAGE, p->unnamed < 0 ? "no command" : "no model; name one");
+    }
+    return c->row->run(c);
 }
 
 /* In a signal handler: a file that is mapped became shorter, or its disk went away. */
@@ -12116,19 +11753,50 @@ static void on_lost_file(int signal_number) {
     _exit(MEDRUN_FAILED);
 }
 
-int main(int argc, char **argv) {
+static int run_program(const program *p, int argc, char **argv) {
     static command c;
+    c.p = p;
     if (!(argv = start_program(&argc, argv))) return 1;
     on_lost_page(on_lost_file);
     umask(077);                         /* records and sessions hold what a patient said         */
     int code = check_machine(&c.e);
     if (!code) code = run_line(&c, argc, argv);
     if (!code) code = flush_stdout(&c);
-    if (code && *c.e.text) fprintf(stderr, "medrun: %s\n", c.e.text);
+    if (code && *c.e.text) fprintf(stderr, "%s: %s\n", p->name, c.e.text);
     close_command(&c);
     return code;
 }
 
-#endif /* MEDRUN_NO_MAIN */
+#ifndef MEDRUN_NO_MAIN
+static const command_row medrun_commands[N_COMMANDS] = {
+    [CHAT] = {"chat", "MODEL.mdr",
+              "a conversation; if stdin is no terminal, answers what it says, once",
+              converse_command, 1, true, false},
+    [RUN] = {"run", "MODEL.mdr -p TEXT | -f FILE", "answers once", run_command, 1, true, false},
+    [SHOW] = {"show", "MODEL.mdr", "what is in the file, and whether this machine has memory for it",
+              show_command, 1, true, false},
+    [VERIFY] = {"verify", "MODEL.mdr",
+                "computes the file's hashes and proofs anew; exit 4 if one differs", verify_command,
+                1, true, false},
+    [TOKENIZE] = {"tokenize", "FILE [-p TEXT | -f FILE]",
+                  "text to ids, by a .mdr or a tokenizer.bin", tokenize_command, 1, true, true},
+    [DETOKENIZE] = {"detokenize", "FILE IDS... | -", "ids to the exact bytes", detokenize_command,
+                    INT_MAX, true, false},
+    [RENDER] = {"render", "FILE | --template NAME --messages FILE.json",
+                "what the model sees of messages", render_command, 1, true, false},
+    [LOGITS] = {"logits", "MODEL.mdr --ids \"1 2 3\" -o OUT.f32",
+                "what the model computes, as numbers", logits_command, 1, true, false},
+    [HELP] = {"help", "[COMMAND]", "what there is, or what a command takes", help_command, 1,
+              false, false},
+};
+
+static const program medrun_program = {
+    "medrun", "runs open medical language models on an ordinary CPU", medrun_commands, N_COMMANDS,
+    option_rows, N_OPTIONS, CHAT};
+
+int main(int argc, char **argv) { return run_program(&medrun_program, argc, argv); }
+#endif
+
+#endif /* MEDRUN_COMMANDS */
 #endif /* MEDRUN_PASS */
 #endif /* MEDRUN_API_ONLY */

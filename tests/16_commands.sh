@@ -5,12 +5,12 @@
 . tests/script.sh
 T=$(mktemp -d) || exit 1
 trap 'rm -rf "$T"' EXIT
-medrun=$1 model=$2 tok=$3
+medrun=$1 model=$2 tok=$3 lab=$(dirname "$1")/medrun-lab
 if [ -d "$1" ]; then
-    medrun=$1/medrun model=$2/llama-tied-int8.mdr tok=$T/tokenizer.bin
+    medrun=$1/medrun lab=$1/medrun-lab model=$2/llama-tied-int8.mdr tok=$T/tokenizer.bin
     "$1/medrun-export" --tokenizer-only tests/fixtures/llama-tied "$tok" >"$T/err" 2>&1 || cat "$T/err"
 fi
-case $medrun in /*) ;; *) medrun=$PWD/$medrun;; esac
+case $medrun in /*) ;; *) medrun=$PWD/$medrun lab=$PWD/$lab;; esac
 LC_ALL=C TERM=xterm; export LC_ALL TERM
 for v in $(env | sed -n 's/^\(MEDRUN_[A-Z_]*\)=.*/\1/p'); do unset "$v"; done
 unset NO_COLOR
@@ -21,6 +21,7 @@ code() {
     "$medrun" "$@" <"${in:-/dev/null}" >"$T/out" 2>"$T/err"; rc=$?
     if [ $rc = "$want" ]; then ok; else bad "medrun $*: exit $rc, wanted $want: $(cat "$T/err")"; fi
 }
+lab() { program=$medrun; medrun=$lab; code "$@"; medrun=$program; }        # the same of medrun-lab
 err_has() { check "stderr has '$1': $(cat "$T/err")" grep -q -- "$1" "$T/err"; }
 out_has() { check "stdout has '$1': $(head -c 300 "$T/out")" grep -q -- "$1" "$T/out"; }
 err_lines() { check "stderr has $1 lines: $(cat "$T/err")" [ "$(wc -l <"$T/err")" = "$1" ]; }
@@ -269,33 +270,44 @@ for percent in 20 30 40 50 60 70 80; do
     case $rc in 3) ;; 4) tensor=yes; out_has 'DIFFERS: expected [0-9a-f]*, found';; *) bad "a changed byte: exit $rc";; esac
 done
 check 'a changed weight is found' [ -n "$tensor" ]
-code 0 doctor; out_has 'kernels'; out_has 'as scalar'
-code 0 bench "$model" -p 32 -n 4 -r 2; out_has '| pp32 |'; out_has '| tg4 |'; out_has 'GB/s'
-code 0 bench "$model" -p 16 -n 3 -r 1 -o json; out_has '"pp":{"n":16,"tps":'; out_has '"tg":{"n":3,'
-code 0 bench "$model" -p 9 -n 3 -r 2 -d 40 --kv int8; out_has '| pp9 @ d40 |'; out_has 'kv int8'
-code 0 bench "$model" -p 9 -n 3 -r 1 -d 40 -o json; out_has '"kv":"f16","depth":40,'
-code 2 bench "$model" -p 0; code 2 bench "$model" -o xml
-code 5 bench "$model" -p 1000000
+lab 0 doctor; out_has 'kernels'; out_has 'as scalar'
+lab 0 bench "$model" -p 32 -n 4 -r 2; out_has '| pp32 |'; out_has '| tg4 |'; out_has 'GB/s'
+lab 0 bench "$model" -p 16 -n 3 -r 1 -o json; out_has '"pp":{"n":16,"tps":'; out_has '"tg":{"n":3,'
+lab 0 bench "$model" -p 9 -n 3 -r 2 -d 40 --kv int8; out_has '| pp9 @ d40 |'; out_has 'kv int8'
+lab 0 bench "$model" -p 9 -n 3 -r 1 -d 40 -o json; out_has '"kv":"f16","depth":40,'
+lab 2 bench "$model" -p 0; lab 2 bench "$model" -o xml
+lab 5 bench "$model" -p 1000000
+
+# what another program does
+for word in bench doctor replay record call; do code 2 $word "$model" -r 3; err_has "medrun-lab $word"; err_lines 1; done
+for word in export eval serve explain; do code 2 $word; err_has "medrun-$word"; done
+code 2 run "$model" -p x --record "$T/r.json"; err_has 'medrun-lab record'
+lab 0 help; out_has 'medrun-lab replay'; lab 0 help bench; out_has '--depth'; lab 0 --version; lab 2; lab 2 rnu
+lab 2 record "$model" -p x; lab 2 record "$T/r.json" -p x; lab 2 bench "$model" --temp 1
+# a variable holds for the option of its meaning, not for another of the same name
+MEDRUN_PROMPT=hello lab 0 bench "$model" -p 8 -n 2 -r 1; MEDRUN_PREDICT=-1 lab 0 bench "$model" -p 8 -r 1 -n 2
+MEDRUN_PROMPT=hello lab 0 bench "$model" -n 2 -r 1; MEDRUN_BENCH_PROMPT=9 lab 0 bench "$model" -n 2 -r 1; out_has '| pp9 |'
+MEDRUN_BOS=auto code 0 tokenize "$model" -p x; MEDRUN_TOKENIZE_BOS=1 code 0 tokenize "$model" -p x
 
 # ---- record, replay ----
-code 0 run "$model" -p hello -n 20 --temp 9 -s 11 --top-p .95 --record "$T/r.json" -q; cp "$T/out" "$T/wanted"
+lab 0 record "$model" "$T/r.json" -p hello -n 20 --temp 9 -s 11 --top-p .95 -q; cp "$T/out" "$T/wanted"
 check 'a record is private' [ "$(ls -l "$T/r.json" | cut -c1-10)" = '-rw-------' ]
-code 0 replay "$T/r.json"; out_has '^same: '
-code 0 replay "$T/r.json" -m "$model" -t 1; out_has '^same: '
+lab 0 replay "$T/r.json"; out_has '^same: '
+lab 0 replay "$T/r.json" -m "$model" -t 1; out_has '^same: '
 sed 's/"answer": \[[0-9]*/"answer": [7/' "$T/r.json" >"$T/r2.json"
-cmp -s "$T/r.json" "$T/r2.json" || { code 4 replay "$T/r2.json"; out_has 'token 1 of the answer: expected 7 '; }
-sed 's/"logits_sha256": "../"logits_sha256": "zz/' "$T/r.json" >"$T/r2.json"; code 4 replay "$T/r2.json"
-sed 's/"model_hash": "....../"model_hash": "000000/' "$T/r.json" >"$T/r2.json"; code 4 replay "$T/r2.json"
-sed 's/"--seed": "11"/"--seed": "12"/' "$T/r.json" >"$T/r2.json"; code 4 replay "$T/r2.json"
-sed 's/"--temp": "/"--temp": "x/' "$T/r.json" >"$T/r2.json"; code 3 replay "$T/r2.json"
-sed 's/"--temp"/"--record"/' "$T/r.json" >"$T/r2.json"; code 3 replay "$T/r2.json"
-sed 's/"prompt": \[/"prompt": [-1,/' "$T/r.json" >"$T/r2.json"; code 3 replay "$T/r2.json"
-sed 's/"answer"/"reply"/' "$T/r.json" >"$T/r2.json"; code 3 replay "$T/r2.json"
-for n in 1 60 200 400; do head -c $n "$T/r.json" >"$T/r2.json"; code 3 replay "$T/r2.json"; done
-code 0 run "$model" -p hello -n 5 --kv int8 --record "$T/r2.json"; err_has 'kv int8'
-code 0 replay "$T/r2.json"; out_has '^same: '
-code 3 replay "$T/none.json"; code 2 replay
-code 1 run "$model" -p hello -n 2 --record "$T/none/r.json" -q; err_has 'cannot write'
+cmp -s "$T/r.json" "$T/r2.json" || { lab 4 replay "$T/r2.json"; out_has 'token 1 of the answer: expected 7 '; }
+sed 's/"logits_sha256": "../"logits_sha256": "zz/' "$T/r.json" >"$T/r2.json"; lab 4 replay "$T/r2.json"
+sed 's/"model_hash": "....../"model_hash": "000000/' "$T/r.json" >"$T/r2.json"; lab 4 replay "$T/r2.json"
+sed 's/"--seed": "11"/"--seed": "12"/' "$T/r.json" >"$T/r2.json"; lab 4 replay "$T/r2.json"
+sed 's/"--temp": "/"--temp": "x/' "$T/r.json" >"$T/r2.json"; lab 3 replay "$T/r2.json"
+sed 's/"--temp"/"--record"/' "$T/r.json" >"$T/r2.json"; lab 3 replay "$T/r2.json"
+sed 's/"prompt": \[/"prompt": [-1,/' "$T/r.json" >"$T/r2.json"; lab 3 replay "$T/r2.json"
+sed 's/"answer"/"reply"/' "$T/r.json" >"$T/r2.json"; lab 3 replay "$T/r2.json"
+for n in 1 60 200 400; do head -c $n "$T/r.json" >"$T/r2.json"; lab 3 replay "$T/r2.json"; done
+lab 0 record -m "$model" "$T/r2.json" -p hello -n 5 --kv int8; err_has 'kv int8'
+lab 0 replay "$T/r2.json"; out_has '^same: '
+lab 3 replay "$T/none.json"; lab 2 replay
+lab 1 record "$model" "$T/none/r.json" -p hello -n 2 -q; err_has 'cannot write'
 
 # ---- a prefix that was processed before ----
 ones 60 >"$T/doc"; cp "$T/doc" "$T/doc1"; echo 'what is it?' >>"$T/doc1"; cp "$T/doc" "$T/doc2"; echo 'who says so?' >>"$T/doc2"
@@ -315,10 +327,10 @@ for how in '--temp 0' '--temp 1.3 -s 3 --lookup 8' '--temp 0 --kv f32' '--temp 0
     code 0 run "$model" -f "$T/doc2" -n 9 $how --load-prefix "$P" -c 200 -t 1 -q; out_is "$T/two"
 done
 code 0 run "$model" -f "$T/doc" -n 0 --save-prefix "$P"; no_out
-code 0 run "$model" -f "$T/doc2" -n 9 --temp 1 -s 1 --load-prefix "$P" --record "$T/r.json" -q
-code 0 replay "$T/r.json"; out_has '^same: '
-code 0 run "$model" --raw -f "$T/doc" -n 0 --save-prefix "$T/raw"
-code 0 run "$model" --raw -p '!' -n 1 --load-prefix "$T/raw" --bos off; err_has '^prefix: the prompt shares nothing with'
+lab 0 record "$model" "$T/r.json" -f "$T/doc2" -n 9 --temp 1 -s 1 --load-prefix "$P" -q
+lab 0 replay "$T/r.json"; out_has '^same: '
+code 0 run "$model" --raw -f "$T/doc" -n 0 --save-prefix "$T/raws"
+code 0 run "$model" --raw -p '!' -n 1 --load-prefix "$T/raws" --bos off; err_has '^prefix: the prompt shares nothing with'
 MEDRUN_LOAD_PREFIX=$P; export MEDRUN_LOAD_PREFIX; code 0 run "$model" -f "$T/doc2" -n 1; err_has '^prefix: [1-9]'; unset MEDRUN_LOAD_PREFIX
 in=$T/doc2; code 0 "$model" -n 1 --load-prefix "$P"; err_has '^prefix: [1-9]'; in=
 bad_prefix() { code 3 run "$model" -f "$T/doc2" -n 1 -q "$@"; no_out; err_lines 1; }
@@ -351,13 +363,13 @@ cp "$P" "$T/kept"
 (trap '' XFSZ; ulimit -f 8; "$medrun" run "$model" -f "$T/doc2" -n 1 -q --save-prefix "$P" >"$T/out" 2>/dev/null); rc=$?
 check "a full disk: exit $rc, wanted 1" [ $rc = 1 ]; no_out
 check 'what was there stays' cmp -s "$P" "$T/kept"; check 'and nothing else' [ ! -e "$P.partial" ]
-code 2 replay "$T/r.json" --load-prefix "$P"; code 2 show "$model" --save-prefix "$P"
+lab 2 replay "$T/r.json" --load-prefix "$P"; code 2 show "$model" --save-prefix "$P"
 
 # ---- with Python: proofs that differ, hostile names, the terminal ----
 if python3 -c 'import pty' 2>/dev/null; then
     cat >"$T/terminal.py" <<'PY'
 import fcntl, hashlib, json, os, pty, re, select, signal, struct, subprocess, sys, termios, time
-medrun, model, T = sys.argv[1:]
+medrun, model, T, lab = sys.argv[1:]
 passed = failed = skipped = 0
 
 def check(what, ok, seen=b''):
@@ -549,8 +561,8 @@ else: skipped += 1; print('skipped: Ctrl-C in an answer: all were over first')
 # and run; a second one would end it at once
 p_env = dict(os.environ, MEDRUN_KERNELS='scalar')
 for seed in range(10):
-    p = subprocess.Popen([medrun, 'run', model, '-p', 'hello', '-t', '1', '-s', str(seed), '--temp', '1', '-q',
-                          '--record', T + '/stopped.json'], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    p = subprocess.Popen([lab, 'record', model, T + '/stopped.json', '-p', 'hello', '-t', '1', '-s', str(seed),
+                          '--temp', '1', '-q'], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                          stdin=subprocess.DEVNULL, env=p_env)
     os.read(p.stdout.fileno(), 1)
     p.send_signal(signal.SIGINT)
@@ -559,7 +571,7 @@ for seed in range(10):
 if p.returncode in (0, 5): skipped += 1; print('skipped: Ctrl-C: all answers were over first')
 else:
     check('Ctrl-C: exit %d' % p.returncode, p.returncode == 130 and err == b'', err)
-    rc = subprocess.run([medrun, 'replay', T + '/stopped.json'], capture_output=True, env=p_env)
+    rc = subprocess.run([lab, 'replay', T + '/stopped.json'], capture_output=True, env=p_env)
     check('what was stopped can be replayed', rc.returncode == 0, rc.stdout + rc.stderr)
 
 # checkpoints with another header: proofs that differ, texts that drive terminals
@@ -631,7 +643,7 @@ for change in (dict(ids=[0]), dict(ids=[0, 1 << 31]), dict(values=[1, '2']), dic
     check('a reference with %s' % change, rc == 3 and err.count(b'\n') == 1, out + err)
 print('%d passed, %d failed, %d skipped' % (passed, failed, skipped))
 PY
-    python3 "$T/terminal.py" "$medrun" "$model" "$T" >"$T/python" 2>&1
+    python3 "$T/terminal.py" "$medrun" "$model" "$T" "$lab" >"$T/python" 2>&1
     grep -v '^[0-9]* passed, ' "$T/python"
     last=$(tail -n 1 "$T/python")
     case $last in

@@ -36,7 +36,7 @@ fi
 a=$("$bin/medrun" tokenize tokenizer.bin -p "$question")
 b=$("$bin/medrun" tokenize tools/demo/demo.mdr -p "$question")
 [ -n "$a" ] && [ "$a" = "$b" ] && ok || bad "tokenizer.bin is not the demo model's: $a / $b"
-for command in run chat show verify tokenize detokenize render logits replay; do
+for command in run chat show verify tokenize detokenize render logits; do
     "$bin/medrun" help $command > /dev/null 2>&1 && ok || bad "help $command"
 done
 finish

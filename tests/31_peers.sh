@@ -10,7 +10,7 @@ bad() { failed=$((failed + 1)); echo "FAILED: $1"; cat "$T.err"; }
 # peers CODE ARGUMENTS: one turn of each on the tiny shape; out and err beside $T
 peers() {
     want=$1; shift
-    "$python" tools/bench_peers.py --dir "$T" --shape tiny --medrun "$bin/medrun" \
+    "$python" tools/bench_peers.py --dir "$T" --shape tiny --lab "$bin/medrun-lab" \
         --export "$bin/medrun-export" -p 32 -n 4 -r 1 -t 1 --retries 0 --wait 0 "$@" \
         > "$T.out" 2> "$T.err"
     rc=$?

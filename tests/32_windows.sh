@@ -28,7 +28,7 @@ env -u CC -u CFLAGS make -s BUILD="$build" windows >"$T/log" 2>&1; rc=$?
 check "it builds: $(tail -n 5 "$T/log")" [ $rc = 0 ]
 check "without a warning: $(grep warning "$T/log" | head -n 3)" [ ! -s "$T/log" ]
 [ $rc = 0 ] || finish
-for program in medrun medrun-export medrun-eval; do
+for program in medrun medrun-export medrun-eval medrun-lab; do
     x86_64-w64-mingw32-objdump -p "$win/$program.exe" >"$T/log"
     alien=$(sed -n 's/.*DLL Name: //p' "$T/log" | grep -Eiv '^(advapi32|kernel32|msvcrt|shell32)\.dll$')
     check "$program has only the system's libraries: $alien" [ -z "$alien" ]
@@ -47,7 +47,7 @@ model="$P/my Ωdel.mdr"
 q='What are the symptoms of diabetes?'
 "$bin/medrun" run "$demo" -q -p "$q" >"$T/wanted"; code 0 medrun run "$model" -q -p "$q"; same "$T/out" "$T/wanted"
 code 0 medrun verify "$model"
-code 0 medrun doctor; check 'all kernels agree' [ -z "$(grep DIFFERS "$T/out")" ]
+code 0 medrun-lab doctor; check 'all kernels agree' [ -z "$(grep DIFFERS "$T/out")" ]
 printf 'Ω \360\237\230\200\r\nb\377\n' >"$T/text"; in=$T/text
 "$bin/medrun" tokenize "$demo" <"$T/text" >"$T/ids"; code 0 medrun tokenize "$model"; same "$T/out" "$T/ids"
 in=$T/ids; code 0 medrun detokenize "$model" -; same "$T/out" "$T/text"; in=
@@ -58,7 +58,7 @@ code 0 medrun tokenize "$model"; same "$T/out" "$T/ids"; unset MEDRUN_PROMPT
 
 # ---- what it writes ----
 "$bin/medrun" logits "$demo" --ids '1 2 3 4 5 6 7 8 9' --all --strict -o "$T/wanted"
-for k in scalar $(timeout 60 wine "$win/medrun.exe" doctor | sed -n 's/^kernels *//p'); do
+for k in scalar $(timeout 60 wine "$win/medrun-lab.exe" doctor | sed -n 's/^kernels *//p'); do
     MEDRUN_KERNELS=$k; export MEDRUN_KERNELS
     code 0 medrun logits "$model" --ids '1 2 3 4 5 6 7 8 9' --all --strict -o "$P/Ω.f32"; same "$P/Ω.f32" "$T/wanted"
 done
@@ -67,10 +67,11 @@ for type in int8 int4; do
     "$bin/medrun-export" "$fixture" "$T/wanted" --name x --type $type 2>/dev/null
     code 0 medrun-export "$fixture" "$P/xΩ.mdr" --name x --type $type; same "$P/xΩ.mdr" "$T/wanted"
 done
-code 0 medrun run "$model" -p hello -q --temp 0 -n 5 --save-prefix "$P/pΩ" --record "$P/rΩ"; cp "$T/out" "$T/wanted"
+code 0 medrun run "$model" -p hello -q --temp 0 -n 5 --save-prefix "$P/pΩ"; cp "$T/out" "$T/wanted"
+code 0 medrun-lab record "$model" "$P/rΩ" -p hello -q --temp 0 -n 5; same "$T/out" "$T/wanted"
 code 0 medrun run "$model" -p hello -q --temp 0 -n 5 --load-prefix "$P/pΩ"; same "$T/out" "$T/wanted"
 code 0 medrun run "$model" -p hello -q --temp 0 -n 5 --save-prefix "$P/pΩ"
-code 0 medrun replay "$P/rΩ"
+code 0 medrun-lab replay "$P/rΩ"
 check 'others may not read them' [ -z "$(find "$P" -name '[pr]Ω' -perm /007)" ]
 check 'nothing else is left' [ -z "$(find "$P" -name '*.partial')" ]
 m="medqa tests/eval/medqa.jsonl --limit 4 -q"

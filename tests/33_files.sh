@@ -21,7 +21,7 @@ fails() {
 }
 fail_all() {
     fails "$1" "$bin/medrun" logits "$model" --ids '1 2 3 4 5 6 7 8 9' --all -o "$T/disk/logits"
-    fails "$1" "$bin/medrun" run "$model" -p hello -n 1 -q --record "$T/disk/record"
+    fails "$1" "$bin/medrun-lab" record "$model" "$T/disk/record" -p hello -n 1 -q
     fails "$1" "$bin/medrun" run "$model" -p hello -n 1 -q --save-prefix "$T/disk/prefix"
     fails "$2" "$bin/medrun-export" "$fixtures/llama-tied" "$T/disk/out.mdr"
     fails "$2" "$bin/medrun-export" --tokenizer-only "$fixtures/llama-tied" "$T/disk/out.bin"

@@ -3,7 +3,7 @@
 . tests/script.sh
 T=$(mktemp -d) || exit 1
 trap 'rm -rf "$T"' EXIT
-model=$2/llama-tied-int8.mdr plain=$1/medrun cc=${CC:-cc}
+model=$2/llama-tied-int8.mdr plain=$1/medrun lab=$1/medrun-lab cc=${CC:-cc}
 for v in $(env | sed -n 's/^\(MEDRUN_[A-Z_]*\)=.*/\1/p'); do unset "$v"; done
 
 # code N ARGUMENTS: runs $medrun; out and err in $T; the exit code must be N
@@ -12,13 +12,14 @@ code() {
     "$medrun" "$@" < /dev/null > "$T/out" 2> "$T/err"; rc=$?
     if [ $rc = "$want" ]; then ok; else bad "medrun $*: exit $rc, wanted $want: $(cat "$T/err")"; fi
 }
+lab() { program=$medrun; medrun=$lab; code "$@"; medrun=$program; }        # the same of medrun-lab
 with() { v=${1%%=*}; export "${1?}"; shift; "$@"; unset "$v"; }      # VARIABLE=VALUE COMMAND
 has() { if grep -q -- "$2" "$T/$1"; then ok; else bad "$1 has no '$2': $(cat "$T/$1")"; fi; }
 hasnt() { if grep -q -- "$2" "$T/$1"; then bad "$1 has '$2': $(cat "$T/$1")"; else ok; fi; }
 same() { if cmp -s "$1" "$2"; then ok; else bad "$1 and $2 differ"; fi; }
 
 medrun=$plain
-code 0 doctor
+lab 0 doctor
 if grep -q 'not in this build' "$T/out"; then
     code 6 logits "$model" --ids '1 2' -o "$T/none" --device 0; has err 'built without OpenCL'
     code 6 logits "$model" --ids '1 2' -o "$T/none" -ngl 1; has err 'built without OpenCL'
@@ -30,17 +31,18 @@ code 0 logits "$model" --ids '1 2 3 4 5' -o "$T/wanted" --device none
 if ! echo '#include <CL/cl.h>' | $cc -E - > /dev/null 2>&1; then
     skip "no OpenCL headers (opencl-headers)"; finish
 fi
-medrun=$T/medrun
-if ! $cc -O1 -DMEDRUN_OPENCL -o "$medrun" medrun.c -lm -lpthread -ldl > "$T/log" 2>&1; then
+medrun=$T/medrun lab=$T/medrun-lab
+if ! { $cc -O1 -DMEDRUN_OPENCL -o "$medrun" medrun.c -lm -lpthread -ldl &&
+       $cc -O1 -DMEDRUN_OPENCL -o "$lab" tools/lab.c -lm -lpthread -ldl; } > "$T/log" 2>&1; then
     bad "building with OpenCL: $(head -5 "$T/log")"; finish
 fi
-code 0 doctor; has out '^OpenCL '
+lab 0 doctor; has out '^OpenCL '
 MEDRUN_OPENCL_LIBRARY=./none.so; export MEDRUN_OPENCL_LIBRARY
-code 0 doctor; has out 'no OpenCL library'
+lab 0 doctor; has out 'no OpenCL library'
 code 6 logits "$model" --ids '1 2' -o "$T/none" --device 0; has err 'no OpenCL library'
 code 0 logits "$model" --ids '1 2 3 4 5' -o "$T/found"; same "$T/wanted" "$T/found"; hasnt err device
 unset MEDRUN_OPENCL_LIBRARY
-if ! "$medrun" doctor | grep -q '^OpenCL *0'; then
+if ! "$lab" doctor | grep -q '^OpenCL *0'; then
     skip "OpenCL has no device here"; finish
 fi
 for device in "--device 0" "--device 0 --gpu-layers 1" "--device 0 -ngl 99" "--device none" "-ngl 0"; do

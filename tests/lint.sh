@@ -35,7 +35,7 @@ for cc in gcc clang; do
     if ! command -v $cc > /dev/null; then
         skip "no $cc"; continue
     fi
-    for what in "medrun.c" "-DMEDRUN_NO_MAIN medrun.c" tools/export.c tools/eval.c; do
+    for what in "medrun.c" "-DMEDRUN_NO_MAIN medrun.c" tools/export.c tools/eval.c tools/lab.c; do
         # shellcheck disable=SC2086
         said=$($cc -O2 -Wall -Wextra -Wshadow -Wconversion -c -o /dev/null $what 2>&1)
         [ -z "$said" ] && ok || bad "$cc $what: $(echo "$said" | head -5)"

@@ -1,6 +1,6 @@
 #!/bin/sh
 # bench_eval.sh MODEL.mdr [N [BIN]]: asks N (1000) made-up questions of MedQA's length with
-# medrun-eval, and says its speed beside that of `medrun bench`, measured before and after.
+# medrun-eval, and says its speed beside that of `medrun-lab bench`, measured before and after.
 # A model of random weights in the 8B shape: tools/bench_peers.py.
 set -eu
 model=$1 n=${2:-1000} bin=${3:-.}
@@ -23,11 +23,11 @@ awk -v n="$n" 'BEGIN {
     }
 }' > "$work/questions.jsonl"
 
-bench() { "$bin/medrun" bench "$model" -p 512 -n 1 -r 3 -o json | sed 's/.*"pp":{"n":[0-9]*,"tps":\([0-9.]*\).*/\1/'; }
+bench() { "$bin/medrun-lab" bench "$model" -p 512 -n 1 -r 3 -o json | sed 's/.*"pp":{"n":[0-9]*,"tps":\([0-9.]*\).*/\1/'; }
 before=$(bench)
 "$bin/medrun-eval" "$model" medqa "$work/questions.jsonl" -o "$work/result.jsonl" 2> "$work/err" > /dev/null
 speed=$(sed -n 's/.* s: \([0-9.]*\) tokens\/s;.*/\1/p' "$work/err")
 after=$(bench)
 tail -n 1 "$work/err"
-echo "$n questions: $speed tokens/s; medrun bench -p 512: $before before, $after after" |
+echo "$n questions: $speed tokens/s; medrun-lab bench -p 512: $before before, $after after" |
     awk -v s="$speed" -v a="$before" -v b="$after" '{ printf "%s; share %.2f\n", $0, s / ((a + b) / 2) }'

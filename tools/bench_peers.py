@@ -33,7 +33,7 @@ Other programs disturb. A turn waits until they use less than a tenth of a proce
 at most, and is measured again when they use more of one meanwhile, up to --retries times (Linux
 only). What was left of such company is said above the table.
 
-Shares compare with what this machine could do at most, as `medrun bench` measured it by turns with
+Shares compare with what this machine could do at most, as `medrun-lab bench` measured it by turns with
 the rest: for a prompt the operations a second (two a weight and token) beside the rate of the
 instruction that multiplies, for generation the bytes of weights beside the rate of reading memory.
 A peer's are counted in the same way from its own file.
@@ -369,10 +369,10 @@ class Medrun:
         self.last = None
 
     def turn(self, prompt, generate, depth=0):
-        command = [self.o.medrun, "bench", self.path, "-p", str(prompt), "-n", str(generate),
+        command = [self.o.lab, "bench", self.path, "-p", str(prompt), "-n", str(generate),
                    "-t", str(self.o.threads), "-r", "1", "-o", "json"]
         r = self.last = read_json(run_command(command + (["-d", str(depth)] if depth else [])),
-                                  "medrun bench")
+                                  "medrun-lab bench")
         return {"pp": r["pp"]["tps"], "tg": r["tg"]["tps"], "about": r}
 
 
@@ -783,7 +783,7 @@ def options():
     p.add_argument("--shape", default="8b", choices=sorted(SHAPES), help="default: 8b, Llama 3's")
     p.add_argument("--layers", type=whole, help="fewer than the shape has, for a quick run")
     p.add_argument("--types", default="int8,bf16,int4", help="of medrun's checkpoints")
-    p.add_argument("--medrun", default=os.path.normpath(os.path.join(here, "medrun")))
+    p.add_argument("--lab", default=os.path.normpath(os.path.join(here, "medrun-lab")))
     p.add_argument("--export", default=os.path.normpath(os.path.join(here, "medrun-export")))
     p.add_argument("--llama-bench", action="append", default=[], metavar="[NAME=]PATH",
                    help="a binary to measure too; may be given again")
@@ -828,8 +828,8 @@ def check_options(o):
     if "int4" in o.types and not re.search(r"\bint4\b", usage):
         o.types.remove("int4")
         say("left out: int4, this medrun-export does not know it")
-    if not re.search(r"^ *-d,", help_of([o.medrun, "bench", "--help"]), re.M) and any(o.depths):
-        say("left out: depths past 0, this medrun bench has no -d")
+    if not re.search(r"^ *-d,", help_of([o.lab, "bench", "--help"]), re.M) and any(o.depths):
+        say("left out: depths past 0, this medrun-lab bench has no -d")
         o.depths = [depth for depth in o.depths if not depth]
     os.makedirs(o.dir, exist_ok=True)
 

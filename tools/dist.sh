@@ -37,7 +37,7 @@ programs() { # SYSTEM PACK COMPILER...: with the first compiler there is
     exe='' link=-Wl,--build-id=none
     case $system in windows*) exe=.exe link=-Wl,--no-insert-timestamp ;; esac
     mkdir -p "$work/$name/tools/demo"
-    for source in medrun tools/export tools/eval; do
+    for source in medrun tools/export tools/eval tools/lab; do
         (cd "$work/$version" && "$cc" ${CFLAGS:--O2} -static -s -ffile-prefix-map="$work"=. \
             $link -o "$work/program$exe" $source.c -lm -lpthread)
         program=medrun

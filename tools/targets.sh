@@ -60,6 +60,7 @@ check() { # WHAT COMMAND...
 row() { table="$table
 | $name | $1 | $2 | $3 | $4 | $5 |"; }
 skip() { skipped=$((skipped + 1)); echo "skipped: $name: $1"; row "" "skipped: $1"; }
+lab() { timeout 600 $runner "$dir/lab" "$@" 2> "$dir/err"; }
 medrun() { timeout 600 $runner "$program" "$@" 2> "$dir/err"; }
 digest() { sha256sum < "$1" | cut -d' ' -f1; }
 add() { # DIGESTS DIGEST: with the beginning of one more, if it is another
@@ -130,8 +131,12 @@ try_units() {
 
 build() {
     [ "$program" -nt medrun.c ] && return
-    $compiler $CFLAGS -Wall -Wextra -Wshadow -Wconversion -o "$program" medrun.c -lm -lpthread \
-        2> "$dir/err" && [ ! -s "$dir/err" ]
+    for source in tools/lab.c medrun.c; do
+        out=$program
+        [ $source = medrun.c ] || out=$dir/lab
+        $compiler $CFLAGS -Wall -Wextra -Wshadow -Wconversion -o "$out" $source -lm -lpthread \
+            2> "$dir/err" && [ ! -s "$dir/err" ] || return
+    done
 }
 
 try_target() { # NAME COMPILER RUNNER
@@ -147,7 +152,7 @@ try_target() { # NAME COMPILER RUNNER
     case $name in "x86-64, "*) check "no AVX but in its words" no_avx;; esac
     case $name in i686*|armhf*) try_large;; esac
     [ -n "$quick" ] || try_units
-    check "doctor" medrun doctor > "$dir/doctor"
+    check "doctor" lab doctor > "$dir/doctor"
     grep -q '^OpenCL  *no device' "$dir/doctor" && { skip "no OpenCL device"; return; }
     sets=$(sed -n 's/^self-test  \([^,]*\), int8: as scalar.*/\1/p' "$dir/doctor")
     check "has words" [ -n "$sets" ]

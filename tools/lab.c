@@ -1,0 +1,475 @@
+/* medrun-lab: measures what medrun does, and repeats it to the last bit.
+ *
+ *     cc -O2 -o medrun-lab tools/lab.c -lm -lpthread
+ *
+ * bench times prompts and generation beside what the machine can do at most; doctor says what the
+ * machine has and whether its kernels agree; record writes a run with all that is needed to repeat
+ * it, and replay repeats it. Options are read as medrun reads them (sections 16 and 17 of
+ * medrun.c). MIT licence, see LICENSE. */
+#define MEDRUN_NO_MAIN
+#define MEDRUN_COMMANDS
+#include "../medrun.c"
+
+enum { BENCH, DOCTOR, RECORD, REPLAY, LAB_HELP, N_LAB_COMMANDS };
+
+/* Options that medrun has not. */
+enum { L_PROMPT = N_OPTIONS, L_PREDICT, L_DEPTH, L_REPETITIONS, L_FORMAT, N_LAB_OPTIONS };
+
+/* ---- record, replay ------------------------------------------------------------------------ */
+
+static void record_ids(buffer *b, const char *key, const int32_t *ids, size_t n) {
+    buffer_printf(b, " \"%s\": [", key);
+    for (size_t i = 0; i < n; i++) buffer_printf(b, i ? ",%d" : "%d", ids[i]);
+    buffer_text(b, "],\n");
+}
+
+/* The options are those of a command line, so that replay reads them with the same table. */
+static int write_record(command *c, size_t n_prompt, const char *path) {
+    const medrun_sampling *s = &c->sampling;
+    const int32_t *ids = medrun_tokens(c->s);
+    static const file_kind record_file = {"a record of a run", "{\"engine\": \"me", true};
+    char hash[65], logits[65];
+    file_writer w;
+    buffer b = {0};
+    int code = hash_logits(c, logits);
+    hex_of(c->m->file.hash, hash);
+    buffer_text(&b, "{\"engine\": \"medrun " MEDRUN_VERSION "\", \"model\": ");
+    json_quote(&b, c->m->path, strlen(c->m->path));
+    buffer_printf(&b, ",\n \"model_hash\": \"%s\",\n \"kernels\": \"%s\",\n \"options\": {"
+                  "\"--strict\": \"%d\", \"--kv\": \"%s\", \"--ctx\": \"%zu\", \"--seed\": "
+                  "\"%llu\",\n  \"--temp\": \"%.9g\", \"--top-k\": \"%d\", \"--top-p\": \"%.9g\", "
+                  "\"--min-p\": \"%.9g\", \"--repeat-penalty\": \"%.9g\"},\n", hash,
+                  c->m->kernels->name,
+                  flag(c, O_STRICT), kv_names[cache_type(c)], context_of(c),
+                  (unsigned long long)s->seed, (double)s->temperature, s->top_k, (double)s->top_p,
+                  (double)s->min_p, (double)s->repeat_penalty);
+    if (c->chat_options.date) buffer_printf(&b, " \"date\": \"%s\",\n", c->chat_options.date);
+    record_ids(&b, "prompt", ids, n_prompt);
+    record_ids(&b, "answer", ids + n_prompt, medrun_length(c->s) - n_prompt);
+    buffer_printf(&b, " \"logits_sha256\": \"%s\"}\n", logits);
+    if (!code && b.failed) code = out_of_memory(&c->e, b.n);
+    if (!code && !writer_open(&w, path, &record_file, false, &c->e)) {
+        fwrite(b.data, 1, b.n, w.f);
+        writer_done(&w, &c->e);
+    }
+    buffer_free(&b);
+    return code ? code : c->e.code;
+}
+
+/* MODEL OUT.json, or with -m only OUT.json. A cut answer is recorded as well. */
+static int record_command(command *c) {
+    int files = given(c, O_MODEL) && c->from[O_MODEL] == FROM_FLAG ? 1 : 2;
+    if (c->n_rest != files)
+        return fail(&c->e, MEDRUN_USAGE, "record: wanted a model, a file to write and a prompt");
+    const char *path = c->rest[c->n_rest - 1];
+    buffer ids = {0};
+    answer a = {0};
+    c->n_rest--;
+    int code = answer_once(c, &ids, &a);
+    bool stopped = (code == MEDRUN_INTERRUPTED || code == MEDRUN_TOO_LONG) && a.n_answer;
+    if (!code || stopped) {
+        medrun_error before = c->e;
+        c->e = (medrun_error){0};
+        int written = write_record(c, ids.n / 4, path);
+        if (!written) c->e = before;
+        else code = written;
+    }
+    buffer_free(&ids);
+    return code;
+}
+
+/* Sets the options of a record, as if they had been typed. */
+static int replay_options(command *c, const json *j, uint32_t all, const char *path) {
+    uint32_t v = all + 1;
+    bool object = json_is_type(j, all, JSON_OBJECT);
+    if (!object) return fail(&c->e, MEDRUN_BAD_FILE, "%s: field options: wanted an object", path);
+    for (uint32_t i = 0; i < j->nodes[all].count; i += 2, v = j->nodes[v + 1].next) {
+        const json_node *key = &j->nodes[v];
+        const char *name = j->text + key->start;
+        char value[40], known[24];
+        int id = find_option(c->p, name, key->end - key->start, ON(RECORD));
+        if (id < 0 || c->p->options[id].kind == TEXT)
+            return fail(&c->e, MEDRUN_BAD_FILE, "%s: options: found %.*s, which this medrun cannot "
+                        "replay", path, (int)(key->end - key->start), name);
+        snprintf(known, sizeof known, "--%s", c->p->options[id].name);
+        if (!json_text(j, all, path, known, value, sizeof value, &c->e)) return MEDRUN_BAD_FILE;
+        if (set_option(c, id, value, FROM_FLAG, known)) return c->e.code = MEDRUN_BAD_FILE;
+        c->text[id] = "";                               /* given; but `value` ends here          */
+    }
+    return MEDRUN_OK;
+}
+
+/* Opens what was recorded; -m names another place of the same checkpoint. */
+static int open_recorded(command *c, const json *j, const char *path) {
+    char model[1024], hash[65], found[65];
+    if (!json_text(j, 0, path, "model", model, sizeof model, &c->e) ||
+        !json_text(j, 0, path, "model_hash", hash, sizeof hash, &c->e)) return MEDRUN_BAD_FILE;
+    int code = open_path(c, given(c, O_MODEL) ? c->text[O_MODEL] : model);
+    if (code) return code;
+    hex_of(c->m->file.hash, found);
+    if (strcmp(hash, found))
+        return fail(&c->e, MEDRUN_DIFFERS, "checkpoint: expected %s, found %s", hash, found);
+    code = replay_options(c, j, json_get(j, 0, "options"), path);
+    return code ? code : start_session(c);
+}
+
+static void print_token(const command *c, const char *label, int32_t id) {
+    size_t n;
+    const char *piece = tokenizer_piece(c->t, id, &n);
+    printf("%s %d \"", label, id);
+    print_escaped(stdout, piece, n);
+    putchar('"');
+}
+
+/* Generates again and compares each id with the one that is expected. */
+static int compare_answer(command *c, const int32_t *expected, size_t n) {
+    int32_t id;
+    const char *text;
+    size_t n_bytes;
+    for (size_t i = 0; i < n; i++) {
+        int code = medrun_next(c->s, &id, &text, &n_bytes, &c->e);
+        if (code) return code;
+        if (id == expected[i]) continue;
+        printf("token %zu of the answer:", i + 1);
+        print_token(c, " expected", expected[i]);
+        print_token(c, ", found", id);
+        return puts(""), MEDRUN_DIFFERS;
+    }
+    return MEDRUN_OK;
+}
+
+static int replay_record(command *c, const json *j, const char *path) {
+    buffer prompt = {0}, expected = {0};
+    char wanted[65], found[65], kernels[32];
+    int code = open_recorded(c, j, path);
+    if (!code) code = json_ids(c, j, json_get(j, 0, "prompt"), "prompt", &prompt);
+    if (!code) code = json_ids(c, j, json_get(j, 0, "answer"), "answer", &expected);
+    if (!code && (!json_text(j, 0, path, "logits_sha256", wanted, sizeof wanted, &c->e) ||
+                  !json_text(j, 0, path, "kernels", kernels, sizeof kernels, &c->e) || !prompt.n))
+        code = fail(&c->e, MEDRUN_BAD_FILE, "%s: the prompt is empty", path);
+    if (!code) code = medrun_feed(c->s, ids_of(&prompt), prompt.n / 4, &c->e);
+    if (!code) code = compare_answer(c, ids_of(&expected), expected.n / 4);
+    if (!code && !(code = hash_logits(c, found)) && strcmp(wanted, found)) {
+        printf("logits after the answer: expected %s, found %s\n", wanted, found);
+        code = MEDRUN_DIFFERS;
+    }
+    if (!code) printf("same: %zu tokens and the logits after them\n", expected.n / 4);
+    if (code == MEDRUN_DIFFERS && c->s && strcmp(kernels, c->m->kernels->name))
+        printf("recorded with %s kernels, replayed with %s: bf16 weights give the same numbers on "
+               "both with --strict only\n", kernels, c->m->kernels->name);
+    buffer_free(&prompt), buffer_free(&expected);
+    return code;
+}
+
+static int replay_command(command *c) {
+    buffer text = {0};
+    json j = {0};
+    if (!c->n_rest) return fail(&c->e, MEDRUN_USAGE, "replay: wanted a file that record wrote");
+    int code = read_json(c, c->rest[0], &text, &j);
+    if (!code) code = replay_record(c, &j, c->rest[0]);
+    json_free(&j), buffer_free(&text);
+    return code;
+}
+
+/* ---- bench --------------------------------------------------------------------------------- */
+
+enum { READ_CHUNK = 1 << 20 };
+
+/* What all threads measure together; SINK keeps results alive. */
+typedef struct {
+    const medrun_model *m;
+    const uint8_t *data;
+    size_t n;
+    int kind;
+    size_t rounds;
+    atomic_size_t operations;
+    atomic_uint sink;
+} ceiling;
+
+static void read_task(void *context, size_t begin, size_t end, int thread) {
+    (void)thread;
+    ceiling *c = context;
+    size_t last = end * READ_CHUNK < c->n ? end * READ_CHUNK : c->n, first = begin * READ_CHUNK;
+    float sum = c->m->kernels->read_all(c->data + first, last - first);
+    atomic_fetch_add(&c->sink, float_bits(sum));
+}
+
+static void peak_task(void *context, size_t begin, size_t end, int thread) {
+    (void)begin, (void)end, (void)thread;
+    ceiling *c = context;
+    float sum = 0;
+    atomic_fetch_add(&c->operations, c->m->kernels->peak(c->kind, c->rounds, &sum) * c->rounds);
+    atomic_fetch_add(&c->sink, float_bits(sum));
+}
+
+/* GB/s of reading all weights once. */
+static double read_rate(ceiling *c) {
+    double start = seconds();
+    parallel_for(c->m->pool, (c->n + READ_CHUNK - 1) / READ_CHUNK, 16, read_task, c);
+    return (double)c->n / 1e9 / (seconds() - start);
+}
+
+/* Operations a nanosecond of the instruction that does a prompt's products, on all threads. */
+static double peak_rate(ceiling *c) {
+    double passed = 0;
+    for (c->rounds = c->rounds ? c->rounds : 1 << 10; passed < 0.02; c->rounds *= 2) {
+        double start = seconds();
+        atomic_store(&c->operations, 0);
+        parallel_for(c->m->pool, (size_t)c->m->pool->threads, 1, peak_task, c);
+        passed = seconds() - start;
+    }
+    c->rounds /= 2;
+    return (double)atomic_load(&c->operations) / 1e9 / passed;
+}
+
+/* Feeds N tokens, EACH at a time; the seconds that they take, or a negative number. */
+static double time_tokens(command *c, int n, int each) {
+    int32_t id = 1;
+    double start = seconds();
+    for (int i = 0; i < n; i += each) {
+        for (int k = 0; k < each; k++, id = (id * 31 + 7) % c->m->config.vocab_size)
+            if (medrun_feed(c->s, &id, 1, &c->e)) return -1;
+        while (medrun_pending(c->s)) if (medrun_step(&c->s, 1, &c->e)) return -1;
+    }
+    return seconds() - start;
+}
+
+/* Brings the session to DEPTH tokens, all of them processed. */
+static int go_to_depth(command *c, int depth) {
+    int have = (int)medrun_length(c->s), code = MEDRUN_OK;
+    medrun_rewind(c->s, (size_t)(have < depth ? have : depth), NULL);
+    if (have < depth && time_tokens(c, depth - have, depth - have) < 0) return c->e.code;
+    while (!code && medrun_pending(c->s)) code = medrun_step(&c->s, 1, &c->e);
+    return code;
+}
+
+typedef struct {
+    const char *name;
+    int n;                                      /* tokens                                       */
+    double operations, bytes;                   /* of a token                                   */
+    double sum, squares, ceiling;
+    double passed, attention, began;            /* seconds                                      */
+} bench_row;
+
+/* Between these stages stand the rotation, the cache and attention. */
+static void time_attention(void *user, const char *stage, int layer, size_t rows, size_t cols,
+                           size_t stride, const float *data) {
+    bench_row *row = user;
+    (void)layer, (void)rows, (void)cols, (void)stride, (void)data;
+    if (!strcmp(stage, "v")) row->began = seconds();
+    if (!strcmp(stage, "attn_out")) row->attention += seconds() - row->began;
+}
+
+static void print_bench(command *c, const bench_row *row, int repeats) {
+    const medrun_model *m = c->m;
+    const char *kv = kv_names[cache_type(c)];
+    char depth[20] = "";
+    double mean[2], sd[2], rate[2];
+    bool in_json = whole(c, L_FORMAT);
+    char attended[2][16];
+    for (int i = 0; i < 2; i++) {
+        double share = row[i].attention / row[i].passed;
+        if (*m->device_says) strcpy(attended[i], in_json ? "null" : "-");       /* not observed  */
+        else if (in_json) snprintf(attended[i], sizeof *attended, "%.4f", share);
+        else snprintf(attended[i], sizeof *attended, "%.1f %%", 100 * share);
+        mean[i] = row[i].sum / repeats;
+        double variance = row[i].squares / repeats - mean[i] * mean[i];
+        sd[i] = variance > 0 ? sqrt(variance) : 0;
+        rate[i] = mean[i] * (i ? row[i].bytes : row[i].operations) / 1e9;
+    }
+    if (in_json) {
+        buffer b = {0};
+        json_quote(&b, m->name, strlen(m->name));
+        printf("{\"model\":%s,\"type\":\"%s\",\"kernels\":\"%s\",\"threads\":%d,"
+               "\"kv\":\"%s\",\"depth\":%d,"
+               "\"read_gbps\":%.2f,\"dot_gops\":%.1f,\"pp\":{\"n\":%d,\"tps\":%.3f,\"sd\":%.3f,"
+               "\"gops\":%.1f,\"peak_share\":%.4f,\"attention_share\":%s},\"tg\":{\"n\":%d,"
+               "\"tps\":%.3f,\"sd\":%.3f,\"gbps\":%.2f,\"read_share\":%.4f,"
+               "\"attention_share\":%s}}\n", chars(&b), type_names[m->type], m->kernels->name,
+               m->pool->threads, kv, whole(c, L_DEPTH), row[1].ceiling, row[0].ceiling, row[0].n,
+               mean[0], sd[0], rate[0], rate[0] / row[0].ceiling, attended[0], row[1].n, mean[1],
+               sd[1], rate[1], rate[1] / row[1].ceiling, attended[1]);
+        buffer_free(&b);
+        return;
+    }
+    if (whole(c, L_DEPTH)) snprintf(depth, sizeof depth, " @ d%d", whole(c, L_DEPTH));
+    printf("%s, %s, %s kernels, %d threads, kv %s%s\n\n| test | tokens/s | rate | this machine's "
+           "ceiling | share | attention |\n|---|---|---|---|---|---|\n", m->name,
+           type_names[m->type], m->kernels->name, m->pool->threads, kv,
+           flag(c, O_STRICT) ? ", strict" : "");
+    for (int i = 0; i < 2; i++)
+        printf("| %s%d%s | %.2f \302\261 %.2f | %.1f %s | %.1f %s | %.0f %% | %s |\n",
+               row[i].name, row[i].n, depth, mean[i], sd[i], rate[i], i ? "GB/s" : "GOPS",
+               row[i].ceiling, i ? "GB/s read" : "GOPS", 100 * rate[i] / row[i].ceiling,
+               attended[i]);
+}
+
+/* Prompt and generation by turns with the machine's two ceilings, measured beside them. A prompt
+ * token costs two operations a weight; a generated one reads each weight but the embedding once,
+ * and the cache of the tokens before it that --depth asked for. */
+static int bench_command(command *c) {
+    int code = open_model(c), repeats = whole(c, L_REPETITIONS);
+    if (code) return code;
+    const medrun_model *m = c->m;
+    const model_config *k = &m->config;
+    bench_row row[2] = {{.name = "pp", .n = whole(c, L_PROMPT)},
+                        {.name = "tg", .n = whole(c, L_PREDICT)}};
+    int longest = row[0].n > row[1].n ? row[0].n : row[1].n, depth = whole(c, L_DEPTH);
+    longest += depth;
+    if (longest > k->max_positions)
+        return fail(&c->e, MEDRUN_TOO_LONG, "bench: %d tokens > context %d, the model's", longest,
+                    k->max_positions);
+    medrun_session_options o = session_options(c, longest);
+    if ((code = medrun_start(&c->s, m, &o, NULL, 0, &c->e))) return code;
+    engine g = {.k = m->kernels, .strict = flag(c, O_STRICT)};
+    ceiling top = {.m = m, .data = m->embed.data, .kind = pack_kind(&g, m->type),
+                   .n = (size_t)(m->file.map.data + m->file.map.n - m->embed.data)};
+    uint64_t embed = (uint64_t)k->vocab_size * (uint64_t)k->hidden_size;
+    uint64_t inner = m->parameters - embed * (k->tied ? 1 : 2);
+    row[0].operations = 2 * ((double)inner + (double)embed / row[0].n);
+    row[1].bytes = (double)m->weight_bytes - (k->tied ? 0 : (double)tensor_bytes(m->embed.type,
+                   (size_t)k->vocab_size, (size_t)k->hidden_size));
+    row[1].bytes += (double)cache_size(m, depth, o.kv);
+    for (int r = -1; r < repeats; r++)                  /* the first warms up                    */
+        for (int i = 0; i < 2; i++) {
+            double rate = i ? read_rate(&top) : peak_rate(&top);
+            if (rate > row[i].ceiling) row[i].ceiling = rate;
+            if ((code = go_to_depth(c, depth))) return code;
+            medrun_observe(c->s, *m->device_says ? NULL : time_attention, &row[i]);
+            double passed = time_tokens(c, row[i].n, i ? 1 : row[i].n);
+            medrun_observe(c->s, NULL, NULL);
+            if (passed < 0) return c->e.code;
+            if (r < 0) { row[i].attention = 0; continue; }
+            row[i].passed += passed, row[i].sum += row[i].n / passed;
+            row[i].squares += row[i].n / passed * (row[i].n / passed);
+        }
+    print_bench(c, row, repeats);
+    return MEDRUN_OK;
+}
+
+/* ---- doctor -------------------------------------------------------------------------------- */
+
+enum { CHECK_PANELS = 3, CHECK_COLS = 192, CHECK_TOKENS = 11 };
+
+/* A small product of random numbers. OUT (tokens, rows); false: no memory. An int4 panel may be any
+ * bytes, as long as each scale is a number. */
+static bool small_product(const kernel_set *k, int type, float *out) {
+    int kind = type == TYPE_BF16 ? PACK_F32 : k->int_pack;
+    size_t rows = CHECK_PANELS * LANES, cols = CHECK_COLS, panel = panel_bytes(type, cols);
+    uint64_t random = 1;
+    float *x = new_array((rows + CHECK_TOKENS) * cols, sizeof *x);
+    uint8_t *w = new_array(CHECK_PANELS, panel);
+    uint8_t *a = new_array(1, pack_bytes(kind, cols, CHECK_TOKENS));
+    uint8_t block[BLOCK_BYTES * CHECK_COLS];
+    bool made = x && w && a;
+    for (size_t i = 0; made && i < (rows + CHECK_TOKENS) * cols; i++)
+        x[i] = (float)(random_uniform(&random) - 0.5);
+    for (size_t p = 0; made && type != TYPE_INT4 && p < CHECK_PANELS; p++)
+        panel_pack(type, x + (CHECK_TOKENS + p * LANES) * cols, LANES, cols, w + p * panel);
+    for (size_t i = 0; made && type == TYPE_INT4 && i < CHECK_PANELS * panel; i++)
+        w[i] = (uint8_t)(random_uniform(&random) * 120);
+    if (made) k->pack(kind, x, cols, cols, CHECK_TOKENS, a);
+    if (made) matmul_of(k, type, kind)(w, CHECK_PANELS, cols, a, CHECK_TOKENS, cols, block, out,
+                                       rows);
+    free(x), free(w), free(a);
+    return made;
+}
+
+static void list_opencl(void) {
+#ifdef MEDRUN_OPENCL
+    opencl cl;
+    device_facts all[MAX_DEVICES];
+    medrun_error e = {0};
+    int n = opencl_open(&cl, &e) ? -1 : list_devices(&cl, all);
+    if (n <= 0) printf("OpenCL     %s\n", n ? e.text : "no device");
+    for (int i = 0; i < n; i++) {
+        printf("OpenCL     %d ", i);
+        print_safe(stdout, all[i].name, strlen(all[i].name), false);
+        printf(" (%s, %s), %.1f MB, %u units, %sfma, %s division\n", all[i].platform,
+               all[i].version, mb(all[i].memory), all[i].units,
+               all[i].numbers & CL_FP_FMA ? "" : "slow ",
+               all[i].numbers & CL_FP_CORRECTLY_ROUNDED_DIVIDE_SQRT ? "exact" : "corrected");
+    }
+#else
+    puts("OpenCL     not in this build (make OPENCL=1)");
+#endif
+}
+
+static int doctor_command(command *c) {
+    static float found[CHECK_TOKENS * CHECK_PANELS * LANES], wanted[sizeof found / sizeof *found];
+    static const struct { const char *name; int type; } checks[] = {
+        {"int8", TYPE_INT8}, {"int4", TYPE_INT4}, {"bf16, strict", TYPE_BF16}};
+    const kernel_set *sets[N_KERNEL_SETS], *chosen;
+    uint64_t total, available;
+    int n = usable_kernels(sets), code = choose_kernels(&chosen, NULL, &c->e);
+    if (code) return code;
+    memory_size(&total, &available);
+    printf("processors %d\nmemory     %.1f MB, %.1f MB are free\nkernels    %s\n", processors(),
+           mb(total), mb(available), chosen->name);
+    if (plain_only()) printf("           %s\n", plain_only());
+    for (int i = 0; i < 3 * n; i++) {
+        const kernel_set *k = sets[i / 3];
+        int type = checks[i % 3].type;
+        if (!small_product(sets[n - 1], type, wanted) || !small_product(k, type, found))
+            return out_of_memory(&c->e, sizeof found);
+        bool same = !memcmp((void *)found, (void *)wanted, sizeof found);
+        printf("self-test  %s, %s: %s\n", k->name, checks[i % 3].name,
+               same ? "as scalar" : "DIFFERS from scalar");
+        if (!same) code = MEDRUN_DIFFERS;
+    }
+    list_opencl();
+    return code;
+}
+/* ---- the program --------------------------------------------------------------------------- */
+
+static const command_row lab_commands[N_LAB_COMMANDS] = {
+    [BENCH] = {"bench", "MODEL.mdr",
+               "speed of a prompt and of generation, beside what this machine can do",
+               bench_command, 1, true, false},
+    [DOCTOR] = {"doctor", "", "what this machine has, and whether its kernels agree",
+                doctor_command, 0, false, false},
+    [RECORD] = {"record", "MODEL.mdr OUT.json -p TEXT | -f FILE",
+                "answers as medrun run does, and writes what replay needs; the file holds prompt "
+                "and answer, as ids: keep it safe", record_command, 2, true, false},
+    [REPLAY] = {"replay", "RUN.json",
+                "repeats what record wrote; exit 4 at the first difference", replay_command, 1,
+                false, false},
+    [LAB_HELP] = {"help", "[COMMAND]", "what there is, or what a command takes", help_command, 1,
+                  false, false},
+};
+
+static option_row lab_options[N_LAB_OPTIONS] = {
+    [L_PROMPT] = {"prompt", "p", "N", WHOLE, ON(BENCH), 1, 1 << 20, "512",
+                  "tokens of the prompt", "BENCH_PROMPT"},
+    [L_PREDICT] = {"predict", "n", "N", WHOLE, ON(BENCH), 1, 1 << 20, "128",
+                   "tokens to generate, one after the other", "BENCH_PREDICT"},
+    [L_DEPTH] = {"depth", "d", "N", WHOLE, ON(BENCH), 0, 1 << 20, "0",
+                 "tokens that stand before both and are not timed", NULL},
+    [L_REPETITIONS] = {"repetitions", "r", "N", WHOLE, ON(BENCH), 1, 1000, "5", "of both", NULL},
+    [L_FORMAT] = {"output", "o", "md|json", CHOICE, ON(BENCH), 0, 0, "md",
+                  "a table, or one line", NULL},
+};
+
+/* Options of medrun's: record takes those of run, bench those of a session, replay a place of the
+ * model. */
+static void take_options(void) {
+    const int bench[] = {O_MODEL, O_THREADS, O_BATCH, O_KV, O_MLOCK, O_STRICT, O_DEVICE,
+                         O_GPU_LAYERS};
+    const int replay[] = {O_MODEL, O_THREADS, O_DEVICE, O_GPU_LAYERS};
+    for (int id = 0; id < N_OPTIONS; id++) {
+        lab_options[id] = option_rows[id];
+        lab_options[id].on = option_rows[id].on & ON(RUN) ? ON(RECORD) : 0;
+    }
+    for (size_t i = 0; i < sizeof bench / sizeof *bench; i++)
+        lab_options[bench[i]].on |= ON(BENCH);
+    for (size_t i = 0; i < sizeof replay / sizeof *replay; i++)
+        lab_options[replay[i]].on |= ON(REPLAY);
+    lab_options[O_HELP].on = lab_options[O_VERSION].on = ~0u;
+}
+
+int main(int argc, char **argv) {
+    static const program lab = {"medrun-lab", "measures what medrun does, and repeats it",
+                                lab_commands, N_LAB_COMMANDS, lab_options, N_LAB_OPTIONS, -1};
+    take_options();
+    return run_program(&lab, argc, argv);
+}
