@@ -85,7 +85,7 @@ static void test_calls(command *c) {
 int main(void) {
     const char *build = getenv("MEDRUN_TEST_BUILD");
     char path[2048];
-    static command c = {.which = RUN};
+    static command c = {.p = &medrun_program, .row = &medrun_commands[RUN]};
     snprintf(path, sizeof path, "%s/apertus-plain-bf16.mdr", build ? build : "build");
     if (CHECK(!medrun_open(&c.m, path, &(medrun_options){.threads = 1}, &c.e))) {
         c.t = &c.m->tokenizer, c.chat = chat_find("apertus");
