@@ -9874,7 +9874,8 @@ typedef struct {
 enum { O_MODEL, O_PROMPT, O_FILE, O_SYSTEM, O_PREDICT, O_CTX, O_THREADS, O_BATCH, O_SEED, O_TEMP,
        O_TOP_K, O_TOP_P, O_MIN_P, O_REPEAT, O_TEMPLATE, O_STOP, O_KV, O_OVERFLOW, O_LOOKUP, O_RAW,
        O_MLOCK, O_STRICT, O_DEVICE, O_GPU_LAYERS, O_SAVE_PREFIX, O_LOAD_PREFIX, O_STATS,
-       O_VERBOSE, O_QUIET, O_BOS, O_SPECIAL, O_PIECES, O_MESSAGES, O_RENDER_IDS, O_NO_OPENING, O_DATE, O_THINK, O_TOOLS,
+       O_VERBOSE, O_QUIET, O_BOS, O_SPECIAL, O_PIECES, O_MESSAGES, O_RENDER_IDS, O_NO_OPENING,
+       O_DATE, O_THINK, O_TOOLS,
        O_CHAT_BOS, O_IDS, O_ALL, O_OUT, O_HELP, O_VERSION, N_OPTIONS };
 
 static const option_row option_rows[N_OPTIONS] = {
@@ -10001,10 +10002,11 @@ static bool given(const command *c, int id) { return c->text[id] != NULL; }
 static bool flag(const command *c, int id) { return c->number[id] != 0; }
 static int whole(const command *c, int id) { return (int)c->number[id]; }
 
+/* The command's bit in option_row's `on`. */
+static unsigned own_bit(const command *c) { return ON(c->row - c->p->commands); }
+
 /* Does this command take the option? */
-static bool takes(const command *c, int id) {
-    return c->p->options[id].on & ON(c->row - c->p->commands);
-}
+static bool takes(const command *c, int id) { return c->p->options[id].on & own_bit(c); }
 
 static const char *nearest(const char *word, const char *const *names, size_t n) {
     size_t best = 0;
@@ -11630,8 +11632,8 @@ static int help_on(const program *p, int which) {
 }
 
 static int help_all(const program *p, FILE *f) {
-    fprintf(f, "%s " MEDRUN_VERSION ": %s.\nFor research and education. Not a clinician; do not use "
-            "it to decide about anyone's care.\n\n", p->name, p->about);
+    fprintf(f, "%s " MEDRUN_VERSION ": %s.\nFor research and education. Not a clinician; do not "
+            "use it to decide about anyone's care.\n\n", p->name, p->about);
     for (int i = 0; i < p->n_commands; i++)
         fprintf(f, i == p->unnamed ? "%s [%s] %s\n      %s\n" : "%s %s %s\n      %s\n", p->name,
                 p->commands[i].name, p->commands[i].arguments, p->commands[i].help);
@@ -11676,7 +11678,7 @@ static int read_option(command *c, char **argv, int i, int argc, int *used) {
     const char *arg = argv[i], *equals = strchr(arg, '=');
     char name[40];
     snprintf(name, sizeof name, "%.*s", equals ? (int)(equals - arg) : 39, arg);
-    int id = find_option(c->p, name, strlen(name), ON(c->row - c->p->commands));
+    int id = find_option(c->p, name, strlen(name), own_bit(c));
     if (id < 0) return unknown_option(c, name);
     bool is_flag = c->p->options[id].kind == FLAG, next = !is_flag && !equals;
     const char *value = is_flag ? "on" : equals ? equals + 1 : argv[i + 1];
@@ -11773,8 +11775,9 @@ static const command_row medrun_commands[N_COMMANDS] = {
               "a conversation; if stdin is no terminal, answers what it says, once",
               converse_command, 1, true, false},
     [RUN] = {"run", "MODEL.mdr -p TEXT | -f FILE", "answers once", run_command, 1, true, false},
-    [SHOW] = {"show", "MODEL.mdr", "what is in the file, and whether this machine has memory for it",
-              show_command, 1, true, false},
+    [SHOW] = {"show", "MODEL.mdr",
+              "what is in the file, and whether this machine has memory for it", show_command,
+              1, true, false},
     [VERIFY] = {"verify", "MODEL.mdr",
                 "computes the file's hashes and proofs anew; exit 4 if one differs", verify_command,
                 1, true, false},
