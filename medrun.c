@@ -293,17 +293,21 @@ int medrun_rewind(medrun_session *session, size_t n, medrun_error *error);
 
 /* Writes the whole state to PATH (tokens, key-value cache, random state), readable by its owner
  * only; reads it back into a session of the same checkpoint, kv and strict (any context that is
- * long enough), with plain bf16 weights of the same kernels. A file is trusted as a checkpoint is:
- * sums in it find damage, not forgery. What is read back goes on with the same bits.
- * Errors: MEDRUN_FAILED (writing), MEDRUN_BAD_FILE (of another model, cut, damaged),
- * MEDRUN_TOO_LONG. A failed restore leaves the session empty. */
+ * long enough), with plain bf16 weights of the same kernels. What is read back goes on with the
+ * same bits; the last tokens, at most 16, are pending and are computed again by the next step. A
+ * file is trusted as a checkpoint is: sums in it find damage, not forgery. PATH may be new, empty
+ * or a saved session, but no link and no other file; a save that fails leaves what stood there.
+ * Errors: MEDRUN_USAGE (PATH is something else), MEDRUN_FAILED (writing), MEDRUN_BAD_FILE (of
+ * another model, cut, damaged), MEDRUN_TOO_LONG, MEDRUN_NO_MEMORY. A failed restore leaves the
+ * session empty. */
 int medrun_save(const medrun_session *session, const char *path, medrun_error *error);
 int medrun_restore(medrun_session *session, const char *path, medrun_error *error);
 
 /* Feeds IDS to a session, which forgets what it had, and takes from PATH, any file of medrun_save,
- * what was processed there of the tokens that both begin with: *TAKEN of them, 0 to N - 1, are no
- * longer pending. No logit differs from those after medrun_feed. Reads no more than it takes, and
- * checks that. Errors: those of medrun_feed; MEDRUN_BAD_FILE; the session is empty then. */
+ * what was processed there of the tokens that both begin with, in blocks of 16: *TAKEN of them, 0
+ * to N - 1, are no longer pending. No logit differs from those after medrun_feed. Reads no more
+ * than it takes, and checks that. Errors: those of medrun_feed; MEDRUN_BAD_FILE, MEDRUN_NO_MEMORY;
+ * after all of these the session is empty. */
 int medrun_feed_saved(medrun_session *session, const int32_t *ids, size_t n, const char *path,
                       size_t *taken, medrun_error *error);
 
@@ -9372,37 +9376,67 @@ int medrun_render(const medrun_model *m, const char *name, const medrun_chat_opt
 
 /* ---- save and restore ---------------------------------------------------------------------- */
 
-/* A file has a head: "MEDSESS2", the checkpoint's hash, what the numbers depend on (24 bytes), the
- * template's name (32 bytes), kv and strict (4 bytes each), how many tokens and how many of them
- * processed, the random state, is an answer open (8 bytes each), the ids, and the SHA-256 of the
- * head. Then blocks of STATE_BLOCK processed tokens: for each layer and key-value head the panels
- * of keys and of values as they lie in a session, then a sum of the block. So the first tokens of a
- * file are its first bytes, and can be checked and used without the rest. */
-enum { STATE_BLOCK = 128, STATE_FIXED = 136 };
+/* A file is the head, the ids, a SHA-256 of both, and then blocks of 16 processed positions: for
+ * each layer and key-value head the panel of keys and the panel of values as they lie in a session,
+ * and a sum of the block. So the first tokens of a file are its first bytes, and can be checked and
+ * used without the rest. Positions past the last whole block are not saved: a session computes them
+ * again, with the same bits, and a panel on disk never holds what was forgotten or only guessed. */
+enum { STATE_BLOCK = 16 };
 
 /* Grows when a change to medrun changes the bits of a cache: files from before are refused. */
 enum { NUMBERS_VERSION = 1 };
 
+/* As it stands in the file: there is no padding, and every machine here is little-endian. */
 typedef struct {
-    uint64_t n, done, random, open;
+    char mark[8];                   /* STATE_MARK; its last character is the format's version   */
+    uint8_t hash[32];               /* of the checkpoint                                        */
+    char numbers[24];               /* what the cache's bits depend on, see name_numbers        */
+    char chat[32];                  /* the template's name                                      */
+    uint32_t kv, strict;
+    uint64_t n, done;               /* tokens; positions in the blocks                          */
+    uint64_t random, open;          /* the sampler's state; is an answer open?                  */
 } state_head;
 
+#define STATE_MARK "MEDSESS3"
+static const file_kind session_file = {"a saved session", "MEDSESS", true};
+
+/* Saving and restoring walk over the same bytes in the same order; this is where they differ. */
 typedef struct {
     FILE *f;
-    sha256 sum;                 /* of the head                                                 */
-    uint64_t lanes[4];          /* of a block                                                  */
-    bool failed;
-} state_file;
+    bool saving, failed;
+    sha256 head;                    /* of the head and the ids                                  */
+    uint64_t lanes[4];              /* the sum of a block, see add_to_block                     */
+} state_io;
+
+static bool move_bytes(state_io *io, void *p, size_t n) {
+    if (io->failed) return false;
+    size_t moved = io->saving ? fwrite(p, 1, n, io->f) : fread(p, 1, n, io->f);
+    io->failed = moved != n;
+    return !io->failed;
+}
+
+/* A sum goes into the file, or must be what the file says. */
+static void move_sum(state_io *io, const void *sum, size_t n) {
+    uint8_t stored[32];
+    memcpy(stored, sum, n);
+    if (move_bytes(io, stored, n) && memcmp(stored, sum, n)) io->failed = true;
+}
+
+static void walk_head(state_io *io, void *p, size_t n) {
+    if (move_bytes(io, p, n)) sha256_add(&io->head, p, n);
+}
+
+/* The N ids and the DIGEST of all so far. */
+static void walk_ids(state_io *io, int32_t *ids, size_t n, uint8_t digest[32]) {
+    walk_head(io, ids, n * sizeof *ids);
+    sha256_done(&io->head, digest);
+    move_sum(io, digest, 32);
+}
 
 /* The sum of a block: SHA-256 would take longer than reading, and is no help against forgery where
  * whoever writes the file writes the sum. Each step is a bijection of its lane, so that no damage
- * within one word goes unseen. It begins with the head's digest and the block's place. */
-static void start_block(state_file *f, const uint8_t digest[32], uint64_t block) {
-    memcpy(f->lanes, digest, sizeof f->lanes);
-    f->lanes[0] += block;
-}
-
-static void sum_block(uint64_t lanes[4], const uint8_t *p, size_t n) {          /* n % 32 == 0   */
+ * within one word goes unseen. N is a multiple of 32. */
+static void add_to_block(uint64_t lanes[4], const uint8_t *p, size_t n) {
     for (; n; p += 32, n -= 32)
         for (size_t i = 0; i < 4; i++) {
             uint64_t word;
@@ -9421,82 +9455,26 @@ static uint64_t block_sum(const uint64_t lanes[4]) {
     return sum;
 }
 
-static void put_head(state_file *f, const void *bytes, size_t n) {
-    if (f->failed || (f->failed = fwrite(bytes, 1, n, f->f) != n)) return;
-    sha256_add(&f->sum, bytes, n);
+static void walk_panel(state_io *io, uint8_t *p, size_t n) {
+    if (move_bytes(io, p, n)) add_to_block(io->lanes, p, n);
 }
 
-static void get_head(state_file *f, void *bytes, size_t n) {
-    if (f->failed || (f->failed = fread(bytes, 1, n, f->f) != n)) return;
-    sha256_add(&f->sum, bytes, n);
-}
-
-static void put_cache(state_file *f, const uint8_t *bytes, size_t n) {
-    if (f->failed || (f->failed = fwrite(bytes, 1, n, f->f) != n)) return;
-    sum_block(f->lanes, bytes, n);
-}
-
-/* ALL bytes of a block, of which KEEP have a place. */
-static void get_cache(state_file *f, uint8_t *to, size_t keep, size_t all) {
-    uint8_t rest[4096];
-    for (size_t n; all && !f->failed; all -= n, keep -= keep < n ? keep : n) {
-        n = keep ? keep : all < sizeof rest ? all : sizeof rest;
-        uint8_t *at = keep ? to : rest;
-        if (!(f->failed = fread(at, 1, n, f->f) != n)) sum_block(f->lanes, at, n);
-    }
-}
-
-static size_t tokens_of_block(size_t first, size_t done) {
-    return done - first < STATE_BLOCK ? done - first : STATE_BLOCK;
-}
-
-/* The position, 0 to 15, to which byte AT of a panel of keys or values belongs; see cache_panel. */
-static size_t position_of(int kv, bool keys, size_t dim, size_t at) {
-    size_t item = kv == MEDRUN_KV_F32 ? 4 : 2;
-    if (kv != MEDRUN_KV_INT8) return keys ? at / item % 16 : at / (dim * item);
-    if (at >= 16 * dim) return at / 2 % 16;
-    return keys ? at / 2 % 16 : at / (2 * dim) * 2 + at % 2;
-}
-
-/* N positions in panels. What the last holds behind them, of a forgotten text or of guesses, is
- * written as zeros. */
-static void put_panels(state_file *f, const medrun_session *s, bool keys, const uint8_t *p,
-                       size_t n) {
-    size_t dim = (size_t)s->model->config.head_dim, bytes = cache_panel(s->options.kv, dim);
-    put_cache(f, p, n / 16 * bytes);
-    p += n / 16 * bytes;
-    for (size_t at = 0; n % 16 && at < bytes; at += 32) {
-        uint8_t some[32];
-        for (size_t i = 0; i < 32; i++)
-            some[i] = position_of(s->options.kv, keys, dim, at + i) < n % 16 ? p[at + i] : 0;
-        put_cache(f, some, 32);
-    }
-}
-
-static void put_block(state_file *f, const medrun_session *s, size_t first, size_t n) {
+/* The first N positions of the cache. A block's sum begins with the head's digest and the block's
+ * position, so that no block can stand for another. */
+static void walk_cache(state_io *io, const medrun_session *s, const uint8_t digest[32], size_t n) {
     size_t panel = cache_panel(s->options.kv, (size_t)s->model->config.head_dim);
-    for (int l = 0; l < s->model->config.n_layers; l++)
-        for (size_t h = 0; h < (size_t)s->model->config.n_kv_heads; h++) {
-            put_panels(f, s, true, session_keys(s, l, h) + first / 16 * panel, n);
-            put_panels(f, s, false, session_values(s, l, h) + first / 16 * panel, n);
-        }
-    uint64_t sum = block_sum(f->lanes);
-    f->failed = f->failed || fwrite(&sum, 1, sizeof sum, f->f) != sizeof sum;
-}
-
-/* A block that is longer than the context finds no place for its end. */
-static void get_block(state_file *f, const medrun_session *s, size_t first, size_t n) {
-    size_t panel = cache_panel(s->options.kv, (size_t)s->model->config.head_dim);
-    size_t all = (n + 15) / 16, room = ((size_t)s->options.context - first + 15) / 16;
-    size_t keep = all < room ? all : room, at = first / 16 * panel;
-    for (int l = 0; l < s->model->config.n_layers; l++)
-        for (size_t h = 0; h < (size_t)s->model->config.n_kv_heads; h++) {
-            get_cache(f, session_keys(s, l, h) + at, keep * panel, all * panel);
-            get_cache(f, session_values(s, l, h) + at, keep * panel, all * panel);
-        }
-    uint64_t sum = 0;
-    f->failed = f->failed || fread(&sum, 1, sizeof sum, f->f) != sizeof sum ||
-                sum != block_sum(f->lanes);
+    for (size_t at = 0; at < n && !io->failed; at += STATE_BLOCK) {
+        size_t offset = at / STATE_BLOCK * panel;
+        memcpy(io->lanes, digest, sizeof io->lanes);
+        io->lanes[0] += at;
+        for (int l = 0; l < s->model->config.n_layers; l++)
+            for (size_t h = 0; h < (size_t)s->model->config.n_kv_heads; h++) {
+                walk_panel(io, session_keys(s, l, h) + offset, panel);
+                walk_panel(io, session_values(s, l, h) + offset, panel);
+            }
+        uint64_t sum = block_sum(io->lanes);
+        move_sum(io, &sum, sizeof sum);
+    }
 }
 
 /* int8, and bf16 without the processor's bf16 dot product, give the same bits everywhere but on a
@@ -9507,50 +9485,36 @@ static void name_numbers(const medrun_session *s, char name[24]) {
 #ifdef MEDRUN_OPENCL
     if (s->model->device && !s->model->device->exact) numbers = "OpenCL";
 #endif
-    memset(name, 0, 24);
     snprintf(name, 24, "%d %s", NUMBERS_VERSION, numbers);
 }
 
-static void name_template(const medrun_session *s, char name[32]) {
-    memset(name, 0, 32);
-    snprintf(name, 32, "%s", s->options.template_name ? s->options.template_name
-                                                      : s->model->template_name);
+/* The head of what S would save now. */
+static state_head head_of(const medrun_session *s) {
+    const medrun_session_options *o = &s->options;
+    state_head h = {.kv = (uint32_t)o->kv, .strict = o->strict};
+    memcpy(h.mark, STATE_MARK, sizeof h.mark);
+    memcpy(h.hash, s->model->file.hash, sizeof h.hash);
+    name_numbers(s, h.numbers);
+    snprintf(h.chat, sizeof h.chat, "%s",
+             o->template_name ? o->template_name : s->model->template_name);
+    h.n = s->n_tokens;
+    h.done = s->n_done / STATE_BLOCK * STATE_BLOCK;
+    h.random = s->random;
+    h.open = s->answer_open;
+    return h;
 }
-
-static void put_state(state_file *f, const medrun_session *s) {
-    uint8_t digest[32];
-    char numbers[24], template[32];
-    buffer fixed = {0};
-    name_numbers(s, numbers), name_template(s, template);
-    buffer_add(&fixed, "MEDSESS2", 8);
-    buffer_add(&fixed, s->model->file.hash, 32);
-    buffer_add(&fixed, numbers, sizeof numbers);
-    buffer_add(&fixed, template, sizeof template);
-    write_le(&fixed, (uint64_t)s->options.kv, 4);
-    write_le(&fixed, s->options.strict, 4);
-    write_le(&fixed, s->n_tokens, 8);
-    write_le(&fixed, s->n_done, 8);
-    write_le(&fixed, s->random, 8);
-    write_le(&fixed, s->answer_open, 8);
-    sha256_init(&f->sum);
-    if (!fixed.failed) put_head(f, fixed.data, fixed.n);
-    put_head(f, s->tokens, s->n_tokens * sizeof *s->tokens);
-    sha256_done(&f->sum, digest);
-    f->failed = f->failed || fwrite(digest, 1, 32, f->f) != 32;
-    for (size_t at = 0; at < s->n_done && !f->failed; at += STATE_BLOCK) {
-        start_block(f, digest, at);
-        put_block(f, s, at, tokens_of_block(at, s->n_done));
-    }
-    buffer_free(&fixed);
-}
-
-static const file_kind session_file = {"a saved session", "MEDSESS", true};
 
 /* FORCE: over any other file, too. */
 static int save_session(const medrun_session *s, const char *path, bool force, medrun_error *e) {
     file_writer w;
+    uint8_t digest[32];
     if (cache_from_device(s, e) || writer_open(&w, path, &session_file, force, e)) return e->code;
-    put_state(&(state_file){.f = w.f}, s);
+    state_head h = head_of(s);
+    state_io io = {.f = w.f, .saving = true};
+    sha256_init(&io.head);
+    walk_head(&io, &h, sizeof h);
+    walk_ids(&io, s->tokens, s->n_tokens, digest);
+    walk_cache(&io, s, digest, (size_t)h.done);
     return writer_done(&w, e);
 }
 
@@ -9560,127 +9524,107 @@ int medrun_save(const medrun_session *s, const char *path, medrun_error *error) 
     return save_session(s, path, false, e);
 }
 
-/* Bytes of a file of N tokens, DONE of them processed; N and DONE are sane. */
-static uint64_t state_bytes(const medrun_session *s, uint64_t n, uint64_t done) {
+/* Checks a head H against the session's own and against the SIZE of the file, which it must
+ * explain to the byte. */
+static int check_head(const medrun_session *s, const state_head *h, uint64_t size,
+                      const char *path, medrun_error *e) {
+    static const char *const kv[] = {"f16", "f32", "int8"};
+    const state_head own = head_of(s);
     uint64_t panel = cache_panel(s->options.kv, (size_t)s->model->config.head_dim);
     uint64_t heads = (uint64_t)s->model->config.n_layers * (uint64_t)s->model->config.n_kv_heads;
-    return STATE_FIXED + 4 * n + 32 + (done + 15) / 16 * 2 * heads * panel +
-           (done + STATE_BLOCK - 1) / STATE_BLOCK * 8;
-}
-
-/* Reads the head up to the ids and checks all of it against the session and the file's size. */
-static int get_fixed(state_file *f, const medrun_session *s, uint64_t size, state_head *h,
-                     const char *path, medrun_error *e) {
-    static const char *const kv[] = {"f16", "f32", "int8"};
-    uint8_t fixed[STATE_FIXED];
-    char numbers[24], template[32];
-    name_numbers(s, numbers), name_template(s, template);
-    get_head(f, fixed, sizeof fixed);
-    if (f->failed || memcmp(fixed, "MEDSESS2", 8))
+    uint64_t block = 2 * heads * panel + 8, start = sizeof *h + 4 * h->n + 32;
+    if (memcmp(h->mark, own.mark, sizeof own.mark))
         return fail(e, MEDRUN_BAD_FILE, "%s: not a session or prefix that this medrun can read",
                     path);
-    if (memcmp(fixed + 8, s->model->file.hash, 32))
+    if (memcmp(h->hash, own.hash, sizeof own.hash))
         return fail(e, MEDRUN_BAD_FILE, "%s: was saved from another checkpoint", path);
-    reader r = {fixed, sizeof fixed, 96, false};
-    uint64_t kv_type = read_le(&r, 4), strict = read_le(&r, 4);
-    if (kv_type != (uint64_t)s->options.kv || strict != s->options.strict)
+    if (h->kv != own.kv || h->strict != own.strict)
         return fail(e, MEDRUN_BAD_FILE, "%s: was saved with --kv %s%s, this session has --kv %s%s",
-                    path, kv_type < 3 ? kv[kv_type] : "?", strict ? " --strict" : "",
-                    kv[s->options.kv], s->options.strict ? " --strict" : "");
-    if (memcmp(fixed + 40, numbers, sizeof numbers))
+                    path, h->kv < 3 ? kv[h->kv] : "?", h->strict ? " --strict" : "", kv[own.kv],
+                    own.strict ? " --strict" : "");
+    if (memcmp(h->numbers, own.numbers, sizeof own.numbers))
         return fail(e, MEDRUN_BAD_FILE, "%s: its numbers are \"%.24s\", here they are \"%s\" "
-                    "(version, kernels); save it here, or use int8 or --strict", path,
-                    (const char *)fixed + 40, numbers);
-    if (memcmp(fixed + 64, template, sizeof template))
+                    "(version, kernels); save it here, or use int8 or --strict", path, h->numbers,
+                    own.numbers);
+    if (memcmp(h->chat, own.chat, sizeof own.chat))
         return fail(e, MEDRUN_BAD_FILE, "%s: was saved with the template %.32s, this session has "
-                    "%s", path, (const char *)fixed + 64, template);
-    *h = (state_head){read_u64(&r), read_u64(&r), read_u64(&r), read_u64(&r)};
-    if (h->n > size / 4 || h->done > h->n || h->done > size / 16 ||
-        state_bytes(s, h->n, h->done) != size)
+                    "%s", path, h->chat, own.chat);
+    if (h->n > size / 4 || h->n > SIZE_MAX / 4 || h->done > h->n || h->done % STATE_BLOCK ||
+        h->done / STATE_BLOCK > size / block || start + h->done / STATE_BLOCK * block != size)
         return fail(e, MEDRUN_BAD_FILE, "%s: is cut short or damaged", path);
     return MEDRUN_OK;
 }
 
-/* Reads the ids, to TO where that is not NULL, and counts how many are as the N of IDS. */
-static int get_ids(state_file *f, const state_head *h, int32_t *to, const int32_t *ids, size_t n,
-                   size_t *shared, uint8_t digest[32]) {
-    int32_t some[256];
-    uint8_t wanted[32];
-    size_t at = 0;
-    for (size_t k; at < h->n && !f->failed; at += k) {
-        k = h->n - at < 256 ? (size_t)h->n - at : 256;
-        get_head(f, some, k * sizeof *some);
-        if (to) memcpy(to + at, some, k * sizeof *some);
-        for (size_t i = 0; i < k && *shared == at + i && at + i < n; i++)
-            if (some[i] == ids[at + i]) ++*shared;
-    }
-    sha256_done(&f->sum, digest);
-    bool good = !f->failed && fread(wanted, 1, 32, f->f) == 32 && !memcmp(digest, wanted, 32);
-    return good ? MEDRUN_OK : MEDRUN_BAD_FILE;
-}
-
-/* Takes the whole file; or, when the N IDS have been fed, what was processed of those. */
-static int restore_from(medrun_session *s, state_file *f, uint64_t size, const int32_t *ids,
-                        size_t n, const char *path, medrun_error *e) {
+/* Takes the whole file; or, when ids have been FED, the blocks of what both begin with. */
+static int restore_from(medrun_session *s, FILE *f, uint64_t size, bool fed, const char *path,
+                        medrun_error *e) {
+    state_io io = {.f = f};
     state_head h = {0};
     uint8_t digest[32];
-    size_t shared = 0, take;
-    sha256_init(&f->sum);
-    int code = get_fixed(f, s, size, &h, path, e);
-    if (code) return code;
-    if (!ids && h.n > (uint64_t)s->options.context)
+    size_t same = 0;
+    sha256_init(&io.head);
+    walk_head(&io, &h, sizeof h);
+    if (check_head(s, &h, size, path, e)) return e->code;
+    if (!fed && h.n > (uint64_t)s->options.context)
         return fail(e, MEDRUN_TOO_LONG, "%s: %llu tokens do not fit the context of %d", path,
                     (unsigned long long)h.n, s->options.context);
-    bool good = !get_ids(f, &h, ids ? NULL : s->tokens, ids, n, &shared, digest);
-    for (size_t i = 0; good && !ids && i < h.n; i++)
-        good = s->tokens[i] >= 0 && s->tokens[i] < s->model->config.vocab_size;
-    if (ids && shared == n && n) shared--;              /* whose logits are computed anew        */
-    take = (size_t)h.done;
-    if (ids && take > shared) take = shared;
-    for (size_t at = 0; good && !f->failed && at < take; at += STATE_BLOCK) {
-        start_block(f, digest, at);
-        get_block(f, s, at, tokens_of_block(at, (size_t)h.done));
+    size_t n = (size_t)h.n, take = (size_t)h.done;
+    int32_t *ids = new_array(n, sizeof *ids);
+    if (!ids) return out_of_memory(e, n * sizeof *ids);
+    walk_ids(&io, ids, n, digest);
+    for (size_t i = 0; i < n && !io.failed; i++)
+        io.failed = ids[i] < 0 || ids[i] >= s->model->config.vocab_size;
+    if (!fed && !io.failed) {
+        memcpy(s->tokens, ids, n * sizeof *ids);
+        s->n_tokens = n;
     }
-    if (!good || f->failed)
-        return fail(e, MEDRUN_BAD_FILE, "%s: is cut short or damaged", path);
+    while (same < n && same < s->n_tokens && ids[same] == s->tokens[same]) same++;
+    free(ids);
+    if (take > same) take = same / STATE_BLOCK * STATE_BLOCK;
+    walk_cache(&io, s, digest, take);
+    if (io.failed) return fail(e, MEDRUN_BAD_FILE, "%s: is cut short or damaged", path);
+    if (take && take == s->n_tokens) take--;            /* the last one again, for its logits    */
     s->n_done = take;
     s->host_done = take, s->device_done = 0;
-    if (ids) return MEDRUN_OK;
-    s->n_tokens = (size_t)h.n, s->random = h.random, s->answer_open = h.open && h.n;
-    if (h.done == h.n && h.n) s->n_done--;              /* its logits are computed anew          */
+    if (!fed) {
+        s->random = h.random;
+        s->answer_open = h.open && n;
+    }
     return MEDRUN_OK;
 }
 
 /* As restore_from; after a failure the session is empty. */
-static int restore_file(medrun_session *s, const int32_t *ids, size_t n, const char *path,
-                        medrun_error *e) {
+static int restore_file(medrun_session *s, bool fed, const char *path, medrun_error *e) {
     file_facts there;
     FILE *f = open_stream(path, TO_MAP);
-    int code;
     if (!f || get_facts(NULL, fileno(f), &there))
-        code = fail(e, MEDRUN_BAD_FILE, "%s: cannot open: %s", path, strerror(errno));
+        fail(e, MEDRUN_BAD_FILE, "%s: cannot open: %s", path, strerror(errno));
     else if (!there.regular)
-        code = fail(e, MEDRUN_BAD_FILE, "%s: is not a regular file", path);
+        fail(e, MEDRUN_BAD_FILE, "%s: is not a regular file", path);
     else
-        code = restore_from(s, &(state_file){.f = f}, there.bytes, ids, n, path, e);
+        restore_from(s, f, there.bytes, fed, path, e);
     if (f) fclose(f);
-    if (code) medrun_rewind(s, 0, NULL);
-    return code;
+    if (e->code) medrun_rewind(s, 0, NULL);
+    return e->code;
 }
 
-int medrun_restore(medrun_session *s, const char *path, medrun_error *e) {
+int medrun_restore(medrun_session *s, const char *path, medrun_error *error) {
+    medrun_error local = {0}, *e = error ? error : &local;
+    e->code = MEDRUN_OK;
     medrun_rewind(s, 0, NULL);
-    return restore_file(s, NULL, 0, path, e);
+    return restore_file(s, false, path, e);
 }
 
 int medrun_feed_saved(medrun_session *s, const int32_t *ids, size_t n, const char *path,
-                      size_t *taken, medrun_error *e) {
+                      size_t *taken, medrun_error *error) {
+    medrun_error local = {0}, *e = error ? error : &local;
+    e->code = MEDRUN_OK;
     *taken = 0;
     medrun_rewind(s, 0, NULL);
-    int code = medrun_feed(s, ids, n, e);
-    if (code || (code = restore_file(s, s->tokens, n, path, e))) return code;
+    if (medrun_feed(s, ids, n, e) || restore_file(s, true, path, e)) return e->code;
     return *taken = s->n_done, MEDRUN_OK;
 }
+
 /* ---- devices ------------------------------------------------------------------------------- */
 
 #ifdef MEDRUN_OPENCL
@@ -10525,7 +10469,7 @@ static int feed_prompt(command *c, const int32_t *ids, size_t n) {
     int code = medrun_feed_saved(c->s, ids, n, path, &taken, &c->e);
     if (code) c->text[O_LOAD_PREFIX] = NULL;            /* a chat goes on without it             */
     else if (taken) note(c, "prefix: %zu of %zu tokens taken from %s", taken, n, path);
-    else note(c, "prefix: the prompt shares nothing with %s", path);
+    else note(c, "prefix: the prompt shares fewer than 16 tokens with %s", path);
     return code;
 }
 

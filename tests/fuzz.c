@@ -114,7 +114,7 @@ static void try_state(const uint8_t *input, size_t n) {
     buffer_add(&b, input, n);
     reader r = {b.data, b.n, 0, false};
     read_bytes(&r, 104);
-    uint64_t ids = read_u64(&r), head = STATE_FIXED + 4 * ids;
+    uint64_t ids = read_u64(&r), head = sizeof(state_head) + 4 * ids;
     if (!r.failed && ids < n && head + 32 <= n) sha256_of(b.data, (size_t)head, b.data + head);
     put_file("input", b.data, b.n, NULL, 0);
     buffer_free(&b);
@@ -122,7 +122,7 @@ static void try_state(const uint8_t *input, size_t n) {
     must(!medrun_start(&s, model, &(medrun_session_options){.context = 64}, NULL, 0, NULL), "start");
     if (!medrun_restore(s, "input", NULL)) medrun_step(&s, 1, NULL);
     size_t taken;
-    medrun_feed_saved(s, (const int32_t[]){1, 2, 3, 4, 5}, 5, "input", &taken, NULL);
+    medrun_feed_saved(s, (const int32_t[24]){1, 2, 3, 4}, 24, "input", &taken, NULL);
     medrun_stop(s);
 }
 
@@ -163,7 +163,7 @@ static void make_seed(void) {
     } else if (!strcmp(target, "state")) {
         medrun_session *s;
         must(!medrun_start(&s, model, &(medrun_session_options){.context = 64}, NULL, 0, NULL) &&
-             !medrun_feed(s, (const int32_t[]){1, 2, 3, 4}, 4, NULL) &&
+             !medrun_feed(s, (const int32_t[20]){1, 2, 3, 4}, 20, NULL) &&
              !medrun_step(&s, 1, NULL) && !medrun_save(s, "corpus/seed", NULL), "seed");
         medrun_stop(s);
     } else if (!strcmp(target, "json") || !strcmp(target, "messages")) {
