@@ -330,22 +330,25 @@ void medrun_observe(medrun_session *session, medrun_observer *observer, void *us
 /* ============================================================================================
  * 2 Platform: the compiler's and the system's side of the file
  *
- * With the words and the processor's features in section 6, the only place that knows which machine
- * this is. Tests: tests/04_threads.c, 16_commands.sh.
+ * Makes the compiler keep the numbers as they are written, and gives the rest of the file one set
+ * of calls for files, memory and the terminal, whatever the system. Only this section and the words
+ * and processor features of section 6 know which machine this is. Uses nothing above it. Tests:
+ * tests/04_threads.c (memory, processors, arithmetic), 32_windows.sh, 33_files.sh, 35_small.sh.
  * ============================================================================================ */
 
-/* The sums are defined in section 6 with explicit fma: the compiler must not make its own. */
-#if defined __clang__
-#pragma STDC FP_CONTRACT OFF
-#define UNROLL _Pragma("clang loop unroll(full)")
-#elif defined __GNUC__
-#pragma GCC optimize("fp-contract=off")
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
 #if !defined __GNUC__
 #error "medrun needs gcc or clang"
 #endif
-#ifdef MEDRUN_NO_MAIN           /* what only commands, tools and tests call stands unused here   */
+/* The sums of section 6 say where they use fma, so the compiler must not make one of its own from a
+ * product and a sum. */
+#ifdef __clang__
+#pragma STDC FP_CONTRACT OFF
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#pragma GCC optimize("fp-contract=off")
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+#ifdef MEDRUN_NO_MAIN           /* then nobody calls what only commands, tools and tests use     */
 #pragma GCC diagnostic ignored "-Wunused-function"
 #endif
 
@@ -356,7 +359,6 @@ void medrun_observe(medrun_session *session, medrun_observer *observer, void *us
 #include <limits.h>
 #include <math.h>
 #include <pthread.h>
-#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -367,13 +369,13 @@ void medrun_observe(medrun_session *session, medrun_observer *observer, void *us
 #include <time.h>
 #include <unistd.h>
 #ifdef _WIN32
-#define SIGHUP SIGBREAK         /* the console was closed                                        */
-#define SIGQUIT SIGBREAK
 #include <io.h>
 #include <windows.h>
-#include <ntsecapi.h>
+#include <aclapi.h>
 #include <shellapi.h>
-#undef O_RAW                    /* words that are ours                                           */
+#define SIGHUP SIGBREAK         /* the console was closed                                        */
+#define SIGQUIT SIGBREAK
+#undef O_RAW                    /* names that this file uses itself                              */
 #undef TEXT
 #undef far
 #undef near
@@ -412,37 +414,34 @@ void medrun_observe(medrun_session *session, medrun_observer *observer, void *us
 #elif defined __aarch64__
 #define MEDRUN_ARM64 1
 #include <arm_neon.h>
-#if defined __linux__
+#ifdef __linux__
 #include <sys/auxv.h>
 #endif
-#endif
-
-#ifdef __MINGW_PRINTF_FORMAT
-#define PRINTF_LIKE(text, first) __attribute__((format(__MINGW_PRINTF_FORMAT, text, first)))
-#else
-#define PRINTF_LIKE(text, first) __attribute__((format(printf, text, first)))
-#endif
-#if defined _WIN64 && defined MEDRUN_X86 && !defined __clang__
-/* The stack of Win64 is aligned to 16 bytes, but gcc moves wider vectors there as if it were to
- * theirs (its bug 54412; some builds lack it but for masked moves). So such moves become those that
- * want no alignment, in the assembler; where data is aligned they cost the same. */
-#define MOVE_ANYWHERE(aligned, any) \
-    __asm__(".macro " aligned " operands:vararg\n" any " \\operands\n.endm");
-MOVE_ANYWHERE("vmovaps", "vmovups")
-MOVE_ANYWHERE("vmovapd", "vmovupd")
-MOVE_ANYWHERE("vmovdqa", "vmovdqu")
-MOVE_ANYWHERE("vmovdqa32", "vmovdqu32")
-MOVE_ANYWHERE("vmovdqa64", "vmovdqu64")
 #endif
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline, unused))
 #define MAYBE_UNUSED __attribute__((unused))
 #define NEVER_INLINE static __attribute__((noinline))
+#ifdef __MINGW_PRINTF_FORMAT
+#define PRINTF_LIKE(text, first) __attribute__((format(__MINGW_PRINTF_FORMAT, text, first)))
+#else
+#define PRINTF_LIKE(text, first) __attribute__((format(printf, text, first)))
+#endif
 
-/* ---- the system ---------------------------------------------------------------------------- */
+#if defined _WIN64 && defined MEDRUN_X86 && !defined __clang__
+/* The stack of Win64 is aligned to 16 bytes, but gcc puts wider vectors there with moves that trap
+ * unless the place is aligned to 32 or 64 (its bug 54412). So the assembler turns each such move
+ * into the one that takes any place; where the data is aligned, that one is as fast. */
+__asm__(".irp kind, ps, pd\n.macro vmova\\kind operands:vararg\n"
+        "vmovu\\kind \\operands\n.endm\n.endr\n"
+        ".irp kind, , 32, 64\n.macro vmovdqa\\kind operands:vararg\n"
+        "vmovdqu\\kind \\operands\n.endm\n.endr");
+#endif
 
-/* What a system gives, here in the words of POSIX, below in those of Windows; the rest of the file
- * knows neither. Where a call fails, errno says why. Paths are UTF-8. */
+/* ---- the system, in the words of POSIX ----------------------------------------------------- */
+
+/* The calls that the rest of the file uses, and once more below for Windows. A call that fails
+ * gives -1, NULL or false, and errno says why. Paths and texts are UTF-8. */
 
 enum { MAX_THREADS = 256 };
 
@@ -460,15 +459,18 @@ typedef void signal_handler(int number);
 
 #ifndef _WIN32
 static int open_file(const char *path, int how) {
-    static const int flags[] = {O_RDONLY, O_RDONLY | O_NONBLOCK,
-                                O_RDONLY | O_NONBLOCK | O_NOFOLLOW,
-                                O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW,
-                                O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW,
-                                O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK};
+    static const int flags[] = {
+        [TO_READ] = O_RDONLY,
+        [TO_MAP] = O_RDONLY | O_NONBLOCK,
+        [TO_LOOK] = O_RDONLY | O_NONBLOCK | O_NOFOLLOW,
+        [TO_WRITE] = O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW,
+        [TO_CREATE] = O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW,
+        [TO_UPDATE] = O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK,
+    };
     return open(path, flags[how] | O_CLOEXEC, how == TO_CREATE ? 0600 : 0666);
 }
 
-/* Of PATH or, where that is NULL, of the open FD. 0, or -1. */
+/* Of PATH or, where that is NULL, of the open FD. */
 static int get_facts(const char *path, int fd, file_facts *f) {
     struct stat st;
     if (path ? stat(path, &st) : fstat(fd, &st)) return -1;
@@ -480,17 +482,19 @@ static int get_facts(const char *path, int fd, file_facts *f) {
 static int rename_file(const char *from, const char *to) { return rename(from, to); }
 static int remove_file(const char *path) { return unlink(path); }
 
-/* Puts on the disk what was written to FD. */
+/* Returns when what was written to FD is on the disk. */
 static int sync_file(int fd) {
 #ifdef F_FULLFSYNC
-    if (!fcntl(fd, F_FULLFSYNC)) return 0;              /* past the disk's own memory            */
+    if (!fcntl(fd, F_FULLFSYNC)) return 0;      /* on a Mac, fsync stops at the disk's own memory */
 #endif
     return fsync(fd);
 }
 
-/* N > 0 bytes of a file for reading, or NULL. */
-static const void *map_bytes(int fd, size_t n) {
-    void *p = mmap(NULL, n, PROT_READ, MAP_SHARED, fd, 0);
+/* N > 0 bytes of a file for reading; where FD is -1, zeroed memory. The system gives a page when it
+ * is first touched: a long context costs nothing before it is used. */
+static void *map_bytes(int fd, size_t n) {
+    void *p = fd < 0 ? mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+                     : mmap(NULL, n, PROT_READ, MAP_SHARED, fd, 0);
     return p == MAP_FAILED ? NULL : p;
 }
 
@@ -498,20 +502,10 @@ static void unmap_bytes(const void *p, size_t n) { munmap((void *)(uintptr_t)p, 
 static bool lock_bytes(const void *p, size_t n) { return !mlock(p, n); }
 #define LOCK_HINT "; see ulimit -l"
 
-/* Zeroed memory straight from the system, given only when touched; NULL if there is none. */
-static void *map_memory(size_t n) {
-    void *p = mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    return p == MAP_FAILED ? NULL : p;
-}
-
-static void unmap_memory(void *p, size_t n) {
-    if (p) munmap(p, n);
-}
-
 #ifdef __APPLE__
-/* 0 where there is no such number. */
+/* 0 where there is no such number. Some have 4 bytes, some 8. */
 static uint64_t sysctl_number(const char *name) {
-    uint64_t n = 0;                             /* some have 4 bytes                            */
+    uint64_t n = 0;
     size_t size = sizeof n;
     return sysctlbyname(name, &n, &size, NULL, 0) ? 0 : n;
 }
@@ -547,30 +541,21 @@ static void memory_size(uint64_t *total, uint64_t *available) {
 #ifdef __APPLE__
     *available = *total = sysctl_number("hw.memsize");
 #else
-    *total = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
-    *available = *total;
+    *available = *total = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
 #endif
     FILE *f = fopen("/proc/meminfo", "r");
-    if (!f) return;
     char line[128];
     unsigned long long kib;
-    while (fgets(line, sizeof line, f))
+    while (f && fgets(line, sizeof line, f))
         if (sscanf(line, "MemAvailable: %llu kB", &kib) == 1) *available = kib * 1024;
-    fclose(f);
+    if (f) fclose(f);
     if (*available > *total) *available = *total;
-}
-
-static uint64_t random_bits(void) {
-    uint64_t bits = (uint64_t)time(NULL) ^ (uint64_t)getpid() << 32;
-    int fd = open_file("/dev/urandom", TO_READ);
-    if (fd < 0 || read(fd, &bits, sizeof bits) < 0) bits ^= (uint64_t)clock() << 20;
-    if (fd >= 0) close(fd);
-    return bits;
 }
 
 static void local_time(time_t when, struct tm *t) { localtime_r(&when, t); }
 
-/* HANDLER, which may be SIG_IGN, gets the next signal NUMBER and no other; gives who did so far. */
+/* HANDLER, which may be SIG_IGN, gets the next signal NUMBER and no other: a second Ctrl-C ends the
+ * program whatever the first one does. Gives who got it so far. */
 static signal_handler *on_signal(int number, signal_handler *handler) {
     struct sigaction before = {.sa_handler = SIG_DFL},
                      now = {.sa_handler = handler, .sa_flags = (int)SA_RESETHAND};
@@ -578,19 +563,17 @@ static signal_handler *on_signal(int number, signal_handler *handler) {
     return before.sa_handler;
 }
 
-/* HANDLER is called where a mapped page cannot be read any more. */
+/* HANDLER is called where a page of a mapped file cannot be read any more: the file was cut. */
 static void on_lost_page(signal_handler *handler) { on_signal(SIGBUS, handler); }
-
 static void suspend_program(void) { raise(SIGTSTP); }
-
 static bool is_terminal(int fd) { return isatty(fd); }
 
-/* May stderr be drawn on? Its columns, 0 where nobody knows. */
-static bool terminal_draws(void) {
-    const char *term = getenv("TERM");
+/* May a terminal of type TERM ($TERM) be drawn on by way of stderr? */
+static bool terminal_draws(const char *term) {
     return isatty(STDERR_FILENO) && term && strcmp(term, "dumb");
 }
 
+/* 0 where nobody knows. */
 static int terminal_columns(void) {
     struct winsize size;
     return ioctl(STDERR_FILENO, TIOCGWINSZ, &size) ? 0 : size.ws_col;
@@ -599,7 +582,8 @@ static int terminal_columns(void) {
 static struct termios cooked_terminal;
 static volatile sig_atomic_t terminal_is_raw;
 
-/* RAW: the keys of stdin come one by one and as they are, Ctrl-C too; else as before that. */
+/* RAW: the keys of stdin come one by one and as they are, Ctrl-C too; else as before that. A signal
+ * handler may call it: it sets the terminal back when the program is ended. */
 static bool set_raw(bool raw) {
     if (!raw && !terminal_is_raw) return false;
     terminal_is_raw = 0;
@@ -608,7 +592,8 @@ static bool set_raw(bool raw) {
     struct termios t = cooked_terminal;
     t.c_lflag &= ~(tcflag_t)(ECHO | ICANON | ISIG | IEXTEN);
     t.c_iflag &= ~(tcflag_t)(IXON | ICRNL | INLCR | ISTRIP);
-    t.c_cc[VMIN] = 1, t.c_cc[VTIME] = 0;
+    t.c_cc[VMIN] = 1;
+    t.c_cc[VTIME] = 0;
     terminal_is_raw = 1;
     return !tcsetattr(STDIN_FILENO, TCSADRAIN, &t) || (terminal_is_raw = 0);
 }
@@ -648,7 +633,10 @@ static char **start_program(int *count, char **arguments) {
     return arguments;
 }
 #else
-enum { WIDE_PATH = 4096 + 8 };
+/* ---- the same in the words of Windows ------------------------------------------------------ */
+
+/* Windows has calls of its own in UTF-16 beside those of C. Only they take every path and every
+ * character, so they open, name and map files; C reads and writes them. */
 
 static int windows_failed(void) {
     switch (GetLastError()) {
@@ -665,6 +653,8 @@ static int windows_failed(void) {
     return -1;
 }
 
+enum { WIDE_PATH = 4096 + 8 };
+
 /* PATH from its root, where \\?\ before a drive's letter takes away the limit of 260; or NULL. */
 static wchar_t *wide_path(const char *path, wchar_t room[WIDE_PATH]) {
     wchar_t short_path[WIDE_PATH], *full = room + 4;
@@ -677,69 +667,55 @@ static wchar_t *wide_path(const char *path, wchar_t room[WIDE_PATH]) {
     return room;
 }
 
-static HANDLE open_handle(const char *path, DWORD access, DWORD share, DWORD create, DWORD flags,
+/* Opens folders, too (BACKUP_SEMANTICS), so that messages can say what they are. */
+static HANDLE open_handle(const char *path, DWORD access, DWORD share, DWORD create,
                           SECURITY_ATTRIBUTES *who) {
-    wchar_t room[WIDE_PATH];
-    wchar_t *name = wide_path(path, room);
+    wchar_t room[WIDE_PATH], *name = wide_path(path, room);
     if (!name) return INVALID_HANDLE_VALUE;
-    flags |= FILE_FLAG_BACKUP_SEMANTICS;
-    HANDLE h = CreateFileW(name, access, share, who, create, flags, NULL);
+    HANDLE h = CreateFileW(name, access, share, who, create, FILE_FLAG_BACKUP_SEMANTICS, NULL);
     if (h == INVALID_HANDLE_VALUE) windows_failed();
     return h;
 }
 
-typedef struct {
-    SECURITY_ATTRIBUTES attributes;
-    SECURITY_DESCRIPTOR descriptor;
-    union { TOKEN_USER user; BYTE room[256]; } who;
-    union { ACL list; BYTE room[512]; } rights;
-} privacy;
-
-/* All rights for who runs this, none for others. */
-static bool make_private(privacy *p) {
-    HANDLE token;
-    DWORD n;
-    if (!OpenProcessToken(GetCurrentProcess(), TOKEN_QUERY, &token)) return false;
-    bool known = GetTokenInformation(token, TokenUser, &p->who, sizeof p->who, &n);
-    CloseHandle(token);
-    p->attributes = (SECURITY_ATTRIBUTES){sizeof p->attributes, &p->descriptor, FALSE};
-    return known && InitializeAcl(&p->rights.list, sizeof p->rights, ACL_REVISION) &&
-           AddAccessAllowedAce(&p->rights.list, ACL_REVISION, FILE_ALL_ACCESS,
-                               p->who.user.User.Sid) &&
-           InitializeSecurityDescriptor(&p->descriptor, SECURITY_DESCRIPTOR_REVISION) &&
-           SetSecurityDescriptorDacl(&p->descriptor, TRUE, &p->rights.list, FALSE) &&
-           SetSecurityDescriptorControl(&p->descriptor, SE_DACL_PROTECTED, SE_DACL_PROTECTED);
-}
-
-static bool is_link(HANDLE h) {
-    FILE_ATTRIBUTE_TAG_INFO i;
-    return GetFileInformationByHandleEx(h, FileAttributeTagInfo, &i, sizeof i) &&
-           i.FileAttributes & FILE_ATTRIBUTE_REPARSE_POINT &&
-           i.ReparseTag == IO_REPARSE_TAG_SYMLINK;
+/* All rights for who runs this, none for others, and none that the folder would pass on
+ * (PROTECTED). The caller frees the list. */
+static bool make_private(SECURITY_DESCRIPTOR *d, ACL **list) {
+    char me[] = "CURRENT_USER";
+    EXPLICIT_ACCESSA all = {FILE_ALL_ACCESS, SET_ACCESS, NO_INHERITANCE,
+                            {.TrusteeForm = TRUSTEE_IS_NAME, .ptstrName = me}};
+    return !SetEntriesInAclA(1, &all, NULL, list) &&
+           InitializeSecurityDescriptor(d, SECURITY_DESCRIPTOR_REVISION) &&
+           SetSecurityDescriptorDacl(d, TRUE, *list, FALSE) &&
+           SetSecurityDescriptorControl(d, SE_DACL_PROTECTED, SE_DACL_PROTECTED);
 }
 
 /* Files may be renamed and removed while they are open, as elsewhere. TO_WRITE is private too, for
- * umask does nothing here, and TO_UPDATE has one writer. */
+ * umask does nothing here; TO_UPDATE has one writer; TO_LOOK follows a link, as only administrators
+ * make them. */
 static int open_file(const char *path, int how) {
-    static const DWORD access[] = {GENERIC_READ, GENERIC_READ, GENERIC_READ, GENERIC_WRITE,
-                                   GENERIC_WRITE, GENERIC_READ | GENERIC_WRITE};
-    static const DWORD create[] = {OPEN_EXISTING, OPEN_EXISTING, OPEN_EXISTING, CREATE_NEW,
-                                   CREATE_NEW, OPEN_ALWAYS};
-    DWORD share = FILE_SHARE_READ | FILE_SHARE_DELETE | (how == TO_UPDATE ? 0 : FILE_SHARE_WRITE);
-    privacy p;
-    bool closed = how == TO_WRITE || how == TO_CREATE;
-    if (closed && !make_private(&p)) return windows_failed();
-    HANDLE h = open_handle(path, access[how], share, create[how],
-                           how == TO_LOOK ? FILE_FLAG_OPEN_REPARSE_POINT : 0,
-                           closed ? &p.attributes : NULL);
-    if (h != INVALID_HANDLE_VALUE && how == TO_LOOK && is_link(h))
-        return CloseHandle(h), errno = ELOOP, -1;
+    enum { ALL = FILE_SHARE_READ | FILE_SHARE_WRITE | FILE_SHARE_DELETE };
+    static const DWORD modes[][3] = {           /* access, what others may do meanwhile, creation */
+        [TO_READ] = {GENERIC_READ, ALL, OPEN_EXISTING},
+        [TO_MAP] = {GENERIC_READ, ALL, OPEN_EXISTING},
+        [TO_LOOK] = {GENERIC_READ, ALL, OPEN_EXISTING},
+        [TO_WRITE] = {GENERIC_WRITE, ALL, CREATE_NEW},
+        [TO_CREATE] = {GENERIC_WRITE, ALL, CREATE_NEW},
+        [TO_UPDATE] = {GENERIC_READ | GENERIC_WRITE, ALL & ~FILE_SHARE_WRITE, OPEN_ALWAYS},
+    };
+    const DWORD *mode = modes[how];
+    SECURITY_DESCRIPTOR owner_only;
+    SECURITY_ATTRIBUTES who = {sizeof who, &owner_only, FALSE};
+    ACL *list = NULL;
+    bool is_new = mode[2] == CREATE_NEW;
+    if (is_new && !make_private(&owner_only, &list)) return windows_failed();
+    HANDLE h = open_handle(path, mode[0], mode[1], mode[2], is_new ? &who : NULL);
+    LocalFree(list);
     return h == INVALID_HANDLE_VALUE ? -1 : _open_osfhandle((intptr_t)h, _O_BINARY);
 }
 
 static int get_facts(const char *path, int fd, file_facts *f) {
     BY_HANDLE_FILE_INFORMATION i = {0};
-    HANDLE h = path ? open_handle(path, 0, 7, OPEN_EXISTING, 0, NULL) : (HANDLE)_get_osfhandle(fd);
+    HANDLE h = path ? open_handle(path, 0, 7, OPEN_EXISTING, NULL) : (HANDLE)_get_osfhandle(fd);
     if (h == INVALID_HANDLE_VALUE) return -1;
     bool disk = GetFileType(h) == FILE_TYPE_DISK && GetFileInformationByHandle(h, &i);
     bool folder = i.dwFileAttributes & FILE_ATTRIBUTE_DIRECTORY;
@@ -760,14 +736,16 @@ static int rename_file(const char *from, const char *to) {
 static int remove_file(const char *path) {
     wchar_t room[WIDE_PATH];
     const wchar_t *name = wide_path(path, room);
-    return name && DeleteFileW(name) ? 0 : name ? windows_failed() : -1;
+    return !name ? -1 : DeleteFileW(name) ? 0 : windows_failed();
 }
 
 static int sync_file(int fd) { return _commit(fd); }
 
-static const void *map_bytes(int fd, size_t n) {
-    HANDLE h = CreateFileMappingW((HANDLE)_get_osfhandle(fd), NULL, PAGE_READONLY, 0, 0, NULL);
-    const void *p = h ? MapViewOfFile(h, FILE_MAP_READ, 0, 0, n) : NULL;
+static void *map_bytes(int fd, size_t n) {
+    HANDLE file = fd < 0 ? INVALID_HANDLE_VALUE : (HANDLE)_get_osfhandle(fd);
+    HANDLE h = CreateFileMappingW(file, NULL, fd < 0 ? PAGE_READWRITE : PAGE_READONLY,
+                                  (DWORD)((uint64_t)n >> 32), (DWORD)n, NULL);
+    void *p = h ? MapViewOfFile(h, fd < 0 ? FILE_MAP_WRITE : FILE_MAP_READ, 0, 0, n) : NULL;
     if (!p) windows_failed();
     if (h) CloseHandle(h);                      /* the view keeps what it needs                 */
     return p;
@@ -785,15 +763,6 @@ static bool lock_bytes(const void *p, size_t n) {
     return done || windows_failed() == 0;
 }
 #define LOCK_HINT ""
-
-static void *map_memory(size_t n) {
-    return VirtualAlloc(NULL, n, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE);
-}
-
-static void unmap_memory(void *p, size_t n) {
-    (void)n;
-    if (p) VirtualFree(p, 0, MEM_RELEASE);
-}
 
 /* Of this process's group of at most 64. */
 static int processors(void) {
@@ -820,16 +789,10 @@ static void memory_size(uint64_t *total, uint64_t *available) {
     *available = m.ullAvailPhys < m.ullAvailPageFile ? m.ullAvailPhys : m.ullAvailPageFile;
 }
 
-static uint64_t random_bits(void) {
-    uint64_t bits = (uint64_t)time(NULL);
-    RtlGenRandom(&bits, sizeof bits);
-    return bits;
-}
-
 static void local_time(time_t when, struct tm *t) { localtime_s(t, &when); }
 
 static signal_handler *on_signal(int number, signal_handler *handler) {
-    return signal(number, handler);
+    return signal(number, handler);             /* which forgets the handler when it is called  */
 }
 
 static signal_handler *lost_page_handler;
@@ -844,8 +807,7 @@ static void on_lost_page(signal_handler *handler) {
     SetUnhandledExceptionFilter(filter_lost_page);
 }
 
-static void suspend_program(void) {}
-
+/* NULL where FD is a file, a pipe or the device NUL, which C's isatty takes for a terminal. */
 static HANDLE console(int fd) {
     DWORD mode;
     HANDLE h = (HANDLE)_get_osfhandle(fd);
@@ -854,52 +816,34 @@ static HANDLE console(int fd) {
 
 static bool is_terminal(int fd) { return console(fd); }
 
-static bool terminal_draws(void) {
-    const char *term = getenv("TERM");
+static bool terminal_draws(const char *term) {
     DWORD mode = 0;
     if (term && !strcmp(term, "dumb")) return false;
     return console(2) && GetConsoleMode(console(2), &mode) &&
            SetConsoleMode(console(2), mode | ENABLE_VIRTUAL_TERMINAL_PROCESSING);
 }
 
-static int terminal_columns(void) {
-    CONSOLE_SCREEN_BUFFER_INFO i;
-    return GetConsoleScreenBufferInfo(console(2), &i) ? i.srWindow.Right - i.srWindow.Left + 1 : 0;
-}
+/* The console edits lines itself, with a history and all, so nothing here reads single keys. */
+static int terminal_columns(void) { return 0; }
+static bool set_raw(bool raw) { return (void)raw, false; }
+static bool more_is_typed(void) { return false; }
+static void suspend_program(void) {}
 
-static DWORD cooked_console;
-static volatile sig_atomic_t terminal_is_raw;
-
-/* An old console, which does not send arrows as other terminals do, stays as it is. */
-static bool set_raw(bool raw) {
-    DWORD lines = ENABLE_LINE_INPUT | ENABLE_ECHO_INPUT | ENABLE_PROCESSED_INPUT;
-    if (!raw && !terminal_is_raw) return false;
-    terminal_is_raw = 0;
-    if (!raw) return SetConsoleMode(console(0), cooked_console);
-    if (!GetConsoleMode(console(0), &cooked_console)) return false;
-    terminal_is_raw = 1;
-    return SetConsoleMode(console(0), (cooked_console & ~lines) | ENABLE_VIRTUAL_TERMINAL_INPUT) ||
-           (terminal_is_raw = 0);
-}
-
-static struct { char bytes[256]; int n, at; } typed;
-
+/* A console gives UTF-16, a line at a time; Ctrl-Z at the start of a line ends the input. */
 static int typed_byte(void) {
+    static struct { char bytes[256]; int n, at; } typed;
     wchar_t wide[64];
     DWORD n = 0, more = 0;
     if (typed.at == typed.n) {
         fflush(NULL);
-        if (!ReadConsoleW(console(0), wide, 63, &n, NULL) || !n) return EOF;
+        if (!ReadConsoleW(console(0), wide, 63, &n, NULL) || !n || wide[0] == 26) return EOF;
         if (IS_HIGH_SURROGATE(wide[n - 1])) ReadConsoleW(console(0), wide + n, 1, &more, NULL);
         typed.n = WideCharToMultiByte(CP_UTF8, 0, wide, (int)(n + more), typed.bytes,
                                       sizeof typed.bytes, NULL, NULL);
         typed.at = 0;
-        if (!terminal_is_raw && wide[0] == 26) return typed.n = 0, EOF;         /* Ctrl-Z        */
     }
     return typed.at < typed.n ? (uint8_t)typed.bytes[typed.at++] : EOF;
 }
-
-static bool more_is_typed(void) { return typed.at < typed.n; }
 
 static char *utf8_of(const wchar_t *wide) {
     int n = WideCharToMultiByte(CP_UTF8, 0, wide, -1, NULL, 0, NULL, NULL);
@@ -981,6 +925,15 @@ static double seconds(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* A seed of its own for each run. It has to differ, not to be a secret. */
+static uint64_t random_bits(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_REALTIME, &t);
+    uint64_t bits = (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+    bits = (bits ^ (uint64_t)getpid() << 40) * 0x9E3779B97F4A7C15u;
+    return bits ^ bits >> 32;
 }
 /* ============================================================================================
  * 3 Basics: errors, memory, bytes, UTF-8, SHA-256, JSON
@@ -5151,7 +5104,7 @@ static int check_place(const char *path, const file_kind *kind, bool force, medr
     if (fd < 0) return write_failed(path, e);
     bool known = !get_facts(NULL, fd, &there);
     bool ours = there.bytes == 0 ||
-                (n && read(fd, start, n) == (ssize_t)n && !memcmp(start, kind->mark, n));
+                (n && read(fd, start, (unsigned)n) == (ssize_t)n && !memcmp(start, kind->mark, n));
     close(fd);
     if (!known || !there.regular)
         return fail(e, MEDRUN_FAILED, "%s: cannot write: is not a regular file", path);
@@ -9011,7 +8964,7 @@ int medrun_start(medrun_session **out, const medrun_model *model,
         return fail(e, MEDRUN_NO_MEMORY, "a context of %d tokens needs %llu MB, this machine has "
                     "%llu MB; ask for a smaller one (-c)", o.context,
                     (unsigned long long)need >> 20, (unsigned long long)total >> 20);
-    medrun_session *s = memory ? memory : need > SIZE_MAX ? NULL : map_memory((size_t)need);
+    medrun_session *s = memory ? memory : need > SIZE_MAX ? NULL : map_bytes(-1, (size_t)need);
     if (!s) return fail(e, MEDRUN_NO_MEMORY, "a context of %d tokens needs %llu MB, which were not "
                         "to be had; ask for a smaller one (-c)", o.context,
                         (unsigned long long)need >> 20);
@@ -9026,7 +8979,7 @@ int medrun_start(medrun_session **out, const medrun_model *model,
 
 void medrun_stop(medrun_session *s) {
     if (s) leave_device(s);
-    if (s && s->owns_memory) unmap_memory(s, s->bytes);
+    if (s && s->owns_memory) unmap_bytes(s, s->bytes);
 }
 
 /* ---- looking up ---------------------------------------------------------------------------- */
@@ -10781,7 +10734,7 @@ static bool make_raw(void) { return set_raw(true) && fputs("\x1b[?2004h", stderr
 static void prepare_editor(editor *ed) {
     static const int fatal[] = {SIGTERM, SIGHUP, SIGQUIT, SIGINT};
     const char *no_colour = getenv("NO_COLOR");
-    ed->plain = !terminal_draws();
+    ed->plain = !terminal_draws(getenv("TERM"));
     ed->colour = !ed->plain && !(no_colour && *no_colour);
     atexit(restore_terminal);
     for (size_t i = 0; i < sizeof fatal / sizeof *fatal; i++)

@@ -285,12 +285,11 @@ static void test_machine(void) {
     CHECK(total >= 16u << 20 && available > 0 && available <= total);
 
     size_t n = (size_t)64 << 20;
-    uint8_t *p = map_memory(n);
+    uint8_t *p = map_bytes(-1, n);
     CHECK(p && p[0] == 0 && p[n / 2] == 0 && p[n - 1] == 0);
     if (p) p[0] = p[n - 1] = 1;
-    unmap_memory(p, n);
-    unmap_memory(NULL, n);
-    CHECK(map_memory(SIZE_MAX - 65535) == NULL);
+    unmap_bytes(p, n);
+    CHECK(map_bytes(-1, SIZE_MAX - 65535) == NULL);
 
     cpu_features f = detect_cpu();                      /* each stands on the one before it      */
     CHECK((!f.avx512 || f.avx2) && (!f.avx512_bf16 || f.avx512));

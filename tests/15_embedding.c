@@ -278,7 +278,7 @@ static void *use_all(void *context) {
 
 /* Bytes of stack that the calls of an embedder's thread have written. */
 static size_t stack_of(stack_job *j) {
-    uint8_t *stack = map_memory(PAINTED);
+    uint8_t *stack = map_bytes(-1, PAINTED);
     pthread_attr_t attributes;
     pthread_t thread;
     size_t clean = 0;

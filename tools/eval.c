@@ -1416,7 +1416,7 @@ static int make_prompts(evaluation *v, size_t *longest, size_t *rows, medrun_err
 /* On a terminal one line that changes, else a line for each tenth. */
 static void draw_progress(evaluation *v, bool last) {
     double now = seconds(), passed = v->seconds = now - v->start;
-    bool terminal = terminal_draws();
+    bool terminal = terminal_draws(getenv("TERM"));
     if (v->o.quiet) return;
     if (!last && (terminal ? now - v->drawn < 0.2 : v->n_done < v->drawn_at)) return;
     v->drawn = now, v->drawn_at = v->n_done + v->n_mine / 10 + 1;
