@@ -325,7 +325,7 @@ for how in '--temp 0' '--temp 1.3 -s 3 --lookup 8' '--temp 0 --kv f32' '--temp 0
     left=$(sed -n 's/^prefix: \([0-9]*\) of \([0-9]*\) tokens taken from .*/$((\2 - \1))/p' "$T/err"); eval "left=${left:-99}"
     check "all but a part of a block was taken: $left left" [ "$left" -ge 1 ] && [ "$left" -le 15 ]
     code 0 run "$model" -f "$T/doc2" -n 9 $how --load-prefix "$P" --save-prefix "$P" -q; out_is "$T/two"; err_lines 0
-    code 0 run "$model" -f "$T/doc2" -n 9 $how --load-prefix "$P" -c 200 -t 1 -q; out_is "$T/two"
+    code 0 run "$model" -f "$T/doc2" -n 9 $how --load-prefix "$P" -c 250 -t 1 -q; out_is "$T/two"
 done
 code 0 run "$model" -f "$T/doc" -n 0 --save-prefix "$P"; no_out
 lab 0 record "$model" "$T/r.json" -f "$T/doc2" -n 9 --temp 1 -s 1 --load-prefix "$P" -q
@@ -496,21 +496,21 @@ ended_well('conversation', c.end(b'\x04'), 0)
 
 # a prefix: the first message takes from it, a cleared conversation again; a bad one is said first
 plain = Chat('-n', '5', '--temp', '0', '-q')
-first, second = plain.say(b'one and two and three\r'), plain.say(b'four\r')
+first, second = plain.say(b'one and two and one and two and one and two and three\r'), plain.say(b'four\r')
 plain.end(b'\x04')
 c = Chat('-n', '5', '--temp', '0', '-q', '--save-prefix', T + '/chat.prefix')
-check('saving a prefix', c.say(b'one and two and three\r') == first and os.path.exists(T + '/chat.prefix'))
+check('saving a prefix', c.say(b'one and two and one and two and one and two and three\r') == first and os.path.exists(T + '/chat.prefix'))
 os.remove(T + '/chat.prefix')
 check('once', c.say(b'four\r') == second and not os.path.exists(T + '/chat.prefix'))
-c.say(b'/clear\r'); c.say(b'one and two and five\r'); c.say(b'/save %s/chat.prefix\r' % T.encode()); c.end(b'\x04')
+c.say(b'/clear\r'); c.say(b'one and two and one and two and one and two and five\r'); c.say(b'/save %s/chat.prefix\r' % T.encode()); c.end(b'\x04')
 c = Chat('-n', '5', '--temp', '0', '--load-prefix', T + '/chat.prefix')
-out = c.say(b'one and two and three\r')
+out = c.say(b'one and two and one and two and one and two and three\r')
 m = re.search(rb'prefix: (\d+) of (\d+) tokens taken', out)
 check('the first message takes what it shares', m and 0 < int(m.group(1)) < int(m.group(2)), out)
 answer = lambda x: re.sub(rb'prefix: [^\n]*\n', b'', x.split(b'\x1b[?2004l', 1)[-1])
 check('and is answered as without', answer(out) == answer(first), out + first)
 check('the second message does not', c.say(b'four\r') == second)
-c.say(b'/clear\r'); out = c.say(b'one and two and three\r')
+c.say(b'/clear\r'); out = c.say(b'one and two and one and two and one and two and three\r')
 check('a new conversation does again', b'taken from' in out and answer(out) == answer(first), out)
 ended_well('with a prefix', c.end(b'\x04'), 0)
 open(T + '/chat.prefix', 'ab').write(b'x')
