@@ -1466,49 +1466,53 @@ static double json_number(const json *j, uint32_t v) {
 }
 
 /* Field readers: field KEY of object V with its type and range checked; WHAT names the file in the
- * message. They return false and record the failure. */
-static bool json_int(const json *j, uint32_t v, const char *what, const char *key, int64_t min,
-                     int64_t max, int64_t *out, medrun_error *e) {
+ * message. After a failure, their own or an earlier one, they give 0 or "": so a caller reads all
+ * fields one below the other and looks at E once. */
+static uint32_t json_field(const json *j, uint32_t v, const char *what, const char *key, int type,
+                           const char *wanted, medrun_error *e) {
     uint32_t f = json_get(j, v, key);
-    if (!json_is_type(j, f, JSON_NUMBER))
-        return fail(e, MEDRUN_BAD_FILE, "%s: field %s: found %s, wanted a whole number", what, key,
-                    f == JSON_NONE ? "nothing" : "another type"), false;
-    double d = json_number(j, f);
-    if (!(d >= (double)min && d <= (double)max) || d != floor(d))
-        return fail(e, MEDRUN_BAD_FILE, "%s: field %s: found %.17g, wanted a whole number "
-                    "from %lld to %lld", what, key, d, (long long)min, (long long)max), false;
-    return *out = (int64_t)d, true;
+    if (!json_is_type(j, f, type))
+        fail(e, MEDRUN_BAD_FILE, "%s: field %s: found %s, wanted %s", what, key,
+             f == JSON_NONE ? "nothing" : "another type", wanted);
+    return f;
 }
 
-static bool json_real(const json *j, uint32_t v, const char *what, const char *key, double min,
-                      double max, double *out, medrun_error *e) {
-    uint32_t f = json_get(j, v, key);
-    if (!json_is_type(j, f, JSON_NUMBER))
-        return fail(e, MEDRUN_BAD_FILE, "%s: field %s: found %s, wanted a number", what, key,
-                    f == JSON_NONE ? "nothing" : "another type"), false;
+static int64_t json_int(const json *j, uint32_t v, const char *what, const char *key, int64_t min,
+                        int64_t max, medrun_error *e) {
+    uint32_t f = json_field(j, v, what, key, JSON_NUMBER, "a whole number", e);
+    if (e->code) return 0;
     double d = json_number(j, f);
-    if (!(d >= min && d <= max))
-        return fail(e, MEDRUN_BAD_FILE, "%s: field %s: found %.17g, wanted %g to %g", what, key, d,
-                    min, max), false;
-    return *out = d, true;
+    if (d >= (double)min && d <= (double)max && d == floor(d)) return (int64_t)d;
+    fail(e, MEDRUN_BAD_FILE, "%s: field %s: found %.17g, wanted a whole number from %lld to %lld",
+         what, key, d, (long long)min, (long long)max);
+    return 0;
 }
 
-/* Copies string field KEY into OUT[CAP] with a NUL; refuses a longer one or one with a NUL. */
-static bool json_text(const json *j, uint32_t v, const char *what, const char *key, char *out,
-                      size_t cap, medrun_error *e) {
-    uint32_t f = json_get(j, v, key);
-    if (!json_is_type(j, f, JSON_STRING))
-        return fail(e, MEDRUN_BAD_FILE, "%s: field %s: found %s, wanted a string", what, key,
-                    f == JSON_NONE ? "nothing" : "another type"), false;
+static double json_real(const json *j, uint32_t v, const char *what, const char *key, double min,
+                        double max, medrun_error *e) {
+    uint32_t f = json_field(j, v, what, key, JSON_NUMBER, "a number", e);
+    if (e->code) return 0;
+    double d = json_number(j, f);
+    if (d >= min && d <= max) return d;
+    fail(e, MEDRUN_BAD_FILE, "%s: field %s: found %.17g, wanted %g to %g", what, key, d, min, max);
+    return 0;
+}
+
+/* Copies a string into OUT[CAP] with a NUL; refuses a longer one or one with a NUL. */
+static int json_text(const json *j, uint32_t v, const char *what, const char *key, char *out,
+                     size_t cap, medrun_error *e) {
     buffer b = {0};
+    uint32_t f = json_field(j, v, what, key, JSON_STRING, "a string", e);
+    out[0] = 0;
+    if (e->code) return e->code;
     json_unescape(j, f, &b);
-    bool fits = !b.failed && b.n < cap && !(b.n && memchr(b.data, 0, b.n));
-    if (fits && b.n) memcpy(out, b.data, b.n);
-    if (fits) out[b.n] = 0;
+    if (b.failed) out_of_memory(e, cap);
+    else if (b.n >= cap || (b.n && memchr(b.data, 0, b.n)))
+        fail(e, MEDRUN_BAD_FILE, "%s: field %s: found a string that does not fit %zu bytes", what,
+             key, cap - 1);
+    else if (b.n) memcpy(out, b.data, b.n + 1);
     buffer_free(&b);
-    if (!fits) fail(e, MEDRUN_BAD_FILE, "%s: field %s: found a string that does not fit %zu bytes",
-                    what, key, cap - 1);
-    return fits;
+    return e->code;
 }
 
 /* Appends TEXT as a JSON string with its quotes. Bytes that are not UTF-8 become U+FFFD. */
@@ -5181,15 +5185,14 @@ static bool all_zero(const uint8_t *p, size_t n) {
 }
 
 /* Takes the next section, which entry V of the header describes: it must stand where the one
- * before it ended, rounded up, and lie within the file. */
+ * before it ended, rounded up, and lie within the file. DATA then points into the mapping. */
 static int take_section(model_file *f, uint32_t v, const char *what, const uint8_t **data,
                         size_t *bytes, uint8_t digest[32], medrun_error *e) {
-    int64_t offset, length;
     char hex[65];
-    if (!json_int(&f->header, v, f->path, "offset", 0, 1ll << 52, &offset, e) ||
-        !json_int(&f->header, v, f->path, "bytes", 1, 1ll << 52, &length, e) ||
-        !json_text(&f->header, v, f->path, "sha256", hex, sizeof hex, e))
-        return MEDRUN_BAD_FILE;
+    int64_t offset = json_int(&f->header, v, f->path, "offset", 0, 1ll << 52, e);
+    int64_t length = json_int(&f->header, v, f->path, "bytes", 1, 1ll << 52, e);
+    json_text(&f->header, v, f->path, "sha256", hex, sizeof hex, e);
+    if (e->code) return e->code;
     if (strlen(hex) != 64 || !parse_hex(hex, digest))
         return fail(e, MEDRUN_BAD_FILE, "%s: %s: sha256 is not 64 hex digits", f->path, what);
     size_t wanted = round_up(f->at, FILE_ALIGN);
@@ -5230,32 +5233,31 @@ static void file_close(model_file *f) {
     unmap_file(&f->map);
 }
 
-/* Maps PATH and checks preamble, header hash and JSON. On failure nothing stays open. */
-static int file_open(model_file *f, const char *path, medrun_error *e) {
-    *f = (model_file){.path = path};
-    size_t n = 0;
-    int code = map_file(path, &f->map, e);
-    if (!code) code = check_preamble(f, &n, e);
-    if (!code) {
-        sha256_of(f->map.data, PREAMBLE + n, f->hash);
-        if (memcmp(f->hash, f->map.data + PREAMBLE + n, 32))
-            code = fail(e, MEDRUN_BAD_FILE, "%s: the header's SHA-256 differs: the file is "
-                        "damaged, copy it again", path);
-    }
+/* Checks the hash of the header's N bytes, then reads it as JSON. */
+static int read_header(model_file *f, size_t n, medrun_error *e) {
     medrun_error why = {0};
-    if (!code && (code = json_parse(&f->header, (const char *)f->map.data + PREAMBLE, n, &why)))
-        fail(e, code, "%s: header: %s", path, why.text);
-    int64_t format;
-    if (!code && !json_int(&f->header, 0, path, "format", 1, 1, &format, e)) code = MEDRUN_BAD_FILE;
-    if (!code) {
-        f->tensors = json_get(&f->header, 0, "tensors");
-        f->tokenizer = json_get(&f->header, 0, "tokenizer");
-        f->at = PREAMBLE + n + 32;
-        if (!json_is_type(&f->header, f->tensors, JSON_ARRAY))
-            code = fail(e, MEDRUN_BAD_FILE, "%s: field tensors: wanted an array", path);
-    }
-    if (code) file_close(f);
-    return code;
+    sha256_of(f->map.data, PREAMBLE + n, f->hash);
+    if (memcmp(f->hash, f->map.data + PREAMBLE + n, 32))
+        return fail(e, MEDRUN_BAD_FILE, "%s: the header's SHA-256 differs: the file is damaged, "
+                    "copy it again", f->path);
+    if (json_parse(&f->header, (const char *)f->map.data + PREAMBLE, n, &why))
+        return fail(e, why.code, "%s: header: %s", f->path, why.text);
+    json_int(&f->header, 0, f->path, "format", 1, 1, e);
+    f->tensors = json_get(&f->header, 0, "tensors");
+    f->tokenizer = json_get(&f->header, 0, "tokenizer");
+    f->at = PREAMBLE + n + 32;
+    if (!json_is_type(&f->header, f->tensors, JSON_ARRAY))
+        fail(e, MEDRUN_BAD_FILE, "%s: field tensors: wanted an array", f->path);
+    return e->code;
+}
+
+/* Maps PATH and checks preamble and header. On failure nothing stays open. */
+static int file_open(model_file *f, const char *path, medrun_error *e) {
+    size_t n = 0;
+    *f = (model_file){.path = path};
+    if (map_file(path, &f->map, e) || check_preamble(f, &n, e) || read_header(f, n, e))
+        file_close(f);
+    return e->code;
 }
 /* ============================================================================================
  * 10 Tokenizer: text to ids and back
@@ -7551,7 +7553,8 @@ struct medrun_model {
     float rope_scale;                           /* of cosine and sine: YaRN's attention factor  */
     tokenizer tokenizer;
     const chat_template *chat;                  /* NULL: unknown                                */
-    char name[128], architecture[32], template_name[32], licence[128], notice[256];
+    const char *architecture;                   /* one of architecture_names                    */
+    char name[128], template_name[32], licence[128], notice[256];
     char *system;                               /* default system text                          */
     int n_stops, stops[MEDRUN_MAX_STOPS];
     medrun_sampling sampling;
@@ -7664,15 +7667,98 @@ static int name_index(const char *const *names, int n, const char *name) {
     return -1;
 }
 
-/* A field that is true, false or, when OPTIONAL, missing, which is false. */
-static bool read_flag(const model_file *f, uint32_t v, const char *key, bool optional, bool *out,
-                      medrun_error *e) {
-    uint32_t flag = json_get(&f->header, v, key);
-    *out = json_is_type(&f->header, flag, JSON_TRUE);
-    if (*out || (flag == JSON_NONE && optional)) return true;
-    if (json_is_type(&f->header, flag, JSON_FALSE)) return true;
-    return fail(e, MEDRUN_BAD_FILE, "%s: field %s: wanted true or false", f->path, key), false;
+/* Field KEY of object V is one of the N NAMES: its number, or 0 after a failure. FIELD and WANTED
+ * are for the message. */
+static int read_name(const model_file *f, uint32_t v, const char *key, const char *field,
+                     const char *const *names, int n, const char *wanted, medrun_error *e) {
+    char name[32];
+    if (json_text(&f->header, v, f->path, key, name, sizeof name, e)) return 0;
+    int i = name_index(names, n, name);
+    if (i < 0) wrong_value(f, field, name, wanted, e);
+    return i < 0 ? 0 : i;
 }
+
+/* Most of the header is read by tables: a row is a field, its range, and where in a struct its
+ * value goes. Of a text, `max` is the room there. An OPTIONAL field may be missing: then the value
+ * stays as it is. A table ends with a row without a key. */
+enum { FIELD_INT, FIELD_FLOAT, FIELD_DOUBLE, FIELD_TEXT, FIELD_FLAG, OPTIONAL = 8 };
+
+typedef struct {
+    const char *key;
+    int kind;
+    double min, max;
+    size_t at;
+} header_field;
+
+static void *field_at(void *base, const header_field *d) { return (char *)base + d->at; }
+
+static void read_flag(const model_file *f, uint32_t v, const char *key, bool *to, medrun_error *e) {
+    uint32_t flag = json_get(&f->header, v, key);
+    *to = json_is_type(&f->header, flag, JSON_TRUE);
+    if (!*to && !json_is_type(&f->header, flag, JSON_FALSE))
+        fail(e, MEDRUN_BAD_FILE, "%s: field %s: wanted true or false", f->path, key);
+}
+
+/* Reads the fields of object V into the struct at BASE. */
+static int read_fields(const model_file *f, uint32_t v, const header_field *d, void *base,
+                       medrun_error *e) {
+    const json *j = &f->header;
+    for (; d->key && !e->code; d++) {
+        void *to = field_at(base, d);
+        int kind = d->kind & ~OPTIONAL;
+        if (kind != d->kind && json_get(j, v, d->key) == JSON_NONE) continue;
+        if (kind == FIELD_INT)
+            *(int *)to = (int)json_int(j, v, f->path, d->key, (int64_t)d->min, (int64_t)d->max, e);
+        else if (kind == FIELD_FLOAT)
+            *(float *)to = (float)json_real(j, v, f->path, d->key, d->min, d->max, e);
+        else if (kind == FIELD_DOUBLE)
+            *(double *)to = json_real(j, v, f->path, d->key, d->min, d->max, e);
+        else if (kind == FIELD_TEXT)
+            json_text(j, v, f->path, d->key, to, (size_t)d->max, e);
+        else
+            read_flag(f, v, d->key, to, e);
+    }
+    return e->code;
+}
+
+static const header_field config_fields[] = {
+    {"vocab_size", FIELD_INT, 257, 1 << 22, offsetof(model_config, vocab_size)},
+    {"hidden_size", FIELD_INT, 16, 1 << 16, offsetof(model_config, hidden_size)},
+    {"n_layers", FIELD_INT, 1, 1024, offsetof(model_config, n_layers)},
+    {"n_heads", FIELD_INT, 1, 1024, offsetof(model_config, n_heads)},
+    {"n_kv_heads", FIELD_INT, 1, 1024, offsetof(model_config, n_kv_heads)},
+    {"head_dim", FIELD_INT, 16, MAX_HEAD_DIM, offsetof(model_config, head_dim)},
+    {"ffn_size", FIELD_INT, 16, 1 << 20, offsetof(model_config, ffn_size)},
+    {"max_positions", FIELD_INT, 1, 1 << 24, offsetof(model_config, max_positions)},
+    {"sliding_window", FIELD_INT | OPTIONAL, 0, 1 << 24, offsetof(model_config, sliding_window)},
+    {"norm_eps", FIELD_FLOAT, 1e-12, 1, offsetof(model_config, norm_eps)},
+    {"tied", FIELD_FLAG, 0, 0, offsetof(model_config, tied)},
+    {"qk_norm", FIELD_FLAG | OPTIONAL, 0, 0, offsetof(model_config, qk_norm)},
+    {"rope_theta", FIELD_DOUBLE, 1.001, 1e12, offsetof(model_config, rope_theta)},
+    {0}};
+
+/* What "rope_scaling" holds, for each type; divisors are a list and read_divisors' matter. */
+static const header_field scaling_fields[N_ROPES][7] = {
+    [ROPE_LLAMA3] = {
+        {"factor", FIELD_DOUBLE, 1, 1e6, offsetof(model_config, rope_factor)},
+        {"low_freq_factor", FIELD_DOUBLE, 1e-3, 1e6, offsetof(model_config, rope_low)},
+        {"high_freq_factor", FIELD_DOUBLE, 1e-3, 1e6, offsetof(model_config, rope_high)},
+        {"original_max_positions", FIELD_DOUBLE, 1, 1e9, offsetof(model_config, rope_original)}},
+    [ROPE_YARN] = {
+        {"factor", FIELD_DOUBLE, 1, 1e6, offsetof(model_config, rope_factor)},
+        {"original_max_positions", FIELD_DOUBLE, 1, 1e9, offsetof(model_config, rope_original)},
+        {"beta_fast", FIELD_DOUBLE, 1e-3, 1e6, offsetof(model_config, rope_beta_fast)},
+        {"beta_slow", FIELD_DOUBLE, 1e-3, 1e6, offsetof(model_config, rope_beta_slow)},
+        {"attention_factor", FIELD_DOUBLE, 1e-3, 1e3, offsetof(model_config, rope_attention)},
+        {"truncate", FIELD_FLAG, 0, 0, offsetof(model_config, rope_truncate)}}};
+
+static const header_field sampling_fields[] = {
+    {"temperature", FIELD_FLOAT, 0, 100, offsetof(medrun_sampling, temperature)},
+    {"top_k", FIELD_INT, 0, 1 << 24, offsetof(medrun_sampling, top_k)},
+    {"top_p", FIELD_FLOAT, 0, 1, offsetof(medrun_sampling, top_p)},
+    {"min_p", FIELD_FLOAT, 0, 1, offsetof(medrun_sampling, min_p)},
+    {"repeat_penalty", FIELD_FLOAT, 0.01, 100, offsetof(medrun_sampling, repeat_penalty)},
+    {0}};
 
 static int read_divisors(const model_file *f, uint32_t s, model_config *c, medrun_error *e) {
     const json *j = &f->header;
@@ -7690,65 +7776,25 @@ static int read_divisors(const model_file *f, uint32_t s, model_config *c, medru
     return MEDRUN_OK;
 }
 
-/* The numbers of each kind of scaling, as the header has them. */
-static const struct { int type; const char *key; double min, max; size_t at; } rope_numbers[] = {
-    {ROPE_LLAMA3, "factor", 1, 1e6, offsetof(model_config, rope_factor)},
-    {ROPE_LLAMA3, "low_freq_factor", 1e-3, 1e6, offsetof(model_config, rope_low)},
-    {ROPE_LLAMA3, "high_freq_factor", 1e-3, 1e6, offsetof(model_config, rope_high)},
-    {ROPE_LLAMA3, "original_max_positions", 1, 1e9, offsetof(model_config, rope_original)},
-    {ROPE_YARN, "factor", 1, 1e6, offsetof(model_config, rope_factor)},
-    {ROPE_YARN, "original_max_positions", 1, 1e9, offsetof(model_config, rope_original)},
-    {ROPE_YARN, "beta_fast", 1e-3, 1e6, offsetof(model_config, rope_beta_fast)},
-    {ROPE_YARN, "beta_slow", 1e-3, 1e6, offsetof(model_config, rope_beta_slow)},
-    {ROPE_YARN, "attention_factor", 1e-3, 1e3, offsetof(model_config, rope_attention)},
-};
-enum { N_ROPE_NUMBERS = sizeof rope_numbers / sizeof *rope_numbers };
-
-static double *rope_number(model_config *c, size_t i) {
-    return (double *)(void *)((char *)c + rope_numbers[i].at);
-}
-
 static int read_rope(const model_file *f, uint32_t v, model_config *c, medrun_error *e) {
-    const json *j = &f->header;
-    char type[16];
-    uint32_t s = json_get(j, v, "rope_scaling");
-    if (!json_real(j, v, f->path, "rope_theta", 1.001, 1e12, &c->rope_theta, e) ||
-        !json_text(j, s, f->path, "type", type, sizeof type, e)) return MEDRUN_BAD_FILE;
-    if ((c->rope_type = name_index(rope_names, N_ROPES, type)) < 0)
-        return wrong_value(f, "rope_scaling.type", type, "none, llama3, yarn or divisors", e);
-    for (size_t i = 0; i < N_ROPE_NUMBERS; i++)
-        if (rope_numbers[i].type == c->rope_type &&
-            !json_real(j, s, f->path, rope_numbers[i].key, rope_numbers[i].min, rope_numbers[i].max,
-                       rope_number(c, i), e)) return MEDRUN_BAD_FILE;
+    uint32_t s = json_get(&f->header, v, "rope_scaling");
+    c->rope_type = read_name(f, s, "type", "rope_scaling.type", rope_names, N_ROPES,
+                             "none, llama3, yarn or divisors", e);
+    if (read_fields(f, s, scaling_fields[c->rope_type], c, e)) return e->code;
     if (c->rope_type == ROPE_LLAMA3 && c->rope_high <= c->rope_low)
         return fail(e, MEDRUN_BAD_FILE, "%s: field rope_scaling: found high_freq_factor %g, wanted "
                     "more than low_freq_factor %g", f->path, c->rope_high, c->rope_low);
-    if (c->rope_type == ROPE_YARN && !read_flag(f, s, "truncate", false, &c->rope_truncate, e))
-        return MEDRUN_BAD_FILE;
     return c->rope_type == ROPE_DIVISORS ? read_divisors(f, s, c, e) : MEDRUN_OK;
 }
 
+/* Reads the header's config. Its numbers make sense together: kernels take rows of 16 floats, and
+ * a key-value head serves a whole number of heads. */
 static int read_config(const model_file *f, model_config *c, medrun_error *e) {
-    const json *j = &f->header;
-    uint32_t v = json_get(j, 0, "config");
-    const struct { const char *key; int64_t min, max; int *to; } fields[] = {
-        {"vocab_size", 257, 1 << 22, &c->vocab_size},
-        {"hidden_size", 16, 1 << 16, &c->hidden_size},
-        {"n_layers", 1, 1024, &c->n_layers},
-        {"n_heads", 1, 1024, &c->n_heads},
-        {"n_kv_heads", 1, 1024, &c->n_kv_heads},
-        {"head_dim", 16, MAX_HEAD_DIM, &c->head_dim},
-        {"ffn_size", 16, 1 << 20, &c->ffn_size},
-        {"max_positions", 1, 1 << 24, &c->max_positions},
-        {"sliding_window", 0, 1 << 24, &c->sliding_window},         /* may be missing: 0        */
-    };
-    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
-        int64_t n;
-        if (!fields[i].min && json_get(j, v, fields[i].key) == JSON_NONE) continue;
-        if (!json_int(j, v, f->path, fields[i].key, fields[i].min, fields[i].max, &n, e))
-            return MEDRUN_BAD_FILE;
-        *fields[i].to = (int)n;
-    }
+    uint32_t v = json_get(&f->header, 0, "config");
+    read_fields(f, v, config_fields, c, e);
+    c->activation = read_name(f, v, "activation", "activation", activation_names, N_ACTIVATIONS,
+                              "silu, relu2 or xielu", e);
+    if (e->code) return e->code;
     if (c->n_heads % c->n_kv_heads)
         return fail(e, MEDRUN_BAD_FILE, "%s: field n_heads: found %d, wanted a multiple of "
                     "n_kv_heads %d", f->path, c->n_heads, c->n_kv_heads);
@@ -7756,50 +7802,86 @@ static int read_config(const model_file *f, model_config *c, medrun_error *e) {
         return fail(e, MEDRUN_BAD_FILE, "%s: config: found hidden_size %d, head_dim %d, ffn_size "
                     "%d, wanted multiples of 16", f->path, c->hidden_size, c->head_dim,
                     c->ffn_size);
-    double eps;
-    char activation[32];
-    if (!json_real(j, v, f->path, "norm_eps", 1e-12, 1, &eps, e) ||
-        !json_text(j, v, f->path, "activation", activation, sizeof activation, e))
-        return MEDRUN_BAD_FILE;
-    c->norm_eps = (float)eps;
-    if ((c->activation = name_index(activation_names, N_ACTIVATIONS, activation)) < 0)
-        return wrong_value(f, "activation", activation, "silu, relu2 or xielu", e);
-    if (!read_flag(f, v, "tied", false, &c->tied, e) ||
-        !read_flag(f, v, "qk_norm", true, &c->qk_norm, e)) return MEDRUN_BAD_FILE;
     return read_rope(f, v, c, e);
+}
+
+/* What `show` and the exporter say of a config; labels are padded to WIDTH. */
+static void describe_config(buffer *b, const model_config *c, const char *architecture,
+                            const char *type, uint64_t parameters, int width) {
+    bool small = parameters < 1000000000;
+    buffer_printf(b, "%-*s%s, %.2f %s parameters, %s\n", width, "architecture", architecture,
+                  (double)parameters / (small ? 1e6 : 1e9), small ? "million" : "billion", type);
+    buffer_printf(b, "%-*s%d layers, hidden %d, %d heads of %d (%d key-value)%s, ffn %d %s%s, "
+                  "vocabulary %d%s\n", width, "config", c->n_layers, c->hidden_size, c->n_heads,
+                  c->head_dim, c->n_kv_heads, c->qk_norm ? " with norms" : "", c->ffn_size,
+                  activation_names[c->activation],
+                  c->activation == ACTIVATION_SILU ? " gated" : "", c->vocab_size,
+                  c->tied ? ", tied" : "");
+    buffer_printf(b, "%-*s%d tokens", width, "context", c->max_positions);
+    if (c->sliding_window) buffer_printf(b, ", each sees the last %d", c->sliding_window);
+    buffer_printf(b, ", rope theta %g", c->rope_theta);
+    if (c->rope_type == ROPE_LLAMA3)
+        buffer_printf(b, ", llama3 scaling %g (%g to %g) from %g", c->rope_factor, c->rope_low,
+                      c->rope_high, c->rope_original);
+    if (c->rope_type == ROPE_YARN)
+        buffer_printf(b, ", yarn scaling %g from %g, attention factor %.7g", c->rope_factor,
+                      c->rope_original, c->rope_attention);
+    if (c->rope_type == ROPE_DIVISORS) buffer_text(b, ", scaling by a table of divisors");
+    buffer_text(b, "\n");
 }
 
 /* ---- the tensors --------------------------------------------------------------------------- */
 
-/* Binds the next entry of the table: it must be called NAME and have this type and shape. */
-static int bind_one(medrun_model *m, uint32_t *entry, uint32_t *left, const char *name, int type,
-                int rows, int cols, tensor *out, medrun_error *e) {
-    model_file *f = &m->file;
-    char found[64], found_type[16];
-    int64_t r, c;
+/* Goes through the header's table of tensors: each must be the next that the config asks for. */
+typedef struct {
+    medrun_model *m;
+    int layer;                      /* the one whose tensors are bound, or -1                   */
+    uint32_t entry, left;           /* node of the next entry; how many there are               */
+} binder;
+
+/* Binds the next entry: it must have this name, type and shape. NAME within a layer is that of
+ * the file without "layers.N.". The weights are not copied: the tensor points into the mapping. */
+static void bind(binder *b, const char *name, int type, int rows, int cols, tensor *out,
+                 medrun_error *e) {
+    model_file *f = &b->m->file;
+    uint32_t v = b->entry;
+    char wanted[64], found[64], found_type[16];
     uint8_t digest[32];
     size_t bytes = 0;
-    uint64_t wanted = tensor_bytes(type, (uint64_t)rows, (size_t)cols);
-    if (!*left) return fail(e, MEDRUN_BAD_FILE, "%s: tensor %s is missing", f->path, name);
-    uint32_t v = *entry;
-    if (!json_text(&f->header, v, f->path, "name", found, sizeof found, e) ||
-        !json_text(&f->header, v, f->path, "type", found_type, sizeof found_type, e) ||
-        !json_int(&f->header, v, f->path, "rows", 1, 1 << 24, &r, e) ||
-        !json_int(&f->header, v, f->path, "cols", 1, 1 << 24, &c, e)) return MEDRUN_BAD_FILE;
-    if (strcmp(found, name) || strcmp(found_type, type_names[type]) || r != rows || c != cols)
-        return fail(e, MEDRUN_BAD_FILE, "%s: tensor: found %s %s (%lld, %lld), wanted %s %s "
-                    "(%d, %d)", f->path, found, found_type, (long long)r, (long long)c, name,
-                    type_names[type], rows, cols);
-    int code = take_section(f, v, name, &out->data, &bytes, digest, e);
-    if (code) return code;
-    if (bytes != wanted)
-        return fail(e, MEDRUN_BAD_FILE, "%s: tensor %s: found %zu bytes, wanted %llu", f->path,
-                    name, bytes, (unsigned long long)wanted);
-    out->type = type, out->rows = (size_t)rows, out->cols = (size_t)cols;
-    m->parameters += (uint64_t)rows * (uint64_t)cols;
-    m->weight_bytes += bytes;
-    *entry = f->header.nodes[v].next, --*left;
-    return MEDRUN_OK;
+    uint64_t all = tensor_bytes(type, (uint64_t)rows, (size_t)cols);
+    if (e->code) return;
+    if (b->layer < 0) snprintf(wanted, sizeof wanted, "%s", name);
+    else snprintf(wanted, sizeof wanted, "layers.%d.%s", b->layer, name);
+    if (!b->left) {
+        fail(e, MEDRUN_BAD_FILE, "%s: tensor %s is missing", f->path, wanted);
+        return;
+    }
+    json_text(&f->header, v, f->path, "name", found, sizeof found, e);
+    json_text(&f->header, v, f->path, "type", found_type, sizeof found_type, e);
+    int64_t r = json_int(&f->header, v, f->path, "rows", 1, 1 << 24, e);
+    int64_t c = json_int(&f->header, v, f->path, "cols", 1, 1 << 24, e);
+    if (strcmp(found, wanted) || strcmp(found_type, type_names[type]) || r != rows || c != cols)
+        fail(e, MEDRUN_BAD_FILE, "%s: tensor: found %s %s (%lld, %lld), wanted %s %s (%d, %d)",
+             f->path, found, found_type, (long long)r, (long long)c, wanted, type_names[type],
+             rows, cols);
+    if (e->code || take_section(f, v, wanted, &out->data, &bytes, digest, e)) return;
+    if (bytes != all)
+        fail(e, MEDRUN_BAD_FILE, "%s: tensor %s: found %zu bytes, wanted %llu", f->path, wanted,
+             bytes, (unsigned long long)all);
+    out->type = type;
+    out->rows = (size_t)rows;
+    out->cols = (size_t)cols;
+    b->m->parameters += (uint64_t)rows * (uint64_t)cols;
+    b->m->weight_bytes += bytes;
+    b->entry = f->header.nodes[v].next;
+    b->left--;
+}
+
+/* N floats as they are; NULL after a failure. */
+static const float *bind_vector(binder *b, const char *name, int n, medrun_error *e) {
+    tensor t = {0};
+    bind(b, name, TYPE_F32, 1, n, &t, e);
+    return (const void *)t.data;
 }
 
 /* ln(1 + e^x), which for large x is x. */
@@ -7809,6 +7891,7 @@ static double softplus(double x) { return x > 20 ? x : ln_exact(1 + exp_exact(x)
  * them: both alphas in front of softplus. */
 static int read_xielu(const char *path, int layer, const float *stored, xielu_numbers *out,
                       medrun_error *e) {
+    if (e->code) return e->code;
     for (int i = 0; i < 4; i++)
         if (!(fabsf(stored[i]) <= 500))
             return fail(e, MEDRUN_BAD_FILE, "%s: tensor layers.%d.xielu: found %g, wanted numbers "
@@ -7821,65 +7904,52 @@ static int read_xielu(const char *path, int layer, const float *stored, xielu_nu
     return MEDRUN_OK;
 }
 
+/* The tensors of a layer, in the order of the file, which is the order of the forward pass. A
+ * matrix has as many rows as outputs and as many columns as inputs. */
+static void bind_layer(binder *b, model_layer *layer, medrun_error *e) {
+    const model_config *c = &b->m->config;
+    int type = b->m->type, hidden = c->hidden_size, ffn = c->ffn_size;
+    int heads = c->n_heads * c->head_dim, kv = c->n_kv_heads * c->head_dim;
+    layer->attn_norm = bind_vector(b, "attn_norm", hidden, e);
+    bind(b, "q", type, heads, hidden, &layer->q, e);
+    bind(b, "k", type, kv, hidden, &layer->k, e);
+    bind(b, "v", type, kv, hidden, &layer->v, e);
+    if (c->qk_norm) {
+        layer->q_norm = bind_vector(b, "q_norm", c->head_dim, e);
+        layer->k_norm = bind_vector(b, "k_norm", c->head_dim, e);
+    }
+    bind(b, "o", type, hidden, heads, &layer->o, e);
+    layer->ffn_norm = bind_vector(b, "ffn_norm", hidden, e);
+    if (c->activation == ACTIVATION_SILU) bind(b, "gate", type, ffn, hidden, &layer->gate, e);
+    bind(b, "up", type, ffn, hidden, &layer->up, e);
+    if (c->activation == ACTIVATION_XIELU)
+        read_xielu(b->m->file.path, b->layer, bind_vector(b, "xielu", 4, e), &layer->xielu, e);
+    bind(b, "down", type, hidden, ffn, &layer->down, e);
+}
+
+/* Gives every tensor of the model its place in the mapped file. The config alone says which tensors
+ * there are, of what type and shape: a table that leaves one out, adds one, or has another order is
+ * refused, so that nothing below has to ask. The vocabulary's rows of an int4 model are int8. */
 static int bind_all(medrun_model *m, medrun_error *e) {
     const model_config *c = &m->config;
-    const json *j = &m->file.header;
-    uint32_t entry = m->file.tensors + 1, left = j->nodes[m->file.tensors].count;
-    int hidden = c->hidden_size, heads = c->n_heads * c->head_dim, kv = c->n_kv_heads * c->head_dim;
-    tensor vector = {0};
-    const float *xielu_stored = NULL;
-    bool gated = c->activation == ACTIVATION_SILU, xielu = c->activation == ACTIVATION_XIELU;
-    int vocabulary = rows_type(m->type);
-    int code = bind_one(m, &entry, &left, "embed", vocabulary, c->vocab_size, hidden, &m->embed, e);
-    if (code) return code;
-    for (int l = 0; l < c->n_layers; l++) {
-        model_layer *y = &m->layers[l];
-        const struct {
-            const char *name;
-            int rows, cols;
-            tensor *to;
-            const float **vector;
-            bool missing;
-        } all[] = {
-            {"attn_norm", 1, hidden, &vector, &y->attn_norm, false},
-            {"q", heads, hidden, &y->q, NULL, false},
-            {"k", kv, hidden, &y->k, NULL, false},
-            {"v", kv, hidden, &y->v, NULL, false},
-            {"q_norm", 1, c->head_dim, &vector, &y->q_norm, !c->qk_norm},
-            {"k_norm", 1, c->head_dim, &vector, &y->k_norm, !c->qk_norm},
-            {"o", hidden, heads, &y->o, NULL, false},
-            {"ffn_norm", 1, hidden, &vector, &y->ffn_norm, false},
-            {"gate", c->ffn_size, hidden, &y->gate, NULL, !gated},
-            {"up", c->ffn_size, hidden, &y->up, NULL, false},
-            {"xielu", 1, 4, &vector, &xielu_stored, !xielu},
-            {"down", hidden, c->ffn_size, &y->down, NULL, false},
-        };
-        for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
-            char name[64];
-            if (all[i].missing) continue;
-            snprintf(name, sizeof name, "layers.%d.%s", l, all[i].name);
-            int type = all[i].vector ? TYPE_F32 : m->type;
-            code = bind_one(m, &entry, &left, name, type, all[i].rows, all[i].cols, all[i].to, e);
-            if (code) return code;
-            if (all[i].vector) *all[i].vector = (const void *)vector.data;
-        }
-        if (xielu && (code = read_xielu(m->file.path, l, xielu_stored, &y->xielu, e))) return code;
-    }
-    code = bind_one(m, &entry, &left, "final_norm", TYPE_F32, 1, hidden, &vector, e);
-    if (code) return code;
-    m->final_norm = (const void *)vector.data;
-    m->output = m->embed;
-    if (!c->tied)
-        code = bind_one(m, &entry, &left, "output", vocabulary, c->vocab_size, hidden,
-                        &m->output, e);
-    if (code) return code;
-    if (left) return fail(e, MEDRUN_BAD_FILE, "%s: %u tensors more than the config needs",
-                          m->file.path, left);
-    return MEDRUN_OK;
+    int vocabulary = rows_type(m->type), hidden = c->hidden_size;
+    uint32_t list = m->file.tensors;
+    binder b = {m, -1, list + 1, m->file.header.nodes[list].count};
+    bind(&b, "embed", vocabulary, c->vocab_size, hidden, &m->embed, e);
+    for (b.layer = 0; b.layer < c->n_layers && !e->code; b.layer++)
+        bind_layer(&b, &m->layers[b.layer], e);
+    b.layer = -1;
+    m->final_norm = bind_vector(&b, "final_norm", hidden, e);
+    if (c->tied) m->output = m->embed;
+    else bind(&b, "output", vocabulary, c->vocab_size, hidden, &m->output, e);
+    if (b.left) fail(e, MEDRUN_BAD_FILE, "%s: %u tensors more than the config needs", m->file.path,
+                     b.left);
+    return e->code;
 }
 
 /* ---- tokenizer, chat, names ---------------------------------------------------------------- */
 
+/* Takes the last section and checks it whole, as people's text depends on each byte of it. */
 static int read_tokenizer(medrun_model *m, medrun_error *e) {
     model_file *f = &m->file;
     const uint8_t *data = NULL;
@@ -7887,8 +7957,7 @@ static int read_tokenizer(medrun_model *m, medrun_error *e) {
     uint8_t wanted[32], found[32];
     if (f->tokenizer == JSON_NONE)
         return fail(e, MEDRUN_BAD_FILE, "%s: field tokenizer is missing", f->path);
-    int code = take_section(f, f->tokenizer, "tokenizer", &data, &n, wanted, e);
-    if (code) return code;
+    if (take_section(f, f->tokenizer, "tokenizer", &data, &n, wanted, e)) return e->code;
     if (f->at != f->map.n)
         return fail(e, MEDRUN_BAD_FILE, "%s: %zu bytes follow the last section", f->path,
                     f->map.n - f->at);
@@ -7896,7 +7965,7 @@ static int read_tokenizer(medrun_model *m, medrun_error *e) {
     if (memcmp(found, wanted, 32))
         return fail(e, MEDRUN_BAD_FILE, "%s: tokenizer: its SHA-256 differs: the file is damaged, "
                     "copy it again", f->path);
-    if ((code = tokenizer_open(&m->tokenizer, data, n, f->path, e))) return code;
+    if (tokenizer_open(&m->tokenizer, data, n, f->path, e)) return e->code;
     if (m->tokenizer.vocab_size != m->config.vocab_size)
         return fail(e, MEDRUN_BAD_FILE, "%s: tokenizer: found %d pieces, wanted vocab_size %d",
                     f->path, m->tokenizer.vocab_size, m->config.vocab_size);
@@ -7907,41 +7976,12 @@ static int read_tokenizer(medrun_model *m, medrun_error *e) {
     return MEDRUN_OK;
 }
 
-static int read_sampling(const model_file *f, uint32_t chat, medrun_sampling *s, medrun_error *e) {
-    const json *j = &f->header;
-    uint32_t v = json_get(j, chat, "sampling");
-    double temperature, top_p, min_p, penalty;
-    int64_t top_k;
-    if (!json_real(j, v, f->path, "temperature", 0, 100, &temperature, e) ||
-        !json_int(j, v, f->path, "top_k", 0, 1 << 24, &top_k, e) ||
-        !json_real(j, v, f->path, "top_p", 0, 1, &top_p, e) ||
-        !json_real(j, v, f->path, "min_p", 0, 1, &min_p, e) ||
-        !json_real(j, v, f->path, "repeat_penalty", 0.01, 100, &penalty, e))
-        return MEDRUN_BAD_FILE;
-    *s = (medrun_sampling){(float)temperature, (int)top_k, (float)top_p, (float)min_p,
-                           (float)penalty, 0};
-    return MEDRUN_OK;
-}
-
-static int read_chat(medrun_model *m, medrun_error *e) {
+/* The ids that end an answer. */
+static int read_stops(medrun_model *m, uint32_t chat, medrun_error *e) {
     const model_file *f = &m->file;
     const json *j = &f->header;
-    uint32_t v = json_get(j, 0, "chat"), system = json_get(j, v, "system");
-    uint32_t stops = json_get(j, v, "stop_ids");
-    if (!json_text(j, v, f->path, "template", m->template_name, sizeof m->template_name, e))
-        return MEDRUN_BAD_FILE;
-    m->chat = chat_find(m->template_name);              /* NULL: not known to the exporter either */
-    if (!m->chat && strcmp(m->template_name, CHAT_UNKNOWN))
-        return wrong_value(f, "chat.template", m->template_name, CHAT_NAMES, e);
-    if (!json_is_type(j, system, JSON_STRING))
-        return fail(e, MEDRUN_BAD_FILE, "%s: field chat.system: wanted a string", f->path);
-    buffer b = {0};
-    json_unescape(j, system, &b);
-    buffer_add(&b, "", 1);
-    if (b.failed) return buffer_free(&b), out_of_memory(e, b.n);
-    m->system = (char *)b.data;
-    if (!json_is_type(j, stops, JSON_ARRAY) ||
-        j->nodes[stops].count > MEDRUN_MAX_STOPS)
+    uint32_t stops = json_get(j, chat, "stop_ids");
+    if (!json_is_type(j, stops, JSON_ARRAY) || j->nodes[stops].count > MEDRUN_MAX_STOPS)
         return fail(e, MEDRUN_BAD_FILE, "%s: field chat.stop_ids: wanted an array of at most %d "
                     "ids", f->path, MEDRUN_MAX_STOPS);
     for (uint32_t i = 0, c = stops + 1; i < j->nodes[stops].count; i++, c = j->nodes[c].next) {
@@ -7951,68 +7991,66 @@ static int read_chat(medrun_model *m, medrun_error *e) {
                         m->config.vocab_size);
         m->stops[m->n_stops++] = (int)id;
     }
-    return read_sampling(f, v, &m->sampling, e);
-}
-
-static int read_names(medrun_model *m, medrun_error *e) {
-    const model_file *f = &m->file;
-    char type[16];
-    uint32_t from = json_get(&f->header, 0, "provenance");
-    if (!json_text(&f->header, 0, f->path, "name", m->name, sizeof m->name, e) ||
-        !json_text(&f->header, 0, f->path, "architecture", m->architecture, sizeof m->architecture,
-                   e) ||
-        !json_text(&f->header, 0, f->path, "type", type, sizeof type, e) ||
-        !json_text(&f->header, from, f->path, "licence", m->licence, sizeof m->licence, e) ||
-        !json_text(&f->header, from, f->path, "notice", m->notice, sizeof m->notice, e))
-        return MEDRUN_BAD_FILE;
-    if (name_index(architecture_names, N_ARCHITECTURES, m->architecture) < 0)
-        return wrong_value(f, "architecture", m->architecture, "llama, mistral, arcee or apertus",
-                           e);
-    m->type = type_find(type);
-    if (m->type != TYPE_BF16 && m->type != TYPE_INT8 && m->type != TYPE_INT4)
-        return wrong_value(f, "type", type, "bf16, int8 or int4", e);
     return MEDRUN_OK;
 }
 
+/* The template by its name, the default system text, stops, and the card's sampling. */
+static int read_chat(medrun_model *m, medrun_error *e) {
+    const model_file *f = &m->file;
+    const json *j = &f->header;
+    uint32_t v = json_get(j, 0, "chat"), system = json_get(j, v, "system");
+    if (json_text(j, v, f->path, "template", m->template_name, sizeof m->template_name, e))
+        return e->code;
+    m->chat = chat_find(m->template_name);
+    if (!m->chat && strcmp(m->template_name, CHAT_UNKNOWN))     /* nor to the exporter           */
+        return wrong_value(f, "chat.template", m->template_name, CHAT_NAMES, e);
+    if (!json_is_type(j, system, JSON_STRING))
+        return fail(e, MEDRUN_BAD_FILE, "%s: field chat.system: wanted a string", f->path);
+    buffer b = {0};
+    json_unescape(j, system, &b);
+    buffer_add(&b, "", 1);
+    m->system = (char *)b.data;                         /* the model frees it                    */
+    if (b.failed) return out_of_memory(e, b.n);
+    if (read_stops(m, v, e)) return e->code;
+    return read_fields(f, json_get(j, v, "sampling"), sampling_fields, &m->sampling, e);
+}
+
+static const header_field name_fields[] = {
+    {"name", FIELD_TEXT, 0, sizeof ((medrun_model *)0)->name, offsetof(medrun_model, name)},
+    {0}};
+
+static const header_field provenance_fields[] = {
+    {"licence", FIELD_TEXT, 0, sizeof ((medrun_model *)0)->licence,
+     offsetof(medrun_model, licence)},
+    {"notice", FIELD_TEXT, 0, sizeof ((medrun_model *)0)->notice,
+     offsetof(medrun_model, notice)},
+    {0}};
+
+static int read_names(medrun_model *m, medrun_error *e) {
+    const model_file *f = &m->file;
+    read_fields(f, 0, name_fields, m, e);
+    m->architecture = architecture_names[read_name(f, 0, "architecture", "architecture",
+                                                   architecture_names, N_ARCHITECTURES,
+                                                   "llama, mistral, arcee or apertus", e)];
+    m->type = TYPE_BF16 + read_name(f, 0, "type", "type", type_names + TYPE_BF16,
+                                    N_TYPES - TYPE_BF16, "bf16, int8 or int4", e);
+    return read_fields(f, json_get(&f->header, 0, "provenance"), provenance_fields, m, e);
+}
+
+/* Opens M->path and fills M; medrun_close frees what a failure leaves. */
 static int load_model(medrun_model *m, const medrun_options *options, medrun_error *e) {
-    int code = file_open(&m->file, m->path, e);
-    if (code) return code;
-    if ((code = read_names(m, e)) || (code = read_config(&m->file, &m->config, e))) return code;
+    if (file_open(&m->file, m->path, e) || read_names(m, e) ||
+        read_config(&m->file, &m->config, e)) return e->code;
     m->layers = new_array((size_t)m->config.n_layers, sizeof *m->layers);
     m->rope_frequencies = new_array((size_t)m->config.head_dim / 2, sizeof(float));
     m->pool = new_array(1, sizeof *m->pool);
     if (!m->layers || !m->rope_frequencies || !m->pool) return out_of_memory(e, sizeof *m->layers);
     rope_frequencies(&m->config, m->rope_frequencies);
     m->rope_scale = m->config.rope_type == ROPE_YARN ? (float)m->config.rope_attention : 1;
-    if ((code = bind_all(m, e)) || (code = read_tokenizer(m, e)) || (code = read_chat(m, e)))
-        return code;
-    if ((code = choose_kernels(&m->kernels, options ? options->kernels : NULL, e))) return code;
+    if (bind_all(m, e) || read_tokenizer(m, e) || read_chat(m, e) ||
+        choose_kernels(&m->kernels, options ? options->kernels : NULL, e)) return e->code;
     m->cache = second_cache();
     return pool_start(m->pool, options ? options->threads : 0, e);
-}
-
-/* What `show` and the exporter print of a config; labels are padded to WIDTH. */
-static void print_config(FILE *f, const model_config *c, const char *architecture,
-                         const char *type, uint64_t parameters, int width) {
-    bool small = parameters < 1000000000;
-    fprintf(f, "%-*s%s, %.2f %s parameters, %s\n", width, "architecture", architecture,
-            (double)parameters / (small ? 1e6 : 1e9), small ? "million" : "billion", type);
-    fprintf(f, "%-*s%d layers, hidden %d, %d heads of %d (%d key-value)%s, ffn %d %s%s, vocabulary "
-            "%d%s\n", width, "config", c->n_layers, c->hidden_size, c->n_heads, c->head_dim,
-            c->n_kv_heads, c->qk_norm ? " with norms" : "", c->ffn_size,
-            activation_names[c->activation], c->activation == ACTIVATION_SILU ? " gated" : "",
-            c->vocab_size, c->tied ? ", tied" : "");
-    fprintf(f, "%-*s%d tokens", width, "context", c->max_positions);
-    if (c->sliding_window) fprintf(f, ", each sees the last %d", c->sliding_window);
-    fprintf(f, ", rope theta %g", c->rope_theta);
-    if (c->rope_type == ROPE_LLAMA3)
-        fprintf(f, ", llama3 scaling %g (%g to %g) from %g", c->rope_factor, c->rope_low,
-                c->rope_high, c->rope_original);
-    if (c->rope_type == ROPE_YARN)
-        fprintf(f, ", yarn scaling %g from %g, attention factor %.7g", c->rope_factor,
-                c->rope_original, c->rope_attention);
-    if (c->rope_type == ROPE_DIVISORS) fprintf(f, ", scaling by a table of divisors");
-    fputc('\n', f);
 }
 /* ============================================================================================
  * 13 Transformer: what happens to a batch of tokens
@@ -10642,14 +10680,15 @@ static void show_sources(FILE *f, const medrun_model *m) {
     bool array = json_is_type(j, all, JSON_ARRAY);
     for (uint32_t i = 0; array && i < j->nodes[all].count; i++, v = j->nodes[v].next) {
         char file[256], hash[65], line[400];
-        int64_t bytes;
-        if (!json_text(j, v, "", "file", file, sizeof file, NULL) ||
-            !json_text(j, v, "", "sha256", hash, sizeof hash, NULL) ||
-            !json_int(j, v, "", "bytes", 0, 1ll << 52, &bytes, NULL)) continue;
+        medrun_error e = {0};
+        json_text(j, v, "", "file", file, sizeof file, &e);
+        json_text(j, v, "", "sha256", hash, sizeof hash, &e);
+        int64_t bytes = json_int(j, v, "", "bytes", 0, 1ll << 52, &e);
+        if (e.code) continue;
         snprintf(line, sizeof line, "%s, %lld bytes, %s", file, (long long)bytes, hash);
         show_text(f, i ? "" : "sources", line);
     }
-    if (json_text(j, from, "", "precision", precision, sizeof precision, NULL))
+    if (!json_text(j, from, "", "precision", precision, sizeof precision, &(medrun_error){0}))
         show_text(f, "made from", precision);
 }
 
@@ -10689,7 +10728,10 @@ static int show_model(FILE *f, command *c, int context) {
     hex_of(m->file.hash, hash);
     show_text(f, "file", m->path);
     show_text(f, "name", m->name);
-    print_config(f, &m->config, m->architecture, type_names[m->type], m->parameters, 13);
+    buffer b = {0};
+    describe_config(&b, &m->config, m->architecture, type_names[m->type], m->parameters, 13);
+    fputs(chars(&b), f);
+    buffer_free(&b);
     show_chat(f, m);
     show_text(f, "licence", m->licence);
     show_text(f, "notice", m->notice);
@@ -11222,10 +11264,11 @@ static bool report(const command *c, const char *kind, const char *name, const c
 }
 
 static bool report_hash(const command *c, const hashed *h, bool is_tensor) {
-    char wanted[65] = "", found[65], name[64] = "SHA-256";
+    char wanted[65], found[65], name[64] = "SHA-256";
     uint8_t digest[32] = {0};
-    json_text(&c->m->file.header, h->node, "", "sha256", wanted, sizeof wanted, NULL);
-    if (is_tensor) json_text(&c->m->file.header, h->node, "", "name", name, sizeof name, NULL);
+    medrun_error e = {0};
+    json_text(&c->m->file.header, h->node, "", "sha256", wanted, sizeof wanted, &e);
+    if (is_tensor) json_text(&c->m->file.header, h->node, "", "name", name, sizeof name, &e);
     parse_hex(wanted, digest);                          /* it may be written in capitals         */
     hex_of(digest, wanted), hex_of(h->found, found);
     return report(c, is_tensor ? "tensors" : "tokenizer", name, wanted, found);
@@ -11241,8 +11284,8 @@ static int verify_hashes(command *c, bool *same) {
     for (size_t i = 0; i <= n; i++, v = f->header.nodes[v].next) {
         int64_t offset = 0, bytes = 0;
         uint32_t node = i < n ? v : f->tokenizer;
-        json_int(&f->header, node, "", "offset", 0, 1ll << 52, &offset, NULL);
-        json_int(&f->header, node, "", "bytes", 0, 1ll << 52, &bytes, NULL);
+        offset = json_int(&f->header, node, "", "offset", 0, 1ll << 52, &c->e);
+        bytes = json_int(&f->header, node, "", "bytes", 0, 1ll << 52, &c->e);
         job.all[i] = (hashed){.node = node, .data = f->map.data + offset, .bytes = (size_t)bytes};
         job.total += (size_t)bytes;
     }
@@ -11277,8 +11320,8 @@ static int prove_ids(command *c, uint32_t v, bool of_chat, buffer *expected,
         medrun_chat_options o = {.date = dated ? date : NULL};
         code = json_messages(c, j, what, "proofs.chats", &messages, &n);
         if (!code) code = check_template(c->m->chat, &c->e);
-        if (!code && dated && !json_text(j, v, "proofs.chats", "date", date, sizeof date, &c->e))
-            code = MEDRUN_BAD_FILE;
+        if (!code && dated)
+            code = json_text(j, v, "proofs.chats", "date", date, sizeof date, &c->e);
         if (!code) code = chat_render(c->m->chat, c->t, &o, messages, n, true, &ids, &c->e);
     } else if (!code && json_is_type(j, what, JSON_STRING)) {
         json_unescape(j, what, &text);
@@ -11325,8 +11368,7 @@ static int report_reference(command *c, uint32_t v, const char *name) {
     bool same = false;
     if (reference == JSON_NONE) return MEDRUN_OK;
     int code = json_ids(c, j, json_get(j, reference, "ids"), what, &ids);
-    if (!code && !json_text(j, reference, what, "source", source, sizeof source, &c->e))
-        code = MEDRUN_BAD_FILE;
+    if (!code) code = json_text(j, reference, what, "source", source, sizeof source, &c->e);
     if (!code && !distance_to(c, medrun_logits(c->s, 0), &ids, json_get(j, reference, "values"),
                               &distance, &same))
         code = fail(&c->e, MEDRUN_BAD_FILE, "%s: values: wanted a finite number for each id", what);
@@ -11346,8 +11388,7 @@ static int prove_logits(command *c, uint32_t v, const char *name, buffer *expect
     int code = json_ids(c, j, json_get(j, v, "ids"), "proofs: ids", &ids);
     medrun_session_options o = {.context = (int)(ids.n / 4), .kv = MEDRUN_KV_F32, .strict = true};
     if (!code && !ids.n) code = fail(&c->e, MEDRUN_BAD_FILE, "proofs.logits: ids: found none");
-    if (!code && !json_text(j, v, "proofs.logits", "sha256", hex, sizeof hex, &c->e))
-        code = MEDRUN_BAD_FILE;
+    if (!code) code = json_text(j, v, "proofs.logits", "sha256", hex, sizeof hex, &c->e);
     if (!code) buffer_text(expected, hex), code = medrun_start(&c->s, c->m, &o, NULL, 0, &c->e);
     if (!code) code = medrun_feed(c->s, ids_of(&ids), ids.n / 4, &c->e);
     if (!code) code = hash_logits(c, hex);

@@ -233,14 +233,14 @@ static void test_frequencies_plain(void) {
 
 typedef struct { const char *key, *value; } field;
 
-static const field config_fields[] = {
+static const field config_changes[] = {
     {"vocab_size", "1000"}, {"hidden_size", "64"}, {"n_layers", "2"}, {"n_heads", "4"},
     {"n_kv_heads", "2"}, {"head_dim", "16"}, {"ffn_size", "128"}, {"max_positions", "131072"},
     {"norm_eps", "1e-05"}, {"activation", "\"silu\""}, {"tied", "true"}, {"rope_theta", "500000"},
     {"rope_scaling", "{\"type\":\"llama3\",\"factor\":8,\"low_freq_factor\":1,"
                      "\"high_freq_factor\":4,\"original_max_positions\":8192}"},
 };
-enum { N_FIELDS = sizeof config_fields / sizeof *config_fields };
+enum { N_FIELDS = sizeof config_changes / sizeof *config_changes };
 
 /* Reads a config in which KEY has this value; NULL: the field is left out. */
 static int read_with(const char *key, const char *value, model_config *c, medrun_error *e) {
@@ -250,9 +250,9 @@ static int read_with(const char *key, const char *value, model_config *c, medrun
     bool used = false;
     int n = 0;
     for (int i = 0; i < N_FIELDS; i++) {
-        bool this = key && !strcmp(key, config_fields[i].key);
-        const char *v = this ? value : config_fields[i].value;
-        if (v) buffer_printf(&b, "%s\"%s\":%s", n++ ? "," : "", config_fields[i].key, v);
+        bool this = key && !strcmp(key, config_changes[i].key);
+        const char *v = this ? value : config_changes[i].value;
+        if (v) buffer_printf(&b, "%s\"%s\":%s", n++ ? "," : "", config_changes[i].key, v);
         used |= this;
     }
     if (key && value && !used) buffer_printf(&b, ",\"%s\":%s", key, value);   /* one more field */
@@ -338,8 +338,8 @@ static void test_config(void) {
             printf("    %s %s: %s\n", bad[i].key, bad[i].value, e.text);
     }
     for (int i = 0; i < N_FIELDS; i++) {
-        int code = read_with(config_fields[i].key, NULL, &c, &e);
-        if (!CHECK(code == MEDRUN_BAD_FILE && e.text[0])) printf("    %s\n", config_fields[i].key);
+        int code = read_with(config_changes[i].key, NULL, &c, &e);
+        if (!CHECK(code == MEDRUN_BAD_FILE && e.text[0])) printf("    %s\n", config_changes[i].key);
     }
 }
 

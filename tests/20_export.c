@@ -324,7 +324,7 @@ static void test_header(void) {
         size_t i = 0;
         for EACH(j, json_get(j, c, "ids"), id) if (i < 16) ids[i++] = (int32_t)json_number(j, id);
         p.ids = ids;
-        CHECK(json_text(j, c, "", "sha256", hex, sizeof hex, &e) && parse_hex(hex, p.wanted));
+        CHECK(!json_text(j, c, "", "sha256", hex, sizeof hex, &e) && parse_hex(hex, p.wanted));
         CHECK(m && p.n <= 16 && !run_logits(m, &p, &e));
     }
     medrun_close(m);
@@ -1468,7 +1468,7 @@ static void check_calibrated(const medrun_model *m, bool calibrated) {
     for EACH(j, json_get(j, from, "sources"), file) last = file;
     CHECK(json_is(j, json_get(j, last, "file"), "text.txt") == calibrated &&
           json_is(j, json_get(j, last, "sha256"), hex) == calibrated);
-    json_text(j, from, "", "precision", made, sizeof made, NULL);
+    json_text(j, from, "", "precision", made, sizeof made, &(medrun_error){0});
     snprintf(said, sizeof said, "what %d tokens of a text gave", (int)tokens);
     CHECK((strstr(made, said) != NULL) == calibrated);
     for EACH(j, json_get(j, json_get(j, 0, "proofs"), "logits"), proof) {
@@ -1477,7 +1477,7 @@ static void check_calibrated(const medrun_model *m, bool calibrated) {
         for EACH(j, json_get(j, proof, "ids"), id)
             if (p.n < 16) ids[p.n++] = (int32_t)json_number(j, id);
         p.ids = ids;
-        CHECK(json_text(j, proof, "", "sha256", hex, sizeof hex, &e) && parse_hex(hex, p.wanted) &&
+        CHECK(!json_text(j, proof, "", "sha256", hex, sizeof hex, &e) && parse_hex(hex, p.wanted) &&
               !run_logits(m, &p, &e));
     }
     buffer_free(&b);

@@ -806,8 +806,8 @@ static int line_number(const char *path, size_t line, const char *text, size_t n
     medrun_error why = {0};
     snprintf(what, sizeof what, "%s:%zu", path, line);
     if (json_parse(j, text, n, &why)) return fail(e, why.code, "%s: %s", what, why.text);
-    if (!json_int(j, 0, what, "n", 0, (int64_t)questions - 1, at, e)) return e->code;
-    return MEDRUN_OK;
+    *at = json_int(j, 0, what, "n", 0, (int64_t)questions - 1, e);
+    return e->code;
 }
 
 /* Takes what a file holds already; an unfinished line at its end goes. */
@@ -934,8 +934,7 @@ static const char *describe_run(results *all, const json *j, uint32_t v, medrun_
 static result_set *add_set(results *all, const char *path, const json *j, span head,
                            medrun_error *e) {
     uint32_t data = json_get(j, 0, "data"), run = json_get(j, 0, "run");
-    int64_t questions = 0;
-    char name[40] = "";
+    char name[40];
     if (!json_is_type(j, run, JSON_OBJECT) || !json_is_type(j, data, JSON_OBJECT))
         return fail(e, MEDRUN_BAD_FILE, "%s: line 1: not a result of medrun-eval", path), NULL;
     result_set s = {.head = head, .run = node_span(j, run), .data = node_span(j, data)};
@@ -943,8 +942,8 @@ static result_set *add_set(results *all, const char *path, const json *j, span h
                         memcmp(s.run.text, all->sets->run.text, s.run.n)))
         compare_headers(path, head.text, head.n, all->sets->head.text, all->sets->head.n, e);
     if (!all->n_sets && !e->code) all->about = describe_run(all, j, run, e);
-    if (e->code || !json_int(j, data, path, "questions", 1, 1 << 30, &questions, e) ||
-        !json_text(j, data, path, "task", name, sizeof name, e)) return NULL;
+    int64_t questions = json_int(j, data, path, "questions", 1, 1 << 30, e);
+    if (json_text(j, data, path, "task", name, sizeof name, e)) return NULL;
     s.questions = (size_t)questions, s.task = keep_text(&all->texts, name, strlen(name), e);
     s.cap = 256, s.r = new_array(s.cap, sizeof *s.r);
     result_set *sets = MEDRUN_ALLOC(all->sets, (all->n_sets + 1) * sizeof *sets);
@@ -995,7 +994,7 @@ static int take_result(results *all, result_set *s, const char *path, size_t lin
                        size_t n, medrun_error *e) {
     json j = {0};
     char what[300];
-    int64_t truth = 0, pred = -1, norm = -1;
+    int64_t pred = -1, norm = -1;
     result r = {.line = text, .n_line = n, .sure = -1};
     snprintf(what, sizeof what, "%s:%zu", path, line);
     if (!line_number(path, line, text, n, s->questions, &j, &r.n, e)) {
@@ -1004,13 +1003,13 @@ static int take_result(results *all, result_set *s, const char *path, size_t lin
         r.n_choices = json_is_type(&j, choices, JSON_ARRAY) ? (int)j.nodes[choices].count : 0;
         if (r.n_choices < 2 || r.n_choices > MAX_CHOICES)
             fail(e, MEDRUN_BAD_FILE, "%s: field choices: wanted 2 to %d", what, MAX_CHOICES);
-        else if (json_int(&j, 0, what, "truth", 0, r.n_choices - 1, &truth, e) && !r.skipped)
-            json_int(&j, 0, what, "pred", -1, r.n_choices - 1, &pred, e);
+        int64_t truth = json_int(&j, 0, what, "truth", 0, r.n_choices - 1, e);
+        if (!r.skipped) pred = json_int(&j, 0, what, "pred", -1, r.n_choices - 1, e);
         bool scored = json_is_type(&j, ll, JSON_ARRAY);
         if (!e->code && scored && (j.nodes[ll].count != (uint32_t)r.n_choices || pred < 0))
             fail(e, MEDRUN_BAD_FILE, "%s: field ll: wanted as many as choices", what);
-        if (!e->code && scored && json_int(&j, 0, what, "pred_norm", 0, r.n_choices - 1, &norm, e))
-            r.sure = probability(&j, ll, (int)pred);
+        if (scored) norm = json_int(&j, 0, what, "pred_norm", 0, r.n_choices - 1, e);
+        if (scored && !e->code) r.sure = probability(&j, ll, (int)pred);
         r.truth = (int)truth, r.pred = (int)pred, r.pred_norm = (int)norm;
         r.id = result_text(all, &j, "id", e), r.subject = result_text(all, &j, "subject", e);
     }

@@ -313,13 +313,17 @@ static int read_bool(const json_file *f, uint32_t v, const char *key, bool *out,
 
 static int read_real(const json_file *f, uint32_t v, const char *key, double min, double max,
                      double *out, medrun_error *e) {
-    if (given(&f->j, v, key) != JSON_NONE) json_real(&f->j, v, f->path, key, min, max, out, e);
+    if (given(&f->j, v, key) == JSON_NONE || e->code) return e->code;
+    double value = json_real(&f->j, v, f->path, key, min, max, e);
+    if (!e->code) *out = value;
     return e->code;
 }
 
 static int read_whole(const json_file *f, uint32_t v, const char *key, int64_t min, int64_t max,
                       int64_t *out, medrun_error *e) {
-    if (given(&f->j, v, key) != JSON_NONE) json_int(&f->j, v, f->path, key, min, max, out, e);
+    if (given(&f->j, v, key) == JSON_NONE || e->code) return e->code;
+    int64_t value = json_int(&f->j, v, f->path, key, min, max, e);
+    if (!e->code) *out = value;
     return e->code;
 }
 
@@ -501,12 +505,11 @@ static int read_sizes(const json_file *f, model_config *c, medrun_error *e) {
         {"max_position_embeddings", 1, 1 << 24, &c->max_positions, false},
     };
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
-        int64_t n = 0;
         if (fields[i].optional && given(&f->j, 0, fields[i].key) == JSON_NONE) continue;
-        if (!json_int(&f->j, 0, f->path, fields[i].key, fields[i].min, fields[i].max, &n, e))
-            return e->code;
-        *fields[i].to = (int)n;
+        *fields[i].to = (int)json_int(&f->j, 0, f->path, fields[i].key, fields[i].min,
+                                      fields[i].max, e);
     }
+    if (e->code) return e->code;
     if (!c->n_kv_heads) c->n_kv_heads = c->n_heads;
     WANT(c->n_heads % c->n_kv_heads == 0, f, "num_key_value_heads",
          given(&f->j, 0, "num_key_value_heads"), "a divisor of num_attention_heads");
@@ -688,16 +691,15 @@ static int check_multiples(const model_config *c, const char *path, medrun_error
 static int read_hf_config(source *s, const json_file *f, medrun_error *e) {
     model_config *c = &s->config;
     rope r = {0};
-    double eps = 0;
     s->description = "config.json";
     if (check_architecture(s, f, e) || check_unsupported(f, e) || read_sizes(f, c, e) ||
         read_bool(f, 0, "tie_word_embeddings", &c->tied, e) || read_both_ropes(f, &r, e) ||
-        default_rope(s, f, &r, e) ||
-        !json_real(&f->j, 0, f->path, "rms_norm_eps", 1e-12, 1, &eps, e) ||
-        check_multiples(c, f->path, e)) return e->code;
+        default_rope(s, f, &r, e)) return e->code;
+    c->norm_eps = (float)json_real(&f->j, 0, f->path, "rms_norm_eps", 1e-12, 1, e);
+    if (e->code || check_multiples(c, f->path, e)) return e->code;
     if (s->yarn_factor > 0 && r.type != ROPE_YARN)
         return fail(e, MEDRUN_USAGE, "--yarn-factor: %s has no yarn scaling", f->path);
-    c->norm_eps = (float)eps, c->rope_theta = r.theta, c->rope_type = r.type;
+    c->rope_theta = r.theta, c->rope_type = r.type;
     c->rope_factor = r.number[FACTOR], c->rope_original = r.number[ORIGINAL];
     c->rope_low = r.number[LOW], c->rope_high = r.number[HIGH];
     if (r.type == ROPE_YARN) set_yarn(s, &r, c);
@@ -1371,13 +1373,11 @@ static void put_digest(buffer *b, const uint8_t digest[32]) {
 
 static void put_scaling(buffer *b, model_config *c) {
     buffer_printf(b, ",\"rope_scaling\":{\"type\":\"%s\"", rope_names[c->rope_type]);
-    for (size_t i = 0; i < N_ROPE_NUMBERS; i++) {
-        if (rope_numbers[i].type != c->rope_type) continue;
+    for (const header_field *d = scaling_fields[c->rope_type]; d->key; d++) {
         buffer_text(b, ",");
-        put_real(b, rope_numbers[i].key, *rope_number(c, i), false);
+        if (d->kind == FIELD_DOUBLE) put_real(b, d->key, *(double *)field_at(c, d), false);
+        else buffer_printf(b, "\"%s\":%s", d->key, *(bool *)field_at(c, d) ? "true" : "false");
     }
-    if (c->rope_type == ROPE_YARN)
-        buffer_printf(b, ",\"truncate\":%s", c->rope_truncate ? "true" : "false");
     if (c->rope_type == ROPE_DIVISORS) {
         buffer_text(b, ",\"divisors\":[");
         for (int i = 0; i < c->head_dim / 2; i++)
@@ -1590,7 +1590,7 @@ static int read_messages(const json_file *f, uint32_t v, medrun_message *m, char
         uint32_t content = given(j, c, "content");
         size_t before = text->n;
         WANT(json_is_type(j, content, JSON_STRING), f, "content", content, "a string");
-        if (!json_text(j, c, f->path, "role", roles + 16 * i, 16, e)) return e->code;
+        if (json_text(j, c, f->path, "role", roles + 16 * i, 16, e)) return e->code;
         json_unescape(j, content, text);
         m[i] = (medrun_message){roles + 16 * i, "", text->n - before};
         i++;
@@ -1610,7 +1610,7 @@ static int prove_chat(exporter *x, const json_file *f, uint32_t v, medrun_error 
     if (!x->source.chat) return MEDRUN_OK;
     WANT(n, f, "chats", v, "messages");
     if (given(&f->j, v, "date") != JSON_NONE) {
-        if (!json_text(&f->j, v, f->path, "date", date, sizeof date, e)) return e->code;
+        if (json_text(&f->j, v, f->path, "date", date, sizeof date, e)) return e->code;
     } else if (x->source.chat->how & STATES_TODAY) date_today(date);
     medrun_message *m = new_array(n, sizeof *m);
     char *roles = new_array(n, 16);
@@ -1666,7 +1666,7 @@ static int prove_reference(const exporter *x, const json_file *f, uint32_t v, bu
     size_t vocab = (size_t)x->source.config.vocab_size;
     uint32_t ids = given(j, v, "ids"), values = given(j, v, "values");
     char name[64];
-    if (!json_text(j, v, f->path, "source", name, sizeof name, e)) return e->code;
+    if (json_text(j, v, f->path, "source", name, sizeof name, e)) return e->code;
     WANT(json_is_type(j, ids, JSON_ARRAY) && children(j, ids), f, "reference: ids", ids, "ids");
     WANT(json_is_type(j, values, JSON_ARRAY) && children(j, values) == children(j, ids), f,
          "reference: values", values, "a number for each of ids");
@@ -1710,7 +1710,7 @@ static int prove_ids(exporter *x, const json_file *f, uint32_t v, medrun_error *
     if (reference != JSON_NONE && prove_reference(x, f, reference, &p->reference, e))
         return e->code;
     if (sum == JSON_NONE) return MEDRUN_OK;
-    p->given = json_text(j, v, f->path, "sha256", hex, sizeof hex, e) && strlen(hex) == 64 &&
+    p->given = !json_text(j, v, f->path, "sha256", hex, sizeof hex, e) && strlen(hex) == 64 &&
                parse_hex(hex, p->wanted);
     return p->given ? MEDRUN_OK : wrong_field(f, "sha256", sum, "64 hex digits", e);
 }
@@ -2271,7 +2271,10 @@ static int print_plan(const exporter *x, medrun_error *e) {
     }
     printf("name         %s\nsource       %s\nlicence      %s\n", x->name, x->options.source,
            s->licence[0] ? s->licence : "not stated");
-    print_config(stdout, c, s->architecture, type_names[x->type], parameters, 13);
+    buffer about = {0};
+    describe_config(&about, c, s->architecture, type_names[x->type], parameters, 13);
+    fputs(about.data ? (const char *)about.data : "", stdout);
+    buffer_free(&about);
     printf("chat         %s, stop ids", s->chat ? s->chat->name : CHAT_UNKNOWN);
     for (int i = 0; i < s->n_stops; i++) printf(" %d", s->stops[i]);
     printf("\nsampling     temperature %g, top_k %lld, top_p %g, min_p %g, repeat_penalty %g\n",

@@ -92,7 +92,7 @@ static int replay_options(command *c, const json *j, uint32_t all, const char *p
             return fail(&c->e, MEDRUN_BAD_FILE, "%s: options: found %.*s, which this medrun cannot "
                         "replay", path, (int)(key->end - key->start), name);
         snprintf(known, sizeof known, "--%s", c->p->options[id].name);
-        if (!json_text(j, all, path, known, value, sizeof value, &c->e)) return MEDRUN_BAD_FILE;
+        if (json_text(j, all, path, known, value, sizeof value, &c->e)) return c->e.code;
         if (set_option(c, id, value, FROM_FLAG, known)) return c->e.code = MEDRUN_BAD_FILE;
         c->text[id] = "";                               /* given; but `value` ends here          */
     }
@@ -102,8 +102,8 @@ static int replay_options(command *c, const json *j, uint32_t all, const char *p
 /* Opens what was recorded; -m names another place of the same checkpoint. */
 static int open_recorded(command *c, const json *j, const char *path) {
     char model[1024], hash[65], found[65];
-    if (!json_text(j, 0, path, "model", model, sizeof model, &c->e) ||
-        !json_text(j, 0, path, "model_hash", hash, sizeof hash, &c->e)) return MEDRUN_BAD_FILE;
+    json_text(j, 0, path, "model", model, sizeof model, &c->e);
+    if (json_text(j, 0, path, "model_hash", hash, sizeof hash, &c->e)) return c->e.code;
     int code = open_path(c, given(c, O_MODEL) ? c->text[O_MODEL] : model);
     if (code) return code;
     hex_of(c->m->file.hash, found);
@@ -144,8 +144,9 @@ static int replay_record(command *c, const json *j, const char *path) {
     int code = open_recorded(c, j, path);
     if (!code) code = json_ids(c, j, json_get(j, 0, "prompt"), "prompt", &prompt);
     if (!code) code = json_ids(c, j, json_get(j, 0, "answer"), "answer", &expected);
-    if (!code && (!json_text(j, 0, path, "logits_sha256", wanted, sizeof wanted, &c->e) ||
-                  !json_text(j, 0, path, "kernels", kernels, sizeof kernels, &c->e) || !prompt.n))
+    if (!code) json_text(j, 0, path, "logits_sha256", wanted, sizeof wanted, &c->e);
+    if (!code) code = json_text(j, 0, path, "kernels", kernels, sizeof kernels, &c->e);
+    if (!code && !prompt.n)
         code = fail(&c->e, MEDRUN_BAD_FILE, "%s: the prompt is empty", path);
     if (!code) code = medrun_feed(c->s, ids_of(&prompt), prompt.n / 4, &c->e);
     if (!code) code = compare_answer(c, ids_of(&expected), expected.n / 4);
