@@ -1054,7 +1054,7 @@ static uint64_t read_le(reader *r, size_t n) {
 
 static uint64_t read_u64(reader *r) { return read_le(r, 8); }
 
-static void write_le(buffer *b, uint64_t v, size_t n) {
+MAYBE_UNUSED static void write_le(buffer *b, uint64_t v, size_t n) {
     uint8_t bytes[8];
     for (size_t i = 0; i < n; i++) bytes[i] = (uint8_t)(v >> 8 * i);
     buffer_add(b, bytes, n);
@@ -1731,7 +1731,7 @@ static int pool_start(thread_pool *pool, int threads, medrun_error *e) {
     return MEDRUN_OK;
 }
 /* ============================================================================================
- * 5 Numbers: bf16, f16, int8, and how weights lie in memory
+ * 5 Numbers: bf16, f16, int8, int4, and how weights lie in memory
  *
  * A weight matrix (rows = outputs, cols = inputs K) is stored in panels of 16 rows: lane r of a
  * panel is row 16p + r, and K is walked in steps of 64 bytes, 4 bytes a row. So one 64-byte load
@@ -1816,24 +1816,58 @@ static int32_t round_even(float f) {
     return (int32_t)(float_bits(f + 0x1.8p23f) - float_bits(0x1.8p23f));
 }
 
+/* ---- double precision functions without libm: the same bits on every machine ---------------- */
+
+/* ln x for normal x > 0: x = m 2^k with m near 1, then 2 atanh((m - 1) / (m + 1)). */
+static double ln_exact(double x) {
+    int k;
+    double m = frexp(x, &k);
+    if (m < 0.70710678118654752) m *= 2, k--;
+    double s = (m - 1) / (m + 1), s2 = s * s, sum = 0;
+    for (int i = 23; i >= 1; i -= 2) sum = sum * s2 + 1.0 / i;
+    return 2 * s * sum + k * 0.69314718055994531;
+}
+
+/* e^x for |x| < 700. */
+static double exp_exact(double x) {
+    double n = floor(x * 1.4426950408889634 + 0.5);
+    double r = x - n * 0.69314718036912382 - n * 1.9082149292705877e-10, sum = 1;
+    for (int i = 17; i >= 1; i--) sum = 1 + sum * r / i;
+    return ldexp(sum, (int)n);
+}
+
+/* sin and cos of |x| < 2^24: x = n pi/2 + r, then Taylor series of |r| <= pi/4. */
+static void sin_cos(double x, double *sine, double *cosine) {
+    double n = floor(x * 0.63661977236758134 + 0.5);
+    double r = x - n * 1.5707963267341256;              /* pi/2 in three parts of 33 bits        */
+    r = r - n * 6.0771005063039660e-11 - n * 2.0222662487959506e-21;
+    double r2 = r * r, s = 0, c = 0;
+    for (int i = 17; i >= 3; i -= 2) s = (1 - s) * r2 / (i * (i - 1));
+    for (int i = 18; i >= 2; i -= 2) c = (1 - c) * r2 / (i * (i - 1));
+    s = r * (1 - s), c = 1 - c;
+    switch ((int64_t)n & 3) {
+        case 0: *sine = s, *cosine = c; break;
+        case 1: *sine = c, *cosine = -s; break;
+        case 2: *sine = -s, *cosine = -c; break;
+        default: *sine = -c, *cosine = s; break;
+    }
+}
+
 /* ---- panels -------------------------------------------------------------------------------- */
 
-/* Where group G of an int8 panel has its 16 scales and its 16 steps. */
-static size_t int8_scales(size_t g) {
-    return g / 2 * (STEP_BYTES + 2 * GROUP_BYTES) + g % 2 * (STEP_BYTES / 2);
+/* An int8 group has 64 columns, an int4 group 32; two of them share a line for their scales. */
+static size_t group_cols(int type) { return type == TYPE_INT4 ? GROUP4 : GROUP; }
+static size_t group_bytes(int type) { return type == TYPE_INT4 ? GROUP4_BYTES : GROUP_BYTES; }
+
+/* Where group G of an int8 or int4 panel has its 16 scales (of int4 with shifts) ... */
+static size_t group_scales(int type, size_t g) {
+    return g / 2 * (STEP_BYTES + 2 * group_bytes(type)) + g % 2 * (STEP_BYTES / 2);
 }
 
-static size_t int8_steps(size_t g) {
-    return g / 2 * (STEP_BYTES + 2 * GROUP_BYTES) + STEP_BYTES + g % 2 * GROUP_BYTES;
-}
-
-/* Where group G of an int4 panel has its 16 scales and shifts, and its 4 steps. */
-static size_t int4_scales(size_t g) {
-    return g / 2 * (STEP_BYTES + 2 * GROUP4_BYTES) + g % 2 * (STEP_BYTES / 2);
-}
-
-static size_t int4_steps(size_t g) {
-    return g / 2 * (STEP_BYTES + 2 * GROUP4_BYTES) + STEP_BYTES + g % 2 * GROUP4_BYTES;
+/* ... and its steps. */
+static size_t group_steps(int type, size_t g) {
+    size_t pair = g / 2 * (STEP_BYTES + 2 * group_bytes(type));
+    return pair + STEP_BYTES + g % 2 * group_bytes(type);
 }
 
 /* The levels of int4, plus 96: found by Lloyd's method (1982) on groups of 32 normal, Laplace and
@@ -1860,7 +1894,7 @@ static uint64_t tensor_bytes(int type, uint64_t rows, size_t cols) {
     return (rows + LANES - 1) / LANES * panel_bytes(type, cols);
 }
 
-static void pack_bf16_row(const float *row, size_t cols, size_t lane, uint8_t *out) {
+static void store_bf16_row(const float *row, size_t cols, size_t lane, uint8_t *out) {
     for (size_t k = 0; k < cols; k++) {
         uint16_t h = f32_to_bf16(row[k]);
         memcpy(out + k / 2 * STEP_BYTES + 4 * lane + k % 2 * 2, &h, 2);
@@ -1869,7 +1903,7 @@ static void pack_bf16_row(const float *row, size_t cols, size_t lane, uint8_t *o
 
 /* One group of one row: the scale is the largest magnitude / 127, rounded up to a bf16, and the
  * weights are rounded with that scale, so that what is stored is what is meant. */
-static void pack_int8_group(const float *row, size_t n, size_t lane, uint8_t *scales,
+static void store_int8_group(const float *row, size_t n, size_t lane, uint8_t *scales,
                             uint8_t *steps) {
     float largest = 0;
     for (size_t k = 0; k < n; k++) largest = fmaxf(largest, fabsf(row[k]));
@@ -1883,43 +1917,103 @@ static void pack_int8_group(const float *row, size_t n, size_t lane, uint8_t *sc
 }
 
 /* ROWS (n_rows <= 16, cols), row-major floats -> one panel of bf16 or int8; missing rows become
- * zeros. Section 7 packs int4, whose scales are searched for with the kernels of section 6. */
-static void panel_pack(int type, const float *rows, size_t n_rows, size_t cols, uint8_t *out) {
+ * zeros. int4 is stored by tools/export_int4.c, which
+ * searches for the scales. */
+MAYBE_UNUSED static void store_panel(int type, const float *rows, size_t n_rows, size_t cols,
+                                    uint8_t *out) {
     size_t groups = (cols + GROUP - 1) / GROUP;
     memset(out, 0, panel_bytes(type, cols));
     if (type == TYPE_BF16) {
-        for (size_t r = 0; r < n_rows; r++) pack_bf16_row(rows + r * cols, cols, r, out);
+        for (size_t r = 0; r < n_rows; r++) store_bf16_row(rows + r * cols, cols, r, out);
         return;
     }
     for (size_t g = 0; g < groups; g++)
         for (size_t r = 0; r < LANES; r++) {
             size_t n = r >= n_rows ? 0 : cols - g * GROUP < GROUP ? cols - g * GROUP : GROUP;
             const float *from = n ? rows + r * cols + g * GROUP : rows;
-            pack_int8_group(from, n, r, out + int8_scales(g), out + int8_steps(g));
+            store_int8_group(from, n, r, out + group_scales(TYPE_INT8, g),
+                             out + group_steps(TYPE_INT8, g));
         }
 }
 
-/* Row LANE of a panel -> cols floats: how the embedding is looked up. */
+/* ---- reading them back --------------------------------------------------------------------- */
+
+static uint16_t load_16(const uint8_t *p) {
+    uint16_t h;
+    memcpy(&h, p, 2);
+    return h;
+}
+
+static float stored_bf16(const uint8_t *panel, size_t lane, size_t k) {
+    return bf16_to_f32(load_16(panel + k / 2 * STEP_BYTES + 4 * lane + k % 2 * 2));
+}
+
+/* Weight K of a row of an int8 or int4 panel is a whole number ... */
+static int stored_int(int type, const uint8_t *panel, size_t lane, size_t k) {
+    size_t g = k / group_cols(type), i = k % group_cols(type);
+    const uint8_t *steps = panel + group_steps(type, g) + 4 * lane + i % 4;
+    if (type == TYPE_INT8) return steps[i / 4 * STEP_BYTES] - 128;
+    int shift = (load_16(panel + group_scales(type, g) + 2 * lane) & SHIFT_MASK) - SHIFT_ZERO;
+    return int4_levels[steps[i / 8 * STEP_BYTES] >> (i & 4) & 15] - INT4_ZERO + shift;
+}
+
+/* ... times the scale of its group. */
+static float stored_scale(int type, const uint8_t *panel, size_t lane, size_t k) {
+    uint16_t h = load_16(panel + group_scales(type, k / group_cols(type)) + 2 * lane);
+    return type == TYPE_INT8 ? bf16_to_f32(h) : int4_scale(h) * 0x1p-13f;
+}
+
+/* Row LANE of a panel -> OUT (cols): how the embedding is looked up. */
 static void panel_unpack_row(int type, const uint8_t *panel, size_t lane, size_t cols,
                              float *out) {
-    for (size_t k = 0; k < cols; k++) {
-        uint16_t h;
-        if (type == TYPE_BF16) {
-            memcpy(&h, panel + k / 2 * STEP_BYTES + 4 * lane + k % 2 * 2, 2);
-            out[k] = bf16_to_f32(h);
-        } else if (type == TYPE_INT4) {
-            size_t g = k / GROUP4, i = k % GROUP4;
-            memcpy(&h, panel + int4_scales(g) + 2 * lane, 2);
-            int byte = panel[int4_steps(g) + i / 8 * STEP_BYTES + 4 * lane + i % 4];
-            int w = int4_levels[byte >> (i & 4) & 15] - INT4_ZERO + (h & SHIFT_MASK) - SHIFT_ZERO;
-            out[k] = (float)w * (int4_scale(h) * 0x1p-13f);
-        } else {
-            size_t g = k / GROUP, i = k % GROUP;
-            memcpy(&h, panel + int8_scales(g) + 2 * lane, 2);
-            int q = panel[int8_steps(g) + i / 4 * STEP_BYTES + 4 * lane + i % 4] - 128;
-            out[k] = (float)q * bf16_to_f32(h);
+    for (size_t k = 0; k < cols; k++)
+        if (type == TYPE_BF16) out[k] = stored_bf16(panel, lane, k);
+        else out[k] = (float)stored_int(type, panel, lane, k) * stored_scale(type, panel, lane, k);
+}
+
+/* ---- the definition of a matrix product ----------------------------------------------------- */
+
+/* A group of a token's activations as whole numbers Q, and their scale: largest magnitude / 127. */
+static float quantise_group(const float *x, size_t n, int8_t q[GROUP]) {
+    float largest = 0;
+    memset(q, 0, GROUP);
+    for (size_t k = 0; k < n; k++) largest = fabsf(x[k]) > largest ? fabsf(x[k]) : largest;
+    if (largest < 1e-30f) return 0;
+    for (size_t k = 0; k < n; k++) q[k] = (int8_t)round_even(x[k] * (127.0f / largest));
+    return largest / 127.0f;
+}
+
+/* One row of weights times one token X (cols): the one place that says what is added in which
+ * order. The kernels of section 6 do the same many at a time, bit for bit (bf16: --strict). */
+MAYBE_UNUSED static float plain_dot(int type, const uint8_t *panel, size_t lane, size_t cols,
+                                    const float *x) {
+    float sum = 0, part = 0;
+    for (size_t k = 0; type == TYPE_BF16 && k < cols; k++)
+        sum = fmaf(stored_bf16(panel, lane, k), x[k], sum);
+    for (size_t g = 0; type != TYPE_BF16 && g < cols; g += GROUP) {
+        int8_t q[GROUP];
+        float scale = quantise_group(x + g, cols - g < GROUP ? cols - g : GROUP, q);
+        for (size_t first = 0; first < GROUP; first += group_cols(type)) {
+            int32_t dot = 0;                            /* exact: whole numbers                 */
+            for (size_t k = first; k < first + group_cols(type); k++)
+                dot += q[k] * stored_int(type, panel, lane, g + k);
+            float weights = stored_scale(type, panel, lane, g + first);
+            if (type == TYPE_INT8) sum = fmaf((float)dot, weights * scale, sum);
+            else part = first ? fmaf((float)dot, weights, part) : (float)dot * weights;
         }
+        if (type == TYPE_INT4) sum = fmaf(part, scale, sum);
     }
+    return sum;
+}
+
+/* OUT (tokens, rows) with STRIDE = X (tokens, cols) times the transpose of W, ROWS in panels. */
+MAYBE_UNUSED static void plain_matmul(int type, const uint8_t *w, size_t rows, size_t cols,
+                                      const float *x, size_t x_stride, size_t tokens, float *out,
+                                      size_t stride) {
+    for (size_t t = 0; t < tokens; t++)
+        for (size_t r = 0; r < rows; r++)
+            out[t * stride + r] = plain_dot(type, w + r / LANES * panel_bytes(type, cols),
+                                            r % LANES, cols, x + t * x_stride);
 }
 
 #endif /* MEDRUN_PASS: the file includes itself from here on */
@@ -2008,11 +2102,13 @@ typedef struct {
     float positive, negative, beta, eps;
 } xielu_numbers;
 
-/* out[t * stride + 16 p + lane] = sum over k of w[16 p + lane][k] * x[t][k], SOME columns of all
- * tokens before the next, a multiple of 128, which changes no bit. BLOCK has room for SOME times
- * BLOCK_BYTES, where weights that are not used as they lie are unpacked once for all tokens. */
+/* out[t * stride + 16 p + lane] = sum over k of w[16 p + lane][k] * x[t][k]. COLS_PER_BLOCK columns
+ * of all tokens come before the next, a multiple of 128, which changes no bit. BLOCK has room for
+ * as many times BLOCK_BYTES: weights that are not used as they lie are unpacked there, once for
+ * all tokens. */
 typedef void matmul_fn(const uint8_t *w, size_t panels, size_t cols, const uint8_t *x,
-                       size_t tokens, size_t some, uint8_t *block, float *out, size_t stride);
+                       size_t tokens, size_t cols_per_block, uint8_t *block, float *out,
+                       size_t stride);
 enum { BLOCK_BYTES = 4 * (LANES + 2) };
 
 /* One row for each instruction set. Shapes are in floats; all pointers may be unaligned. */
@@ -2026,10 +2122,6 @@ typedef struct {
                  uint8_t *out);
     size_t tile_panels, int_panels; /* that a matmul of many tokens takes at once               */
     matmul_fn *matmul_f32, *matmul_bf16, *matmul_int8, *matmul_int4;
-    /* 16 groups of int4: V (32, 16) -> their scales and shifts, and the nibbles (32, 16). The sum
-     * of the squared errors, weighted by the (32) importances, is made small; one of them is more
-     * than 0, and what is has a size near 1. NULL in the program, which does not pack weights. */
-    void (*fit_int4)(const float *v, const float *importance, uint16_t *bits, uint8_t *q);
     void (*norm)(float *out, const float *x, const float *weight, size_t n, float eps);
     void (*silu_mul)(float *gate, const float *up, size_t n);   /* gate = silu(gate) * up       */
     void (*relu2)(float *x, size_t n);                          /* x = relu(x)^2                */
@@ -2041,10 +2133,7 @@ typedef struct {
     void (*to_half)(uint16_t *out, const float *x, size_t n);   /* f16, clamped to +-65504      */
     /* the same to int8, with a bf16 scale for each group of 64 */
     void (*to_int8)(int8_t *out, uint16_t *scales, const float *x, size_t n);
-    /* ROUNDS rounds of nothing but the products of packing KIND, in registers; *SINK gets their
-     * sum, so that they are made. Returns the multiplications and additions of a round. */
-    size_t (*peak)(int kind, size_t rounds, float *sink);
-    float (*read_all)(const uint8_t *p, size_t n);              /* reads N bytes, for the same  */
+    const struct more_kernels *more;            /* what a tool has compiled beside these        */
 } kernel_set;
 
 #define KERNEL_JOIN2(name, suffix) name##_##suffix
@@ -2052,12 +2141,6 @@ typedef struct {
 #define K(name) KERNEL_JOIN(name, KERNEL_SUFFIX)        /* vadd -> vadd_avx2 */
 /* A pass with PARTIAL has words of its own for products only; the rest is KERNEL_BASE's. */
 #define B(name) KERNEL_JOIN(name, KERNEL_BASE)
-#ifdef MEDRUN_NO_MAIN
-#define FIT_INT4 fit_int4
-#else
-#define FIT_INT4 NULL           /* the exporter searches for scales, the program never does      */
-#endif
-
 /* The words. vec is 16 floats, ivec 16 int32, wvec 64 bytes of weights. */
 #define vec K(vec)
 #define ivec K(ivec)
@@ -2115,9 +2198,18 @@ typedef struct {
 #define pack B(pack)
 #define tile_f32 K(tile_f32)
 #define tile_bf16 K(tile_bf16)
-#define dot_pairs K(dot_pairs)
-#define zip_bf16 K(zip_bf16)
-#define tile_pairs K(tile_pairs)
+#define add_products K(add_products)
+#define dot_ready K(dot_ready)
+#define dot_int8 K(dot_int8)
+#define dot_int4 K(dot_int4)
+#define unpack_bf16 K(unpack_bf16)
+#define tile_ready_bf16 K(tile_ready_bf16)
+#define load_sums K(load_sums)
+#define store_sums K(store_sums)
+#define run_tile K(run_tile)
+#define run_small K(run_small)
+#define run_panels K(run_panels)
+#define matmul_with K(matmul_with)
 #define tile_int8 K(tile_int8)
 #define unpack K(unpack)
 #define tile_int4 K(tile_int4)
@@ -2125,15 +2217,6 @@ typedef struct {
 #define matmul_bf16 K(matmul_bf16)
 #define matmul_int8 K(matmul_int8)
 #define matmul_int4 K(matmul_int4)
-#define level_of K(level_of)
-#define shift_near K(shift_near)
-#define int4_error K(int4_error)
-#define refit_int4 K(refit_int4)
-#define settle_int4 K(settle_int4)
-#define int4_fit K(int4_fit)
-#define round_int4 K(round_int4)
-#define start_int4 K(start_int4)
-#define fit_int4 B(fit_int4)
 #define norm B(norm)
 #define silu_mul B(silu_mul)
 #define relu2 B(relu2)
@@ -2159,10 +2242,25 @@ typedef struct {
 #define merge B(merge)
 #define to_half B(to_half)
 #define to_int8 B(to_int8)
-#define peak K(peak)
-#define read_all K(read_all)
 #define kernel_row K(kernel_row)
 #define kernel_row_bf16 K(kernel_row_bf16)
+
+/* How one matmul goes about its work on one instruction set. Constant in each function that uses
+ * it, so that the compiler keeps of matmul_with only what holds there. */
+typedef struct {
+    int type, kind;                 /* of the weights; how the activations are packed           */
+    size_t alone, together;         /* panels at once: for a single token, for many             */
+    bool ready;                     /* for many tokens weights are unpacked into a block first  */
+} matmul_plan;
+
+/* A tile: columns [begin, end) of some panels times some of the WIDE tokens that are packed side by
+ * side, of which the first LIVE are no filling. W is the panels, or blocks that unpack made, BYTES
+ * apart. Sums are added to what OUT has unless begin is 0. */
+typedef struct {
+    size_t live, wide, bytes, begin, end, stride;
+    const uint8_t *w, *x;
+    float *out;
+} weight_tile;
 
 ALWAYS_INLINE uint32_t load_word(const uint8_t *p) {
     uint32_t w;
@@ -2228,6 +2326,11 @@ static void tile_keys(const attention *a, size_t t, size_t nt, size_t first, siz
 #define KERNEL_SUFFIX scalar
 #define KERNEL_BASE scalar
 #define KERNEL_NAME "scalar"
+#define INT_PACK PACK_INT8      /* what int8 and int4 weights multiply                           */
+#define X_BYTES 4               /* of a token in a step of int8 weights                          */
+#define SIGN 0                  /* what bready takes from the weights' + 128                     */
+#define READY_TYPES (1 << TYPE_INT4)    /* which a matmul of many tokens unpacks first           */
+#define LIVE_TOKENS(live) (live)        /* here each token of a tile takes its time              */
 #define TILE_PANELS 1           /* what fits the registers                                       */
 #define INT_PANELS 1            /* ... with int8 or int4 weights, whose sums are two kinds       */
 #define TILE_TOKENS 8
@@ -2368,13 +2471,19 @@ ALWAYS_INLINE ivec idot2(ivec acc, wvec w, pvec x) {
 #if MEDRUN_PASS == 2
 #define KERNEL_SUFFIX avx2
 #define KERNEL_NAME "avx2"
-#define UNPACK_INT8
-#define INT16_WORDS
+#define INT_PACK PACK_INT16
+#define X_BYTES 8
+#define READY_TYPES (1 << TYPE_INT8 | 1 << TYPE_INT4)
 #else
 #define KERNEL_SUFFIX avxvnni
 #define KERNEL_NAME "avxvnni"
 #define PARTIAL
+#define INT_PACK PACK_INT8
+#define X_BYTES 4
+#define READY_TYPES (1 << TYPE_INT4)
 #endif
+#define SIGN 0
+#define LIVE_TOKENS(live) tile_width(live)
 #define KERNEL_BASE avx2
 #define TILE_PANELS 1
 #define INT_PANELS 1
@@ -2568,6 +2677,11 @@ ALWAYS_INLINE ivec idot2(ivec acc, wvec w, pvec x) {
 #define KERNEL_BASE avx512
 #define KERNEL_NAME "avx512"
 #define BF16_NAME "avx512bf16"
+#define INT_PACK PACK_INT8
+#define X_BYTES 4
+#define SIGN 0
+#define READY_TYPES (1 << TYPE_INT4)
+#define LIVE_TOKENS(live) tile_width(live)
 #define TILE_PANELS 4
 #define INT_PANELS 3
 #define TILE_TOKENS 4
@@ -2691,7 +2805,16 @@ ALWAYS_INLINE ivec idot2(ivec acc, wvec w, pvec x) {
 #define BF16_NAME "neon-bf16"
 #define PARTIAL
 #endif
-#define UNPACK_INT8
+#if MEDRUN_PASS == 7            /* usdot takes weights as they lie; smull and sdot want them     */
+#define SIGN 0                  /* without their + 128                                           */
+#define READY_TYPES (1 << TYPE_BF16 | 1 << TYPE_INT8 | 1 << TYPE_INT4)
+#else
+#define SIGN 128
+#define READY_TYPES (1 << TYPE_INT8 | 1 << TYPE_INT4)
+#endif
+#define INT_PACK PACK_INT8
+#define X_BYTES 4
+#define LIVE_TOKENS(live) tile_width(live)
 #define KERNEL_BASE neon
 #define TILE_PANELS 1           /* of 32 registers 16 are sums and 4, or 8, weights              */
 #define INT_PANELS 1
@@ -2875,12 +2998,8 @@ ALWAYS_INLINE ivec idot2(ivec s, wvec w, pvec x) {
 #undef IDOT2_LANE
 #undef IDOT2
 
-/* smull and sdot want weights without their + 128; usdot takes them as they lie. */
 typedef wvec bvec;
-#if MEDRUN_PASS == 7
-#define SIGN 0
-#else
-#define SIGN 128
+#if MEDRUN_PASS != 7
 BYTES_BY_STEPS
 #endif
 ALWAYS_INLINE uint8x16_t K(sign_part)(uint8x16_t w) { return veorq_u8(w, vdupq_n_u8(SIGN)); }
@@ -2948,7 +3067,7 @@ ALWAYS_INLINE vec vdot2(vec s, wvec w, svec x) { return (vec)ALL_BY_LANE(bf16_la
  * by side, and so are the sums of two tokens. That pays where unpack does it once for many tokens:
  * 18 instructions for 16 rows, 4 tokens and 8 columns, where usdot takes 32. For one or two tokens
  * usdot takes no more than the zips and matrix products, and for four 32 to their 26. */
-#define PAIRS
+#define OWN_READY
 ALWAYS_INLINE bvec bload(const uint8_t *p) { return wload(p); }
 ALWAYS_INLINE void bstore(uint8_t *p, bvec x, bvec y) {
     wstore(p, (wvec){PICK4(vzip1q_u32, x.a, y.a), PICK4(vzip1q_u32, x.b, y.b),
@@ -2977,8 +3096,8 @@ ALWAYS_INLINE void K(unzip)(ivec *s, ivec *t) {
 }
 /* N steps that bstore has zipped, times four tokens of a tile, are added to DOT. Returns the tile's
  * next words. */
-ALWAYS_INLINE const uint8_t *dot_pairs(const bool bf16, size_t n, size_t wide, const uint8_t *steps,
-                                       const uint8_t *words, ivec *dot) {
+ALWAYS_INLINE const uint8_t *K(dot_pairs)(const bool bf16, size_t n, size_t wide,
+                                          const uint8_t *steps, const uint8_t *words, ivec *dot) {
     K(zip)(&dot[0], &dot[1]), K(zip)(&dot[2], &dot[3]);
     for (size_t s = 0; s < n; s += 2, steps += 2 * STEP_BYTES, words += 8 * wide) {
         wvec v = wload(steps), w = wload(steps + STEP_BYTES);
@@ -2992,6 +3111,29 @@ ALWAYS_INLINE const uint8_t *dot_pairs(const bool bf16, size_t n, size_t wide, c
 }
 ALWAYS_INLINE ivec K(as_ints)(vec x) { return (ivec)ALL1(vreinterpretq_s32_f32); }
 ALWAYS_INLINE vec K(as_floats)(ivec x) { return (vec)ALL1(vreinterpretq_f32_s32); }
+ALWAYS_INLINE const uint8_t *dot_ready(const size_t np, const size_t nt, size_t n,
+                                       const weight_tile tile, const uint8_t *steps,
+                                       const uint8_t *words, ivec *dot) {
+    return (void)np, (void)nt, K(dot_pairs)(false, n, tile.wide, steps, words, dot);
+}
+
+ALWAYS_INLINE void unpack_bf16(const uint8_t *w, size_t begin, size_t end, uint8_t *block) {
+    for (size_t k = begin; k < end; k += 4, block += 2 * STEP_BYTES)
+        bstore(block, wload(w + k / 2 * STEP_BYTES), wload(w + (k / 2 + 1) * STEP_BYTES));
+}
+
+/* The same bits as tile_bf16: a matrix product adds up as two dot products do. */
+ALWAYS_INLINE void tile_ready_bf16(const weight_tile tile) {
+    ivec sum[4];
+    UNROLLED for (size_t t = 0; t < 4; t++) {
+        bool more = tile.begin && t < tile.live;
+        sum[t] = K(as_ints)(more ? vload(tile.out + t * tile.stride) : vsplat(0));
+    }
+    K(dot_pairs)(true, (tile.end - tile.begin) / 2, tile.wide, tile.w,
+                 tile.x + tile.begin * 2 * tile.wide, sum);
+    UNROLLED for (size_t t = 0; t < 4; t++)
+        if (t < tile.live) vstore(tile.out + t * tile.stride, K(as_floats)(sum[t]));
+}
 #endif
 ALWAYS_INLINE bvec blevels(wvec w, wvec shift, bool low) { return (bvec)ALL_LEVELS; }
 typedef svec xvec;
@@ -3009,26 +3151,55 @@ ALWAYS_INLINE ivec idot4(ivec s, bvec w, xvec x) { return (ivec)ALL_BY_LANE(dot_
 #undef PICK4
 #endif
 
-#ifdef INT16_WORDS
-#define INT_PACK PACK_INT16
-#define X_BYTES 8
-#else
-#define INT_PACK PACK_INT8
-#define X_BYTES 4
-#endif
-#define X_GROUP (GROUP / 4 * X_BYTES + 12)
-#ifndef SIGN
-#define SIGN 0
-#endif
-#ifdef PAIRS
-#define IN_PAIRS(ready) (ready)
-#else
-#define IN_PAIRS(ready) false
-#endif
+#define X_GROUP (GROUP / 4 * X_BYTES + 12)      /* bytes of a token's group, with sums and scale */
+
+/* Bytes of a step that is ready to be multiplied, and of 64 columns of a panel that is unpacked:
+ * 2 x 16 scales in float, then 16 steps. */
+enum { K(READY) = sizeof(bvec), K(UNPACKED) = 2 * STEP_BYTES + GROUP / 4 * sizeof(bvec) };
 
 ALWAYS_INLINE ivec ibias(const uint8_t *p) {
     return isplat(SIGN ? 0 : (int32_t)load_word(p));
 }
+
+/* ---- words with a default: an instruction set may do a whole block its own way -------------- */
+
+#ifndef BF16_NAME               /* no row names a matmul that would use it                       */
+ALWAYS_INLINE vec vdot2(vec acc, wvec w, xvec x) { return (void)w, (void)x, acc; }
+#endif
+
+/* Adds the products of four columns: NP panels' steps times NT tokens of a tile. */
+ALWAYS_INLINE void add_products(const size_t np, const size_t nt, size_t wide, const bvec *step,
+                                const uint8_t *words, ivec *dot) {
+    UNROLLED for (size_t t = 0; t < nt; t++) {
+        xvec four = xload(words, t, nt, wide);
+        UNROLLED for (size_t p = 0; p < np; p++)
+            dot[p * nt + t] = idot4(dot[p * nt + t], step[p], four);
+    }
+}
+
+#ifndef OWN_READY
+/* N steps that unpack has made ready, times NT tokens, are added to DOT. Returns the tile's next
+ * words, of which a line of 64 bytes, asked for once, holds 16. */
+ALWAYS_INLINE const uint8_t *dot_ready(const size_t np, const size_t nt, size_t n,
+                                       const weight_tile tile, const uint8_t *steps,
+                                       const uint8_t *words, ivec *dot) {
+    for (size_t s = 0; s < n; s += 2)
+        UNROLLED for (size_t i = 0; i < 2; i++) {
+            bvec step[4];
+            if (i * X_BYTES % 8 == 0) PREFETCH(words);
+            UNROLLED for (size_t p = 0; p < np; p++) step[p] = bload(steps + p * tile.bytes);
+            add_products(np, nt, tile.wide, step, words, dot);
+            steps += K(READY), words += X_BYTES * tile.wide;
+        }
+    return words;
+}
+
+/* bf16 weights are multiplied as they lie. */
+ALWAYS_INLINE void unpack_bf16(const uint8_t *w, size_t begin, size_t end, uint8_t *block) {
+    (void)w, (void)begin, (void)end, (void)block;
+}
+ALWAYS_INLINE void tile_ready_bf16(const weight_tile tile) { (void)tile; }
+#endif
 
 /* ---- the sentences ------------------------------------------------------------------------- */
 
@@ -3124,457 +3295,294 @@ static void pack(int kind, const float *x, size_t stride, size_t cols, size_t to
 
 #endif
 
-/* Columns [BEGIN, END) of NP panels, BYTES apart, times NT tokens of a packed tile of WIDE, of
- * which the first LIVE are no filling, added to what OUT has unless BEGIN is 0. NP and NT are
- * constants after inlining, so that the sums are registers; every sum is one chain in the order of
- * K, whatever they are. */
-ALWAYS_INLINE void tile_f32(const size_t np, const size_t nt, size_t live, const size_t wide,
-                            const uint8_t *w, size_t bytes, size_t begin, size_t end,
-                            const uint8_t *x, float *out, size_t stride) {
-    vec sum[16];
+/* The tiles of a matmul. NP panels and NT tokens are constants after inlining, so that the sums are
+ * registers; every sum is one chain in the order of K, whatever they are. */
+ALWAYS_INLINE void load_sums(const size_t np, const size_t nt, const weight_tile tile, vec *sum) {
+    UNROLLED for (size_t i = 0; i < np * nt; i++) {
+        bool more = tile.begin && i % nt < tile.live;
+        sum[i] = more ? vload(sum_place(tile.out, tile.stride, nt, i)) : vsplat(0);
+    }
+}
+
+ALWAYS_INLINE void store_sums(const size_t np, const size_t nt, const weight_tile tile,
+                              const vec *sum) {
     UNROLLED for (size_t i = 0; i < np * nt; i++)
-        sum[i] = begin && i % nt < live ? vload(sum_place(out, stride, nt, i)) : vsplat(0);
-    w += begin / 2 * STEP_BYTES, x += begin * 4 * wide;
-    for (size_t k = begin; k < end; k += 2, w += STEP_BYTES, x += 8 * wide) {
+        if (i % nt < tile.live) vstore(sum_place(tile.out, tile.stride, nt, i), sum[i]);
+}
+
+/* bf16 weights times floats: a step is two columns, each widened to a float. */
+ALWAYS_INLINE void tile_f32(const size_t np, const size_t nt, const weight_tile tile) {
+    const uint8_t *w = tile.w + tile.begin / 2 * STEP_BYTES;
+    const uint8_t *x = tile.x + tile.begin * 4 * tile.wide;
+    vec sum[16];
+    load_sums(np, nt, tile, sum);
+    for (size_t k = tile.begin; k < tile.end; k += 2, w += STEP_BYTES, x += 8 * tile.wide) {
         vec even[4], odd[4];
         PREFETCH(np > 1 ? x : w);
         UNROLLED for (size_t p = 0; p < np; p++) {
-            wvec step = wload(w + p * bytes);
+            wvec step = wload(w + p * tile.bytes);
             even[p] = weven(step), odd[p] = wodd(step);
         }
         UNROLLED for (size_t t = 0; t < nt; t++) {
-            svec first = sload(x, t, nt), second = sload(x + 4 * wide, t, nt);
+            svec first = sload(x, t, nt), second = sload(x + 4 * tile.wide, t, nt);
             UNROLLED for (size_t p = 0; p < np; p++) {
                 vec s = vfmas(even[p], first, sum[p * nt + t]);
                 sum[p * nt + t] = vfmas(odd[p], second, s);
             }
         }
     }
-    UNROLLED for (size_t i = 0; i < np * nt; i++)
-        if (i % nt < live) vstore(sum_place(out, stride, nt, i), sum[i]);
+    store_sums(np, nt, tile, sum);
 }
 
-#ifdef BF16_NAME
-ALWAYS_INLINE void tile_bf16(const size_t np, const size_t nt, size_t live, const size_t wide,
-                             const uint8_t *w, size_t bytes, size_t begin, size_t end,
-                             const uint8_t *x, float *out, size_t stride) {
+/* bf16 weights times bf16: the processor adds the products of two columns as it does. */
+ALWAYS_INLINE void tile_bf16(const size_t np, const size_t nt, const weight_tile tile) {
+    const uint8_t *w = tile.w + tile.begin / 2 * STEP_BYTES;
+    const uint8_t *x = tile.x + tile.begin * 2 * tile.wide;
     vec sum[16];
-    UNROLLED for (size_t i = 0; i < np * nt; i++)
-        sum[i] = begin && i % nt < live ? vload(sum_place(out, stride, nt, i)) : vsplat(0);
-    w += begin / 2 * STEP_BYTES, x += begin * 2 * wide;
-    for (size_t k = begin; k < end; k += 2, w += STEP_BYTES, x += 4 * wide) {
+    load_sums(np, nt, tile, sum);
+    for (size_t k = tile.begin; k < tile.end; k += 2, w += STEP_BYTES, x += 4 * tile.wide) {
         wvec step[4];
         PREFETCH(np > 1 ? x : w);
-        UNROLLED for (size_t p = 0; p < np; p++) step[p] = wload(w + p * bytes);
+        UNROLLED for (size_t p = 0; p < np; p++) step[p] = wload(w + p * tile.bytes);
         UNROLLED for (size_t t = 0; t < nt; t++) {
-            xvec two = xload(x, t, nt, wide);
+            xvec two = xload(x, t, nt, tile.wide);
             UNROLLED for (size_t p = 0; p < np; p++)
                 sum[p * nt + t] = vdot2(sum[p * nt + t], step[p], two);
         }
     }
-    UNROLLED for (size_t i = 0; i < np * nt; i++)
-        if (i % nt < live) vstore(sum_place(out, stride, nt, i), sum[i]);
-}
-#endif
-#ifdef PAIRS
-/* Columns [BEGIN, END) of a bf16 panel -> BLOCK, which all tokens then use. */
-ALWAYS_INLINE void zip_bf16(const uint8_t *w, size_t begin, size_t end, uint8_t *block) {
-    for (size_t k = begin; k < end; k += 4, block += 2 * STEP_BYTES)
-        bstore(block, wload(w + k / 2 * STEP_BYTES), wload(w + (k / 2 + 1) * STEP_BYTES));
+    store_sums(np, nt, tile, sum);
 }
 
-/* As tile_bf16, for four tokens, W what zip_bf16 made. The same bits: a matrix product adds up as
- * two dot products do. */
-ALWAYS_INLINE void tile_pairs(size_t live, size_t wide, const uint8_t *w, size_t begin, size_t end,
-                              const uint8_t *x, float *out, size_t stride) {
-    ivec sum[4];
-    UNROLLED for (size_t t = 0; t < 4; t++)
-        sum[t] = K(as_ints)(begin && t < live ? vload(out + t * stride) : vsplat(0));
-    dot_pairs(true, (end - begin) / 2, wide, w, x + begin * 2 * wide, sum);
-    UNROLLED for (size_t t = 0; t < 4; t++)
-        if (t < live) vstore(out + t * stride, K(as_floats)(sum[t]));
-}
-#endif
-
-/* Bytes of 64 columns of a panel that is unpacked: 2 x 16 scales in float, then 16 steps of weights
- * that are ready to be multiplied. */
-enum { K(READY) = sizeof(bvec), K(UNPACKED) = 2 * STEP_BYTES + GROUP / 4 * sizeof(bvec) };
-
-/* Columns [BEGIN, END) of an int8 or int4 panel -> BLOCK, which all tokens then use. */
+/* Columns [BEGIN, END) of a panel -> BLOCK, which all tokens then use. */
 ALWAYS_INLINE void unpack(const int type, const uint8_t *w, size_t begin, size_t end,
                           uint8_t *block) {
-    for (size_t g = begin / GROUP; g * GROUP < end; g++) {
+    if (type == TYPE_BF16) {
+        unpack_bf16(w, begin, end, block);
+        return;
+    }
+    for (size_t g = begin / GROUP; g * GROUP < end; g++, block += K(UNPACKED)) {
         uint8_t *steps = block + 2 * STEP_BYTES;
-        if (type == TYPE_INT8) vstore((float *)(void *)block, vload_bf16(w + int8_scales(g)));
-        for (size_t s = 0; type == TYPE_INT8 && s < GROUP / 4; s += 2, steps += 2 * K(READY)) {
-            const uint8_t *from = w + int8_steps(g) + s * STEP_BYTES;
-            bstore(steps, bready(wload(from)), bready(wload(from + STEP_BYTES)));
-        }
-        for (size_t h = 0; type == TYPE_INT4 && h < 2; h++) {
-            const uint8_t *scales = w + int4_scales(2 * g + h);
+        if (type == TYPE_INT8) {
+            vstore((float *)(void *)block, vload_bf16(w + group_scales(TYPE_INT8, g)));
+            for (size_t s = 0; s < GROUP / 4; s += 2, steps += 2 * K(READY)) {
+                const uint8_t *from = w + group_steps(TYPE_INT8, g) + s * STEP_BYTES;
+                bstore(steps, bready(wload(from)), bready(wload(from + STEP_BYTES)));
+            }
+        } else for (size_t h = 0; h < 2; h++) {
+            const uint8_t *scales = w + group_scales(TYPE_INT4, 2 * g + h);
             wvec shift = wshift(scales);
             vec scale = vmul(vload_int4(scales), vsplat(0x1p-13f));
             vstore((float *)(void *)(block + h * STEP_BYTES), scale);
             UNROLLED for (size_t s = 0; s < GROUP4 / 8; s++, steps += 2 * K(READY)) {
-                wvec step = wload(w + int4_steps(2 * g + h) + s * STEP_BYTES);
+                wvec step = wload(w + group_steps(TYPE_INT4, 2 * g + h) + s * STEP_BYTES);
                 bstore(steps, blevels(step, shift, true), blevels(step, shift, false));
             }
         }
-        block += K(UNPACKED);
     }
 }
 
-/* READY: W is NP blocks that unpack made, BYTES apart; else W is the panels. */
-ALWAYS_INLINE void tile_int8(const bool ready, const size_t np, const size_t nt, size_t live,
-                             const size_t wide, const uint8_t *w, size_t bytes, size_t begin,
-                             size_t end, const uint8_t *x, float *out, size_t stride) {
+/* The steps of an int8 group as they lie in their panels, times NT tokens. */
+ALWAYS_INLINE void dot_int8(const size_t np, const size_t nt, const weight_tile tile,
+                            const uint8_t *steps, const uint8_t *words, ivec *dot) {
+    for (size_t s = 0; s < GROUP / 4; s++, steps += STEP_BYTES, words += X_BYTES * tile.wide) {
+        bvec step[4];
+        PREFETCH(np > 1 ? words : steps);
+        UNROLLED for (size_t p = 0; p < np; p++) step[p] = bready(wload(steps + p * tile.bytes));
+        add_products(np, nt, tile.wide, step, words, dot);
+    }
+}
+
+/* int8 weights times int8: a group's products are added exactly as whole numbers, beginning with
+ * what undoes the weights' + 128; then sum = fma(products, weights' scale * token's scale, sum).
+ * READY: the weights are blocks that unpack made. */
+ALWAYS_INLINE void tile_int8(const bool ready, const size_t np, const size_t nt,
+                             const weight_tile tile) {
+    const uint8_t *w = tile.w, *x = tile.x + tile.begin / GROUP * tile.wide * X_GROUP;
     vec sum[16];
-    UNROLLED for (size_t i = 0; i < np * nt; i++)
-        sum[i] = begin && i % nt < live ? vload(sum_place(out, stride, nt, i)) : vsplat(0);
-    x += begin / GROUP * wide * X_GROUP;
-    for (size_t g = begin / GROUP; g * GROUP < end; g++, x += wide * X_GROUP) {
-        const uint8_t *words = x + 12 * wide;
-        const uint8_t *steps = w + (ready ? 2 * STEP_BYTES : int8_steps(g));
+    load_sums(np, nt, tile, sum);
+    for (size_t g = tile.begin / GROUP; g * GROUP < tile.end; g++, x += tile.wide * X_GROUP) {
+        const uint8_t *words = x + 12 * tile.wide;
         ivec dot[16];
         UNROLLED for (size_t i = 0; i < np * nt; i++)
-            dot[i] = iadd(ibias(x + 4 * (i % nt)), ibias(x + 4 * (wide + i % nt)));
-#ifdef PAIRS
-        if (ready) dot_pairs(false, GROUP / 4, wide, steps, words, dot);
-#endif
-        for (size_t s = 0; !IN_PAIRS(ready) && s < GROUP / 4; s++, words += X_BYTES * wide) {
-            bvec step[4];
-            PREFETCH(np > 1 || ready ? words : steps);
-            UNROLLED for (size_t p = 0; p < np; p++)
-                step[p] = ready ? bload(steps + p * bytes) : bready(wload(steps + p * bytes));
-            UNROLLED for (size_t t = 0; t < nt; t++) {
-                xvec four = xload(words, t, nt, wide);
-                UNROLLED for (size_t p = 0; p < np; p++)
-                    dot[p * nt + t] = idot4(dot[p * nt + t], step[p], four);
-            }
-            steps += ready ? K(READY) : STEP_BYTES;
-        }
+            dot[i] = iadd(ibias(x + 4 * (i % nt)), ibias(x + 4 * (tile.wide + i % nt)));
+        if (ready) dot_ready(np, nt, GROUP / 4, tile, w + 2 * STEP_BYTES, words, dot);
+        else dot_int8(np, nt, tile, w + group_steps(TYPE_INT8, g), words, dot);
         UNROLLED for (size_t i = 0; i < np * nt; i++) {
-            const uint8_t *from = w + i / nt * bytes;
+            const uint8_t *from = w + i / nt * tile.bytes;
             vec scale = ready ? vload((const float *)(const void *)from)
-                              : vload_bf16(from + int8_scales(g));
-            scale = vmul(scale, vsplat(load_float(x + 4 * (2 * wide + i % nt))));
+                              : vload_bf16(from + group_scales(TYPE_INT8, g));
+            scale = vmul(scale, vsplat(load_float(x + 4 * (2 * tile.wide + i % nt))));
             sum[i] = vfma(vfloat(dot[i]), scale, sum[i]);
         }
         if (ready) w += K(UNPACKED);
     }
-    UNROLLED for (size_t i = 0; i < np * nt; i++)
-        if (i % nt < live) vstore(sum_place(out, stride, nt, i), sum[i]);
+    store_sums(np, nt, tile, sum);
 }
 
-ALWAYS_INLINE void tile_int4(const bool ready, const size_t np, const size_t nt, size_t live,
-                             const size_t wide, const uint8_t *w, size_t bytes, size_t begin,
-                             size_t end, const uint8_t *x, float *out, size_t stride) {
-    float sum[16 * 16];                 /* in memory: the registers are for the products         */
+/* The steps of an int4 group as they lie in their panels, times NT tokens: each holds eight
+ * columns, four in the low nibbles, four in the high ones. */
+ALWAYS_INLINE const uint8_t *dot_int4(const size_t np, const size_t nt, const weight_tile tile,
+                                      const uint8_t *scales, const uint8_t *steps,
+                                      const uint8_t *words, ivec *dot) {
+    wvec shift[4], step[4];
+    UNROLLED for (size_t p = 0; p < np; p++) shift[p] = wshift(scales + p * tile.bytes);
+    for (size_t s = 0; s < GROUP4 / 8; s++, steps += STEP_BYTES) {
+        PREFETCH(steps);
+        UNROLLED for (size_t p = 0; p < np; p++) step[p] = wload(steps + p * tile.bytes);
+        UNROLLED for (size_t high = 0; high < 2; high++, words += X_BYTES * tile.wide) {
+            bvec four[4];
+            UNROLLED for (size_t p = 0; p < np; p++) four[p] = blevels(step[p], shift[p], !high);
+            add_products(np, nt, tile.wide, four, words, dot);
+        }
+    }
+    return words;
+}
+
+/* int4 weights times int8. A group of 64 columns has one scale of the tokens and two halves of 32
+ * with a scale and a shift of the weights each: part = first half's products * its scale, then
+ * fma(second half's, its scale, part); sum = fma(part, token's scale, sum). A nibble is turned into
+ * its level plus shift, an unsigned byte, by one table look-up, so that the products are those of
+ * int8. dot is (np, nt), as are part and sum, of 16 lanes each; the sums lie in memory, because the
+ * registers are for the products. */
+ALWAYS_INLINE void tile_int4(const bool ready, const size_t np, const size_t nt,
+                             const weight_tile tile) {
+    const size_t group_bytes = ready ? K(UNPACKED) : 2 * GROUP4_BYTES + STEP_BYTES;
+    const uint8_t *w = tile.w, *x = tile.x + tile.begin / GROUP * tile.wide * X_GROUP;
+    float sum[16 * 16];
     vec part[16];
     for (size_t i = 0; i < np * nt; i++) {
-        bool more = begin && i % nt < live;
-        vstore(sum + 16 * i, more ? vload(sum_place(out, stride, nt, i)) : vsplat(0));
+        bool more = tile.begin && i % nt < tile.live;
+        vstore(sum + 16 * i, more ? vload(sum_place(tile.out, tile.stride, nt, i)) : vsplat(0));
     }
-    x += begin / GROUP * wide * X_GROUP;
-    if (!ready) w += int4_scales(begin / GROUP4);
-    for (size_t k = begin; k < end; k += GROUP, x += wide * X_GROUP) {
-        const uint8_t *words = x + 12 * wide;
+    if (!ready) w += group_scales(TYPE_INT4, tile.begin / GROUP4);
+    for (size_t k = tile.begin; k < tile.end; k += GROUP, x += tile.wide * X_GROUP) {
+        const uint8_t *words = x + 12 * tile.wide;
         UNROLLED for (size_t h = 0; h < 2; h++) {
             const uint8_t *scales = w + h * (ready ? STEP_BYTES : STEP_BYTES / 2);
-            const uint8_t *steps = w + (ready ? 2 * STEP_BYTES + h * 8 * K(READY) : int4_steps(h));
+            const uint8_t *steps = w + (ready ? 2 * STEP_BYTES + h * 8 * K(READY)
+                                              : group_steps(TYPE_INT4, h));
             ivec dot[16];
-            wvec shift[4], step[4];
             UNROLLED for (size_t i = 0; i < np * nt; i++)
-                dot[i] = ibias(x + 4 * (h * wide + i % nt));
-            UNROLLED for (size_t p = 0; !ready && p < np; p++)
-                shift[p] = wshift(scales + p * bytes);
-#ifdef PAIRS
-            if (ready) words = dot_pairs(false, GROUP4 / 4, wide, steps, words, dot);
-#endif
-            for (size_t s = 0; !IN_PAIRS(ready) && s < GROUP4 / 8; s++) {
-                PREFETCH(ready ? words : steps);
-                UNROLLED for (size_t p = 0; !ready && p < np; p++)
-                    step[p] = wload(steps + p * bytes);
-                UNROLLED for (size_t low = 1; low < 2; low--, words += X_BYTES * wide) {
-                    bvec eight[4];
-                    UNROLLED for (size_t p = 0; p < np; p++)
-                        eight[p] = ready ? bload(steps + p * bytes + (low ? 0 : K(READY)))
-                                         : blevels(step[p], shift[p], low);
-                    UNROLLED for (size_t t = 0; t < nt; t++) {
-                        xvec four = xload(words, t, nt, wide);
-                        UNROLLED for (size_t p = 0; p < np; p++)
-                            dot[p * nt + t] = idot4(dot[p * nt + t], eight[p], four);
-                    }
-                }
-                steps += ready ? 2 * K(READY) : STEP_BYTES;
-            }
+                dot[i] = ibias(x + 4 * (h * tile.wide + i % nt));
+            words = ready ? dot_ready(np, nt, GROUP4 / 4, tile, steps, words, dot)
+                          : dot_int4(np, nt, tile, scales, steps, words, dot);
             UNROLLED for (size_t i = 0; i < np * nt; i++) {
-                const uint8_t *from = scales + i / nt * bytes;
+                const uint8_t *from = scales + i / nt * tile.bytes;
                 vec scale = ready ? vload((const float *)(const void *)from)
                                   : vmul(vload_int4(from), vsplat(0x1p-13f));
                 part[i] = h ? vfma(vfloat(dot[i]), scale, part[i]) : vmul(vfloat(dot[i]), scale);
             }
         }
         UNROLLED for (size_t i = 0; i < np * nt; i++) {
-            vec scale = vsplat(load_float(x + 4 * (2 * wide + i % nt)));
+            vec scale = vsplat(load_float(x + 4 * (2 * tile.wide + i % nt)));
             vstore(sum + 16 * i, vfma(part[i], scale, vload(sum + 16 * i)));
         }
-        w += ready ? K(UNPACKED) : 2 * GROUP4_BYTES + STEP_BYTES;
+        w += group_bytes;
     }
     for (size_t i = 0; i < np * nt; i++)
-        if (i % nt < live) vstore(sum_place(out, stride, nt, i), vload(sum + 16 * i));
+        if (i % nt < tile.live)
+            vstore(sum_place(tile.out, tile.stride, nt, i), vload(sum + 16 * i));
 }
 
-/* A few tokens take the panels one by one (ALONE at once for a single token), so that the weights
- * come from memory as one stream, which the processor reads ahead best. For many tokens SOME
- * columns of TOGETHER panels, which READY prepares, stay in the second cache while all tokens pass;
- * BIG is the tile of as many panels and tokens as the registers take. */
-#define MATMUL(name, tile, alone, together, big, ready, kind, type)                             \
-    static void name(const uint8_t *w, size_t panels, size_t cols, const uint8_t *x,            \
-                     size_t tokens, size_t some, uint8_t *block, float *out, size_t stride) {   \
-        size_t bytes = panel_bytes(type, cols), row = pack_bytes(kind, cols, 1);                \
-        (void)block;                                                                            \
-        for (size_t p = 0, np; p < panels; p += np, w += np * bytes, out += 16 * np) {          \
-            bool many = tokens > TILE && panels - p >= together;                                \
-            np = many ? together : tokens == 1 && panels - p >= alone ? alone : 1;           \
-            for (size_t k = 0, end; k < cols; k = end) {                                        \
-                end = some < cols - k ? k + some : cols;                                        \
-                if (many) ready;                                                                \
-                for (size_t t = 0, wide; t < tokens; t += wide) {                               \
-                    wide = tile_width(tokens - t);                                              \
-                    for (size_t u = 0, nt; u < wide && t + u < tokens; u += nt) {               \
-                        const uint8_t *xt = x + t * row + 4 * u, *wp = w;                       \
-                        float *to = out + (t + u) * stride;                                     \
-                        size_t live = tokens - t - u;                                           \
-                        nt = many && wide > TILE_TOKENS ? TILE_TOKENS                           \
-                             : wide > FEW_TOKENS ? FEW_TOKENS : wide;                           \
-                        if (nt > TILE_OF_LIVE(live)) nt = TILE_OF_LIVE(live);                   \
-                        if (many && nt == TILE_TOKENS) big(TILE_TOKENS);                        \
-                        else if (many && together > 1 && nt == 2) big(2);                       \
-                        else if (many && together > 1) big(1);                                  \
-                        else if (np == alone && nt == 1) TILE_OF(tile, alone, 1);               \
-                        else for (size_t q = 0; q < np; q++, wp += bytes, to += 16)             \
-                            SMALL_TILE(tile);                                                   \
-                    }                                                                           \
-                }                                                                               \
-            }                                                                                   \
-        }                                                                                       \
-    }
-#define TILE_OF(tile, np, nt) tile(np, nt, live, wide, wp, bytes, k, end, xt, to, stride)
-#if MEDRUN_PASS == 1
-#define TILE_OF_LIVE(live) (live)       /* here each token of a tile takes its time               */
-#define SMALL_TILE(tile) TILE_OF(tile, 1, nt)
-#else
-#define TILE_OF_LIVE(live) tile_width(live)
-#define SMALL_TILE(tile)                                                                        \
-    if (nt == FEW_TOKENS) TILE_OF(tile, 1, FEW_TOKENS);                                         \
-    else if (nt == 4) TILE_OF(tile, 1, 4);                                                      \
-    else if (nt == 2) TILE_OF(tile, 1, 2);                                                      \
-    else TILE_OF(tile, 1, 1)
-#endif
-
-#ifndef PARTIAL
-#define BIG(nt) TILE_OF(tile_f32, TILE_PANELS, nt)
-MATMUL(matmul_f32, tile_f32, 2, TILE_PANELS, BIG, {}, PACK_F32, TYPE_BF16)
-#undef BIG
-#endif
-#ifdef PAIRS
-#define BIG(nt) tile_pairs(live, wide, block, k, end, xt, to, stride)
-MATMUL(matmul_bf16, tile_bf16, 1, TILE_PANELS, BIG, zip_bf16(w, k, end, block), PACK_BF16,
-       TYPE_BF16)
-#undef BIG
-#elif defined BF16_NAME
-#define BIG(nt) TILE_OF(tile_bf16, TILE_PANELS, nt)
-MATMUL(matmul_bf16, tile_bf16, 1, TILE_PANELS, BIG, {}, PACK_BF16, TYPE_BF16)
-#undef BIG
-#endif
-
-#define BLOCK ((end - k + GROUP - 1) / GROUP * K(UNPACKED))
-#define UNPACK(type)                                                                            \
-    for (size_t i = 0; i < np; i++) unpack(type, w + i * bytes, k, end, block + i * BLOCK)
-#define BIG_BLOCK(tile, nt)                                                                     \
-    tile(true, INT_PANELS, nt, live, wide, block, BLOCK, k, end, xt, to, stride)
-#define RAW8(...) tile_int8(false, __VA_ARGS__)
-#define RAW4(...) tile_int4(false, __VA_ARGS__)
-#ifdef UNPACK_INT8
-#define BIG8(nt) BIG_BLOCK(tile_int8, nt)
-MATMUL(matmul_int8, RAW8, 1, INT_PANELS, BIG8, UNPACK(TYPE_INT8), INT_PACK, TYPE_INT8)
-#else
-#define BIG8(nt) TILE_OF(RAW8, INT_PANELS, nt)
-MATMUL(matmul_int8, RAW8, 1, INT_PANELS, BIG8, {}, INT_PACK, TYPE_INT8)
-#endif
-#define BIG4(nt) BIG_BLOCK(tile_int4, nt)
-MATMUL(matmul_int4, RAW4, 1, INT_PANELS, BIG4, UNPACK(TYPE_INT4), INT_PACK, TYPE_INT4)
-#undef BIG8
-#undef BIG4
-#undef RAW8
-#undef RAW4
-#undef BIG_BLOCK
-#undef UNPACK
-#undef BLOCK
-#undef SMALL_TILE
-#undef TILE_OF
-#undef TILE_OF_LIVE
-#undef MATMUL
-
-#ifndef PARTIAL
-#ifdef MEDRUN_NO_MAIN
-/* ---- the scales of int4 -------------------------------------------------------------------- */
-
-/* 16 groups, a lane each, and the best scale and shift so far. */
-typedef struct {
-    const float *v, *importance;            /* (32, 16), (32)                                    */
-    vec v_sum;                              /* of importance * v                                 */
-    float weight;                           /* of all importances                                */
-    vec error, scale, shift;
-} int4_fit;
-
-/* The level next to T, as it counts from zero, or its index. */
-ALWAYS_INLINE vec level_of(vec t, bool index) {
-    vec q = vsplat(index ? 0 : (float)(int4_levels[0] - INT4_ZERO));
-    UNROLLED for (int i = 1; i < 16; i++) {
-        float middle = (float)(int4_levels[i - 1] + int4_levels[i]) * 0.5f - (float)INT4_ZERO;
-        float next = index ? (float)i : (float)(int4_levels[i] - INT4_ZERO);
-        q = vless(vsplat(middle), t, vsplat(next), q);
-    }
-    return q;
+ALWAYS_INLINE void run_tile(const matmul_plan plan, const bool ready, const size_t np,
+                            const size_t nt, const weight_tile tile) {
+    if (plan.type == TYPE_INT8) tile_int8(ready, np, nt, tile);
+    else if (plan.type == TYPE_INT4) tile_int4(ready, np, nt, tile);
+    else if (plan.kind == PACK_F32) tile_f32(np, nt, tile);
+    else if (ready) tile_ready_bf16(tile);
+    else tile_bf16(np, nt, tile);
 }
 
-/* The nearest shift that six bits can say, but for being whole. */
-ALWAYS_INLINE vec shift_near(vec shift) {
-    vec most = vsplat(SHIFT_MASK - SHIFT_ZERO), least = vsplat(-SHIFT_ZERO);
-    return vmax(vless(shift, most, shift, most), least);
+/* One panel; a width that is no constant is for the scalar pass, whose lanes are loops. */
+ALWAYS_INLINE void run_small(const matmul_plan plan, size_t nt, const weight_tile tile) {
+    if (LIVE_TOKENS(3) == 3) run_tile(plan, false, 1, nt, tile);
+    else if (nt == FEW_TOKENS) run_tile(plan, false, 1, FEW_TOKENS, tile);
+    else if (nt == 4) run_tile(plan, false, 1, 4, tile);
+    else if (nt == 2) run_tile(plan, false, 1, 2, tile);
+    else run_tile(plan, false, 1, 1, tile);
 }
 
-/* The weighted squared error of all values with this scale and shift. */
-NEVER_INLINE vec int4_error(const int4_fit *f, vec scale, vec shift) {
-    vec error = vsplat(0), inverse = vdiv(vsplat(1), scale), back = vsub(vsplat(0), shift);
-    for (size_t k = 0; k < GROUP4; k++) {
-        vec v = vload(f->v + 16 * k), level = level_of(vfma(v, inverse, back), false);
-        vec off = vfma(vsub(vsplat(0), vadd(level, shift)), scale, v);
-        error = vfma(vmul(off, off), vsplat(f->importance[k]), error);
-    }
-    return error;
+/* NP panels times NT tokens. BIG: the same where they are as many panels as many tokens take, which
+ * may lie in blocks. */
+ALWAYS_INLINE void run_panels(const matmul_plan plan, bool many, size_t np, size_t nt,
+                              weight_tile tile, const weight_tile big) {
+    if (many && nt == TILE_TOKENS) run_tile(plan, plan.ready, plan.together, TILE_TOKENS, big);
+    else if (many && plan.together > 1 && nt == 2)
+        run_tile(plan, plan.ready, plan.together, 2, big);
+    else if (many && plan.together > 1) run_tile(plan, plan.ready, plan.together, 1, big);
+    else if (np == plan.alone && nt == 1) run_tile(plan, false, plan.alone, 1, tile);
+    else for (size_t p = 0; p < np; p++, tile.w += tile.bytes, tile.out += LANES)
+        run_small(plan, nt, tile);
 }
 
-/* Least squares for the levels that are nearest now: v = scale * (level + shift), the shift within
- * its range and the scale what suits it. */
-NEVER_INLINE void refit_int4(const int4_fit *f, vec *scale, vec *shift) {
-    vec sum = vsplat(0), squares = sum, products = sum;
-    vec inverse = vdiv(vsplat(1), *scale), back = vsub(vsplat(0), *shift);
-    for (size_t k = 0; k < GROUP4; k++) {
-        vec v = vload(f->v + 16 * k), level = level_of(vfma(v, inverse, back), false);
-        vec weighted = vmul(level, vsplat(f->importance[k]));
-        sum = vadd(sum, weighted);
-        squares = vfma(weighted, level, squares);
-        products = vfma(weighted, v, products);
-    }
-    vec weight = vsplat(f->weight), zero = vsplat(0);
-    vec spread = vsub(vmul(weight, squares), vmul(sum, sum));
-    vec slope = vsub(vmul(weight, products), vmul(sum, f->v_sum));
-    vec offset = vdiv(vsub(vmul(f->v_sum, spread), vmul(slope, sum)), weight);
-    offset = vdiv(offset, vless(zero, vmul(slope, slope), slope, vsplat(1)));
-    offset = shift_near(vless(zero, spread, offset, *shift));
-    vec size = vfma(offset, vfma(offset, weight, vadd(sum, sum)), squares);
-    vec fresh = vdiv(vfma(offset, f->v_sum, products), vless(zero, size, size, vsplat(1)));
-    vec useful = vless(zero, size, vmul(fresh, *scale), zero);          /* the sign must stay    */
-    *shift = vless(zero, useful, offset, *shift);
-    *scale = vless(zero, useful, fresh, *scale);
-}
-
-/* A scale as its bits can say it, between the least and the largest, times 2^-13. */
-ALWAYS_INLINE vec round_int4(vec scale, uint16_t *bits) {
-    vec top = vsplat(60000.0f), all = vmul(scale, vsplat(0x1p13f));
-    all = vmax(vless(all, top, all, top), vsub(vsplat(0), top));
-    vstore_f16(bits, all);
-    for (int i = 0; i < 16; i++) {
-        unsigned h = bits[i], size = (h & 0x7FFF) + SHIFT_MASK / 2 + (h >> 6 & 1);
-        bits[i] = (uint16_t)((h & 0x8000) | (size & (0xFFFF - SHIFT_MASK)));
-        if (size <= SHIFT_MASK) bits[i] |= SHIFT_MASK + 1;
-    }
-    return vmul(vload_int4((const uint8_t *)bits), vsplat(0x1p-13f));
-}
-
-/* Whole shifts around SHIFT, each with its best scale, as bits can say them; keeps the best. Many,
- * because a scale has but five significant bits, and what rounding it takes away, a weight much
- * larger than the rest feels most: for one of the shifts the best scale hardly needs rounding. */
-static void settle_int4(int4_fit *f, vec scale, vec shift) {
-    vec zero = vsplat(0);
-    uint16_t bits[16];
-    shift = vfloat(vround(shift));
-    for (int i = -8; i <= 8; i++) {
-        vec s = shift_near(vadd(shift, vsplat((float)i))), squares = zero, products = zero;
-        vec inverse = vdiv(vsplat(1), scale);
-        for (size_t k = 0; k < GROUP4; k++) {
-            vec v = vload(f->v + 16 * k), level = level_of(vsub(vmul(v, inverse), s), false);
-            level = vadd(level, s);
-            vec weighted = vmul(level, vsplat(f->importance[k]));
-            squares = vfma(weighted, level, squares);
-            products = vfma(weighted, v, products);
+/* The body of every matmul. A few tokens take the panels one by one (plan.alone at once for a
+ * single token), so that the weights come from memory as one stream, which the processor reads
+ * ahead best. For many tokens a block of columns of plan.together panels stays in the second cache
+ * while all tokens pass. */
+ALWAYS_INLINE void matmul_with(const matmul_plan plan, const uint8_t *w, size_t panels, size_t cols,
+                               const uint8_t *x, size_t tokens, size_t cols_per_block,
+                               uint8_t *block, float *out, size_t stride) {
+    size_t bytes = panel_bytes(plan.type, cols), row = pack_bytes(plan.kind, cols, 1);
+    for (size_t p = 0, np; p < panels; p += np, w += np * bytes, out += LANES * np) {
+        bool many = tokens > TILE && panels - p >= plan.together;
+        np = many ? plan.together : tokens == 1 && panels - p >= plan.alone ? plan.alone : 1;
+        for (size_t k = 0, end; k < cols; k = end) {
+            end = cols_per_block < cols - k ? k + cols_per_block : cols;
+            size_t block_bytes = (end - k + GROUP - 1) / GROUP * K(UNPACKED);
+            for (size_t i = 0; plan.ready && many && i < np; i++)
+                unpack(plan.type, w + i * bytes, k, end, block + i * block_bytes);
+            for (size_t t = 0, wide; t < tokens; t += wide) {
+                wide = tile_width(tokens - t);
+                for (size_t u = 0, nt; u < wide && t + u < tokens; u += nt) {
+                    size_t live = tokens - t - u, most = many ? TILE_TOKENS : FEW_TOKENS;
+                    weight_tile tile = {live, wide, bytes, k, end, stride, w,
+                                        x + t * row + 4 * u, out + (t + u) * stride}, big = tile;
+                    if (plan.ready) big.w = block, big.bytes = block_bytes;
+                    nt = wide > most ? most : wide;
+                    if (nt > LIVE_TOKENS(live)) nt = LIVE_TOKENS(live);
+                    run_panels(plan, many, np, nt, tile, big);
+                }
+            }
         }
-        vec fresh = vdiv(products, vless(zero, squares, squares, vsplat(1)));
-        fresh = vless(zero, vmul(fresh, scale), fresh, scale);
-        fresh = round_int4(fresh, bits);
-        vec error = int4_error(f, fresh, s);
-        f->scale = vless(error, f->error, fresh, f->scale);
-        f->shift = vless(error, f->error, s, f->shift);
-        f->error = vless(error, f->error, error, f->error);
     }
 }
 
-/* Start I of 18 for a group between LOW and HIGH: its ends, drawn in by three factors each, with
- * both signs of the scale; reached from the nearest shift there is. */
-ALWAYS_INLINE void start_int4(int i, vec low, vec high, vec *scale, vec *shift) {
-    static const float factors[] = {1.02f, 0.87f, 0.72f};
-    vec first = vsplat((float)(int4_levels[0] - INT4_ZERO)), sign = vsplat(i < 9 ? 1 : -1);
-    vec last = vsplat((float)(int4_levels[15] - INT4_ZERO));
-    vec from = vmul(vmul(i < 9 ? low : high, vsplat(factors[i % 3])), sign);
-    vec to = vmul(vmul(i < 9 ? high : low, vsplat(factors[i / 3 % 3])), sign);
-    vec size = vmax(vdiv(vsub(to, from), vsub(last, first)), vsplat(1e-12f));
-    *shift = shift_near(vsub(vdiv(from, size), first));
-    size = vmax(vdiv(from, vadd(first, *shift)), vdiv(to, vadd(last, *shift)));
-    *scale = vmul(vmax(size, vsplat(1e-12f)), sign);
+#ifndef PARTIAL
+static void matmul_f32(const uint8_t *w, size_t panels, size_t cols, const uint8_t *x,
+                       size_t tokens, size_t cols_per_block, uint8_t *block, float *out,
+                       size_t stride) {
+    matmul_with((matmul_plan){TYPE_BF16, PACK_F32, 2, TILE_PANELS, false}, w, panels, cols, x,
+                tokens, cols_per_block, block, out, stride);
+}
+#endif
+
+#ifdef BF16_NAME
+static void matmul_bf16(const uint8_t *w, size_t panels, size_t cols, const uint8_t *x,
+                        size_t tokens, size_t cols_per_block, uint8_t *block, float *out,
+                        size_t stride) {
+    const bool ready = READY_TYPES >> TYPE_BF16 & 1;
+    matmul_with((matmul_plan){TYPE_BF16, PACK_BF16, 1, TILE_PANELS, ready}, w, panels, cols, x,
+                tokens, cols_per_block, block, out, stride);
+}
+#endif
+
+static void matmul_int8(const uint8_t *w, size_t panels, size_t cols, const uint8_t *x,
+                        size_t tokens, size_t cols_per_block, uint8_t *block, float *out,
+                        size_t stride) {
+    const bool ready = READY_TYPES >> TYPE_INT8 & 1;
+    matmul_with((matmul_plan){TYPE_INT8, INT_PACK, 1, INT_PANELS, ready}, w, panels, cols, x,
+                tokens, cols_per_block, block, out, stride);
 }
 
-/* The best of all starts after three rounds of least squares, settled; then the nibbles. */
-static void fit_int4(const float *v, const float *importance, uint16_t *bits, uint8_t *q) {
-    vec zero = vsplat(0), low = vsplat(INFINITY), high = vsplat(-INFINITY);
-    vec scale, shift, best_scale = zero, best_shift = zero, least = vsplat(INFINITY);
-    int4_fit f = {v, importance, zero, 0, zero, zero, zero};
-    float shifts[16];
-    for (size_t k = 0; k < GROUP4; k++) {
-        vec x = vload(v + 16 * k), weighted = vmul(x, vsplat(importance[k]));
-        f.v_sum = vadd(f.v_sum, weighted);
-        f.error = vfma(weighted, x, f.error);           /* of nothing but zeros                  */
-        f.weight = f.weight + importance[k];
-        if (!(importance[k] > 0)) continue;             /* padding, which may be anything        */
-        high = vmax(x, high), low = vless(x, low, x, low);
-    }
-    for (int i = 0; i < 18; i++) {
-        start_int4(i, low, high, &scale, &shift);
-        for (int round = 0; round < 3; round++) refit_int4(&f, &scale, &shift);
-        vec error = int4_error(&f, scale, shift);
-        best_scale = vless(error, least, scale, best_scale);
-        best_shift = vless(error, least, shift, best_shift);
-        least = vless(error, least, error, least);
-    }
-    settle_int4(&f, best_scale, best_shift);
-    vec used = vmul(f.scale, f.scale);                  /* 0: the group is zeros                 */
-    scale = vless(zero, used, f.scale, vsplat(1));
-    round_int4(scale, bits);
-    vstore(shifts, vless(zero, used, f.shift, vsplat(INFINITY)));
-    for (int i = 0; i < 16; i++)
-        bits[i] = isinf(shifts[i]) ? 0
-                                   : (uint16_t)(bits[i] | (unsigned)((int)shifts[i] + SHIFT_ZERO));
-    for (size_t k = 0; k < GROUP4; k++) {
-        float index[16];
-        vec level = level_of(vsub(vdiv(vload(v + 16 * k), scale), f.shift), true);
-        vstore(index, vless(zero, used, level, zero));
-        for (size_t i = 0; i < 16; i++) q[16 * k + i] = (uint8_t)index[i];
-    }
+static void matmul_int4(const uint8_t *w, size_t panels, size_t cols, const uint8_t *x,
+                        size_t tokens, size_t cols_per_block, uint8_t *block, float *out,
+                        size_t stride) {
+    const bool ready = READY_TYPES >> TYPE_INT4 & 1;
+    matmul_with((matmul_plan){TYPE_INT4, INT_PACK, 1, INT_PANELS, ready}, w, panels, cols, x,
+                tokens, cols_per_block, block, out, stride);
 }
-#endif /* MEDRUN_NO_MAIN */
 
+#ifndef PARTIAL
 /* RMSNorm (Zhang and Sennrich 2019): x / sqrt(mean(x^2) + eps) * weight. */
 static void norm(float *out, const float *x, const float *weight, size_t n, float eps) {
     vec squares = vsplat(0);
@@ -3956,84 +3964,27 @@ static void merge(float *out, const float *parts, size_t n, size_t head_dim) {
 
 #endif /* PARTIAL */
 
-/* As many chains as a tile has, each with weights of its own; the other factor changes, lest the
- * compiler find a shorter way. */
-static size_t peak(int kind, size_t rounds, float *sink) {
-    enum { CHAINS = TILE_PANELS * TILE_TOKENS };
-    uint8_t bytes[2 * STEP_BYTES + 8 * CHAINS] = {1, 2, 3};
-    __asm__("" : : "r"(bytes) : "memory");
-    wvec w[TILE_PANELS];
-    ivec dot[CHAINS];
-    vec sum[CHAINS], total = vsplat(0);
-    UNROLLED for (size_t i = 0; i < TILE_PANELS; i++) w[i] = wload(bytes + 4 * i);
-    UNROLLED for (size_t i = 0; i < CHAINS; i++)
-        dot[i] = isplat((int32_t)i), sum[i] = vsplat((float)i);
-#ifdef PAIRS
-    for (size_t n = 0; kind == INT_PACK && n < rounds; n++)
-        UNROLLED for (size_t i = 0; i < CHAINS; i += 2)
-            K(two_tokens)(false, &dot[i], &dot[i + 1], w[0], w[0], vld1q_u8(bytes + n % 8 * 4));
-    for (size_t n = 0; kind == PACK_BF16 && n < rounds; n++)
-        UNROLLED for (size_t i = 0; i < CHAINS; i += 2)
-            K(two_tokens)(true, &dot[i], &dot[i + 1], w[0], w[0], vld1q_u8(bytes + n % 8 * 4));
+#ifdef MEDRUN_MORE_KERNELS      /* a tool's kernels, with the same words, and `more_kernels`      */
+#include MEDRUN_MORE_KERNELS
+#define MORE_KERNELS &K(more_kernels)
 #else
-    for (size_t n = 0; kind == INT_PACK && n < rounds; n++)
-        UNROLLED for (size_t i = 0; i < CHAINS; i++)
-            dot[i] = idot4(dot[i], bready(w[i % TILE_PANELS]),
-                           xload(bytes + n % 8 * 4, i / TILE_PANELS, TILE_TOKENS, TILE_TOKENS));
-#ifdef BF16_NAME
-    for (size_t n = 0; kind == PACK_BF16 && n < rounds; n++)
-        UNROLLED for (size_t i = 0; i < CHAINS; i++)
-            sum[i] = vdot2(sum[i], w[i % TILE_PANELS],
-                           xload(bytes + n % 8 * 4, i / TILE_PANELS, TILE_TOKENS, TILE_TOKENS));
-#endif
-#endif
-    for (size_t n = 0; kind == PACK_F32 && n < rounds; n++)
-        UNROLLED for (size_t i = 0; i < CHAINS; i++)
-            sum[i] = vfma(sum[i], vsplat((float)(n % 8)), sum[i]);
-    UNROLLED for (size_t i = 0; i < CHAINS; i++)
-        total = vadd(total, vadd(vfloat(dot[i]), sum[i]));
-    *sink += vsum(total);
-    size_t in_pairs = IN_PAIRS(kind != PACK_F32) ? 2 : 1;
-    return CHAINS * LANES * in_pairs * (kind == INT_PACK ? 8 : kind == PACK_BF16 ? 4 : 2);
-}
-
-/* Reads N bytes in order, as a matmul of one token does; a number that depends on all but a few at
- * the end. */
-static float read_all(const uint8_t *p, size_t n) {
-    static const uint8_t ones[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
-    ivec sum[4];
-    UNROLLED for (size_t i = 0; i < 4; i++) sum[i] = isplat(0);
-    for (size_t at = 0; at + 4 * STEP_BYTES <= n; at += 4 * STEP_BYTES)
-        UNROLLED for (size_t i = 0; i < 4; i++) {
-            PREFETCH(p + at + i * STEP_BYTES);
-            sum[i] = idot4(sum[i], bready(wload(p + at + i * STEP_BYTES)), xload(ones, 0, 1, 1));
-        }
-    return vsum(vadd(vadd(vfloat(sum[0]), vfloat(sum[1])), vadd(vfloat(sum[2]), vfloat(sum[3]))));
-}
-
-#ifdef PAIRS
-#define UNPACKS (1 << TYPE_BF16 | 1 << TYPE_INT8 | 1 << TYPE_INT4)
-#elif defined UNPACK_INT8
-#define UNPACKS (1 << TYPE_INT8 | 1 << TYPE_INT4)
-#else
-#define UNPACKS (1 << TYPE_INT4)
+#define MORE_KERNELS NULL
 #endif
 #define ROW(name, bf16, matmul_bf16) {                                                          \
-        name, bf16, INT_PACK, UNPACKS, pack, TILE_PANELS, INT_PANELS, matmul_f32, matmul_bf16,  \
-        matmul_int8, matmul_int4, FIT_INT4, norm, silu_mul, relu2, xielu, add, attend, merge,   \
-        to_half, to_int8, peak, read_all,                                                       \
+        name, bf16, INT_PACK, READY_TYPES, pack, TILE_PANELS, INT_PANELS, matmul_f32,           \
+        matmul_bf16, matmul_int8, matmul_int4, norm, silu_mul, relu2, xielu, add, attend,       \
+        merge, to_half, to_int8, MORE_KERNELS                                                   \
     }
 static const kernel_set kernel_row = ROW(KERNEL_NAME, false, NULL);
 #ifdef BF16_NAME
 static const kernel_set kernel_row_bf16 = ROW(BF16_NAME, true, matmul_bf16);
 #endif
 #undef ROW
-#undef UNPACKS
-#undef UNPACK_INT8
-#undef INT16_WORDS
 #undef SIGN
-#undef PAIRS
-#undef IN_PAIRS
+#undef OWN_READY
+#undef READY_TYPES
+#undef LIVE_TOKENS
+#undef MORE_KERNELS
 #undef PARTIAL
 #undef KERNEL_SUFFIX
 #undef KERNEL_BASE
@@ -4119,7 +4070,6 @@ static const kernel_set kernel_row_bf16 = ROW(BF16_NAME, true, matmul_bf16);
 #undef matmul_bf16
 #undef matmul_int8
 #undef matmul_int4
-#undef fit_int4
 #undef norm
 #undef silu_mul
 #undef relu2
@@ -4129,8 +4079,6 @@ static const kernel_set kernel_row_bf16 = ROW(BF16_NAME, true, matmul_bf16);
 #undef merge
 #undef to_half
 #undef to_int8
-#undef peak
-#undef read_all
 
 /* ---- processor features -------------------------------------------------------------------- */
 
@@ -4246,9 +4194,9 @@ typedef struct {
     size_t block_bytes;             /* at least engine_block_bytes                              */
 } engine;
 
-static int pack_kind(const engine *g, int weight_type) {
-    if (weight_type == TYPE_INT8 || weight_type == TYPE_INT4) return g->k->int_pack;
-    return g->k->bf16_dot && !g->strict ? PACK_BF16 : PACK_F32;
+static int pack_kind(const engine *eng, int weight_type) {
+    if (weight_type == TYPE_INT8 || weight_type == TYPE_INT4) return eng->k->int_pack;
+    return eng->k->bf16_dot && !eng->strict ? PACK_BF16 : PACK_F32;
 }
 
 /* Activations packed for a matmul: made by pack_activations, used by matmul. */
@@ -4259,7 +4207,7 @@ typedef struct {
 } packed;
 
 typedef struct {
-    const engine *g;
+    const engine *eng;
     const float *x;
     size_t stride;
     packed *to;
@@ -4269,16 +4217,16 @@ static void pack_task(void *context, size_t begin, size_t end, int thread) {
     (void)thread;
     pack_job *j = context;
     size_t first = begin * TILE, last = end * TILE < j->to->tokens ? end * TILE : j->to->tokens;
-    j->g->k->pack(j->to->kind, j->x + first * j->stride, j->stride, j->to->cols, last - first,
+    j->eng->k->pack(j->to->kind, j->x + first * j->stride, j->stride, j->to->cols, last - first,
                   j->to->data + pack_bytes(j->to->kind, j->to->cols, first));
 }
 
 /* x (tokens, cols) with STRIDE -> *TO, whose data has room, for weights of WEIGHT_TYPE. */
-static void pack_activations(const engine *g, packed *to, int weight_type, const float *x,
+static void pack_activations(const engine *eng, packed *to, int weight_type, const float *x,
                              size_t stride, size_t cols, size_t tokens) {
-    to->kind = pack_kind(g, weight_type), to->tokens = tokens, to->cols = cols;
-    pack_job j = {g, x, stride, to};
-    parallel_for(g->pool, (tokens + TILE - 1) / TILE, 1, pack_task, &j);
+    to->kind = pack_kind(eng, weight_type), to->tokens = tokens, to->cols = cols;
+    pack_job j = {eng, x, stride, to};
+    parallel_for(eng->pool, (tokens + TILE - 1) / TILE, 1, pack_task, &j);
 }
 
 /* One matrix of a product: out[t * stride + row] = w[row] . x[t]. OUT has room for rows rounded up
@@ -4290,11 +4238,11 @@ typedef struct {
 } product;
 
 typedef struct {
-    const engine *g;
+    const engine *eng;
     const product *products;
     size_t n;
     const packed *x;
-    size_t some;                    /* columns of a few panels that fit the second cache        */
+    size_t cols_per_block;          /* of a few panels that fit the second cache                */
 } matmul_job;
 
 /* The kernel for weights of TYPE and activations of KIND. */
@@ -4307,79 +4255,47 @@ static size_t tensor_panels(const tensor *w) { return (w->rows + LANES - 1) / LA
 
 static void matmul_task(void *context, size_t begin, size_t end, int thread) {
     matmul_job *j = context;
-    const engine *g = j->g;
+    const engine *eng = j->eng;
     for (const product *p = j->products; p < j->products + j->n && begin < end; p++) {
         size_t panels = tensor_panels(p->w), n = panels < end ? panels : end;
-        matmul_fn *f = matmul_of(g->k, p->w->type, j->x->kind);
-        uint8_t *block = g->blocks ? g->blocks + (size_t)thread * g->block_bytes : NULL;
+        matmul_fn *f = matmul_of(eng->k, p->w->type, j->x->kind);
+        uint8_t *block = eng->blocks ? eng->blocks + (size_t)thread * eng->block_bytes : NULL;
         if (begin < n)
             f(p->w->data + begin * panel_bytes(p->w->type, p->w->cols), n - begin, p->w->cols,
-              j->x->data, j->x->tokens, j->some, block, p->out + begin * LANES, p->stride);
+              j->x->data, j->x->tokens, j->cols_per_block, block, p->out + begin * LANES,
+              p->stride);
         begin = begin < panels ? 0 : begin - panels;
         end = end < panels ? 0 : end - panels;
     }
 }
 
 /* The columns of a few panels, with BYTES for each, that fill three eighths of the second cache. */
-static size_t block_cols(const engine *g, size_t bytes) {
-    size_t cols = (g->cache ? g->cache : 256 << 10) / 8 * 3 / bytes / 128 * 128;
+static size_t block_cols(const engine *eng, size_t bytes) {
+    size_t cols = (eng->cache ? eng->cache : 256 << 10) / 8 * 3 / bytes / 128 * 128;
     return cols ? cols : 128;
 }
 
 /* What a thread needs to unpack weights of TYPE and up to COLS columns. */
-static size_t engine_block_bytes(const engine *g, int type, size_t cols) {
-    if (!(g->k->unpacks >> type & 1) || pack_kind(g, type) == PACK_F32) return 0;
-    size_t some = block_cols(g, BLOCK_BYTES);
-    return (some < cols ? some : round_up(cols, 128)) * BLOCK_BYTES;
+static size_t engine_block_bytes(const engine *eng, int type, size_t cols) {
+    if (!(eng->k->unpacks >> type & 1) || pack_kind(eng, type) == PACK_F32) return 0;
+    size_t cols_per_block = block_cols(eng, BLOCK_BYTES);
+    return (cols_per_block < cols ? cols_per_block : round_up(cols, 128)) * BLOCK_BYTES;
 }
 
 /* Up to a few matrices of one type that multiply the same activations, in one go (q, k and v). */
-static void matmul(const engine *g, const product *products, size_t n, const packed *x) {
+static void matmul(const engine *eng, const product *products, size_t n, const packed *x) {
     size_t panels = 0, bytes = panel_bytes(products->w->type, x->cols);
-    size_t tile = products->w->type == TYPE_BF16 ? g->k->tile_panels : g->k->int_panels;
-    size_t some = block_cols(g, (tile * bytes + x->cols - 1) / x->cols);
-    if (g->block_bytes) some = block_cols(g, BLOCK_BYTES);
-    if (x->tokens <= TILE) some = x->cols;              /* nothing is used a second time         */
-    matmul_job j = {g, products, n, x, some};
+    size_t tile = products->w->type == TYPE_BF16 ? eng->k->tile_panels : eng->k->int_panels;
+    size_t cols_per_block = block_cols(eng, (tile * bytes + x->cols - 1) / x->cols);
+    if (eng->block_bytes) cols_per_block = block_cols(eng, BLOCK_BYTES);
+    if (x->tokens <= TILE) cols_per_block = x->cols;    /* nothing is used a second time         */
+    matmul_job j = {eng, products, n, x, cols_per_block};
     for (size_t i = 0; i < n; i++) panels += tensor_panels(products[i].w);
-    size_t grain = panels / ((size_t)g->pool->threads * 32);
+    size_t grain = panels / ((size_t)eng->pool->threads * 32);
     if (x->tokens > TILE) grain = round_up(grain ? grain : 1, tile);
-    parallel_for(g->pool, panels, grain, matmul_task, &j);
+    parallel_for(eng->pool, panels, grain, matmul_task, &j);
 }
 
-#ifdef MEDRUN_NO_MAIN
-/* Packs 16 rows of one int4 panel; IMPORTANCE (cols) says how much an error of each column counts,
- * NULL: all the same. */
-static void pack_int4(const kernel_set *k, const float *rows, size_t n_rows, size_t cols,
-                      const float *importance, uint8_t *out) {
-    for (size_t g = 0; g * GROUP4 < cols; g++) {
-        float v[GROUP4 * LANES] = {0}, weights[GROUP4] = {0};
-        uint8_t q[GROUP4 * LANES], *steps = out + int4_steps(g);
-        uint16_t bits[LANES];
-        for (size_t i = 0; i < GROUP4 && g * GROUP4 + i < cols; i++) {
-            weights[i] = importance ? importance[g * GROUP4 + i] : 1;
-            for (size_t r = 0; r < n_rows; r++) v[i * LANES + r] = rows[r * cols + g * GROUP4 + i];
-        }
-        k->fit_int4(v, weights, bits, q);
-        memcpy(out + int4_scales(g), bits, sizeof bits);
-        for (size_t i = 0; i < GROUP4 * LANES; i++) {
-            size_t c = i / LANES, at = c / 8 * STEP_BYTES + 4 * (i % LANES) + c % 4;
-            steps[at] |= (uint8_t)(q[i] << (c % 8 / 4 * 4));
-        }
-    }
-}
-
-/* ROWS (n_rows <= 16, cols), row-major floats -> one panel; missing rows become zeros. */
-static void pack_panel(const kernel_set *k, int type, const float *rows, size_t n_rows,
-                       size_t cols, const float *importance, uint8_t *out) {
-    if (type != TYPE_INT4) {
-        panel_pack(type, rows, n_rows, cols, out);
-        return;
-    }
-    memset(out, 0, panel_bytes(type, cols));
-    pack_int4(k, rows, n_rows, cols, importance, out);
-}
-#endif
 #ifdef MEDRUN_OPENCL
 /* ============================================================================================
  * 8 OpenCL: a device that computes layers, optional (make OPENCL=1)
@@ -7569,43 +7485,6 @@ struct medrun_model {
     char device_says[256];
     buffer device_log;
 };
-
-/* ---- double precision functions without libm: the same bits on every machine ---------------- */
-
-/* ln x for normal x > 0: x = m 2^k with m near 1, then 2 atanh((m - 1) / (m + 1)). */
-static double ln_exact(double x) {
-    int k;
-    double m = frexp(x, &k);
-    if (m < 0.70710678118654752) m *= 2, k--;
-    double s = (m - 1) / (m + 1), s2 = s * s, sum = 0;
-    for (int i = 23; i >= 1; i -= 2) sum = sum * s2 + 1.0 / i;
-    return 2 * s * sum + k * 0.69314718055994531;
-}
-
-/* e^x for |x| < 700. */
-static double exp_exact(double x) {
-    double n = floor(x * 1.4426950408889634 + 0.5);
-    double r = x - n * 0.69314718036912382 - n * 1.9082149292705877e-10, sum = 1;
-    for (int i = 17; i >= 1; i--) sum = 1 + sum * r / i;
-    return ldexp(sum, (int)n);
-}
-
-/* sin and cos of |x| < 2^24: x = n pi/2 + r, then Taylor series of |r| <= pi/4. */
-static void sin_cos(double x, double *sine, double *cosine) {
-    double n = floor(x * 0.63661977236758134 + 0.5);
-    double r = x - n * 1.5707963267341256;              /* pi/2 in three parts of 33 bits        */
-    r = r - n * 6.0771005063039660e-11 - n * 2.0222662487959506e-21;
-    double r2 = r * r, s = 0, c = 0;
-    for (int i = 17; i >= 3; i -= 2) s = (1 - s) * r2 / (i * (i - 1));
-    for (int i = 18; i >= 2; i -= 2) c = (1 - c) * r2 / (i * (i - 1));
-    s = r * (1 - s), c = 1 - c;
-    switch ((int64_t)n & 3) {
-        case 0: *sine = s, *cosine = c; break;
-        case 1: *sine = c, *cosine = -s; break;
-        case 2: *sine = -s, *cosine = -c; break;
-        default: *sine = -c, *cosine = s; break;
-    }
-}
 
 #define TWO_PI (2 * 3.14159265358979324)
 

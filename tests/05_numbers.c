@@ -1,6 +1,8 @@
 /* Tests of section 5: bf16, f16, rounding, and the panels of weights. */
 #define MEDRUN_NO_MAIN
+#define MEDRUN_MORE_KERNELS "tools/export_int4.h"
 #include "../medrun.c"
+#include "../tools/export_int4.c"
 #include "test.h"
 
 static const kernel_set *packer;            /* searches for the scales of int4                    */
@@ -184,7 +186,7 @@ static float *random_matrix(int type, size_t rows, size_t cols, int style, uint8
     memset(out, 0xAA, tensor_bytes(type, rows, cols));
     for (size_t i = 0; i < rows * cols; i++) w[i] = random_weight(style);
     for (size_t r = 0; r < rows; r += LANES)
-        pack_panel(packer, type, w + r * cols, rows - r < LANES ? rows - r : LANES, cols, NULL,
+        store_rows(packer, type, w + r * cols, rows - r < LANES ? rows - r : LANES, cols, NULL,
                    out + r / LANES * panel_bytes(type, cols));
     return *packed_rows = out, w;
 }
@@ -411,7 +413,7 @@ static double group_error(const float *v, uint16_t *bits) {
     uint8_t panel[576];
     float row[32];
     double off = 0, largest = 0;
-    pack_panel(packer, TYPE_INT4, v, 1, 32, NULL, panel);
+    store_rows(packer, TYPE_INT4, v, 1, 32, NULL, panel);
     panel_unpack_row(TYPE_INT4, panel, 0, 32, row);
     for (size_t i = 0; i < 32; i++) {
         double d = fabs((double)row[i] - (double)v[i]);
@@ -506,7 +508,7 @@ static void test_int4_error(void) {
             w[k] = (float)(0.02 * (freedom > 0 ? student(freedom) : freedom ? laplace : normal()));
         }
         for (size_t r = 0; r < ROWS; r++) {
-            if (r % 16 == 0) pack_panel(packer, TYPE_INT4, w + r * COLS, 16, COLS, NULL, panel);
+            if (r % 16 == 0) store_rows(packer, TYPE_INT4, w + r * COLS, 16, COLS, NULL, panel);
             panel_unpack_row(TYPE_INT4, panel, r % 16, COLS, row);
             for (size_t k = 0; k < COLS; k++) {
                 double x = (double)w[r * COLS + k], d = (double)row[k] - x;
@@ -530,12 +532,12 @@ static void test_layout(int type) {
         int *owner = calloc(bytes, sizeof *owner), *shared = calloc(bytes, sizeof *shared);
         uint8_t *empty = malloc(bytes + 64), *p = malloc(bytes + 64);
         memset(empty, 0xAA, bytes + 64), memset(p, 0xAA, bytes + 64);
-        panel_pack(type, w, LANES, cols, empty);
+        store_panel(type, w, LANES, cols, empty);
         for (size_t i = 0; i < LANES * cols; i++) {
             size_t changed = 0;
             int id = (int)(i / cols * 1000 + i % cols / group) + 1;
             w[i] = 0.7f;
-            panel_pack(type, w, LANES, cols, p);
+            store_panel(type, w, LANES, cols, p);
             w[i] = 0;
             for (size_t b = 0; b < bytes; b++) {
                 if (p[b] == empty[b]) continue;

@@ -1,7 +1,9 @@
 /* Tests of section 6: every kernel set this machine can run, bit for bit against the scalar pass,
  * and the scalar pass against double precision. */
 #define MEDRUN_NO_MAIN
+#define MEDRUN_MORE_KERNELS "tools/export_int4.h"
 #include "../medrun.c"
+#include "../tools/export_int4.c"
 #include "test.h"
 
 static const kernel_set *sets[N_KERNEL_SETS];
@@ -79,7 +81,7 @@ static problem make_problem(int kind, int type, size_t tokens, size_t panels, si
             rows[i] = (style == 8 ? -1.0f : 1.0f) * random_value(w_style == 4 ? 1 : w_style, i % cols);
         for (size_t i = 0; type == TYPE_INT4 && i < 16 * cols; i++)
             rows[i] = fmaxf(-INT4_LARGEST, fminf(INT4_LARGEST, rows[i]));
-        pack_panel(sets[0], m.type, rows, 16, cols, NULL, m.w + p * bytes);
+        store_rows(sets[0], m.type, rows, 16, cols, NULL, m.w + p * bytes);
     }
     free(rows);
     return m;
@@ -271,6 +273,11 @@ static int wrong_matmul(const kernel_set *k, problem *m) {
         wrong += memcmp(stream, m->stream, packed_size(m, m->tokens)) != 0;
     }
     wrong += wrong_rows(m, out, m->out);
+    if (m->kind != PACK_BF16) {                         /* as section 5 defines it               */
+        plain_matmul(m->type, m->w, m->panels * 16, m->cols, m->x, m->x_stride, m->tokens, parts,
+                     m->out_stride);
+        wrong += wrong_rows(m, out, parts);
+    }
     for (size_t t = 0; t < m->tokens; t++)              /* each token alone                      */
         free(run_part(k, m, t, 1, 0, m->panels, parts));
     wrong += wrong_rows(m, parts, m->out);
@@ -330,7 +337,7 @@ static void test_int8_extremes(void) {
             for (size_t p = 0; p < PANELS; p++)
                 for (size_t g = 0; g < COLS / 64; g++)
                     for (size_t r = 0; r < 16; r++)
-                        memcpy(m.w + p * size + int8_scales(g) + 2 * r, &one, 2);
+                        memcpy(m.w + p * size + group_scales(TYPE_INT8, g) + 2 * r, &one, 2);
             for (size_t t = 0; t < tokens; t++)
                 for (size_t k = 0; k < COLS; k++) m.x[t * m.x_stride + k] = t % 2 ? 127 : -127;
             for (int i = 0; i < n_sets; i++) {
@@ -886,10 +893,10 @@ static void test_fit(void) {
         uint16_t wanted[16], bits[16];
         uint8_t nibbles[512], q[512];
         fill_groups(v, run % FIT_STYLES), fill_importance(importance, run / FIT_STYLES % 5);
-        scalar->fit_int4(v, importance, wanted, nibbles);
+        scalar->more->fit_int4(v, importance, wanted, nibbles);
         for (int i = 0; i < n_sets; i++) {
             memset(bits, 0xAA, sizeof bits), memset(q, 0xAA, sizeof q);
-            sets[i]->fit_int4(v, importance, bits, q);
+            sets[i]->more->fit_int4(v, importance, bits, q);
             wrong[i] += memcmp(bits, wanted, sizeof bits) || memcmp(q, nibbles, sizeof q);
         }
         for (int lane = 0; lane < 16; lane++) {
@@ -915,7 +922,7 @@ static void test_fit_near_best(void) {
         uint8_t q[512];
         int kind = run / 8;                             /* all the same; columns of unlike weight */
         fill_groups(v, run % 2 ? 1 : 0), fill_importance(importance, kind ? 4 : 0);
-        sets[0]->fit_int4(v, importance, bits, q);
+        sets[0]->more->fit_int4(v, importance, bits, q);
         for (int lane = 0; lane < 16; lane++) {
             double error = found_error(v, importance, lane, bits[lane], q);
             double least = least_error(v, importance, lane);
@@ -940,8 +947,8 @@ static void test_importance(void) {
         uint16_t bits[16], other[16];
         uint8_t q[512], p[512];
         fill_groups(v, run % 2), fill_importance(importance, 4), fill_importance(ones, 0);
-        sets[0]->fit_int4(v, importance, bits, q);
-        sets[0]->fit_int4(v, ones, other, p);
+        sets[0]->more->fit_int4(v, importance, bits, q);
+        sets[0]->more->fit_int4(v, ones, other, p);
         for (int lane = 0; lane < 16; lane++) {
             double size = run % 2 ? 1 : 4e-4;
             with += found_error(v, importance, lane, bits[lane], q) / size;
@@ -950,13 +957,13 @@ static void test_importance(void) {
             plain_without += found_error(v, ones, lane, other[lane], p) / size;
         }
         for (int k = 0; k < 32; k++) few[k] = k % 3 ? importance[k] : 0;
-        sets[0]->fit_int4(v, few, bits, q);
+        sets[0]->more->fit_int4(v, few, bits, q);
         for (int i = 0; i < 512; i++) if (few[i / 16] == 0) v[i] = uniform() * 100;
-        sets[0]->fit_int4(v, few, other, p);
+        sets[0]->more->fit_int4(v, few, other, p);
         wrong += memcmp(bits, other, sizeof bits) != 0;
         for (int i = 0; i < 512; i++) wrong += few[i / 16] > 0 && p[i] != q[i];
         for (int k = 0; k < 32; k++) few[k] *= 4;
-        sets[0]->fit_int4(v, few, bits, q);
+        sets[0]->more->fit_int4(v, few, bits, q);
         wrong += memcmp(bits, other, sizeof bits) || memcmp(p, q, sizeof p);
     }
     printf("int4: importances make the error %.2f times what it was, all columns' %.2f\n",

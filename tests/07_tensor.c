@@ -1,6 +1,8 @@
 /* Tests of section 7: the same bits whatever the threads and however products stand together. */
 #define MEDRUN_NO_MAIN
+#define MEDRUN_MORE_KERNELS "tools/export_int4.h"
 #include "../medrun.c"
+#include "../tools/export_int4.c"
 #include "test.h"
 
 enum { MOST_PRODUCTS = 4, MOST_TOKENS = 37 };
@@ -12,7 +14,7 @@ static tensor random_tensor(int type, size_t rows, size_t cols) {
     float *w = malloc(rows * cols * sizeof *w);
     for (size_t i = 0; i < rows * cols; i++) w[i] = uniform();
     for (size_t r = 0; r < rows; r += LANES)
-        pack_panel(&kernel_row_scalar, type, w + r * cols, rows - r < LANES ? rows - r : LANES, cols,
+        store_rows(&kernel_row_scalar, type, w + r * cols, rows - r < LANES ? rows - r : LANES, cols,
                    NULL, data + r / LANES * panel_bytes(type, cols));
     free(w);
     return (tensor){type, rows, cols, data};

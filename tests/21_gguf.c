@@ -269,7 +269,7 @@ static void test_q8_0_kept(void) {
         memcpy(raw, &half, 2), memcpy(raw + 34, &half, 2);
         raw[2 + test_random() % 32] = round & 1 ? 127 : (uint8_t)-127;
         wrong += !to_floats(SOURCE_Q8_0, raw, 64, from);
-        panel_pack(TYPE_INT8, from, 1, 64, panel);
+        store_panel(TYPE_INT8, from, 1, 64, panel);
         panel_unpack_row(TYPE_INT8, panel, 0, 64, to);
         wrong += memcmp(from, to, sizeof from) != 0;
     }

@@ -26,12 +26,14 @@
  * Tests: tests/20_export.c, 21_gguf.c. */
 
 #define MEDRUN_NO_MAIN
+#define MEDRUN_MORE_KERNELS "tools/export_int4.h"
 #include "../medrun.c"
 #ifndef _WIN32
 #include <sys/statvfs.h>
 #endif
 #include "options.c"
 #include "files.c"
+#include "export_int4.c"
 
 /* ============================================================================================
  * 1 Files: a folder's files, JSON without doubts
@@ -1878,7 +1880,7 @@ static int write_section(exporter *x, section *t, const scratch *m, medrun_error
                     return refuse(e, "%s/%s: tensor %s: found the weight %g, int4 has none beyond "
                                   "%d; use --type int8", x->source.folder, file->name, from->name,
                                   (double)m->rows[i], INT4_LARGEST);
-            pack_panel(x->kernels, t->type, m->rows, n, t->cols, t->importance, m->out);
+            store_rows(x->kernels, t->type, m->rows, n, t->cols, t->importance, m->out);
             out = m->out, n_out = panel_bytes(t->type, t->cols);
         }
         sha256_add(&sum, out, n_out);

@@ -8,6 +8,7 @@
  * medrun.c). MIT licence, see LICENSE. */
 #define MEDRUN_NO_MAIN
 #define MEDRUN_COMMANDS
+#define MEDRUN_MORE_KERNELS "tools/lab_kernels.h"
 #include "../medrun.c"
 
 enum { BENCH, DOCTOR, RECORD, REPLAY, LAB_HELP, N_LAB_COMMANDS };
@@ -191,7 +192,7 @@ static void read_task(void *context, size_t begin, size_t end, int thread) {
     (void)thread;
     ceiling *c = context;
     size_t last = end * READ_CHUNK < c->n ? end * READ_CHUNK : c->n, first = begin * READ_CHUNK;
-    float sum = c->m->kernels->read_all(c->data + first, last - first);
+    float sum = c->m->kernels->more->read_all(c->data + first, last - first);
     atomic_fetch_add(&c->sink, float_bits(sum));
 }
 
@@ -199,7 +200,8 @@ static void peak_task(void *context, size_t begin, size_t end, int thread) {
     (void)begin, (void)end, (void)thread;
     ceiling *c = context;
     float sum = 0;
-    atomic_fetch_add(&c->operations, c->m->kernels->peak(c->kind, c->rounds, &sum) * c->rounds);
+    size_t each = c->m->kernels->more->peak(c->kind, c->rounds, &sum);
+    atomic_fetch_add(&c->operations, each * c->rounds);
     atomic_fetch_add(&c->sink, float_bits(sum));
 }
 
@@ -366,7 +368,7 @@ static bool small_product(const kernel_set *k, int type, float *out) {
     for (size_t i = 0; made && i < (rows + CHECK_TOKENS) * cols; i++)
         x[i] = (float)(random_uniform(&random) - 0.5);
     for (size_t p = 0; made && type != TYPE_INT4 && p < CHECK_PANELS; p++)
-        panel_pack(type, x + (CHECK_TOKENS + p * LANES) * cols, LANES, cols, w + p * panel);
+        store_panel(type, x + (CHECK_TOKENS + p * LANES) * cols, LANES, cols, w + p * panel);
     for (size_t i = 0; made && type == TYPE_INT4 && i < CHECK_PANELS * panel; i++)
         w[i] = (uint8_t)(random_uniform(&random) * 120);
     if (made) k->pack(kind, x, cols, cols, CHECK_TOKENS, a);
