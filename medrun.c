@@ -4159,12 +4159,11 @@ static const char *plain_only(void) {
 #endif
 }
 
-/* NAME or, when it is NULL, the environment's MEDRUN_KERNELS, or the best. */
+/* The set called NAME; the best one where NAME is NULL or empty. */
 static int choose_kernels(const kernel_set **out, const char *name, medrun_error *e) {
     const kernel_set *sets[N_KERNEL_SETS];
     char known[80] = "";
     int n = usable_kernels(sets);
-    if (!name) name = getenv("MEDRUN_KERNELS");
     for (int i = 0; i < n; i++) {
         if (!name || !*name || !strcmp(name, sets[i]->name)) return *out = sets[i], MEDRUN_OK;
         snprintf(known + strlen(known), sizeof known - strlen(known), " %s", sets[i]->name);
@@ -10118,7 +10117,8 @@ static int attach_device(command *c) {
 }
 
 static int open_path(command *c, const char *path) {
-    medrun_options o = {.threads = takes(c, O_THREADS) ? whole(c, O_THREADS) : 1};
+    medrun_options o = {.threads = takes(c, O_THREADS) ? whole(c, O_THREADS) : 1,
+                        .kernels = getenv("MEDRUN_KERNELS")};
     int code = medrun_open(&c->m, path, &o, &c->e);
     if (code || (code = attach_device(c))) return code;
     c->t = &c->m->tokenizer, c->chat = c->m->chat, c->sampling = c->m->sampling;

@@ -1472,7 +1472,8 @@ static int open_all(evaluation *v, const char *model, const char *data, medrun_e
     v->prompts = new_array(v->data.n, sizeof *v->prompts);
     v->done = new_array(v->data.n, sizeof *v->done);
     if (!v->prompts || !v->done) return out_of_memory(e, v->data.n * sizeof *v->prompts);
-    if (medrun_open(&v->m, model, &(medrun_options){.threads = threads}, e)) return e->code;
+    medrun_options open = {.threads = threads, .kernels = getenv("MEDRUN_KERNELS")};
+    if (medrun_open(&v->m, model, &open, e)) return e->code;
     return choose_chat(v, e);
 }
 

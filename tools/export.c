@@ -2113,7 +2113,8 @@ static int run_logits(const medrun_model *m, logits_proof *p, medrun_error *e) {
 /* Opens what was written, as anyone will, and computes the digests of logits. */
 static int run_proofs(exporter *x, medrun_error *e) {
     medrun_model *m = NULL;
-    if (medrun_open(&m, x->partial, &(medrun_options){.threads = x->threads}, e)) return e->code;
+    medrun_options o = {.threads = x->threads, .kernels = x->kernels->name};
+    if (medrun_open(&m, x->partial, &o, e)) return e->code;
     for (size_t i = 0; !e->code && i < x->n_logits; i++) run_logits(m, &x->logits[i], e);
     medrun_close(m);
     return e->code;
@@ -2228,7 +2229,7 @@ static int check_options(exporter *x, medrun_error *e) {
         return fail(e, MEDRUN_USAGE, "--type: found %s, wanted bf16, int8 or int4", o->type);
     if (o->calibrate && (x->type != TYPE_INT4 || o->tokenizer_only))
         return fail(e, MEDRUN_USAGE, "--calibrate: is only for --type int4");
-    if (choose_kernels(&x->kernels, NULL, e)) return e->code;
+    if (choose_kernels(&x->kernels, getenv("MEDRUN_KERNELS"), e)) return e->code;
     double factor = o->yarn_factor ? strtod(o->yarn_factor, &end) : 0;
     if (o->yarn_factor && (*end || end == o->yarn_factor || !(factor >= 1 && factor <= 1e6)))
         return fail(e, MEDRUN_USAGE, "--yarn-factor: found %s, wanted 1 to 1e6", o->yarn_factor);

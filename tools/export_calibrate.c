@@ -139,7 +139,8 @@ static int gather(exporter *x, medrun_error *e) {
     medrun_session *s = NULL;
     medrun_session_options o = {.context = WINDOW_TOKENS, .batch = WINDOW_CHUNK};
     if (x->source.config.max_positions < o.context) o.context = x->source.config.max_positions;
-    if (medrun_open(&m, x->partial, &(medrun_options){.threads = x->threads}, e)) return e->code;
+    medrun_options open = {.threads = x->threads, .kernels = x->kernels->name};
+    if (medrun_open(&m, x->partial, &open, e)) return e->code;
     if (!medrun_start(&s, m, &o, NULL, 0, e)) {
         medrun_observe(s, see_inputs, &x->calibration);
         run_windows(x, s, e);

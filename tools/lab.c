@@ -404,7 +404,7 @@ static int doctor_command(command *c) {
         {"int8", TYPE_INT8}, {"int4", TYPE_INT4}, {"bf16, strict", TYPE_BF16}};
     const kernel_set *sets[N_KERNEL_SETS], *chosen;
     uint64_t total, available;
-    int n = usable_kernels(sets), code = choose_kernels(&chosen, NULL, &c->e);
+    int n = usable_kernels(sets), code = choose_kernels(&chosen, getenv("MEDRUN_KERNELS"), &c->e);
     if (code) return code;
     memory_size(&total, &available);
     printf("processors %d\nmemory     %.1f MB, %.1f MB are free\nkernels    %s\n", processors(),
