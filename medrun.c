@@ -259,7 +259,7 @@ int medrun_say(medrun_session *session, const char *role, const char *text, size
 
 /* One pass over the weights: takes what is pending in the N sessions, at most `batch` of the first
  * session in all, in the order given. All must be of one model, with equal kv and strict.
- * Errors: MEDRUN_USAGE, MEDRUN_FAILED. */
+ * Errors: MEDRUN_USAGE, MEDRUN_FAILED (this thread rounds otherwise, or flushes subnormals). */
 int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *error);
 
 size_t medrun_pending(const medrun_session *session);       /* fed and not yet processed       */
@@ -339,19 +339,9 @@ void medrun_observe(medrun_session *session, medrun_observer *observer, void *us
 #if !defined __GNUC__
 #error "medrun needs gcc or clang"
 #endif
-/* The sums of section 6 say where they use fma, so the compiler must not make one of its own from a
- * product and a sum. */
-#ifdef __clang__
-#pragma STDC FP_CONTRACT OFF
-#define UNROLL _Pragma("clang loop unroll(full)")
-#else
-#pragma GCC optimize("fp-contract=off")
-#define UNROLL _Pragma("GCC unroll 16")
+#if defined __FAST_MATH__ || __FINITE_MATH_ONLY__
+#error "medrun cannot be built with -ffast-math or -Ofast: they change the numbers"
 #endif
-#ifdef MEDRUN_NO_MAIN           /* then nobody calls what only commands, tools and tests use     */
-#pragma GCC diagnostic ignored "-Wunused-function"
-#endif
-
 #include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -373,8 +363,7 @@ void medrun_observe(medrun_session *session, medrun_observer *observer, void *us
 #include <windows.h>
 #include <aclapi.h>
 #include <shellapi.h>
-#define SIGHUP SIGBREAK         /* the console was closed                                        */
-#define SIGQUIT SIGBREAK
+enum { SIGHUP = SIGBREAK, SIGQUIT = SIGBREAK };         /* the console was closed                */
 #undef O_RAW                    /* names that this file uses itself                              */
 #undef TEXT
 #undef far
@@ -419,13 +408,29 @@ void medrun_observe(medrun_session *session, medrun_observer *observer, void *us
 #endif
 #endif
 
+/* The sums of section 6 say where they use fma, so the compiler must not make one of its own from a
+ * product and a sum. What is set here is set back at the end of the file: a program that includes
+ * medrun.c is compiled as if it did not. */
+#ifdef __clang__
+#pragma STDC FP_CONTRACT OFF
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#pragma GCC push_options
+#pragma GCC optimize("fp-contract=off")
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+#pragma GCC diagnostic push
+#ifdef MEDRUN_NO_MAIN           /* then nobody calls what only commands, tools and tests use     */
+#pragma GCC diagnostic ignored "-Wunused-function"
+#endif
+
 #define ALWAYS_INLINE static inline __attribute__((always_inline, unused))
 #define MAYBE_UNUSED __attribute__((unused))
 #define NEVER_INLINE static __attribute__((noinline))
 #ifdef __MINGW_PRINTF_FORMAT
-#define PRINTF_LIKE(text, first) __attribute__((format(__MINGW_PRINTF_FORMAT, text, first)))
+#define MEDRUN_PRINTF_LIKE(text, first) __attribute__((format(__MINGW_PRINTF_FORMAT, text, first)))
 #else
-#define PRINTF_LIKE(text, first) __attribute__((format(printf, text, first)))
+#define MEDRUN_PRINTF_LIKE(text, first) __attribute__((format(printf, text, first)))
 #endif
 
 #if defined _WIN64 && defined MEDRUN_X86 && !defined __clang__
@@ -437,6 +442,16 @@ __asm__(".irp kind, ps, pd\n.macro vmova\\kind operands:vararg\n"
         ".irp kind, , 32, 64\n.macro vmovdqa\\kind operands:vararg\n"
         "vmovdqu\\kind \\operands\n.endm\n.endr");
 #endif
+
+/* Why this thread's arithmetic would not give medrun's bits, or NULL. A host may have asked its
+ * processor to take numbers below 1.2e-38 for zero (linking with -ffast-math is enough for that) or
+ * to round in another direction. `volatile`: the processor must answer, not the compiler. */
+static const char *arithmetic_fault(void) {
+    volatile float least = FLT_MIN, one = 1, step = FLT_EPSILON;
+    volatile float half = least / 2, up = one + step * 0.75f, down = one + step * 0.25f;
+    if (half == 0) return "takes tiny numbers for zero (was a part linked with -ffast-math?)";
+    return up > one && down == one ? NULL : "does not round to the nearest number";
+}
 
 /* ---- the system, in the words of POSIX ----------------------------------------------------- */
 
@@ -946,7 +961,7 @@ static uint64_t random_bits(void) {
 
 /* Records the first failure and returns CODE, so that a check is one line:
  * if (n > max) return fail(e, MEDRUN_BAD_FILE, "...", n, max); */
-PRINTF_LIKE(3, 4)
+MEDRUN_PRINTF_LIKE(3, 4)
 static int fail(medrun_error *e, int code, const char *format, ...) {
     if (e && e->code == MEDRUN_OK) {
         va_list args;
@@ -1009,7 +1024,7 @@ static void buffer_add(buffer *b, const void *bytes, size_t n) {
 
 static void buffer_text(buffer *b, const char *text) { buffer_add(b, text, strlen(text)); }
 
-PRINTF_LIKE(2, 3)
+MEDRUN_PRINTF_LIKE(2, 3)
 static void buffer_printf(buffer *b, const char *format, ...) {
     char small[256];
     va_list args;
@@ -4941,9 +4956,12 @@ static int device_open(device *d, const char *which, size_t head_dim, buffer *lo
 
 /* ---- mapped files -------------------------------------------------------------------------- */
 
-/* Refuses a machine that cannot use checkpoints as they are mapped, or not with the same bits. */
+/* Refuses a machine that cannot use checkpoints as they are mapped, or not with the same bits, and
+ * a program that set its processor so. Threads of the pool inherit what the one that opens has. */
 static int check_machine(medrun_error *e) {
-    const char *why = NULL;
+    const char *why = arithmetic_fault();
+    if (why) return fail(e, MEDRUN_FAILED, "this program's arithmetic %s: medrun would compute "
+                         "other numbers", why);
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
     why = "is big-endian, and checkpoints are little-endian";
 #elif defined __i386__
@@ -4962,7 +4980,8 @@ typedef struct {
 
 static int map_file(const char *path, file_map *map, medrun_error *e) {
     *map = (file_map){0};
-    if (check_machine(e)) return MEDRUN_BAD_FILE;
+    int code = check_machine(e);
+    if (code) return code;
     int fd = open_file(path, TO_MAP);
     if (fd < 0) return fail(e, MEDRUN_BAD_FILE, "%s: cannot open: %s", path, strerror(errno));
     file_facts f = {0};
@@ -9099,6 +9118,7 @@ static void add_segment(pass *p, medrun_session *s) {
 
 int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *e) {
     if (!n) return MEDRUN_OK;
+    if (arithmetic_fault()) return check_machine(e);
     const medrun_session *lead = sessions[0];
     pass *p = lead->pass;
     for (size_t i = 0; i < n; i++) {
@@ -9968,7 +9988,7 @@ static void print_ids(FILE *f, const int32_t *ids, size_t n) {
 }
 
 /* A line on stderr, unless -q. */
-PRINTF_LIKE(2, 3)
+MEDRUN_PRINTF_LIKE(2, 3)
 static void note(const command *c, const char *format, ...) {
     if (flag(c, O_QUIET)) return;
     va_list args;
@@ -11618,5 +11638,27 @@ int main(int argc, char **argv) { return run_program(&medrun_program, argc, argv
 #endif
 
 #endif /* MEDRUN_COMMANDS */
+
+/* What was set for this file ends with it: options, warnings, and macros but those that begin with
+ * MEDRUN_ and what system headers had to be told (_GNU_SOURCE, _FILE_OFFSET_BITS). The program that
+ * includes it may use these names itself. Tests: tests/38_embed.sh. */
+#pragma GCC diagnostic pop
+#ifdef __clang__
+#pragma STDC FP_CONTRACT DEFAULT
+#else
+#pragma GCC pop_options
+#endif
+#undef ALWAYS_INLINE
+#undef HASH_START
+#undef LOCK_HINT
+#undef MAYBE_UNUSED
+#undef NEVER_INLINE
+#undef NO_ID
+#undef STATE_MARK
+#undef TWO_PI
+#undef UNROLL
+#ifdef _WIN32
+#undef fmaf
+#endif
 #endif /* MEDRUN_PASS */
 #endif /* MEDRUN_API_ONLY */

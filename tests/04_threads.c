@@ -3,6 +3,7 @@
 #define MEDRUN_NO_MAIN
 #include "../medrun.c"
 #include "test.h"
+#include <fenv.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
 
@@ -309,6 +310,59 @@ static void test_machine(void) {
 #endif
 }
 
+/* What a host may have asked its processor for, and in which tests leave it again. */
+static void flush_tiny_numbers(bool on) {
+#if defined __SSE__
+    __builtin_ia32_ldmxcsr((__builtin_ia32_stmxcsr() & ~0x8040u) | (on ? 0x8040u : 0));
+#elif defined __aarch64__
+    uint64_t control;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(control));
+    control = (control & ~(1ull << 24)) | (uint64_t)on << 24;
+    __asm__ volatile("msr fpcr, %0" : : "r"(control));
+#else
+    (void)on;
+#endif
+}
+
+/* A thread whose arithmetic gives other bits cannot open a model; one that changes it later cannot
+ * compute with it. */
+static void test_arithmetic(void) {
+    static const int others[] = {FE_UPWARD, FE_DOWNWARD, FE_TOWARDZERO};
+    const char *path = "tools/demo/demo.mdr";
+    medrun_options options = {.threads = 2};
+    medrun_model *m = NULL, *none = NULL;
+    medrun_session *s = NULL;
+    medrun_error e = {0};
+    CHECK(!arithmetic_fault());
+    if (!CHECK_EQ(medrun_open(&m, path, &options, &e), MEDRUN_OK)) return;
+    if (!CHECK_EQ(medrun_start(&s, m, NULL, NULL, 0, &e), MEDRUN_OK)) return;
+    CHECK_EQ(medrun_feed(s, (int32_t[]){1, 2, 3}, 3, &e), MEDRUN_OK);
+    for (size_t i = 0; i < sizeof others / sizeof *others; i++) {
+        if (fesetround(others[i])) continue;
+        const char *said = arithmetic_fault();
+        fesetround(FE_TONEAREST);
+        CHECK(said && strstr(said, "round"));
+    }
+    flush_tiny_numbers(true);
+    const char *said = arithmetic_fault();
+    int opened = medrun_open(&none, path, &options, &e);
+    medrun_error why = {0};
+    int stepped = medrun_step(&s, 1, &why);
+    flush_tiny_numbers(false);
+#if defined __SSE__ || defined __aarch64__
+    CHECK(said && strstr(said, "tiny numbers for zero"));
+    CHECK(opened == MEDRUN_FAILED && !none && strstr(e.text, "this program's arithmetic takes"));
+    CHECK(stepped == MEDRUN_FAILED && !strcmp(why.text, e.text) && medrun_pending(s) == 3);
+#else
+    CHECK(!said && !opened && !stepped);
+    medrun_close(none);
+#endif
+    e = (medrun_error){0};
+    CHECK(medrun_step(&s, 1, &e) == MEDRUN_OK && medrun_pending(s) == 0);
+    medrun_stop(s);
+    medrun_close(m);
+}
+
 int main(void) {
     test_every_item_once();
     test_all_threads_work();
@@ -317,6 +371,7 @@ int main(void) {
     test_pool_start();
     test_map_file();
     test_machine();
+    test_arithmetic();
     test_pool_refused();
     return report();
 }

@@ -425,7 +425,7 @@ static void test_private(const char *file, int kv) {
     int32_t ids[SAVED], id;
     const char *text;
     size_t n, again, bytes, taken;
-    MAYBE_UNUSED struct stat st;
+    __attribute__((unused)) struct stat st;
     for (int i = 0; i < SAVED; i++) ids[i] = 20 + i % 9;
     medrun_session_options o = {.context = SAVED, .kv = kv, .custom_sampling = true,
                                 .sampling = kinds[0]};

@@ -114,7 +114,7 @@ static void put_key(writer *w, const char *key, const char *value) {
     w->n_values++;
 }
 
-PRINTF_LIKE(3, 4)
+MEDRUN_PRINTF_LIKE(3, 4)
 static void put_keyf(writer *w, const char *key, const char *format, ...) {
     char value[256];
     va_list args;

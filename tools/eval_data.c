@@ -94,7 +94,7 @@ static const task *find_task(const char *name, medrun_error *e) {
 }
 
 /* What every refusal of data begins with. */
-PRINTF_LIKE(4, 5)
+MEDRUN_PRINTF_LIKE(4, 5)
 static int bad_data(const data_set *d, size_t line, medrun_error *e, const char *format, ...) {
     char text[400];
     va_list args;

@@ -195,7 +195,7 @@ static int join_path(char path[PATH_BYTES], const char *folder, const char *name
 }
 
 /* Appends a line for the user. */
-PRINTF_LIKE(2, 3)
+MEDRUN_PRINTF_LIKE(2, 3)
 static void add_note(source *s, const char *format, ...) {
     char text[512];
     va_list args;

@@ -483,7 +483,7 @@ static int read_gguf_sizes(const gguf_file *g, model_config *c, medrun_error *e)
 static bool is_llama3_table(const float *table, const float *f, int n, float original,
                             float factor) {
     for (int i = 0; i < n; i++) {
-        float wave = (float)TWO_PI / f[i], smooth = (original / wave - 1) / 3;
+        float wave = 6.2831853071795865f / f[i], smooth = (original / wave - 1) / 3;
         float d = wave < original / 4 ? 1 : wave > original ? factor :
                   1 / ((1 - smooth) / factor + smooth);
         if (!(fabsf(table[i] - d) <= 1e-6f * d)) return false;

@@ -1,6 +1,13 @@
 /* The options of the tools' command lines: one table gives parsing, environment twins and help.
  * A tool includes this file after medrun.c. MIT licence, see LICENSE. */
 
+/* As in medrun.c: no fma but those that are written, so that a tool's numbers are the same too. */
+#ifdef __clang__
+#pragma STDC FP_CONTRACT OFF
+#else
+#pragma GCC optimize("fp-contract=off")
+#endif
+
 typedef struct {
     const char *name, *small;   /* --name; -s or NULL                                          */
     const char *value;          /* NULL: a flag; two words mean two values                     */
