@@ -148,11 +148,12 @@ int medrun_open(medrun_model **out, const char *path, const medrun_options *opti
                 medrun_error *error);
 void medrun_close(medrun_model *model);                     /* NULL is fine                    */
 
-/* Lets an OpenCL device compute the first LAYERS layers (-1: all), and behind all of them the
- * logits, as far as its memory goes. DEVICE is a number or a part of a name (`medrun doctor` lists
- * them), or "auto", the first that is no processor. A short prompt must give the processor's
- * logits, within 1e-5. To be called before any session starts; with bf16 weights all sessions are
- * strict then, and none can have an int8 cache. The device holds the weights until medrun_close.
+/* Lets an OpenCL device do the matrix products of the first LAYERS layers (-1: all) and behind all
+ * of them those of the logits, as far as its memory goes. DEVICE is a number or a part of a name
+ * (`medrun-lab doctor` lists them), or "auto", the first that is no processor. Before it is used,
+ * every matrix must give the processor's products, bit for bit; if the device fails later, the
+ * processor goes on, and medrun_info.device says so. To be called before any session starts; with
+ * bf16 weights all sessions are strict then. The device holds the weights until medrun_close.
  * Errors, after which MODEL is as it was: MEDRUN_USAGE (no such device, or no OpenCL in this
  * build), MEDRUN_NO_MEMORY (it cannot). */
 int medrun_attach(medrun_model *model, const char *device, int layers, medrun_error *error);
@@ -374,17 +375,6 @@ enum { SIGHUP = SIGBREAK, SIGQUIT = SIGBREAK };         /* the console was close
 #include <termios.h>
 #ifdef __APPLE__
 #include <sys/sysctl.h>
-#endif
-#endif
-#ifdef MEDRUN_OPENCL            /* its headers; the library is found at run time                 */
-#define CL_TARGET_OPENCL_VERSION 120
-#ifdef __APPLE__
-#include <OpenCL/cl.h>
-#else
-#include <CL/cl.h>
-#endif
-#ifndef _WIN32
-#include <dlfcn.h>
 #endif
 #endif
 #if defined MEDRUN_SCALAR && !defined __i386__  /* asked for: plain C only, a quarter less code  */
@@ -627,16 +617,6 @@ static bool more_is_typed(void) {
     return waiting > 0;
 }
 
-#ifdef MEDRUN_OPENCL            /* a library that may be there, for as long as the program runs  */
-#ifdef __APPLE__
-#define OPENCL_LIBRARY "/System/Library/Frameworks/OpenCL.framework/OpenCL"
-#else
-#define OPENCL_LIBRARY "libOpenCL.so.1"
-#endif
-static void *open_library(const char *path) { return dlopen(path, RTLD_NOW | RTLD_LOCAL); }
-static void *find_symbol(void *library, const char *name) { return dlsym(library, name); }
-#endif
-
 /* What a program does first; gives its COUNT arguments in UTF-8, NULL if it cannot run. */
 static char **start_program(int *count, char **arguments) {
     (void)count;
@@ -870,16 +850,6 @@ static char *utf8_of(const wchar_t *wide) {
 static UINT other_code_page;
 
 static void restore_code_page(void) { SetConsoleOutputCP(other_code_page); }
-
-#ifdef MEDRUN_OPENCL
-#define OPENCL_LIBRARY "OpenCL.dll"
-static void *open_library(const char *path) {
-    return LoadLibraryExA(path, NULL, LOAD_LIBRARY_SEARCH_SYSTEM32);
-}
-static void *find_symbol(void *library, const char *name) {
-    return (void *)(uintptr_t)GetProcAddress(library, name);
-}
-#endif
 
 /* Arguments, and variables of our names, from UTF-16: it has what the code page lacks. */
 static char **start_program(int *count, char **arguments) {
@@ -4198,11 +4168,36 @@ typedef struct {
     const uint8_t *data;            /* F32: (rows, cols) floats; else panels                    */
 } tensor;
 
+/* Activations packed for a matmul: made by pack_activations, used by matmul. */
+typedef struct {
+    int kind;
+    size_t tokens, cols;
+    uint8_t *data;                  /* pack_bytes(kind, cols, tokens)                           */
+} packed;
+
+/* One matrix of a product: out[t * stride + row] = w[row] . x[t]. OUT has room for rows rounded up
+ * to 16 in each row. */
+typedef struct {
+    const tensor *w;
+    float *out;
+    size_t stride;
+} product;
+
+/* What multiplies instead of the processor where there is one: section 8. */
+typedef struct device {
+    /* As matmul; false: it did not, and the processor must. */
+    bool (*multiply)(struct device *d, const product *products, size_t n, const packed *x);
+    size_t loaded;                  /* matrices that it has                                     */
+    bool failed;
+    char name[128], says[320];      /* SAYS: what it does, or the call that failed              */
+} device;
+
 /* What a pass computes with. */
 typedef struct {
     thread_pool *pool;
     const kernel_set *k;
     bool strict;                    /* bf16 weights times f32 activations                       */
+    device *device;                 /* NULL: none                                               */
     size_t cache;                   /* bytes of the second cache; 0: not known                  */
     uint8_t *blocks;                /* (threads, block_bytes) where weights are unpacked        */
     size_t block_bytes;             /* at least engine_block_bytes                              */
@@ -4212,13 +4207,6 @@ static int pack_kind(const engine *eng, int weight_type) {
     if (weight_type == TYPE_INT8 || weight_type == TYPE_INT4) return eng->k->int_pack;
     return eng->k->bf16_dot && !eng->strict ? PACK_BF16 : PACK_F32;
 }
-
-/* Activations packed for a matmul: made by pack_activations, used by matmul. */
-typedef struct {
-    int kind;
-    size_t tokens, cols;
-    uint8_t *data;                  /* pack_bytes(kind, cols, tokens)                           */
-} packed;
 
 typedef struct {
     const engine *eng;
@@ -4242,14 +4230,6 @@ static void pack_activations(const engine *eng, packed *to, int weight_type, con
     pack_job j = {eng, x, stride, to};
     parallel_for(eng->pool, (tokens + TILE - 1) / TILE, 1, pack_task, &j);
 }
-
-/* One matrix of a product: out[t * stride + row] = w[row] . x[t]. OUT has room for rows rounded up
- * to 16 in each row. */
-typedef struct {
-    const tensor *w;
-    float *out;
-    size_t stride;
-} product;
 
 typedef struct {
     const engine *eng;
@@ -4299,6 +4279,7 @@ static size_t engine_block_bytes(const engine *eng, int type, size_t cols) {
 /* Up to a few matrices of one type that multiply the same activations, in one go (q, k and v). */
 static void matmul(const engine *eng, const product *products, size_t n, const packed *x) {
     size_t panels = 0, bytes = panel_bytes(products->w->type, x->cols);
+    if (eng->device && eng->device->multiply(eng->device, products, n, x)) return;
     size_t tile = products->w->type == TYPE_BF16 ? eng->k->tile_panels : eng->k->int_panels;
     size_t cols_per_block = block_cols(eng, (tile * bytes + x->cols - 1) / x->cols);
     if (eng->block_bytes) cols_per_block = block_cols(eng, BLOCK_BYTES);
@@ -4310,368 +4291,159 @@ static void matmul(const engine *eng, const product *products, size_t n, const p
     parallel_for(eng->pool, panels, grain, matmul_task, &j);
 }
 
-#ifdef MEDRUN_OPENCL
 /* ============================================================================================
- * 8 OpenCL: a device that computes layers, optional (make OPENCL=1)
+ * 8 OpenCL: a device that multiplies, optional (make OPENCL=1)
  *
- * The library is found at run time, so that the program runs without it. The kernels are section
- * 6's sentences again: a work-item is a lane, and each sum is added in the same order, so a device
- * gives the processor's bits. What weights and activations multiply fits a float exactly while a
- * group is summed up, so groups may be shared out: only the chain over them is in order. Needs
- * OpenCL 1.2 and no extension. Tests: tests/08_opencl.c.
+ * A model spends its time in matmul, so that is what a device takes over: the weights lie in its
+ * memory, a matmul sends it packed activations (section 6), and the products come back. Norms,
+ * rotation, attention and sampling stay on the processor.
+ *
+ * The products are the processor's, bit for bit. A work-item is one row of a panel: it walks k in
+ * order with the same fma, as a lane of the processor does. Inside a group of int8 or int4 numbers
+ * the sum is a whole number below 2^24, which a float holds exactly. device_agrees compares every
+ * matrix before a device is used. A call that fails later costs no token: matmul computes what the
+ * device did not, and everything from then on.
+ *
+ * The OpenCL library is found when the program runs, so that the program also runs without it. A
+ * device needs OpenCL 1.2 and no extension. May use sections 1 to 7.
+ * Tests: tests/08_opencl.c, tests/37_opencl.sh.
  * ============================================================================================ */
 
-/* DIM is head_dim. EXACT: the device's division and square root are correctly rounded. */
-static const char device_source[] =
-"#pragma OPENCL FP_CONTRACT OFF\n"
-"#define SYNC barrier(CLK_LOCAL_MEM_FENCE)\n"
-"#define EACH_TOKEN _Pragma(\"unroll\") for (int t = 0; t < nt; t++)\n"
-"typedef global const uchar *bytes;\n"
-"\n"
-"#if defined EXACT && !defined CORRECTED\n"
-"float divide(float a, float b) { return a / b; }\n"
-"float root(float a) { return sqrt(a); }\n"
-"#else                              /* corrected by what is left over (Markstein 1990) */\n"
-"float divide(float a, float b) {\n"
-"    float y = 1 / b;\n"
-"    y = fma(fma(-b, y, 1.0f), y, y);\n"
-"    float q = a * y;\n"
-"    return fma(fma(-b, q, a), y, q);\n"
-"}\n"
-"float root(float a) {\n"
-"    float s = sqrt(a);\n"
-"    return s > 0 ? fma(fma(-s, s, a), divide(0.5f, s), s) : s;\n"
-"}\n"
-"#endif\n"
-"\n"
-"float exp_bend(float x, int *n, float *r) {\n"
-"    *n = convert_int_rte(x * 1.44269504f);\n"
-"    *r = fma((float)*n, -0.693359375f, x);\n"
-"    *r = fma((float)*n, 2.12194440e-4f, *r);\n"
-"    float p = 1.0f / 5040;\n"
-"    p = fma(p, *r, 1.0f / 720);\n"
-"    p = fma(p, *r, 1.0f / 120);\n"
-"    p = fma(p, *r, 1.0f / 24);\n"
-"    p = fma(p, *r, 1.0f / 6);\n"
-"    return fma(p, *r, 0.5f);\n"
-"}\n"
-"float exponential(float x) {\n"
-"    int n;\n"
-"    float r, p = exp_bend(x > -86 ? x : -86, &n, &r);\n"
-"    p = fma(fma(p, r, 1.0f), r, 1.0f);\n"
-"    return x < -86 ? 0 : as_float(as_uint(p) + ((uint)n << 23));\n"
-"}\n"
-"float exponential_less_1(float x) {\n"
-"    int n;\n"
-"    float r, p = exp_bend(x > -86 ? x : -86, &n, &r);\n"
-"    float power = as_float(as_uint(1.0f) + ((uint)n << 23));\n"
-"    return fma(fma(p * r, r, r), power, power - 1);\n"
-"}\n"
-"float sum_lanes(local float *sums, int lane, float sum) {\n"
-"    if (lane < 16) sums[lane] = sum;\n"
-"    for (int d = 8; d; d /= 2) {\n"
-"        SYNC;\n"
-"        if (lane < d) sums[lane] = sums[lane] + sums[lane + d];\n"
-"    }\n"
-"    SYNC;\n"
-"    return sums[0];\n"
-"}\n"
-"\n"
-"/* A work-group is a row, or one head of it. */\n"
-"kernel void norm(global const float *x, int x_at, int x_stride, global float *out, int out_at,\n"
-"                 int out_stride, bytes w, ulong w_at, int n, float eps) {\n"
-"    local float some[1024], sums[16];\n"
-"    int item = get_local_id(0), size = get_local_size(0), head = get_group_id(1) * n;\n"
-"    global const float *weight = (global const float *)(w + w_at);\n"
-"    float sum = 0;\n"
-"    x += x_at + (int)get_group_id(0) * x_stride + head;\n"
-"    out += out_at + (int)get_group_id(0) * out_stride + head;\n"
-"    for (int i = 0; i < n; i += 1024) {\n"
-"        int end = min(n - i, 1024);\n"
-"        for (int k = item; k < end; k += size) some[k] = x[i + k];\n"
-"        SYNC;\n"
-"        for (int k = item; item < 16 && k < end; k += 16) sum = fma(some[k], some[k], sum);\n"
-"        SYNC;\n"
-"    }\n"
-"    sum = sum_lanes(sums, item, sum);\n"
-"    float scale = divide(1, root(divide(sum, n) + eps));\n"
-"    for (int k = item; k < n; k += size) out[k] = x[k] * scale * weight[k];\n"
-"}\n"
-"\n"
-"enum { SILU, RELU2, XIELU, NONE };\n"
-"float activate(int which, global const float *x, int n, float4 c) {\n"
-"    float z = *x;\n"
-"    if (which == NONE) return z;\n"
-"    if (which == SILU) return divide(z, 1 + exponential(-z < 87 ? -z : 87)) * x[n];\n"
-"    if (which == RELU2) return z > 0 ? z * z : 0;\n"
-"    if (z > 0) return c.x * z * z + c.z * z;\n"
-"    return c.y * (exponential_less_1(z < c.w ? z : c.w) - z) + c.z * z;\n"
-"}\n"
-"\n"
-"/* x, or its activation, as a matmul wants it: whole numbers and a scale for each group of 64 of\n"
-" * a row, which is a work-group; for bf16 weights as it is. */\n"
-"kernel void pack(global const float *x, int stride, int n, int activation, float c0, float c1,\n"
-"                 float c2, float c3, int whole, global float *a, global float *scales) {\n"
-"    local float big[64];\n"
-"    int item = get_local_id(0), row = get_group_id(1), i = get_global_id(0);\n"
-"    float v = 0;\n"
-"    if (i < n) v = activate(activation, x + row * stride + i, n, (float4)(c0, c1, c2, c3));\n"
-"    big[item] = fabs(v);\n"
-"    for (int d = 32; d; d /= 2) {\n"
-"        SYNC;\n"
-"        if (item < d && big[item + d] > big[item]) big[item] = big[item + d];\n"
-"    }\n"
-"    SYNC;\n"
-"    if (whole) {\n"
-"        bool tiny = big[0] < 1e-30f;\n"
-"        v = rint(v * (tiny ? 0 : divide(127, big[0])));\n"
-"        if (!item) scales[row * get_num_groups(0) + get_group_id(0)] =\n"
-"            tiny ? 0 : divide(big[0], 127);\n"
-"    }\n"
-"    a[row * get_global_size(0) + i] = v;\n"
-"}\n"
-"\n"
-"/* Products of up to three matrices, n0, n1 - n0, n2 - n1 panels, with packed activations. */\n"
-"#define ARGUMENTS bytes w, ulong at0, ulong at1, ulong at2, int n0, int n1, int n2, \\\n"
-"    ulong size, int cols, global const float *a, global const float *scales, int tokens, \\\n"
-"    global float *out, int stride, int add\n"
-"#define PASSED w, at0, at1, at2, n0, n1, n2, size, cols, a, scales, tokens, out, stride, add\n"
-"#define PANEL(p) (w + (p < n0 ? at0 + p * size : \\\n"
-"                       p < n1 ? at1 + (p - n0) * size : at2 + (p - n1) * size))\n"
-"float add_four(float sum, float4 w, float4 x) {\n"
-"    return fma(w.w, x.w, fma(w.z, x.z, fma(w.y, x.y, fma(w.x, x.x, sum))));\n"
-"}\n"
-"\n"
-"/* Sums of one group for NT tokens, whose groups stand AT; a part is a sum and its scale. */\n"
-"void sum_int8(const int nt, bytes w, int g, int lane, global const float *a,\n"
-"              global const float *scales, const int *at, local float2 *parts, int next) {\n"
-"    bytes line = w + g / 2 * 2112;\n"
-"    global const uint *steps = (global const uint *)(line + 64 + g % 2 * 1024) + lane;\n"
-"    ushort bits = ((global const ushort *)(line + g % 2 * 32))[lane];\n"
-"    float dot[8], scale = as_float((uint)bits << 16);\n"
-"    EACH_TOKEN dot[t] = 0;\n"
-"    for (int s = 0; s < 16; s++) {\n"
-"        float4 four = convert_float4(as_uchar4(steps[16 * s])) - 128.0f;\n"
-"        EACH_TOKEN dot[t] = add_four(dot[t], four, vload4(s, a + (at[t] + g) * 64));\n"
-"    }\n"
-"    EACH_TOKEN parts[t * next] = (float2)(dot[t], scale * scales[at[t] + g]);\n"
-"}\n"
-"\n"
-"float scale_int4(uint bits) {\n"
-"    uint sign = (bits & 0x8000) << 16, rest = bits & 0x7FC0;\n"
-"    float small = (float)rest * 0x1p-24f;\n"
-"    return as_float(sign | (rest < 0x400 ? as_uint(small) : (rest << 13) + 0x38000000)) *\n"
-"           0x1p-13f;\n"
-"}\n"
-"void sum_int4(const int nt, bytes w, int g, int lane, global const float *a,\n"
-"              global const float *scales, const int *at, local float2 *parts, int next,\n"
-"              local const float *levels) {\n"
-"    float dot[8], part[8];\n"
-"    for (int h = 0; h < 2; h++) {\n"
-"        bytes line = w + g * 576;\n"
-"        global const uint *steps = (global const uint *)(line + 64 + h * 256) + lane;\n"
-"        uint bits = ((global const ushort *)(line + h * 32))[lane];\n"
-"        float scale = scale_int4(bits), shift = (float)(bits & 63) - 128;\n"
-"        EACH_TOKEN dot[t] = 0;\n"
-"        for (int s = 0; s < 8; s++) {\n"
-"            uint word = steps[s / 2 * 16] >> s % 2 * 4;\n"
-"            float4 four = (float4)(levels[word & 15], levels[word >> 8 & 15],\n"
-"                                   levels[word >> 16 & 15], levels[word >> 24 & 15]) + shift;\n"
-"            EACH_TOKEN\n"
-"                dot[t] = add_four(dot[t], four, vload4(8 * h + s, a + (at[t] + g) * 64));\n"
-"        }\n"
-"        EACH_TOKEN part[t] = h ? fma(dot[t], scale, part[t]) : dot[t] * scale;\n"
-"    }\n"
-"    EACH_TOKEN parts[t * next] = (float2)(part[t], scales[at[t] + g]);\n"
-"}\n"
-"\n"
-"/* A work-group is NT tokens and a panel: SPLITS groups at once, then 16 lanes a token add\n"
-" * them up. Those that run together share a panel, so weights are read once. */\n"
-"constant uchar level[16] = {LEVELS};\n"
-"void multiply(const int type, const int nt, const int splits, ARGUMENTS, local float2 *parts,\n"
-"              local float *levels) {\n"
-"    int lane = get_local_id(0) % 16, split = get_local_id(0) / 16, panel = get_group_id(1);\n"
-"    int first = get_group_id(0) * nt, groups = (cols + 63) / 64, at[8];\n"
-"    float sum = 0;\n"
-"    if (type == 4 && split == 0) levels[lane] = level[lane];\n"
-"    if (type == 4) SYNC;\n"
-"    EACH_TOKEN at[t] = min(first + t, tokens - 1) * groups;\n"
-"    for (int g = 0; g < groups; g += splits) {\n"
-"        local float2 *mine = parts + split * 16 + lane;\n"
-"        if (g + split < groups && type == 8)\n"
-"            sum_int8(nt, PANEL(panel), g + split, lane, a, scales, at, mine, splits * 16);\n"
-"        if (g + split < groups && type == 4)\n"
-"            sum_int4(nt, PANEL(panel), g + split, lane, a, scales, at, mine, splits * 16,\n"
-"                     levels);\n"
-"        SYNC;\n"
-"        for (int i = 0; split < nt && i < min(splits, groups - g); i++) {\n"
-"            float2 part = parts[(split * splits + i) * 16 + lane];\n"
-"            sum = fma(part.x, part.y, sum);\n"
-"        }\n"
-"        SYNC;\n"
-"    }\n"
-"    if (split >= nt || first + split >= tokens) return;\n"
-"    out += (first + split) * stride + panel * 16 + lane;\n"
-"    *out = add ? *out + sum : sum;\n"
-"}\n"
-"#define MATMUL(name, type, nt, splits) kernel void name(ARGUMENTS) { \\\n"
-"    local float2 parts[nt * splits * 16]; \\\n"
-"    local float levels[16]; \\\n"
-"    multiply(type, nt, splits, PASSED, parts, levels); \\\n"
-"}\n"
-"MATMUL(matvec_int8, 8, 1, 16)\n"
-"MATMUL(matmul_int8, 8, 8, 8)\n"
-"MATMUL(matvec_int4, 4, 1, 16)\n"
-"MATMUL(matmul_int4, 4, 8, 8)\n"
-"\n"
-"/* A sum is one chain in the order of K: nothing to share out but panels, two a work-group. */\n"
-"void multiply_bf16(const int nt, ARGUMENTS) {\n"
-"    int lane = get_local_id(0) % 16, panel = get_group_id(1) * 2 + get_local_id(0) / 16;\n"
-"    int first = get_group_id(0) * nt, row = (cols + 63) / 64 * 64;\n"
-"    float sum[8];\n"
-"    if (panel >= n2) return;\n"
-"    global const uint *steps = (global const uint *)PANEL(panel) + lane;\n"
-"    EACH_TOKEN sum[t] = 0;\n"
-"    for (int k = 0; k < cols / 2; k++) {\n"
-"        uint pair = steps[16 * k];\n"
-"        float even = as_float(pair << 16), odd = as_float(pair & 0xFFFF0000);\n"
-"        EACH_TOKEN {\n"
-"            float2 x = vload2(k, a + min(first + t, tokens - 1) * row);\n"
-"            sum[t] = fma(odd, x.y, fma(even, x.x, sum[t]));\n"
-"        }\n"
-"    }\n"
-"    for (int t = 0; t < nt && first + t < tokens; t++) {\n"
-"        global float *to = out + (first + t) * stride + panel * 16 + lane;\n"
-"        *to = add ? *to + sum[t] : sum[t];\n"
-"    }\n"
-"}\n"
-"kernel void matvec_bf16(ARGUMENTS) { multiply_bf16(1, PASSED); }\n"
-"kernel void matmul_bf16(ARGUMENTS) { multiply_bf16(8, PASSED); }\n"
-"\n"
-"float half_range(float x) { x = x > -65504 ? x : -65504; return x < 65504 ? x : 65504; }\n"
-"void store(global uchar *cache, ulong i, float x, int f32) {\n"
-"    if (f32) ((global float *)cache)[i] = x;\n"
-"    else vstore_half_rte(half_range(x), i, (global half *)cache);\n"
-"}\n"
-"float fetch(bytes cache, ulong i, int f32) {\n"
-"    return f32 ? ((global const float *)cache)[i] : vload_half(i, (global const half *)cache);\n"
-"}\n"
-"\n"
-"/* Rotates q and k; keys and values go to the cache. A work-group is one of them and a row. */\n"
-"kernel void place(global float *qkv, int stride, int heads, int kv_heads, int first,\n"
-"                  global const float *rotation, int position, global uchar *keys,\n"
-"                  global uchar *values, ulong at, ulong head_bytes, int f32) {\n"
-"    int head = get_group_id(0), row = first + get_group_id(1), kv = head - heads;\n"
-"    ulong p = position + get_group_id(1);\n"
-"    global float *x = qkv + row * stride + head * DIM;\n"
-"    global const float *turn = rotation + row * DIM;\n"
-"    global uchar *cache = kv < kv_heads ? keys + at + max(kv, 0) * head_bytes\n"
-"                                        : values + at + (kv - kv_heads) * head_bytes;\n"
-"    for (int i = get_local_id(0); i < DIM / 2; i += get_local_size(0)) {\n"
-"        float a = x[i], b = x[i + DIM / 2], cosine = turn[2 * i], sine = turn[2 * i + 1];\n"
-"        if (kv >= kv_heads) {\n"
-"            store(cache, p * DIM + i, a, f32);\n"
-"            store(cache, p * DIM + i + DIM / 2, b, f32);\n"
-"            continue;\n"
-"        }\n"
-"        float c = a * cosine - b * sine, d = b * cosine + a * sine;\n"
-"        x[i] = c, x[i + DIM / 2] = d;\n"
-"        if (kv < 0) continue;\n"
-"        ulong to = p / 16 * 16 * DIM + p % 16;\n"
-"        store(cache, to + i * 16, c, f32);\n"
-"        store(cache, to + (i + DIM / 2) * 16, d, f32);\n"
-"    }\n"
-"}\n"
-"\n"
-"/* The keys of a block that a query sees: low to high - 1. Queries are counted through the rows\n"
-" * of a segment and then the heads that share keys. */\n"
-"int2 seen_keys(int query, int queries, int group, int position, int window, int block) {\n"
-"    int limit = position + query / group + 1, start = max(limit - window, 0);\n"
-"    if (query >= queries) return (int2)(0, 0);\n"
-"    return (int2)(max(start - block * 256, 0), min(limit - block * 256, 256));\n"
-"}\n"
-"\n"
-"/* A work-group is four queries, a key-value head and a block of 256 keys. */\n"
-"kernel void attend(global const float *qkv, int stride, int first, bytes keys, bytes values,\n"
-"                   ulong at, ulong head_bytes, int f32, int queries, int group, int position,\n"
-"                   int window, int block0, float scale, global float *parts) {\n"
-"    local float q[4 * DIM], weight[4 * 256], big[256], sums[64];\n"
-"    int item = get_local_id(0), tile = get_group_id(0) * 4, kv = get_group_id(1);\n"
-"    int block = block0 + get_group_id(2), blocks = get_num_groups(2), low = 256, high = 0;\n"
-"    float score[4] = {0, 0, 0, 0};\n"
-"    keys += at + kv * head_bytes, values += at + kv * head_bytes;\n"
-"    for (int t = 0; t < 4; t++) {\n"
-"        int2 seen = seen_keys(tile + t, queries, group, position, window, block);\n"
-"        if (seen.x < seen.y) low = min(low, seen.x), high = max(high, seen.y);\n"
-"    }\n"
-"    if (low >= high) return;\n"
-"    for (int i = item; i < 4 * DIM; i += 256) {\n"
-"        int query = min(tile + i / DIM, queries - 1), head = kv * group + query % group;\n"
-"        q[i] = qkv[(first + query / group) * stride + head * DIM + i % DIM];\n"
-"    }\n"
-"    SYNC;\n"
-"    ulong key = (ulong)(block * 16 + item / 16) * 16 * DIM + item % 16;\n"
-"    for (int d = 0; low <= item && item < high && d < DIM; d++) {\n"
-"        float k = fetch(keys, key + d * 16, f32);\n"
-"        for (int t = 0; t < 4; t++) score[t] = fma(k, q[t * DIM + d], score[t]);\n"
-"    }\n"
-"    for (int t = 0; t < 4; t++) {\n"
-"        int2 seen = seen_keys(tile + t, queries, group, position, window, block);\n"
-"        bool sees = seen.x <= item && item < seen.y;\n"
-"        weight[t * 256 + item] = sees ? score[t] * scale : -INFINITY;\n"
-"    }\n"
-"    SYNC;\n"
-"    local float *four = weight + item / 64 * 256 + item % 64;\n"
-"    big[item] = fmax(fmax(four[0], four[64]), fmax(four[128], four[192]));\n"
-"    for (int d = 32; d; d /= 2) {\n"
-"        SYNC;\n"
-"        if (item % 64 < d) big[item] = fmax(big[item], big[item + d]);\n"
-"    }\n"
-"    SYNC;\n"
-"    for (int t = 0; t < 4; t++)\n"
-"        weight[t * 256 + item] = exponential(weight[t * 256 + item] - big[t * 64]);\n"
-"    SYNC;\n"
-"    float total = 0;\n"
-"    for (int i = item % 16; item < 64 && i < 256; i += 16)\n"
-"        total = total + weight[item / 16 * 256 + i];\n"
-"    total = sum_lanes(sums + item / 16 % 4 * 16, item < 64 ? item % 16 : 16, total);\n"
-"    for (int i = item; i < 4 * DIM; i += 256) {\n"
-"        int query = tile + i / DIM, c = i % DIM;\n"
-"        int2 seen = seen_keys(query, queries, group, position, window, block);\n"
-"        float sum = 0;\n"
-"        if (seen.x >= seen.y) continue;\n"
-"        for (int j = seen.x; j < seen.y; j++)\n"
-"            sum = fma(fetch(values, (ulong)(block * 256 + j) * DIM + c, f32),\n"
-"                      weight[i / DIM * 256 + j], sum);\n"
-"        ulong part = (ulong)(kv * queries + query) * blocks + get_group_id(2);\n"
-"        parts[part * (DIM + 2) + c] = sum;\n"
-"        if (!c) parts[part * (DIM + 2) + DIM] = big[i / DIM * 64];\n"
-"    }\n"
-"    if (item >= 64 || item % 16 || tile + item / 16 >= queries) return;\n"
-"    ulong part = (ulong)(kv * queries + tile + item / 16) * blocks + get_group_id(2);\n"
-"    parts[part * (DIM + 2) + DIM + 1] = total;\n"
-"}\n"
-"\n"
-"/* A work-group is a query and a key-value head. */\n"
-"kernel void merge(global const float *parts, int blocks, int first, int queries, int group,\n"
-"                  int position, int window, int block0, global float *out, int stride) {\n"
-"    int query = get_group_id(0), kv = get_group_id(1);\n"
-"    int limit = position + query / group + 1, start = max(limit - window, 0);\n"
-"    out += (first + query / group) * stride + (kv * group + query % group) * DIM;\n"
-"    parts += (ulong)(kv * queries + query) * blocks * (DIM + 2);\n"
-"    for (int c = get_local_id(0); c < DIM; c += get_local_size(0)) {\n"
-"        float largest = -INFINITY, total = 0, sum = 0;\n"
-"        for (int b = start / 256 - block0; b <= (limit - 1) / 256 - block0; b++) {\n"
-"            global const float *part = parts + b * (DIM + 2);\n"
-"            float both = largest > part[DIM] ? largest : part[DIM];\n"
-"            float keep = exponential(largest - both), fresh = exponential(part[DIM] - both);\n"
-"            total = fma(part[DIM + 1], fresh, total * keep);\n"
-"            sum = fma(part[c], fresh, sum * keep);\n"
-"            largest = both;\n"
-"        }\n"
-"        out[c] = divide(sum, total) + 0.0f;\n"
-"    }\n"
-"}\n";
+/* Which device, and how to use it. All but NAME may be NULL or 0. */
+typedef struct {
+    const char *name;               /* its number, a part of its name, or "auto": the first one
+                                       that is not a processor                                  */
+    const char *library;            /* path of the OpenCL library                               */
+    const char *options;            /* more options for the device's compiler                   */
+    uint64_t memory;                /* bytes that may be taken; OpenCL does not tell how many
+                                       other programs use                                       */
+} device_request;
+
+#ifdef MEDRUN_OPENCL
+#define CL_TARGET_OPENCL_VERSION 120
+#ifdef __APPLE__
+#include <OpenCL/cl.h>
+#define OPENCL_LIBRARY "/System/Library/Frameworks/OpenCL.framework/OpenCL"
+#else
+#include <CL/cl.h>
+#define OPENCL_LIBRARY "libOpenCL.so.1"
+#endif
+#ifdef _WIN32
+#undef OPENCL_LIBRARY
+#define OPENCL_LIBRARY "OpenCL.dll"
+#define OPEN_LIBRARY(path) LoadLibraryExA(path, NULL, LOAD_LIBRARY_SEARCH_SYSTEM32)
+#define FIND_SYMBOL(library, name) (void *)(uintptr_t)GetProcAddress(library, name)
+#else
+#include <dlfcn.h>
+#define OPEN_LIBRARY(path) dlopen(path, RTLD_NOW | RTLD_LOCAL)
+#define FIND_SYMBOL(library, name) dlsym(library, name)
+#endif
+
+/* The kernels in OpenCL C; first what cannot stand inside TEXT_OF. A work-item multiplies a row of
+ * W, panels of SIZE bytes, by a tile of NT tokens of A, packed activations (TOKENS, COLS). OUT
+ * [at ..] gets the products (TOKENS, STRIDE). */
+static const char device_macros[] =
+    "#pragma OPENCL FP_CONTRACT OFF\n"
+    "#define EACH_TOKEN _Pragma(\"unroll\") for (int t = 0; t < nt; t++)\n"
+    "#define MATMUL(name, add_row, most) \\\n"
+    "    kernel void name(global const uchar *w, ulong size, int cols, global const uint *a, \\\n"
+    "                     int tokens, global float *out, ulong at, int stride) { \\\n"
+    "        int row = get_global_id(0), first = get_global_id(1) * 8; \\\n"
+    "        int live = min(tokens - first, 8), width = live > 4 ? 8 : live > 2 ? 4 : live; \\\n"
+    "        const int nt = most; \\\n"
+    "        float sum[most]; \\\n"
+    "        EACH_TOKEN sum[t] = 0; \\\n"
+    "        add_row(nt, sum, w + row / 16 * size, row % 16, cols, a, first, width); \\\n"
+    "        for (int t = 0; t < nt && t < live; t++) \\\n"
+    "            out[at + (ulong)(first + t) * stride + row] = sum[t]; \\\n"
+    "    }\n";
+
+#define TEXT_OF(...) #__VA_ARGS__
+static const char device_source[] = TEXT_OF(
+
+typedef global const uchar *stored;
+typedef global const uint *packed;
+
+/* Two weights a step, and a word of A for each k and token. */
+void add_bf16(int nt, float *sum, stored w, int lane, int cols, packed a, int first, int width) {
+    int pairs = (cols + 1) / 2;
+    packed steps = (packed)w + lane;
+    a += (ulong)first * 2 * pairs;
+    for (int k = 0; k < pairs; k++, a += 2 * width) {
+        float even = as_float(steps[16 * k] << 16), odd = as_float(steps[16 * k] & 0xFFFF0000);
+        EACH_TOKEN sum[t] = fma(even, as_float(a[t % width]), sum[t]);
+        EACH_TOKEN sum[t] = fma(odd, as_float(a[width + t % width]), sum[t]);
+    }
+}
+
+/* DOT += four weights times activations 4s .. 4s + 3 of each token: four int8 in a word, or (PAIRS)
+ * int16 in two words, the first and the third in one. */
+void add_four(int nt, float *dot, float4 w, packed a, int width, int s) {
+    EACH_TOKEN {
+        packed x = a + 3 * width + t % width;
+        short2 even = as_short2(x[PAIRS * 2 * s * width]);
+        short2 odd = as_short2(x[PAIRS * (2 * s + 1) * width]);
+        float4 v = PAIRS ? (float4)(even.x, odd.x, even.y, odd.y)
+                         : convert_float4(as_char4(x[s * width]));
+        dot[t] = fma(w.w, v.w, fma(w.z, v.z, fma(w.y, v.y, fma(w.x, v.x, dot[t]))));
+    }
+}
+
+void add_int8(int nt, float *sum, stored w, int lane, int cols, packed a, int first, int width) {
+    int groups = (cols + 63) / 64;
+    a += (ulong)first * groups * WORDS;
+    for (int g = 0; g < groups; g++, a += WORDS * width) {
+        stored line = w + (ulong)(g / 2) * LINE_INT8;
+        packed steps = (packed)(line + 64 + g % 2 * 1024) + lane;
+        float dot[8], scale = as_float(((global const ushort *)(line + g % 2 * 32))[lane] << 16);
+        EACH_TOKEN dot[t] = 0;
+        for (int s = 0; s < 16; s++)
+            add_four(nt, dot, convert_float4(as_uchar4(steps[16 * s])) - 128.0f, a, width, s);
+        EACH_TOKEN sum[t] = fma(dot[t], scale * as_float(a[2 * width + t % width]), sum[t]);
+    }
+}
+
+/* The scale of an int4 group: the upper ten bits of an f16, times 2^-13. */
+float scale_int4(uint bits) {
+    uint sign = (bits & 0x8000) << 16, rest = bits & 0x7FC0;
+    uint small = as_uint((float)rest * 0x1p-24f), usual = (rest << 13) + 0x38000000;
+    return as_float(sign | (rest < 0x400 ? small : usual)) * 0x1p-13f;
+}
+
+/* Groups of int4 are half as long: H counts the two that share the activations' scale. */
+constant float level[16] = {LEVELS};
+void add_int4(int nt, float *sum, stored w, int lane, int cols, packed a, int first, int width) {
+    int groups = (cols + 63) / 64;
+    a += (ulong)first * groups * WORDS;
+    for (int g = 0; g < groups; g++, a += WORDS * width, w += LINE_INT4) {
+        float dot[8], part[8];
+        for (int h = 0; h < 2; h++) {
+            packed steps = (packed)(w + 64 + h * 256) + lane;
+            uint bits = ((global const ushort *)(w + h * 32))[lane];
+            EACH_TOKEN dot[t] = 0;
+            for (int s = 0; s < 8; s++) {
+                uchar4 q = as_uchar4(steps[s / 2 * 16] >> s % 2 * 4 & 0x0F0F0F0F);
+                float4 four = (float4)(level[q.x], level[q.y], level[q.z], level[q.w]);
+                add_four(nt, dot, four + ((float)(bits & 63) - 128), a, width, 8 * h + s);
+            }
+            float scale = scale_int4(bits);
+            EACH_TOKEN part[t] = h ? fma(dot[t], scale, part[t]) : dot[t] * scale;
+        }
+        EACH_TOKEN sum[t] = fma(part[t], as_float(a[2 * width + t % width]), sum[t]);
+    }
+}
+
+MATMUL(matvec_bf16, add_bf16, 1)
+MATMUL(matmul_bf16, add_bf16, 8)
+MATMUL(matvec_int8, add_int8, 1)
+MATMUL(matmul_int8, add_int8, 8)
+MATMUL(matvec_int4, add_int4, 1)
+MATMUL(matmul_int4, add_int4, 8)
+);
+
+enum { N_DEVICE_KERNELS = 6 };      /* by type, for one token and for more                      */
+static const char *const device_kernels[N_DEVICE_KERNELS] = {
+    "matvec_bf16", "matmul_bf16", "matvec_int8", "matmul_int8", "matvec_int4", "matmul_int4"};
 
 /* The calls that are used, found by name. */
 #define DEVICE_CALLS(X)                                                                         \
@@ -4679,43 +4451,51 @@ static const char device_source[] =
     X(clCreateContext) X(clReleaseContext) X(clCreateCommandQueue) X(clReleaseCommandQueue)     \
     X(clCreateProgramWithSource) X(clBuildProgram) X(clGetProgramBuildInfo) X(clReleaseProgram) \
     X(clCreateKernel) X(clReleaseKernel) X(clSetKernelArg) X(clEnqueueNDRangeKernel)            \
-    X(clCreateBuffer) X(clReleaseMemObject) X(clEnqueueReadBuffer) X(clEnqueueWriteBuffer)      \
-    X(clEnqueueReadBufferRect) X(clEnqueueWriteBufferRect) X(clFinish)
-
-typedef struct {
+    X(clCreateBuffer) X(clReleaseMemObject) X(clEnqueueWriteBuffer) X(clEnqueueReadBufferRect)  \
+    X(clFinish)
 #define FIELD(call) __typeof__(call) *call;
-    DEVICE_CALLS(FIELD)
+#define NAME(call) {#call, offsetof(opencl, call)},
+typedef struct { DEVICE_CALLS(FIELD) } opencl;
+static const struct { const char *name; size_t at; } opencl_calls[] = {DEVICE_CALLS(NAME)};
 #undef FIELD
-} opencl;
+#undef NAME
 
 typedef struct {
     cl_device_id id;
-    char name[128], platform[128], version[128];
+    char name[sizeof((device *)0)->name], platform[128], version[128];
     cl_device_type type;
     cl_device_fp_config numbers;
     cl_ulong memory, largest;       /* bytes in all, of one buffer                              */
     cl_uint units;
     cl_bool little, shared;         /* little-endian; its memory is the processor's             */
-    size_t group;                   /* work-items in a work-group                               */
 } device_facts;
 
-enum { MAX_DEVICES = 16, DEVICE_GROUP = 256, DEVICE_ROWS = 512 };
+/* A pass of many tokens goes in chunks: of DEVICE_ROWS tokens, of DEVICE_OUT products. */
+enum { MAX_DEVICES = 16, DEVICE_ROWS = 512, DEVICE_OUT = 16 << 20, DEVICE_PRODUCTS = 4 };
 
-static int opencl_open(opencl *cl, medrun_error *e) {
-    static const struct { const char *name; size_t at; } calls[] = {
-#define NAME(call) {#call, offsetof(opencl, call)},
-        DEVICE_CALLS(NAME)
-#undef NAME
-    };
-    const char *path = getenv("MEDRUN_OPENCL_LIBRARY");
+typedef struct {
+    device base;                    /* what section 7 knows; must stand first                   */
+    opencl cl;
+    device_facts facts;
+    cl_context context;
+    cl_command_queue queue;
+    cl_program program;
+    cl_kernel kernels[N_DEVICE_KERNELS];
+    uint64_t room;                  /* bytes that may still be taken                            */
+    cl_mem packed, products;        /* (DEVICE_ROWS, most cols) activations; (DEVICE_OUT) floats*/
+    const tensor **tensors;         /* (base.loaded) and the device's copy of their bytes       */
+    cl_mem *copies;
+} opencl_device;
+
+static int opencl_open(opencl *cl, const char *path, medrun_error *e) {
     if (!path || !*path) path = OPENCL_LIBRARY;
-    void *library = open_library(path);
+    void *library = OPEN_LIBRARY(path);                 /* never closed                          */
     if (!library)
         return fail(e, MEDRUN_USAGE, "device: this machine has no OpenCL library (%s)", path);
-    for (size_t i = 0; i < sizeof calls / sizeof *calls; i++) {
-        void *call = find_symbol(library, calls[i].name);
-        if (!call) return fail(e, MEDRUN_USAGE, "device: %s has no %s", path, calls[i].name);
-        memcpy((char *)cl + calls[i].at, &call, sizeof call);
+    for (size_t i = 0; i < sizeof opencl_calls / sizeof *opencl_calls; i++) {
+        void *call = FIND_SYMBOL(library, opencl_calls[i].name);
+        if (!call) return fail(e, MEDRUN_USAGE, "device: %s has no %s", path, opencl_calls[i].name);
+        memcpy((char *)cl + opencl_calls[i].at, &call, sizeof call);
     }
     return MEDRUN_OK;
 }
@@ -4730,8 +4510,7 @@ static void describe_device(const opencl *cl, cl_platform_id platform, device_fa
         {CL_DEVICE_MAX_MEM_ALLOC_SIZE, sizeof d->largest, &d->largest},
         {CL_DEVICE_MAX_COMPUTE_UNITS, sizeof d->units, &d->units},
         {CL_DEVICE_ENDIAN_LITTLE, sizeof d->little, &d->little},
-        {CL_DEVICE_HOST_UNIFIED_MEMORY, sizeof d->shared, &d->shared},
-        {CL_DEVICE_MAX_WORK_GROUP_SIZE, sizeof d->group, &d->group}};
+        {CL_DEVICE_HOST_UNIFIED_MEMORY, sizeof d->shared, &d->shared}};
     for (size_t i = 0; i < sizeof facts / sizeof *facts; i++)
         cl->clGetDeviceInfo(d->id, facts[i].what, facts[i].bytes, facts[i].to, NULL);
     cl->clGetPlatformInfo(platform, CL_PLATFORM_NAME, sizeof d->platform - 1, d->platform, NULL);
@@ -4756,193 +4535,249 @@ static int list_devices(const opencl *cl, device_facts out[MAX_DEVICES]) {
     return n;
 }
 
-enum { DEVICE_NORM, DEVICE_PACK, DEVICE_PLACE, DEVICE_ATTEND, DEVICE_MERGE, DEVICE_MATMUL,
-       N_DEVICE_KERNELS = DEVICE_MATMUL + 6 };          /* by type, for one token and for more   */
-static const char *const device_kernels[N_DEVICE_KERNELS] = {
-    "norm", "pack", "place", "attend", "merge", "matvec_bf16", "matmul_bf16", "matvec_int8",
-    "matmul_int8", "matvec_int4", "matmul_int4"};
-
-/* A device in use. After a call has failed nothing more is asked of it. */
-typedef struct device {
-    opencl cl;
-    device_facts facts;
-    cl_context context;
-    cl_command_queue queue;
-    cl_program program;
-    cl_kernel kernels[N_DEVICE_KERNELS];
-    uint64_t room;                  /* bytes that may still be taken                            */
-    const char *failed;             /* the call that failed first                               */
-    cl_int why;
-    int layers;                     /* that it computes, the first of the model                 */
-    bool output;                    /* and the logits                                           */
-    bool exact;                     /* gave the processor's bits                                */
-    cl_mem *weights;                /* (layers) as they lie in the file                         */
-    cl_mem final_norm, vocabulary;
-    cl_mem x, h, qkv, attn, wide;   /* (DEVICE_ROWS, ...) see pass; q, k, v side by side, and
-                                       gate and up                                              */
-    cl_mem rotation, a, scales;     /* a, scales: packed activations                            */
-    cl_mem parts, logits;
-    size_t part_floats;
-} device;
-
-static bool device_ok(device *d, cl_int why, const char *call) {
-    if (why && !d->failed) d->failed = call, d->why = why;
-    return !d->failed;
-}
-
-static int device_error(const device *d, medrun_error *e) {
-    return fail(e, MEDRUN_FAILED, "device %s: %s failed (%d)", d->facts.name, d->failed, d->why);
-}
-
-/* N bytes on the device, with DATA unless that is NULL, which must stay where it is: a device that
- * shares our memory may use it there. NULL: it has no room. */
-static cl_mem device_bytes(device *d, const void *data, size_t n) {
-    const cl_mem_flags copied = CL_MEM_READ_ONLY | CL_MEM_COPY_HOST_PTR;
-    const cl_mem_flags shared = CL_MEM_READ_ONLY | CL_MEM_USE_HOST_PTR;
-    void *from = (void *)(uintptr_t)data;
-    cl_int why = CL_INVALID_HOST_PTR;
-    cl_mem made = NULL;
-    if (n > d->room || n > d->facts.largest) return NULL;
-    if (!data) made = d->cl.clCreateBuffer(d->context, CL_MEM_READ_WRITE, n, NULL, &why);
-    else if (d->facts.shared) made = d->cl.clCreateBuffer(d->context, shared, n, from, &why);
-    if (why && data) made = d->cl.clCreateBuffer(d->context, copied, n, from, &why);
-    if (why) return NULL;
-    d->room -= n;
-    return made;
-}
-
-static void device_release(device *d, cl_mem memory) {
-    if (memory) d->cl.clReleaseMemObject(memory);
-}
-
-typedef struct {
-    size_t n;
-    union {
-        cl_mem memory;
-        cl_int whole;
-        cl_float real;
-        cl_ulong place;
-    } v;
-} device_argument;
-
-#define MEMORY(x) {sizeof(cl_mem), {.memory = (x)}}
-#define INT(x) {sizeof(cl_int), {.whole = (cl_int)(x)}}
-#define FLOAT(x) {sizeof(cl_float), {.real = (x)}}
-#define PLACE(x) {sizeof(cl_ulong), {.place = (x)}}
-
-/* X * Y * Z work-groups of SIZE work-items. */
-static void device_run(device *d, int kernel, size_t size, size_t x, size_t y, size_t z,
-                       const device_argument *arguments, cl_uint n) {
-    const size_t all[3] = {x * size, y, z}, group[3] = {size, 1, 1};
-    cl_kernel k = d->kernels[kernel];
-    for (cl_uint i = 0; i < n && !d->failed; i++)
-        device_ok(d, d->cl.clSetKernelArg(k, i, arguments[i].n, &arguments[i].v),
-                  device_kernels[kernel]);
-    if (!d->failed)
-        device_ok(d, d->cl.clEnqueueNDRangeKernel(d->queue, k, 3, NULL, all, group, 0, NULL, NULL),
-                  device_kernels[kernel]);
-}
-#define DEVICE_RUN(d, kernel, size, x, y, z, ...)                                               \
-    device_run(d, kernel, size, x, y, z, (const device_argument[]){__VA_ARGS__},                \
-               sizeof((const device_argument[]){__VA_ARGS__}) / sizeof(device_argument))
-
-static void device_write(device *d, cl_mem to, const void *from, size_t n) {
-    if (!d->failed)
-        device_ok(d, d->cl.clEnqueueWriteBuffer(d->queue, to, CL_TRUE, 0, n, from, 0, NULL, NULL),
-                  "clEnqueueWriteBuffer");
-}
-
-static void device_read(device *d, cl_mem from, void *to, size_t n) {
-    if (!d->failed)
-        device_ok(d, d->cl.clEnqueueReadBuffer(d->queue, from, CL_TRUE, 0, n, to, 0, NULL, NULL),
-                  "clEnqueueReadBuffer");
-}
-
-static void device_close(device *d) {
-    if (!d) return;
-    const cl_mem all[] = {d->final_norm, d->vocabulary, d->x, d->h, d->qkv, d->attn, d->wide,
-                          d->rotation, d->a, d->scales, d->parts, d->logits};
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++) device_release(d, all[i]);
-    for (int l = 0; d->weights && l < d->layers; l++) device_release(d, d->weights[l]);
-    for (int k = 0; k < N_DEVICE_KERNELS; k++)
-        if (d->kernels[k]) d->cl.clReleaseKernel(d->kernels[k]);
-    if (d->program) d->cl.clReleaseProgram(d->program);
-    if (d->queue) d->cl.clReleaseCommandQueue(d->queue);
-    if (d->context) d->cl.clReleaseContext(d->context);
-    free(d->weights);
-    free(d);
-}
-
-/* LOG gets what the device's compiler says when it fails. */
-static int build_kernels(device *d, size_t head_dim, buffer *log, medrun_error *e) {
-    char head[160] = "", options[256];
-    const char *more = getenv("MEDRUN_OPENCL_OPTIONS"), *sources[] = {head, device_source};
-    bool exact = d->facts.numbers & CL_FP_CORRECTLY_ROUNDED_DIVIDE_SQRT;
-    cl_int why;
-    size_t n = (size_t)snprintf(head, sizeof head, "#define DIM %zu\n#define LEVELS 0", head_dim);
-    for (int i = 1; i < 16; i++)
-        n += (size_t)snprintf(head + n, sizeof head - n, ",%d", int4_levels[i]);
-    snprintf(head + n, sizeof head - n, "\n");
-    snprintf(options, sizeof options, "-cl-std=CL1.2%s %s",
-             exact ? " -cl-fp32-correctly-rounded-divide-sqrt -D EXACT" : "", more ? more : "");
-    d->program = d->cl.clCreateProgramWithSource(d->context, 2, sources, NULL, &why);
-    if (!why) why = d->cl.clBuildProgram(d->program, 1, &d->facts.id, options, NULL, NULL);
-    for (int k = 0; k < N_DEVICE_KERNELS && !why; k++)
-        d->kernels[k] = d->cl.clCreateKernel(d->program, device_kernels[k], &why);
-    if (!why) return MEDRUN_OK;
-    n = 0;
-    if (d->program)
-        d->cl.clGetProgramBuildInfo(d->program, d->facts.id, CL_PROGRAM_BUILD_LOG, 0, NULL, &n);
-    if (n && buffer_room(log, n)) {
-        d->cl.clGetProgramBuildInfo(d->program, d->facts.id, CL_PROGRAM_BUILD_LOG, n, log->data,
-                                    NULL);
-        log->data[n] = 0, log->n = strlen((const char *)log->data);
-    }
-    return fail(e, MEDRUN_NO_MEMORY, "device %s: its kernels cannot be built (%d)", d->facts.name,
-                why);
-}
-
-/* WHICH is a number, a part of a name, or "auto": the first that is no processor. */
-static int choose_device(device *d, const char *which, medrun_error *e) {
+static int choose_device(opencl_device *d, const char *which, medrun_error *e) {
     device_facts all[MAX_DEVICES];
     int n = list_devices(&d->cl, all), i = 0;
     char *end;
     long number = strtol(which, &end, 10);
     bool by_number = *which && !*end, any = !strcmp(which, "auto");
-    for (; i < n; i++)
-        if (by_number ? i == number
-                      : any ? !(all[i].type & CL_DEVICE_TYPE_CPU) : !!strstr(all[i].name, which))
-            break;
+    for (; i < n; i++) {
+        bool named = any ? !(all[i].type & CL_DEVICE_TYPE_CPU) : !!strstr(all[i].name, which);
+        if (by_number ? i == number : named) break;
+    }
     if (i == n)
-        return fail(e, MEDRUN_USAGE, "device: found no \"%s\" among the %d that OpenCL has "
-                    "here; medrun doctor lists them", any ? "GPU" : which, n);
+        return fail(e, MEDRUN_USAGE, "device: found no \"%s\" among the %d that OpenCL has here; "
+                    "medrun-lab doctor lists them", any ? "GPU" : which, n);
     d->facts = all[i];
-    if (!d->facts.little || d->facts.group < DEVICE_GROUP)
-        return fail(e, MEDRUN_NO_MEMORY, "device %s: work-groups of %zu, %s-endian; wanted %d, "
-                    "little-endian", d->facts.name, d->facts.group,
-                    d->facts.little ? "little" : "big", DEVICE_GROUP);
-    return MEDRUN_OK;
+    memcpy(d->base.name, all[i].name, sizeof all[i].name);
+    if (d->facts.little && d->facts.numbers & CL_FP_DENORM) return MEDRUN_OK;
+    return fail(e, MEDRUN_NO_MEMORY, "device %s: %s; wanted the processor's numbers", d->facts.name,
+                d->facts.little ? "takes the smallest numbers for 0" : "is big-endian");
 }
 
-/* A sixteenth of its memory is the driver's; MEDRUN_DEVICE_MEMORY says how many MB may be taken
- * where other programs want some, which OpenCL does not tell. */
-static uint64_t device_room(const device_facts *f) {
-    const char *most = getenv("MEDRUN_DEVICE_MEMORY");
-    uint64_t room = f->memory - f->memory / 16, asked = most ? strtoull(most, NULL, 10) << 20 : 0;
-    return asked && asked < room ? asked : room;
-}
-
-/* On failure D, zeroed before, is still to be closed. */
-static int device_open(device *d, const char *which, size_t head_dim, buffer *log,
-                       medrun_error *e) {
-    int code = opencl_open(&d->cl, e);
-    if (code || (code = choose_device(d, which, e))) return code;
+/* LOG gets what the device's compiler says when it fails. */
+static int build_kernels(opencl_device *d, const char *more, int kind, buffer *log,
+                         medrun_error *e) {
+    const size_t most = 64 << 10;
+    char options[256], numbers[256];
+    const char *sources[] = {numbers, device_macros, device_source};
     cl_int why;
-    d->room = device_room(&d->facts);
+    if (e->code) return e->code;
+    int n = snprintf(numbers, sizeof numbers, "#define PAIRS %d\n#define WORDS %zu\n"
+                     "#define LINE_INT8 %zu\n#define LINE_INT4 %zu\n#define LEVELS 0",
+                     kind == PACK_INT16, pack_bytes(kind, GROUP, 1) / 4,
+                     group_scales(TYPE_INT8, 2), group_scales(TYPE_INT4, 2));
+    for (int i = 1; i < 16; i++)
+        n += snprintf(numbers + n, sizeof numbers - (size_t)n, ",%d", int4_levels[i]);
+    snprintf(numbers + n, sizeof numbers - (size_t)n, "\n");
+    snprintf(options, sizeof options, "-cl-std=CL1.2 %s", more ? more : "");
     d->context = d->cl.clCreateContext(NULL, 1, &d->facts.id, NULL, NULL, &why);
     if (!why) d->queue = d->cl.clCreateCommandQueue(d->context, d->facts.id, 0, &why);
     if (why) return fail(e, MEDRUN_NO_MEMORY, "device %s: cannot be used (%d)", d->facts.name, why);
-    return build_kernels(d, head_dim, log, e);
+    d->program = d->cl.clCreateProgramWithSource(d->context, 3, sources, NULL, &why);
+    if (!why) why = d->cl.clBuildProgram(d->program, 1, &d->facts.id, options, NULL, NULL);
+    for (int k = 0; k < N_DEVICE_KERNELS && !why; k++)
+        d->kernels[k] = d->cl.clCreateKernel(d->program, device_kernels[k], &why);
+    if (!why) return MEDRUN_OK;
+    if (d->program && buffer_room(log, most) &&
+        !d->cl.clGetProgramBuildInfo(d->program, d->facts.id, CL_PROGRAM_BUILD_LOG, most,
+                                     log->data, NULL))
+        log->n = strlen((const char *)log->data);
+    return fail(e, MEDRUN_NO_MEMORY, "device %s: its kernels cannot be built (%d)", d->facts.name,
+                why);
+}
+
+/* N bytes on the device, with DATA unless that is NULL. DATA must stay where it is: a device that
+ * shares the processor's memory may use it there. NULL: the device has no room. */
+static cl_mem device_bytes(opencl_device *d, const void *data, size_t n) {
+    const cl_mem_flags flags[] = {CL_MEM_READ_ONLY | CL_MEM_USE_HOST_PTR,
+                                  CL_MEM_READ_ONLY | CL_MEM_COPY_HOST_PTR, CL_MEM_READ_WRITE};
+    cl_int why = CL_INVALID_VALUE;
+    cl_mem made = NULL;
+    if (n > d->room || n > d->facts.largest) return NULL;
+    for (int i = !data ? 2 : d->facts.shared ? 0 : 1; why && i < (data ? 2 : 3); i++)
+        made = d->cl.clCreateBuffer(d->context, flags[i], n, (void *)(uintptr_t)data, &why);
+    if (why) return NULL;
+    d->room -= n;
+    return made;
+}
+
+/* After a call has failed, the device is asked nothing more. */
+static bool device_ok(opencl_device *d, cl_int why, const char *call) {
+    if (why && !d->base.failed) {
+        d->base.failed = true;
+        snprintf(d->base.says, sizeof d->base.says, "%s: %s failed (%d)", d->facts.name, call, why);
+    }
+    return !d->base.failed;
+}
+
+/* P's products for TOKENS of the activations, which the device has, to OUT, by way of the device's
+ * d->products[at ..]. */
+static void device_product(opencl_device *d, const product *p, size_t which, size_t tokens,
+                           size_t at, float *out) {
+    size_t rows = tensor_panels(p->w) * LANES, row = rows * sizeof(float);
+    int kernel = 2 * (p->w->type - TYPE_BF16) + (tokens > 1);
+    cl_ulong size = panel_bytes(p->w->type, p->w->cols), first = at;
+    cl_int cols = (cl_int)p->w->cols, n = (cl_int)tokens, stride = (cl_int)rows;
+    const struct { size_t bytes; const void *value; } arguments[] = {
+        {sizeof(cl_mem), &d->copies[which]}, {sizeof size, &size}, {sizeof cols, &cols},
+        {sizeof(cl_mem), &d->packed}, {sizeof n, &n}, {sizeof(cl_mem), &d->products},
+        {sizeof first, &first}, {sizeof stride, &stride}};
+    const size_t items[2] = {rows, (tokens + TILE - 1) / TILE}, there[3] = {at * sizeof(float)};
+    const size_t here[3] = {0}, region[3] = {row, tokens, 1};
+    cl_int why = CL_SUCCESS;
+    for (cl_uint i = 0; i < sizeof arguments / sizeof *arguments && !why; i++)
+        why = d->cl.clSetKernelArg(d->kernels[kernel], i, arguments[i].bytes, arguments[i].value);
+    if (!why)
+        why = d->cl.clEnqueueNDRangeKernel(d->queue, d->kernels[kernel], 2, NULL, items, NULL, 0,
+                                           NULL, NULL);
+    if (device_ok(d, why, device_kernels[kernel]))
+        device_ok(d, d->cl.clEnqueueReadBufferRect(d->queue, d->products, CL_FALSE, there, here,
+                                                   region, row, 0, p->stride * sizeof(float), 0,
+                                                   out, 0, NULL, NULL), "clEnqueueReadBufferRect");
+}
+
+/* See `device`. The queue is in order; one wait for all products of a chunk. */
+static bool device_multiply(device *base, const product *products, size_t n, const packed *x) {
+    opencl_device *d = (opencl_device *)base;
+    size_t which[DEVICE_PRODUCTS], floats = 0, chunk, tokens;
+    if (base->failed || n > DEVICE_PRODUCTS || x->kind == PACK_BF16) return false;
+    for (size_t i = 0; i < n; i++) {
+        for (which[i] = 0; d->tensors[which[i]]->data != products[i].w->data;)
+            if (++which[i] == base->loaded) return false;
+        floats += tensor_panels(products[i].w) * LANES;
+    }
+    if (floats > DEVICE_OUT / TILE) return false;
+    chunk = DEVICE_OUT / floats < DEVICE_ROWS ? DEVICE_OUT / floats / TILE * TILE : DEVICE_ROWS;
+    for (size_t t = 0; t < x->tokens && !base->failed; t += tokens) {
+        size_t at = 0, from = pack_bytes(x->kind, x->cols, t);
+        tokens = x->tokens - t < chunk ? x->tokens - t : chunk;
+        device_ok(d, d->cl.clEnqueueWriteBuffer(d->queue, d->packed, CL_FALSE, 0,
+                                                pack_bytes(x->kind, x->cols, tokens),
+                                                x->data + from, 0, NULL, NULL),
+                  "clEnqueueWriteBuffer");
+        for (size_t i = 0; i < n && !base->failed; i++) {
+            const product *p = &products[i];
+            device_product(d, p, which[i], tokens, at, p->out + t * p->stride);
+            at += tokens * tensor_panels(p->w) * LANES;
+        }
+        device_ok(d, d->cl.clFinish(d->queue), "clFinish");
+    }
+    return !base->failed;
+}
+
+/* Takes the N matrices in their order, as many as fit; the first LEAST are a layer. */
+static int load_weights(opencl_device *d, int kind, const tensor *const *all, size_t n,
+                        size_t least, medrun_error *e) {
+    uint64_t had = d->room, layer = 0;
+    size_t most_cols = 0, *loaded = &d->base.loaded;
+    if (e->code) return e->code;
+    d->tensors = new_array(n, sizeof *d->tensors);
+    d->copies = new_array(n, sizeof *d->copies);
+    if (!d->tensors || !d->copies) return out_of_memory(e, n * sizeof *d->tensors);
+    for (size_t i = 0; i < n; i++) {
+        if (all[i]->cols > most_cols) most_cols = all[i]->cols;
+        if (i < least) layer += tensor_bytes(all[i]->type, all[i]->rows, all[i]->cols);
+    }
+    d->packed = device_bytes(d, NULL, pack_bytes(kind, most_cols, DEVICE_ROWS));
+    d->products = device_bytes(d, NULL, DEVICE_OUT * sizeof(float));
+    for (; d->packed && d->products && *loaded < n; ++*loaded) {
+        const tensor *w = d->tensors[*loaded] = all[*loaded];
+        d->copies[*loaded] = device_bytes(d, w->data, tensor_bytes(w->type, w->rows, w->cols));
+        if (!d->copies[*loaded]) break;
+    }
+    if (*loaded >= least) return MEDRUN_OK;
+    return fail(e, MEDRUN_NO_MEMORY, "device %s: %llu MB are not enough for a layer of %llu MB and "
+                "what it works with", d->facts.name, (unsigned long long)had >> 20,
+                (unsigned long long)layer >> 20);
+}
+
+/* Do the device and the processor give the same products of W and N tokens? */
+static int device_agrees(opencl_device *d, const engine *eng, const tensor *w, size_t n,
+                         medrun_error *e) {
+    engine with = *eng;
+    size_t rows = tensor_panels(w) * LANES, numbers = n * (w->cols + 2 * rows);
+    size_t row = pack_bytes(pack_kind(eng, w->type), w->cols, 1);
+    with.block_bytes = engine_block_bytes(eng, w->type, w->cols);
+    size_t blocks = (size_t)eng->pool->threads * with.block_bytes;
+    size_t bytes = numbers * sizeof(float) + round_up(n, TILE) * row + blocks;
+    float *x = new_array(bytes, 1), *here, *there;
+    if (!x) return out_of_memory(e, bytes);
+    packed a = {.data = (uint8_t *)(x + numbers)};
+    with.blocks = a.data + round_up(n, TILE) * row;
+    here = x + n * w->cols;
+    there = here + n * rows;
+    for (size_t i = 0; i < n * w->cols; i++) x[i] = (float)(i * 37 % 101) / 17 - 3;
+    pack_activations(eng, &a, w->type, x, w->cols, w->cols, n);
+    matmul(&with, &(product){w, here, rows}, 1, &a);
+    if (!device_multiply(&d->base, &(product){w, there, rows}, 1, &a))
+        fail(e, MEDRUN_NO_MEMORY, "device %s", d->base.says);
+    else if (memcmp((void *)here, (void *)there, n * rows * sizeof *here))
+        fail(e, MEDRUN_NO_MEMORY, "device %s: its products are not the processor's", d->base.name);
+    free(x);
+    return e->code;
+}
+
+static void device_close(device *base) {
+    opencl_device *d = (opencl_device *)base;
+    if (!d) return;
+    for (size_t i = 0; i < base->loaded; i++) d->cl.clReleaseMemObject(d->copies[i]);
+    if (d->packed) d->cl.clReleaseMemObject(d->packed);
+    if (d->products) d->cl.clReleaseMemObject(d->products);
+    for (int k = 0; k < N_DEVICE_KERNELS; k++)
+        if (d->kernels[k]) d->cl.clReleaseKernel(d->kernels[k]);
+    if (d->program) d->cl.clReleaseProgram(d->program);
+    if (d->queue) d->cl.clReleaseCommandQueue(d->queue);
+    if (d->context) d->cl.clReleaseContext(d->context);
+    free(d->tensors);
+    free(d->copies);
+    free(d);
+}
+
+/* A line for each device: what doctor shows. */
+static int describe_devices(const char *library, buffer *lines, medrun_error *e) {
+    opencl cl;
+    device_facts all[MAX_DEVICES];
+    if (opencl_open(&cl, library, e)) return e->code;
+    int n = list_devices(&cl, all);
+    for (int i = 0; i < n; i++)
+        buffer_printf(lines, "%d %s (%s, %s), %.1f MB, %u units, %sfma\n", i, all[i].name,
+                      all[i].platform, all[i].version, (double)all[i].memory / 0x1p20,
+                      all[i].units, all[i].numbers & CL_FP_FMA ? "" : "slow ");
+    return n ? MEDRUN_OK : fail(e, MEDRUN_USAGE, "no device");
+}
+
+/* A device for matmul that has as many of the N matrices ALL as fit, at least the first LEAST; NULL
+ * after a failure. ENG is strict; it computes what the device must. */
+static device *device_open(const device_request *r, const engine *eng, const tensor *const *all,
+                           size_t n, size_t least, buffer *log, medrun_error *e) {
+    opencl_device *d = new_array(1, sizeof *d);
+    if (!d) return out_of_memory(e, sizeof *d), NULL;
+    int kind = pack_kind(eng, TYPE_INT8), largest = pack_kind(eng, all[0]->type);
+    if (!opencl_open(&d->cl, r->library, e)) choose_device(d, r->name, e);
+    d->base.multiply = device_multiply;
+    d->room = d->facts.memory - d->facts.memory / 16;           /* the rest is the driver's      */
+    if (r->memory && r->memory < d->room) d->room = r->memory;
+    build_kernels(d, r->options, kind, log, e);
+    load_weights(d, largest, all, n, least, e);
+    for (size_t i = 0; i < d->base.loaded && !e->code; i++)
+        for (size_t tokens = 1; tokens <= TILE + 1 && !e->code; tokens += TILE)
+            device_agrees(d, eng, all[i], tokens, e);
+    if (!e->code) return &d->base;
+    device_close(&d->base);
+    return NULL;
+}
+#else
+static device *device_open(const device_request *r, const engine *eng, const tensor *const *all,
+                           size_t n, size_t least, buffer *log, medrun_error *e) {
+    (void)eng, (void)all, (void)n, (void)least, (void)log;
+    return fail(e, MEDRUN_USAGE, "device \"%s\": this medrun was built without OpenCL (make "
+                "OPENCL=1)", r->name), NULL;
+}
+static void device_close(device *d) { (void)d; }
+static int describe_devices(const char *library, buffer *lines, medrun_error *e) {
+    (void)library, (void)lines;
+    return fail(e, MEDRUN_USAGE, "not in this build (make OPENCL=1)");
 }
 #endif /* MEDRUN_OPENCL */
 /* ============================================================================================
@@ -7497,11 +7332,8 @@ struct medrun_model {
     size_t cache;                               /* bytes of the second cache                    */
     uint64_t parameters, weight_bytes;
     size_t longest_piece;                       /* bytes                                        */
-#ifdef MEDRUN_OPENCL
     device *device;                             /* NULL: none                                   */
-#endif
-    char device_says[256];
-    buffer device_log;
+    buffer device_log;                          /* of a device that cannot be used              */
 };
 
 #define TWO_PI (2 * 3.14159265358979324)
@@ -7984,11 +7816,6 @@ struct medrun_session {
     medrun_observer *observer;
     void *observer_user;
     struct pass *pass;                          /* scratch for passes that this session leads   */
-    size_t device_done, host_done;              /* positions of a device's layers that it has,
-                                                   and that are here; one is at least n_done    */
-#ifdef MEDRUN_OPENCL
-    cl_mem device_keys, device_values;          /* of those layers, as they lie here            */
-#endif
 };
 
 /* Rows of one session that stand together in a pass. */
@@ -8006,7 +7833,7 @@ typedef struct pass {
     size_t n_segments;
     medrun_session **owner;                     /* (capacity) of each row                       */
     size_t *position;                           /* (capacity)                                   */
-    bool observed, on_device;
+    bool observed;
     size_t hidden, heads, kv, ffn, vocab;       /* row strides, in floats                       */
     float *x;                                   /* (n, hidden) the residual stream              */
     float *h;                                   /* (n, hidden) normed, then a block's output    */
@@ -8048,7 +7875,7 @@ static void layout_pass(const medrun_session *s, pass *p, arena *a) {
     if (p->hidden > widest) widest = p->hidden;
     p->m = s->model;
     p->g = (engine){.pool = s->model->pool, .k = s->model->kernels, .strict = s->options.strict,
-                    .cache = s->model->cache};
+                    .device = s->model->device, .cache = s->model->cache};
     p->capacity = (size_t)n;
     p->segments = arena_take(a, n, sizeof *p->segments);
     p->owner = arena_take(a, n, sizeof *p->owner);
@@ -8328,223 +8155,6 @@ typedef struct {
     medrun_session *to[TILE];
 } output_rows;
 
-#ifdef MEDRUN_OPENCL
-/* ---- the same on a device ------------------------------------------------------------------ */
-
-/* Keys and values of the device's layers from its memory to ours, or UP from ours, for the panels
- * of positions FROM .. TO-1. */
-static void copy_cache(const medrun_session *s, size_t from, size_t to, bool up) {
-    device *d = s->model->device;
-    size_t panel = cache_panel(s->options.kv, (size_t)s->model->config.head_dim);
-    size_t row = cache_bytes(s, 0, 1), heads = (size_t)s->model->config.n_kv_heads;
-    const size_t at[3] = {from / 16 * panel, 0, 0};
-    const size_t size[3] = {(to + 15) / 16 * panel - at[0], (size_t)d->layers * heads, 1};
-    for (int i = 0; i < 2 && from < to && !d->failed; i++) {
-        cl_mem there = i ? s->device_values : s->device_keys;
-        void *here = i ? s->values : s->keys;
-        cl_int why = up ? d->cl.clEnqueueWriteBufferRect(d->queue, there, CL_TRUE, at, at, size,
-                                                         row, 0, row, 0, here, 0, NULL, NULL)
-                        : d->cl.clEnqueueReadBufferRect(d->queue, there, CL_TRUE, at, at, size,
-                                                        row, 0, row, 0, here, 0, NULL, NULL);
-        device_ok(d, why, "copying the cache");
-    }
-}
-
-/* Who computes the pass, and sees to it that the caches are there. An observer wants every stage of
- * every layer: then it is the processor. */
-static void begin_on_device(pass *p) {
-    p->on_device = p->m->device && !p->observed;
-    for (segment *i = p->segments; p->m->device && i < p->segments + p->n_segments; i++) {
-        medrun_session *s = i->session;
-        if (s->device_done > s->n_done) s->device_done = s->n_done;
-        if (s->host_done > s->n_done) s->host_done = s->n_done;
-        if (p->on_device) copy_cache(s, s->device_done, s->n_done, true);
-        else copy_cache(s, s->host_done, s->n_done, false);
-        *(p->on_device ? &s->device_done : &s->host_done) = s->n_done + i->n;
-    }
-}
-
-static int end_on_device(const pass *p, medrun_error *e) {
-    const device *d = p->m->device;
-    return d && d->failed ? device_error(d, e) : MEDRUN_OK;
-}
-
-/* out (TOKENS, STRIDE) = the products of N tensors with packed activations, side by side; ADD: what
- * is there and that. WEIGHTS begins with BASE. */
-static void device_matmul(const pass *p, cl_mem weights, const void *base, const tensor *const *w,
-                          int n, size_t tokens, cl_mem out, size_t stride, bool add) {
-    device *d = p->m->device;
-    cl_ulong at[3] = {0};
-    size_t panels = 0, end[3], cols = w[0]->cols;
-    int type = w[0]->type, kernel = DEVICE_MATMUL + 2 * (type - TYPE_BF16) + (tokens > 1);
-    for (int i = 0; i < 3; end[i++] = panels) {
-        if (i >= n) continue;
-        at[i] = (cl_ulong)(w[i]->data - (const uint8_t *)base);
-        panels += tensor_panels(w[i]);
-    }
-    bool bf16 = type == TYPE_BF16, many = tokens > 1;
-    DEVICE_RUN(d, kernel, bf16 ? 32 : many ? 128 : 256, many ? (tokens + 7) / 8 : 1,
-               bf16 ? (panels + 1) / 2 : panels, 1, MEMORY(weights), PLACE(at[0]), PLACE(at[1]),
-               PLACE(at[2]), INT(end[0]), INT(end[1]), INT(end[2]),
-               PLACE(panel_bytes(type, cols)), INT(cols), MEMORY(d->a), MEMORY(d->scales),
-               INT(tokens), MEMORY(out), INT(stride), INT(add));
-}
-
-static void device_norm(const pass *p, cl_mem x, size_t at, size_t stride, cl_mem out,
-                        size_t out_at, cl_mem weights, size_t weight_at, size_t cols, size_t rows,
-                        size_t heads) {
-    DEVICE_RUN(p->m->device, DEVICE_NORM, DEVICE_GROUP, rows, heads, 1, MEMORY(x), INT(at),
-               INT(stride), MEMORY(out), INT(out_at), INT(stride), MEMORY(weights),
-               PLACE(weight_at), INT(cols), FLOAT(p->m->config.norm_eps));
-}
-
-/* x, or its ACTIVATION, packed for the next matmul. */
-static void device_pack(const pass *p, cl_mem x, size_t stride, size_t cols, size_t rows,
-                        int activation, const xielu_numbers *c) {
-    device *d = p->m->device;
-    DEVICE_RUN(d, DEVICE_PACK, GROUP, (cols + GROUP - 1) / GROUP, rows, 1, MEMORY(x), INT(stride),
-               INT(cols), INT(activation), FLOAT(c->positive), FLOAT(c->negative), FLOAT(c->beta),
-               FLOAT(c->eps), INT(p->m->type != TYPE_BF16), MEMORY(d->a), MEMORY(d->scales));
-}
-
-/* Rotates, stores keys and values, attends, for the rows of a segment; as many rows at once as
- * there is room for the parts that their blocks of keys give. */
-static void device_attend(const pass *p, const segment *s, int layer) {
-    device *d = p->m->device;
-    const model_config *c = &p->m->config;
-    const medrun_session *to = s->session;
-    size_t dim = (size_t)c->head_dim, kv_heads = (size_t)c->n_kv_heads, n;
-    size_t group = (size_t)c->n_heads / kv_heads, stride = p->heads + 2 * p->kv;
-    size_t window = c->sliding_window ? (size_t)c->sliding_window : INT_MAX;
-    cl_ulong at = cache_bytes(to, layer, 0), head_bytes = cache_bytes(to, 0, 1);
-    bool f32 = to->options.kv == MEDRUN_KV_F32;
-    DEVICE_RUN(d, DEVICE_PLACE, GROUP, (size_t)c->n_heads + 2 * kv_heads, s->n, 1, MEMORY(d->qkv),
-               INT(stride), INT(c->n_heads), INT(kv_heads), INT(s->first), MEMORY(d->rotation),
-               INT(s->position), MEMORY(to->device_keys), MEMORY(to->device_values), PLACE(at),
-               PLACE(head_bytes), INT(f32));
-    for (size_t r = 0; r < s->n; r += n) {
-        size_t position = s->position + r, start = position < window ? 0 : position + 1 - window;
-        size_t blocks = (s->position + s->n - 1) / KEY_BLOCK - start / KEY_BLOCK + 1;
-        n = d->part_floats / ((size_t)c->n_heads * blocks * (dim + 2));
-        if (n > s->n - r) n = s->n - r;
-        DEVICE_RUN(d, DEVICE_ATTEND, DEVICE_GROUP, (n * group + 3) / 4, kv_heads, blocks,
-                   MEMORY(d->qkv), INT(stride), INT(s->first + r), MEMORY(to->device_keys),
-                   MEMORY(to->device_values), PLACE(at), PLACE(head_bytes), INT(f32),
-                   INT(n * group), INT(group), INT(position), INT(window),
-                   INT(start / KEY_BLOCK), FLOAT(1.0f / sqrtf((float)dim)), MEMORY(d->parts));
-        DEVICE_RUN(d, DEVICE_MERGE, GROUP, n * group, kv_heads, 1, MEMORY(d->parts), INT(blocks),
-                   INT(s->first + r), INT(n * group), INT(group), INT(position), INT(window),
-                   INT(start / KEY_BLOCK), MEMORY(d->attn), INT(p->heads));
-    }
-}
-
-/* One layer as in `forward`. */
-static void device_layer(const pass *p, int layer) {
-    static const xielu_numbers none = {0};
-    device *d = p->m->device;
-    const model_layer *y = &p->m->layers[layer];
-    const uint8_t *base = (const uint8_t *)y->attn_norm;
-    cl_mem weights = d->weights[layer];
-    size_t dim = (size_t)p->m->config.head_dim, qkv = p->heads + 2 * p->kv;
-    bool gated = p->m->config.activation == ACTIVATION_SILU;
-    size_t wide = (gated ? 2 : 1) * p->ffn;
-
-    device_norm(p, d->x, 0, p->hidden, d->h, 0, weights, 0, p->hidden, p->n, 1);
-    device_pack(p, d->h, p->hidden, p->hidden, p->n, N_ACTIVATIONS, &none);
-    device_matmul(p, weights, base, (const tensor *[]){&y->q, &y->k, &y->v}, 3, p->n, d->qkv, qkv,
-                  false);
-    if (y->q_norm) {
-        device_norm(p, d->qkv, 0, qkv, d->qkv, 0, weights,
-                    (size_t)((const uint8_t *)y->q_norm - base), dim, p->n, p->heads / dim);
-        device_norm(p, d->qkv, p->heads, qkv, d->qkv, p->heads, weights,
-                    (size_t)((const uint8_t *)y->k_norm - base), dim, p->n, p->kv / dim);
-    }
-    for (size_t i = 0; i < p->n_segments; i++) device_attend(p, &p->segments[i], layer);
-    device_pack(p, d->attn, p->heads, p->heads, p->n, N_ACTIVATIONS, &none);
-    device_matmul(p, weights, base, (const tensor *[]){&y->o}, 1, p->n, d->x, p->hidden, true);
-
-    device_norm(p, d->x, 0, p->hidden, d->h, 0, weights,
-                (size_t)((const uint8_t *)y->ffn_norm - base), p->hidden, p->n, 1);
-    device_pack(p, d->h, p->hidden, p->hidden, p->n, N_ACTIVATIONS, &none);
-    device_matmul(p, weights, base, (const tensor *[]){gated ? &y->gate : &y->up, &y->up},
-                  gated ? 2 : 1, p->n, d->wide, wide, false);
-    device_pack(p, d->wide, wide, p->ffn, p->n, p->m->config.activation, &y->xielu);
-    device_matmul(p, weights, base, (const tensor *[]){&y->down}, 1, p->n, d->x, p->hidden, true);
-}
-
-/* The device's layers; returns how many. x comes back where the processor goes on. */
-static int device_layers(const pass *p) {
-    if (!p->on_device) return 0;
-    device *d = p->m->device;
-    device_write(d, d->x, p->x, p->n * p->hidden * sizeof(float));
-    device_write(d, d->rotation, p->rotation,
-                 p->n * (size_t)p->m->config.head_dim * sizeof(float));
-    for (int layer = 0; layer < d->layers; layer++) device_layer(p, layer);
-    if (!d->output) device_read(d, d->x, p->x, p->n * p->hidden * sizeof(float));
-    return d->layers;
-}
-
-/* Final norm and logits of these rows, if that is the device's. */
-static bool device_logits(const pass *p, const output_rows *o) {
-    device *d = p->m->device;
-    const tensor *w = &p->m->output;
-    if (!p->on_device || !d->output) return false;
-    for (size_t i = 0; i < o->n; i++)
-        device_norm(p, d->x, o->row[i] * p->hidden, 0, d->h, i * p->hidden, d->final_norm, 0,
-                    p->hidden, 1, 1);
-    device_pack(p, d->h, p->hidden, p->hidden, o->n, N_ACTIVATIONS, &(xielu_numbers){0});
-    device_matmul(p, d->vocabulary, w->data, &w, 1, o->n, d->logits, p->vocab, false);
-    device_read(d, d->logits, p->logits, o->n * p->vocab * sizeof(float));
-    return true;
-}
-
-/* Room for the keys and values of the device's layers. */
-static int join_device(medrun_session *s, medrun_error *e) {
-    device *d = s->model->device;
-    if (!d) return MEDRUN_OK;
-    size_t n = cache_bytes(s, d->layers, 0);
-    pthread_mutex_lock(&s->model->pool->turn);
-    s->device_keys = device_bytes(d, NULL, n);
-    if (s->device_keys) s->device_values = device_bytes(d, NULL, n);
-    uint64_t room = d->room;
-    pthread_mutex_unlock(&s->model->pool->turn);
-    if (s->device_values) return MEDRUN_OK;
-    return fail(e, MEDRUN_NO_MEMORY, "a context of %d tokens needs %zu MB of device %s, which has "
-                "%llu MB left; ask for a smaller one (-c) or fewer layers (--gpu-layers)",
-                s->options.context, 2 * n >> 20, d->facts.name, (unsigned long long)room >> 20);
-}
-
-static void leave_device(const medrun_session *s) {
-    device *d = s->model->device;
-    if (!d) return;
-    size_t n = cache_bytes(s, d->layers, 0);
-    pthread_mutex_lock(&s->model->pool->turn);
-    if (s->device_keys) device_release(d, s->device_keys), d->room += n;
-    if (s->device_values) device_release(d, s->device_values), d->room += n;
-    pthread_mutex_unlock(&s->model->pool->turn);
-}
-
-/* Brings our keys and values up to date. */
-static int cache_from_device(const medrun_session *s, medrun_error *e) {
-    device *d = s->model->device;
-    if (!d) return MEDRUN_OK;
-    pthread_mutex_lock(&s->model->pool->turn);
-    copy_cache(s, s->host_done < s->n_done ? s->host_done : s->n_done, s->n_done, false);
-    pthread_mutex_unlock(&s->model->pool->turn);
-    return d->failed ? device_error(d, e) : MEDRUN_OK;
-}
-#else
-static void begin_on_device(pass *p) { p->on_device = false; }
-static int end_on_device(const pass *p, medrun_error *e) { return (void)p, (void)e, MEDRUN_OK; }
-static int device_layers(const pass *p) { return (void)p, 0; }
-static bool device_logits(const pass *p, const output_rows *o) { return (void)p, (void)o, false; }
-static int join_device(medrun_session *s, medrun_error *e) { return (void)s, (void)e, MEDRUN_OK; }
-static void leave_device(const medrun_session *s) { (void)s; }
-static int cache_from_device(const medrun_session *s, medrun_error *e) {
-    return (void)s, (void)e, MEDRUN_OK;
-}
-#endif
-
 /* The tokens of the pass through all layers; x ends as the last layer's output. */
 static void forward(pass *p) {
     const medrun_model *m = p->m;
@@ -8552,7 +8162,7 @@ static void forward(pass *p) {
     each_tile(p, embed_task);
     observe(p, "embed", p->x, p->hidden, p->hidden);
 
-    for (p->layer = device_layers(p); p->layer < m->config.n_layers; p->layer++) {
+    for (p->layer = 0; p->layer < m->config.n_layers; p->layer++) {
         const model_layer *y = &m->layers[p->layer];
 
         norm_rows(p, y->attn_norm, "attn_norm");
@@ -8582,14 +8192,11 @@ static void forward(pass *p) {
 /* Final norm and logits of these rows, gathered at the front of h, to their sessions. */
 static void give_logits(pass *p, output_rows *o) {
     size_t cols = (size_t)p->m->config.vocab_size, same;
-    bool done = device_logits(p, o);
-    for (size_t i = 0; !done && i < o->n; i++)
+    for (size_t i = 0; i < o->n; i++)
         p->g.k->norm(p->h + i * p->hidden, p->x + o->row[i] * p->hidden, p->m->final_norm,
                      p->hidden, p->m->config.norm_eps);
-    if (!done) {
-        pack_activations(&p->g, &p->a, p->m->output.type, p->h, p->hidden, p->hidden, o->n);
-        matmul(&p->g, &(product){&p->m->output, p->logits, p->vocab}, 1, &p->a);
-    }
+    pack_activations(&p->g, &p->a, p->m->output.type, p->h, p->hidden, p->hidden, o->n);
+    matmul(&p->g, &(product){&p->m->output, p->logits, p->vocab}, 1, &p->a);
     for (size_t i = 0; i < o->n; i += same) {
         medrun_session *to = o->to[i];
         const float *h = p->h + i * p->hidden, *logits = p->logits + i * p->vocab;
@@ -8733,9 +8340,7 @@ static int32_t sample_token(candidate *list, const float *logits, size_t vocab,
 void medrun_close(medrun_model *m) {
     if (!m) return;
     if (m->pool && m->pool->threads) pool_stop(m->pool);
-#ifdef MEDRUN_OPENCL
     device_close(m->device);
-#endif
     buffer_free(&m->device_log);
     free(m->pool);
     tokenizer_close(&m->tokenizer);
@@ -8775,7 +8380,8 @@ void medrun_describe(const medrun_model *m, medrun_info *info) {
         .n_kv_heads = c->n_kv_heads, .head_dim = c->head_dim, .ffn_size = c->ffn_size,
         .max_positions = c->max_positions, .threads = m->pool->threads, .bos = m->tokenizer.bos,
         .n_stops = m->n_stops, .parameters = m->parameters, .file_bytes = m->file.map.n,
-        .weight_bytes = m->weight_bytes, .sampling = m->sampling, .device = m->device_says,
+        .weight_bytes = m->weight_bytes, .sampling = m->sampling,
+        .device = m->device ? m->device->says : "",
         .device_log = m->device_log.n ? (const char *)m->device_log.data : ""};
     memcpy(info->stops, m->stops, sizeof info->stops);
     memcpy(info->hash, m->file.hash, 32);
@@ -8852,13 +8458,7 @@ static int resolve_options(const medrun_model *m, const medrun_session_options *
         o->sampling = m->sampling;
         o->sampling.seed = seed;
     }
-#ifdef MEDRUN_OPENCL
-    if (m->device && o->kv == MEDRUN_KV_INT8)
-        return fail(e, MEDRUN_USAGE, "kv int8: a device has f16 and f32; take one of them, or no "
-                    "device");
     if (m->device && m->type == TYPE_BF16) o->strict = true;
-    if (m->device && o->batch > DEVICE_ROWS) o->batch = DEVICE_ROWS;
-#endif
     const medrun_sampling *s = &o->sampling;
     if (!(s->temperature >= 0 && s->temperature <= 100) || s->top_k < 0 ||
         !(s->top_p >= 0 && s->top_p <= 1) || !(s->min_p >= 0 && s->min_p <= 1) ||
@@ -8908,12 +8508,10 @@ int medrun_start(medrun_session **out, const medrun_model *model,
                           .random = o.sampling.seed};
     arena a = {(uint8_t *)s, round_up(sizeof *s, 64)};
     layout_session(s, &a);
-    if ((code = join_device(s, e))) return medrun_stop(s), code;
     return *out = s, MEDRUN_OK;
 }
 
 void medrun_stop(medrun_session *s) {
-    if (s) leave_device(s);
     if (s && s->owns_memory) unmap_bytes(s, s->bytes);
 }
 
@@ -9134,12 +8732,9 @@ int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *e) {
     for (size_t i = 0; i < n; i++) sessions[i]->n_ready = 0, add_segment(p, sessions[i]);
     if (!p->n) return MEDRUN_OK;
     pthread_mutex_lock(&lead->model->pool->turn);
-    begin_on_device(p);
     forward(p);
     output(p);
-    int code = end_on_device(p, e);
     pthread_mutex_unlock(&lead->model->pool->turn);
-    if (code) return code;
     for (size_t i = 0; i < p->n_segments; i++) p->segments[i].session->n_done += p->segments[i].n;
     return MEDRUN_OK;
 }
@@ -9366,14 +8961,10 @@ static void walk_cache(state_io *io, const medrun_session *s, const uint8_t dige
     }
 }
 
-/* int8, and bf16 without the processor's bf16 dot product, give the same bits everywhere but on a
- * device that is only near them. */
+/* int8, and bf16 without the processor's bf16 dot product, give the same bits everywhere. */
 static void name_numbers(const medrun_session *s, char name[24]) {
     bool exact = pack_kind(&s->pass->g, s->model->type) != PACK_BF16;
     const char *numbers = exact ? "exact" : s->model->kernels->name;
-#ifdef MEDRUN_OPENCL
-    if (s->model->device && !s->model->device->exact) numbers = "OpenCL";
-#endif
     snprintf(name, 24, "%d %s", NUMBERS_VERSION, numbers);
 }
 
@@ -9397,7 +8988,7 @@ static state_head head_of(const medrun_session *s) {
 static int save_session(const medrun_session *s, const char *path, bool force, medrun_error *e) {
     file_writer w;
     uint8_t digest[32];
-    if (cache_from_device(s, e) || writer_open(&w, path, &session_file, force, e)) return e->code;
+    if (writer_open(&w, path, &session_file, force, e)) return e->code;
     state_head h = head_of(s);
     state_io io = {.f = w.f, .saving = true};
     sha256_init(&io.head);
@@ -9474,7 +9065,6 @@ static int restore_from(medrun_session *s, FILE *f, uint64_t size, bool fed, con
     if (io.failed) return fail(e, MEDRUN_BAD_FILE, "%s: is cut short or damaged", path);
     if (take && take == s->n_tokens) take--;            /* the last one again, for its logits    */
     s->n_done = take;
-    s->host_done = take, s->device_done = 0;
     if (!fed) {
         s->random = h.random;
         s->answer_open = h.open && n;
@@ -9516,136 +9106,48 @@ int medrun_feed_saved(medrun_session *s, const int32_t *ids, size_t n, const cha
 
 /* ---- devices ------------------------------------------------------------------------------- */
 
-#ifdef MEDRUN_OPENCL
-static size_t layer_bytes(const model_layer *y) {
-    const tensor *last = &y->down;
-    return (size_t)(last->data - (const uint8_t *)y->attn_norm) +
-           tensor_bytes(last->type, last->rows, last->cols);
-}
-
-/* Activations and whatever else does not depend on how many layers there are. */
-static bool device_scratch(const medrun_model *m, device *d) {
-    const model_config *c = &m->config;
-    size_t rows = DEVICE_ROWS * sizeof(float), dim = (size_t)c->head_dim;
-    size_t hidden = (size_t)c->hidden_size, heads = (size_t)c->n_heads * dim;
-    size_t ffn = (size_t)c->ffn_size, widest = ffn > heads ? ffn : heads;
-    size_t blocks = ((size_t)c->max_positions + KEY_BLOCK - 1) / KEY_BLOCK;
-    size_t row_parts = (size_t)c->n_heads * blocks * (dim + 2);
-    if (hidden > widest) widest = hidden;
-    d->part_floats = row_parts < 16 << 20 ? (16 << 20) / row_parts * row_parts : row_parts;
-    const struct { cl_mem *to; size_t n; } all[] = {
-        {&d->x, rows * hidden}, {&d->h, rows * hidden},
-        {&d->qkv, rows * (heads + 2 * (size_t)c->n_kv_heads * dim)}, {&d->attn, rows * heads},
-        {&d->wide, rows * ffn * (c->activation == ACTIVATION_SILU ? 2 : 1)},
-        {&d->rotation, rows * dim}, {&d->a, rows * round_up(widest, GROUP)},
-        {&d->scales, rows * ((widest + GROUP - 1) / GROUP)}, {&d->parts, d->part_floats * 4},
-        {&d->logits, TILE * round_up((size_t)c->vocab_size, LANES) * sizeof(float)}};
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
-        if (!(*all[i].to = device_bytes(d, NULL, all[i].n))) return false;
-    return true;
-}
-
-/* Keys and values of a layer for 4096 tokens, or as many as the model can: what is kept free. */
-static size_t layer_cache(const model_config *c) {
-    size_t context = c->max_positions < 4096 ? (size_t)c->max_positions : 4096;
-    return 2 * round_up(context, KEY_STEP) / 16 * (size_t)c->n_kv_heads *
-           cache_panel(MEDRUN_KV_F16, (size_t)c->head_dim);
-}
-
-/* Weights to the device; what fits is reckoned before any goes. */
-static int device_load(const medrun_model *m, device *d, int most, medrun_error *e) {
-    const model_config *c = &m->config;
-    size_t output = tensor_bytes(m->output.type, m->output.rows, m->output.cols);
-    size_t norm = m->output.cols * sizeof(float), need = 0, cache = layer_cache(c);
-    uint64_t had = d->room;
-    int n = 0;
-    if (most < 0 || most > c->n_layers) most = c->n_layers;
-    for (bool fits = device_scratch(m, d); fits && n < most; n += fits) {
-        need += layer_bytes(&m->layers[n]) + cache;
-        fits = need <= d->room && layer_bytes(&m->layers[n]) <= d->facts.largest;
+/* The matrices in the order of use, so that a device with little memory has the first layers, and
+ * the output matrix only after them. Returns how many there are; EACH: of one layer. */
+static size_t list_matrices(const medrun_model *m, size_t layers, const tensor **out,
+                            size_t *each) {
+    size_t n = 0;
+    for (size_t l = 0; l < layers; l++) {
+        const model_layer *layer = &m->layers[l];
+        const tensor *const all[] = {&layer->q, &layer->k, &layer->v, &layer->o, &layer->gate,
+                                     &layer->up, &layer->down};
+        for (size_t i = 0; i < sizeof all / sizeof *all; i++) if (all[i]->rows) out[n++] = all[i];
+        if (!l) *each = n;
     }
-    if (!n)
-        return fail(e, MEDRUN_NO_MEMORY, "device %s: %llu MB are not enough for a layer of %zu MB "
-                    "and what it works with", d->facts.name, (unsigned long long)had >> 20,
-                    layer_bytes(m->layers) >> 20);
-    d->output = n == c->n_layers && need + output + norm <= d->room && output <= d->facts.largest;
-    d->weights = new_array((size_t)n, sizeof *d->weights);
-    if (!d->weights) return out_of_memory(e, (size_t)n * sizeof *d->weights);
-    bool good = true;
-    for (d->layers = 0; good && d->layers < n; d->layers++) {
-        const model_layer *y = &m->layers[d->layers];
-        good = (d->weights[d->layers] = device_bytes(d, y->attn_norm, layer_bytes(y)));
-    }
-    if (good && d->output)
-        good = (d->final_norm = device_bytes(d, m->final_norm, norm)) &&
-               (d->vocabulary = device_bytes(d, m->output.data, output));
-    return good ? MEDRUN_OK : fail(e, MEDRUN_NO_MEMORY, "device %s: has less memory than it says; "
-                                   "ask for fewer layers (--gpu-layers)", d->facts.name);
+    if (layers == (size_t)m->config.n_layers) out[n++] = &m->output;
+    return n;
 }
 
-/* Logits after a pass of several tokens and one of a single token. */
-static int try_logits(const medrun_model *m, float *logits, medrun_error *e) {
-    int32_t ids[9];
-    int n = m->config.max_positions < 9 ? m->config.max_positions : 9;
-    medrun_session *s;
-    int code = medrun_start(&s, m, &(medrun_session_options){.context = n, .batch = 8,
-                                                             .strict = true}, NULL, 0, e);
-    if (code) return code;
-    for (int i = 0; i < n; i++) ids[i] = i * 37 % m->config.vocab_size;
-    code = medrun_feed(s, ids, (size_t)n, e);
-    while (!code && medrun_pending(s)) code = medrun_step(&s, 1, e);
-    if (!code) memcpy(logits, medrun_logits(s, 0), (size_t)m->config.vocab_size * sizeof *logits);
-    medrun_stop(s);
-    return code;
-}
-
-/* Takes D if it gives the processor's logits. */
-static int check_device(medrun_model *m, device *d, medrun_error *e) {
-    size_t vocab = (size_t)m->config.vocab_size;
-    float *wanted = new_array(2 * vocab, sizeof *wanted), *found;
-    if (!wanted) return out_of_memory(e, 2 * vocab * sizeof *wanted);
-    found = wanted + vocab;
-    double largest = 0, off = 0;
-    int code = try_logits(m, wanted, e);
-    m->device = d;
-    if (!code) code = try_logits(m, found, e);
-    for (size_t i = 0; !code && off >= 0 && i < vocab; i++) {           /* a NaN ends it         */
-        double difference = fabs((double)found[i] - (double)wanted[i]);
-        if (fabs((double)wanted[i]) > largest) largest = fabs((double)wanted[i]);
-        if (!(difference <= off)) off = difference;
-    }
-    d->exact = !memcmp((void *)found, (void *)wanted, vocab * sizeof *found);
-    free(wanted);
-    if (!code && !(off <= 1e-5 * largest))
-        code = fail(e, MEDRUN_NO_MEMORY, "device %s: its logits are %.2g off the processor's, "
-                    "wanted 1e-5", d->facts.name, off / largest);
-    snprintf(m->device_says, sizeof m->device_says, "%s: %d of %d layers%s, %s", d->facts.name,
-             d->layers, m->config.n_layers, d->output ? " and the logits" : "",
-             d->exact ? "with the processor's bits" : "within 1e-5 of the processor's");
-    if (code) m->device = NULL, m->device_says[0] = 0;
-    return code;
-}
-
-int medrun_attach(medrun_model *m, const char *name, int layers, medrun_error *e) {
+/* As medrun_attach, with all that may be asked of a device. */
+static int attach_device(medrun_model *m, const device_request *r, int layers, medrun_error *e) {
+    size_t most = (size_t)m->config.n_layers, room = most * 7 + 1, each = 0;
+    engine eng = {.pool = m->pool, .k = m->kernels, .strict = true, .cache = m->cache};
     medrun_error why = {0};
     if (m->device) return fail(e, MEDRUN_USAGE, "device: this model has one");
-    device *d = new_array(1, sizeof *d);
-    if (!d) return out_of_memory(e, sizeof *d);
+    const tensor **all = new_array(room, sizeof *all);
+    if (!all) return out_of_memory(e, room * sizeof *all);
+    if (layers >= 0 && (size_t)layers < most) most = (size_t)layers;
+    size_t n = list_matrices(m, most, all, &each);
     buffer_free(&m->device_log);
-    int code = device_open(d, name, (size_t)m->config.head_dim, &m->device_log, &why);
-    if (!code) code = device_load(m, d, layers, &why);
-    if (!code) code = check_device(m, d, &why);
-    if (!code) return MEDRUN_OK;
-    device_close(d);
-    return fail(e, code == MEDRUN_USAGE ? code : MEDRUN_NO_MEMORY, "%s", why.text);
+    device *d = m->device = device_open(r, &eng, all, n, each, &m->device_log, &why);
+    free(all);
+    if (!d)
+        return fail(e, why.code == MEDRUN_USAGE ? MEDRUN_USAGE : MEDRUN_NO_MEMORY, "%s", why.text);
+    snprintf(d->says, sizeof d->says, "%s: %zu of %d layers%s, with the processor's bits", d->name,
+             d->loaded / each, m->config.n_layers,
+             d->loaded == n && n % each ? " and the logits" : "");
+    return MEDRUN_OK;
 }
-#else
-int medrun_attach(medrun_model *m, const char *name, int layers, medrun_error *e) {
-    (void)m, (void)layers;
-    return fail(e, MEDRUN_USAGE, "device \"%s\": this medrun was built without OpenCL (make "
-                "OPENCL=1)", name);
+
+int medrun_attach(medrun_model *m, const char *name, int layers, medrun_error *error) {
+    medrun_error local = {0}, *e = error ? error : &local;
+    e->code = MEDRUN_OK;
+    return attach_device(m, &(device_request){.name = name}, layers, e);
 }
-#endif
 #if !defined MEDRUN_NO_MAIN || defined MEDRUN_COMMANDS
 /* ============================================================================================
  * 16 Commands: what users type
@@ -10115,19 +9617,21 @@ static int choose_chat(command *c) {
     return code;
 }
 
-/* Has a device compute. If none can and nobody asked for one, that is the processor's work. */
-static int attach_device(command *c) {
+/* Lets a device multiply. If none can and nobody asked for one, that is the processor's work. */
+static int choose_device_option(command *c) {
     bool asked = given(c, O_DEVICE) || given(c, O_GPU_LAYERS);
     const char *name = given(c, O_DEVICE) ? c->text[O_DEVICE] : "auto";
+    const char *memory = getenv("MEDRUN_DEVICE_MEMORY");                /* in MB                 */
     int layers = given(c, O_GPU_LAYERS) ? whole(c, O_GPU_LAYERS) : -1;
+    device_request r = {name, getenv("MEDRUN_OPENCL_LIBRARY"), getenv("MEDRUN_OPENCL_OPTIONS"),
+                        memory ? strtoull(memory, NULL, 10) << 20 : 0};
     medrun_info info;
     medrun_error e = {0};
 #ifndef MEDRUN_OPENCL
     if (!asked) return MEDRUN_OK;
 #endif
-    if (!takes(c, O_DEVICE) || !layers || !strcmp(name, "none") ||
-        (!asked && whole(c, O_KV) == MEDRUN_KV_INT8)) return MEDRUN_OK;
-    int code = medrun_attach(c->m, name, layers, &e);
+    if (!takes(c, O_DEVICE) || !layers || !strcmp(name, "none")) return MEDRUN_OK;
+    int code = attach_device(c->m, &r, layers, &e);
     medrun_describe(c->m, &info);
     if (code) print_safe(stderr, info.device_log, strlen(info.device_log), true);
     if (code && asked) return fail(&c->e, MEDRUN_NO_MEMORY, "%s", e.text);
@@ -10140,7 +9644,7 @@ static int open_path(command *c, const char *path) {
     medrun_options o = {.threads = takes(c, O_THREADS) ? whole(c, O_THREADS) : 1,
                         .kernels = getenv("MEDRUN_KERNELS")};
     int code = medrun_open(&c->m, path, &o, &c->e);
-    if (code || (code = attach_device(c))) return code;
+    if (code || (code = choose_device_option(c))) return code;
     c->t = &c->m->tokenizer, c->chat = c->m->chat, c->sampling = c->m->sampling;
     if (flag(c, O_MLOCK) && !lock_bytes(c->m->file.map.data, c->m->file.map.n))
         return fail(&c->e, MEDRUN_FAILED, "--mlock: %zu MB cannot be locked: %s" LOCK_HINT,
@@ -10215,14 +9719,9 @@ static medrun_session_options session_options(const command *c, int context) {
                                                      : c->chat ? c->chat->name : NULL};
 }
 
-/* Does a session with a context of N tokens fit three quarters of what is free, and the device? */
+/* Does a session with a context of N tokens fit three quarters of what is free? */
 static bool context_fits(const command *c, int n, uint64_t available) {
     medrun_session_options o = session_options(c, n);
-#ifdef MEDRUN_OPENCL
-    medrun_session s = {.model = c->m, .options = o};
-    const device *d = c->m->device;
-    if (d && 2 * cache_bytes(&s, d->layers, 0) > d->room) return false;
-#endif
     return session_needs(c->m, &o) <= available / 4 * 3;
 }
 

@@ -53,11 +53,11 @@ done
 with MEDRUN_DEVICE=0 code 0 run "$model" -n 3 -p x --raw; has err 'device: .* layers'
 code 6 run "$model" -n 3 -p x --device 99; has err 'found no "99"'
 code 2 run "$model" -n 3 -p x --device 0 --gpu-layers many; has err 'wanted a whole number'
-code 2 run "$model" -n 3 -p x --raw --device 0 --kv int8; has err 'f16 and f32'
-code 0 run "$model" -n 3 -p x --raw --kv int8
+code 0 run "$model" -n 3 -p x --raw --kv int8 --temp 0; mv "$T/out" "$T/wanted8"
+code 0 run "$model" -n 3 -p x --raw --kv int8 --temp 0 --device 0; same "$T/wanted8" "$T/out"
 code 2 show "$model" --device 0; has err 'does not go with show'
 with MEDRUN_DEVICE_MEMORY=1 code 6 run "$model" -n 3 -p x --device 0; has err '1 MB are not enough'
-with MEDRUN_OPENCL_OPTIONS="-D norm=+" code 6 run "$model" -n 3 -p x --device 0
+with MEDRUN_OPENCL_OPTIONS="-D sum=+" code 6 run "$model" -n 3 -p x --device 0
 has err 'cannot be built'; has err "error"
 code 0 run --help; hasnt out 'this build has no OpenCL'; has out '--gpu-layers'
 finish

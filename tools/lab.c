@@ -272,8 +272,7 @@ static void print_bench(command *c, const bench_row *row, int repeats) {
     char attended[2][16];
     for (int i = 0; i < 2; i++) {
         double share = row[i].attention / row[i].passed;
-        if (*m->device_says) strcpy(attended[i], in_json ? "null" : "-");       /* not observed  */
-        else if (in_json) snprintf(attended[i], sizeof *attended, "%.4f", share);
+        if (in_json) snprintf(attended[i], sizeof *attended, "%.4f", share);
         else snprintf(attended[i], sizeof *attended, "%.1f %%", 100 * share);
         mean[i] = row[i].sum / repeats;
         double variance = row[i].squares / repeats - mean[i] * mean[i];
@@ -338,7 +337,7 @@ static int bench_command(command *c) {
             double rate = i ? read_rate(&top) : peak_rate(&top);
             if (rate > row[i].ceiling) row[i].ceiling = rate;
             if ((code = go_to_depth(c, depth))) return code;
-            medrun_observe(c->s, *m->device_says ? NULL : time_attention, &row[i]);
+            medrun_observe(c->s, time_attention, &row[i]);
             double passed = time_tokens(c, row[i].n, i ? 1 : row[i].n);
             medrun_observe(c->s, NULL, NULL);
             if (passed < 0) return c->e.code;
@@ -379,23 +378,18 @@ static bool small_product(const kernel_set *k, int type, float *out) {
 }
 
 static void list_opencl(void) {
-#ifdef MEDRUN_OPENCL
-    opencl cl;
-    device_facts all[MAX_DEVICES];
+    buffer lines = {0};
     medrun_error e = {0};
-    int n = opencl_open(&cl, &e) ? -1 : list_devices(&cl, all);
-    if (n <= 0) printf("OpenCL     %s\n", n ? e.text : "no device");
-    for (int i = 0; i < n; i++) {
-        printf("OpenCL     %d ", i);
-        print_safe(stdout, all[i].name, strlen(all[i].name), false);
-        printf(" (%s, %s), %.1f MB, %u units, %sfma, %s division\n", all[i].platform,
-               all[i].version, mb(all[i].memory), all[i].units,
-               all[i].numbers & CL_FP_FMA ? "" : "slow ",
-               all[i].numbers & CL_FP_CORRECTLY_ROUNDED_DIVIDE_SQRT ? "exact" : "corrected");
+    if (describe_devices(getenv("MEDRUN_OPENCL_LIBRARY"), &lines, &e))
+        printf("OpenCL     %s\n", e.text);
+    for (size_t at = 0, n; at < lines.n; at += n + 1) {
+        const char *line = (const char *)lines.data + at;
+        n = (size_t)((const char *)memchr(line, '\n', lines.n - at) - line);
+        printf("OpenCL     ");
+        print_safe(stdout, line, n, false);
+        puts("");
     }
-#else
-    puts("OpenCL     not in this build (make OPENCL=1)");
-#endif
+    buffer_free(&lines);
 }
 
 static int doctor_command(command *c) {
