@@ -1743,7 +1743,7 @@ enum { GROUP4 = 32, GROUP4_BYTES = GROUP4 / 8 * STEP_BYTES };
 
 static const char *const type_names[N_TYPES] = {"f32", "bf16", "int8", "int4"};
 
-static int type_find(const char *name) {
+MAYBE_UNUSED static int type_find(const char *name) {
     for (int t = 0; t < N_TYPES; t++) if (!strcmp(name, type_names[t])) return t;
     return -1;
 }
@@ -2009,9 +2009,22 @@ MAYBE_UNUSED static void plain_matmul(int type, const uint8_t *w, size_t rows, s
  * The engine's arithmetic has one definition, on vectors of 16 floats with explicit fma, and every
  * instruction set realises it bit for bit. The *words* (load, add, fma, dot4, ...) are written for
  * each instruction set; the *sentences* (matmul, norm, attention) are written once over the words.
- * To compile them for each, this file includes itself with MEDRUN_PASS set, inside a region in
- * which the compiler may use that instruction set. The scalar pass is the definition, the fallback
- * and the oracle. Tests: tests/06_kernels.c compares every pass with it.
+ * So this file includes itself once for each instruction set (its last lines say how), and each
+ * reading, a pass, takes only the part between the two banners with arrows:
+ *
+ *     compiled once          sections 1 to 5; of this section formats, structs, the list of names
+ *     >>>>
+ *     once for each pass     words      those of the pass: MEDRUN_PASS says which
+ *       1 scalar  2 avx2     defaults   words that most instruction sets share
+ *       3 avx512  4 avxvnni  sentences  the same text each time; vec is vec_avx2, then vec_avx512
+ *       5 neon    6 neondot  row        a kernel_set: the pass's functions, for the other sections
+ *       7 neonmat
+ *     <<<<
+ *     compiled once          the passes, each in a region where the compiler may use its
+ *                            instructions; choosing one of the rows; sections 7 to 17
+ *
+ * The scalar pass is the fallback where nothing else runs. After this section none of its macros is
+ * left. Tests: tests/06_kernels.c compares every pass with plain_matmul and with the scalar pass.
  * ============================================================================================ */
 
 #ifndef MEDRUN_PASS
@@ -2286,26 +2299,10 @@ static void tile_keys(const attention *a, size_t t, size_t nt, size_t first, siz
     }
 }
 
-/* Where an instruction multiplies bytes, the words around it are these. */
-#define BYTES_AS_THEY_LIE                                                                       \
-    typedef wvec bvec;                                                                          \
-    ALWAYS_INLINE bvec bready(wvec w) { return w; }                                             \
-    BYTES_BY_STEPS
-#define BYTES_BY_STEPS                                                                          \
-    ALWAYS_INLINE bvec bload(const uint8_t *p) { return wload(p); }                             \
-    ALWAYS_INLINE void bstore(uint8_t *p, bvec first, bvec second) {                            \
-        wstore(p, first);                                                                       \
-        wstore(p + STEP_BYTES, second);                                                         \
-    }
-/* Where a number is loaded onto all lanes at once. */
-#define NUMBERS_ON_ALL_LANES                                                                    \
-    typedef vec svec;                                                                           \
-    ALWAYS_INLINE svec sload(const void *p, size_t t, size_t nt) {                              \
-        return (void)nt, vsplat(load_float((const uint8_t *)p + 4 * t));                        \
-    }                                                                                           \
-    ALWAYS_INLINE vec vfmas(vec x, svec y, vec c) { return vfma(x, y, c); }
+#else /* MEDRUN_PASS */
+/* >>>>>>>>>>>>>> down to <<<< everything is compiled once for each instruction set >>>>>>>>>>>>> */
 
-#else /* ---- MEDRUN_PASS: the words ----------------------------------------------------------- */
+/* ---- the words ----------------------------------------------------------------------------- */
 
 #if MEDRUN_PASS == 1
 #define KERNEL_SUFFIX scalar
@@ -2418,9 +2415,7 @@ ALWAYS_INLINE vec wodd(wvec w) {
     EACH r.v[i] = bits_float(load_word(w.v + 4 * i) & 0xFFFF0000);
     return r;
 }
-BYTES_AS_THEY_LIE
-NUMBERS_ON_ALL_LANES
-ALWAYS_INLINE bvec blevels(wvec w, wvec shift, bool low) {
+ALWAYS_INLINE wvec blevels(wvec w, wvec shift, bool low) {
     UNROLLED for (int i = 0; i < 64; i++)
         w.v[i] = (uint8_t)(int4_levels[low ? w.v[i] & 15 : w.v[i] >> 4] + shift.v[i]);
     return w;
@@ -2432,7 +2427,7 @@ ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t nt, size_t wide)
     memcpy(&x, words + 4 * t, 4);
     return x;
 }
-ALWAYS_INLINE ivec idot4(ivec acc, bvec w, xvec x) {
+ALWAYS_INLINE ivec idot4(ivec acc, wvec w, xvec x) {
     EACH acc.v[i] += w.v[4 * i] * x.q[0] + w.v[4 * i + 1] * x.q[1] + w.v[4 * i + 2] * x.q[2] +
                      w.v[4 * i + 3] * x.q[3];
     return acc;
@@ -2593,9 +2588,10 @@ ALWAYS_INLINE vec wodd(wvec w) {
     return (vec){_mm256_castsi256_ps(_mm256_and_si256(w.a, mask)),
                  _mm256_castsi256_ps(_mm256_and_si256(w.b, mask))};
 }
-NUMBERS_ON_ALL_LANES
+#define OWN_BYTES
 #if MEDRUN_PASS == 4
-BYTES_AS_THEY_LIE
+typedef wvec bvec;
+ALWAYS_INLINE bvec bready(wvec w) { return w; }
 typedef __m256i xvec;
 ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t nt, size_t wide) {
     (void)nt, (void)wide;
@@ -2607,6 +2603,7 @@ ALWAYS_INLINE ivec idot4(ivec acc, bvec w, xvec x) {
     return acc;
 }
 #else
+#define OWN_STEPS
 /* Weights are split into their even and odd bytes as int16, and madd adds two products each: 4
  * multiplies for 64 products, no saturation (255 * 127 * 2 fits an int32). */
 typedef struct { __m256i even_a, odd_a, even_b, odd_b; } bvec;
@@ -2740,8 +2737,7 @@ ALWAYS_INLINE wvec wshift(const uint8_t *p) {
     h = _mm512_and_si512(h, _mm512_set1_epi32(SHIFT_MASK));
     return _mm512_mullo_epi32(h, _mm512_set1_epi32(0x01010101));
 }
-BYTES_AS_THEY_LIE
-ALWAYS_INLINE bvec blevels(wvec w, wvec shift, bool low) {
+ALWAYS_INLINE wvec blevels(wvec w, wvec shift, bool low) {
     __m512i levels = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)int4_levels));
     __m512i q = _mm512_and_si512(low ? w : _mm512_srli_epi16(w, 4), _mm512_set1_epi8(15));
     return _mm512_add_epi8(_mm512_shuffle_epi8(levels, q), shift);
@@ -2753,13 +2749,12 @@ ALWAYS_INLINE vec weven(wvec w) { return _mm512_castsi512_ps(_mm512_slli_epi32(w
 ALWAYS_INLINE vec wodd(wvec w) {
     return _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32((int32_t)0xFFFF0000)));
 }
-NUMBERS_ON_ALL_LANES
 typedef __m512i xvec;
 ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t nt, size_t wide) {
     (void)nt, (void)wide;
     return _mm512_set1_epi32((int32_t)load_word(words + 4 * t));
 }
-ALWAYS_INLINE ivec idot4(ivec acc, bvec w, xvec x) {
+ALWAYS_INLINE ivec idot4(ivec acc, wvec w, xvec x) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
     return acc;
 }
@@ -2929,6 +2924,7 @@ ALWAYS_INLINE float32x4_t K(odd_part)(uint8x16_t w) {
 ALWAYS_INLINE vec weven(wvec x) { return (vec)ALL1(K(even_part)); }
 ALWAYS_INLINE vec wodd(wvec x) { return (vec)ALL1(K(odd_part)); }
 
+#define OWN_NUMBERS
 /* One load brings the numbers of four tokens, or of one (lane 4); products take them by lane. */
 typedef struct { float32x4_t four; float one; size_t lane; } svec;
 ALWAYS_INLINE svec sload(const void *p, size_t t, size_t nt) {
@@ -2983,10 +2979,8 @@ ALWAYS_INLINE ivec idot2(ivec s, wvec w, pvec x) {
 #undef IDOT2_LANE
 #undef IDOT2
 
+#define OWN_BYTES
 typedef wvec bvec;
-#if MEDRUN_PASS != 7
-BYTES_BY_STEPS
-#endif
 ALWAYS_INLINE uint8x16_t K(sign_part)(uint8x16_t w) { return veorq_u8(w, vdupq_n_u8(SIGN)); }
 ALWAYS_INLINE uint8x16_t K(levels_part)(uint8x16_t w, uint8x16_t shift, bool low) {
     uint8x16_t q = low ? vandq_u8(w, vdupq_n_u8(15)) : vshrq_n_u8(w, 4);
@@ -3052,6 +3046,7 @@ ALWAYS_INLINE vec vdot2(vec s, wvec w, svec x) { return (vec)ALL_BY_LANE(bf16_la
  * by side, and so are the sums of two tokens. That pays where unpack does it once for many tokens:
  * 18 instructions for 16 rows, 4 tokens and 8 columns, where usdot takes 32. For one or two tokens
  * usdot takes no more than the zips and matrix products, and for four 32 to their 26. */
+#define OWN_STEPS
 #define OWN_READY
 ALWAYS_INLINE bvec bload(const uint8_t *p) { return wload(p); }
 ALWAYS_INLINE void bstore(uint8_t *p, bvec x, bvec y) {
@@ -3136,21 +3131,42 @@ ALWAYS_INLINE ivec idot4(ivec s, bvec w, xvec x) { return (ivec)ALL_BY_LANE(dot_
 #undef PICK4
 #endif
 
-#define X_GROUP (GROUP / 4 * X_BYTES + 12)      /* bytes of a token's group, with sums and scale */
+/* ---- words with a default: an instruction set may do a whole block its own way -------------- */
 
-/* Bytes of a step that is ready to be multiplied, and of 64 columns of a panel that is unpacked:
- * 2 x 16 scales in float, then 16 steps. */
-enum { K(READY) = sizeof(bvec), K(UNPACKED) = 2 * STEP_BYTES + GROUP / 4 * sizeof(bvec) };
+#ifndef OWN_NUMBERS             /* a number is loaded onto all lanes at once                     */
+typedef vec svec;
+ALWAYS_INLINE svec sload(const void *p, size_t t, size_t nt) {
+    return (void)nt, vsplat(load_float((const uint8_t *)p + 4 * t));
+}
+ALWAYS_INLINE vec vfmas(vec x, svec y, vec c) { return vfma(x, y, c); }
+#endif
+
+#ifndef OWN_BYTES               /* an instruction multiplies bytes as they lie                   */
+typedef wvec bvec;
+ALWAYS_INLINE bvec bready(wvec w) { return w; }
+#endif
+
+#ifndef OWN_STEPS
+ALWAYS_INLINE bvec bload(const uint8_t *p) { return wload(p); }
+ALWAYS_INLINE void bstore(uint8_t *p, bvec first, bvec second) {
+    wstore(p, first);
+    wstore(p + STEP_BYTES, second);
+}
+#endif
+
+#ifndef BF16_NAME               /* no row names a matmul that would use it                       */
+ALWAYS_INLINE vec vdot2(vec acc, wvec w, xvec x) { return (void)w, (void)x, acc; }
+#endif
 
 ALWAYS_INLINE ivec ibias(const uint8_t *p) {
     return isplat(SIGN ? 0 : (int32_t)load_word(p));
 }
 
-/* ---- words with a default: an instruction set may do a whole block its own way -------------- */
+/* Bytes of a step that is ready to be multiplied, and of 64 columns of a panel that is unpacked:
+ * 2 x 16 scales in float, then 16 steps. */
+enum { K(READY) = sizeof(bvec), K(UNPACKED) = 2 * STEP_BYTES + GROUP / 4 * sizeof(bvec) };
 
-#ifndef BF16_NAME               /* no row names a matmul that would use it                       */
-ALWAYS_INLINE vec vdot2(vec acc, wvec w, xvec x) { return (void)w, (void)x, acc; }
-#endif
+#define X_GROUP (GROUP / 4 * X_BYTES + 12)      /* bytes of a token's group, with sums and scale */
 
 /* Adds the products of four columns: NP panels' steps times NT tokens of a tile. */
 ALWAYS_INLINE void add_products(const size_t np, const size_t nt, size_t wide, const bvec *step,
@@ -3966,6 +3982,9 @@ static const kernel_set kernel_row_bf16 = ROW(BF16_NAME, true, matmul_bf16);
 #endif
 #undef ROW
 #undef SIGN
+#undef OWN_NUMBERS
+#undef OWN_BYTES
+#undef OWN_STEPS
 #undef OWN_READY
 #undef READY_TYPES
 #undef LIVE_TOKENS
@@ -3985,9 +4004,12 @@ static const kernel_set kernel_row_bf16 = ROW(BF16_NAME, true, matmul_bf16);
 #undef TILE_TOKENS
 #undef FEW_TOKENS
 
+/* <<<<<<<<<<<<<< up to >>>> everything is compiled once for each instruction set <<<<<<<<<<<<<<< */
 #endif /* MEDRUN_PASS */
 
 #ifndef MEDRUN_PASS
+
+/* ---- the passes ---------------------------------------------------------------------------- */
 
 #define MEDRUN_PASS 1
 #include "medrun.c"
@@ -4050,7 +4072,77 @@ static const kernel_set kernel_row_bf16 = ROW(BF16_NAME, true, matmul_bf16);
 #endif
 #endif /* MEDRUN_ARM64 */
 
+/* Nothing of this section's macros is left, in the order of their list. */
+#undef vec
+#undef ivec
+#undef wvec
+#undef vload
+#undef vstore
+#undef vload_bf16
+#undef vload_f16
+#undef vload_int4
+#undef vstore_f16
+#undef vsplat
+#undef vadd
+#undef vsub
+#undef vmul
+#undef vdiv
+#undef vmax
+#undef vfma
+#undef vless
+#undef vround
+#undef vfloat
+#undef vscale2
+#undef vsum
+#undef vlargest
+#undef isplat
+#undef iadd
+#undef istore8
+#undef istore16
+#undef wload
+#undef wshift
+#undef wstore
+#undef wload_int8
+#undef weven
+#undef wodd
+#undef bvec
+#undef bready
+#undef blevels
+#undef bload
+#undef bstore
+#undef ibias
+#undef svec
+#undef sload
+#undef vfmas
+#undef xvec
+#undef xload
+#undef idot4
+#undef vdot2
+#undef pvec
+#undef pload
+#undef idot2
+#undef vexp
+#undef vexp_bend
+#undef vexpm1
+#undef pack_int
 #undef pack
+#undef tile_f32
+#undef tile_bf16
+#undef add_products
+#undef dot_ready
+#undef dot_int8
+#undef dot_int4
+#undef unpack_bf16
+#undef tile_ready_bf16
+#undef load_sums
+#undef store_sums
+#undef run_tile
+#undef run_small
+#undef run_panels
+#undef matmul_with
+#undef tile_int8
+#undef unpack
+#undef tile_int4
 #undef matmul_f32
 #undef matmul_bf16
 #undef matmul_int8
@@ -4060,10 +4152,33 @@ static const kernel_set kernel_row_bf16 = ROW(BF16_NAME, true, matmul_bf16);
 #undef relu2
 #undef xielu
 #undef add
+#undef pack_queries
+#undef round16
+#undef pack_int16
+#undef score_tile
+#undef score_int8
+#undef score_step
+#undef score_block
+#undef softmax_block
+#undef join_block
+#undef divide
+#undef join_values
+#undef value_tile
+#undef weigh_int8
+#undef value_int8
+#undef value_step
+#undef value_block
 #undef attend
 #undef merge
 #undef to_half
 #undef to_int8
+#undef kernel_row
+#undef kernel_row_bf16
+#undef KERNEL_JOIN2
+#undef KERNEL_JOIN
+#undef K
+#undef B
+#undef PREFETCH
 
 /* ---- processor features -------------------------------------------------------------------- */
 
@@ -9180,9 +9295,13 @@ typedef struct {
     double min, max;
     const char *standard;       /* what holds without it; a number is parsed from here         */
     const char *help;
-    const char *twin;           /* names its environment variable, where the name would name
-                                   another command's option too                                 */
 } option_row;
+
+/* An option whose name another option has, too, has an environment variable of its own name. */
+typedef struct {
+    int id;
+    const char *variable;
+} twin_row;
 
 enum { MAX_OPTIONS = 64 };
 
@@ -9203,6 +9322,8 @@ typedef struct {
     int n_commands;
     const option_row *options;                  /* a row without a name is no option            */
     int n_options;
+    const twin_row *twins;                      /* (n_twins)                                    */
+    int n_twins;
     int unnamed;                                /* the command that needs no name, or -1        */
 } program;
 
@@ -9277,16 +9398,14 @@ static const option_row option_rows[N_OPTIONS] = {
                    "print the prompt as the model sees it; verify: all that is the same"},
     [O_QUIET] = {"quiet", "q", NULL, FLAG, ON_ANSWER | ON(VERIFY), 0, 0, NULL,
                  "no lines about the run; verify: only what differs"},
-    [O_BOS] = {"bos", NULL, NULL, FLAG, ON(TOKENIZE), 0, 0, NULL, "begin with the token for that",
-               "TOKENIZE_BOS"},
+    [O_BOS] = {"bos", NULL, NULL, FLAG, ON(TOKENIZE), 0, 0, NULL, "begin with the token for that"},
     [O_SPECIAL] = {"special", NULL, NULL, FLAG, ON(TOKENIZE) | ON(DETOKENIZE), 0, 0, NULL,
                    "control tokens count: read them in the text, print them"},
     [O_PIECES] = {"pieces", NULL, NULL, FLAG, ON(TOKENIZE), 0, 0, NULL,
                   "a line for each token: id, tab, text with escapes"},
     [O_MESSAGES] = {"messages", NULL, "FILE", TEXT, ON(RENDER), 0, 0, NULL,
                     "[{\"role\": \"user\", \"content\": \"...\"}, ...], - is stdin"},
-    [O_RENDER_IDS] = {"ids", NULL, NULL, FLAG, ON(RENDER), 0, 0, NULL, "ids instead of text",
-                      "RENDER_IDS"},
+    [O_RENDER_IDS] = {"ids", NULL, NULL, FLAG, ON(RENDER), 0, 0, NULL, "ids instead of text"},
     [O_NO_OPENING] = {"no-generation-prompt", NULL, NULL, FLAG, ON(RENDER), 0, 0, NULL,
                       "leave out the opening of the answer (afm's template has no choice)"},
     [O_DATE] = {"date", NULL, "YYYY-MM-DD", TEXT, ON_ANSWER | ON(RENDER), 0, 0, "the template's",
@@ -9447,7 +9566,10 @@ static int read_environment(command *c) {
         const option_row *r = &c->p->options[id];
         if (!takes(c, id) || c->from[id] != FROM_DEFAULT || id == O_HELP || id == O_VERSION)
             continue;
-        snprintf(name, sizeof name, "MEDRUN_%s", r->twin ? r->twin : r->name);
+        const char *variable = r->name;
+        for (int k = 0; k < c->p->n_twins; k++)
+            if (c->p->twins[k].id == id) variable = c->p->twins[k].variable;
+        snprintf(name, sizeof name, "MEDRUN_%s", variable);
         for (char *p = name; *p; p++) *p = *p == '-' ? '_' : (char)toupper((uint8_t)*p);
         const char *value = getenv(name);
         if (value && *value && set_option(c, id, value, FROM_ENVIRONMENT, name)) return c->e.code;
@@ -11129,9 +11251,11 @@ static const command_row medrun_commands[N_COMMANDS] = {
               false, false},
 };
 
+static const twin_row medrun_twins[] = {{O_BOS, "tokenize-bos"}, {O_RENDER_IDS, "render-ids"}};
+
 static const program medrun_program = {
     "medrun", "runs open medical language models on an ordinary CPU", medrun_commands, N_COMMANDS,
-    option_rows, N_OPTIONS, CHAT};
+    option_rows, N_OPTIONS, medrun_twins, 2, CHAT};
 
 int main(int argc, char **argv) { return run_program(&medrun_program, argc, argv); }
 #endif

@@ -437,14 +437,14 @@ static const command_row lab_commands[N_LAB_COMMANDS] = {
 
 static option_row lab_options[N_LAB_OPTIONS] = {
     [L_PROMPT] = {"prompt", "p", "N", WHOLE, ON(BENCH), 1, 1 << 20, "512",
-                  "tokens of the prompt", "BENCH_PROMPT"},
+                  "tokens of the prompt"},
     [L_PREDICT] = {"predict", "n", "N", WHOLE, ON(BENCH), 1, 1 << 20, "128",
-                   "tokens to generate, one after the other", "BENCH_PREDICT"},
+                   "tokens to generate, one after the other"},
     [L_DEPTH] = {"depth", "d", "N", WHOLE, ON(BENCH), 0, 1 << 20, "0",
-                 "tokens that stand before both and are not timed", NULL},
-    [L_REPETITIONS] = {"repetitions", "r", "N", WHOLE, ON(BENCH), 1, 1000, "5", "of both", NULL},
+                 "tokens that stand before both and are not timed"},
+    [L_REPETITIONS] = {"repetitions", "r", "N", WHOLE, ON(BENCH), 1, 1000, "5", "of both"},
     [L_FORMAT] = {"output", "o", "md|json", CHOICE, ON(BENCH), 0, 0, "md",
-                  "a table, or one line", NULL},
+                  "a table, or one line"},
 };
 
 /* Options of medrun's: record takes those of run, bench those of a session, replay a place of the
@@ -465,8 +465,11 @@ static void take_options(void) {
 }
 
 int main(int argc, char **argv) {
+    static const twin_row twins[] = {{L_PROMPT, "bench-prompt"}, {L_PREDICT, "bench-predict"},
+                                     {L_FORMAT, "bench-output"}};
     static const program lab = {"medrun-lab", "measures what medrun does, and repeats it",
-                                lab_commands, N_LAB_COMMANDS, lab_options, N_LAB_OPTIONS, -1};
+                                lab_commands, N_LAB_COMMANDS, lab_options, N_LAB_OPTIONS, twins, 3,
+                                -1};
     take_options();
     return run_program(&lab, argc, argv);
 }
