@@ -37,7 +37,7 @@ $(BIN)/medrun-export$(EXE): tools/export.c $(EXPORT) medrun.c
 $(BIN)/medrun-eval$(EXE): tools/eval.c $(EVAL) medrun.c
 	$(CC) $(CFLAGS) $(WARN) -o $@ tools/eval.c $(LIBS)
 
-$(BIN)/medrun-lab$(EXE): tools/lab.c medrun.c
+$(BIN)/medrun-lab$(EXE): tools/lab.c tools/tool_calls.c medrun.c
 	$(CC) $(CFLAGS) $(WARN) $(CL) -o $@ tools/lab.c $(LIBS)
 
 # One file with no library beside it; make static STATIC_CC=gcc takes the system's own libc.

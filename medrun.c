@@ -185,9 +185,9 @@ int medrun_detokenize(const medrun_model *model, const int32_t *ids, size_t n_id
                       char *bytes, size_t cap, size_t *n, medrun_error *error);
 
 typedef struct {
-    const char *role;           /* "system", "user", "assistant", "tool"; NULL: TEXT is a whole
-                                   message in JSON, {"role": ..., "content": ...}, as OpenAI's API
-                                   and the model's card write it, with tool_calls, blocks, ...   */
+    const char *role;           /* "system", "user", "assistant", "tool"; or a kind of turn with
+                                   finished text, as tools/tool_calls.c makes it, such as
+                                   "assistant/calls", a call of functions                      */
     const char *text;
     size_t n_bytes;
 } medrun_message;
@@ -200,17 +200,17 @@ typedef struct {
                                    or the day that the template has fixed (llama3.1)           */
     bool think;                 /* the model may deliberate first (apertus)                    */
     int bos;                    /* MEDRUN_BOS_AUTO: as the template has it; _ON, _OFF          */
-    const char *tools;          /* NULL, or functions the model may call, as JSON: [{"type":
-                                   "function", "function": {"name", "description", "parameters"}},
-                                   ...] or bare functions (apertus, llama3.1)                  */
+    const char *tools;          /* NULL, or functions the model may call, as the finished text
+                                   that it sees of them (apertus, llama3.1)                    */
     size_t n_tools;             /* bytes of that                                               */
 } medrun_chat_options;
 
 /* Messages -> ids, by the chat template NAME (NULL: the checkpoint's), with the opening of the
  * answer when ANSWER. Only the template makes control ids; the messages' text cannot. OPTIONS may
- * be NULL. Errors: MEDRUN_USAGE (an unknown template; no messages, a role, a content, tools or an
- * option that the template has no place for), MEDRUN_BAD_FILE (JSON that is none, a tokenizer
- * without the template's control tokens), MEDRUN_NO_MEMORY. */
+ * be NULL. No JSON is read here: tools/tool_calls.c turns functions and whole conversations, with
+ * calls, blocks and results, into these messages and options. Errors: MEDRUN_USAGE (an unknown
+ * template; no messages; a role, tools or an option that the template has no place for),
+ * MEDRUN_BAD_FILE (a tokenizer without the template's control tokens), MEDRUN_NO_MEMORY. */
 int medrun_render(const medrun_model *model, const char *name,
                   const medrun_chat_options *options, const medrun_message *messages,
                   size_t n_messages, bool answer, int32_t *ids, size_t cap, size_t *n,
@@ -6289,410 +6289,54 @@ static void tokenizer_decode(const tokenizer *t, const int32_t *ids, size_t n, b
 /* ============================================================================================
  * 11 Chat: templates as tables
  *
- * A template says with which control tokens and words a conversation is written for its model.
- * Only the table makes control tokens. What stands between two of them, the table's words and
- * people's text together, is tokenized as one run with special parsing off: so pasted text cannot
- * forge a turn, and the ids are those that the reference gives for the whole rendered text. The
- * reference is transformers' apply_chat_template with the model's own Jinja template; what that
- * refuses is refused here, and a content that Jinja would print as Python prints it is refused too.
+ * A template says with which control tokens and words a conversation is written for its model. Here
+ * each is one row of a table: for every kind of turn a list of parts, which one walker, chat_parts,
+ * writes one after the other.
+ *
+ * Two promises rest on how it writes them. Nobody can forge a turn: only a string of the table
+ * makes a control id, and all other text, of the table, of people and of tools, is tokenized with
+ * special parsing off, so that "<|eot_id|>" in a message is a handful of ordinary tokens. And the
+ * ids are the reference's: what stands between two control tokens is collected first and tokenized
+ * as one run, because a token may begin in the template's words and end in a person's text.
+ *
+ * The reference is transformers' apply_chat_template with the model's own Jinja template. What that
+ * refuses is refused here. Functions that the model may call, and the calls it made, come as
+ * finished text; tools/tool_calls.c makes that text from JSON.
  * Uses sections 3 and 10. Tests: tests/11_chat.c, and tools/reference/templates.py.
  * ============================================================================================ */
 
-/* ---- JSON as Python writes it -------------------------------------------------------------- */
+/* ---- what a template is made of ------------------------------------------------------------ */
 
-/* What Python, and so Jinja, takes for true; JSON_NONE is false. */
-static bool json_truthy(const json *j, uint32_t v) {
-    if (v == JSON_NONE) return false;
-    const json_node *n = &j->nodes[v];
-    if (n->type == JSON_NUMBER) return json_number(j, v) != 0;
-    if (n->type == JSON_STRING) return n->end > n->start;
-    return n->type == JSON_TRUE || n->count > 0;
-}
-
-/* repr(float): the fewest digits that read back as the same number. */
-static void python_float(buffer *b, double value) {
-    char text[40], digits[20];
-    int n = 0, precision = 0, power;
-    if (!(fabs(value) <= DBL_MAX)) { buffer_text(b, value < 0 ? "-Infinity" : "Infinity"); return; }
-    do snprintf(text, sizeof text, "%.*e", precision, value);
-    while (strtod(text, NULL) != value && ++precision < 17);
-    for (const char *p = text; *p != 'e'; p++) if (isdigit((uint8_t)*p)) digits[n++] = *p;
-    while (n > 1 && digits[n - 1] == '0') n--;
-    digits[n] = 0;
-    power = atoi(strchr(text, 'e') + 1);
-    if (*text == '-') buffer_text(b, "-");
-    if (power < -4 || power >= 16)
-        buffer_printf(b, "%c%s%se%c%02d", *digits, n > 1 ? "." : "", digits + 1,
-                      power < 0 ? '-' : '+', power < 0 ? -power : power);
-    else if (power < 0) buffer_printf(b, "0.%.*s%s", -1 - power, "000", digits);
-    else if (n <= power + 1) buffer_printf(b, "%s%.*s.0", digits, power + 1 - n, "000000000000000");
-    else buffer_printf(b, "%.*s.%s", power + 1, digits, digits + power + 1);
-}
-
-/* A number without point or exponent is an int, of any length. */
-static void python_number(buffer *b, const json *j, uint32_t v) {
-    const char *p = j->text + j->nodes[v].start;
-    size_t n = j->nodes[v].end - j->nodes[v].start;
-    if (memchr(p, '.', n) || memchr(p, 'e', n) || memchr(p, 'E', n))
-        python_float(b, json_number(j, v));
-    else if (n == 2 && !memcmp(p, "-0", 2)) buffer_text(b, "0");
-    else buffer_add(b, p, n);
-}
-
-static void python_quote(buffer *b, const char *text, size_t n) {
-    static const char from[] = "\"\\\b\f\n\r\t", to[] = "\"\\bfnrt";
-    buffer_text(b, "\"");
-    for (size_t i = 0; i < n; i++) {
-        const char *at = text[i] ? strchr(from, text[i]) : NULL;
-        if (at) buffer_printf(b, "\\%c", to[at - from]);
-        else if ((uint8_t)text[i] < 0x20) buffer_printf(b, "\\u%04x", (unsigned)text[i]);
-        else buffer_add(b, text + i, 1);
-    }
-    buffer_text(b, "\"");
-}
-
-static void python_string(buffer *b, const json *j, uint32_t v) {
-    buffer text = {0};
-    json_unescape(j, v, &text);
-    b->failed |= text.failed;
-    python_quote(b, (const char *)text.data, text.n);
-    buffer_free(&text);
-}
-
-static void python_break(buffer *b, int indent, int level) {
-    if (!indent) return;
-    buffer_text(b, "\n");
-    for (int i = 0; i < indent * level; i++) buffer_text(b, " ");
-}
-
-/* json.dumps(value, ensure_ascii=False, indent=INDENT or None): transformers' tojson. */
-static void python_json(buffer *b, const json *j, uint32_t v, int indent, int level) {
-    static const char *const words[] = {"null", "false", "true"};
-    const json_node *n = &j->nodes[v];
-    bool object = n->type == JSON_OBJECT;
-    uint32_t c = v + 1;
-    if (n->type <= JSON_TRUE) { buffer_text(b, words[n->type]); return; }
-    if (n->type == JSON_NUMBER) { python_number(b, j, v); return; }
-    if (n->type == JSON_STRING) { python_string(b, j, v); return; }
-    buffer_text(b, object ? "{" : "[");
-    for (uint32_t i = 0; i < n->count; i += object ? 2 : 1, c = j->nodes[c].next) {
-        if (i) buffer_text(b, indent ? "," : ", ");
-        python_break(b, indent, level + 1);
-        if (object) python_string(b, j, c++), buffer_text(b, ": ");
-        python_json(b, j, c, indent, level + 1);
-    }
-    if (n->count) python_break(b, indent, level);
-    buffer_text(b, object ? "}" : "]");
-}
-
-/* str(value) of what is no container. */
-static int python_str(buffer *b, const json *j, uint32_t v, const char *what, medrun_error *e) {
-    static const char *const words[] = {"None", "False", "True"};
-    json_type type = json_typeof(j, v);
-    if (type > JSON_STRING)
-        return fail(e, MEDRUN_USAGE, "%s: found a list or an object, wanted a text", what);
-    if (type <= JSON_TRUE) buffer_text(b, words[type]);
-    else if (type == JSON_NUMBER) python_number(b, j, v);
-    else json_unescape(j, v, b);
-    return MEDRUN_OK;
-}
-
-/* Of a key that stands twice Python keeps the last value; here that is refused. */
-static int json_check_keys(const json *j, const char *what, medrun_error *e) {
-    enum { MOST = 256 };
-    for (uint32_t v = 0; v < j->n; v++) {
-        uint32_t keys[MOST], n = 0, c = v + 1;
-        if (json_typeof(j, v) != JSON_OBJECT) continue;
-        if (j->nodes[v].count > 2 * MOST)
-            return fail(e, MEDRUN_BAD_FILE, "%s: an object has more than %d keys", what, MOST);
-        for (; n < j->nodes[v].count / 2; keys[n++] = c, c = j->nodes[c + 1].next)
-            for (uint32_t i = 0; i < n; i++) {
-                const json_node *a = &j->nodes[keys[i]], *b = &j->nodes[c];
-                size_t len = a->end - a->start;
-                if (len != b->end - b->start ||
-                    memcmp(j->text + a->start, j->text + b->start, len)) continue;
-                return fail(e, MEDRUN_BAD_FILE, "%s: the key \"%.*s\" stands twice in one object",
-                            what, len < 80 ? (int)len : 80, j->text + a->start);
-            }
-    }
-    return MEDRUN_OK;
-}
-
-/* ---- functions as TypeScript --------------------------------------------------------------- */
-
-static int schema_wrong(medrun_error *e, const char *field, const char *wanted) {
-    return fail(e, MEDRUN_USAGE, "tools: field %s: wanted %s", field, wanted);
-}
-
-/* Appends BEFORE and the string KEY of object V. */
-static int schema_text(buffer *b, const json *j, uint32_t v, const char *key, const char *before,
-                       medrun_error *e) {
-    uint32_t text = json_get(j, v, key);
-    if (!json_is_type(j, text, JSON_STRING)) return schema_wrong(e, key, "a string");
-    buffer_text(b, before);
-    json_unescape(j, text, b);
-    return MEDRUN_OK;
-}
-
-/* The values of a list with BETWEEN in between. */
-static int schema_join(buffer *b, const json *j, uint32_t list, const char *between,
-                       medrun_error *e) {
-    int code = MEDRUN_OK;
-    uint32_t c = list + 1;
-    for (uint32_t i = 0; !code && i < j->nodes[list].count; i++, c = j->nodes[c].next) {
-        if (i) buffer_text(b, between);
-        code = python_str(b, j, c, "tools", e);
-    }
-    return code;
-}
-
-/* Appends the key at node KEY, with a question mark unless object V requires it, and a colon. */
-static int schema_name(buffer *b, const json *j, uint32_t v, uint32_t key, medrun_error *e) {
-    uint32_t list = json_get(j, v, "required"), c = list + 1;
-    buffer name = {0};
-    bool required = false;
-    if (json_truthy(j, list) && json_typeof(j, list) != JSON_ARRAY)
-        return schema_wrong(e, "required", "a list of names");
-    json_unescape(j, key, &name);
-    buffer_add(&name, "", 1);
-    for (uint32_t i = 0; json_truthy(j, list) && i < j->nodes[list].count; i++) {
-        required |= !name.failed && json_is(j, c, (const char *)name.data);
-        c = j->nodes[c].next;
-    }
-    if (name.n > 1) buffer_add(b, name.data, name.n - 1);
-    b->failed |= name.failed;
-    buffer_text(b, required ? ": " : "?: ");
-    buffer_free(&name);
-    return MEDRUN_OK;
-}
-
-/* Schemas stand in schemas: schema_type hands itself to what it is made of. */
-typedef int schema_writer(buffer *b, const json *j, uint32_t v, medrun_error *e);
-
-/* An array of V: long and doubtful types become any[]. */
-static int schema_array(buffer *b, const json *j, uint32_t v, schema_writer *type_of,
-                        medrun_error *e) {
-    static const char *const simple[][2] = {{"string", "string"}, {"number", "number"},
-                                            {"integer", "number"}, {"boolean", "boolean"}};
-    uint32_t items = json_get(j, v, "items"), type = json_get(j, items, "type");
-    const char *plain = json_truthy(j, items) ? NULL : "any";
-    buffer inner = {0};
-    size_t length = 0;
-    int code = MEDRUN_OK;
-    for (size_t i = 0; i < 4; i++) if (json_is(j, type, simple[i][0])) plain = simple[i][1];
-    if (!plain) {
-        code = type_of(&inner, j, items, e);
-        for (size_t i = 0; i < inner.n; i++) length += (inner.data[i] & 0xC0) != 0x80;
-        if (length > 50 || (inner.n == 15 && !memcmp(inner.data, "object | object", 15)))
-            plain = "any";
-    }
-    if (plain) buffer_text(b, plain);
-    else buffer_add(b, inner.data, inner.n);
-    b->failed |= inner.failed;
-    buffer_free(&inner);
-    buffer_text(b, json_truthy(j, json_get(j, v, "nullable")) ? "[] | null" : "[]");
-    return code;
-}
-
-/* The white space is the template's own. */
-static int schema_one_of(buffer *b, const json *j, uint32_t list, schema_writer *type_of,
-                         medrun_error *e) {
-    uint32_t c = list + 1, value;
-    int code = MEDRUN_OK;
-    if (json_typeof(j, list) != JSON_ARRAY) return schema_wrong(e, "oneOf", "a list");
-    for (uint32_t i = 0; !code && i < j->nodes[list].count; i++, c = j->nodes[c].next) {
-        if (i) buffer_text(b, " | \n");
-        code = type_of(b, j, c, e);
-        if (!code && json_truthy(j, json_get(j, c, "description")))
-            code = schema_text(b, j, c, "description", "// ", e);
-        if (code || (value = json_get(j, c, "default")) == JSON_NONE) continue;
-        buffer_text(b, "                    // default: ");
-        python_json(b, j, value, 0, 0);
-    }
-    return code;
-}
-
-static int schema_object(buffer *b, const json *j, uint32_t v, schema_writer *type_of,
-                         medrun_error *e) {
-    uint32_t all = json_get(j, v, "properties"), c = all + 1;
-    int code = MEDRUN_OK;
-    if (!json_truthy(j, all)) return buffer_text(b, "object"), MEDRUN_OK;
-    if (json_typeof(j, all) != JSON_OBJECT) return schema_wrong(e, "properties", "an object");
-    buffer_text(b, "{\n");
-    for (uint32_t i = 0; !code && i < j->nodes[all].count; i += 2, c = j->nodes[c + 1].next) {
-        if (i) buffer_text(b, ", ");
-        if ((code = schema_name(b, j, v, c, e))) break;
-        buffer_text(b, "\n                ");
-        code = type_of(b, j, c + 1, e);
-    }
-    buffer_text(b, "}");
-    return code;
-}
-
-/* A JSON Schema as a type; what the template does not know is any. */
-static int schema_type(buffer *b, const json *j, uint32_t v, medrun_error *e) {
-    uint32_t type = json_get(j, v, "type"), list = json_get(j, v, "enum");
-    uint32_t one_of = json_get(j, v, "oneOf");
-    if (json_typeof(j, v) != JSON_OBJECT) return schema_wrong(e, "properties", "JSON Schemas");
-    if (json_is(j, type, "array")) return schema_array(b, j, v, schema_type, e);
-    if (json_is_type(j, type, JSON_ARRAY) && json_truthy(j, type))
-        return schema_join(b, j, type, " | ", e);
-    if (json_truthy(j, one_of)) return schema_one_of(b, j, one_of, schema_type, e);
-    if (json_is(j, type, "object")) return schema_object(b, j, v, schema_type, e);
-    if (!json_is(j, type, "string")) {
-        bool number = json_is(j, type, "number") || json_is(j, type, "integer");
-        buffer_text(b, number ? "number" : json_is(j, type, "boolean") ? "boolean" : "any");
-        return MEDRUN_OK;
-    }
-    if (!json_truthy(j, list)) {
-        bool nullable = json_truthy(j, json_get(j, v, "nullable"));
-        return buffer_text(b, nullable ? "string | null" : "string"), MEDRUN_OK;
-    }
-    if (json_typeof(j, list) != JSON_ARRAY) return schema_wrong(e, "enum", "a list");
-    buffer_text(b, "\"");
-    int code = schema_join(b, j, list, "\" | \"", e);
-    return buffer_text(b, "\""), code;
-}
-
-/* A parameter of a function: comment, name, type, default. */
-static int tool_parameter(buffer *b, const json *j, uint32_t v, uint32_t key, medrun_error *e) {
-    uint32_t spec = key + 1, value = json_get(j, spec, "default");
-    bool listed = json_truthy(j, json_get(j, spec, "enum"));
-    bool one_of = json_truthy(j, json_get(j, spec, "oneOf"));
-    int code = MEDRUN_OK;
-    if (json_truthy(j, json_get(j, spec, "description"))) {
-        code = schema_text(b, j, spec, "description", "// ", e);
-        buffer_text(b, "\n");
-    }
-    if (code || (code = schema_name(b, j, v, key, e)) || (code = schema_type(b, j, spec, e)) ||
-        value == JSON_NONE) return code;
-    if (listed || one_of)
-        return schema_text(b, j, spec, "default", &", // default: "[listed ? 0 : 2], e);
-    buffer_text(b, ", // default: ");
-    return python_json(b, j, value, 0, 0), MEDRUN_OK;
-}
-
-/* {"type": "function", "function": {...}}, or the function alone. */
-static uint32_t tool_function(const json *j, uint32_t v) {
-    uint32_t function = json_get(j, v, "function");
-    return function == JSON_NONE ? v : function;
-}
-
-static int tool_declaration(buffer *b, const json *j, uint32_t v, medrun_error *e) {
-    uint32_t parameters = json_get(j, v, "parameters");
-    uint32_t all = json_get(j, parameters, "properties"), c = all + 1;
-    int code = schema_text(b, j, v, "description", "// ", e);
-    if (!code) code = schema_text(b, j, v, "name", "\ntype ", e);
-    if (code || !json_truthy(j, all)) return buffer_text(b, " = () => any;"), code;
-    if (json_typeof(j, all) != JSON_OBJECT) return schema_wrong(e, "properties", "an object");
-    buffer_text(b, " = (_: {\n");
-    for (uint32_t i = 0; !code && i < j->nodes[all].count; i += 2, c = j->nodes[c + 1].next) {
-        if (i) buffer_text(b, ",\n");
-        code = tool_parameter(b, j, parameters, c, e);
-    }
-    return buffer_text(b, "\n}) => any;"), code;
-}
-
-/* A list of functions as TypeScript declarations. */
-static int tools_as_types(buffer *b, const json *j, medrun_error *e) {
-    int code = MEDRUN_OK;
-    uint32_t c = 1;
-    for (uint32_t i = 0; !code && i < j->nodes[0].count; i++, c = j->nodes[c].next) {
-        if (i) buffer_text(b, "\n");
-        code = tool_declaration(b, j, tool_function(j, c), e);
-    }
-    return code;
-}
-
-static void tools_as_json(buffer *b, const json *j) {
-    uint32_t c = 1;
-    for (uint32_t i = 0; i < j->nodes[0].count; i++, c = j->nodes[c].next) {
-        python_json(b, j, c, 4, 0);
-        buffer_text(b, "\n\n");
-    }
-}
-
-/* What a model wrote between the tokens of a tool call, [{"name": arguments}, ...], as
- * [{"name": "name", "arguments": arguments}, ...]. */
-static int tool_calls(buffer *b, const char *text, size_t n, medrun_error *e) {
-    json j = {0};
-    int code = json_parse(&j, text, n, e);
-    bool good = !code && json_typeof(&j, 0) == JSON_ARRAY;
-    uint32_t c = 1;
-    buffer_text(b, "[");
-    for (uint32_t i = 0; good && i < j.nodes[0].count; i++, c = j.nodes[c].next) {
-        if (!(good = json_typeof(&j, c) == JSON_OBJECT && j.nodes[c].count == 2)) break;
-        buffer_text(b, i ? ", {\"name\": " : "{\"name\": ");
-        python_string(b, &j, c + 1);
-        buffer_text(b, ", \"arguments\": ");
-        python_json(b, &j, c + 2, 0, 0);
-        buffer_text(b, "}");
-    }
-    buffer_text(b, "]");
-    json_free(&j);
-    if (code || good) return code;
-    return fail(e, MEDRUN_BAD_FILE, "wanted [{\"name\": arguments}, ...]");
-}
-
-/* ---- the templates ------------------------------------------------------------------------- */
-
-/* What is known while a conversation is written. A part may ask for bits and change them. */
+/* What is known while a conversation is written, one bit each. */
 enum {
-    IN_ASSISTANT = 1,           /* an assistant's turn is open                                 */
-    IN_TOOL = 2,                /* a list of tool results is open                              */
-    IN_INNER = 4,               /* thoughts are open                                           */
-    WAITING = 8,                /* tools were called, their results have not come              */
-    STRINGS = 16, BLOCKS = 32,  /* the form of the assistant's contents so far                 */
-    OUTER = 64,                 /* this tool call ends the thoughts                            */
-    STARTED = 128,              /* a turn has been written                                     */
-    OWN_SYSTEM = 1024,          /* the system text is the template's, not a message's           */
-    HAS_TOOLS = 256, THINKS = 512,      /* the options                                         */
+    HAS_TOOLS = 1 << 0,         /* an option: functions are shown to the model                 */
+    THINKS = 1 << 1,            /* an option: the model may deliberate                         */
+    OWN_SYSTEM = 1 << 2,        /* the system text is the template's, not a message's          */
+    STARTED = 1 << 3,           /* a turn was written                                          */
+    IN_ASSISTANT = 1 << 4,      /* an assistant's turn is open                                 */
+    IN_INNER = 1 << 5,          /* thoughts are open                                           */
+    IN_RESULTS = 1 << 6,        /* a list of tool results is open                              */
+    WAITING = 1 << 7,           /* tools were called, their results have not come              */
+    SAID_TEXT = 1 << 8,         /* an assistant's content was a text, ...                      */
+    SAID_BLOCKS = 1 << 9,       /* ... was a list of blocks                                    */
 };
-
-enum { PART_END, PART_CONTROL, PART_WORDS, PART_TEXT, PART_TRIMMED, PART_ROLE, PART_DATE,
-       PART_TYPES, PART_SCHEMAS, PART_STATE, PART_REFUSE };
 
 typedef struct {
-    int kind;
-    const char *words;          /* of PART_CONTROL, _WORDS, _REFUSE; PART_DATE's if none is given */
-    unsigned on, off;           /* written only where these bits are set, and these are not    */
-    unsigned set, clear;        /* afterwards                                                  */
+    const char *says;           /* the template's words; in them `name` is a control token, and
+                                   these are filled in: $text (the message's), $stripped (without
+                                   white space around it), $quoted (as Python's JSON), $role,
+                                   $tools, $date                                               */
+    const char *refuse;         /* or else why the conversation cannot be written              */
+    unsigned when, unless;      /* counts only while all of these bits, none of those are set  */
+    unsigned sets, clears;      /* the bits that it changes afterwards                         */
 } chat_part;
 
-#define PARTS(...) ((const chat_part[]){__VA_ARGS__, {.kind = PART_END}})
-#define CONTROL(name) {.kind = PART_CONTROL, .words = name}
-#define WORDS(text) {.kind = PART_WORDS, .words = text}
-#define WORDS_IF(bits, text) {.kind = PART_WORDS, .words = text, .on = bits}
-#define WORDS_UNLESS(bits, text) {.kind = PART_WORDS, .words = text, .off = bits}
-#define AS_IS {.kind = PART_TEXT}               /* what a person or the model wrote, as it is  */
-#define STRIPPED {.kind = PART_TRIMMED}         /* the same without white space around it      */
-#define ROLE {.kind = PART_ROLE}                /* the role's name                             */
-#define REFUSE_IF(bits, why) {.kind = PART_REFUSE, .words = why, .on = bits}
-#define REFUSE_UNLESS(bits, why) {.kind = PART_REFUSE, .words = why, .off = bits}
-#define OPEN(bit, name) {.kind = PART_CONTROL, .words = name, .off = bit, .set = bit}
-#define SHUT(bit, name) {.kind = PART_CONTROL, .words = name, .on = bit, .clear = bit}
-#define SHUT_LIST {.kind = PART_WORDS, .words = "]", .on = IN_TOOL, .clear = IN_TOOL}
-#define SET(bits) {.kind = PART_STATE, .set = bits}
-#define CLEAR(bits) {.kind = PART_STATE, .clear = bits}
-
-enum { ROLE_SYSTEM, ROLE_USER, ROLE_ASSISTANT, ROLE_TOOL, ROLE_IPYTHON, N_ROLES,
-       /* what else a turn can be: tool calls beside a content, calls without one, an assistant's
-        * content that is no string, and its blocks */
-       TURN_CALLS = N_ROLES, TURN_SILENT, TURN_BLOCKS, TURN_THOUGHTS, TURN_BLOCK_CALLS,
-       TURN_OUTPUTS, TURN_RESPONSE, N_TURNS };
-
-static const char *const role_names[N_ROLES] = {"system", "user", "assistant", "tool", "ipython"};
-
-/* How a template treats what most do not have. */
-enum {
-    TAKES_TOOLS = 1, TAKES_THINK = 2,
-    STATES_TODAY = 4,           /* its text depends on the date                                */
-    OPENS_BY_ROLE = 8,          /* the answer opens unless the last turn is the assistant's    */
-    CALLS_ALONE = 16,           /* a message with calls is one call and nothing else           */
-    RESULTS_AS_JSON = 32,       /* a tool's content is written as JSON                         */
-    CONTENT_NEEDED = 64,        /* also beside tool calls                                      */
-    ARGUMENTS_AS_TEXT = 128,    /* tool calls' arguments are JSON in a string, else any value  */
-};
+/* A kind of turn that a template writes in its own way. */
+typedef struct {
+    const char *role;           /* of chat_roles; or with a '/' in it, which no file's message can
+                                   have: its text was finished by C code, see tools/tool_calls.c */
+    const chat_part *parts;
+} chat_kind;
 
 typedef struct {
     const char *name;
@@ -6700,112 +6344,113 @@ typedef struct {
                                    that the tokenizer adds, if it does                         */
     const chat_part *opening;   /* the system block that is always there; NULL: none           */
     const char *system;         /* system text of a conversation without any; NULL: none       */
-    const chat_part *turns[N_TURNS];            /* NULL: refused                               */
-    const chat_part *first;     /* the first turn where there are tools, NULL: as the others   */
+    const char *date;           /* the date that is stated if none is given; NULL: today's     */
+    const chat_part *said;      /* a turn of any of chat_roles, but for those in `turns`; NULL:
+                                   only those in `turns` are possible                          */
+    const chat_kind *turns;     /* NULL: none; ends with an empty one                          */
+    const chat_part *first;     /* the first turn where there are tools; NULL: as the others   */
     const chat_part *end;       /* after the last turn                                         */
-    const chat_part *answer;    /* what the model goes on from                                 */
+    const chat_part *answer;    /* the opening of the answer, from which the model goes on     */
     const chat_part *close;     /* after the model's answer, before the next turn              */
-    const char *call[3];        /* around a call's name and arguments                          */
-    unsigned how;
+    bool takes_tools, takes_think;
+    bool states_today;          /* its text depends on the date                                */
+    bool opens_by_role;         /* the answer opens unless the last turn is the assistant's    */
     const char *stops[4];       /* tokens that end an answer, as far as the tokenizer has them */
     const char *stop_text;      /* text that does, or NULL                                     */
     const char *call_tokens[2]; /* around what the model writes to call tools; NULL: none      */
 } chat_template;
 
-#define LLAMA3_TURN(role) CONTROL("<|start_header_id|>"), role, CONTROL("<|end_header_id|>"), \
-                          WORDS("\n\n")
-#define LLAMA3_SAID PARTS(LLAMA3_TURN(ROLE), STRIPPED, CONTROL("<|eot_id|>"))
-#define LLAMA3_ANSWER PARTS(LLAMA3_TURN(WORDS("assistant")))
-#define AFM_SAID PARTS(CONTROL("<|im_start|>"), ROLE, WORDS("\n"), AS_IS, \
-                       CONTROL("<|im_end|>"), WORDS("\n"))
-#define ALPACA_SAID(head) PARTS(WORDS("### " head ":\n"), AS_IS, WORDS("\n\n"))
-#define APERTUS_START OPEN(IN_ASSISTANT, "<|assistant_start|>")
-#define APERTUS_CALLS CONTROL("<|tools_prefix|>"), WORDS("["), AS_IS, WORDS("]"), \
-                      CONTROL("<|tools_suffix|>"), SET(WAITING)
-#define APERTUS(its_name, its_end, its_how) { \
-    .name = its_name, .bos = "<s>", \
-    .opening = PARTS(CONTROL("<|system_start|>"), AS_IS, \
-        /* the default's date follows it */ \
-        {.kind = PART_DATE, .on = OWN_SYSTEM}, \
-        CONTROL("<|system_end|>"), CONTROL("<|developer_start|>"), WORDS("Deliberation: "), \
-        WORDS_IF(THINKS, "enabled\n"), WORDS_UNLESS(THINKS, "disabled\n"), \
-        WORDS_IF(HAS_TOOLS, "Tool Capabilities:\n"), {.kind = PART_TYPES, .on = HAS_TOOLS}, \
-        WORDS_UNLESS(HAS_TOOLS, "Tool Capabilities: disabled"), CONTROL("<|developer_end|>")), \
+/* ---- the templates ------------------------------------------------------------------------- */
+
+#define PARTS(...) ((const chat_part[]){__VA_ARGS__, {0}})      /* an empty part ends the list  */
+#define SAYS(words) PARTS({.says = words})
+#define KINDS(...) ((const chat_kind[]){__VA_ARGS__, {0}})
+
+#define LLAMA3_HEAD(role) "`<|start_header_id|>`" role "`<|end_header_id|>`\n\n"
+#define LLAMA3_SAID SAYS(LLAMA3_HEAD("$role") "$stripped`<|eot_id|>`")
+
+/* Apertus. All that assistant and tools say up to the next person's turn stands in one assistant's
+ * turn. It holds thoughts between inner tokens, calls between tools tokens, and results in a list
+ * in brackets; so what a part writes depends on what is open. */
+#define OPEN_ASSISTANT {.says = "`<|assistant_start|>`", .unless = IN_ASSISTANT, \
+                        .sets = IN_ASSISTANT}
+#define END_RESULTS {.says = "]", .when = IN_RESULTS, .clears = IN_RESULTS}
+#define END_INNER {.says = "`<|inner_suffix|>`", .when = IN_INNER, .clears = IN_INNER}
+#define CALLS {.says = "`<|tools_prefix|>`[$text]`<|tools_suffix|>`", .sets = WAITING}
+#define MIXED "the assistant's contents are both texts and blocks"
+
+static const chat_part apertus_opening[] = {
+    {.says = "`<|system_start|>`$text"},
+    {.says = "$date", .when = OWN_SYSTEM},              /* its own text ends with the date       */
+    {.says = "`<|system_end|>``<|developer_start|>`Deliberation: "},
+    {.says = "enabled\n", .when = THINKS}, {.says = "disabled\n", .unless = THINKS},
+    {.says = "Tool Capabilities:\n$tools", .when = HAS_TOOLS},
+    {.says = "Tool Capabilities: disabled", .unless = HAS_TOOLS},
+    {.says = "`<|developer_end|>`"}, {0}};
+
+static const chat_kind apertus_turns[] = {
+    {"user", PARTS(END_RESULTS, {.says = "`<|assistant_end|>`", .when = IN_ASSISTANT},
+                   {.says = "`<|user_start|>`$text`<|user_end|>`",
+                    .clears = IN_ASSISTANT | IN_INNER})},
+    {"assistant", PARTS(OPEN_ASSISTANT, {.refuse = MIXED, .when = SAID_BLOCKS}, END_RESULTS,
+                        {.says = "$text", .sets = SAID_TEXT})},
+    {"tool", PARTS({.refuse = "a tool's turn without the assistant's", .unless = IN_ASSISTANT},
+                   {.says = ", ", .when = IN_RESULTS}, {.says = "[", .unless = IN_RESULTS},
+                   {.says = "$text", .sets = IN_RESULTS, .clears = WAITING})},
+    {"assistant/calls", PARTS(CALLS)},                  /* after a text, or after ...            */
+    {"assistant/silent", PARTS(OPEN_ASSISTANT)},
+    {"assistant/blocks", PARTS(OPEN_ASSISTANT, {.refuse = MIXED, .when = SAID_TEXT},
+                               {.says = "", .sets = SAID_BLOCKS})},     /* before the following  */
+    {"assistant/thoughts", PARTS(END_RESULTS, {.says = "`<|inner_prefix|>`", .unless = IN_INNER,
+                                               .sets = IN_INNER}, {.says = "$text"})},
+    {"assistant/block-calls", PARTS(END_RESULTS, CALLS)},
+    {"assistant/outputs", PARTS({.refuse = "tool results both as messages and as a block",
+                                 .when = IN_RESULTS}, {.says = "[$text]", .clears = WAITING})},
+    {"assistant/response", PARTS(END_RESULTS, END_INNER, {.says = "$text"})},
+    {0}};
+
+/* What the three releases have in common. */
+#define APERTUS \
+    .bos = "<s>", .opening = apertus_opening, .turns = apertus_turns, \
     .system = "You are Apertus, a helpful assistant created by the SwissAI initiative.\n" \
               "Knowledge cutoff: 2024-04\nCurrent date: ", \
-    .turns = { \
-        [ROLE_USER] = PARTS(CLEAR(IN_INNER), SHUT_LIST, SHUT(IN_ASSISTANT, "<|assistant_end|>"), \
-                            CONTROL("<|user_start|>"), AS_IS, CONTROL("<|user_end|>")), \
-        [ROLE_ASSISTANT] = PARTS(APERTUS_START, \
-            REFUSE_IF(BLOCKS, "the assistant's contents are both texts and blocks"), \
-            SHUT_LIST, SET(STRINGS), AS_IS), \
-        [ROLE_TOOL] = PARTS(REFUSE_UNLESS(IN_ASSISTANT, "a tool's turn without the assistant's"), \
-            WORDS_IF(IN_TOOL, ", "), \
-            {.kind = PART_WORDS, .words = "[", .off = IN_TOOL, .set = IN_TOOL}, \
-            CLEAR(WAITING), AS_IS), \
-        [TURN_CALLS] = PARTS(APERTUS_CALLS), \
-        [TURN_SILENT] = PARTS(APERTUS_START), \
-        [TURN_BLOCKS] = PARTS(APERTUS_START, \
-            REFUSE_IF(STRINGS, "the assistant's contents are both texts and blocks"), \
-            SET(BLOCKS)), \
-        [TURN_THOUGHTS] = PARTS(SHUT_LIST, OPEN(IN_INNER, "<|inner_prefix|>"), AS_IS), \
-        [TURN_BLOCK_CALLS] = PARTS(SHUT_LIST, SHUT(IN_INNER | OUTER, "<|inner_suffix|>"), \
-                                   APERTUS_CALLS), \
-        [TURN_OUTPUTS] = PARTS( \
-            REFUSE_IF(IN_TOOL, "tool results both as messages and as a block"), \
-            WORDS("["), AS_IS, WORDS("]"), CLEAR(WAITING)), \
-        [TURN_RESPONSE] = PARTS(SHUT_LIST, SHUT(IN_INNER, "<|inner_suffix|>"), AS_IS), \
-    }, \
-    .end = its_end, .answer = PARTS(CONTROL("<|assistant_start|>")), \
-    .close = PARTS(CONTROL("<|assistant_end|>")), .call = {"{\"", "\": ", "}"}, \
-    .how = TAKES_TOOLS | TAKES_THINK | STATES_TODAY | (its_how), \
+    .answer = SAYS("`<|assistant_start|>`"), .close = SAYS("`<|assistant_end|>`"), \
+    .takes_tools = true, .takes_think = true, .states_today = true, \
     .stops = {"</s>", "<|assistant_end|>", "<|tools_suffix|>"}, \
-    .call_tokens = {"<|tools_prefix|>", "<|tools_suffix|>"} }
-#define APERTUS_OPEN_END PARTS(SHUT_LIST)
-#define APERTUS_SHUT_END PARTS(SHUT_LIST, {.kind = PART_CONTROL, .words = "<|assistant_end|>", \
-                                           .on = IN_ASSISTANT, .off = WAITING})
+    .call_tokens = {"<|tools_prefix|>", "<|tools_suffix|>"}
 
 static const chat_template chat_templates[] = {
     /* Llama-3 and Med42. A system message may stand anywhere, and any role is written as it is. Of
      * the published forms one opens the answer also when it is not asked to; here it is asked. */
     {
-        .name = "llama3", .bos = "<|begin_of_text|>",
-        .turns = {LLAMA3_SAID, LLAMA3_SAID, LLAMA3_SAID, LLAMA3_SAID, LLAMA3_SAID},
-        .answer = LLAMA3_ANSWER, .close = PARTS(CONTROL("<|eot_id|>")),
+        .name = "llama3", .bos = "<|begin_of_text|>", .said = LLAMA3_SAID,
+        .answer = SAYS(LLAMA3_HEAD("assistant")), .close = SAYS("`<|eot_id|>`"),
         .stops = {"<|eot_id|>", "<|end_of_text|>"},
     },
-    /* Of Llama-3.1's tools what its template does by default: they stand in the first turn. Not
-     * here: its options builtin_tools, tools_in_user_message and custom_tools. */
+    /* Llama-3.1, tools as its template has them by default: in the first turn. Its options
+     * builtin_tools, tools_in_user_message and custom_tools are not here. */
     {
-        .name = "llama3.1", .bos = "<|begin_of_text|>",
-        .opening = PARTS(LLAMA3_TURN(WORDS("system")),
-                         WORDS_IF(HAS_TOOLS, "Environment: ipython\n"),
-                         WORDS("Cutting Knowledge Date: December 2023\nToday Date: "),
-                         {.kind = PART_DATE, .words = "26 Jul 2024"},
-                         WORDS("\n\n"), STRIPPED, CONTROL("<|eot_id|>")),
-        .system = "",
-        .turns = {LLAMA3_SAID, LLAMA3_SAID, LLAMA3_SAID,
-                  [ROLE_TOOL] = PARTS(LLAMA3_TURN(WORDS("ipython")), AS_IS, CONTROL("<|eot_id|>")),
-                  [ROLE_IPYTHON] = PARTS(LLAMA3_TURN(ROLE), AS_IS, CONTROL("<|eot_id|>")),
-                  [TURN_CALLS] = PARTS(LLAMA3_TURN(WORDS("assistant")), AS_IS,
-                                       CONTROL("<|eot_id|>"))},
-        .first = PARTS(LLAMA3_TURN(WORDS("user")),
-                       WORDS("Given the following functions, please respond with a JSON for a "
-                             "function call with its proper arguments that best answers the given "
-                             "prompt.\n\nRespond in the format {\"name\": function name, "
-                             "\"parameters\": dictionary of argument name and its value}.Do not "
-                             "use variables.\n\n"),
-                       {.kind = PART_SCHEMAS}, STRIPPED, CONTROL("<|eot_id|>")),
-        .answer = LLAMA3_ANSWER, .close = PARTS(CONTROL("<|eot_id|>")),
-        .call = {"{\"name\": \"", "\", \"parameters\": ", "}"},
-        .how = TAKES_TOOLS | CALLS_ALONE | RESULTS_AS_JSON,
-        .stops = {"<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"},
+        .name = "llama3.1", .bos = "<|begin_of_text|>", .system = "", .date = "26 Jul 2024",
+        .opening = PARTS({.says = LLAMA3_HEAD("system")},
+                         {.says = "Environment: ipython\n", .when = HAS_TOOLS},
+                         {.says = "Cutting Knowledge Date: December 2023\nToday Date: $date\n\n"
+                                  "$stripped`<|eot_id|>`"}),
+        .said = LLAMA3_SAID,
+        .turns = KINDS({"tool", SAYS(LLAMA3_HEAD("ipython") "$quoted`<|eot_id|>`")},
+                       {"ipython", SAYS(LLAMA3_HEAD("ipython") "$quoted`<|eot_id|>`")},
+                       {"tool/json", SAYS(LLAMA3_HEAD("ipython") "$text`<|eot_id|>`")},
+                       {"assistant/calls", SAYS(LLAMA3_HEAD("assistant") "$text`<|eot_id|>`")}),
+        .first = SAYS(LLAMA3_HEAD("user")
+            "Given the following functions, please respond with a JSON for a function call with "
+            "its proper arguments that best answers the given prompt.\n\nRespond in the format "
+            "{\"name\": function name, \"parameters\": dictionary of argument name and its value}."
+            "Do not use variables.\n\n$tools$stripped`<|eot_id|>`"),
+        .answer = SAYS(LLAMA3_HEAD("assistant")), .close = SAYS("`<|eot_id|>`"),
+        .takes_tools = true, .stops = {"<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"},
     },
     /* Arcee's AFM: ChatML with a persona. */
     {
-        .name = "afm",
-        .opening = PARTS(CONTROL("<|im_start|>"), WORDS("system\n"), AS_IS,
-                         CONTROL("<|im_end|>"), WORDS("\n")),
+        .name = "afm", .opening = SAYS("`<|im_start|>`system\n$text`<|im_end|>`\n"),
         .system = "The assistant is AFM-4.5B, trained by Arcee AI, with 4.5 billion parameters. "
             "AFM is a deeply thoughtful, helpful assistant. The assistant is having a conversation "
             "with the user. The assistant's responses are calm, intelligent, and personable, "
@@ -6817,57 +6462,55 @@ static const chat_template chat_templates[] = {
             "robotic or overly formal; it speaks like a wise, thoughtful companion who cares about "
             "clarity and the human experience. If a topic is uncertain or depends on subjective "
             "interpretation, AFM explains the possibilities thoughtfully.",
-        .turns = {AFM_SAID, AFM_SAID, AFM_SAID, AFM_SAID, AFM_SAID},
-        .answer = PARTS(CONTROL("<|im_start|>"), WORDS("assistant\n")),
-        .close = PARTS(CONTROL("<|im_end|>"), WORDS("\n")), .how = OPENS_BY_ROLE,
-        .stops = {"<|im_end|>", "<|end_of_text|>"},
+        .said = SAYS("`<|im_start|>`$role\n$text`<|im_end|>`\n"),
+        .answer = SAYS("`<|im_start|>`assistant\n"), .close = SAYS("`<|im_end|>`\n"),
+        .opens_by_role = true, .stops = {"<|im_end|>", "<|end_of_text|>"},
     },
-    /* Apertus, three releases of one template. The first form takes functions as OpenAI's API has
-     * them; the other two want them bare (here either form does), arguments as text, and a content
-     * beside every tool call; the last also closes an assistant's turn that ends a conversation. */
-    APERTUS("apertus", APERTUS_OPEN_END, 0),
-    APERTUS("apertus-bare", APERTUS_OPEN_END, CONTENT_NEEDED | ARGUMENTS_AS_TEXT),
-    APERTUS("apertus-closed", APERTUS_SHUT_END, CONTENT_NEEDED | ARGUMENTS_AS_TEXT),
+    /* The first two differ in tools/tool_calls.c only. The third also ends an assistant's turn that
+     * ends the conversation. */
+    {.name = "apertus", APERTUS, .end = PARTS(END_RESULTS)},
+    {.name = "apertus-bare", APERTUS, .end = PARTS(END_RESULTS)},
+    {.name = "apertus-closed", APERTUS,
+     .end = PARTS(END_RESULTS, {.says = "`<|assistant_end|>`", .when = IN_ASSISTANT,
+                                .unless = WAITING})},
     /* Internist.ai: words only, no BOS and no end of turn. */
     {
-        .name = "alpaca",
-        .turns = {ALPACA_SAID("System"), ALPACA_SAID("Instruction"), ALPACA_SAID("Response"),
-                  ALPACA_SAID("Response"), ALPACA_SAID("Response")},
-        .answer = PARTS(WORDS("### Response:\n")), .close = PARTS(WORDS("\n\n")),
+        .name = "alpaca", .said = SAYS("### Response:\n$text\n\n"),
+        .turns = KINDS({"system", SAYS("### System:\n$text\n\n")},
+                       {"user", SAYS("### Instruction:\n$text\n\n")}),
         .system = "You are a medical assistant, provide accurate and unbiased answers to the "
                   "questions.",
+        .answer = SAYS("### Response:\n"), .close = SAYS("\n\n"),
         .stops = {"</s>"}, .stop_text = "### Instruction:",
     },
     /* A model without chat: the texts one after another, whoever wrote them. */
-    {
-        .name = "none", .bos = "",
-        .turns = {PARTS(AS_IS), PARTS(AS_IS), PARTS(AS_IS), PARTS(AS_IS), PARTS(AS_IS)},
-    },
+    {.name = "none", .bos = "", .said = SAYS("$text")},
 };
 
 #undef PARTS
-#undef CONTROL
-#undef WORDS
-#undef WORDS_IF
-#undef WORDS_UNLESS
-#undef AS_IS
-#undef STRIPPED
-#undef ROLE
-#undef REFUSE_IF
-#undef REFUSE_UNLESS
-#undef OPEN
-#undef SHUT
-#undef SHUT_LIST
-#undef SET
-#undef CLEAR
+#undef SAYS
+#undef KINDS
+#undef CALLS
+#undef MIXED
 
 #define CHAT_NAMES "llama3, llama3.1, afm, apertus, apertus-bare, apertus-closed, alpaca, none"
 #define CHAT_UNKNOWN "unknown"  /* in a checkpoint whose template the exporter did not recognise  */
+
+/* The roles that messages in files have. */
+enum { N_CHAT_ROLES = 5 };
+static const char *const chat_roles[N_CHAT_ROLES] = {"system", "user", "assistant", "tool",
+                                                     "ipython"};
 
 /* NULL: unknown, which callers refuse: a guessed template gives wrong answers that look right. */
 static const chat_template *chat_find(const char *name) {
     for (size_t i = 0; i < sizeof chat_templates / sizeof *chat_templates; i++)
         if (!strcmp(name, chat_templates[i].name)) return &chat_templates[i];
+    return NULL;
+}
+
+static const chat_part *chat_kind_of(const chat_template *c, const char *role) {
+    for (const chat_kind *k = c->turns; k && k->role; k++)
+        if (!strcmp(k->role, role)) return k->parts;
     return NULL;
 }
 
@@ -6892,18 +6535,20 @@ static bool date_is_good(const char *date) {
 
 /* ---- writing ------------------------------------------------------------------------------- */
 
-/* One walk over the parts serves ids and text. In ids, what is literal collects in `run` until a
- * control token or the end; in text, everything goes straight to OUT. */
+/* Who writes. Callers fill in the first group. The same walk gives ids and text: for ids, text
+ * collects in `run` until a control token or the end; for text, all goes straight to `out`. */
 typedef struct {
     const chat_template *c;
-    const tokenizer *t;
-    const medrun_chat_options *o;
-    bool as_text;               /* OUT gets text instead of ids                                */
-    unsigned state;             /* IN_ASSISTANT and so on                                      */
-    json tools;
-    buffer *out, run;           /* run: text since the last control token                      */
-    int flags;                  /* TOKENIZE_CONTINUES: the next run goes on from the last turn */
+    const tokenizer *t;         /* may be NULL for text: names of tokens are not checked then  */
+    const medrun_chat_options *o;               /* NULL: what the template does by itself      */
+    bool as_text;               /* for people to read, control tokens spelled out: never to be
+                                   tokenized again                                             */
+    buffer *out;                /* int32 ids, or text; grows at its end                        */
     medrun_error *e;
+
+    unsigned state;             /* HAS_TOOLS and so on                                         */
+    buffer run;                 /* text since the last control token                           */
+    int flags;                  /* TOKENIZE_CONTINUES: the next run goes on from the last turn */
 } chat_writer;
 
 /* Python's str.strip(), which the templates' `trim` is: white space, and U+001C to U+001F. */
@@ -6920,454 +6565,335 @@ static void trim(const char **text, size_t *n) {
     *n = end ? end - start : 0;
 }
 
+/* A string as Python's json.dumps(text, ensure_ascii=False) writes it. */
+static void python_quote(buffer *b, const char *text, size_t n) {
+    static const char from[] = "\"\\\b\f\n\r\t", to[] = "\"\\bfnrt";
+    buffer_text(b, "\"");
+    for (size_t i = 0; i < n; i++) {
+        const char *at = text[i] ? strchr(from, text[i]) : NULL;
+        if (at) buffer_printf(b, "\\%c", to[at - from]);
+        else if ((uint8_t)text[i] < 0x20) buffer_printf(b, "\\u%04x", (unsigned)text[i]);
+        else buffer_add(b, text + i, 1);
+    }
+    buffer_text(b, "\"");
+}
+
 /* Ends the run of text: its ids go out. */
 static int chat_flush(chat_writer *w) {
+    if (w->e->code) return w->e->code;
     if (w->run.failed || w->out->failed) return out_of_memory(w->e, w->run.n + w->out->n);
-    const buffer *run = &w->run;
-    int code = tokenizer_encode(w->t, (const char *)run->data, run->n, w->flags, w->out, w->e);
-    w->run.n = 0, w->flags = 0;
-    return code;
+    tokenizer_encode(w->t, (const char *)w->run.data, w->run.n, w->flags, w->out, w->e);
+    w->run.n = 0;
+    w->flags = 0;
+    return w->e->code;
 }
 
-/* A control token: its id after the run before it, or its name. */
-static int chat_control(chat_writer *w, int32_t id) {
-    size_t n;
-    const char *piece = tokenizer_piece(w->t, id, &n);
-    if (w->as_text) return buffer_add(w->out, piece, n), MEDRUN_OK;
-    int code = chat_flush(w);
-    if (!code) buffer_add(w->out, &id, sizeof id);
-    return code;
+/* A control token, which the tokenizer has as ID: its id after the run before it, or its name. A
+ * piece of another type is not accepted: what ordinary text can give must not mean a turn. */
+static int chat_control(chat_writer *w, const char *name, size_t n, int32_t id) {
+    if (w->as_text) buffer_add(w->out, name, n);
+    else if (!chat_flush(w)) buffer_add(w->out, &id, sizeof id);
+    return w->e->code;
 }
 
-/* The table names control tokens; each tokenizer has its own ids for them. A piece of another type
- * is not accepted: what ordinary text can give must not mean a turn. */
-static int chat_control_named(chat_writer *w, const char *name) {
-    if (w->as_text && !w->t) return buffer_text(w->out, name), MEDRUN_OK;
-    int32_t id = tokenizer_find(w->t, name, strlen(name));
-    if (id < 0 || tokenizer_type(w->t, id) != PIECE_CONTROL)
-        return fail(w->e, MEDRUN_BAD_FILE, "tokenizer: control token %s is missing, which the chat "
-                    "template %s needs; use the template and the tokenizer of one model", name,
-                    w->c->name);
-    return chat_control(w, id);
+/* The control token that a string of the table names; each tokenizer has its own id for it. */
+static int chat_control_named(chat_writer *w, const char *name, size_t n) {
+    int32_t id = w->t ? tokenizer_find(w->t, name, n) : 0;
+    if (w->t && (id < 0 || tokenizer_type(w->t, id) != PIECE_CONTROL))
+        return fail(w->e, MEDRUN_BAD_FILE, "tokenizer: control token %.*s is missing, which the "
+                    "chat template %s needs; use the template and the tokenizer of one model",
+                    (int)n, name, w->c->name);
+    return chat_control(w, name, n, id);
 }
 
 /* BOS as the template has it, or as the options say. */
 static int chat_bos(chat_writer *w) {
     const char *name = w->c->bos;
-    if (w->o->bos == MEDRUN_BOS_OFF) return MEDRUN_OK;
-    if (name && *name) return chat_control_named(w, name);
-    bool wanted = w->o->bos == MEDRUN_BOS_ON || (name && w->t && w->t->add_bos);
-    if (!wanted) return MEDRUN_OK;
-    if (w->t && w->t->bos >= 0) return chat_control(w, w->t->bos);
-    return fail(w->e, MEDRUN_USAGE, "BOS: wanted a tokenizer that has such a token");
+    bool own = name && *name, tokenizers = name && !own && w->t && w->t->add_bos;
+    if (w->o->bos == MEDRUN_BOS_OFF) return w->e->code;
+    if (own) return chat_control_named(w, name, strlen(name));
+    if (!tokenizers && w->o->bos != MEDRUN_BOS_ON) return w->e->code;
+    if (!w->t || w->t->bos < 0)
+        return fail(w->e, MEDRUN_USAGE, "BOS: wanted a tokenizer that has such a token");
+    size_t n;
+    name = tokenizer_piece(w->t, w->t->bos, &n);
+    return chat_control(w, name, n, w->t->bos);
 }
 
-/* The date that was given, or else FIXED, or else today's; in the form of FIXED. */
-static void chat_date(const chat_writer *w, const char *fixed, buffer *to) {
+/* The date that was given, in the form of the template's; else the template's, else today's. */
+static void chat_date(const chat_writer *w, buffer *to) {
     static const char months[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
     char today[11];
     const char *date = w->o->date;
-    if (!date && !fixed) date_today(today), date = today;
-    if (!fixed) buffer_text(to, date);
-    else if (!date) buffer_text(to, fixed);
+    if (!date) date_today(today);
+    if (!w->c->date) buffer_text(to, date ? date : today);
+    else if (!date) buffer_text(to, w->c->date);
     else buffer_printf(to, "%s %.3s %.4s", date + 8, months + 3 * (atoi(date + 5) - 1), date);
 }
 
-/* Writes a list of parts; ROLE and TEXT are the message's. */
-static int chat_parts(chat_writer *w, const chat_part *part, const char *role, const char *text,
-                      size_t n) {
+/* Fills in what a string of the table calls $NAME. */
+static void chat_fill(chat_writer *w, const char *name, size_t n, const medrun_message *said) {
+    static const char *const names[] = {"text", "stripped", "quoted", "role", "tools", "date"};
     buffer *to = w->as_text ? w->out : &w->run;
-    int code = MEDRUN_OK;
-    for (; part && !code && part->kind != PART_END; part++) {
-        if ((w->state & part->on) != part->on || (w->state & part->off)) continue;
-        switch (part->kind) {
-            case PART_CONTROL: code = chat_control_named(w, part->words); break;
-            case PART_WORDS: buffer_text(to, part->words); break;
-            case PART_TEXT: buffer_add(to, text, n); break;
-            case PART_TRIMMED: trim(&text, &n); buffer_add(to, text, n); break;
-            case PART_ROLE: buffer_text(to, role); break;
-            case PART_DATE: chat_date(w, part->words, to); break;
-            case PART_TYPES: code = tools_as_types(to, &w->tools, w->e); break;
-            case PART_SCHEMAS: tools_as_json(to, &w->tools); break;
-            case PART_REFUSE:
-                return fail(w->e, MEDRUN_USAGE, "messages: template %s: %s", w->c->name,
-                            part->words);
-            default: break;
+    const char *text = said->text;
+    size_t i = 0, n_text = said->n_bytes;
+    while (i < 5 && (strlen(names[i]) != n || memcmp(name, names[i], n))) i++;
+    if (i == 1) trim(&text, &n_text);
+    if (i <= 1) buffer_add(to, text, n_text);
+    if (i == 2) python_quote(to, text, n_text);
+    if (i == 3) buffer_text(to, said->role);
+    if (i == 4) buffer_add(to, w->o->tools, w->o->n_tools);
+    if (i == 5) chat_date(w, to);
+}
+
+/* The walker: writes a list of parts (NULL: an empty one) for the turn SAID (NULL: none). Control
+ * tokens come out of `says` alone, and every `says` is a string of the table. */
+static int chat_parts(chat_writer *w, const chat_part *part, const medrun_message *said) {
+    for (; part && (part->says || part->refuse) && !w->e->code; part++) {
+        if ((w->state & part->when) != part->when || (w->state & part->unless)) continue;
+        if (part->refuse)
+            return fail(w->e, MEDRUN_USAGE, "messages: template %s: %s", w->c->name, part->refuse);
+        for (const char *s = part->says; *s && !w->e->code;) {
+            size_t n = strcspn(s, "`$");
+            buffer_add(w->as_text ? w->out : &w->run, s, n);
+            s += n;
+            if (*s == '`') {
+                n = strcspn(++s, "`");
+                chat_control_named(w, s, n);
+                s += n + 1;
+            } else if (*s == '$') {
+                n = strspn(++s, "abcdefghijklmnopqrstuvwxyz");
+                chat_fill(w, s, n, said);
+                s += n;
+            }
         }
-        w->state = (w->state | part->set) & ~part->clear;
+        w->state = (w->state | part->sets) & ~part->clears;
     }
-    return code;
+    return w->e->code;
 }
 
-/* ---- messages ------------------------------------------------------------------------------ */
+/* ---- messages in JSON ---------------------------------------------------------------------- */
 
-/* A message taken apart; TEXT is its content, or NULL where that is no string. */
+/* Of a key that stands twice Python keeps the last value; here that is refused, in node V of J and
+ * all that it holds. Keys are compared unescaped: "\u0061" is "a". */
+static int json_check_keys(const json *j, uint32_t v, const char *what, medrun_error *e) {
+    enum { MOST = 256 };
+    buffer key = {0};
+    for (uint32_t end = j->nodes[v].next; !e->code && v < end; v++) {
+        uint32_t count = j->nodes[v].count, c = v + 1;
+        if (json_typeof(j, v) != JSON_OBJECT) continue;
+        if (count > 2 * MOST)
+            fail(e, MEDRUN_BAD_FILE, "%s: an object has more than %d keys", what, MOST);
+        for (uint32_t i = 0; !e->code && i < count; i += 2, c = j->nodes[c + 1].next) {
+            key.n = 0;
+            json_unescape(j, c, &key);
+            buffer_add(&key, "", 1);
+            const char *name = (const char *)key.data;
+            if (key.failed) out_of_memory(e, key.n);
+            else if (strlen(name) + 1 < key.n)
+                fail(e, MEDRUN_BAD_FILE, "%s: the key \"%.80s\" holds a NUL", what, name);
+            else if (json_get(j, v, name) != c + 1)     /* the first one of this name            */
+                fail(e, MEDRUN_BAD_FILE, "%s: the key \"%.80s\" stands twice in one object", what,
+                     name);
+        }
+    }
+    buffer_free(&key);
+    return e->code;
+}
+
+/* Node V of J must be a list of objects without a key that stands twice. */
+static int chat_check_list(const json *j, uint32_t v, const char *what, medrun_error *e) {
+    bool good = json_is_type(j, v, JSON_ARRAY);
+    for (uint32_t i = 0, x = v + 1; good && i < j->nodes[v].count; i++, x = j->nodes[x].next)
+        good = json_is_type(j, x, JSON_OBJECT);
+    if (good) return json_check_keys(j, v, "messages", e);
+    return fail(e, MEDRUN_BAD_FILE, "%s: wanted [{\"role\": \"...\", \"content\": \"...\"}, ...]",
+                what);
+}
+
+/* Message V of J, {"role": ..., "content": ...}: gives the name of its role, or NULL. */
+static const char *chat_role_of(const json *j, uint32_t v, medrun_error *e) {
+    uint32_t role = json_get(j, v, "role");
+    bool empty = json_get(j, v, "content") == JSON_NONE &&
+                 json_get(j, v, "tool_calls") == JSON_NONE;
+    for (size_t i = 0; !empty && i < N_CHAT_ROLES; i++)
+        if (json_is(j, role, chat_roles[i])) return chat_roles[i];
+    if (empty || !json_is_type(j, role, JSON_STRING))
+        fail(e, MEDRUN_BAD_FILE, "messages: wanted {\"role\": \"...\", \"content\": \"...\"}");
+    else
+        fail(e, MEDRUN_USAGE, "role: found \"%.*s\", wanted system, user, assistant or tool",
+             (int)(j->nodes[role].end - j->nodes[role].start), j->text + j->nodes[role].start);
+    return NULL;
+}
+
+/* Messages with the memory that they lie in; N of them. */
 typedef struct {
-    int role;
-    const char *text;
+    medrun_message *m;
     size_t n;
-    uint32_t content, calls;    /* nodes of a message in JSON; JSON_NONE: not there            */
-    json j;
-    buffer words;
-} chat_message;
+    buffer text;
+} chat_list;
 
-static void chat_message_free(chat_message *m) {
-    json_free(&m->j);
-    buffer_free(&m->words);
+static void chat_list_free(chat_list *list) {
+    free(list->m);
+    buffer_free(&list->text);
 }
 
-static int chat_refuse(const chat_writer *w, const char *what) {
-    return fail(w->e, MEDRUN_USAGE, "messages: %s", what);
+/* Makes room in LIST, an empty one, for N messages whose texts are those of node V of J. */
+static int chat_list_room(chat_list *list, size_t n, const json *j, uint32_t v, medrun_error *e) {
+    list->m = new_array(n, sizeof *list->m);
+    buffer_room(&list->text, j->nodes[v].end - j->nodes[v].start);     /* so that none moves     */
+    return list->m && !list->text.failed ? e->code : out_of_memory(e, n * sizeof *list->m);
 }
 
-/* Makes the string at node V the text. */
-static int chat_take(chat_message *m, uint32_t v, medrun_error *e) {
-    json_unescape(&m->j, v, &m->words);
-    if (m->words.failed) return out_of_memory(e, m->words.n);
-    m->text = m->words.n ? (const char *)m->words.data : "", m->n = m->words.n;
-    return MEDRUN_OK;
-}
-
-/* Takes M apart; free it afterwards, also on failure. */
-static int chat_message_open(chat_message *out, const medrun_message *m, medrun_error *e) {
-    *out = (chat_message){.text = m->text ? m->text : "", .n = m->n_bytes, .content = JSON_NONE,
-                          .calls = JSON_NONE};
-    medrun_error why = {0};
-    json *j = &out->j;
-    uint32_t role = JSON_NONE;
-    if (!m->role) {
-        int code = json_parse(j, out->text, out->n, &why);
-        if (!code) code = json_check_keys(j, "messages", e);
-        if (code) return fail(e, code, "messages: %s", why.text);
-        role = json_get(j, 0, "role");
-        out->content = json_get(j, 0, "content"), out->calls = json_get(j, 0, "tool_calls");
-        out->text = NULL, out->n = 0;
-        if (!json_is_type(j, role, JSON_STRING) ||
-            (out->content == JSON_NONE && out->calls == JSON_NONE))
-            return fail(e, MEDRUN_BAD_FILE, "messages: wanted {\"role\": \"...\", \"content\": "
-                        "\"...\"}");
+/* Reads node V of J, [{"role": ..., "content": "..."}, ...]; free LIST afterwards. Other contents,
+ * and calls where C has a place for them, need tools/tool_calls.c. */
+static int chat_messages(const chat_template *c, const json *j, uint32_t v, const char *what,
+                         chat_list *list, medrun_error *e) {
+    *list = (chat_list){0};
+    if (chat_check_list(j, v, what, e) ||
+        chat_list_room(list, j->nodes[v].count, j, v, e)) return e->code;
+    for (uint32_t i = 0, x = v + 1; i < j->nodes[v].count; i++, x = j->nodes[x].next) {
+        const char *role = chat_role_of(j, x, e);
+        uint32_t content = json_get(j, x, "content");
+        size_t before = list->text.n;
+        if (!role) return e->code;
+        if (json_get(j, x, "tool_calls") != JSON_NONE && chat_kind_of(c, "assistant/calls"))
+            return fail(e, MEDRUN_USAGE, "messages: tool_calls: medrun-lab call writes them");
+        if (!json_is_type(j, content, JSON_STRING))
+            return fail(e, MEDRUN_USAGE, "messages: content: wanted a string");
+        json_unescape(j, content, &list->text);
+        list->m[list->n++] = (medrun_message){role, (const char *)list->text.data + before,
+                                              list->text.n - before};
     }
-    while (out->role < N_ROLES && (m->role ? strcmp(m->role, role_names[out->role])
-                                           : !json_is(j, role, role_names[out->role]))) out->role++;
-    if (out->role == N_ROLES)
-        return fail(e, MEDRUN_USAGE, "role: found \"%.*s\", wanted system, user, assistant or tool",
-                    m->role ? 40 : (int)(j->nodes[role].end - j->nodes[role].start),
-                    m->role ? m->role : j->text + j->nodes[role].start);
-    return json_is_type(j, out->content, JSON_STRING) ? chat_take(out, out->content, e) : MEDRUN_OK;
-}
-
-/* A content that is no string: {"text": ...} of the system, {"parts": [...]} of a user, or what a
- * tool gave where that is written as JSON. */
-static int chat_content(chat_writer *w, chat_message *m) {
-    const json *j = &m->j;
-    uint32_t v = m->content;
-    if ((w->c->how & RESULTS_AS_JSON) && m->role >= ROLE_TOOL) {
-        buffer text = {0};
-        if (!m->text && (v == JSON_NONE || json_typeof(j, v) < JSON_STRING))
-            return chat_refuse(w, "content of a tool: wanted a string, a list or an object");
-        if (m->text) python_quote(&text, m->text, m->n);
-        else python_json(&text, j, v, 0, 0);
-        buffer_free(&m->words);
-        m->words = text, m->text = (const char *)text.data, m->n = text.n;
-        return text.failed ? out_of_memory(w->e, text.n) : MEDRUN_OK;
-    }
-    if (m->text) return MEDRUN_OK;
-    bool structured = w->c->turns[TURN_BLOCKS] != NULL;
-    uint32_t text = json_get(j, v, "text"), parts = json_get(j, v, "parts"), c = parts + 1;
-    if (structured && m->role == ROLE_SYSTEM && json_is_type(j, text, JSON_STRING))
-        return chat_take(m, text, w->e);
-    if (!structured || m->role != ROLE_USER || !json_is_type(j, parts, JSON_ARRAY))
-        return chat_refuse(w, "content: wanted a string");
-    m->text = "";
-    for (uint32_t i = 0; i < j->nodes[parts].count; i++, c = j->nodes[c].next) {
-        text = json_get(j, c, "text");
-        if (!json_is(j, json_get(j, c, "type"), "text") || !json_is_type(j, text, JSON_STRING))
-            return chat_refuse(w, "content: wanted parts of type \"text\"");
-        int code = chat_take(m, text, w->e);
-        if (code) return code;
-    }
-    return MEDRUN_OK;
-}
-
-/* ---- tool calls and blocks ----------------------------------------------------------------- */
-
-/* Appends one call. FUNCTION has the name, and the arguments as a value or AS_TEXT. */
-static int chat_call(chat_writer *w, const json *j, uint32_t function, bool as_text, buffer *b) {
-    uint32_t name = json_get(j, function, "name"), arguments = json_get(j, function, "arguments");
-    if (!json_is_type(j, name, JSON_STRING))
-        return chat_refuse(w, "tool call: name: wanted a string");
-    if (arguments == JSON_NONE || (as_text && json_typeof(j, arguments) != JSON_STRING))
-        return chat_refuse(w, as_text ? "tool call: arguments: wanted JSON in a string"
-                                      : "tool call: wanted arguments");
-    buffer_text(b, w->c->call[0]);
-    json_unescape(j, name, b);
-    buffer_text(b, w->c->call[1]);
-    if (as_text) json_unescape(j, arguments, b);
-    else python_json(b, j, arguments, 0, 0);
-    buffer_text(b, w->c->call[2]);
-    return MEDRUN_OK;
-}
-
-/* The calls of LIST, of a message or of a block, as turn TURN. */
-static int chat_calls(chat_writer *w, const json *j, uint32_t list, int turn) {
-    bool block = turn == TURN_BLOCK_CALLS, alone = w->c->how & CALLS_ALONE;
-    bool as_text = block || (w->c->how & ARGUMENTS_AS_TEXT);
-    buffer b = {0};
-    int code = MEDRUN_OK;
-    uint32_t v = list + 1;
-    if (!json_is_type(j, list, JSON_ARRAY)) return chat_refuse(w, "tool calls: wanted a list");
-    if (alone && j->nodes[list].count != 1)
-        return chat_refuse(w, "tool calls: this template takes one call a message");
-    for (uint32_t i = 0; !code && i < j->nodes[list].count; i++, v = j->nodes[v].next) {
-        if (i) buffer_text(&b, ", ");
-        if (!block && !alone && !json_is(j, json_get(j, v, "type"), "function"))
-            code = chat_refuse(w, "tool call: type: wanted \"function\"");
-        else code = chat_call(w, j, block ? v : json_get(j, v, "function"), as_text, &b);
-    }
-    if (!code && b.failed) code = out_of_memory(w->e, b.n);
-    if (!code) code = chat_parts(w, w->c->turns[turn], NULL, (const char *)b.data, b.n);
-    buffer_free(&b);
-    return code;
-}
-
-/* The results of a block of them. */
-static int chat_outputs(chat_writer *w, const json *j, uint32_t list) {
-    buffer b = {0};
-    int code = MEDRUN_OK;
-    uint32_t v = list + 1;
-    if (!json_is_type(j, list, JSON_ARRAY)) return chat_refuse(w, "tool outputs: wanted a list");
-    for (uint32_t i = 0; i < j->nodes[list].count; i++, v = j->nodes[v].next) {
-        uint32_t output = json_get(j, v, "output");
-        if (i) buffer_text(&b, ", ");
-        if (json_is_type(j, output, JSON_STRING)) json_unescape(j, output, &b);
-        else code = chat_refuse(w, "tool output: wanted {\"output\": \"...\"}");
-    }
-    if (!code && b.failed) code = out_of_memory(w->e, b.n);
-    if (!code)
-        code = chat_parts(w, w->c->turns[TURN_OUTPUTS], NULL, (const char *)b.data, b.n);
-    buffer_free(&b);
-    return code;
-}
-
-/* One block of an assistant's content; FIRST of its message. */
-static int chat_block(chat_writer *w, chat_message *m, uint32_t v, bool first) {
-    const json *j = &m->j;
-    uint32_t type = json_get(j, v, "type"), text = json_get(j, v, "text");
-    uint32_t calls = json_get(j, v, "calls");
-    if (json_is(j, type, "tool_outputs")) return chat_outputs(w, j, json_get(j, v, "outputs"));
-    if (json_is(j, type, "tool_calls")) {
-        bool shows = !first && json_is_type(j, calls, JSON_ARRAY) && j->nodes[calls].count == 1 &&
-                     json_is(j, json_get(j, calls + 1, "name"), "display_answers");
-        w->state = (w->state & ~(unsigned)OUTER) | (shows ? OUTER : 0);
-        return chat_calls(w, j, calls, TURN_BLOCK_CALLS);
-    }
-    bool thoughts = json_is(j, type, "thoughts");
-    if (!thoughts && !json_is(j, type, "response"))
-        return chat_refuse(w, "block: type: wanted thoughts, tool_calls, tool_outputs or response");
-    if (!json_is_type(j, text, JSON_STRING)) return chat_refuse(w, "block: text: wanted a string");
-    m->words.n = 0;
-    int code = chat_take(m, text, w->e);
-    return code ? code : chat_parts(w, w->c->turns[thoughts ? TURN_THOUGHTS : TURN_RESPONSE], NULL,
-                                    m->text, m->n);
-}
-
-/* An assistant's turn for a template that has blocks. */
-static int chat_assistant(chat_writer *w, chat_message *m) {
-    const json *j = &m->j;
-    uint32_t list = json_get(j, m->content, "blocks"), v = list + 1;
-    bool none = !m->text && (m->content == JSON_NONE || json_typeof(j, m->content) == JSON_NULL);
-    int code = MEDRUN_OK;
-    if (m->text) code = chat_parts(w, w->c->turns[ROLE_ASSISTANT], NULL, m->text, m->n);
-    else if (json_is_type(j, list, JSON_ARRAY)) {
-        code = chat_parts(w, w->c->turns[TURN_BLOCKS], NULL, NULL, 0);
-        for (uint32_t i = 0; !code && i < j->nodes[list].count; i++, v = j->nodes[v].next)
-            code = chat_block(w, m, v, i == 0);
-    } else if (!none || (w->c->how & CONTENT_NEEDED) || m->calls == JSON_NONE)
-        return chat_refuse(w, "content of the assistant: wanted a string or {\"blocks\": [...]}");
-    else code = chat_parts(w, w->c->turns[TURN_SILENT], NULL, NULL, 0);
-    if (code || !json_truthy(j, m->calls)) return code;
-    return chat_calls(w, j, m->calls, TURN_CALLS);
-}
-
-/* A turn. */
-static int chat_say(chat_writer *w, chat_message *m) {
-    const chat_template *c = w->c;
-    const chat_part *parts = c->turns[m->role];
-    bool first = c->first && (w->state & (HAS_TOOLS | STARTED)) == HAS_TOOLS;
-    w->state |= STARTED;
-    if (!parts)
-        return fail(w->e, MEDRUN_USAGE, "messages: template %s has no place for role %s here",
-                    c->name, role_names[m->role]);
-    if (first) parts = c->first;
-    else if (c->turns[TURN_BLOCKS] && m->role == ROLE_ASSISTANT) return chat_assistant(w, m);
-    else if (m->calls != JSON_NONE && (c->how & CALLS_ALONE))
-        return chat_calls(w, &m->j, m->calls, TURN_CALLS);
-    int code = !first ? chat_content(w, m) : m->text ? MEDRUN_OK
-             : chat_refuse(w, "content: wanted a string, as this turn brings the tools");
-    return code ? code : chat_parts(w, parts, role_names[m->role], m->text, m->n);
+    return e->code;
 }
 
 /* ---- conversations ------------------------------------------------------------------------- */
 
-static int chat_tools(chat_writer *w) {
-    medrun_error why = {0};
-    int code = json_parse(&w->tools, w->o->tools, w->o->n_tools, &why);
-    if (code) return fail(w->e, code, "tools: %s", why.text);
-    if ((code = json_check_keys(&w->tools, "tools", w->e))) return code;
-    if (json_typeof(&w->tools, 0) != JSON_ARRAY || !w->tools.nodes[0].count)
-        return fail(w->e, MEDRUN_USAGE, "tools: wanted a list of functions");
-    uint32_t c = 1;
-    for (uint32_t i = 0; i < w->tools.nodes[0].count; i++, c = w->tools.nodes[c].next)
-        if (!json_is_type(&w->tools, tool_function(&w->tools, c), JSON_OBJECT))
-            return fail(w->e, MEDRUN_USAGE, "tools: wanted functions: {\"type\": \"function\", "
-                        "\"function\": {\"name\": ...}}");
-    w->state |= HAS_TOOLS;
-    return MEDRUN_OK;
+/* The parts of a turn of this kind; NULL: there is no such role, or C has no place for it. */
+static const chat_part *chat_turn_of(const chat_template *c, const char *role, medrun_error *e) {
+    const chat_part *parts = chat_kind_of(c, role ? role : "");
+    bool known = false;
+    for (size_t i = 0; role && i < N_CHAT_ROLES; i++) known |= !strcmp(role, chat_roles[i]);
+    if (parts) return parts;
+    if (known && c->said) return c->said;
+    if (known)
+        fail(e, MEDRUN_USAGE, "messages: template %s has no place for role %s here", c->name, role);
+    else fail(e, MEDRUN_USAGE, "role: found \"%.40s\", wanted system, user, assistant or tool",
+              role ? role : "");
+    return NULL;
 }
 
-/* What stands before the first turn; SYSTEM: the leading system message, or NULL; LATE: another
- * turn is of that role. A template without an opening leaves SYSTEM to be written as a turn. */
-static int chat_start(chat_writer *w, chat_message *system, bool late) {
+/* Writes a turn. */
+static int chat_say(chat_writer *w, const medrun_message *m) {
+    const chat_part *parts = chat_turn_of(w->c, m->role, w->e);
+    if (w->e->code) return w->e->code;
+    if (w->c->first && (w->state & (HAS_TOOLS | STARTED)) == HAS_TOOLS) parts = w->c->first;
+    w->state |= STARTED;
+    return chat_parts(w, parts, m);
+}
+
+/* Writes what stands before the first turn. SYSTEM is the conversation's first message if that is a
+ * system's, else NULL; LATE: a later one is, for which the template's own text makes room. Where
+ * the template has no opening, the caller writes SYSTEM as a turn. */
+static int chat_start(chat_writer *w, const medrun_message *system, bool late) {
     static const medrun_chat_options standard = {0};
     const chat_template *c = w->c;
+    const medrun_message own = {"system", c->system, c->system ? strlen(c->system) : 0};
+    if (w->e->code) return w->e->code;
     if (!w->o) w->o = &standard;
     if (w->o->date && !date_is_good(w->o->date))
         return fail(w->e, MEDRUN_USAGE, "date: found \"%.40s\", wanted YYYY-MM-DD", w->o->date);
-    if ((w->o->think && !(c->how & TAKES_THINK)) || (w->o->tools && !(c->how & TAKES_TOOLS)))
+    if ((w->o->think && !c->takes_think) || (w->o->tools && !c->takes_tools))
         return fail(w->e, MEDRUN_USAGE, "template %s has no place for %s", c->name,
                     w->o->tools ? "tools" : "thinking");
-    int code = w->o->tools ? chat_tools(w) : MEDRUN_OK;
+    if (w->o->tools) w->state |= HAS_TOOLS;
     if (w->o->think) w->state |= THINKS;
-    if (!code) code = chat_bos(w);
-    if (!code && system && c->opening) code = chat_content(w, system);
-    if (code || (!c->opening && (system || late || !c->system))) return code;
-    if (system && c->opening)
-        return chat_parts(w, c->opening, role_names[ROLE_SYSTEM], system->text, system->n);
-    w->state |= OWN_SYSTEM;
-    return chat_parts(w, c->opening ? c->opening : c->turns[ROLE_SYSTEM], role_names[ROLE_SYSTEM],
-                      c->system, strlen(c->system));
+    chat_bos(w);
+    if (!c->opening && (system || late || !c->system)) return w->e->code;
+    if (!system) w->state |= OWN_SYSTEM;
+    return chat_parts(w, c->opening ? c->opening : chat_turn_of(c, "system", w->e),
+                      system ? system : &own);
 }
 
 /* Writes the last run; after a failure OUT is as it was. */
-static int chat_end(chat_writer *w, int code, size_t n_before) {
-    if (!code && !w->as_text) code = chat_flush(w);
-    if (!code && w->out->failed) code = out_of_memory(w->e, w->out->n);
+static int chat_end(chat_writer *w, size_t n_before) {
+    if (!w->as_text) chat_flush(w);
+    if (!w->e->code && w->out->failed) out_of_memory(w->e, w->out->n);
     buffer_free(&w->run);
-    json_free(&w->tools);
-    if (code) w->out->n = n_before;
-    return code;
+    w->state = 0;
+    w->flags = 0;
+    if (w->e->code) w->out->n = n_before;
+    return w->e->code;
 }
 
-/* Is there a system message after the first? Roles are looked at first, so that a wrong one costs
- * nothing. */
-static int chat_find_late(chat_writer *w, const medrun_message *m, size_t n, bool *late) {
-    int code = MEDRUN_OK;
-    for (size_t i = 1; !code && i < n; i++) {
-        chat_message x;
-        code = chat_message_open(&x, &m[i], w->e);
-        *late |= x.role == ROLE_SYSTEM;
-        chat_message_free(&x);
-    }
-    return code;
+/* Does M go into the opening? Its role is then no turn of the template's. */
+static bool chat_opens(const chat_template *c, const medrun_message *m) {
+    return c->opening && m->role && !strcmp(m->role, "system");
 }
 
-/* A whole conversation; its last run of text is left in W->run. */
+/* A whole conversation; its last run of text is left in W->run. Roles are looked at first, so that a
+ * wrong one costs nothing. */
 static int chat_conversation(chat_writer *w, const medrun_message *m, size_t n, bool answer) {
     bool late = false;
-    int code = n ? MEDRUN_OK : fail(w->e, MEDRUN_USAGE, "messages: found none, wanted one or more");
-    if (!code) code = chat_find_late(w, m, n, &late);
-    for (size_t i = 0; !code && i < n; i++) {
-        chat_message x;
-        code = chat_message_open(&x, &m[i], w->e);
-        bool system = i == 0 && !code && x.role == ROLE_SYSTEM;
-        if (!code && i == 0) code = chat_start(w, system ? &x : NULL, late);
-        if (!code && !(system && w->c->opening)) code = chat_say(w, &x);
-        if (w->c->how & OPENS_BY_ROLE) answer = x.role != ROLE_ASSISTANT;
-        chat_message_free(&x);
+    if (!n) return fail(w->e, MEDRUN_USAGE, "messages: found none, wanted one or more");
+    size_t opening = chat_opens(w->c, &m[0]);
+    for (size_t i = opening; i < n; i++) {
+        if (!chat_turn_of(w->c, m[i].role, w->e)) return w->e->code;
+        late |= i && !strcmp(m[i].role, "system");
     }
-    if (!code && w->c->first && (w->state & (HAS_TOOLS | STARTED)) == HAS_TOOLS)
-        code = chat_refuse(w, "tools: wanted a turn after the system's");
-    if (!code) code = chat_parts(w, w->c->end, NULL, NULL, 0);
-    if (!code && answer) code = chat_parts(w, w->c->answer, NULL, NULL, 0);
-    return code;
-}
-
-static int chat_write(chat_writer *w, const medrun_message *m, size_t n, bool answer) {
-    size_t n_before = w->out->n;
-    return chat_end(w, chat_conversation(w, m, n, answer), n_before);
+    chat_start(w, !strcmp(m[0].role, "system") ? &m[0] : NULL, late);
+    for (size_t i = opening; i < n; i++) chat_say(w, &m[i]);
+    if (!w->e->code && w->c->first && (w->state & (HAS_TOOLS | STARTED)) == HAS_TOOLS)
+        fail(w->e, MEDRUN_USAGE, "messages: tools: wanted a turn after the system's");
+    chat_parts(w, w->c->end, NULL);
+    if (w->c->opens_by_role) answer = strcmp(m[n - 1].role, "assistant");
+    return answer ? chat_parts(w, w->c->answer, NULL) : w->e->code;
 }
 
 /* ---- what others call ---------------------------------------------------------------------- */
 
-/* Appends the ids of a whole conversation, with the opening of the answer when ANSWER. O may be
- * NULL here and below. */
-static int chat_render(const chat_template *c, const tokenizer *t, const medrun_chat_options *o,
-                       const medrun_message *m, size_t n, bool answer, buffer *ids,
-                       medrun_error *e) {
-    return chat_write(&(chat_writer){.c = c, .t = t, .o = o, .out = ids, .e = e}, m, n, answer);
+/* Appends a whole conversation, with the opening of the answer when ANSWER. Here and below W says
+ * where to, and w->e holds no failure yet. */
+static int chat_render(chat_writer *w, const medrun_message *m, size_t n, bool answer) {
+    size_t n_before = w->out->n;
+    chat_conversation(w, m, n, answer);
+    return chat_end(w, n_before);
 }
 
-/* The same as text, control tokens spelled out: for people to read, not to be tokenized again.
- * T may be NULL: then their names are not checked. */
-static int chat_render_text(const chat_template *c, const tokenizer *t,
-                            const medrun_chat_options *o, const medrun_message *m, size_t n,
-                            bool answer, buffer *text, medrun_error *e) {
-    chat_writer w = {.c = c, .t = t, .o = o, .as_text = true, .out = text, .e = e};
-    return chat_write(&w, m, n, answer);
-}
-
-/* What stands before the first person's turn: SYSTEM, or the template's own text. */
-static int chat_begin(chat_writer *w, chat_message *system) {
-    if (w->o && w->o->tools && w->c->first)
-        return fail(w->e, MEDRUN_USAGE, "template %s has its tools in the first turn: render the "
-                    "whole conversation", w->c->name);
-    int code = chat_start(w, system, false);
-    return code || !system || w->c->opening ? code : chat_say(w, system);
-}
-
-/* Appends that; SYSTEM is NULL where there is no text but the template's own. */
-static int chat_open(const chat_template *c, const tokenizer *t, const medrun_chat_options *o,
-                     const char *system, size_t n, buffer *ids, medrun_error *e) {
-    chat_writer w = {.c = c, .t = t, .o = o, .out = ids, .e = e};
-    chat_message m = {.text = system, .n = n, .content = JSON_NONE, .calls = JSON_NONE};
-    size_t n_before = ids->n;
-    return chat_end(&w, chat_begin(&w, system ? &m : NULL), n_before);
-}
-
-/* Appends the ids of one turn of a timeline; FIRST: of an empty one. Turn by turn gives what
- * chat_render gives for the whole, if every answer that the model generated was closed with
- * chat_close before the next turn. What cannot be so: results of tools and, for `apertus`, two
- * turns of the assistant in a row, which go on the turn before; `none` has nothing between its
- * turns, so a word that goes on in the next turn is two words here; a system text that is not the
- * first turn does not take back the default that `alpaca` has put first; and after an answer
- * `alpaca` gives the same text, but an answer's last token may have been another had the empty line
- * been there. */
-static int chat_turn(const chat_template *c, const tokenizer *t, const medrun_chat_options *o,
-                     const char *role, const char *text, size_t n, bool first, bool answer,
-                     buffer *ids, medrun_error *e) {
-    size_t n_before = ids->n;
-    const medrun_message message = {role ? role : "", text, n};
-    chat_message m;
-    int code = chat_message_open(&m, &message, e);
-    bool system = !code && first && m.role == ROLE_SYSTEM;
-    chat_writer w = {.c = c, .t = t, .o = o, .out = ids, .e = e,
-                     .flags = first ? 0 : TOKENIZE_CONTINUES};
-    if (!code && first) code = chat_begin(&w, system ? &m : NULL);
-    if (!code && !system) code = chat_say(&w, &m);
-    if (!code && (w.state & IN_ASSISTANT)) code = chat_parts(&w, c->close, NULL, NULL, 0);
-    if (!code && answer) code = chat_parts(&w, c->answer, NULL, NULL, 0);
-    chat_message_free(&m);
-    return chat_end(&w, code, n_before);
+/* Appends one turn of a timeline; FIRST: of an empty one, where M may be NULL for what the template
+ * writes before the first turn, and nothing else. Turn by turn gives what chat_render gives for the
+ * whole, if chat_close closed every answer of the model before the next turn. There are four
+ * exceptions. Results of tools, and for `apertus` two turns of the assistant in a row, go on in the
+ * turn before. `none` has nothing between its turns, so a word that goes on in the next turn is two
+ * words here. A system text that is not the first turn does not take back the default text that
+ * `alpaca` has put first. And after an answer `alpaca` gives the same text, but the answer's last
+ * token may have been another one had the empty line followed it. */
+static int chat_turn(chat_writer *w, const medrun_message *m, bool first, bool answer) {
+    size_t n_before = w->out->n;
+    bool opening = first && m && chat_opens(w->c, m);
+    if (m && !opening && !chat_turn_of(w->c, m->role, w->e)) return w->e->code;
+    bool system = m && !strcmp(m->role, "system");
+    if (first && w->o && w->o->tools && w->c->first)
+        fail(w->e, MEDRUN_USAGE, "template %s has its tools in the first turn: render the whole "
+             "conversation", w->c->name);
+    if (first) chat_start(w, system ? m : NULL, false);
+    else w->flags = TOKENIZE_CONTINUES;
+    if (m && !opening) chat_say(w, m);
+    if (w->state & IN_ASSISTANT) chat_parts(w, w->c->close, NULL);
+    if (answer) chat_parts(w, w->c->answer, NULL);
+    return chat_end(w, n_before);
 }
 
 /* Appends what the template writes after an answer's text: <|eot_id|> for llama3, an empty line for
  * alpaca. The stop token with which the model ended it is no part of the template: take it off the
  * timeline first, unless chat_keeps. (Where llama3 stopped by <|eot_id|>, that comes to the same as
  * leaving it.) */
-static int chat_close(const chat_template *c, const tokenizer *t, buffer *ids, medrun_error *e) {
-    chat_writer w = {.c = c, .t = t, .out = ids, .flags = TOKENIZE_CONTINUES, .e = e};
-    size_t n_before = ids->n;
-    return chat_end(&w, chat_parts(&w, c->close, NULL, NULL, 0), n_before);
+static int chat_close(chat_writer *w) {
+    size_t n_before = w->out->n;
+    w->flags = TOKENIZE_CONTINUES;
+    chat_parts(w, w->c->close, NULL);
+    return chat_end(w, n_before);
 }
 
 /* The control token NAME, or -1. */
@@ -7380,6 +6906,7 @@ static int32_t chat_token(const tokenizer *t, const char *name) {
 static bool chat_keeps(const chat_template *c, const tokenizer *t, int32_t id) {
     return id == chat_token(t, c->call_tokens[1]);
 }
+
 /* ============================================================================================
  * 12 Model: the config, the layers, each tensor bound by name with type and shape checked
  *
@@ -8779,23 +8306,26 @@ int medrun_rewind(medrun_session *s, size_t n, medrun_error *e) {
 int medrun_say(medrun_session *s, const char *role, const char *text, size_t n_bytes,
                medrun_error *e) {
     const medrun_model *m = s->model;
+    const medrun_message said = {role, text, n_bytes};
+    const medrun_message own = {"system", m->system, strlen(m->system)};
     buffer ids = {0};
     size_t before = s->n_tokens;
-    bool first = before == 0, answer = !strcmp(role, "user"), was_open = s->answer_open;
+    bool first = before == 0, answer = role && !strcmp(role, "user"), was_open = s->answer_open;
+    medrun_error none;
+    if (!e) e = &none;
+    e->code = MEDRUN_OK;
+    chat_writer w = {m->chat, &m->tokenizer, &s->options.chat, .out = &ids, .e = e};
     int code = check_template(m->chat, e);
     if (code) return code;
     if (was_open) {                                 /* the template closes it, not a stop token  */
         if (stop_goes(m->chat, m, s->tokens[before - 1])) medrun_rewind(s, before - 1, e);
-        code = chat_close(m->chat, &m->tokenizer, &ids, e);
+        chat_close(&w);
     }
-    if (first && m->system[0] && strcmp(role, "system")) {
-        code = chat_open(m->chat, &m->tokenizer, &s->options.chat, m->system, strlen(m->system),
-                         &ids, e);
+    if (first && m->system[0] && role && strcmp(role, "system")) {
+        chat_turn(&w, &own, true, false);
         first = false;
     }
-    if (!code)
-        code = chat_turn(m->chat, &m->tokenizer, &s->options.chat, role, text, n_bytes, first,
-                         answer, &ids, e);
+    code = chat_turn(&w, &said, first, answer);
     if (!code) code = medrun_feed(s, (const int32_t *)(void *)ids.data, ids.n / 4, e);
     buffer_free(&ids);
     if (code) s->n_tokens = before;                 /* nothing was said                          */
@@ -8966,10 +8496,14 @@ int medrun_render(const medrun_model *m, const char *name, const medrun_chat_opt
                   size_t cap, size_t *n, medrun_error *e) {
     buffer b = {0};
     const chat_template *c = name ? chat_find(name) : m->chat;
+    medrun_error none;
+    if (!e) e = &none;
+    e->code = MEDRUN_OK;
     *n = 0;
     if (!c && !name) return check_template(c, e);
     if (!c) return fail(e, MEDRUN_USAGE, "template: found \"%s\", wanted %s", name, CHAT_NAMES);
-    int code = chat_render(c, &m->tokenizer, options, messages, n_messages, answer, &b, e);
+    chat_writer w = {c, &m->tokenizer, options, .out = &b, .e = e};
+    int code = chat_render(&w, messages, n_messages, answer);
     return give_ids(&b, code, ids, cap, n, e);
 }
 
@@ -9306,6 +8840,7 @@ typedef struct {
 enum { MAX_OPTIONS = 64 };
 
 struct command;
+struct answer;
 
 typedef struct {
     const char *name, *arguments, *help;
@@ -9331,8 +8866,7 @@ enum { O_MODEL, O_PROMPT, O_FILE, O_SYSTEM, O_PREDICT, O_CTX, O_THREADS, O_BATCH
        O_TOP_K, O_TOP_P, O_MIN_P, O_REPEAT, O_TEMPLATE, O_STOP, O_KV, O_OVERFLOW, O_LOOKUP, O_RAW,
        O_MLOCK, O_STRICT, O_DEVICE, O_GPU_LAYERS, O_SAVE_PREFIX, O_LOAD_PREFIX, O_STATS,
        O_VERBOSE, O_QUIET, O_BOS, O_SPECIAL, O_PIECES, O_MESSAGES, O_RENDER_IDS, O_NO_OPENING,
-       O_DATE, O_THINK, O_TOOLS,
-       O_CHAT_BOS, O_IDS, O_ALL, O_OUT, O_HELP, O_VERSION, N_OPTIONS };
+       O_DATE, O_THINK, O_CHAT_BOS, O_IDS, O_ALL, O_OUT, O_HELP, O_VERSION, N_OPTIONS };
 
 static const option_row option_rows[N_OPTIONS] = {
     [O_MODEL] = {"model", "m", "FILE", TEXT, ON_MODEL | ON_FILE, 0, 0, NULL,
@@ -9412,8 +8946,6 @@ static const option_row option_rows[N_OPTIONS] = {
                 "for templates that state one: apertus today's, llama3.1 26 Jul 2024"},
     [O_THINK] = {"think", NULL, NULL, FLAG, ON_ANSWER | ON(RENDER), 0, 0, NULL,
                  "apertus: let the model deliberate first"},
-    [O_TOOLS] = {"tools", NULL, "FILE.json", TEXT, ON(RUN) | ON(RENDER), 0, 0, NULL,
-                 "functions the model may call (apertus, llama3.1); a call is printed as JSON"},
     [O_CHAT_BOS] = {"bos", NULL, "auto|on|off", CHOICE, ON_ANSWER | ON(RENDER), 0, 0, "auto",
                     "begin with that token: as the template has it, or not. alpaca and afm have "
                     "none, though their models were probably trained with it"},
@@ -9446,9 +8978,9 @@ typedef struct command {
     const tokenizer *t;                         /* own, or the model's                          */
     const chat_template *chat;                  /* NULL: unknown                                */
     medrun_chat_options chat_options;
-    buffer tools;                               /* the file's text                              */
     char today[11];
     medrun_sampling sampling;
+    int (*piece)(struct command *c, struct answer *a);          /* prints one; NULL: next_piece  */
     medrun_error e;
 } command;
 
@@ -9484,6 +9016,7 @@ static int find_option(const program *p, const char *arg, size_t n, unsigned on)
 static const char *const elsewhere[][2] = {
     {"bench", "medrun-lab bench"}, {"doctor", "medrun-lab doctor"}, {"replay", "medrun-lab replay"},
     {"record", "medrun-lab record"}, {"--record", "medrun-lab record"}, {"call", "medrun-lab call"},
+    {"--tools", "medrun-lab call"},
     {"export", "medrun-export"}, {"eval", "medrun-eval"}, {"serve", "medrun-serve"},
     {"explain", "medrun-explain"}};
 
@@ -9683,23 +9216,6 @@ static int json_ids(command *c, const json *j, uint32_t v, const char *what, buf
     return code;
 }
 
-/* [{"role": ..., "content": ...}, ...] -> messages that point into J's text, each still in JSON. */
-static int json_messages(command *c, const json *j, uint32_t v, const char *what,
-                         medrun_message **messages, size_t *n) {
-    bool good = json_is_type(j, v, JSON_ARRAY);
-    *n = good ? j->nodes[v].count : 0;
-    *messages = new_array(*n, sizeof **messages);
-    if (!*messages) return out_of_memory(&c->e, *n * sizeof **messages);
-    uint32_t x = v + 1;
-    for (size_t i = 0; good && i < *n; i++, x = j->nodes[x].next) {
-        const json_node *m = &j->nodes[x];
-        good = m->type == JSON_OBJECT;
-        (*messages)[i] = (medrun_message){NULL, j->text + m->start, m->end - m->start};
-    }
-    return good ? MEDRUN_OK : fail(&c->e, MEDRUN_BAD_FILE, "%s: wanted [{\"role\": \"...\", "
-                                   "\"content\": \"...\"}, ...]", what);
-}
-
 /* ---- opening ------------------------------------------------------------------------------- */
 
 /* The file that -m or the first argument names; the environment only if neither does. */
@@ -9727,15 +9243,10 @@ static int choose_chat(command *c) {
     medrun_chat_options *o = &c->chat_options;
     int code = flag(c, O_RAW) ? MEDRUN_OK : check_template(c->chat, &c->e);
     o->date = c->text[O_DATE], o->think = flag(c, O_THINK), o->bos = whole(c, O_CHAT_BOS);
-    if (!code && !o->date && c->chat && (c->chat->how & STATES_TODAY))
+    if (!code && !o->date && c->chat && c->chat->states_today)
         date_today(c->today), o->date = c->today;
     if (!code && c->chat && c->chat->stop_text && !c->n_stops)
         c->stops[c->n_stops++] = c->chat->stop_text;
-    if (code || !given(c, O_TOOLS)) return code;
-    if (flag(c, O_RAW))
-        return fail(&c->e, MEDRUN_USAGE, "--tools: wanted a chat template; leave --raw out");
-    code = read_file(c, c->text[O_TOOLS], &c->tools);
-    o->tools = chars(&c->tools), o->n_tools = c->tools.n;
     return code;
 }
 
@@ -9796,7 +9307,6 @@ static void close_command(command *c) {
     medrun_close(c->m);
     if (c->t == &c->own) tokenizer_close(&c->own);
     unmap_file(&c->map);
-    buffer_free(&c->tools);
 }
 
 static const char *origin(const command *c, int id) {
@@ -9893,10 +9403,9 @@ static signal_handler *watch_interrupts(void) {
     return catch_signal(SIGINT, on_interrupt);
 }
 
-typedef struct {
+typedef struct answer {
     buffer held;                /* not printed yet: it may begin a stop text                   */
-    buffer call;                /* of tools, as far as it has come                             */
-    bool ended, in_call, mid_line;
+    bool ended, mid_line;
     size_t n_prompt, n_answer;  /* tokens                                                      */
     uint64_t guessed, right;    /* tokens, see medrun_guesses                                  */
     double prompt_time, answer_time;
@@ -9984,39 +9493,16 @@ static int feed_prompt(command *c, const int32_t *ids, size_t n) {
     return code;
 }
 
-/* The end of a tool call: a line of JSON; what is no call is printed as the text it is. */
-static int print_call(command *c, answer *a) {
-    buffer json_line = {0};
-    medrun_error why = {0};
-    int code = tool_calls(&json_line, chars(&a->call), a->call.n, &why);
-    if (a->mid_line) buffer_text(&a->held, "\n");
-    if (!code) buffer_add(&a->held, json_line.data, json_line.n);
-    else buffer_add(&a->held, a->call.data, a->call.n);
-    buffer_text(&a->held, "\n");
-    buffer_free(&json_line);
-    a->in_call = false, a->call.n = 0;
-    if (a->held.failed || a->call.failed) return out_of_memory(&c->e, a->held.n);
-    int printed = print_held(c, a, true);
-    if (!code || printed) return printed;
-    return fail(&c->e, MEDRUN_FAILED, "the model's tool call is not one: %s", why.text);
-}
-
 static int next_piece(command *c, answer *a) {
     int32_t id;
     const char *text;
     size_t n;
     int code = interrupted ? MEDRUN_INTERRUPTED : medrun_next(c->s, &id, &text, &n, &c->e);
     if (code) return code;
-    const char *const *tokens = c->chat_options.tools ? c->chat->call_tokens : NULL;
-    bool opens = tokens && id == chat_token(c->t, tokens[0]);
     a->n_answer++;
     a->ended = medrun_is_stop(c->m, id);
-    buffer_add(a->in_call ? &a->call : &a->held, text, n);
-    if (a->in_call && (a->ended || id == chat_token(c->t, tokens[1]))) return print_call(c, a);
-    if (a->held.failed || a->call.failed) return out_of_memory(&c->e, n);
-    code = a->in_call ? MEDRUN_OK : print_held(c, a, a->ended || opens);
-    a->in_call |= opens;
-    return code;
+    buffer_add(&a->held, text, n);
+    return a->held.failed ? out_of_memory(&c->e, n) : print_held(c, a, a->ended);
 }
 
 /* Answers what has been fed. A full context cuts the answer: MEDRUN_TOO_LONG. */
@@ -10031,13 +9517,14 @@ static int print_reply(command *c, answer *a) {
     a->prompt_time = seconds() - start;
     if (!code) code = save_prefix(c);
     double middle = seconds();
-    while (!code && !a->ended && a->n_answer < most) code = next_piece(c, a);
-    if (!a->ended) last = a->in_call ? print_call(c, a) : print_held(c, a, true);
+    while (!code && !a->ended && a->n_answer < most)
+        code = c->piece ? c->piece(c, a) : next_piece(c, a);
+    if (!a->ended) last = print_held(c, a, true);
     on_signal(SIGINT, before);
     a->answer_time = seconds() - middle;
     medrun_guesses(c->s, &a->guessed, &a->right);
     a->guessed -= guessed, a->right -= right;
-    buffer_free(&a->held), buffer_free(&a->call);
+    buffer_free(&a->held);
     if (is_terminal(STDOUT_FILENO)) puts("");
     if (code != MEDRUN_TOO_LONG) return code ? code : last;
     c->e = (medrun_error){0};
@@ -10108,8 +9595,8 @@ static int make_prompt(command *c, const buffer *text, buffer *ids) {
     medrun_message all[] = {{"system", system, strlen(system)}, {"user", chars(text), text->n}};
     size_t skip = *system ? 0 : 1;
     if (!text->n) return fail(&c->e, MEDRUN_USAGE, "the prompt is empty");
-    if (!flag(c, O_RAW))
-        return chat_render(c->chat, c->t, &c->chat_options, all + skip, 2 - skip, true, ids, &c->e);
+    chat_writer w = {c->chat, c->t, &c->chat_options, .out = ids, .e = &c->e};
+    if (!flag(c, O_RAW)) return chat_render(&w, all + skip, 2 - skip, true);
     int bos = c->chat_options.bos;
     bool add = bos == MEDRUN_BOS_AUTO ? c->t->add_bos : bos == MEDRUN_BOS_ON;
     return tokenizer_encode(c->t, chars(text), text->n, add ? MEDRUN_ADD_BOS : 0, ids, &c->e);
@@ -10536,8 +10023,9 @@ static size_t turn_start(const chat *h, size_t i) {
 /* What stands before the first turn. */
 static int chat_opening(chat *h, buffer *ids) {
     command *c = h->c;
-    return chat_open(c->chat, c->t, &c->chat_options, h->system.n ? chars(&h->system) : NULL,
-                     h->system.n, ids, &c->e);
+    const medrun_message system = {"system", chars(&h->system), h->system.n};
+    chat_writer w = {c->chat, c->t, &c->chat_options, .out = ids, .e = &c->e};
+    return chat_turn(&w, system.n_bytes ? &system : NULL, true, false);
 }
 
 /* Forgets the oldest K turns; what stood before the first of them stays. */
@@ -10569,7 +10057,9 @@ static int make_room(chat *h, size_t need) {
  * in the place of the answer's stop token, as in medrun_say. */
 static int chat_feed(chat *h, const char *text, size_t n) {
     command *c = h->c;
+    const medrun_message said = {"user", text, n};
     buffer ids = {0};
+    chat_writer w = {c->chat, c->t, &c->chat_options, .out = &ids, .e = &c->e};
     size_t length = medrun_length(c->s), head = 0, skip = 0;
     int code = MEDRUN_OK;
     if (!length) code = chat_opening(h, &ids), head = ids.n / 4;
@@ -10577,12 +10067,10 @@ static int chat_feed(chat *h, const char *text, size_t n) {
         if (stop_goes(c->chat, c->m, medrun_tokens(c->s)[length - 1]))
             medrun_rewind(c->s, length - 1, &c->e);
         c->s->answer_open = true;                       /* until the turn is fed                 */
-        code = chat_close(c->chat, c->t, &ids, &c->e), skip = ids.n / 4;
+        code = chat_close(&w), skip = ids.n / 4;
     }
     bool first = !n_turns(h);
-    if (!code)
-        code = chat_turn(c->chat, c->t, &c->chat_options, "user", text, n, false, true, &ids,
-                         &c->e);
+    if (!code) code = chat_turn(&w, &said, false, true);
     if (!code) code = make_room(h, ids.n / 4);
     if (first || n_turns(h)) skip = 0;                  /* else the answer it closes is gone     */
     if (!code) {
@@ -10830,26 +10318,26 @@ static int prove_ids(command *c, uint32_t v, bool of_chat, buffer *expected,
                      buffer *found) {
     const json *j = &c->m->file.header;
     buffer text = {0}, wanted = {0}, ids = {0};
-    medrun_message *messages = NULL;
-    size_t n;
+    chat_list list = {0};
     uint32_t what = json_get(j, v, of_chat ? "messages" : "text");
     int code = json_ids(c, j, json_get(j, v, "ids"), "proofs: ids", &wanted);
     if (!code && of_chat) {
         char date[11];
         bool dated = json_get(j, v, "date") != JSON_NONE;
         medrun_chat_options o = {.date = dated ? date : NULL};
-        code = json_messages(c, j, what, "proofs.chats", &messages, &n);
-        if (!code) code = check_template(c->m->chat, &c->e);
+        chat_writer w = {c->m->chat, c->t, &o, .out = &ids, .e = &c->e};
+        code = check_template(c->m->chat, &c->e);
+        if (!code) code = chat_messages(w.c, j, what, "proofs.chats", &list, &c->e);
         if (!code && dated)
             code = json_text(j, v, "proofs.chats", "date", date, sizeof date, &c->e);
-        if (!code) code = chat_render(c->m->chat, c->t, &o, messages, n, true, &ids, &c->e);
+        if (!code) code = chat_render(&w, list.m, list.n, true);
     } else if (!code && json_is_type(j, what, JSON_STRING)) {
         json_unescape(j, what, &text);
         code = tokenizer_encode(c->t, chars(&text), text.n, 0, &ids, &c->e);
     } else if (!code) code = fail(&c->e, MEDRUN_BAD_FILE, "proofs.tokens: text: found none");
     print_to(expected, &wanted), print_to(found, &ids);
     buffer_free(&text), buffer_free(&wanted), buffer_free(&ids);
-    free(messages);
+    chat_list_free(&list);
     return code;
 }
 
@@ -10990,17 +10478,15 @@ static int detokenize_command(command *c) {
 }
 
 static int render_messages(command *c, const json *j) {
-    medrun_message *messages = NULL;
-    size_t n;
     buffer out = {0};
+    chat_list list;
     bool opening = !flag(c, O_NO_OPENING), ids = flag(c, O_RENDER_IDS);
-    int code = json_messages(c, j, 0, c->text[O_MESSAGES], &messages, &n);
-    if (!code)
-        code = (ids ? chat_render : chat_render_text)(c->chat, c->t, &c->chat_options, messages, n,
-                                                      opening, &out, &c->e);
+    chat_writer w = {c->chat, c->t, &c->chat_options, !ids, .out = &out, .e = &c->e};
+    int code = chat_messages(c->chat, j, 0, c->text[O_MESSAGES], &list, &c->e);
+    if (!code) code = chat_render(&w, list.m, list.n, opening);
     if (!code && ids) print_ids(stdout, ids_of(&out), out.n / 4);
     else if (!code) fwrite(chars(&out), 1, out.n, stdout);
-    free(messages);
+    chat_list_free(&list);
     buffer_free(&out);
     return code;
 }

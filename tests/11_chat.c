@@ -6,6 +6,7 @@
 #include <stddef.h>
 static void *limited_realloc(void *p, size_t n);
 #include "../medrun.c"
+#include "../tools/tool_calls.c"
 #include "test.h"
 
 static long allocations_left = -1;              /* -1: as many as wanted                         */
@@ -30,6 +31,31 @@ static uint8_t *slurp(const char *path, size_t *n) {
 #define MESSAGE(role, text) {role, text, sizeof (text) - 1}
 #define LIST(list) list, sizeof (list) / sizeof *(list)
 
+/* What section 11 writes, to ids or to text; E may be NULL, and holds no failure yet. */
+static int render(const chat_template *c, const tokenizer *t, const medrun_chat_options *o,
+                  bool as_text, const medrun_message *m, size_t n, bool answer, buffer *out,
+                  medrun_error *e) {
+    medrun_error none = {0};
+    chat_writer w = {c, t, o, as_text, .out = out, .e = e ? e : &none};
+    return chat_render(&w, m, n, answer);
+}
+#define render_ids(c, t, o, ...) render(c, t, o, false, __VA_ARGS__)
+#define render_text(c, t, o, ...) render(c, t, o, true, __VA_ARGS__)
+
+static int say(const chat_template *c, const tokenizer *t, const medrun_chat_options *o,
+               const char *role, const char *text, size_t n, bool first, bool answer, buffer *ids,
+               medrun_error *e) {
+    medrun_error none = {0};
+    chat_writer w = {c, t, o, .out = ids, .e = e ? e : &none};
+    return chat_turn(&w, &(medrun_message){role, text, n}, first, answer);
+}
+
+static int close_answer(const chat_template *c, const tokenizer *t, buffer *ids) {
+    medrun_error none = {0};
+    chat_writer w = {c, t, .out = ids, .e = &none};
+    return chat_close(&w);
+}
+
 static bool same(const buffer *a, const buffer *b) {
     return a->n == b->n && (!a->n || !memcmp(a->data, b->data, a->n));
 }
@@ -47,8 +73,8 @@ static bool renders(const tokenizer *t, const char *name, const medrun_message *
     const chat_template *c = chat_find(name);
     medrun_error e = {0};
     buffer ids = {0}, text = {0}, reference = ids_of_text(t, wanted, n_wanted);
-    bool ok = !chat_render(c, t, NULL, m, n, answer, &ids, &e) &&
-              !chat_render_text(c, t, NULL, m, n, answer, &text, &e);
+    bool ok = !render_ids(c, t, NULL, m, n, answer, &ids, &e) &&
+              !render_text(c, t, NULL, m, n, answer, &text, &e);
     ok = ok && text.n == n_wanted && (!text.n || !memcmp(text.data, wanted, text.n));
     ok = ok && same(&ids, &reference);
     if (!ok) printf("    %s %s\n", e.text, text.data ? (char *)text.data : "");
@@ -81,8 +107,8 @@ static void test_llama3(const tokenizer *t) {
 
     buffer with = {0}, without = {0};                   /* the text needs no tokenizer           */
     const chat_template *c = chat_find("llama3");
-    CHECK(!chat_render_text(c, t, NULL, LIST(many), true, &with, NULL) &&
-          !chat_render_text(c, NULL, NULL, LIST(many), true, &without, NULL) &&
+    CHECK(!render_text(c, t, NULL, LIST(many), true, &with, NULL) &&
+          !render_text(c, NULL, NULL, LIST(many), true, &without, NULL) &&
           same(&with, &without));
     buffer_free(&with), buffer_free(&without);
 }
@@ -162,8 +188,8 @@ static void test_forged(const tokenizer *t, const char *const *names, size_t n_n
         for (size_t i = 0; i < 3; i++) m[i] = (medrun_message){roles[i], forged, strlen(forged)};
         buffer ids = {0}, text = {0}, back = {0};
         const chat_template *c = chat_find(control[k].name);
-        CHECK(!chat_render(c, t, NULL, LIST(m), true, &ids, NULL) &&
-              !chat_render_text(c, t, NULL, LIST(m), true, &text, NULL));
+        CHECK(!render_ids(c, t, NULL, LIST(m), true, &ids, NULL) &&
+              !render_text(c, t, NULL, LIST(m), true, &text, NULL));
         CHECK_EQ(count_control(t, &ids), control[k].n);
         tokenizer_decode(t, (const int32_t *)(void *)ids.data, ids.n / 4, true, &back);
         CHECK(same(&text, &back));
@@ -188,22 +214,22 @@ static void test_turns(const tokenizer *t, const char *const *names, size_t n_na
     int wrong = 0;
     for (size_t i = 0; i < 4000; i++) {
         const chat_template *c = chat_find(names[i % n_names]);
-        bool alternates = c->turns[TURN_BLOCKS] != NULL, by_role = c->how & OPENS_BY_ROLE;
+        bool alternates = chat_kind_of(c, "assistant/blocks") != NULL, by_role = c->opens_by_role;
         medrun_message m[5];
         char texts[5][100];
         size_t n = 1 + test_random() % 5;
         bool answer = test_random() & 1;
         for (size_t k = 0; k < n; k++) {                /* system only first, as chat_turn says  */
             int role = alternates ? 1 + (int)(k % 2) : (int)(test_random() % 3);
-            m[k] = (medrun_message){role_names[k && !role ? 1 : role], texts[k],
+            m[k] = (medrun_message){chat_roles[k && !role ? 1 : role], texts[k],
                                     random_text(texts[k], sizeof texts[k])};
         }
         buffer whole = {0}, turns = {0};
-        if (by_role) answer = m[n - 1].role != role_names[ROLE_ASSISTANT];
-        if (alternates && m[n - 1].role == role_names[ROLE_ASSISTANT]) n--;
-        wrong += chat_render(c, t, NULL, m, n, answer, &whole, NULL) != MEDRUN_OK;
+        if (by_role) answer = m[n - 1].role != chat_roles[2];
+        if (alternates && m[n - 1].role == chat_roles[2]) n--;
+        wrong += render_ids(c, t, NULL, m, n, answer, &whole, NULL) != MEDRUN_OK;
         for (size_t k = 0; k < n; k++)
-            wrong += chat_turn(c, t, NULL, m[k].role, m[k].text, m[k].n_bytes, k == 0,
+            wrong += say(c, t, NULL, m[k].role, m[k].text, m[k].n_bytes, k == 0,
                                answer && k + 1 == n, &turns, NULL) != MEDRUN_OK;
         wrong += !same(&whole, &turns);
         buffer_free(&whole), buffer_free(&turns);
@@ -218,19 +244,19 @@ static void test_answers(const tokenizer *t, const char *const *names, size_t n_
     for (size_t i = 0; i < n_names; i++) {
         const chat_template *c = chat_find(names[i]);
         buffer whole = {0}, turns = {0}, text = {0}, back = {0};
-        chat_render(c, t, NULL, LIST(m), true, &whole, NULL);
-        chat_render_text(c, t, NULL, LIST(m), true, &text, NULL);
-        CHECK(!chat_turn(c, t, NULL, "user", "Q1", 2, true, true, &turns, NULL));
+        render_ids(c, t, NULL, LIST(m), true, &whole, NULL);
+        render_text(c, t, NULL, LIST(m), true, &text, NULL);
+        CHECK(!say(c, t, NULL, "user", "Q1", 2, true, true, &turns, NULL));
         CHECK(!tokenizer_encode(t, "A1", 2, 0, &turns, NULL));
-        CHECK(!chat_close(c, t, &turns, NULL));
-        CHECK(!chat_turn(c, t, NULL, "user", "Q2", 2, false, true, &turns, NULL));
+        CHECK(!close_answer(c, t, &turns));
+        CHECK(!say(c, t, NULL, "user", "Q2", 2, false, true, &turns, NULL));
         tokenizer_decode(t, (const int32_t *)(void *)turns.data, turns.n / 4, true, &back);
         CHECK(same(&text, &back));
         CHECK(c->stop_text || same(&whole, &turns));
         buffer_free(&whole), buffer_free(&turns), buffer_free(&text), buffer_free(&back);
     }
     buffer none = {0};
-    CHECK(!chat_close(chat_find("none"), t, &none, NULL) && none.n == 0);
+    CHECK(!close_answer(chat_find("none"), t, &none) && none.n == 0);
 }
 
 /* ---- errors -------------------------------------------------------------------------------- */
@@ -243,10 +269,10 @@ static void test_errors(const tokenizer *t) {
         buffer ids = {0};
         medrun_error e = {0};
         buffer_add(&ids, "kept", 4);
-        CHECK_EQ(chat_render(chat_find("llama3"), t, NULL, LIST(m), true, &ids, &e), MEDRUN_USAGE);
+        CHECK_EQ(render_ids(chat_find("llama3"), t, NULL, LIST(m), true, &ids, &e), MEDRUN_USAGE);
         CHECK(strstr(e.text, "wanted system, user, assistant or tool") && ids.n == 4);
         e = (medrun_error){0};
-        CHECK_EQ(chat_turn(chat_find("alpaca"), t, NULL, m[1].role, "y", 1, true, true, &ids, &e),
+        CHECK_EQ(say(chat_find("alpaca"), t, NULL, m[1].role, "y", 1, true, true, &ids, &e),
                  MEDRUN_USAGE);
         CHECK(e.text[0] && ids.n == 4);
         buffer_free(&ids);
@@ -260,14 +286,14 @@ static void test_errors(const tokenizer *t) {
     const medrun_message m[] = {MESSAGE("user", "x")};
     buffer ids = {0};
     medrun_error e = {0};
-    CHECK_EQ(chat_render(chat_find("llama3"), &other, NULL, LIST(m), true, &ids, &e),
+    CHECK_EQ(render_ids(chat_find("llama3"), &other, NULL, LIST(m), true, &ids, &e),
              MEDRUN_BAD_FILE);
     CHECK(strstr(e.text, "<|eot_id|>") && strstr(e.text, "llama3") && ids.n == 0);
-    CHECK_EQ(chat_render(chat_find("alpaca"), &other, NULL, LIST(m), true, &ids, NULL), MEDRUN_OK);
+    CHECK_EQ(render_ids(chat_find("alpaca"), &other, NULL, LIST(m), true, &ids, NULL), MEDRUN_OK);
     buffer_free(&ids);
     other.n_added = 0;
     e = (medrun_error){0};
-    CHECK_EQ(chat_turn(chat_find("llama3"), &other, NULL, "user", "x", 1, true, true, &ids, &e),
+    CHECK_EQ(say(chat_find("llama3"), &other, NULL, "user", "x", 1, true, true, &ids, &e),
              MEDRUN_BAD_FILE);
     CHECK(strstr(e.text, "<|begin_of_text|>") && ids.n == 0);
     free(types);
@@ -284,13 +310,13 @@ static void test_no_memory(const tokenizer *t) {
             const chat_template *c = chat_find(k == 0 ? "llama3" : k == 1 ? "alpaca" : "none");
             buffer ids = {0}, words = {0}, wanted = {0};
             medrun_error e = {0}, f = {0};
-            chat_render(c, t, NULL, LIST(m), true, &wanted, NULL);
+            render_ids(c, t, NULL, LIST(m), true, &wanted, NULL);
             allocations_left = n;
-            int code = chat_render(c, t, NULL, LIST(m), true, &ids, &e);
+            int code = render_ids(c, t, NULL, LIST(m), true, &ids, &e);
             wrong += code != MEDRUN_OK && code != MEDRUN_NO_MEMORY;
             wrong += code != e.code || (code ? ids.n != 0 : !same(&ids, &wanted));
             allocations_left = n;
-            int text_code = chat_render_text(c, t, NULL, LIST(m), true, &words, &f);
+            int text_code = render_text(c, t, NULL, LIST(m), true, &words, &f);
             wrong += text_code != (words.n ? MEDRUN_OK : MEDRUN_NO_MEMORY) || text_code != f.code;
             done += !code && !text_code;
             allocations_left = -1;
@@ -349,15 +375,40 @@ static void test_tool_calls(void) {
 
 /* ---- options ------------------------------------------------------------------------------- */
 
-static char *render_with(const char *name, const tokenizer *t, const medrun_chat_options *o,
-                         const char *message, medrun_error *e) {
-    const medrun_message m = {NULL, message, strlen(message)};
+/* A conversation in JSON, with FUNCTIONS in JSON or NULL. */
+static int render_json(const char *name, const tokenizer *t, const medrun_chat_options *o,
+                       bool as_text, const char *messages, size_t n, const char *functions,
+                       size_t n_functions, bool answer, buffer *out, medrun_error *e) {
+    const chat_template *c = chat_find(name);
+    medrun_chat_options all = o ? *o : (medrun_chat_options){0};
+    buffer tools = {0};
+    chat_list list = {0};
+    json j = {0};
+    if (functions && !tools_text(c, functions, n_functions, &tools, e)) {
+        all.tools = tools.data ? (char *)tools.data : "";
+        all.n_tools = tools.n;
+    }
+    if (!e->code && !json_parse(&j, messages, n, e) &&
+        !tools_messages(c, &j, 0, "messages", functions != NULL, &list, e))
+        render(c, t, &all, as_text, list.m, list.n, answer, out, e);
+    chat_list_free(&list);
+    json_free(&j);
+    buffer_free(&tools);
+    return e->code;
+}
+
+static char *render_tools(const char *name, const tokenizer *t, const medrun_chat_options *o,
+                          const char *message, const char *functions, medrun_error *e) {
     static buffer text;
+    char list[1024];
+    int n = snprintf(list, sizeof list, "[%s]", message);
     buffer_free(&text);
     *e = (medrun_error){0};
-    chat_render_text(chat_find(name), t, o, &m, 1, true, &text, e);
+    render_json(name, t, o, true, list, (size_t)n, functions, functions ? strlen(functions) : 0,
+                true, &text, e);
     return text.data ? (char *)text.data : (char *)(uintptr_t)"";
 }
+#define render_with(name, t, o, message, e) render_tools(name, t, o, message, NULL, e)
 
 static void test_options(const tokenizer *t) {
     static const char hi[] = "{\"role\":\"user\",\"content\":\"Hi\"}";
@@ -391,14 +442,16 @@ static void test_options(const tokenizer *t) {
     }
     static const char *const no_tools[] = {"llama3", "afm", "alpaca", "none"};
     for (size_t i = 0; i < 4; i++) {
-        render_with(no_tools[i], NULL, &(medrun_chat_options){.tools = "[]", .n_tools = 2}, hi, &e);
+        o = (medrun_chat_options){.tools = "f", .n_tools = 1};
+        render_with(no_tools[i], NULL, &o, hi, &e);
+        CHECK(e.code == MEDRUN_USAGE && strstr(e.text, "tools") && strstr(e.text, no_tools[i]));
+        render_tools(no_tools[i], NULL, NULL, hi, "[]", &e);
         CHECK(e.code == MEDRUN_USAGE && strstr(e.text, "tools") && strstr(e.text, no_tools[i]));
         render_with(no_tools[i], NULL, &(medrun_chat_options){.think = true}, hi, &e);
         CHECK(e.code == MEDRUN_USAGE && strstr(e.text, "thinking"));
     }
     for (size_t i = 0; i < sizeof bad_tools / sizeof *bad_tools; i++) {
-        o = (medrun_chat_options){.tools = bad_tools[i].json, .n_tools = strlen(bad_tools[i].json)};
-        render_with("apertus", NULL, &o, hi, &e);
+        render_tools("apertus", NULL, NULL, hi, bad_tools[i].json, &e);
         if (!CHECK(e.code == bad_tools[i].code && strstr(e.text, bad_tools[i].needle)))
             printf("    %s: %d %s\n", bad_tools[i].json, e.code, e.text);
     }
@@ -421,10 +474,14 @@ static void test_options(const tokenizer *t) {
 /* Messages in JSON that no template takes. */
 static void test_bad_messages(void) {
     static const struct { const char *json; int code; const char *needle; } cases[] = {
-        {"", 3, "JSON"}, {"7", 3, "role"}, {"{}", 3, "role"}, {"{\"role\":\"user\"}", 3, "content"},
+        {"[", 3, "JSON"}, {"7", 3, "role"}, {"{}", 3, "role"}, {"{\"role\":\"user\"}", 3, "content"},
         {"{\"role\":1,\"content\":\"x\"}", 3, "role"}, {"{\"content\":\"x\"}", 3, "role"},
         {"{\"role\":\"wizard\",\"content\":\"x\"}", 2, "wizard"},
+        {"{\"role\":\"assistant/calls\",\"content\":\"x\"}", 2, "wanted system, user"},
         {"{\"role\":\"user\",\"role\":\"system\",\"content\":\"x\"}", 3, "twice"},
+        {"{\"content\":\"A\",\"\\u0063ontent\":\"B\",\"role\":\"user\"}", 3, "\"content\" stands twice"},
+        {"{\"role\":\"user\",\"content\":\"x\",\"y\":{\"\\n\":1,\"\\u000a\":2}}", 3, "twice"},
+        {"{\"role\":\"user\",\"content\":\"x\",\"y\\u0000\":1}", 3, "NUL"},
         {"{\"role\":\"user\",\"content\":7}", 2, "content"},
         {"{\"role\":\"user\",\"content\":null}", 2, "content"},
         {"{\"role\":\"user\",\"content\":[{\"type\":\"text\",\"text\":\"x\"}]}", 2, "content"},
@@ -440,7 +497,7 @@ static void test_bad_messages(void) {
     for (size_t k = 0; k < 6; k++) {
         buffer text = {0};
         e = (medrun_error){0};
-        CHECK_EQ(chat_render_text(chat_find(names[k]), NULL, NULL, NULL, 0, true, &text, &e),
+        CHECK_EQ(render_text(chat_find(names[k]), NULL, NULL, NULL, 0, true, &text, &e),
                  MEDRUN_USAGE);
         CHECK(strstr(e.text, "none") && !text.n);
         buffer_free(&text);
@@ -469,31 +526,24 @@ static const tokenizer *tokenizer_for(const tokenizers *all, const char *name) {
 
 /* The text is what is expected, and without a look-alike of a token in it the ids are the text's. */
 static bool case_holds(const tokenizers *all, const json *j, chat_case *x) {
-    medrun_message m[64];
-    uint32_t n = j->nodes[x->messages].count, c = x->messages + 1;
+    const json_node *from = &j->nodes[x->messages], *shown = NULL;
     const tokenizer *t = tokenizer_for(all, x->name);
     buffer text = {0}, wanted = {0}, ids = {0}, reference = {0};
     medrun_error e = {0};
-    for (uint32_t i = 0; i < n && i < 64; i++, c = j->nodes[c].next)
-        m[i] = (medrun_message){NULL, j->text + j->nodes[c].start,
-                                j->nodes[c].end - j->nodes[c].start};
-    if (x->tools != JSON_NONE) {
-        x->o.tools = j->text + j->nodes[x->tools].start;
-        x->o.n_tools = j->nodes[x->tools].end - j->nodes[x->tools].start;
-    }
-    int code = chat_render_text(chat_find(x->name), t, &x->o, m, n, x->answer, &text, &e);
+    if (x->tools != JSON_NONE) shown = &j->nodes[x->tools];
+#define CASE j->text + from->start, from->end - from->start, shown ? j->text + shown->start : NULL, \
+             shown ? shown->end - shown->start : 0, x->answer
+    int code = render_json(x->name, t, &x->o, true, CASE, &text, &e);
     bool ok = code == e.code, refused = !json_is_type(j, x->expected, JSON_STRING);
     if (refused) ok = ok && (code == MEDRUN_USAGE || code == MEDRUN_BAD_FILE) && !text.n;
     else {
         json_unescape(j, x->expected, &wanted);
         ok = ok && !code && same(&text, &wanted);
     }
-    const json_node *from = &j->nodes[x->messages];
-    bool plain = !memchr(j->text + from->start, '<', from->end - from->start) && !x->o.tools;
+    bool plain = !memchr(j->text + from->start, '<', from->end - from->start) && !shown;
     if (ok && t && !refused && plain) {
         reference = ids_of_text(t, wanted.data, wanted.n);
-        ok = !chat_render(chat_find(x->name), t, &x->o, m, n, x->answer, &ids, &e) &&
-             same(&ids, &reference);
+        ok = !render_json(x->name, t, &x->o, false, CASE, &ids, &e) && same(&ids, &reference);
     }
     if (!ok) printf("    %s: %d %s\n    wanted %s\n    found  %s\n", x->name, code, e.text,
                     wanted.n ? (char *)wanted.data : "a refusal", text.n ? (char *)text.data : "");
@@ -613,7 +663,7 @@ static void test_llama3_vocabulary(const char *build) {
         const int32_t wanted[] = {128000, 128006, 882, 128007, 271, 13347, 128009, 128006, 78191,
                                   128007, 271};         /* apply_chat_template's                 */
         buffer ids = {0};
-        chat_render(chat_find("llama3"), &t, NULL, LIST(m), true, &ids, NULL);
+        render_ids(chat_find("llama3"), &t, NULL, LIST(m), true, &ids, NULL);
         CHECK(ids.n == sizeof wanted && !memcmp(ids.data, wanted, ids.n));
         buffer_free(&ids);
         test_turns(&t, llama_names, 3);

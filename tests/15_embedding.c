@@ -67,6 +67,7 @@ static void *test_mmap(void *at, size_t n, int protection, int flags, int fd, of
 #define mmap test_mmap
 #define MEDRUN_NO_MAIN
 #include "../medrun.c"
+#include "../tools/tool_calls.c"
 #undef mmap
 #include "test.h"
 
@@ -221,7 +222,8 @@ static void nest(buffer *b, int n, const char *open, const char *core, const cha
     for (int i = 0; i < n; i++) buffer_text(b, close);
 }
 
-/* Functions and a call as deep as JSON may be, which templates go through level by level. */
+/* Functions and a call as deep as JSON may be, which tool_calls.c goes through level by level, and
+ * the conversation by the API. */
 static bool use_text(const medrun_model *m) {
     const char *name = m->config.qk_norm ? "apertus" : "llama3.1";
     buffer tools = {0}, asks = {0};
@@ -232,13 +234,19 @@ static bool use_text(const medrun_model *m) {
     buffer_text(&tools, "[{\"name\":\"f\",\"description\":\"d\",\"parameters\":");
     nest(&tools, 28, "{\"type\":\"object\",\"properties\":{\"a\":", "{\"type\":\"string\"}", "}}");
     buffer_text(&tools, "}]");
-    buffer_text(&asks, "{\"role\":\"assistant\",\"content\":\"\",\"tool_calls\":["
+    buffer_text(&asks, "[{\"role\":\"user\",\"content\":\"why?\"},{\"role\":\"assistant\",\"content\":\"\",\"tool_calls\":["
                 "{\"type\":\"function\",\"function\":{\"name\":\"f\",\"arguments\":");
-    nest(&asks, 55, "{\"a\":", "1", "}");
-    buffer_text(&asks, "}}]}");
-    medrun_chat_options o = {.tools = (const char *)tools.data, .n_tools = tools.n};
-    medrun_message messages[] = {{"user", "why?", 4}, {NULL, (const char *)asks.data, asks.n}};
-    int code = medrun_render(m, name, &o, messages, 2, false, ids, 8, &n, &e);
+    nest(&asks, 54, "{\"a\":", "1", "}");
+    buffer_text(&asks, "}}]}]");
+    json j = {0};
+    buffer shown = {0};
+    chat_list list = {0};
+    int code = tools_text(chat_find(name), (const char *)tools.data, tools.n, &shown, &e);
+    if (!code) code = json_parse(&j, (const char *)asks.data, asks.n, &e);
+    if (!code) code = tools_messages(chat_find(name), &j, 0, "asks", true, &list, &e);
+    medrun_chat_options o = {.tools = (const char *)shown.data, .n_tools = shown.n};
+    if (!code) code = medrun_render(m, name, &o, list.m, list.n, false, ids, 8, &n, &e);
+    chat_list_free(&list), json_free(&j), buffer_free(&shown);
     if (code) printf("    %s: %s\n", name, e.text);
     buffer_free(&tools), buffer_free(&asks);
     return !code && !medrun_detokenize(m, ids, 8, true, text, sizeof text, &n, NULL);

@@ -1,8 +1,8 @@
-/* Tests of how section 16 prints an answer: tool calls as JSON. The model is made to say what the
- * test wants by writing its logits. */
-#define main medrun_main        /* the commands too, which MEDRUN_NO_MAIN leaves out            */
+/* Tests of how medrun-lab call prints an answer: tool calls as JSON. The model is made to say what
+ * the test wants by writing its logits. */
+#define main lab_main
 #define report medrun_report
-#include "../medrun.c"
+#include "../tools/lab.c"
 #undef main
 #undef report
 #include "test.h"
@@ -42,6 +42,7 @@ static const char *says(command *c, const char *said, int most, int *code) {
     FILE *f = tmpfile();
     if (!f || dup2(fileno(f), 1) < 0) return "no temporary file";
     *code = print_reply(c, &a);
+    *code = end_call(c, &a, *code);
     fflush(stdout);
     dup2(saved, 1), close(saved);
     rewind(f);
@@ -76,7 +77,7 @@ static void test_calls(command *c) {
         if (!CHECK(good))
             printf("    %s: code %d %s, printed \"%s\"\n", cases[i].said, code, c->e.text, printed);
     }
-    c->chat_options.tools = NULL;               /* not asked for: text like any other            */
+    c->piece = NULL;                            /* medrun run: text like any other               */
     int code;
     CHECK(!strcmp(says(c, "A<|tools_prefix|>[{\"f\": {}}]<|tools_suffix|>", -1, &code),
                   "A[{\"f\": {}}]") && !code);
@@ -85,11 +86,13 @@ static void test_calls(command *c) {
 int main(void) {
     const char *build = getenv("MEDRUN_TEST_BUILD");
     char path[2048];
-    static command c = {.p = &medrun_program, .row = &medrun_commands[RUN]};
+    static const program lab = {"medrun-lab", "", lab_commands, N_LAB_COMMANDS, lab_options,
+                                N_LAB_OPTIONS, -1};
+    static command c = {.p = &lab, .row = &lab_commands[CALL]};
     snprintf(path, sizeof path, "%s/apertus-plain-bf16.mdr", build ? build : "build");
     if (CHECK(!medrun_open(&c.m, path, &(medrun_options){.threads = 1}, &c.e))) {
         c.t = &c.m->tokenizer, c.chat = chat_find("apertus");
-        c.chat_options.tools = "[]";
+        c.piece = next_piece_or_call;
         for (size_t i = 0; i < 3; i++)          /* the fixture may stop at fewer tokens          */
             if (!medrun_is_stop(c.m, chat_token(c.t, c.chat->stops[i])))
                 c.m->stops[c.m->n_stops++] = chat_token(c.t, c.chat->stops[i]);

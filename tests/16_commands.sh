@@ -225,11 +225,24 @@ code 0 $r afm; out_has '<|im_start|>assistant'
 code 2 $r apertus --date 15.1.2025; err_has 'YYYY-MM-DD'; err_lines 1
 code 2 $r afm --think; err_has 'afm'; err_lines 1
 printf '[{"type":"function","function":{"name":"lab","description":"A value.","parameters":{"properties":{"test":{"type":"string"}},"required":["test"]}}}]' >"$T/t.json"
-code 0 $r apertus --tools "$T/t.json"; out_has '^type lab = (_: {$'; out_has '^test: string$'
-code 2 $r afm --tools "$T/t.json"; err_has 'no place for tools'; err_lines 1; no_out
-printf '{}' >"$T/t.json"; code 2 $r apertus --tools "$T/t.json"; err_has 'tools'
-printf '[' >"$T/t.json"; code 3 $r apertus --tools "$T/t.json"; err_has 'tools: JSON'
-code 3 $r apertus --tools "$T/nothing.json"; err_has 'nothing.json'
+code 2 $r apertus --tools "$T/t.json"; err_has 'medrun-lab call'; err_lines 1; no_out
+l="call --render --messages $T/m.json --template"
+lab 0 $l apertus --tools "$T/t.json"; out_has '^type lab = (_: {$'; out_has '^test: string$'
+lab 2 $l afm --tools "$T/t.json"; err_has 'no place for tools'; err_lines 1; no_out
+lab 2 call "$model" -p x; err_has 'wanted --tools'; lab 2 call --render --messages "$T/m.json"; err_has 'a model'
+lab 2 $l apertus --ids; err_has 'not with --ids'
+lab 0 call --render --messages "$T/m.json" "$model"; cp "$T/out" "$T/lab"
+code 0 render "$model" --messages "$T/m.json"; out_is "$T/lab"
+lab 0 $l llama3 "$tok" --ids; cp "$T/out" "$T/lab"; code 0 $r llama3 "$tok" --ids; out_is "$T/lab"
+printf '[{"role":"user","content":"a"},{"role":"assistant","content":null,"tool_calls":[{"type":"function","function":{"name":"lab","arguments":{"x": 1.50}}}]}]' >"$T/asks.json"
+lab 0 call --render --messages "$T/asks.json" --template llama3.1; out_has '"name": "lab", "parameters": {"x": 1.5}}'
+for x in llama3.1 apertus; do code 2 render --messages "$T/asks.json" --template $x; err_has 'medrun-lab call'; err_lines 1; no_out; done
+code 2 render --messages "$T/asks.json" --template llama3; err_has 'content'
+printf '[{"role":"user","content":"A","\\u0063ontent":"B"}]' >"$T/twice.json"
+code 3 render --messages "$T/twice.json" --template llama3; err_has 'twice'; lab 3 call --render --messages "$T/twice.json" --template llama3; err_has 'twice'
+printf '{}' >"$T/t.json"; lab 2 $l apertus --tools "$T/t.json"; err_has 'tools'
+printf '[' >"$T/t.json"; lab 3 $l apertus --tools "$T/t.json"; err_has 'tools: JSON'
+lab 3 $l apertus --tools "$T/nothing.json"; err_has 'nothing.json'
 printf '[{"role":"user","content":"a"},{"role":"system","content":"b"}]' >"$T/late.json"
 code 2 render --messages "$T/late.json" --template apertus; err_has 'system'; err_lines 1; no_out
 code 0 render "$model" --messages "$T/m.json" --template alpaca --ids; cp "$T/out" "$T/ids"
@@ -237,8 +250,9 @@ code 0 render "$model" --messages "$T/m.json" --template alpaca --ids --bos on
 check 'one id more with BOS' [ "$(wc -w <"$T/out")" = $(($(wc -w <"$T/ids") + 1)) ]
 code 0 render "$model" --messages "$T/m.json" --bos off
 check 'no BOS' [ "$(head -c 8 "$T/out")" = '<|start_' ]
-code 2 run "$model" -p x --tools "$T/t.json"; err_has 'no place for tools'
-code 2 run "$model" -p x --raw --tools "$T/t.json"; err_has 'raw'
+code 2 run "$model" -p x --tools "$T/t.json"; err_has 'medrun-lab call'; err_lines 1
+lab 2 call "$model" -p x --tools "$T/t.json"; err_has 'no place for tools'
+lab 2 call "$model" -p x --raw --tools "$T/t.json"; err_has 'raw'
 
 # ---- logits ----
 code 0 logits "$model" --ids '1 2 3 4 5 6 7 8 9' -o "$T/last.f32"; no_out; err_lines 0

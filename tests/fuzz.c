@@ -9,6 +9,7 @@
 #define MEDRUN_NO_MAIN
 #define MEDRUN_EXPORT_NO_MAIN
 #include "../tools/export.c"
+#include "../tools/tool_calls.c"
 
 static const char *target, *base;
 static buffer original;                 /* the file of which the input replaces a part          */
@@ -98,14 +99,30 @@ static void try_json(const uint8_t *input, size_t n) {
 
 static void try_messages(const uint8_t *input, size_t n) {
     static const char *const names[] = {"llama3", "llama3.1", "alpaca", "afm", "apertus", "none"};
-    medrun_message m[2] = {{"user", "hello", 5}, {NULL, (const char *)input, n}};
-    medrun_chat_options o = {.tools = (const char *)input, .n_tools = n};
+    medrun_message m[2] = {{"user", "hello", 5}, {"tool", (const char *)input, n}};
     int32_t ids[64];
     size_t count;
+    json j = {0};
+    bool good = !json_parse(&j, (const char *)input, n, NULL);
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        const chat_template *c = chat_find(names[i]);
+        medrun_error e = {0}, f = {0}, g = {0};
+        buffer tools = {0};
+        chat_list list = {0};
         medrun_render(model, names[i], NULL, m, 2, true, ids, 64, &count, NULL);
-        medrun_render(model, names[i], &o, m, 1, true, ids, 64, &count, NULL);
+        if (good && !chat_messages(c, &j, 0, "input", &list, &e))
+            medrun_render(model, names[i], NULL, list.m, list.n, true, ids, 64, &count, NULL);
+        chat_list_free(&list);
+        if (good && !tools_messages(c, &j, 0, "input", i & 1, &list, &f))
+            medrun_render(model, names[i], NULL, list.m, list.n, true, ids, 64, &count, NULL);
+        chat_list_free(&list);
+        if (!tools_text(c, (const char *)input, n, &tools, &g)) {
+            medrun_chat_options o = {.tools = (const char *)tools.data, .n_tools = tools.n};
+            medrun_render(model, names[i], &o, m, 1, true, ids, 64, &count, NULL);
+        }
+        buffer_free(&tools);
     }
+    json_free(&j);
 }
 
 /* The sum over the ids is made right where the head says how many there are. */

@@ -318,14 +318,17 @@ static int open_chat(const evaluation *v, const prompt_parts *parts, open_text *
     as_is.bos = MEDRUN_BOS_AUTO;
     chat_writer w = {.c = v->chat, .t = &v->m->tokenizer, .o = &v->chat_options, .out = &x->ids,
                      .e = e};
-    int code = joined.failed ? out_of_memory(e, joined.n) : chat_conversation(&w, m, n, true);
-    x->run = w.run, x->flags = w.flags;
-    if (!code)
-        code = chat_render_text(v->chat, &v->m->tokenizer, &as_is, m, n, true, &shown, e);
+    chat_writer text = {.c = v->chat, .t = &v->m->tokenizer, .o = &as_is, .as_text = true,
+                        .out = &shown, .e = e};
+    if (joined.failed) out_of_memory(e, joined.n);
+    if (!e->code) chat_conversation(&w, m, n, true);
+    x->run = w.run;
+    x->flags = w.flags;
+    if (!e->code) chat_render(&text, m, n, true);
     sha256_of(text_of(&shown), shown.n, p->digest);
     buffer_free(&joined);
     buffer_free(&shown);
-    return code;
+    return e->code;
 }
 
 static int make_prompt(const evaluation *v, const question *q, prompt *p, medrun_error *e) {
@@ -1378,7 +1381,7 @@ static int choose_chat(evaluation *v, medrun_error *e) {
                     v->o.template_name ? v->o.template_name : "one that medrun does not know");
     add_stops(v->m, v->chat);
     c->date = v->o.date, c->bos = v->bos;
-    if (!c->date && v->chat->how & STATES_TODAY) date_today(v->today), c->date = v->today;
+    if (!c->date && v->chat->states_today) date_today(v->today), c->date = v->today;
     if (v->bos == MEDRUN_BOS_AUTO && !v->chat->bos)
         c->bos = v->m->tokenizer.add_bos ? MEDRUN_BOS_ON : MEDRUN_BOS_OFF;
     return MEDRUN_OK;

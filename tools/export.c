@@ -1613,13 +1613,15 @@ static int prove_chat(exporter *x, const json_file *f, uint32_t v, medrun_error 
     WANT(n, f, "chats", v, "messages");
     if (given(&f->j, v, "date") != JSON_NONE) {
         if (json_text(&f->j, v, f->path, "date", date, sizeof date, e)) return e->code;
-    } else if (x->source.chat->how & STATES_TODAY) date_today(date);
+    } else if (x->source.chat->states_today) date_today(date);
     medrun_message *m = new_array(n, sizeof *m);
     char *roles = new_array(n, 16);
     if (!m || !roles) out_of_memory(e, n * sizeof *m);
-    else if (!read_messages(f, v, m, roles, &text, e))
-        chat_render(x->source.chat, &x->tokenizer,
-                    &(medrun_chat_options){.date = date[0] ? date : NULL}, m, n, true, &ids, e);
+    else if (!read_messages(f, v, m, roles, &text, e)) {
+        medrun_chat_options o = {.date = date[0] ? date : NULL};
+        chat_writer w = {.c = x->source.chat, .t = &x->tokenizer, .o = &o, .out = &ids, .e = e};
+        chat_render(&w, m, n, true);
+    }
     buffer_text(b, b->n ? ",\n{\"messages\":[" : "\n{\"messages\":[");
     for (size_t i = 0; !e->code && i < n; i++) {
         buffer_text(b, i ? ",{\"role\":" : "{\"role\":");

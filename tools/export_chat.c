@@ -4,7 +4,7 @@
  * reads them after it has applied its rules for white space: comments, white space inside tags, the
  * spelling of strings and the dashes of tags do not count, as far as they change nothing.
  * tools/reference/templates.py makes the lines of the table: it renders many conversations with
- * jinja2 and with `medrun render`, and prints a line only where all come out the same.
+ * jinja2 and with `medrun-lab call --render`, and prints a line only where all come out the same.
  * Tests: tests/20_export.c. */
 
 static const struct { const char *fingerprint, *name; } known_templates[] = {

@@ -4,17 +4,19 @@
  *
  * bench times prompts and generation beside what the machine can do at most; doctor says what the
  * machine has and whether its kernels agree; record writes a run with all that is needed to repeat
- * it, and replay repeats it. Options are read as medrun reads them (sections 16 and 17 of
- * medrun.c). MIT licence, see LICENSE. */
+ * it, and replay repeats it; call shows a model functions and prints the call that it makes. Options
+ * are read as medrun reads them (sections 16 and 17 of medrun.c). MIT licence, see LICENSE. */
 #define MEDRUN_NO_MAIN
 #define MEDRUN_COMMANDS
 #define MEDRUN_MORE_KERNELS "tools/lab_kernels.h"
 #include "../medrun.c"
+#include "tool_calls.c"
 
-enum { BENCH, DOCTOR, RECORD, REPLAY, LAB_HELP, N_LAB_COMMANDS };
+enum { BENCH, DOCTOR, RECORD, REPLAY, CALL, LAB_HELP, N_LAB_COMMANDS };
 
 /* Options that medrun has not. */
-enum { L_PROMPT = N_OPTIONS, L_PREDICT, L_DEPTH, L_REPETITIONS, L_FORMAT, N_LAB_OPTIONS };
+enum { L_PROMPT = N_OPTIONS, L_PREDICT, L_DEPTH, L_REPETITIONS, L_FORMAT, L_TOOLS, L_RENDER,
+       N_LAB_OPTIONS };
 
 /* ---- record, replay ------------------------------------------------------------------------ */
 
@@ -417,6 +419,124 @@ static int doctor_command(command *c) {
     list_opencl();
     return code;
 }
+
+/* ---- call ---------------------------------------------------------------------------------- */
+
+/* What the model writes between the tokens of a call is held back until the call has ended. */
+static buffer held_call;
+static bool in_call;
+
+/* The end of a call: a line of JSON. What is no call is printed as the text it is. */
+static int print_call(command *c, answer *a) {
+    buffer line = {0};
+    medrun_error why = {0};
+    int code = tool_calls(&line, chars(&held_call), held_call.n, &why);
+    const buffer *shown = code ? &held_call : &line;
+    if (a->mid_line) buffer_text(&a->held, "\n");
+    buffer_add(&a->held, shown->data, shown->n);
+    buffer_text(&a->held, "\n");
+    bool failed = a->held.failed || held_call.failed;
+    buffer_free(&line);
+    buffer_free(&held_call);
+    in_call = false;
+    if (failed) return out_of_memory(&c->e, a->held.n);
+    if (print_held(c, a, true)) return c->e.code;
+    if (!code) return MEDRUN_OK;
+    return fail(&c->e, MEDRUN_FAILED, "the model's tool call is not one: %s", why.text);
+}
+
+/* Takes the place of next_piece. */
+static int next_piece_or_call(command *c, answer *a) {
+    int32_t id;
+    const char *text;
+    size_t n;
+    int code = interrupted ? MEDRUN_INTERRUPTED : medrun_next(c->s, &id, &text, &n, &c->e);
+    if (code) return code;
+    bool opens = id == chat_token(c->t, c->chat->call_tokens[0]);
+    bool closes = in_call && id == chat_token(c->t, c->chat->call_tokens[1]);
+    a->n_answer++;
+    a->ended = medrun_is_stop(c->m, id);
+    buffer_add(in_call ? &held_call : &a->held, text, n);
+    if (in_call && (a->ended || closes)) return print_call(c, a);
+    if (a->held.failed || held_call.failed) return out_of_memory(&c->e, n);
+    if (!in_call && print_held(c, a, a->ended || opens)) return c->e.code;
+    in_call |= opens;
+    return MEDRUN_OK;
+}
+
+/* The functions that --tools names, as the model is to see them. */
+static int read_tools(command *c, buffer *shown) {
+    buffer text = {0};
+    if (!given(c, L_TOOLS)) return MEDRUN_OK;
+    int code = read_file(c, c->text[L_TOOLS], &text);
+    if (!code) code = tools_text(c->chat, chars(&text), text.n, shown, &c->e);
+    c->chat_options.tools = chars(shown);
+    c->chat_options.n_tools = shown->n;
+    buffer_free(&text);
+    return code;
+}
+
+/* The prompt of a conversation with calls, blocks and results. */
+static int render_conversation(command *c, bool as_text, buffer *out) {
+    buffer text = {0};
+    json j = {0};
+    chat_list list = {0};
+    chat_writer w = {c->chat, c->t, &c->chat_options, as_text, .out = out, .e = &c->e};
+    int code = read_json(c, c->text[O_MESSAGES], &text, &j);
+    if (!code)
+        code = tools_messages(c->chat, &j, 0, c->text[O_MESSAGES], given(c, L_TOOLS), &list, &c->e);
+    if (!code) code = chat_render(&w, list.m, list.n, !flag(c, O_NO_OPENING));
+    chat_list_free(&list);
+    json_free(&j);
+    buffer_free(&text);
+    return code;
+}
+
+/* Prints what has come of a call that was cut off; CODE is print_reply's. */
+static int end_call(command *c, const answer *a, int code) {
+    answer rest = {.mid_line = a->mid_line};
+    medrun_error before = c->e;
+    if (!in_call) return code;
+    c->e = (medrun_error){0};
+    int last = print_call(c, &rest);
+    buffer_free(&rest.held);
+    if (code) c->e = before;
+    return code ? code : last;
+}
+
+static int ask(command *c, const buffer *ids) {
+    answer a = {0};
+    int code = start_session(c);
+    c->piece = next_piece_or_call;
+    if (!code) code = run_ids(c, ids, &a);
+    return end_call(c, &a, code);
+}
+
+static int call_command(command *c) {
+    buffer tools = {0}, text = {0}, prompt = {0};
+    bool render = flag(c, L_RENDER), model = given(c, O_MODEL) || c->n_rest;
+    bool as_text = render && !flag(c, O_RENDER_IDS), named = given(c, O_TEMPLATE) && as_text;
+    if (!given(c, L_TOOLS) && !given(c, O_MESSAGES))
+        return fail(&c->e, MEDRUN_USAGE, "call: wanted --tools FILE.json or --messages FILE.json");
+    if (flag(c, O_RAW))
+        return fail(&c->e, MEDRUN_USAGE, "call: wanted a chat template; leave --raw out");
+    if (render && (!given(c, O_MESSAGES) || (!model && !named)))
+        return fail(&c->e, MEDRUN_USAGE, "--render: wanted --messages FILE.json and a model; "
+                    "--template NAME does without a model, but not with --ids");
+    int code = !render ? open_model(c) : model ? open_tokenizer(c) : choose_template(c);
+    if (!code) code = choose_chat(c);
+    if (!code) code = read_tools(c, &tools);
+    if (!code && given(c, O_MESSAGES)) code = render_conversation(c, as_text, &prompt);
+    else if (!code && !(code = read_prompt(c, &text))) code = make_prompt(c, &text, &prompt);
+    if (!code && !render) code = ask(c, &prompt);
+    else if (!code && as_text) fwrite(chars(&prompt), 1, prompt.n, stdout);
+    else if (!code) print_ids(stdout, ids_of(&prompt), prompt.n / 4);
+    buffer_free(&tools);
+    buffer_free(&text);
+    buffer_free(&prompt);
+    return code;
+}
+
 /* ---- the program --------------------------------------------------------------------------- */
 
 static const command_row lab_commands[N_LAB_COMMANDS] = {
@@ -431,6 +551,9 @@ static const command_row lab_commands[N_LAB_COMMANDS] = {
     [REPLAY] = {"replay", "RUN.json",
                 "repeats what record wrote; exit 4 at the first difference", replay_command, 1,
                 false, false},
+    [CALL] = {"call", "MODEL.mdr --tools FILE.json -p TEXT | --messages FILE.json",
+              "shows a model functions, and prints the call it makes as JSON", call_command, 1,
+              true, false},
     [LAB_HELP] = {"help", "[COMMAND]", "what there is, or what a command takes", help_command, 1,
                   false, false},
 };
@@ -443,24 +566,30 @@ static option_row lab_options[N_LAB_OPTIONS] = {
     [L_DEPTH] = {"depth", "d", "N", WHOLE, ON(BENCH), 0, 1 << 20, "0",
                  "tokens that stand before both and are not timed"},
     [L_REPETITIONS] = {"repetitions", "r", "N", WHOLE, ON(BENCH), 1, 1000, "5", "of both"},
+    [L_TOOLS] = {"tools", NULL, "FILE.json", TEXT, ON(CALL), 0, 0, NULL,
+                 "the functions, [{\"type\": \"function\", \"function\": ...}] (apertus, llama3.1)"},
+    [L_RENDER] = {"render", NULL, NULL, FLAG, ON(CALL), 0, 0, NULL,
+                  "print the prompt instead of asking; --template NAME does without a model"},
     [L_FORMAT] = {"output", "o", "md|json", CHOICE, ON(BENCH), 0, 0, "md",
                   "a table, or one line"},
 };
 
-/* Options of medrun's: record takes those of run, bench those of a session, replay a place of the
- * model. */
+/* Options of medrun's: record and call take those of run, call some of render's too, bench those of
+ * a session, replay a place of the model. */
 static void take_options(void) {
     const int bench[] = {O_MODEL, O_THREADS, O_BATCH, O_KV, O_MLOCK, O_STRICT, O_DEVICE,
                          O_GPU_LAYERS};
     const int replay[] = {O_MODEL, O_THREADS, O_DEVICE, O_GPU_LAYERS};
+    const int call[] = {O_MESSAGES, O_RENDER_IDS, O_NO_OPENING};
     for (int id = 0; id < N_OPTIONS; id++) {
         lab_options[id] = option_rows[id];
-        lab_options[id].on = option_rows[id].on & ON(RUN) ? ON(RECORD) : 0;
+        lab_options[id].on = option_rows[id].on & ON(RUN) ? ON(RECORD) | ON(CALL) : 0;
     }
     for (size_t i = 0; i < sizeof bench / sizeof *bench; i++)
         lab_options[bench[i]].on |= ON(BENCH);
     for (size_t i = 0; i < sizeof replay / sizeof *replay; i++)
         lab_options[replay[i]].on |= ON(REPLAY);
+    for (size_t i = 0; i < sizeof call / sizeof *call; i++) lab_options[call[i]].on |= ON(CALL);
     lab_options[O_HELP].on = lab_options[O_VERSION].on = ~0u;
 }
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compares medrun's chat templates with Jinja templates, rendered as transformers renders them.
 
-    templates.py [--medrun ./medrun] TEMPLATE...
+    templates.py [--lab ./medrun-lab] TEMPLATE...
         Says of each TEMPLATE (a .jinja file, a tokenizer_config.json, a Hugging Face folder) which of
         medrun's templates renders all probe conversations the same, refusals included, and prints
         the line for the table in tools/export_chat.c. A template that renders like none is unknown.
@@ -144,7 +144,7 @@ class Medrun:
         """The text (or what EXTRA asks for), or None where medrun refuses."""
         messages = pathlib.Path(self.folder.name, "messages.json")
         messages.write_text(json.dumps(case["messages"]), encoding="utf-8")
-        line = [self.path, "render", "--template", name, "--messages", str(messages), *extra]
+        line = [self.path, "call", "--render", "--template", name, "--messages", str(messages), *extra]
         options = case["options"]
         if options.get("date") or name.startswith("apertus"):
             line += ["--date", DATE.isoformat()]
@@ -463,7 +463,7 @@ def expectations(template, name, bos, opens):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--medrun", default="./medrun")
+    parser.add_argument("--lab", default="./medrun-lab")
     parser.add_argument("--random", type=int, default=0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--folder")
@@ -472,7 +472,7 @@ def main():
     parser.add_argument("--as", dest="name", choices=NAMES, help="compare with this one only")
     parser.add_argument("templates", nargs="+")
     args = parser.parse_args()
-    medrun, failures, written = Medrun(args.medrun), 0, []
+    medrun, failures, written = Medrun(args.lab), 0, []
     if args.name:
         NAMES[:] = [args.name]
     for path in args.templates:

@@ -1,0 +1,562 @@
+/* medrun: functions that a model may call ("tools"), from JSON to the text that a model sees, and
+ * from what it writes back to JSON. Included after medrun.c by programs that want this: medrun-lab
+ * call, tests, a server.
+ *
+ * The engine (section 11) knows templates, roles and finished text, and no JSON beyond a role and a
+ * string. Here stands the rest of what the models' own Jinja templates do:
+ *
+ *   tools_text      definitions, [{"type": "function", "function": {...}}, ...], as the block that
+ *                   goes into medrun_chat_options.tools: TypeScript or Python's JSON
+ *   tools_messages  a conversation in JSON, with tool_calls, blocks and results, as messages whose
+ *                   roles the engine has for finished text ("assistant/calls", ...)
+ *   tool_calls      what the model wrote between the tokens of a call, as plain JSON
+ *
+ * No function here makes a control id; the engine's table does. What a template refuses is refused,
+ * and a value that Jinja would print as Python prints it is printed so, to the last digit.
+ * Tests: tests/11_chat.c, and tools/reference/templates.py. */
+
+/* ---- JSON as Python writes it -------------------------------------------------------------- */
+
+/* What Python, and so Jinja, takes for true; JSON_NONE is false. */
+static bool json_truthy(const json *j, uint32_t v) {
+    if (v == JSON_NONE) return false;
+    const json_node *n = &j->nodes[v];
+    if (n->type == JSON_NUMBER) return json_number(j, v) != 0;
+    if (n->type == JSON_STRING) return n->end > n->start;
+    return n->type == JSON_TRUE || n->count > 0;
+}
+
+/* repr(float): the fewest digits that read back as the same number. */
+static void python_float(buffer *b, double value) {
+    char text[40], digits[20];
+    int n = 0, precision = 0, power;
+    if (!(fabs(value) <= DBL_MAX)) { buffer_text(b, value < 0 ? "-Infinity" : "Infinity"); return; }
+    do snprintf(text, sizeof text, "%.*e", precision, value);
+    while (strtod(text, NULL) != value && ++precision < 17);
+    for (const char *p = text; *p != 'e'; p++) if (isdigit((uint8_t)*p)) digits[n++] = *p;
+    while (n > 1 && digits[n - 1] == '0') n--;
+    digits[n] = 0;
+    power = atoi(strchr(text, 'e') + 1);
+    if (*text == '-') buffer_text(b, "-");
+    if (power < -4 || power >= 16)
+        buffer_printf(b, "%c%s%se%c%02d", *digits, n > 1 ? "." : "", digits + 1,
+                      power < 0 ? '-' : '+', power < 0 ? -power : power);
+    else if (power < 0) buffer_printf(b, "0.%.*s%s", -1 - power, "000", digits);
+    else if (n <= power + 1) buffer_printf(b, "%s%.*s.0", digits, power + 1 - n, "000000000000000");
+    else buffer_printf(b, "%.*s.%s", power + 1, digits, digits + power + 1);
+}
+
+/* A number without point or exponent is an int, of any length. */
+static void python_number(buffer *b, const json *j, uint32_t v) {
+    const char *p = j->text + j->nodes[v].start;
+    size_t n = j->nodes[v].end - j->nodes[v].start;
+    if (memchr(p, '.', n) || memchr(p, 'e', n) || memchr(p, 'E', n))
+        python_float(b, json_number(j, v));
+    else if (n == 2 && !memcmp(p, "-0", 2)) buffer_text(b, "0");
+    else buffer_add(b, p, n);
+}
+
+static void python_string(buffer *b, const json *j, uint32_t v) {
+    buffer text = {0};
+    json_unescape(j, v, &text);
+    b->failed |= text.failed;
+    python_quote(b, (const char *)text.data, text.n);
+    buffer_free(&text);
+}
+
+static void python_break(buffer *b, int indent, int level) {
+    if (!indent) return;
+    buffer_text(b, "\n");
+    for (int i = 0; i < indent * level; i++) buffer_text(b, " ");
+}
+
+/* json.dumps(value, ensure_ascii=False, indent=INDENT or None): transformers' tojson. */
+static void python_json(buffer *b, const json *j, uint32_t v, int indent, int level) {
+    static const char *const words[] = {"null", "false", "true"};
+    const json_node *n = &j->nodes[v];
+    bool object = n->type == JSON_OBJECT;
+    uint32_t c = v + 1;
+    if (n->type <= JSON_TRUE) { buffer_text(b, words[n->type]); return; }
+    if (n->type == JSON_NUMBER) { python_number(b, j, v); return; }
+    if (n->type == JSON_STRING) { python_string(b, j, v); return; }
+    buffer_text(b, object ? "{" : "[");
+    for (uint32_t i = 0; i < n->count; i += object ? 2 : 1, c = j->nodes[c].next) {
+        if (i) buffer_text(b, indent ? "," : ", ");
+        python_break(b, indent, level + 1);
+        if (object) python_string(b, j, c++), buffer_text(b, ": ");
+        python_json(b, j, c, indent, level + 1);
+    }
+    if (n->count) python_break(b, indent, level);
+    buffer_text(b, object ? "}" : "]");
+}
+
+/* str(value) of what is no container. */
+static int python_str(buffer *b, const json *j, uint32_t v, const char *what, medrun_error *e) {
+    static const char *const words[] = {"None", "False", "True"};
+    json_type type = json_typeof(j, v);
+    if (type > JSON_STRING)
+        return fail(e, MEDRUN_USAGE, "%s: found a list or an object, wanted a text", what);
+    if (type <= JSON_TRUE) buffer_text(b, words[type]);
+    else if (type == JSON_NUMBER) python_number(b, j, v);
+    else json_unescape(j, v, b);
+    return MEDRUN_OK;
+}
+
+/* ---- functions as TypeScript --------------------------------------------------------------- */
+
+static int schema_wrong(medrun_error *e, const char *field, const char *wanted) {
+    return fail(e, MEDRUN_USAGE, "tools: field %s: wanted %s", field, wanted);
+}
+
+/* Appends BEFORE and the string KEY of object V. */
+static int schema_text(buffer *b, const json *j, uint32_t v, const char *key, const char *before,
+                       medrun_error *e) {
+    uint32_t text = json_get(j, v, key);
+    if (!json_is_type(j, text, JSON_STRING)) return schema_wrong(e, key, "a string");
+    buffer_text(b, before);
+    json_unescape(j, text, b);
+    return MEDRUN_OK;
+}
+
+/* The values of a list with BETWEEN in between. */
+static int schema_join(buffer *b, const json *j, uint32_t list, const char *between,
+                       medrun_error *e) {
+    int code = MEDRUN_OK;
+    uint32_t c = list + 1;
+    for (uint32_t i = 0; !code && i < j->nodes[list].count; i++, c = j->nodes[c].next) {
+        if (i) buffer_text(b, between);
+        code = python_str(b, j, c, "tools", e);
+    }
+    return code;
+}
+
+/* Appends the key at node KEY, with a question mark unless object V requires it, and a colon. */
+static int schema_name(buffer *b, const json *j, uint32_t v, uint32_t key, medrun_error *e) {
+    uint32_t list = json_get(j, v, "required"), c = list + 1;
+    buffer name = {0};
+    bool required = false;
+    if (json_truthy(j, list) && json_typeof(j, list) != JSON_ARRAY)
+        return schema_wrong(e, "required", "a list of names");
+    json_unescape(j, key, &name);
+    buffer_add(&name, "", 1);
+    for (uint32_t i = 0; json_truthy(j, list) && i < j->nodes[list].count; i++) {
+        required |= !name.failed && json_is(j, c, (const char *)name.data);
+        c = j->nodes[c].next;
+    }
+    if (name.n > 1) buffer_add(b, name.data, name.n - 1);
+    b->failed |= name.failed;
+    buffer_text(b, required ? ": " : "?: ");
+    buffer_free(&name);
+    return MEDRUN_OK;
+}
+
+/* Schemas stand in schemas: schema_type hands itself to what it is made of. */
+typedef int schema_writer(buffer *b, const json *j, uint32_t v, medrun_error *e);
+
+/* An array of V: long and doubtful types become any[]. */
+static int schema_array(buffer *b, const json *j, uint32_t v, schema_writer *type_of,
+                        medrun_error *e) {
+    static const char *const simple[][2] = {{"string", "string"}, {"number", "number"},
+                                            {"integer", "number"}, {"boolean", "boolean"}};
+    uint32_t items = json_get(j, v, "items"), type = json_get(j, items, "type");
+    const char *plain = json_truthy(j, items) ? NULL : "any";
+    buffer inner = {0};
+    size_t length = 0;
+    int code = MEDRUN_OK;
+    for (size_t i = 0; i < 4; i++) if (json_is(j, type, simple[i][0])) plain = simple[i][1];
+    if (!plain) {
+        code = type_of(&inner, j, items, e);
+        for (size_t i = 0; i < inner.n; i++) length += (inner.data[i] & 0xC0) != 0x80;
+        if (length > 50 || (inner.n == 15 && !memcmp(inner.data, "object | object", 15)))
+            plain = "any";
+    }
+    if (plain) buffer_text(b, plain);
+    else buffer_add(b, inner.data, inner.n);
+    b->failed |= inner.failed;
+    buffer_free(&inner);
+    buffer_text(b, json_truthy(j, json_get(j, v, "nullable")) ? "[] | null" : "[]");
+    return code;
+}
+
+/* The white space is the template's own. */
+static int schema_one_of(buffer *b, const json *j, uint32_t list, schema_writer *type_of,
+                         medrun_error *e) {
+    uint32_t c = list + 1, value;
+    int code = MEDRUN_OK;
+    if (json_typeof(j, list) != JSON_ARRAY) return schema_wrong(e, "oneOf", "a list");
+    for (uint32_t i = 0; !code && i < j->nodes[list].count; i++, c = j->nodes[c].next) {
+        if (i) buffer_text(b, " | \n");
+        code = type_of(b, j, c, e);
+        if (!code && json_truthy(j, json_get(j, c, "description")))
+            code = schema_text(b, j, c, "description", "// ", e);
+        if (code || (value = json_get(j, c, "default")) == JSON_NONE) continue;
+        buffer_text(b, "                    // default: ");
+        python_json(b, j, value, 0, 0);
+    }
+    return code;
+}
+
+static int schema_object(buffer *b, const json *j, uint32_t v, schema_writer *type_of,
+                         medrun_error *e) {
+    uint32_t all = json_get(j, v, "properties"), c = all + 1;
+    int code = MEDRUN_OK;
+    if (!json_truthy(j, all)) return buffer_text(b, "object"), MEDRUN_OK;
+    if (json_typeof(j, all) != JSON_OBJECT) return schema_wrong(e, "properties", "an object");
+    buffer_text(b, "{\n");
+    for (uint32_t i = 0; !code && i < j->nodes[all].count; i += 2, c = j->nodes[c + 1].next) {
+        if (i) buffer_text(b, ", ");
+        if ((code = schema_name(b, j, v, c, e))) break;
+        buffer_text(b, "\n                ");
+        code = type_of(b, j, c + 1, e);
+    }
+    buffer_text(b, "}");
+    return code;
+}
+
+/* A JSON Schema as a type; what the template does not know is any. */
+static int schema_type(buffer *b, const json *j, uint32_t v, medrun_error *e) {
+    uint32_t type = json_get(j, v, "type"), list = json_get(j, v, "enum");
+    uint32_t one_of = json_get(j, v, "oneOf");
+    if (json_typeof(j, v) != JSON_OBJECT) return schema_wrong(e, "properties", "JSON Schemas");
+    if (json_is(j, type, "array")) return schema_array(b, j, v, schema_type, e);
+    if (json_is_type(j, type, JSON_ARRAY) && json_truthy(j, type))
+        return schema_join(b, j, type, " | ", e);
+    if (json_truthy(j, one_of)) return schema_one_of(b, j, one_of, schema_type, e);
+    if (json_is(j, type, "object")) return schema_object(b, j, v, schema_type, e);
+    if (!json_is(j, type, "string")) {
+        bool number = json_is(j, type, "number") || json_is(j, type, "integer");
+        buffer_text(b, number ? "number" : json_is(j, type, "boolean") ? "boolean" : "any");
+        return MEDRUN_OK;
+    }
+    if (!json_truthy(j, list)) {
+        bool nullable = json_truthy(j, json_get(j, v, "nullable"));
+        return buffer_text(b, nullable ? "string | null" : "string"), MEDRUN_OK;
+    }
+    if (json_typeof(j, list) != JSON_ARRAY) return schema_wrong(e, "enum", "a list");
+    buffer_text(b, "\"");
+    int code = schema_join(b, j, list, "\" | \"", e);
+    return buffer_text(b, "\""), code;
+}
+
+/* A parameter of a function: comment, name, type, default. */
+static int tool_parameter(buffer *b, const json *j, uint32_t v, uint32_t key, medrun_error *e) {
+    uint32_t spec = key + 1, value = json_get(j, spec, "default");
+    bool listed = json_truthy(j, json_get(j, spec, "enum"));
+    bool one_of = json_truthy(j, json_get(j, spec, "oneOf"));
+    int code = MEDRUN_OK;
+    if (json_truthy(j, json_get(j, spec, "description"))) {
+        code = schema_text(b, j, spec, "description", "// ", e);
+        buffer_text(b, "\n");
+    }
+    if (code || (code = schema_name(b, j, v, key, e)) || (code = schema_type(b, j, spec, e)) ||
+        value == JSON_NONE) return code;
+    if (listed || one_of)
+        return schema_text(b, j, spec, "default", &", // default: "[listed ? 0 : 2], e);
+    buffer_text(b, ", // default: ");
+    return python_json(b, j, value, 0, 0), MEDRUN_OK;
+}
+
+/* {"type": "function", "function": {...}}, or the function alone. */
+static uint32_t tool_function(const json *j, uint32_t v) {
+    uint32_t function = json_get(j, v, "function");
+    return function == JSON_NONE ? v : function;
+}
+
+static int tool_declaration(buffer *b, const json *j, uint32_t v, medrun_error *e) {
+    uint32_t parameters = json_get(j, v, "parameters");
+    uint32_t all = json_get(j, parameters, "properties"), c = all + 1;
+    int code = schema_text(b, j, v, "description", "// ", e);
+    if (!code) code = schema_text(b, j, v, "name", "\ntype ", e);
+    if (code || !json_truthy(j, all)) return buffer_text(b, " = () => any;"), code;
+    if (json_typeof(j, all) != JSON_OBJECT) return schema_wrong(e, "properties", "an object");
+    buffer_text(b, " = (_: {\n");
+    for (uint32_t i = 0; !code && i < j->nodes[all].count; i += 2, c = j->nodes[c + 1].next) {
+        if (i) buffer_text(b, ",\n");
+        code = tool_parameter(b, j, parameters, c, e);
+    }
+    return buffer_text(b, "\n}) => any;"), code;
+}
+
+/* A list of functions as TypeScript declarations. */
+static int tools_as_types(buffer *b, const json *j, medrun_error *e) {
+    int code = MEDRUN_OK;
+    uint32_t c = 1;
+    for (uint32_t i = 0; !code && i < j->nodes[0].count; i++, c = j->nodes[c].next) {
+        if (i) buffer_text(b, "\n");
+        code = tool_declaration(b, j, tool_function(j, c), e);
+    }
+    return code;
+}
+
+static void tools_as_json(buffer *b, const json *j) {
+    uint32_t c = 1;
+    for (uint32_t i = 0; i < j->nodes[0].count; i++, c = j->nodes[c].next) {
+        python_json(b, j, c, 4, 0);
+        buffer_text(b, "\n\n");
+    }
+}
+
+/* ---- how each template writes tools --------------------------------------------------------- */
+
+typedef struct {
+    const char *template_name;
+    bool types;                 /* functions as TypeScript; else as JSON with an indent of 4   */
+    const char *call[3];        /* around a call's name and arguments                          */
+    bool calls_alone;           /* a message with calls is one call and nothing else           */
+    bool results_as_json;       /* a tool's content may be a list or an object                 */
+    bool blocks;                /* contents have blocks and parts                              */
+    bool content_needed;        /* also beside tool calls                                      */
+    bool arguments_as_text;     /* a call's arguments are JSON in a string, else any value     */
+} tool_form;
+
+/* The first release of Apertus's template takes functions as OpenAI's API has them; the other two
+ * want them bare (here either form does), arguments as text, and a content beside every call. */
+static const tool_form tool_forms[] = {
+    {.template_name = "llama3.1", .call = {"{\"name\": \"", "\", \"parameters\": ", "}"},
+     .calls_alone = true, .results_as_json = true},
+    {.template_name = "apertus", .types = true, .call = {"{\"", "\": ", "}"}, .blocks = true},
+    {.template_name = "apertus-bare", .types = true, .call = {"{\"", "\": ", "}"}, .blocks = true,
+     .content_needed = true, .arguments_as_text = true},
+    {.template_name = "apertus-closed", .types = true, .call = {"{\"", "\": ", "}"}, .blocks = true,
+     .content_needed = true, .arguments_as_text = true},
+};
+
+/* All zero for a template without tools, which looks at roles and contents only. */
+static const tool_form *tool_form_of(const chat_template *c) {
+    static const tool_form none = {0};
+    for (size_t i = 0; i < sizeof tool_forms / sizeof *tool_forms; i++)
+        if (!strcmp(c->name, tool_forms[i].template_name)) return &tool_forms[i];
+    return &none;
+}
+
+/* Appends what the model is to see of the functions in TEXT, for medrun_chat_options.tools. */
+static int tools_text(const chat_template *c, const char *text, size_t n, buffer *out,
+                      medrun_error *e) {
+    json j = {0};
+    medrun_error why = {0};
+    if (!c->takes_tools)
+        return fail(e, MEDRUN_USAGE, "template %s has no place for tools", c->name);
+    if (json_parse(&j, text, n, &why)) fail(e, why.code, "tools: %s", why.text);
+    else if (!json_check_keys(&j, 0, "tools", e) &&
+             (json_typeof(&j, 0) != JSON_ARRAY || !j.nodes[0].count))
+        fail(e, MEDRUN_USAGE, "tools: wanted a list of functions");
+    uint32_t v = 1;
+    for (uint32_t i = 0; !e->code && i < j.nodes[0].count; i++, v = j.nodes[v].next)
+        if (!json_is_type(&j, tool_function(&j, v), JSON_OBJECT))
+            fail(e, MEDRUN_USAGE, "tools: wanted functions: {\"type\": \"function\", "
+                 "\"function\": {\"name\": ...}}");
+    if (!e->code && tool_form_of(c)->types) tools_as_types(out, &j, e);
+    else if (!e->code) tools_as_json(out, &j);
+    if (!e->code && out->failed) out_of_memory(e, out->n);
+    json_free(&j);
+    return e->code;
+}
+
+/* ---- conversations ------------------------------------------------------------------------- */
+
+/* Who reads a conversation. A turn's text is what was added to list->text since the one before. */
+typedef struct {
+    const chat_template *c;
+    const tool_form *form;
+    const json *j;
+    chat_list *list;
+    size_t at;                  /* in list->text: where the next turn's text begins            */
+    medrun_error *e;
+} tool_reader;
+
+static int tools_refuse(const tool_reader *r, const char *what) {
+    return fail(r->e, MEDRUN_USAGE, "messages: %s", what);
+}
+
+/* Ends a turn. Its text gets its address at the end: the buffer may move until then. */
+static int tools_turn(tool_reader *r, const char *role) {
+    buffer *text = &r->list->text;
+    if (r->e->code) return r->e->code;
+    if (text->failed) return out_of_memory(r->e, text->n);
+    r->list->m[r->list->n++] = (medrun_message){role, NULL, text->n - r->at};
+    r->at = text->n;
+    return MEDRUN_OK;
+}
+
+/* Appends one call. FUNCTION has the name, and the arguments as a value or AS_TEXT. */
+static int tools_call(tool_reader *r, uint32_t function, bool as_text) {
+    const json *j = r->j;
+    buffer *b = &r->list->text;
+    uint32_t name = json_get(j, function, "name"), arguments = json_get(j, function, "arguments");
+    if (!json_is_type(j, name, JSON_STRING))
+        return tools_refuse(r, "tool call: name: wanted a string");
+    if (arguments == JSON_NONE || (as_text && json_typeof(j, arguments) != JSON_STRING))
+        return tools_refuse(r, as_text ? "tool call: arguments: wanted JSON in a string"
+                                       : "tool call: wanted arguments");
+    buffer_text(b, r->form->call[0]);
+    json_unescape(j, name, b);
+    buffer_text(b, r->form->call[1]);
+    if (as_text) json_unescape(j, arguments, b);
+    else python_json(b, j, arguments, 0, 0);
+    buffer_text(b, r->form->call[2]);
+    return MEDRUN_OK;
+}
+
+/* The calls of LIST, of a message, or of a BLOCK of an assistant's content. */
+static int tools_calls(tool_reader *r, uint32_t list, bool block) {
+    const json *j = r->j;
+    bool alone = r->form->calls_alone, as_text = block || r->form->arguments_as_text;
+    uint32_t v = list + 1;
+    if (!json_is_type(j, list, JSON_ARRAY)) return tools_refuse(r, "tool calls: wanted a list");
+    if (alone && j->nodes[list].count != 1)
+        return tools_refuse(r, "tool calls: this template takes one call a message");
+    for (uint32_t i = 0; i < j->nodes[list].count; i++, v = j->nodes[v].next) {
+        if (i) buffer_text(&r->list->text, ", ");
+        if (!block && !alone && !json_is(j, json_get(j, v, "type"), "function"))
+            return tools_refuse(r, "tool call: type: wanted \"function\"");
+        if (tools_call(r, block ? v : json_get(j, v, "function"), as_text)) return r->e->code;
+    }
+    return tools_turn(r, block ? "assistant/block-calls" : "assistant/calls");
+}
+
+/* The results of a block of them. */
+static int tools_outputs(tool_reader *r, uint32_t list) {
+    const json *j = r->j;
+    uint32_t v = list + 1;
+    if (!json_is_type(j, list, JSON_ARRAY)) return tools_refuse(r, "tool outputs: wanted a list");
+    for (uint32_t i = 0; i < j->nodes[list].count; i++, v = j->nodes[v].next) {
+        uint32_t output = json_get(j, v, "output");
+        if (!json_is_type(j, output, JSON_STRING))
+            return tools_refuse(r, "tool output: wanted {\"output\": \"...\"}");
+        if (i) buffer_text(&r->list->text, ", ");
+        json_unescape(j, output, &r->list->text);
+    }
+    return tools_turn(r, "assistant/outputs");
+}
+
+/* One block of an assistant's content; FIRST of its message. A lone call of display_answers ends
+ * the thoughts before it, as a response does, though nothing is said. */
+static int tools_block(tool_reader *r, uint32_t v, bool first) {
+    const json *j = r->j;
+    uint32_t type = json_get(j, v, "type"), text = json_get(j, v, "text");
+    uint32_t calls = json_get(j, v, "calls");
+    if (json_is(j, type, "tool_outputs")) return tools_outputs(r, json_get(j, v, "outputs"));
+    if (json_is(j, type, "tool_calls")) {
+        bool shows = !first && json_is_type(j, calls, JSON_ARRAY) && j->nodes[calls].count == 1 &&
+                     json_is(j, json_get(j, calls + 1, "name"), "display_answers");
+        if (shows) tools_turn(r, "assistant/response");
+        return tools_calls(r, calls, true);
+    }
+    bool thoughts = json_is(j, type, "thoughts");
+    if (!thoughts && !json_is(j, type, "response"))
+        return tools_refuse(r, "block: type: wanted thoughts, tool_calls, tool_outputs or "
+                               "response");
+    if (!json_is_type(j, text, JSON_STRING)) return tools_refuse(r, "block: text: wanted a string");
+    json_unescape(j, text, &r->list->text);
+    return tools_turn(r, thoughts ? "assistant/thoughts" : "assistant/response");
+}
+
+/* An assistant's turn for a template that has blocks. */
+static int tools_assistant(tool_reader *r, uint32_t content, uint32_t calls) {
+    const json *j = r->j;
+    uint32_t list = json_get(j, content, "blocks"), v = list + 1;
+    bool none = content == JSON_NONE || json_typeof(j, content) == JSON_NULL;
+    if (json_is_type(j, content, JSON_STRING)) {
+        json_unescape(j, content, &r->list->text);
+        tools_turn(r, "assistant");
+    } else if (json_is_type(j, list, JSON_ARRAY)) {
+        tools_turn(r, "assistant/blocks");
+        for (uint32_t i = 0; !r->e->code && i < j->nodes[list].count; i++, v = j->nodes[v].next)
+            tools_block(r, v, i == 0);
+    } else if (!none || r->form->content_needed || calls == JSON_NONE)
+        return tools_refuse(r, "content of the assistant: wanted a string or {\"blocks\": [...]}");
+    else tools_turn(r, "assistant/silent");
+    return !r->e->code && json_truthy(j, calls) ? tools_calls(r, calls, false) : r->e->code;
+}
+
+/* A content that is no string: {"text": ...} of the system, {"parts": [...]} of a user, or what a
+ * tool gave where that may be any JSON. */
+static int tools_content(tool_reader *r, const char *role, uint32_t content) {
+    const json *j = r->j;
+    uint32_t text = json_get(j, content, "text"), parts = json_get(j, content, "parts");
+    uint32_t v = parts + 1, last = JSON_NONE;
+    if (r->form->results_as_json && (!strcmp(role, "tool") || !strcmp(role, "ipython"))) {
+        if (content == JSON_NONE || json_typeof(j, content) < JSON_STRING)
+            return tools_refuse(r, "content of a tool: wanted a string, a list or an object");
+        python_json(&r->list->text, j, content, 0, 0);
+        return tools_turn(r, "tool/json");
+    }
+    bool user = r->form->blocks && !strcmp(role, "user") && json_is_type(j, parts, JSON_ARRAY);
+    for (uint32_t i = 0; user && i < j->nodes[parts].count; i++, v = j->nodes[v].next) {
+        last = json_get(j, v, "text");
+        if (!json_is(j, json_get(j, v, "type"), "text") || !json_is_type(j, last, JSON_STRING))
+            return tools_refuse(r, "content: wanted parts of type \"text\"");
+        json_unescape(j, last, &r->list->text);
+    }
+    if (user) return tools_turn(r, role);
+    if (!r->form->blocks || strcmp(role, "system") || !json_is_type(j, text, JSON_STRING))
+        return tools_refuse(r, "content: wanted a string");
+    json_unescape(j, text, &r->list->text);
+    return tools_turn(r, role);
+}
+
+/* Message V; BRINGS_TOOLS: the template writes the functions into its turn. */
+static int tools_message(tool_reader *r, uint32_t v, bool brings_tools) {
+    const json *j = r->j;
+    const char *role = chat_role_of(j, v, r->e);
+    uint32_t content = json_get(j, v, "content"), calls = json_get(j, v, "tool_calls");
+    if (!role) return r->e->code;
+    if (brings_tools && !json_is_type(j, content, JSON_STRING))
+        return tools_refuse(r, "content: wanted a string, as this turn brings the tools");
+    if (!brings_tools && r->form->blocks && !strcmp(role, "assistant"))
+        return tools_assistant(r, content, calls);
+    if (!brings_tools && r->form->calls_alone && calls != JSON_NONE)
+        return tools_calls(r, calls, false);
+    if (!json_is_type(j, content, JSON_STRING)) return tools_content(r, role, content);
+    json_unescape(j, content, &r->list->text);
+    return tools_turn(r, role);
+}
+
+/* Reads node V of J, a list of messages, for template C; WHAT names the file, TOOLS says whether
+ * functions are shown. The messages are for chat_render or medrun_render, all at once. Free LIST
+ * with chat_list_free afterwards, also on failure. */
+static int tools_messages(const chat_template *c, const json *j, uint32_t v, const char *what,
+                          bool tools, chat_list *list, medrun_error *e) {
+    tool_reader r = {c, tool_form_of(c), j, list, 0, e};
+    *list = (chat_list){0};
+    /* no more turns than nodes: one for a message, its calls, a block and what it ends          */
+    if (chat_check_list(j, v, what, e) ||
+        chat_list_room(list, j->nodes[v].next - v, j, v, e)) return e->code;
+    bool started = false;
+    uint32_t x = v + 1;
+    for (uint32_t i = 0; !e->code && i < j->nodes[v].count; i++, x = j->nodes[x].next) {
+        bool system = i == 0 && json_is(j, json_get(j, x, "role"), "system");
+        tools_message(&r, x, tools && c->first && !started && !system);
+        started |= !system;
+    }
+    size_t at = 0;
+    for (size_t i = 0; !e->code && i < list->n; i++) {
+        list->m[i].text = list->text.data ? (const char *)list->text.data + at : "";
+        at += list->m[i].n_bytes;
+    }
+    return e->code;
+}
+
+/* ---- what a model answers ------------------------------------------------------------------ */
+
+/* What a model wrote between the tokens of a tool call, [{"name": arguments}, ...], as
+ * [{"name": "name", "arguments": arguments}, ...]. */
+static int tool_calls(buffer *b, const char *text, size_t n, medrun_error *e) {
+    json j = {0};
+    int code = json_parse(&j, text, n, e);
+    bool good = !code && json_typeof(&j, 0) == JSON_ARRAY;
+    uint32_t c = 1;
+    buffer_text(b, "[");
+    for (uint32_t i = 0; good && i < j.nodes[0].count; i++, c = j.nodes[c].next) {
+        if (!(good = json_typeof(&j, c) == JSON_OBJECT && j.nodes[c].count == 2)) break;
+        buffer_text(b, i ? ", {\"name\": " : "{\"name\": ");
+        python_string(b, &j, c + 1);
+        buffer_text(b, ", \"arguments\": ");
+        python_json(b, &j, c + 2, 0, 0);
+        buffer_text(b, "}");
+    }
+    buffer_text(b, "]");
+    json_free(&j);
+    if (code || good) return code;
+    return fail(e, MEDRUN_BAD_FILE, "wanted [{\"name\": arguments}, ...]");
+}
