@@ -6832,8 +6832,8 @@ static bool chat_opens(const chat_template *c, const medrun_message *m) {
     return c->opening && m->role && !strcmp(m->role, "system");
 }
 
-/* A whole conversation; its last run of text is left in W->run. Roles are looked at first, so that a
- * wrong one costs nothing. */
+/* A whole conversation; its last run of text is left in W->run. Roles are looked at first, so that
+ * a wrong one costs nothing. */
 static int chat_conversation(chat_writer *w, const medrun_message *m, size_t n, bool answer) {
     bool late = false;
     if (!n) return fail(w->e, MEDRUN_USAGE, "messages: found none, wanted one or more");
