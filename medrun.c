@@ -921,13 +921,77 @@ static uint64_t random_bits(void) {
     return bits ^ bits >> 32;
 }
 /* ============================================================================================
- * 3 Basics: errors, memory, bytes, UTF-8, SHA-256, JSON
+ * 3 Basics: UTF-8, errors, memory, bytes, SHA-256, JSON
  *
  * What everything below stands on. All of it treats its input as hostile: lengths are checked
  * before they are used, products before they are formed. Tests: tests/03_basics.c.
  * ============================================================================================ */
 
+/* ---- UTF-8 (RFC 3629) ---------------------------------------------------------------------- */
+
+/* Decodes one character at P, N > 0 bytes: its length 1..4, or 0 if no valid character starts
+ * there (overlong forms, surrogates and values past U+10FFFF are not valid). */
+static size_t utf8_decode(const uint8_t *p, size_t n, uint32_t *code) {
+    if (p[0] < 0x80) return *code = p[0], 1;
+    size_t len = p[0] >= 0xF0 ? 4 : p[0] >= 0xE0 ? 3 : 2;
+    if (p[0] < 0xC2 || p[0] > 0xF4 || len > n) return 0;
+    uint32_t c = p[0] & (0xFFu >> (len + 1));
+    for (size_t i = 1; i < len; i++) {
+        if ((p[i] & 0xC0) != 0x80) return 0;
+        c = c << 6 | (p[i] & 0x3F);
+    }
+    bool overlong = (len == 3 && c < 0x800) || (len == 4 && c < 0x10000);
+    if (overlong || (c >= 0xD800 && c < 0xE000) || c > 0x10FFFF) return 0;
+    return *code = c, len;
+}
+
+/* Writes CODE's bytes, returns their number 1..4. */
+static size_t utf8_encode(uint32_t code, uint8_t out[4]) {
+    if (code < 0x80) return out[0] = (uint8_t)code, 1;
+    size_t len = code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
+    for (size_t i = len; --i; code >>= 6) out[i] = (uint8_t)(0x80 | (code & 0x3F));
+    out[0] = (uint8_t)((0xF00 >> len) | code);
+    return len;
+}
+
+/* How many bytes at the end of a stream are the valid beginning of a character whose rest has not
+ * come yet: 0..3. What is printed stops before them. */
+static size_t utf8_unfinished(const uint8_t *p, size_t n) {
+    for (size_t back = 1; back <= 3 && back <= n; back++) {
+        const uint8_t *q = p + n - back;
+        if ((q[0] & 0xC0) == 0x80) continue;            /* a continuation: look further back     */
+        size_t len = q[0] >= 0xF0 ? 4 : q[0] >= 0xE0 ? 3 : 2;
+        if (q[0] < 0xC2 || q[0] > 0xF4 || len <= back) return 0;
+        bool bad = back > 1 && ((q[0] == 0xE0 && q[1] < 0xA0) || (q[0] == 0xED && q[1] > 0x9F) ||
+                                (q[0] == 0xF0 && q[1] < 0x90) || (q[0] == 0xF4 && q[1] > 0x8F));
+        return bad ? 0 : back;
+    }
+    return 0;
+}
+
+/* Characters that could drive a terminal, or show text in another order than it has. */
+static bool is_hostile(uint32_t c) {
+    return c < 32 || (c >= 0x7F && c < 0xA0) || c == 0x200E || c == 0x200F ||
+           (c >= 0x202A && c <= 0x202E) || (c >= 0x2066 && c <= 0x2069);
+}
+
 /* ---- errors -------------------------------------------------------------------------------- */
+
+/* A message may hold a hostile name, which must not break the line or drive the terminal; and it may
+ * have been cut inside a character. What is hostile or no UTF-8 becomes '?'. */
+static void make_safe(char *text) {
+    char *out = text;
+    for (size_t n = strlen(text), len; n; text += len, n -= len) {
+        uint32_t code = 0;
+        len = utf8_decode((const uint8_t *)text, n, &code);
+        bool keep = len && !is_hostile(code);
+        if (!len) len = 1;
+        if (keep) memmove(out, text, len);
+        else *out = '?';
+        out += keep ? len : 1;
+    }
+    *out = 0;
+}
 
 /* Records the first failure and returns CODE, so that a check is one line:
  * if (n > max) return fail(e, MEDRUN_BAD_FILE, "...", n, max); */
@@ -938,9 +1002,7 @@ static int fail(medrun_error *e, int code, const char *format, ...) {
         va_start(args, format);
         vsnprintf(e->text, sizeof e->text, format, args);
         va_end(args);
-        /* a hostile name inside a message must not break the line or drive the terminal */
-        for (char *p = e->text; *p; p++)
-            if ((unsigned char)*p < 32 || *p == 127) *p = '?';
+        make_safe(e->text);
         e->code = code;
     }
     return code;
@@ -1045,46 +1107,31 @@ MAYBE_UNUSED static void write_le(buffer *b, uint64_t v, size_t n) {
     buffer_add(b, bytes, n);
 }
 
-/* ---- UTF-8 (RFC 3629) ---------------------------------------------------------------------- */
+/* ---- a heap -------------------------------------------------------------------------------- */
 
-/* Decodes one character at P, N > 0 bytes: its length 1..4, or 0 if no valid character starts
- * there (overlong forms, surrogates and values past U+10FFFF are not valid). */
-static size_t utf8_decode(const uint8_t *p, size_t n, uint32_t *code) {
-    if (p[0] < 0x80) return *code = p[0], 1;
-    size_t len = p[0] >= 0xF0 ? 4 : p[0] >= 0xE0 ? 3 : 2;
-    if (p[0] < 0xC2 || p[0] > 0xF4 || len > n) return 0;
-    uint32_t c = p[0] & (0xFFu >> (len + 1));
-    for (size_t i = 1; i < len; i++) {
-        if ((p[i] & 0xC0) != 0x80) return 0;
-        c = c << 6 | (p[i] & 0x3F);
+/* A binary heap of keys: none is smaller than its parent, the one at half its index. */
+static void heap_sink(uint64_t *heap, size_t n, size_t i) {
+    uint64_t key = heap[i];
+    for (size_t child; (child = 2 * i + 1) < n; i = child) {
+        if (child + 1 < n && heap[child + 1] < heap[child]) child++;
+        if (heap[child] >= key) break;
+        heap[i] = heap[child];
     }
-    bool overlong = (len == 3 && c < 0x800) || (len == 4 && c < 0x10000);
-    if (overlong || (c >= 0xD800 && c < 0xE000) || c > 0x10FFFF) return 0;
-    return *code = c, len;
+    heap[i] = key;
 }
 
-/* Writes CODE's bytes, returns their number 1..4. */
-static size_t utf8_encode(uint32_t code, uint8_t out[4]) {
-    if (code < 0x80) return out[0] = (uint8_t)code, 1;
-    size_t len = code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
-    for (size_t i = len; --i; code >>= 6) out[i] = (uint8_t)(0x80 | (code & 0x3F));
-    out[0] = (uint8_t)((0xF00 >> len) | code);
-    return len;
+static void heap_push(uint64_t *heap, size_t *n, uint64_t key) {
+    size_t i = (*n)++;
+    for (; i && heap[(i - 1) / 2] > key; i = (i - 1) / 2) heap[i] = heap[(i - 1) / 2];
+    heap[i] = key;
 }
 
-/* How many bytes at the end of a stream are the valid beginning of a character whose rest has not
- * come yet: 0..3. What is printed stops before them. */
-static size_t utf8_unfinished(const uint8_t *p, size_t n) {
-    for (size_t back = 1; back <= 3 && back <= n; back++) {
-        const uint8_t *q = p + n - back;
-        if ((q[0] & 0xC0) == 0x80) continue;            /* a continuation: look further back     */
-        size_t len = q[0] >= 0xF0 ? 4 : q[0] >= 0xE0 ? 3 : 2;
-        if (q[0] < 0xC2 || q[0] > 0xF4 || len <= back) return 0;
-        bool bad = back > 1 && ((q[0] == 0xE0 && q[1] < 0xA0) || (q[0] == 0xED && q[1] > 0x9F) ||
-                                (q[0] == 0xF0 && q[1] < 0x90) || (q[0] == 0xF4 && q[1] > 0x8F));
-        return bad ? 0 : back;
-    }
-    return 0;
+/* Takes the smallest key away. */
+static uint64_t heap_pop(uint64_t *heap, size_t *n) {
+    uint64_t top = heap[0];
+    heap[0] = heap[--*n];
+    if (*n) heap_sink(heap, *n, 0);
+    return top;
 }
 
 /* ---- SHA-256 (FIPS 180-4) ------------------------------------------------------------------ */
@@ -5162,249 +5209,91 @@ static int file_open(model_file *f, const char *path, medrun_error *e) {
 /* The patterns ask of a character whether it is a letter, a number or white space (and tekken's,
  * which kind of letter, and whether it is a mark). Everything else is of class OTHER. */
 
-// Made by tools/unicode.py: Unicode 16.0, as in Hugging Face tokenizers' regex engine.
-// 2206 entries, each (first code point << 4 | class); a run lasts until the next entry.
-// CLASS_ALT: even code points are upper case, odd ones lower. CLASS_ALT_ODD: odd ones
-// are upper case, even ones lower.
+/* CLASS_ALT: even code points are upper case, odd ones lower. CLASS_ALT_ODD: the other way. */
 enum { CLASS_OTHER, CLASS_LU, CLASS_LL, CLASS_LT, CLASS_LM, CLASS_LO, CLASS_M, CLASS_N,
        CLASS_SPACE, CLASS_ALT, CLASS_ALT_ODD };
-static const uint32_t unicode_runs[] = {
-    0x0, 0x98, 0xe0, 0x208, 0x210, 0x307, 0x3a0, 0x411, 0x5b0, 0x612, 0x7b0, 0x858, 0x860, 0xa08,
-    0xa10, 0xaa5, 0xab0, 0xb27, 0xb40, 0xb52, 0xb60, 0xb97, 0xba5, 0xbb0, 0xbc7, 0xbf0, 0xc01,
-    0xd70, 0xd81, 0xdf2, 0xf70, 0xf82, 0x1009, 0x138a, 0x1499, 0x179a, 0x17f2, 0x1811, 0x1839,
-    0x187a, 0x18a1, 0x18c2, 0x18e1, 0x192a, 0x1949, 0x1971, 0x1992, 0x19c1, 0x19ea, 0x1a09, 0x1a7a,
-    0x1ab9, 0x1afa, 0x1b21, 0x1b4a, 0x1b89, 0x1ba2, 0x1bb5, 0x1bc9, 0x1be2, 0x1c05, 0x1c41, 0x1c53,
-    0x1c6a, 0x1c83, 0x1c99, 0x1cb3, 0x1cca, 0x1dd9, 0x1f0a, 0x1f23, 0x1f39, 0x1f71, 0x1f99, 0x2342,
-    0x23a1, 0x23ca, 0x23e9, 0x240a, 0x2441, 0x2479, 0x2502, 0x2945, 0x2952, 0x2b04, 0x2c20, 0x2c64,
-    0x2d20, 0x2e04, 0x2e50, 0x2ec4, 0x2ed0, 0x2ee4, 0x2ef0, 0x3006, 0x3709, 0x3744, 0x3750, 0x3769,
-    0x3780, 0x37a4, 0x37b2, 0x37e0, 0x37f1, 0x3800, 0x3861, 0x3870, 0x3881, 0x38b0, 0x38c1, 0x38d0,
-    0x38e1, 0x390a, 0x3921, 0x3a20, 0x3a31, 0x3ac2, 0x3cfa, 0x3d19, 0x3d31, 0x3d52, 0x3d89, 0x3f02,
-    0x3f49, 0x3f60, 0x3f7a, 0x3fa9, 0x3fca, 0x3fe1, 0x4302, 0x4609, 0x4820, 0x4836, 0x48a9, 0x4c1a,
-    0x4cf9, 0x5300, 0x5311, 0x5570, 0x5594, 0x55a0, 0x5602, 0x5890, 0x5916, 0x5be0, 0x5bf6, 0x5c00,
-    0x5c16, 0x5c30, 0x5c46, 0x5c60, 0x5c76, 0x5c80, 0x5d05, 0x5eb0, 0x5ef5, 0x5f30, 0x6106, 0x61b0,
-    0x6205, 0x6404, 0x6415, 0x64b6, 0x6607, 0x66a0, 0x66e5, 0x6706, 0x6715, 0x6d40, 0x6d55, 0x6d66,
-    0x6dd0, 0x6df6, 0x6e54, 0x6e76, 0x6e90, 0x6ea6, 0x6ee5, 0x6f07, 0x6fa5, 0x6fd0, 0x6ff5, 0x7000,
-    0x7105, 0x7116, 0x7125, 0x7306, 0x74b0, 0x74d5, 0x7a66, 0x7b15, 0x7b20, 0x7c07, 0x7ca5, 0x7eb6,
-    0x7f44, 0x7f60, 0x7fa4, 0x7fb0, 0x7fd6, 0x7fe0, 0x8005, 0x8166, 0x81a4, 0x81b6, 0x8244, 0x8256,
-    0x8284, 0x8296, 0x82e0, 0x8405, 0x8596, 0x85c0, 0x8605, 0x86b0, 0x8705, 0x8880, 0x8895, 0x88f0,
-    0x8976, 0x8a05, 0x8c94, 0x8ca6, 0x8e20, 0x8e36, 0x9045, 0x93a6, 0x93d5, 0x93e6, 0x9505, 0x9516,
-    0x9585, 0x9626, 0x9640, 0x9667, 0x9700, 0x9714, 0x9725, 0x9816, 0x9840, 0x9855, 0x98d0, 0x98f5,
-    0x9910, 0x9935, 0x9a90, 0x9aa5, 0x9b10, 0x9b25, 0x9b30, 0x9b65, 0x9ba0, 0x9bc6, 0x9bd5, 0x9be6,
-    0x9c50, 0x9c76, 0x9c90, 0x9cb6, 0x9ce5, 0x9cf0, 0x9d76, 0x9d80, 0x9dc5, 0x9de0, 0x9df5, 0x9e26,
-    0x9e40, 0x9e67, 0x9f05, 0x9f20, 0x9f47, 0x9fa0, 0x9fc5, 0x9fd0, 0x9fe6, 0x9ff0, 0xa016, 0xa040,
-    0xa055, 0xa0b0, 0xa0f5, 0xa110, 0xa135, 0xa290, 0xa2a5, 0xa310, 0xa325, 0xa340, 0xa355, 0xa370,
-    0xa385, 0xa3a0, 0xa3c6, 0xa3d0, 0xa3e6, 0xa430, 0xa476, 0xa490, 0xa4b6, 0xa4e0, 0xa516, 0xa520,
-    0xa595, 0xa5d0, 0xa5e5, 0xa5f0, 0xa667, 0xa706, 0xa725, 0xa756, 0xa760, 0xa816, 0xa840, 0xa855,
-    0xa8e0, 0xa8f5, 0xa920, 0xa935, 0xaa90, 0xaaa5, 0xab10, 0xab25, 0xab40, 0xab55, 0xaba0, 0xabc6,
-    0xabd5, 0xabe6, 0xac60, 0xac76, 0xaca0, 0xacb6, 0xace0, 0xad05, 0xad10, 0xae05, 0xae26, 0xae40,
-    0xae67, 0xaf00, 0xaf95, 0xafa6, 0xb000, 0xb016, 0xb040, 0xb055, 0xb0d0, 0xb0f5, 0xb110, 0xb135,
-    0xb290, 0xb2a5, 0xb310, 0xb325, 0xb340, 0xb355, 0xb3a0, 0xb3c6, 0xb3d5, 0xb3e6, 0xb450, 0xb476,
-    0xb490, 0xb4b6, 0xb4e0, 0xb556, 0xb580, 0xb5c5, 0xb5e0, 0xb5f5, 0xb626, 0xb640, 0xb667, 0xb700,
-    0xb715, 0xb727, 0xb780, 0xb826, 0xb835, 0xb840, 0xb855, 0xb8b0, 0xb8e5, 0xb910, 0xb925, 0xb960,
-    0xb995, 0xb9b0, 0xb9c5, 0xb9d0, 0xb9e5, 0xba00, 0xba35, 0xba50, 0xba85, 0xbab0, 0xbae5, 0xbba0,
-    0xbbe6, 0xbc30, 0xbc66, 0xbc90, 0xbca6, 0xbce0, 0xbd05, 0xbd10, 0xbd76, 0xbd80, 0xbe67, 0xbf30,
-    0xc006, 0xc055, 0xc0d0, 0xc0e5, 0xc110, 0xc125, 0xc290, 0xc2a5, 0xc3a0, 0xc3c6, 0xc3d5, 0xc3e6,
-    0xc450, 0xc466, 0xc490, 0xc4a6, 0xc4e0, 0xc556, 0xc570, 0xc585, 0xc5b0, 0xc5d5, 0xc5e0, 0xc605,
-    0xc626, 0xc640, 0xc667, 0xc700, 0xc787, 0xc7f0, 0xc805, 0xc816, 0xc840, 0xc855, 0xc8d0, 0xc8e5,
-    0xc910, 0xc925, 0xca90, 0xcaa5, 0xcb40, 0xcb55, 0xcba0, 0xcbc6, 0xcbd5, 0xcbe6, 0xcc50, 0xcc66,
-    0xcc90, 0xcca6, 0xcce0, 0xcd56, 0xcd70, 0xcdd5, 0xcdf0, 0xce05, 0xce26, 0xce40, 0xce67, 0xcf00,
-    0xcf15, 0xcf36, 0xcf40, 0xd006, 0xd045, 0xd0d0, 0xd0e5, 0xd110, 0xd125, 0xd3b6, 0xd3d5, 0xd3e6,
-    0xd450, 0xd466, 0xd490, 0xd4a6, 0xd4e5, 0xd4f0, 0xd545, 0xd576, 0xd587, 0xd5f5, 0xd626, 0xd640,
-    0xd667, 0xd790, 0xd7a5, 0xd800, 0xd816, 0xd840, 0xd855, 0xd970, 0xd9a5, 0xdb20, 0xdb35, 0xdbc0,
-    0xdbd5, 0xdbe0, 0xdc05, 0xdc70, 0xdca6, 0xdcb0, 0xdcf6, 0xdd50, 0xdd66, 0xdd70, 0xdd86, 0xde00,
-    0xde67, 0xdf00, 0xdf26, 0xdf40, 0xe015, 0xe316, 0xe325, 0xe346, 0xe3b0, 0xe405, 0xe464, 0xe476,
-    0xe4f0, 0xe507, 0xe5a0, 0xe815, 0xe830, 0xe845, 0xe850, 0xe865, 0xe8b0, 0xe8c5, 0xea40, 0xea55,
-    0xea60, 0xea75, 0xeb16, 0xeb25, 0xeb46, 0xebd5, 0xebe0, 0xec05, 0xec50, 0xec64, 0xec70, 0xec86,
-    0xecf0, 0xed07, 0xeda0, 0xedc5, 0xee00, 0xf005, 0xf010, 0xf186, 0xf1a0, 0xf207, 0xf340, 0xf356,
-    0xf360, 0xf376, 0xf380, 0xf396, 0xf3a0, 0xf3e6, 0xf405, 0xf480, 0xf495, 0xf6d0, 0xf716, 0xf850,
-    0xf866, 0xf885, 0xf8d6, 0xf980, 0xf996, 0xfbd0, 0xfc66, 0xfc70, 0x10005, 0x102b6, 0x103f5,
-    0x10407, 0x104a0, 0x10505, 0x10566, 0x105a5, 0x105e6, 0x10615, 0x10626, 0x10655, 0x10676,
-    0x106e5, 0x10716, 0x10755, 0x10826, 0x108e5, 0x108f6, 0x10907, 0x109a6, 0x109e0, 0x10a01,
-    0x10c60, 0x10c71, 0x10c80, 0x10cd1, 0x10ce0, 0x10d02, 0x10fb0, 0x10fc4, 0x10fd2, 0x11005,
-    0x12490, 0x124a5, 0x124e0, 0x12505, 0x12570, 0x12585, 0x12590, 0x125a5, 0x125e0, 0x12605,
-    0x12890, 0x128a5, 0x128e0, 0x12905, 0x12b10, 0x12b25, 0x12b60, 0x12b85, 0x12bf0, 0x12c05,
-    0x12c10, 0x12c25, 0x12c60, 0x12c85, 0x12d70, 0x12d85, 0x13110, 0x13125, 0x13160, 0x13185,
-    0x135b0, 0x135d6, 0x13600, 0x13697, 0x137d0, 0x13805, 0x13900, 0x13a01, 0x13f60, 0x13f82,
-    0x13fe0, 0x14015, 0x166d0, 0x166f5, 0x16808, 0x16815, 0x169b0, 0x16a05, 0x16eb0, 0x16ee7,
-    0x16f15, 0x16f90, 0x17005, 0x17126, 0x17160, 0x171f5, 0x17326, 0x17350, 0x17405, 0x17526,
-    0x17540, 0x17605, 0x176d0, 0x176e5, 0x17710, 0x17726, 0x17740, 0x17805, 0x17b46, 0x17d40,
-    0x17d74, 0x17d80, 0x17dc5, 0x17dd6, 0x17de0, 0x17e07, 0x17ea0, 0x17f07, 0x17fa0, 0x180b6,
-    0x180e0, 0x180f6, 0x18107, 0x181a0, 0x18205, 0x18434, 0x18445, 0x18790, 0x18805, 0x18856,
-    0x18875, 0x18a96, 0x18aa5, 0x18ab0, 0x18b05, 0x18f60, 0x19005, 0x191f0, 0x19206, 0x192c0,
-    0x19306, 0x193c0, 0x19467, 0x19505, 0x196e0, 0x19705, 0x19750, 0x19805, 0x19ac0, 0x19b05,
-    0x19ca0, 0x19d07, 0x19db0, 0x1a005, 0x1a176, 0x1a1c0, 0x1a205, 0x1a556, 0x1a5f0, 0x1a606,
-    0x1a7d0, 0x1a7f6, 0x1a807, 0x1a8a0, 0x1a907, 0x1a9a0, 0x1aa74, 0x1aa80, 0x1ab06, 0x1acf0,
-    0x1b006, 0x1b055, 0x1b346, 0x1b455, 0x1b4d0, 0x1b507, 0x1b5a0, 0x1b6b6, 0x1b740, 0x1b806,
-    0x1b835, 0x1ba16, 0x1bae5, 0x1bb07, 0x1bba5, 0x1be66, 0x1bf40, 0x1c005, 0x1c246, 0x1c380,
-    0x1c407, 0x1c4a0, 0x1c4d5, 0x1c507, 0x1c5a5, 0x1c784, 0x1c7e0, 0x1c802, 0x1c89a, 0x1c8b0,
-    0x1c901, 0x1cbb0, 0x1cbd1, 0x1cc00, 0x1cd06, 0x1cd30, 0x1cd46, 0x1ce95, 0x1ced6, 0x1cee5,
-    0x1cf46, 0x1cf55, 0x1cf76, 0x1cfa5, 0x1cfb0, 0x1d002, 0x1d2c4, 0x1d6b2, 0x1d784, 0x1d792,
-    0x1d9b4, 0x1dc06, 0x1e009, 0x1e962, 0x1e9e9, 0x1f002, 0x1f081, 0x1f102, 0x1f160, 0x1f181,
-    0x1f1e0, 0x1f202, 0x1f281, 0x1f302, 0x1f381, 0x1f402, 0x1f460, 0x1f481, 0x1f4e0, 0x1f502,
-    0x1f580, 0x1f591, 0x1f5a0, 0x1f5b1, 0x1f5c0, 0x1f5d1, 0x1f5e0, 0x1f5fa, 0x1f612, 0x1f681,
-    0x1f702, 0x1f7e0, 0x1f802, 0x1f883, 0x1f902, 0x1f983, 0x1fa02, 0x1fa83, 0x1fb02, 0x1fb50,
-    0x1fb62, 0x1fb81, 0x1fbc3, 0x1fbd0, 0x1fbe2, 0x1fbf0, 0x1fc22, 0x1fc50, 0x1fc62, 0x1fc81,
-    0x1fcc3, 0x1fcd0, 0x1fd02, 0x1fd40, 0x1fd62, 0x1fd81, 0x1fdc0, 0x1fe02, 0x1fe81, 0x1fed0,
-    0x1ff22, 0x1ff50, 0x1ff62, 0x1ff81, 0x1ffc3, 0x1ffd0, 0x20008, 0x200b0, 0x20288, 0x202a0,
-    0x202f8, 0x20300, 0x205f8, 0x20600, 0x20707, 0x20714, 0x20720, 0x20747, 0x207a0, 0x207f4,
-    0x20807, 0x208a0, 0x20904, 0x209d0, 0x20d06, 0x20f10, 0x21021, 0x21030, 0x21071, 0x21080,
-    0x210aa, 0x210c1, 0x210e2, 0x21101, 0x21132, 0x21140, 0x21151, 0x21160, 0x21191, 0x211e0,
-    0x21241, 0x21250, 0x21261, 0x21270, 0x21281, 0x21290, 0x212a1, 0x212e0, 0x212f9, 0x21311,
-    0x21342, 0x21355, 0x21392, 0x213a0, 0x213c2, 0x213e1, 0x21400, 0x2145a, 0x21472, 0x214a0,
-    0x214e2, 0x214f0, 0x21507, 0x2183a, 0x21857, 0x218a0, 0x24607, 0x249c0, 0x24ea7, 0x25000,
-    0x27767, 0x27940, 0x2c001, 0x2c302, 0x2c609, 0x2c631, 0x2c652, 0x2c67a, 0x2c6e1, 0x2c719,
-    0x2c74a, 0x2c772, 0x2c7c4, 0x2c7e1, 0x2c819, 0x2ce42, 0x2ce50, 0x2ceba, 0x2cef6, 0x2cf29,
-    0x2cf40, 0x2cfd7, 0x2cfe0, 0x2d002, 0x2d260, 0x2d272, 0x2d280, 0x2d2d2, 0x2d2e0, 0x2d305,
-    0x2d680, 0x2d6f4, 0x2d700, 0x2d7f6, 0x2d805, 0x2d970, 0x2da05, 0x2da70, 0x2da85, 0x2daf0,
-    0x2db05, 0x2db70, 0x2db85, 0x2dbf0, 0x2dc05, 0x2dc70, 0x2dc85, 0x2dcf0, 0x2dd05, 0x2dd70,
-    0x2dd85, 0x2ddf0, 0x2de06, 0x2e000, 0x2e2f4, 0x2e300, 0x30008, 0x30010, 0x30054, 0x30065,
-    0x30077, 0x30080, 0x30217, 0x302a6, 0x30300, 0x30314, 0x30360, 0x30387, 0x303b4, 0x303c5,
-    0x303d0, 0x30415, 0x30970, 0x30996, 0x309b0, 0x309d4, 0x309f5, 0x30a00, 0x30a15, 0x30fb0,
-    0x30fc4, 0x30ff5, 0x31000, 0x31055, 0x31300, 0x31315, 0x318f0, 0x31927, 0x31960, 0x31a05,
-    0x31c00, 0x31f05, 0x32000, 0x32207, 0x322a0, 0x32487, 0x32500, 0x32517, 0x32600, 0x32807,
-    0x328a0, 0x32b17, 0x32c00, 0x34005, 0x4dc00, 0x4e005, 0xa0154, 0xa0165, 0xa48d0, 0xa4d05,
-    0xa4f84, 0xa4fe0, 0xa5005, 0xa60c4, 0xa60d0, 0xa6105, 0xa6207, 0xa62a5, 0xa62c0, 0xa6409,
-    0xa66e5, 0xa66f6, 0xa6730, 0xa6746, 0xa67e0, 0xa67f4, 0xa6809, 0xa69c4, 0xa69e6, 0xa6a05,
-    0xa6e67, 0xa6f06, 0xa6f20, 0xa7174, 0xa7200, 0xa7229, 0xa7302, 0xa7329, 0xa7704, 0xa7712,
-    0xa779a, 0xa77e9, 0xa7884, 0xa7890, 0xa78ba, 0xa78f5, 0xa7909, 0xa7942, 0xa7969, 0xa7ab1,
-    0xa7af9, 0xa7b11, 0xa7b59, 0xa7c51, 0xa7c8a, 0xa7cc9, 0xa7ce0, 0xa7d09, 0xa7d20, 0xa7d32,
-    0xa7d40, 0xa7d59, 0xa7dd0, 0xa7f24, 0xa7f5a, 0xa7f75, 0xa7f84, 0xa7fa2, 0xa7fb5, 0xa8026,
-    0xa8035, 0xa8066, 0xa8075, 0xa80b6, 0xa80c5, 0xa8236, 0xa8280, 0xa82c6, 0xa82d0, 0xa8307,
-    0xa8360, 0xa8405, 0xa8740, 0xa8806, 0xa8825, 0xa8b46, 0xa8c60, 0xa8d07, 0xa8da0, 0xa8e06,
-    0xa8f25, 0xa8f80, 0xa8fb5, 0xa8fc0, 0xa8fd5, 0xa8ff6, 0xa9007, 0xa90a5, 0xa9266, 0xa92e0,
-    0xa9305, 0xa9476, 0xa9540, 0xa9605, 0xa97d0, 0xa9806, 0xa9845, 0xa9b36, 0xa9c10, 0xa9cf4,
-    0xa9d07, 0xa9da0, 0xa9e05, 0xa9e56, 0xa9e64, 0xa9e75, 0xa9f07, 0xa9fa5, 0xa9ff0, 0xaa005,
-    0xaa296, 0xaa370, 0xaa405, 0xaa436, 0xaa445, 0xaa4c6, 0xaa4e0, 0xaa507, 0xaa5a0, 0xaa605,
-    0xaa704, 0xaa715, 0xaa770, 0xaa7a5, 0xaa7b6, 0xaa7e5, 0xaab06, 0xaab15, 0xaab26, 0xaab55,
-    0xaab76, 0xaab95, 0xaabe6, 0xaac05, 0xaac16, 0xaac25, 0xaac30, 0xaadb5, 0xaadd4, 0xaade0,
-    0xaae05, 0xaaeb6, 0xaaf00, 0xaaf25, 0xaaf34, 0xaaf56, 0xaaf70, 0xab015, 0xab070, 0xab095,
-    0xab0f0, 0xab115, 0xab170, 0xab205, 0xab270, 0xab285, 0xab2f0, 0xab302, 0xab5b0, 0xab5c4,
-    0xab602, 0xab694, 0xab6a0, 0xab702, 0xabc05, 0xabe36, 0xabeb0, 0xabec6, 0xabee0, 0xabf07,
-    0xabfa0, 0xac005, 0xd7a40, 0xd7b05, 0xd7c70, 0xd7cb5, 0xd7fc0, 0xf9005, 0xfa6e0, 0xfa705,
-    0xfada0, 0xfb002, 0xfb070, 0xfb132, 0xfb180, 0xfb1d5, 0xfb1e6, 0xfb1f5, 0xfb290, 0xfb2a5,
-    0xfb370, 0xfb385, 0xfb3d0, 0xfb3e5, 0xfb3f0, 0xfb405, 0xfb420, 0xfb435, 0xfb450, 0xfb465,
-    0xfbb20, 0xfbd35, 0xfd3e0, 0xfd505, 0xfd900, 0xfd925, 0xfdc80, 0xfdf05, 0xfdfc0, 0xfe006,
-    0xfe100, 0xfe206, 0xfe300, 0xfe705, 0xfe750, 0xfe765, 0xfefd0, 0xff107, 0xff1a0, 0xff211,
-    0xff3b0, 0xff412, 0xff5b0, 0xff665, 0xff704, 0xff715, 0xff9e4, 0xffa05, 0xffbf0, 0xffc25,
-    0xffc80, 0xffca5, 0xffd00, 0xffd25, 0xffd80, 0xffda5, 0xffdd0, 0x100005, 0x1000c0, 0x1000d5,
-    0x100270, 0x100285, 0x1003b0, 0x1003c5, 0x1003e0, 0x1003f5, 0x1004e0, 0x100505, 0x1005e0,
-    0x100805, 0x100fb0, 0x101077, 0x101340, 0x101407, 0x101790, 0x1018a7, 0x1018c0, 0x101fd6,
-    0x101fe0, 0x102805, 0x1029d0, 0x102a05, 0x102d10, 0x102e06, 0x102e17, 0x102fc0, 0x103005,
-    0x103207, 0x103240, 0x1032d5, 0x103417, 0x103425, 0x1034a7, 0x1034b0, 0x103505, 0x103766,
-    0x1037b0, 0x103805, 0x1039e0, 0x103a05, 0x103c40, 0x103c85, 0x103d00, 0x103d17, 0x103d60,
-    0x104001, 0x104282, 0x104505, 0x1049e0, 0x104a07, 0x104aa0, 0x104b01, 0x104d40, 0x104d82,
-    0x104fc0, 0x105005, 0x105280, 0x105305, 0x105640, 0x105701, 0x1057b0, 0x1057c1, 0x1058b0,
-    0x1058c1, 0x105930, 0x105941, 0x105960, 0x105972, 0x105a20, 0x105a32, 0x105b20, 0x105b32,
-    0x105ba0, 0x105bb2, 0x105bd0, 0x105c05, 0x105f40, 0x106005, 0x107370, 0x107405, 0x107560,
-    0x107605, 0x107680, 0x107804, 0x107860, 0x107874, 0x107b10, 0x107b24, 0x107bb0, 0x108005,
-    0x108060, 0x108085, 0x108090, 0x1080a5, 0x108360, 0x108375, 0x108390, 0x1083c5, 0x1083d0,
-    0x1083f5, 0x108560, 0x108587, 0x108605, 0x108770, 0x108797, 0x108805, 0x1089f0, 0x108a77,
-    0x108b00, 0x108e05, 0x108f30, 0x108f45, 0x108f60, 0x108fb7, 0x109005, 0x109167, 0x1091c0,
-    0x109205, 0x1093a0, 0x109805, 0x109b80, 0x109bc7, 0x109be5, 0x109c07, 0x109d00, 0x109d27,
-    0x10a005, 0x10a016, 0x10a040, 0x10a056, 0x10a070, 0x10a0c6, 0x10a105, 0x10a140, 0x10a155,
-    0x10a180, 0x10a195, 0x10a360, 0x10a386, 0x10a3b0, 0x10a3f6, 0x10a407, 0x10a490, 0x10a605,
-    0x10a7d7, 0x10a7f0, 0x10a805, 0x10a9d7, 0x10aa00, 0x10ac05, 0x10ac80, 0x10ac95, 0x10ae56,
-    0x10ae70, 0x10aeb7, 0x10af00, 0x10b005, 0x10b360, 0x10b405, 0x10b560, 0x10b587, 0x10b605,
-    0x10b730, 0x10b787, 0x10b805, 0x10b920, 0x10ba97, 0x10bb00, 0x10c005, 0x10c490, 0x10c801,
-    0x10cb30, 0x10cc02, 0x10cf30, 0x10cfa7, 0x10d005, 0x10d246, 0x10d280, 0x10d307, 0x10d3a0,
-    0x10d407, 0x10d4a5, 0x10d4e4, 0x10d4f5, 0x10d501, 0x10d660, 0x10d696, 0x10d6e0, 0x10d6f4,
-    0x10d702, 0x10d860, 0x10e607, 0x10e7f0, 0x10e805, 0x10eaa0, 0x10eab6, 0x10ead0, 0x10eb05,
-    0x10eb20, 0x10ec25, 0x10ec50, 0x10efc6, 0x10f005, 0x10f1d7, 0x10f275, 0x10f280, 0x10f305,
-    0x10f466, 0x10f517, 0x10f550, 0x10f705, 0x10f826, 0x10f860, 0x10fb05, 0x10fc57, 0x10fcc0,
-    0x10fe05, 0x10ff70, 0x110006, 0x110035, 0x110386, 0x110470, 0x110527, 0x110706, 0x110715,
-    0x110736, 0x110755, 0x110760, 0x1107f6, 0x110835, 0x110b06, 0x110bb0, 0x110c26, 0x110c30,
-    0x110d05, 0x110e90, 0x110f07, 0x110fa0, 0x111006, 0x111035, 0x111276, 0x111350, 0x111367,
-    0x111400, 0x111445, 0x111456, 0x111475, 0x111480, 0x111505, 0x111736, 0x111740, 0x111765,
-    0x111770, 0x111806, 0x111835, 0x111b36, 0x111c15, 0x111c50, 0x111c96, 0x111cd0, 0x111ce6,
-    0x111d07, 0x111da5, 0x111db0, 0x111dc5, 0x111dd0, 0x111e17, 0x111f50, 0x112005, 0x112120,
-    0x112135, 0x1122c6, 0x112380, 0x1123e6, 0x1123f5, 0x112416, 0x112420, 0x112805, 0x112870,
-    0x112885, 0x112890, 0x1128a5, 0x1128e0, 0x1128f5, 0x1129e0, 0x1129f5, 0x112a90, 0x112b05,
-    0x112df6, 0x112eb0, 0x112f07, 0x112fa0, 0x113006, 0x113040, 0x113055, 0x1130d0, 0x1130f5,
-    0x113110, 0x113135, 0x113290, 0x1132a5, 0x113310, 0x113325, 0x113340, 0x113355, 0x1133a0,
-    0x1133b6, 0x1133d5, 0x1133e6, 0x113450, 0x113476, 0x113490, 0x1134b6, 0x1134e0, 0x113505,
-    0x113510, 0x113576, 0x113580, 0x1135d5, 0x113626, 0x113640, 0x113666, 0x1136d0, 0x113706,
-    0x113750, 0x113805, 0x1138a0, 0x1138b5, 0x1138c0, 0x1138e5, 0x1138f0, 0x113905, 0x113b60,
-    0x113b75, 0x113b86, 0x113c10, 0x113c26, 0x113c30, 0x113c56, 0x113c60, 0x113c76, 0x113cb0,
-    0x113cc6, 0x113d15, 0x113d26, 0x113d35, 0x113d40, 0x113e16, 0x113e30, 0x114005, 0x114356,
-    0x114475, 0x1144b0, 0x114507, 0x1145a0, 0x1145e6, 0x1145f5, 0x114620, 0x114805, 0x114b06,
-    0x114c45, 0x114c60, 0x114c75, 0x114c80, 0x114d07, 0x114da0, 0x115805, 0x115af6, 0x115b60,
-    0x115b86, 0x115c10, 0x115d85, 0x115dc6, 0x115de0, 0x116005, 0x116306, 0x116410, 0x116445,
-    0x116450, 0x116507, 0x1165a0, 0x116805, 0x116ab6, 0x116b85, 0x116b90, 0x116c07, 0x116ca0,
-    0x116d07, 0x116e40, 0x117005, 0x1171b0, 0x1171d6, 0x1172c0, 0x117307, 0x1173c0, 0x117405,
-    0x117470, 0x118005, 0x1182c6, 0x1183b0, 0x118a01, 0x118c02, 0x118e07, 0x118f30, 0x118ff5,
-    0x119070, 0x119095, 0x1190a0, 0x1190c5, 0x119140, 0x119155, 0x119170, 0x119185, 0x119306,
-    0x119360, 0x119376, 0x119390, 0x1193b6, 0x1193f5, 0x119406, 0x119415, 0x119426, 0x119440,
-    0x119507, 0x1195a0, 0x119a05, 0x119a80, 0x119aa5, 0x119d16, 0x119d80, 0x119da6, 0x119e15,
-    0x119e20, 0x119e35, 0x119e46, 0x119e50, 0x11a005, 0x11a016, 0x11a0b5, 0x11a336, 0x11a3a5,
-    0x11a3b6, 0x11a3f0, 0x11a476, 0x11a480, 0x11a505, 0x11a516, 0x11a5c5, 0x11a8a6, 0x11a9a0,
-    0x11a9d5, 0x11a9e0, 0x11ab05, 0x11af90, 0x11bc05, 0x11be10, 0x11bf07, 0x11bfa0, 0x11c005,
-    0x11c090, 0x11c0a5, 0x11c2f6, 0x11c370, 0x11c386, 0x11c405, 0x11c410, 0x11c507, 0x11c6d0,
-    0x11c725, 0x11c900, 0x11c926, 0x11ca80, 0x11ca96, 0x11cb70, 0x11d005, 0x11d070, 0x11d085,
-    0x11d0a0, 0x11d0b5, 0x11d316, 0x11d370, 0x11d3a6, 0x11d3b0, 0x11d3c6, 0x11d3e0, 0x11d3f6,
-    0x11d465, 0x11d476, 0x11d480, 0x11d507, 0x11d5a0, 0x11d605, 0x11d660, 0x11d675, 0x11d690,
-    0x11d6a5, 0x11d8a6, 0x11d8f0, 0x11d906, 0x11d920, 0x11d936, 0x11d985, 0x11d990, 0x11da07,
-    0x11daa0, 0x11ee05, 0x11ef36, 0x11ef70, 0x11f006, 0x11f025, 0x11f036, 0x11f045, 0x11f110,
-    0x11f125, 0x11f346, 0x11f3b0, 0x11f3e6, 0x11f430, 0x11f507, 0x11f5a6, 0x11f5b0, 0x11fb05,
-    0x11fb10, 0x11fc07, 0x11fd50, 0x120005, 0x1239a0, 0x124007, 0x1246f0, 0x124805, 0x125440,
-    0x12f905, 0x12ff10, 0x130005, 0x134300, 0x134406, 0x134415, 0x134476, 0x134560, 0x134605,
-    0x143fb0, 0x144005, 0x146470, 0x161005, 0x1611e6, 0x161307, 0x1613a0, 0x168005, 0x16a390,
-    0x16a405, 0x16a5f0, 0x16a607, 0x16a6a0, 0x16a705, 0x16abf0, 0x16ac07, 0x16aca0, 0x16ad05,
-    0x16aee0, 0x16af06, 0x16af50, 0x16b005, 0x16b306, 0x16b370, 0x16b404, 0x16b440, 0x16b507,
-    0x16b5a0, 0x16b5b7, 0x16b620, 0x16b635, 0x16b780, 0x16b7d5, 0x16b900, 0x16d404, 0x16d435,
-    0x16d6b4, 0x16d6d0, 0x16d707, 0x16d7a0, 0x16e401, 0x16e602, 0x16e807, 0x16e970, 0x16f005,
-    0x16f4b0, 0x16f4f6, 0x16f505, 0x16f516, 0x16f880, 0x16f8f6, 0x16f934, 0x16fa00, 0x16fe04,
-    0x16fe20, 0x16fe34, 0x16fe46, 0x16fe50, 0x16ff06, 0x16ff20, 0x170005, 0x187f80, 0x188005,
-    0x18cd60, 0x18cff5, 0x18d090, 0x1aff04, 0x1aff40, 0x1aff54, 0x1affc0, 0x1affd4, 0x1afff0,
-    0x1b0005, 0x1b1230, 0x1b1325, 0x1b1330, 0x1b1505, 0x1b1530, 0x1b1555, 0x1b1560, 0x1b1645,
-    0x1b1680, 0x1b1705, 0x1b2fc0, 0x1bc005, 0x1bc6b0, 0x1bc705, 0x1bc7d0, 0x1bc805, 0x1bc890,
-    0x1bc905, 0x1bc9a0, 0x1bc9d6, 0x1bc9f0, 0x1ccf07, 0x1ccfa0, 0x1cf006, 0x1cf2e0, 0x1cf306,
-    0x1cf470, 0x1d1656, 0x1d16a0, 0x1d16d6, 0x1d1730, 0x1d17b6, 0x1d1830, 0x1d1856, 0x1d18c0,
-    0x1d1aa6, 0x1d1ae0, 0x1d2426, 0x1d2450, 0x1d2c07, 0x1d2d40, 0x1d2e07, 0x1d2f40, 0x1d3607,
-    0x1d3790, 0x1d4001, 0x1d41a2, 0x1d4341, 0x1d44e2, 0x1d4550, 0x1d4562, 0x1d4681, 0x1d4822,
-    0x1d49c1, 0x1d49d0, 0x1d49e1, 0x1d4a00, 0x1d4a21, 0x1d4a30, 0x1d4a51, 0x1d4a70, 0x1d4a91,
-    0x1d4ad0, 0x1d4ae1, 0x1d4b62, 0x1d4ba0, 0x1d4bb2, 0x1d4bc0, 0x1d4bd2, 0x1d4c40, 0x1d4c52,
-    0x1d4d01, 0x1d4ea2, 0x1d5041, 0x1d5060, 0x1d5071, 0x1d50b0, 0x1d50d1, 0x1d5150, 0x1d5161,
-    0x1d51d0, 0x1d51e2, 0x1d5381, 0x1d53a0, 0x1d53b1, 0x1d53f0, 0x1d5401, 0x1d5450, 0x1d5461,
-    0x1d5470, 0x1d54a1, 0x1d5510, 0x1d5522, 0x1d56c1, 0x1d5862, 0x1d5a01, 0x1d5ba2, 0x1d5d41,
-    0x1d5ee2, 0x1d6081, 0x1d6222, 0x1d63c1, 0x1d6562, 0x1d6701, 0x1d68a2, 0x1d6a60, 0x1d6a81,
-    0x1d6c10, 0x1d6c22, 0x1d6db0, 0x1d6dc2, 0x1d6e21, 0x1d6fb0, 0x1d6fc2, 0x1d7150, 0x1d7162,
-    0x1d71c1, 0x1d7350, 0x1d7362, 0x1d74f0, 0x1d7502, 0x1d7561, 0x1d76f0, 0x1d7702, 0x1d7890,
-    0x1d78a2, 0x1d7901, 0x1d7a90, 0x1d7aa2, 0x1d7c30, 0x1d7c42, 0x1d7ca9, 0x1d7cc0, 0x1d7ce7,
-    0x1d8000, 0x1da006, 0x1da370, 0x1da3b6, 0x1da6d0, 0x1da756, 0x1da760, 0x1da846, 0x1da850,
-    0x1da9b6, 0x1daa00, 0x1daa16, 0x1dab00, 0x1df002, 0x1df0a5, 0x1df0b2, 0x1df1f0, 0x1df252,
-    0x1df2b0, 0x1e0006, 0x1e0070, 0x1e0086, 0x1e0190, 0x1e01b6, 0x1e0220, 0x1e0236, 0x1e0250,
-    0x1e0266, 0x1e02b0, 0x1e0304, 0x1e06e0, 0x1e08f6, 0x1e0900, 0x1e1005, 0x1e12d0, 0x1e1306,
-    0x1e1374, 0x1e13e0, 0x1e1407, 0x1e14a0, 0x1e14e5, 0x1e14f0, 0x1e2905, 0x1e2ae6, 0x1e2af0,
-    0x1e2c05, 0x1e2ec6, 0x1e2f07, 0x1e2fa0, 0x1e4d05, 0x1e4eb4, 0x1e4ec6, 0x1e4f07, 0x1e4fa0,
-    0x1e5d05, 0x1e5ee6, 0x1e5f05, 0x1e5f17, 0x1e5fb0, 0x1e7e05, 0x1e7e70, 0x1e7e85, 0x1e7ec0,
-    0x1e7ed5, 0x1e7ef0, 0x1e7f05, 0x1e7ff0, 0x1e8005, 0x1e8c50, 0x1e8c77, 0x1e8d06, 0x1e8d70,
-    0x1e9001, 0x1e9222, 0x1e9446, 0x1e94b4, 0x1e94c0, 0x1e9507, 0x1e95a0, 0x1ec717, 0x1ecac0,
-    0x1ecad7, 0x1ecb00, 0x1ecb17, 0x1ecb50, 0x1ed017, 0x1ed2e0, 0x1ed2f7, 0x1ed3e0, 0x1ee005,
-    0x1ee040, 0x1ee055, 0x1ee200, 0x1ee215, 0x1ee230, 0x1ee245, 0x1ee250, 0x1ee275, 0x1ee280,
-    0x1ee295, 0x1ee330, 0x1ee345, 0x1ee380, 0x1ee395, 0x1ee3a0, 0x1ee3b5, 0x1ee3c0, 0x1ee425,
-    0x1ee430, 0x1ee475, 0x1ee480, 0x1ee495, 0x1ee4a0, 0x1ee4b5, 0x1ee4c0, 0x1ee4d5, 0x1ee500,
-    0x1ee515, 0x1ee530, 0x1ee545, 0x1ee550, 0x1ee575, 0x1ee580, 0x1ee595, 0x1ee5a0, 0x1ee5b5,
-    0x1ee5c0, 0x1ee5d5, 0x1ee5e0, 0x1ee5f5, 0x1ee600, 0x1ee615, 0x1ee630, 0x1ee645, 0x1ee650,
-    0x1ee675, 0x1ee6b0, 0x1ee6c5, 0x1ee730, 0x1ee745, 0x1ee780, 0x1ee795, 0x1ee7d0, 0x1ee7e5,
-    0x1ee7f0, 0x1ee805, 0x1ee8a0, 0x1ee8b5, 0x1ee9c0, 0x1eea15, 0x1eea40, 0x1eea55, 0x1eeaa0,
-    0x1eeab5, 0x1eebc0, 0x1f1007, 0x1f10d0, 0x1fbf07, 0x1fbfa0, 0x200005, 0x2a6e00, 0x2a7005,
-    0x2b73a0, 0x2b7405, 0x2b81e0, 0x2b8205, 0x2cea20, 0x2ceb05, 0x2ebe10, 0x2ebf05, 0x2ee5e0,
-    0x2f8005, 0x2fa1e0, 0x300005, 0x3134b0, 0x313505, 0x323b00, 0xe01006, 0xe01f00,
+
+/* Made by tools/unicode.py: Unicode 16.0, as in Hugging Face tokenizers' regex engine. 2206
+ * runs of code points, each a character, class * 8 + length; or, where the length is not 1
+ * to 7, class * 8 and the length in digits of base 45, the last of them plus 45. Digits are
+ * the characters from # to ~ without ? and \. A mark says where every 32th run begins. */
+static const char unicode_runs[] =
+    "#Zj#df#a][*+l)3l#[f#lf#ZM*_$4&^M$`$+i$23j$3Ym$]ucm$T{5-qx-5/wp-6-wtyqx-yo4Mo5P,<w<o<ucmew<q-m"
+    "$`9-woy.mZ3$iM3mDd'D^#`I*E$E#cT%hqE$o%E6$,),$.$,$-w+b$+Z3uwo-6mj7o$xow+$V3$Tmt$[m$[u`m%X$+x%E"
+    ")3{#YT$Q$U$V$V$U#YLm'P#oT](LrEL[Tg]['NUL%Z$M[%ZFV$XN][O%M#bMULpTm%L$~T]M#`][LsTZF'E%U%LhXETZE"
+    "WEY#dLkW'L](Lj$R#YTZL{ETj$TsL$ZWMTdM[L[V%][$ELaW$LY%N%Lh$S$M&P%UM[%V%WM#YU'N$OV%][N%c%M$U%W$R"
+    "'N%Lh$S$N$N$N%U$Y'V%W&U*P$M*][VOU#]W$LZ$O$Lh$S$N$Q%UMTY$W$W%M#aNV%][#ZMZ$W$LY%N%Lh$S$N$Q%UM[%"
+    "V%W*W'N$OV%][$Mc#[UM$R&O$P&N$M$N&N&O&L^'Y&W$X%M)U#`]_#_YLY$O$Li$Lb%UM[$W$X*V$O%M%NV%][#Yd$MW$"
+    "LY$O$Li$L[$Q%UM[$W$X*V)N$NV%][$NU#^XLZ$O$L{VM[$W$XM(OUdOV%]e$R$W$Ld&Lj$LZ$M%S&U'Z$U$TY)][%V#_"
+    "L$TUN[(RETY$][#yN$M$Q$Lj$M$L[UNTZM%Q$E$[$][%P#rM#iV)]f$U$U$U'VLY$Lv'Tf$VQT]$Tv#ZU#$^L}TfM][)R"
+    "XPWMWN[OXL_T^MU][X%+x$,(,%3}$E6L*`$P%S$M$P%L{$P%Ls$P%S$M$P%La$L$^$P%L$h%W#Z]f&Lb#b+${%9&L0u%L"
+    "cfLl(L$p&`LY*LdX#ZLeW#]LdV#^L_$O$V#^L$XTr&E'MU%][)][#cW$U][)LuEL$Y*QVLtUM(L$k#[Lq$T^'T^#[][Lp"
+    "%Q#]L~'Ll)]]#wLiY'L$YT[$To%U][)][#_E#YTq#$UYL$STcLY&][#cTZ#^WLpT_N][L~T`#^LvTf#Y][&O][LpJ%3Zw"
+    "(+}%.#bW$TgPURUNWM(3~D$d3_E3tDwT$em&a3Ym%Y3Y+Y9%1%3Y+Y3Y+Y9%1%3Y$,$,$,$w:+Y3`%3Y;Y3Y;Y3Y;Y8$5"
+    "/<$4&6$5/<&7%5/'3Y0(6$5/<&e]#og(f#$Sf#b^E%c(E][)D_#$WTs#c,',%w-5.4$,&0),$,$,$/$o.4P4%5-(w6'4$"
+    "]$Wwb#3W]$a#$s]h#1Q]p#<X+$T3$Tp-5|.px8F.m%Z4)yWo#Z^%3x$4(4%L$]*E#aULi#ZS$S$S$S$S$S$S$S$Tr#$SE"
+    "#-`f'EM^#k]ZZ$I%`EM'L${%V%FM$L%Q$GM(L}$L%U&a#[Lr#$TLb#r][#p]Y$]a#r][#y]a#*VL&.h#$eL-3}EL<d#$h"
+    "LzJ%L(}E&Lb][N#fm$RMX$T[$EmnFVL$k][V#wDZ%m`5m$cE3Yzm[E%yMq5mg/o/mb.yo%o$4$mY#gGwMF4SUOUPULiY'"
+    "U&c#[L$X#^VL$VTd#[][)TdR&M$NU][LnTY%LiT_#^Lo&XL$ST`#`E][)QUELZ][Q$L{T`#ZOULYV%][)LbER&MWL$VUM"
+    "WNVQVMUM#jNE%L]Y%MFV#[R%R%R#ZS$S$3}$H3ZE)3$uLuTY$V%][)L(:^#^Li'L$U#'*wL+W%L%b#x:#^8(MUL[$L_$Q"
+    "$M$N$N$L%d#sL+T#dL$e%L$Z#zL^'Tb#bTb#$eQ$L&Q#e][*+l)3l#]L[EL$QFLq&R%R%R%O#uL^$Ll$Le$N$La%L`#tL"
+    "%s#^]$Q#^]$^#c_#%iU#%zLo&L$U#aU]m'Lra#ZLf^LY^(LxY(Lp%Lv'LY$b#|+z3zL$s%][)+v'3v'Lz#YL$X#^+]$+a"
+    "$2$-$3]$3a$:$5&L$X#^L){#ZLh#[LY#jJ$D|$DZ#$jR%M$L~$N&M%Li%]YLi%dLq#Y]Z#$TLe$N(bLhc'Ll#$kL$]'_N"
+    "]b%]$RMW$V(XP$O$Lo%W'U]Z#iLo_$Lo`#rLY$LnV'b#bL$Z#[Lh%]YLe(]YLd#id#$uL$n#$[+$W#_3$W*cLvX#Y][)]"
+    "[PEM+h&Y$E3h#'x]q$L|$V&N#bO#$[XLo][M#YLhT]a#mLdX#|Lgd#fLi#ZWL$YTa#]]pUNVM#ZXL$QT]*U#_Lk*][)WL"
+    "vT`$]['MVM#YLuU%M#ZWL$TT`P'X$V][M$M']f#]Ld$LkT^)UNU#$cS$M$P$La$L[*L$ST^(][)X$LY%N%Lh$S$N$Q$VM"
+    "[%V%W%M)U(QV%[&Y#]L[$M%M$Lx$MTZ$U%U$X$YMUM#_V#oL$YTdP(]['UO#pL$TTfN$M#Y][#&qL$S[%TZ#iPV#tL$TT"
+    "c&M#]][#xL}T_M*][)]f#nLm%Ta']^'S#'VL~Ta#%]+r3r]e#^LY%M%LY$N$LjZ$V%XMUMV#^][#$kLY%Ly[%[M$MU#mM"
+    "T[Lz[MX#YU#YMT]L$RTb&M#dL$n#'eLs#a][)LZ$LwTY$TYM#a]o(Lp%Th$T`#$nS$N$LxZ&U$V$[MU#Y][)R$N$LrY$V"
+    "$YM*][#)zLeX#ZVMUL_$Lt[&Y#_][U#$zM#a]g#}L7h#%^]%g#cL'b#$0lL%X#aL:w#bURTa#[L$Ou(L/}#&4RLpTd][#"
+    "JjL/o*Lq$][)L$t$][)Lp%Y#]L$T[#ZH#^][$d$Lg(Le#,mGLzF&][#'d+r3r]i#%aL$p'UMT$[*XD_#$eF$EU#]V#`L&"
+    "$b#YL>i#{L[#'5kH$K$F$L)g#aM#oO%M#`P#YL+v#$)_L%c(L_&LZ*L[&V#%%w][#.iT$R%Ti#/SY&Z#YTY%[#pX#&_W#"
+    "%s]f#^]f#%d]k#&Q+l3l+l:$3d+l3l,$-%,%-%/$+Y7$4$:$3]+l3l-$/%+Y$2$3l-$/$0$,&2$3l+l3l+l3l+l3l+l3l"
+    "+l3l+l3n%+k$3k$9+k$3k$9+k$3k$9+k$3k$9+k$3k$9o%]$V#.cT$['T$V#YU#`U#hY$Ta#;j3[M3f)9#'s[$Tc%[$V$"
+    "Y(D$c#sU#%hL$Q&[K%]['M#*WLpU#cL~X][#-fLmEX][#'tLpVM][#-uS$P$N$La$L'c%]Z[#{+t3t[E'][#4l]$`$`$a"
+    "#$q]$Q$]a#'`P$Lm$N$M%M$L[$P$M$M)M'M$M$M$O$N$M%M$M$M$M$M$N$M%P$S$P$P$M$L[$Lc(O$Q$Lc#/z]_#$3|]["
+    "#9zL8'a#rL%%`)L'|%L%JS#`L&CT#aL0w#$,vL/S#EgL%6t(L%&X#*H>lT(a#%)JS";
+
+static const struct { uint32_t first; uint16_t at; } unicode_marks[] = {
+    {0x0, 0}, {0x100, 44}, {0x1c8, 81}, {0x374, 127}, {0x3fe, 163}, {0x640, 215}, {0x7c0, 260},
+    {0x8e3, 305}, {0x9c7, 346}, {0xa34, 381}, {0xaaa, 417}, {0xb2a, 455}, {0xb91, 489},
+    {0xc12, 526}, {0xc92, 563}, {0xd3b, 601}, {0xdcb, 637}, {0xea7, 678}, {0xf6d, 718},
+    {0x109e, 762}, {0x12c1, 800}, {0x1700, 850}, {0x1820, 897}, {0x1a20, 948}, {0x1c24, 1006},
+    {0x1d9b, 1052}, {0x1f80, 1101}, {0x1ffc, 1140}, {0x2115, 1183}, {0x24ea, 1223}, {0x2d68, 1271},
+    {0x3021, 1312}, {0x322a, 1359}, {0xa680, 1421}, {0xa7d2, 1466}, {0xa8f2, 1511}, {0xaa40, 1560},
+    {0xaaf3, 1599}, {0xd7fc, 1647}, {0xfdfc, 1702}, {0x10027, 1753}, {0x1034a, 1811},
+    {0x10593, 1862}, {0x10839, 1911}, {0x10a04, 1961}, {0x10b58, 2006}, {0x10e7f, 2063},
+    {0x11071, 2116}, {0x111c1, 2164}, {0x112df, 2208}, {0x11364, 2244}, {0x1144b, 2285},
+    {0x116b9, 2339}, {0x11939, 2390}, {0x11a8a, 2436}, {0x11d37, 2489}, {0x11f11, 2530},
+    {0x1611e, 2599}, {0x16d6b, 2654}, {0x1aff5, 2714}, {0x1d165, 2773}, {0x1d4a5, 2826},
+    {0x1d551, 2864}, {0x1d770, 2916}, {0x1e008, 2969}, {0x1e4fa, 3020}, {0x1ed01, 3072},
+    {0x1ee51, 3111}, {0x1eea1, 3145},
 };
 
 enum { CLASS_END = 16 };        /* the end of the text, where a class is asked for             */
 
-/* The run that CODE is in, by bisection: eleven looks. */
+static uint32_t unicode_digit(char c) { return (uint32_t)(c - '#' - (c > '?') - (c > '\\')); }
+
+/* Finds the mark before CODE by bisection, then walks over the runs behind it, at most 32. */
 static int unicode_class(uint32_t code) {
-    size_t low = 0, high = sizeof unicode_runs / sizeof *unicode_runs;
+    size_t low = 0, high = sizeof unicode_marks / sizeof *unicode_marks;
     while (high - low > 1) {
         size_t middle = (low + high) / 2;
-        if (unicode_runs[middle] >> 4 <= code) low = middle;
+        if (unicode_marks[middle].first <= code) low = middle;
         else high = middle;
     }
-    int class = (int)(unicode_runs[low] & 15);
-    if (class < CLASS_ALT) return class;
-    return (code % 2 == 1) == (class == CLASS_ALT_ODD) ? CLASS_LU : CLASS_LL;
+    const char *run = unicode_runs + unicode_marks[low].at;
+    for (uint32_t left = code - unicode_marks[low].first;;) {
+        uint32_t digit = unicode_digit(*run++), length = digit % 8, class = digit / 8;
+        for (bool last = length != 0; !last; run++) {
+            digit = unicode_digit(*run);
+            last = digit >= 45;
+            length = length * 45 + digit % 45;
+        }
+        if (left >= length) { left -= length; continue; }
+        if (class < CLASS_ALT) return (int)class;
+        return (code % 2 == 1) == (class == CLASS_ALT_ODD) ? CLASS_LU : CLASS_LL;
+    }
 }
 
 /* The class of the character at P, and its length. A byte that starts no valid character counts as
@@ -6022,25 +5911,6 @@ enum { BPE_SHORT = 32, MAX_TEXT = 1 << 30 };
 
 static void put_id(encoder *x, uint32_t id) { buffer_add(x->ids, &id, sizeof id); }
 
-/* A binary heap: no key is smaller than the one at half its index. */
-static void heap_push(encoder *x, uint64_t key) {
-    size_t i = x->n_heap++;
-    for (; i && x->heap[(i - 1) / 2] > key; i = (i - 1) / 2) x->heap[i] = x->heap[(i - 1) / 2];
-    x->heap[i] = key;
-}
-
-static uint64_t heap_pop(encoder *x) {
-    uint64_t top = x->heap[0], key = x->heap[--x->n_heap];
-    size_t i = 0;
-    for (size_t child; (child = 2 * i + 1) < x->n_heap; i = child) {
-        if (child + 1 < x->n_heap && x->heap[child + 1] < x->heap[child]) child++;
-        if (x->heap[child] >= key) break;
-        x->heap[i] = x->heap[child];
-    }
-    x->heap[i] = key;
-    return top;
-}
-
 /* Memory for a piece of N symbols. Each merge takes one key and brings at most two, so there are
  * never more than 2 n keys. */
 static int encoder_room(encoder *x, size_t n) {
@@ -6049,10 +5919,11 @@ static int encoder_room(encoder *x, size_t n) {
     free(x->symbols);
     free(x->heap);
     x->room = 0;
-    x->symbols = MEDRUN_ALLOC(NULL, room * sizeof *x->symbols);
-    x->heap = MEDRUN_ALLOC(NULL, 2 * room * sizeof *x->heap);
-    if (!x->symbols || !x->heap) return out_of_memory(x->e, room * 28);
-    return x->room = room, MEDRUN_OK;
+    x->symbols = new_array(room, sizeof *x->symbols);
+    x->heap = new_array(room, 2 * sizeof *x->heap);
+    if (!x->symbols || !x->heap) return out_of_memory(x->e, room);
+    x->room = room;
+    return MEDRUN_OK;
 }
 
 /* Puts the pair at symbol I on the heap if it merges. */
@@ -6060,7 +5931,7 @@ static void offer_pair(encoder *x, uint32_t i) {
     uint32_t next = i == NO_ID ? NO_ID : x->symbols[i].next;
     if (next == NO_ID) return;
     uint32_t rank = find_pair(x->t, x->symbols[i].id, x->symbols[next].id)->rank;
-    if (rank != NO_ID) heap_push(x, (uint64_t)rank << 32 | i);
+    if (rank != NO_ID) heap_push(x->heap, &x->n_heap, (uint64_t)rank << 32 | i);
 }
 
 /* What N bytes are before any merge, at most N symbols: bytes; of kind 2 characters, and bytes only
@@ -6095,7 +5966,7 @@ static int bpe_long(encoder *x, const uint8_t *p, size_t n) {
     x->n_heap = 0;
     for (uint32_t i = 0; i < n; i++) offer_pair(x, i);
     while (x->n_heap) {
-        uint64_t key = heap_pop(x);
+        uint64_t key = heap_pop(x->heap, &x->n_heap);
         bpe_symbol *left = &symbols[(uint32_t)key];
         if (left->id == NO_ID || left->next == NO_ID) continue;
         bpe_symbol *right = &symbols[left->next];
@@ -7452,7 +7323,7 @@ struct medrun_session {
     uint64_t random;
     bool answer_open;                           /* the last turn is an answer nobody closed     */
     bool starting;                              /* medrun_next has not given text since a feed  */
-    struct candidate *candidates;               /* (vocab_size) for the sampler                 */
+    uint64_t *candidates;                       /* (vocab_size) for the sampler                 */
     char *text;                                 /* bytes that are not yet whole characters, and */
     size_t n_text;                              /* those of the next piece behind them          */
     medrun_observer *observer;
@@ -7876,10 +7747,19 @@ static void output(pass *p) {
  * gives the same text on every machine. Tests: tests/14_sampler.c.
  * ============================================================================================ */
 
-typedef struct candidate {
-    float logit;
-    int32_t id;
-} candidate;
+/* A candidate is a number whose order is that of preference, smallest first: the larger logit, on a
+ * tie the lower id. Its upper half is the logit's bits, turned so that a larger float is a smaller
+ * whole number. */
+static uint64_t candidate_of(float logit, size_t id) {
+    uint32_t bits = float_bits(logit + 0.0f);           /* -0 is 0                               */
+    bits = bits >> 31 ? bits : 0x7FFFFFFF - bits;
+    return (uint64_t)bits << 32 | id;
+}
+
+static float logit_of(uint64_t candidate) {
+    uint32_t bits = (uint32_t)(candidate >> 32);
+    return bits_float(bits >> 31 ? bits : 0x7FFFFFFF - bits);
+}
 
 /* splitmix64 (Steele, Lea and Flood 2014): a uniform number in [0, 1). */
 static double random_uniform(uint64_t *state) {
@@ -7889,27 +7769,6 @@ static double random_uniform(uint64_t *state) {
     return (double)((z ^ z >> 31) >> 11) * 0x1p-53;
 }
 
-/* Larger logit first; the lower id on a tie. */
-static bool comes_before(candidate a, candidate b) {
-    return a.logit > b.logit || (a.logit == b.logit && a.id < b.id);
-}
-
-static void sift_down(candidate *heap, size_t n, size_t i) {
-    for (size_t child; (child = 2 * i + 1) < n; i = child) {
-        if (child + 1 < n && comes_before(heap[child + 1], heap[child])) child++;
-        if (!comes_before(heap[child], heap[i])) return;
-        candidate swap = heap[i];
-        heap[i] = heap[child], heap[child] = swap;
-    }
-}
-
-/* Moves the best of a heap of N behind its end: repeated, the array's tail is sorted. */
-static void pop_best(candidate *heap, size_t n) {
-    candidate best = heap[0];
-    heap[0] = heap[n - 1], heap[n - 1] = best;
-    sift_down(heap, n - 1, 0);
-}
-
 /* What a temperature makes of the distance to the best logit. */
 static double weight_of(float logit, float best, float temperature) {
     double x = ((double)logit - (double)best) / (double)temperature;
@@ -7917,58 +7776,65 @@ static double weight_of(float logit, float best, float temperature) {
 }
 
 /* The logits with the repeat penalty (Keskar et al. 2019) on every id of the history. */
-static void list_candidates(candidate *list, const float *logits, size_t vocab, float penalty,
+static void list_candidates(uint64_t *list, const float *logits, size_t vocab, float penalty,
                             const int32_t *history, size_t n_history) {
-    for (size_t i = 0; i < vocab; i++) list[i] = (candidate){logits[i], (int32_t)i};
+    for (size_t i = 0; i < vocab; i++) list[i] = candidate_of(logits[i], i);
     if (penalty == 1) return;
     for (size_t i = 0; i < n_history; i++) {
         float l = logits[history[i]];
-        list[history[i]].logit = l < 0 ? l * penalty : l / penalty;
+        list[history[i]] = candidate_of(l < 0 ? l * penalty : l / penalty, (size_t)history[i]);
     }
 }
 
-/* Moves the candidates that survive top-k, top-p and min-p to the end of LIST, the best last.
- * Returns how many there are, at least 1, and the sum of their weights. */
-static size_t select_candidates(candidate *list, size_t vocab, float best,
+/* Moves the candidates that survive top-k, top-p and min-p to the end of LIST, the best last: each
+ * one that leaves the heap stands behind its new end. Returns how many there are, at least 1, and
+ * the sum of their weights. */
+static size_t select_candidates(uint64_t *list, size_t vocab, float best,
                                 const medrun_sampling *s, double *sum) {
     bool by_rank = s->top_k > 0 && (size_t)s->top_k < vocab;
-    size_t ranked = 0, n = 0;
+    size_t left = vocab, n = 0;
     double all = 0, share = 0;
-    for (size_t i = vocab / 2; i-- > 0;) sift_down(list, vocab, i);
+    for (size_t i = vocab / 2; i-- > 0;) heap_sink(list, vocab, i);
     if (by_rank)                                /* top-k keeps the ties of the k-th              */
-        for (; ranked < vocab && (ranked < (size_t)s->top_k ||
-                                  list[0].logit == list[vocab - ranked].logit); ranked++) {
-            all += weight_of(list[0].logit, best, s->temperature);
-            pop_best(list, vocab - ranked);
+        while (left && (vocab - left < (size_t)s->top_k ||
+                        logit_of(list[0]) == logit_of(list[left]))) {
+            uint64_t top = heap_pop(list, &left);
+            all += weight_of(logit_of(top), best, s->temperature);
+            list[left] = top;
         }
     else
-        for (size_t i = 0; i < vocab; i++) all += weight_of(list[i].logit, best, s->temperature);
-    for (; n < (by_rank ? ranked : vocab); n++) {
+        for (size_t i = 0; i < vocab; i++)
+            all += weight_of(logit_of(list[i]), best, s->temperature);
+    for (size_t ranked = by_rank ? vocab - left : vocab; n < ranked; n++) {
         if (n && s->top_p < 1 && share >= (double)s->top_p * all) break;
-        if (!by_rank) pop_best(list, vocab - n);
-        double w = weight_of(list[vocab - 1 - n].logit, best, s->temperature);
+        if (!by_rank) {
+            uint64_t top = heap_pop(list, &left);
+            list[left] = top;
+        }
+        double w = weight_of(logit_of(list[vocab - 1 - n]), best, s->temperature);
         if (n && (w == 0 || w < (double)s->min_p)) break;
         share += w;
     }
-    return *sum = share, n;
+    *sum = share;
+    return n;
 }
 
-/* LIST has room for VOCAB candidates. */
-static int32_t sample_token(candidate *list, const float *logits, size_t vocab,
+/* Where the next token is chosen. LIST has room for VOCAB candidates. */
+static int32_t sample_token(uint64_t *list, const float *logits, size_t vocab,
                             const medrun_sampling *s, uint64_t *random, const int32_t *history,
                             size_t n_history) {
     list_candidates(list, logits, vocab, s->repeat_penalty, history, n_history);
-    candidate best = list[0];
-    for (size_t i = 1; i < vocab; i++) if (comes_before(list[i], best)) best = list[i];
-    if (s->temperature <= 0) return best.id;
+    uint64_t best = list[0];
+    for (size_t i = 1; i < vocab; i++) if (list[i] < best) best = list[i];
+    if (s->temperature <= 0) return (int32_t)(uint32_t)best;
     double sum, ticket;
-    size_t n = select_candidates(list, vocab, best.logit, s, &sum), i = 1;
+    size_t n = select_candidates(list, vocab, logit_of(best), s, &sum), i = 1;
     ticket = random_uniform(random) * sum;
     for (; i < n; i++) {
-        ticket -= weight_of(list[vocab - i].logit, best.logit, s->temperature);
+        ticket -= weight_of(logit_of(list[vocab - i]), logit_of(best), s->temperature);
         if (ticket < 0) break;
     }
-    return list[vocab - i].id;
+    return (int32_t)(uint32_t)list[vocab - i];
 }
 /* ============================================================================================
  * 15 Session: the bodies of the API
@@ -9111,12 +8977,6 @@ static int read_environment(command *c) {
 }
 
 /* ---- printing ------------------------------------------------------------------------------ */
-
-/* Characters that could drive a terminal, or show text in another order than it has. */
-static bool is_hostile(uint32_t c) {
-    return c < 32 || (c >= 0x7F && c < 0xA0) || c == 0x200E || c == 0x200F ||
-           (c >= 0x202A && c <= 0x202E) || (c >= 0x2066 && c <= 0x2069);
-}
 
 /* TEXT for people's eyes: what is hostile or no UTF-8 becomes '?'; LINES keeps line ends, tabs. */
 static void print_safe(FILE *f, const char *text, size_t n, bool lines) {

@@ -769,7 +769,22 @@ static void test_json_damaged(void) {
     CHECK(accepted > 1000 && accepted < 40000);
 }
 
+/* An error line drives no terminal, whatever name it holds, and is never cut inside a character. */
+static void test_hostile_errors(void) {
+    medrun_error e = {0};
+    char long_name[600];
+    fail(&e, MEDRUN_BAD_FILE, "a\x1b[31m\x7f\xC2\x9B" "31m\xE2\x80\xAE\xFFz \xC3\xA4");
+    CHECK(!strcmp(e.text, "a?[31m??31m??z \xC3\xA4"));
+    for (size_t i = 0; i < sizeof long_name - 1; i += 2) memcpy(long_name + i, "\xC3\xA4", 2);
+    long_name[598] = 0;
+    e = (medrun_error){0};
+    fail(&e, MEDRUN_BAD_FILE, "%s", long_name);
+    CHECK_EQ(strlen(e.text), 511);
+    CHECK(e.text[510] == '?' && !strncmp(e.text, long_name, 510));
+}
+
 int main(void) {
+    test_hostile_errors();
     const char *data = getenv("MEDRUN_TEST_DATA");
     test_errors();
     test_new_array();

@@ -102,7 +102,7 @@ static bool reference(const float *logits, int vocab, const medrun_sampling *s, 
 
 static int32_t sample_at(const float *logits, int vocab, const medrun_sampling *s,
                          const int32_t *history, int n_history, uint64_t *state) {
-    candidate *list = malloc((size_t)vocab * sizeof *list);     /* exactly what is asked for     */
+    uint64_t *list = malloc((size_t)vocab * sizeof *list);     /* exactly what is asked for     */
     int32_t id = sample_token(list, logits, (size_t)vocab, s, state, history, (size_t)n_history);
     free(list);
     return id;
@@ -332,7 +332,7 @@ static void test_equal_logits(void) {
 static void test_large(void) {
     int vocab = 128256, low = 0, n = 20;
     float *logits = malloc((size_t)vocab * sizeof *logits);
-    candidate *list = malloc((size_t)vocab * sizeof *list);
+    uint64_t *list = malloc((size_t)vocab * sizeof *list);
     medrun_sampling s = {.temperature = 1, .top_p = 1, .repeat_penalty = 1};
     for (int i = 0; i < vocab; i++) logits[i] = i == 70000 ? 11.0f : 0.0f;
     double p = exp(11) / (exp(11) + vocab - 1);         /* about 0.318                           */

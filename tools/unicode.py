@@ -102,6 +102,51 @@ def decode(words):
     return bytes(classes)
 
 
+DIGITS = "".join(chr(c) for c in range(35, 127) if chr(c) not in "?\\\\")  # in a C string as they are
+EACH = 32  # runs between two marks
+
+
+def write_run(kind, length):
+    """A run in characters: kind * 8 + length where that is 1 to 7; else kind * 8, then the length in
+    digits of base 45, the last of them plus 45."""
+    if length < 8:
+        return DIGITS[kind * 8 + length]
+    digits = []
+    while length:
+        digits.append(length % 45)
+        length //= 45
+    digits[0] += 45
+    return DIGITS[kind * 8] + "".join(DIGITS[d] for d in reversed(digits))
+
+
+def print_table(words):
+    text, marks = "", []
+    for i, word in enumerate(words):
+        if i % EACH == 0:
+            marks.append("{0x%x, %d}," % (word >> 4, len(text)))
+        end = words[i + 1] >> 4 if i + 1 < len(words) else N_CODE_POINTS
+        text += write_run(word & 15, end - (word >> 4))
+    print("/* Made by tools/unicode.py: Unicode %s, as in Hugging Face tokenizers' regex engine. %d"
+          % (UNICODE_VERSION, len(words)))
+    print(" * runs of code points, each a character, class * 8 + length; or, where the length is not 1")
+    print(" * to 7, class * 8 and the length in digits of base 45, the last of them plus 45. Digits are")
+    print(" * the characters from # to ~ without ? and \\. A mark says where every %dth run begins. */"
+          % EACH)
+    print("static const char unicode_runs[] =")
+    lines = [text[i:i + 93] for i in range(0, len(text), 93)]
+    for line in lines:
+        print('    "%s"%s' % (line, ";" if line is lines[-1] else ""))
+    print("\nstatic const struct { uint32_t first; uint16_t at; } unicode_marks[] = {")
+    line = "   "
+    for mark in marks:
+        if len(line + " " + mark) > 100:
+            print(line)
+            line = "   "
+        line += " " + mark
+    print(line)
+    print("};")
+
+
 def check_against_tokenizers(classes):
     """Ask Hugging Face tokenizers' regex engine about every class and code point."""
     import tokenizers
@@ -138,24 +183,7 @@ def main():
     if "--check" in sys.argv[1:] and check_against_tokenizers(classes):
         sys.exit(1)
 
-    print("// Made by tools/unicode.py: Unicode %s, as in Hugging Face tokenizers' regex engine."
-          % UNICODE_VERSION)
-    print("// %d entries, each (first code point << 4 | class); a run lasts until the next entry."
-          % len(words))
-    print("// CLASS_ALT: even code points are upper case, odd ones lower. CLASS_ALT_ODD: odd ones")
-    print("// are upper case, even ones lower.")
-    print("enum { CLASS_OTHER, CLASS_LU, CLASS_LL, CLASS_LT, CLASS_LM, CLASS_LO, CLASS_M, CLASS_N,")
-    print("       CLASS_SPACE, CLASS_ALT, CLASS_ALT_ODD };")
-    print("static const uint32_t unicode_runs[] = {")
-    line = "   "
-    for word in words:
-        entry = " 0x%x," % word
-        if len(line + entry) > 100:
-            print(line)
-            line = "   "
-        line += entry
-    print(line)
-    print("};")
+    print_table(words)
 
 
 if __name__ == "__main__":
