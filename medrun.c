@@ -977,8 +977,8 @@ static bool is_hostile(uint32_t c) {
 
 /* ---- errors -------------------------------------------------------------------------------- */
 
-/* A message may hold a hostile name, which must not break the line or drive the terminal; and it may
- * have been cut inside a character. What is hostile or no UTF-8 becomes '?'. */
+/* A message may hold a hostile name, which must not break the line or drive the terminal; and it
+ * may have been cut inside a character. What is hostile or no UTF-8 becomes '?'. */
 static void make_safe(char *text) {
     char *out = text;
     for (size_t n = strlen(text), len; n; text += len, n -= len) {
