@@ -6188,8 +6188,8 @@ enum {
     IN_INNER = 1 << 5,          /* thoughts are open                                           */
     IN_RESULTS = 1 << 6,        /* a list of tool results is open                              */
     WAITING = 1 << 7,           /* tools were called, their results have not come              */
-    SAID_TEXT = 1 << 8,         /* an assistant's content was a text, ...                      */
-    SAID_BLOCKS = 1 << 9,       /* ... was a list of blocks                                    */
+    SAID_TEXT = 1 << 8,         /* an assistant's content was a text                           */
+    SAID_BLOCKS = 1 << 9,       /* an assistant's content was a list of blocks                 */
 };
 
 typedef struct {
@@ -6204,8 +6204,8 @@ typedef struct {
 
 /* A kind of turn that a template writes in its own way. */
 typedef struct {
-    const char *role;           /* of chat_roles; or with a '/' in it, which no file's message can
-                                   have: its text was finished by C code, see tools/tool_calls.c */
+    const char *role;           /* of chat_roles; or with a '/', which no role in a file can have:
+                                   text that C code has finished, see tools/tool_calls.c       */
     const chat_part *parts;
 } chat_kind;
 
@@ -6241,14 +6241,11 @@ typedef struct {
 #define LLAMA3_SAID SAYS(LLAMA3_HEAD("$role") "$stripped`<|eot_id|>`")
 
 /* Apertus. All that assistant and tools say up to the next person's turn stands in one assistant's
- * turn. It holds thoughts between inner tokens, calls between tools tokens, and results in a list
- * in brackets; so what a part writes depends on what is open. */
+ * turn. Calls stand between tools tokens in it, and results in a list in brackets; so what a part
+ * writes depends on what is open. Thoughts and other blocks: tools/tool_calls.c. */
 #define OPEN_ASSISTANT {.says = "`<|assistant_start|>`", .unless = IN_ASSISTANT, \
                         .sets = IN_ASSISTANT}
 #define END_RESULTS {.says = "]", .when = IN_RESULTS, .clears = IN_RESULTS}
-#define END_INNER {.says = "`<|inner_suffix|>`", .when = IN_INNER, .clears = IN_INNER}
-#define CALLS {.says = "`<|tools_prefix|>`[$text]`<|tools_suffix|>`", .sets = WAITING}
-#define MIXED "the assistant's contents are both texts and blocks"
 
 static const chat_part apertus_opening[] = {
     {.says = "`<|system_start|>`$text"},
@@ -6263,21 +6260,14 @@ static const chat_kind apertus_turns[] = {
     {"user", PARTS(END_RESULTS, {.says = "`<|assistant_end|>`", .when = IN_ASSISTANT},
                    {.says = "`<|user_start|>`$text`<|user_end|>`",
                     .clears = IN_ASSISTANT | IN_INNER})},
-    {"assistant", PARTS(OPEN_ASSISTANT, {.refuse = MIXED, .when = SAID_BLOCKS}, END_RESULTS,
-                        {.says = "$text", .sets = SAID_TEXT})},
+    {"assistant", PARTS(OPEN_ASSISTANT,
+                        {.refuse = "the assistant's contents are both texts and blocks",
+                         .when = SAID_BLOCKS}, END_RESULTS, {.says = "$text", .sets = SAID_TEXT})},
     {"tool", PARTS({.refuse = "a tool's turn without the assistant's", .unless = IN_ASSISTANT},
                    {.says = ", ", .when = IN_RESULTS}, {.says = "[", .unless = IN_RESULTS},
                    {.says = "$text", .sets = IN_RESULTS, .clears = WAITING})},
-    {"assistant/calls", PARTS(CALLS)},                  /* after a text, or after ...            */
-    {"assistant/silent", PARTS(OPEN_ASSISTANT)},
-    {"assistant/blocks", PARTS(OPEN_ASSISTANT, {.refuse = MIXED, .when = SAID_TEXT},
-                               {.says = "", .sets = SAID_BLOCKS})},     /* before the following  */
-    {"assistant/thoughts", PARTS(END_RESULTS, {.says = "`<|inner_prefix|>`", .unless = IN_INNER,
-                                               .sets = IN_INNER}, {.says = "$text"})},
-    {"assistant/block-calls", PARTS(END_RESULTS, CALLS)},
-    {"assistant/outputs", PARTS({.refuse = "tool results both as messages and as a block",
-                                 .when = IN_RESULTS}, {.says = "[$text]", .clears = WAITING})},
-    {"assistant/response", PARTS(END_RESULTS, END_INNER, {.says = "$text"})},
+    {"assistant/calls", PARTS(OPEN_ASSISTANT, {.says = "`<|tools_prefix|>`[$text]"
+                                                       "`<|tools_suffix|>`", .sets = WAITING})},
     {0}};
 
 /* What the three releases have in common. */
@@ -6361,27 +6351,19 @@ static const chat_template chat_templates[] = {
 #undef PARTS
 #undef SAYS
 #undef KINDS
-#undef CALLS
-#undef MIXED
+#undef OPEN_ASSISTANT
+#undef END_RESULTS
 
 #define CHAT_NAMES "llama3, llama3.1, afm, apertus, apertus-bare, apertus-closed, alpaca, none"
 #define CHAT_UNKNOWN "unknown"  /* in a checkpoint whose template the exporter did not recognise  */
 
-/* The roles that messages in files have. */
-enum { N_CHAT_ROLES = 5 };
-static const char *const chat_roles[N_CHAT_ROLES] = {"system", "user", "assistant", "tool",
-                                                     "ipython"};
+/* The roles of messages in files. */
+static const char *const chat_roles[] = {"system", "user", "assistant", "tool", "ipython", NULL};
 
 /* NULL: unknown, which callers refuse: a guessed template gives wrong answers that look right. */
 static const chat_template *chat_find(const char *name) {
     for (size_t i = 0; i < sizeof chat_templates / sizeof *chat_templates; i++)
         if (!strcmp(name, chat_templates[i].name)) return &chat_templates[i];
-    return NULL;
-}
-
-static const chat_part *chat_kind_of(const chat_template *c, const char *role) {
-    for (const chat_kind *k = c->turns; k && k->role; k++)
-        if (!strcmp(k->role, role)) return k->parts;
     return NULL;
 }
 
@@ -6395,13 +6377,12 @@ static void date_today(char date[11]) {
 }
 
 static bool date_is_good(const char *date) {
-    static const int days[] = {31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31};
     for (size_t i = 0; i < 10; i++)
         if (i == 4 || i == 7 ? date[i] != '-' : !isdigit((uint8_t)date[i])) return false;
     int year = atoi(date), month = atoi(date + 5), day = atoi(date + 8);
     bool leap = year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
-    return !date[10] && month >= 1 && month <= 12 && day >= 1 && day <= days[month - 1] &&
-           (leap || month != 2 || day < 29);
+    int days = month == 2 ? 28 + leap : 30 + (month + month / 8) % 2;
+    return !date[10] && month >= 1 && month <= 12 && day >= 1 && day <= days;
 }
 
 /* ---- writing ------------------------------------------------------------------------------- */
@@ -6414,6 +6395,7 @@ typedef struct {
     const medrun_chat_options *o;               /* NULL: what the template does by itself      */
     bool as_text;               /* for people to read, control tokens spelled out: never to be
                                    tokenized again                                             */
+    const chat_kind *more;      /* kinds of turns that `c` lacks, or NULL: tools/tool_calls.c's */
     buffer *out;                /* int32 ids, or text; grows at its end                        */
     medrun_error *e;
 
@@ -6480,10 +6462,9 @@ static int chat_control_named(chat_writer *w, const char *name, size_t n) {
 /* BOS as the template has it, or as the options say. */
 static int chat_bos(chat_writer *w) {
     const char *name = w->c->bos;
-    bool own = name && *name, tokenizers = name && !own && w->t && w->t->add_bos;
-    if (w->o->bos == MEDRUN_BOS_OFF) return w->e->code;
-    if (own) return chat_control_named(w, name, strlen(name));
-    if (!tokenizers && w->o->bos != MEDRUN_BOS_ON) return w->e->code;
+    bool usual = name && (*name || (w->t && w->t->add_bos));
+    if (w->o->bos == MEDRUN_BOS_AUTO ? !usual : w->o->bos == MEDRUN_BOS_OFF) return w->e->code;
+    if (name && *name) return chat_control_named(w, name, strlen(name));
     if (!w->t || w->t->bos < 0)
         return fail(w->e, MEDRUN_USAGE, "BOS: wanted a tokenizer that has such a token");
     size_t n;
@@ -6507,7 +6488,7 @@ static void chat_fill(chat_writer *w, const char *name, size_t n, const medrun_m
     static const char *const names[] = {"text", "stripped", "quoted", "role", "tools", "date"};
     buffer *to = w->as_text ? w->out : &w->run;
     const char *text = said->text;
-    size_t i = 0, n_text = said->n_bytes;
+    size_t i = 0, n_text = text ? said->n_bytes : 0;
     while (i < 5 && (strlen(names[i]) != n || memcmp(name, names[i], n))) i++;
     if (i == 1) trim(&text, &n_text);
     if (i <= 1) buffer_add(to, text, n_text);
@@ -6572,22 +6553,12 @@ static int json_check_keys(const json *j, uint32_t v, const char *what, medrun_e
     return e->code;
 }
 
-/* Node V of J must be a list of objects without a key that stands twice. */
-static int chat_check_list(const json *j, uint32_t v, const char *what, medrun_error *e) {
-    bool good = json_is_type(j, v, JSON_ARRAY);
-    for (uint32_t i = 0, x = v + 1; good && i < j->nodes[v].count; i++, x = j->nodes[x].next)
-        good = json_is_type(j, x, JSON_OBJECT);
-    if (good) return json_check_keys(j, v, "messages", e);
-    return fail(e, MEDRUN_BAD_FILE, "%s: wanted [{\"role\": \"...\", \"content\": \"...\"}, ...]",
-                what);
-}
-
 /* Message V of J, {"role": ..., "content": ...}: gives the name of its role, or NULL. */
 static const char *chat_role_of(const json *j, uint32_t v, medrun_error *e) {
     uint32_t role = json_get(j, v, "role");
     bool empty = json_get(j, v, "content") == JSON_NONE &&
                  json_get(j, v, "tool_calls") == JSON_NONE;
-    for (size_t i = 0; !empty && i < N_CHAT_ROLES; i++)
+    for (size_t i = 0; !empty && chat_roles[i]; i++)
         if (json_is(j, role, chat_roles[i])) return chat_roles[i];
     if (empty || !json_is_type(j, role, JSON_STRING))
         fail(e, MEDRUN_BAD_FILE, "messages: wanted {\"role\": \"...\", \"content\": \"...\"}");
@@ -6609,26 +6580,34 @@ static void chat_list_free(chat_list *list) {
     buffer_free(&list->text);
 }
 
-/* Makes room in LIST, an empty one, for N messages whose texts are those of node V of J. */
-static int chat_list_room(chat_list *list, size_t n, const json *j, uint32_t v, medrun_error *e) {
-    list->m = new_array(n, sizeof *list->m);
-    buffer_room(&list->text, j->nodes[v].end - j->nodes[v].start);     /* so that none moves     */
-    return list->m && !list->text.failed ? e->code : out_of_memory(e, n * sizeof *list->m);
+/* Begins to read node V of J, a list of objects without a key that stands twice. LIST gets room for
+ * all its texts, so that none moves, and for as many messages as there are nodes. */
+static int chat_list_open(chat_list *list, const json *j, uint32_t v, const char *what,
+                          medrun_error *e) {
+    bool good = json_is_type(j, v, JSON_ARRAY);
+    for (uint32_t i = 0, x = v + 1; good && i < j->nodes[v].count; i++, x = j->nodes[x].next)
+        good = json_is_type(j, x, JSON_OBJECT);
+    *list = (chat_list){0};
+    if (!good)
+        return fail(e, MEDRUN_BAD_FILE, "%s: wanted [{\"role\": \"...\", \"content\": \"...\"}, "
+                    "...]", what);
+    if (json_check_keys(j, v, "messages", e)) return e->code;
+    list->m = new_array(j->nodes[v].next - v, sizeof *list->m);
+    buffer_room(&list->text, j->nodes[v].end - j->nodes[v].start);
+    return list->m && !list->text.failed ? MEDRUN_OK : out_of_memory(e, j->nodes[v].end);
 }
 
 /* Reads node V of J, [{"role": ..., "content": "..."}, ...]; free LIST afterwards. Other contents,
  * and calls where C has a place for them, need tools/tool_calls.c. */
 static int chat_messages(const chat_template *c, const json *j, uint32_t v, const char *what,
                          chat_list *list, medrun_error *e) {
-    *list = (chat_list){0};
-    if (chat_check_list(j, v, what, e) ||
-        chat_list_room(list, j->nodes[v].count, j, v, e)) return e->code;
+    if (chat_list_open(list, j, v, what, e)) return e->code;
     for (uint32_t i = 0, x = v + 1; i < j->nodes[v].count; i++, x = j->nodes[x].next) {
         const char *role = chat_role_of(j, x, e);
         uint32_t content = json_get(j, x, "content");
         size_t before = list->text.n;
         if (!role) return e->code;
-        if (json_get(j, x, "tool_calls") != JSON_NONE && chat_kind_of(c, "assistant/calls"))
+        if (json_get(j, x, "tool_calls") != JSON_NONE && c->takes_tools)
             return fail(e, MEDRUN_USAGE, "messages: tool_calls: medrun-lab call writes them");
         if (!json_is_type(j, content, JSON_STRING))
             return fail(e, MEDRUN_USAGE, "messages: content: wanted a string");
@@ -6641,23 +6620,25 @@ static int chat_messages(const chat_template *c, const json *j, uint32_t v, cons
 
 /* ---- conversations ------------------------------------------------------------------------- */
 
-/* The parts of a turn of this kind; NULL: there is no such role, or C has no place for it. */
-static const chat_part *chat_turn_of(const chat_template *c, const char *role, medrun_error *e) {
-    const chat_part *parts = chat_kind_of(c, role ? role : "");
+/* The parts of a turn of this kind; NULL: there is no such role, or no place for it. */
+static const chat_part *chat_turn_of(chat_writer *w, const char *role) {
     bool known = false;
-    for (size_t i = 0; role && i < N_CHAT_ROLES; i++) known |= !strcmp(role, chat_roles[i]);
-    if (parts) return parts;
-    if (known && c->said) return c->said;
+    for (int i = 0; role && i < 2; i++)
+        for (const chat_kind *k = i ? w->more : w->c->turns; k && k->role; k++)
+            if (!strcmp(k->role, role)) return k->parts;
+    for (size_t i = 0; role && chat_roles[i]; i++) known |= !strcmp(role, chat_roles[i]);
+    if (known && w->c->said) return w->c->said;
     if (known)
-        fail(e, MEDRUN_USAGE, "messages: template %s has no place for role %s here", c->name, role);
-    else fail(e, MEDRUN_USAGE, "role: found \"%.40s\", wanted system, user, assistant or tool",
+        fail(w->e, MEDRUN_USAGE, "messages: template %s has no place for role %s here", w->c->name,
+             role);
+    else fail(w->e, MEDRUN_USAGE, "role: found \"%.40s\", wanted system, user, assistant or tool",
               role ? role : "");
     return NULL;
 }
 
 /* Writes a turn. */
 static int chat_say(chat_writer *w, const medrun_message *m) {
-    const chat_part *parts = chat_turn_of(w->c, m->role, w->e);
+    const chat_part *parts = chat_turn_of(w, m->role);
     if (w->e->code) return w->e->code;
     if (w->c->first && (w->state & (HAS_TOOLS | STARTED)) == HAS_TOOLS) parts = w->c->first;
     w->state |= STARTED;
@@ -6683,7 +6664,7 @@ static int chat_start(chat_writer *w, const medrun_message *system, bool late) {
     chat_bos(w);
     if (!c->opening && (system || late || !c->system)) return w->e->code;
     if (!system) w->state |= OWN_SYSTEM;
-    return chat_parts(w, c->opening ? c->opening : chat_turn_of(c, "system", w->e),
+    return chat_parts(w, c->opening ? c->opening : chat_turn_of(w, "system"),
                       system ? system : &own);
 }
 
@@ -6710,7 +6691,7 @@ static int chat_conversation(chat_writer *w, const medrun_message *m, size_t n, 
     if (!n) return fail(w->e, MEDRUN_USAGE, "messages: found none, wanted one or more");
     size_t opening = chat_opens(w->c, &m[0]);
     for (size_t i = opening; i < n; i++) {
-        if (!chat_turn_of(w->c, m[i].role, w->e)) return w->e->code;
+        if (!chat_turn_of(w, m[i].role)) return w->e->code;
         late |= i && !strcmp(m[i].role, "system");
     }
     chat_start(w, !strcmp(m[0].role, "system") ? &m[0] : NULL, late);
@@ -6743,7 +6724,7 @@ static int chat_render(chat_writer *w, const medrun_message *m, size_t n, bool a
 static int chat_turn(chat_writer *w, const medrun_message *m, bool first, bool answer) {
     size_t n_before = w->out->n;
     bool opening = first && m && chat_opens(w->c, m);
-    if (m && !opening && !chat_turn_of(w->c, m->role, w->e)) return w->e->code;
+    if (m && !opening && !chat_turn_of(w, m->role)) return w->e->code;
     bool system = m && !strcmp(m->role, "system");
     if (first && w->o && w->o->tools && w->c->first)
         fail(w->e, MEDRUN_USAGE, "template %s has its tools in the first turn: render the whole "

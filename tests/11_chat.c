@@ -36,7 +36,7 @@ static int render(const chat_template *c, const tokenizer *t, const medrun_chat_
                   bool as_text, const medrun_message *m, size_t n, bool answer, buffer *out,
                   medrun_error *e) {
     medrun_error none = {0};
-    chat_writer w = {c, t, o, as_text, .out = out, .e = e ? e : &none};
+    chat_writer w = {c, t, o, as_text, tools_kinds(c), .out = out, .e = e ? e : &none};
     return chat_render(&w, m, n, answer);
 }
 #define render_ids(c, t, o, ...) render(c, t, o, false, __VA_ARGS__)
@@ -214,7 +214,7 @@ static void test_turns(const tokenizer *t, const char *const *names, size_t n_na
     int wrong = 0;
     for (size_t i = 0; i < 4000; i++) {
         const chat_template *c = chat_find(names[i % n_names]);
-        bool alternates = chat_kind_of(c, "assistant/blocks") != NULL, by_role = c->opens_by_role;
+        bool alternates = tools_kinds(c) != NULL, by_role = c->opens_by_role;
         medrun_message m[5];
         char texts[5][100];
         size_t n = 1 + test_random() % 5;

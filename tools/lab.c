@@ -4,8 +4,9 @@
  *
  * bench times prompts and generation beside what the machine can do at most; doctor says what the
  * machine has and whether its kernels agree; record writes a run with all that is needed to repeat
- * it, and replay repeats it; call shows a model functions and prints the call that it makes. Options
- * are read as medrun reads them (sections 16 and 17 of medrun.c). MIT licence, see LICENSE. */
+ * it, and replay repeats it; call shows a model functions and prints the call that it makes.
+ * Options are read as medrun reads them (sections 16 and 17 of medrun.c). MIT licence, see
+ * LICENSE. */
 #define MEDRUN_NO_MAIN
 #define MEDRUN_COMMANDS
 #define MEDRUN_MORE_KERNELS "tools/lab_kernels.h"
@@ -481,7 +482,8 @@ static int render_conversation(command *c, bool as_text, buffer *out) {
     buffer text = {0};
     json j = {0};
     chat_list list = {0};
-    chat_writer w = {c->chat, c->t, &c->chat_options, as_text, .out = out, .e = &c->e};
+    chat_writer w = {c->chat, c->t, &c->chat_options, as_text, tools_kinds(c->chat), .out = out,
+                     .e = &c->e};
     int code = read_json(c, c->text[O_MESSAGES], &text, &j);
     if (!code)
         code = tools_messages(c->chat, &j, 0, c->text[O_MESSAGES], given(c, L_TOOLS), &list, &c->e);
@@ -567,7 +569,7 @@ static option_row lab_options[N_LAB_OPTIONS] = {
                  "tokens that stand before both and are not timed"},
     [L_REPETITIONS] = {"repetitions", "r", "N", WHOLE, ON(BENCH), 1, 1000, "5", "of both"},
     [L_TOOLS] = {"tools", NULL, "FILE.json", TEXT, ON(CALL), 0, 0, NULL,
-                 "the functions, [{\"type\": \"function\", \"function\": ...}] (apertus, llama3.1)"},
+                 "functions, [{\"type\": \"function\", \"function\": ...}] (apertus, llama3.1)"},
     [L_RENDER] = {"render", NULL, NULL, FLAG, ON(CALL), 0, 0, NULL,
                   "print the prompt instead of asking; --template NAME does without a model"},
     [L_FORMAT] = {"output", "o", "md|json", CHOICE, ON(BENCH), 0, 0, "md",

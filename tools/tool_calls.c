@@ -8,7 +8,8 @@
  *   tools_text      definitions, [{"type": "function", "function": {...}}, ...], as the block that
  *                   goes into medrun_chat_options.tools: TypeScript or Python's JSON
  *   tools_messages  a conversation in JSON, with tool_calls, blocks and results, as messages whose
- *                   roles the engine has for finished text ("assistant/calls", ...)
+ *                   roles the engine has for finished text ("assistant/calls", "tool/json"), or
+                   which stand here for a chat_writer's `more`
  *   tool_calls      what the model wrote between the tokens of a call, as plain JSON
  *
  * No function here makes a control id; the engine's table does. What a template refuses is refused,
@@ -304,21 +305,46 @@ typedef struct {
     const char *call[3];        /* around a call's name and arguments                          */
     bool calls_alone;           /* a message with calls is one call and nothing else           */
     bool results_as_json;       /* a tool's content may be a list or an object                 */
-    bool blocks;                /* contents have blocks and parts                              */
+    const chat_kind *blocks;    /* contents may have blocks and parts, which are these turns   */
     bool content_needed;        /* also beside tool calls                                      */
     bool arguments_as_text;     /* a call's arguments are JSON in a string, else any value     */
 } tool_form;
+
+/* Apertus's blocks: thoughts stand between inner tokens, the rest as for the engine's own kinds of
+ * turns, whose state this shares. */
+#define BLOCK(...) ((const chat_part[]){__VA_ARGS__, {0}})
+#define OPEN_ASSISTANT {.says = "`<|assistant_start|>`", .unless = IN_ASSISTANT, \
+                        .sets = IN_ASSISTANT}
+#define END_RESULTS {.says = "]", .when = IN_RESULTS, .clears = IN_RESULTS}
+static const chat_kind apertus_blocks[] = {
+    {"assistant/silent", BLOCK(OPEN_ASSISTANT)},
+    {"assistant/blocks", BLOCK(OPEN_ASSISTANT,
+                               {.refuse = "the assistant's contents are both texts and blocks",
+                                .when = SAID_TEXT}, {.says = "", .sets = SAID_BLOCKS})},
+    {"assistant/thoughts", BLOCK(END_RESULTS, {.says = "`<|inner_prefix|>`", .unless = IN_INNER,
+                                               .sets = IN_INNER}, {.says = "$text"})},
+    {"assistant/block-calls", BLOCK(END_RESULTS, {.says = "`<|tools_prefix|>`[$text]"
+                                                          "`<|tools_suffix|>`", .sets = WAITING})},
+    {"assistant/outputs", BLOCK({.refuse = "tool results both as messages and as a block",
+                                 .when = IN_RESULTS}, {.says = "[$text]", .clears = WAITING})},
+    {"assistant/response", BLOCK(END_RESULTS, {.says = "`<|inner_suffix|>`", .when = IN_INNER,
+                                               .clears = IN_INNER}, {.says = "$text"})},
+    {0}};
+#undef BLOCK
+#undef OPEN_ASSISTANT
+#undef END_RESULTS
 
 /* The first release of Apertus's template takes functions as OpenAI's API has them; the other two
  * want them bare (here either form does), arguments as text, and a content beside every call. */
 static const tool_form tool_forms[] = {
     {.template_name = "llama3.1", .call = {"{\"name\": \"", "\", \"parameters\": ", "}"},
      .calls_alone = true, .results_as_json = true},
-    {.template_name = "apertus", .types = true, .call = {"{\"", "\": ", "}"}, .blocks = true},
-    {.template_name = "apertus-bare", .types = true, .call = {"{\"", "\": ", "}"}, .blocks = true,
-     .content_needed = true, .arguments_as_text = true},
-    {.template_name = "apertus-closed", .types = true, .call = {"{\"", "\": ", "}"}, .blocks = true,
-     .content_needed = true, .arguments_as_text = true},
+    {.template_name = "apertus", .types = true, .call = {"{\"", "\": ", "}"},
+     .blocks = apertus_blocks},
+    {.template_name = "apertus-bare", .types = true, .call = {"{\"", "\": ", "}"},
+     .blocks = apertus_blocks, .content_needed = true, .arguments_as_text = true},
+    {.template_name = "apertus-closed", .types = true, .call = {"{\"", "\": ", "}"},
+     .blocks = apertus_blocks, .content_needed = true, .arguments_as_text = true},
 };
 
 /* All zero for a template without tools, which looks at roles and contents only. */
@@ -328,6 +354,9 @@ static const tool_form *tool_form_of(const chat_template *c) {
         if (!strcmp(c->name, tool_forms[i].template_name)) return &tool_forms[i];
     return &none;
 }
+
+/* The kinds of turns that tools_messages may make beside the template's own. */
+static const chat_kind *tools_kinds(const chat_template *c) { return tool_form_of(c)->blocks; }
 
 /* Appends what the model is to see of the functions in TEXT, for medrun_chat_options.tools. */
 static int tools_text(const chat_template *c, const char *text, size_t n, buffer *out,
@@ -465,7 +494,7 @@ static int tools_assistant(tool_reader *r, uint32_t content, uint32_t calls) {
             tools_block(r, v, i == 0);
     } else if (!none || r->form->content_needed || calls == JSON_NONE)
         return tools_refuse(r, "content of the assistant: wanted a string or {\"blocks\": [...]}");
-    else tools_turn(r, "assistant/silent");
+    else if (!json_truthy(j, calls)) tools_turn(r, "assistant/silent");
     return !r->e->code && json_truthy(j, calls) ? tools_calls(r, calls, false) : r->e->code;
 }
 
@@ -513,15 +542,12 @@ static int tools_message(tool_reader *r, uint32_t v, bool brings_tools) {
 }
 
 /* Reads node V of J, a list of messages, for template C; WHAT names the file, TOOLS says whether
- * functions are shown. The messages are for chat_render or medrun_render, all at once. Free LIST
- * with chat_list_free afterwards, also on failure. */
+ * functions are shown. The messages are for chat_render, all at once, with tools_kinds(c) as the
+ * writer's `more`. Free LIST with chat_list_free afterwards, also on failure. */
 static int tools_messages(const chat_template *c, const json *j, uint32_t v, const char *what,
                           bool tools, chat_list *list, medrun_error *e) {
     tool_reader r = {c, tool_form_of(c), j, list, 0, e};
-    *list = (chat_list){0};
-    /* no more turns than nodes: one for a message, its calls, a block and what it ends          */
-    if (chat_check_list(j, v, what, e) ||
-        chat_list_room(list, j->nodes[v].next - v, j, v, e)) return e->code;
+    if (chat_list_open(list, j, v, what, e)) return e->code;
     bool started = false;
     uint32_t x = v + 1;
     for (uint32_t i = 0; !e->code && i < j->nodes[v].count; i++, x = j->nodes[x].next) {
