@@ -559,12 +559,14 @@ static void memory_size(uint64_t *total, uint64_t *available) {
 
 static void local_time(time_t when, struct tm *t) { localtime_r(&when, t); }
 
-/* HANDLER, which may be SIG_IGN, gets the next signal NUMBER and no other: a second Ctrl-C ends the
- * program whatever the first one does. Gives who got it so far. */
+/* HANDLER gets the next signal NUMBER and no other: a second Ctrl-C ends the program, whatever the
+ * first one does. But if whoever started us had it ignored, as nohup does, it stays so. Gives the
+ * handler before. */
 static signal_handler *on_signal(int number, signal_handler *handler) {
     struct sigaction before = {.sa_handler = SIG_DFL},
                      now = {.sa_handler = handler, .sa_flags = (int)SA_RESETHAND};
-    sigaction(number, &now, &before);
+    sigaction(number, NULL, &before);
+    if (before.sa_handler != SIG_IGN) sigaction(number, &now, NULL);
     return before.sa_handler;
 }
 
@@ -748,12 +750,9 @@ static void *map_bytes(int fd, size_t n) {
 
 static void unmap_bytes(const void *p, size_t n) { (void)n, UnmapViewOfFile(p); }
 
-/* What is locked counts as part of the working set, which must have room for it. */
+/* What is locked counts as part of the working set, which must have room for it and the rest. */
 static bool lock_bytes(const void *p, size_t n) {
-    HANDLE me = GetCurrentProcess();
-    SIZE_T least, most;
-    bool done = GetProcessWorkingSetSize(me, &least, &most) &&
-                SetProcessWorkingSetSize(me, least + n, most + n) &&
+    bool done = SetProcessWorkingSetSize(GetCurrentProcess(), n + (16 << 20), n + (64 << 20)) &&
                 VirtualLock((void *)(uintptr_t)p, n);
     return done || windows_failed() == 0;
 }
@@ -813,9 +812,9 @@ static bool is_terminal(int fd) { return console(fd); }
 
 static bool terminal_draws(const char *term) {
     DWORD mode = 0;
-    if (term && !strcmp(term, "dumb")) return false;
-    return console(2) && GetConsoleMode(console(2), &mode) &&
-           SetConsoleMode(console(2), mode | ENABLE_VIRTUAL_TERMINAL_PROCESSING);
+    HANDLE h = term && !strcmp(term, "dumb") ? NULL : console(2);
+    return h && GetConsoleMode(h, &mode) &&
+           SetConsoleMode(h, mode | ENABLE_VIRTUAL_TERMINAL_PROCESSING);
 }
 
 /* The console edits lines itself, with a history and all, so nothing here reads single keys. */
@@ -891,13 +890,6 @@ static void *memmem(const void *in, size_t n, const void *what, size_t k) {
     return NULL;
 }
 #endif /* _WIN32 */
-
-/* As on_signal, but who started us with NUMBER ignored, as nohup does, meant it. */
-static signal_handler *catch_signal(int number, signal_handler *handler) {
-    signal_handler *before = on_signal(number, handler);
-    if (before == SIG_IGN) on_signal(number, SIG_IGN);
-    return before;
-}
 
 static FILE *open_stream(const char *path, int how) {
     int fd = open_file(path, how);
@@ -6354,8 +6346,9 @@ static const chat_template chat_templates[] = {
 #undef OPEN_ASSISTANT
 #undef END_RESULTS
 
-#define CHAT_NAMES "llama3, llama3.1, afm, apertus, apertus-bare, apertus-closed, alpaca, none"
-#define CHAT_UNKNOWN "unknown"  /* in a checkpoint whose template the exporter did not recognise  */
+#define MEDRUN_TEMPLATES \
+    "llama3, llama3.1, afm, apertus, apertus-bare, apertus-closed, alpaca, none"
+#define MEDRUN_UNKNOWN "unknown"    /* in a checkpoint whose template the exporter did not know */
 
 /* The roles of messages in files. */
 static const char *const chat_roles[] = {"system", "user", "assistant", "tool", "ipython", NULL};
@@ -7225,8 +7218,8 @@ static int read_chat(medrun_model *m, medrun_error *e) {
     if (json_text(j, v, f->path, "template", m->template_name, sizeof m->template_name, e))
         return e->code;
     m->chat = chat_find(m->template_name);
-    if (!m->chat && strcmp(m->template_name, CHAT_UNKNOWN))     /* nor to the exporter           */
-        return wrong_value(f, "chat.template", m->template_name, CHAT_NAMES, e);
+    if (!m->chat && strcmp(m->template_name, MEDRUN_UNKNOWN))  /* nor to the exporter           */
+        return wrong_value(f, "chat.template", m->template_name, MEDRUN_TEMPLATES, e);
     if (!json_is_type(j, system, JSON_STRING))
         return fail(e, MEDRUN_BAD_FILE, "%s: field chat.system: wanted a string", f->path);
     buffer b = {0};
@@ -8137,7 +8130,8 @@ static bool stop_goes(const chat_template *c, const medrun_model *m, int32_t id)
 
 static int check_template(const chat_template *c, medrun_error *e) {
     return c ? MEDRUN_OK : fail(e, MEDRUN_USAGE, "this checkpoint's chat template is unknown to "
-                                "medrun: name the right one with --template (" CHAT_NAMES ")");
+                                "medrun: name the right one with --template ("
+                                MEDRUN_TEMPLATES ")");
 }
 
 int medrun_rewind(medrun_session *s, size_t n, medrun_error *e) {
@@ -8348,7 +8342,8 @@ int medrun_render(const medrun_model *m, const char *name, const medrun_chat_opt
     e->code = MEDRUN_OK;
     *n = 0;
     if (!c && !name) return check_template(c, e);
-    if (!c) return fail(e, MEDRUN_USAGE, "template: found \"%s\", wanted %s", name, CHAT_NAMES);
+    if (!c)
+        return fail(e, MEDRUN_USAGE, "template: found \"%s\", wanted %s", name, MEDRUN_TEMPLATES);
     chat_writer w = {c, &m->tokenizer, options, .out = &b, .e = e};
     int code = chat_render(&w, messages, n_messages, answer);
     return give_ids(&b, code, ids, cap, n, e);
@@ -8745,7 +8740,7 @@ static const option_row option_rows[N_OPTIONS] = {
     [O_REPEAT] = {"repeat-penalty", NULL, "R", REAL, ON_ANSWER, 0.01, 100, "the card's",
                   "makes what has occurred less likely; 1: off"},
     [O_TEMPLATE] = {"template", NULL, "NAME", TEXT, ON_ANSWER | ON(RENDER),
-                    0, 0, "the checkpoint's", "chat template: " CHAT_NAMES},
+                    0, 0, "the checkpoint's", "chat template: " MEDRUN_TEMPLATES},
     [O_STOP] = {"stop", NULL, "TEXT", TEXT, ON_ANSWER, 0, 0, NULL,
                 "end the answer before this text; up to 8 of them"},
     [O_KV] = {"kv", NULL, "f16|f32|int8", CHOICE, ON_SESSION | ON(SHOW), 0, 0, "f16",
@@ -9073,7 +9068,7 @@ static int choose_template(command *c) {
     const chat_template *chosen = given(c, O_TEMPLATE) ? chat_find(c->text[O_TEMPLATE]) : c->chat;
     if (given(c, O_TEMPLATE) && !chosen)
         return fail(&c->e, MEDRUN_USAGE, "--template: found \"%s\", wanted one of: %s",
-                    c->text[O_TEMPLATE], CHAT_NAMES);
+                    c->text[O_TEMPLATE], MEDRUN_TEMPLATES);
     if (c->m && chosen && chosen != c->chat) add_stops(c->m, chosen);
     c->chat = chosen;
     return MEDRUN_OK;
@@ -9241,7 +9236,7 @@ static void on_interrupt(int signal_number) {
 /* From here on the first Ctrl-C is noted and the second one ends the program. */
 static signal_handler *watch_interrupts(void) {
     interrupted = 0;
-    return catch_signal(SIGINT, on_interrupt);
+    return on_signal(SIGINT, on_interrupt);
 }
 
 typedef struct answer {
@@ -9628,7 +9623,7 @@ static void prepare_editor(editor *ed) {
     ed->colour = !ed->plain && !(no_colour && *no_colour);
     atexit(restore_terminal);
     for (size_t i = 0; i < sizeof fatal / sizeof *fatal; i++)
-        catch_signal(fatal[i], on_fatal_signal);
+        on_signal(fatal[i], on_fatal_signal);
 }
 
 static void close_editor(editor *ed) {
@@ -10599,11 +10594,17 @@ int main(int argc, char **argv) { return run_program(&medrun_program, argc, argv
 #pragma GCC pop_options
 #endif
 #undef ALWAYS_INLINE
+#undef APERTUS
+#undef END_INNER
+#undef END_RESULTS
 #undef HASH_START
+#undef LLAMA3_HEAD
+#undef LLAMA3_SAID
 #undef LOCK_HINT
 #undef MAYBE_UNUSED
 #undef NEVER_INLINE
 #undef NO_ID
+#undef OPEN_ASSISTANT
 #undef STATE_MARK
 #undef TWO_PI
 #undef UNROLL

@@ -1377,7 +1377,7 @@ static int choose_chat(evaluation *v, medrun_error *e) {
     v->chat = v->o.template_name ? chat_find(v->o.template_name) : v->m->chat;
     if (!v->chat)
         return fail(e, MEDRUN_USAGE, "chat template: found %s, wanted --template with one of "
-                    CHAT_NAMES ", or --no-template",
+                    MEDRUN_TEMPLATES ", or --no-template",
                     v->o.template_name ? v->o.template_name : "one that medrun does not know");
     add_stops(v->m, v->chat);
     c->date = v->o.date, c->bos = v->bos;
@@ -1569,7 +1569,7 @@ static int eval_main(int argc, char **argv) {
     v = (evaluation){.fd = -1};
     tool_line line = {eval_table, N_EVAL_OPTIONS, &v.o, words, 0, MOST_WORDS};
     if (!(argv = start_program(&argc, argv))) return MEDRUN_FAILED;
-    catch_signal(SIGINT, on_interrupt), catch_signal(SIGTERM, on_interrupt);
+    on_signal(SIGINT, on_interrupt), on_signal(SIGTERM, on_interrupt);
     parse_options(&line, argc, argv, &e);
     if (!e.code && v.o.help) return print_eval_help(&line), MEDRUN_OK;
     if (!e.code && v.o.version) return puts("medrun-eval " MEDRUN_VERSION), MEDRUN_OK;

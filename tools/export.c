@@ -1425,7 +1425,7 @@ static void put_chat(buffer *b, const source *s) {
         {"temperature", p->temperature}, {"top_k", (double)p->top_k}, {"top_p", p->top_p},
         {"min_p", p->min_p}, {"repeat_penalty", p->repeat_penalty}};
     buffer_printf(b, ",\n\"chat\":{\"template\":\"%s\",\"system\":\"\",\"stop_ids\":",
-                  s->chat ? s->chat->name : CHAT_UNKNOWN);
+                  s->chat ? s->chat->name : MEDRUN_UNKNOWN);
     put_ids(b, s->stops, (size_t)s->n_stops);
     for (size_t i = 0; i < 5; i++) {
         buffer_text(b, i ? "," : ",\"sampling\":{");
@@ -1783,7 +1783,7 @@ static void on_interrupt(int signal_number) {
 /* Signals that would end the program end the export instead, so that OUT.partial goes. */
 static void catch_signals(void) {
     static const int ends[] = {SIGINT, SIGTERM, SIGHUP};
-    for (size_t i = 0; i < 3; i++) catch_signal(ends[i], on_interrupt);
+    for (size_t i = 0; i < 3; i++) on_signal(ends[i], on_interrupt);
 }
 
 static int check_interrupt(medrun_error *e) {
@@ -2201,7 +2201,7 @@ static void print_export_help(void) {
            "safetensors) or from a GGUF file. Writes OUT.partial; renames it when it is complete\n"
            "and read again.\n\n");
     print_options(&(tool_line){.table = option_table, .n = N_EXPORT_OPTIONS});
-    printf("\nTemplates: " CHAT_NAMES ".\n");
+    printf("\nTemplates: " MEDRUN_TEMPLATES ".\n");
     printf("MEDRUN_TYPE, MEDRUN_TEMPLATE and so on set an option that is not given.\n"
            "Exit codes: 0 ok, 1 failed while running, 2 usage, 3 file missing, unsupported or\n"
            "malformed, 4 a given proof differs, 6 out of memory, 130 interrupted.\n");
@@ -2280,7 +2280,7 @@ static int print_plan(const exporter *x, medrun_error *e) {
     describe_config(&about, c, s->architecture, type_names[x->type], parameters, 13);
     fputs(about.data ? (const char *)about.data : "", stdout);
     buffer_free(&about);
-    printf("chat         %s, stop ids", s->chat ? s->chat->name : CHAT_UNKNOWN);
+    printf("chat         %s, stop ids", s->chat ? s->chat->name : MEDRUN_UNKNOWN);
     for (int i = 0; i < s->n_stops; i++) printf(" %d", s->stops[i]);
     printf("\nsampling     temperature %g, top_k %lld, top_p %g, min_p %g, repeat_penalty %g\n",
            s->sampling.temperature, (long long)s->sampling.top_k, s->sampling.top_p,

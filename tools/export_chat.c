@@ -224,7 +224,7 @@ static int choose_template(source *s, const buffer *jinja, const char *name, med
     s->chat = name ? chat_find(name) : NULL;
     if (name)
         return s->chat ? MEDRUN_OK : fail(e, MEDRUN_USAGE, "--template: found \"%s\", wanted one "
-                                          "of %s", name, CHAT_NAMES);
+                                          "of %s", name, MEDRUN_TEMPLATES);
     if (jinja->n) s->chat = recognise_template((const char *)jinja->data, jinja->n);
     else s->chat = chat_find("none");
     if (!jinja->n)
@@ -232,7 +232,7 @@ static int choose_template(source *s, const buffer *jinja, const char *name, med
                  "conversations, name theirs with --template");
     else if (!s->chat)
         add_note(s, "the chat template is none that medrun knows: run and chat will refuse this "
-                 "checkpoint until --template names one, here or there (" CHAT_NAMES "); "
+                 "checkpoint until --template names one, here or there (" MEDRUN_TEMPLATES "); "
                  "tools/reference/templates.py finds out whether one of them renders the same");
     return MEDRUN_OK;
 }
