@@ -7817,6 +7817,15 @@ static int32_t sample_token(uint64_t *list, const float *logits, size_t vocab,
  * size is known before anything is allocated. Tests: tests/15_session.c.
  * ============================================================================================ */
 
+/* The error of a call: the caller's, or where that is NULL the body's OWN. It is clear at first, so
+ * at the end it holds the first failure of this call. */
+static medrun_error *fresh_error(medrun_error *callers, medrun_error *own) {
+    medrun_error *e = callers ? callers : own;
+    e->code = MEDRUN_OK;
+    e->text[0] = 0;
+    return e;
+}
+
 /* ---- models -------------------------------------------------------------------------------- */
 
 void medrun_close(medrun_model *m) {
@@ -7836,20 +7845,17 @@ void medrun_close(medrun_model *m) {
 
 int medrun_open(medrun_model **out, const char *path, const medrun_options *options,
                 medrun_error *error) {
-    medrun_error local = {0}, *e = error ? error : &local;
+    medrun_error own, *e = fresh_error(error, &own);
     *out = NULL;
     if (!path) return fail(e, MEDRUN_USAGE, "medrun_open: no path");
-    e->code = MEDRUN_OK;
     medrun_model *m = new_array(1, sizeof *m);
     if (!m) return out_of_memory(e, sizeof *m);
     m->path = new_array(strlen(path) + 1, 1);
-    int code = m->path ? MEDRUN_OK : out_of_memory(e, strlen(path));
-    if (!code) {
-        memcpy(m->path, path, strlen(path));
-        code = load_model(m, options, e);
-    }
-    if (code) return medrun_close(m), code;
-    return *out = m, MEDRUN_OK;
+    if (m->path) memcpy(m->path, path, strlen(path));
+    else out_of_memory(e, strlen(path));
+    if (!e->code && !load_model(m, options, e)) *out = m;
+    else medrun_close(m);
+    return e->code;
 }
 
 void medrun_describe(const medrun_model *m, medrun_info *info) {
@@ -7953,7 +7959,7 @@ static int resolve_options(const medrun_model *m, const medrun_session_options *
 
 static uint64_t session_needs(const medrun_model *model, const medrun_session_options *options) {
     medrun_session s = {.model = model};
-    if (resolve_options(model, options, &s.options, NULL)) return 0;
+    if (resolve_options(model, options, &s.options, &(medrun_error){0})) return 0;
     arena a = {NULL, round_up(sizeof s, 64)};
     layout_session(&s, &a);
     return a.at;
@@ -7966,12 +7972,12 @@ size_t medrun_session_bytes(const medrun_model *model, const medrun_session_opti
 
 int medrun_start(medrun_session **out, const medrun_model *model,
                  const medrun_session_options *options, void *memory, size_t bytes,
-                 medrun_error *e) {
+                 medrun_error *error) {
+    medrun_error own, *e = fresh_error(error, &own);
     medrun_session_options o;
     uint64_t total = 0, available;
     *out = NULL;
-    int code = resolve_options(model, options, &o, e);
-    if (code) return code;
+    if (resolve_options(model, options, &o, e)) return e->code;
     uint64_t need = session_needs(model, options);
     if (memory && (bytes < need || (uintptr_t)memory % 64))
         return fail(e, MEDRUN_USAGE, "session memory: found %zu bytes at %p, wanted %llu, 64-byte "
@@ -8090,24 +8096,71 @@ void medrun_guesses(const medrun_session *s, uint64_t *guessed, uint64_t *right)
 
 /* ---- the timeline -------------------------------------------------------------------------- */
 
-static int append_ids(medrun_session *s, const int32_t *ids, size_t n, medrun_error *e) {
+/* May N ids stand from position AT on? */
+static int check_ids(const medrun_session *s, size_t at, const int32_t *ids, size_t n,
+                     medrun_error *e) {
     size_t context = (size_t)s->options.context;
-    if (n > context - s->n_tokens)
+    if (n > context - at)
         return fail(e, MEDRUN_TOO_LONG, "%zu tokens after %zu do not fit the context of %zu", n,
-                    s->n_tokens, context);
+                    at, context);
     for (size_t i = 0; i < n; i++)
         if (ids[i] < 0 || ids[i] >= s->model->config.vocab_size)
             return fail(e, MEDRUN_USAGE, "token id %d: wanted 0 to %d", ids[i],
                         s->model->config.vocab_size - 1);
-    if (n) memcpy(s->tokens + s->n_tokens, ids, n * sizeof *ids);
-    s->n_tokens += n, s->starting = true;
     return MEDRUN_OK;
 }
 
-int medrun_feed(medrun_session *s, const int32_t *ids, size_t n, medrun_error *e) {
+/* All of the ids or none. */
+static int append_ids(medrun_session *s, const int32_t *ids, size_t n, medrun_error *e) {
+    if (check_ids(s, s->n_tokens, ids, n, e)) return e->code;
+    if (n) memcpy(s->tokens + s->n_tokens, ids, n * sizeof *ids);
+    s->n_tokens += n;
+    s->starting = true;
+    return MEDRUN_OK;
+}
+
+int medrun_feed(medrun_session *s, const int32_t *ids, size_t n, medrun_error *error) {
+    medrun_error own, *e = fresh_error(error, &own);
     drop_guesses(s);
     return append_ids(s, ids, n, e);
 }
+
+/* Forgets all but the first N tokens. The last of them is processed again, for its logits. */
+static void rewind_to(medrun_session *s, size_t n) {
+    drop_guesses(s);
+    if (s->lookup) forget_places(s->lookup, s->tokens, n);
+    s->n_tokens = n;
+    s->n_logits = 0;
+    s->n_text = 0;
+    s->answer_open = false;
+    s->starting = true;
+    if (s->n_done >= n) s->n_done = n ? n - 1 : 0;
+}
+
+int medrun_rewind(medrun_session *s, size_t n, medrun_error *error) {
+    medrun_error own, *e = fresh_error(error, &own);
+    if (n > s->n_tokens)
+        return fail(e, MEDRUN_USAGE, "rewind to %zu of %zu tokens", n, s->n_tokens);
+    rewind_to(s, n);
+    return MEDRUN_OK;
+}
+
+size_t medrun_pending(const medrun_session *s) { return s->n_tokens - s->n_done; }
+size_t medrun_length(const medrun_session *s) { return s->n_tokens; }
+const int32_t *medrun_tokens(const medrun_session *s) { return s->tokens; }
+
+const float *medrun_logits(const medrun_session *s, size_t row) {
+    if (medrun_pending(s) || row >= s->n_logits) return NULL;
+    return s->logits + row * s->pass->vocab;
+}
+
+void medrun_observe(medrun_session *s, medrun_observer *observer, void *user) {
+    s->observer = observer;
+    s->observer_user = user;
+    s->n_ready = 0;
+}
+
+/* ---- turns --------------------------------------------------------------------------------- */
 
 bool medrun_is_stop(const medrun_model *m, int32_t id) {
     for (int i = 0; i < m->n_stops; i++) if (m->stops[i] == id) return true;
@@ -8134,57 +8187,65 @@ static int check_template(const chat_template *c, medrun_error *e) {
                                 MEDRUN_TEMPLATES ")");
 }
 
-int medrun_rewind(medrun_session *s, size_t n, medrun_error *e) {
-    if (n > s->n_tokens)
-        return fail(e, MEDRUN_USAGE, "rewind to %zu of %zu tokens", n, s->n_tokens);
-    drop_guesses(s);
-    if (s->lookup) forget_places(s->lookup, s->tokens, n);
-    s->n_tokens = n, s->n_logits = 0, s->n_text = 0, s->answer_open = false, s->starting = true;
-    if (s->n_done >= n) s->n_done = n ? n - 1 : 0;      /* the last one again, for its logits    */
-    return MEDRUN_OK;
+/* How a conversation is written. */
+typedef struct {
+    const chat_template *chat;
+    const medrun_chat_options *options;
+    const medrun_message *system;       /* NULL: what the template says by itself               */
+    bool apart;                         /* the opening is a turn of its own, before the first   */
+} conversation;
+
+/* What one more turn does to a timeline. */
+typedef struct {
+    size_t keep;                        /* tokens that stay: all, or all but the stop token that
+                                           ended the answer, where the template closes it       */
+    size_t n_close, n_open;             /* of IDS, those that close the answer before, or open
+                                           the conversation                                     */
+    buffer ids;                         /* int32_t: that, the turn and, after a user's, the
+                                           opening of the answer. The caller frees it           */
+} new_turn;
+
+/* Renders what is SAID next, and leaves the session as it is. The model ends its answer by a stop
+ * token, but the next turn must follow what the template writes after an answer. */
+static int render_turn(const medrun_session *s, const conversation *how, const medrun_message *said,
+                       new_turn *t, medrun_error *e) {
+    const medrun_model *m = s->model;
+    chat_writer w = {how->chat, &m->tokenizer, how->options, .out = &t->ids, .e = e};
+    bool first = !s->n_tokens;
+    *t = (new_turn){.keep = s->n_tokens};
+    if (s->answer_open) {
+        if (stop_goes(how->chat, m, s->tokens[t->keep - 1])) t->keep--;
+        chat_close(&w);
+        t->n_close = t->ids.n / sizeof(int32_t);
+    }
+    if (first && how->apart) {
+        chat_turn(&w, how->system, true, false);
+        t->n_open = t->ids.n / sizeof(int32_t);
+    }
+    return chat_turn(&w, said, first && !how->apart, !strcmp(said->role, "user"));
 }
 
 int medrun_say(medrun_session *s, const char *role, const char *text, size_t n_bytes,
-               medrun_error *e) {
+               medrun_error *error) {
+    medrun_error own, *e = fresh_error(error, &own);
     const medrun_model *m = s->model;
+    new_turn t;
+    if (!role) return fail(e, MEDRUN_USAGE, "say: found no role, wanted system, user or assistant");
+    if (check_template(m->chat, e)) return e->code;
     const medrun_message said = {role, text, n_bytes};
-    const medrun_message own = {"system", m->system, strlen(m->system)};
-    buffer ids = {0};
-    size_t before = s->n_tokens;
-    bool first = before == 0, answer = role && !strcmp(role, "user"), was_open = s->answer_open;
-    medrun_error none;
-    if (!e) e = &none;
-    e->code = MEDRUN_OK;
-    chat_writer w = {m->chat, &m->tokenizer, &s->options.chat, .out = &ids, .e = e};
-    int code = check_template(m->chat, e);
-    if (code) return code;
-    if (was_open) {                                 /* the template closes it, not a stop token  */
-        if (stop_goes(m->chat, m, s->tokens[before - 1])) medrun_rewind(s, before - 1, e);
-        chat_close(&w);
+    const medrun_message system = {"system", m->system, strlen(m->system)};
+    conversation how = {m->chat, &s->options.chat, &system, m->system[0] && strcmp(role, "system")};
+    render_turn(s, &how, &said, &t, e);
+    const int32_t *ids = (const int32_t *)(void *)t.ids.data;
+    size_t n = t.ids.n / sizeof *ids;
+    if (!e->code && !check_ids(s, t.keep, ids, n, e)) {
+        drop_guesses(s);
+        if (t.keep < s->n_tokens) rewind_to(s, t.keep);
+        append_ids(s, ids, n, e);
+        s->answer_open = !strcmp(role, "user");
     }
-    if (first && m->system[0] && role && strcmp(role, "system")) {
-        chat_turn(&w, &own, true, false);
-        first = false;
-    }
-    code = chat_turn(&w, &said, first, answer);
-    if (!code) code = medrun_feed(s, (const int32_t *)(void *)ids.data, ids.n / 4, e);
-    buffer_free(&ids);
-    if (code) s->n_tokens = before;                 /* nothing was said                          */
-    s->answer_open = code ? was_open : answer;
-    return code;
-}
-
-size_t medrun_pending(const medrun_session *s) { return s->n_tokens - s->n_done; }
-size_t medrun_length(const medrun_session *s) { return s->n_tokens; }
-const int32_t *medrun_tokens(const medrun_session *s) { return s->tokens; }
-
-const float *medrun_logits(const medrun_session *s, size_t row) {
-    if (medrun_pending(s) || row >= s->n_logits) return NULL;
-    return s->logits + row * s->pass->vocab;
-}
-
-void medrun_observe(medrun_session *s, medrun_observer *observer, void *user) {
-    s->observer = observer, s->observer_user = user, s->n_ready = 0;
+    buffer_free(&t.ids);
+    return e->code;
 }
 
 /* ---- steps --------------------------------------------------------------------------------- */
@@ -8200,7 +8261,8 @@ static void add_segment(pass *p, medrun_session *s) {
     p->observed |= s->observer != NULL;
 }
 
-int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *e) {
+int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *error) {
+    medrun_error own, *e = fresh_error(error, &own);
     if (!n) return MEDRUN_OK;
     if (arithmetic_fault()) return check_machine(e);
     const medrun_session *lead = sessions[0];
@@ -8232,7 +8294,8 @@ static int32_t sample_row(medrun_session *s, size_t row) {
                         s->tokens, s->n_tokens);
 }
 
-int medrun_sample(medrun_session *s, int32_t *id, medrun_error *e) {
+int medrun_sample(medrun_session *s, int32_t *id, medrun_error *error) {
+    medrun_error own, *e = fresh_error(error, &own);
     if (!medrun_logits(s, 0))
         return fail(e, MEDRUN_USAGE, "sample: tokens are pending, call medrun_step first");
     *id = sample_row(s, 0);
@@ -8279,7 +8342,8 @@ static int next_id(medrun_session *s, int32_t *id, medrun_error *e) {
 }
 
 int medrun_next(medrun_session *s, int32_t *id, const char **text, size_t *n_bytes,
-                medrun_error *e) {
+                medrun_error *error) {
+    medrun_error own, *e = fresh_error(error, &own);
     const medrun_model *m = s->model;
     size_t left = s->starting ? 0 : s->n_text, n = 0;           /* of this answer                */
     size_t unfinished = utf8_unfinished((const uint8_t *)s->text, left);
@@ -8300,53 +8364,57 @@ int medrun_next(medrun_session *s, int32_t *id, const char **text, size_t *n_byt
 
 /* ---- text and tokens ----------------------------------------------------------------------- */
 
-/* Copies a buffer of ids to the caller and frees it. */
-static int give_ids(buffer *ids, int code, int32_t *out, size_t cap, size_t *n, medrun_error *e) {
-    if (!code && ids->failed) code = out_of_memory(e, ids->n);
-    *n = code ? 0 : ids->n / 4;
-    if (!code && *n && cap) memcpy(out, ids->data, (*n < cap ? *n : cap) * sizeof *out);
+/* Hands at most CAP of the ids to the caller and frees the buffer; *N is how many there are. */
+static int give_ids(buffer *ids, int32_t *out, size_t cap, size_t *n, medrun_error *e) {
+    if (ids->failed) out_of_memory(e, ids->n);
+    *n = e->code ? 0 : ids->n / sizeof *out;
+    if (*n && cap) memcpy(out, ids->data, (*n < cap ? *n : cap) * sizeof *out);
     buffer_free(ids);
-    return code;
+    return e->code;
 }
 
 int medrun_tokenize(const medrun_model *m, const char *text, size_t n_bytes, int flags,
-                    int32_t *ids, size_t cap, size_t *n, medrun_error *e) {
+                    int32_t *ids, size_t cap, size_t *n, medrun_error *error) {
+    medrun_error own, *e = fresh_error(error, &own);
     buffer b = {0};
-    int code = tokenizer_encode(&m->tokenizer, text, n_bytes, flags, &b, e);
-    return give_ids(&b, code, ids, cap, n, e);
+    if (flags & ~(MEDRUN_ADD_BOS | MEDRUN_PARSE_SPECIAL))
+        fail(e, MEDRUN_USAGE, "tokenize: flags: found %d, wanted MEDRUN_ADD_BOS, "
+             "MEDRUN_PARSE_SPECIAL, both or 0", flags);
+    else
+        tokenizer_encode(&m->tokenizer, text, n_bytes, flags, &b, e);
+    return give_ids(&b, ids, cap, n, e);
 }
 
 int medrun_detokenize(const medrun_model *m, const int32_t *ids, size_t n_ids, bool special,
-                      char *bytes, size_t cap, size_t *n, medrun_error *e) {
+                      char *bytes, size_t cap, size_t *n, medrun_error *error) {
+    medrun_error own, *e = fresh_error(error, &own);
+    buffer b = {0};
     *n = 0;
     for (size_t i = 0; i < n_ids; i++)
         if (ids[i] < 0 || ids[i] >= m->config.vocab_size)
             return fail(e, MEDRUN_USAGE, "token id %d: wanted 0 to %d", ids[i],
                         m->config.vocab_size - 1);
-    buffer b = {0};
     tokenizer_decode(&m->tokenizer, ids, n_ids, special, &b);
-    int code = b.failed ? out_of_memory(e, b.n) : MEDRUN_OK;
-    if (!code) *n = b.n;
-    if (!code && b.n && cap) memcpy(bytes, b.data, b.n < cap ? b.n : cap);
+    if (b.failed) out_of_memory(e, b.n);
+    else *n = b.n;
+    if (*n && cap) memcpy(bytes, b.data, *n < cap ? *n : cap);
     buffer_free(&b);
-    return code;
+    return e->code;
 }
 
 int medrun_render(const medrun_model *m, const char *name, const medrun_chat_options *options,
                   const medrun_message *messages, size_t n_messages, bool answer, int32_t *ids,
-                  size_t cap, size_t *n, medrun_error *e) {
+                  size_t cap, size_t *n, medrun_error *error) {
+    medrun_error own, *e = fresh_error(error, &own);
     buffer b = {0};
     const chat_template *c = name ? chat_find(name) : m->chat;
-    medrun_error none;
-    if (!e) e = &none;
-    e->code = MEDRUN_OK;
     *n = 0;
     if (!c && !name) return check_template(c, e);
     if (!c)
         return fail(e, MEDRUN_USAGE, "template: found \"%s\", wanted %s", name, MEDRUN_TEMPLATES);
     chat_writer w = {c, &m->tokenizer, options, .out = &b, .e = e};
-    int code = chat_render(&w, messages, n_messages, answer);
-    return give_ids(&b, code, ids, cap, n, e);
+    chat_render(&w, messages, n_messages, answer);
+    return give_ids(&b, ids, cap, n, e);
 }
 
 /* ---- save and restore ---------------------------------------------------------------------- */
@@ -8490,8 +8558,7 @@ static int save_session(const medrun_session *s, const char *path, bool force, m
 }
 
 int medrun_save(const medrun_session *s, const char *path, medrun_error *error) {
-    medrun_error local = {0}, *e = error ? error : &local;
-    e->code = MEDRUN_OK;
+    medrun_error own, *e = fresh_error(error, &own);
     return save_session(s, path, false, e);
 }
 
@@ -8574,25 +8641,24 @@ static int restore_file(medrun_session *s, bool fed, const char *path, medrun_er
     else
         restore_from(s, f, there.bytes, fed, path, e);
     if (f) fclose(f);
-    if (e->code) medrun_rewind(s, 0, NULL);
+    if (e->code) rewind_to(s, 0);
     return e->code;
 }
 
 int medrun_restore(medrun_session *s, const char *path, medrun_error *error) {
-    medrun_error local = {0}, *e = error ? error : &local;
-    e->code = MEDRUN_OK;
-    medrun_rewind(s, 0, NULL);
+    medrun_error own, *e = fresh_error(error, &own);
+    rewind_to(s, 0);
     return restore_file(s, false, path, e);
 }
 
 int medrun_feed_saved(medrun_session *s, const int32_t *ids, size_t n, const char *path,
                       size_t *taken, medrun_error *error) {
-    medrun_error local = {0}, *e = error ? error : &local;
-    e->code = MEDRUN_OK;
+    medrun_error own, *e = fresh_error(error, &own);
     *taken = 0;
-    medrun_rewind(s, 0, NULL);
-    if (medrun_feed(s, ids, n, e) || restore_file(s, true, path, e)) return e->code;
-    return *taken = s->n_done, MEDRUN_OK;
+    rewind_to(s, 0);
+    if (append_ids(s, ids, n, e) || restore_file(s, true, path, e)) return e->code;
+    *taken = s->n_done;
+    return MEDRUN_OK;
 }
 
 /* ---- devices ------------------------------------------------------------------------------- */
@@ -9893,31 +9959,27 @@ static int make_room(chat *h, size_t need) {
  * in the place of the answer's stop token, as in medrun_say. */
 static int chat_feed(chat *h, const char *text, size_t n) {
     command *c = h->c;
-    const medrun_message said = {"user", text, n};
-    buffer ids = {0};
-    chat_writer w = {c->chat, c->t, &c->chat_options, .out = &ids, .e = &c->e};
-    size_t length = medrun_length(c->s), head = 0, skip = 0;
-    int code = MEDRUN_OK;
-    if (!length) code = chat_opening(h, &ids), head = ids.n / 4;
-    if (c->s->answer_open) {
-        if (stop_goes(c->chat, c->m, medrun_tokens(c->s)[length - 1]))
-            medrun_rewind(c->s, length - 1, &c->e);
-        c->s->answer_open = true;                       /* until the turn is fed                 */
-        code = chat_close(&w), skip = ids.n / 4;
-    }
+    new_turn t;
     bool first = !n_turns(h);
-    if (!code) code = chat_turn(&w, &said, false, true);
-    if (!code) code = make_room(h, ids.n / 4);
-    if (first || n_turns(h)) skip = 0;                  /* else the answer it closes is gone     */
+    const medrun_message said = {"user", text, n};
+    const medrun_message system = {"system", chars(&h->system), h->system.n};
+    conversation how = {c->chat, &c->chat_options, h->system.n ? &system : NULL, true};
+    int code = render_turn(c->s, &how, &said, &t, &c->e);
+    if (!code && t.keep < medrun_length(c->s)) {
+        code = medrun_rewind(c->s, t.keep, &c->e);
+        c->s->answer_open = true;                       /* until the turn is fed                 */
+    }
+    if (!code) code = make_room(h, t.ids.n / 4);
+    size_t skip = first || n_turns(h) ? 0 : t.n_close;  /* else the answer it closes is gone     */
     if (!code) {
-        size_t start = medrun_length(c->s) + head;
-        show_prompt(c, ids_of(&ids) + skip, ids.n / 4 - skip);
+        size_t start = medrun_length(c->s) + t.n_open;
+        show_prompt(c, ids_of(&t.ids) + skip, t.ids.n / 4 - skip);
         buffer_add(&h->starts, &start, sizeof start);
         if (h->starts.failed) code = out_of_memory(&c->e, sizeof start);
-        else if ((code = feed_prompt(c, ids_of(&ids) + skip, ids.n / 4 - skip)))
+        else if ((code = feed_prompt(c, ids_of(&t.ids) + skip, t.ids.n / 4 - skip)))
             h->starts.n -= sizeof start;                /* nothing was said                      */
     }
-    buffer_free(&ids);
+    buffer_free(&t.ids);
     return code;
 }
 

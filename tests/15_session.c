@@ -161,6 +161,74 @@ static void test_wrong_use(void) {
     CHECK_EQ(medrun_open(&none, path, &(medrun_options){.kernels = "abacus"}, NULL), MEDRUN_USAGE);
 }
 
+/* Each call begins with no error, keeps its own first one, and needs no place for it. */
+static void test_errors(void) {
+    medrun_session *s = start((medrun_session_options){.context = 40});
+    int32_t ids[50] = {1, 2, 3}, id = 0;
+    size_t n;
+    medrun_error e = {MEDRUN_FAILED, "an old failure"};
+    CHECK_EQ(medrun_feed(s, ids, 3, &e), MEDRUN_OK);
+    CHECK(!e.code && !e.text[0]);
+    CHECK_EQ(medrun_sample(s, &id, &e), MEDRUN_USAGE);
+    CHECK(e.code == MEDRUN_USAGE && strstr(e.text, "pending"));
+    CHECK_EQ(medrun_feed(s, ids, 50, &e), MEDRUN_TOO_LONG);     /* not the error before it       */
+    CHECK(e.code == MEDRUN_TOO_LONG && strstr(e.text, "do not fit"));
+    CHECK_EQ(medrun_step(&s, 1, &e), MEDRUN_OK);
+    CHECK(!e.code && !e.text[0]);
+    CHECK_EQ(medrun_rewind(s, 9, &e), MEDRUN_USAGE);
+    CHECK(e.code == MEDRUN_USAGE && strstr(e.text, "rewind to 9"));
+    CHECK_EQ(medrun_tokenize(model, "hello", 5, 0, ids, 50, &n, &e), MEDRUN_OK);
+    CHECK(!e.code && n > 0);
+    static const int unknown[] = {4, 1 << 8, -1, 1 << 30 | 1};
+    for (size_t i = 0; i < 4; i++) {                    /* some are those of the inner functions */
+        n = 77;
+        CHECK_EQ(medrun_tokenize(model, "hello", 5, unknown[i], ids, 50, &n, &e), MEDRUN_USAGE);
+        CHECK(n == 0 && strstr(e.text, "flags"));
+        CHECK_EQ(medrun_tokenize(model, "hello", 5, unknown[i], ids, 50, &n, NULL), MEDRUN_USAGE);
+    }
+    CHECK_EQ(medrun_rewind(s, 0, NULL), MEDRUN_OK);
+    CHECK_EQ(medrun_say(s, NULL, "hello", 5, &e), MEDRUN_USAGE);
+    CHECK(strstr(e.text, "role") && medrun_length(s) == 0);
+    CHECK_EQ(medrun_say(s, NULL, "hello", 5, NULL), MEDRUN_USAGE);
+    CHECK_EQ(medrun_detokenize(model, (int32_t[]){-1}, 1, false, NULL, 0, &n, NULL), MEDRUN_USAGE);
+    CHECK_EQ(medrun_sample(s, &id, NULL), MEDRUN_USAGE);
+    medrun_stop(s);
+    /* the environment is the commands' */
+    medrun_model *m;
+    medrun_info here, there;
+    setenv("MEDRUN_KERNELS", "abacus", 1);
+    if (CHECK_EQ(medrun_open(&m, path, NULL, &e), MEDRUN_OK)) {
+        medrun_describe(model, &here), medrun_describe(m, &there);
+        CHECK(!strcmp(here.kernels, there.kernels));
+        medrun_close(m);
+    }
+    unsetenv("MEDRUN_KERNELS");
+}
+
+/* A turn that cannot be said leaves the timeline and its logits as they were. */
+static void test_say_nothing(void) {
+    static char text[400];
+    memset(text, 'x', sizeof text);
+    medrun_session *s = start((medrun_session_options){.context = 200, .lookup = 4});
+    medrun_error e;
+    int32_t id = 0, stop = model->stops[0];
+    const char *piece;
+    size_t n;
+    CHECK(!medrun_say(s, "user", "hello", 5, &e));
+    for (int i = 0; i < 3; i++) CHECK(!medrun_next(s, &id, &piece, &n, &e));
+    CHECK(!medrun_feed(s, &stop, 1, &e));
+    step_all(s);
+    size_t length = medrun_length(s);
+    const float *logits = medrun_logits(s, 0);
+    CHECK(logits != NULL);
+    CHECK_EQ(medrun_say(s, "user", text, sizeof text, &e), MEDRUN_TOO_LONG);
+    CHECK_EQ(medrun_say(s, "wizard", "hello", 5, &e), MEDRUN_USAGE);
+    CHECK_EQ(medrun_say(s, NULL, "hello", 5, &e), MEDRUN_USAGE);
+    CHECK(medrun_length(s) == length && medrun_tokens(s)[length - 1] == stop);
+    CHECK(medrun_logits(s, 0) == logits && s->answer_open);
+    medrun_stop(s);
+}
+
 /* Going back and feeding again is the same as never having gone there. */
 static void test_rewind(int kv) {
     int32_t ids[60];
@@ -896,6 +964,8 @@ int main(void) {
     test_cache_size();
     test_large_size();
     test_wrong_use();
+    test_errors();
+    test_say_nothing();
     for (int kv = 0; kv < 3; kv++) test_rewind(kv);
     test_save();
     test_feed_saved(build);
