@@ -185,9 +185,9 @@ int medrun_detokenize(const medrun_model *model, const int32_t *ids, size_t n_id
                       char *bytes, size_t cap, size_t *n, medrun_error *error);
 
 typedef struct {
-    const char *role;           /* "system", "user", "assistant", "tool"; or a kind of turn with
-                                   finished text, as tools/tool_calls.c makes it, such as
-                                   "assistant/calls", a call of functions                      */
+    const char *role;           /* "system", "user", "assistant", "tool"; or, with text as the
+                                   template writes it (apertus, llama3.1): "assistant/calls", the
+                                   functions that it called, and "tool/json", what one gave    */
     const char *text;
     size_t n_bytes;
 } medrun_message;

@@ -146,6 +146,14 @@ static void test_wrong_use(void) {
     CHECK_EQ(medrun_sample(s, &id, NULL), MEDRUN_USAGE);        /* nothing was ever processed    */
     CHECK_EQ(medrun_rewind(s, 1, NULL), MEDRUN_USAGE);
     CHECK_EQ(medrun_say(s, "wizard", "hello", 5, NULL), MEDRUN_USAGE);
+    medrun_error why = {0};
+    CHECK_EQ(medrun_say(s, NULL, "hello", 5, &why), MEDRUN_USAGE);
+    CHECK(strstr(why.text, "role") && medrun_length(s) == 0);
+    CHECK_EQ(medrun_say(s, "assistant/thoughts", "hello", 5, NULL), MEDRUN_USAGE);
+    size_t n_ids;
+    CHECK_EQ(medrun_render(model, NULL, NULL, &(medrun_message){NULL, "hello", 5}, 1, true, NULL, 0,
+                           &n_ids, NULL), MEDRUN_USAGE);
+    CHECK_EQ(medrun_render(model, NULL, NULL, NULL, 0, true, NULL, 0, &n_ids, NULL), MEDRUN_USAGE);
     CHECK_EQ(medrun_length(s), 0);
     medrun_session *twice[2] = {s, s};
     CHECK_EQ(medrun_step(twice, 2, NULL), MEDRUN_USAGE);
