@@ -116,6 +116,14 @@ check 'skipped ones have lines' [ "$(grep -c '"skipped":' "$T/skip.jsonl")" -gt 
 check 'each question has one' [ "$(wc -l <"$T/skip.jsonl")" = 14 ]
 code 0 --merge "$T/skip.jsonl"; out_has 'skipped, too long'
 
+# ---- a file of results may have come from anyone ----
+sed '1s/"task":"medqa"/"task":"a\\u001b[31m\\u009b\\u202e<b>"/' "$T/skip.jsonl" >"$T/hostile.jsonl"
+check 'the name was changed' [ "$(head -n 1 "$T/hostile.jsonl" | grep -c 'u009b')" = 1 ]
+code 0 --merge "$T/hostile.jsonl" --html "$T/hostile.html"
+out_has '^| a?\[31m??<b> |'; out_has '^a?\[31m??<b>: skipped'
+check 'a task name drives no terminal' [ "$(grep -c "$(printf '\033\|\302\233\|\342\200\256')" "$T/out")" = 0 ]
+check 'and is no markup' [ "$(grep -c '[[]31m[^<]*<b>' "$T/hostile.html")" = 0 ]
+
 # ---- tasks, groups, the page ----
 for f in anatomy college_biology; do
     code 0 "$model" mmlu "$data/${f}_test.csv" --fewshot 2 "$data/anatomy_dev.csv" --subject anatomy -q -o "$T/shots_$f.jsonl"

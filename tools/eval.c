@@ -1180,9 +1180,19 @@ static int count_results(const results *all, tallies *out, medrun_error *e) {
 
 /* ---- printing ------------------------------------------------------------------------------ */
 
-/* TEXT without what could drive a terminal. */
+/* TEXT from a file of results, whose names may hold anything: what could drive the terminal, or is
+ * no UTF-8, becomes '?'. */
 static void print_plain(FILE *f, const char *text) {
-    for (; *text; text++) fputc((uint8_t)*text < 32 || *text == 127 ? '?' : *text, f);
+    size_t left = strlen(text);
+    while (left) {
+        uint32_t code = 0;
+        size_t len = utf8_decode((const uint8_t *)text, left, &code);
+        if (len && !is_hostile(code)) fwrite(text, 1, len, f);
+        else fputc('?', f);
+        if (!len) len = 1;
+        text += len;
+        left -= len;
+    }
 }
 
 static void print_table(const results *all, const tallies *t, FILE *f) {
@@ -1192,7 +1202,9 @@ static void print_table(const results *all, const tallies *t, FILE *f) {
     for (const tally *p = t->t; p < t->t + t->n; p++) {
         double interval[2];
         wilson(p->right, p->n, interval);
-        fprintf(f, "| %s | ", p->task);
+        fputs("| ", f);
+        print_plain(f, p->task);
+        fputs(" | ", f);
         print_plain(f, p->subject);
         fprintf(f, " | %zu | %.4f | %.4f | %.4f to %.4f | ", p->n, share(p->right, p->n),
                 error_of(p), interval[0], interval[1]);
@@ -1200,15 +1212,18 @@ static void print_table(const results *all, const tallies *t, FILE *f) {
         else fputs("|\n", f);
     }
     for (const tally *p = t->t; p < t->t + t->n; p++)
-        if (!*p->subject && p->silent)
-            fprintf(f, "\n%s: %zu answers without a choice, counted as wrong\n", p->task,
-                    p->silent);
+        if (!*p->subject && p->silent) {
+            fputc('\n', f);
+            print_plain(f, p->task);
+            fprintf(f, ": %zu answers without a choice, counted as wrong\n", p->silent);
+        }
     for (size_t i = 0; i < all->n_sets; i++)
         for (size_t k = 0; k < all->sets[i].n; k++) {
             const result *r = &all->sets[i].r[k];
             if (!r->skipped) continue;
-            fprintf(f, "\n%s: skipped, too long, counted nowhere: question %lld ",
-                    all->sets[i].task, (long long)r->n);
+            fputc('\n', f);
+            print_plain(f, all->sets[i].task);
+            fprintf(f, ": skipped, too long, counted nowhere: question %lld ", (long long)r->n);
             print_plain(f, r->id);
             fputc('\n', f);
         }

@@ -109,8 +109,9 @@ static void page_confusion(const result_set *s, buffer *b) {
         silent |= r->pred < 0;
         if (r->n_choices > most) most = r->n_choices;
     }
-    buffer_printf(b, "<h2>Chosen and right: %s</h2>\n<div class=\"wide\"><table><tr><th>right",
-                  s->task);
+    buffer_text(b, "<h2>Chosen and right: ");
+    add_html(b, s->task, " ");
+    buffer_text(b, "</h2>\n<div class=\"wide\"><table><tr><th>right");
     for (int k = 0; k < most; k++)
         named && k < 3 ? buffer_printf(b, "<th>%s", words[k]) : buffer_printf(b, "<th>%c", 'A' + k);
     buffer_text(b, silent ? "<th>none\n" : "\n");
@@ -128,7 +129,9 @@ static void page_confusion(const result_set *s, buffer *b) {
 static int page_wrong(const result_set *s, buffer *b, medrun_error *e) {
     size_t n = 0;
     for (size_t i = 0; i < s->n; i++) n += !s->r[i].skipped && s->r[i].pred != s->r[i].truth;
-    buffer_printf(b, "<h2>Wrong: %s, %zu of %zu</h2>\n", s->task, n, s->n);
+    buffer_text(b, "<h2>Wrong: ");
+    add_html(b, s->task, " ");
+    buffer_printf(b, ", %zu of %zu</h2>\n", n, s->n);
     for (const result *r = s->r; r < s->r + s->n; r++) {
         json j = {0};
         buffer text = {0};
