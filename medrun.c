@@ -7810,6 +7810,105 @@ static int32_t sample_token(uint64_t *list, const float *logits, size_t vocab,
     }
     return (int32_t)(uint32_t)list[vocab - i];
 }
+
+/* ---- guesses at what comes ------------------------------------------------------------------- */
+
+/* Guesses ahead by looking up: see find_match. */
+enum { MAX_LOOKUP = 31, MAX_MATCH = 16, MAX_SEARCH = 32, N_WIDTHS = 6 };
+
+/* Rows of a pass for which a time is kept: whole tiles, as rows between cost as much. */
+static const uint8_t widths[N_WIDTHS] = {1, 2, 4, 8, 16, 32};
+
+typedef struct lookup {
+    int32_t *latest;                            /* (vocab_size) the last place behind a token;
+                                                   0: none                                      */
+    int32_t *earlier;                           /* (context) the place before it, same token    */
+    size_t n_indexed;                           /* places below this one are in the index       */
+    size_t at, length;                          /* the match: as many tokens before place AT end
+                                                   the timeline; 0: there is none               */
+    float hits[MAX_MATCH + 1];                  /* share of matches of a length that came true  */
+    double times[N_WIDTHS];                     /* seconds of a pass; 0: not known              */
+    uint64_t guessed, right;
+} lookup;
+
+/* Prompt lookup (Saxena 2023): what stood behind the last tokens when they occurred before is a
+ * good guess of what comes now, in summaries and quotations above all. A place of the timeline is
+ * indexed by the token before it; the places behind a token are a list, the latest first. */
+static void index_places(lookup *g, const int32_t *tokens, size_t end) {
+    if (!g->n_indexed) g->n_indexed = 1;
+    for (; g->n_indexed < end; g->n_indexed++) {
+        int32_t *latest = &g->latest[tokens[g->n_indexed - 1]];
+        g->earlier[g->n_indexed] = *latest;
+        *latest = (int32_t)g->n_indexed;
+    }
+}
+
+/* Before tokens from END on go: each place is the first of its list when it is taken out. */
+static void forget_places(lookup *g, const int32_t *tokens, size_t end) {
+    while (g->n_indexed > end && g->n_indexed > 1) {
+        size_t place = --g->n_indexed;
+        g->latest[tokens[place - 1]] = g->earlier[place];
+    }
+}
+
+/* How many tokens before place A are those before place B, at most MAX_MATCH; a < b. */
+static size_t common_tokens(const int32_t *tokens, size_t a, size_t b) {
+    size_t n = 0, most = a < MAX_MATCH ? a : MAX_MATCH;
+    while (n < most && tokens[a - 1 - n] == tokens[b - 1 - n]) n++;
+    return n;
+}
+
+/* The place with the longest match, of equals the latest, among the MAX_SEARCH last: so a long text
+ * full of one word costs no more. The match that was right last time stays unless there is a longer
+ * one. */
+static void find_match(lookup *g, const int32_t *tokens, size_t n) {
+    index_places(g, tokens, n);
+    size_t place = (size_t)g->latest[tokens[n - 1]];
+    for (int i = 0; i < MAX_SEARCH && place && g->length < MAX_MATCH; i++) {
+        size_t length = common_tokens(tokens, place, n);
+        if (length > g->length) g->length = length, g->at = place;
+        place = (size_t)g->earlier[place];
+    }
+}
+
+/* Did the token come that the match foretold? This is asked of guesses that nobody checked too, so
+ * that learning costs nothing; then the match moves on, or is none. */
+static void learn_match(lookup *g, bool right) {
+    if (!g->length) return;
+    g->hits[g->length] += ((right ? 1.0f : 0.0f) - g->hits[g->length]) / 16;
+    if (!right) g->length = 0;
+    else if (g->at++, g->length < MAX_MATCH) g->length++;
+}
+
+/* How many rows, at most MOST, give the most tokens a second: the last token and guesses behind it,
+ * of which each comes if all before it do and then by the share for its length of match. A pass
+ * that was never tried counts as a quarter slower than the one half as wide. Plain ones win ties:
+ * 5 % is what the measurements are good for. */
+static size_t choose_rows(const lookup *g, size_t most) {
+    double tokens = 1, chance = 1, time = g->times[0], best = 1.05 / (time + 1e-9);
+    size_t rows = 1, choice = 1;
+    if (!g->length || time <= 0) return 1;
+    for (int i = 1; i < N_WIDTHS && rows < most; i++) {
+        for (; rows < most && rows < widths[i]; rows++) {
+            size_t length = g->length + rows - 1;
+            chance *= (double)g->hits[length < MAX_MATCH ? length : MAX_MATCH];
+            tokens += chance;
+        }
+        time = g->times[i] > 0 ? g->times[i] : time * 1.25;
+        if (tokens / time > best) best = tokens / time, choice = rows;
+    }
+    return choice;
+}
+
+/* Faster than known is believed, slower by and by: other programs may have been in the way. While
+ * nothing is guessed old times fade, so that a bad one does not rule for ever. */
+static void learn_time(lookup *g, size_t rows, double time) {
+    int i = 0;
+    while (widths[i] < rows) i++;
+    if (g->times[i] > 0 && time > g->times[i]) time = g->times[i] + (time - g->times[i]) / 4;
+    g->times[i] = time;
+    for (int k = 1; i == 0 && k < N_WIDTHS; k++) g->times[k] *= 0.99;
+}
 /* ============================================================================================
  * 15 Session: the bodies of the API
  *
@@ -7875,25 +7974,7 @@ void medrun_describe(const medrun_model *m, medrun_info *info) {
     memcpy(info->hash, m->file.hash, 32);
 }
 
-/* ---- looking ahead: its memory -------------------------------------------------------------- */
-
-/* Guesses ahead by looking up: see find_match. */
-enum { MAX_LOOKUP = 31, MAX_MATCH = 16, MAX_SEARCH = 32, N_WIDTHS = 6 };
-
-/* Rows of a pass for which a time is kept: whole tiles, as rows between cost as much. */
-static const uint8_t widths[N_WIDTHS] = {1, 2, 4, 8, 16, 32};
-
-typedef struct lookup {
-    int32_t *latest;                            /* (vocab_size) the last place behind a token;
-                                                   0: none                                      */
-    int32_t *earlier;                           /* (context) the place before it, same token    */
-    size_t n_indexed;                           /* places below this one are in the index       */
-    size_t at, length;                          /* the match: as many tokens before place AT end
-                                                   the timeline; 0: there is none               */
-    float hits[MAX_MATCH + 1];                  /* share of matches of a length that came true  */
-    double times[N_WIDTHS];                     /* seconds of a pass; 0: not known              */
-    uint64_t guessed, right;
-} lookup;
+/* ---- starting and stopping ------------------------------------------------------------------ */
 
 static void layout_lookup(const medrun_session *s, lookup *g, arena *a) {
     g->latest = arena_take(a, (size_t)s->model->config.vocab_size, sizeof *g->latest);
@@ -8001,87 +8082,6 @@ int medrun_start(medrun_session **out, const medrun_model *model,
 
 void medrun_stop(medrun_session *s) {
     if (s && s->owns_memory) unmap_bytes(s, s->bytes);
-}
-
-/* ---- looking up ---------------------------------------------------------------------------- */
-
-/* Prompt lookup (Saxena 2023): what stood behind the last tokens when they occurred before is a
- * good guess of what comes now, in summaries and quotations above all. A place of the timeline is
- * indexed by the token before it; the places behind a token are a list, the latest first. */
-static void index_places(lookup *g, const int32_t *tokens, size_t end) {
-    if (!g->n_indexed) g->n_indexed = 1;
-    for (; g->n_indexed < end; g->n_indexed++) {
-        int32_t *latest = &g->latest[tokens[g->n_indexed - 1]];
-        g->earlier[g->n_indexed] = *latest;
-        *latest = (int32_t)g->n_indexed;
-    }
-}
-
-/* Before tokens from END on go: each place is the first of its list when it is taken out. */
-static void forget_places(lookup *g, const int32_t *tokens, size_t end) {
-    while (g->n_indexed > end && g->n_indexed > 1) {
-        size_t place = --g->n_indexed;
-        g->latest[tokens[place - 1]] = g->earlier[place];
-    }
-}
-
-/* How many tokens before place A are those before place B, at most MAX_MATCH; a < b. */
-static size_t common_tokens(const int32_t *tokens, size_t a, size_t b) {
-    size_t n = 0, most = a < MAX_MATCH ? a : MAX_MATCH;
-    while (n < most && tokens[a - 1 - n] == tokens[b - 1 - n]) n++;
-    return n;
-}
-
-/* The place with the longest match, of equals the latest, among the MAX_SEARCH last: so a long text
- * full of one word costs no more. The match that was right last time stays unless there is a longer
- * one. */
-static void find_match(lookup *g, const int32_t *tokens, size_t n) {
-    index_places(g, tokens, n);
-    size_t place = (size_t)g->latest[tokens[n - 1]];
-    for (int i = 0; i < MAX_SEARCH && place && g->length < MAX_MATCH; i++) {
-        size_t length = common_tokens(tokens, place, n);
-        if (length > g->length) g->length = length, g->at = place;
-        place = (size_t)g->earlier[place];
-    }
-}
-
-/* Did the token come that the match foretold? This is asked of guesses that nobody checked too, so
- * that learning costs nothing; then the match moves on, or is none. */
-static void learn_match(lookup *g, bool right) {
-    if (!g->length) return;
-    g->hits[g->length] += ((right ? 1.0f : 0.0f) - g->hits[g->length]) / 16;
-    if (!right) g->length = 0;
-    else if (g->at++, g->length < MAX_MATCH) g->length++;
-}
-
-/* How many rows, at most MOST, give the most tokens a second: the last token and guesses behind it,
- * of which each comes if all before it do and then by the share for its length of match. A pass
- * that was never tried counts as a quarter slower than the one half as wide. Plain ones win ties:
- * 5 % is what the measurements are good for. */
-static size_t choose_rows(const lookup *g, size_t most) {
-    double tokens = 1, chance = 1, time = g->times[0], best = 1.05 / (time + 1e-9);
-    size_t rows = 1, choice = 1;
-    if (!g->length || time <= 0) return 1;
-    for (int i = 1; i < N_WIDTHS && rows < most; i++) {
-        for (; rows < most && rows < widths[i]; rows++) {
-            size_t length = g->length + rows - 1;
-            chance *= (double)g->hits[length < MAX_MATCH ? length : MAX_MATCH];
-            tokens += chance;
-        }
-        time = g->times[i] > 0 ? g->times[i] : time * 1.25;
-        if (tokens / time > best) best = tokens / time, choice = rows;
-    }
-    return choice;
-}
-
-/* Faster than known is believed, slower by and by: other programs may have been in the way. While
- * nothing is guessed old times fade, so that a bad one does not rule for ever. */
-static void learn_time(lookup *g, size_t rows, double time) {
-    int i = 0;
-    while (widths[i] < rows) i++;
-    if (g->times[i] > 0 && time > g->times[i]) time = g->times[i] + (time - g->times[i]) / 4;
-    g->times[i] = time;
-    for (int k = 1; i == 0 && k < N_WIDTHS; k++) g->times[k] *= 0.99;
 }
 
 static void drop_guesses(medrun_session *s) {
