@@ -1,10 +1,9 @@
 /* medrun.c - runs open medical language models on an ordinary CPU.
  *
  * One C file: it maps a checkpoint (.mdr, made by medrun-export from a Hugging Face folder or a
- * GGUF file) and answers, with nothing but libc and pthreads. The numbers are the same on every
- * machine: with int8 or int4 weights, or bf16 under --strict, scalar, AVX2, AVX-512 and NEON give
- * the same bits, whatever the number of threads, the chunks of the prompt or the company in the
- * batch.
+ * GGUF file) and answers, with nothing but libc and pthreads. With int8 or int4 weights, or bf16
+ * under --strict, scalar, AVX2, AVX-512 and NEON give the same bits, whatever the number of
+ * threads, the chunks of the prompt or the company in the batch: sections 5 and 6 say why.
  *
  *     cc -O2 -o medrun medrun.c -lm -lpthread      the program
  *     cc -DMEDRUN_NO_MAIN -c medrun.c              the library object
@@ -32,10 +31,20 @@
  *     16 Commands      option table, chat, run, show, verify, ...
  *     17 main
  *
- * Ten minutes: read `forward` in section 13, then upwards to its sentences (norm_rows, rotate,
- * attend_queries); the banner of section 5 on panels; tile_int8 and attend_tile in section 6, where
- * the time goes; forward's caller medrun_step in section 15; and last the banner of section 6 on
- * why the bits are the same everywhere.
+ * One token's way through `medrun run MODEL.mdr -p TEXT`, each step with its section:
+ *
+ *     17 run_line finds the command, 16 answer_once runs it. 15 medrun_open maps the file, of which
+ *     12 load_model reads the header; bind_all gives each matrix its place there. 15 medrun_start
+ *     lays out the session's memory: the timeline of ids, the cache of keys and values.
+ *     16 make_prompt: 11 chat_render writes the turns as the model knows them, 10 encode_text cuts
+ *     them into ids. 16 print_reply asks for one id after another with 15 medrun_next, whose
+ *     medrun_step is one pass over the weights: 13 forward, in the textbook's order. embed_task
+ *     gives each id its row; then for each layer norm_rows, 7 matmul to q, k and v, place_task
+ *     (turned by position; k and v to the cache), attend_rows, matmul, and after another norm
+ *     widen_rows and matmul again; residual_task adds each half to the row.
+ *     A matmul packs its rows (7 pack_activations) and shares panels of weights between threads
+ *     (4 parallel_for); 6 tile_int8 or its like takes the time; 6 attend is attention. 13 output
+ *     makes logits, 14 sample_token an id, 10 tokenizer_text its piece; 16 print_held shows it.
  *
  * MIT licence, see LICENSE. Not a medical device.
  */
@@ -56,10 +65,10 @@
 /* ============================================================================================
  * 1 API: what an embedder may call
  *
- * The manual is the comment above each call. Every call that can fail returns a code (MEDRUN_OK
- * is 0) and describes the first failure in the caller's medrun_error, which may be NULL. Library
- * code never prints, never exits. Text is UTF-8 with an explicit length in bytes; ids are token
- * ids; logits are float32, one row of vocab_size a position. Tests: tests/15_session.c.
+ * The manual is the comment above each call. A call that can fail returns a code (MEDRUN_OK is 0)
+ * and describes its first failure in the caller's medrun_error, which it clears at first and which
+ * may be NULL. Library code never prints, never exits, and reads no environment variable. Text is
+ * UTF-8 with a length in bytes; ids are token ids; logits are float32, vocab_size a position.
  *
  * Threads: a medrun_model may be shared by threads and sessions. A medrun_session belongs to one
  * thread at a time. Steps of sessions of one model take turns on the model's thread pool.
@@ -67,12 +76,10 @@
  * Memory: medrun_open maps the file and takes heap for tables. A session is one piece, the caller's
  * or mapped. After medrun_start only what turns text into ids or back (medrun_say, _render,
  * _tokenize, _detokenize) and files (_save, _restore, _feed_saved) take heap, and give it back
- * before they return. No call needs more than 32 KiB of stack (seen: 17, scalar kernels, gcc -O2).
- * Tests: tests/15_embedding.c.
+ * before they return. No call needs more than 32 KiB of stack. Tests: tests/15_*.c.
  *
- * Structs may grow from 0.1 to 0.2, not from 0.1.0 to 0.1.1. The name of the shared library (make
- * lib: libmedrun.so.0.1) and the version of its symbols (MEDRUN_0.1) carry the two numbers that
- * count, so that a program never meets another's structs. Tests: tests/34_examples.sh.
+ * Structs may grow from 0.1 to 0.2, not from 0.1.0 to 0.1.1: the shared library's name (make lib:
+ * libmedrun.so.0.1) and its symbols' version carry those two numbers. Tests: tests/34_examples.sh.
  * ============================================================================================ */
 
 #include <stdbool.h>
@@ -80,7 +87,6 @@
 #include <stdint.h>
 
 #define MEDRUN_VERSION "0.1.0"
-
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -98,7 +104,7 @@ enum {
 };
 
 typedef struct {
-    int code;                   /* MEDRUN_OK until something fails; the first failure is kept  */
+    int code;                   /* MEDRUN_OK, or that of the first failure                     */
     char text[512];             /* one line: what, where, found, wanted                        */
 } medrun_error;
 
@@ -150,37 +156,34 @@ void medrun_close(medrun_model *model);                     /* NULL is fine     
 
 /* Lets an OpenCL device do the matrix products of the first LAYERS layers (-1: all) and behind all
  * of them those of the logits, as far as its memory goes. DEVICE is a number or a part of a name
- * (`medrun-lab doctor` lists them), or "auto", the first that is no processor. Before it is used,
- * every matrix must give the processor's products, bit for bit; if the device fails later, the
- * processor goes on, and medrun_info.device says so. To be called before any session starts; with
- * bf16 weights all sessions are strict then. The device holds the weights until medrun_close.
- * Errors, after which MODEL is as it was: MEDRUN_USAGE (no such device, or no OpenCL in this
- * build), MEDRUN_NO_MEMORY (it cannot). */
+ * (`medrun-lab doctor` lists them), or "auto", the first that is no processor. Every matrix must
+ * first give the processor's products, bit for bit; if the device fails later, the processor goes
+ * on, and medrun_info.device says so. Call it before any session starts; with bf16 weights all
+ * sessions are strict then. Errors, after which MODEL is as it was: MEDRUN_USAGE (no such device,
+ * or no OpenCL in this build), MEDRUN_NO_MEMORY (it cannot). */
 int medrun_attach(medrun_model *model, const char *device, int layers, medrun_error *error);
 
 /* Fills INFO; the strings live until medrun_close or medrun_attach. Cannot fail. */
 void medrun_describe(const medrun_model *model, medrun_info *info);
 
-/* Does this id end an answer? One of medrun_info's stops. */
+/* Does this id end an answer? */
 bool medrun_is_stop(const medrun_model *model, int32_t id);
 
 /* ---- text and tokens ----------------------------------------------------------------------- */
 
 enum {
     MEDRUN_ADD_BOS = 1,         /* put the beginning-of-text id first                          */
-    MEDRUN_PARSE_SPECIAL = 2,   /* let "<|eot_id|>" in the text become that id: never for what
-                                   people typed                                                */
+    MEDRUN_PARSE_SPECIAL = 2,   /* let "<|eot_id|>" become its id: never in what people typed  */
 };
 
 /* Text -> ids, as the model's reference tokenizer does it. Writes at most CAP ids, sets *N to the
  * number there are (call with cap 0 to learn it). Invalid UTF-8 is kept byte for byte.
- * SentencePiece takes U+2581 for a space.
- * Errors: MEDRUN_NO_MEMORY. */
+ * SentencePiece takes U+2581 for a space. Errors: MEDRUN_USAGE (other flags), MEDRUN_NO_MEMORY. */
 int medrun_tokenize(const medrun_model *model, const char *text, size_t n_bytes, int flags,
                     int32_t *ids, size_t cap, size_t *n, medrun_error *error);
 
 /* Ids -> the exact bytes. Control tokens give nothing unless SPECIAL. Writes at most CAP bytes, no
- * NUL, and sets *N to the number there are. Errors: MEDRUN_USAGE (an id out of range). */
+ * NUL, sets *N to the number there are. Errors: MEDRUN_USAGE (a wrong id), MEDRUN_NO_MEMORY. */
 int medrun_detokenize(const medrun_model *model, const int32_t *ids, size_t n_ids, bool special,
                       char *bytes, size_t cap, size_t *n, medrun_error *error);
 
@@ -226,8 +229,7 @@ typedef struct {
     int logit_rows;             /* rows of logits one pass can give, 0: 1                      */
     int lookup;                 /* medrun_next guesses up to so many tokens ahead, 0 to 31: faster
                                    where a text repeats itself, and never another id           */
-    int kv;                     /* the cache's numbers: MEDRUN_KV_F16, _F32, _INT8 (half the
-                                   memory of f16, and less exact)                              */
+    int kv;                     /* the cache: MEDRUN_KV_F16, _F32, _INT8 (half of f16, rougher) */
     bool strict;                /* bf16 weights: fp32 arithmetic, the same bits on any machine */
     bool custom_sampling;       /* false: the checkpoint's values, with the seed below         */
     medrun_sampling sampling;
@@ -236,8 +238,7 @@ typedef struct {
                                    who renders with another says which; must outlive it, too   */
 } medrun_session_options;
 
-/* The exact bytes medrun_start needs for these options; 0 if they are out of range, SIZE_MAX if no
- * memory of a machine of 32 bits can hold them. */
+/* The bytes medrun_start needs for these options; 0: out of range; SIZE_MAX: more than 32 bits. */
 size_t medrun_session_bytes(const medrun_model *model, const medrun_session_options *options);
 
 /* Starts a session. MEMORY is NULL (the session maps its own) or at least medrun_session_bytes
@@ -254,7 +255,8 @@ int medrun_feed(medrun_session *session, const int32_t *ids, size_t n, medrun_er
 
 /* Appends one turn by the checkpoint's template (BOS first on an empty timeline); a "user" turn is
  * followed by the opening of the answer. Results of tools do not go this way: render and feed the
- * whole conversation. Errors: those of medrun_render and medrun_feed. */
+ * whole conversation. Errors, after which the timeline is as it was: those of medrun_render and
+ * medrun_feed, MEDRUN_USAGE also for no role. */
 int medrun_say(medrun_session *session, const char *role, const char *text, size_t n_bytes,
                medrun_error *error);
 
@@ -277,16 +279,16 @@ const float *medrun_logits(const medrun_session *session, size_t row);
 int medrun_sample(medrun_session *session, int32_t *id, medrun_error *error);
 
 /* The loop most callers want: processes all that is pending, samples, feeds the id. *TEXT gets the
- * bytes this id completes (never half a UTF-8 character, nor the space that SentencePiece puts
- * before an answer's first word; owned by the session, valid until the next call), *N_BYTES their
- * number. *ID is a stop id at the end of the answer, which is fed too so that the next turn follows
- * it; the context being full gives MEDRUN_TOO_LONG. With the option `lookup` one pass may give
- * several ids, of which each call returns one; the ids are those that come without it, and so are
- * the logits of a later step. While there is an observer nothing is guessed. */
+ * *N_BYTES bytes this id completes (never half a UTF-8 character, nor the space that SentencePiece
+ * puts before an answer's first word; the session's, valid until the next call). *ID is a stop id
+ * at the end of the answer, which is fed too so that the next turn follows it. With the option
+ * `lookup` one pass may give several ids, of which each call returns one; the ids are those that
+ * come without it, and so are the logits of a later step. While there is an observer nothing is
+ * guessed. Errors: those of medrun_step; MEDRUN_TOO_LONG (the context is full). */
 int medrun_next(medrun_session *session, int32_t *id, const char **text, size_t *n_bytes,
                 medrun_error *error);
 
-/* How many tokens medrun_next has guessed since the start, and how many of them came. */
+/* How many tokens medrun_next has guessed so far, and how many of them came. */
 void medrun_guesses(const medrun_session *session, uint64_t *guessed, uint64_t *right);
 
 /* Forgets all but the first N tokens of the timeline. Errors: MEDRUN_USAGE (n > length). */
@@ -295,20 +297,18 @@ int medrun_rewind(medrun_session *session, size_t n, medrun_error *error);
 /* Writes the whole state to PATH (tokens, key-value cache, random state), readable by its owner
  * only; reads it back into a session of the same checkpoint, kv and strict (any context that is
  * long enough), with plain bf16 weights of the same kernels. What is read back goes on with the
- * same bits; the last tokens, at most 16, are pending and are computed again by the next step. A
- * file is trusted as a checkpoint is: sums in it find damage, not forgery. PATH may be new, empty
- * or a saved session, but no link and no other file; a save that fails leaves what stood there.
- * Errors: MEDRUN_USAGE (PATH is something else), MEDRUN_FAILED (writing), MEDRUN_BAD_FILE (of
- * another model, cut, damaged), MEDRUN_TOO_LONG, MEDRUN_NO_MEMORY. A failed restore leaves the
- * session empty. */
+ * same bits; the last tokens, at most 16, are pending then, to be computed again. Sums find damage,
+ * not forgery: trust a file as you trust a checkpoint. PATH may be new, empty or a saved session,
+ * but no link and no other file; a save that fails leaves what stood there, a restore that fails an
+ * empty session. Errors: MEDRUN_USAGE (PATH is something else), MEDRUN_FAILED (writing),
+ * MEDRUN_BAD_FILE (of another model, cut, damaged), MEDRUN_TOO_LONG, MEDRUN_NO_MEMORY. */
 int medrun_save(const medrun_session *session, const char *path, medrun_error *error);
 int medrun_restore(medrun_session *session, const char *path, medrun_error *error);
 
 /* Feeds IDS to a session, which forgets what it had, and takes from PATH, any file of medrun_save,
  * what was processed there of the tokens that both begin with, in blocks of 16: *TAKEN of them, 0
- * to N - 1, are no longer pending. No logit differs from those after medrun_feed. Reads no more
- * than it takes, and checks that. Errors: those of medrun_feed; MEDRUN_BAD_FILE, MEDRUN_NO_MEMORY;
- * after all of these the session is empty. */
+ * to N - 1, are no longer pending. Logits are those after medrun_feed. Reads no more than it takes,
+ * and checks that. Errors, after which the session is empty: as medrun_feed and medrun_restore. */
 int medrun_feed_saved(medrun_session *session, const int32_t *ids, size_t n, const char *path,
                       size_t *taken, medrun_error *error);
 
@@ -7714,7 +7714,7 @@ static void output(pass *p) {
     if (o.n) give_logits(p, &o);
 }
 /* ============================================================================================
- * 14 Sampler: from logits to the next id
+ * 14 Sampler: from logits to the next id, and guesses at those behind it
  *
  * In transformers' order: repeat penalty, temperature, top-k, top-p (Holtzman et al. 2020), min-p
  * (Nguyen et al. 2024), then one random number. All in doubles without libm, so the same seed
@@ -7811,14 +7811,19 @@ static int32_t sample_token(uint64_t *list, const float *logits, size_t vocab,
     return (int32_t)(uint32_t)list[vocab - i];
 }
 
-/* ---- guesses at what comes ------------------------------------------------------------------- */
+/* ---- guesses at what comes ------------------------------------------------------------------ */
 
-/* Guesses ahead by looking up: see find_match. */
+/* Prompt lookup (Saxena 2023): what stood behind the last tokens when they occurred before is a
+ * good guess of what comes now, above all in summaries and quotations. Several guessed tokens are
+ * processed in one pass, which costs little more than one token does, and those that come true are
+ * kept: each is still chosen from its own logits, so the text is the one without guesses. */
 enum { MAX_LOOKUP = 31, MAX_MATCH = 16, MAX_SEARCH = 32, N_WIDTHS = 6 };
 
 /* Rows of a pass for which a time is kept: whole tiles, as rows between cost as much. */
 static const uint8_t widths[N_WIDTHS] = {1, 2, 4, 8, 16, 32};
 
+/* A place of the timeline is indexed by the token before it. The places behind a token form a list,
+ * the latest first. */
 typedef struct lookup {
     int32_t *latest;                            /* (vocab_size) the last place behind a token;
                                                    0: none                                      */
@@ -7831,23 +7836,21 @@ typedef struct lookup {
     uint64_t guessed, right;
 } lookup;
 
-/* Prompt lookup (Saxena 2023): what stood behind the last tokens when they occurred before is a
- * good guess of what comes now, in summaries and quotations above all. A place of the timeline is
- * indexed by the token before it; the places behind a token are a list, the latest first. */
-static void index_places(lookup *g, const int32_t *tokens, size_t end) {
-    if (!g->n_indexed) g->n_indexed = 1;
-    for (; g->n_indexed < end; g->n_indexed++) {
-        int32_t *latest = &g->latest[tokens[g->n_indexed - 1]];
-        g->earlier[g->n_indexed] = *latest;
-        *latest = (int32_t)g->n_indexed;
+static void index_places(lookup *look, const int32_t *tokens, size_t end) {
+    if (!look->n_indexed) look->n_indexed = 1;
+    for (; look->n_indexed < end; look->n_indexed++) {
+        int32_t *latest = &look->latest[tokens[look->n_indexed - 1]];
+        look->earlier[look->n_indexed] = *latest;
+        *latest = (int32_t)look->n_indexed;
     }
 }
 
-/* Before tokens from END on go: each place is the first of its list when it is taken out. */
-static void forget_places(lookup *g, const int32_t *tokens, size_t end) {
-    while (g->n_indexed > end && g->n_indexed > 1) {
-        size_t place = --g->n_indexed;
-        g->latest[tokens[place - 1]] = g->earlier[place];
+/* Call this before the tokens from END on go: each place is the first of its list when it is taken
+ * out. */
+static void forget_places(lookup *look, const int32_t *tokens, size_t end) {
+    while (look->n_indexed > end && look->n_indexed > 1) {
+        size_t place = --look->n_indexed;
+        look->latest[tokens[place - 1]] = look->earlier[place];
     }
 }
 
@@ -7858,62 +7861,71 @@ static size_t common_tokens(const int32_t *tokens, size_t a, size_t b) {
     return n;
 }
 
-/* The place with the longest match, of equals the latest, among the MAX_SEARCH last: so a long text
- * full of one word costs no more. The match that was right last time stays unless there is a longer
- * one. */
-static void find_match(lookup *g, const int32_t *tokens, size_t n) {
-    index_places(g, tokens, n);
-    size_t place = (size_t)g->latest[tokens[n - 1]];
-    for (int i = 0; i < MAX_SEARCH && place && g->length < MAX_MATCH; i++) {
+/* Finds the place with the longest match; of equal ones it takes the latest. It asks the MAX_SEARCH
+ * last places only, so that a long text full of one word costs no more. A match that was right last
+ * time stays unless there is a longer one. */
+static void find_match(lookup *look, const int32_t *tokens, size_t n) {
+    index_places(look, tokens, n);
+    size_t place = (size_t)look->latest[tokens[n - 1]];
+    for (int i = 0; i < MAX_SEARCH && place && look->length < MAX_MATCH; i++) {
         size_t length = common_tokens(tokens, place, n);
-        if (length > g->length) g->length = length, g->at = place;
-        place = (size_t)g->earlier[place];
+        if (length > look->length) {
+            look->length = length;
+            look->at = place;
+        }
+        place = (size_t)look->earlier[place];
     }
 }
 
-/* Did the token come that the match foretold? This is asked of guesses that nobody checked too, so
- * that learning costs nothing; then the match moves on, or is none. */
-static void learn_match(lookup *g, bool right) {
-    if (!g->length) return;
-    g->hits[g->length] += ((right ? 1.0f : 0.0f) - g->hits[g->length]) / 16;
-    if (!right) g->length = 0;
-    else if (g->at++, g->length < MAX_MATCH) g->length++;
+/* Did the token come that the match foretold? We also ask this of guesses that nobody checked, so
+ * that learning costs nothing. Then the match moves on, or is none. */
+static void learn_match(lookup *look, bool right) {
+    if (!look->length) return;
+    look->hits[look->length] += ((right ? 1.0f : 0.0f) - look->hits[look->length]) / 16;
+    look->at++;
+    if (!right) look->length = 0;
+    else if (look->length < MAX_MATCH) look->length++;
 }
 
-/* How many rows, at most MOST, give the most tokens a second: the last token and guesses behind it,
- * of which each comes if all before it do and then by the share for its length of match. A pass
- * that was never tried counts as a quarter slower than the one half as wide. Plain ones win ties:
- * 5 % is what the measurements are good for. */
-static size_t choose_rows(const lookup *g, size_t most) {
-    double tokens = 1, chance = 1, time = g->times[0], best = 1.05 / (time + 1e-9);
+/* How many rows, at most MOST, give the most tokens a second: the last token and guesses behind it.
+ * A guess comes if all before it do, and then by the share for its length of match. A pass that was
+ * never tried counts as a quarter slower than the one half as wide. One row wins ties: 5 % is what
+ * the measurements are good for. */
+static size_t choose_rows(const lookup *look, size_t most) {
+    double tokens = 1, chance = 1, time = look->times[0], best = 1.05 / (time + 1e-9);
     size_t rows = 1, choice = 1;
-    if (!g->length || time <= 0) return 1;
+    if (!look->length || time <= 0) return 1;
     for (int i = 1; i < N_WIDTHS && rows < most; i++) {
         for (; rows < most && rows < widths[i]; rows++) {
-            size_t length = g->length + rows - 1;
-            chance *= (double)g->hits[length < MAX_MATCH ? length : MAX_MATCH];
+            size_t length = look->length + rows - 1;
+            chance *= (double)look->hits[length < MAX_MATCH ? length : MAX_MATCH];
             tokens += chance;
         }
-        time = g->times[i] > 0 ? g->times[i] : time * 1.25;
-        if (tokens / time > best) best = tokens / time, choice = rows;
+        time = look->times[i] > 0 ? look->times[i] : time * 1.25;
+        if (tokens / time > best) {
+            best = tokens / time;
+            choice = rows;
+        }
     }
     return choice;
 }
 
-/* Faster than known is believed, slower by and by: other programs may have been in the way. While
- * nothing is guessed old times fade, so that a bad one does not rule for ever. */
-static void learn_time(lookup *g, size_t rows, double time) {
+/* A faster pass is believed at once, a slower one by and by: other programs may have been in the
+ * way. While nothing is guessed old times fade, so that a bad one does not rule for ever. */
+static void learn_time(lookup *look, size_t rows, double time) {
     int i = 0;
     while (widths[i] < rows) i++;
-    if (g->times[i] > 0 && time > g->times[i]) time = g->times[i] + (time - g->times[i]) / 4;
-    g->times[i] = time;
-    for (int k = 1; i == 0 && k < N_WIDTHS; k++) g->times[k] *= 0.99;
+    if (look->times[i] > 0 && time > look->times[i])
+        time = look->times[i] + (time - look->times[i]) / 4;
+    look->times[i] = time;
+    for (int k = 1; i == 0 && k < N_WIDTHS; k++) look->times[k] *= 0.99;
 }
 /* ============================================================================================
  * 15 Session: the bodies of the API
  *
- * A session is one arena, laid out by one function that both measures and places, so its exact
- * size is known before anything is allocated. Tests: tests/15_session.c.
+ * A session is one timeline of tokens and what was computed of it. It lies in one arena, which one
+ * function both measures and lays out, so its exact size is known before anything is allocated.
+ * May use everything above. Tests: tests/15_session.c, 15_allocation.c, 15_embedding.c.
  * ============================================================================================ */
 
 /* The error of a call: the caller's, or where that is NULL the body's OWN. It is clear at first, so
@@ -7927,6 +7939,7 @@ static medrun_error *fresh_error(medrun_error *callers, medrun_error *own) {
 
 /* ---- models -------------------------------------------------------------------------------- */
 
+/* Also closes what medrun_open had done when it failed. */
 void medrun_close(medrun_model *m) {
     if (!m) return;
     if (m->pool && m->pool->threads) pool_stop(m->pool);
@@ -7942,6 +7955,7 @@ void medrun_close(medrun_model *m) {
     free(m);
 }
 
+/* The path is copied, as messages name it for as long as the model lives. */
 int medrun_open(medrun_model **out, const char *path, const medrun_options *options,
                 medrun_error *error) {
     medrun_error own, *e = fresh_error(error, &own);
@@ -7957,6 +7971,7 @@ int medrun_open(medrun_model **out, const char *path, const medrun_options *opti
     return e->code;
 }
 
+/* All strings belong to the model or are constants. */
 void medrun_describe(const medrun_model *m, medrun_info *info) {
     const model_config *c = &m->config;
     *info = (medrun_info){
@@ -7976,33 +7991,39 @@ void medrun_describe(const medrun_model *m, medrun_info *info) {
 
 /* ---- starting and stopping ------------------------------------------------------------------ */
 
-static void layout_lookup(const medrun_session *s, lookup *g, arena *a) {
-    g->latest = arena_take(a, (size_t)s->model->config.vocab_size, sizeof *g->latest);
-    g->earlier = arena_take(a, (size_t)s->options.context, sizeof *g->earlier);
-    for (int i = 1; i <= MAX_MATCH; i++) g->hits[i] = 1 - 1.8f / (float)(i + 1);
+/* A longer match is a better guess: 1 of 10 came true for one token, 9 of 10 for sixteen. */
+static void layout_lookup(const medrun_session *s, lookup *look, arena *a) {
+    look->latest = arena_take(a, (size_t)s->model->config.vocab_size, sizeof *look->latest);
+    look->earlier = arena_take(a, (size_t)s->options.context, sizeof *look->earlier);
+    for (int i = 1; i <= MAX_MATCH; i++) look->hits[i] = 1 - 1.8f / (float)(i + 1);
 }
 
-/* Lays out S, whose model and options are set, in the arena. */
+/* Lays out S, whose model and options are set, in the arena. Where the arena only counts, what
+ * would be written goes to structs that are thrown away. */
 static void layout_session(medrun_session *s, arena *a) {
     const model_config *c = &s->model->config;
-    pass measured, *p = arena_take(a, 1, sizeof *p);
-    lookup guesses, *g = s->options.lookup ? arena_take(a, 1, sizeof *g) : NULL;
-    int rows = s->options.logit_rows > s->options.lookup ? s->options.logit_rows
-                                                         : s->options.lookup + 1;
+    const medrun_session_options *o = &s->options;
+    pass unused_pass, *p = arena_take(a, 1, sizeof *p);
+    lookup unused_lookup, *look = o->lookup ? arena_take(a, 1, sizeof *look) : NULL;
+    size_t vocab = (size_t)c->vocab_size;
+    int rows = o->logit_rows > o->lookup ? o->logit_rows : o->lookup + 1;
     uint64_t cache = cache_bytes(s, c->n_layers, 0);
-    s->tokens = arena_take(a, (size_t)s->options.context, sizeof *s->tokens);
+    s->tokens = arena_take(a, (size_t)o->context, sizeof *s->tokens);
     s->keys = arena_take(a, cache, 1);
     s->values = arena_take(a, cache, 1);
-    s->logits = arena_take(a, (uint64_t)rows, round_up((size_t)c->vocab_size, LANES) *
-                           sizeof(float));
-    s->candidates = arena_take(a, (size_t)c->vocab_size, sizeof *s->candidates);
+    s->logits = arena_take(a, (uint64_t)rows, round_up(vocab, LANES) * sizeof(float));
+    s->candidates = arena_take(a, vocab, sizeof *s->candidates);
     s->text = arena_take(a, s->model->longest_piece + 8, 1);
-    layout_pass(s, p ? p : &measured, a);
-    if (s->options.lookup) layout_lookup(s, g ? g : &guesses, a);
-    s->pass = p, s->lookup = g, s->n_wanted = (size_t)s->options.logit_rows;
+    layout_pass(s, p ? p : &unused_pass, a);
+    if (o->lookup) layout_lookup(s, look ? look : &unused_lookup, a);
+    s->pass = p;
+    s->lookup = look;
+    s->n_wanted = (size_t)o->logit_rows;
 }
 
-/* Replaces zeros by what they stand for and checks ranges. */
+/* Replaces zeros by what they stand for and checks ranges. A caller's sizes are wishes: what the
+ * context or the batch cannot use is cut down and is no error, as logits do not depend on it. What
+ * would change an answer, such as a sampling number, is refused where it is out of range. */
 static int resolve_options(const medrun_model *m, const medrun_session_options *from,
                            medrun_session_options *o, medrun_error *e) {
     *o = from ? *from : (medrun_session_options){0};
@@ -8038,6 +8059,8 @@ static int resolve_options(const medrun_model *m, const medrun_session_options *
     return MEDRUN_OK;
 }
 
+/* Bytes of a session, counted in 64 bits, as they may be more than a pointer reaches; 0: no session
+ * can have these options. */
 static uint64_t session_needs(const medrun_model *model, const medrun_session_options *options) {
     medrun_session s = {.model = model};
     if (resolve_options(model, options, &s.options, &(medrun_error){0})) return 0;
@@ -8051,6 +8074,9 @@ size_t medrun_session_bytes(const medrun_model *model, const medrun_session_opti
     return need > SIZE_MAX ? SIZE_MAX : (size_t)need;
 }
 
+/* The options are resolved twice: `need` must be what medrun_session_bytes tells a caller. Memory
+ * is refused by the machine's total and not by what is free: pages are taken as they are touched,
+ * and a long context may never fill. */
 int medrun_start(medrun_session **out, const medrun_model *model,
                  const medrun_session_options *options, void *memory, size_t bytes,
                  medrun_error *error) {
@@ -8073,17 +8099,22 @@ int medrun_start(medrun_session **out, const medrun_model *model,
                         "to be had; ask for a smaller one (-c)", o.context,
                         (unsigned long long)need >> 20);
     *s = (medrun_session){.model = model, .options = o, .bytes = (size_t)need,
-                          .owns_memory = !memory,
-                          .random = o.sampling.seed};
+                          .owns_memory = !memory, .random = o.sampling.seed};
     arena a = {(uint8_t *)s, round_up(sizeof *s, 64)};
     layout_session(s, &a);
-    return *out = s, MEDRUN_OK;
+    *out = s;
+    return MEDRUN_OK;
 }
 
+/* The session's struct lies at the beginning of its own memory. */
 void medrun_stop(medrun_session *s) {
     if (s && s->owns_memory) unmap_bytes(s, s->bytes);
 }
 
+/* ---- the timeline -------------------------------------------------------------------------- */
+
+/* After a pass with guesses n_ready rows of logits wait for medrun_next. They are good for nothing
+ * once the timeline goes on in another way. */
 static void drop_guesses(medrun_session *s) {
     s->n_ready = 0;
     if (s->lookup) s->lookup->length = 0;
@@ -8093,8 +8124,6 @@ void medrun_guesses(const medrun_session *s, uint64_t *guessed, uint64_t *right)
     *guessed = s->lookup ? s->lookup->guessed : 0;
     *right = s->lookup ? s->lookup->right : 0;
 }
-
-/* ---- the timeline -------------------------------------------------------------------------- */
 
 /* May N ids stand from position AT on? */
 static int check_ids(const medrun_session *s, size_t at, const int32_t *ids, size_t n,
@@ -8119,13 +8148,15 @@ static int append_ids(medrun_session *s, const int32_t *ids, size_t n, medrun_er
     return MEDRUN_OK;
 }
 
+/* What was guessed is wrong as soon as the caller says what comes. */
 int medrun_feed(medrun_session *s, const int32_t *ids, size_t n, medrun_error *error) {
     medrun_error own, *e = fresh_error(error, &own);
     drop_guesses(s);
     return append_ids(s, ids, n, e);
 }
 
-/* Forgets all but the first N tokens. The last of them is processed again, for its logits. */
+/* Forgets all but the first N tokens. The cache keeps what it has: positions past n_done are
+ * written anew before they are read. The last token is processed again, for its logits. */
 static void rewind_to(medrun_session *s, size_t n) {
     drop_guesses(s);
     if (s->lookup) forget_places(s->lookup, s->tokens, n);
@@ -8149,11 +8180,14 @@ size_t medrun_pending(const medrun_session *s) { return s->n_tokens - s->n_done;
 size_t medrun_length(const medrun_session *s) { return s->n_tokens; }
 const int32_t *medrun_tokens(const medrun_session *s) { return s->tokens; }
 
+/* Rows are counted from the end, because the newest is what callers want; `output` stores them so.
+ * */
 const float *medrun_logits(const medrun_session *s, size_t row) {
     if (medrun_pending(s) || row >= s->n_logits) return NULL;
     return s->logits + row * s->pass->vocab;
 }
 
+/* Passes with guesses show rows that are no part of the timeline, so an observer ends them. */
 void medrun_observe(medrun_session *s, medrun_observer *observer, void *user) {
     s->observer = observer;
     s->observer_user = user;
@@ -8167,7 +8201,8 @@ bool medrun_is_stop(const medrun_model *m, int32_t id) {
     return false;
 }
 
-/* A template that was named brings its stops. */
+/* A template that the caller names, in place of an unknown one, brings the ids that end an answer.
+ * */
 static void add_stops(medrun_model *m, const chat_template *c) {
     for (size_t i = 0; i < sizeof c->stops / sizeof *c->stops; i++) {
         int32_t id = chat_token(&m->tokenizer, c->stops[i]);
@@ -8176,7 +8211,8 @@ static void add_stops(medrun_model *m, const chat_template *c) {
     }
 }
 
-/* Does this stop leave the timeline when the template closes the answer? */
+/* Does this stop leave the timeline when the template closes the answer? llama3 writes <|eot_id|>
+ * itself; the end of a tool call is a part of the answer. */
 static bool stop_goes(const chat_template *c, const medrun_model *m, int32_t id) {
     return medrun_is_stop(m, id) && !chat_keeps(c, &m->tokenizer, id);
 }
@@ -8225,6 +8261,8 @@ static int render_turn(const medrun_session *s, const conversation *how, const m
     return chat_turn(&w, said, first && !how->apart, !strcmp(said->role, "user"));
 }
 
+/* Renders first, checks what fits, and changes the timeline last: a turn that cannot be said leaves
+ * everything as it was. */
 int medrun_say(medrun_session *s, const char *role, const char *text, size_t n_bytes,
                medrun_error *error) {
     medrun_error own, *e = fresh_error(error, &own);
@@ -8256,17 +8294,16 @@ static void add_segment(pass *p, medrun_session *s) {
     if (n > room) n = room;
     if (!n) return;
     p->segments[p->n_segments++] = (segment){s, p->n, n, s->n_done};
-    for (size_t i = 0; i < n; i++, p->n++)
-        p->owner[p->n] = s, p->position[p->n] = s->n_done + i;
+    for (size_t i = 0; i < n; i++, p->n++) {
+        p->owner[p->n] = s;
+        p->position[p->n] = s->n_done + i;
+    }
     p->observed |= s->observer != NULL;
 }
 
-int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *error) {
-    medrun_error own, *e = fresh_error(error, &own);
-    if (!n) return MEDRUN_OK;
-    if (arithmetic_fault()) return check_machine(e);
+/* One pass multiplies the rows of all sessions by the same weights, with the same kernels. */
+static int check_company(medrun_session *const *sessions, size_t n, medrun_error *e) {
     const medrun_session *lead = sessions[0];
-    pass *p = lead->pass;
     for (size_t i = 0; i < n; i++) {
         const medrun_session *s = sessions[i];
         if (s->model != lead->model || s->options.strict != lead->options.strict ||
@@ -8276,18 +8313,33 @@ int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *error) 
         for (size_t k = 0; k < i; k++)
             if (sessions[k] == s) return fail(e, MEDRUN_USAGE, "step: session %zu stands twice", i);
     }
-    p->n = p->n_segments = 0, p->observed = false;
-    for (size_t i = 0; i < n; i++) sessions[i]->n_ready = 0, add_segment(p, sessions[i]);
+    return MEDRUN_OK;
+}
+
+/* The pass is the scratch of the first session; the pool serves one pass at a time. */
+int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *error) {
+    medrun_error own, *e = fresh_error(error, &own);
+    if (!n) return MEDRUN_OK;
+    if (arithmetic_fault()) return check_machine(e);
+    if (check_company(sessions, n, e)) return e->code;
+    pass *p = sessions[0]->pass;
+    p->n = 0;
+    p->n_segments = 0;
+    p->observed = false;
+    for (size_t i = 0; i < n; i++) {
+        sessions[i]->n_ready = 0;
+        add_segment(p, sessions[i]);
+    }
     if (!p->n) return MEDRUN_OK;
-    pthread_mutex_lock(&lead->model->pool->turn);
+    pthread_mutex_lock(&p->m->pool->turn);
     forward(p);
     output(p);
-    pthread_mutex_unlock(&lead->model->pool->turn);
+    pthread_mutex_unlock(&p->m->pool->turn);
     for (size_t i = 0; i < p->n_segments; i++) p->segments[i].session->n_done += p->segments[i].n;
     return MEDRUN_OK;
 }
 
-/* From ROW of the logits. */
+/* Chooses an id from ROW of the logits, which moves the random state. */
 static int32_t sample_row(medrun_session *s, size_t row) {
     return sample_token(s->candidates, s->logits + row * s->pass->vocab,
                         (size_t)s->model->config.vocab_size, &s->options.sampling, &s->random,
@@ -8303,62 +8355,74 @@ int medrun_sample(medrun_session *s, int32_t *id, medrun_error *error) {
 }
 
 /* One pass for the last token, the only one pending, and for what is guessed to come behind it. The
- * guesses stand past the end of the timeline: s->tokens[n_tokens], ... Behind a guessed stop
- * nothing is worth guessing. */
+ * guesses stand past the end of the timeline, at s->tokens[n_tokens] and on; the pass is made to
+ * believe that they belong to it. Nothing is worth guessing behind a guessed stop. */
 static int step_ahead(medrun_session *s, medrun_error *e) {
-    lookup *g = s->lookup;
+    lookup *look = s->lookup;
     size_t n = s->n_tokens, room = (size_t)s->options.context - n, k = 0;
     size_t most = (size_t)s->options.lookup < room ? (size_t)s->options.lookup : room;
-    find_match(g, s->tokens, n);
-    size_t rows = s->observer ? 1 : choose_rows(g, most + 1);
-    for (; k + 1 < rows && !medrun_is_stop(s->model, s->tokens[g->at + k]); k++)
-        s->tokens[n + k] = s->tokens[g->at + k];        /* may read what it just wrote           */
-    s->n_tokens = n + k, s->n_wanted = k + 1;
+    find_match(look, s->tokens, n);
+    size_t rows = s->observer ? 1 : choose_rows(look, most + 1);
+    for (; k + 1 < rows && !medrun_is_stop(s->model, s->tokens[look->at + k]); k++)
+        s->tokens[n + k] = s->tokens[look->at + k];     /* may read what it just wrote           */
+    s->n_tokens = n + k;
+    s->n_wanted = k + 1;
     double start = seconds();
-    int code = medrun_step(&s, 1, e);
-    learn_time(g, k + 1, seconds() - start);
-    s->n_tokens = n, s->n_wanted = (size_t)s->options.logit_rows;
-    if (code) return code;
-    s->n_done = n, s->n_ready = k + 1, g->guessed += k;
+    medrun_step(&s, 1, e);
+    learn_time(look, k + 1, seconds() - start);
+    s->n_tokens = n;
+    s->n_wanted = (size_t)s->options.logit_rows;
+    if (e->code) return e->code;
+    s->n_done = n;
+    s->n_ready = k + 1;
+    look->guessed += k;
     return MEDRUN_OK;
 }
 
 /* Brings the timeline's end to its logits, chooses the next id from them as without guesses, and
- * appends it. If it was the guess, its own logits stand in the row before. */
+ * appends it. If it is the guess, its own logits stand in the row before: guesses count down to row
+ * 0, which is the last of them. */
 static int next_id(medrun_session *s, int32_t *id, medrun_error *e) {
-    int code = MEDRUN_OK;
     if (s->n_ready) s->n_done = s->n_tokens;            /* guessed, and so in the cache          */
-    while (!code && medrun_pending(s))
-        code = s->lookup && medrun_pending(s) == 1 ? step_ahead(s, e) : medrun_step(&s, 1, e);
-    if (code) return code;
-    if (!s->n_ready) code = medrun_sample(s, id, e);
-    else *id = sample_row(s, s->n_ready - 1);
+    while (!e->code && medrun_pending(s)) {
+        if (s->lookup && medrun_pending(s) == 1) step_ahead(s, e);
+        else medrun_step(&s, 1, e);
+    }
+    if (e->code) return e->code;
+    if (!s->n_ready && medrun_sample(s, id, e)) return e->code;
+    if (s->n_ready) *id = sample_row(s, s->n_ready - 1);
     bool right = s->n_ready > 1 && s->tokens[s->n_tokens] == *id;
     s->n_ready = right ? s->n_ready - 1 : 0;
-    if (code || (code = append_ids(s, id, 1, e)) || !s->lookup) return code;
+    if (append_ids(s, id, 1, e) || !s->lookup) return e->code;
     learn_match(s->lookup, *id == s->tokens[s->lookup->at]);
     s->lookup->right += right;
     return MEDRUN_OK;
 }
 
+/* A character may have its bytes in several tokens: s->text keeps those of an unfinished one for
+ * the next call. A stop ends the answer, and so what is kept. */
 int medrun_next(medrun_session *s, int32_t *id, const char **text, size_t *n_bytes,
                 medrun_error *error) {
     medrun_error own, *e = fresh_error(error, &own);
     const medrun_model *m = s->model;
     size_t left = s->starting ? 0 : s->n_text, n = 0;           /* of this answer                */
     size_t unfinished = utf8_unfinished((const uint8_t *)s->text, left);
+    bool first = s->starting;
     memmove(s->text, s->text + s->n_text - unfinished, unfinished);
-    s->n_text = unfinished, *text = s->text, *n_bytes = 0;
-    bool stop, first = s->starting;
-    int code = next_id(s, id, e);
-    if (code) return code;
+    s->n_text = unfinished;
+    *text = s->text;
+    *n_bytes = 0;
+    if (next_id(s, id, e)) return e->code;
     const char *piece = tokenizer_text(&m->tokenizer, *id, false, &first, &n);
-    if ((stop = medrun_is_stop(m, *id))) n = 0;
     s->starting = first;
+    if (medrun_is_stop(m, *id)) {
+        *n_bytes = s->n_text;
+        s->n_text = 0;
+        return MEDRUN_OK;
+    }
     memcpy(s->text + s->n_text, piece, n);
     s->n_text += n;
-    *n_bytes = s->n_text - (stop ? 0 : utf8_unfinished((const uint8_t *)s->text, s->n_text));
-    if (stop) s->n_text = 0;
+    *n_bytes = s->n_text - utf8_unfinished((const uint8_t *)s->text, s->n_text);
     return MEDRUN_OK;
 }
 
@@ -8373,6 +8437,7 @@ static int give_ids(buffer *ids, int32_t *out, size_t cap, size_t *n, medrun_err
     return e->code;
 }
 
+/* Flags beyond these two are the tokenizer's own, with which a caller could join texts wrongly. */
 int medrun_tokenize(const medrun_model *m, const char *text, size_t n_bytes, int flags,
                     int32_t *ids, size_t cap, size_t *n, medrun_error *error) {
     medrun_error own, *e = fresh_error(error, &own);
@@ -8385,6 +8450,7 @@ int medrun_tokenize(const medrun_model *m, const char *text, size_t n_bytes, int
     return give_ids(&b, ids, cap, n, e);
 }
 
+/* Counts all bytes even where the caller has room for fewer, so two calls learn and fetch. */
 int medrun_detokenize(const medrun_model *m, const int32_t *ids, size_t n_ids, bool special,
                       char *bytes, size_t cap, size_t *n, medrun_error *error) {
     medrun_error own, *e = fresh_error(error, &own);
@@ -8402,6 +8468,8 @@ int medrun_detokenize(const medrun_model *m, const int32_t *ids, size_t n_ids, b
     return e->code;
 }
 
+/* A name that is unknown and a checkpoint without a known template are two different errors: the
+ * remedies differ. */
 int medrun_render(const medrun_model *m, const char *name, const medrun_chat_options *options,
                   const medrun_message *messages, size_t n_messages, bool answer, int32_t *ids,
                   size_t cap, size_t *n, medrun_error *error) {
@@ -8448,9 +8516,10 @@ typedef struct {
     FILE *f;
     bool saving, failed;
     sha256 head;                    /* of the head and the ids                                  */
-    uint64_t lanes[4];              /* the sum of a block, see add_to_block                     */
+    uint64_t sum;                   /* of a block, see walk_panel                               */
 } state_io;
 
+/* Moves N bytes between memory and the file; after a failure it does nothing. */
 static bool move_bytes(state_io *io, void *p, size_t n) {
     if (io->failed) return false;
     size_t moved = io->saving ? fwrite(p, 1, n, io->f) : fread(p, 1, n, io->f);
@@ -8465,6 +8534,7 @@ static void move_sum(state_io *io, const void *sum, size_t n) {
     if (move_bytes(io, stored, n) && memcmp(stored, sum, n)) io->failed = true;
 }
 
+/* A part of the head or the ids. */
 static void walk_head(state_io *io, void *p, size_t n) {
     if (move_bytes(io, p, n)) sha256_add(&io->head, p, n);
 }
@@ -8476,30 +8546,16 @@ static void walk_ids(state_io *io, int32_t *ids, size_t n, uint8_t digest[32]) {
     move_sum(io, digest, 32);
 }
 
-/* The sum of a block: SHA-256 would take longer than reading, and is no help against forgery where
- * whoever writes the file writes the sum. Each step is a bijection of its lane, so that no damage
- * within one word goes unseen. N is a multiple of 32. */
-static void add_to_block(uint64_t lanes[4], const uint8_t *p, size_t n) {
-    for (; n; p += 32, n -= 32)
-        for (size_t i = 0; i < 4; i++) {
-            uint64_t word;
-            memcpy(&word, p + 8 * i, 8);
-            word ^= lanes[i];
-            lanes[i] = (word << 29 | word >> 35) * 0x9E3779B97F4A7C15;
-        }
-}
-
-static uint64_t block_sum(const uint64_t lanes[4]) {
-    uint64_t sum = 0;
-    for (size_t i = 0; i < 4; i++) {
-        sum = (sum ^ lanes[i]) * 0xBF58476D1CE4E5B9;
-        sum ^= sum >> 31;
-    }
-    return sum;
-}
-
+/* A panel, and what it adds to the sum of its block. SHA-256 would take longer than reading, and is
+ * no help against forgery where whoever writes the file writes the sum. Each step maps sums one to
+ * one, so that no damage within a word goes unseen. N is a multiple of 8. */
 static void walk_panel(state_io *io, uint8_t *p, size_t n) {
-    if (move_bytes(io, p, n)) add_to_block(io->lanes, p, n);
+    if (!move_bytes(io, p, n)) return;
+    for (uint64_t word; n; p += 8, n -= 8) {
+        memcpy(&word, p, 8);
+        word ^= io->sum;
+        io->sum = (word << 29 | word >> 35) * 0x9E3779B97F4A7C15;
+    }
 }
 
 /* The first N positions of the cache. A block's sum begins with the head's digest and the block's
@@ -8508,19 +8564,20 @@ static void walk_cache(state_io *io, const medrun_session *s, const uint8_t dige
     size_t panel = cache_panel(s->options.kv, (size_t)s->model->config.head_dim);
     for (size_t at = 0; at < n && !io->failed; at += STATE_BLOCK) {
         size_t offset = at / STATE_BLOCK * panel;
-        memcpy(io->lanes, digest, sizeof io->lanes);
-        io->lanes[0] += at;
+        memcpy(&io->sum, digest, sizeof io->sum);
+        io->sum += at;
         for (int l = 0; l < s->model->config.n_layers; l++)
             for (size_t h = 0; h < (size_t)s->model->config.n_kv_heads; h++) {
                 walk_panel(io, session_keys(s, l, h) + offset, panel);
                 walk_panel(io, session_values(s, l, h) + offset, panel);
             }
-        uint64_t sum = block_sum(io->lanes);
+        uint64_t sum = io->sum;
         move_sum(io, &sum, sizeof sum);
     }
 }
 
-/* int8, and bf16 without the processor's bf16 dot product, give the same bits everywhere. */
+/* What a cache's bits depend on. int8, int4, and bf16 without the processor's bf16 dot product give
+ * the same bits everywhere; otherwise only the same kernels go on where others stopped. */
 static void name_numbers(const medrun_session *s, char name[24]) {
     bool exact = pack_kind(&s->pass->g, s->model->type) != PACK_BF16;
     const char *numbers = exact ? "exact" : s->model->kernels->name;
@@ -8543,7 +8600,7 @@ static state_head head_of(const medrun_session *s) {
     return h;
 }
 
-/* FORCE: over any other file, too. */
+/* FORCE: over any other file, too. A write that fails shows when the writer is done. */
 static int save_session(const medrun_session *s, const char *path, bool force, medrun_error *e) {
     file_writer w;
     uint8_t digest[32];
@@ -8562,8 +8619,9 @@ int medrun_save(const medrun_session *s, const char *path, medrun_error *error) 
     return save_session(s, path, false, e);
 }
 
-/* Checks a head H against the session's own and against the SIZE of the file, which it must
- * explain to the byte. */
+/* The messages say what to do about it: a prefix of another cache type, template or machine is an
+ * honest mistake, not damage. Checks a head H against the session's own and against the SIZE of the
+ * file, which it must explain to the byte. */
 static int check_head(const medrun_session *s, const state_head *h, uint64_t size,
                       const char *path, medrun_error *e) {
     static const char *const kv[] = {"f16", "f32", "int8"};
@@ -8593,7 +8651,9 @@ static int check_head(const medrun_session *s, const state_head *h, uint64_t siz
     return MEDRUN_OK;
 }
 
-/* Takes the whole file; or, when ids have been FED, the blocks of what both begin with. */
+/* Takes the whole file; or, when ids have been FED, the blocks of what both begin with. Before the
+ * head's sum is checked, nothing it says is trusted but its size, which the file's own justifies.
+ * */
 static int restore_from(medrun_session *s, FILE *f, uint64_t size, bool fed, const char *path,
                         medrun_error *e) {
     state_io io = {.f = f};
@@ -8701,8 +8761,7 @@ static int attach_device(medrun_model *m, const device_request *r, int layers, m
 }
 
 int medrun_attach(medrun_model *m, const char *name, int layers, medrun_error *error) {
-    medrun_error local = {0}, *e = error ? error : &local;
-    e->code = MEDRUN_OK;
+    medrun_error own, *e = fresh_error(error, &own);
     return attach_device(m, &(device_request){.name = name}, layers, e);
 }
 #if !defined MEDRUN_NO_MAIN || defined MEDRUN_COMMANDS
