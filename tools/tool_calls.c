@@ -31,10 +31,14 @@ static bool json_truthy(const json *j, uint32_t v) {
 static void python_float(buffer *b, double value) {
     char text[40], digits[20];
     int n = 0, precision = 0, power;
-    if (!(fabs(value) <= DBL_MAX)) { buffer_text(b, value < 0 ? "-Infinity" : "Infinity"); return; }
+    if (!(fabs(value) <= DBL_MAX)) {
+        buffer_text(b, value < 0 ? "-Infinity" : "Infinity");
+        return;
+    }
     do snprintf(text, sizeof text, "%.*e", precision, value);
     while (strtod(text, NULL) != value && ++precision < 17);
-    for (const char *p = text; *p != 'e'; p++) if (isdigit((uint8_t)*p)) digits[n++] = *p;
+    for (const char *p = text; *p != 'e'; p++)
+        if (isdigit((uint8_t)*p)) digits[n++] = *p;
     while (n > 1 && digits[n - 1] == '0') n--;
     digits[n] = 0;
     power = atoi(strchr(text, 'e') + 1);
@@ -84,7 +88,10 @@ static void python_json(buffer *b, const json *j, uint32_t v, int indent, int le
     for (uint32_t i = 0; i < n->count; i += object ? 2 : 1, c = j->nodes[c].next) {
         if (i) buffer_text(b, indent ? "," : ", ");
         python_break(b, indent, level + 1);
-        if (object) python_string(b, j, c++), buffer_text(b, ": ");
+        if (object) {
+            python_string(b, j, c++);
+            buffer_text(b, ": ");
+        }
         python_json(b, j, c, indent, level + 1);
     }
     if (n->count) python_break(b, indent, level);
@@ -95,166 +102,175 @@ static void python_json(buffer *b, const json *j, uint32_t v, int indent, int le
 static int python_str(buffer *b, const json *j, uint32_t v, const char *what, medrun_error *e) {
     static const char *const words[] = {"None", "False", "True"};
     json_type type = json_typeof(j, v);
+    if (e->code) return e->code;
     if (type > JSON_STRING)
         return fail(e, MEDRUN_USAGE, "%s: found a list or an object, wanted a text", what);
     if (type <= JSON_TRUE) buffer_text(b, words[type]);
     else if (type == JSON_NUMBER) python_number(b, j, v);
     else json_unescape(j, v, b);
-    return MEDRUN_OK;
+    return e->code;
 }
 
 /* ---- functions as TypeScript --------------------------------------------------------------- */
 
-static int schema_wrong(medrun_error *e, const char *field, const char *wanted) {
-    return fail(e, MEDRUN_USAGE, "tools: field %s: wanted %s", field, wanted);
+/* Who writes. A step that follows a failure does nothing. */
+typedef struct {
+    const json *j;
+    buffer *b;
+    medrun_error *e;
+} schema_writer;
+
+static void schema_type(schema_writer *w, uint32_t v);      /* schemas stand in schemas           */
+
+static void schema_wrong(schema_writer *w, const char *field, const char *wanted) {
+    fail(w->e, MEDRUN_USAGE, "tools: field %s: wanted %s", field, wanted);
+}
+
+/* The value of KEY in object V is one that Python takes for true. */
+static bool schema_has(const schema_writer *w, uint32_t v, const char *key) {
+    return json_truthy(w->j, json_get(w->j, v, key));
 }
 
 /* Appends BEFORE and the string KEY of object V. */
-static int schema_text(buffer *b, const json *j, uint32_t v, const char *key, const char *before,
-                       medrun_error *e) {
-    uint32_t text = json_get(j, v, key);
-    if (!json_is_type(j, text, JSON_STRING)) return schema_wrong(e, key, "a string");
-    buffer_text(b, before);
-    json_unescape(j, text, b);
-    return MEDRUN_OK;
+static void schema_text(schema_writer *w, uint32_t v, const char *key, const char *before) {
+    uint32_t text = json_get(w->j, v, key);
+    if (!json_is_type(w->j, text, JSON_STRING)) schema_wrong(w, key, "a string");
+    if (w->e->code) return;
+    buffer_text(w->b, before);
+    json_unescape(w->j, text, w->b);
 }
 
 /* The values of a list with BETWEEN in between. */
-static int schema_join(buffer *b, const json *j, uint32_t list, const char *between,
-                       medrun_error *e) {
-    int code = MEDRUN_OK;
+static void schema_join(schema_writer *w, uint32_t list, const char *between) {
     uint32_t c = list + 1;
-    for (uint32_t i = 0; !code && i < j->nodes[list].count; i++, c = j->nodes[c].next) {
-        if (i) buffer_text(b, between);
-        code = python_str(b, j, c, "tools", e);
+    for (uint32_t i = 0; i < w->j->nodes[list].count; i++, c = w->j->nodes[c].next) {
+        if (i) buffer_text(w->b, between);
+        python_str(w->b, w->j, c, "tools", w->e);
     }
-    return code;
 }
 
 /* Appends the key at node KEY, with a question mark unless object V requires it, and a colon. */
-static int schema_name(buffer *b, const json *j, uint32_t v, uint32_t key, medrun_error *e) {
+static void schema_name(schema_writer *w, uint32_t v, uint32_t key) {
+    const json *j = w->j;
     uint32_t list = json_get(j, v, "required"), c = list + 1;
     buffer name = {0};
-    bool required = false;
-    if (json_truthy(j, list) && json_typeof(j, list) != JSON_ARRAY)
-        return schema_wrong(e, "required", "a list of names");
+    bool some = json_truthy(j, list), required = false;
+    if (some && json_typeof(j, list) != JSON_ARRAY) schema_wrong(w, "required", "a list of names");
+    if (w->e->code) return;
     json_unescape(j, key, &name);
     buffer_add(&name, "", 1);
-    for (uint32_t i = 0; json_truthy(j, list) && i < j->nodes[list].count; i++) {
+    for (uint32_t i = 0; some && i < j->nodes[list].count; i++, c = j->nodes[c].next)
         required |= !name.failed && json_is(j, c, (const char *)name.data);
-        c = j->nodes[c].next;
-    }
-    if (name.n > 1) buffer_add(b, name.data, name.n - 1);
-    b->failed |= name.failed;
-    buffer_text(b, required ? ": " : "?: ");
+    if (name.n > 1) buffer_add(w->b, name.data, name.n - 1);
+    w->b->failed |= name.failed;
+    buffer_text(w->b, required ? ": " : "?: ");
     buffer_free(&name);
-    return MEDRUN_OK;
 }
 
-/* Schemas stand in schemas: schema_type hands itself to what it is made of. */
-typedef int schema_writer(buffer *b, const json *j, uint32_t v, medrun_error *e);
-
 /* An array of V: long and doubtful types become any[]. */
-static int schema_array(buffer *b, const json *j, uint32_t v, schema_writer *type_of,
-                        medrun_error *e) {
+static void schema_array(schema_writer *w, uint32_t v) {
     static const char *const simple[][2] = {{"string", "string"}, {"number", "number"},
                                             {"integer", "number"}, {"boolean", "boolean"}};
-    uint32_t items = json_get(j, v, "items"), type = json_get(j, items, "type");
-    const char *plain = json_truthy(j, items) ? NULL : "any";
+    uint32_t items = json_get(w->j, v, "items"), type = json_get(w->j, items, "type");
+    const char *plain = json_truthy(w->j, items) ? NULL : "any";
     buffer inner = {0};
+    schema_writer in = {w->j, &inner, w->e};
     size_t length = 0;
-    int code = MEDRUN_OK;
-    for (size_t i = 0; i < 4; i++) if (json_is(j, type, simple[i][0])) plain = simple[i][1];
+    for (size_t i = 0; i < 4; i++) if (json_is(w->j, type, simple[i][0])) plain = simple[i][1];
     if (!plain) {
-        code = type_of(&inner, j, items, e);
+        schema_type(&in, items);
         for (size_t i = 0; i < inner.n; i++) length += (inner.data[i] & 0xC0) != 0x80;
         if (length > 50 || (inner.n == 15 && !memcmp(inner.data, "object | object", 15)))
             plain = "any";
     }
-    if (plain) buffer_text(b, plain);
-    else buffer_add(b, inner.data, inner.n);
-    b->failed |= inner.failed;
+    if (plain) buffer_text(w->b, plain);
+    else buffer_add(w->b, inner.data, inner.n);
+    w->b->failed |= inner.failed;
     buffer_free(&inner);
-    buffer_text(b, json_truthy(j, json_get(j, v, "nullable")) ? "[] | null" : "[]");
-    return code;
+    buffer_text(w->b, schema_has(w, v, "nullable") ? "[] | null" : "[]");
 }
 
 /* The white space is the template's own. */
-static int schema_one_of(buffer *b, const json *j, uint32_t list, schema_writer *type_of,
-                         medrun_error *e) {
-    uint32_t c = list + 1, value;
-    int code = MEDRUN_OK;
-    if (json_typeof(j, list) != JSON_ARRAY) return schema_wrong(e, "oneOf", "a list");
-    for (uint32_t i = 0; !code && i < j->nodes[list].count; i++, c = j->nodes[c].next) {
-        if (i) buffer_text(b, " | \n");
-        code = type_of(b, j, c, e);
-        if (!code && json_truthy(j, json_get(j, c, "description")))
-            code = schema_text(b, j, c, "description", "// ", e);
-        if (code || (value = json_get(j, c, "default")) == JSON_NONE) continue;
-        buffer_text(b, "                    // default: ");
-        python_json(b, j, value, 0, 0);
+static void schema_one_of(schema_writer *w, uint32_t list) {
+    uint32_t c = list + 1;
+    if (json_typeof(w->j, list) != JSON_ARRAY) schema_wrong(w, "oneOf", "a list");
+    for (uint32_t i = 0; !w->e->code && i < w->j->nodes[list].count; i++) {
+        uint32_t value = json_get(w->j, c, "default");
+        if (i) buffer_text(w->b, " | \n");
+        schema_type(w, c);
+        if (schema_has(w, c, "description")) schema_text(w, c, "description", "// ");
+        if (value != JSON_NONE) {
+            buffer_text(w->b, "                    // default: ");
+            python_json(w->b, w->j, value, 0, 0);
+        }
+        c = w->j->nodes[c].next;
     }
-    return code;
 }
 
-static int schema_object(buffer *b, const json *j, uint32_t v, schema_writer *type_of,
-                         medrun_error *e) {
-    uint32_t all = json_get(j, v, "properties"), c = all + 1;
-    int code = MEDRUN_OK;
-    if (!json_truthy(j, all)) return buffer_text(b, "object"), MEDRUN_OK;
-    if (json_typeof(j, all) != JSON_OBJECT) return schema_wrong(e, "properties", "an object");
-    buffer_text(b, "{\n");
-    for (uint32_t i = 0; !code && i < j->nodes[all].count; i += 2, c = j->nodes[c + 1].next) {
-        if (i) buffer_text(b, ", ");
-        if ((code = schema_name(b, j, v, c, e))) break;
-        buffer_text(b, "\n                ");
-        code = type_of(b, j, c + 1, e);
+static void schema_object(schema_writer *w, uint32_t v) {
+    uint32_t all = json_get(w->j, v, "properties"), c = all + 1;
+    if (!json_truthy(w->j, all)) {
+        buffer_text(w->b, "object");
+        return;
     }
-    buffer_text(b, "}");
-    return code;
+    if (json_typeof(w->j, all) != JSON_OBJECT) schema_wrong(w, "properties", "an object");
+    buffer_text(w->b, "{\n");
+    for (uint32_t i = 0; !w->e->code && i < w->j->nodes[all].count; i += 2) {
+        if (i) buffer_text(w->b, ", ");
+        schema_name(w, v, c);
+        buffer_text(w->b, "\n                ");
+        schema_type(w, c + 1);
+        c = w->j->nodes[c + 1].next;
+    }
+    buffer_text(w->b, "}");
+}
+
+/* A string's values, or any string. */
+static void schema_string(schema_writer *w, uint32_t v) {
+    uint32_t list = json_get(w->j, v, "enum");
+    if (!json_truthy(w->j, list)) {
+        buffer_text(w->b, schema_has(w, v, "nullable") ? "string | null" : "string");
+        return;
+    }
+    if (json_typeof(w->j, list) != JSON_ARRAY) schema_wrong(w, "enum", "a list");
+    if (w->e->code) return;
+    buffer_text(w->b, "\"");
+    schema_join(w, list, "\" | \"");
+    buffer_text(w->b, "\"");
 }
 
 /* A JSON Schema as a type; what the template does not know is any. */
-static int schema_type(buffer *b, const json *j, uint32_t v, medrun_error *e) {
-    uint32_t type = json_get(j, v, "type"), list = json_get(j, v, "enum");
-    uint32_t one_of = json_get(j, v, "oneOf");
-    if (json_typeof(j, v) != JSON_OBJECT) return schema_wrong(e, "properties", "JSON Schemas");
-    if (json_is(j, type, "array")) return schema_array(b, j, v, schema_type, e);
-    if (json_is_type(j, type, JSON_ARRAY) && json_truthy(j, type))
-        return schema_join(b, j, type, " | ", e);
-    if (json_truthy(j, one_of)) return schema_one_of(b, j, one_of, schema_type, e);
-    if (json_is(j, type, "object")) return schema_object(b, j, v, schema_type, e);
-    if (!json_is(j, type, "string")) {
-        bool number = json_is(j, type, "number") || json_is(j, type, "integer");
-        buffer_text(b, number ? "number" : json_is(j, type, "boolean") ? "boolean" : "any");
-        return MEDRUN_OK;
-    }
-    if (!json_truthy(j, list)) {
-        bool nullable = json_truthy(j, json_get(j, v, "nullable"));
-        return buffer_text(b, nullable ? "string | null" : "string"), MEDRUN_OK;
-    }
-    if (json_typeof(j, list) != JSON_ARRAY) return schema_wrong(e, "enum", "a list");
-    buffer_text(b, "\"");
-    int code = schema_join(b, j, list, "\" | \"", e);
-    return buffer_text(b, "\""), code;
+static void schema_type(schema_writer *w, uint32_t v) {
+    const json *j = w->j;
+    uint32_t type = json_get(j, v, "type"), one_of = json_get(j, v, "oneOf");
+    if (json_typeof(j, v) != JSON_OBJECT) schema_wrong(w, "properties", "JSON Schemas");
+    if (w->e->code) return;
+    if (json_is(j, type, "array")) schema_array(w, v);
+    else if (json_is_type(j, type, JSON_ARRAY) && json_truthy(j, type)) schema_join(w, type, " | ");
+    else if (json_truthy(j, one_of)) schema_one_of(w, one_of);
+    else if (json_is(j, type, "object")) schema_object(w, v);
+    else if (json_is(j, type, "string")) schema_string(w, v);
+    else if (json_is(j, type, "number") || json_is(j, type, "integer")) buffer_text(w->b, "number");
+    else buffer_text(w->b, json_is(j, type, "boolean") ? "boolean" : "any");
 }
 
 /* A parameter of a function: comment, name, type, default. */
-static int tool_parameter(buffer *b, const json *j, uint32_t v, uint32_t key, medrun_error *e) {
-    uint32_t spec = key + 1, value = json_get(j, spec, "default");
-    bool listed = json_truthy(j, json_get(j, spec, "enum"));
-    bool one_of = json_truthy(j, json_get(j, spec, "oneOf"));
-    int code = MEDRUN_OK;
-    if (json_truthy(j, json_get(j, spec, "description"))) {
-        code = schema_text(b, j, spec, "description", "// ", e);
-        buffer_text(b, "\n");
+static void tool_parameter(schema_writer *w, uint32_t v, uint32_t key) {
+    uint32_t spec = key + 1, value = json_get(w->j, spec, "default");
+    bool listed = schema_has(w, spec, "enum"), one_of = schema_has(w, spec, "oneOf");
+    if (schema_has(w, spec, "description")) {
+        schema_text(w, spec, "description", "// ");
+        buffer_text(w->b, "\n");
     }
-    if (code || (code = schema_name(b, j, v, key, e)) || (code = schema_type(b, j, spec, e)) ||
-        value == JSON_NONE) return code;
-    if (listed || one_of)
-        return schema_text(b, j, spec, "default", &", // default: "[listed ? 0 : 2], e);
-    buffer_text(b, ", // default: ");
-    return python_json(b, j, value, 0, 0), MEDRUN_OK;
+    schema_name(w, v, key);
+    schema_type(w, spec);
+    if (value == JSON_NONE) return;
+    if (listed) schema_text(w, spec, "default", ", // default: ");
+    else if (one_of) schema_text(w, spec, "default", "// default: ");
+    else {
+        buffer_text(w->b, ", // default: ");
+        python_json(w->b, w->j, value, 0, 0);
+    }
 }
 
 /* {"type": "function", "function": {...}}, or the function alone. */
@@ -263,30 +279,33 @@ static uint32_t tool_function(const json *j, uint32_t v) {
     return function == JSON_NONE ? v : function;
 }
 
-static int tool_declaration(buffer *b, const json *j, uint32_t v, medrun_error *e) {
-    uint32_t parameters = json_get(j, v, "parameters");
-    uint32_t all = json_get(j, parameters, "properties"), c = all + 1;
-    int code = schema_text(b, j, v, "description", "// ", e);
-    if (!code) code = schema_text(b, j, v, "name", "\ntype ", e);
-    if (code || !json_truthy(j, all)) return buffer_text(b, " = () => any;"), code;
-    if (json_typeof(j, all) != JSON_OBJECT) return schema_wrong(e, "properties", "an object");
-    buffer_text(b, " = (_: {\n");
-    for (uint32_t i = 0; !code && i < j->nodes[all].count; i += 2, c = j->nodes[c + 1].next) {
-        if (i) buffer_text(b, ",\n");
-        code = tool_parameter(b, j, parameters, c, e);
+static void tool_declaration(schema_writer *w, uint32_t v) {
+    uint32_t parameters = json_get(w->j, v, "parameters");
+    uint32_t all = json_get(w->j, parameters, "properties"), c = all + 1;
+    schema_text(w, v, "description", "// ");
+    schema_text(w, v, "name", "\ntype ");
+    if (!json_truthy(w->j, all)) {
+        buffer_text(w->b, " = () => any;");
+        return;
     }
-    return buffer_text(b, "\n}) => any;"), code;
+    if (json_typeof(w->j, all) != JSON_OBJECT) schema_wrong(w, "properties", "an object");
+    buffer_text(w->b, " = (_: {\n");
+    for (uint32_t i = 0; !w->e->code && i < w->j->nodes[all].count; i += 2) {
+        if (i) buffer_text(w->b, ",\n");
+        tool_parameter(w, parameters, c);
+        c = w->j->nodes[c + 1].next;
+    }
+    buffer_text(w->b, "\n}) => any;");
 }
 
 /* A list of functions as TypeScript declarations. */
-static int tools_as_types(buffer *b, const json *j, medrun_error *e) {
-    int code = MEDRUN_OK;
+static void tools_as_types(buffer *b, const json *j, medrun_error *e) {
+    schema_writer w = {j, b, e};
     uint32_t c = 1;
-    for (uint32_t i = 0; !code && i < j->nodes[0].count; i++, c = j->nodes[c].next) {
+    for (uint32_t i = 0; !e->code && i < j->nodes[0].count; i++, c = j->nodes[c].next) {
         if (i) buffer_text(b, "\n");
-        code = tool_declaration(b, j, tool_function(j, c), e);
+        tool_declaration(&w, tool_function(j, c));
     }
-    return code;
 }
 
 static void tools_as_json(buffer *b, const json *j) {
