@@ -315,7 +315,8 @@ int medrun_feed_saved(medrun_session *session, const int32_t *ids, size_t n, con
 /* The observer sees each stage of each pass: LAYER is -1 outside the layers; DATA is ROWS x COLS
  * floats with STRIDE floats between rows, one row a token of the pass; valid during the call.
  * Stages in order: embed; attn_norm q k v attn_out attn_resid ffn_norm ffn_act layer_out, for each
- * layer (q and k after the rotation); final_norm logits. NULL takes it away. No cost unobserved. */
+ * layer (q and k after the rotation); final_norm logits. NULL takes it away. No cost unobserved.
+ * While it runs, the pass is not over: medrun_step and medrun_next give it MEDRUN_USAGE. */
 typedef void medrun_observer(void *user, const char *stage, int layer, size_t rows, size_t cols,
                              size_t stride, const float *data);
 void medrun_observe(medrun_session *session, medrun_observer *observer, void *user);
@@ -1736,7 +1737,11 @@ static int pool_start(thread_pool *pool, int threads, medrun_error *e) {
     memset(pool, 0, sizeof *pool);
     if (threads < 0 || threads > MAX_THREADS)
         return fail(e, MEDRUN_USAGE, "threads: found %d, wanted 1 to %d", threads, MAX_THREADS);
-    pthread_mutex_init(&pool->turn, NULL);
+    pthread_mutexattr_t checked;                /* a second lock by one thread is an error, not  */
+    pthread_mutexattr_init(&checked);           /* a deadlock                                    */
+    pthread_mutexattr_settype(&checked, PTHREAD_MUTEX_ERRORCHECK);
+    pthread_mutex_init(&pool->turn, &checked);
+    pthread_mutexattr_destroy(&checked);
     pthread_mutex_init(&pool->lock, NULL);
     pthread_cond_init(&pool->wake, NULL);
     pthread_cond_init(&pool->idle, NULL);
@@ -7271,75 +7276,20 @@ static int load_model(medrun_model *m, const medrun_options *options, medrun_err
 /* ============================================================================================
  * 13 Transformer: what happens to a batch of tokens
  *
- * RMSNorm, rotary positions, attention with grouped key-value heads (Ainslie et al. 2023), a
- * feed-forward network (Shazeer 2020), residual sums around both: Llama, and what its relatives do
- * differently, which is data in the config and the layers. Mistral: a sliding window
- * (attend_queries). Arcee: no gate, relu^2 (widen_rows), YaRN. Apertus: no gate, xIELU, a norm for
- * each head of q and k (place_head). A pass takes rows of any sessions; each row is one token at
- * its own position. `forward` is the story; what stands above it are its sentences. Tests:
- * tests/13_transformer.c.
+ * RMSNorm (Zhang and Sennrich 2019), rotary positions (Su et al. 2021), attention with grouped
+ * key-value heads (Ainslie et al. 2023), a gated feed-forward network (Shazeer 2020), a residual
+ * sum around both: Llama. What its relatives do differently is data in the config and the layers.
+ * Mistral: a sliding window (attend_queries). Arcee: relu^2 without a gate (widen_rows), YaRN
+ * (section 12). Apertus: xIELU without a gate, and a norm for each head of q and k (place_head).
+ *
+ * A pass takes rows of any timelines. A row is one token at its own position, and its numbers never
+ * depend on the rows beside it. `forward`, near the end, is the story; the functions above it are
+ * its sentences, in the order of their use. A shape such as (n, hidden) is that of a matrix stored
+ * row by row. May use sections 1 to 12. Tests: tests/13_transformer.c.
  * ============================================================================================ */
 
-struct medrun_session {
-    const medrun_model *model;
-    medrun_session_options options;             /* zeros replaced by what they stand for        */
-    size_t bytes;                               /* of the arena that this struct begins         */
-    bool owns_memory;
-    int32_t *tokens;                            /* (context) the timeline                       */
-    size_t n_tokens, n_done;                    /* its length; how many have been processed     */
-    void *keys, *values;                        /* see session_keys                             */
-    float *logits;                              /* (most rows, vocab rounded up to 16)          */
-    size_t n_wanted;                            /* rows of logits that a pass is to give        */
-    size_t n_logits;                            /* rows the last pass gave; 0 while pending     */
-    size_t n_ready;                             /* rows medrun_next has still to use: that of the
-                                                   last token and those of guesses behind it    */
-    struct lookup *lookup;                      /* what guesses; NULL: nothing does             */
-    uint64_t random;
-    bool answer_open;                           /* the last turn is an answer nobody closed     */
-    bool starting;                              /* medrun_next has not given text since a feed  */
-    uint64_t *candidates;                       /* (vocab_size) for the sampler                 */
-    char *text;                                 /* bytes that are not yet whole characters, and */
-    size_t n_text;                              /* those of the next piece behind them          */
-    medrun_observer *observer;
-    void *observer_user;
-    struct pass *pass;                          /* scratch for passes that this session leads   */
-};
-
-/* Rows of one session that stand together in a pass. */
-typedef struct {
-    medrun_session *session;
-    size_t first, n;                            /* rows of the pass                             */
-    size_t position;                            /* of the first                                 */
-} segment;
-
-typedef struct pass {
-    const medrun_model *m;
-    engine g;
-    size_t capacity, n;                         /* rows: room, in use                           */
-    segment *segments;                          /* (capacity)                                   */
-    size_t n_segments;
-    medrun_session **owner;                     /* (capacity) of each row                       */
-    size_t *position;                           /* (capacity)                                   */
-    bool observed;
-    size_t hidden, heads, kv, ffn, vocab;       /* row strides, in floats                       */
-    float *x;                                   /* (n, hidden) the residual stream              */
-    float *h;                                   /* (n, hidden) normed, then a block's output    */
-    float *q, *k, *v;                           /* (n, heads), (n, kv), (n, kv)                 */
-    float *attn;                                /* (n, heads)                                   */
-    float *ffn_act, *up;                        /* (n, ffn); up only beside a gate              */
-    float *rotation;                            /* (n, head_dim / 2, 2) cosine, sine            */
-    float *scores;                              /* (threads, attend_scratch)                    */
-    size_t part_places;
-    float *parts;                               /* (part_places, head_dim + PART_EXTRA)         */
-    size_t pieces;                              /* blocks that keys are split into now, or 1    */
-    float *logits;                              /* (TILE, vocab)                                */
-    packed a;                                   /* the activations that are multiplied next     */
-    int layer;
-    const float *weight;                        /* of the norm that runs                        */
-} pass;
-
-/* Hands out 64-byte aligned pieces of the memory at BASE; only counts them when it is NULL, even
- * those that are more than the machine can address. */
+/* Hands out 64-byte aligned pieces of the memory at BASE. When BASE is NULL it only counts bytes,
+ * even more than the machine can address. So one function measures a thing and lays it out. */
 typedef struct {
     uint8_t *base;
     uint64_t at;
@@ -7351,117 +7301,210 @@ static void *arena_take(arena *a, uint64_t n, uint64_t size) {
     return a->base ? a->base + at : NULL;
 }
 
-static void layout_pass(const medrun_session *s, pass *p, arena *a) {
-    const model_config *c = &s->model->config;
-    size_t dim = (size_t)c->head_dim, widest;
-    uint64_t n = (uint64_t)s->options.batch;
-    p->hidden = (size_t)c->hidden_size, p->ffn = (size_t)c->ffn_size;
-    p->heads = (size_t)c->n_heads * dim, p->kv = (size_t)c->n_kv_heads * dim;
+/* Keys and values of one timeline. The panels of a layer's key-value head (cache_panel, section 6)
+ * stand together, so that attention reads one stream of bytes. */
+typedef struct {
+    int kv;                                     /* their numbers: MEDRUN_KV_F16, ...            */
+    size_t heads, head_bytes;                   /* key-value heads of a layer; bytes of one     */
+    uint8_t *keys, *values;                     /* (layers, heads, head_bytes)                  */
+} kv_cache;
+
+/* Room for CONTEXT positions, rounded up because attention reads KEY_STEP keys at a time. */
+static void layout_cache(kv_cache *cache, const model_config *c, int context, int kv, arena *a) {
+    size_t panels = round_up((size_t)context, KEY_STEP) / 16;
+    cache->kv = kv;
+    cache->heads = (size_t)c->n_kv_heads;
+    cache->head_bytes = panels * cache_panel(kv, (size_t)c->head_dim);
+    cache->keys = arena_take(a, (uint64_t)c->n_layers * cache->heads, cache->head_bytes);
+    cache->values = arena_take(a, (uint64_t)c->n_layers * cache->heads, cache->head_bytes);
+}
+
+static uint8_t *cache_keys(const kv_cache *c, int layer, size_t head) {
+    return c->keys + ((size_t)layer * c->heads + head) * c->head_bytes;
+}
+
+static uint8_t *cache_values(const kv_cache *c, int layer, size_t head) {
+    return c->values + ((size_t)layer * c->heads + head) * c->head_bytes;
+}
+
+/* Tokens of one timeline that stand together in a pass. All that a pass knows of a session. */
+typedef struct {
+    const int32_t *ids;                         /* (n)                                          */
+    size_t first, n;                            /* rows of the pass                             */
+    size_t position;                            /* of the first, in the timeline                */
+    kv_cache *cache;                            /* has all positions before, and gets these     */
+    size_t n_wanted;                            /* rows whose logits are wanted, the last ones  */
+    float *logits;                              /* (n_wanted, vocab), the last row first        */
+    medrun_observer *observer;                  /* NULL: nobody looks                           */
+    void *observer_user;
+} segment;
+
+/* What a pass computes with, and its scratch memory. Matrices have a row for each token; hidden,
+ * heads, kv, ffn and vocab are the floats in a row. */
+typedef struct {
+    const medrun_model *model;
+    const model_config *config;
+    engine eng;
+    size_t capacity, n;                         /* rows: room, in use                           */
+    size_t n_segments;
+    segment *segments;                          /* (capacity)                                   */
+    const segment **owner;                      /* (capacity) of each row                       */
+    size_t *position;                           /* (capacity) of each row                       */
+    bool observed;                              /* somebody looks at a segment                  */
+    int layer;                                  /* that is computed now; -1: none               */
+    size_t dim, group;                          /* head_dim; query heads to a key-value head    */
+    size_t hidden, heads, kv, ffn, vocab;       /* heads: of all queries; kv: of all keys       */
+    float *x;                                   /* (n, hidden) the residual stream              */
+    float *h;                                   /* (n, hidden) normed, then a block's output    */
+    float *q, *k, *v;                           /* (n, heads), (n, kv), (n, kv)                 */
+    float *attn;                                /* (n, heads) what the heads found              */
+    float *ffn_act, *up;                        /* (n, ffn); up only beside a gate              */
+    float *rotation;                            /* (n, dim / 2, 2) cosine, sine                 */
+    float *scores;                              /* (threads, attend_scratch)                    */
+    size_t pieces, part_places;                 /* blocks that keys are split into now, or 1    */
+    float *parts;                               /* (part_places, dim + PART_EXTRA)              */
+    float *logits;                              /* (TILE, vocab)                                */
+    packed packed;                              /* the activations that are multiplied next     */
+    const float *norm_weight;                   /* (hidden) of the norm that runs               */
+} pass;
+
+/* Lays out a pass of up to ROWS tokens over keys of up to CONTEXT positions. A layer's two blocks
+ * run one after the other, so they share memory: (q, k, v, attn) and (ffn_act, up). */
+static void layout_pass(pass *p, const medrun_model *m, int rows, int context, bool strict,
+                        arena *a) {
+    const model_config *c = p->config = &m->config;
+    uint64_t n = (uint64_t)rows, threads = (uint64_t)m->pool->threads, overlaid, end;
+    size_t widest;
+    p->model = m;
+    p->capacity = (size_t)n;
+    p->dim = (size_t)c->head_dim;
+    p->group = (size_t)(c->n_heads / c->n_kv_heads);
+    p->hidden = (size_t)c->hidden_size;
+    p->heads = (size_t)c->n_heads * p->dim;
+    p->kv = (size_t)c->n_kv_heads * p->dim;
+    p->ffn = (size_t)c->ffn_size;
     p->vocab = round_up((size_t)c->vocab_size, LANES);
     widest = p->ffn > p->heads ? p->ffn : p->heads;
     if (p->hidden > widest) widest = p->hidden;
-    p->m = s->model;
-    p->g = (engine){.pool = s->model->pool, .k = s->model->kernels, .strict = s->options.strict,
-                    .device = s->model->device, .cache = s->model->cache};
-    p->capacity = (size_t)n;
+    p->eng = (engine){.pool = m->pool, .k = m->kernels, .strict = strict, .device = m->device,
+                      .cache = m->cache};
     p->segments = arena_take(a, n, sizeof *p->segments);
     p->owner = arena_take(a, n, sizeof *p->owner);
     p->position = arena_take(a, n, sizeof *p->position);
     p->x = arena_take(a, n * p->hidden, sizeof(float));
     p->h = arena_take(a, (n > TILE ? n : TILE) * p->hidden, sizeof(float));
-    uint64_t shared = a->at, end;               /* the two blocks of a layer take turns in it    */
+    overlaid = a->at;
     p->q = arena_take(a, n * p->heads, sizeof(float));
     p->k = arena_take(a, n * p->kv, sizeof(float));
     p->v = arena_take(a, n * p->kv, sizeof(float));
     p->attn = arena_take(a, n * p->heads, sizeof(float));
-    end = a->at, a->at = shared;
+    end = a->at;
+    a->at = overlaid;                           /* back: the second block lies over the first   */
     p->ffn_act = arena_take(a, n * p->ffn, sizeof(float));
     if (c->activation == ACTIVATION_SILU) p->up = arena_take(a, n * p->ffn, sizeof(float));
     if (a->at < end) a->at = end;
-    p->rotation = arena_take(a, n * dim, sizeof(float));
-    p->scores = arena_take(a, (size_t)s->model->pool->threads * attend_scratch(dim),
-                           sizeof(float));
-    p->part_places = TILE * (size_t)c->n_heads *
-                     (((size_t)s->options.context + KEY_BLOCK - 1) / KEY_BLOCK);
-    p->parts = arena_take(a, p->part_places, (dim + PART_EXTRA) * sizeof(float));
+    p->rotation = arena_take(a, n * p->dim, sizeof(float));
+    p->scores = arena_take(a, threads * attend_scratch(p->dim), sizeof(float));
+    p->part_places = TILE * (size_t)c->n_heads * (((size_t)context + KEY_BLOCK - 1) / KEY_BLOCK);
+    p->parts = arena_take(a, p->part_places, (p->dim + PART_EXTRA) * sizeof(float));
     p->logits = arena_take(a, TILE * p->vocab, sizeof(float));
-    p->a.data = arena_take(a, round_up((size_t)n, TILE),
-                           pack_bytes(pack_kind(&p->g, s->model->type), widest, 1));
-    p->g.block_bytes = round_up(engine_block_bytes(&p->g, s->model->type, widest), 64);
-    p->g.blocks = arena_take(a, (size_t)s->model->pool->threads, p->g.block_bytes);
+    p->packed.data = arena_take(a, round_up((size_t)n, TILE),
+                                pack_bytes(pack_kind(&p->eng, m->type), widest, 1));
+    p->eng.block_bytes = round_up(engine_block_bytes(&p->eng, m->type, widest), 64);
+    p->eng.blocks = arena_take(a, threads, p->eng.block_bytes);
 }
 
-/* Bytes of the keys, or of the values, that stand before those of a layer and head. The context is
- * rounded up to KEY_STEP. */
-static uint64_t cache_bytes(const medrun_session *s, int layer, size_t head) {
-    const model_config *c = &s->model->config;
-    uint64_t panels = round_up((size_t)s->options.context, KEY_STEP) / 16;
-    return ((size_t)layer * (size_t)c->n_kv_heads + head) * panels *
-           cache_panel(s->options.kv, (size_t)c->head_dim);
+static void begin_pass(pass *p) {
+    p->n = 0;
+    p->n_segments = 0;
+    p->observed = false;
 }
 
-static uint8_t *session_keys(const medrun_session *s, int layer, size_t head) {
-    return (uint8_t *)s->keys + cache_bytes(s, layer, head);
+/* Puts S into the pass, as many of its tokens as there is room for. */
+static void add_segment(pass *p, segment s) {
+    if (!s.n || p->n == p->capacity) return;
+    if (s.n > p->capacity - p->n) {
+        s.n = p->capacity - p->n;
+        s.n_wanted = 0;                         /* its last token must wait for the next pass   */
+    }
+    if (s.n_wanted > s.n) s.n_wanted = s.n;
+    s.first = p->n;
+    p->segments[p->n_segments] = s;
+    for (size_t i = 0; i < s.n; i++, p->n++) {
+        p->owner[p->n] = &p->segments[p->n_segments];
+        p->position[p->n] = s.position + i;
+    }
+    p->n_segments++;
+    p->observed |= s.observer != NULL;
 }
 
-static uint8_t *session_values(const medrun_session *s, int layer, size_t head) {
-    return (uint8_t *)s->values + cache_bytes(s, layer, head);
-}
-
-/* Shows a stage to the sessions that have an observer. */
+/* Shows a stage, (n, cols) with STRIDE, to whoever observes a segment: each sees its own rows. */
 static void observe(const pass *p, const char *stage, const float *data, size_t cols,
                     size_t stride) {
     if (!p->observed) return;
-    for (size_t i = 0; i < p->n_segments; i++) {
-        const segment *s = &p->segments[i];
-        if (s->session->observer)
-            s->session->observer(s->session->observer_user, stage, p->layer, s->n, cols, stride,
-                                 data + s->first * stride);
+    for (const segment *s = p->segments; s < p->segments + p->n_segments; s++)
+        if (s->observer)
+            s->observer(s->observer_user, stage, p->layer, s->n, cols, stride,
+                        data + s->first * stride);
+}
+
+/* What is done for each row by itself. Threads take tiles of rows. */
+typedef void row_fn(pass *p, size_t row);
+typedef struct { pass *p; row_fn *row; } row_job;
+
+static void rows_task(void *context, size_t begin, size_t end, int thread) {
+    (void)thread;
+    row_job *j = context;
+    for (size_t r = begin * TILE; r < end * TILE && r < j->p->n; r++) j->row(j->p, r);
+}
+
+static void each_row(pass *p, row_fn *row) {
+    row_job j = {p, row};
+    parallel_for(p->eng.pool, (p->n + TILE - 1) / TILE, 1, rows_task, &j);
+}
+
+/* x = the token's embedding; rotation = cosine and sine of its angles, once for all layers: angle i
+ * is position * rope_frequencies[i]. */
+static void embed_row(pass *p, size_t r) {
+    const medrun_model *m = p->model;
+    const tensor *e = &m->embed;
+    size_t id = (size_t)p->owner[r]->ids[r - p->owner[r]->first];
+    float *rotation = p->rotation + r * p->dim;
+    panel_unpack_row(e->type, e->data + id / LANES * panel_bytes(e->type, e->cols), id % LANES,
+                     e->cols, p->x + r * p->hidden);
+    for (size_t i = 0; i < p->dim / 2; i++) {
+        double sine, cosine;
+        sin_cos((double)((float)p->position[r] * m->rope_frequencies[i]), &sine, &cosine);
+        rotation[2 * i] = (float)cosine * m->rope_scale;
+        rotation[2 * i + 1] = (float)sine * m->rope_scale;
     }
 }
 
-/* Runs TASK on all rows, a tile of rows at a time: BEGIN and END count tiles. */
-static void each_tile(pass *p, task_fn *task) {
-    parallel_for(p->g.pool, (p->n + TILE - 1) / TILE, 1, task, p);
+static void norm_row(pass *p, size_t r) {
+    p->eng.k->norm(p->h + r * p->hidden, p->x + r * p->hidden, p->norm_weight, p->hidden,
+                   p->config->norm_eps);
 }
 
-static size_t tile_end(const pass *p, size_t end) { return end * TILE < p->n ? end * TILE : p->n; }
-
-static void embed_task(void *context, size_t begin, size_t end, int thread) {
-    (void)thread;
-    pass *p = context;
-    const tensor *e = &p->m->embed;
-    size_t half = (size_t)p->m->config.head_dim / 2;
-    for (size_t r = begin * TILE; r < tile_end(p, end); r++) {
-        size_t id = (size_t)p->owner[r]->tokens[p->position[r]];
-        panel_unpack_row(e->type, e->data + id / LANES * panel_bytes(e->type, e->cols), id % LANES,
-                         e->cols, p->x + r * p->hidden);
-        for (size_t i = 0; i < half; i++) {             /* this position's rotation, once a pass */
-            double sine, cosine;
-            sin_cos((double)((float)p->position[r] * p->m->rope_frequencies[i]), &sine, &cosine);
-            p->rotation[(r * half + i) * 2] = (float)cosine * p->m->rope_scale;
-            p->rotation[(r * half + i) * 2 + 1] = (float)sine * p->m->rope_scale;
-        }
-    }
+/* x (n, cols), packed for the next matmul. */
+static void pack_rows(pass *p, const float *x, size_t cols) {
+    pack_activations(&p->eng, &p->packed, p->model->type, x, cols, cols, p->n);
 }
 
-static void norm_task(void *context, size_t begin, size_t end, int thread) {
-    (void)thread;
-    pass *p = context;
-    for (size_t r = begin * TILE; r < tile_end(p, end); r++)
-        p->g.k->norm(p->h + r * p->hidden, p->x + r * p->hidden, p->weight, p->hidden,
-                     p->m->config.norm_eps);
-}
-
-/* h = norm(x) * weight, packed for the next matmul */
+/* h = x / sqrt(mean(x^2) + eps) * weight, packed for the next matmul. */
 static void norm_rows(pass *p, const float *weight, const char *stage) {
-    p->weight = weight;
-    each_tile(p, norm_task);
+    p->norm_weight = weight;
+    each_row(p, norm_row);
     observe(p, stage, p->h, p->hidden, p->hidden);
-    pack_activations(&p->g, &p->a, p->m->type, p->h, p->hidden, p->hidden, p->n);
+    pack_rows(p, p->h, p->hidden);
 }
 
-/* Rotary position embedding (Su et al. 2021), the halves of a head as pairs: (x[i], x[i + D/2]). */
+/* out (n, rows of w) = w times the rows that were packed last. */
+static void multiply(pass *p, const tensor *w, float *out, size_t stride) {
+    matmul(&p->eng, &(product){w, out, stride}, 1, &p->packed);
+}
+
+/* Rotary position embedding: turns the pair (x[i], x[i + half]) by the position's angle i. Then the
+ * score of a query and a key depends on the distance of their positions alone. */
 static void rotate(float *x, const float *rotation, size_t half) {
     for (size_t i = 0; i < half; i++) {
         float a = x[i], b = x[i + half], cosine = rotation[2 * i], sine = rotation[2 * i + 1];
@@ -7470,116 +7513,105 @@ static void rotate(float *x, const float *rotation, size_t half) {
     }
 }
 
-/* A row of a head to int8 panels: number d of keys at 32 (d / 2) + d % 2 after the place of their
- * lane; of values at 2 d after the place of their row. */
+/* x (dim) of one position to int8 panels: keys (dim / 2, 16, 2), values (8, dim, 2), and then the
+ * scales of its groups, see cache_panel. */
 static void store_int8(const pass *p, const float *x, uint8_t *panel, size_t lane, bool keys) {
-    size_t dim = (size_t)p->m->config.head_dim;
     int8_t q[MAX_HEAD_DIM];
     uint16_t scales[MAX_HEAD_DIM / GROUP + 1];
-    uint8_t *to = panel + (keys ? 2 * lane : lane / 2 * 2 * dim + lane % 2);
-    p->g.k->to_int8(q, scales, x, dim);
-    if (keys) for (size_t d = 0; d < dim; d += 2) memcpy(to + 16 * d, q + d, 2);
-    else for (size_t d = 0; d < dim; d++) to[2 * d] = (uint8_t)q[d];
-    for (size_t g = 0; g * GROUP < dim; g++)
-        memcpy(panel + 16 * dim + 2 * (16 * g + lane), scales + g, 2);
+    uint8_t *to = panel + (keys ? 2 * lane : lane / 2 * 2 * p->dim + lane % 2);
+    p->eng.k->to_int8(q, scales, x, p->dim);
+    if (keys) for (size_t d = 0; d < p->dim; d += 2) memcpy(to + 16 * d, q + d, 2);
+    else for (size_t d = 0; d < p->dim; d++) to[2 * d] = (uint8_t)q[d];
+    for (size_t g = 0; g * GROUP < p->dim; g++)
+        memcpy(panel + 16 * p->dim + 2 * (16 * g + lane), scales + g, 2);
 }
 
-/* Keys of one row and head -> lane position % 16 of their panel; values -> their row. */
+/* The key and the value of one row and head to the cache: the key becomes a column of its panel
+ * (dim, 16), as attention walks along dim for 16 keys at once; the value stays a row. */
 static void store_row(const pass *p, size_t r, size_t head) {
-    medrun_session *s = p->owner[r];
-    int kv = s->options.kv;
-    size_t dim = (size_t)p->m->config.head_dim, at = p->position[r], lane = at % 16;
+    const kv_cache *cache = p->owner[r]->cache;
+    size_t dim = p->dim, at = p->position[r], lane = at % 16;
+    size_t panel = at / 16 * cache_panel(cache->kv, dim);
     const float *k = p->k + r * p->kv + head * dim, *v = p->v + r * p->kv + head * dim;
-    size_t panel = at / 16 * cache_panel(kv, dim);
-    uint8_t *keys = session_keys(s, p->layer, head) + panel;
-    uint8_t *values = session_values(s, p->layer, head) + panel;
-    if (kv == MEDRUN_KV_INT8) {
+    uint8_t *keys = cache_keys(cache, p->layer, head) + panel;
+    uint8_t *values = cache_values(cache, p->layer, head) + panel;
+    if (cache->kv == MEDRUN_KV_INT8) {
         store_int8(p, k, keys, lane, true);
         store_int8(p, v, values, lane, false);
-    } else if (kv == MEDRUN_KV_F32) {
+    } else if (cache->kv == MEDRUN_KV_F32) {
         for (size_t d = 0; d < dim; d++) memcpy(keys + 4 * (16 * d + lane), k + d, 4);
         memcpy(values + 4 * lane * dim, v, 4 * dim);
     } else {
-        uint16_t half[16];
-        for (size_t d = 0; d < dim; d += 16) {
-            p->g.k->to_half(half, k + d, 16);
-            for (size_t i = 0; i < 16; i++) memcpy(keys + 2 * (16 * (d + i) + lane), half + i, 2);
-        }
-        p->g.k->to_half((uint16_t *)(void *)values + lane * dim, v, dim);
+        uint16_t half[MAX_HEAD_DIM];
+        p->eng.k->to_half(half, k, dim);
+        for (size_t d = 0; d < dim; d++) memcpy(keys + 2 * (16 * d + lane), half + d, 2);
+        p->eng.k->to_half((uint16_t *)(void *)values + lane * dim, v, dim);
     }
 }
 
 /* One head of q or k: its norm, where the model has one (WEIGHT), then the rotation. */
 static void place_head(const pass *p, float *x, const float *weight, const float *rotation) {
-    size_t dim = (size_t)p->m->config.head_dim;
-    if (weight) p->g.k->norm(x, x, weight, dim, p->m->config.norm_eps);
-    rotate(x, rotation, dim / 2);
+    if (weight) p->eng.k->norm(x, x, weight, p->dim, p->config->norm_eps);
+    rotate(x, rotation, p->dim / 2);
 }
 
-static void place_task(void *context, size_t begin, size_t end, int thread) {
-    (void)thread;
-    pass *p = context;
-    const model_layer *y = &p->m->layers[p->layer];
-    size_t dim = (size_t)p->m->config.head_dim;
-    for (size_t r = begin * TILE; r < tile_end(p, end); r++) {
-        const float *rotation = p->rotation + r * dim;
-        for (size_t d = 0; d < p->heads; d += dim)
-            place_head(p, p->q + r * p->heads + d, y->q_norm, rotation);
-        for (size_t d = 0; d < p->kv; d += dim) {
-            place_head(p, p->k + r * p->kv + d, y->k_norm, rotation);
-            store_row(p, r, d / dim);
-        }
+/* Gives q and k their position; the key and the value go to the cache. */
+static void place_row(pass *p, size_t r) {
+    const model_layer *layer = &p->model->layers[p->layer];
+    const float *rotation = p->rotation + r * p->dim;
+    for (size_t d = 0; d < p->heads; d += p->dim)
+        place_head(p, p->q + r * p->heads + d, layer->q_norm, rotation);
+    for (size_t d = 0; d < p->kv; d += p->dim) {
+        place_head(p, p->k + r * p->kv + d, layer->k_norm, rotation);
+        store_row(p, r, d / p->dim);
     }
 }
 
 /* Where a row's query of a head leaves the part that block PIECE of its keys gives. */
 static float *part_place(const pass *p, size_t row, size_t head, size_t piece) {
-    const model_config *c = &p->m->config;
-    size_t query = row * (size_t)c->n_heads + head;
-    return p->parts + (query * p->pieces + piece) * ((size_t)c->head_dim + PART_EXTRA);
+    size_t query = row * (size_t)p->config->n_heads + head;
+    return p->parts + (query * p->pieces + piece) * (p->dim + PART_EXTRA);
 }
 
-/* Queries [first, end) of a segment's key-value head, counted through rows and then heads; all
- * their keys, or only block PIECE of them. */
+/* attn = softmax(q . keys / sqrt(dim)) . values for queries [first, end) of a segment that share
+ * key-value head HEAD, counted through rows and then heads; over all keys that each sees, or only
+ * those of block PIECE. A query sees its own position and those before it, and no more of them than
+ * the sliding window. */
 static void attend_queries(const pass *p, const segment *s, size_t head, size_t first, size_t end,
                            size_t piece, float *scratch) {
-    const model_config *c = &p->m->config;
-    size_t dim = (size_t)c->head_dim, group = (size_t)(c->n_heads / c->n_kv_heads);
-    size_t window = c->sliding_window ? (size_t)c->sliding_window : SIZE_MAX;
-    attention a = {.n = end - first, .kv = s->session->options.kv,
-                   .head_dim = dim, .scale = 1.0f / sqrtf((float)dim), .end = SIZE_MAX,
-                   .part = p->pieces > 1, .scratch = scratch,
-                   .keys = session_keys(s->session, p->layer, head),
-                   .values = session_values(s->session, p->layer, head)};
+    size_t window = p->config->sliding_window ? (size_t)p->config->sliding_window : SIZE_MAX;
+    attention a = {.n = end - first, .kv = s->cache->kv, .head_dim = p->dim,
+                   .scale = 1.0f / sqrtf((float)p->dim), .end = SIZE_MAX, .part = p->pieces > 1,
+                   .keys = cache_keys(s->cache, p->layer, head),
+                   .values = cache_values(s->cache, p->layer, head), .scratch = scratch};
     if (a.part) a.begin = piece * KEY_BLOCK, a.end = a.begin + KEY_BLOCK;
     for (size_t i = 0; i < a.n; i++, first++) {
-        size_t row = s->first + first / group, q = head * group + first % group;
-        a.q[i] = p->q + row * p->heads + q * dim;
-        a.out[i] = a.part ? part_place(p, row, q, piece) : p->attn + row * p->heads + q * dim;
-        a.limit[i] = s->position + first / group + 1;
+        size_t row = s->first + first / p->group, q = head * p->group + first % p->group;
+        size_t at = row * p->heads + q * p->dim;
+        a.q[i] = p->q + at;
+        a.out[i] = a.part ? part_place(p, row, q, piece) : p->attn + at;
+        a.limit[i] = s->position + first / p->group + 1;
         a.start[i] = a.limit[i] > window ? a.limit[i] - window : 0;
     }
-    p->g.k->attend(&a);
+    p->eng.k->attend(&a);
 }
 
 /* A segment's queries of one key-value head, QUERIES at a time. */
 static size_t segment_tiles(const pass *p, const segment *s) {
-    size_t group = (size_t)(p->m->config.n_heads / p->m->config.n_kv_heads);
-    return (s->n * group + QUERIES - 1) / QUERIES;
+    return (s->n * p->group + QUERIES - 1) / QUERIES;
 }
 
 /* Items are numbered through segments, their key-value heads, tiles of queries, pieces. */
 static void attend_task(void *context, size_t begin, size_t end, int thread) {
     pass *p = context;
-    size_t kv_heads = (size_t)p->m->config.n_kv_heads;
-    size_t group = (size_t)p->m->config.n_heads / kv_heads, at = 0;
-    float *scratch = p->scores + (size_t)thread * attend_scratch((size_t)p->m->config.head_dim);
+    size_t kv_heads = (size_t)p->config->n_kv_heads, at = 0;
+    float *scratch = p->scores + (size_t)thread * attend_scratch(p->dim);
     for (const segment *s = p->segments; s < p->segments + p->n_segments; s++) {
         size_t tiles = segment_tiles(p, s), items = kv_heads * tiles * p->pieces;
         for (size_t i = begin > at ? begin - at : 0; i < items && at + i < end; i++) {
             size_t item = i / p->pieces, first = item % tiles * QUERIES, last = first + QUERIES;
-            attend_queries(p, s, item / tiles, first, last < s->n * group ? last : s->n * group,
-                           i % p->pieces, scratch);
+            if (last > s->n * p->group) last = s->n * p->group;
+            attend_queries(p, s, item / tiles, first, last, i % p->pieces, scratch);
         }
         at += items;
     }
@@ -7588,129 +7620,123 @@ static void attend_task(void *context, size_t begin, size_t end, int thread) {
 static void merge_task(void *context, size_t begin, size_t end, int thread) {
     (void)thread;
     pass *p = context;
-    size_t heads = (size_t)p->m->config.n_heads, dim = (size_t)p->m->config.head_dim;
+    size_t heads = (size_t)p->config->n_heads;
     for (size_t i = begin; i < end; i++)
-        p->g.k->merge(p->attn + i * dim, part_place(p, i / heads, i % heads, 0), p->pieces, dim);
+        p->eng.k->merge(p->attn + i * p->dim, part_place(p, i / heads, i % heads, 0), p->pieces,
+                        p->dim);
 }
 
-/* A few tokens with many keys are split by blocks of keys too, so that all threads have work: each
- * block is computed by itself anyway, and joined in the same order. */
+/* Attention of all rows. A few tokens with many keys are split by blocks of keys too, so that all
+ * threads have work. That changes no bit: a block is always computed by itself, and the blocks are
+ * always joined in order (section 6). */
 static void attend_rows(pass *p) {
-    size_t items = 0, longest = 0, heads = (size_t)p->m->config.n_heads;
+    size_t items = 0, longest = 0, heads = (size_t)p->config->n_heads;
     for (const segment *s = p->segments; s < p->segments + p->n_segments; s++) {
-        items += segment_tiles(p, s) * (size_t)p->m->config.n_kv_heads;
+        items += segment_tiles(p, s) * (size_t)p->config->n_kv_heads;
         if (s->position + s->n > longest) longest = s->position + s->n;
     }
     p->pieces = (longest + KEY_BLOCK - 1) / KEY_BLOCK;
-    if (items >= 4 * (size_t)p->g.pool->threads || p->n * heads * p->pieces > p->part_places)
+    if (items >= 4 * (size_t)p->eng.pool->threads || p->n * heads * p->pieces > p->part_places)
         p->pieces = 1;
-    parallel_for(p->g.pool, items * p->pieces, 1, attend_task, p);
-    if (p->pieces > 1) parallel_for(p->g.pool, p->n * heads, heads, merge_task, p);
+    parallel_for(p->eng.pool, items * p->pieces, 1, attend_task, p);
+    if (p->pieces > 1) parallel_for(p->eng.pool, p->n * heads, heads, merge_task, p);
 }
 
-static void activate_task(void *context, size_t begin, size_t end, int thread) {
-    (void)thread;
-    pass *p = context;
-    const kernel_set *k = p->g.k;
-    int activation = p->m->config.activation;
-    for (size_t r = begin * TILE; r < tile_end(p, end); r++) {
-        float *x = p->ffn_act + r * p->ffn;
-        if (activation == ACTIVATION_SILU) k->silu_mul(x, p->up + r * p->ffn, p->ffn);
-        else if (activation == ACTIVATION_RELU2) k->relu2(x, p->ffn);
-        else k->xielu(x, p->ffn, &p->m->layers[p->layer].xielu);
-    }
+static void activate_row(pass *p, size_t r) {
+    int activation = p->config->activation;
+    float *x = p->ffn_act + r * p->ffn;
+    if (activation == ACTIVATION_SILU) p->eng.k->silu_mul(x, p->up + r * p->ffn, p->ffn);
+    else if (activation == ACTIVATION_RELU2) p->eng.k->relu2(x, p->ffn);
+    else p->eng.k->xielu(x, p->ffn, &p->model->layers[p->layer].xielu);
 }
 
-/* ffn_act = silu(gate(h)) * up(h), or without a gate the activation of up(h) */
-static void widen_rows(pass *p, const model_layer *y) {
-    bool gated = p->m->config.activation == ACTIVATION_SILU;
-    matmul(&p->g, (product[]){{gated ? &y->gate : &y->up, p->ffn_act, p->ffn},
-                              {&y->up, p->up, p->ffn}}, gated ? 2 : 1, &p->a);
-    each_tile(p, activate_task);
+/* ffn_act = silu(gate . h) * (up . h), or without a gate the activation of up . h */
+static void widen_rows(pass *p, const model_layer *layer) {
+    if (p->config->activation == ACTIVATION_SILU)
+        matmul(&p->eng, (product[]){{&layer->gate, p->ffn_act, p->ffn},
+                                    {&layer->up, p->up, p->ffn}}, 2, &p->packed);
+    else multiply(p, &layer->up, p->ffn_act, p->ffn);
+    each_row(p, activate_row);
 }
 
-static void residual_task(void *context, size_t begin, size_t end, int thread) {
-    (void)thread;
-    pass *p = context;
-    for (size_t r = begin * TILE; r < tile_end(p, end); r++)
-        p->g.k->add(p->x + r * p->hidden, p->h + r * p->hidden, p->hidden);
+/* x += h: a block adds what it found to the residual stream. */
+static void add_row(pass *p, size_t r) {
+    p->eng.k->add(p->x + r * p->hidden, p->h + r * p->hidden, p->hidden);
 }
 
-/* Rows of the pass whose logits are wanted, and by whom. */
-typedef struct {
-    size_t n, row[TILE];
-    medrun_session *to[TILE];
-} output_rows;
-
-/* The tokens of the pass through all layers; x ends as the last layer's output. */
+/* The tokens of the pass through all layers. x begins as the embeddings and ends as the last
+ * layer's output; each of a layer's two blocks reads it and adds to it. Beside each step stands
+ * what it makes. */
 static void forward(pass *p) {
-    const medrun_model *m = p->m;
     p->layer = -1;
-    each_tile(p, embed_task);
+    each_row(p, embed_row);                                     /* x (n, hidden)                */
     observe(p, "embed", p->x, p->hidden, p->hidden);
 
-    for (p->layer = 0; p->layer < m->config.n_layers; p->layer++) {
-        const model_layer *y = &m->layers[p->layer];
+    for (p->layer = 0; p->layer < p->config->n_layers; p->layer++) {
+        const model_layer *layer = &p->model->layers[p->layer];
 
-        norm_rows(p, y->attn_norm, "attn_norm");
-        matmul(&p->g, (product[]){{&y->q, p->q, p->heads}, {&y->k, p->k, p->kv},
-                                  {&y->v, p->v, p->kv}}, 3, &p->a);
-        each_tile(p, place_task);
+        norm_rows(p, layer->attn_norm, "attn_norm");            /* h (n, hidden)                */
+        matmul(&p->eng, (product[]){{&layer->q, p->q, p->heads}, {&layer->k, p->k, p->kv},
+                                    {&layer->v, p->v, p->kv}}, 3, &p->packed);
+        each_row(p, place_row);                                 /* q (n, heads), k, v (n, kv)   */
         observe(p, "q", p->q, p->heads, p->heads);
         observe(p, "k", p->k, p->kv, p->kv);
         observe(p, "v", p->v, p->kv, p->kv);
-        attend_rows(p);
+        attend_rows(p);                                         /* attn (n, heads)              */
         observe(p, "attn_out", p->attn, p->heads, p->heads);
-        pack_activations(&p->g, &p->a, m->type, p->attn, p->heads, p->heads, p->n);
-        matmul(&p->g, &(product){&y->o, p->h, p->hidden}, 1, &p->a);
-        each_tile(p, residual_task);
+        pack_rows(p, p->attn, p->heads);
+        multiply(p, &layer->o, p->h, p->hidden);                /* h (n, hidden)                */
+        each_row(p, add_row);                                   /* x                            */
         observe(p, "attn_resid", p->x, p->hidden, p->hidden);
 
-        norm_rows(p, y->ffn_norm, "ffn_norm");
-        widen_rows(p, y);
+        norm_rows(p, layer->ffn_norm, "ffn_norm");              /* h (n, hidden)                */
+        widen_rows(p, layer);                                   /* ffn_act (n, ffn)             */
         observe(p, "ffn_act", p->ffn_act, p->ffn, p->ffn);
-        pack_activations(&p->g, &p->a, m->type, p->ffn_act, p->ffn, p->ffn, p->n);
-        matmul(&p->g, &(product){&y->down, p->h, p->hidden}, 1, &p->a);
-        each_tile(p, residual_task);
+        pack_rows(p, p->ffn_act, p->ffn);
+        multiply(p, &layer->down, p->h, p->hidden);             /* h (n, hidden)                */
+        each_row(p, add_row);                                   /* x                            */
         observe(p, "layer_out", p->x, p->hidden, p->hidden);
     }
 }
 
-/* Final norm and logits of these rows, gathered at the front of h, to their sessions. */
+/* Rows whose logits are computed together: number WHICH, from the last on, of a segment's rows. */
+typedef struct {
+    size_t n, which[TILE];
+    const segment *of[TILE];
+} output_rows;
+
+/* Final norm and logits of these rows, gathered at the front of h, to their segments. */
 static void give_logits(pass *p, output_rows *o) {
-    size_t cols = (size_t)p->m->config.vocab_size, same;
-    for (size_t i = 0; i < o->n; i++)
-        p->g.k->norm(p->h + i * p->hidden, p->x + o->row[i] * p->hidden, p->m->final_norm,
-                     p->hidden, p->m->config.norm_eps);
-    pack_activations(&p->g, &p->a, p->m->output.type, p->h, p->hidden, p->hidden, o->n);
-    matmul(&p->g, &(product){&p->m->output, p->logits, p->vocab}, 1, &p->a);
+    size_t vocab = (size_t)p->config->vocab_size, same;
+    for (size_t i = 0; i < o->n; i++) {
+        size_t row = o->of[i]->first + o->of[i]->n - 1 - o->which[i];
+        p->eng.k->norm(p->h + i * p->hidden, p->x + row * p->hidden, p->model->final_norm,
+                       p->hidden, p->config->norm_eps);
+    }
+    pack_activations(&p->eng, &p->packed, p->model->output.type, p->h, p->hidden, p->hidden, o->n);
+    multiply(p, &p->model->output, p->logits, p->vocab);
     for (size_t i = 0; i < o->n; i += same) {
-        medrun_session *to = o->to[i];
+        const segment *to = o->of[i];
         const float *h = p->h + i * p->hidden, *logits = p->logits + i * p->vocab;
-        for (same = 1; i + same < o->n && o->to[i + same] == to;) same++;
-        memcpy(to->logits + to->n_logits * p->vocab, logits, same * p->vocab * sizeof(float));
-        to->n_logits += same;
+        for (same = 1; i + same < o->n && o->of[i + same] == to;) same++;
+        memcpy(to->logits + o->which[i] * p->vocab, logits, same * p->vocab * sizeof *logits);
         if (!to->observer) continue;
         to->observer(to->observer_user, "final_norm", -1, same, p->hidden, p->hidden, h);
-        to->observer(to->observer_user, "logits", -1, same, cols, p->vocab, logits);
+        to->observer(to->observer_user, "logits", -1, same, vocab, p->vocab, logits);
     }
     o->n = 0;
 }
 
-/* Logits for the sessions that this pass brings to the end of their timeline: the last n_wanted of
- * their rows, last first. Rows of several sessions share a reading of the output matrix. */
+/* The logits that segments want. Rows of several segments share a reading of the output matrix. */
 static void output(pass *p) {
     output_rows o = {0};
     p->layer = -1;
-    for (segment *s = p->segments; s < p->segments + p->n_segments; s++) {
-        medrun_session *to = s->session;
-        to->n_logits = 0;
-        if (to->n_done + s->n < to->n_tokens) continue;
-        for (size_t i = 0; i < s->n && i < to->n_wanted; i++) {
-            o.row[o.n] = s->first + s->n - 1 - i, o.to[o.n++] = to;
+    for (const segment *s = p->segments; s < p->segments + p->n_segments; s++)
+        for (size_t i = 0; i < s->n_wanted; i++) {
+            o.of[o.n] = s;
+            o.which[o.n++] = i;
             if (o.n == TILE) give_logits(p, &o);
         }
-    }
     if (o.n) give_logits(p, &o);
 }
 /* ============================================================================================
@@ -7991,6 +8017,31 @@ void medrun_describe(const medrun_model *m, medrun_info *info) {
 
 /* ---- starting and stopping ------------------------------------------------------------------ */
 
+struct medrun_session {
+    const medrun_model *model;
+    medrun_session_options options;             /* zeros replaced by what they stand for        */
+    size_t bytes;                               /* of the arena that this struct begins         */
+    bool owns_memory;
+    int32_t *tokens;                            /* (context) the timeline                       */
+    size_t n_tokens, n_done;                    /* its length; how many have been processed     */
+    kv_cache cache;                             /* of the first n_done tokens                   */
+    float *logits;                              /* (most rows, vocab rounded up to 16)          */
+    size_t n_wanted;                            /* rows of logits that a pass is to give        */
+    size_t n_logits;                            /* rows the last pass gave; 0 while pending     */
+    size_t n_ready;                             /* rows medrun_next has still to use: that of the
+                                                   last token and those of guesses behind it    */
+    lookup *lookup;                             /* what guesses; NULL: nothing does             */
+    uint64_t random;
+    bool answer_open;                           /* the last turn is an answer nobody closed     */
+    bool starting;                              /* medrun_next has not given text since a feed  */
+    uint64_t *candidates;                       /* (vocab_size) for the sampler                 */
+    char *text;                                 /* bytes that are not yet whole characters, and */
+    size_t n_text;                              /* those of the next piece behind them          */
+    medrun_observer *observer;
+    void *observer_user;
+    pass *pass;                                 /* scratch for passes that this session leads   */
+};
+
 /* A longer match is a better guess: 1 of 10 came true for one token, 9 of 10 for sixteen. */
 static void layout_lookup(const medrun_session *s, lookup *look, arena *a) {
     look->latest = arena_take(a, (size_t)s->model->config.vocab_size, sizeof *look->latest);
@@ -8007,14 +8058,12 @@ static void layout_session(medrun_session *s, arena *a) {
     lookup unused_lookup, *look = o->lookup ? arena_take(a, 1, sizeof *look) : NULL;
     size_t vocab = (size_t)c->vocab_size;
     int rows = o->logit_rows > o->lookup ? o->logit_rows : o->lookup + 1;
-    uint64_t cache = cache_bytes(s, c->n_layers, 0);
     s->tokens = arena_take(a, (size_t)o->context, sizeof *s->tokens);
-    s->keys = arena_take(a, cache, 1);
-    s->values = arena_take(a, cache, 1);
+    layout_cache(&s->cache, c, o->context, o->kv, a);
     s->logits = arena_take(a, (uint64_t)rows, round_up(vocab, LANES) * sizeof(float));
     s->candidates = arena_take(a, vocab, sizeof *s->candidates);
     s->text = arena_take(a, s->model->longest_piece + 8, 1);
-    layout_pass(s, p ? p : &unused_pass, a);
+    layout_pass(p ? p : &unused_pass, s->model, o->batch, o->context, o->strict, a);
     if (o->lookup) layout_lookup(s, look ? look : &unused_lookup, a);
     s->pass = p;
     s->lookup = look;
@@ -8289,16 +8338,11 @@ int medrun_say(medrun_session *s, const char *role, const char *text, size_t n_b
 /* ---- steps --------------------------------------------------------------------------------- */
 
 /* Puts what is pending in S into the pass, as far as there is room. */
-static void add_segment(pass *p, medrun_session *s) {
-    size_t n = medrun_pending(s), room = p->capacity - p->n;
-    if (n > room) n = room;
-    if (!n) return;
-    p->segments[p->n_segments++] = (segment){s, p->n, n, s->n_done};
-    for (size_t i = 0; i < n; i++, p->n++) {
-        p->owner[p->n] = s;
-        p->position[p->n] = s->n_done + i;
-    }
-    p->observed |= s->observer != NULL;
+static void join_pass(pass *p, medrun_session *s) {
+    add_segment(p, (segment){.ids = s->tokens + s->n_done, .n = medrun_pending(s),
+                             .position = s->n_done, .cache = &s->cache, .n_wanted = s->n_wanted,
+                             .logits = s->logits, .observer = s->observer,
+                             .observer_user = s->observer_user});
 }
 
 /* One pass multiplies the rows of all sessions by the same weights, with the same kernels. */
@@ -8317,25 +8361,31 @@ static int check_company(medrun_session *const *sessions, size_t n, medrun_error
 }
 
 /* The pass is the scratch of the first session; the pool serves one pass at a time. */
+
+/* The pass is the scratch of the first session; the pool serves one pass at a time. */
 int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *error) {
     medrun_error own, *e = fresh_error(error, &own);
     if (!n) return MEDRUN_OK;
     if (arithmetic_fault()) return check_machine(e);
     if (check_company(sessions, n, e)) return e->code;
     pass *p = sessions[0]->pass;
-    p->n = 0;
-    p->n_segments = 0;
-    p->observed = false;
+    if (pthread_mutex_lock(&sessions[0]->model->pool->turn))
+        return fail(e, MEDRUN_USAGE, "step: an observer called it while its pass was running");
+    begin_pass(p);
     for (size_t i = 0; i < n; i++) {
         sessions[i]->n_ready = 0;
-        add_segment(p, sessions[i]);
+        join_pass(p, sessions[i]);
     }
-    if (!p->n) return MEDRUN_OK;
-    pthread_mutex_lock(&p->m->pool->turn);
-    forward(p);
-    output(p);
-    pthread_mutex_unlock(&p->m->pool->turn);
-    for (size_t i = 0; i < p->n_segments; i++) p->segments[i].session->n_done += p->segments[i].n;
+    if (p->n) {
+        forward(p);
+        output(p);
+    }
+    for (size_t i = 0, k = 0; i < n && k < p->n_segments; i++)  /* all with something pending,  */
+        if (medrun_pending(sessions[i])) {                      /* until the pass was full      */
+            sessions[i]->n_done += p->segments[k].n;
+            sessions[i]->n_logits = p->segments[k++].n_wanted;
+        }
+    pthread_mutex_unlock(&sessions[0]->model->pool->turn);
     return MEDRUN_OK;
 }
 
@@ -8568,8 +8618,8 @@ static void walk_cache(state_io *io, const medrun_session *s, const uint8_t dige
         io->sum += at;
         for (int l = 0; l < s->model->config.n_layers; l++)
             for (size_t h = 0; h < (size_t)s->model->config.n_kv_heads; h++) {
-                walk_panel(io, session_keys(s, l, h) + offset, panel);
-                walk_panel(io, session_values(s, l, h) + offset, panel);
+                walk_panel(io, cache_keys(&s->cache, l, h) + offset, panel);
+                walk_panel(io, cache_values(&s->cache, l, h) + offset, panel);
             }
         uint64_t sum = io->sum;
         move_sum(io, &sum, sizeof sum);
@@ -8579,7 +8629,7 @@ static void walk_cache(state_io *io, const medrun_session *s, const uint8_t dige
 /* What a cache's bits depend on. int8, int4, and bf16 without the processor's bf16 dot product give
  * the same bits everywhere; otherwise only the same kernels go on where others stopped. */
 static void name_numbers(const medrun_session *s, char name[24]) {
-    bool exact = pack_kind(&s->pass->g, s->model->type) != PACK_BF16;
+    bool exact = pack_kind(&s->pass->eng, s->model->type) != PACK_BF16;
     const char *numbers = exact ? "exact" : s->model->kernels->name;
     snprintf(name, 24, "%d %s", NUMBERS_VERSION, numbers);
 }
@@ -9664,8 +9714,10 @@ static double mb(uint64_t bytes) { return (double)bytes / 0x1p20; }
 
 /* Keys and values of CONTEXT positions. */
 static uint64_t cache_size(const medrun_model *m, int context, int kv) {
-    medrun_session s = {.model = m, .options = {.context = context, .kv = kv}};
-    return 2 * cache_bytes(&s, m->config.n_layers, 0);
+    kv_cache cache;
+    arena a = {0};
+    layout_cache(&cache, &m->config, context, kv, &a);
+    return a.at;
 }
 
 /* What a session with these options takes, beside what the machine has. */

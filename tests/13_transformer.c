@@ -343,6 +343,43 @@ static void test_company(void) {
     }
 }
 
+/* An observer that steps its own session, or another one of the model, gets an error; the pass that
+ * it looks at goes on as if it had not. */
+typedef struct {
+    medrun_session *own, *other;
+    int calls, refused;
+} caller;
+
+static void call_back(void *user, const char *stage, int layer, size_t rows, size_t cols,
+                      size_t stride, const float *data) {
+    caller *c = user;
+    medrun_session *sessions[] = {c->own, c->other};
+    (void)stage, (void)layer, (void)rows, (void)cols, (void)stride, (void)data;
+    for (int i = 0; i < 2; i++) {
+        medrun_error e = {0};
+        c->calls++;
+        c->refused += medrun_step(&sessions[i], 1, &e) == MEDRUN_USAGE &&
+                      strstr(e.text, "observer") != NULL;
+    }
+}
+
+static void test_callbacks(void) {
+    static const int32_t ids[] = {3, 1, 4, 1, 5, 9, 2, 6};
+    medrun_model *m = open_fixture("llama-plain", "int8", 2, NULL);
+    medrun_session *alone = start(m, (medrun_session_options){0});
+    caller c = {start(m, (medrun_session_options){0}), start(m, (medrun_session_options){0}), 0, 0};
+    run_all(alone, ids, 8);
+    CHECK(!medrun_feed(c.other, ids, 3, NULL));
+    medrun_observe(c.own, call_back, &c);
+    run_all(c.own, ids, 8);
+    CHECK(c.calls > 20 && c.refused == c.calls && medrun_pending(c.other) == 3);
+    CHECK(!memcmp((const void *)medrun_logits(alone, 0), (const void *)medrun_logits(c.own, 0),
+                  (size_t)m->config.vocab_size * sizeof(float)));
+    CHECK(!medrun_step(&c.other, 1, NULL) && !medrun_pending(c.other));
+    medrun_stop(alone), medrun_stop(c.own), medrun_stop(c.other);
+    medrun_close(m);
+}
+
 int main(void) {
     test_logits();
     test_int4_logits();
@@ -354,5 +391,6 @@ int main(void) {
     test_stages("apertus-plain", 7);
     test_promises();
     test_company();
+    test_callbacks();
     return report();
 }
