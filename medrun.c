@@ -691,22 +691,15 @@ static bool make_private(SECURITY_DESCRIPTOR *d, ACL **list) {
  * umask does nothing here; TO_UPDATE has one writer; TO_LOOK follows a link, as only administrators
  * make them. */
 static int open_file(const char *path, int how) {
-    enum { ALL = FILE_SHARE_READ | FILE_SHARE_WRITE | FILE_SHARE_DELETE };
-    static const DWORD modes[][3] = {           /* access, what others may do meanwhile, creation */
-        [TO_READ] = {GENERIC_READ, ALL, OPEN_EXISTING},
-        [TO_MAP] = {GENERIC_READ, ALL, OPEN_EXISTING},
-        [TO_LOOK] = {GENERIC_READ, ALL, OPEN_EXISTING},
-        [TO_WRITE] = {GENERIC_WRITE, ALL, CREATE_NEW},
-        [TO_CREATE] = {GENERIC_WRITE, ALL, CREATE_NEW},
-        [TO_UPDATE] = {GENERIC_READ | GENERIC_WRITE, ALL & ~FILE_SHARE_WRITE, OPEN_ALWAYS},
-    };
-    const DWORD *mode = modes[how];
+    bool is_new = how == TO_WRITE || how == TO_CREATE, update = how == TO_UPDATE;
+    DWORD access = update ? GENERIC_READ | GENERIC_WRITE : is_new ? GENERIC_WRITE : GENERIC_READ;
+    DWORD share = FILE_SHARE_READ | FILE_SHARE_DELETE | (update ? 0 : FILE_SHARE_WRITE);
+    DWORD create = update ? OPEN_ALWAYS : is_new ? CREATE_NEW : OPEN_EXISTING;
     SECURITY_DESCRIPTOR owner_only;
     SECURITY_ATTRIBUTES who = {sizeof who, &owner_only, FALSE};
     ACL *list = NULL;
-    bool is_new = mode[2] == CREATE_NEW;
     if (is_new && !make_private(&owner_only, &list)) return windows_failed();
-    HANDLE h = open_handle(path, mode[0], mode[1], mode[2], is_new ? &who : NULL);
+    HANDLE h = open_handle(path, access, share, create, is_new ? &who : NULL);
     LocalFree(list);
     return h == INVALID_HANDLE_VALUE ? -1 : _open_osfhandle((intptr_t)h, _O_BINARY);
 }

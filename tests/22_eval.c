@@ -188,7 +188,7 @@ static void test_statistics(void) {
 /* ---- prompts, letter for letter ------------------------------------------------------------ */
 
 static evaluation v;
-static char model_path[512];
+static char model_path[512], page_path[512];
 
 static void set_up(const char *name, const char *path, int mode) {
     medrun_error e = {0};
@@ -392,7 +392,7 @@ static void test_scores(void) {
 static int run_with(size_t n, const char *mode) {
     const char *line[] = {"medrun-eval", model_path, "mmlu", DATA "anatomy_test.csv", "--fewshot", "1",
                           DATA "anatomy_dev.csv", "--limit", "2", "-t", "1", "--mode", mode,
-                          "--html", "/dev/null", NULL};
+                          "--html", page_path, NULL};
     int status = 0;
     fflush(stdout);
     pid_t child = fork();
@@ -423,6 +423,7 @@ static void test_memory(void) {
 int main(void) {
     const char *build = getenv("MEDRUN_TEST_BUILD");
     snprintf(model_path, sizeof model_path, "%s/llama-tied-int8.mdr", build ? build : "build");
+    snprintf(page_path, sizeof page_path, "%s/test_memory.html", build ? build : "build");
     test_forms();
     test_refusals();
     test_answers();

@@ -145,6 +145,12 @@ code 3 --merge "$T"/task_*.jsonl "$T/shots_anatomy.jsonl"; err_has 'shots: found
 for words in '<svg' 'Calibration' 'prefers-color-scheme' '<b>(right)</b>' 'Research and teaching only'; do
     check "the page has $words" grep -q -- "$words" "$T/page.html"
 done
+code 0 --merge "$T"/task_*.jsonl --html "$T/page.html"             # over an older page
+echo mine >"$T/notes.html"; ln -s page.html "$T/link.html"
+code 2 --merge "$T"/task_*.jsonl --html "$T/notes.html"; err_has 'notes.html exists and is not a page of medrun-eval'
+code 2 --merge "$T"/task_*.jsonl --html "$T/link.html"; err_has 'is a symbolic link'
+check 'what is no page stays' [ "$(cat "$T/notes.html")" = mine ]
+check 'nothing is left beside the pages' [ -z "$(find "$T" -name '*.html.partial')" ]
 check 'the page loads nothing' [ "$(grep -cE 'https?://|src=|url\(' "$T/page.html")" = 0 ]
 
 finish

@@ -11,8 +11,10 @@ static void add_html(buffer *b, const char *text, const char *line_end) {
     }
 }
 
+static const file_kind page_kind = {"a page of medrun-eval", "<!-- medrun -->", false};
+
 static void page_head(const results *all, buffer *b) {
-    buffer_text(b, "<!DOCTYPE html>\n<html lang=\"en\"><meta charset=\"utf-8\">\n"
+    buffer_text(b, "<!-- medrun -->\n<!DOCTYPE html>\n<html lang=\"en\"><meta charset=\"utf-8\">\n"
         "<meta name=\"viewport\" content=\"width=device-width\">\n<title>medrun-eval</title>\n"
         "<style>\n"
         ":root { color-scheme: light dark; --line: #8886; --blue: #2563eb; --soft: #2563eb22 }\n"
@@ -160,6 +162,7 @@ static int page_wrong(const result_set *s, buffer *b, medrun_error *e) {
     return MEDRUN_OK;
 }
 
+/* Writes the page to PATH, over nothing but an older page. */
 static int write_page(const results *all, const tallies *t, const char *path, medrun_error *e) {
     buffer b = {0};
     page_head(all, &b);
@@ -167,11 +170,12 @@ static int write_page(const results *all, const tallies *t, const char *path, me
     page_calibration(all, &b);
     for (size_t i = 0; i < all->n_sets; i++) page_confusion(&all->sets[i], &b);
     for (size_t i = 0; i < all->n_sets && !e->code; i++) page_wrong(&all->sets[i], &b, e);
-    FILE *f = e->code ? NULL : open_stream(path, TO_WRITE);
     if (b.failed) out_of_memory(e, b.n);
-    else if (!e->code && (!f || fwrite(b.data, 1, b.n, f) != b.n))
-        fail(e, MEDRUN_FAILED, "%s: cannot write: %s", path, strerror(errno));
-    if (f && fclose(f)) fail(e, MEDRUN_FAILED, "%s: cannot write: %s", path, strerror(errno));
+    file_writer w;
+    if (!writer_open(&w, path, &page_kind, false, e)) {
+        fwrite(b.data, 1, b.n, w.f);
+        writer_done(&w, e);
+    }
     buffer_free(&b);
     return e->code;
 }
