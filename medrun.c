@@ -9076,10 +9076,12 @@ static int set_choice(command *c, int id, const char *value, const char *words, 
 }
 
 static int set_flag(command *c, int id, const char *value, const char *name) {
-    int code = set_choice(c, id, value, "0|1|off|on|false|true", name);
-    c->number[id] = whole(c, id) % 2;
+    static const char *const on[] = {"1", "on", "true"};
+    if (set_choice(c, id, value, "0|1|off|on|false|true", name)) return c->e.code;
+    c->number[id] = 0;
+    for (size_t i = 0; i < 3; i++) if (!strcmp(value, on[i])) c->number[id] = 1;
     if (!flag(c, id)) c->text[id] = NULL;
-    return code;
+    return MEDRUN_OK;
 }
 
 /* VALUE was found in NAME, an option or an environment variable. */
@@ -9148,15 +9150,17 @@ static void print_ids(FILE *f, const int32_t *ids, size_t n) {
     fputc('\n', f);
 }
 
-/* A line on stderr, unless -q. */
+/* A line on stderr, unless -q. A name from a checkpoint may stand in it. */
 MEDRUN_PRINTF_LIKE(2, 3)
 static void note(const command *c, const char *format, ...) {
+    char line[2048];
     if (flag(c, O_QUIET)) return;
     va_list args;
     va_start(args, format);
-    vfprintf(stderr, format, args);
+    vsnprintf(line, sizeof line, format, args);
     va_end(args);
-    fputc('\n', stderr);
+    make_safe(line);
+    fprintf(stderr, "%s\n", line);
     fflush(stderr);
 }
 
@@ -9343,7 +9347,8 @@ static const char *const kv_names[] = {"f16", "f32", "int8"};      /* MEDRUN_KV_
 
 /* Strict means to the last bits of float32, so the cache follows unless --kv says otherwise. */
 static int cache_type(const command *c) {
-    return whole(c, given(c, O_KV) ? O_KV : O_STRICT);
+    if (given(c, O_KV)) return whole(c, O_KV);
+    return flag(c, O_STRICT) ? MEDRUN_KV_F32 : MEDRUN_KV_F16;
 }
 
 static medrun_session_options session_options(const command *c, int context) {
@@ -9997,6 +10002,11 @@ static int read_message(editor *ed, buffer *m) {
         int got = read_line(ed, several ? ". " : "> ");
         const char *line = chars(&ed->line);
         size_t n = ed->line.n;
+        if (ed->line.failed) {                          /* what was typed is not whole           */
+            buffer_free(&ed->line);
+            m->failed = true;
+            return LINE;
+        }
         if (got != LINE) return got;
         if (several) buffer_text(m, m->n ? "\n" : "");
         else if (n >= 3 && !memcmp(line, quotes, 3)) several = true, line += 3, n -= 3;
@@ -10110,6 +10120,16 @@ static int chat_clear(chat *h) {
     return medrun_rewind(h->c->s, 0, &h->c->e);
 }
 
+/* The system text of the next conversation, which begins now. */
+static int chat_system(chat *h, const char *text) {
+    buffer fresh = {0};
+    buffer_text(&fresh, text);
+    if (fresh.failed) return out_of_memory(&h->c->e, strlen(text));     /* the old one stays     */
+    buffer_free(&h->system);
+    h->system = fresh;
+    return chat_clear(h);
+}
+
 /* Where the turns of a loaded conversation begin is not known: all of it counts as one. */
 static int chat_load(chat *h, const char *path) {
     h->starts.n = 0;
@@ -10165,7 +10185,7 @@ static int chat_command(chat *h, char *line) {
     switch (which) {
         case SAY_BYE: return h->leave = true, MEDRUN_OK;
         case SAY_CLEAR: return chat_clear(h);
-        case SAY_SYSTEM: return h->system.n = 0, buffer_text(&h->system, text), chat_clear(h);
+        case SAY_SYSTEM: return chat_system(h, text);
         case SAY_SAVE: return medrun_save(h->c->s, text, &h->c->e);
         case SAY_LOAD: return chat_load(h, text);
         case SAY_READ: return chat_read(h, text);
@@ -10186,8 +10206,11 @@ static int chat_loop(chat *h, buffer *message) {
             continue;
         }
         h->interrupts = 0;
-        if (message->failed) return out_of_memory(&h->c->e, message->n);
-        if (message->n && message->data[0] == '/') code = chat_command(h, (char *)message->data);
+        if (message->failed) {
+            buffer_free(message);
+            code = fail(&h->c->e, MEDRUN_NO_MEMORY, "out of memory: the message was not taken");
+        } else if (message->n && message->data[0] == '/')
+            code = chat_command(h, (char *)message->data);
         else if (message->n) code = chat_answer(h, chars(message), message->n);
         if (code && !h->c->e.code) return code;         /* stdout is gone                        */
         if (code) fprintf(stderr, "%s\n", h->c->e.text);
@@ -10220,7 +10243,7 @@ static int talk(command *c) {
             "anyone's care.%s\n", h.ed.colour ? "\x1b[33m" : "", h.ed.colour ? "\x1b[0m" : "");
     note(c, "/help lists what can be typed.");
     buffer_text(&h.system, system_text(c));
-    code = try_prefix(&h);
+    code = h.system.failed ? out_of_memory(&c->e, strlen(system_text(c))) : try_prefix(&h);
     if (!code && (given(c, O_PROMPT) || given(c, O_FILE))) code = read_prompt(c, &message);
     if (!code && message.n) code = chat_answer(&h, chars(&message), message.n);
     if (!code) code = chat_loop(&h, &message);
@@ -10268,8 +10291,11 @@ static void hash_task(void *context, size_t begin, size_t end, int thread) {
 static bool report(const command *c, const char *kind, const char *name, const char *expected,
                    const char *found) {
     bool same = !strcmp(expected, found);
-    if (same && flag(c, O_VERBOSE)) printf("%-10s %s: the same\n", kind, name);
-    if (!same) printf("%-10s %s DIFFERS: expected %s, found %s\n", kind, name, expected, found);
+    char shown[64];
+    snprintf(shown, sizeof shown, "%s", name);
+    make_safe(shown);
+    if (same && flag(c, O_VERBOSE)) printf("%-10s %s: the same\n", kind, shown);
+    if (!same) printf("%-10s %s DIFFERS: expected %s, found %s\n", kind, shown, expected, found);
     return same;
 }
 
@@ -10284,21 +10310,26 @@ static bool report_hash(const command *c, const hashed *h, bool is_tensor) {
     return report(c, is_tensor ? "tensors" : "tokenizer", name, wanted, found);
 }
 
-/* The tensors' SHA-256, and the tokenizer's, on all threads. Opening has checked the offsets. */
+/* The bytes that entry NODE of the header describes; opening has checked that they are there. */
+static hashed section_of(const model_file *f, uint32_t node, medrun_error *e) {
+    int64_t offset = json_int(&f->header, node, "", "offset", 0, 1ll << 52, e);
+    int64_t bytes = json_int(&f->header, node, "", "bytes", 0, 1ll << 52, e);
+    return (hashed){.node = node, .data = f->map.data + offset, .bytes = (size_t)bytes};
+}
+
+/* The tensors' SHA-256, and the tokenizer's, on all threads. */
 static int verify_hashes(command *c, bool *same) {
     const model_file *f = &c->m->file;
     size_t n = f->header.nodes[f->tensors].count, good = 0;
     hash_job job = {.all = new_array(n + 1, sizeof(hashed)), .show = is_terminal(STDERR_FILENO)};
     if (!job.all) return out_of_memory(&c->e, (n + 1) * sizeof(hashed));
     uint32_t v = f->tensors + 1;
-    for (size_t i = 0; i <= n; i++, v = f->header.nodes[v].next) {
-        int64_t offset = 0, bytes = 0;
-        uint32_t node = i < n ? v : f->tokenizer;
-        offset = json_int(&f->header, node, "", "offset", 0, 1ll << 52, &c->e);
-        bytes = json_int(&f->header, node, "", "bytes", 0, 1ll << 52, &c->e);
-        job.all[i] = (hashed){.node = node, .data = f->map.data + offset, .bytes = (size_t)bytes};
-        job.total += (size_t)bytes;
+    for (size_t i = 0; i < n; i++) {
+        job.all[i] = section_of(f, v, &c->e);
+        if (i + 1 < n) v = f->header.nodes[v].next;     /* behind the last there may be no node  */
     }
+    job.all[n] = section_of(f, f->tokenizer, &c->e);
+    for (size_t i = 0; i <= n; i++) job.total += job.all[i].bytes;
     parallel_for(c->m->pool, n + 1, 1, hash_task, &job);
     if (job.show) fprintf(stderr, "\r%20s\r", "");
     for (size_t i = 0; i < n; i++) good += report_hash(c, &job.all[i], true);
@@ -10420,8 +10451,8 @@ static int verify_proofs(command *c, const char *kind, bool *same) {
         char name[24];
         buffer expected = {0}, found = {0};
         snprintf(name, sizeof name, "proof %zu", i + 1);
-        if (*kind == 'l') code = prove_logits(c, v, name, &expected, &found);
-        else code = prove_ids(c, v, *kind == 'c', &expected, &found);
+        if (!strcmp(kind, "logits")) code = prove_logits(c, v, name, &expected, &found);
+        else code = prove_ids(c, v, !strcmp(kind, "chats"), &expected, &found);
         if (!code && (expected.failed || found.failed)) code = out_of_memory(&c->e, expected.n);
         if (!code) good += report(c, kind, name, chars(&expected), chars(&found));
         buffer_free(&expected), buffer_free(&found);

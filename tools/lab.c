@@ -150,6 +150,7 @@ static int replay_record(command *c, const json *j, const char *path) {
     if (!code) code = json_ids(c, j, json_get(j, 0, "answer"), "answer", &expected);
     if (!code) json_text(j, 0, path, "logits_sha256", wanted, sizeof wanted, &c->e);
     if (!code) code = json_text(j, 0, path, "kernels", kernels, sizeof kernels, &c->e);
+    if (!code) make_safe(wanted), make_safe(kernels);   /* they are printed                      */
     if (!code && !prompt.n)
         code = fail(&c->e, MEDRUN_BAD_FILE, "%s: the prompt is empty", path);
     if (!code) code = medrun_feed(c->s, ids_of(&prompt), prompt.n / 4, &c->e);
@@ -297,9 +298,12 @@ static void print_bench(command *c, const bench_row *row, int repeats) {
         buffer_free(&b);
         return;
     }
+    char name[sizeof m->name];
+    snprintf(name, sizeof name, "%s", m->name);
+    make_safe(name);
     if (whole(c, L_DEPTH)) snprintf(depth, sizeof depth, " @ d%d", whole(c, L_DEPTH));
     printf("%s, %s, %s kernels, %d threads, kv %s%s\n\n| test | tokens/s | rate | this machine's "
-           "ceiling | share | attention |\n|---|---|---|---|---|---|\n", m->name,
+           "ceiling | share | attention |\n|---|---|---|---|---|---|\n", name,
            type_names[m->type], m->kernels->name, m->pool->threads, kv,
            flag(c, O_STRICT) ? ", strict" : "");
     for (int i = 0; i < 2; i++)
