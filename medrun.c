@@ -381,6 +381,9 @@ enum { SIGHUP = SIGBREAK, SIGQUIT = SIGBREAK };         /* the console was close
 #if defined MEDRUN_SCALAR && !defined __i386__  /* asked for: plain C only, a quarter less code  */
 #elif defined __x86_64__ || defined __i386__
 #define MEDRUN_X86 1
+#if defined __clang__ || __GNUC__ >= 11         /* the assemblers beside older ones do not know  */
+#define MEDRUN_AVXVNNI 1                        /* {vex} vpdpbusd, which binutils has since 2.36 */
+#endif
 #include <cpuid.h>
 #if defined __i386__ && !defined __SSE2_MATH__  /* x87 would round to other bits                 */
 #ifdef __clang__
@@ -4061,9 +4064,11 @@ static const kernel_set kernel_row_bf16 = ROW(BF16_NAME, true, matmul_bf16);
 #define MEDRUN_PASS 2
 #include "medrun.c"
 #undef MEDRUN_PASS
+#ifdef MEDRUN_AVXVNNI
 #define MEDRUN_PASS 4
 #include "medrun.c"
 #undef MEDRUN_PASS
+#endif
 #ifdef __clang__
 #pragma clang attribute pop
 #pragma clang attribute push(__attribute__((target( \
@@ -4270,7 +4275,9 @@ static int usable_kernels(const kernel_set *out[N_KERNEL_SETS]) {
     cpu_features f = detect_cpu();
     if (f.avx512_bf16) out[n++] = &kernel_row_bf16_avx512;
     if (f.avx512) out[n++] = &kernel_row_avx512;
+#ifdef MEDRUN_AVXVNNI
     if (f.avx2 && f.avx_vnni) out[n++] = &kernel_row_avxvnni;
+#endif
     if (f.avx2) out[n++] = &kernel_row_avx2;
 #elif defined MEDRUN_ARM64
     cpu_features f = detect_cpu();

@@ -16,6 +16,18 @@ refused() { # OPTION: does not compile, and says why
 refused -ffast-math; refused -Ofast; refused -ffinite-math-only
 check '-O3 is not refused' $cc -O3 -w -fsyntax-only -DMEDRUN_NO_MAIN -DMEDRUN_SCALAR medrun.c
 
+# A gcc that is older than the assembler's `{vex}` gets no such line, and still a whole file.
+case $($cc -dumpmachine) in
+    x86_64*|amd64*)
+        $cc -U__clang__ -U__GNUC__ -D__GNUC__=10 -w -E -DMEDRUN_NO_MAIN medrun.c >"$T/old.i"
+        check "an old gcc's assembler is spared {vex}" [ "$(grep -c '%{vex%}' "$T/old.i")" = 0 ]
+        check "but AVX2 is there" grep -q kernel_row_avx2 "$T/old.i"
+        $cc -w -E -DMEDRUN_NO_MAIN medrun.c >"$T/new.i"
+        check "a new one has it" grep -q '%{vex%}' "$T/new.i"
+        ;;
+    *) skip "old assemblers: asked for on x86-64 only";;
+esac
+
 # The macros that are left, of what medrun.c itself defines.
 left() { # OPTION...
     $cc -E -dD -I. "$@" "$T/host.c" | awk '
