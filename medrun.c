@@ -7319,12 +7319,9 @@ static void layout_cache(kv_cache *cache, const model_config *c, int context, in
     cache->values = arena_take(a, (uint64_t)c->n_layers * cache->heads, cache->head_bytes);
 }
 
-static uint8_t *cache_keys(const kv_cache *c, int layer, size_t head) {
-    return c->keys + ((size_t)layer * c->heads + head) * c->head_bytes;
-}
-
-static uint8_t *cache_values(const kv_cache *c, int layer, size_t head) {
-    return c->values + ((size_t)layer * c->heads + head) * c->head_bytes;
+/* Where a layer's head begins in keys, and in values. */
+static size_t cache_place(const kv_cache *c, int layer, size_t head) {
+    return ((size_t)layer * c->heads + head) * c->head_bytes;
 }
 
 /* Tokens of one timeline that stand together in a pass. All that a pass knows of a session. */
@@ -7349,8 +7346,6 @@ typedef struct {
     size_t n_segments;
     segment *segments;                          /* (capacity)                                   */
     const segment **owner;                      /* (capacity) of each row                       */
-    size_t *position;                           /* (capacity) of each row                       */
-    bool observed;                              /* somebody looks at a segment                  */
     int layer;                                  /* that is computed now; -1: none               */
     size_t dim, group;                          /* head_dim; query heads to a key-value head    */
     size_t hidden, heads, kv, ffn, vocab;       /* heads: of all queries; kv: of all keys       */
@@ -7372,25 +7367,19 @@ typedef struct {
  * run one after the other, so they share memory: (q, k, v, attn) and (ffn_act, up). */
 static void layout_pass(pass *p, const medrun_model *m, int rows, int context, bool strict,
                         arena *a) {
-    const model_config *c = p->config = &m->config;
+    const model_config *c = &m->config;
+    size_t dim = (size_t)c->head_dim, heads = (size_t)c->n_heads, kv_heads = (size_t)c->n_kv_heads;
     uint64_t n = (uint64_t)rows, threads = (uint64_t)m->pool->threads, overlaid, end;
-    size_t widest;
-    p->model = m;
-    p->capacity = (size_t)n;
-    p->dim = (size_t)c->head_dim;
-    p->group = (size_t)(c->n_heads / c->n_kv_heads);
-    p->hidden = (size_t)c->hidden_size;
-    p->heads = (size_t)c->n_heads * p->dim;
-    p->kv = (size_t)c->n_kv_heads * p->dim;
-    p->ffn = (size_t)c->ffn_size;
-    p->vocab = round_up((size_t)c->vocab_size, LANES);
-    widest = p->ffn > p->heads ? p->ffn : p->heads;
-    if (p->hidden > widest) widest = p->hidden;
+    *p = (pass){.model = m, .config = c, .capacity = (size_t)n, .dim = dim,
+                .group = heads / kv_heads, .hidden = (size_t)c->hidden_size, .heads = heads * dim,
+                .kv = kv_heads * dim, .ffn = (size_t)c->ffn_size,
+                .vocab = round_up((size_t)c->vocab_size, LANES)};
     p->eng = (engine){.pool = m->pool, .k = m->kernels, .strict = strict, .device = m->device,
                       .cache = m->cache};
+    size_t widest = p->ffn > p->heads ? p->ffn : p->heads;
+    if (p->hidden > widest) widest = p->hidden;
     p->segments = arena_take(a, n, sizeof *p->segments);
     p->owner = arena_take(a, n, sizeof *p->owner);
-    p->position = arena_take(a, n, sizeof *p->position);
     p->x = arena_take(a, n * p->hidden, sizeof(float));
     p->h = arena_take(a, (n > TILE ? n : TILE) * p->hidden, sizeof(float));
     overlaid = a->at;
@@ -7403,10 +7392,10 @@ static void layout_pass(pass *p, const medrun_model *m, int rows, int context, b
     p->ffn_act = arena_take(a, n * p->ffn, sizeof(float));
     if (c->activation == ACTIVATION_SILU) p->up = arena_take(a, n * p->ffn, sizeof(float));
     if (a->at < end) a->at = end;
-    p->rotation = arena_take(a, n * p->dim, sizeof(float));
-    p->scores = arena_take(a, threads * attend_scratch(p->dim), sizeof(float));
-    p->part_places = TILE * (size_t)c->n_heads * (((size_t)context + KEY_BLOCK - 1) / KEY_BLOCK);
-    p->parts = arena_take(a, p->part_places, (p->dim + PART_EXTRA) * sizeof(float));
+    p->rotation = arena_take(a, n * dim, sizeof(float));
+    p->scores = arena_take(a, threads * attend_scratch(dim), sizeof(float));
+    p->part_places = TILE * heads * (((size_t)context + KEY_BLOCK - 1) / KEY_BLOCK);
+    p->parts = arena_take(a, p->part_places, (dim + PART_EXTRA) * sizeof(float));
     p->logits = arena_take(a, TILE * p->vocab, sizeof(float));
     p->packed.data = arena_take(a, round_up((size_t)n, TILE),
                                 pack_bytes(pack_kind(&p->eng, m->type), widest, 1));
@@ -7414,34 +7403,9 @@ static void layout_pass(pass *p, const medrun_model *m, int rows, int context, b
     p->eng.blocks = arena_take(a, threads, p->eng.block_bytes);
 }
 
-static void begin_pass(pass *p) {
-    p->n = 0;
-    p->n_segments = 0;
-    p->observed = false;
-}
-
-/* Puts S into the pass, as many of its tokens as there is room for. */
-static void add_segment(pass *p, segment s) {
-    if (!s.n || p->n == p->capacity) return;
-    if (s.n > p->capacity - p->n) {
-        s.n = p->capacity - p->n;
-        s.n_wanted = 0;                         /* its last token must wait for the next pass   */
-    }
-    if (s.n_wanted > s.n) s.n_wanted = s.n;
-    s.first = p->n;
-    p->segments[p->n_segments] = s;
-    for (size_t i = 0; i < s.n; i++, p->n++) {
-        p->owner[p->n] = &p->segments[p->n_segments];
-        p->position[p->n] = s.position + i;
-    }
-    p->n_segments++;
-    p->observed |= s.observer != NULL;
-}
-
 /* Shows a stage, (n, cols) with STRIDE, to whoever observes a segment: each sees its own rows. */
 static void observe(const pass *p, const char *stage, const float *data, size_t cols,
                     size_t stride) {
-    if (!p->observed) return;
     for (const segment *s = p->segments; s < p->segments + p->n_segments; s++)
         if (s->observer)
             s->observer(s->observer_user, stage, p->layer, s->n, cols, stride,
@@ -7468,13 +7432,14 @@ static void each_row(pass *p, row_fn *row) {
 static void embed_row(pass *p, size_t r) {
     const medrun_model *m = p->model;
     const tensor *e = &m->embed;
-    size_t id = (size_t)p->owner[r]->ids[r - p->owner[r]->first];
+    const segment *s = p->owner[r];
+    size_t id = (size_t)s->ids[r - s->first], position = s->position + r - s->first;
     float *rotation = p->rotation + r * p->dim;
     panel_unpack_row(e->type, e->data + id / LANES * panel_bytes(e->type, e->cols), id % LANES,
                      e->cols, p->x + r * p->hidden);
     for (size_t i = 0; i < p->dim / 2; i++) {
         double sine, cosine;
-        sin_cos((double)((float)p->position[r] * m->rope_frequencies[i]), &sine, &cosine);
+        sin_cos((double)((float)position * m->rope_frequencies[i]), &sine, &cosine);
         rotation[2 * i] = (float)cosine * m->rope_scale;
         rotation[2 * i + 1] = (float)sine * m->rope_scale;
     }
@@ -7529,12 +7494,12 @@ static void store_int8(const pass *p, const float *x, uint8_t *panel, size_t lan
 /* The key and the value of one row and head to the cache: the key becomes a column of its panel
  * (dim, 16), as attention walks along dim for 16 keys at once; the value stays a row. */
 static void store_row(const pass *p, size_t r, size_t head) {
-    const kv_cache *cache = p->owner[r]->cache;
-    size_t dim = p->dim, at = p->position[r], lane = at % 16;
-    size_t panel = at / 16 * cache_panel(cache->kv, dim);
+    const segment *s = p->owner[r];
+    const kv_cache *cache = s->cache;
+    size_t dim = p->dim, at = s->position + r - s->first, lane = at % 16;
+    size_t place = cache_place(cache, p->layer, head) + at / 16 * cache_panel(cache->kv, dim);
     const float *k = p->k + r * p->kv + head * dim, *v = p->v + r * p->kv + head * dim;
-    uint8_t *keys = cache_keys(cache, p->layer, head) + panel;
-    uint8_t *values = cache_values(cache, p->layer, head) + panel;
+    uint8_t *keys = cache->keys + place, *values = cache->values + place;
     if (cache->kv == MEDRUN_KV_INT8) {
         store_int8(p, k, keys, lane, true);
         store_int8(p, v, values, lane, false);
@@ -7580,10 +7545,11 @@ static float *part_place(const pass *p, size_t row, size_t head, size_t piece) {
 static void attend_queries(const pass *p, const segment *s, size_t head, size_t first, size_t end,
                            size_t piece, float *scratch) {
     size_t window = p->config->sliding_window ? (size_t)p->config->sliding_window : SIZE_MAX;
+    size_t place = cache_place(s->cache, p->layer, head);
     attention a = {.n = end - first, .kv = s->cache->kv, .head_dim = p->dim,
                    .scale = 1.0f / sqrtf((float)p->dim), .end = SIZE_MAX, .part = p->pieces > 1,
-                   .keys = cache_keys(s->cache, p->layer, head),
-                   .values = cache_values(s->cache, p->layer, head), .scratch = scratch};
+                   .keys = s->cache->keys + place, .values = s->cache->values + place,
+                   .scratch = scratch};
     if (a.part) a.begin = piece * KEY_BLOCK, a.end = a.begin + KEY_BLOCK;
     for (size_t i = 0; i < a.n; i++, first++) {
         size_t row = s->first + first / p->group, q = head * p->group + first % p->group;
@@ -7617,12 +7583,9 @@ static void attend_task(void *context, size_t begin, size_t end, int thread) {
     }
 }
 
-static void merge_task(void *context, size_t begin, size_t end, int thread) {
-    (void)thread;
-    pass *p = context;
-    size_t heads = (size_t)p->config->n_heads;
-    for (size_t i = begin; i < end; i++)
-        p->eng.k->merge(p->attn + i * p->dim, part_place(p, i / heads, i % heads, 0), p->pieces,
+static void merge_row(pass *p, size_t r) {
+    for (size_t q = 0; q < (size_t)p->config->n_heads; q++)
+        p->eng.k->merge(p->attn + r * p->heads + q * p->dim, part_place(p, r, q, 0), p->pieces,
                         p->dim);
 }
 
@@ -7639,7 +7602,7 @@ static void attend_rows(pass *p) {
     if (items >= 4 * (size_t)p->eng.pool->threads || p->n * heads * p->pieces > p->part_places)
         p->pieces = 1;
     parallel_for(p->eng.pool, items * p->pieces, 1, attend_task, p);
-    if (p->pieces > 1) parallel_for(p->eng.pool, p->n * heads, heads, merge_task, p);
+    if (p->pieces > 1) each_row(p, merge_row);
 }
 
 static void activate_row(pass *p, size_t r) {
@@ -8338,11 +8301,19 @@ int medrun_say(medrun_session *s, const char *role, const char *text, size_t n_b
 /* ---- steps --------------------------------------------------------------------------------- */
 
 /* Puts what is pending in S into the pass, as far as there is room. */
-static void join_pass(pass *p, medrun_session *s) {
-    add_segment(p, (segment){.ids = s->tokens + s->n_done, .n = medrun_pending(s),
-                             .position = s->n_done, .cache = &s->cache, .n_wanted = s->n_wanted,
-                             .logits = s->logits, .observer = s->observer,
-                             .observer_user = s->observer_user});
+static void add_segment(pass *p, medrun_session *s) {
+    size_t n = medrun_pending(s), room = p->capacity - p->n, wanted = s->n_wanted;
+    if (!n || !room) return;
+    if (wanted > n) wanted = n;
+    if (n > room) {
+        n = room;
+        wanted = 0;                             /* the last token waits for another pass        */
+    }
+    segment *to = &p->segments[p->n_segments++];
+    *to = (segment){.ids = s->tokens + s->n_done, .first = p->n, .n = n, .position = s->n_done,
+                    .cache = &s->cache, .n_wanted = wanted, .logits = s->logits,
+                    .observer = s->observer, .observer_user = s->observer_user};
+    while (n--) p->owner[p->n++] = to;
 }
 
 /* One pass multiplies the rows of all sessions by the same weights, with the same kernels. */
@@ -8371,10 +8342,11 @@ int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *error) 
     pass *p = sessions[0]->pass;
     if (pthread_mutex_lock(&sessions[0]->model->pool->turn))
         return fail(e, MEDRUN_USAGE, "step: an observer called it while its pass was running");
-    begin_pass(p);
+    p->n = 0;
+    p->n_segments = 0;
     for (size_t i = 0; i < n; i++) {
         sessions[i]->n_ready = 0;
-        join_pass(p, sessions[i]);
+        add_segment(p, sessions[i]);
     }
     if (p->n) {
         forward(p);
@@ -8618,8 +8590,9 @@ static void walk_cache(state_io *io, const medrun_session *s, const uint8_t dige
         io->sum += at;
         for (int l = 0; l < s->model->config.n_layers; l++)
             for (size_t h = 0; h < (size_t)s->model->config.n_kv_heads; h++) {
-                walk_panel(io, cache_keys(&s->cache, l, h) + offset, panel);
-                walk_panel(io, cache_values(&s->cache, l, h) + offset, panel);
+                size_t place = cache_place(&s->cache, l, h) + offset;
+                walk_panel(io, s->cache.keys + place, panel);
+                walk_panel(io, s->cache.values + place, panel);
             }
         uint64_t sum = io->sum;
         move_sum(io, &sum, sizeof sum);

@@ -422,8 +422,9 @@ static int copy_start(slot *s, const slot *from, size_t n, medrun_error *e) {
     size_t bytes = (n + 15) / 16 * cache_panel(a->options.kv, (size_t)a->model->config.head_dim);
     for (int l = 0; l < a->model->config.n_layers; l++)
         for (size_t h = 0; h < (size_t)a->model->config.n_kv_heads; h++) {
-            memcpy(cache_keys(&b->cache, l, h), cache_keys(&a->cache, l, h), bytes);
-            memcpy(cache_values(&b->cache, l, h), cache_values(&a->cache, l, h), bytes);
+            size_t to = cache_place(&b->cache, l, h), at = cache_place(&a->cache, l, h);
+            memcpy(b->cache.keys + to, a->cache.keys + at, bytes);
+            memcpy(b->cache.values + to, a->cache.values + at, bytes);
         }
     medrun_rewind(s->s, 0, NULL);
     if (medrun_feed(s->s, a->tokens, n, e)) return e->code;
