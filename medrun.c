@@ -6277,6 +6277,12 @@ static const chat_kind apertus_turns[] = {
     .stops = {"</s>", "<|assistant_end|>", "<|tools_suffix|>"}, \
     .call_tokens = {"<|tools_prefix|>", "<|tools_suffix|>"}
 
+/* What the row llama3 makes of the question "Is it warm?", opening of the answer included:
+ *
+ *     `<|begin_of_text|>``<|start_header_id|>`user`<|end_header_id|>`\n\nIs it warm?`<|eot_id|>`
+ *     `<|start_header_id|>`assistant`<|end_header_id|>`\n\n
+ *
+ * In ids: one for each control token, and those of the four runs of text between them. */
 static const chat_template chat_templates[] = {
     /* Llama-3 and Med42. A system message may stand anywhere, and any role is written as it is. Of
      * the published forms one opens the answer also when it is not asked to; here it is asked. */
@@ -6566,52 +6572,34 @@ static const char *chat_role_of(const json *j, uint32_t v, medrun_error *e) {
     return NULL;
 }
 
-/* Messages with the memory that they lie in; N of them. */
-typedef struct {
-    medrun_message *m;
-    size_t n;
-    buffer text;
-} chat_list;
-
-static void chat_list_free(chat_list *list) {
-    free(list->m);
-    buffer_free(&list->text);
-}
-
-/* Begins to read node V of J, a list of objects without a key that stands twice. LIST gets room for
- * all its texts, so that none moves, and for as many messages as there are nodes. */
-static int chat_list_open(chat_list *list, const json *j, uint32_t v, const char *what,
-                          medrun_error *e) {
+/* Reads node V of J, [{"role": ..., "content": "..."}, ...], as *N messages in *M, whose texts are
+ * in TEXT, an empty buffer; free both afterwards, also on failure. Other contents, and calls where
+ * C has a place for them, need tools/tool_calls.c. */
+static int chat_messages(const chat_template *c, const json *j, uint32_t v, const char *what,
+                         medrun_message **m, size_t *n, buffer *text, medrun_error *e) {
     bool good = json_is_type(j, v, JSON_ARRAY);
     for (uint32_t i = 0, x = v + 1; good && i < j->nodes[v].count; i++, x = j->nodes[x].next)
         good = json_is_type(j, x, JSON_OBJECT);
-    *list = (chat_list){0};
+    *m = NULL;
+    *n = good ? j->nodes[v].count : 0;
     if (!good)
         return fail(e, MEDRUN_BAD_FILE, "%s: wanted [{\"role\": \"...\", \"content\": \"...\"}, "
                     "...]", what);
-    if (json_check_keys(j, v, "messages", e)) return e->code;
-    list->m = new_array(j->nodes[v].next - v, sizeof *list->m);
-    buffer_room(&list->text, j->nodes[v].end - j->nodes[v].start);
-    return list->m && !list->text.failed ? MEDRUN_OK : out_of_memory(e, j->nodes[v].end);
-}
-
-/* Reads node V of J, [{"role": ..., "content": "..."}, ...]; free LIST afterwards. Other contents,
- * and calls where C has a place for them, need tools/tool_calls.c. */
-static int chat_messages(const chat_template *c, const json *j, uint32_t v, const char *what,
-                         chat_list *list, medrun_error *e) {
-    if (chat_list_open(list, j, v, what, e)) return e->code;
-    for (uint32_t i = 0, x = v + 1; i < j->nodes[v].count; i++, x = j->nodes[x].next) {
+    json_check_keys(j, v, "messages", e);
+    *m = new_array(*n, sizeof **m);
+    if (!*m || !buffer_room(text, j->nodes[v].end - j->nodes[v].start))     /* none will move    */
+        return out_of_memory(e, *n * sizeof **m);
+    uint32_t x = v + 1;
+    for (size_t i = 0; !e->code && i < *n; i++, x = j->nodes[x].next) {
+        uint32_t content = json_get(j, x, "content"), calls = json_get(j, x, "tool_calls");
         const char *role = chat_role_of(j, x, e);
-        uint32_t content = json_get(j, x, "content");
-        size_t before = list->text.n;
-        if (!role) return e->code;
-        if (json_get(j, x, "tool_calls") != JSON_NONE && c->takes_tools)
-            return fail(e, MEDRUN_USAGE, "messages: tool_calls: medrun-lab call writes them");
+        size_t at = text->n;
+        if (calls != JSON_NONE && c->takes_tools)
+            fail(e, MEDRUN_USAGE, "messages: tool_calls: medrun-lab call writes them");
         if (!json_is_type(j, content, JSON_STRING))
-            return fail(e, MEDRUN_USAGE, "messages: content: wanted a string");
-        json_unescape(j, content, &list->text);
-        list->m[list->n++] = (medrun_message){role, (const char *)list->text.data + before,
-                                              list->text.n - before};
+            fail(e, MEDRUN_USAGE, "messages: content: wanted a string");
+        if (!e->code) json_unescape(j, content, text);
+        (*m)[i] = (medrun_message){role, (const char *)text->data + at, text->n - at};
     }
     return e->code;
 }
@@ -10331,7 +10319,8 @@ static int prove_ids(command *c, uint32_t v, bool of_chat, buffer *expected,
                      buffer *found) {
     const json *j = &c->m->file.header;
     buffer text = {0}, wanted = {0}, ids = {0};
-    chat_list list = {0};
+    medrun_message *messages = NULL;
+    size_t n;
     uint32_t what = json_get(j, v, of_chat ? "messages" : "text");
     int code = json_ids(c, j, json_get(j, v, "ids"), "proofs: ids", &wanted);
     if (!code && of_chat) {
@@ -10340,17 +10329,17 @@ static int prove_ids(command *c, uint32_t v, bool of_chat, buffer *expected,
         medrun_chat_options o = {.date = dated ? date : NULL};
         chat_writer w = {c->m->chat, c->t, &o, .out = &ids, .e = &c->e};
         code = check_template(c->m->chat, &c->e);
-        if (!code) code = chat_messages(w.c, j, what, "proofs.chats", &list, &c->e);
+        if (!code) code = chat_messages(w.c, j, what, "proofs.chats", &messages, &n, &text, &c->e);
         if (!code && dated)
             code = json_text(j, v, "proofs.chats", "date", date, sizeof date, &c->e);
-        if (!code) code = chat_render(&w, list.m, list.n, true);
+        if (!code) code = chat_render(&w, messages, n, true);
     } else if (!code && json_is_type(j, what, JSON_STRING)) {
         json_unescape(j, what, &text);
         code = tokenizer_encode(c->t, chars(&text), text.n, 0, &ids, &c->e);
     } else if (!code) code = fail(&c->e, MEDRUN_BAD_FILE, "proofs.tokens: text: found none");
     print_to(expected, &wanted), print_to(found, &ids);
     buffer_free(&text), buffer_free(&wanted), buffer_free(&ids);
-    chat_list_free(&list);
+    free(messages);
     return code;
 }
 
@@ -10491,15 +10480,17 @@ static int detokenize_command(command *c) {
 }
 
 static int render_messages(command *c, const json *j) {
-    buffer out = {0};
-    chat_list list;
+    buffer text = {0}, out = {0};
+    medrun_message *messages;
+    size_t n;
     bool opening = !flag(c, O_NO_OPENING), ids = flag(c, O_RENDER_IDS);
     chat_writer w = {c->chat, c->t, &c->chat_options, !ids, .out = &out, .e = &c->e};
-    int code = chat_messages(c->chat, j, 0, c->text[O_MESSAGES], &list, &c->e);
-    if (!code) code = chat_render(&w, list.m, list.n, opening);
+    int code = chat_messages(c->chat, j, 0, c->text[O_MESSAGES], &messages, &n, &text, &c->e);
+    if (!code) code = chat_render(&w, messages, n, opening);
     if (!code && ids) print_ids(stdout, ids_of(&out), out.n / 4);
     else if (!code) fwrite(chars(&out), 1, out.n, stdout);
-    chat_list_free(&list);
+    free(messages);
+    buffer_free(&text);
     buffer_free(&out);
     return code;
 }

@@ -382,7 +382,7 @@ static int render_json(const char *name, const tokenizer *t, const medrun_chat_o
     const chat_template *c = chat_find(name);
     medrun_chat_options all = o ? *o : (medrun_chat_options){0};
     buffer tools = {0};
-    chat_list list = {0};
+    tool_list list = {0};
     json j = {0};
     if (functions && !tools_text(c, functions, n_functions, &tools, e)) {
         all.tools = tools.data ? (char *)tools.data : "";
@@ -391,7 +391,7 @@ static int render_json(const char *name, const tokenizer *t, const medrun_chat_o
     if (!e->code && !json_parse(&j, messages, n, e) &&
         !tools_messages(c, &j, 0, "messages", functions != NULL, &list, e))
         render(c, t, &all, as_text, list.m, list.n, answer, out, e);
-    chat_list_free(&list);
+    tool_list_free(&list);
     json_free(&j);
     buffer_free(&tools);
     return e->code;

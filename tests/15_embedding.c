@@ -240,13 +240,13 @@ static bool use_text(const medrun_model *m) {
     buffer_text(&asks, "}}]}]");
     json j = {0};
     buffer shown = {0};
-    chat_list list = {0};
+    tool_list list = {0};
     int code = tools_text(chat_find(name), (const char *)tools.data, tools.n, &shown, &e);
     if (!code) code = json_parse(&j, (const char *)asks.data, asks.n, &e);
     if (!code) code = tools_messages(chat_find(name), &j, 0, "asks", true, &list, &e);
     medrun_chat_options o = {.tools = (const char *)shown.data, .n_tools = shown.n};
     if (!code) code = medrun_render(m, name, &o, list.m, list.n, false, ids, 8, &n, &e);
-    chat_list_free(&list), json_free(&j), buffer_free(&shown);
+    tool_list_free(&list), json_free(&j), buffer_free(&shown);
     if (code) printf("    %s: %s\n", name, e.text);
     buffer_free(&tools), buffer_free(&asks);
     return !code && !medrun_detokenize(m, ids, 8, true, text, sizeof text, &n, NULL);

@@ -108,14 +108,18 @@ static void try_messages(const uint8_t *input, size_t n) {
         const chat_template *c = chat_find(names[i]);
         medrun_error e = {0}, f = {0}, g = {0};
         buffer tools = {0};
-        chat_list list = {0};
+        tool_list list = {0};
         medrun_render(model, names[i], NULL, m, 2, true, ids, 64, &count, NULL);
-        if (good && !chat_messages(c, &j, 0, "input", &list, &e))
-            medrun_render(model, names[i], NULL, list.m, list.n, true, ids, 64, &count, NULL);
-        chat_list_free(&list);
+        medrun_message *plain = NULL;
+        size_t n_plain;
+        buffer text = {0};
+        if (good && !chat_messages(c, &j, 0, "input", &plain, &n_plain, &text, &e))
+            medrun_render(model, names[i], NULL, plain, n_plain, true, ids, 64, &count, NULL);
+        free(plain);
+        buffer_free(&text);
         if (good && !tools_messages(c, &j, 0, "input", i & 1, &list, &f))
             medrun_render(model, names[i], NULL, list.m, list.n, true, ids, 64, &count, NULL);
-        chat_list_free(&list);
+        tool_list_free(&list);
         if (!tools_text(c, (const char *)input, n, &tools, &g)) {
             medrun_chat_options o = {.tools = (const char *)tools.data, .n_tools = tools.n};
             medrun_render(model, names[i], &o, m, 1, true, ids, 64, &count, NULL);

@@ -485,14 +485,14 @@ static int read_tools(command *c, buffer *shown) {
 static int render_conversation(command *c, bool as_text, buffer *out) {
     buffer text = {0};
     json j = {0};
-    chat_list list = {0};
+    tool_list list = {0};
     chat_writer w = {c->chat, c->t, &c->chat_options, as_text, tools_kinds(c->chat), .out = out,
                      .e = &c->e};
     int code = read_json(c, c->text[O_MESSAGES], &text, &j);
     if (!code)
         code = tools_messages(c->chat, &j, 0, c->text[O_MESSAGES], given(c, L_TOOLS), &list, &c->e);
     if (!code) code = chat_render(&w, list.m, list.n, !flag(c, O_NO_OPENING));
-    chat_list_free(&list);
+    tool_list_free(&list);
     json_free(&j);
     buffer_free(&text);
     return code;

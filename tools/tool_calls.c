@@ -402,12 +402,41 @@ static int tools_text(const chat_template *c, const char *text, size_t n, buffer
 
 /* ---- conversations ------------------------------------------------------------------------- */
 
+/* Messages with the memory that they lie in; N of them. */
+typedef struct {
+    medrun_message *m;
+    size_t n;
+    buffer text;
+} tool_list;
+
+static void tool_list_free(tool_list *list) {
+    free(list->m);
+    buffer_free(&list->text);
+}
+
+/* Begins to read node V of J, a list of objects without a key that stands twice. LIST gets room for
+ * all its texts, so that none moves, and for as many messages as there are nodes. */
+static int tool_list_open(tool_list *list, const json *j, uint32_t v, const char *what,
+                          medrun_error *e) {
+    bool good = json_is_type(j, v, JSON_ARRAY);
+    for (uint32_t i = 0, x = v + 1; good && i < j->nodes[v].count; i++, x = j->nodes[x].next)
+        good = json_is_type(j, x, JSON_OBJECT);
+    *list = (tool_list){0};
+    if (!good)
+        return fail(e, MEDRUN_BAD_FILE, "%s: wanted [{\"role\": \"...\", \"content\": \"...\"}, "
+                    "...]", what);
+    if (json_check_keys(j, v, "messages", e)) return e->code;
+    list->m = new_array(j->nodes[v].next - v, sizeof *list->m);
+    buffer_room(&list->text, j->nodes[v].end - j->nodes[v].start);
+    return list->m && !list->text.failed ? MEDRUN_OK : out_of_memory(e, j->nodes[v].end);
+}
+
 /* Who reads a conversation. A turn's text is what was added to list->text since the one before. */
 typedef struct {
     const chat_template *c;
     const tool_form *form;
     const json *j;
-    chat_list *list;
+    tool_list *list;
     size_t at;                  /* in list->text: where the next turn's text begins            */
     medrun_error *e;
 } tool_reader;
@@ -562,11 +591,11 @@ static int tools_message(tool_reader *r, uint32_t v, bool brings_tools) {
 
 /* Reads node V of J, a list of messages, for template C; WHAT names the file, TOOLS says whether
  * functions are shown. The messages are for chat_render, all at once, with tools_kinds(c) as the
- * writer's `more`. Free LIST with chat_list_free afterwards, also on failure. */
+ * writer's `more`. Free LIST with tool_list_free afterwards, also on failure. */
 static int tools_messages(const chat_template *c, const json *j, uint32_t v, const char *what,
-                          bool tools, chat_list *list, medrun_error *e) {
+                          bool tools, tool_list *list, medrun_error *e) {
     tool_reader r = {c, tool_form_of(c), j, list, 0, e};
-    if (chat_list_open(list, j, v, what, e)) return e->code;
+    if (tool_list_open(list, j, v, what, e)) return e->code;
     bool started = false;
     uint32_t x = v + 1;
     for (uint32_t i = 0; !e->code && i < j->nodes[v].count; i++, x = j->nodes[x].next) {
