@@ -9734,15 +9734,17 @@ static int show_command(command *c) {
 
 /* ---- the line editor ----------------------------------------------------------------------- */
 
-/* A line of text behind a window as wide as the terminal, drawn on stderr, as stdout is for the
- * answers. A line end that was pasted is part of the text and shows as an arrow. */
+/* One line of text, drawn on stderr because stdout is for the answers. It stays on one row of the
+ * terminal: a long line is seen through a window that follows the cursor. So a redraw touches no
+ * other row, however long the line is. A pasted line end belongs to the text and shows as an arrow.
+ * Windows edits its lines itself (plain_line). Tests: tests/16_commands.sh, on a pty. */
 enum { HISTORY = 100 };
 enum { LINE, LINE_INTERRUPTED, LINE_END };      /* what reading a line came to                  */
 
 typedef struct {
     buffer line;
     size_t at;                                  /* the cursor, a byte of the line               */
-    char *history[HISTORY];                     /* in memory only                               */
+    char *history[HISTORY];                     /* a ring in memory, never written to a file    */
     int n_history, place;                       /* place: the one that is shown, n: a new line  */
     bool plain, colour;                         /* plain: nothing that can be drawn on          */
 } editor;
@@ -9756,7 +9758,7 @@ static void on_fatal_signal(int signal_number) {
     raise(signal_number);                               /* now with its default effect           */
 }
 
-/* What is pasted comes between marks. */
+/* Also asks the terminal to put marks around what is pasted. */
 static bool make_raw(void) { return set_raw(true) && fputs("\x1b[?2004h", stderr) >= 0; }
 
 static void prepare_editor(editor *ed) {
@@ -9770,35 +9772,37 @@ static void prepare_editor(editor *ed) {
 }
 
 static void close_editor(editor *ed) {
-    for (int i = 0; i < ed->n_history; i++) free(ed->history[i]);
+    for (int i = 0; i < HISTORY; i++) free(ed->history[i]);
     buffer_free(&ed->line);
 }
 
-enum { KEY_UP = 256, KEY_DOWN, KEY_RIGHT, KEY_LEFT, KEY_HOME, KEY_END, KEY_DELETE, KEY_PASTE,
+/* What a key sends: a byte, or one of these. The first six stand in the order of ABCDHF. */
+enum { KEY_UP = 256, KEY_DOWN, KEY_RIGHT, KEY_LEFT, KEY_END, KEY_HOME, KEY_DELETE, KEY_PASTE,
        KEY_PASTED, KEY_OTHER };
 
-/* A byte, a KEY_, or EOF. Escape sequences are ESC [ numbers letter, or ESC O letter. */
+/* A byte, a KEY_, or EOF. A key that is no character sends ESC [ numbers letter, ESC [ number ~ or
+ * ESC O letter. Only the last number counts: Ctrl-Left, ESC [1;5D, is Left. */
 static int read_key(void) {
-    static const char letters[] = "ABCDHF";             /* in the order of the KEY_              */
+    static const char letters[] = "ABCDFH";
+    static const struct { int number, key; } numbered[] = {
+        {1, KEY_HOME}, {7, KEY_HOME}, {4, KEY_END}, {8, KEY_END}, {3, KEY_DELETE},
+        {200, KEY_PASTE}, {201, KEY_PASTED}};
     int c = typed_byte(), number = 0;
     if (c != 27) return c;
-    if ((c = typed_byte()) != '[' && c != 'O') return c == EOF ? EOF : KEY_OTHER;
-    while ((c = typed_byte()) != EOF && c < 0x40)        /* of numbers the last: Ctrl-Left is     */
-        number = isdigit(c) ? (number * 10 + c - '0') % 1000 : 0;               /* 1;5D, so Left */
-    const char *letter = c > 0 ? strchr(letters, c) : NULL;
+    c = typed_byte();
+    if (c != '[' && c != 'O') return c == EOF ? EOF : KEY_OTHER;
+    while ((c = typed_byte()) != EOF && c < 0x40)
+        number = isdigit(c) ? (number * 10 + c - '0') % 1000 : 0;
+    if (c == EOF) return EOF;
+    const char *letter = strchr(letters, c);
     if (letter) return KEY_UP + (int)(letter - letters);
-    if (c != '~') return c == EOF ? EOF : KEY_OTHER;
-    switch (number) {
-        case 1: case 7: return KEY_HOME;
-        case 4: case 8: return KEY_END;
-        case 3: return KEY_DELETE;
-        case 200: return KEY_PASTE;
-        case 201: return KEY_PASTED;
-        default: return KEY_OTHER;
-    }
+    for (size_t i = 0; c == '~' && i < sizeof numbered / sizeof *numbered; i++)
+        if (number == numbered[i].number) return numbered[i].key;
+    return KEY_OTHER;
 }
 
-/* Columns of a character: some scripts and symbols take two, marks none. */
+/* Columns of a character: Chinese, Japanese, Korean and pictures take two, accents that stand on
+ * the character before them none. A short form of Unicode's table of widths (UAX 11). */
 static size_t columns_of(uint32_t c) {
     static const uint32_t wide[][2] = {{0x1100, 0x115F}, {0x2E80, 0xA4CF}, {0xAC00, 0xD7A3},
         {0xF900, 0xFAFF}, {0xFE30, 0xFE6F}, {0xFF00, 0xFF60}, {0x1F300, 0x1FAFF},
@@ -9810,93 +9814,67 @@ static size_t columns_of(uint32_t c) {
     return 1;
 }
 
-/* Appends to OUT, if there is one, what shows the character at byte I; gives its length. */
-static size_t show_char(const editor *ed, size_t i, size_t *columns, buffer *out) {
-    uint32_t code = 0;
-    size_t len = utf8_decode(ed->line.data + i, ed->line.n - i, &code);
-    bool hostile = !len || is_hostile(code);
-    *columns = hostile ? 1 : columns_of(code);
-    if (!len) len = 1;
-    if (out && hostile) buffer_text(out, code == '\n' ? "\xE2\x86\xB5" : "?");
-    else if (out) buffer_add(out, ed->line.data + i, len);
-    return len;
-}
-
-static size_t char_before(const editor *ed, size_t i) {
-    if (i) i--;
-    while (i && (ed->line.data[i] & 0xC0) == 0x80) i--;
-    return i;
-}
-
-static size_t char_after(const editor *ed, size_t i) {
-    if (i < ed->line.n) i++;
-    while (i < ed->line.n && (ed->line.data[i] & 0xC0) == 0x80) i++;
-    return i;
-}
-
-/* Where the window begins, and the cursor's column in it; a quarter is kept for what follows. */
-static size_t window_start(const editor *ed, size_t room, size_t *cursor) {
-    size_t start = ed->at, follow = 0, columns;
-    for (size_t i = ed->at; i < ed->line.n && follow < room / 4; follow += columns)
-        i += show_char(ed, i, &columns, NULL);
-    for (*cursor = 0; start; *cursor += columns, start = char_before(ed, start)) {
-        show_char(ed, char_before(ed, start), &columns, NULL);
-        if (*cursor + columns + follow > room) break;
+/* From byte I of the line one character on (STEP 1) or back (STEP -1). */
+static size_t next_char(const editor *ed, size_t i, int step) {
+    size_t end = step > 0 ? ed->line.n : 0;
+    while (i != end) {
+        i += (size_t)step;
+        if (i == end || (ed->line.data[i] & 0xC0) != 0x80) break;
     }
-    return start;
+    return i;
 }
 
-/* Draws the window, or, when the line is DONE, all of it. */
+/* The columns of the character in bytes I to END; OUT, if there is one, gets what shows it. */
+static size_t show_char(const editor *ed, size_t i, size_t end, buffer *out) {
+    uint32_t code = 0;
+    size_t n = utf8_decode(ed->line.data + i, end - i, &code);
+    bool hostile = n != end - i || is_hostile(code);
+    if (out && hostile) buffer_text(out, code == '\n' ? "\xE2\x86\xB5" : "?");
+    else if (out) buffer_add(out, ed->line.data + i, n);
+    return hostile ? 1 : columns_of(code);
+}
+
+/* Draws the window, or, when the line is DONE, all of it. The window begins so that what stands
+ * before the cursor fills at most three quarters of it: what follows is seen, too. */
 static void draw_line(const editor *ed, const char *prompt, bool done) {
     int width = terminal_columns();
-    size_t room = (width > 10 ? (size_t)width : 80) - strlen(prompt) - 1, cursor, used = 0, columns;
-    size_t i = window_start(ed, room, &cursor);
+    size_t room = (width > 10 ? (size_t)width : 80) - strlen(prompt) - 1, cursor = 0, used = 0;
+    size_t start = ed->at;
     buffer out = {0};
+    while (start) {
+        size_t before = next_char(ed, start, -1), columns = show_char(ed, before, start, NULL);
+        if (cursor + columns > room * 3 / 4) break;
+        cursor += columns;
+        start = before;
+    }
+    if (done) start = 0;
     buffer_printf(&out, ed->colour ? "\r\x1b[1m%s\x1b[0m" : "\r%s", prompt);
-    if (done) i = 0, room = SIZE_MAX;
-    while (i < ed->line.n) {
+    for (size_t i = start, end; i < ed->line.n; i = end) {
         size_t n = out.n;
-        i += show_char(ed, i, &columns, &out);
-        if ((used += columns) <= room) continue;
+        end = next_char(ed, i, 1);
+        used += show_char(ed, i, end, &out);
+        if (done || used <= room) continue;
         out.n = n;
         break;
     }
     if (done) buffer_text(&out, "\x1b[K\n");
     else buffer_printf(&out, "\x1b[K\r\x1b[%zuC", strlen(prompt) + cursor);
-    fwrite(out.data, 1, out.n, stderr);
+    fwrite(chars(&out), 1, out.n, stderr);
     buffer_free(&out);
 }
 
 static void insert(editor *ed, const char *bytes, size_t n) {
-    if (!buffer_room(&ed->line, n)) return;
+    if (!buffer_room(&ed->line, n)) return;             /* read_message sees that it failed      */
     memmove(ed->line.data + ed->at + n, ed->line.data + ed->at, ed->line.n - ed->at);
     memcpy(ed->line.data + ed->at, bytes, n);
-    ed->at += n, ed->line.n += n;
+    ed->at += n;
+    ed->line.n += n;
 }
 
 static void cut(editor *ed, size_t from, size_t to) {
     if (from < to) memmove(ed->line.data + from, ed->line.data + to, ed->line.n - to);
-    ed->line.n -= to - from, ed->at = from;
-}
-
-static void remember(editor *ed) {
-    char *line = ed->line.n ? new_array(ed->line.n + 1, 1) : NULL;
-    if (!line) return;
-    memcpy(line, ed->line.data, ed->line.n);
-    if (ed->n_history == HISTORY) {
-        free(ed->history[0]);
-        memmove(ed->history, ed->history + 1, sizeof ed->history - sizeof *ed->history);
-        ed->n_history--;
-    }
-    ed->history[ed->n_history++] = line;
-}
-
-static void recall(editor *ed, int step) {
-    if (ed->place + step < 0 || ed->place + step > ed->n_history) return;
-    ed->place += step;
-    cut(ed, 0, ed->line.n);
-    if (ed->place < ed->n_history)
-        insert(ed, ed->history[ed->place], strlen(ed->history[ed->place]));
+    ed->line.n -= to - from;
+    ed->at = from;
 }
 
 static void cut_word(editor *ed) {
@@ -9906,18 +9884,38 @@ static void cut_word(editor *ed) {
     cut(ed, from, ed->at);
 }
 
+/* The newest line takes the place of the oldest in the ring. */
+static void remember(editor *ed) {
+    char *line = ed->line.n ? new_array(ed->line.n + 1, 1) : NULL;
+    if (!line) return;
+    memcpy(line, ed->line.data, ed->line.n);
+    char **place = &ed->history[ed->n_history++ % HISTORY];
+    free(*place);
+    *place = line;
+}
+
+static void recall(editor *ed, int step) {
+    int place = ed->place + step;
+    if (place < 0 || place < ed->n_history - HISTORY || place > ed->n_history) return;
+    const char *line = place < ed->n_history ? ed->history[place % HISTORY] : "";
+    ed->place = place;
+    cut(ed, 0, ed->line.n);
+    insert(ed, line, strlen(line));
+}
+
 #define CTRL_KEY(letter) ((letter) - 'A' + 1)
 
+/* The keys of Emacs, as in a shell. A character of several bytes comes as so many keys. */
 static void edit(editor *ed, int key) {
     switch (key) {
-        case KEY_LEFT: case CTRL_KEY('B'): ed->at = char_before(ed, ed->at); break;
-        case KEY_RIGHT: case CTRL_KEY('F'): ed->at = char_after(ed, ed->at); break;
+        case KEY_LEFT: case CTRL_KEY('B'): ed->at = next_char(ed, ed->at, -1); break;
+        case KEY_RIGHT: case CTRL_KEY('F'): ed->at = next_char(ed, ed->at, 1); break;
         case KEY_HOME: case CTRL_KEY('A'): ed->at = 0; break;
         case KEY_END: case CTRL_KEY('E'): ed->at = ed->line.n; break;
         case KEY_UP: case CTRL_KEY('P'): recall(ed, -1); break;
         case KEY_DOWN: case CTRL_KEY('N'): recall(ed, 1); break;
-        case KEY_DELETE: case CTRL_KEY('D'): cut(ed, ed->at, char_after(ed, ed->at)); break;
-        case 127: case CTRL_KEY('H'): cut(ed, char_before(ed, ed->at), ed->at); break;
+        case KEY_DELETE: case CTRL_KEY('D'): cut(ed, ed->at, next_char(ed, ed->at, 1)); break;
+        case 127: case CTRL_KEY('H'): cut(ed, next_char(ed, ed->at, -1), ed->at); break;
         case CTRL_KEY('K'): cut(ed, ed->at, ed->line.n); break;
         case CTRL_KEY('U'): cut(ed, 0, ed->at); break;
         case CTRL_KEY('W'): cut_word(ed); break;
@@ -9925,10 +9923,11 @@ static void edit(editor *ed, int key) {
     }
 }
 
-/* Keys until the line is entered. */
+/* Reads keys until the line is entered. Draws only when no more waits: a paste is drawn once. */
 static int edit_line(editor *ed, const char *prompt) {
     bool pasting = false;
-    ed->line.n = ed->at = 0, ed->place = ed->n_history;
+    ed->line.n = ed->at = 0;
+    ed->place = ed->n_history;
     for (;;) {
         if (!more_is_typed()) draw_line(ed, prompt, false);
         int key = read_key();
@@ -9945,7 +9944,7 @@ static int edit_line(editor *ed, const char *prompt) {
     }
 }
 
-/* Where nothing can be drawn the terminal's own editing must do. */
+/* Where nothing can be drawn (a pipe, TERM=dumb, Windows) the terminal's own editing must do. */
 static int plain_line(editor *ed, const char *prompt) {
     int c;
     fputs(prompt, stderr);
