@@ -38,10 +38,10 @@
  *     lays out the session's memory: the timeline of ids, the cache of keys and values.
  *     16 make_prompt: 11 chat_render writes the turns as the model knows them, 10 encode_text cuts
  *     them into ids. 16 print_reply asks for one id after another with 15 medrun_next, whose
- *     medrun_step is one pass over the weights: 13 forward, in the textbook's order. embed_task
- *     gives each id its row; then for each layer norm_rows, 7 matmul to q, k and v, place_task
+ *     medrun_step is one pass over the weights: 13 forward, in the textbook's order. embed_row
+ *     gives each id its row; then for each layer norm_rows, 7 matmul to q, k and v, place_row
  *     (turned by position; k and v to the cache), attend_rows, matmul, and after another norm
- *     widen_rows and matmul again; residual_task adds each half to the row.
+ *     widen_rows and matmul again; add_row adds each half to the row.
  *     A matmul packs its rows (7 pack_activations) and shares panels of weights between threads
  *     (4 parallel_for); 6 tile_int8 or its like takes the time; 6 attend is attention. 13 output
  *     makes logits, 14 sample_token an id, 10 tokenizer_text its piece; 16 print_held shows it.
