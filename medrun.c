@@ -261,8 +261,8 @@ int medrun_say(medrun_session *session, const char *role, const char *text, size
                medrun_error *error);
 
 /* One pass over the weights: takes what is pending in the N sessions, at most `batch` of the first
- * session in all, in the order given. All must be of one model, with equal kv and strict.
- * Errors: MEDRUN_USAGE, MEDRUN_FAILED (this thread rounds otherwise, or flushes subnormals). */
+ * session in all, in the order given. All must be of one model, with equal kv and strict. Errors:
+ * MEDRUN_USAGE (also for an observer), MEDRUN_FAILED (this thread rounds or flushes otherwise). */
 int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *error);
 
 size_t medrun_pending(const medrun_session *session);       /* fed and not yet processed       */
@@ -4945,7 +4945,8 @@ static int describe_devices(const char *library, buffer *lines, medrun_error *e)
  * NAME.mdr is "MEDRUN01", a 64-bit header length, a JSON header, the SHA-256 of all that, and then
  * sections at multiples of 4096 bytes: the tensors in the order of the header's table, and the
  * tokenizer. Padding is zero and the file ends with its last section. Everything in it is treated
- * as hostile. Tests: tests/09_file.c.
+ * as hostile. Also here: how files are mapped, and the one way to write them.
+ * Tests: tests/09_file.c, tests/33_files.sh.
  * ============================================================================================ */
 
 /* ---- mapped files -------------------------------------------------------------------------- */
@@ -4972,6 +4973,8 @@ typedef struct {
     size_t n;
 } file_map;
 
+/* Opening never waits: a pipe nobody writes to is refused, not read. The mapping lives on when the
+ * descriptor is closed. */
 static int map_file(const char *path, file_map *map, medrun_error *e) {
     *map = (file_map){0};
     int code = check_machine(e);
@@ -5095,6 +5098,7 @@ typedef struct {
     size_t at;                      /* end of the last section that was taken                   */
 } model_file;
 
+/* 64 hex digits, large or small. */
 static bool parse_hex(const char *text, uint8_t digest[32]) {
     uint32_t high, low;
     for (int i = 0; i < 32; i += 2) {
@@ -5138,6 +5142,7 @@ static int take_section(model_file *f, uint32_t v, const char *what, const uint8
     return MEDRUN_OK;
 }
 
+/* The 16 bytes before the header: what the file is, its version, and the header's length. */
 static int check_preamble(model_file *f, size_t *header_bytes, medrun_error *e) {
     reader r = {f->map.data, f->map.n, 0, false};
     const uint8_t *magic = read_bytes(&r, 8);
@@ -6748,8 +6753,9 @@ static bool chat_keeps(const chat_template *c, const tokenizer *t, int32_t id) {
 /* ============================================================================================
  * 12 Model: the config, the layers, each tensor bound by name with type and shape checked
  *
- * Nothing is implied by a model's name: every number of the forward pass is in the header.
- * Tests: tests/12_model.c.
+ * Nothing is implied by a model's name: every number of the forward pass is in the header, and all
+ * of it is checked here, so that nothing below has to ask. The weights stay where the file has
+ * them. Uses sections 3 to 11. Tests: tests/12_model.c, tests/09_file.c.
  * ============================================================================================ */
 
 /* Feed-forward: silu(gate) * up (SwiGLU), or without a gate relu(up)^2 or xIELU(up). */
@@ -6765,6 +6771,8 @@ enum { N_ARCHITECTURES = 4, MAX_HEAD_DIM = 1024 };
 static const char *const architecture_names[N_ARCHITECTURES] = {"llama", "mistral", "arcee",
                                                                "apertus"};
 
+/* The numbers of a model, as its header has them. Hugging Face's config.json has most of them under
+ * other names; medrun-export translates. A key-value head serves n_heads / n_kv_heads heads. */
 typedef struct {
     int vocab_size, hidden_size, n_layers, n_heads, n_kv_heads, head_dim, ffn_size;
     int max_positions;
@@ -6782,6 +6790,8 @@ typedef struct {
     float rope_divisors[MAX_HEAD_DIM / 2];      /* divisors: (head_dim / 2)                     */
 } model_config;
 
+/* A layer: attention, then feed-forward. A matrix lies in panels (section 5), its rows are outputs.
+ * */
 typedef struct {
     const float *attn_norm, *ffn_norm;          /* (hidden_size)                                */
     const float *q_norm, *k_norm;               /* (head_dim), only with qk_norm                */
@@ -6790,6 +6800,7 @@ typedef struct {
     xielu_numbers xielu;                        /* only with xielu                              */
 } model_layer;
 
+/* Read-only once it is open, so threads and sessions share it. */
 struct medrun_model {
     model_file file;
     char *path;
@@ -6816,10 +6827,12 @@ struct medrun_model {
     buffer device_log;                          /* of a device that cannot be used              */
 };
 
+/* ---- rotary frequencies -------------------------------------------------------------------- */
+
 #define TWO_PI (2 * 3.14159265358979324)
 
-/* Llama 3.1's scaling of frequency F: long waves are slowed by the factor, short ones kept, those
- * between blended. */
+/* Llama 3.1's scaling of frequency F: the factor slows long waves, short ones stay, and those
+ * between are blended. A wave is long if less than rope_low of it fit the original context. */
 static float llama3_frequency(const model_config *c, float f) {
     float factor = (float)c->rope_factor, low = (float)c->rope_low, high = (float)c->rope_high;
     float wave = (float)TWO_PI / f;
@@ -6829,9 +6842,10 @@ static float llama3_frequency(const model_config *c, float f) {
     return (1 - smooth) * f / factor + smooth * f;
 }
 
-/* YaRN (Peng et al. 2023): frequency I of those that turn often enough within the original context
- * is kept, of those that turn too rarely divided by the factor, with a ramp between. POWER is
- * theta^(2 i / head_dim). */
+/* YaRN (Peng et al. 2023) keeps frequency I if it turns often enough within the original context,
+ * and divides it by the factor if it turns too rarely, with a ramp between. POWER is theta^(2 i /
+ * head_dim). The dimension that turns `beta` times is solved from original = 2 pi beta theta^(2 i /
+ * head_dim). */
 static float yarn_frequency(const model_config *c, int i, float power, double ln_theta) {
     double bound[2] = {c->rope_beta_fast, c->rope_beta_slow};
     for (int k = 0; k < 2; k++) {           /* the dimension that turns BOUND times              */
@@ -6846,8 +6860,10 @@ static float yarn_frequency(const model_config *c, int i, float power, double ln
     return 1 / ((float)c->rope_factor * power) * (1 - keep) + 1 / power * keep;
 }
 
-/* Rotary frequencies (Su et al. 2021) with the model's scaling, rounded to float at the same places
- * as transformers' modeling_rope_utils.py. */
+/* Rotary frequencies (Su et al. 2021) with the model's scaling: radians a position for each pair of
+ * channels. They are rounded to float at the same places as in transformers'
+ * modeling_rope_utils.py; what stands between is double without libm, so that every machine has the
+ * same bits. */
 static void rope_frequencies(const model_config *c, float *out) {
     double ln_theta = ln_exact(c->rope_theta);
     for (int i = 0; i < c->head_dim / 2; i++) {
@@ -6864,6 +6880,7 @@ static void rope_frequencies(const model_config *c, float *out) {
 
 /* ---- the config ---------------------------------------------------------------------------- */
 
+/* How a reader refuses a name: with what it found and what it wanted. */
 static int wrong_value(const model_file *f, const char *field, const char *found,
                        const char *wanted, medrun_error *e) {
     return fail(e, MEDRUN_BAD_FILE, "%s: field %s: found \"%s\", wanted %s", f->path, field, found,
@@ -6899,8 +6916,10 @@ typedef struct {
     size_t at;
 } header_field;
 
+/* Where a field lies in the struct at BASE; the exporter writes headers by the same tables. */
 static void *field_at(void *base, const header_field *d) { return (char *)base + d->at; }
 
+/* JSON has no other spelling of true and false: 1 or "yes" is refused. */
 static void read_flag(const model_file *f, uint32_t v, const char *key, bool *to, medrun_error *e) {
     uint32_t flag = json_get(&f->header, v, key);
     *to = json_is_type(&f->header, flag, JSON_TRUE);
@@ -6930,6 +6949,8 @@ static int read_fields(const model_file *f, uint32_t v, const header_field *d, v
     return e->code;
 }
 
+/* "config". The ranges are far beyond any published model, and small enough that products of sizes
+ * stay within 64 bits. */
 static const header_field config_fields[] = {
     {"vocab_size", FIELD_INT, 257, 1 << 22, offsetof(model_config, vocab_size)},
     {"hidden_size", FIELD_INT, 16, 1 << 16, offsetof(model_config, hidden_size)},
@@ -6961,6 +6982,7 @@ static const header_field scaling_fields[N_ROPES][7] = {
         {"attention_factor", FIELD_DOUBLE, 1e-3, 1e3, offsetof(model_config, rope_attention)},
         {"truncate", FIELD_FLAG, 0, 0, offsetof(model_config, rope_truncate)}}};
 
+/* "chat.sampling": what the model's card or generation_config.json recommends. */
 static const header_field sampling_fields[] = {
     {"temperature", FIELD_FLOAT, 0, 100, offsetof(medrun_sampling, temperature)},
     {"top_k", FIELD_INT, 0, 1 << 24, offsetof(medrun_sampling, top_k)},
@@ -6969,6 +6991,7 @@ static const header_field sampling_fields[] = {
     {"repeat_penalty", FIELD_FLOAT, 0.01, 100, offsetof(medrun_sampling, repeat_penalty)},
     {0}};
 
+/* Some GGUF files state the scaling as a divisor for each frequency: (head_dim / 2) numbers. */
 static int read_divisors(const model_file *f, uint32_t s, model_config *c, medrun_error *e) {
     const json *j = &f->header;
     uint32_t list = json_get(j, s, "divisors"), n = (uint32_t)c->head_dim / 2;
@@ -6985,6 +7008,7 @@ static int read_divisors(const model_file *f, uint32_t s, model_config *c, medru
     return MEDRUN_OK;
 }
 
+/* "rope_scaling". high_freq_factor must be the larger, or the blend would divide by zero. */
 static int read_rope(const model_file *f, uint32_t v, model_config *c, medrun_error *e) {
     uint32_t s = json_get(&f->header, v, "rope_scaling");
     c->rope_type = read_name(f, s, "type", "rope_scaling.type", rope_names, N_ROPES,
@@ -6996,8 +7020,8 @@ static int read_rope(const model_file *f, uint32_t v, model_config *c, medrun_er
     return c->rope_type == ROPE_DIVISORS ? read_divisors(f, s, c, e) : MEDRUN_OK;
 }
 
-/* Reads the header's config. Its numbers make sense together: kernels take rows of 16 floats, and
- * a key-value head serves a whole number of heads. */
+/* Reads the header's config and checks that its numbers make sense together: kernels work on 16
+ * floats at a time, and a key-value head serves a whole number of heads. */
 static int read_config(const model_file *f, model_config *c, medrun_error *e) {
     uint32_t v = json_get(&f->header, 0, "config");
     read_fields(f, v, config_fields, c, e);
@@ -7093,7 +7117,7 @@ static const float *bind_vector(binder *b, const char *name, int n, medrun_error
     return (const void *)t.data;
 }
 
-/* ln(1 + e^x), which for large x is x. */
+/* ln(1 + e^x), which for large x is x; by section 5's own functions, not libm's. */
 static double softplus(double x) { return x > 20 ? x : ln_exact(1 + exp_exact(x)); }
 
 /* The layer's tensor "xielu" holds alpha_p, alpha_n, beta and eps as the model was trained with
@@ -7235,6 +7259,7 @@ static const header_field provenance_fields[] = {
      offsetof(medrun_model, notice)},
     {0}};
 
+/* What the model is called, and the one type of all its matrices. f32 is for vectors only. */
 static int read_names(medrun_model *m, medrun_error *e) {
     const model_file *f = &m->file;
     read_fields(f, 0, name_fields, m, e);
@@ -7246,7 +7271,8 @@ static int read_names(medrun_model *m, medrun_error *e) {
     return read_fields(f, json_get(&f->header, 0, "provenance"), provenance_fields, m, e);
 }
 
-/* Opens M->path and fills M; medrun_close frees what a failure leaves. */
+/* Opens M->path and fills M; medrun_close frees what a failure leaves. Threads start last, when
+ * nothing more can be wrong with the file. */
 static int load_model(medrun_model *m, const medrun_options *options, medrun_error *e) {
     if (file_open(&m->file, m->path, e) || read_names(m, e) ||
         read_config(&m->file, &m->config, e)) return e->code;
@@ -7968,6 +7994,7 @@ void medrun_describe(const medrun_model *m, medrun_info *info) {
 
 /* ---- starting and stopping ------------------------------------------------------------------ */
 
+/* One timeline, and what was computed of it. */
 struct medrun_session {
     const medrun_model *model;
     medrun_session_options options;             /* zeros replaced by what they stand for        */
@@ -7993,7 +8020,8 @@ struct medrun_session {
     pass *pass;                                 /* scratch for passes that this session leads   */
 };
 
-/* A longer match is a better guess: 1 of 10 came true for one token, 9 of 10 for sixteen. */
+/* A longer match is a better guess. At first we believe that 1 in 10 come true after one token and
+ * 9 in 10 after sixteen; learn_match corrects that. */
 static void layout_lookup(const medrun_session *s, lookup *look, arena *a) {
     look->latest = arena_take(a, (size_t)s->model->config.vocab_size, sizeof *look->latest);
     look->earlier = arena_take(a, (size_t)s->options.context, sizeof *look->earlier);
@@ -8125,23 +8153,28 @@ void medrun_guesses(const medrun_session *s, uint64_t *guessed, uint64_t *right)
     *right = s->lookup ? s->lookup->right : 0;
 }
 
-/* May N ids stand from position AT on? */
-static int check_ids(const medrun_session *s, size_t at, const int32_t *ids, size_t n,
+/* An id past the vocabulary would read past the embedding. */
+static int check_ids(const medrun_model *m, const int32_t *ids, size_t n, medrun_error *e) {
+    for (size_t i = 0; i < n; i++)
+        if (ids[i] < 0 || ids[i] >= m->config.vocab_size)
+            return fail(e, MEDRUN_USAGE, "token id %d: wanted 0 to %d", ids[i],
+                        m->config.vocab_size - 1);
+    return MEDRUN_OK;
+}
+
+/* May N ids stand on the timeline from position AT on? */
+static int check_fit(const medrun_session *s, size_t at, const int32_t *ids, size_t n,
                      medrun_error *e) {
     size_t context = (size_t)s->options.context;
     if (n > context - at)
         return fail(e, MEDRUN_TOO_LONG, "%zu tokens after %zu do not fit the context of %zu", n,
                     at, context);
-    for (size_t i = 0; i < n; i++)
-        if (ids[i] < 0 || ids[i] >= s->model->config.vocab_size)
-            return fail(e, MEDRUN_USAGE, "token id %d: wanted 0 to %d", ids[i],
-                        s->model->config.vocab_size - 1);
-    return MEDRUN_OK;
+    return check_ids(s->model, ids, n, e);
 }
 
 /* All of the ids or none. */
 static int append_ids(medrun_session *s, const int32_t *ids, size_t n, medrun_error *e) {
-    if (check_ids(s, s->n_tokens, ids, n, e)) return e->code;
+    if (check_fit(s, s->n_tokens, ids, n, e)) return e->code;
     if (n) memcpy(s->tokens + s->n_tokens, ids, n * sizeof *ids);
     s->n_tokens += n;
     s->starting = true;
@@ -8223,7 +8256,8 @@ static int check_template(const chat_template *c, medrun_error *e) {
                                 MEDRUN_TEMPLATES ")");
 }
 
-/* How a conversation is written. */
+/* How a conversation is written. medrun_say takes all this from the session and the checkpoint, the
+ * chat command from its options. */
 typedef struct {
     const chat_template *chat;
     const medrun_chat_options *options;
@@ -8231,7 +8265,8 @@ typedef struct {
     bool apart;                         /* the opening is a turn of its own, before the first   */
 } conversation;
 
-/* What one more turn does to a timeline. */
+/* What one more turn does to a timeline. Rendering is apart from feeding because a chat must count
+ * first: where turns do not fit, it drops the oldest. */
 typedef struct {
     size_t keep;                        /* tokens that stay: all, or all but the stop token that
                                            ended the answer, where the template closes it       */
@@ -8276,7 +8311,7 @@ int medrun_say(medrun_session *s, const char *role, const char *text, size_t n_b
     render_turn(s, &how, &said, &t, e);
     const int32_t *ids = (const int32_t *)(void *)t.ids.data;
     size_t n = t.ids.n / sizeof *ids;
-    if (!e->code && !check_ids(s, t.keep, ids, n, e)) {
+    if (!e->code && !check_fit(s, t.keep, ids, n, e)) {
         drop_guesses(s);
         if (t.keep < s->n_tokens) rewind_to(s, t.keep);
         append_ids(s, ids, n, e);
@@ -8288,7 +8323,8 @@ int medrun_say(medrun_session *s, const char *role, const char *text, size_t n_b
 
 /* ---- steps --------------------------------------------------------------------------------- */
 
-/* Puts what is pending in S into the pass, as far as there is room. */
+/* Puts what is pending in S into the pass, as far as there is room: each token becomes a row.
+ * A long prompt takes several steps, and the last of them gives its logits. */
 static void add_segment(pass *p, medrun_session *s) {
     size_t n = medrun_pending(s), room = p->capacity - p->n, wanted = s->n_wanted;
     if (!n || !room) return;
@@ -8304,7 +8340,8 @@ static void add_segment(pass *p, medrun_session *s) {
     while (n--) p->owner[p->n++] = to;
 }
 
-/* One pass multiplies the rows of all sessions by the same weights, with the same kernels. */
+/* Sessions may share a pass, in which the weights are read once for all of them, only if the same
+ * kernels serve their rows. One that stood twice would write two rows to one place. */
 static int check_company(medrun_session *const *sessions, size_t n, medrun_error *e) {
     const medrun_session *lead = sessions[0];
     for (size_t i = 0; i < n; i++) {
@@ -8319,9 +8356,8 @@ static int check_company(medrun_session *const *sessions, size_t n, medrun_error
     return MEDRUN_OK;
 }
 
-/* The pass is the scratch of the first session; the pool serves one pass at a time. */
-
-/* The pass is the scratch of the first session; the pool serves one pass at a time. */
+/* The pass is the scratch of the first session, whose batch is therefore the limit. The pool serves
+ * one pass at a time: steps of other threads wait for their turn. */
 int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *error) {
     medrun_error own, *e = fresh_error(error, &own);
     if (!n) return MEDRUN_OK;
@@ -8349,7 +8385,8 @@ int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *error) 
     return MEDRUN_OK;
 }
 
-/* Chooses an id from ROW of the logits, which moves the random state. */
+/* Chooses an id from ROW of the logits. Each choice by chance takes one random number, which is why
+ * the random state is saved with a session. */
 static int32_t sample_row(medrun_session *s, size_t row) {
     return sample_token(s->candidates, s->logits + row * s->pass->vocab,
                         (size_t)s->model->config.vocab_size, &s->options.sampling, &s->random,
@@ -8466,10 +8503,7 @@ int medrun_detokenize(const medrun_model *m, const int32_t *ids, size_t n_ids, b
     medrun_error own, *e = fresh_error(error, &own);
     buffer b = {0};
     *n = 0;
-    for (size_t i = 0; i < n_ids; i++)
-        if (ids[i] < 0 || ids[i] >= m->config.vocab_size)
-            return fail(e, MEDRUN_USAGE, "token id %d: wanted 0 to %d", ids[i],
-                        m->config.vocab_size - 1);
+    if (check_ids(m, ids, n_ids, e)) return e->code;
     tokenizer_decode(&m->tokenizer, ids, n_ids, special, &b);
     if (b.failed) out_of_memory(e, b.n);
     else *n = b.n;
@@ -8537,7 +8571,7 @@ static bool move_bytes(state_io *io, void *p, size_t n) {
     return !io->failed;
 }
 
-/* A sum goes into the file, or must be what the file says. */
+/* Saving, a sum goes into the file; restoring, it must be what the file says. */
 static void move_sum(state_io *io, const void *sum, size_t n) {
     uint8_t stored[32];
     memcpy(stored, sum, n);
@@ -8568,7 +8602,8 @@ static void walk_panel(state_io *io, uint8_t *p, size_t n) {
     }
 }
 
-/* The first N positions of the cache. A block's sum begins with the head's digest and the block's
+/* The first N positions of the cache, block by block: so a reader takes as many as it can use, and
+ * checks each before it goes on. A block's sum begins with the head's digest and the block's
  * position, so that no block can stand for another. */
 static void walk_cache(state_io *io, const medrun_session *s, const uint8_t digest[32], size_t n) {
     size_t panel = cache_panel(s->options.kv, (size_t)s->model->config.head_dim);
@@ -8595,7 +8630,7 @@ static void name_numbers(const medrun_session *s, char name[24]) {
     snprintf(name, 24, "%d %s", NUMBERS_VERSION, numbers);
 }
 
-/* The head of what S would save now. */
+/* The head of what S would save now; restoring compares a file's head with it. */
 static state_head head_of(const medrun_session *s) {
     const medrun_session_options *o = &s->options;
     state_head h = {.kv = (uint32_t)o->kv, .strict = o->strict};
@@ -8701,7 +8736,8 @@ static int restore_from(medrun_session *s, FILE *f, uint64_t size, bool fed, con
     return MEDRUN_OK;
 }
 
-/* As restore_from; after a failure the session is empty. */
+/* As restore_from; after a failure the session is empty, for half a cache is worse than none. The
+ * file is opened without waiting, as a pipe would have us wait for its other end. */
 static int restore_file(medrun_session *s, bool fed, const char *path, medrun_error *e) {
     file_facts there;
     FILE *f = open_stream(path, TO_MAP);

@@ -265,6 +265,11 @@ static void test_rewind(int kv) {
     medrun_stop(a), medrun_stop(b);
 }
 
+static void write_file(const char *file, const uint8_t *bytes, size_t n) {
+    FILE *f = fopen(file, "wb");
+    if (!f || fwrite(bytes, 1, n, f) != n || fclose(f)) exit(1);
+}
+
 static void test_save(void) {
     char file[300];
     snprintf(file, sizeof file, "%s/session.state", getenv("MEDRUN_TEST_BUILD"));
@@ -308,11 +313,9 @@ static void test_save(void) {
     medrun_session *s = start((medrun_session_options){.context = 64});
     int accepted = 0;
     for (size_t i = 0; i < 2 * n; i += i < 120 || (i >= n && i < n + 120) ? 1 : 977) {
-        FILE *f = fopen(file, "wb");
         size_t keep = i < n ? i : n;
         if (i >= n) copy[i - n] ^= 4;
-        if (fwrite(copy, 1, keep, f) != keep) exit(1);
-        fclose(f);
+        write_file(file, copy, keep);
         if (i >= n) copy[i - n] ^= 4;
         medrun_error e = {0};
         int code = medrun_restore(s, file, &e);
@@ -321,9 +324,7 @@ static void test_save(void) {
     }
     CHECK_EQ(accepted, 0);
     /* another context that is too short, another checkpoint, another kv */
-    FILE *f = fopen(file, "wb");
-    if (fwrite(copy, 1, n, f) != n) exit(1);
-    fclose(f);
+    write_file(file, copy, n);
     medrun_session *tiny = start((medrun_session_options){.context = 46});
     medrun_session *wide = start((medrun_session_options){.context = 64, .kv = MEDRUN_KV_F32});
     medrun_session *small = start((medrun_session_options){.context = 64, .kv = MEDRUN_KV_INT8});
@@ -332,6 +333,20 @@ static void test_save(void) {
     CHECK_EQ(medrun_restore(small, file, NULL), MEDRUN_BAD_FILE);
     CHECK_EQ(medrun_restore(s, file, NULL), MEDRUN_OK);
     CHECK_EQ(medrun_save(s, "/no/such/folder/state", NULL), MEDRUN_FAILED);
+    /* a file of the format before is refused in one line, and may be written over; a letter not */
+    copy[7] = '2';
+    write_file(file, copy, n);
+    medrun_error e = {0};
+    CHECK_EQ(medrun_restore(s, file, &e), MEDRUN_BAD_FILE);
+    CHECK(strstr(e.text, "not a session or prefix that this medrun can read"));
+    CHECK(!medrun_feed(s, ids, 40, NULL) && !medrun_save(s, file, &e));
+    CHECK(!medrun_restore(s, file, &e) && medrun_length(s) == 40);
+    copy[0] = 'D';
+    write_file(file, copy, n);
+    CHECK_EQ(medrun_save(s, file, &e), MEDRUN_USAGE);
+    CHECK(strstr(e.text, "exists and is not a saved session"));
+    CHECK(!map_file(file, &map, &e) && map.n == n && !memcmp(map.data, copy, n));
+    unmap_file(&map);
     medrun_stop(tiny), medrun_stop(wide), medrun_stop(small), medrun_stop(s);
     medrun_model *other;
     CHECK(!medrun_open(&other, other_path, NULL, NULL));
@@ -345,11 +360,6 @@ static void test_save(void) {
 /* ---- what a file of a session gives to another ---------------------------------------------- */
 
 enum { SAVED = 300 };
-
-static void write_bytes(const char *file, const uint8_t *bytes, size_t n) {
-    FILE *f = fopen(file, "wb");
-    if (!f || fwrite(bytes, 1, n, f) != n || fclose(f)) exit(1);
-}
 
 static uint8_t *read_all_of(const char *file, size_t *n) {
     file_map map;
@@ -420,7 +430,7 @@ static void test_damage(const char *file) {
     for (size_t i = 0; i < n; i += i < head + 40 || n - i < 40 ? 1 : 1009) {
         medrun_error e = {0};
         copy[i] ^= (uint8_t)(1 << i % 8);
-        write_bytes(file, copy, n);
+        write_file(file, copy, n);
         copy[i] ^= (uint8_t)(1 << i % 8);
         int code = medrun_feed_saved(s, ids, 100, file, &taken, &e);    /* 6 blocks of 16       */
         bool used = i < head + 6 * first;
@@ -428,7 +438,7 @@ static void test_damage(const char *file) {
                       : code != MEDRUN_OK || taken != 96;
         refused += used;
         wrong += medrun_feed_saved(s, ids, SAVED, file, &taken, NULL) != MEDRUN_BAD_FILE;
-        write_bytes(file, copy, i);                                     /* cut short             */
+        write_file(file, copy, i);                                     /* cut short             */
         wrong += medrun_feed_saved(s, ids, 100, file, &taken, NULL) != MEDRUN_BAD_FILE;
         wrong += medrun_restore(s, file, NULL) != MEDRUN_BAD_FILE || medrun_length(s);
     }
@@ -437,13 +447,13 @@ static void test_damage(const char *file) {
     /* too long by a byte; two blocks that changed places */
     uint8_t *longer = malloc(n + 1);
     memcpy(longer, copy, n), longer[n] = 0;
-    write_bytes(file, longer, n + 1);
+    write_file(file, longer, n + 1);
     CHECK_EQ(medrun_restore(s, file, NULL), MEDRUN_BAD_FILE);
     memcpy(longer + head, copy + head + first, first);
     memcpy(longer + head + first, copy + head, first);
-    write_bytes(file, longer, n);
+    write_file(file, longer, n);
     CHECK_EQ(medrun_feed_saved(s, ids, 100, file, &taken, NULL), MEDRUN_BAD_FILE);
-    write_bytes(file, copy, n);
+    write_file(file, copy, n);
     CHECK_EQ(medrun_feed_saved(s, ids, 100, file, &taken, NULL), MEDRUN_OK);
     CHECK_EQ(medrun_feed_saved(s, ids, 0, file, &taken, NULL), MEDRUN_OK);
     CHECK_EQ(taken, 0);
@@ -479,7 +489,7 @@ static void test_forged(const char *file) {
         memcpy(before, copy + lies[i].at, 8);
         memcpy(copy + lies[i].at, &lies[i].value, lies[i].n);
         sha256_of(copy, head, copy + head);
-        write_bytes(file, copy, n);
+        write_file(file, copy, n);
         wrong += medrun_restore(s, file, &e) != MEDRUN_BAD_FILE;
         wrong += !e.text[0] || medrun_length(s);
         memcpy(copy + lies[i].at, before, 8);
