@@ -344,6 +344,7 @@ void medrun_observe(medrun_session *session, medrun_observer *observer, void *us
 #if defined __FAST_MATH__ || __FINITE_MATH_ONLY__
 #error "medrun cannot be built with -ffast-math or -Ofast: they change the numbers"
 #endif
+
 #include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -367,6 +368,7 @@ void medrun_observe(medrun_session *session, medrun_observer *observer, void *us
 #include <shellapi.h>
 enum { SIGHUP = SIGBREAK, SIGQUIT = SIGBREAK };         /* the console was closed                */
 #undef O_RAW                    /* names that this file uses itself                              */
+#undef OPTIONAL
 #undef TEXT
 #undef far
 #undef near
@@ -378,6 +380,9 @@ enum { SIGHUP = SIGBREAK, SIGQUIT = SIGBREAK };         /* the console was close
 #include <sys/sysctl.h>
 #endif
 #endif
+
+/* Which family of instruction sets section 6 compiles kernels for; which of them runs is chosen at
+ * start, so that one program serves every machine. */
 #if defined MEDRUN_SCALAR && !defined __i386__  /* asked for: plain C only, a quarter less code  */
 #elif defined __x86_64__ || defined __i386__
 #define MEDRUN_X86 1
@@ -533,7 +538,8 @@ static int processors(void) {
     return n < 1 ? 1 : n > MAX_THREADS ? MAX_THREADS : (int)n;
 }
 
-/* Bytes of a core's second cache, 0 where the system does not say. */
+/* Bytes of a core's second cache, 0 where the system does not say; at most 4 MiB, for a larger one
+ * is shared by several cores. */
 static size_t second_cache(void) {
     long n = 0;
 #ifdef _SC_LEVEL2_CACHE_SIZE
@@ -609,7 +615,8 @@ static bool set_raw(bool raw) {
     return !tcsetattr(STDIN_FILENO, TCSADRAIN, &t) || (terminal_is_raw = 0);
 }
 
-/* The next byte of what is typed, or EOF; whether there is more. */
+/* The next byte of what is typed, or EOF; whether there is more. Not by stdio, whose buffer would
+ * hide from the second what waits. */
 static int typed_byte(void) {
     uint8_t byte;
     ssize_t n;
@@ -623,14 +630,15 @@ static bool more_is_typed(void) {
     return waiting > 0;
 }
 
-/* What a program does first; gives its COUNT arguments in UTF-8, NULL if it cannot run. */
+/* What a program does first; gives its COUNT arguments in UTF-8, NULL if it cannot run. To write to
+ * a pipe that nobody reads, or past the limit of a file's size, shall be an error, not the end. */
 static char **start_program(int *count, char **arguments) {
     (void)count;
     for (int fd = 0; fd < 3; fd++)      /* no file that is opened may become stdout by chance    */
         if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd ? O_RDONLY : O_WRONLY) != fd)
             return NULL;
-    signal(SIGPIPE, SIG_IGN);           /* writing fails with EPIPE instead                      */
-    signal(SIGXFSZ, SIG_IGN);           /* and with EFBIG                                        */
+    signal(SIGPIPE, SIG_IGN);
+    signal(SIGXFSZ, SIG_IGN);
     return arguments;
 }
 #else
@@ -639,6 +647,7 @@ static char **start_program(int *count, char **arguments) {
 /* Windows has calls of its own in UTF-16 beside those of C. Only they take every path and every
  * character, so they open, name and map files; C reads and writes them. */
 
+/* Sets errno from the error of Windows, so that messages read as elsewhere. Gives -1. */
 static int windows_failed(void) {
     switch (GetLastError()) {
         case ERROR_FILE_NOT_FOUND: case ERROR_PATH_NOT_FOUND: case ERROR_INVALID_NAME:
@@ -735,6 +744,7 @@ static int remove_file(const char *path) {
 
 static int sync_file(int fd) { return _commit(fd); }
 
+/* Memory is a view of the paging file, all zero, where the handle names no file. */
 static void *map_bytes(int fd, size_t n) {
     HANDLE file = fd < 0 ? INVALID_HANDLE_VALUE : (HANDLE)_get_osfhandle(fd);
     HANDLE h = CreateFileMappingW(file, NULL, fd < 0 ? PAGE_READWRITE : PAGE_READONLY,
@@ -786,6 +796,7 @@ static signal_handler *on_signal(int number, signal_handler *handler) {
     return signal(number, handler);             /* which forgets the handler when it is called  */
 }
 
+/* Windows sends no signal for it but an exception, which nothing else in the program handles. */
 static signal_handler *lost_page_handler;
 
 static LONG WINAPI filter_lost_page(EXCEPTION_POINTERS *p) {
@@ -881,12 +892,15 @@ static float exact_fmaf(float a, float b, float c) {
 }
 #define fmaf exact_fmaf
 
+/* Which the C library lacks. */
 static void *memmem(const void *in, size_t n, const void *what, size_t k) {
     for (const char *p = in; n >= k; p++, n--)
         if (!memcmp(p, what, k)) return (void *)(uintptr_t)p;
     return NULL;
 }
 #endif /* _WIN32 */
+
+/* ---- on all systems ------------------------------------------------------------------------ */
 
 static FILE *open_stream(const char *path, int how) {
     int fd = open_file(path, how);
@@ -895,6 +909,7 @@ static FILE *open_stream(const char *path, int how) {
     return f;
 }
 
+/* Since some start; never steps back, as the time of day does when it is set. */
 static double seconds(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
