@@ -6920,9 +6920,9 @@ static int read_name(const model_file *f, uint32_t v, const char *key, const cha
 }
 
 /* Most of the header is read by tables: a row is a field, its range, and where in a struct its
- * value goes. Of a text, `max` is the room there. An OPTIONAL field may be missing: then the value
+ * value goes. Of a text, `max` is the room there. A MAY_MISS field may be missing: then the value
  * stays as it is. A table ends with a row without a key. */
-enum { FIELD_INT, FIELD_FLOAT, FIELD_DOUBLE, FIELD_TEXT, FIELD_FLAG, OPTIONAL = 8 };
+enum { FIELD_INT, FIELD_FLOAT, FIELD_DOUBLE, FIELD_TEXT, FIELD_FLAG, MAY_MISS = 8 };
 
 typedef struct {
     const char *key;
@@ -6948,7 +6948,7 @@ static int read_fields(const model_file *f, uint32_t v, const header_field *d, v
     const json *j = &f->header;
     for (; d->key && !e->code; d++) {
         void *to = field_at(base, d);
-        int kind = d->kind & ~OPTIONAL;
+        int kind = d->kind & ~MAY_MISS;
         if (kind != d->kind && json_get(j, v, d->key) == JSON_NONE) continue;
         if (kind == FIELD_INT)
             *(int *)to = (int)json_int(j, v, f->path, d->key, (int64_t)d->min, (int64_t)d->max, e);
@@ -6975,10 +6975,10 @@ static const header_field config_fields[] = {
     {"head_dim", FIELD_INT, 16, MAX_HEAD_DIM, offsetof(model_config, head_dim)},
     {"ffn_size", FIELD_INT, 16, 1 << 20, offsetof(model_config, ffn_size)},
     {"max_positions", FIELD_INT, 1, 1 << 24, offsetof(model_config, max_positions)},
-    {"sliding_window", FIELD_INT | OPTIONAL, 0, 1 << 24, offsetof(model_config, sliding_window)},
+    {"sliding_window", FIELD_INT | MAY_MISS, 0, 1 << 24, offsetof(model_config, sliding_window)},
     {"norm_eps", FIELD_FLOAT, 1e-12, 1, offsetof(model_config, norm_eps)},
     {"tied", FIELD_FLAG, 0, 0, offsetof(model_config, tied)},
-    {"qk_norm", FIELD_FLAG | OPTIONAL, 0, 0, offsetof(model_config, qk_norm)},
+    {"qk_norm", FIELD_FLAG | MAY_MISS, 0, 0, offsetof(model_config, qk_norm)},
     {"rope_theta", FIELD_DOUBLE, 1.001, 1e12, offsetof(model_config, rope_theta)},
     {0}};
 
