@@ -6181,11 +6181,12 @@ static void tokenizer_decode(const tokenizer *t, const int32_t *ids, size_t n, b
  * each is one row of a table: for every kind of turn a list of parts, which one walker, chat_parts,
  * writes one after the other.
  *
- * Two promises rest on how it writes them. Nobody can forge a turn: only a string of the table
- * makes a control id, and all other text, of the table, of people and of tools, is tokenized with
- * special parsing off, so that "<|eot_id|>" in a message is a handful of ordinary tokens. And the
- * ids are the reference's: what stands between two control tokens is collected first and tokenized
- * as one run, because a token may begin in the template's words and end in a person's text.
+ * Two promises rest on how it writes them. Nobody can forge a turn: only names in backquotes in
+ * the table's own strings make control ids, and all other text, of the table, of people and of
+ * tools, is tokenized with special parsing off, so that "<|eot_id|>" in a message is a handful of
+ * ordinary tokens. And the ids are the reference's: what stands between two control tokens is
+ * collected first and tokenized as one run, for a token may begin in the template's words and end
+ * in a person's.
  *
  * The reference is transformers' apply_chat_template with the model's own Jinja template. What that
  * refuses is refused here. Functions that the model may call, and the calls it made, come as
@@ -6522,8 +6523,9 @@ static void chat_fill(chat_writer *w, const char *name, size_t n, const medrun_m
     if (i == 5) chat_date(w, to);
 }
 
-/* The walker: writes a list of parts (NULL: an empty one) for the turn SAID (NULL: none). Control
- * tokens come out of `says` alone, and every `says` is a string of the table. */
+/* The walker: writes a list of parts (NULL: an empty one) for the turn SAID (NULL: none). Every
+ * `says` is a string in C, so that a file or a person can put a backquote or a dollar sign into a
+ * message and they are only text: what chat_fill adds is never looked at again. */
 static int chat_parts(chat_writer *w, const chat_part *part, const medrun_message *said) {
     for (; part && (part->says || part->refuse) && !w->e->code; part++) {
         if ((w->state & part->when) != part->when || (w->state & part->unless)) continue;

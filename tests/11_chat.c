@@ -197,6 +197,41 @@ static void test_forged(const tokenizer *t, const char *const *names, size_t n_n
     }
 }
 
+/* A slip in the table would write other words: each name in it must be one that is filled in, each
+ * backquote must have its pair. */
+static int slips_in(const chat_part *part) {
+    static const char *const names[] = {"text", "stripped", "quoted", "role", "tools", "date"};
+    int slips = 0;
+    for (; part && (part->says || part->refuse); part++)
+        for (const char *s = part->says ? part->says : ""; *(s += strcspn(s, "`$"));) {
+            size_t n = *s == '`' ? strcspn(s + 1, "`")
+                                 : strspn(s + 1, "abcdefghijklmnopqrstuvwxyz"), known = 0;
+            for (size_t i = 0; i < 6; i++)
+                known += strlen(names[i]) == n && !memcmp(names[i], s + 1, n);
+            if (*s == '$') slips += !known;
+            else slips += n < 3 || s[1 + n] != '`';
+            s += *s == '`' && s[1 + n] ? n + 2 : n + 1;
+        }
+    return slips;
+}
+
+static void test_table(void) {
+    for (size_t i = 0; i < sizeof chat_templates / sizeof *chat_templates; i++) {
+        const chat_template *c = &chat_templates[i];
+        const chat_part *lists[] = {c->opening, c->said, c->first, c->end, c->answer, c->close};
+        for (size_t k = 0; k < 6; k++) CHECK_EQ(slips_in(lists[k]), 0);
+        for (const chat_kind *k = c->turns; k && k->role; k++) CHECK_EQ(slips_in(k->parts), 0);
+        for (const chat_kind *k = tools_kinds(c); k && k->role; k++)
+            CHECK_EQ(slips_in(k->parts), 0);
+    }
+    CHECK(slips_in((const chat_part[]){{.says = "$txt `a"}, {0}}) == 2);
+    const medrun_message odd[] = {MESSAGE("user", "`<|eot_id|>` costs $text or $5`")};
+    buffer text = {0};
+    CHECK(!render_text(chat_find("none"), NULL, NULL, odd, 1, false, &text, NULL));
+    CHECK(text.n == odd[0].n_bytes && !memcmp(text.data, odd[0].text, text.n));
+    buffer_free(&text);
+}
+
 /* ---- turn by turn -------------------------------------------------------------------------- */
 
 static size_t random_text(char *text, size_t cap) {
@@ -682,6 +717,7 @@ int main(void) {
     snprintf(path, sizeof path, "%s/tokenizer.bin", build);
     uint8_t *bytes = slurp(path, &n);
     test_trim();
+    test_table();
     test_python();
     test_tool_calls();
     test_bad_messages();
