@@ -4513,9 +4513,12 @@ typedef struct {
 #define FIND_SYMBOL(library, name) dlsym(library, name)
 #endif
 
-/* The kernels in OpenCL C; first what cannot stand inside TEXT_OF. A work-item multiplies a row of
- * W, panels of SIZE bytes, by a tile of NT tokens of A, packed activations (TOKENS, COLS). OUT
- * [at ..] gets the products (TOKENS, STRIDE). */
+/* ---- the kernels, in OpenCL C ---------------------------------------------------------------- */
+
+/* First what cannot stand inside TEXT_OF, which makes text of code. MATMUL makes a kernel: a
+ * work-item multiplies one row of W, panels of SIZE bytes, by a tile of up to 8 tokens of A, packed
+ * activations (TOKENS, COLS); out[at ..] gets the products (TOKENS, STRIDE). Sixteen neighbours
+ * read the 64 bytes of a step. MOST is 1 or 8, so that the loops over tokens unroll. */
 static const char device_macros[] =
     "#pragma OPENCL FP_CONTRACT OFF\n"
     "#define EACH_TOKEN _Pragma(\"unroll\") for (int t = 0; t < nt; t++)\n"
@@ -4538,7 +4541,8 @@ static const char device_source[] = TEXT_OF(
 typedef global const uchar *stored;
 typedef global const uint *packed;
 
-/* Two weights a step, and a word of A for each k and token. */
+/* Two weights a step, k and k + 1, and a word of A for each k and token. A token past the last one
+ * of a narrow tile counts as another of it: its sum is not written. */
 void add_bf16(int nt, float *sum, stored w, int lane, int cols, packed a, int first, int width) {
     int pairs = (cols + 1) / 2;
     packed steps = (packed)w + lane;
@@ -4563,6 +4567,7 @@ void add_four(int nt, float *dot, float4 w, packed a, int width, int s) {
     }
 }
 
+/* A group of 64: sixteen steps of four weights, whose bytes are 128 more than the weight. */
 void add_int8(int nt, float *sum, stored w, int lane, int cols, packed a, int first, int width) {
     int groups = (cols + 63) / 64;
     a += (ulong)first * groups * WORDS;
@@ -4619,7 +4624,9 @@ enum { N_DEVICE_KERNELS = 6 };      /* by type, for one token and for more      
 static const char *const device_kernels[N_DEVICE_KERNELS] = {
     "matvec_bf16", "matmul_bf16", "matvec_int8", "matmul_int8", "matvec_int4", "matmul_int4"};
 
-/* The calls that are used, found by name. */
+/* ---- devices --------------------------------------------------------------------------------- */
+
+/* The calls that are used, found by name when the program runs. */
 #define DEVICE_CALLS(X)                                                                         \
     X(clGetPlatformIDs) X(clGetPlatformInfo) X(clGetDeviceIDs) X(clGetDeviceInfo)               \
     X(clCreateContext) X(clReleaseContext) X(clCreateCommandQueue) X(clReleaseCommandQueue)     \
@@ -4628,12 +4635,13 @@ static const char *const device_kernels[N_DEVICE_KERNELS] = {
     X(clCreateBuffer) X(clReleaseMemObject) X(clEnqueueWriteBuffer) X(clEnqueueReadBufferRect)  \
     X(clFinish)
 #define FIELD(call) __typeof__(call) *call;
-#define NAME(call) {#call, offsetof(opencl, call)},
-typedef struct { DEVICE_CALLS(FIELD) } opencl;
-static const struct { const char *name; size_t at; } opencl_calls[] = {DEVICE_CALLS(NAME)};
+#define NAME(call) #call,
+typedef struct { DEVICE_CALLS(FIELD) } opencl;                  /* pointers in this order       */
+static const char *const opencl_calls[] = {DEVICE_CALLS(NAME)};
 #undef FIELD
 #undef NAME
 
+/* What a device says of itself. */
 typedef struct {
     cl_device_id id;
     char name[sizeof((device *)0)->name], platform[128], version[128];
@@ -4644,9 +4652,11 @@ typedef struct {
     cl_bool little, shared;         /* little-endian; its memory is the processor's             */
 } device_facts;
 
-/* A pass of many tokens goes in chunks: of DEVICE_ROWS tokens, of DEVICE_OUT products. */
+/* A pass of many tokens goes in chunks: of at most DEVICE_ROWS tokens and DEVICE_OUT products (64
+ * MB), so that a device needs the same room for every pass. */
 enum { MAX_DEVICES = 16, DEVICE_ROWS = 512, DEVICE_OUT = 16 << 20, DEVICE_PRODUCTS = 4 };
 
+/* A device in use. */
 typedef struct {
     device base;                    /* what section 7 knows; must stand first                   */
     opencl cl;
@@ -4661,20 +4671,21 @@ typedef struct {
     cl_mem *copies;
 } opencl_device;
 
+/* PATH: the library; NULL or "": where the system has it. */
 static int opencl_open(opencl *cl, const char *path, medrun_error *e) {
     if (!path || !*path) path = OPENCL_LIBRARY;
     void *library = OPEN_LIBRARY(path);                 /* never closed                          */
     if (!library)
         return fail(e, MEDRUN_USAGE, "device: this machine has no OpenCL library (%s)", path);
     for (size_t i = 0; i < sizeof opencl_calls / sizeof *opencl_calls; i++) {
-        void *call = FIND_SYMBOL(library, opencl_calls[i].name);
-        if (!call) return fail(e, MEDRUN_USAGE, "device: %s has no %s", path, opencl_calls[i].name);
-        memcpy((char *)cl + opencl_calls[i].at, &call, sizeof call);
+        void *call = FIND_SYMBOL(library, opencl_calls[i]);
+        if (!call) return fail(e, MEDRUN_USAGE, "device: %s has no %s", path, opencl_calls[i]);
+        memcpy((char *)cl + i * sizeof call, &call, sizeof call);
     }
     return MEDRUN_OK;
 }
 
-static void describe_device(const opencl *cl, cl_platform_id platform, device_facts *d) {
+static void get_facts_of(const opencl *cl, cl_platform_id platform, device_facts *d) {
     const struct { cl_device_info what; size_t bytes; void *to; } facts[] = {
         {CL_DEVICE_NAME, sizeof d->name - 1, d->name},
         {CL_DEVICE_VERSION, sizeof d->version - 1, d->version},
@@ -4703,12 +4714,13 @@ static int list_devices(const opencl *cl, device_facts out[MAX_DEVICES]) {
             continue;
         for (cl_uint i = 0; i < found && n < MAX_DEVICES; i++) {
             out[n] = (device_facts){.id = ids[i]};
-            describe_device(cl, platforms[p], &out[n++]);
+            get_facts_of(cl, platforms[p], &out[n++]);
         }
     }
     return n;
 }
 
+/* WHICH: see device_request. A device that flushes subnormals could not give the same bits. */
 static int choose_device(opencl_device *d, const char *which, medrun_error *e) {
     device_facts all[MAX_DEVICES];
     int n = list_devices(&d->cl, all), i = 0;
@@ -4729,7 +4741,8 @@ static int choose_device(opencl_device *d, const char *which, medrun_error *e) {
                 d->facts.little ? "takes the smallest numbers for 0" : "is big-endian");
 }
 
-/* LOG gets what the device's compiler says when it fails. */
+/* Compiles the kernels for activations of KIND, with the geometry of panels (section 5) put before
+ * the source. LOG gets what the device's compiler says when it fails. */
 static int build_kernels(opencl_device *d, const char *more, int kind, buffer *log,
                          medrun_error *e) {
     const size_t most = 64 << 10;
@@ -4776,7 +4789,9 @@ static cl_mem device_bytes(opencl_device *d, const void *data, size_t n) {
     return made;
 }
 
-/* After a call has failed, the device is asked nothing more. */
+/* ---- products -------------------------------------------------------------------------------- */
+
+/* Keeps the first call that failed. After that no more products are asked of the device. */
 static bool device_ok(opencl_device *d, cl_int why, const char *call) {
     if (why && !d->base.failed) {
         d->base.failed = true;
@@ -4811,7 +4826,8 @@ static void device_product(opencl_device *d, const product *p, size_t which, siz
                                                    out, 0, NULL, NULL), "clEnqueueReadBufferRect");
 }
 
-/* See `device`. The queue is in order; one wait for all products of a chunk. */
+/* See `device`. The queue runs in order, so one wait is enough for all products of a chunk. A
+ * single token goes there, too: reading weights is what takes time, and the device has them. */
 static bool device_multiply(device *base, const product *products, size_t n, const packed *x) {
     opencl_device *d = (opencl_device *)base;
     size_t which[DEVICE_PRODUCTS], floats = 0, chunk, tokens;
@@ -4866,24 +4882,20 @@ static int load_weights(opencl_device *d, int kind, const tensor *const *all, si
                 (unsigned long long)layer >> 20);
 }
 
-/* Do the device and the processor give the same products of W and N tokens? */
+/* Do the device and the processor give the same products of W and N tokens, at most a tile? This
+ * asks the kernels, the compiler and the memory of the device; any numbers will do for it. */
 static int device_agrees(opencl_device *d, const engine *eng, const tensor *w, size_t n,
                          medrun_error *e) {
-    engine with = *eng;
     size_t rows = tensor_panels(w) * LANES, numbers = n * (w->cols + 2 * rows);
-    size_t row = pack_bytes(pack_kind(eng, w->type), w->cols, 1);
-    with.block_bytes = engine_block_bytes(eng, w->type, w->cols);
-    size_t blocks = (size_t)eng->pool->threads * with.block_bytes;
-    size_t bytes = numbers * sizeof(float) + round_up(n, TILE) * row + blocks;
+    size_t bytes = numbers * sizeof(float) + pack_bytes(pack_kind(eng, w->type), w->cols, n);
     float *x = new_array(bytes, 1), *here, *there;
     if (!x) return out_of_memory(e, bytes);
     packed a = {.data = (uint8_t *)(x + numbers)};
-    with.blocks = a.data + round_up(n, TILE) * row;
     here = x + n * w->cols;
     there = here + n * rows;
     for (size_t i = 0; i < n * w->cols; i++) x[i] = (float)(i * 37 % 101) / 17 - 3;
     pack_activations(eng, &a, w->type, x, w->cols, w->cols, n);
-    matmul(&with, &(product){w, here, rows}, 1, &a);
+    matmul(eng, &(product){w, here, rows}, 1, &a);
     if (!device_multiply(&d->base, &(product){w, there, rows}, 1, &a))
         fail(e, MEDRUN_NO_MEMORY, "device %s", d->base.says);
     else if (memcmp((void *)here, (void *)there, n * rows * sizeof *here))
@@ -4892,6 +4904,7 @@ static int device_agrees(opencl_device *d, const engine *eng, const tensor *w, s
     return e->code;
 }
 
+/* DEVICE may be half open, or NULL. */
 static void device_close(device *base) {
     opencl_device *d = (opencl_device *)base;
     if (!d) return;
@@ -4908,21 +4921,9 @@ static void device_close(device *base) {
     free(d);
 }
 
-/* A line for each device: what doctor shows. */
-static int describe_devices(const char *library, buffer *lines, medrun_error *e) {
-    opencl cl;
-    device_facts all[MAX_DEVICES];
-    if (opencl_open(&cl, library, e)) return e->code;
-    int n = list_devices(&cl, all);
-    for (int i = 0; i < n; i++)
-        buffer_printf(lines, "%d %s (%s, %s), %.1f MB, %u units, %sfma\n", i, all[i].name,
-                      all[i].platform, all[i].version, (double)all[i].memory / 0x1p20,
-                      all[i].units, all[i].numbers & CL_FP_FMA ? "" : "slow ");
-    return n ? MEDRUN_OK : fail(e, MEDRUN_USAGE, "no device");
-}
-
-/* A device for matmul that has as many of the N matrices ALL as fit, at least the first LEAST; NULL
- * after a failure. ENG is strict; it computes what the device must. */
+/* A device for matmul that has as many of the N matrices ALL as fit, at least the first LEAST, and
+ * has shown that it multiplies them right; NULL after a failure. ENG is strict: it multiplies on
+ * the processor for comparison. */
 static device *device_open(const device_request *r, const engine *eng, const tensor *const *all,
                            size_t n, size_t least, buffer *log, medrun_error *e) {
     opencl_device *d = new_array(1, sizeof *d);
@@ -4935,8 +4936,7 @@ static device *device_open(const device_request *r, const engine *eng, const ten
     build_kernels(d, r->options, kind, log, e);
     load_weights(d, largest, all, n, least, e);
     for (size_t i = 0; i < d->base.loaded && !e->code; i++)
-        for (size_t tokens = 1; tokens <= TILE + 1 && !e->code; tokens += TILE)
-            device_agrees(d, eng, all[i], tokens, e);
+        if (!device_agrees(d, eng, all[i], 1, e)) device_agrees(d, eng, all[i], TILE, e);
     if (!e->code) return &d->base;
     device_close(&d->base);
     return NULL;
@@ -4949,10 +4949,6 @@ static device *device_open(const device_request *r, const engine *eng, const ten
                 "OPENCL=1)", r->name), NULL;
 }
 static void device_close(device *d) { (void)d; }
-static int describe_devices(const char *library, buffer *lines, medrun_error *e) {
-    (void)library, (void)lines;
-    return fail(e, MEDRUN_USAGE, "not in this build (make OPENCL=1)");
-}
 #endif /* MEDRUN_OPENCL */
 /* ============================================================================================
  * 9 Model file: parse and check everything before anything is used
@@ -7563,7 +7559,8 @@ static void place_row(pass *p, size_t r) {
     }
 }
 
-/* Where a row's query of a head leaves the part that block PIECE of its keys gives. */
+/* Where a row's query of a head leaves the part that block PIECE of its keys gives: a sum (dim),
+ * and behind it the largest score and the total weight. */
 static float *part_place(const pass *p, size_t row, size_t head, size_t piece) {
     size_t query = row * (size_t)p->config->n_heads + head;
     return p->parts + (query * p->pieces + piece) * (p->dim + PART_EXTRA);
@@ -7614,6 +7611,7 @@ static void attend_task(void *context, size_t begin, size_t end, int thread) {
     }
 }
 
+/* attn of a row from the parts of its queries. */
 static void merge_row(pass *p, size_t r) {
     for (size_t q = 0; q < (size_t)p->config->n_heads; q++)
         p->eng.k->merge(p->attn + r * p->heads + q * p->dim, part_place(p, r, q, 0), p->pieces,
@@ -7636,6 +7634,7 @@ static void attend_rows(pass *p) {
     if (p->pieces > 1) each_row(p, merge_row);
 }
 
+/* The activation between the two matmuls of the feed-forward network. */
 static void activate_row(pass *p, size_t r) {
     int activation = p->config->activation;
     float *x = p->ffn_act + r * p->ffn;
@@ -7693,7 +7692,8 @@ static void forward(pass *p) {
     }
 }
 
-/* Rows whose logits are computed together: number WHICH, from the last on, of a segment's rows. */
+/* Rows whose logits are computed together, a tile at most: row WHICH of a segment, counted from its
+ * last one back. */
 typedef struct {
     size_t n, which[TILE];
     const segment *of[TILE];
@@ -8809,6 +8809,7 @@ static int attach_device(medrun_model *m, const device_request *r, int layers, m
     engine eng = {.pool = m->pool, .k = m->kernels, .strict = true, .cache = m->cache};
     medrun_error why = {0};
     if (m->device) return fail(e, MEDRUN_USAGE, "device: this model has one");
+    if (!layers) return fail(e, MEDRUN_USAGE, "device: found 0 layers, wanted 1 or more, or -1");
     const tensor **all = new_array(room, sizeof *all);
     if (!all) return out_of_memory(e, room * sizeof *all);
     if (layers >= 0 && (size_t)layers < most) most = (size_t)layers;

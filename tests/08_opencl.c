@@ -343,6 +343,10 @@ static void test_refusals(void) {
     CHECK_EQ(medrun_attach(m, name, -1, &e), MEDRUN_USAGE);
     CHECK(strstr(e.text, "this model has one") && m->device);
     medrun_close(m);
+    m = open_model("llama-plain", "int8", false, 0);
+    CHECK_EQ(medrun_attach(m, name, 0, &e), MEDRUN_USAGE);
+    CHECK(strstr(e.text, "0 layers") && !m->device);
+    medrun_close(m);
 }
 
 /* What does not fit stays here: first the output matrix, then layers from the last on. */

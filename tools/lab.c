@@ -385,18 +385,25 @@ static bool small_product(const kernel_set *k, int type, float *out) {
 }
 
 static void list_opencl(void) {
-    buffer lines = {0};
+#ifdef MEDRUN_OPENCL
+    opencl cl;
+    device_facts all[MAX_DEVICES];
     medrun_error e = {0};
-    if (describe_devices(getenv("MEDRUN_OPENCL_LIBRARY"), &lines, &e))
-        printf("OpenCL     %s\n", e.text);
-    for (size_t at = 0, n; at < lines.n; at += n + 1) {
-        const char *line = (const char *)lines.data + at;
-        n = (size_t)((const char *)memchr(line, '\n', lines.n - at) - line);
-        printf("OpenCL     ");
-        print_safe(stdout, line, n, false);
-        puts("");
+    int n = opencl_open(&cl, getenv("MEDRUN_OPENCL_LIBRARY"), &e) ? 0 : list_devices(&cl, all);
+    if (!n) printf("OpenCL     %s\n", e.code ? e.text : "no device");
+    for (int i = 0; i < n; i++) {
+        printf("OpenCL     %d ", i);
+        print_safe(stdout, all[i].name, strlen(all[i].name), false);
+        printf(" (");
+        print_safe(stdout, all[i].platform, strlen(all[i].platform), false);
+        printf(", ");
+        print_safe(stdout, all[i].version, strlen(all[i].version), false);
+        printf("), %.1f MB, %u units, %sfma\n", (double)all[i].memory / 0x1p20, all[i].units,
+               all[i].numbers & CL_FP_FMA ? "" : "slow ");
     }
-    buffer_free(&lines);
+#else
+    puts("OpenCL     not in this build (make OPENCL=1)");
+#endif
 }
 
 static int doctor_command(command *c) {
