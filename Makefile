@@ -79,7 +79,8 @@ $(REAL): $(BUILD)/%.tokenizer.bin: $(BIN)/medrun-export
 	@mkdir -p $(BUILD)
 	$(BIN)/medrun-export --tokenizer-only $(MEDRUN_TEST_DATA)/tokenizers/$(REAL_$*) $@
 endif
-$(BUILD)/test_%: tests/%.c tests/test.h medrun.c tools/export.c $(EXPORT) tools/eval.c $(EVAL)
+$(BUILD)/test_%: tests/%.c tests/test.h medrun.c tools/export.c $(EXPORT) tools/eval.c $(EVAL) \
+                 tools/lab.c tools/tool_calls.c
 	@mkdir -p $(BUILD)
 	$(CC) $(CFLAGS) $(WARN) $(if $(filter $*,$(PLAIN)),-DMEDRUN_SCALAR) -o $@ $< $(LIBS)
 
@@ -106,7 +107,7 @@ threads:
 targets:
 	sh tools/targets.sh
 # Each reader of a stranger's bytes under clang's libFuzzer, for SECONDS.
-$(BUILD)/fuzz_readers: tests/fuzz.c tools/export.c $(EXPORT) medrun.c
+$(BUILD)/fuzz_readers: tests/fuzz.c tools/export.c $(EXPORT) tools/tool_calls.c medrun.c
 	@mkdir -p $(BUILD)
 	clang -O1 -g1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -o $@ $< $(LIBS)
 fuzz: $(BUILD)/fuzz_readers $(MODELS) $(BUILD)/tokenizer.bin

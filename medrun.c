@@ -210,9 +210,8 @@ typedef struct {
 
 /* Messages -> ids, by the chat template NAME (NULL: the checkpoint's), with the opening of the
  * answer when ANSWER. Only the template makes control ids; the messages' text cannot. OPTIONS may
- * be NULL. No JSON is read here: tools/tool_calls.c turns functions and whole conversations, with
- * calls, blocks and results, into these messages and options. Errors: MEDRUN_USAGE (an unknown
- * template; no messages; a role, tools or an option that the template has no place for),
+ * be NULL. JSON with functions, calls and results: tools/tool_calls.c makes such messages of it.
+ * Errors: MEDRUN_USAGE (an unknown template; no messages; what the template has no place for),
  * MEDRUN_BAD_FILE (a tokenizer without the template's control tokens), MEDRUN_NO_MEMORY. */
 int medrun_render(const medrun_model *model, const char *name,
                   const medrun_chat_options *options, const medrun_message *messages,
