@@ -8951,9 +8951,9 @@ static const option_row option_rows[N_OPTIONS] = {
 #else
                   "none, this build has no OpenCL",
 #endif
-                  "OpenCL device that computes; doctor lists them"},
+                  "OpenCL device for matrices; medrun-lab doctor lists them"},
     [O_GPU_LAYERS] = {"gpu-layers", "ngl", "N", WHOLE, ON_MODEL & ~ON(SHOW), 0, 1 << 16,
-                      "all that fit", "layers that the device computes; 0: no device"},
+                      "all that fit", "layers whose matrices it has; 0: no device"},
     [O_SAVE_PREFIX] = {"save-prefix", NULL, "FILE", TEXT, ON_ANSWER, 0, 0, NULL,
                        "write what the model made of the prompt, which it holds: keep it safe"},
     [O_LOAD_PREFIX] = {"load-prefix", NULL, "FILE", TEXT, ON_ANSWER, 0, 0, NULL,
@@ -9332,6 +9332,8 @@ static int open_tokenizer(command *c) {
 }
 
 static void close_command(command *c) {
+    const device *d = c->m ? c->m->device : NULL;
+    if (d && d->failed) note(c, "device %s; the processor computed the rest", d->says);
     medrun_stop(c->s);
     medrun_close(c->m);
     if (c->t == &c->own) tokenizer_close(&c->own);

@@ -59,5 +59,23 @@ code 2 show "$model" --device 0; has err 'does not go with show'
 with MEDRUN_DEVICE_MEMORY=1 code 6 run "$model" -n 3 -p x --device 0; has err '1 MB are not enough'
 with MEDRUN_OPENCL_OPTIONS="-D sum=+" code 6 run "$model" -n 3 -p x --device 0
 has err 'cannot be built'; has err "error"
+# A library that is OpenCL's, but for clFinish, which fails from the 100th time on.
+cat > "$T/fails.c" <<'END'
+#include <dlfcn.h>
+#define CL_TARGET_OPENCL_VERSION 120
+#include <CL/cl.h>
+cl_int clFinish(cl_command_queue q) {
+    static int n;
+    cl_int (*real)(cl_command_queue) = (cl_int (*)(cl_command_queue))dlsym(RTLD_NEXT, "clFinish");
+    return n++ < 100 ? real(q) : -5;
+}
+END
+if $cc -D_GNU_SOURCE -shared -fPIC -o "$T/fails.so" "$T/fails.c" -Wl,--no-as-needed -l:libOpenCL.so.1 -ldl; then
+    code 0 run "$model" -n 30 -p x --raw --temp 0; mv "$T/out" "$T/wanted"
+    with MEDRUN_OPENCL_LIBRARY="$T/fails.so" code 0 run "$model" -n 30 -p x --raw --temp 0 --device 0
+    same "$T/wanted" "$T/out"; has err 'clFinish failed (-5); the processor computed the rest'
+else
+    skip "no library could be built around OpenCL's"
+fi
 code 0 run --help; hasnt out 'this build has no OpenCL'; has out '--gpu-layers'
 finish
