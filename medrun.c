@@ -1506,7 +1506,7 @@ static double json_number(const json *j, uint32_t v) {
 static uint32_t json_field(const json *j, uint32_t v, const char *what, const char *key, int type,
                            const char *wanted, medrun_error *e) {
     uint32_t f = json_get(j, v, key);
-    if (!json_is_type(j, f, type))
+    if (!json_is_type(j, f, (json_type)type))
         fail(e, MEDRUN_BAD_FILE, "%s: field %s: found %s, wanted %s", what, key,
              f == JSON_NONE ? "nothing" : "another type", wanted);
     return f;
