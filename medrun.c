@@ -9012,10 +9012,12 @@ typedef struct command {
     char today[11];
     medrun_sampling sampling;
     int (*piece)(struct command *c, struct answer *a);          /* prints one; NULL: next_piece  */
+    bool prefix_saved, prefix_unfit;            /* --save-prefix is done, --load-prefix failed  */
+    buffer input, ids, output;                  /* what was read, its tokens, what is printed   */
     medrun_error e;
 } command;
 
-static bool given(const command *c, int id) { return c->text[id] != NULL; }
+static bool given(const command *c, int id) { return c->from[id] != FROM_DEFAULT; }
 static bool flag(const command *c, int id) { return c->number[id] != 0; }
 static int whole(const command *c, int id) { return (int)c->number[id]; }
 
@@ -9101,7 +9103,6 @@ static int set_flag(command *c, int id, const char *value, const char *name) {
     if (set_choice(c, id, value, "0|1|off|on|false|true", name)) return c->e.code;
     c->number[id] = 0;
     for (size_t i = 0; i < 3; i++) if (!strcmp(value, on[i])) c->number[id] = 1;
-    if (!flag(c, id)) c->text[id] = NULL;
     return MEDRUN_OK;
 }
 
@@ -9197,18 +9198,19 @@ static const int32_t *ids_of(const buffer *b) { return (const int32_t *)(const v
 
 /* ---- files --------------------------------------------------------------------------------- */
 
-/* Appends all of PATH (- is stdin) to OUT. */
+/* Appends all of PATH (- is stdin) to OUT. Like other steps here it does nothing after a failure:
+ * a command writes its steps one below the other and asks once. */
 static int read_file(command *c, const char *path, buffer *out) {
     bool standard = !strcmp(path, "-");
+    if (c->e.code) return c->e.code;
     FILE *f = standard ? stdin : open_stream(path, TO_READ);
     if (!f) return fail(&c->e, MEDRUN_BAD_FILE, "%s: cannot open: %s", path, strerror(errno));
     for (size_t n = 1; n && buffer_room(out, 65536); out->n += n, out->data[out->n] = 0)
         n = fread(out->data + out->n, 1, 65536, f);
-    int code = out->failed ? out_of_memory(&c->e, out->cap) : MEDRUN_OK;
-    if (!code && ferror(f))
-        code = fail(&c->e, MEDRUN_BAD_FILE, "%s: cannot read: %s", path, strerror(errno));
+    if (out->failed) out_of_memory(&c->e, out->cap);
+    if (ferror(f)) fail(&c->e, MEDRUN_BAD_FILE, "%s: cannot read: %s", path, strerror(errno));
     if (!standard) fclose(f);
-    return code;
+    return c->e.code;
 }
 
 static int add_id(command *c, buffer *ids, double id, const char *what) {
@@ -9221,18 +9223,18 @@ static int add_id(command *c, buffer *ids, double id, const char *what) {
 
 /* Ids with white space between. */
 static int parse_ids(command *c, const char *text, size_t n, buffer *ids) {
-    for (size_t i = 0, start; i < n; i++) {
+    for (size_t i = 0; i < n && !c->e.code; i++) {
+        size_t start = i;
         int64_t id = 0;
-        for (start = i; i < n && isdigit((uint8_t)text[i]) && id < c->t->vocab_size; i++)
+        for (; i < n && isdigit((uint8_t)text[i]) && id < c->t->vocab_size; i++)
             id = id * 10 + (text[i] - '0');
         bool end = i == n || isspace((uint8_t)text[i]);
         if (!end || id >= c->t->vocab_size)
             return fail(&c->e, MEDRUN_USAGE, "ids: found \"%.12s\", wanted whole numbers below %d",
                         text + start, c->t->vocab_size);
-        int code = i > start ? add_id(c, ids, (double)id, "ids") : MEDRUN_OK;
-        if (code) return code;
+        if (i > start) add_id(c, ids, (double)id, "ids");
     }
-    return MEDRUN_OK;
+    return c->e.code;
 }
 
 /* The same from an array in JSON, which may be missing. */
@@ -9270,13 +9272,18 @@ static int choose_template(command *c) {
 /* What the options say to the template. A date that would be today's is fixed now. */
 static int choose_chat(command *c) {
     medrun_chat_options *o = &c->chat_options;
-    int code = flag(c, O_RAW) ? MEDRUN_OK : check_template(c->chat, &c->e);
-    o->date = c->text[O_DATE], o->think = flag(c, O_THINK), o->bos = whole(c, O_CHAT_BOS);
-    if (!code && !o->date && c->chat && c->chat->states_today)
-        date_today(c->today), o->date = c->today;
-    if (!code && c->chat && c->chat->stop_text && !c->n_stops)
+    if (c->e.code) return c->e.code;
+    if (!flag(c, O_RAW) && check_template(c->chat, &c->e)) return c->e.code;
+    o->date = c->text[O_DATE];
+    o->think = flag(c, O_THINK);
+    o->bos = whole(c, O_CHAT_BOS);
+    if (!o->date && c->chat && c->chat->states_today) {
+        date_today(c->today);
+        o->date = c->today;
+    }
+    if (c->chat && c->chat->stop_text && !c->n_stops)
         c->stops[c->n_stops++] = c->chat->stop_text;
-    return code;
+    return MEDRUN_OK;
 }
 
 /* Lets a device multiply. If none can and nobody asked for one, that is the processor's work. */
@@ -9338,6 +9345,9 @@ static void close_command(command *c) {
     medrun_close(c->m);
     if (c->t == &c->own) tokenizer_close(&c->own);
     unmap_file(&c->map);
+    buffer_free(&c->input);
+    buffer_free(&c->ids);
+    buffer_free(&c->output);
 }
 
 static const char *origin(const command *c, int id) {
@@ -9407,6 +9417,7 @@ static int choose_context(const command *c) {
 
 static int start_session(command *c) {
     medrun_session_options o;
+    if (c->e.code) return c->e.code;
     int context = choose_context(c);
     const char *plain = plain_only();
     note(c, "medrun " MEDRUN_VERSION ": %s, %s, %s kernels, %d threads, context %d, kv %s%s%s%s",
@@ -9506,8 +9517,8 @@ static int check_prefix(command *c) {
 /* Writes the prompt that was processed, the first of a chat. */
 static int save_prefix(command *c) {
     const char *path = c->text[O_SAVE_PREFIX];
-    if (!path) return MEDRUN_OK;
-    c->text[O_SAVE_PREFIX] = NULL;
+    if (!path || c->prefix_saved) return MEDRUN_OK;
+    c->prefix_saved = true;
     int code = medrun_save(c->s, path, &c->e);
     if (!code) note(c, "prefix: %zu tokens written to %s", medrun_length(c->s), path);
     return code;
@@ -9517,9 +9528,9 @@ static int save_prefix(command *c) {
 static int feed_prompt(command *c, const int32_t *ids, size_t n) {
     const char *path = c->text[O_LOAD_PREFIX];
     size_t taken;
-    if (!path || medrun_length(c->s)) return medrun_feed(c->s, ids, n, &c->e);
+    if (!path || c->prefix_unfit || medrun_length(c->s)) return medrun_feed(c->s, ids, n, &c->e);
     int code = medrun_feed_saved(c->s, ids, n, path, &taken, &c->e);
-    if (code) c->text[O_LOAD_PREFIX] = NULL;            /* a chat goes on without it             */
+    if (code) c->prefix_unfit = true;                   /* a chat goes on without it             */
     else if (taken) note(c, "prefix: %zu of %zu tokens taken from %s", taken, n, path);
     else note(c, "prefix: the prompt shares fewer than 16 tokens with %s", path);
     return code;
@@ -9601,6 +9612,7 @@ static void drop_line_end(buffer *b) {
 
 /* -p, -f or stdin; a flag beats the environment. */
 static int read_prompt(command *c, buffer *text) {
+    if (c->e.code) return c->e.code;
     bool file = given(c, O_FILE) && c->from[O_FILE] >= c->from[O_PROMPT];
     if (file && c->from[O_PROMPT] == c->from[O_FILE])
         return fail(&c->e, MEDRUN_USAGE, "found both --prompt and --file, wanted one");
@@ -9623,6 +9635,7 @@ static const char *system_text(const command *c) {
 
 /* The ids of the whole prompt. */
 static int make_prompt(command *c, const buffer *text, buffer *ids) {
+    if (c->e.code) return c->e.code;
     const char *system = system_text(c);
     medrun_message all[] = {{"system", system, strlen(system)}, {"user", chars(text), text->n}};
     size_t skip = *system ? 0 : 1;
@@ -9647,6 +9660,7 @@ static int hash_logits(command *c, char hex[65]) {
 /* Answers the prompt IDS; *A says how that went, also when it was cut. */
 static int run_ids(command *c, const buffer *ids, answer *a) {
     size_t n = ids->n / 4;
+    if (c->e.code) return c->e.code;
     if (n >= context_of(c)) return too_long(c, n);
     show_prompt(c, ids_of(ids), n);
     int code = check_prefix(c);
@@ -9658,25 +9672,19 @@ static int run_ids(command *c, const buffer *ids, answer *a) {
     return code;
 }
 
-/* The prompt is *IDS then. */
-static int answer_once(command *c, buffer *ids, answer *a) {
-    buffer text = {0};
-    int code = open_model(c);
-    if (!code) code = choose_chat(c);
-    if (!code) code = read_prompt(c, &text);
-    if (!code) code = make_prompt(c, &text, ids);
-    if (!code) code = start_session(c);
-    if (!code) code = run_ids(c, ids, a);
-    buffer_free(&text);
-    return code;
+/* The prompt's tokens are c->ids then. */
+static int answer_once(command *c, answer *a) {
+    open_model(c);
+    choose_chat(c);
+    read_prompt(c, &c->input);
+    make_prompt(c, &c->input, &c->ids);
+    start_session(c);
+    return run_ids(c, &c->ids, a);
 }
 
 static int run_command(command *c) {
-    buffer ids = {0};
     answer a = {0};
-    int code = answer_once(c, &ids, &a);
-    buffer_free(&ids);
-    return code;
+    return answer_once(c, &a);
 }
 
 /* Reads and parses a JSON file; free both afterwards, also on failure. */
@@ -10276,10 +10284,10 @@ static int talk(command *c) {
 
 static int converse_command(command *c) {
     if (!is_terminal(STDIN_FILENO)) return run_command(c);
-    int code = open_model(c);
-    if (!code) code = choose_chat(c);
-    if (!code) code = start_session(c);
-    return code ? code : talk(c);
+    open_model(c);
+    choose_chat(c);
+    start_session(c);
+    return c->e.code ? c->e.code : talk(c);
 }
 
 /* ---- verify -------------------------------------------------------------------------------- */
@@ -10499,80 +10507,74 @@ static int verify_command(command *c) {
 /* ---- tokenize, detokenize, render, logits -------------------------------------------------- */
 
 static int tokenize_command(command *c) {
-    buffer text = {0}, ids = {0};
     int flags = flag(c, O_BOS) ? MEDRUN_ADD_BOS : 0;
     if (flag(c, O_SPECIAL)) flags |= MEDRUN_PARSE_SPECIAL;
-    int code = open_tokenizer(c);
-    if (!code && flag(c, O_BOS) && c->t->bos < 0)
-        code = fail(&c->e, MEDRUN_USAGE, "--bos: this tokenizer has no such token");
-    if (!code) code = read_prompt(c, &text);
-    if (!code) code = tokenizer_encode(c->t, chars(&text), text.n, flags, &ids, &c->e);
-    if (!code && !flag(c, O_PIECES)) print_ids(stdout, ids_of(&ids), ids.n / 4);
-    for (size_t i = 0, n; !code && flag(c, O_PIECES) && i < ids.n / 4; i++) {
-        const char *piece = tokenizer_piece(c->t, ids_of(&ids)[i], &n);
-        printf("%d\t", ids_of(&ids)[i]);
+    if (open_tokenizer(c)) return c->e.code;
+    if (flag(c, O_BOS) && c->t->bos < 0)
+        return fail(&c->e, MEDRUN_USAGE, "--bos: this tokenizer has no such token");
+    if (read_prompt(c, &c->input)) return c->e.code;
+    if (tokenizer_encode(c->t, chars(&c->input), c->input.n, flags, &c->ids, &c->e))
+        return c->e.code;
+    if (!flag(c, O_PIECES)) print_ids(stdout, ids_of(&c->ids), c->ids.n / 4);
+    for (size_t i = 0, n; flag(c, O_PIECES) && i < c->ids.n / 4; i++) {
+        const char *piece = tokenizer_piece(c->t, ids_of(&c->ids)[i], &n);
+        printf("%d\t", ids_of(&c->ids)[i]);
         print_escaped(stdout, piece, n);
         puts("");
     }
-    buffer_free(&text), buffer_free(&ids);
-    return code;
+    return MEDRUN_OK;
 }
 
 static int detokenize_command(command *c) {
-    buffer text = {0}, ids = {0}, out = {0};
-    int code = open_tokenizer(c);
+    if (open_tokenizer(c)) return c->e.code;
     bool from_stdin = !c->n_rest || (c->n_rest == 1 && !strcmp(c->rest[0], "-"));
-    for (int i = 0; !from_stdin && i < c->n_rest; i++) buffer_printf(&text, "%s ", c->rest[i]);
-    if (!code && from_stdin) code = read_file(c, "-", &text);
-    if (!code && text.failed) code = out_of_memory(&c->e, text.n);
-    if (!code) code = parse_ids(c, chars(&text), text.n, &ids);
-    if (!code) tokenizer_decode(c->t, ids_of(&ids), ids.n / 4, flag(c, O_SPECIAL), &out);
-    if (!code && out.failed) code = out_of_memory(&c->e, out.n);
-    if (!code) fwrite(chars(&out), 1, out.n, stdout);
-    buffer_free(&text), buffer_free(&ids), buffer_free(&out);
-    return code;
+    if (from_stdin) read_file(c, "-", &c->input);
+    else for (int i = 0; i < c->n_rest; i++) buffer_printf(&c->input, "%s ", c->rest[i]);
+    if (c->input.failed) out_of_memory(&c->e, c->input.n);
+    if (parse_ids(c, chars(&c->input), c->input.n, &c->ids)) return c->e.code;
+    tokenizer_decode(c->t, ids_of(&c->ids), c->ids.n / 4, flag(c, O_SPECIAL), &c->output);
+    if (c->output.failed) return out_of_memory(&c->e, c->output.n);
+    fwrite(chars(&c->output), 1, c->output.n, stdout);
+    return MEDRUN_OK;
 }
 
 static int render_messages(command *c, const json *j) {
-    buffer text = {0}, out = {0};
-    medrun_message *messages;
-    size_t n;
+    buffer text = {0};
+    medrun_message *messages = NULL;
+    size_t n = 0;
     bool opening = !flag(c, O_NO_OPENING), ids = flag(c, O_RENDER_IDS);
-    chat_writer w = {c->chat, c->t, &c->chat_options, !ids, .out = &out, .e = &c->e};
-    int code = chat_messages(c->chat, j, 0, c->text[O_MESSAGES], &messages, &n, &text, &c->e);
-    if (!code) code = chat_render(&w, messages, n, opening);
-    if (!code && ids) print_ids(stdout, ids_of(&out), out.n / 4);
-    else if (!code) fwrite(chars(&out), 1, out.n, stdout);
+    chat_writer w = {c->chat, c->t, &c->chat_options, !ids, .out = &c->output, .e = &c->e};
+    if (!chat_messages(c->chat, j, 0, c->text[O_MESSAGES], &messages, &n, &text, &c->e))
+        chat_render(&w, messages, n, opening);
+    if (!c->e.code && ids) print_ids(stdout, ids_of(&c->output), c->output.n / 4);
+    else if (!c->e.code) fwrite(chars(&c->output), 1, c->output.n, stdout);
     free(messages);
     buffer_free(&text);
-    buffer_free(&out);
-    return code;
+    return c->e.code;
 }
 
 static int render_command(command *c) {
-    buffer text = {0};
     json j = {0};
     bool file = given(c, O_MODEL) || c->n_rest;
     if (!given(c, O_MESSAGES) || (!file && (!given(c, O_TEMPLATE) || flag(c, O_RENDER_IDS))))
         return fail(&c->e, MEDRUN_USAGE, "render: wanted --messages FILE.json and a model; "
                     "--template NAME does without a model, but not with --ids");
-    int code = file ? open_tokenizer(c) : choose_template(c);
-    if (!code && !c->chat && !c->m)
-        code = fail(&c->e, MEDRUN_USAGE, "render: a tokenizer.bin has no template: add --template");
-    if (!code) code = choose_chat(c);
-    if (!code) code = read_json(c, c->text[O_MESSAGES], &text, &j);
-    if (!code) code = render_messages(c, &j);
-    json_free(&j), buffer_free(&text);
-    return code;
+    if (file ? open_tokenizer(c) : choose_template(c)) return c->e.code;
+    if (!c->chat && !c->m)
+        return fail(&c->e, MEDRUN_USAGE, "render: a tokenizer.bin has no template: add --template");
+    if (choose_chat(c)) return c->e.code;
+    if (!read_json(c, c->text[O_MESSAGES], &c->input, &j)) render_messages(c, &j);
+    json_free(&j);
+    return c->e.code;
 }
 
 /* Feeds the ids, with --all in parts whose passes give a row of logits for each of them. */
-static int write_logits(command *c, const buffer *ids, FILE *f) {
-    size_t n = ids->n / 4, vocab = (size_t)c->t->vocab_size;
+static int write_logits(command *c, FILE *f) {
+    size_t n = c->ids.n / 4, vocab = (size_t)c->t->vocab_size;
     size_t part = flag(c, O_ALL) ? (size_t)c->s->options.batch : n;
     for (size_t at = 0; at < n; at += part) {
         size_t now = n - at < part ? n - at : part;
-        int code = medrun_feed(c->s, ids_of(ids) + at, now, &c->e);
+        int code = medrun_feed(c->s, ids_of(&c->ids) + at, now, &c->e);
         while (!code && medrun_pending(c->s)) code = medrun_step(&c->s, 1, &c->e);
         if (code) return code;
         for (size_t row = flag(c, O_ALL) ? now : 1; row-- > 0;)
@@ -10583,27 +10585,23 @@ static int write_logits(command *c, const buffer *ids, FILE *f) {
 
 static int logits_command(command *c) {
     static const file_kind logits_file = {"to be overwritten", NULL, false};
-    buffer ids = {0};
     file_writer w;
     if (!given(c, O_IDS) || !given(c, O_OUT))
         return fail(&c->e, MEDRUN_USAGE, "logits: wanted --ids \"1 2 3\" and -o OUT.f32");
-    int code = open_model(c);
-    if (!code) code = parse_ids(c, c->text[O_IDS], strlen(c->text[O_IDS]), &ids);
-    size_t n = ids.n / 4;
-    if (!code && !n) code = fail(&c->e, MEDRUN_USAGE, "--ids: found none");
-    if (!code && n > (size_t)c->m->config.max_positions)
-        code = fail(&c->e, MEDRUN_TOO_LONG, "prompt %zu tokens > context %d, the model's", n,
+    if (open_model(c)) return c->e.code;
+    if (parse_ids(c, c->text[O_IDS], strlen(c->text[O_IDS]), &c->ids)) return c->e.code;
+    size_t n = c->ids.n / 4;
+    if (!n) return fail(&c->e, MEDRUN_USAGE, "--ids: found none");
+    if (n > (size_t)c->m->config.max_positions)
+        return fail(&c->e, MEDRUN_TOO_LONG, "prompt %zu tokens > context %d, the model's", n,
                     c->m->config.max_positions);
-    if (flag(c, O_ALL) && !given(c, O_BATCH)) c->number[O_BATCH] = 32;  /* rows of 0.5 MB        */
     medrun_session_options o = session_options(c, (int)n);
+    if (flag(c, O_ALL) && !given(c, O_BATCH)) o.batch = 32;     /* a row may take 0.5 MB         */
     if (flag(c, O_ALL)) o.logit_rows = o.batch;
-    if (!code) code = medrun_start(&c->s, c->m, &o, NULL, 0, &c->e);
-    if (!code && !writer_open(&w, c->text[O_OUT], &logits_file, true, &c->e)) {
-        write_logits(c, &ids, w.f);
-        writer_done(&w, &c->e);
-    }
-    buffer_free(&ids);
-    return code ? code : c->e.code;
+    if (medrun_start(&c->s, c->m, &o, NULL, 0, &c->e)) return c->e.code;
+    if (writer_open(&w, c->text[O_OUT], &logits_file, true, &c->e)) return c->e.code;
+    write_logits(c, w.f);
+    return writer_done(&w, &c->e);
 }
 
 /* ============================================================================================

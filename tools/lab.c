@@ -66,19 +66,17 @@ static int record_command(command *c) {
     if (c->n_rest != files)
         return fail(&c->e, MEDRUN_USAGE, "record: wanted a model, a file to write and a prompt");
     const char *path = c->rest[c->n_rest - 1];
-    buffer ids = {0};
     answer a = {0};
     c->n_rest--;
-    int code = answer_once(c, &ids, &a);
+    int code = answer_once(c, &a);
     bool stopped = (code == MEDRUN_INTERRUPTED || code == MEDRUN_TOO_LONG) && a.n_answer;
     if (!code || stopped) {
         medrun_error before = c->e;
         c->e = (medrun_error){0};
-        int written = write_record(c, ids.n / 4, path);
+        int written = write_record(c, c->ids.n / 4, path);
         if (!written) c->e = before;
         else code = written;
     }
-    buffer_free(&ids);
     return code;
 }
 
@@ -98,7 +96,7 @@ static int replay_options(command *c, const json *j, uint32_t all, const char *p
         snprintf(known, sizeof known, "--%s", c->p->options[id].name);
         if (json_text(j, all, path, known, value, sizeof value, &c->e)) return c->e.code;
         if (set_option(c, id, value, FROM_FLAG, known)) return c->e.code = MEDRUN_BAD_FILE;
-        c->text[id] = "";                               /* given; but `value` ends here          */
+        c->text[id] = NULL;                             /* the number is kept; `value` ends here */
     }
     return MEDRUN_OK;
 }
