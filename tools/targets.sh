@@ -1,6 +1,6 @@
 #!/bin/sh
 # targets.sh [--quick] [--list] [TARGET...]: builds medrun for each target that this machine has a
-# compiler and an emulator for, runs it there, and prints the table of the README. On each set of
+# compiler and an emulator for, runs it there, and prints the table of tools/README.md. On each set of
 # words it asks the demo model a question, verifies it, and compares the bits of three sorts of
 # logits with those below. Without --quick the unit programs run there too (hours, emulated). The
 # last line is as in the tests. CC, CFLAGS and UNITS may be set.
