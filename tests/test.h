@@ -32,7 +32,8 @@ __attribute__((unused)) static bool check_equal(long long a, long long b, const 
 #define SKIP(reason) (checks_skipped++, printf("skipped: %s\n", reason))
 
 /* The same numbers on every machine (xorshift64*): random inputs that a failure can name. */
-static uint64_t test_random_state = 88172645463325252ull;
+#define RANDOM_START 88172645463325252ull
+static uint64_t test_random_state = RANDOM_START;
 
 __attribute__((unused)) static uint64_t test_random(void) {
     test_random_state ^= test_random_state >> 12;
@@ -53,6 +54,14 @@ __attribute__((unused)) static int unsetenv(const char *name) { return _putenv_s
 static int report(void) {
     printf("%d passed, %d failed, %d skipped\n", checks_passed, checks_failed, checks_skipped);
     return checks_failed != 0;
+}
+
+/* Runs the test file NAME as one of several in a program (all_*.c): its main, which ends with a
+ * report of all checks until then. */
+__attribute__((unused)) static void run_file(const char *name, int (*its_main)(void)) {
+    printf("%s\n", name);
+    test_random_state = RANDOM_START;
+    its_main();
 }
 
 #endif

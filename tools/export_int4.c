@@ -1,6 +1,8 @@
 /* How the exporter stores weights in panels: int4's scales are searched for with the kernels of
  * tools/export_int4.h, which the tool names as MEDRUN_MORE_KERNELS before medrun.c. A tool includes
  * this file after medrun.c. MIT licence, see LICENSE. */
+#ifndef MEDRUN_EXPORT_INT4
+#define MEDRUN_EXPORT_INT4
 
 /* Packs 16 rows of one int4 panel; IMPORTANCE (cols) says how much an error of each column counts,
  * NULL: all the same. */
@@ -33,3 +35,5 @@ static void store_rows(const kernel_set *k, int type, const float *rows, size_t 
     memset(out, 0, panel_bytes(type, cols));
     store_int4(k, rows, n_rows, cols, importance, out);
 }
+
+#endif
