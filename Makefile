@@ -14,9 +14,12 @@ ABI    := $(shell sed -n 's/^.define MEDRUN_VERSION "\([0-9]*\.[0-9]*\)\..*/\1/p
 CL      = $(if $(OPENCL),-DMEDRUN_OPENCL)
 SECONDS = 60
 
-UNITS    = 03_basics 04_threads 05_numbers 06_kernels 07_tensor 08_opencl 09_file 10_tokenizer \
-           11_chat 12_model 13_transformer 14_sampler 15_allocation 15_embedding 15_session \
-           16_answers 20_export 21_gguf 22_eval
+# What each test program holds is said in tests/README.md. PLAIN are those that have no kernel for a
+# subject: they are compiled without, which is done sooner.
+UNITS    = all_text all_kernels 08_opencl 15_allocation 15_embedding 15_session 16_answers \
+           all_export 22_eval
+PLAIN    = all_text 03_basics 09_file 10_tokenizer 11_chat 12_model 14_sampler 15_allocation 22_eval
+JOBS    := $(shell nproc 2>/dev/null || echo 1)
 FIXTURES = llama-plain llama-tied llama-sharded llama-grouped mistral-window mistral-spm \
            arcee-yarn arcee-yarn5 apertus-plain apertus-grouped
 MODELS   = $(foreach f,$(FIXTURES),$(addprefix $(BUILD)/$(f)-,bf16.mdr int8.mdr int4.mdr)) \
@@ -84,22 +87,28 @@ $(BUILD)/test_%: tests/%.c tests/test.h medrun.c tools/export.c $(EXPORT) tools/
 	@mkdir -p $(BUILD)
 	$(CC) $(CFLAGS) $(WARN) $(if $(filter $*,$(PLAIN)),-DMEDRUN_SCALAR) -o $@ $< $(LIBS)
 
+$(BUILD)/test_all_text $(BUILD)/test_all_kernels $(BUILD)/test_all_export: $(wildcard tests/[0-9]*.c)
 $(BUILD)/test_08_opencl: LIBS += -ldl
 # It has a heap of its own, about whose blocks clang would know too much.
 $(BUILD)/test_15_embedding: LIBS += $(foreach f,malloc calloc realloc free,-fno-builtin-$(f))
 
-test: all $(MODELS) $(REAL) $(BUILD)/tokenizer.bin $(UNITS:%=$(BUILD)/test_%)
+PROGRAMS = all $(MODELS) $(REAL) $(BUILD)/tokenizer.bin $(UNITS:%=$(BUILD)/test_%)
+programs: $(PROGRAMS)
+test:
+	@$(MAKE) --no-print-directory $(if $(filter -j% --jobserver%,$(MAKEFLAGS)),,-j$(JOBS)) programs
 	@SCRIPTS="$(SCRIPTS)" CC="$(CC)" sh tests/run.sh "$(BIN)" "$(BUILD)" $(UNITS)
+# Loops that try everything where `make test` tries a part.
+test-all:
+	@MEDRUN_TEST_ALL=1 $(MAKE) --no-print-directory test
 
 lint:
 	@sh tests/lint.sh
-# Kernels take compilers long to instrument: PLAIN are the tests that can do without.
+# Kernels take compilers long to instrument.
 debug:
 	@mkdir -p build/debug
 	$(MAKE) BUILD=build/debug BIN=build/debug \
 	    CFLAGS="-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all" \
-	    PLAIN="03_basics 09_file 10_tokenizer 11_chat 12_model 14_sampler 15_allocation \
-          15_embedding" test
+	    PLAIN="all_text 15_allocation 15_embedding 22_eval" test
 threads:
 	@mkdir -p build/threads
 	$(MAKE) BUILD=build/threads BIN=build/threads CFLAGS="-O1 -g1 -fsanitize=thread" \
@@ -149,15 +158,16 @@ help:
 	@echo "make run        asks the demo model a question"
 	@echo "make lib        libmedrun.a, libmedrun.so, medrun.h in build/lib; make install-lib"
 	@echo "make dist       archives of the last commit, programs and source, in build/dist"
-	@echo "make test       runs every test; with MEDRUN_TEST_DATA also those on real vocabularies"
+	@echo "make test       runs the tests; with MEDRUN_TEST_DATA also those on real vocabularies"
+	@echo "make test-all   the same with the longest loops in full"
 	@echo "make debug      the tests under address and undefined-behaviour sanitizers"
 	@echo "make threads    those of the thread pool and sessions under the thread sanitizer"
 	@echo "make fuzz       strangers' files, made up by clang's libFuzzer: 60 s a reader; SECONDS=600"
-	@echo "make lint       line lengths, function lengths, warnings of gcc and clang, clang-tidy"
+	@echo "make lint       the budget of each section, rules of the source, warnings, clang-tidy"
 	@echo "make targets    the same bits on other processors and systems, emulated where they must be"
 	@echo "make size       bytes of code and data, by each compiler for another processor, too"
-	@echo "make static     build/static/medrun and medrun-export, by musl-gcc, with no library beside"
-	@echo "make windows    build/windows/medrun.exe and medrun-export.exe, by mingw-w64"
+	@echo "make static     the programs in build/static, by musl-gcc, with no library beside"
+	@echo "make windows    the programs in build/windows, by mingw-w64"
 	@echo "make bench, make install, make clean"
 
-.PHONY: all static windows run test lint debug threads fuzz bench targets size install clean help
+.PHONY: all static windows run programs test test-all lint debug threads fuzz bench targets size install clean help

@@ -25,6 +25,8 @@
  *
  * Tests: tests/20_export.c, 21_gguf.c. */
 
+#ifndef MEDRUN_EXPORT           /* tests/all_export.c includes it for each test file */
+#define MEDRUN_EXPORT
 #define MEDRUN_NO_MAIN
 #define MEDRUN_MORE_KERNELS "tools/export_int4.h"
 #include "../medrun.c"
@@ -2347,4 +2349,5 @@ static int export_main(int argc, char **argv) {
 
 #ifndef MEDRUN_EXPORT_NO_MAIN
 int main(int argc, char **argv) { return export_main(argc, argv); }
+#endif
 #endif
