@@ -97,12 +97,33 @@ static double logit_error(const medrun_model *m, const char *folder, size_t n, c
     return error;
 }
 
+#if defined __has_feature
+#if __has_feature(address_sanitizer)
+#define SANITIZED true
+#endif
+#endif
+#if defined __SANITIZE_ADDRESS__ && !defined SANITIZED
+#define SANITIZED true
+#endif
+#ifndef SANITIZED
+#define SANITIZED false
+#endif
+
+/* All threads and chunks for one model of each architecture, a few for the others and where a
+ * sanitizer makes each take ten times as long. Without test_all one model is enough. */
+static bool thorough(const char *folder) {
+    if (SANITIZED) return false;
+    if (!test_all()) return !strcmp(folder, "llama-grouped");
+    return !strcmp(folder, "llama-grouped") || !strcmp(folder, "mistral-window") ||
+           !strcmp(folder, "arcee-yarn") || !strcmp(folder, "apertus-plain");
+}
+
 static void test_logits(void) {
     static const size_t lengths[] = {1, 7, 64, 300};
     const kernel_set *sets[N_KERNEL_SETS];
     int n_sets = usable_kernels(sets);
     for (int f = 0; f < N_FOLDERS; f++)
-        for (int k = 0; k < n_sets; k++) {
+        for (int k = 0; k < (thorough(folders[f]) || test_all() ? n_sets : 1); k++) {
             medrun_model *bf16 = open_fixture(folders[f], "bf16", 2, sets[k]->name);
             medrun_model *int8 = open_fixture(folders[f], "int8", 2, sets[k]->name);
             double worst[3] = {0};
@@ -252,26 +273,6 @@ static void digest(const medrun_model *m, const int32_t *ids, size_t n, int chun
     sha256_done(&sum, out);
 }
 
-#if defined __has_feature
-#if __has_feature(address_sanitizer)
-#define SANITIZED true
-#endif
-#endif
-#if defined __SANITIZE_ADDRESS__ && !defined SANITIZED
-#define SANITIZED true
-#endif
-#ifndef SANITIZED
-#define SANITIZED false
-#endif
-
-/* All threads and chunks for one model of each architecture, a few for the others and where a
- * sanitizer makes each take ten times as long. */
-static bool thorough(const char *folder) {
-    if (SANITIZED) return false;
-    return !strcmp(folder, "llama-grouped") || !strcmp(folder, "mistral-window") ||
-           !strcmp(folder, "arcee-yarn") || !strcmp(folder, "apertus-plain");
-}
-
 /* bf16 with the processor's bf16 dot promises the same bits on one machine only: it has a reference
  * for each instruction set; strict and int8 have one for all, the scalar set's. */
 static void test_promises(void) {
@@ -289,7 +290,8 @@ static void test_promises(void) {
                 for (int threads = 1; threads <= 4; threads++) {
                     bool slow = sets[k] == &kernel_row_scalar || !thorough(folders[f]);
                     if (slow && threads > 2) continue;
-                    if (kind == 4 && sets[k] == &kernel_row_scalar && threads > 1) continue;
+                    bool once = kind == 4 || !test_all();       /* plain C takes long           */
+                    if (once && sets[k] == &kernel_row_scalar && threads > 1) continue;
                     medrun_model *m = open_fixture(folders[f], types[kind], threads,
                                                    sets[k]->name);
                     int kv = kind == 3 ? MEDRUN_KV_INT8 : MEDRUN_KV_F16;

@@ -42,6 +42,9 @@ __attribute__((unused)) static uint64_t test_random(void) {
     return test_random_state * 0x2545F4914F6CDD1D;
 }
 
+/* `make test-all`: loops try everything. Else those that take long try a part of it. */
+__attribute__((unused)) static bool test_all(void) { return getenv("MEDRUN_TEST_ALL") != NULL; }
+
 #ifdef _WIN32
 __attribute__((unused)) static int setenv(const char *name, const char *value, int replace) {
     (void)replace;
