@@ -248,8 +248,7 @@ int medrun_start(medrun_session **out, const medrun_model *model,
                  medrun_error *error);
 void medrun_stop(medrun_session *session);                  /* NULL is fine; model stays open  */
 
-/* Appends ids to the timeline, to be processed by the next steps.
- * Errors: MEDRUN_TOO_LONG (nothing was added), MEDRUN_USAGE (an id out of range). */
+/* Appends all of the ids or none. Errors: MEDRUN_TOO_LONG, MEDRUN_USAGE (an id out of range). */
 int medrun_feed(medrun_session *session, const int32_t *ids, size_t n, medrun_error *error);
 
 /* Appends one turn by the checkpoint's template (BOS first on an empty timeline); a "user" turn is
@@ -5006,7 +5005,8 @@ static int map_file(const char *path, file_map *map, medrun_error *e) {
         return fail(e, MEDRUN_BAD_FILE, "%s: cannot map its %llu bytes: %s", path,
                     (unsigned long long)f.bytes, why);
     if (why) return fail(e, MEDRUN_BAD_FILE, "%s: %s", path, why);
-    return *map = (file_map){p, (size_t)f.bytes}, MEDRUN_OK;
+    *map = (file_map){p, (size_t)f.bytes};
+    return MEDRUN_OK;
 }
 
 static void unmap_file(file_map *map) {
@@ -5116,7 +5116,8 @@ static bool parse_hex(const char *text, uint8_t digest[32]) {
         memcpy(four, text + 2 * i, 4);
         if (json_hex4(four, 4, &high)) return false;
         low = high & 0xFF;
-        digest[i] = (uint8_t)(high >> 8), digest[i + 1] = (uint8_t)low;
+        digest[i] = (uint8_t)(high >> 8);
+        digest[i + 1] = (uint8_t)low;
     }
     return true;
 }
@@ -5147,7 +5148,8 @@ static int take_section(model_file *f, uint32_t v, const char *what, const uint8
                     (unsigned long long)wanted + (unsigned long long)length, f->map.n);
     if (!all_zero(f->map.data + f->at, wanted - f->at))
         return fail(e, MEDRUN_BAD_FILE, "%s: %s: the padding before it is not zero", f->path, what);
-    *data = f->map.data + wanted, *bytes = (size_t)length;
+    *data = f->map.data + wanted;
+    *bytes = (size_t)length;
     f->at = wanted + (size_t)length;
     return MEDRUN_OK;
 }
@@ -5168,7 +5170,8 @@ static int check_preamble(model_file *f, size_t *header_bytes, medrun_error *e) 
         return fail(e, MEDRUN_BAD_FILE, "%s: header length: found %llu in a file of %zu bytes; it "
                     "was cut short or damaged, copy it again", f->path, (unsigned long long)n,
                     f->map.n);
-    return *header_bytes = (size_t)n, MEDRUN_OK;
+    *header_bytes = (size_t)n;
+    return MEDRUN_OK;
 }
 
 static void file_close(model_file *f) {
