@@ -18,7 +18,8 @@ SECONDS = 60
 # subject: they are compiled without, which is done sooner.
 UNITS    = all_text all_kernels 08_opencl 15_allocation 15_embedding 15_session 16_answers \
            all_export 22_eval
-PLAIN    = all_text 03_basics 09_file 10_tokenizer 11_chat 12_model 14_sampler 15_allocation 22_eval
+PLAIN    = all_text 03_basics 09_file 10_tokenizer 11_chat 12_model 14_sampler 15_allocation \
+           16_answers 22_eval
 JOBS    := $(shell nproc 2>/dev/null || echo 1)
 FIXTURES = llama-plain llama-tied llama-sharded llama-grouped mistral-window mistral-spm \
            arcee-yarn arcee-yarn5 apertus-plain apertus-grouped
@@ -97,7 +98,7 @@ programs: $(PROGRAMS)
 test:
 	@$(MAKE) --no-print-directory $(if $(filter -j% --jobserver%,$(MAKEFLAGS)),,-j$(JOBS)) programs
 	@SCRIPTS="$(SCRIPTS)" CC="$(CC)" sh tests/run.sh "$(BIN)" "$(BUILD)" $(UNITS)
-# Loops that try everything where `make test` tries a part.
+# Loops that try everything where `make test` tries a part, and programs for other systems.
 test-all:
 	@MEDRUN_TEST_ALL=1 $(MAKE) --no-print-directory test
 
@@ -108,7 +109,7 @@ debug:
 	@mkdir -p build/debug
 	$(MAKE) BUILD=build/debug BIN=build/debug \
 	    CFLAGS="-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all" \
-	    PLAIN="all_text 15_allocation 15_embedding 22_eval" test
+	    PLAIN="all_text 15_allocation 15_embedding 16_answers 22_eval" test
 threads:
 	@mkdir -p build/threads
 	$(MAKE) BUILD=build/threads BIN=build/threads CFLAGS="-O1 -g1 -fsanitize=thread" \
@@ -159,7 +160,7 @@ help:
 	@echo "make lib        libmedrun.a, libmedrun.so, medrun.h in build/lib; make install-lib"
 	@echo "make dist       archives of the last commit, programs and source, in build/dist"
 	@echo "make test       runs the tests; with MEDRUN_TEST_DATA also those on real vocabularies"
-	@echo "make test-all   the same with the longest loops in full"
+	@echo "make test-all   also the longest loops in full and programs for other systems"
 	@echo "make debug      the tests under address and undefined-behaviour sanitizers"
 	@echo "make threads    those of the thread pool and sessions under the thread sanitizer"
 	@echo "make fuzz       strangers' files, made up by clang's libFuzzer: 60 s a reader; SECONDS=600"

@@ -2,6 +2,7 @@
 # 32_windows.sh BIN BUILD - the programs for Windows, built by mingw-w64 and run by wine: they need no
 # library beside them and say and write what those of this machine do.
 . tests/script.sh
+only_in_test_all "programs for Windows"
 for tool in x86_64-w64-mingw32-gcc x86_64-w64-mingw32-objdump wine; do
     command -v $tool >/dev/null || { skip "Windows: no $tool"; finish; }
 done

@@ -3,6 +3,7 @@
 # optimized, to be done sooner.
 build=$(cd "$2" && pwd)
 . tests/script.sh
+only_in_test_all "archives"
 [ -e .git ] && git rev-parse -q --verify HEAD > /dev/null ||
     { skip "no git repository to make archives of"; finish; }
 for tool in zip unzip tar gzip sha256sum; do
