@@ -9129,18 +9129,23 @@ static int set_option(command *c, int id, const char *value, int from, const cha
     return c->stops[c->n_stops++] = value, MEDRUN_OK;
 }
 
-/* MEDRUN_TOP_K for --top-k, and so on, where the line does not have the option. */
+/* The environment variable of option ID: MEDRUN_TOP_K for --top-k, and so on. Where two commands
+ * mean different things by one name, the program's table gives one a variable of its own. */
+static void twin_name(const program *p, int id, char name[48]) {
+    const char *variable = p->options[id].name;
+    for (int i = 0; i < p->n_twins; i++)
+        if (p->twins[i].id == id) variable = p->twins[i].variable;
+    snprintf(name, 48, "MEDRUN_%s", variable);
+    for (char *c = name; *c; c++) *c = *c == '-' ? '_' : (char)toupper((uint8_t)*c);
+}
+
+/* Takes from the environment what the line does not say; an empty variable says nothing. */
 static int read_environment(command *c) {
     char name[48];
     for (int id = 0; id < c->p->n_options; id++) {
-        const option_row *r = &c->p->options[id];
-        if (!takes(c, id) || c->from[id] != FROM_DEFAULT || id == O_HELP || id == O_VERSION)
-            continue;
-        const char *variable = r->name;
-        for (int k = 0; k < c->p->n_twins; k++)
-            if (c->p->twins[k].id == id) variable = c->p->twins[k].variable;
-        snprintf(name, sizeof name, "MEDRUN_%s", variable);
-        for (char *p = name; *p; p++) *p = *p == '-' ? '_' : (char)toupper((uint8_t)*p);
+        bool settled = c->from[id] != FROM_DEFAULT || id == O_HELP || id == O_VERSION;
+        if (settled || !takes(c, id)) continue;
+        twin_name(c->p, id, name);
         const char *value = getenv(name);
         if (value && *value && set_option(c, id, value, FROM_ENVIRONMENT, name)) return c->e.code;
     }
@@ -9551,7 +9556,13 @@ static int next_piece(command *c, answer *a) {
     return a->held.failed ? out_of_memory(&c->e, n) : print_held(c, a, a->ended);
 }
 
-/* Answers what has been fed. A full context cuts the answer: MEDRUN_TOO_LONG. */
+/* Answers what was fed, and prints the answer while it is made. First the model reads the prompt, a
+ * batch in each pass (process_prompt). Then each step computes the pass that is pending, samples
+ * one token from its logits and prints the piece (next_piece), until the model ends its turn, a
+ * stop text comes, or -n tokens were made. What may be the beginning of a stop text is held back,
+ * so no part of one is printed; it follows when the answer ends without it. The handler of Ctrl-C
+ * only sets a flag, and the loop asks for the flag between two passes: so the timeline never holds
+ * half a pass, and a chat can go on. A full context cuts the answer: MEDRUN_TOO_LONG. */
 static int print_reply(command *c, answer *a) {
     size_t most = c->number[O_PREDICT] < 0 ? SIZE_MAX : (size_t)c->number[O_PREDICT];
     double start = seconds();
@@ -10625,12 +10636,20 @@ static void print_option(const option_row *r) {
 
 static int help_on(const program *p, int which) {
     const command_row *row = &p->commands[which];
+    char name[48];
     printf("%s %s %s\n%s\n\n", p->name, row->name, row->arguments, row->help);
     for (int id = 0; id < p->n_options; id++)
         if (p->options[id].on & ON(which)) print_option(&p->options[id]);
     puts("\n(range) [what holds without]. Options may stand anywhere; --option=value works too.\n"
-         "What the environment says, as MEDRUN_TOP_K=20, holds unless the line says otherwise.\n"
-         "MEDRUN_KERNELS=scalar (medrun-lab doctor lists them) chooses the instruction set.");
+         "What the environment says, as MEDRUN_TOP_K=20, holds unless the line says otherwise.");
+    for (int i = 0; i < p->n_twins; i++) {
+        const option_row *r = &p->options[p->twins[i].id];
+        if (!(r->on & ON(which))) continue;
+        twin_name(p, p->twins[i].id, name);
+        printf("%s is for --%s, whose name means something else to another command.\n", name,
+               r->name);
+    }
+    puts("MEDRUN_KERNELS=scalar (medrun-lab doctor lists them) chooses the instruction set.");
     return MEDRUN_OK;
 }
 

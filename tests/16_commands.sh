@@ -301,6 +301,8 @@ lab 2 record "$model" -p x; lab 2 record "$T/r.json" -p x; lab 2 bench "$model" 
 # a variable holds for the option of its meaning, not for another of the same name
 MEDRUN_PROMPT=hello lab 0 bench "$model" -p 8 -n 2 -r 1; MEDRUN_PREDICT=-1 lab 0 bench "$model" -p 8 -r 1 -n 2
 MEDRUN_PROMPT=hello lab 0 bench "$model" -n 2 -r 1; MEDRUN_BENCH_PROMPT=9 lab 0 bench "$model" -n 2 -r 1; out_has '| pp9 |'
+lab 0 help bench; out_has 'MEDRUN_BENCH_PROMPT is for --prompt'; code 0 help tokenize; out_has 'MEDRUN_TOKENIZE_BOS is for --bos'
+code 0 help run; check 'run has no names of its own' [ "$(grep -c 'MEDRUN_.* is for' "$T/out")" = 0 ]
 MEDRUN_BOS=auto code 0 tokenize "$model" -p x; MEDRUN_TOKENIZE_BOS=1 code 0 tokenize "$model" -p x
 
 # ---- record, replay ----
