@@ -4617,6 +4617,7 @@ MATMUL(matmul_int8, add_int8, 8)
 MATMUL(matvec_int4, add_int4, 1)
 MATMUL(matmul_int4, add_int4, 8)
 );
+#undef TEXT_OF
 
 enum { N_DEVICE_KERNELS = 6 };      /* by type, for one token and for more                      */
 static const char *const device_kernels[N_DEVICE_KERNELS] = {
@@ -4638,6 +4639,7 @@ typedef struct { DEVICE_CALLS(FIELD) } opencl;                  /* pointers in t
 static const char *const opencl_calls[] = {DEVICE_CALLS(NAME)};
 #undef FIELD
 #undef NAME
+#undef DEVICE_CALLS
 
 /* What a device says of itself. */
 typedef struct {
@@ -4682,6 +4684,9 @@ static int opencl_open(opencl *cl, const char *path, medrun_error *e) {
     }
     return MEDRUN_OK;
 }
+#undef OPENCL_LIBRARY
+#undef OPEN_LIBRARY
+#undef FIND_SYMBOL
 
 static void get_facts_of(const opencl *cl, cl_platform_id platform, device_facts *d) {
     const struct { cl_device_info what; size_t bytes; void *to; } facts[] = {
@@ -8954,7 +8959,7 @@ static const option_row option_rows[N_OPTIONS] = {
 #else
                   "none, this build has no OpenCL",
 #endif
-                  "OpenCL device for matrices; medrun-lab doctor lists them"},
+                  "OpenCL device (medrun-lab doctor lists them)"},
     [O_GPU_LAYERS] = {"gpu-layers", "ngl", "N", WHOLE, ON_MODEL & ~ON(SHOW), 0, 1 << 16,
                       "all that fit", "layers whose matrices it has; 0: no device"},
     [O_SAVE_PREFIX] = {"save-prefix", NULL, "FILE", TEXT, ON_ANSWER, 0, 0, NULL,
