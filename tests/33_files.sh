@@ -55,4 +55,23 @@ if [ -d /proc/self ] && mkfifo "$T/pipe"; then
     check "one line: $(cat "$T/err")" [ "$(grep -c 'cannot be read any more' "$T/err")" = "$(wc -l <"$T/err")" ]
 else skip 'a checkpoint that is cut: no /proc, or no pipes'; fi
 
+# A pipe that nobody writes stands where a file is wanted: refused at once, with a line and no hang.
+pipe() { # CODE COMMAND...
+    want=$1; shift
+    timeout 20 "$@" >/dev/null 2>"$T/err" </dev/null; rc=$?
+    check "$*: exit $rc, wanted $want: $(cat "$T/err")" [ $rc = "$want" ]
+    check "$*: says so: $(cat "$T/err")" grep -q "not a regular file" "$T/err"
+}
+mkdir "$T/folder"; cp "$fixtures"/llama-tied/* "$T/folder"; rm "$T/folder/config.json"
+if mkfifo "$T/silent" "$T/folder/config.json"; then
+    pipe 3 "$bin/medrun" show "$T/silent"
+    pipe 3 "$bin/medrun" tokenize "$T/silent" -p x
+    pipe 3 "$bin/medrun" run "$model" -q -p x -n 1 --load-prefix "$T/silent"
+    pipe 1 "$bin/medrun" run "$model" -q -p x -n 1 --save-prefix "$T/silent"
+    pipe 1 "$bin/medrun" logits "$model" --ids 1 -o "$T/silent"
+    pipe 3 "$bin/medrun-export" "$T/folder" "$T/out.mdr"
+    pipe 3 "$bin/medrun-eval" "$model" medqa "$T/silent" -q
+    check 'nothing is left beside the pipe' [ -z "$(find "$T" -name '*.partial')" ]
+else skip 'a pipe where a file is wanted: no pipes'; fi
+
 finish

@@ -101,6 +101,7 @@ static int option_number(const char *name, const char *text, double min, double 
     return *out = v, MEDRUN_OK;
 }
 
+__attribute__((unused))
 static int option_int(const char *name, const char *text, int min, int max, int *out,
                       medrun_error *e) {
     double v = *out;

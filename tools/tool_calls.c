@@ -375,6 +375,7 @@ static const tool_form *tool_form_of(const chat_template *c) {
 }
 
 /* The kinds of turns that tools_messages may make beside the template's own. */
+__attribute__((unused))
 static const chat_kind *tools_kinds(const chat_template *c) { return tool_form_of(c)->blocks; }
 
 /* Appends what the model is to see of the functions in TEXT, for medrun_chat_options.tools. */
@@ -615,6 +616,7 @@ static int tools_messages(const chat_template *c, const json *j, uint32_t v, con
 
 /* What a model wrote between the tokens of a tool call, [{"name": arguments}, ...], as
  * [{"name": "name", "arguments": arguments}, ...]. */
+__attribute__((unused))
 static int tool_calls(buffer *b, const char *text, size_t n, medrun_error *e) {
     json j = {0};
     int code = json_parse(&j, text, n, e);
