@@ -1338,51 +1338,44 @@ static int json_scalar_node(json_parser *s) {
     return MEDRUN_OK;
 }
 
-/* One value of any type; `open` holds the containers around it. */
-static int json_value(json_parser *s) {
-    uint32_t open[JSON_MAX_DEPTH];
-    int depth = 0;
-    for (;;) {
-        json_space(s);
-        uint8_t c = s->at < s->n ? s->p[s->at] : 0;
-        json_node *parent = depth ? &s->j->nodes[open[depth - 1]] : NULL;
-        bool key = parent && parent->type == JSON_OBJECT && parent->count % 2 == 0;
-        if (parent && parent->count == 0 && c == (parent->type == JSON_OBJECT ? '}' : ']')) {
-            goto close;                                 /* an empty container                    */
-        }
-        if (key && c != '"') return json_wrong(s, "a key must be a string");
-        if (parent) parent->count++;
-        if (c == '{' || c == '[') {
-            if (depth == JSON_MAX_DEPTH) return json_wrong(s, "nested too deeply");
-            open[depth++] = json_add(s, c == '{' ? JSON_OBJECT : JSON_ARRAY);
-            if (open[depth - 1] == JSON_NONE) return MEDRUN_NO_MEMORY;
-            s->at++;
-            continue;
-        }
-        int code = c == '"' ? json_string_node(s) : json_scalar_node(s);
+/* The next byte that is no space, 0 at the end. It is not taken. */
+static uint8_t json_peek(json_parser *s) {
+    json_space(s);
+    return s->at < s->n ? s->p[s->at] : 0;
+}
+
+/* Reads one value of any type, with all that is inside it, by recursive descent: a container's
+ * items are values, too. DEPTH is the number of containers around the value. It is bounded, so that
+ * a hostile text cannot use up the stack. An object's keys are at the even places. */
+static int json_value(json_parser *s, int depth) {
+    uint8_t c = json_peek(s);
+    if (c != '{' && c != '[') return c == '"' ? json_string_node(s) : json_scalar_node(s);
+    if (depth == JSON_MAX_DEPTH) return json_wrong(s, "nested too deeply");
+    bool object = c == '{';
+    uint8_t end = object ? '}' : ']';
+    uint32_t count = 0, v = json_add(s, object ? JSON_OBJECT : JSON_ARRAY);
+    if (v == JSON_NONE) return MEDRUN_NO_MEMORY;
+    s->at++;
+    for (bool more = json_peek(s) != end; more; count++) {
+        bool key = object && count % 2 == 0;
+        if (key && json_peek(s) != '"') return json_wrong(s, "a key must be a string");
+        int code = json_value(s, depth + 1);
         if (code) return code;
-        for (;;) {                                      /* after a value: , : ] } or the end     */
-            if (!depth) return MEDRUN_OK;
-            json_space(s);
-            c = s->at < s->n ? s->p[s->at] : 0;
-            parent = &s->j->nodes[open[depth - 1]];
-            bool object = parent->type == JSON_OBJECT;
-            if (object && parent->count % 2) {
-                if (c != ':') return json_wrong(s, "expected ':'");
-                s->at++;
-                break;
-            }
-            if (c == ',') { s->at++; break; }
-            if (c != (object ? '}' : ']')) return json_wrong(s, "expected ',' or the end");
-        close:
-            s->at++, depth--;
-            s->j->nodes[open[depth]].end = (uint32_t)s->at;
-            s->j->nodes[open[depth]].next = (uint32_t)s->j->n;
-        }
-        json_space(s);
-        if (s->at < s->n && (s->p[s->at] == ']' || s->p[s->at] == '}'))
-            return json_wrong(s, "a value is missing");
+        c = json_peek(s);
+        if (key && c != ':') return json_wrong(s, "expected ':'");
+        if (!key && c != ',' && c != end) return json_wrong(s, "expected ',' or the end");
+        more = c != end;
+        if (!more) continue;
+        s->at++;
+        c = json_peek(s);
+        if (c == ']' || c == '}') return json_wrong(s, "a value is missing");
     }
+    json_node *node = &s->j->nodes[v];          /* only now: the nodes may have moved            */
+    s->at++;
+    node->end = (uint32_t)s->at;
+    node->next = (uint32_t)s->j->n;
+    node->count = count & 0x1FFFFFFF;           /* there are fewer nodes than 2^28               */
+    return MEDRUN_OK;
 }
 
 /* Parses TEXT, which must outlive J. Node 0 is the value. Free with json_free, also on failure. */
@@ -1390,7 +1383,7 @@ static int json_parse(json *j, const char *text, size_t n, medrun_error *e) {
     *j = (json){text, NULL, 0, 0};
     json_parser s = {j, (const uint8_t *)text, n, 0, e};
     if (n >= 0xFFFFFFF0) return fail(e, MEDRUN_BAD_FILE, "JSON: %zu bytes is too long", n);
-    int code = json_value(&s);
+    int code = json_value(&s, 0);
     if (code) return code;
     json_space(&s);
     return s.at == n ? MEDRUN_OK : json_wrong(&s, "text after the end");
