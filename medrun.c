@@ -1401,7 +1401,29 @@ static bool json_is_type(const json *j, uint32_t v, json_type type) {
     return v != JSON_NONE && json_typeof(j, v) == type;
 }
 
-/* Appends a string's characters to OUT. Lone surrogates become U+FFFD. */
+/* Decodes the escape at *AT, of a text that was parsed, and moves *AT behind it. Returns the number
+ * of bytes in OUT. Two \u that are a surrogate pair are one character, a lone one is U+FFFD. */
+static size_t json_escape(const uint8_t **at, const uint8_t *end, uint8_t out[4]) {
+    static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
+    const uint8_t *p = *at;
+    uint32_t code = 0xFFFD, low;
+    if (p[1] != 'u') {
+        out[0] = (uint8_t)to[strchr(from, p[1]) - from];
+        *at = p + 2;
+        return 1;
+    }
+    json_hex4(p + 2, 4, &code);
+    p += 6;
+    if (code >= 0xD800 && code < 0xDC00 && end - p >= 6 && p[0] == '\\' && p[1] == 'u' &&
+        !json_hex4(p + 2, 4, &low) && low >= 0xDC00 && low < 0xE000) {
+        code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
+        p += 6;
+    }
+    *at = p;
+    return utf8_encode(code >= 0xD800 && code < 0xE000 ? 0xFFFD : code, out);
+}
+
+/* Appends a string's characters to OUT. */
 static void json_unescape(const json *j, uint32_t v, buffer *out) {
     const uint8_t *p = (const uint8_t *)j->text + j->nodes[v].start;
     const uint8_t *end = (const uint8_t *)j->text + j->nodes[v].end;
@@ -1409,39 +1431,28 @@ static void json_unescape(const json *j, uint32_t v, buffer *out) {
         const uint8_t *stop = memchr(p, '\\', (size_t)(end - p));
         if (!stop) stop = end;
         buffer_add(out, p, (size_t)(stop - p));
-        if ((p = stop) == end) break;
-        static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
+        p = stop;
         uint8_t bytes[4];
-        if (p[1] != 'u') {
-            buffer_add(out, to + (strchr(from, p[1]) - from), 1);
-            p += 2;
-            continue;
-        }
-        uint32_t code = 0xFFFD, low;
-        json_hex4(p + 2, 4, &code);
-        p += 6;
-        if (code >= 0xD800 && code < 0xDC00 && end - p >= 6 && p[0] == '\\' && p[1] == 'u' &&
-            !json_hex4(p + 2, 4, &low) && low >= 0xDC00 && low < 0xE000) {
-            code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
-            p += 6;
-        }
-        if (code >= 0xD800 && code < 0xE000) code = 0xFFFD;
-        buffer_add(out, bytes, utf8_encode(code, bytes));
+        if (p < end) buffer_add(out, bytes, json_escape(&p, end, bytes));
     }
 }
 
-/* Is node V the string TEXT? */
+/* Is node V the string TEXT? It takes no memory: a lack of it must not look like a missing key. */
 static bool json_is(const json *j, uint32_t v, const char *text) {
     if (!json_is_type(j, v, JSON_STRING)) return false;
-    const json_node *n = &j->nodes[v];
-    size_t len = strlen(text), have = n->end - n->start;
-    if (!memchr(j->text + n->start, '\\', have))
-        return have == len && !memcmp(j->text + n->start, text, len);
-    buffer b = {0};
-    json_unescape(j, v, &b);
-    bool same = !b.failed && b.n == len && (len == 0 || !memcmp(b.data, text, len));
-    buffer_free(&b);
-    return same;
+    const uint8_t *p = (const uint8_t *)j->text + j->nodes[v].start;
+    const uint8_t *end = (const uint8_t *)j->text + j->nodes[v].end;
+    size_t left = strlen(text);
+    while (p < end) {
+        uint8_t bytes[4] = {*p};
+        size_t len = 1;
+        if (*p == '\\') len = json_escape(&p, end, bytes);
+        else p++;
+        if (len > left || memcmp(text, bytes, len)) return false;
+        text += len;
+        left -= len;
+    }
+    return !left;
 }
 
 /* The value of KEY in object V, or JSON_NONE (also when V is none or no object). */

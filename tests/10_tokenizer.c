@@ -861,6 +861,18 @@ static void test_real(const char *build, const char *data) {
     }
 }
 
+/* No string is another for want of memory. */
+static void test_no_memory_below(void) {
+    json j;
+    const char text[] = "{\"\\u00e9\\n\":1}";
+    CHECK(!json_parse(&j, text, strlen(text), NULL));
+    allocations_left = 0;
+    CHECK(json_is(&j, 1, "\xC3\xA9\n") && json_get(&j, 0, "\xC3\xA9\n") == 2);
+    CHECK(!json_is(&j, 1, "\xC3\xA9") && !json_is(&j, 1, "\xC3\xA9\nx"));
+    allocations_left = -1;
+    json_free(&j);
+}
+
 int main(void) {
     const char *data = getenv("MEDRUN_TEST_DATA"), *build = getenv("MEDRUN_TEST_BUILD");
     char path[2048];
@@ -875,6 +887,7 @@ int main(void) {
     test_spaced_lies();
     test_crowded();
     test_no_memory();
+    test_no_memory_below();
     buffer small = small_file();
     test_damaged(small.data, small.n, 1);
     buffer_free(&small);
