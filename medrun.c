@@ -5939,13 +5939,14 @@ static void put_id(encoder *x, uint32_t id) { buffer_add(x->ids, &id, sizeof id)
  * never more than 2 n keys. */
 static int encoder_room(encoder *x, size_t n) {
     if (n <= x->room) return MEDRUN_OK;
-    size_t room = n < 1024 ? 1024 : n;
+    size_t room = n < 1024 ? 1024 : n, each = sizeof *x->symbols + 2 * sizeof *x->heap;
     free(x->symbols);
     free(x->heap);
     x->room = 0;
     x->symbols = new_array(room, sizeof *x->symbols);
     x->heap = new_array(room, 2 * sizeof *x->heap);
-    if (!x->symbols || !x->heap) return out_of_memory(x->e, room);
+    if (!x->symbols || !x->heap)
+        return out_of_memory(x->e, mul_overflows(room, each) ? SIZE_MAX : room * each);
     x->room = room;
     return MEDRUN_OK;
 }
