@@ -5119,14 +5119,12 @@ typedef struct {
 
 /* 64 hex digits, large or small. */
 static bool parse_hex(const char *text, uint8_t digest[32]) {
-    uint32_t high, low;
-    for (int i = 0; i < 32; i += 2) {
-        uint8_t four[4];
-        memcpy(four, text + 2 * i, 4);
-        if (json_hex4(four, 4, &high)) return false;
-        low = high & 0xFF;
-        digest[i] = (uint8_t)(high >> 8);
-        digest[i + 1] = (uint8_t)low;
+    static const char digits[] = "0123456789abcdefABCDEF";
+    for (int i = 0; i < 64; i++) {
+        const char *at = strchr(digits, text[i]);
+        if (!at || !*at) return false;
+        int value = (int)(at - digits);
+        digest[i / 2] = (uint8_t)(digest[i / 2] << 4 | (value < 16 ? value : value - 6));
     }
     return true;
 }
