@@ -9603,7 +9603,7 @@ static void print_stats(const command *c, const answer *a) {
     fprintf(stderr, "prompt %zu tokens, %.1f tokens/s; answer %zu tokens, %.1f tokens/s; context "
             "%zu of %zu", a->n_prompt, (double)a->n_prompt / (a->prompt_time + 1e-9), a->n_answer,
             steps / (a->answer_time + 1e-9), medrun_length(c->s), context_of(c));
-    if (flag(c, O_LOOKUP))
+    if (whole(c, O_LOOKUP) > 0)
         fprintf(stderr, "; guessed %llu tokens, %llu right", (unsigned long long)a->guessed,
                 (unsigned long long)a->right);
     fputc('\n', stderr);
@@ -10070,6 +10070,9 @@ static int read_message(editor *ed, buffer *m) {
 
 /* ---- chat ---------------------------------------------------------------------------------- */
 
+/* A conversation is one timeline of tokens: the system text, then a person's turn and the answer in
+ * turn. Only new tokens are computed; the key-value cache keeps the rest. So that turns can be
+ * forgotten, the chat keeps where each began. */
 typedef struct {
     command *c;
     editor ed;
@@ -10096,7 +10099,9 @@ static int chat_opening(chat *h, buffer *ids) {
     return chat_turn(&w, system.n_bytes ? &system : NULL, true, false);
 }
 
-/* Forgets the oldest K turns; what stood before the first of them stays. */
+/* Forgets the oldest K turns; what stood before the first of them, the system text, stays. What
+ * followed them moves to other positions, and a key holds its position (rotary embedding): so those
+ * tokens are fed anew. */
 static int drop_turns(chat *h, size_t k) {
     size_t from = turn_start(h, k), gone = from - turn_start(h, 0), left = n_turns(h) - k;
     buffer keep = {0};
@@ -10112,10 +10117,14 @@ static int drop_turns(chat *h, size_t k) {
     return code;
 }
 
-/* Makes room for NEED tokens and an answer, for which dropping leaves a quarter of the context. */
+enum { WHEN_FULL_REFUSE, WHEN_FULL_DROP };      /* the words of --overflow, in their order      */
+
+/* Makes room for NEED tokens and an answer. What is dropped has to be computed anew, from the first
+ * token that moved; so enough turns go to leave a quarter of the context, not a few tokens. */
 static int make_room(chat *h, size_t need) {
     size_t context = context_of(h->c), length = medrun_length(h->c->s), k = 0, gone = 0;
-    while (flag(h->c, O_OVERFLOW) && k < n_turns(h) && length - gone + need > context - context / 4)
+    bool drop = whole(h->c, O_OVERFLOW) == WHEN_FULL_DROP;
+    while (drop && k < n_turns(h) && length - gone + need > context - context / 4)
         gone = turn_start(h, ++k) - turn_start(h, 0);
     if (length - gone + need >= context) return too_long(h->c, length - gone + need);
     return k ? drop_turns(h, k) : MEDRUN_OK;
@@ -10149,6 +10158,8 @@ static int chat_feed(chat *h, const char *text, size_t n) {
     return code;
 }
 
+/* Says TEXT and prints the answer. An answer that Ctrl-C stopped stays in the conversation as far
+ * as it came; if no token came, the message is taken back, too. */
 static int chat_answer(chat *h, const char *text, size_t n) {
     command *c = h->c;
     int code = chat_feed(h, text, n);

@@ -18,6 +18,7 @@ enum { BENCH, DOCTOR, RECORD, REPLAY, CALL, LAB_HELP, N_LAB_COMMANDS };
 /* Options that medrun has not. */
 enum { L_PROMPT = N_OPTIONS, L_PREDICT, L_DEPTH, L_REPETITIONS, L_FORMAT, L_TOOLS, L_RENDER,
        N_LAB_OPTIONS };
+enum { AS_TABLE, AS_JSON };      /* the words of bench --output, in their order               */
 
 /* ---- record, replay ------------------------------------------------------------------------ */
 
@@ -270,7 +271,7 @@ static void print_bench(command *c, const bench_row *row, int repeats) {
     const char *kv = kv_names[cache_type(c)];
     char depth[20] = "";
     double mean[2], sd[2], rate[2];
-    bool in_json = whole(c, L_FORMAT);
+    bool in_json = whole(c, L_FORMAT) == AS_JSON;
     char attended[2][16];
     for (int i = 0; i < 2; i++) {
         double share = row[i].attention / row[i].passed;
