@@ -5120,6 +5120,7 @@ typedef struct {
 /* 64 hex digits, large or small. */
 static bool parse_hex(const char *text, uint8_t digest[32]) {
     static const char digits[] = "0123456789abcdefABCDEF";
+    memset(digest, 0, 32);
     for (int i = 0; i < 64; i++) {
         const char *at = strchr(digits, text[i]);
         if (!at || !*at) return false;
@@ -5138,7 +5139,7 @@ static bool all_zero(const uint8_t *p, size_t n) {
  * before it ended, rounded up, and lie within the file. DATA then points into the mapping. */
 static int take_section(model_file *f, uint32_t v, const char *what, const uint8_t **data,
                         size_t *bytes, uint8_t digest[32], medrun_error *e) {
-    char hex[65];
+    char hex[65] = "";
     int64_t offset = json_int(&f->header, v, f->path, "offset", 0, 1ll << 52, e);
     int64_t length = json_int(&f->header, v, f->path, "bytes", 1, 1ll << 52, e);
     json_text(&f->header, v, f->path, "sha256", hex, sizeof hex, e);
@@ -7563,9 +7564,9 @@ static void place_row(pass *p, size_t r) {
     const float *rotation = p->rotation + r * p->dim;
     for (size_t d = 0; d < p->heads; d += p->dim)
         place_head(p, p->q + r * p->heads + d, layer->q_norm, rotation);
-    for (size_t d = 0; d < p->kv; d += p->dim) {
-        place_head(p, p->k + r * p->kv + d, layer->k_norm, rotation);
-        store_row(p, r, d / p->dim);
+    for (size_t head = 0; head * p->dim < p->kv; head++) {
+        place_head(p, p->k + r * p->kv + head * p->dim, layer->k_norm, rotation);
+        store_row(p, r, head);
     }
 }
 
@@ -9042,7 +9043,7 @@ static const char *nearest(const char *word, const char *const *names, size_t n)
     size_t best = 0;
     for (size_t i = 1; i < n; i++)
         if (edit_distance(word, names[i]) < edit_distance(word, names[best])) best = i;
-    return names[best];
+    return n ? names[best] : "";
 }
 
 /* The option that ARG (N bytes, with its dashes) names for one of these commands, or -1. */
@@ -10363,7 +10364,7 @@ static bool report(const command *c, const char *kind, const char *name, const c
 }
 
 static bool report_hash(const command *c, const hashed *h, bool is_tensor) {
-    char wanted[65], found[65], name[64] = "SHA-256";
+    char wanted[65] = "", found[65], name[64] = "SHA-256";
     uint8_t digest[32] = {0};
     medrun_error e = {0};
     json_text(&c->m->file.header, h->node, "", "sha256", wanted, sizeof wanted, &e);
