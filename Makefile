@@ -19,7 +19,7 @@ SECONDS = 60
 UNITS    = all_text all_kernels 08_opencl 15_allocation 15_embedding 15_session 16_answers \
            all_export 22_eval
 PLAIN    = all_text 03_basics 09_file 10_tokenizer 11_chat 12_model 14_sampler 15_allocation \
-           16_answers 22_eval
+           16_answers
 JOBS    := $(shell nproc 2>/dev/null || echo 1)
 FIXTURES = llama-plain llama-tied llama-sharded llama-grouped mistral-window mistral-spm \
            arcee-yarn arcee-yarn5 apertus-plain apertus-grouped
@@ -109,7 +109,7 @@ debug:
 	@mkdir -p build/debug
 	$(MAKE) BUILD=build/debug BIN=build/debug \
 	    CFLAGS="-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all" \
-	    PLAIN="all_text 15_allocation 15_embedding 16_answers 22_eval" test
+	    PLAIN="all_text 15_allocation 15_embedding 16_answers" test
 threads:
 	@mkdir -p build/threads
 	$(MAKE) BUILD=build/threads BIN=build/threads CFLAGS="-O1 -g1 -fsanitize=thread" \
