@@ -2330,9 +2330,10 @@ ALWAYS_INLINE float load_float(const uint8_t *p) { return bits_float(load_word(p
 #define PREFETCH(p) __builtin_prefetch((const void *)((uintptr_t)(p) + AHEAD))
 
 /* Asks for N bytes that will be needed soon: with a chain of sums in the way a processor does not
- * look far enough ahead by itself, and its prefetcher stops at each page. */
-ALWAYS_INLINE void fetch_ahead(const void *p, size_t n) {
-    for (size_t i = 0; i < n; i += 64) __builtin_prefetch((const uint8_t *)p + i);
+ * look far enough ahead by itself, and its prefetcher stops at each page. An address, because it
+ * may lie behind the end of the cache, where no pointer may. */
+ALWAYS_INLINE void fetch_ahead(uintptr_t address, size_t n) {
+    for (size_t i = 0; i < n; i += 64) __builtin_prefetch((const void *)(address + i));
 }
 
 /* Where sum I of a tile stands: token i % nt of panel i / nt. */
@@ -3755,9 +3756,9 @@ TILED void score_tile(const size_t np, const size_t nt, const bool half, const a
                       size_t first, const float *q, float *out) {
     vec sum[16], scale = vsplat(a->scale);
     size_t at = first * a->head_dim, panel = 16 * a->head_dim;
-    const uint16_t *next = (const uint16_t *)a->keys + at + np * panel;
+    uintptr_t next = (uintptr_t)a->keys + 2 * (at + np * panel);
     UNROLLED for (size_t i = 0; i < np * nt; i++) sum[i] = vsplat(0);
-    for (size_t d = 0; d < a->head_dim; d++, at += 16, q += nt, next += 16 * np) {
+    for (size_t d = 0; d < a->head_dim; d++, at += 16, q += nt, next += 32 * np) {
         vec key[4];
         if (half) fetch_ahead(next, 32 * np);
         UNROLLED for (size_t p = 0; p < np; p++)
@@ -3777,7 +3778,8 @@ TILED void score_tile(const size_t np, const size_t nt, const bool half, const a
 TILED void score_int8(const size_t np, const size_t nt, const attention *a, size_t first,
                       const float *q, float *out) {
     size_t panel = cache_panel(MEDRUN_KV_INT8, a->head_dim);
-    const int8_t *keys = (const int8_t *)a->keys + first / 16 * panel, *next = keys + np * panel;
+    const int8_t *keys = (const int8_t *)a->keys + first / 16 * panel;
+    uintptr_t next = (uintptr_t)keys + np * panel;
     const uint8_t *scales = (const uint8_t *)keys + 16 * a->head_dim;
     const float *factor = q + a->head_dim / 2 * nt;
     for (size_t g = 0; g < a->head_dim; g += GROUP, factor += nt, scales += 32) {
@@ -3887,7 +3889,7 @@ TILED void value_tile(const size_t nc, const size_t nt, const bool half, const a
     UNROLLED for (size_t i = 0; i < nc * nt; i++) sum[i] = vsplat(0);
     for (size_t j = tile->low; j < tile->high; j++, at += a->head_dim) {
         vec value[4];
-        if (half) fetch_ahead((const uint16_t *)a->values + at + ahead, 32 * nc);
+        if (half) fetch_ahead((uintptr_t)a->values + 2 * (at + ahead), 32 * nc);
         UNROLLED for (size_t k = 0; k < nc; k++)
             value[k] = half ? vload_f16((const uint16_t *)a->values + at + 16 * k)
                             : vload((const float *)a->values + at + 16 * k);
@@ -3927,7 +3929,7 @@ TILED void value_int8(const size_t nc, const size_t nt, const attention *a, cons
         const int8_t *values = (const int8_t *)a->values + (tile->first + j) / 16 * panel + 2 * c;
         for (size_t k = 0; k < 16; k += 2, values += row) {
             wvec value[4];
-            fetch_ahead(values + KEY_STEP / 16 * panel, 32 * nc);
+            fetch_ahead((uintptr_t)values + KEY_STEP / 16 * panel, 32 * nc);
             UNROLLED for (size_t i = 0; i < nc; i++) value[i] = wload_int8(values + 32 * i);
             UNROLLED for (size_t t = 0; t < nt; t++) {
                 pvec two = pload(weight + t * KEY_BLOCK + j + k, 0, 1);
