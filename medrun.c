@@ -2256,7 +2256,6 @@ typedef struct {
 #define add_products K(add_products)
 #define dot_ready K(dot_ready)
 #define dot_int8 K(dot_int8)
-#define dot_int4 K(dot_int4)
 #define unpack_bf16 K(unpack_bf16)
 #define tile_ready_bf16 K(tile_ready_bf16)
 #define load_sums K(load_sums)
@@ -3478,31 +3477,14 @@ ALWAYS_INLINE void tile_int8(const bool ready, const size_t np, const size_t nt,
     store_sums(np, nt, tile, sum);
 }
 
-/* The steps of an int4 group as they lie in their panels, times NT tokens: each holds eight
- * columns, four in the low nibbles, four in the high ones. */
-ALWAYS_INLINE const uint8_t *dot_int4(const size_t np, const size_t nt, const weight_tile tile,
-                                      const uint8_t *scales, const uint8_t *steps,
-                                      const uint8_t *words, ivec *dot) {
-    wvec shift[4], step[4];
-    UNROLLED for (size_t p = 0; p < np; p++) shift[p] = wshift(scales + p * tile.bytes);
-    for (size_t s = 0; s < GROUP4 / 8; s++, steps += STEP_BYTES) {
-        PREFETCH(steps);
-        UNROLLED for (size_t p = 0; p < np; p++) step[p] = wload(steps + p * tile.bytes);
-        UNROLLED for (size_t high = 0; high < 2; high++, words += X_BYTES * tile.wide) {
-            bvec four[4];
-            UNROLLED for (size_t p = 0; p < np; p++) four[p] = blevels(step[p], shift[p], !high);
-            add_products(np, nt, tile.wide, four, words, dot);
-        }
-    }
-    return words;
-}
-
 /* int4 weights times int8. A group of 64 columns has one scale of the tokens and two halves of 32
  * with a scale and a shift of the weights each: part = first half's products * its scale, then
  * fma(second half's, its scale, part); sum = fma(part, token's scale, sum). A nibble is turned into
  * its level plus shift, an unsigned byte, by one table look-up, so that the products are those of
  * int8. dot is (np, nt), as are part and sum, of 16 lanes each; the sums lie in memory, because the
- * registers are for the products. */
+ * registers are for the products. A step of weights that are not READY holds eight columns: four in
+ * the low nibbles, four in the high ones. Its two loops ask for READY themselves: behind an `else`,
+ * gcc 12 for NEON moves vectors to memory and back, a fifth more instructions for two tokens. */
 ALWAYS_INLINE void tile_int4(const bool ready, const size_t np, const size_t nt,
                              const weight_tile tile) {
     const size_t group_bytes = ready ? K(UNPACKED) : 2 * GROUP4_BYTES + STEP_BYTES;
@@ -3521,10 +3503,22 @@ ALWAYS_INLINE void tile_int4(const bool ready, const size_t np, const size_t nt,
             const uint8_t *steps = w + (ready ? 2 * STEP_BYTES + h * 8 * K(READY)
                                               : group_steps(TYPE_INT4, h));
             ivec dot[16];
+            wvec shift[4], step[4];
             UNROLLED for (size_t i = 0; i < np * nt; i++)
                 dot[i] = ibias(x + 4 * (h * tile.wide + i % nt));
-            words = ready ? dot_ready(np, nt, GROUP4 / 4, tile, steps, words, dot)
-                          : dot_int4(np, nt, tile, scales, steps, words, dot);
+            if (ready) words = dot_ready(np, nt, GROUP4 / 4, tile, steps, words, dot);
+            UNROLLED for (size_t p = 0; !ready && p < np; p++)
+                shift[p] = wshift(scales + p * tile.bytes);
+            for (size_t s = 0; !ready && s < GROUP4 / 8; s++, steps += STEP_BYTES) {
+                PREFETCH(steps);
+                UNROLLED for (size_t p = 0; p < np; p++) step[p] = wload(steps + p * tile.bytes);
+                UNROLLED for (size_t high = 0; high < 2; high++, words += X_BYTES * tile.wide) {
+                    bvec four[4];
+                    UNROLLED for (size_t p = 0; p < np; p++)
+                        four[p] = blevels(step[p], shift[p], !high);
+                    add_products(np, nt, tile.wide, four, words, dot);
+                }
+            }
             UNROLLED for (size_t i = 0; i < np * nt; i++) {
                 const uint8_t *from = scales + i / nt * tile.bytes;
                 vec scale = ready ? vload((const float *)(const void *)from)
@@ -4192,7 +4186,6 @@ static const kernel_set kernel_row_bf16 = ROW(BF16_NAME, true, matmul_bf16);
 #undef add_products
 #undef dot_ready
 #undef dot_int8
-#undef dot_int4
 #undef unpack_bf16
 #undef tile_ready_bf16
 #undef load_sums
