@@ -298,6 +298,11 @@ for word in export eval serve explain; do code 2 $word; err_has "medrun-$word"; 
 code 2 run "$model" -p x --record "$T/r.json"; err_has 'medrun-lab record'
 lab 0 help; out_has 'medrun-lab replay'; lab 0 help bench; out_has '--depth'; lab 0 --version; lab 2; lab 2 rnu
 lab 2 record "$model" -p x; lab 2 record "$T/r.json" -p x; lab 2 bench "$model" --temp 1
+# the instruction set that the environment names
+MEDRUN_KERNELS=scalar code 0 run "$model" -p x -n 1; err_has 'scalar kernels'
+MEDRUN_KERNELS= code 0 run "$model" -p x -n 1; err_has ' kernels, '
+MEDRUN_KERNELS=sse9 code 2 run "$model" -p x -n 1; err_has 'kernels: found "sse9", this machine can run:.* scalar'
+MEDRUN_KERNELS=sse9 lab 2 doctor; err_has 'found "sse9"'; err_lines 1
 # a variable holds for the option of its meaning, not for another of the same name
 MEDRUN_PROMPT=hello lab 0 bench "$model" -p 8 -n 2 -r 1; MEDRUN_PREDICT=-1 lab 0 bench "$model" -p 8 -r 1 -n 2
 MEDRUN_PROMPT=hello lab 0 bench "$model" -n 2 -r 1; MEDRUN_BENCH_PROMPT=9 lab 0 bench "$model" -n 2 -r 1; out_has '| pp9 |'
