@@ -730,8 +730,13 @@ static int rename_file(const char *from, const char *to) {
     wchar_t rooms[2][WIDE_PATH];
     const wchar_t *a = wide_path(from, rooms[0]), *b = wide_path(to, rooms[1]);
     if (!a || !b) return -1;
-    bool done = MoveFileExW(a, b, MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH);
-    return done ? 0 : windows_failed();
+    for (int attempt = 0; attempt < 10; attempt++) {    /* a virus scanner or an indexer may hold */
+        if (MoveFileExW(a, b, MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH)) return 0;
+        DWORD why = GetLastError();                     /* a new file for a moment                */
+        if (why != ERROR_ACCESS_DENIED && why != ERROR_SHARING_VIOLATION) break;
+        Sleep(20);
+    }
+    return windows_failed();
 }
 
 static int remove_file(const char *path) {
@@ -9069,7 +9074,7 @@ static int look_elsewhere(command *c, const char *word) {
 
 static int unknown_option(command *c, const char *arg) {
     const program *p = c->p;
-    const char *names[MAX_OPTIONS];
+    const char *names[MAX_OPTIONS] = {NULL};
     char where[200] = "";
     size_t n_names = 0;
     int id = find_option(p, arg, strlen(arg), ~0u);
@@ -10687,7 +10692,7 @@ static int find_command(const program *p, const char *name) {
 }
 
 static int unknown_command(command *c, const char *name) {
-    const char *names[32];
+    const char *names[32] = {NULL};
     for (int i = 0; i < c->p->n_commands; i++) names[i] = c->p->commands[i].name;
     return fail(&c->e, MEDRUN_USAGE, "unknown command %s; the nearest is %s, %s help lists all",
                 name, nearest(name, names, (size_t)c->p->n_commands), c->p->name);

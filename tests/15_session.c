@@ -377,7 +377,8 @@ static void save_some(const char *file, medrun_session_options o, const int32_t 
     CHECK(!medrun_feed(s, ids, SAVED - pending, NULL));
     step_all(s);
     CHECK(!medrun_feed(s, ids + SAVED - pending, pending, NULL));
-    CHECK_EQ(medrun_save(s, file, NULL), MEDRUN_OK);
+    medrun_error e = {0};
+    if (!CHECK_EQ(medrun_save(s, file, &e), MEDRUN_OK)) printf("    %s\n", e.text);
     medrun_stop(s);
 }
 

@@ -60,7 +60,7 @@ check() { # WHAT COMMAND...
 row() { table="$table
 | $name | $1 | $2 | $3 | $4 | $5 |"; }
 skip() { skipped=$((skipped + 1)); echo "skipped: $name: $1"; row "" "skipped: $1"; }
-lab() { timeout 600 $runner "$dir/lab" "$@" 2> "$dir/err"; }
+lab() { timeout 600 $runner "$lab" "$@" 2> "$dir/err"; }
 medrun() { timeout 600 $runner "$program" "$@" 2> "$dir/err"; }
 digest() { sha256sum < "$1" | cut -d' ' -f1; }
 add() { # DIGESTS DIGEST: with the beginning of one more, if it is another
@@ -133,7 +133,7 @@ build() {
     [ "$program" -nt medrun.c ] && return
     for source in tools/lab.c medrun.c; do
         out=$program
-        [ $source = medrun.c ] || out=$dir/lab
+        [ $source = medrun.c ] || out=$lab
         $compiler $CFLAGS -Wall -Wextra -Wshadow -Wconversion -o "$out" $source -lm -lpthread \
             2> "$dir/err" && [ ! -s "$dir/err" ] || return
     done
@@ -145,7 +145,8 @@ try_target() { # NAME COMPILER RUNNER
         command -v "$tool" > /dev/null || { skip "no $tool"; return; }
     done
     dir=$work/$(echo "$compiler" | tr -c 'a-zA-Z0-9\n' '-'); mkdir -p "$dir"
-    program=$dir/medrun$(case $compiler in *mingw*) echo .exe;; esac)
+    exe=$(case $compiler in *mingw*) echo .exe;; esac)
+    program=$dir/medrun$exe lab=$dir/medrun-lab$exe
     check "builds, quiet" build || return
     [ $bad = 0 ] || { row "" "does not build"; return; }
     case $name in s390x*|*"without SSE2"*) try_refusal; return;; esac
