@@ -29,7 +29,7 @@ static void must(bool ok, const char *what) {
 }
 
 static const char *path_of(const char *folder, const char *name) {
-    static char paths[8][512];
+    static char paths[8][1024];
     static int i;
     i = (i + 1) % 8;
     snprintf(paths[i], sizeof paths[i], "%s/%s", folder, name);

@@ -24,7 +24,7 @@ then ok; else bad "the one-line build"; fi
 if command -v strip > /dev/null; then
     strip -o "$build/one.stripped" "$build/one"
     n=$(wc -c < "$build/one.stripped")
-    [ "$n" -lt 500000 ] && ok || bad "stripped binary of $n bytes"
+    [ "$n" -lt 420000 ] && ok || bad "stripped binary of $n bytes"
 fi
 if command -v nm > /dev/null; then
     nm -D "$build/one" | grep -qE ' (socket|connect|bind|listen|accept|getaddrinfo|gethostbyname)(@|$)' &&
