@@ -730,13 +730,8 @@ static int rename_file(const char *from, const char *to) {
     wchar_t rooms[2][WIDE_PATH];
     const wchar_t *a = wide_path(from, rooms[0]), *b = wide_path(to, rooms[1]);
     if (!a || !b) return -1;
-    for (int attempt = 0; attempt < 10; attempt++) {    /* a virus scanner or an indexer may hold */
-        if (MoveFileExW(a, b, MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH)) return 0;
-        DWORD why = GetLastError();                     /* a new file for a moment                */
-        if (why != ERROR_ACCESS_DENIED && why != ERROR_SHARING_VIOLATION) break;
-        Sleep(20);
-    }
-    return windows_failed();
+    bool done = MoveFileExW(a, b, MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH);
+    return done ? 0 : windows_failed();
 }
 
 static int remove_file(const char *path) {

@@ -968,9 +968,10 @@ static void test_lookup(const char *build, size_t fixture, uint64_t *mixed) {
 }
 
 int main(void) {
-    const char *build = getenv("MEDRUN_TEST_BUILD");
+    char build[512];                            /* what getenv gives moves with the next setenv  */
     medrun_error e = {0};
-    if (!build) setenv("MEDRUN_TEST_BUILD", build = "build", 1);
+    if (!getenv("MEDRUN_TEST_BUILD")) setenv("MEDRUN_TEST_BUILD", "build", 1);
+    snprintf(build, sizeof build, "%s", getenv("MEDRUN_TEST_BUILD"));
     snprintf(path, sizeof path, "%s/llama-grouped-int8.mdr", build);
     snprintf(other_path, sizeof other_path, "%s/llama-plain-int8.mdr", build);
     if (medrun_open(&model, path, &(medrun_options){.threads = 2}, &e)) {
