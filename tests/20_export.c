@@ -562,6 +562,23 @@ static void test_model(void) {
     buffer_free(&b), buffer_free(&edited);
 }
 
+/* Without a normalizer, what is `normalized` is the same tokenizer. */
+static void test_normalized(void) {
+    buffer plain = {0}, marked = {0};
+    copy_fixture("llama-plain");
+    edit("tokenizer.json", "\"added_tokens\": [", "\"added_tokens\": [{\"id\": 283, \"content\": "
+         "\"type2diabetes\", \"normalized\": false},");
+    CHECK_EQ(RUN("--tokenizer-only", in_work("src"), in_work("out/t.bin")), 0);
+    read_file(in_work("out/t.bin"), &plain);
+    edit("tokenizer.json", "diabetes\", \"normalized\": false", "diabetes\", \"normalized\": true");
+    CHECK_EQ(RUN("--tokenizer-only", in_work("src"), in_work("out/t.bin")), 0);
+    read_file(in_work("out/t.bin"), &marked);
+    CHECK(plain.n && plain.n == marked.n && !memcmp(plain.data, marked.data, plain.n));
+    clear_folder("out");
+    buffer_free(&plain);
+    buffer_free(&marked);
+}
+
 /* What each form's own reference makes of texts (tools/reference/make_tokenizers.py). */
 static void test_forms(void) {
     static const struct { const char *source, *vectors; int kind, vocab, bos; } forms[] = {
@@ -645,6 +662,9 @@ static void test_vectors(void) {
 #define ROPE5(text) "\"rope_scaling\": null, \"rope_parameters\": " text
 #define LLAMA3(low, high) "{\"rope_type\": \"llama3\", \"factor\": 8, \"low_freq_factor\": " low \
     ", \"high_freq_factor\": " high ", \"original_max_position_embeddings\": 64}"
+
+/* One more added token, as tokenizers' add_tokens writes it. */
+#define WORD(text) "{\"id\": 283, \"content\": \"" text "\", \"normalized\": true},"
 
 static const struct { const char *file, *from, *to; int code; const char *needle; } edits[] = {
     /* config.json: accepted */
@@ -753,7 +773,11 @@ static const struct { const char *file, *from, *to; int code; const char *needle
     {"tokenizer.json", "\"use_regex\": false", "\"use_regex\": true", 3, "pre_tokenizer"},
     {"tokenizer.json", "\"lstrip\": false", "\"lstrip\": true", 3, "added_tokens"},
     {"tokenizer.json", "\"rstrip\": false", "\"rstrip\": true", 3, "added_tokens"},
-    {"tokenizer.json", "\"normalized\": false", "\"normalized\": true", 3, "added_tokens"},
+    {"tokenizer.json", "\"normalized\": false", "\"normalized\": true", 0, ""},
+    {"tokenizer.json", "\"added_tokens\": [", "\"added_tokens\": [" WORD("ab<|eot"), 3, "begin inside"},
+    {"tokenizer.json", "\"added_tokens\": [", "\"added_tokens\": [" WORD("<|eot_id|"), 3, "284 ids; use"},
+    {"tokenizer.json", "\"added_tokens\": [", "\"added_tokens\": [" WORD("<|eot_id|>s"), 3, "inside"},
+    {"tokenizer.json", "\"added_tokens\": [", "\"added_tokens\": [" WORD("eot_id|>"), 3, "284 ids; use"},
     {"tokenizer.json", "\"single_word\": false", "\"single_word\": true", 3, "added_tokens"},
     {"tokenizer.json", "\"byte_fallback\": false", "\"byte_fallback\": true", 3, "ignore_merges"},
     {"tokenizer.json", "\"unk_token\": null", "\"unk_token\": \"<unk>\"", 3, "unk_token"},
@@ -1808,6 +1832,7 @@ int main(void) {
     test_forms();
     test_model();
     test_spaced_edits();
+    test_normalized();
     test_edits();
     test_families();
     test_files();

@@ -244,13 +244,15 @@ static int add_token(source_tokenizer *t, uint32_t v, const buffer *content, buf
                      medrun_error *e) {
     static const char *const flags[] = {"single_word", "lstrip", "rstrip", "normalized"};
     const json_file *f = &t->file;
-    bool special = false;
+    bool special = false, plain = given(&f->j, 0, "normalizer") == JSON_NONE;
     uint64_t id = 0;
     json_size(&f->j, json_get(&f->j, v, "id"), &id);
     for (size_t i = 0; i < 4; i++) {
         bool on = false;
         if (read_bool(f, v, flags[i], &on, e)) return e->code;
-        WANT(!on, f, "added_tokens", v, "single_word, lstrip, rstrip, normalized all false");
+        WANT(!on || (i == 3 && plain), f, "added_tokens", v, plain ?
+             "single_word, lstrip, rstrip all false" :
+             "single_word, lstrip, rstrip, normalized all false, as there is a normalizer");
     }
     if (read_bool(f, v, "special", &special, e)) return e->code;
     WANT(t->kind == TOKENIZER_BYTE_LEVEL || find_mark(content->data, content->n) == content->n, f,
@@ -267,6 +269,44 @@ static int add_token(source_tokenizer *t, uint32_t v, const buffer *content, buf
     *piece = (source_piece){t->text.n, content->n, special ? PIECE_CONTROL : PIECE_USER};
     buffer_add(&t->text, content->data, content->n);
     return scratch->failed ? out_of_memory(e, scratch->n) : MEDRUN_OK;
+}
+
+/* The text of added token V; empty where its `normalized` is not ON. */
+static span added_text(const source_tokenizer *t, uint32_t v, bool on) {
+    const json *j = &t->file.j;
+    uint64_t id = 0;
+    json_size(j, json_get(j, v, "id"), &id);
+    const source_piece *piece = &t->pieces[id];
+    bool normalized = json_is_type(j, json_get(j, v, "normalized"), JSON_TRUE);
+    return (span){t->text.data + piece->at, normalized == on ? piece->n : 0};
+}
+
+/* Does one of these N sorted texts begin inside A, so that both cannot stand there? */
+static bool begins_inside(const span *others, size_t n, span a) {
+    for (size_t from = 0; from < a.n; from++)
+        for (size_t i = 0; i < n && others[i].p[0] <= a.p[from]; i++) {
+            size_t left = a.n - from, both = others[i].n < left ? others[i].n : left;
+            bool longer = !from && others[i].n >= a.n;          /* it is the one in any case     */
+            if (!longer && !memcmp(others[i].p, a.p + from, both)) return true;
+        }
+    return false;
+}
+
+/* Where nothing normalizes, `normalized` still says which tokens are looked for first: the others.
+ * Here all are looked for at once from the left, which gives the same unless two overlap. */
+static int check_normalized(const source_tokenizer *t, uint32_t added, medrun_error *e) {
+    const json *j = &t->file.j;
+    size_t n = 0;
+    span *others = new_array(children(j, added), sizeof *others), text;
+    if (!others) return out_of_memory(e, children(j, added) * sizeof *others);
+    for EACH(j, added, c) if ((text = added_text(t, c, false)).n) others[n++] = text;
+    if (n) qsort(others, n, sizeof *others, compare_spans);
+    for EACH(j, added, c)
+        if (!e->code && begins_inside(others, n, added_text(t, c, true)))
+            wrong_field(&t->file, "added_tokens", c, "none that is not normalized to begin inside "
+                        "one that is", e);
+    free(others);
+    return e->code;
 }
 
 /* The text of added tokens is cut out before anything merges. Merges with one of them, which the
@@ -300,6 +340,7 @@ static int read_added(source_tokenizer *t, uint32_t added, medrun_error *e) {
         else add_token(t, c, &content, &scratch, e);
         if (e->code) break;
     }
+    if (!e->code) check_normalized(t, added, e);
     if (!e->code && t->kind == TOKENIZER_SENTENCEPIECE) drop_merges(t, &scratch);
     if (scratch.failed) out_of_memory(e, scratch.n);
     buffer_free(&content);
