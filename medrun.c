@@ -10508,7 +10508,7 @@ static int verify_proofs(command *c, const char *kind, bool *same) {
     size_t n = j->nodes[all].count, good = 0;
     int code = MEDRUN_OK;
     for (size_t i = 0; !code && i < n; i++, v = j->nodes[v].next) {
-        char name[24];
+        char name[32];
         buffer expected = {0}, found = {0};
         snprintf(name, sizeof name, "proof %zu", i + 1);
         if (!strcmp(kind, "logits")) code = prove_logits(c, v, name, &expected, &found);
