@@ -10321,6 +10321,7 @@ static int converse_command(command *c) {
 
 /* ---- verify -------------------------------------------------------------------------------- */
 
+/* A part of the file whose SHA-256 the header states. */
 typedef struct {
     uint32_t node;                              /* the header's entry                           */
     const uint8_t *data;
@@ -10358,12 +10359,14 @@ static bool report(const command *c, const char *kind, const char *name, const c
     return same;
 }
 
-static bool report_hash(const command *c, const hashed *h, bool is_tensor) {
+static bool report_hash(const command *c, const hashed *h) {
+    const model_file *f = &c->m->file;
+    bool is_tensor = h->node != f->tokenizer;
     char wanted[65] = "", found[65], name[64] = "SHA-256";
     uint8_t digest[32] = {0};
     medrun_error e = {0};
-    json_text(&c->m->file.header, h->node, "", "sha256", wanted, sizeof wanted, &e);
-    if (is_tensor) json_text(&c->m->file.header, h->node, "", "name", name, sizeof name, &e);
+    json_text(&f->header, h->node, "", "sha256", wanted, sizeof wanted, &e);
+    if (is_tensor) json_text(&f->header, h->node, "", "name", name, sizeof name, &e);
     parse_hex(wanted, digest);                          /* it may be written in capitals         */
     hex_of(digest, wanted), hex_of(h->found, found);
     return report(c, is_tensor ? "tensors" : "tokenizer", name, wanted, found);
@@ -10376,80 +10379,92 @@ static hashed section_of(const model_file *f, uint32_t node, medrun_error *e) {
     return (hashed){.node = node, .data = f->map.data + offset, .bytes = (size_t)bytes};
 }
 
-/* The tensors' SHA-256, and the tokenizer's, on all threads. */
-static int verify_hashes(command *c, bool *same) {
+/* Hashes all tensors and the tokenizer, on all threads. Are they as the header states? */
+static bool verify_hashes(command *c) {
+    if (c->e.code) return false;
     const model_file *f = &c->m->file;
     size_t n = f->header.nodes[f->tensors].count, good = 0;
-    hash_job job = {.all = new_array(n + 1, sizeof(hashed)), .show = is_terminal(STDERR_FILENO)};
-    if (!job.all) return out_of_memory(&c->e, (n + 1) * sizeof(hashed));
     uint32_t v = f->tensors + 1;
-    for (size_t i = 0; i < n; i++) {
+    hash_job job = {.all = new_array(n + 1, sizeof(hashed)), .show = is_terminal(STDERR_FILENO)};
+    if (!job.all) return out_of_memory(&c->e, (n + 1) * sizeof(hashed)), false;
+    for (size_t i = 0; i < n; i++, v = f->header.nodes[v].next)
         job.all[i] = section_of(f, v, &c->e);
-        if (i + 1 < n) v = f->header.nodes[v].next;     /* behind the last there may be no node  */
-    }
     job.all[n] = section_of(f, f->tokenizer, &c->e);
     for (size_t i = 0; i <= n; i++) job.total += job.all[i].bytes;
     parallel_for(c->m->pool, n + 1, 1, hash_task, &job);
     if (job.show) fprintf(stderr, "\r%20s\r", "");
-    for (size_t i = 0; i < n; i++) good += report_hash(c, &job.all[i], true);
-    bool last = report_hash(c, &job.all[n], false);
+    for (size_t i = 0; i < n; i++) good += report_hash(c, &job.all[i]);
+    bool last = report_hash(c, &job.all[n]);
+    free(job.all);
     if (!flag(c, O_QUIET))
         printf("tensors    %zu of %zu are as exported\ntokenizer  %d of 1\n", good, n, last);
-    if (good < n || !last) *same = false;
-    free(job.all);
-    return MEDRUN_OK;
+    return good == n && last;
 }
 
-/* A proof's function computes anew what entry V records, and gives both as text. */
+/* A proof is an entry of the header: what goes into the model, and what came out of it where the
+ * checkpoint was made. Its kind knows how to compute that again. */
+typedef struct {
+    uint32_t node;
+    char name[32];
+    buffer expected, found;                     /* text                                         */
+} proof;
+
+/* The ids that a proof states are in c->ids. What gives ids again puts them into c->output, from
+ * where they are compared; another kind fills the proof's texts itself. */
+typedef struct {
+    const char *name;
+    int (*repeat)(command *c, proof *p);
+} proof_kind;
+
 static void print_to(buffer *text, const buffer *ids) {
     for (size_t i = 0; i < ids->n / 4; i++)
         buffer_printf(text, i ? " %d" : "%d", ids_of(ids)[i]);
 }
 
-static int prove_ids(command *c, uint32_t v, bool of_chat, buffer *expected,
-                     buffer *found) {
+static int prove_tokens(command *c, proof *p) {
     const json *j = &c->m->file.header;
-    buffer text = {0}, wanted = {0}, ids = {0};
-    medrun_message *messages = NULL;
-    size_t n;
-    uint32_t what = json_get(j, v, of_chat ? "messages" : "text");
-    int code = json_ids(c, j, json_get(j, v, "ids"), "proofs: ids", &wanted);
-    if (!code && of_chat) {
-        char date[11];
-        bool dated = json_get(j, v, "date") != JSON_NONE;
-        medrun_chat_options o = {.date = dated ? date : NULL};
-        chat_writer w = {c->m->chat, c->t, &o, .out = &ids, .e = &c->e};
-        code = check_template(c->m->chat, &c->e);
-        if (!code) code = chat_messages(w.c, j, what, "proofs.chats", &messages, &n, &text, &c->e);
-        if (!code && dated)
-            code = json_text(j, v, "proofs.chats", "date", date, sizeof date, &c->e);
-        if (!code) code = chat_render(&w, messages, n, true);
-    } else if (!code && json_is_type(j, what, JSON_STRING)) {
-        json_unescape(j, what, &text);
-        code = tokenizer_encode(c->t, chars(&text), text.n, 0, &ids, &c->e);
-    } else if (!code) code = fail(&c->e, MEDRUN_BAD_FILE, "proofs.tokens: text: found none");
-    print_to(expected, &wanted), print_to(found, &ids);
-    buffer_free(&text), buffer_free(&wanted), buffer_free(&ids);
-    free(messages);
-    return code;
+    uint32_t text = json_get(j, p->node, "text");
+    if (!json_is_type(j, text, JSON_STRING))
+        return fail(&c->e, MEDRUN_BAD_FILE, "proofs.tokens: text: found none");
+    json_unescape(j, text, &c->input);
+    return tokenizer_encode(c->t, chars(&c->input), c->input.n, 0, &c->output, &c->e);
 }
 
-/* How far the logits ROW are from the numbers in LIST, those of IDS: relative L2; whether both have
- * the same largest. False where LIST is not as many finite numbers. */
-static bool distance_to(const command *c, const float *row, const buffer *ids, uint32_t list,
-                        double *distance, bool *same) {
+static int prove_chats(command *c, proof *p) {
     const json *j = &c->m->file.header;
+    uint32_t all = json_get(j, p->node, "messages");
+    medrun_message *messages = NULL;
+    size_t n;
+    char date[11];
+    bool dated = json_get(j, p->node, "date") != JSON_NONE;
+    medrun_chat_options o = {.date = dated ? date : NULL};
+    chat_writer w = {c->m->chat, c->t, &o, .out = &c->output, .e = &c->e};
+    if (check_template(w.c, &c->e)) return c->e.code;
+    if (dated) json_text(j, p->node, "proofs.chats", "date", date, sizeof date, &c->e);
+    if (!chat_messages(w.c, j, all, "proofs.chats", &messages, &n, &c->input, &c->e))
+        chat_render(&w, messages, n, true);
+    free(messages);
+    return c->e.code;
+}
+
+/* How far the logits are from the numbers in LIST, which are those of IDS: relative L2, and whether
+ * the largest is the same one. False where LIST is not as many finite numbers. */
+static bool distance_to(const command *c, const buffer *ids, uint32_t list, double *distance,
+                        bool *same) {
+    const json *j = &c->m->file.header;
+    const float *row = medrun_logits(c->s, 0);
+    size_t n = ids->n / 4;
     double far = 0, size = 0, top = -INFINITY;
     int32_t wanted = 0, largest = 0;
-    if (!json_is_type(j, list, JSON_ARRAY) || !ids->n ||
-        j->nodes[list].count != ids->n / 4) return false;
-    uint32_t x = list + 1;
-    for (size_t i = 0; i < ids->n / 4; i++, x = j->nodes[x].next) {
+    uint32_t v = list + 1;
+    if (!json_is_type(j, list, JSON_ARRAY) || !n || j->nodes[list].count != n) return false;
+    for (size_t i = 0; i < n; i++, v = j->nodes[v].next) {
         int32_t id = ids_of(ids)[i];
-        double value = json_typeof(j, x) == JSON_NUMBER ? json_number(j, x) : INFINITY;
+        double value = json_typeof(j, v) == JSON_NUMBER ? json_number(j, v) : INFINITY;
         if (!(fabs(value) <= FLT_MAX)) return false;
         if (value > top) top = value, wanted = id;
-        far += (row[id] - value) * (row[id] - value), size += value * value;
+        far += (row[id] - value) * (row[id] - value);
+        size += value * value;
     }
     for (int32_t i = 1; i < c->t->vocab_size; i++) if (row[i] > row[largest]) largest = i;
     *distance = sqrt(far / (size > 0 ? size : 1));
@@ -10457,80 +10472,80 @@ static bool distance_to(const command *c, const float *row, const buffer *ids, u
     return true;
 }
 
-/* Proof V may have the logits of another implementation for some ids. What is said of them decides
- * nothing: how far is near depends on the weights' type. */
-static int report_reference(command *c, uint32_t v, const char *name) {
+/* A proof may state what another implementation computed for some of the ids. The distance is
+ * printed and decides nothing: how near is near depends on the type of the weights. */
+static int report_reference(command *c, const proof *p) {
+    static const char what[] = "proofs.logits: reference";
     const json *j = &c->m->file.header;
-    uint32_t reference = json_get(j, v, "reference");
-    const char *what = "proofs.logits: reference";
+    uint32_t node = json_get(j, p->node, "reference");
     char source[64];
     buffer ids = {0};
     double distance = 0;
     bool same = false;
-    if (reference == JSON_NONE) return MEDRUN_OK;
-    int code = json_ids(c, j, json_get(j, reference, "ids"), what, &ids);
-    if (!code) code = json_text(j, reference, what, "source", source, sizeof source, &c->e);
-    if (!code && !distance_to(c, medrun_logits(c->s, 0), &ids, json_get(j, reference, "values"),
-                              &distance, &same))
-        code = fail(&c->e, MEDRUN_BAD_FILE, "%s: values: wanted a finite number for each id", what);
+    if (node == JSON_NONE) return MEDRUN_OK;
+    json_ids(c, j, json_get(j, node, "ids"), what, &ids);
+    json_text(j, node, what, "source", source, sizeof source, &c->e);
+    if (!c->e.code && !distance_to(c, &ids, json_get(j, node, "values"), &distance, &same))
+        fail(&c->e, MEDRUN_BAD_FILE, "%s: values: wanted a finite number for each id", what);
     buffer_free(&ids);
-    if (code || flag(c, O_QUIET)) return code;
-    printf("logits     %s: relative L2 %.1e to ", name, distance);
+    if (c->e.code || flag(c, O_QUIET)) return c->e.code;
+    printf("logits     %s: relative L2 %.1e to ", p->name, distance);
     print_safe(stdout, source, strlen(source), false);
     printf("; the largest is %s\n", same ? "the same" : "another");
     return MEDRUN_OK;
 }
 
-static int prove_logits(command *c, uint32_t v, const char *name, buffer *expected,
-                        buffer *found) {
-    const json *j = &c->m->file.header;
+/* The SHA-256 of the logits after the ids. */
+static int prove_logits(command *c, proof *p) {
+    int n = (int)(c->ids.n / 4);
+    medrun_session_options o = {.context = n, .kv = MEDRUN_KV_F32, .strict = true};
     char hex[65];
-    buffer ids = {0};
-    int code = json_ids(c, j, json_get(j, v, "ids"), "proofs: ids", &ids);
-    medrun_session_options o = {.context = (int)(ids.n / 4), .kv = MEDRUN_KV_F32, .strict = true};
-    if (!code && !ids.n) code = fail(&c->e, MEDRUN_BAD_FILE, "proofs.logits: ids: found none");
-    if (!code) code = json_text(j, v, "proofs.logits", "sha256", hex, sizeof hex, &c->e);
-    if (!code) buffer_text(expected, hex), code = medrun_start(&c->s, c->m, &o, NULL, 0, &c->e);
-    if (!code) code = medrun_feed(c->s, ids_of(&ids), ids.n / 4, &c->e);
-    if (!code) code = hash_logits(c, hex);
-    if (!code) buffer_text(found, hex), code = report_reference(c, v, name);
+    if (!n) return fail(&c->e, MEDRUN_BAD_FILE, "proofs.logits: ids: found none");
+    if (json_text(&c->m->file.header, p->node, "proofs.logits", "sha256", hex, sizeof hex, &c->e))
+        return c->e.code;
+    buffer_text(&p->expected, hex);
+    if (medrun_start(&c->s, c->m, &o, NULL, 0, &c->e)) return c->e.code;
+    if (!medrun_feed(c->s, ids_of(&c->ids), (size_t)n, &c->e) && !hash_logits(c, hex)) {
+        buffer_text(&p->found, hex);
+        report_reference(c, p);
+    }
     medrun_stop(c->s);
     c->s = NULL;
-    buffer_free(&ids);
-    return code;
+    return c->e.code;
 }
 
-static int verify_proofs(command *c, const char *kind, bool *same) {
+/* Computes all proofs of a kind again. Do they come out the same? */
+static bool verify_proofs(command *c, const proof_kind *kind) {
+    if (c->e.code) return false;
     const json *j = &c->m->file.header;
-    uint32_t all = json_get(j, json_get(j, 0, "proofs"), kind), v = all + 1;
+    uint32_t all = json_get(j, json_get(j, 0, "proofs"), kind->name), v = all + 1;
     if (!json_is_type(j, all, JSON_ARRAY))
-        return fail(&c->e, MEDRUN_BAD_FILE, "%s: proofs.%s: wanted an array", c->m->path, kind);
+        return fail(&c->e, MEDRUN_BAD_FILE, "%s: proofs.%s: wanted an array", c->m->path,
+                    kind->name), false;
     size_t n = j->nodes[all].count, good = 0;
-    int code = MEDRUN_OK;
-    for (size_t i = 0; !code && i < n; i++, v = j->nodes[v].next) {
-        char name[32];
-        buffer expected = {0}, found = {0};
-        snprintf(name, sizeof name, "proof %zu", i + 1);
-        if (!strcmp(kind, "logits")) code = prove_logits(c, v, name, &expected, &found);
-        else code = prove_ids(c, v, !strcmp(kind, "chats"), &expected, &found);
-        if (!code && (expected.failed || found.failed)) code = out_of_memory(&c->e, expected.n);
-        if (!code) good += report(c, kind, name, chars(&expected), chars(&found));
-        buffer_free(&expected), buffer_free(&found);
+    for (size_t i = 0; i < n && !c->e.code; i++, v = j->nodes[v].next) {
+        proof p = {.node = v};
+        snprintf(p.name, sizeof p.name, "proof %zu", i + 1);
+        c->input.n = c->ids.n = c->output.n = 0;
+        if (!json_ids(c, j, json_get(j, v, "ids"), "proofs: ids", &c->ids)) kind->repeat(c, &p);
+        if (!p.expected.n) print_to(&p.expected, &c->ids), print_to(&p.found, &c->output);
+        if (p.expected.failed || p.found.failed) out_of_memory(&c->e, p.expected.n);
+        if (!c->e.code) good += report(c, kind->name, p.name, chars(&p.expected), chars(&p.found));
+        buffer_free(&p.expected), buffer_free(&p.found);
     }
-    if (code) return code;
-    if (!flag(c, O_QUIET)) printf("%-10s %zu of %zu come out the same\n", kind, good, n);
-    if (good < n) *same = false;
-    return flush_stdout(c);
+    if (!flag(c, O_QUIET) && !c->e.code)
+        printf("%-10s %zu of %zu come out the same\n", kind->name, good, n);
+    flush_stdout(c);
+    return good == n;
 }
 
 static int verify_command(command *c) {
-    bool same = true;
-    int code = open_model(c);
-    if (!code) code = verify_hashes(c, &same);
-    if (!code) code = verify_proofs(c, "tokens", &same);
-    if (!code) code = verify_proofs(c, "chats", &same);
-    if (!code) code = verify_proofs(c, "logits", &same);
-    return code || same ? code : MEDRUN_DIFFERS;
+    static const proof_kind kinds[] = {
+        {"tokens", prove_tokens}, {"chats", prove_chats}, {"logits", prove_logits}};
+    open_model(c);
+    bool same = verify_hashes(c);
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) same &= verify_proofs(c, &kinds[i]);
+    return c->e.code || same ? c->e.code : MEDRUN_DIFFERS;
 }
 
 /* ---- tokenize, detokenize, render, logits -------------------------------------------------- */
