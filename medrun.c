@@ -7848,13 +7848,8 @@ enum { MAX_LOOKUP = 31, MAX_MATCH = 16, MAX_SEARCH = 32, N_WIDTHS = 6 };
 /* Rows of a pass for which a time is kept: whole tiles, as rows between cost as much. */
 static const uint8_t widths[N_WIDTHS] = {1, 2, 4, 8, 16, 32};
 
-/* A place of the timeline is indexed by the token before it. The places behind a token form a list,
- * the latest first. */
+/* How long a match is says how good its guesses are, and the time of passes how many pay. */
 typedef struct lookup {
-    int32_t *latest;                            /* (vocab_size) the last place behind a token;
-                                                   0: none                                      */
-    int32_t *earlier;                           /* (context) the place before it, same token    */
-    size_t n_indexed;                           /* places below this one are in the index       */
     size_t at, length;                          /* the match: as many tokens before place AT end
                                                    the timeline; 0: there is none               */
     float hits[MAX_MATCH + 1];                  /* share of matches of a length that came true  */
@@ -7862,44 +7857,27 @@ typedef struct lookup {
     uint64_t guessed, right;
 } lookup;
 
-static void index_places(lookup *look, const int32_t *tokens, size_t end) {
-    if (!look->n_indexed) look->n_indexed = 1;
-    for (; look->n_indexed < end; look->n_indexed++) {
-        int32_t *latest = &look->latest[tokens[look->n_indexed - 1]];
-        look->earlier[look->n_indexed] = *latest;
-        *latest = (int32_t)look->n_indexed;
-    }
+/* At first we believe that 1 in 10 come true after one token and 9 in 10 after sixteen; learn_match
+ * corrects that. */
+static void start_lookup(lookup *look) {
+    for (int i = 1; i <= MAX_MATCH; i++) look->hits[i] = 1 - 1.8f / (float)(i + 1);
 }
 
-/* Call this before the tokens from END on go: each place is the first of its list when it is taken
- * out. */
-static void forget_places(lookup *look, const int32_t *tokens, size_t end) {
-    while (look->n_indexed > end && look->n_indexed > 1) {
-        size_t place = --look->n_indexed;
-        look->latest[tokens[place - 1]] = look->earlier[place];
-    }
-}
-
-/* How many tokens before place A are those before place B, at most MAX_MATCH; a < b. */
-static size_t common_tokens(const int32_t *tokens, size_t a, size_t b) {
-    size_t n = 0, most = a < MAX_MATCH ? a : MAX_MATCH;
-    while (n < most && tokens[a - 1 - n] == tokens[b - 1 - n]) n++;
-    return n;
-}
-
-/* Finds the place with the longest match; of equal ones it takes the latest. It asks the MAX_SEARCH
- * last places only, so that a long text full of one word costs no more. A match that was right last
- * time stays unless there is a longer one. */
+/* Finds the place with the longest match; of equal ones it takes the latest. A place counts if its
+ * last token is the timeline's. It compares the MAX_SEARCH latest of them only, so that a long text
+ * full of one word costs no more. An index of places would save little: to walk through 100,000
+ * tokens takes a tenth of a millisecond, and a pass over so many keys a hundred times that. A match
+ * that was right last time stays unless there is a longer one. */
 static void find_match(lookup *look, const int32_t *tokens, size_t n) {
-    index_places(look, tokens, n);
-    size_t place = (size_t)look->latest[tokens[n - 1]];
-    for (int i = 0; i < MAX_SEARCH && place && look->length < MAX_MATCH; i++) {
-        size_t length = common_tokens(tokens, place, n);
+    int found = 0;
+    for (size_t at = n - 1; at && found < MAX_SEARCH && look->length < MAX_MATCH; at--) {
+        size_t length = 0, most = at < MAX_MATCH ? at : MAX_MATCH;
+        while (length < most && tokens[at - 1 - length] == tokens[n - 1 - length]) length++;
+        found += length > 0;
         if (length > look->length) {
             look->length = length;
-            look->at = place;
+            look->at = at;
         }
-        place = (size_t)look->earlier[place];
     }
 }
 
@@ -8043,21 +8021,13 @@ struct medrun_session {
     pass *pass;                                 /* scratch for passes that this session leads   */
 };
 
-/* A longer match is a better guess. At first we believe that 1 in 10 come true after one token and
- * 9 in 10 after sixteen; learn_match corrects that. */
-static void layout_lookup(const medrun_session *s, lookup *look, arena *a) {
-    look->latest = arena_take(a, (size_t)s->model->config.vocab_size, sizeof *look->latest);
-    look->earlier = arena_take(a, (size_t)s->options.context, sizeof *look->earlier);
-    for (int i = 1; i <= MAX_MATCH; i++) look->hits[i] = 1 - 1.8f / (float)(i + 1);
-}
-
 /* Lays out S, whose model and options are set, in the arena. Where the arena only counts, what
  * would be written goes to structs that are thrown away. */
 static void layout_session(medrun_session *s, arena *a) {
     const model_config *c = &s->model->config;
     const medrun_session_options *o = &s->options;
     pass unused_pass, *p = arena_take(a, 1, sizeof *p);
-    lookup unused_lookup, *look = o->lookup ? arena_take(a, 1, sizeof *look) : NULL;
+    lookup *look = o->lookup ? arena_take(a, 1, sizeof *look) : NULL;
     size_t vocab = (size_t)c->vocab_size;
     int rows = o->logit_rows > o->lookup ? o->logit_rows : o->lookup + 1;
     s->tokens = arena_take(a, (size_t)o->context, sizeof *s->tokens);
@@ -8066,7 +8036,7 @@ static void layout_session(medrun_session *s, arena *a) {
     s->candidates = arena_take(a, vocab, sizeof *s->candidates);
     s->text = arena_take(a, s->model->longest_piece + 8, 1);
     layout_pass(p ? p : &unused_pass, s->model, o->batch, o->context, o->strict, a);
-    if (o->lookup) layout_lookup(s, look ? look : &unused_lookup, a);
+    if (look) start_lookup(look);
     s->pass = p;
     s->lookup = look;
     s->n_wanted = (size_t)o->logit_rows;
@@ -8215,7 +8185,6 @@ int medrun_feed(medrun_session *s, const int32_t *ids, size_t n, medrun_error *e
  * written anew before they are read. The last token is processed again, for its logits. */
 static void rewind_to(medrun_session *s, size_t n) {
     drop_guesses(s);
-    if (s->lookup) forget_places(s->lookup, s->tokens, n);
     s->n_tokens = n;
     s->n_logits = 0;
     s->n_text = 0;
