@@ -5508,7 +5508,7 @@ typedef struct {
 typedef struct {
     int kind, vocab_size, bos;  /* bos: id, or -1                                              */
     uint32_t flags;
-    bool add_bos, ignore_merges, has_user_tokens;
+    bool add_bos, ignore_merges, has_user_tokens, has_unused;
     const char *pretokenizer;
     size_t (*next_piece)(const uint8_t *p, size_t n);           /* NULL for kind 2             */
     const uint8_t *piece_end, *piece_type, *merges, *scores, *text; /* in the file's bytes     */
@@ -5711,6 +5711,7 @@ static int check_pieces(tokenizer *t, size_t n_text, const char *what, medrun_er
             return bad_tokenizer(what, e, "bytes of a byte piece", n, "1");
         if (type == PIECE_NORMAL && n > t->longest) t->longest = n;
         if (type == PIECE_USER) t->has_user_tokens = true;
+        if (type == PIECE_UNUSED) t->has_unused = true;
         t->n_added += added;
         start = end;
     }
@@ -7819,11 +7820,14 @@ static size_t select_candidates(uint64_t *list, size_t vocab, float best,
     return n;
 }
 
-/* Where the next token is chosen. LIST has room for VOCAB candidates. */
-static int32_t sample_token(uint64_t *list, const float *logits, size_t vocab,
+/* Where the next token is chosen. LIST has room for VOCAB candidates. An id without text, as rows
+ * that only fill a matrix up have it, is never chosen: TYPES are the pieces', or NULL. */
+static int32_t sample_token(uint64_t *list, const float *logits, size_t vocab, const uint8_t *types,
                             const medrun_sampling *s, uint64_t *random, const int32_t *history,
                             size_t n_history) {
     list_candidates(list, logits, vocab, s->repeat_penalty, history, n_history);
+    for (size_t i = 0; types && i < vocab; i++)
+        if (types[i] == PIECE_UNUSED) list[i] = candidate_of(-INFINITY, i);
     uint64_t best = list[0];
     for (size_t i = 1; i < vocab; i++) if (list[i] < best) best = list[i];
     if (s->temperature <= 0) return (int32_t)(uint32_t)best;
@@ -8380,8 +8384,9 @@ int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *error) 
 /* Chooses an id from ROW of the logits. Each choice by chance takes one random number, which is why
  * the random state is saved with a session. */
 static int32_t sample_row(medrun_session *s, size_t row) {
-    return sample_token(s->candidates, s->logits + row * s->pass->vocab,
-                        (size_t)s->model->config.vocab_size, &s->options.sampling, &s->random,
+    const tokenizer *t = &s->model->tokenizer;
+    return sample_token(s->candidates, s->logits + row * s->pass->vocab, (size_t)t->vocab_size,
+                        t->has_unused ? t->piece_type : NULL, &s->options.sampling, &s->random,
                         s->tokens, s->n_tokens);
 }
 

@@ -103,7 +103,8 @@ static bool reference(const float *logits, int vocab, const medrun_sampling *s, 
 static int32_t sample_at(const float *logits, int vocab, const medrun_sampling *s,
                          const int32_t *history, int n_history, uint64_t *state) {
     uint64_t *list = malloc((size_t)vocab * sizeof *list);     /* exactly what is asked for     */
-    int32_t id = sample_token(list, logits, (size_t)vocab, s, state, history, (size_t)n_history);
+    int32_t id = sample_token(list, logits, (size_t)vocab, NULL, s, state, history,
+                              (size_t)n_history);
     free(list);
     return id;
 }
@@ -338,10 +339,29 @@ static void test_large(void) {
     double p = exp(11) / (exp(11) + vocab - 1);         /* about 0.318                           */
     for (int i = 0; i < n; i++) {
         uint64_t state = state_for((i + 0.5) / n);
-        low += sample_token(list, logits, (size_t)vocab, &s, &state, NULL, 0) == 70000;
+        low += sample_token(list, logits, (size_t)vocab, NULL, &s, &state, NULL, 0) == 70000;
     }
     CHECK(fabs(low - p * n) <= 1);
     free(logits), free(list);
+}
+
+/* Ids without text are not chosen, however large their logits and whatever the history. */
+static void test_textless(void) {
+    static const uint8_t types[6] = {PIECE_NORMAL, PIECE_UNUSED, PIECE_CONTROL, PIECE_UNUSED,
+                                     PIECE_USER, PIECE_UNUSED};
+    const float logits[6] = {1, 9, 2, 9, 1.5f, INFINITY};
+    const int32_t history[2] = {1, 5};
+    int wrong = 0, seen = 0;
+    uint64_t list[6];
+    for (int i = 0; i < 600; i++) {
+        medrun_sampling s = {.temperature = (float)(i % 3), .top_k = i % 5, .top_p = i % 7 ? 1 : 0.5f,
+                             .repeat_penalty = i % 2 ? 1 : 0.5f};
+        uint64_t state = (uint64_t)i;
+        int32_t id = sample_token(list, logits, 6, types, &s, &state, history, 2);
+        wrong += id % 2;
+        seen |= 1 << id;
+    }
+    CHECK(!wrong && seen == (1 | 4 | 16));
 }
 
 int main(void) {
@@ -355,5 +375,6 @@ int main(void) {
     test_ruled_out();
     test_equal_logits();
     test_large();
+    test_textless();
     return report();
 }

@@ -656,6 +656,78 @@ static void test_vectors(void) {
     clear_folder("out");
 }
 
+/* The rows of both vocabularies become ROWS, the new ones full of VALUE. */
+static void add_rows(size_t rows, float value) {
+    buffer b = {0}, text = {0}, data = {0};
+    json j;
+    read_file(in_work("src/model.safetensors"), &b);
+    size_t head = 8 + (size_t)read_u64(&(reader){b.data, b.n, 0, false});
+    CHECK(!json_parse(&j, (const char *)b.data + 8, head - 8, NULL));
+    for EACH_KEY(&j, 0, c) {
+        uint64_t begin = 0, end = 0;
+        uint32_t shape = json_get(&j, c + 1, "shape"), place = json_get(&j, c + 1, "data_offsets");
+        if (json_is(&j, c, "__metadata__")) continue;
+        json_size(&j, place + 1, &begin), json_size(&j, place + 2, &end);
+        bool wide = strstr(show(&j, c).text, "lm_head") || strstr(show(&j, c).text, "embed_tokens");
+        size_t at = data.n, columns = wide ? (size_t)json_number(&j, shape + 2) : 0;
+        buffer_add(&data, b.data + head + begin, (size_t)(end - begin));
+        while (wide && data.n - at < rows * columns * 2) write_le(&data, f32_to_bf16(value), 2);
+        buffer_printf(&text, "%s\"%s\":{\"dtype\":\"BF16\",\"shape\":", text.n ? "," : "{",
+                      show(&j, c).text);
+        if (wide) buffer_printf(&text, "[%zu,%zu]", rows, columns);
+        else buffer_text(&text, show(&j, shape).text);
+        buffer_printf(&text, ",\"data_offsets\":[%zu,%zu]}", at, data.n);
+    }
+    buffer_text(&text, "}");
+    b.n = 0;
+    write_le(&b, text.n, 8);
+    buffer_add(&b, text.data, text.n);
+    buffer_add(&b, data.data, data.n);
+    write_file(in_work("src/model.safetensors"), b.data, b.n);
+    json_free(&j);
+    buffer_free(&b);
+    buffer_free(&text);
+    buffer_free(&data);
+}
+
+/* Rows past the tokenizer's ids change no other logit, are never chosen and print nothing. */
+static void test_filled_up(const char *fixture, const char *vocab_size) {
+    static const int32_t ids[] = {5, 6, 7};
+    medrun_model *m = NULL;
+    medrun_session *s = NULL;
+    float before[600];
+    size_t vocab = 0, chosen = 0, smaller = 0;
+    for (int filled = 0; filled < 3; filled++) {
+        medrun_session_options o = {.context = 64, .sampling = {.temperature = 1, .top_p = 1}};
+        int32_t id;
+        copy_fixture(fixture);
+        if (filled) edit("config.json", vocab_size, "\"vocab_size\": 600");
+        if (filled) add_rows(600, filled == 1 ? 3 : -3);
+        if (!CHECK_EQ(EXPORT("--type", "bf16"), 0)) return;
+        if (filled) CHECK(strstr((char *)errors.data, "have no text"));
+        if (!CHECK(!medrun_open(&m, in_work("out/x.mdr"), NULL, NULL)) ||
+            !CHECK(!medrun_start(&s, m, &o, NULL, 0, NULL))) return;
+        CHECK(!medrun_feed(s, ids, 3, NULL));
+        while (medrun_pending(s)) medrun_step(&s, 1, NULL);
+        const float *logits = medrun_logits(s, 0);
+        if (!filled) memcpy(before, logits, (vocab = (size_t)m->config.vocab_size) * 4);
+        else CHECK(m->config.vocab_size == 600 && !memcmp(before, logits, vocab * 4));
+        for (size_t i = 0; filled && i < vocab; i++) smaller += logits[i] < logits[vocab];
+        for (int i = 0; filled && i < 500; i++) {
+            s->options.sampling.temperature = (float)(i % 3);
+            s->options.sampling.top_k = i % 2 ? 7 : 0;
+            chosen += medrun_sample(s, &id, NULL) || id >= (int32_t)vocab;
+        }
+        buffer text = {0};
+        tokenizer_decode(&m->tokenizer, &(int32_t){(int32_t)vocab}, filled > 0, true, &text);
+        CHECK(!text.n && !chosen && (filled < 2 || smaller >= vocab));
+        buffer_free(&text);
+        medrun_stop(s);
+        medrun_close(m);
+    }
+    clear_folder("out");
+}
+
 /* ---- edits of the JSON files --------------------------------------------------------------- */
 
 #define ROPE4(text) "\"rope_scaling\": " text
@@ -723,7 +795,9 @@ static const struct { const char *file, *from, *to; int code; const char *needle
     {"config.json", "\"intermediate_size\": 320", "\"intermediate_size\": 336", 3, "gate_proj"},
     {"config.json", "\"max_position_embeddings\": 512", "\"max_position_embeddings\": 0", 3, "max"},
     {"config.json", "\"vocab_size\": 283", "\"vocab_size\": 284", 3,
-     "found 284, but tokenizer.json has 283"},
+     "shape: found (283, 128), wanted (284, 128)"},
+    {"config.json", "\"vocab_size\": 283", "\"vocab_size\": 282", 3, "last ones have no row"},
+    {"config.json", "\"vocab_size\": 283", "\"vocab_size\": 1400", 3, "1400, far more"},
     {"config.json", "\"vocab_size\": 283", "\"vocab_size\": 283, \"vocab_size\": 283", 3, "twice"},
     {"config.json", "\"vocab_size\": 283", "\"vocab_size\": 283 \"", 3, "JSON"},
     {"config.json", "\"tie_word_embeddings\": false", "\"tie_word_embeddings\": true", 3, "lm_h"},
@@ -775,9 +849,9 @@ static const struct { const char *file, *from, *to; int code; const char *needle
     {"tokenizer.json", "\"rstrip\": false", "\"rstrip\": true", 3, "added_tokens"},
     {"tokenizer.json", "\"normalized\": false", "\"normalized\": true", 0, ""},
     {"tokenizer.json", "\"added_tokens\": [", "\"added_tokens\": [" WORD("ab<|eot"), 3, "begin inside"},
-    {"tokenizer.json", "\"added_tokens\": [", "\"added_tokens\": [" WORD("<|eot_id|"), 3, "284 ids; use"},
+    {"tokenizer.json", "\"added_tokens\": [", "\"added_tokens\": [" WORD("<|eot_id|"), 3, "found 284 ids"},
     {"tokenizer.json", "\"added_tokens\": [", "\"added_tokens\": [" WORD("<|eot_id|>s"), 3, "inside"},
-    {"tokenizer.json", "\"added_tokens\": [", "\"added_tokens\": [" WORD("eot_id|>"), 3, "284 ids; use"},
+    {"tokenizer.json", "\"added_tokens\": [", "\"added_tokens\": [" WORD("eot_id|>"), 3, "found 284 ids"},
     {"tokenizer.json", "\"single_word\": false", "\"single_word\": true", 3, "added_tokens"},
     {"tokenizer.json", "\"byte_fallback\": false", "\"byte_fallback\": true", 3, "ignore_merges"},
     {"tokenizer.json", "\"unk_token\": null", "\"unk_token\": \"<unk>\"", 3, "unk_token"},
@@ -787,7 +861,7 @@ static const struct { const char *file, *from, *to; int code; const char *needle
     {"tokenizer.json", "\"id\": 278", "\"id\": -1", 3, "added_tokens"},
     {"tokenizer.json", "\"id\": 278", "\"id\": 278.5", 3, "added_tokens"},
     {"tokenizer.json", "\"!\": 0", "\"!\": 1", 3, "model.vocab"},
-    {"tokenizer.json", "\"!\": 0", "\"!\": 300", 3, "has 301 ids"},
+    {"tokenizer.json", "\"!\": 0", "\"!\": 300", 3, "found 301 ids"},
     {"tokenizer.json", "\"!\": 0", "\"~~x\": 0", 3, "byte 0x21"},
     {"tokenizer.json", "\"!\": 0", "\"\\u4e2d\": 0", 3, "byte alphabet"},
     {"tokenizer.json", "\"!\": 0", "\"\": 0", 3, "model.vocab"},
@@ -833,6 +907,10 @@ static void test_edits(void) {
         if (!edits[i].code) write_file(in_work("out/x.mdr"), "", 0);
         expect(code, edits[i].code, edits[i].needle, what);
     }
+    copy_fixture("llama-plain");
+    edit("config.json", "\"eos_token_id\": 279", "\"eos_token_id\": 284");
+    edit("config.json", "\"vocab_size\": 283", "\"vocab_size\": 300");
+    expect(EXPORT(NULL), 3, "283 ids, but eos_token_id is 284", "a stop without text");
 }
 
 /* ---- weights ------------------------------------------------------------------------------- */
@@ -1833,6 +1911,8 @@ int main(void) {
     test_model();
     test_spaced_edits();
     test_normalized();
+    test_filled_up("llama-plain", "\"vocab_size\": 283");
+    test_filled_up("mistral-spm", "\"vocab_size\": 384");
     test_edits();
     test_families();
     test_files();

@@ -740,6 +740,34 @@ static const change changes[] = {
     {NULL, .tensor = "output.weight", .name = ""},
 };
 
+/* What llama.cpp's converter fills up with has no text, whatever type it has there. */
+static void test_filler(void) {
+    span tokens[260];
+    uint8_t text[256][4];
+    int32_t types[260];
+    source_tokenizer t = {0};
+    medrun_error e = {0};
+    static const char *const more[] = {"<|end|>", "[PAD257]", "[PAD9]", "[PAD259]"};
+    for (int b = 0; b < 256; b++) {
+        uint32_t code = 0;
+        while (byte_of(code) != b) code++;
+        tokens[b] = (span){text[b], utf8_encode(code, text[b])};
+        types[b] = PIECE_NORMAL;
+    }
+    for (size_t i = 0; i < 4; i++) {
+        tokens[256 + i] = (span){(const uint8_t *)more[i], strlen(more[i])};
+        types[256 + i] = i ? PIECE_USER : PIECE_CONTROL;
+    }
+    types[259] = PIECE_UNUSED;
+    token_tables g = {.model = "gpt2", .pre = "llama-bpe", .n = 260, .tokens = tokens,
+                      .types = types, .merges = tokens, .bos = 256, .eos = 256};
+    CHECK(!tokenizer_from_tables(&t, &g, "tables", &e) && t.n_pieces == 260);
+    CHECK(t.pieces[256].type == PIECE_CONTROL && t.pieces[257].type == PIECE_UNUSED &&
+          !t.pieces[257].n && t.pieces[258].type == PIECE_USER &&
+          t.pieces[259].type == PIECE_UNUSED);
+    free_tokenizer(&t);
+}
+
 static void test_changes(void) {
     buffer b = {0};
     for (size_t i = 0; i < sizeof changes / sizeof *changes; i++) {
@@ -1152,6 +1180,7 @@ int main(void) {
     test_fixtures();
     test_mixed();
     test_changes();
+    test_filler();
     test_header();
     test_cuts();
     test_flips();

@@ -1010,15 +1010,12 @@ static int read_weights(source *s, medrun_error *e) {
 
 /* ---- a whole Hugging Face folder ----------------------------------------------------------- */
 
-/* Ids without a row, or rows without an id, are the sign of a tokenizer of another model. */
 static int read_hf_tokenizer(source *s, const char *template_name, medrun_error *e) {
     source_tokenizer t = {0};
     buffer jinja = {0};
-    if (!open_tokenizer(s, &t, e) && !convert_tokenizer(&t, &s->tokenizer, e) &&
-        t.n_pieces != (size_t)s->config.vocab_size)
-        refuse(e, "%s/config.json: field vocab_size: found %d, but %s has %zu ids; use "
-               "the tokenizer of this model", s->folder, s->config.vocab_size,
-               t.is_model ? "tokenizer.model" : "tokenizer.json", t.n_pieces);
+    if (!open_tokenizer(s, &t, e) && !read_any_tokenizer(&t, e) &&
+        !fill_up(s, &t, (size_t)s->config.vocab_size, e))
+        finish_tokenizer(&t, &s->tokenizer, t.file.path, e);
     if (!e->code && (template_name || !read_jinja(s, &t.config, &jinja, e)))
         choose_template(s, &jinja, template_name, e);
     s->eos = t.eos;

@@ -769,6 +769,13 @@ typedef struct {
     bool add_bos, add_space_prefix;     /* the latter only for "llama"                         */
 } token_tables;
 
+/* llama.cpp's converters fill up what has no text by [PAD275]; older ones made that a word. */
+static bool is_filler(span text, size_t id) {
+    char name[32];
+    size_t n = (size_t)snprintf(name, sizeof name, "[PAD%zu]", id);
+    return text.n == n && !memcmp(text.p, name, n);
+}
+
 static int put_tokens(source_tokenizer *t, const token_tables *g, const char *what,
                       medrun_error *e) {
     size_t bytes = 0;
@@ -776,7 +783,7 @@ static int put_tokens(source_tokenizer *t, const token_tables *g, const char *wh
     if (make_pieces(t, g->n, g->n, bytes, e)) return e->code;
     for (size_t i = 0; i < g->n; i++) {
         span text = g->tokens[i];
-        int type = g->types[i];
+        int type = g->types[i] == PIECE_USER && is_filler(text, i) ? PIECE_UNUSED : g->types[i];
         bool known = type >= PIECE_NORMAL && type <= PIECE_BYTE &&
                      (type != PIECE_BYTE || t->kind == TOKENIZER_SENTENCEPIECE);
         if (!known || !put_piece(t, i, text, type == PIECE_UNKNOWN ? PIECE_CONTROL : type))
@@ -921,10 +928,39 @@ static int finish_tokenizer(const source_tokenizer *t, buffer *out, const char *
     return e->code;
 }
 
-/* Converts the open files of T. */
-static int convert_tokenizer(source_tokenizer *t, buffer *out, medrun_error *e) {
+/* Embeddings are often filled up to a multiple of 64 or so: ROWS behind the last id have no text.
+ * If they are many, the tokenizer is probably another model's; and so it is if it has more ids. */
+static int fill_up(source *s, source_tokenizer *t, size_t rows, medrun_error *e) {
+    size_t n = t->n_pieces, more = rows > n ? rows - n : 0;
+    if (n > rows || (more > 1024 && more > rows / 8))
+        return refuse(e, "%s: found %zu ids, but config.json's vocab_size is %zu, %s; use the "
+                      "tokenizer of this model", t->file.path, n, rows, n > rows ?
+                      "so that the last ones have no row" : "far more");
+    if (!more) return MEDRUN_OK;
+    source_piece *pieces = MEDRUN_ALLOC(t->pieces, rows * sizeof *pieces);
+    if (!pieces) return out_of_memory(e, rows * sizeof *pieces);
+    t->pieces = pieces, t->n_pieces = rows;
+    for (size_t i = n; i < rows; i++) {
+        pieces[i] = (source_piece){0, 0, PIECE_UNUSED};
+        if (t->scores.n) write_le(&t->scores, 0, 4);
+    }
+    for (int i = 0; i < s->n_stops; i++)
+        if (s->stops[i] >= (int)n)
+            return refuse(e, "%s: found %zu ids, but eos_token_id is %d; use the tokenizer of this "
+                          "model", t->file.path, n, s->stops[i]);
+    add_note(s, "the tokenizer has %zu ids, the embedding %zu rows: ids from %zu on have no text "
+             "and are never chosen", n, rows, n);
+    return t->scores.failed ? out_of_memory(e, t->scores.n) : MEDRUN_OK;
+}
+
+/* Reads the open files of T. */
+static int read_any_tokenizer(source_tokenizer *t, medrun_error *e) {
     t->bos = t->eos = -1;
-    if ((t->is_model ? read_tokenizer_model : read_tokenizer_json)(t, e) ||
-        read_tokenizer_config(t, e)) return e->code;
-    return finish_tokenizer(t, out, t->file.path, e);
+    if ((t->is_model ? read_tokenizer_model : read_tokenizer_json)(t, e)) return e->code;
+    return read_tokenizer_config(t, e);
+}
+
+/* Converts them, not for a certain model. */
+static int convert_tokenizer(source_tokenizer *t, buffer *out, medrun_error *e) {
+    return read_any_tokenizer(t, e) ? e->code : finish_tokenizer(t, out, t->file.path, e);
 }
