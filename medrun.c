@@ -4492,42 +4492,43 @@ typedef struct {
 
 #ifdef MEDRUN_OPENCL
 #define CL_TARGET_OPENCL_VERSION 120
-#ifdef __APPLE__
-#include <OpenCL/cl.h>
-#define OPENCL_LIBRARY "/System/Library/Frameworks/OpenCL.framework/OpenCL"
-#else
-#include <CL/cl.h>
-#define OPENCL_LIBRARY "libOpenCL.so.1"
-#endif
 #ifdef _WIN32
-#undef OPENCL_LIBRARY
-#define OPENCL_LIBRARY "OpenCL.dll"
+#include <CL/cl.h>
+static const char opencl_library[] = "OpenCL.dll";
 #define OPEN_LIBRARY(path) LoadLibraryExA(path, NULL, LOAD_LIBRARY_SEARCH_SYSTEM32)
 #define FIND_SYMBOL(library, name) (void *)(uintptr_t)GetProcAddress(library, name)
 #else
 #include <dlfcn.h>
 #define OPEN_LIBRARY(path) dlopen(path, RTLD_NOW | RTLD_LOCAL)
 #define FIND_SYMBOL(library, name) dlsym(library, name)
+#ifdef __APPLE__
+#include <OpenCL/cl.h>
+static const char opencl_library[] = "/System/Library/Frameworks/OpenCL.framework/OpenCL";
+#else
+#include <CL/cl.h>
+static const char opencl_library[] = "libOpenCL.so.1";
+#endif
 #endif
 
 /* ---- the kernels, in OpenCL C ---------------------------------------------------------------- */
 
 /* First what cannot stand inside TEXT_OF, which makes text of code. MATMUL makes a kernel: a
- * work-item multiplies one row of W, panels of SIZE bytes, by a tile of up to 8 tokens of A, packed
- * activations (TOKENS, COLS); out[at ..] gets the products (TOKENS, STRIDE). Sixteen neighbours
- * read the 64 bytes of a step. MOST is 1 or 8, so that the loops over tokens unroll. */
+ * work-item multiplies one row of W, panels of SIZE bytes with N groups, by a tile of up to 8 of
+ * the TOKENS of A, packed activations of WORDS words each; out[at ..] gets the products (TOKENS,
+ * STRIDE). Sixteen neighbours read the 64 bytes of a step. MOST is 1 or 8, so that the loops over
+ * tokens unroll. */
 static const char device_macros[] =
     "#pragma OPENCL FP_CONTRACT OFF\n"
     "#define EACH_TOKEN _Pragma(\"unroll\") for (int t = 0; t < nt; t++)\n"
-    "#define MATMUL(name, add_row, most) \\\n"
-    "    kernel void name(global const uchar *w, ulong size, int cols, global const uint *a, \\\n"
-    "                     int tokens, global float *out, ulong at, int stride) { \\\n"
+    "#define MATMUL(type, most) \\\n"
+    "    kernel void type##_##most(stored w, ulong size, int n, packed a, ulong words, \\\n"
+    "                              int tokens, global float *out, ulong at, int stride) { \\\n"
     "        int row = get_global_id(0), first = get_global_id(1) * 8; \\\n"
     "        int live = min(tokens - first, 8), width = live > 4 ? 8 : live > 2 ? 4 : live; \\\n"
     "        const int nt = most; \\\n"
     "        float sum[most]; \\\n"
     "        EACH_TOKEN sum[t] = 0; \\\n"
-    "        add_row(nt, sum, w + row / 16 * size, row % 16, cols, a, first, width); \\\n"
+    "        add_##type(nt, sum, w + row / 16 * size, row % 16, n, a + first * words, width); \\\n"
     "        for (int t = 0; t < nt && t < live; t++) \\\n"
     "            out[at + (ulong)(first + t) * stride + row] = sum[t]; \\\n"
     "    }\n";
@@ -4540,11 +4541,9 @@ typedef global const uint *packed;
 
 /* Two weights a step, k and k + 1, and a word of A for each k and token. A token past the last one
  * of a narrow tile counts as another of it: its sum is not written. */
-void add_bf16(int nt, float *sum, stored w, int lane, int cols, packed a, int first, int width) {
-    int pairs = (cols + 1) / 2;
+void add_bf16(int nt, float *sum, stored w, int lane, int n, packed a, int width) {
     packed steps = (packed)w + lane;
-    a += (ulong)first * 2 * pairs;
-    for (int k = 0; k < pairs; k++, a += 2 * width) {
+    for (int k = 0; k < n; k++, a += 2 * width) {
         float even = as_float(steps[16 * k] << 16), odd = as_float(steps[16 * k] & 0xFFFF0000);
         EACH_TOKEN sum[t] = fma(even, as_float(a[t % width]), sum[t]);
         EACH_TOKEN sum[t] = fma(odd, as_float(a[width + t % width]), sum[t]);
@@ -4565,10 +4564,8 @@ void add_four(int nt, float *dot, float4 w, packed a, int width, int s) {
 }
 
 /* A group of 64: sixteen steps of four weights, whose bytes are 128 more than the weight. */
-void add_int8(int nt, float *sum, stored w, int lane, int cols, packed a, int first, int width) {
-    int groups = (cols + 63) / 64;
-    a += (ulong)first * groups * WORDS;
-    for (int g = 0; g < groups; g++, a += WORDS * width) {
+void add_int8(int nt, float *sum, stored w, int lane, int n, packed a, int width) {
+    for (int g = 0; g < n; g++, a += WORDS * width) {
         stored line = w + (ulong)(g / 2) * LINE_INT8;
         packed steps = (packed)(line + 64 + g % 2 * 1024) + lane;
         float dot[8], scale = as_float(((global const ushort *)(line + g % 2 * 32))[lane] << 16);
@@ -4588,10 +4585,8 @@ float scale_int4(uint bits) {
 
 /* Groups of int4 are half as long: H counts the two that share the activations' scale. */
 constant float level[16] = {LEVELS};
-void add_int4(int nt, float *sum, stored w, int lane, int cols, packed a, int first, int width) {
-    int groups = (cols + 63) / 64;
-    a += (ulong)first * groups * WORDS;
-    for (int g = 0; g < groups; g++, a += WORDS * width, w += LINE_INT4) {
+void add_int4(int nt, float *sum, stored w, int lane, int n, packed a, int width) {
+    for (int g = 0; g < n; g++, a += WORDS * width, w += LINE_INT4) {
         float dot[8], part[8];
         for (int h = 0; h < 2; h++) {
             packed steps = (packed)(w + 64 + h * 256) + lane;
@@ -4609,18 +4604,9 @@ void add_int4(int nt, float *sum, stored w, int lane, int cols, packed a, int fi
     }
 }
 
-MATMUL(matvec_bf16, add_bf16, 1)
-MATMUL(matmul_bf16, add_bf16, 8)
-MATMUL(matvec_int8, add_int8, 1)
-MATMUL(matmul_int8, add_int8, 8)
-MATMUL(matvec_int4, add_int4, 1)
-MATMUL(matmul_int4, add_int4, 8)
+MATMUL(bf16, 1) MATMUL(bf16, 8) MATMUL(int8, 1) MATMUL(int8, 8) MATMUL(int4, 1) MATMUL(int4, 8)
 );
 #undef TEXT_OF
-
-enum { N_DEVICE_KERNELS = 6 };      /* by type, for one token and for more                      */
-static const char *const device_kernels[N_DEVICE_KERNELS] = {
-    "matvec_bf16", "matmul_bf16", "matvec_int8", "matmul_int8", "matvec_int4", "matmul_int4"};
 
 /* ---- devices --------------------------------------------------------------------------------- */
 
@@ -4653,7 +4639,7 @@ typedef struct {
 
 /* A pass of many tokens goes in chunks: of at most DEVICE_ROWS tokens and DEVICE_OUT products (64
  * MB), so that a device needs the same room for every pass. */
-enum { MAX_DEVICES = 16, DEVICE_ROWS = 512, DEVICE_OUT = 16 << 20, DEVICE_PRODUCTS = 4 };
+enum { MAX_DEVICES = 16, DEVICE_ROWS = 512, DEVICE_OUT = 16 << 20 };
 
 /* A device in use. */
 typedef struct {
@@ -4663,17 +4649,17 @@ typedef struct {
     cl_context context;
     cl_command_queue queue;
     cl_program program;
-    cl_kernel kernels[N_DEVICE_KERNELS];
+    cl_kernel kernels[N_TYPES][2];  /* for one token, for more; none for f32                    */
     uint64_t room;                  /* bytes that may still be taken                            */
     cl_mem packed, products;        /* (DEVICE_ROWS, most cols) activations; (DEVICE_OUT) floats*/
     const tensor **tensors;         /* (base.loaded) and the device's copy of their bytes       */
     cl_mem *copies;
 } opencl_device;
 
-/* PATH: the library; NULL or "": where the system has it. */
+/* PATH: the library, which is never closed; NULL or "": where the system has it. */
 static int opencl_open(opencl *cl, const char *path, medrun_error *e) {
-    if (!path || !*path) path = OPENCL_LIBRARY;
-    void *library = OPEN_LIBRARY(path);                 /* never closed                          */
+    if (!path || !*path) path = opencl_library;
+    void *library = OPEN_LIBRARY(path);
     if (!library)
         return fail(e, MEDRUN_USAGE, "device: this machine has no OpenCL library (%s)", path);
     for (size_t i = 0; i < sizeof opencl_calls / sizeof *opencl_calls; i++) {
@@ -4683,7 +4669,6 @@ static int opencl_open(opencl *cl, const char *path, medrun_error *e) {
     }
     return MEDRUN_OK;
 }
-#undef OPENCL_LIBRARY
 #undef OPEN_LIBRARY
 #undef FIND_SYMBOL
 
@@ -4706,12 +4691,11 @@ static void get_facts_of(const opencl *cl, cl_platform_id platform, device_facts
 /* All devices of all platforms, numbered as they come; returns how many. */
 static int list_devices(const opencl *cl, device_facts out[MAX_DEVICES]) {
     cl_platform_id platforms[MAX_DEVICES];
-    cl_uint n_platforms = 0;
+    cl_device_id ids[MAX_DEVICES];
+    cl_uint n_platforms = 0, found;
     int n = 0;
-    if (cl->clGetPlatformIDs(MAX_DEVICES, platforms, &n_platforms)) return 0;
+    cl->clGetPlatformIDs(MAX_DEVICES, platforms, &n_platforms);
     for (cl_uint p = 0; p < n_platforms && p < MAX_DEVICES; p++) {
-        cl_device_id ids[MAX_DEVICES];
-        cl_uint found = 0;
         if (cl->clGetDeviceIDs(platforms[p], CL_DEVICE_TYPE_ALL, MAX_DEVICES, ids, &found))
             continue;
         for (cl_uint i = 0; i < found && n < MAX_DEVICES; i++) {
@@ -4724,23 +4708,23 @@ static int list_devices(const opencl *cl, device_facts out[MAX_DEVICES]) {
 
 /* WHICH: see device_request. A device that flushes subnormals could not give the same bits. */
 static int choose_device(opencl_device *d, const char *which, medrun_error *e) {
-    device_facts all[MAX_DEVICES];
-    int n = list_devices(&d->cl, all), i = 0;
+    device_facts all[MAX_DEVICES], *f = all;
     char *end;
     long number = strtol(which, &end, 10);
     bool by_number = *which && !*end, any = !strcmp(which, "auto");
-    for (; i < n; i++) {
-        bool named = any ? !(all[i].type & CL_DEVICE_TYPE_CPU) : !!strstr(all[i].name, which);
-        if (by_number ? i == number : named) break;
-    }
-    if (i == n)
+    int n = e->code ? 0 : list_devices(&d->cl, all);
+    for (; f < all + n; f++)
+        if (by_number ? f - all == number : any ? !(f->type & CL_DEVICE_TYPE_CPU)
+                                                : !!strstr(f->name, which)) break;
+    if (f == all + n)
         return fail(e, MEDRUN_USAGE, "device: found no \"%s\" among the %d that OpenCL has here; "
                     "medrun-lab doctor lists them", any ? "GPU" : which, n);
-    d->facts = all[i];
-    memcpy(d->base.name, all[i].name, sizeof all[i].name);
-    if (d->facts.little && d->facts.numbers & CL_FP_DENORM) return MEDRUN_OK;
-    return fail(e, MEDRUN_NO_MEMORY, "device %s: %s; wanted the processor's numbers", d->facts.name,
-                d->facts.little ? "takes the smallest numbers for 0" : "is big-endian");
+    d->facts = *f;
+    d->room = f->memory - f->memory / 16;                       /* the rest is the driver's      */
+    memcpy(d->base.name, f->name, sizeof f->name);
+    if (f->little && f->numbers & CL_FP_DENORM) return MEDRUN_OK;
+    return fail(e, MEDRUN_NO_MEMORY, "device %s: %s; wanted the processor's numbers", f->name,
+                f->little ? "takes the smallest numbers for 0" : "is big-endian");
 }
 
 /* Compiles the kernels for activations of KIND, with the geometry of panels (section 5) put before
@@ -4748,7 +4732,7 @@ static int choose_device(opencl_device *d, const char *which, medrun_error *e) {
 static int build_kernels(opencl_device *d, const char *more, int kind, buffer *log,
                          medrun_error *e) {
     const size_t most = 64 << 10;
-    char options[256], numbers[256];
+    char options[256], numbers[256], name[16];
     const char *sources[] = {numbers, device_macros, device_source};
     cl_int why;
     if (e->code) return e->code;
@@ -4762,18 +4746,19 @@ static int build_kernels(opencl_device *d, const char *more, int kind, buffer *l
     snprintf(options, sizeof options, "-cl-std=CL1.2 %s", more ? more : "");
     d->context = d->cl.clCreateContext(NULL, 1, &d->facts.id, NULL, NULL, &why);
     if (!why) d->queue = d->cl.clCreateCommandQueue(d->context, d->facts.id, 0, &why);
-    if (why) return fail(e, MEDRUN_NO_MEMORY, "device %s: cannot be used (%d)", d->facts.name, why);
-    d->program = d->cl.clCreateProgramWithSource(d->context, 3, sources, NULL, &why);
+    if (!why) d->program = d->cl.clCreateProgramWithSource(d->context, 3, sources, NULL, &why);
     if (!why) why = d->cl.clBuildProgram(d->program, 1, &d->facts.id, options, NULL, NULL);
-    for (int k = 0; k < N_DEVICE_KERNELS && !why; k++)
-        d->kernels[k] = d->cl.clCreateKernel(d->program, device_kernels[k], &why);
+    for (int k = 2 * TYPE_BF16; k < 2 * N_TYPES && !why; k++) {
+        snprintf(name, sizeof name, "%s_%d", type_names[k / 2], k % 2 ? TILE : 1);
+        d->kernels[k / 2][k % 2] = d->cl.clCreateKernel(d->program, name, &why);
+    }
     if (!why) return MEDRUN_OK;
     if (d->program && buffer_room(log, most) &&
         !d->cl.clGetProgramBuildInfo(d->program, d->facts.id, CL_PROGRAM_BUILD_LOG, most,
                                      log->data, NULL))
         log->n = strlen((const char *)log->data);
-    return fail(e, MEDRUN_NO_MEMORY, "device %s: its kernels cannot be built (%d)", d->facts.name,
-                why);
+    return fail(e, MEDRUN_NO_MEMORY, "device %s: %s (%d)", d->facts.name,
+                d->program ? "its kernels cannot be built" : "cannot be used", why);
 }
 
 /* N bytes on the device, with DATA unless that is NULL. DATA must stay where it is: a device that
@@ -4802,61 +4787,68 @@ static bool device_ok(opencl_device *d, cl_int why, const char *call) {
     return !d->base.failed;
 }
 
-/* P's products for TOKENS of the activations, which the device has, to OUT, by way of the device's
- * d->products[at ..]. */
-static void device_product(opencl_device *d, const product *p, size_t which, size_t tokens,
-                           size_t at, float *out) {
-    size_t rows = tensor_panels(p->w) * LANES, row = rows * sizeof(float);
-    int kernel = 2 * (p->w->type - TYPE_BF16) + (tokens > 1);
-    cl_ulong size = panel_bytes(p->w->type, p->w->cols), first = at;
-    cl_int cols = (cl_int)p->w->cols, n = (cl_int)tokens, stride = (cl_int)rows;
-    const struct { size_t bytes; const void *value; } arguments[] = {
-        {sizeof(cl_mem), &d->copies[which]}, {sizeof size, &size}, {sizeof cols, &cols},
-        {sizeof(cl_mem), &d->packed}, {sizeof n, &n}, {sizeof(cl_mem), &d->products},
-        {sizeof first, &first}, {sizeof stride, &stride}};
-    const size_t items[2] = {rows, (tokens + TILE - 1) / TILE}, there[3] = {at * sizeof(float)};
-    const size_t here[3] = {0}, region[3] = {row, tokens, 1};
-    cl_int why = CL_SUCCESS;
-    for (cl_uint i = 0; i < sizeof arguments / sizeof *arguments && !why; i++)
-        why = d->cl.clSetKernelArg(d->kernels[kernel], i, arguments[i].bytes, arguments[i].value);
-    if (!why)
-        why = d->cl.clEnqueueNDRangeKernel(d->queue, d->kernels[kernel], 2, NULL, items, NULL, 0,
-                                           NULL, NULL);
-    if (device_ok(d, why, device_kernels[kernel]))
-        device_ok(d, d->cl.clEnqueueReadBufferRect(d->queue, d->products, CL_FALSE, there, here,
-                                                   region, row, 0, p->stride * sizeof(float), 0,
-                                                   out, 0, NULL, NULL), "clEnqueueReadBufferRect");
+/* Makes a call, unless one has failed. */
+#define CALL(d, call, ...) device_ok(d, d->base.failed ? 0 : d->cl.call(__VA_ARGS__), #call)
+
+/* The device's copy of W, or NULL. */
+static const cl_mem *copy_of(const opencl_device *d, const tensor *w) {
+    for (size_t i = 0; i < d->base.loaded; i++)
+        if (d->tensors[i]->data == w->data) return &d->copies[i];
+    return NULL;
 }
 
-/* See `device`. The queue runs in order, so one wait is enough for all products of a chunk. A
- * single token goes there, too: reading weights is what takes time, and the device has them. */
+/* P's products for TOKENS of the activations X, which the device has, to OUT, by way of the
+ * device's d->products[at ..]. */
+static void device_product(opencl_device *d, const product *p, const packed *x, size_t tokens,
+                           size_t at, float *out) {
+    int type = p->w->type;
+    cl_kernel kernel = d->kernels[type][tokens > 1];
+    size_t rows = tensor_panels(p->w) * LANES, row = rows * sizeof(float);
+    size_t groups = type == TYPE_BF16 ? (x->cols + 1) / 2 : (x->cols + GROUP - 1) / GROUP;
+    cl_ulong size = panel_bytes(type, x->cols), words = pack_bytes(x->kind, x->cols, 1) / 4;
+    cl_ulong first = at;
+    cl_int n = (cl_int)groups, live = (cl_int)tokens, stride = (cl_int)rows;
+    const struct { size_t bytes; const void *value; } arguments[] = {
+        {sizeof(cl_mem), copy_of(d, p->w)}, {sizeof size, &size}, {sizeof n, &n},
+        {sizeof(cl_mem), &d->packed}, {sizeof words, &words}, {sizeof live, &live},
+        {sizeof(cl_mem), &d->products}, {sizeof first, &first}, {sizeof stride, &stride}};
+    const size_t items[2] = {rows, (tokens + TILE - 1) / TILE}, there[3] = {at * sizeof(float)};
+    const size_t here[3] = {0}, region[3] = {row, tokens, 1};
+    for (cl_uint i = 0; i < sizeof arguments / sizeof *arguments; i++)
+        CALL(d, clSetKernelArg, kernel, i, arguments[i].bytes, arguments[i].value);
+    CALL(d, clEnqueueNDRangeKernel, d->queue, kernel, 2, NULL, items, NULL, 0, NULL, NULL);
+    CALL(d, clEnqueueReadBufferRect, d->queue, d->products, CL_FALSE, there, here, region, row, 0,
+         p->stride * sizeof(float), 0, out, 0, NULL, NULL);
+}
+
+/* See `device`. The queue runs in order, so one wait is enough for all products of a chunk; after a
+ * failure, too, for what was asked before may still be under way. A single token goes there as
+ * well: reading weights is what takes time, and the device has them. */
 static bool device_multiply(device *base, const product *products, size_t n, const packed *x) {
     opencl_device *d = (opencl_device *)base;
-    size_t which[DEVICE_PRODUCTS], floats = 0, chunk, tokens;
-    if (base->failed || n > DEVICE_PRODUCTS || x->kind == PACK_BF16) return false;
+    size_t floats = 0;
+    if (base->failed || x->kind == PACK_BF16) return false;
     for (size_t i = 0; i < n; i++) {
-        for (which[i] = 0; d->tensors[which[i]]->data != products[i].w->data;)
-            if (++which[i] == base->loaded) return false;
+        if (!copy_of(d, products[i].w)) return false;
         floats += tensor_panels(products[i].w) * LANES;
     }
     if (floats > DEVICE_OUT / TILE) return false;
-    chunk = DEVICE_OUT / floats < DEVICE_ROWS ? DEVICE_OUT / floats / TILE * TILE : DEVICE_ROWS;
-    for (size_t t = 0; t < x->tokens && !base->failed; t += tokens) {
-        size_t at = 0, from = pack_bytes(x->kind, x->cols, t);
-        tokens = x->tokens - t < chunk ? x->tokens - t : chunk;
-        device_ok(d, d->cl.clEnqueueWriteBuffer(d->queue, d->packed, CL_FALSE, 0,
-                                                pack_bytes(x->kind, x->cols, tokens),
-                                                x->data + from, 0, NULL, NULL),
-                  "clEnqueueWriteBuffer");
-        for (size_t i = 0; i < n && !base->failed; i++) {
-            const product *p = &products[i];
-            device_product(d, p, which[i], tokens, at, p->out + t * p->stride);
+    size_t chunk = DEVICE_OUT / floats / TILE * TILE;
+    if (chunk > DEVICE_ROWS) chunk = DEVICE_ROWS;
+    for (size_t t = 0; t < x->tokens && !base->failed; t += chunk) {
+        size_t tokens = x->tokens - t < chunk ? x->tokens - t : chunk, at = 0;
+        CALL(d, clEnqueueWriteBuffer, d->queue, d->packed, CL_FALSE, 0,
+             pack_bytes(x->kind, x->cols, tokens), x->data + pack_bytes(x->kind, x->cols, t), 0,
+             NULL, NULL);
+        for (const product *p = products; p < products + n; p++) {
+            device_product(d, p, x, tokens, at, p->out + t * p->stride);
             at += tokens * tensor_panels(p->w) * LANES;
         }
         device_ok(d, d->cl.clFinish(d->queue), "clFinish");
     }
     return !base->failed;
 }
+#undef CALL
 
 /* Takes the N matrices in their order, as many as fit; the first LEAST are a layer. */
 static int load_weights(opencl_device *d, int kind, const tensor *const *all, size_t n,
@@ -4913,8 +4905,8 @@ static void device_close(device *base) {
     for (size_t i = 0; i < base->loaded; i++) d->cl.clReleaseMemObject(d->copies[i]);
     if (d->packed) d->cl.clReleaseMemObject(d->packed);
     if (d->products) d->cl.clReleaseMemObject(d->products);
-    for (int k = 0; k < N_DEVICE_KERNELS; k++)
-        if (d->kernels[k]) d->cl.clReleaseKernel(d->kernels[k]);
+    for (int k = 0; k < 2 * N_TYPES; k++)
+        if (d->kernels[k / 2][k % 2]) d->cl.clReleaseKernel(d->kernels[k / 2][k % 2]);
     if (d->program) d->cl.clReleaseProgram(d->program);
     if (d->queue) d->cl.clReleaseCommandQueue(d->queue);
     if (d->context) d->cl.clReleaseContext(d->context);
@@ -4931,9 +4923,9 @@ static device *device_open(const device_request *r, const engine *eng, const ten
     opencl_device *d = new_array(1, sizeof *d);
     if (!d) return out_of_memory(e, sizeof *d), NULL;
     int kind = pack_kind(eng, TYPE_INT8), largest = pack_kind(eng, all[0]->type);
-    if (!opencl_open(&d->cl, r->library, e)) choose_device(d, r->name, e);
     d->base.multiply = device_multiply;
-    d->room = d->facts.memory - d->facts.memory / 16;           /* the rest is the driver's      */
+    opencl_open(&d->cl, r->library, e);
+    choose_device(d, r->name, e);
     if (r->memory && r->memory < d->room) d->room = r->memory;
     build_kernels(d, r->options, kind, log, e);
     load_weights(d, largest, all, n, least, e);
