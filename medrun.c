@@ -578,8 +578,9 @@ static signal_handler *on_signal(int number, signal_handler *handler) {
     return before.sa_handler;
 }
 
-/* HANDLER is called where a page of a mapped file cannot be read any more: the file was cut. */
-static void on_lost_page(signal_handler *handler) { on_signal(SIGBUS, handler); }
+/* HANDLER is called where a page of a mapped file cannot be read any more: the file was cut. Also
+ * where several threads find that at once. */
+static void on_lost_page(signal_handler *handler) { signal(SIGBUS, handler); }
 static void suspend_program(void) { raise(SIGTSTP); }
 static bool is_terminal(int fd) { return isatty(fd); }
 
@@ -1565,6 +1566,14 @@ MAYBE_UNUSED static void json_quote(buffer *b, const char *text, size_t n) {
         else buffer_add(b, text + i, len);
     }
     buffer_text(b, "\"");
+}
+
+/* What a person typed: a decimal number and nothing else. */
+MAYBE_UNUSED static bool parse_number(const char *text, double *out) {
+    char *end;
+    if (!*text || text[strspn(text, "+-.0123456789eE")]) return false;
+    *out = strtod(text, &end);
+    return !*end && fabs(*out) <= DBL_MAX;
 }
 
 /* Levenshtein's distance, to guess what was meant; a long B is cut. */
@@ -9050,14 +9059,6 @@ static int unknown_option(command *c, const char *arg) {
     for (id = 0; id < p->n_options; id++) if (takes(c, id)) names[n_names++] = p->options[id].name;
     return fail(&c->e, MEDRUN_USAGE, "unknown option %s; the nearest is --%s (%s help %s)", arg,
                 nearest(arg + strspn(arg, "-"), names, n_names), p->name, c->row->name);
-}
-
-/* A decimal number and nothing else. */
-static bool parse_number(const char *text, double *out) {
-    char *end;
-    if (!*text || text[strspn(text, "+-.0123456789eE")]) return false;
-    *out = strtod(text, &end);
-    return !*end && fabs(*out) <= DBL_MAX;
 }
 
 /* WORDS has | between its words; the place of VALUE among them becomes the number. */

@@ -1259,10 +1259,16 @@ static void test_options(void) {
     expect(RUN(src, out, "--type", "int3"), 2, "wanted bf16, int8 or int4", "int3");
     expect(RUN(src, out, "--type=f32"), 2, "f32", "f32");
     expect(RUN(src, out, "--yarn-factor", "16"), 2, "no yarn scaling", "yarn");
-    expect(RUN(src, out, "--yarn-factor", "0.5"), 2, "wanted 1 to 1e6", "yarn");
+    expect(RUN(src, out, "--yarn-factor", "0.5"), 2, "wanted 1 to 1000000", "yarn");
     expect(RUN(src, out, "--threads", "0"), 2, "--threads", "threads");
     expect(RUN(src, out, "--threads", "2x"), 2, "--threads", "threads");
     expect(RUN(src, out, "--threads", "999999999999999999999"), 2, "--threads", "threads");
+    expect(RUN(src, out, "--threads", "0x2"), 2, "--threads", "threads");
+    expect(RUN(src, out, "--threads", " 2"), 2, "--threads", "threads");
+    expect(RUN(src, out, "--yarn-factor", "0x10"), 2, "--yarn-factor", "yarn");
+    expect(RUN(src, out, "--yarn-factor", "nan"), 2, "--yarn-factor", "yarn");
+    expect(RUN(src, out, "--sliding-window", "0x10"), 2, "--sliding-window", "window");
+    expect(RUN(src, out, "--sliding-window", "1e3"), 2, "only for GGUF", "window");
     expect(RUN(src, out, "--threads"), 2, "--threads", "no value");
     expect(RUN(src, out, "--name="), 2, "--name", "empty name");
     expect(RUN(src, out, "--dry-run=1"), 2, "no value", "flag with a value");

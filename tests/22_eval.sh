@@ -31,10 +31,12 @@ code 2 "$model" medqa "$data/medqa.jsonl" --mdoe letter; err_has 'nearest is --m
 for wrong in '--mode x' '--shard 0/3' '--shard 4/3' '--shard 1' '--shard 1/2x' '--limit 0' '--limit 1.5' \
     '--batch x' '--kv f8' '--bos maybe' '--overflow drop' '--summary xml' '--require 2' '--parallel 0' \
     '--resume' '--fewshot 5' '--fewshot x y' '--template llama4' '--fewshot-multiturn --no-template' \
-    '--threads 0' '--ctx -1' "--fewshot 2 $data/medqa.jsonl --mode generate"; do
+    '--threads 0' '--ctx -1' '--threads 0x2' '--ctx 0x100' '--predict nan' '--require 0x1' '--shard +1/2' "--fewshot 2 $data/medqa.jsonl --mode generate"; do
     # shellcheck disable=SC2086
     code 2 "$model" medqa "$data/medqa.jsonl" $wrong; one_line
 done
+code 2 "$model" medqa "$data/medqa.jsonl" -n ' 3'; one_line
+code 2 "$model" medqa "$data/medqa.jsonl" --shard ' 1/2'; one_line
 code 3 "$T/none.mdr" medqa "$data/medqa.jsonl"; one_line
 code 3 "$model" medqa "$T/none.jsonl"; one_line
 code 3 "$model" medqa "$data/pubmedqa.json"; err_has 'fields missing'; one_line

@@ -55,6 +55,38 @@ if [ -d /proc/self ] && mkfifo "$T/pipe"; then
     check "one line: $(cat "$T/err")" [ "$(grep -c 'cannot be read any more' "$T/err")" = "$(wc -l <"$T/err")" ]
 else skip 'a checkpoint that is cut: no /proc, or no pipes'; fi
 
+# The tools: medrun-eval in the middle of its questions, medrun-export in the middle of its text.
+cut() { # FILE WHAT WORD: waits for PID to be so far that WHAT has this word, then cuts FILE
+    i=0
+    until grep -q "$3" "$2" 2>/dev/null || ! kill -0 "$pid" || [ $((i += 1)) = 600 ]; do sleep 0.05; done
+    dd if="$model" of="$1" bs=4096 count=1 2>/dev/null
+    wait "$pid"; rc=$?
+    check "$1 is cut: exit $rc, wanted 3" [ $rc = 3 ]
+    check "one line more: $(cat "$T/err")" [ "$(grep -c 'cannot be read any more' "$T/err")" = 1 ]
+}
+i=0
+while [ $((i += 1)) -le 400 ]; do echo "{\"question\":\"What is $i?\",\"choices\":[\"a\",\"b\"],\"answer\":0}"
+done >"$T/many.jsonl"
+cp "$model" "$T/cut.mdr"
+"$bin/medrun-eval" "$T/cut.mdr" generic "$T/many.jsonl" -t 2 --mode generate -n 8 -o "$T/cut.jsonl" -q >"$T/out" 2>"$T/err" & pid=$!
+cut "$T/cut.mdr" "$T/cut.jsonl" truth
+i=0
+while [ $((i += 1)) -le 12000 ]; do echo "Question $i is about one thing of many, and the answer too."; done >"$T/text.txt"
+"$bin/medrun-export" "$fixtures/llama-plain" "$T/fit.mdr" --type int4 --calibrate "$T/text.txt" >"$T/out" 2>"$T/err" & pid=$!
+cut "$T/fit.mdr.partial" "$T/err" calibrating
+check 'nothing is left of the export' [ -z "$(find "$T" -name 'fit.mdr*')" ]
+
+# The place where help goes is full.
+if [ -e /dev/full ]; then
+    for line in "medrun help" "medrun --help" "medrun --version" "medrun-lab help" "medrun-lab --version" \
+        "medrun-export --help" "medrun-export --version" "medrun-eval --help" "medrun-eval --version"; do
+        # shellcheck disable=SC2086
+        "$bin"/$line >/dev/full 2>"$T/err"; rc=$?
+        check "$line >/dev/full: exit $rc, wanted 1" [ $rc = 1 ]
+        check "$line: one line: $(cat "$T/err")" grep -q "stdout: cannot write" "$T/err"
+    done
+else skip 'no /dev/full'; fi
+
 # A pipe that nobody writes stands where a file is wanted: refused at once, with a line and no hang.
 pipe() { # CODE COMMAND...
     want=$1; shift

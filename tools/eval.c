@@ -1181,19 +1181,13 @@ static int count_results(const results *all, tallies *out, medrun_error *e) {
 
 /* ---- printing ------------------------------------------------------------------------------ */
 
-/* TEXT from a file of results, whose names may hold anything: what could drive the terminal, or is
- * no UTF-8, becomes '?'. */
+/* TEXT from a file of results, whose names may hold anything. */
 static void print_plain(FILE *f, const char *text) {
-    size_t left = strlen(text);
-    while (left) {
-        uint32_t code = 0;
-        size_t len = utf8_decode((const uint8_t *)text, left, &code);
-        if (len && !is_hostile(code)) fwrite(text, 1, len, f);
-        else fputc('?', f);
-        if (!len) len = 1;
-        text += len;
-        left -= len;
-    }
+    buffer b = {0};
+    buffer_text(&b, text);
+    if (b.n) make_safe((char *)b.data);
+    fputs(text_of(&b), f);
+    buffer_free(&b);
 }
 
 static void print_table(const results *all, const tallies *t, FILE *f) {
@@ -1267,7 +1261,7 @@ static int report_results(const results *all, const evaluation *v, tallies *t, m
     if (b.n) fwrite(b.data, 1, b.n, stdout);
     else print_table(all, t, stdout);
     buffer_free(&b);
-    if (fflush(stdout) || ferror(stdout)) return fail(e, MEDRUN_FAILED, "stdout: cannot write");
+    if (finish_stdout(e)) return e->code;
     if (v->o.html && write_page(all, t, v->o.html, e)) return e->code;
     for (const tally *p = t->t; p < t->t + t->n && v->require > 0; p++)
         if (!*p->subject && share(p->right, p->n) < v->require)
@@ -1348,7 +1342,8 @@ static int read_shard(evaluation *v, medrun_error *e) {
     char rest;
     v->n_shards = 1;
     if (!v->o.shard) return MEDRUN_OK;
-    if (sscanf(v->o.shard, "%5u/%5u%c", &i, &n, &rest) != 2 || i < 1 || i > n)
+    if (v->o.shard[strspn(v->o.shard, "0123456789/")] ||
+        sscanf(v->o.shard, "%5u/%5u%c", &i, &n, &rest) != 2 || i < 1 || i > n)
         return fail(e, MEDRUN_USAGE, "--shard: found %s, wanted I/N with I from 1 to N",
                     v->o.shard);
     return v->shard = i - 1, v->n_shards = n, MEDRUN_OK;
@@ -1585,16 +1580,18 @@ static int eval_main(int argc, char **argv) {
     v = (evaluation){.fd = -1};
     tool_line line = {eval_table, N_EVAL_OPTIONS, &v.o, words, 0, MOST_WORDS};
     if (!(argv = start_program(&argc, argv))) return MEDRUN_FAILED;
+    expect_lost_files("medrun-eval");
     on_signal(SIGINT, on_interrupt), on_signal(SIGTERM, on_interrupt);
     parse_options(&line, argc, argv, &e);
-    if (!e.code && v.o.help) return print_eval_help(&line), MEDRUN_OK;
-    if (!e.code && v.o.version) return puts("medrun-eval " MEDRUN_VERSION), MEDRUN_OK;
-    if (!e.code && v.o.merge) merge_results(&v, words, line.n_words, &e);
+    if (!e.code && v.o.help) print_eval_help(&line);
+    else if (!e.code && v.o.version) puts("medrun-eval " MEDRUN_VERSION);
+    else if (!e.code && v.o.merge) merge_results(&v, words, line.n_words, &e);
     else if (!e.code && line.n_words != 3)
         fail(&e, MEDRUN_USAGE, "wanted MODEL.mdr TASK DATA, found %zu words; see --help",
              line.n_words);
     else if (!e.code) run_evaluation(&v, words, &e);
     close_evaluation(&v);
+    finish_stdout(&e);
     if (e.code) fprintf(stderr, "medrun-eval: %s\n", e.text);
     return e.code;
 }

@@ -2028,6 +2028,7 @@ static int create_partial(exporter *x, uint64_t bytes, medrun_error *e) {
     if (lock_file(x->fd))
         return fail(e, MEDRUN_FAILED, "%s: cannot write: another export is writing it", path);
     memcpy(x->partial, path, sizeof path);
+    unfinished = x->partial;
     if (set_length(x->fd, 0) || disk_room(x->fd, path, &room)) return cannot_write(x, e);
     if (room < bytes)
         return fail(e, MEDRUN_FAILED, "%s: needs %llu MB, but this disk has %llu MB free; make "
@@ -2045,7 +2046,7 @@ static int rename_partial(exporter *x, medrun_error *e) {
     if (slash) slash[slash == folder] = 0;
     if (check_interrupt(e)) return e->code;
     if (rename_file(x->partial, x->options.out)) return cannot_write(x, e);
-    x->partial[0] = 0;
+    x->partial[0] = 0, unfinished = NULL;
     sync_folder(slash ? folder : ".");
     return MEDRUN_OK;
 }
@@ -2053,7 +2054,7 @@ static int rename_partial(exporter *x, medrun_error *e) {
 static void drop_partial(exporter *x) {
     if (x->partial[0]) remove_file(x->partial);
     if (x->fd >= 0) close(x->fd);
-    x->partial[0] = 0, x->fd = -1;
+    x->partial[0] = 0, x->fd = -1, unfinished = NULL;
 }
 
 #include "export_calibrate.c"           /* section 10 */
@@ -2221,8 +2222,8 @@ static int parse_line(exporter *x, int argc, char **argv, medrun_error *e) {
 /* Ranges of options, and what is not there yet. */
 static int check_options(exporter *x, medrun_error *e) {
     const export_options *o = &x->options;
-    char *end = NULL;
-    long threads = o->threads ? strtol(o->threads, &end, 10) : 0;
+    double factor = 0;
+    int window = -1, threads = processors();
     if (!o->source || (!o->out && !o->dry_run))
         return fail(e, MEDRUN_USAGE, "wanted SOURCE and OUT; see --help");
     x->type = o->type ? type_find(o->type) : TYPE_INT8;
@@ -2231,20 +2232,12 @@ static int check_options(exporter *x, medrun_error *e) {
     if (o->calibrate && (x->type != TYPE_INT4 || o->tokenizer_only))
         return fail(e, MEDRUN_USAGE, "--calibrate: is only for --type int4");
     if (choose_kernels(&x->kernels, getenv("MEDRUN_KERNELS"), e)) return e->code;
-    double factor = o->yarn_factor ? strtod(o->yarn_factor, &end) : 0;
-    if (o->yarn_factor && (*end || end == o->yarn_factor || !(factor >= 1 && factor <= 1e6)))
-        return fail(e, MEDRUN_USAGE, "--yarn-factor: found %s, wanted 1 to 1e6", o->yarn_factor);
-    x->source.yarn_factor = factor;
-    long window = o->window ? strtol(o->window, &end, 10) : -1;
-    if (o->window && (*end || end == o->window || window < 0 || window > 1 << 24))
-        return fail(e, MEDRUN_USAGE, "--sliding-window: found %s, wanted 0 to %d", o->window,
-                    1 << 24);
-    x->source.sliding_window = (int)window;
-    if (o->threads && (*end || end == o->threads || threads < 1 || threads > MAX_THREADS))
-        return fail(e, MEDRUN_USAGE, "--threads: found %s, wanted 1 to %d", o->threads,
-                    MAX_THREADS);
-    x->threads = threads ? (int)threads : processors();
-    if (x->threads > MAX_THREADS) x->threads = MAX_THREADS;
+    option_number("--yarn-factor", o->yarn_factor, 1, 1e6, &factor, e);
+    option_int("--sliding-window", o->window, 0, 1 << 24, &window, e);
+    option_int("--threads", o->threads, 1, MAX_THREADS, &threads, e);
+    if (e->code) return e->code;
+    x->source.yarn_factor = factor, x->source.sliding_window = window;
+    x->threads = threads;
     if (o->name && (strlen(o->name) >= sizeof x->name || !*o->name))
         return fail(e, MEDRUN_USAGE, "--name: found %zu bytes, wanted 1 to %zu", strlen(o->name),
                     sizeof x->name - 1);
@@ -2291,8 +2284,7 @@ static int print_plan(const exporter *x, medrun_error *e) {
     printf("memory       %.1f MB of weights; %.1f KB of keys and values (f16) a token of context, "
            "%.1f MB for all %d\n", (double)weights / 1e6, token / 1e3,
            token * c->max_positions / 1e6, c->max_positions);
-    if (!fflush(stdout) && !ferror(stdout)) return MEDRUN_OK;
-    return fail(e, MEDRUN_FAILED, "cannot write to stdout");
+    return finish_stdout(e);
 }
 
 static int export_model(exporter *x, medrun_error *e) {
@@ -2333,13 +2325,15 @@ static int export_main(int argc, char **argv) {
     x = (exporter){.fd = -1};
     if (!(argv = start_program(&argc, argv))) return MEDRUN_FAILED;
     pthread_mutex_init(&x.lock, NULL);
+    expect_lost_files("medrun-export");
     catch_signals();
     parse_line(&x, argc, argv, &e);
-    if (!e.code && x.options.help) return print_export_help(), MEDRUN_OK;
-    if (!e.code && x.options.version) return puts("medrun-export " MEDRUN_VERSION), MEDRUN_OK;
-    if (!e.code && !check_options(&x, &e))
+    if (!e.code && x.options.help) print_export_help();
+    else if (!e.code && x.options.version) puts("medrun-export " MEDRUN_VERSION);
+    else if (!e.code && !check_options(&x, &e))
         x.options.tokenizer_only ? export_tokenizer(&x, &e) : export_model(&x, &e);
     close_exporter(&x);
+    finish_stdout(&e);
     if (e.code) fprintf(stderr, "medrun-export: %s\n", e.text);
     return e.code;
 }

@@ -93,15 +93,13 @@ static void print_options(const tool_line *l) {
 /* TEXT is what the option NAME was given, or NULL, which leaves *OUT as it is. */
 static int option_number(const char *name, const char *text, double min, double max, double *out,
                          medrun_error *e) {
-    char *end;
-    double v = text ? strtod(text, &end) : 0;
+    double v;
     if (!text) return MEDRUN_OK;
-    if (*end || end == text || !(v >= min && v <= max))
+    if (!parse_number(text, &v) || v < min || v > max)
         return fail(e, MEDRUN_USAGE, "%s: found %s, wanted %g to %.10g", name, text, min, max);
     return *out = v, MEDRUN_OK;
 }
 
-__attribute__((unused))
 static int option_int(const char *name, const char *text, int min, int max, int *out,
                       medrun_error *e) {
     double v = *out;
@@ -109,4 +107,38 @@ static int option_int(const char *name, const char *text, int min, int max, int 
     if (v != floor(v))
         return fail(e, MEDRUN_USAGE, "%s: found %s, wanted a whole number", name, text);
     return *out = (int)v, MEDRUN_OK;
+}
+
+/* ---- how a tool ends ----------------------------------------------------------------------- */
+
+/* What was printed may wait in a buffer, and the place where it goes be full. */
+static int finish_stdout(medrun_error *e) {
+    if (!fflush(stdout) && !ferror(stdout)) return e->code;
+    return fail(e, MEDRUN_FAILED, "stdout: cannot write: %s", strerror(errno));
+}
+
+static const char *program_name;            /* for on_lost_file, which may not format a text      */
+static const char *volatile unfinished;     /* a file that shall go with the program, or NULL     */
+
+static void say_plain(const char *text) {
+    size_t n = strlen(text);
+    if (write(STDERR_FILENO, text, (unsigned)n) != (ssize_t)n) _exit(MEDRUN_BAD_FILE);
+}
+
+/* In a signal handler: a file that is mapped became shorter, or its disk went away. Other threads
+ * may find that at the same moment: only the first says so. */
+static void on_lost_file(int signal_number) {
+    static atomic_flag said = ATOMIC_FLAG_INIT;
+    (void)signal_number;
+    while (atomic_flag_test_and_set(&said)) sleep(1);
+    if (unfinished) remove_file(unfinished);
+    say_plain(program_name);
+    say_plain(": a file cannot be read any more: it was cut, or its disk is gone\n");
+    _exit(MEDRUN_BAD_FILE);
+}
+
+/* Before a tool opens anything. NAME lives as long as the program. */
+static void expect_lost_files(const char *name) {
+    program_name = name;
+    on_lost_page(on_lost_file);
 }
