@@ -2174,31 +2174,61 @@ typedef void matmul_fn(const uint8_t *w, size_t panels, size_t cols, const uint8
                        size_t stride);
 enum { BLOCK_BYTES = 4 * (LANES + 2) };
 
-/* One row for each instruction set. Shapes are in floats; all pointers may be unaligned. */
+/* What every pass makes beside its matmuls: X(name, arguments). Shapes are in floats, all
+ * pointers may be unaligned, and n is a multiple of 16. */
+#define KERNELS(X)                                                                              \
+    /* x (tokens, cols) with STRIDE -> out; cols a multiple of 16 */                            \
+    X(pack, (int kind, const float *x, size_t stride, size_t cols, size_t tokens, uint8_t *out)) \
+    X(norm, (float *out, const float *x, const float *weight, size_t n, float eps))             \
+    X(silu_mul, (float *gate, const float *up, size_t n))           /* gate = silu(gate) * up */ \
+    X(relu2, (float *x, size_t n))                                  /* x = relu(x)^2          */ \
+    X(xielu, (float *x, size_t n, const xielu_numbers *a))                                      \
+    X(add, (float *x, const float *y, size_t n))                    /* x += y                 */ \
+    X(attend, (const attention *a))                                                             \
+    /* out = what N parts of a query's keys, (n, head_dim + PART_EXTRA), give together */       \
+    X(merge, (float *out, const float *parts, size_t n, size_t head_dim))                       \
+    X(to_half, (uint16_t *out, const float *x, size_t n))           /* f16, within +-65504    */ \
+    /* the same to int8, with a bf16 scale for each group of 64 */                              \
+    X(to_int8, (int8_t *out, uint16_t *scales, const float *x, size_t n))
+
+/* One row for each instruction set. */
+#define KERNEL_FIELD(name, arguments) void (*name) arguments;
 typedef struct {
     const char *name;
     bool bf16_dot;                  /* has a matmul for PACK_BF16                               */
     int int_pack;                   /* what int8 and int4 weights multiply                      */
     unsigned unpacks;               /* 1 << type: a matmul of many tokens unpacks such weights  */
-    /* x (tokens, cols) with STRIDE -> out; cols a multiple of 16 */
-    void (*pack)(int kind, const float *x, size_t stride, size_t cols, size_t tokens,
-                 uint8_t *out);
     size_t tile_panels, int_panels; /* that a matmul of many tokens takes at once               */
     matmul_fn *matmul_f32, *matmul_bf16, *matmul_int8, *matmul_int4;
-    void (*norm)(float *out, const float *x, const float *weight, size_t n, float eps);
-    void (*silu_mul)(float *gate, const float *up, size_t n);   /* gate = silu(gate) * up       */
-    void (*relu2)(float *x, size_t n);                          /* x = relu(x)^2                */
-    void (*xielu)(float *x, size_t n, const xielu_numbers *a);
-    void (*add)(float *x, const float *y, size_t n);            /* x += y                       */
-    void (*attend)(const attention *a);
-    /* out = what N parts of a query's keys, (n, head_dim + PART_EXTRA), give together          */
-    void (*merge)(float *out, const float *parts, size_t n, size_t head_dim);
-    void (*to_half)(uint16_t *out, const float *x, size_t n);   /* f16, clamped to +-65504      */
-    /* the same to int8, with a bf16 scale for each group of 64 */
-    void (*to_int8)(int8_t *out, uint16_t *scales, const float *x, size_t n);
     const struct more_kernels *more;            /* what a tool has compiled beside these        */
+    KERNELS(KERNEL_FIELD)
 } kernel_set;
 
+/* In one C file two functions cannot share a name, so each pass has names of its own: `vadd` is a
+ * macro that means vadd_avx2 in one pass and vadd_avx512 in the next. The compiler puts back what
+ * each macro was before: a pass's limits when the pass ends, its names when this section ends. So
+ * who includes medrun.c finds none of them. A new name gets a #define and a place in a list. */
+#define KERNEL_PRAGMA(...) _Pragma(#__VA_ARGS__)
+#define KEEP_MACRO(name) KERNEL_PRAGMA(push_macro(#name))
+#define PUT_BACK(name) KERNEL_PRAGMA(pop_macro(#name))
+#define PASS_LIMITS(X)                                                                          \
+    X(KERNEL_SUFFIX) X(KERNEL_BASE) X(KERNEL_NAME) X(BF16_NAME) X(PARTIAL) X(INT_PACK) X(SIGN)  \
+    X(READY_TYPES) X(LIVE_TOKENS) X(TILE_PANELS) X(INT_PANELS) X(TILE_TOKENS) X(FEW_TOKENS)     \
+    X(TILED) X(UNROLLED) X(OWN_NUMBERS) X(OWN_BYTES) X(OWN_STEPS) X(OWN_READY) X(MORE_KERNELS)
+#define PASS_NAMES(X)                                                                           \
+    X(vec) X(ivec) X(wvec) X(vload) X(vstore) X(vload_bf16) X(vload_f16) X(vload_int4)          \
+    X(vstore_f16) X(vsplat) X(vadd) X(vsub) X(vmul) X(vdiv) X(vmax) X(vfma) X(vless) X(vround)  \
+    X(vfloat) X(vscale2) X(vsum) X(vlargest) X(isplat) X(iadd) X(istore8) X(istore16) X(wload)  \
+    X(wshift) X(wstore) X(wload_int8) X(weven) X(wodd) X(bvec) X(bready) X(blevels) X(bload)    \
+    X(bstore) X(ibias) X(svec) X(sload) X(vfmas) X(xvec) X(xload) X(idot4) X(vdot2) X(pvec)     \
+    X(pload) X(idot2) X(vexp) X(vexp_bend) X(vexpm1) X(pack_int) X(tile_f32) X(tile_bf16)       \
+    X(add_products) X(dot_ready) X(dot_int8) X(unpack_bf16) X(tile_ready_bf16) X(load_sums)     \
+    X(store_sums) X(run_tile) X(run_small) X(run_panels) X(matmul_with) X(tile_int8) X(unpack)  \
+    X(tile_int4) X(pack_queries) X(round16) X(pack_int16) X(score_tile) X(score_int8)           \
+    X(score_step) X(score_block) X(softmax_block) X(join_block) X(divide) X(join_values)        \
+    X(value_tile) X(weigh_int8) X(value_int8) X(value_step) X(value_block)
+
+PASS_NAMES(KEEP_MACRO)
 #define KERNEL_JOIN2(name, suffix) name##_##suffix
 #define KERNEL_JOIN(name, suffix) KERNEL_JOIN2(name, suffix)
 #define K(name) KERNEL_JOIN(name, KERNEL_SUFFIX)        /* vadd -> vadd_avx2 */
@@ -2258,7 +2288,6 @@ typedef struct {
 #define vexp_bend K(vexp_bend)
 #define vexpm1 K(vexpm1)
 #define pack_int K(pack_int)
-#define pack B(pack)
 #define tile_f32 K(tile_f32)
 #define tile_bf16 K(tile_bf16)
 #define add_products K(add_products)
@@ -2275,15 +2304,6 @@ typedef struct {
 #define tile_int8 K(tile_int8)
 #define unpack K(unpack)
 #define tile_int4 K(tile_int4)
-#define matmul_f32 B(matmul_f32)
-#define matmul_bf16 K(matmul_bf16)
-#define matmul_int8 K(matmul_int8)
-#define matmul_int4 K(matmul_int4)
-#define norm B(norm)
-#define silu_mul B(silu_mul)
-#define relu2 B(relu2)
-#define xielu B(xielu)
-#define add B(add)
 #define pack_queries K(pack_queries)
 #define round16 K(round16)
 #define pack_int16 K(pack_int16)
@@ -2300,12 +2320,10 @@ typedef struct {
 #define value_int8 K(value_int8)
 #define value_step K(value_step)
 #define value_block K(value_block)
-#define attend B(attend)
-#define merge B(merge)
-#define to_half B(to_half)
-#define to_int8 B(to_int8)
-#define kernel_row K(kernel_row)
-#define kernel_row_bf16 K(kernel_row_bf16)
+
+/* Bytes of a token in a step of four columns, and in a group, with its sums and its scale. */
+#define X_BYTES (INT_PACK == PACK_INT16 ? 8 : 4)
+#define X_GROUP (GROUP / 4 * X_BYTES + 12)
 
 /* How one matmul goes about its work on one instruction set. Constant in each function that uses
  * it, so that the compiler keeps of matmul_with only what holds there. */
@@ -2369,12 +2387,12 @@ static void tile_keys(const attention *a, size_t t, size_t nt, size_t first, siz
 
 /* ---- the words ----------------------------------------------------------------------------- */
 
+PASS_LIMITS(KEEP_MACRO)
 #if MEDRUN_PASS == 1
 #define KERNEL_SUFFIX scalar
 #define KERNEL_BASE scalar
 #define KERNEL_NAME "scalar"
 #define INT_PACK PACK_INT8      /* what int8 and int4 weights multiply                           */
-#define X_BYTES 4               /* of a token in a step of int8 weights                          */
 #define SIGN 0                  /* what bready takes from the weights' + 128                     */
 #define READY_TYPES (1 << TYPE_INT4)    /* which a matmul of many tokens unpacks first           */
 #define LIVE_TOKENS(live) (live)        /* here each token of a tile takes its time              */
@@ -2517,14 +2535,12 @@ ALWAYS_INLINE ivec idot2(ivec acc, wvec w, pvec x) {
 #define KERNEL_SUFFIX avx2
 #define KERNEL_NAME "avx2"
 #define INT_PACK PACK_INT16
-#define X_BYTES 8
 #define READY_TYPES (1 << TYPE_INT8 | 1 << TYPE_INT4)
 #else
 #define KERNEL_SUFFIX avxvnni
 #define KERNEL_NAME "avxvnni"
 #define PARTIAL
 #define INT_PACK PACK_INT8
-#define X_BYTES 4
 #define READY_TYPES (1 << TYPE_INT4)
 #endif
 #define SIGN 0
@@ -2725,7 +2741,6 @@ ALWAYS_INLINE ivec idot2(ivec acc, wvec w, pvec x) {
 #define KERNEL_NAME "avx512"
 #define BF16_NAME "avx512bf16"
 #define INT_PACK PACK_INT8
-#define X_BYTES 4
 #define SIGN 0
 #define READY_TYPES (1 << TYPE_INT4)
 #define LIVE_TOKENS(live) tile_width(live)
@@ -2858,7 +2873,6 @@ ALWAYS_INLINE ivec idot2(ivec acc, wvec w, pvec x) {
 #define READY_TYPES (1 << TYPE_INT8 | 1 << TYPE_INT4)
 #endif
 #define INT_PACK PACK_INT8
-#define X_BYTES 4
 #define LIVE_TOKENS(live) tile_width(live)
 #define KERNEL_BASE neon
 #define TILE_PANELS 1           /* of 32 registers 16 are sums and 4, or 8, weights              */
@@ -3231,8 +3245,6 @@ ALWAYS_INLINE ivec ibias(const uint8_t *p) {
  * 2 x 16 scales in float, then 16 steps. */
 enum { K(READY) = sizeof(bvec), K(UNPACKED) = 2 * STEP_BYTES + GROUP / 4 * sizeof(bvec) };
 
-#define X_GROUP (GROUP / 4 * X_BYTES + 12)      /* bytes of a token's group, with sums and scale */
-
 /* Adds the products of four columns: NP panels' steps times NT tokens of a tile. */
 ALWAYS_INLINE void add_products(const size_t np, const size_t nt, size_t wide, const bvec *step,
                                 const uint8_t *words, ivec *dot) {
@@ -3340,8 +3352,8 @@ static void pack_int(int kind, const float *x, size_t stride, size_t cols, size_
     }
 }
 
-static void pack(int kind, const float *x, size_t stride, size_t cols, size_t tokens,
-                 uint8_t *out) {
+static void K(pack)(int kind, const float *x, size_t stride, size_t cols, size_t tokens,
+                    uint8_t *out) {
     for (size_t t = 0, nt; t < tokens; t += nt, out += pack_bytes(kind, cols, nt)) {
         const float *from = x + t * stride;
         nt = tile_width(tokens - t);
@@ -3610,35 +3622,35 @@ ALWAYS_INLINE void matmul_with(const matmul_plan plan, const uint8_t *w, size_t 
 }
 
 #ifndef PARTIAL
-static void matmul_f32(const uint8_t *w, size_t panels, size_t cols, const uint8_t *x,
-                       size_t tokens, size_t cols_per_block, uint8_t *block, float *out,
-                       size_t stride) {
+static void K(matmul_f32)(const uint8_t *w, size_t panels, size_t cols, const uint8_t *x,
+                          size_t tokens, size_t cols_per_block, uint8_t *block, float *out,
+                          size_t stride) {
     matmul_with((matmul_plan){TYPE_BF16, PACK_F32, 2, TILE_PANELS, false}, w, panels, cols, x,
                 tokens, cols_per_block, block, out, stride);
 }
 #endif
 
 #ifdef BF16_NAME
-static void matmul_bf16(const uint8_t *w, size_t panels, size_t cols, const uint8_t *x,
-                        size_t tokens, size_t cols_per_block, uint8_t *block, float *out,
-                        size_t stride) {
+static void K(matmul_bf16)(const uint8_t *w, size_t panels, size_t cols, const uint8_t *x,
+                           size_t tokens, size_t cols_per_block, uint8_t *block, float *out,
+                           size_t stride) {
     const bool ready = READY_TYPES >> TYPE_BF16 & 1;
     matmul_with((matmul_plan){TYPE_BF16, PACK_BF16, 1, TILE_PANELS, ready}, w, panels, cols, x,
                 tokens, cols_per_block, block, out, stride);
 }
 #endif
 
-static void matmul_int8(const uint8_t *w, size_t panels, size_t cols, const uint8_t *x,
-                        size_t tokens, size_t cols_per_block, uint8_t *block, float *out,
-                        size_t stride) {
+static void K(matmul_int8)(const uint8_t *w, size_t panels, size_t cols, const uint8_t *x,
+                           size_t tokens, size_t cols_per_block, uint8_t *block, float *out,
+                           size_t stride) {
     const bool ready = READY_TYPES >> TYPE_INT8 & 1;
     matmul_with((matmul_plan){TYPE_INT8, INT_PACK, 1, INT_PANELS, ready}, w, panels, cols, x,
                 tokens, cols_per_block, block, out, stride);
 }
 
-static void matmul_int4(const uint8_t *w, size_t panels, size_t cols, const uint8_t *x,
-                        size_t tokens, size_t cols_per_block, uint8_t *block, float *out,
-                        size_t stride) {
+static void K(matmul_int4)(const uint8_t *w, size_t panels, size_t cols, const uint8_t *x,
+                           size_t tokens, size_t cols_per_block, uint8_t *block, float *out,
+                           size_t stride) {
     const bool ready = READY_TYPES >> TYPE_INT4 & 1;
     matmul_with((matmul_plan){TYPE_INT4, INT_PACK, 1, INT_PANELS, ready}, w, panels, cols, x,
                 tokens, cols_per_block, block, out, stride);
@@ -3646,7 +3658,7 @@ static void matmul_int4(const uint8_t *w, size_t panels, size_t cols, const uint
 
 #ifndef PARTIAL
 /* RMSNorm (Zhang and Sennrich 2019): x / sqrt(mean(x^2) + eps) * weight. */
-static void norm(float *out, const float *x, const float *weight, size_t n, float eps) {
+static void K(norm)(float *out, const float *x, const float *weight, size_t n, float eps) {
     vec squares = vsplat(0);
     for (size_t i = 0; i < n; i += 16) squares = vfma(vload(x + i), vload(x + i), squares);
     vec scale = vsplat(1.0f / sqrtf(vsum(squares) / (float)n + eps));
@@ -3654,7 +3666,7 @@ static void norm(float *out, const float *x, const float *weight, size_t n, floa
         vstore(out + i, vmul(vmul(vload(x + i), scale), vload(weight + i)));
 }
 
-static void silu_mul(float *gate, const float *up, size_t n) {
+static void K(silu_mul)(float *gate, const float *up, size_t n) {
     for (size_t i = 0; i < n; i += 16) {
         vec z = vload(gate + i), most = vsplat(87.0f), minus = vsub(vsplat(0), z);
         vec e = vexp(vless(minus, most, minus, most));
@@ -3662,14 +3674,14 @@ static void silu_mul(float *gate, const float *up, size_t n) {
     }
 }
 
-static void relu2(float *x, size_t n) {
+static void K(relu2)(float *x, size_t n) {
     for (size_t i = 0; i < n; i += 16) {
         vec z = vmax(vload(x + i), vsplat(0));
         vstore(x + i, vmul(z, z));
     }
 }
 
-static void xielu(float *x, size_t n, const xielu_numbers *a) {
+static void K(xielu)(float *x, size_t n, const xielu_numbers *a) {
     vec eps = vsplat(a->eps), zero = vsplat(0);
     for (size_t i = 0; i < n; i += 16) {
         vec z = vload(x + i), line = vmul(vsplat(a->beta), z);
@@ -3680,11 +3692,11 @@ static void xielu(float *x, size_t n, const xielu_numbers *a) {
     }
 }
 
-static void add(float *x, const float *y, size_t n) {
+static void K(add)(float *x, const float *y, size_t n) {
     for (size_t i = 0; i < n; i += 16) vstore(x + i, vadd(vload(x + i), vload(y + i)));
 }
 
-static void to_half(uint16_t *out, const float *x, size_t n) {
+static void K(to_half)(uint16_t *out, const float *x, size_t n) {
     vec most = vsplat(65504.0f), least = vsplat(-65504.0f);
     for (size_t i = 0; i < n; i += 16) {
         vec v = vmax(vload(x + i), least);
@@ -3705,7 +3717,7 @@ static float round16(int16_t *out, const float *x, size_t n) {
 }
 
 /* Clamped as in f16, so that no sum of them overflows; rounded with the bf16 scale. */
-static void to_int8(int8_t *out, uint16_t *scales, const float *x, size_t n) {
+static void K(to_int8)(int8_t *out, uint16_t *scales, const float *x, size_t n) {
     vec most = vsplat(65504.0f), least = vsplat(-65504.0f), zero = vsplat(0);
     for (size_t g = 0; g < n; g += GROUP, scales++) {
         size_t end = n - g < GROUP ? n : g + GROUP;
@@ -3981,7 +3993,7 @@ static void value_block(const attention *a, size_t first, const float *keep, con
 /* Attention with an online softmax (Milakov and Gimelshein 2018; Dao et al. 2022) over blocks of
  * KEY_BLOCK keys at absolute positions. Each block is computed by itself and merged in order, so
  * a query's result does not depend on the queries beside it. */
-static void attend(const attention *a) {
+static void K(attend)(const attention *a) {
     float largest[QUERIES], total[QUERIES], keep[QUERIES], fresh[QUERIES];
     size_t start = SIZE_MAX, end = 0;
     for (size_t t = 0; t < a->n; t++) {
@@ -4013,7 +4025,7 @@ static void attend(const attention *a) {
     }
 }
 
-static void merge(float *out, const float *parts, size_t n, size_t head_dim) {
+static void K(merge)(float *out, const float *parts, size_t n, size_t head_dim) {
     float largest = -INFINITY, total = 0, keep, fresh;
     memset(out, 0, head_dim * sizeof *out);
     for (const float *part = parts; n--; part += head_dim + PART_EXTRA) {
@@ -4033,38 +4045,18 @@ static void merge(float *out, const float *parts, size_t n, size_t head_dim) {
 #else
 #define MORE_KERNELS NULL
 #endif
-#define ROW(name, bf16, matmul_bf16) {                                                          \
-        name, bf16, INT_PACK, READY_TYPES, pack, TILE_PANELS, INT_PANELS, matmul_f32,           \
-        matmul_bf16, matmul_int8, matmul_int4, norm, silu_mul, relu2, xielu, add, attend,       \
-        merge, to_half, to_int8, MORE_KERNELS                                                   \
+#define KERNEL_ENTRY(name, arguments) B(name),
+#define KERNEL_ROW(name, bf16, matmul_bf16) {                                                   \
+        name, bf16, INT_PACK, READY_TYPES, TILE_PANELS, INT_PANELS, B(matmul_f32), matmul_bf16, \
+        K(matmul_int8), K(matmul_int4), MORE_KERNELS, KERNELS(KERNEL_ENTRY)                     \
     }
-static const kernel_set kernel_row = ROW(KERNEL_NAME, false, NULL);
+static const kernel_set K(kernel_row) = KERNEL_ROW(KERNEL_NAME, false, NULL);
 #ifdef BF16_NAME
-static const kernel_set kernel_row_bf16 = ROW(BF16_NAME, true, matmul_bf16);
+static const kernel_set K(kernel_row_bf16) = KERNEL_ROW(BF16_NAME, true, K(matmul_bf16));
 #endif
-#undef ROW
-#undef SIGN
-#undef OWN_NUMBERS
-#undef OWN_BYTES
-#undef OWN_STEPS
-#undef OWN_READY
-#undef READY_TYPES
-#undef LIVE_TOKENS
-#undef MORE_KERNELS
-#undef PARTIAL
-#undef KERNEL_SUFFIX
-#undef KERNEL_BASE
-#undef KERNEL_NAME
-#undef BF16_NAME
-#undef UNROLLED
-#undef INT_PACK
-#undef X_BYTES
-#undef X_GROUP
-#undef TILED
-#undef TILE_PANELS
-#undef INT_PANELS
-#undef TILE_TOKENS
-#undef FEW_TOKENS
+#undef KERNEL_ENTRY
+#undef KERNEL_ROW
+PASS_LIMITS(PUT_BACK)
 
 /* <<<<<<<<<<<<<< up to >>>> everything is compiled once for each instruction set <<<<<<<<<<<<<<< */
 #endif /* MEDRUN_PASS */
@@ -4073,16 +4065,22 @@ static const kernel_set kernel_row_bf16 = ROW(BF16_NAME, true, matmul_bf16);
 
 /* ---- the passes ---------------------------------------------------------------------------- */
 
+/* A region where the compiler may use the instructions of an instruction set, as it names it. */
+#ifdef __clang__
+#define BEGIN_TARGET(for_gcc, for_clang)                                                        \
+    KERNEL_PRAGMA(clang attribute push(__attribute__((target(for_clang))), apply_to = function))
+#define END_TARGET KERNEL_PRAGMA(clang attribute pop)
+#else
+#define BEGIN_TARGET(for_gcc, for_clang)                                                        \
+    KERNEL_PRAGMA(GCC push_options) KERNEL_PRAGMA(GCC target(for_gcc))
+#define END_TARGET KERNEL_PRAGMA(GCC pop_options)
+#endif
+
 #define MEDRUN_PASS 1
 #include "medrun.c"
 #undef MEDRUN_PASS
 #ifdef MEDRUN_X86
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
+BEGIN_TARGET("avx2,fma,f16c", "avx2,fma,f16c")
 #define MEDRUN_PASS 2
 #include "medrun.c"
 #undef MEDRUN_PASS
@@ -4091,156 +4089,46 @@ static const kernel_set kernel_row_bf16 = ROW(BF16_NAME, true, matmul_bf16);
 #include "medrun.c"
 #undef MEDRUN_PASS
 #endif
-#ifdef __clang__
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target( \
-    "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))), apply_to = function)
-#else
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
-#endif
+END_TARGET
+BEGIN_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni",
+             "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 #define MEDRUN_PASS 3
 #include "medrun.c"
 #undef MEDRUN_PASS
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
+END_TARGET
 #endif
-#endif /* MEDRUN_X86 */
 #ifdef MEDRUN_ARM64
 #define MEDRUN_PASS 5
 #include "medrun.c"
 #undef MEDRUN_PASS
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("dotprod"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("arch=armv8.2-a+dotprod")
-#endif
+BEGIN_TARGET("arch=armv8.2-a+dotprod", "dotprod")
 #define MEDRUN_PASS 6
 #include "medrun.c"
 #undef MEDRUN_PASS
-#ifdef __clang__
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("i8mm,bf16"))), apply_to = function)
-#else
-#pragma GCC target("arch=armv8.2-a+dotprod+i8mm+bf16")
-#endif
+END_TARGET
+BEGIN_TARGET("arch=armv8.2-a+dotprod+i8mm+bf16", "i8mm,bf16")
 #define MEDRUN_PASS 7
 #include "medrun.c"
 #undef MEDRUN_PASS
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
+END_TARGET
 #endif
-#endif /* MEDRUN_ARM64 */
 
-/* Nothing of this section's macros is left, in the order of their list. */
-#undef vec
-#undef ivec
-#undef wvec
-#undef vload
-#undef vstore
-#undef vload_bf16
-#undef vload_f16
-#undef vload_int4
-#undef vstore_f16
-#undef vsplat
-#undef vadd
-#undef vsub
-#undef vmul
-#undef vdiv
-#undef vmax
-#undef vfma
-#undef vless
-#undef vround
-#undef vfloat
-#undef vscale2
-#undef vsum
-#undef vlargest
-#undef isplat
-#undef iadd
-#undef istore8
-#undef istore16
-#undef wload
-#undef wshift
-#undef wstore
-#undef wload_int8
-#undef weven
-#undef wodd
-#undef bvec
-#undef bready
-#undef blevels
-#undef bload
-#undef bstore
-#undef ibias
-#undef svec
-#undef sload
-#undef vfmas
-#undef xvec
-#undef xload
-#undef idot4
-#undef vdot2
-#undef pvec
-#undef pload
-#undef idot2
-#undef vexp
-#undef vexp_bend
-#undef vexpm1
-#undef pack_int
-#undef pack
-#undef tile_f32
-#undef tile_bf16
-#undef add_products
-#undef dot_ready
-#undef dot_int8
-#undef unpack_bf16
-#undef tile_ready_bf16
-#undef load_sums
-#undef store_sums
-#undef run_tile
-#undef run_small
-#undef run_panels
-#undef matmul_with
-#undef tile_int8
-#undef unpack
-#undef tile_int4
-#undef matmul_f32
-#undef matmul_bf16
-#undef matmul_int8
-#undef matmul_int4
-#undef norm
-#undef silu_mul
-#undef relu2
-#undef xielu
-#undef add
-#undef pack_queries
-#undef round16
-#undef pack_int16
-#undef score_tile
-#undef score_int8
-#undef score_step
-#undef score_block
-#undef softmax_block
-#undef join_block
-#undef divide
-#undef join_values
-#undef value_tile
-#undef weigh_int8
-#undef value_int8
-#undef value_step
-#undef value_block
-#undef attend
-#undef merge
-#undef to_half
-#undef to_int8
-#undef kernel_row
-#undef kernel_row_bf16
+PASS_NAMES(PUT_BACK)
+#undef KERNELS
+#undef KERNEL_FIELD
 #undef KERNEL_JOIN2
 #undef KERNEL_JOIN
+#undef KERNEL_PRAGMA
+#undef KEEP_MACRO
+#undef PUT_BACK
+#undef BEGIN_TARGET
+#undef END_TARGET
+#undef PASS_LIMITS
+#undef PASS_NAMES
 #undef K
 #undef B
+#undef X_BYTES
+#undef X_GROUP
 #undef PREFETCH
 
 /* ---- processor features -------------------------------------------------------------------- */

@@ -27,7 +27,7 @@ done
 # The size is part of the design: SECTION:BUDGET:LIMIT, in lines with comments and blank lines. What
 # stands before section 1 counts to it, and 17 to 16. A section over its budget is named, and fails
 # above its limit, which is what it has now: limits only ever shrink, until they are the budgets.
-budgets="1:330:330 2:450:602 3:540:669 4:200:200 5:310:310 6:1940:2280 7:130:140 8:350:484 9:180:260"
+budgets="1:330:330 2:450:602 3:540:669 4:200:200 5:310:310 6:1940:2155 7:130:140 8:350:484 9:180:260"
 budgets="$budgets 10:950:985 11:520:600 12:450:540 13:420:440 14:100:188 15:720:882 16:1410:2047"
 most_lines=10900 most_bytes=535000 least_comments=11.5          # the goals: 9000, 450000, 15
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
@@ -107,7 +107,7 @@ forward=$(sed -nE 's/^static [^=]*[ *]([a-z_0-9]+)\([^=]*\);$/\1/p' medrun.c | w
 # The first page follows one token ("One token's way ..." up to the line "MIT licence"). There each
 # word behind a number ("13 forward") must be a function of that section, and each other word with a
 # _ in it a function. `names` is SECTION:NAME of what is defined, macros of the kernels' names too.
-defined=$(sed -nE 's/^([0-9]+):[0-9]+: [a-zA-Z][a-zA-Z_0-9 ]*[ *]([a-z_0-9]+)\(.*[^;]$/\1:\2/p' "$code")
+defined=$(sed -E 's/ K\(([a-z_0-9]+)\)\(/ \1(/' "$code" | sed -nE 's/^([0-9]+):[0-9]+: [a-zA-Z][a-zA-Z_0-9 ]*[ *]([a-z_0-9]+)\(.*[^;]$/\1:\2/p')
 wrong=$(sed -n "/^ \* One token's way/,/^ \* MIT licence/p" medrun.c | sed 's/`[^`]*`//g' |
     grep -oE '([0-9]+ )?\b[a-z][a-z_0-9]*\b' | while read -r number name; do
         if [ -z "$name" ]; then
