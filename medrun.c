@@ -5107,6 +5107,7 @@ static int file_open(model_file *f, const char *path, medrun_error *e) {
  *      whose merge has the lowest rank become one, again and again: h-e-l-l-o, he-l-l-o, he-ll-o.
  * SentencePiece BPE has no pattern in step 2; it puts a space before the text, so that its first
  * word is like any other. In step 3 its words start as characters, and what is no piece as bytes.
+ * A byte-level vocabulary may lack bytes: they are left out of the ids, as tokenizers does it.
  * All of it is linear in the text (n log n inside one very long word), whatever the text is. A
  * tokenizer is read-only once it is open. Uses section 3. Tests: tests/10_tokenizer.c.
  * ============================================================================================ */
@@ -5324,6 +5325,29 @@ static size_t next_tekken(const uint8_t *p, size_t n) {
     return i;
 }
 
+/* SmolLM's is two, one after the other: each \p{N} is a piece, and between them GPT-2's
+ * 's|'t|'re|'ve|'m|'ll|'d|" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"|\s+(?!\S)|\s+ (the quotes stand
+ * for the space). White space before a number is at the end of what the second one sees. */
+static size_t next_smollm(const uint8_t *p, size_t n) {
+    size_t first, len, i = 0, last = 0;
+    int class = class_at(p, n, &first);
+    if (class == CLASS_N) return first;
+    /* 's|'t|'re|'ve|'m|'ll|'d, only as they are written here */
+    if (p[0] == '\'' && (len = contraction(p, n)) && p[1] >= 'a' && p[1] <= 'z' &&
+        (len == 2 || (p[2] >= 'a' && p[2] <= 'z'))) return len;
+    /* " ?\p{L}+| ?[^\s\p{L}\p{N}]+" */
+    size_t start = p[0] == ' ' ? 1 : 0;
+    class = class_at(p + start, n - start, &len);
+    if (is_letter(class)) return skip_letters(p, n, start + len);
+    if (is_mark(class)) {
+        for (i = start; is_mark(class_at(p + i, n - i, &len));) i += len;
+        return i;
+    }
+    /* \s+(?!\S)|\s+ */
+    for (; (class = class_at(p + i, n - i, &len)) == CLASS_SPACE; i += len) last = i;
+    return class == CLASS_N || class == CLASS_END || !last ? i : last;
+}
+
 /* The name is what tokenizer.bin has; an unknown one is refused, never guessed. */
 typedef struct {
     const char *name;
@@ -5333,6 +5357,7 @@ typedef struct {
 static const pretokenizer pretokenizers[] = {
     {"llama3", next_llama3},
     {"tekken", next_tekken},
+    {"smollm", next_smollm},
 };
 
 /* ---- the tokenizer and its tables ---------------------------------------------------------- */
@@ -5408,7 +5433,7 @@ typedef struct {
     added_token *added;         /* control and user-defined tokens, sorted by their bytes      */
     size_t n_added;
     bool added_first[256];      /* the bytes that added tokens begin with                      */
-    uint32_t byte_id[256];
+    uint32_t byte_id[256];      /* NO_ID: a byte that the vocabulary lacks                     */
     uint8_t joins[256][32];     /* kind 2: a bit for two bytes that stand together in a piece  */
 } tokenizer;
 
@@ -5573,9 +5598,9 @@ static int open_pretokenizer(tokenizer *t, const uint8_t *bytes, const char *wha
         t->pretokenizer = pretokenizers[i].name, t->next_piece = pretokenizers[i].next;
         return MEDRUN_OK;
     }
-    return fail(e, MEDRUN_BAD_FILE, "%s: tokenizer: pretokenizer: found \"%s\", wanted \"llama3\" "
-                "or \"tekken\", or none for SentencePiece; this medrun does not know that pattern",
-                what, name);
+    return fail(e, MEDRUN_BAD_FILE, "%s: tokenizer: pretokenizer: found \"%s\", wanted \"llama3\", "
+                "\"tekken\" or \"smollm\", or none for SentencePiece; this medrun does not know "
+                "that pattern", what, name);
 }
 
 /* Each piece's end and type; counts what the tables will hold. After this tokenizer_piece is safe
@@ -5633,8 +5658,13 @@ static int index_pieces(tokenizer *t, const char *what, medrun_error *e) {
     return MEDRUN_OK;
 }
 
-/* The ids of single bytes, and which bytes stand together in a piece. Without an id for each byte
- * some text would have none. */
+/* May a vocabulary lack this byte? Hugging Face leaves such a byte out of the ids. The vocabularies
+ * that are like that have met no such byte in all their texts; without ASCII they were damaged. */
+static bool may_lack(const tokenizer *t, int b) {
+    return t->kind == TOKENIZER_BYTE_LEVEL && (b < ' ' || b > '~') && b != '\n';
+}
+
+/* The ids of single bytes, and which bytes stand together in a piece. */
 static int index_bytes(tokenizer *t, const char *what, medrun_error *e) {
     memset(t->byte_id, 0xFF, sizeof t->byte_id);
     for (int32_t id = 0; id < t->vocab_size; id++) {
@@ -5651,7 +5681,7 @@ static int index_bytes(tokenizer *t, const char *what, medrun_error *e) {
         bool whole = t->kind == TOKENIZER_BYTE_LEVEL || b < 0x80;       /* a character by itself */
         uint32_t id = whole ? find_piece(t, &(uint8_t){(uint8_t)b}, 1, "", 0) : NO_ID;
         if (id != NO_ID) t->byte_id[b] = id;
-        if (t->byte_id[b] == NO_ID)
+        if (t->byte_id[b] == NO_ID && !may_lack(t, b))
             return fail(e, MEDRUN_BAD_FILE, "%s: tokenizer: byte 0x%02x is no piece, so some text "
                         "could not be encoded; export it again", what, (unsigned)b);
     }
@@ -5843,13 +5873,14 @@ static void offer_pair(encoder *x, uint32_t i) {
     if (rank != NO_ID) heap_push(x->heap, &x->n_heap, (uint64_t)rank << 32 | i);
 }
 
-/* What N bytes are before any merge, at most N symbols: bytes; of kind 2 characters, and bytes only
- * where a character is no piece. */
+/* What N bytes are before any merge, at most N symbols: bytes, without those that the vocabulary
+ * lacks; of kind 2 characters, and bytes only where a character is no piece. */
 static size_t first_symbols(const tokenizer *t, const uint8_t *p, size_t n, uint32_t *ids) {
     size_t n_ids = 0;
     if (t->kind == TOKENIZER_BYTE_LEVEL) {
-        for (size_t i = 0; i < n; i++) ids[i] = t->byte_id[p[i]];
-        return n;
+        for (size_t i = 0; i < n; i++)
+            if (t->byte_id[p[i]] != NO_ID) ids[n_ids++] = t->byte_id[p[i]];
+        return n_ids;
     }
     for (size_t i = 0, len; i < n; i += len) {
         uint32_t code;
@@ -5870,6 +5901,7 @@ static int bpe_long(encoder *x, const uint8_t *p, size_t n) {
     bpe_symbol *symbols = x->symbols;
     uint32_t *ids = (uint32_t *)x->heap;                /* which is not in use yet               */
     n = first_symbols(x->t, p, n, ids);
+    if (!n) return MEDRUN_OK;
     for (uint32_t i = 0; i < n; i++)                    /* before the first: 0 - 1 is NO_ID      */
         symbols[i] = (bpe_symbol){ids[i], i - 1, i + 1 < n ? i + 1 : NO_ID};
     x->n_heap = 0;
@@ -6243,6 +6275,15 @@ static const chat_template chat_templates[] = {
         .answer = SAYS("`<|im_start|>`assistant\n"), .close = SAYS("`<|im_end|>`\n"),
         .opens_by_role = true, .stops = {"<|im_end|>", "<|end_of_text|>"},
     },
+    /* SmolLM2-Instruct: ChatML; a conversation that does not begin with a system message gets this
+     * one. */
+    {
+        .name = "chatml", .opening = SAYS("`<|im_start|>`system\n$text`<|im_end|>`\n"),
+        .system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
+        .said = SAYS("`<|im_start|>`$role\n$text`<|im_end|>`\n"),
+        .answer = SAYS("`<|im_start|>`assistant\n"), .close = SAYS("`<|im_end|>`\n"),
+        .stops = {"<|im_end|>", "<|endoftext|>"},
+    },
     /* The first two differ in tools/tool_calls.c only. The third also ends an assistant's turn that
      * ends the conversation. */
     {.name = "apertus", APERTUS, .end = PARTS(END_RESULTS)},
@@ -6271,7 +6312,7 @@ static const chat_template chat_templates[] = {
 #undef END_RESULTS
 
 #define MEDRUN_TEMPLATES \
-    "llama3, llama3.1, afm, apertus, apertus-bare, apertus-closed, alpaca, none"
+    "llama3, llama3.1, afm, chatml, apertus, apertus-bare, apertus-closed, alpaca, none"
 #define MEDRUN_UNKNOWN "unknown"    /* in a checkpoint whose template the exporter did not know */
 
 /* The roles of messages in files. */
@@ -9576,6 +9617,17 @@ static void show_text(FILE *f, const char *label, const char *text) {
     fputc('\n', f);
 }
 
+/* The bytes that the vocabulary lacks, which are left out of every text. */
+static void show_lacking(FILE *f, const tokenizer *t) {
+    const char *label = "lacks bytes";
+    for (int b = 0; b < 256; b++) {
+        if (t->byte_id[b] != NO_ID) continue;
+        fprintf(f, *label ? "%-13s%02x" : "%s %02x", label, (unsigned)b);
+        label = "";
+    }
+    if (!*label) fprintf(f, " (hexadecimal; left out of texts)\n");
+}
+
 static void show_chat(FILE *f, const medrun_model *m) {
     const medrun_sampling *s = &m->sampling;
     show_text(f, "template", m->template_name);
@@ -9654,6 +9706,7 @@ static int show_model(FILE *f, command *c, int context) {
     describe_config(&b, &m->config, m->architecture, type_names[m->type], m->parameters, 13);
     fputs(chars(&b), f);
     buffer_free(&b);
+    show_lacking(f, &m->tokenizer);
     show_chat(f, m);
     show_text(f, "licence", m->licence);
     show_text(f, "notice", m->notice);

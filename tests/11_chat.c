@@ -179,7 +179,7 @@ static void test_forged(const tokenizer *t, const char *const *names, size_t n_n
     static const char *const roles[] = {"system", "user", "assistant"};
     static const struct { const char *name; size_t n; } control[] = {
         {"llama3", 1 + 3 * 3 + 2}, {"alpaca", 0}, {"none", 1}, {"llama3.1", 1 + 3 * 3 + 2},
-        {"afm", 3 * 2}, {"apertus", 1 + 2 + 2 + 2 + 1 + 1}};
+        {"afm", 3 * 2}, {"chatml", 3 * 2 + 1}, {"apertus", 1 + 2 + 2 + 2 + 1 + 1}};
     for (size_t k = 0; k < sizeof control / sizeof *control; k++) {
         medrun_message m[3];
         bool asked = false;
@@ -556,7 +556,8 @@ typedef struct {
 
 static const tokenizer *tokenizer_for(const tokenizers *all, const char *name) {
     if (!strncmp(name, "llama3", 6)) return all->llama;
-    return !strcmp(name, "afm") ? all->afm : !strncmp(name, "apertus", 7) ? all->apertus : NULL;
+    if (!strcmp(name, "afm") || !strcmp(name, "chatml")) return all->afm;
+    return !strncmp(name, "apertus", 7) ? all->apertus : NULL;
 }
 
 /* The text is what is expected, and without a look-alike of a token in it the ids are the text's. */
@@ -590,7 +591,7 @@ static bool json_true(const json *j, uint32_t v) { return json_is_type(j, v, JSO
 
 /* What tools/reference/templates.py wrote. */
 static void test_expectations(const tokenizers *all) {
-    static const char *const names[] = {"llama3", "llama3.1", "afm", "alpaca", "apertus",
+    static const char *const names[] = {"llama3", "llama3.1", "afm", "alpaca", "chatml", "apertus",
                                         "apertus-bare", "apertus-closed"};
     char path[2048];
     const char *slash = strrchr(__FILE__, '/');
@@ -604,9 +605,9 @@ static void test_expectations(const tokenizers *all) {
     for (uint32_t i = 0, c = 1; i < j.nodes[0].count; i++, c = j.nodes[c].next) {
         uint32_t options = json_get(&j, c, "options"), name = json_get(&j, c, "template");
         size_t k = 0;
-        while (k < 7 && !json_is(&j, name, names[k])) k++;
-        if (!CHECK(k < 7)) continue;
-        bool dated = k >= 4 || json_true(&j, json_get(&j, options, "date"));
+        while (k < 8 && !json_is(&j, name, names[k])) k++;
+        if (!CHECK(k < 8)) continue;
+        bool dated = k >= 5 || json_true(&j, json_get(&j, options, "date"));
         chat_case x = {names[k], json_get(&j, c, "messages"), json_get(&j, options, "tools"),
                        json_get(&j, c, "expected"), json_true(&j, json_get(&j, c, "answer")),
                        {.date = dated ? "2025-01-15" : NULL,
@@ -664,7 +665,8 @@ static medrun_model *open_fixture(const char *build, const char *name) {
 
 /* What needs tokenizers with the templates' control tokens. */
 static void test_models(const tokenizer *t, const char *build, const char *data) {
-    static const char *const afm[] = {"afm"}, *const apertus[] = {"apertus", "apertus-closed"};
+    static const char *const afm[] = {"afm", "chatml"};
+    static const char *const apertus[] = {"apertus", "apertus-closed"};
     medrun_model *arcee = open_fixture(build, "arcee-yarn");
     medrun_model *swiss = open_fixture(build, "apertus-plain");
     if (arcee && swiss) {

@@ -913,6 +913,35 @@ static void test_edits(void) {
     expect(EXPORT(NULL), 3, "283 ids, but eos_token_id is 284", "a stop without text");
 }
 
+/* SmolLM's pre-tokenizer, and a vocabulary without byte 0xFF, which is left out of texts. */
+static void test_smollm(void) {
+    static const char start[] = "\"type\": \"Digits\", \"individual_digits\": true, \"x\": \"\"";
+    static const int32_t wanted[] = {'1' - '!', '2' - '!'};
+    buffer bin = {0}, ids = {0};
+    tokenizer t;
+    copy_fixture("llama-plain");
+    edit("tokenizer.json", "\"type\": \"Split\"", start);
+    expect(EXPORT(NULL), 3, "Llama-3, tekken or SmolLM", "Digits without a pattern after them");
+    edit("tokenizer.json", "\"use_regex\": false", "\"use_regex\": true");
+    edit("tokenizer.json", "\"ignore_merges\": true", "\"ignore_merges\": false");
+    edit("tokenizer.json", "\"\xC3\xBF\":", "\"~~x\":");
+    CHECK_EQ(RUN("--tokenizer-only", in_work("src"), in_work("out/t.bin")), 0);
+    read_file(in_work("out/t.bin"), &bin);
+    if (CHECK(!tokenizer_open(&t, bin.data, bin.n, "t.bin", NULL))) {
+        CHECK(!strcmp(t.pretokenizer, "smollm") && !t.ignore_merges && t.byte_id[0xFF] == UINT32_MAX);
+        CHECK(!tokenizer_encode(&t, "1\xFF" "2", 3, 0, &ids, NULL) && ids.n == sizeof wanted &&
+              !memcmp(ids.data, wanted, sizeof wanted));
+        tokenizer_close(&t);
+    }
+    remove(in_work("out/t.bin"));
+    edit("tokenizer.json", "\"individual_digits\": true", "\"individual_digits\": false");
+    expect(EXPORT(NULL), 3, "pre_tokenizer", "digits in one piece");
+    edit("tokenizer.json", "\"individual_digits\": false", "\"individual_digits\": true");
+    edit("tokenizer.json", "\"add_prefix_space\": false", "\"add_prefix_space\": true");
+    expect(EXPORT(NULL), 3, "pre_tokenizer", "a space before the text");
+    buffer_free(&bin), buffer_free(&ids);
+}
+
 /* ---- weights ------------------------------------------------------------------------------- */
 
 static const struct { const char *from, *to; int code; const char *needle; } header_edits[] = {
@@ -1275,7 +1304,7 @@ static void test_options(void) {
     expect(RUN(src, out, "more"), 2, "third word", "third word");
     expect(RUN(src), 2, "OUT", "no OUT");
     expect(RUN("--type", "int8"), 2, "SOURCE", "no SOURCE");
-    expect(RUN(src, out, "--template", "chatml"), 2, "chatml", "template");
+    expect(RUN(src, out, "--template", "chatty"), 2, "chatty", "template");
     expect(RUN(src, out, "--sliding-window", "9"), 2, "only for GGUF", "window");
     expect(RUN(src, out, "--sliding-window", "-1"), 2, "--sliding-window", "window");
     expect(RUN(in_work("nowhere"), out), 3, "nowhere", "no folder");
@@ -1367,6 +1396,17 @@ static void test_fingerprint(void) {
     }
     for (size_t i = 0; i < sizeof unread / sizeof *unread; i++)
         if (!CHECK(!fingerprint(unread[i], strlen(unread[i]), digest))) printf("    %s\n", unread[i]);
+}
+
+/* SmolLM2's template is ours with its own words only: another system text is another template. */
+static void test_chatml(void) {
+#define CHATML(who) "{% for message in messages %}{% if loop.first and messages[0].role != 'system' " \
+    "%}{{ '<|im_start|>system\nYou are " who "<|im_end|>\n' }}{% endif %}{{ '<|im_start|>' + " \
+    "message.role + '\n' + message.content + '<|im_end|>' + '\n' }}{% endfor %}" \
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    static const char smollm[] = CHATML("a helpful AI assistant named SmolLM, trained by Hugging Face");
+    CHECK(!strcmp(recognised(smollm), "chatml"));
+    CHECK(!strcmp(recognised(CHATML("somebody else")), "unknown"));
 }
 
 /* What the checkpoint of the folder in src says, with M to be closed. */
@@ -1913,6 +1953,8 @@ int main(void) {
     test_same_bytes();
     test_source_types();
     test_vectors();
+    test_smollm();
+    test_chatml();
     test_forms();
     test_model();
     test_spaced_edits();

@@ -1050,6 +1050,33 @@ static int tokenizer_of(const char *path, buffer *out) {
     return last.code;
 }
 
+/* What llama.cpp takes for granted with a pre-tokenizer: merges are ignored for whole pieces, and a
+ * BOS comes first, or not. */
+static void test_pretokenizers(void) {
+    static const struct { change c; const char *name; bool ignore_merges, add_bos; } cases[] = {
+        {{.key = "x"}, "llama3", true, true},
+        {{.key = "tokenizer.ggml.pre", .value = "str tekken"}, "tekken", true, true},
+        {{.key = "tokenizer.ggml.pre", .value = "str smollm"}, "smollm", false, false},
+        {{.key = "tokenizer.ggml.pre", .value = "str smollm",
+          .extra = "tokenizer.ggml.add_bos_token", .extra_value = "bool 1"}, "smollm", false, true},
+    };
+    buffer b = {0}, bin = {0};
+    tokenizer t;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        make_small(&b, &cases[i].c);
+        write_file(model_path, b.data, b.n);
+        if (!CHECK(!tokenizer_of(model_path, &bin)) ||
+            !CHECK(!tokenizer_open(&t, bin.data, bin.n, "t.bin", NULL))) continue;
+        CHECK(!strcmp(t.pretokenizer, cases[i].name));
+        CHECK(t.ignore_merges == cases[i].ignore_merges && t.add_bos == cases[i].add_bos);
+        tokenizer_close(&t);
+    }
+    make_small(&b, &(change){.key = "tokenizer.ggml.pre", .value = "str smaug-bpe"});
+    write_file(model_path, b.data, b.n);
+    CHECK(tokenizer_of(model_path, &bin) == 3 && strstr(last.text, "or \"smollm\""));
+    buffer_free(&b), buffer_free(&bin);
+}
+
 /* The ids that llama.cpp's own tests want of vocabulary NAME. */
 static void test_llamacpp_ids(const char *data, const char *name, const buffer *bin) {
     json_file f = {0};
@@ -1188,6 +1215,7 @@ int main(void) {
     test_rope_tables();
     test_window();
     test_template();
+    test_pretokenizers();
     test_yarn();
     test_xielu();
     test_chat();

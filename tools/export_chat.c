@@ -21,6 +21,8 @@ static const struct { const char *fingerprint, *name; } known_templates[] = {
     {"10120ea569a91f74d2b1b18009883381", "afm"},
     {"43e72e505d507b8f2315c8b22caaf997", "afm"},
     {"09c90d63b505515d5f2e1f08907f69e0", "alpaca"},
+    /* SmolLM2-Instruct */
+    {"53e74f3afc87c9b42dce7f9a38855579", "chatml"},
 };
 
 /* ---- Jinja's tokens ------------------------------------------------------------------------ */

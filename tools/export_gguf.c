@@ -695,10 +695,11 @@ static int read_id(const gguf_file *g, const char *key, size_t n, int64_t *out, 
 
 static int read_tables(const gguf_file *g, table_store *m, token_tables *t, medrun_error *e) {
     bool add_eos = false;
-    *t = (token_tables){.bos = -1, .eos = -1, .add_bos = true, .add_space_prefix = true};
+    *t = (token_tables){.bos = -1, .eos = -1, .add_space_prefix = true};
     if (read_string(g, "tokenizer.ggml.model", m->model, sizeof m->model, e) ||
-        read_string(g, "tokenizer.ggml.pre", m->pre, sizeof m->pre, e) ||
-        read_strings(g, "tokenizer.ggml.tokens", &m->tokens, &t->n, e) ||
+        read_string(g, "tokenizer.ggml.pre", m->pre, sizeof m->pre, e)) return e->code;
+    t->add_bos = strcmp(m->pre, "smollm") != 0;
+    if (read_strings(g, "tokenizer.ggml.tokens", &m->tokens, &t->n, e) ||
         read_strings(g, "tokenizer.ggml.merges", &m->merges, &t->n_merges, e) ||
         read_array(g, "tokenizer.ggml.token_type", GGUF_I32, t->n, &m->types, e) ||
         read_array(g, "tokenizer.ggml.scores", GGUF_F32, t->n, &m->scores, e)) return e->code;

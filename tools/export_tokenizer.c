@@ -361,23 +361,33 @@ static bool is_part(const json *j, uint32_t v, const char *type) {
     return json_is(j, json_get(j, v, "type"), type);
 }
 
-/* Sequence[Split(a known pattern, Isolated), ByteLevel without its own pattern]. */
+/* Sequence[Digits one by one, ByteLevel with its own pattern, which is GPT-2's]: SmolLM's. */
+static bool is_smollm(const json *j, uint32_t digits, uint32_t bytes) {
+    return is_part(j, digits, "Digits") &&
+           json_is_type(j, json_get(j, digits, "individual_digits"), JSON_TRUE) &&
+           is_part(j, bytes, "ByteLevel") &&
+           json_is_type(j, json_get(j, bytes, "add_prefix_space"), JSON_FALSE) &&
+           !json_is_type(j, json_get(j, bytes, "use_regex"), JSON_FALSE);
+}
+
+/* Sequence[Split(a known pattern, Isolated), ByteLevel without its own pattern], or SmolLM's. */
 static int read_pretokenizer(source_tokenizer *t, medrun_error *e) {
     const json *j = &t->file.j;
     uint32_t v = given(j, 0, "pre_tokenizer"), list = json_get(j, v, "pretokenizers");
     bool two = is_part(j, v, "Sequence") && children(j, list) == 2;
     uint32_t split = two ? list + 1 : JSON_NONE, bytes = two ? j->nodes[split].next : JSON_NONE;
     uint32_t regex = json_get(j, json_get(j, split, "pattern"), "Regex");
+    if (is_smollm(j, split, bytes)) return t->pretokenizer = "smollm", MEDRUN_OK;
     WANT(is_part(j, split, "Split") && json_is(j, json_get(j, split, "behavior"), "Isolated") &&
          json_is_type(j, json_get(j, split, "invert"), JSON_FALSE) &&
          is_part(j, bytes, "ByteLevel") &&
          json_is_type(j, json_get(j, bytes, "add_prefix_space"), JSON_FALSE) &&
          json_is_type(j, json_get(j, bytes, "use_regex"), JSON_FALSE), &t->file, "pre_tokenizer", v,
-         "that of Llama-3 or tekken; this medrun knows no other");
+         "that of Llama-3, tekken or SmolLM; this medrun knows no other");
     for (size_t i = 0; i < sizeof split_patterns / sizeof *split_patterns; i++)
         if (json_is(j, regex, split_patterns[i].regex)) t->pretokenizer = split_patterns[i].name;
     WANT(t->pretokenizer, &t->file, "pre_tokenizer: Regex", regex,
-         "that of Llama-3 or tekken; this medrun knows no other");
+         "that of Llama-3, tekken or SmolLM; this medrun knows no other");
     return MEDRUN_OK;
 }
 
@@ -759,7 +769,7 @@ static int read_tokenizer_config(source_tokenizer *t, medrun_error *e) {
 /* What the arrays tokenizer.ggml.* of a GGUF file say. Spans may point into the file. A key that is
  * missing: NULL, or -1; a flag: true, llama.cpp's default for the tokenizers known here. */
 typedef struct {
-    const char *model, *pre;            /* "llama" or "gpt2"; "llama-bpe", "tekken"            */
+    const char *model, *pre;            /* "llama" or "gpt2"; see gpt2_patterns                */
     size_t n, n_merges;
     const span *tokens;                 /* n texts, the id is the index                        */
     const int32_t *types;               /* n: 1 normal, 2 unknown, 3 control, 4 user, 5 unused, */
@@ -811,16 +821,23 @@ static int put_merges(source_tokenizer *t, const token_tables *g, const char *wh
     return e->code;
 }
 
+/* The values of tokenizer.ggml.pre, and what llama.cpp means by them. */
+static const struct { const char *pre, *pretokenizer; bool ignore_merges; } gpt2_patterns[] = {
+    {"llama-bpe", "llama3", true}, {"tekken", "tekken", true}, {"smollm", "smollm", false},
+};
+
 /* Byte-level BPE: as the tokenizer.json from which the tables were made. */
 static int read_gpt2_tables(source_tokenizer *t, const token_tables *g, const char *what,
                             medrun_error *e) {
-    static const char *const names[][2] = {{"llama-bpe", "llama3"}, {"tekken", "tekken"}};
-    t->kind = TOKENIZER_BYTE_LEVEL, t->ignore_merges = true;
-    for (size_t i = 0; g->pre && i < 2; i++)
-        if (!strcmp(g->pre, names[i][0])) t->pretokenizer = names[i][1];
+    t->kind = TOKENIZER_BYTE_LEVEL;
+    for (size_t i = 0; g->pre && i < sizeof gpt2_patterns / sizeof *gpt2_patterns; i++) {
+        if (strcmp(g->pre, gpt2_patterns[i].pre)) continue;
+        t->pretokenizer = gpt2_patterns[i].pretokenizer;
+        t->ignore_merges = gpt2_patterns[i].ignore_merges;
+    }
     if (!t->pretokenizer)
-        return refuse(e, "%s: tokenizer.ggml.pre: found \"%s\", wanted \"llama-bpe\" or \"tekken\"",
-                      what, g->pre ? g->pre : "");
+        return refuse(e, "%s: tokenizer.ggml.pre: found \"%s\", wanted \"llama-bpe\", \"tekken\" "
+                      "or \"smollm\"", what, g->pre ? g->pre : "");
     if (!g->merges)
         return refuse(e, "%s: tokenizer.ggml.merges: found none, wanted some", what);
     return put_tokens(t, g, what, e) ? e->code : put_merges(t, g, what, e);

@@ -33,7 +33,8 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
-NAMES = ["llama3", "llama3.1", "afm", "apertus", "apertus-bare", "apertus-closed", "alpaca"]
+NAMES = ["llama3", "llama3.1", "afm", "apertus", "apertus-bare", "apertus-closed", "alpaca",
+         "chatml"]
 DATE = datetime.date(2025, 1, 15)
 BOS = {"llama3": "<|begin_of_text|>", "llama3.1": "<|begin_of_text|>", "afm": "<|begin_of_text|>"}
 
@@ -450,7 +451,7 @@ def differential(medrun, args, template, name, bos, opens):
 def expectations(template, name, bos, opens):
     """Half of the probes and some random conversations; an unconditional opening is asked for."""
     chance = Chance(name)
-    cases = list(probes(name))[::2 if name in ("llama3", "llama3.1", "afm", "alpaca") else 4]
+    cases = list(probes(name))[::2 if name in ("llama3", "llama3.1", "afm", "alpaca", "chatml") else 4]
     for one in cases + [chance.conversation(name) for _ in range(12)]:
         if len(one["messages"]) > 12 or stricter(name, one):
             continue
