@@ -8763,21 +8763,18 @@ enum { CHAT, RUN, SHOW, VERIFY, TOKENIZE, DETOKENIZE, RENDER, LOGITS, HELP, N_CO
 
 typedef enum { FLAG, WHOLE, REAL, TEXT, CHOICE } option_kind;
 
+/* Each option can be set in the environment, too: --top-k by MEDRUN_TOP_K. Where two commands mean
+ * different things by one name, one of them has a variable of another name. */
 typedef struct {
     const char *name, *small;   /* --name, -small or NULL                                      */
     const char *argument;       /* what help calls it; a CHOICE's words with | between         */
     option_kind kind;
     unsigned on;                /* the commands that take it                                   */
-    double min, max;
-    const char *standard;       /* what holds without it; a number is parsed from here         */
+    double min, max;            /* of a number                                                 */
+    const char *standard;       /* the default, as help shows it; a number is parsed from here */
+    const char *variable;       /* NULL: as its name                                           */
     const char *help;
 } option_row;
-
-/* An option whose name another option has, too, has an environment variable of its own name. */
-typedef struct {
-    int id;
-    const char *variable;
-} twin_row;
 
 enum { MAX_OPTIONS = 64 };
 
@@ -8799,8 +8796,6 @@ typedef struct {
     int n_commands;
     const option_row *options;                  /* a row without a name is no option            */
     int n_options;
-    const twin_row *twins;                      /* (n_twins)                                    */
-    int n_twins;
     int unnamed;                                /* the command that needs no name, or -1        */
 } program;
 
@@ -8811,93 +8806,93 @@ enum { O_MODEL, O_PROMPT, O_FILE, O_SYSTEM, O_PREDICT, O_CTX, O_THREADS, O_BATCH
        O_DATE, O_THINK, O_CHAT_BOS, O_IDS, O_ALL, O_OUT, O_HELP, O_VERSION, N_OPTIONS };
 
 static const option_row option_rows[N_OPTIONS] = {
-    [O_MODEL] = {"model", "m", "FILE", TEXT, ON_MODEL | ON_FILE, 0, 0, NULL,
-                 "the checkpoint; -m may be left out"},
-    [O_PROMPT] = {"prompt", "p", "TEXT", TEXT, ON_TEXT, 0, 0, NULL, "the text"},
-    [O_FILE] = {"file", "f", "FILE", TEXT, ON_TEXT, 0, 0, NULL,
-                "the text from a file, - is stdin; run, chat: but for a line end that ends it"},
-    [O_SYSTEM] = {"system", "sys", "TEXT", TEXT, ON_ANSWER, 0, 0, "the checkpoint's",
-                  "what the model is told before the conversation"},
-    [O_PREDICT] = {"predict", "n", "N", WHOLE, ON_ANSWER, -1, 1 << 24, "-1",
-                   "most tokens of an answer; -1: until it ends"},
-    [O_CTX] = {"ctx", "c", "N", WHOLE, ON_ANSWER | ON(SHOW),
-               0, 1 << 24, "as much of it as memory allows",
-               "tokens of context; 0: all that the model was made for"},
-    [O_THREADS] = {"threads", "t", "N", WHOLE, ON_MODEL & ~ON(SHOW),
-                   1, MAX_THREADS, "one for each processor", "threads; changes no number"},
-    [O_BATCH] = {"batch", "b", "N", WHOLE, ON_SESSION | ON(SHOW), 1, 65536, "512",
-                 "tokens of the prompt in one pass; changes no number"},
-    [O_SEED] = {"seed", "s", "N", WHOLE, ON_ANSWER, -1, MAX_SEED, "-1",
-                "of the random numbers; -1: a new one, which is printed"},
-    [O_TEMP] = {"temp", NULL, "T", REAL, ON_ANSWER, 0, 100, "the card's",
-                "temperature; 0: the likeliest token always"},
-    [O_TOP_K] = {"top-k", NULL, "K", WHOLE, ON_ANSWER, 0, 1 << 24, "the card's",
-                 "choose from the K likeliest; 0: off"},
-    [O_TOP_P] = {"top-p", NULL, "P", REAL, ON_ANSWER, 0, 1, "the card's",
-                 "choose from the likeliest, of probability P together; 1: off"},
-    [O_MIN_P] = {"min-p", NULL, "P", REAL, ON_ANSWER, 0, 1, "the card's",
-                 "leave out what is less than P times as likely as the likeliest"},
-    [O_REPEAT] = {"repeat-penalty", NULL, "R", REAL, ON_ANSWER, 0.01, 100, "the card's",
-                  "makes what has occurred less likely; 1: off"},
+    [O_MODEL] = {"model", "m", "FILE", TEXT, ON_MODEL | ON_FILE,
+        .help = "the checkpoint; -m may be left out"},
+    [O_PROMPT] = {"prompt", "p", "TEXT", TEXT, ON_TEXT, .help = "the text"},
+    [O_FILE] = {"file", "f", "FILE", TEXT, ON_TEXT,
+        .help = "read the text from a file (- is stdin); run and chat drop a line end at its end"},
+    [O_SYSTEM] = {"system", "sys", "TEXT", TEXT, ON_ANSWER, .standard = "the checkpoint's",
+        .help = "what the model is told before the conversation"},
+    [O_PREDICT] = {"predict", "n", "N", WHOLE, ON_ANSWER, .min = -1, .max = 1 << 24,
+        .standard = "-1", .help = "at most N tokens in an answer; -1: no limit"},
+    [O_CTX] = {"ctx", "c", "N", WHOLE, ON_ANSWER | ON(SHOW), .max = 1 << 24,
+        .standard = "as much of it as memory allows",
+        .help = "tokens of context; 0: as many as the model was made for"},
+    [O_THREADS] = {"threads", "t", "N", WHOLE, ON_MODEL & ~ON(SHOW), .min = 1, .max = MAX_THREADS,
+        .standard = "one for each processor", .help = "threads; changes no number"},
+    [O_BATCH] = {"batch", "b", "N", WHOLE, ON_SESSION | ON(SHOW), .min = 1, .max = 65536,
+        .standard = "512", .help = "tokens of the prompt in one pass; changes no number"},
+    [O_SEED] = {"seed", "s", "N", WHOLE, ON_ANSWER, .min = -1, .max = MAX_SEED, .standard = "-1",
+        .help = "seed of the random numbers; -1: a new one, which is printed"},
+    [O_TEMP] = {"temp", NULL, "T", REAL, ON_ANSWER, .max = 100, .standard = "the card's",
+        .help = "temperature; 0: always the likeliest token"},
+    [O_TOP_K] = {"top-k", NULL, "K", WHOLE, ON_ANSWER, .max = 1 << 24, .standard = "the card's",
+        .help = "choose from the K likeliest; 0: off"},
+    [O_TOP_P] = {"top-p", NULL, "P", REAL, ON_ANSWER, .max = 1, .standard = "the card's",
+        .help = "choose from the likeliest that have probability P together; 1: off"},
+    [O_MIN_P] = {"min-p", NULL, "P", REAL, ON_ANSWER, .max = 1, .standard = "the card's",
+        .help = "leave out tokens less than P times as likely as the likeliest"},
+    [O_REPEAT] = {"repeat-penalty", NULL, "R", REAL, ON_ANSWER, .min = 0.01, .max = 100,
+        .standard = "the card's", .help = "make tokens that occurred less likely; 1: off"},
     [O_TEMPLATE] = {"template", NULL, "NAME", TEXT, ON_ANSWER | ON(RENDER),
-                    0, 0, "the checkpoint's", "chat template: " MEDRUN_TEMPLATES},
-    [O_STOP] = {"stop", NULL, "TEXT", TEXT, ON_ANSWER, 0, 0, NULL,
-                "end the answer before this text; up to 8 of them"},
-    [O_KV] = {"kv", NULL, "f16|f32|int8", CHOICE, ON_SESSION | ON(SHOW), 0, 0, "f16",
-              "numbers of the key-value cache (with --strict: f32); int8 takes half the memory of "
-              "f16 and is less exact"},
-    [O_OVERFLOW] = {"overflow", NULL, "error|drop", CHOICE, ON(CHAT), 0, 0, "error",
-                    "a full context: refuse, or forget the oldest turns"},
-    [O_LOOKUP] = {"lookup", NULL, "N", WHOLE, ON_ANSWER | ON(SHOW), 0, MAX_LOOKUP, "0",
-                  "guess so many tokens ahead from the text so far; changes no token"},
-    [O_RAW] = {"raw", NULL, NULL, FLAG, ON(RUN), 0, 0, NULL,
-               "no chat template: continue the text as it is"},
-    [O_MLOCK] = {"mlock", NULL, NULL, FLAG, ON_SESSION, 0, 0, NULL,
-                 "keep the weights in memory, or fail"},
-    [O_STRICT] = {"strict", NULL, NULL, FLAG, ON_SESSION, 0, 0, NULL,
-                  "bf16 weights: the same numbers on every machine, slower on some"},
-    [O_DEVICE] = {"device", NULL, "N|NAME|none", TEXT, ON_MODEL & ~ON(SHOW), 0, 0,
+        .standard = "the checkpoint's", .help = "chat template: " MEDRUN_TEMPLATES},
+    [O_STOP] = {"stop", NULL, "TEXT", TEXT, ON_ANSWER,
+        .help = "end the answer before this text; up to 8 of them"},
+    [O_KV] = {"kv", NULL, "f16|f32|int8", CHOICE, ON_SESSION | ON(SHOW), .standard = "f16",
+        .help = "type of the key-value cache (f32 with --strict); int8 takes half the memory of "
+                "f16 and is less exact"},
+    [O_OVERFLOW] = {"overflow", NULL, "error|drop", CHOICE, ON(CHAT), .standard = "error",
+        .help = "a full context: refuse, or forget the oldest turns"},
+    [O_LOOKUP] = {"lookup", NULL, "N", WHOLE, ON_ANSWER | ON(SHOW), .max = MAX_LOOKUP,
+        .standard = "0", .help = "guess N tokens ahead from the text so far; changes no token"},
+    [O_RAW] = {"raw", .on = ON(RUN), .help = "no chat template: continue the text as it is"},
+    [O_MLOCK] = {"mlock", .on = ON_SESSION, .help = "keep the weights in memory, or fail"},
+    [O_STRICT] = {"strict", .on = ON_SESSION,
+        .help = "bf16 weights: the same numbers on every machine, slower on some"},
+    [O_DEVICE] = {"device", NULL, "N|NAME|none", TEXT, ON_MODEL & ~ON(SHOW),
 #ifdef MEDRUN_OPENCL
-                  "the first that is no processor",
+        .standard = "the first that is not a processor",
 #else
-                  "none, this build has no OpenCL",
+        .standard = "none, this build has no OpenCL",
 #endif
-                  "OpenCL device (medrun-lab doctor lists them)"},
-    [O_GPU_LAYERS] = {"gpu-layers", "ngl", "N", WHOLE, ON_MODEL & ~ON(SHOW), 0, 1 << 16,
-                      "all that fit", "layers whose matrices it has; 0: no device"},
-    [O_SAVE_PREFIX] = {"save-prefix", NULL, "FILE", TEXT, ON_ANSWER, 0, 0, NULL,
-                       "write what the model made of the prompt, which it holds: keep it safe"},
-    [O_LOAD_PREFIX] = {"load-prefix", NULL, "FILE", TEXT, ON_ANSWER, 0, 0, NULL,
-                       "take from there as much as the prompt begins with; changes no token"},
-    [O_STATS] = {"stats", NULL, NULL, FLAG, ON_ANSWER, 0, 0, NULL, "print speeds"},
-    [O_VERBOSE] = {"verbose", "v", NULL, FLAG, ON_ANSWER | ON(VERIFY), 0, 0, NULL,
-                   "print the prompt as the model sees it; verify: all that is the same"},
-    [O_QUIET] = {"quiet", "q", NULL, FLAG, ON_ANSWER | ON(VERIFY), 0, 0, NULL,
-                 "no lines about the run; verify: only what differs"},
-    [O_BOS] = {"bos", NULL, NULL, FLAG, ON(TOKENIZE), 0, 0, NULL, "begin with the token for that"},
-    [O_SPECIAL] = {"special", NULL, NULL, FLAG, ON(TOKENIZE) | ON(DETOKENIZE), 0, 0, NULL,
-                   "control tokens count: read them in the text, print them"},
-    [O_PIECES] = {"pieces", NULL, NULL, FLAG, ON(TOKENIZE), 0, 0, NULL,
-                  "a line for each token: id, tab, text with escapes"},
-    [O_MESSAGES] = {"messages", NULL, "FILE", TEXT, ON(RENDER), 0, 0, NULL,
-                    "[{\"role\": \"user\", \"content\": \"...\"}, ...], - is stdin"},
-    [O_RENDER_IDS] = {"ids", NULL, NULL, FLAG, ON(RENDER), 0, 0, NULL, "ids instead of text"},
-    [O_NO_OPENING] = {"no-generation-prompt", NULL, NULL, FLAG, ON(RENDER), 0, 0, NULL,
-                      "leave out the opening of the answer (afm's template has no choice)"},
-    [O_DATE] = {"date", NULL, "YYYY-MM-DD", TEXT, ON_ANSWER | ON(RENDER), 0, 0, "the template's",
-                "for templates that state one: apertus today's, llama3.1 26 Jul 2024"},
-    [O_THINK] = {"think", NULL, NULL, FLAG, ON_ANSWER | ON(RENDER), 0, 0, NULL,
-                 "apertus: let the model deliberate first"},
-    [O_CHAT_BOS] = {"bos", NULL, "auto|on|off", CHOICE, ON_ANSWER | ON(RENDER), 0, 0, "auto",
-                    "begin with that token: as the template has it, or not. alpaca and afm have "
-                    "none, though their models were probably trained with it"},
-    [O_IDS] = {"ids", NULL, "\"1 2 3\"", TEXT, ON(LOGITS), 0, 0, NULL, "the tokens"},
-    [O_ALL] = {"all", NULL, NULL, FLAG, ON(LOGITS), 0, 0, NULL,
-               "after each token, not only after the last"},
-    [O_OUT] = {"out", "o", "OUT.f32", TEXT, ON(LOGITS), 0, 0, NULL,
-               "little-endian float32, vocab_size a row"},
-    [O_HELP] = {"help", "h", NULL, FLAG, ~0u, 0, 0, NULL, "print this"},
-    [O_VERSION] = {"version", NULL, NULL, FLAG, ~0u, 0, 0, NULL, "print the version"},
+        .help = "OpenCL device (medrun-lab doctor lists them)"},
+    [O_GPU_LAYERS] = {"gpu-layers", "ngl", "N", WHOLE, ON_MODEL & ~ON(SHOW), .max = 1 << 16,
+        .standard = "all that fit", .help = "layers whose matrices the device has; 0: no device"},
+    [O_SAVE_PREFIX] = {"save-prefix", NULL, "FILE", TEXT, ON_ANSWER,
+        .help = "save the processed prompt; the file holds its text: keep it safe"},
+    [O_LOAD_PREFIX] = {"load-prefix", NULL, "FILE", TEXT, ON_ANSWER,
+        .help = "reuse what a saved prompt has in common with this one; changes no token"},
+    [O_STATS] = {"stats", .on = ON_ANSWER, .help = "print speeds"},
+    [O_VERBOSE] = {"verbose", "v", .on = ON_ANSWER | ON(VERIFY),
+        .help = "print the prompt as the model sees it; verify: also what is the same"},
+    [O_QUIET] = {"quiet", "q", .on = ON_ANSWER | ON(VERIFY),
+        .help = "no lines about the run; verify: only what differs"},
+    [O_BOS] = {"bos", .on = ON(TOKENIZE), .variable = "tokenize-bos",
+        .help = "begin with the beginning-of-text token"},
+    [O_SPECIAL] = {"special", .on = ON(TOKENIZE) | ON(DETOKENIZE),
+        .help = "read control tokens in the text, or print them"},
+    [O_PIECES] = {"pieces", .on = ON(TOKENIZE),
+        .help = "a line for each token: id, tab, text with escapes"},
+    [O_MESSAGES] = {"messages", NULL, "FILE", TEXT, ON(RENDER),
+        .help = "[{\"role\": \"user\", \"content\": \"...\"}, ...], - is stdin"},
+    [O_RENDER_IDS] = {"ids", .on = ON(RENDER), .variable = "render-ids",
+        .help = "print ids instead of text"},
+    [O_NO_OPENING] = {"no-generation-prompt", .on = ON(RENDER),
+        .help = "leave out the opening of the answer (afm's template has no choice)"},
+    [O_DATE] = {"date", NULL, "YYYY-MM-DD", TEXT, ON_ANSWER | ON(RENDER),
+        .standard = "the template's",
+        .help = "the date in the system text (apertus: today; llama3.1: 26 Jul 2024)"},
+    [O_THINK] = {"think", .on = ON_ANSWER | ON(RENDER),
+        .help = "apertus: let the model deliberate first"},
+    [O_CHAT_BOS] = {"bos", NULL, "auto|on|off", CHOICE, ON_ANSWER | ON(RENDER), .standard = "auto",
+        .help = "beginning-of-text token first: as the template says, always, never; alpaca and "
+                "afm have none, though their models were probably trained with it"},
+    [O_IDS] = {"ids", NULL, "\"1 2 3\"", TEXT, ON(LOGITS), .help = "the tokens"},
+    [O_ALL] = {"all", .on = ON(LOGITS), .help = "after each token, not only after the last"},
+    [O_OUT] = {"out", "o", "OUT.f32", TEXT, ON(LOGITS),
+        .help = "little-endian float32, vocab_size a row"},
+    [O_HELP] = {"help", "h", .on = ~0u, .help = "print this"},
+    [O_VERSION] = {"version", .on = ~0u, .help = "print the version"},
 };
 
 enum { FROM_DEFAULT, FROM_ENVIRONMENT, FROM_FLAG };
@@ -9029,13 +9024,9 @@ static int set_option(command *c, int id, const char *value, int from, const cha
     return c->stops[c->n_stops++] = value, MEDRUN_OK;
 }
 
-/* The environment variable of option ID: MEDRUN_TOP_K for --top-k, and so on. Where two commands
- * mean different things by one name, the program's table gives one a variable of its own. */
-static void twin_name(const program *p, int id, char name[48]) {
-    const char *variable = p->options[id].name;
-    for (int i = 0; i < p->n_twins; i++)
-        if (p->twins[i].id == id) variable = p->twins[i].variable;
-    snprintf(name, 48, "MEDRUN_%s", variable);
+/* The name of the option's environment variable. */
+static void variable_name(const option_row *r, char name[48]) {
+    snprintf(name, 48, "MEDRUN_%s", r->variable ? r->variable : r->name);
     for (char *c = name; *c; c++) *c = *c == '-' ? '_' : (char)toupper((uint8_t)*c);
 }
 
@@ -9045,7 +9036,7 @@ static int read_environment(command *c) {
     for (int id = 0; id < c->p->n_options; id++) {
         bool settled = c->from[id] != FROM_DEFAULT || id == O_HELP || id == O_VERSION;
         if (settled || !takes(c, id)) continue;
-        twin_name(c->p, id, name);
+        variable_name(&c->p->options[id], name);
         const char *value = getenv(name);
         if (value && *value && set_option(c, id, value, FROM_ENVIRONMENT, name)) return c->e.code;
     }
@@ -10578,12 +10569,11 @@ static int help_on(const program *p, int which) {
     printf("%s %s %s\n%s\n\n", p->name, row->name, row->arguments, row->help);
     for (int id = 0; id < p->n_options; id++)
         if (p->options[id].on & ON(which)) print_option(&p->options[id]);
-    puts("\n(range) [what holds without]. Options may stand anywhere; --option=value works too.\n"
-         "What the environment says, as MEDRUN_TOP_K=20, holds unless the line says otherwise.");
-    for (int i = 0; i < p->n_twins; i++) {
-        const option_row *r = &p->options[p->twins[i].id];
-        if (!(r->on & ON(which))) continue;
-        twin_name(p, p->twins[i].id, name);
+    puts("\n(range) [default]. Options may stand anywhere; --option=value works too.\n"
+         "Environment variables, like MEDRUN_TOP_K=20, set what the line leaves out.");
+    for (const option_row *r = p->options; r < p->options + p->n_options; r++) {
+        if (!r->variable || !(r->on & ON(which))) continue;
+        variable_name(r, name);
         printf("%s is for --%s, whose name means something else to another command.\n", name,
                r->name);
     }
@@ -10753,11 +10743,9 @@ static const command_row medrun_commands[N_COMMANDS] = {
               false, false},
 };
 
-static const twin_row medrun_twins[] = {{O_BOS, "tokenize-bos"}, {O_RENDER_IDS, "render-ids"}};
-
 static const program medrun_program = {
     "medrun", "runs open medical language models on an ordinary CPU", medrun_commands, N_COMMANDS,
-    option_rows, N_OPTIONS, medrun_twins, 2, CHAT};
+    option_rows, N_OPTIONS, CHAT};
 
 int main(int argc, char **argv) { return run_program(&medrun_program, argc, argv); }
 #endif

@@ -307,6 +307,10 @@ MEDRUN_KERNELS=sse9 lab 2 doctor; err_has 'found "sse9"'; err_lines 1
 MEDRUN_PROMPT=hello lab 0 bench "$model" -p 8 -n 2 -r 1; MEDRUN_PREDICT=-1 lab 0 bench "$model" -p 8 -r 1 -n 2
 MEDRUN_PROMPT=hello lab 0 bench "$model" -n 2 -r 1; MEDRUN_BENCH_PROMPT=9 lab 0 bench "$model" -n 2 -r 1; out_has '| pp9 |'
 lab 0 help bench; out_has 'MEDRUN_BENCH_PROMPT is for --prompt'; code 0 help tokenize; out_has 'MEDRUN_TOKENIZE_BOS is for --bos'
+MEDRUN_OUTPUT=json lab 0 bench "$model" -p 8 -n 2 -r 1; out_has '"pp":{"n":8,'
+MEDRUN_IDS='1 2 3' lab 0 $l llama3 "$tok"; cp "$T/out" "$T/text"; lab 0 $l llama3 "$tok"; out_is "$T/text"
+MEDRUN_RENDER_IDS=1 lab 0 $l llama3 "$tok"; cp "$T/out" "$T/ids"; lab 0 $l llama3 "$tok" --ids; out_is "$T/ids"
+lab 0 help call; out_has 'MEDRUN_RENDER_IDS is for --ids'
 code 0 help run; check 'run has no names of its own' [ "$(grep -c 'MEDRUN_.* is for' "$T/out")" = 0 ]
 MEDRUN_BOS=auto code 0 tokenize "$model" -p x; MEDRUN_TOKENIZE_BOS=1 code 0 tokenize "$model" -p x
 

@@ -571,19 +571,21 @@ static const command_row lab_commands[N_LAB_COMMANDS] = {
 };
 
 static option_row lab_options[N_LAB_OPTIONS] = {
-    [L_PROMPT] = {"prompt", "p", "N", WHOLE, ON(BENCH), 1, 1 << 20, "512",
-                  "tokens of the prompt"},
-    [L_PREDICT] = {"predict", "n", "N", WHOLE, ON(BENCH), 1, 1 << 20, "128",
-                   "tokens to generate, one after the other"},
-    [L_DEPTH] = {"depth", "d", "N", WHOLE, ON(BENCH), 0, 1 << 20, "0",
-                 "tokens that stand before both and are not timed"},
-    [L_REPETITIONS] = {"repetitions", "r", "N", WHOLE, ON(BENCH), 1, 1000, "5", "of both"},
-    [L_TOOLS] = {"tools", NULL, "FILE.json", TEXT, ON(CALL), 0, 0, NULL,
-                 "functions, [{\"type\": \"function\", \"function\": ...}] (apertus, llama3.1)"},
-    [L_RENDER] = {"render", NULL, NULL, FLAG, ON(CALL), 0, 0, NULL,
-                  "print the prompt instead of asking; --template NAME does without a model"},
-    [L_FORMAT] = {"output", "o", "md|json", CHOICE, ON(BENCH), 0, 0, "md",
-                  "a table, or one line"},
+    [L_PROMPT] = {"prompt", "p", "N", WHOLE, ON(BENCH), .min = 1, .max = 1 << 20, .standard = "512",
+        .variable = "bench-prompt", .help = "tokens of the prompt"},
+    [L_PREDICT] = {"predict", "n", "N", WHOLE, ON(BENCH), .min = 1, .max = 1 << 20,
+        .standard = "128", .variable = "bench-predict",
+        .help = "tokens to generate, one after the other"},
+    [L_DEPTH] = {"depth", "d", "N", WHOLE, ON(BENCH), .max = 1 << 20, .standard = "0",
+        .help = "tokens that stand before both and are not timed"},
+    [L_REPETITIONS] = {"repetitions", "r", "N", WHOLE, ON(BENCH), .min = 1, .max = 1000,
+        .standard = "5", .help = "of both"},
+    [L_TOOLS] = {"tools", NULL, "FILE.json", TEXT, ON(CALL),
+        .help = "functions, [{\"type\": \"function\", \"function\": ...}] (apertus, llama3.1)"},
+    [L_RENDER] = {"render", .on = ON(CALL),
+        .help = "print the prompt instead of asking; --template NAME does without a model"},
+    [L_FORMAT] = {"output", "o", "md|json", CHOICE, ON(BENCH), .standard = "md",
+        .help = "a table, or one line"},
 };
 
 /* Options of medrun's: record and call take those of run, call some of render's too, bench those of
@@ -606,11 +608,8 @@ static void take_options(void) {
 }
 
 int main(int argc, char **argv) {
-    static const twin_row twins[] = {{L_PROMPT, "bench-prompt"}, {L_PREDICT, "bench-predict"},
-                                     {L_FORMAT, "bench-output"}};
     static const program lab = {"medrun-lab", "measures what medrun does, and repeats it",
-                                lab_commands, N_LAB_COMMANDS, lab_options, N_LAB_OPTIONS, twins, 3,
-                                -1};
+                                lab_commands, N_LAB_COMMANDS, lab_options, N_LAB_OPTIONS, -1};
     take_options();
     return run_program(&lab, argc, argv);
 }
