@@ -6399,15 +6399,17 @@ static int chat_flush(chat_writer *w) {
     return w->e->code;
 }
 
-/* A control token, which the tokenizer has as ID: its id after the run before it, or its name. A
- * piece of another type is not accepted: what ordinary text can give must not mean a turn. */
+/* A control token, which the tokenizer has as ID: its id after the run before it, or its name. The
+ * run behind it has a space before it only if every run has, not one for the whole text. */
 static int chat_control(chat_writer *w, const char *name, size_t n, int32_t id) {
-    if (w->as_text) buffer_add(w->out, name, n);
-    else if (!chat_flush(w)) buffer_add(w->out, &id, sizeof id);
+    if (w->as_text) return buffer_add(w->out, name, n), w->e->code;
+    if (!chat_flush(w)) buffer_add(w->out, &id, sizeof id);
+    w->flags = w->t->flags & TOKENIZER_PREFIX_TEXT ? TOKENIZE_CONTINUES : 0;
     return w->e->code;
 }
 
-/* The control token that a string of the table names; each tokenizer has its own id for it. */
+/* The control token that a string of the table names; each tokenizer has its own id for it. A piece
+ * of another type is not accepted: what ordinary text can give must not mean a turn. */
 static int chat_control_named(chat_writer *w, const char *name, size_t n) {
     int32_t id = w->t ? tokenizer_find(w->t, name, n) : 0;
     if (w->t && (id < 0 || tokenizer_type(w->t, id) != PIECE_CONTROL))

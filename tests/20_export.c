@@ -656,6 +656,94 @@ static void test_vectors(void) {
     clear_folder("out");
 }
 
+/* A tokenizer.model with tokens that transformers added: ids of transformers 4.46.3's slow class. */
+#define DECODED(id, text, rest) "\"added_tokens_decoder\": {\"" id "\": {\"content\": \"" text "\", " \
+    rest "}, "
+#define SPECIAL "\"special\": true"
+static const struct {
+    const char *from, *to, *added, *special;    /* of tokenizer_config.json; two more files    */
+    const char *refused, *text;
+    int32_t ids[24];
+} with_added[] = {
+    {"\"legacy\"", DECODED("384", "<|im_end|>", SPECIAL) "\"385\": {\"content\": \"<|im_start|>\", "
+     SPECIAL "}}, \"x\"", NULL, NULL, NULL, "<|im_start|>user\nhas type 2 <|im_end|>the end<unk> </s>",
+     {385, 333, 345, 340, 272, 13, 342, 311, 260, 357, 347, 334, 333, 370, 333, 384, 263, 333, 268,
+      344, 0, 259, 2}},
+    {"\"legacy\": true", DECODED("384", "<|im_end|>", SPECIAL) "\"385\": {\"content\": \"<|im_start|>"
+     "\"}, \"386\": {\"content\": \"type 2\"}}", NULL, NULL, NULL,
+     "has<|im_end|> the<|im_start|>the type 2type 2",
+     {333, 342, 311, 384, 259, 335, 261, 385, 263, 333, 386, 386}},
+    {"\"legacy\": true", DECODED("384", "<|im_end|>", SPECIAL) "\"385\": {\"content\": \"<|im_start|>"
+     "\", " SPECIAL "}}, \"legacy\": false", NULL, NULL, NULL, "has<|im_end|> the<|im_start|>the type 2type 2",
+     {333, 342, 311, 384, 263, 385, 335, 261, 260, 357, 347, 334, 333, 370, 335, 357, 347, 334, 333,
+      370}},
+    {"\"legacy\"", "\"x\"", "{\"<s>\": 1, \"<|im_end|>\": 384, \"<|im_start|>\": 385}",
+     "{\"eos_token\": {\"content\": \"<|im_end|>\"}}", NULL, "has<|im_end|> the<|im_start|>the type 2type 2",
+     {333, 342, 311, 384, 259, 335, 261, 385, 263, 260, 357, 347, 334, 333, 370, 335, 357, 347, 334,
+      333, 370}},
+    {"\"</s>\"", "\"<|im_end|>\"", "{\"<|im_end|>\": 384, \"<|im_start|>\": 385}", NULL, NULL,
+     "the<|im_end|>", {263, 384}},
+    {"\"legacy\"", DECODED("384", "<|im_end|>", "\"lstrip\": true") "\"385\": {\"content\": \"y\"}}, \"legacy\"", NULL, NULL,
+     "lstrip, rstrip all false", NULL, {0}},
+    {"\"legacy\"", DECODED("5", "<|im_end|>", SPECIAL) "\"384\": {\"content\": \"y\"}}, \"legacy\"", NULL, NULL,
+     "agrees with tokenizer.model", NULL, {0}},
+    {"\"legacy\"", "\"x\"", "{\"<|im_end|>\": 40000}", NULL, "ids without large gaps", NULL, {0}},
+    {"\"legacy\"", "\"x\"", "{\"<|im_end|>\": 300}", NULL, "agrees with tokenizer.model", NULL, {0}},
+    {"\"legacy\"", "\"x\"", "{\"\u2581x\": 384}", NULL, "no U+2581", NULL, {0}},
+    {"\"legacy\"", "\"x\"", "{\"\": 384}", NULL, "some content", NULL, {0}},
+    {"\"legacy\"", "\"x\"", "[]", NULL, "wanted an object", NULL, {0}},
+};
+
+/* No run of a conversation has a space that the same text has not. */
+static void check_runs(const tokenizer *t) {
+    static const medrun_message said[] = {{"system", "the end", 7}, {"user", " type", 5}};
+    buffer text = {0}, ids = {0}, wanted = {0};
+    medrun_error e = {0};
+    medrun_chat_options o = {0};
+    for (int as_text = 0; as_text < 2; as_text++) {
+        chat_writer w = {.c = chat_find("afm"), .t = t, .o = &o, .as_text = as_text > 0,
+                         .out = as_text ? &text : &ids, .e = &e};
+        CHECK(!chat_render(&w, said, 2, true));
+    }
+    tokenizer_encode(t, (const char *)text.data, text.n, MEDRUN_PARSE_SPECIAL, &wanted, &e);
+    CHECK(!e.code && ids.n > 40 && ids.n == wanted.n && !memcmp(ids.data, wanted.data, ids.n));
+    buffer_free(&text);
+    buffer_free(&ids);
+    buffer_free(&wanted);
+}
+
+static void test_added_to_model(void) {
+    for (size_t i = 0; i < sizeof with_added / sizeof *with_added; i++) {
+        buffer bin = {0}, ids = {0};
+        tokenizer t;
+        size_t n = 0;
+        copy_fixture("mistral-spm");
+        edit("tokenizer_config.json", with_added[i].from, with_added[i].to);
+        if (!strncmp(with_added[i].to, "\"added", 6))
+            edit("tokenizer_config.json", "\"added_tokens_decoder\": {\n", "\"y\": {\n");
+        else edit("tokenizer_config.json", "\"added_tokens_decoder\"", "\"y\"");
+        if (with_added[i].added)
+            write_file(in_work("src/added_tokens.json"), with_added[i].added, strlen(with_added[i].added));
+        if (with_added[i].special)
+            write_file(in_work("src/special_tokens_map.json"), with_added[i].special,
+                       strlen(with_added[i].special));
+        int code = RUN("--tokenizer-only", in_work("src"), in_work("out/t.bin"));
+        read_file(in_work("out/t.bin"), &bin);
+        expect(code, with_added[i].refused ? 3 : 0, with_added[i].refused, with_added[i].to);
+        if (code || !CHECK(!tokenizer_open(&t, bin.data, bin.n, "t.bin", NULL))) continue;
+        tokenizer_encode(&t, with_added[i].text, strlen(with_added[i].text), MEDRUN_PARSE_SPECIAL,
+                         &ids, NULL);
+        for (n = 24; !with_added[i].ids[n - 1];) n--;
+        CHECK(ids.n == 4 * n && !memcmp(ids.data, with_added[i].ids, ids.n));
+        if (i == 0 || i == 2) check_runs(&t);
+        tokenizer_close(&t);
+        buffer_free(&bin);
+        buffer_free(&ids);
+    }
+}
+#undef DECODED
+#undef SPECIAL
+
 /* The rows of both vocabularies become ROWS, the new ones full of VALUE. */
 static void add_rows(size_t rows, float value) {
     buffer b = {0}, text = {0}, data = {0};
@@ -1959,6 +2047,7 @@ int main(void) {
     test_model();
     test_spaced_edits();
     test_normalized();
+    test_added_to_model();
     test_filled_up("llama-plain", "\"vocab_size\": 283");
     test_filled_up("mistral-spm", "\"vocab_size\": 384");
     test_edits();

@@ -43,6 +43,7 @@ typedef struct {
 typedef struct {
     json_file file, config;     /* tokenizer.json or tokenizer.model; tokenizer_config.json    */
     bool is_model;              /* the former is a tokenizer.model                             */
+    json_file added, special;   /* beside that: added_tokens.json, special_tokens_map.json     */
     source_piece *pieces;
     size_t n_pieces, n_merges;
     buffer text, merges, scores;        /* scores: a float for each piece, or nothing          */
@@ -58,6 +59,8 @@ typedef struct {
 static void free_tokenizer(source_tokenizer *t) {
     close_json(&t->file);
     close_json(&t->config);
+    close_json(&t->added);
+    close_json(&t->special);
     free(t->pieces);
     free(t->entries);
     buffer_free(&t->text);
@@ -239,14 +242,37 @@ static int read_merges(source_tokenizer *t, uint32_t merges, medrun_error *e) {
     return e->code;
 }
 
-/* The literal CONTENT of added token V becomes the piece of its id. */
-static int add_token(source_tokenizer *t, uint32_t v, const buffer *content, buffer *scratch,
-                     medrun_error *e) {
+/* Appends the text of a token that V names: a string, or an object with its content. */
+static void token_text(const json *j, uint32_t v, buffer *out) {
+    if (json_is_type(j, v, JSON_OBJECT)) v = json_get(j, v, "content");
+    if (json_is_type(j, v, JSON_STRING)) json_unescape(j, v, out);
+}
+
+/* Is TEXT one of the special tokens that a file like special_tokens_map.json names? */
+static bool names_special(const json_file *f, const buffer *text) {
+    static const char *const keys[] = {"bos_token", "eos_token", "unk_token", "sep_token",
+                                       "pad_token", "cls_token", "mask_token"};
+    const json *j = &f->j;
+    bool found = false;
+    buffer name = {0};
+    if (!j->n || !text->n) return false;
+    uint32_t more = given(j, 0, "additional_special_tokens"), left = children(j, more);
+    for (uint32_t i = 0, c = more + 1; i < 7 + left && !found; i++) {
+        uint32_t v = i < 7 ? given(j, 0, keys[i]) : c;
+        if (i >= 7) c = j->nodes[c].next;
+        name.n = 0;
+        token_text(j, v, &name);
+        found = name.n == text->n && !memcmp(name.data, text->data, name.n);
+    }
+    buffer_free(&name);
+    return found;
+}
+
+/* The flags of added token V of F: only `special` may be set, and `normalized` where nothing
+ * normalizes. */
+static int read_added_flags(const json_file *f, uint32_t v, bool *special, medrun_error *e) {
     static const char *const flags[] = {"single_word", "lstrip", "rstrip", "normalized"};
-    const json_file *f = &t->file;
-    bool special = false, plain = given(&f->j, 0, "normalizer") == JSON_NONE;
-    uint64_t id = 0;
-    json_size(&f->j, json_get(&f->j, v, "id"), &id);
+    bool plain = given(&f->j, 0, "normalizer") == JSON_NONE;
     for (size_t i = 0; i < 4; i++) {
         bool on = false;
         if (read_bool(f, v, flags[i], &on, e)) return e->code;
@@ -254,7 +280,12 @@ static int add_token(source_tokenizer *t, uint32_t v, const buffer *content, buf
              "single_word, lstrip, rstrip all false" :
              "single_word, lstrip, rstrip, normalized all false, as there is a normalizer");
     }
-    if (read_bool(f, v, "special", &special, e)) return e->code;
+    return read_bool(f, v, "special", special, e);
+}
+
+/* The literal CONTENT of added token V of F becomes the piece ID. */
+static int add_token(source_tokenizer *t, const json_file *f, uint32_t v, uint64_t id, bool special,
+                     const buffer *content, buffer *scratch, medrun_error *e) {
     WANT(t->kind == TOKENIZER_BYTE_LEVEL || find_mark(content->data, content->n) == content->n, f,
          "added_tokens", v, "no U+2581 in it");
     source_piece *piece = &t->pieces[id];
@@ -262,10 +293,12 @@ static int add_token(source_tokenizer *t, uint32_t v, const buffer *content, buf
     bool known = spell(t, content->data, content->n, scratch);
     const buffer *key = piece->type == PIECE_FOREIGN ? content : scratch;
     bool same = key->n == piece->n && !memcmp(key->data, t->text.data + piece->at, piece->n);
+    same |= t->is_model && (piece->type == PIECE_UNKNOWN || piece->type == PIECE_CONTROL);
     if (t->kind == TOKENIZER_SENTENCEPIECE && memchr(content->data, ' ', content->n)) known = false;
     int64_t other = known ? find_entry(t, scratch->data, scratch->n) : -1;
     WANT((piece->type == PIECE_UNUSED || same) && (other < 0 || other == (int64_t)id), f,
-         "added_tokens", v, "an id that agrees with model.vocab");
+         "added_tokens", v, t->is_model ?
+         "an id that agrees with tokenizer.model" : "an id that agrees with model.vocab");
     *piece = (source_piece){t->text.n, content->n, special ? PIECE_CONTROL : PIECE_USER};
     buffer_add(&t->text, content->data, content->n);
     return scratch->failed ? out_of_memory(e, scratch->n) : MEDRUN_OK;
@@ -337,7 +370,13 @@ static int read_added(source_tokenizer *t, uint32_t added, medrun_error *e) {
         if (json_is_type(j, text, JSON_STRING)) json_unescape(j, text, &content);
         if (content.failed) out_of_memory(e, content.n);
         else if (!content.n) wrong_field(&t->file, "added_tokens", c, "some content", e);
-        else add_token(t, c, &content, &scratch, e);
+        uint64_t id = 0;
+        bool special = false;
+        json_size(j, json_get(j, c, "id"), &id);
+        if (!e->code) read_added_flags(&t->file, c, &special, e);
+        if (e->code) break;
+        special |= names_special(&t->config, &content);
+        add_token(t, &t->file, c, id, special, &content, &scratch, e);
         if (e->code) break;
     }
     if (!e->code) check_normalized(t, added, e);
@@ -703,23 +742,142 @@ static int special_id(const source_tokenizer *t, const char *field, int64_t foun
     return *id = found < 0 ? -1 : (int32_t)found, MEDRUN_OK;
 }
 
+/* ---- tokens that transformers adds to a tokenizer.model ------------------------------------- */
+
+/* They stand in added_tokens_decoder of tokenizer_config.json, {"384": {"content": "<|im_end|>",
+ * ...}}, and only where that is missing in added_tokens.json, {"<|im_end|>": 384}. */
+typedef struct {
+    const json_file *f;
+    uint32_t list;
+    bool decoder;               /* the former                                                  */
+} added_list;
+
+static added_list find_added(const source_tokenizer *t) {
+    uint32_t list = given(&t->config.j, 0, "added_tokens_decoder");
+    bool decoder = list != JSON_NONE;
+    if (decoder) return (added_list){&t->config, list, true};
+    return (added_list){&t->added, t->added.j.n ? 0 : JSON_NONE, false};
+}
+
+/* The id of the entry with key C. */
+static bool added_id(const added_list *a, uint32_t c, uint64_t *id) {
+    const json *j = &a->f->j;
+    if (!a->decoder) return json_size(j, c + 1, id);
+    const char *p = j->text + j->nodes[c].start, *end = j->text + j->nodes[c].end;
+    for (*id = 0; p < end && *p >= '0' && *p <= '9' && *id < 1u << 24; p++)
+        *id = *id * 10 + (uint64_t)(*p - '0');
+    return p == end && end > j->text + j->nodes[c].start;
+}
+
+/* How many ids there are with the added ones. */
+static int count_added(const source_tokenizer *t, size_t *n, medrun_error *e) {
+    added_list a = find_added(t);
+    uint64_t id, room = *n + children(&a.f->j, a.list) / 2 + 1024;
+    if (a.list == JSON_NONE) return MEDRUN_OK;
+    WANT(json_is_type(&a.f->j, a.list, JSON_OBJECT), a.f, "added_tokens_decoder", a.list,
+         "an object");
+    for EACH_KEY(&a.f->j, a.list, c) {
+        WANT(added_id(&a, c, &id) && id < room, a.f, a.decoder ? "added_tokens_decoder" :
+             "id", a.decoder ? c : c + 1, "ids without large gaps");
+        if (id >= *n) *n = (size_t)id + 1;
+    }
+    return MEDRUN_OK;
+}
+
+/* A user-defined piece of SentencePiece's does not end a run of text, an added token does. There is
+ * one flag for all of them. */
+static int end_runs(source_tokenizer *t, size_t n_model, const uint8_t *added, medrun_error *e) {
+    bool own = false, other = false;
+    for (size_t id = 0; id < t->n_pieces; id++) {
+        if (t->pieces[id].type != PIECE_USER) continue;
+        own |= id < n_model && !added[id];
+        other |= added[id];
+    }
+    if (other && own)
+        return refuse(e, "%s: found user-defined pieces here and added tokens beside it, wanted "
+                      "one kind; AutoTokenizer.from_pretrained(...).save_pretrained(...) makes a "
+                      "tokenizer.json of both", t->file.path);
+    if (other) t->flags &= ~(uint32_t)TOKENIZER_USER_INSIDE;
+    return MEDRUN_OK;
+}
+
+/* What stands for unknown text is a special token where tokenizer_config.json names it. */
+static void name_unknown(source_tokenizer *t) {
+    const json *j = &t->config.j;
+    for (size_t id = 0, at = t->text.n; id < t->n_pieces; id++) {
+        if (t->pieces[id].type != PIECE_UNKNOWN) continue;
+        token_text(j, given(j, 0, "unk_token"), &t->text);
+        if (t->text.n > at) t->pieces[id] = (source_piece){at, t->text.n - at, PIECE_CONTROL};
+        return;
+    }
+}
+
+/* Adds them as transformers does: text that is cut out before SentencePiece sees the rest. */
+static int add_to_model(source_tokenizer *t, size_t n_model, medrun_error *e) {
+    added_list a = find_added(t);
+    const json *j = &a.f->j;
+    buffer content = {0}, scratch = {0};
+    uint8_t *added = new_array(t->n_pieces, 1);
+    if (!added) return out_of_memory(e, t->n_pieces);
+    for EACH_KEY(j, a.list, c) {
+        uint32_t text = a.decoder ? json_get(j, c + 1, "content") : c;
+        uint64_t id = 0;
+        bool special = false;
+        if (e->code) break;
+        content.n = 0;
+        if (json_is_type(j, text, JSON_STRING)) json_unescape(j, text, &content);
+        if (content.failed) out_of_memory(e, content.n);
+        else if (!content.n) wrong_field(a.f, "added_tokens_decoder", c + 1, "some content", e);
+        else if (a.decoder) read_added_flags(a.f, c + 1, &special, e);
+        if (e->code) break;
+        added_id(&a, c, &id);
+        added[id] = 1;
+        int type = t->pieces[id].type;
+        special |= type == PIECE_CONTROL || type == PIECE_UNKNOWN ||
+                   names_special(&t->config, &content) || names_special(&t->special, &content);
+        add_token(t, a.f, c + 1, id, special, &content, &scratch, e);
+    }
+    if (!e->code) name_unknown(t);
+    if (!e->code) end_runs(t, n_model, added, e);
+    free(added);
+    buffer_free(&content);
+    buffer_free(&scratch);
+    return e->code;
+}
+
+/* transformers' classes for these files put one space before the whole text where `legacy` is
+ * false, or none; else before each run between added tokens. */
+static int read_legacy(source_tokenizer *t, medrun_error *e) {
+    bool legacy = true, prefix = true;
+    if (read_bool(&t->config, 0, "legacy", &legacy, e) ||
+        read_bool(&t->config, 0, "add_prefix_space", &prefix, e)) return e->code;
+    if (legacy || !(t->flags & TOKENIZER_PREFIX_RUNS)) return MEDRUN_OK;
+    t->flags &= ~(uint32_t)(TOKENIZER_PREFIX_RUNS | (prefix ? 0 : TOKENIZER_STRIP));
+    if (prefix) t->flags |= TOKENIZER_PREFIX_TEXT;
+    return MEDRUN_OK;
+}
+
 /* SentencePiece's own form, to be encoded as its library does it; BOS is added by default, as
  * transformers' class for such files does. */
 static int read_tokenizer_model(source_tokenizer *t, medrun_error *e) {
     spm_model m;
-    size_t id = 0;
+    size_t id = 0, n = 0;
     if (read_model_specs(t, &m, e)) return e->code;
     t->kind = TOKENIZER_SENTENCEPIECE, t->add_bos = true;
     t->flags = TOKENIZER_SCORES | TOKENIZER_USER_INSIDE;
     if (m.normalizer[DUMMY_PREFIX].value) t->flags |= TOKENIZER_PREFIX_RUNS | TOKENIZER_STRIP;
-    if (make_pieces(t, m.n_pieces, m.n_pieces, m.bytes + m.trainer[UNK_SURFACE].bytes.n, e))
-        return e->code;
+    n = m.n_pieces;
+    if (count_added(t, &n, e) || read_legacy(t, e) ||
+        make_pieces(t, n, m.n_pieces, m.bytes + m.trainer[UNK_SURFACE].bytes.n + t->config.map.n +
+                    t->added.map.n, e)) return e->code;
     reader r = reader_of((span){t->file.map.data, t->file.map.n});
     for (pb_item item; next_item(&r, &item);)
         if (item.field == 1 && item.wire == WIRE_BYTES &&
             read_model_piece(t, &m, id++, item.bytes, e)) return e->code;
+    while (id++ < n) write_le(&t->scores, 0, 4);
     if (t->scores.failed) return out_of_memory(e, t->scores.n);
     sort_entries(t);
+    if (add_to_model(t, m.n_pieces, e)) return e->code;
     const char *what = t->file.path;
     if (special_id(t, "bos_id", (int64_t)m.trainer[BOS_ID].value, &t->bos, what, e) ||
         special_id(t, "eos_id", (int64_t)m.trainer[EOS_ID].value, &t->eos, what, e)) return e->code;
@@ -734,9 +892,8 @@ static int named_token(const source_tokenizer *t, const char *field, int32_t *id
     const json *j = &t->config.j;
     uint32_t v = given(j, 0, field);
     if (v == JSON_NONE) return MEDRUN_OK;
-    if (json_is_type(j, v, JSON_OBJECT)) v = json_get(j, v, "content");
     buffer b = {0};
-    if (json_is_type(j, v, JSON_STRING)) json_unescape(j, v, &b);
+    token_text(j, v, &b);
     for (size_t i = 0; i < t->n_pieces; i++)
         if (t->pieces[i].type == PIECE_CONTROL && t->pieces[i].n == b.n &&
             !memcmp(t->text.data + t->pieces[i].at, b.data, b.n)) *id = (int32_t)i;
@@ -921,7 +1078,10 @@ static int open_tokenizer(source *s, source_tokenizer *t, medrun_error *e) {
     else if (!join_path(t->file.path, s->folder, model, e) &&
              !map_file(t->file.path, &t->file.map, e))
         add_file(s, model, t->file.path, &t->file.map, e);
-    return e->code ? e->code : open_json(s, "tokenizer_config.json", true, &t->config, e);
+    if (e->code || open_json(s, "tokenizer_config.json", true, &t->config, e) || !t->is_model)
+        return e->code;
+    if (open_json(s, "added_tokens.json", true, &t->added, e)) return e->code;
+    return open_json(s, "special_tokens_map.json", true, &t->special, e);
 }
 
 /* The same for a tokenizer.json or tokenizer.model by itself, which its name must tell. */
