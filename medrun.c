@@ -114,7 +114,8 @@ typedef struct medrun_session medrun_session;   /* one timeline of tokens       
 /* ---- models -------------------------------------------------------------------------------- */
 
 typedef struct {
-    int threads;                /* 0: one for each processor this process may use              */
+    int threads;                /* at most the processors it may use; 0: as many, or what a quota
+                                 * pays for                                                    */
     const char *kernels;        /* NULL: the best this machine has; else as doctor lists them  */
 } medrun_options;
 
@@ -548,21 +549,101 @@ static size_t second_cache(void) {
     return n < 64 << 10 ? 0 : n > 4 << 20 ? 4 << 20 : (size_t)n;
 }
 
+/* What the control groups of this process (of a container, a service, a job on a cluster) leave it
+ * of the machine. */
+typedef struct {
+    double processors;              /* that its quota pays for                                  */
+    double memory, available;       /* bytes: the limit, and what is not used of it             */
+} group_limits;
+
+/* The number behind KEY in the file NAME of FOLDER, or where two stand there the first divided by
+ * the second; -1: there is none. */
+static double read_limit(const char *folder, const char *name, const char *key) {
+    char text[1280], *line = text;
+    double a, b, limit = -1;
+    snprintf(text, sizeof text, "%s/%s", folder, name);
+    FILE *f = fopen(text, "r");
+    while (f && limit < 0 && (line = fgets(text, 256, f)))
+        if (!strncmp(line, key, strlen(key))) {
+            int n = sscanf(line + strlen(key), "%lf %lf", &a, &b);
+            limit = n == 2 && b > 0 ? a / b : n == 1 ? a : -1;
+        }
+    if (f) fclose(f);
+    return limit;
+}
+
+/* Lowers *L to what the group in FOLDER has. In version 1 of the file system -1 is no limit, in
+ * version 2 the word max. The page cache counts as used there, though it is freed when needed. */
+static void lower_limits(const char *folder, int version, group_limits *l) {
+    static const char *const names[3][5] = {
+        {0}, {"memory.limit_in_bytes", "memory.limit_in_bytes", "memory.usage_in_bytes",
+              "total_inactive_file ", "total_active_file "},
+        {"memory.max", "memory.high", "memory.current", "inactive_file ", "active_file "}};
+    double quota = read_limit(folder, version == 2 ? "cpu.max" : "cpu.cfs_quota_us", "");
+    if (quota > 0 && version == 1) quota /= read_limit(folder, "cpu.cfs_period_us", "");
+    if (quota > 0 && quota < l->processors) l->processors = quota;
+    double used = read_limit(folder, names[version][2], "");
+    for (int i = 3; i < 5; i++)
+        used -= fmax(0, read_limit(folder, "memory.stat", names[version][i]));
+    for (int i = 0; i < 2; i++) {
+        double most = read_limit(folder, names[version][i], "");
+        if (most < 0) continue;
+        l->memory = fmin(l->memory, most);
+        l->available = fmin(l->available, fmax(0, most - fmax(0, used)));
+    }
+}
+
+/* From the process's own groups upwards: each has limits. A line of /proc/self/cgroup is
+ * ID:CONTROLLERS:PATH, and version 2 names no controllers. */
+static group_limits limits_of_groups(void) {
+    group_limits l = {MAX_THREADS, 0x1p62, 0x1p62};
+    char line[1024], folder[1100];
+    FILE *f = fopen("/proc/self/cgroup", "r");
+    while (f && fgets(line, sizeof line, f)) {
+        char *kinds = strchr(line, ':'), *path = kinds ? strchr(kinds + 1, ':') : NULL;
+        if (!path) continue;
+        *kinds = '/';
+        *path++ = 0;
+        path[strcspn(path, "\n")] = 0;
+        int version = kinds[1] ? 1 : 2;
+        int root = snprintf(folder, sizeof folder, "/sys/fs/cgroup%s", version == 1 ? kinds : "");
+        snprintf(folder + root, sizeof folder - (size_t)root, "%s", path);
+        for (char *end = folder + strlen(folder); end; end = strrchr(folder + root, '/')) {
+            *end = 0;
+            lower_limits(folder, version, &l);
+        }
+    }
+    if (f) fclose(f);
+    return l;
+}
+
+/* The threads worth having: one for each processor, or for each whole one that a quota pays for. */
+static int default_threads(void) {
+    double quota = limits_of_groups().processors;
+    int n = processors();
+    return quota >= n ? n : quota < 1 ? 1 : (int)quota;
+}
+
 /* Bytes of memory the machine has, and how many of them are free or can be freed at once: all,
- * where the system does not say. */
-static void memory_size(uint64_t *total, uint64_t *available) {
+ * where the system does not say. True: a control group has less, and it is the group's. */
+static bool memory_size(uint64_t *total, uint64_t *available) {
 #ifdef __APPLE__
     *available = *total = sysctl_number("hw.memsize");
 #else
     *available = *total = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
 #endif
+    group_limits l = limits_of_groups();
     FILE *f = fopen("/proc/meminfo", "r");
     char line[128];
     unsigned long long kib;
     while (f && fgets(line, sizeof line, f))
         if (sscanf(line, "MemAvailable: %llu kB", &kib) == 1) *available = kib * 1024;
     if (f) fclose(f);
+    bool less = l.memory < (double)*total;
+    if (less) *total = (uint64_t)l.memory;
+    if (l.available < (double)*available) *available = (uint64_t)l.available;
     if (*available > *total) *available = *total;
+    return less;
 }
 
 static void local_time(time_t when, struct tm *t) { localtime_r(&when, t); }
@@ -771,6 +852,8 @@ static int processors(void) {
     return mine ? __builtin_popcountll(mine) : 1;
 }
 
+static int default_threads(void) { return processors(); }
+
 static size_t second_cache(void) {
     SYSTEM_LOGICAL_PROCESSOR_INFORMATION row[512];
     DWORD n = sizeof row;
@@ -782,11 +865,12 @@ static size_t second_cache(void) {
 }
 
 /* Memory is free where a process may have it, too: the paging file counts. */
-static void memory_size(uint64_t *total, uint64_t *available) {
+static bool memory_size(uint64_t *total, uint64_t *available) {
     MEMORYSTATUSEX m = {.dwLength = sizeof m};
     GlobalMemoryStatusEx(&m);
     *total = m.ullTotalPhys;
     *available = m.ullAvailPhys < m.ullAvailPageFile ? m.ullAvailPhys : m.ullAvailPageFile;
+    return false;
 }
 
 static void local_time(time_t when, struct tm *t) { localtime_s(t, &when); }
@@ -1614,8 +1698,10 @@ typedef struct {
     pthread_t id;
 } worker;
 
-/* A job is one call of parallel_for. The caller writes the plain fields of a job before it raises
- * `job`, and workers read them after they saw the new number: that order makes them safe. */
+/* A job is one call of parallel_for: N items in pieces of GRAIN. LEFT holds which job it is (upper
+ * 32 bits) and how many of its pieces nobody has taken. The caller writes the plain fields before
+ * it sets LEFT, and a thread reads them after it took a piece. They stay as they are until that
+ * piece is reported in FINISHED, for the caller waits for all pieces. */
 typedef struct thread_pool {
     int threads;                            /* with the caller, who is thread 0                 */
     worker workers[MAX_THREADS];
@@ -1623,26 +1709,30 @@ typedef struct thread_pool {
     pthread_mutex_t turn;                   /* held by the session whose step runs              */
     pthread_mutex_t lock;                   /* for sleeping and waking only                     */
     pthread_cond_t wake, idle;
-    atomic_uint job;                        /* grows by one for each parallel_for               */
-    atomic_int running;                     /* workers that have not finished this job          */
-    atomic_int sleeping;
+    _Atomic uint64_t left;
+    atomic_size_t finished;                 /* pieces                                           */
+    atomic_bool workers_sleep, caller_sleeps;       /* some of them                             */
     atomic_bool quit;
     task_fn *task;
     void *context;
-    size_t n, grain;
-    atomic_size_t next;                     /* first item nobody has taken                      */
+    size_t n, grain, pieces;
 } thread_pool;
 
-/* Takes ranges until none is left. One atomic counter is the whole schedule: a thread on a slow or
- * busy core takes fewer ranges, and nobody waits for it longer than for one range. The order may be
- * relaxed, because the counter guards nothing but itself. */
-static void take_work(thread_pool *pool, int thread) {
-    for (;;) {
-        size_t begin = atomic_fetch_add_explicit(&pool->next, pool->grain, memory_order_relaxed);
-        if (begin >= pool->n) return;
+/* Takes pieces until none is left, and gives how many. One number is the whole schedule: a thread
+ * on a slow or busy core takes fewer pieces, and one that the system does not let run takes none,
+ * so nobody waits for it. Who was interrupted before it took a piece finds another job in LEFT. */
+static size_t take_pieces(thread_pool *pool, int thread) {
+    size_t taken = 0;
+    uint64_t left = atomic_load_explicit(&pool->left, memory_order_acquire);
+    while ((uint32_t)left) {
+        if (!atomic_compare_exchange_weak(&pool->left, &left, left - 1)) continue;
+        size_t begin = (pool->pieces - (uint32_t)left) * pool->grain;
         size_t end = pool->n - begin < pool->grain ? pool->n : begin + pool->grain;
         pool->task(pool->context, begin, end, thread);
+        taken++;
+        left = atomic_load_explicit(&pool->left, memory_order_acquire);
     }
+    return taken;
 }
 
 /* How often a thread that waits looks again before it sleeps: 20 microseconds in all on a Xeon of
@@ -1657,57 +1747,62 @@ ALWAYS_INLINE void pause_briefly(void) {
 #endif
 }
 
-/* Waits until the job number is no longer SEEN: first spins, then sleeps, because nobody wants a
- * fan to run while a person types. */
-static unsigned wait_for_job(thread_pool *pool, unsigned seen) {
+static bool is_work(thread_pool *pool) {
+    return (uint32_t)atomic_load(&pool->left) || atomic_load(&pool->quit);
+}
+
+/* First spins, then sleeps, because nobody wants a fan to run while a person types. A worker cannot
+ * miss a job and sleep on: it says that it sleeps before it looks for the last time, and
+ * parallel_for sets LEFT before it looks who sleeps. */
+static void wait_for_work(thread_pool *pool) {
     for (int i = 0; i < SPINS; i++) {
-        unsigned job = atomic_load_explicit(&pool->job, memory_order_acquire);
-        if (job != seen) return job;
+        if (is_work(pool)) return;
         pause_briefly();
     }
     pthread_mutex_lock(&pool->lock);
-    atomic_fetch_add(&pool->sleeping, 1);
-    while (atomic_load(&pool->job) == seen) pthread_cond_wait(&pool->wake, &pool->lock);
-    atomic_fetch_sub(&pool->sleeping, 1);
+    for (;;) {
+        atomic_store(&pool->workers_sleep, true);
+        if (is_work(pool)) break;
+        pthread_cond_wait(&pool->wake, &pool->lock);
+    }
     pthread_mutex_unlock(&pool->lock);
-    return atomic_load(&pool->job);
 }
 
 static void *worker_main(void *context) {
     const worker *w = context;
     thread_pool *pool = w->pool;
-    for (unsigned job = 0;;) {
-        job = wait_for_job(pool, job);
+    for (;;) {
+        wait_for_work(pool);
         if (atomic_load(&pool->quit)) return NULL;
-        take_work(pool, w->index);
-        if (atomic_fetch_sub(&pool->running, 1) == 1) {         /* the last one done wakes the   */
-            pthread_mutex_lock(&pool->lock);                    /* caller, should it sleep       */
-            pthread_cond_signal(&pool->idle);
-            pthread_mutex_unlock(&pool->lock);
-        }
+        size_t taken = take_pieces(pool, w->index);
+        if (!taken) continue;
+        atomic_fetch_add(&pool->finished, taken);
+        if (!atomic_load(&pool->caller_sleeps)) continue;
+        pthread_mutex_lock(&pool->lock);
+        pthread_cond_signal(&pool->idle);
+        pthread_mutex_unlock(&pool->lock);
     }
 }
 
-/* A worker cannot miss the new number and sleep on: it counts itself as sleeping before it looks at
- * the number for the last time, and here the number grows before the sleepers are counted. */
-static void start_job(thread_pool *pool) {
-    atomic_store(&pool->running, pool->started);
-    atomic_fetch_add(&pool->job, 1);
-    if (!atomic_load(&pool->sleeping)) return;
+/* Wakes the workers that sleep, once: until one of them runs, the next jobs call nobody. */
+static void wake_workers(thread_pool *pool) {
+    if (!atomic_load(&pool->workers_sleep)) return;
     pthread_mutex_lock(&pool->lock);
+    atomic_store(&pool->workers_sleep, false);
     pthread_cond_broadcast(&pool->wake);
     pthread_mutex_unlock(&pool->lock);
 }
 
-/* Waits until no worker runs. All of them must have left this job before the next one begins, even
- * those that came too late to find work: they read its fields. */
-static void wait_for_workers(thread_pool *pool) {
+/* Waits until the workers have finished what they took: PIECES in all. */
+static void wait_for_pieces(thread_pool *pool, size_t pieces) {
     for (int i = 0; i < SPINS; i++) {
-        if (!atomic_load_explicit(&pool->running, memory_order_acquire)) return;
+        if (atomic_load_explicit(&pool->finished, memory_order_acquire) == pieces) return;
         pause_briefly();
     }
     pthread_mutex_lock(&pool->lock);
-    while (atomic_load(&pool->running)) pthread_cond_wait(&pool->idle, &pool->lock);
+    atomic_store(&pool->caller_sleeps, true);
+    while (atomic_load(&pool->finished) != pieces) pthread_cond_wait(&pool->idle, &pool->lock);
+    atomic_store(&pool->caller_sleeps, false);
     pthread_mutex_unlock(&pool->lock);
 }
 
@@ -1720,19 +1815,19 @@ static void parallel_for(thread_pool *pool, size_t n, size_t grain, task_fn *tas
         task(context, 0, n, 0);
         return;
     }
-    pool->task = task;
-    pool->context = context;
-    pool->n = n;
-    pool->grain = grain;
-    atomic_store(&pool->next, 0);
-    start_job(pool);
-    take_work(pool, 0);
-    wait_for_workers(pool);
+    pool->task = task, pool->context = context;
+    pool->n = n, pool->grain = grain;
+    pool->pieces = (n - 1) / grain + 1;
+    atomic_store(&pool->finished, 0);
+    uint64_t job = (atomic_load(&pool->left) >> 32) + 1;
+    atomic_store(&pool->left, job << 32 | pool->pieces);
+    wake_workers(pool);
+    wait_for_pieces(pool, pool->pieces - take_pieces(pool, 0));
 }
 
 static void pool_stop(thread_pool *pool) {
     atomic_store(&pool->quit, true);
-    start_job(pool);
+    wake_workers(pool);
     for (int i = 0; i < pool->started; i++) pthread_join(pool->workers[i].id, NULL);
     pthread_mutex_destroy(&pool->turn);
     pthread_mutex_destroy(&pool->lock);
@@ -1767,15 +1862,15 @@ static int pool_start(thread_pool *pool, int threads, medrun_error *e) {
     pthread_mutex_init(&pool->lock, NULL);
     pthread_cond_init(&pool->wake, NULL);
     pthread_cond_init(&pool->idle, NULL);
-    pool->threads = threads ? threads : processors();
+    pool->threads = threads ? threads : default_threads();
     for (int i = 1; i < pool->threads; i++) {
         worker *w = &pool->workers[pool->started];
         w->pool = pool;
         w->index = i;
         if (start_thread(&w->id, worker_main, w)) {
-            fail(e, MEDRUN_FAILED, "cannot start thread %d of %d", i + 1, pool->threads);
+            fail(e, MEDRUN_NO_MEMORY, "cannot start thread %d of %d", i + 1, pool->threads);
             pool_stop(pool);
-            return MEDRUN_FAILED;
+            return MEDRUN_NO_MEMORY;
         }
         pool->started++;
     }
@@ -4893,10 +4988,11 @@ static int map_file(const char *path, file_map *map, medrun_error *e) {
     else if (!f.bytes) why = "is empty";
     else if (f.bytes > SIZE_MAX) why = "a program of 32 bits can address 4294967295";
     else if (!(p = map_bytes(fd, (size_t)f.bytes))) why = strerror(errno);
+    bool no_room = why && errno == ENOMEM;
     close(fd);
     if (why && f.regular && f.bytes)
-        return fail(e, MEDRUN_BAD_FILE, "%s: cannot map its %llu bytes: %s", path,
-                    (unsigned long long)f.bytes, why);
+        return fail(e, no_room ? MEDRUN_NO_MEMORY : MEDRUN_BAD_FILE,
+                    "%s: cannot map its %llu bytes: %s", path, (unsigned long long)f.bytes, why);
     if (why) return fail(e, MEDRUN_BAD_FILE, "%s: %s", path, why);
     *map = (file_map){p, (size_t)f.bytes};
     return MEDRUN_OK;
@@ -7237,7 +7333,9 @@ static int load_model(medrun_model *m, const medrun_options *options, medrun_err
     if (bind_all(m, e) || read_tokenizer(m, e) || read_chat(m, e) ||
         choose_kernels(&m->kernels, options ? options->kernels : NULL, e)) return e->code;
     m->cache = second_cache();
-    return pool_start(m->pool, options ? options->threads : 0, e);
+    int threads = options ? options->threads : 0, most = processors();
+    if (threads > most && threads <= MAX_THREADS) threads = most;   /* more would only take turns */
+    return pool_start(m->pool, threads, e);
 }
 /* ============================================================================================
  * 13 Transformer: what happens to a batch of tokens
@@ -9672,7 +9770,7 @@ static void show_memory(FILE *f, const command *c, const medrun_session_options 
     uint64_t total, available, weights = c->m->file.map.n, session = session_needs(c->m, o);
     uint64_t cache = cache_size(c->m, o->context, o->kv), all = weights + session;
     int other = o->kv == MEDRUN_KV_INT8 ? MEDRUN_KV_F16 : MEDRUN_KV_INT8;
-    memory_size(&total, &available);
+    const char *of_group = memory_size(&total, &available) ? " (the control group's limit)" : "";
     const char *verdict = all <= available ? "it fits" :
         all <= total ? "it fits when other programs leave" :
         session <= total ? "the weights do not fit and would be read again for each token" :
@@ -9682,8 +9780,8 @@ static void show_memory(FILE *f, const command *c, const medrun_session_options 
             mb(cache), o->context, kv_names[o->kv], kv_names[other],
             mb(cache_size(c->m, o->context, other)));
     fprintf(f, "%-13s%9.1f MB scratch\n", "", mb(session - cache));
-    fprintf(f, "%-13s%9.1f MB in all, of %.1f MB; %.1f MB are free: %s\n", "", mb(all), mb(total),
-            mb(available), verdict);
+    fprintf(f, "%-13s%9.1f MB in all, of %.1f MB%s; %.1f MB are free: %s\n", "", mb(all),
+            mb(total), of_group, mb(available), verdict);
 }
 
 static int show_model(FILE *f, command *c, int context) {

@@ -148,8 +148,9 @@ static void test_workers_sleep(void) {
     if (!CHECK_EQ(pool_start(&p, 4, &e), MEDRUN_OK)) return;
     CHECK_EQ(wrong_job(&p, &s, 100, 1, 0), 0);
     double start = seconds();
-    while (atomic_load(&p.sleeping) < 3 && seconds() - start < 10) usleep(1000);
-    CHECK_EQ(atomic_load(&p.sleeping), 3);
+    while (!atomic_load(&p.workers_sleep) && seconds() - start < 10) usleep(1000);
+    CHECK(atomic_load(&p.workers_sleep));
+    usleep(50000);                                      /* the others, too                       */
     struct rusage before, after;
     getrusage(RUSAGE_SELF, &before);
     usleep(300000);
@@ -171,7 +172,7 @@ static void test_pool_start(void) {
     CHECK(strstr(e.text, "257") != NULL);
     e = (medrun_error){0};
     CHECK_EQ(pool_start(&p, 0, &e), MEDRUN_OK);
-    CHECK_EQ(p.threads, processors());
+    CHECK_EQ(p.threads, default_threads());
     pool_stop(&p);
     CHECK_EQ(pool_start(&p, MAX_THREADS, &e), MEDRUN_OK);
     CHECK_EQ(p.started, MAX_THREADS - 1);
@@ -219,8 +220,8 @@ static void test_pool_refused(void) {
     medrun_error e = {0};
     int code = pool_start(&p, MAX_THREADS, &e);
     setrlimit(RLIMIT_AS, &old);
-    CHECK_EQ(code, MEDRUN_FAILED);
-    CHECK_EQ(e.code, MEDRUN_FAILED);
+    CHECK_EQ(code, MEDRUN_NO_MEMORY);
+    CHECK_EQ(e.code, MEDRUN_NO_MEMORY);
     CHECK(strstr(e.text, "of 256") != NULL);
     CHECK_EQ(p.started, 0);
     CHECK_EQ(p.threads, 0);                             /* else medrun_close stops it once more  */
@@ -269,6 +270,51 @@ static void test_map_file(void) {
         unlink(fifo);
     }
 }
+
+#ifndef _WIN32
+static void write_text(const char *folder, const char *name, const char *text) {
+    char path[256];
+    snprintf(path, sizeof path, "%s/%s", folder, name);
+    FILE *f = fopen(path, "w");
+    if (CHECK(f)) fputs(text, f), fclose(f);
+}
+
+/* Files as the two versions of control groups have them, and what is none. */
+static void test_limits(void) {
+    static const struct { const char *name, *text; } files[] = {
+        {"cpu.max", "150000 100000\n"}, {"memory.max", "67108864\n"}, {"memory.high", "max\n"},
+        {"memory.current", "60000000\n"}, {"memory.stat", "anon 1\ninactive_file 20000000\nactive_"
+        "file 5000000\nslab 7\n"}, {"cpu.cfs_quota_us", "-1\n"}, {"cpu.cfs_period_us", "100000\n"},
+        {"memory.limit_in_bytes", "9223372036854771712\n"}, {"memory.usage_in_bytes", "5\n"}};
+    enum { FILES = sizeof files / sizeof *files };
+    char folder[] = "/tmp/medrun_test_XXXXXX", path[256];
+    if (!CHECK(mkdtemp(folder))) return;
+    group_limits none = {MAX_THREADS, 0x1p62, 0x1p62}, l = none;
+    lower_limits(folder, 2, &l), lower_limits(folder, 1, &l);
+    CHECK(!memcmp(&l, &none, sizeof l));                /* no file is no limit                   */
+    for (int i = 0; i < FILES; i++) write_text(folder, files[i].name, files[i].text);
+    lower_limits(folder, 1, &l);                        /* "none" in the words of version 1      */
+    CHECK(l.processors == MAX_THREADS && l.memory >= 0x1p62 && l.available >= 0x1p62);
+    lower_limits(folder, 2, &l);
+    CHECK(l.processors == 1.5 && l.memory == 67108864 && l.available == 67108864 - 35000000);
+    write_text(folder, "cpu.max", "max 100000\n");
+    write_text(folder, "memory.high", "40000000\n");
+    write_text(folder, "cpu.cfs_quota_us", "50000\n");
+    write_text(folder, "memory.limit_in_bytes", "30000000\n");
+    lower_limits(folder, 2, &l);                        /* the least counts                      */
+    CHECK(l.processors == 1.5 && l.memory == 40000000 && l.available == 5000000);
+    lower_limits(folder, 1, &l);
+    CHECK(l.processors == 0.5 && l.memory == 30000000 && l.available == 5000000);
+    write_text(folder, "memory.current", "900000000\n");
+    lower_limits(folder, 2, &l);                        /* more is used than there may be        */
+    CHECK(l.available == 0);
+    for (int i = 0; i < FILES; i++) {
+        snprintf(path, sizeof path, "%s/%s", folder, files[i].name);
+        remove(path);
+    }
+    rmdir(folder);
+}
+#endif
 
 static void test_machine(void) {
     double t = seconds();
@@ -371,6 +417,9 @@ int main(void) {
     test_pool_start();
     test_map_file();
     test_machine();
+#ifndef _WIN32
+    test_limits();
+#endif
     test_arithmetic();
     test_pool_refused();
     return report();

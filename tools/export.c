@@ -2223,7 +2223,7 @@ static int parse_line(exporter *x, int argc, char **argv, medrun_error *e) {
 static int check_options(exporter *x, medrun_error *e) {
     const export_options *o = &x->options;
     double factor = 0;
-    int window = -1, threads = processors();
+    int window = -1, threads = default_threads();
     if (!o->source || (!o->out && !o->dry_run))
         return fail(e, MEDRUN_USAGE, "wanted SOURCE and OUT; see --help");
     x->type = o->type ? type_find(o->type) : TYPE_INT8;

@@ -413,9 +413,11 @@ static int doctor_command(command *c) {
     uint64_t total, available;
     int n = usable_kernels(sets), code = choose_kernels(&chosen, getenv("MEDRUN_KERNELS"), &c->e);
     if (code) return code;
-    memory_size(&total, &available);
-    printf("processors %d\nmemory     %.1f MB, %.1f MB are free\nkernels    %s\n", processors(),
-           mb(total), mb(available), chosen->name);
+    bool of_group = memory_size(&total, &available), less = default_threads() < processors();
+    printf("processors %d%s\n", default_threads(), less ? " (the control group's quota)" : "");
+    printf("memory     %.1f MB%s, %.1f MB are free\n", mb(total),
+           of_group ? " (the control group's limit)" : "", mb(available));
+    printf("kernels    %s\n", chosen->name);
     if (plain_only()) printf("           %s\n", plain_only());
     for (int i = 0; i < 3 * n; i++) {
         const kernel_set *k = sets[i / 3];
