@@ -8043,7 +8043,7 @@ struct medrun_session {
     size_t n_logits;                            /* rows the last pass gave; 0 while pending     */
     size_t n_ready;                             /* rows medrun_next has still to use: that of the
                                                    last token and those of guesses behind it    */
-    lookup *lookup;                             /* what guesses; NULL: nothing does             */
+    lookup lookup;                              /* what guesses, with the option lookup         */
     uint64_t random;
     bool answer_open;                           /* the last turn is an answer nobody closed     */
     bool starting;                              /* medrun_next has not given text since a feed  */
@@ -8052,16 +8052,13 @@ struct medrun_session {
     size_t n_text;                              /* those of the next piece behind them          */
     medrun_observer *observer;
     void *observer_user;
-    pass *pass;                                 /* scratch for passes that this session leads   */
+    pass pass;                                  /* scratch for passes that this session leads   */
 };
 
-/* Lays out S, whose model and options are set, in the arena. Where the arena only counts, what
- * would be written goes to structs that are thrown away. */
+/* Lays out the arrays of S, whose model and options are set, in the arena. */
 static void layout_session(medrun_session *s, arena *a) {
     const model_config *c = &s->model->config;
     const medrun_session_options *o = &s->options;
-    pass unused_pass, *p = arena_take(a, 1, sizeof *p);
-    lookup *look = o->lookup ? arena_take(a, 1, sizeof *look) : NULL;
     size_t vocab = (size_t)c->vocab_size;
     int rows = o->logit_rows > o->lookup ? o->logit_rows : o->lookup + 1;
     s->tokens = arena_take(a, (size_t)o->context, sizeof *s->tokens);
@@ -8069,11 +8066,7 @@ static void layout_session(medrun_session *s, arena *a) {
     s->logits = arena_take(a, (uint64_t)rows, round_up(vocab, LANES) * sizeof(float));
     s->candidates = arena_take(a, vocab, sizeof *s->candidates);
     s->text = arena_take(a, s->model->longest_piece + 8, 1);
-    layout_pass(p ? p : &unused_pass, s->model, o->batch, o->context, o->strict, a);
-    if (look) start_lookup(look);
-    s->pass = p;
-    s->lookup = look;
-    s->n_wanted = (size_t)o->logit_rows;
+    layout_pass(&s->pass, s->model, o->batch, o->context, o->strict, a);
 }
 
 /* Replaces zeros by what they stand for and checks ranges. A caller's sizes are wishes: what the
@@ -8114,14 +8107,22 @@ static int resolve_options(const medrun_model *m, const medrun_session_options *
     return MEDRUN_OK;
 }
 
-/* Bytes of a session, counted in 64 bits, as they may be more than a pointer reaches; 0: no session
- * can have these options. */
+/* Makes in S a session with these options that has no memory yet. Returns the bytes it needs, its
+ * own among them, in 64 bits, as they may be more than a pointer reaches; 0 after a failure. */
+static uint64_t plan_session(medrun_session *s, const medrun_model *model,
+                             const medrun_session_options *options, medrun_error *e) {
+    *s = (medrun_session){.model = model};
+    if (resolve_options(model, options, &s->options, e)) return 0;
+    s->random = s->options.sampling.seed;
+    s->n_wanted = (size_t)s->options.logit_rows;
+    start_lookup(&s->lookup);
+    arena counts = {NULL, round_up(sizeof *s, 64)};
+    layout_session(s, &counts);
+    return counts.at;
+}
+
 static uint64_t session_needs(const medrun_model *model, const medrun_session_options *options) {
-    medrun_session s = {.model = model};
-    if (resolve_options(model, options, &s.options, &(medrun_error){0})) return 0;
-    arena a = {NULL, round_up(sizeof s, 64)};
-    layout_session(&s, &a);
-    return a.at;
+    return plan_session(&(medrun_session){0}, model, options, &(medrun_error){0});
 }
 
 size_t medrun_session_bytes(const medrun_model *model, const medrun_session_options *options) {
@@ -8129,34 +8130,32 @@ size_t medrun_session_bytes(const medrun_model *model, const medrun_session_opti
     return need > SIZE_MAX ? SIZE_MAX : (size_t)need;
 }
 
-/* The options are resolved twice: `need` must be what medrun_session_bytes tells a caller. Memory
- * is refused by the machine's total and not by what is free: pages are taken as they are touched,
- * and a long context may never fill. */
+/* Memory is refused by the machine's total and not by what is free: pages are taken as they are
+ * touched, and a long context may never fill. */
 int medrun_start(medrun_session **out, const medrun_model *model,
                  const medrun_session_options *options, void *memory, size_t bytes,
                  medrun_error *error) {
     medrun_error own, *e = fresh_error(error, &own);
-    medrun_session_options o;
-    uint64_t total = 0, available;
+    medrun_session plan;
+    uint64_t total = 0, available, need = plan_session(&plan, model, options, e);
     *out = NULL;
-    if (resolve_options(model, options, &o, e)) return e->code;
-    uint64_t need = session_needs(model, options);
+    if (e->code) return e->code;
     if (memory && (bytes < need || (uintptr_t)memory % 64))
         return fail(e, MEDRUN_USAGE, "session memory: found %zu bytes at %p, wanted %llu, 64-byte "
                     "aligned", bytes, memory, (unsigned long long)need);
     if (!memory) memory_size(&total, &available);
     if (need > total && !memory)
         return fail(e, MEDRUN_NO_MEMORY, "a context of %d tokens needs %llu MB, this machine has "
-                    "%llu MB; ask for a smaller one (-c)", o.context,
+                    "%llu MB; ask for a smaller one (-c)", plan.options.context,
                     (unsigned long long)need >> 20, (unsigned long long)total >> 20);
     medrun_session *s = memory ? memory : need > SIZE_MAX ? NULL : map_bytes(-1, (size_t)need);
     if (!s) return fail(e, MEDRUN_NO_MEMORY, "a context of %d tokens needs %llu MB, which were not "
-                        "to be had; ask for a smaller one (-c)", o.context,
+                        "to be had; ask for a smaller one (-c)", plan.options.context,
                         (unsigned long long)need >> 20);
-    *s = (medrun_session){.model = model, .options = o, .bytes = (size_t)need,
-                          .owns_memory = !memory, .random = o.sampling.seed};
-    arena a = {(uint8_t *)s, round_up(sizeof *s, 64)};
-    layout_session(s, &a);
+    *s = plan;
+    s->bytes = (size_t)need;
+    s->owns_memory = !memory;
+    layout_session(s, &(arena){(uint8_t *)s, round_up(sizeof *s, 64)});
     *out = s;
     return MEDRUN_OK;
 }
@@ -8172,12 +8171,12 @@ void medrun_stop(medrun_session *s) {
  * once the timeline goes on in another way. */
 static void drop_guesses(medrun_session *s) {
     s->n_ready = 0;
-    if (s->lookup) s->lookup->length = 0;
+    s->lookup.length = 0;
 }
 
 void medrun_guesses(const medrun_session *s, uint64_t *guessed, uint64_t *right) {
-    *guessed = s->lookup ? s->lookup->guessed : 0;
-    *right = s->lookup ? s->lookup->right : 0;
+    *guessed = s->lookup.guessed;
+    *right = s->lookup.right;
 }
 
 /* An id past the vocabulary would read past the embedding. */
@@ -8243,7 +8242,7 @@ const int32_t *medrun_tokens(const medrun_session *s) { return s->tokens; }
  * */
 const float *medrun_logits(const medrun_session *s, size_t row) {
     if (medrun_pending(s) || row >= s->n_logits) return NULL;
-    return s->logits + row * s->pass->vocab;
+    return s->logits + row * s->pass.vocab;
 }
 
 /* Passes with guesses show rows that are no part of the timeline, so an observer ends them. */
@@ -8389,7 +8388,7 @@ int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *error) 
     if (!n) return MEDRUN_OK;
     if (arithmetic_fault()) return check_machine(e);
     if (check_company(sessions, n, e)) return e->code;
-    pass *p = sessions[0]->pass;
+    pass *p = &sessions[0]->pass;
     if (pthread_mutex_lock(&sessions[0]->model->pool->turn))
         return fail(e, MEDRUN_USAGE, "step: an observer called it while its pass was running");
     p->n = 0;
@@ -8415,7 +8414,7 @@ int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *error) 
  * the random state is saved with a session. */
 static int32_t sample_row(medrun_session *s, size_t row) {
     const tokenizer *t = &s->model->tokenizer;
-    return sample_token(s->candidates, s->logits + row * s->pass->vocab, (size_t)t->vocab_size,
+    return sample_token(s->candidates, s->logits + row * s->pass.vocab, (size_t)t->vocab_size,
                         t->has_unused ? t->piece_type : NULL, &s->options.sampling, &s->random,
                         s->tokens, s->n_tokens);
 }
@@ -8432,7 +8431,7 @@ int medrun_sample(medrun_session *s, int32_t *id, medrun_error *error) {
  * guesses stand past the end of the timeline, at s->tokens[n_tokens] and on; the pass is made to
  * believe that they belong to it. Nothing is worth guessing behind a guessed stop. */
 static int step_ahead(medrun_session *s, medrun_error *e) {
-    lookup *look = s->lookup;
+    lookup *look = &s->lookup;
     size_t n = s->n_tokens, room = (size_t)s->options.context - n, k = 0;
     size_t most = (size_t)s->options.lookup < room ? (size_t)s->options.lookup : room;
     find_match(look, s->tokens, n);
@@ -8459,7 +8458,7 @@ static int step_ahead(medrun_session *s, medrun_error *e) {
 static int next_id(medrun_session *s, int32_t *id, medrun_error *e) {
     if (s->n_ready) s->n_done = s->n_tokens;            /* guessed, and so in the cache          */
     while (!e->code && medrun_pending(s)) {
-        if (s->lookup && medrun_pending(s) == 1) step_ahead(s, e);
+        if (s->options.lookup && medrun_pending(s) == 1) step_ahead(s, e);
         else medrun_step(&s, 1, e);
     }
     if (e->code) return e->code;
@@ -8467,9 +8466,9 @@ static int next_id(medrun_session *s, int32_t *id, medrun_error *e) {
     if (s->n_ready) *id = sample_row(s, s->n_ready - 1);
     bool right = s->n_ready > 1 && s->tokens[s->n_tokens] == *id;
     s->n_ready = right ? s->n_ready - 1 : 0;
-    if (append_ids(s, id, 1, e) || !s->lookup) return e->code;
-    learn_match(s->lookup, *id == s->tokens[s->lookup->at]);
-    s->lookup->right += right;
+    if (append_ids(s, id, 1, e)) return e->code;
+    learn_match(&s->lookup, *id == s->tokens[s->lookup.at]);
+    s->lookup.right += right;
     return MEDRUN_OK;
 }
 
@@ -8502,12 +8501,13 @@ int medrun_next(medrun_session *s, int32_t *id, const char **text, size_t *n_byt
 
 /* ---- text and tokens ----------------------------------------------------------------------- */
 
-/* Hands at most CAP of the ids to the caller and frees the buffer; *N is how many there are. */
-static int give_ids(buffer *ids, int32_t *out, size_t cap, size_t *n, medrun_error *e) {
-    if (ids->failed) out_of_memory(e, ids->n);
-    *n = e->code ? 0 : ids->n / sizeof *out;
-    if (*n && cap) memcpy(out, ids->data, (*n < cap ? *n : cap) * sizeof *out);
-    buffer_free(ids);
+/* Hands at most CAP of the items in B, each of SIZE bytes, to the caller, and frees B; *N is how
+ * many there are. So a caller may ask twice: to learn the number, and to fetch. */
+static int give(buffer *b, size_t size, void *out, size_t cap, size_t *n, medrun_error *e) {
+    if (b->failed) out_of_memory(e, b->n);
+    *n = e->code ? 0 : b->n / size;
+    if (*n && cap) memcpy(out, b->data, (*n < cap ? *n : cap) * size);
+    buffer_free(b);
     return e->code;
 }
 
@@ -8521,22 +8521,15 @@ int medrun_tokenize(const medrun_model *m, const char *text, size_t n_bytes, int
              "MEDRUN_PARSE_SPECIAL, both or 0", flags);
     else
         tokenizer_encode(&m->tokenizer, text, n_bytes, flags, &b, e);
-    return give_ids(&b, ids, cap, n, e);
+    return give(&b, sizeof *ids, ids, cap, n, e);
 }
 
-/* Counts all bytes even where the caller has room for fewer, so two calls learn and fetch. */
 int medrun_detokenize(const medrun_model *m, const int32_t *ids, size_t n_ids, bool special,
                       char *bytes, size_t cap, size_t *n, medrun_error *error) {
     medrun_error own, *e = fresh_error(error, &own);
     buffer b = {0};
-    *n = 0;
-    if (check_ids(m, ids, n_ids, e)) return e->code;
-    tokenizer_decode(&m->tokenizer, ids, n_ids, special, &b);
-    if (b.failed) out_of_memory(e, b.n);
-    else *n = b.n;
-    if (*n && cap) memcpy(bytes, b.data, *n < cap ? *n : cap);
-    buffer_free(&b);
-    return e->code;
+    if (!check_ids(m, ids, n_ids, e)) tokenizer_decode(&m->tokenizer, ids, n_ids, special, &b);
+    return give(&b, 1, bytes, cap, n, e);
 }
 
 /* A name that is unknown and a checkpoint without a known template are two different errors: the
@@ -8553,16 +8546,17 @@ int medrun_render(const medrun_model *m, const char *name, const medrun_chat_opt
         return fail(e, MEDRUN_USAGE, "template: found \"%s\", wanted %s", name, MEDRUN_TEMPLATES);
     chat_writer w = {c, &m->tokenizer, options, .out = &b, .e = e};
     chat_render(&w, messages, n_messages, answer);
-    return give_ids(&b, ids, cap, n, e);
+    return give(&b, sizeof *ids, ids, cap, n, e);
 }
 
 /* ---- save and restore ---------------------------------------------------------------------- */
 
-/* A file is the head, the ids, a SHA-256 of both, and then blocks of 16 processed positions: for
- * each layer and key-value head the panel of keys and the panel of values as they lie in a session,
- * and a sum of the block. So the first tokens of a file are its first bytes, and can be checked and
- * used without the rest. Positions past the last whole block are not saved: a session computes them
- * again, with the same bits, and a panel on disk never holds what was forgotten or only guessed. */
+/* A file is a head, then the timeline in blocks of 16 tokens: their ids, zeros behind the last, and
+ * where all 16 are processed, for each layer and key-value head the panel of keys and the panel of
+ * values as they lie in a session. A sum follows each part. So the first tokens of a file are its
+ * first bytes, and can be checked and used without the rest. Positions past the last whole block
+ * have no panels: a session computes them again, with the same bits, and a panel on disk never
+ * holds what was forgotten or only guessed. */
 enum { STATE_BLOCK = 16 };
 
 /* Grows when a change to medrun changes the bits of a cache: files from before are refused. */
@@ -8572,139 +8566,130 @@ enum { NUMBERS_VERSION = 1 };
 typedef struct {
     char mark[8];                   /* STATE_MARK; its last character is the format's version   */
     uint8_t hash[32];               /* of the checkpoint                                        */
-    char numbers[24];               /* what the cache's bits depend on, see name_numbers        */
+    char numbers[24];               /* what the cache's bits depend on, see head_of             */
     char chat[32];                  /* the template's name                                      */
     uint32_t kv, strict;
     uint64_t n, done;               /* tokens; positions in the blocks                          */
     uint64_t random, open;          /* the sampler's state; is an answer open?                  */
 } state_head;
 
-#define STATE_MARK "MEDSESS3"
+#define STATE_MARK "MEDSESS4"
 static const file_kind session_file = {"a saved session", "MEDSESS", true};
 
-/* Saving and restoring walk over the same bytes in the same order; this is where they differ. */
+/* Saving and reading walk over the same parts in the same order. A file is read back as it was, or
+ * what begins like the ids that a session has is taken from it. */
+enum { STATE_SAVE, STATE_RESTORE, STATE_TAKE };
+
 typedef struct {
     FILE *f;
-    bool saving, failed;
-    sha256 head;                    /* of the head and the ids                                  */
-    uint64_t sum;                   /* of a block, see walk_panel                               */
+    int mode;
+    bool failed;                    /* then nothing is moved any more                           */
+    uint64_t sum;                   /* of all bytes so far                                      */
 } state_io;
 
-/* Moves N bytes between memory and the file; after a failure it does nothing. */
-static bool move_bytes(state_io *io, void *p, size_t n) {
-    if (io->failed) return false;
-    size_t moved = io->saving ? fwrite(p, 1, n, io->f) : fread(p, 1, n, io->f);
-    io->failed = moved != n;
-    return !io->failed;
-}
-
-/* Saving, a sum goes into the file; restoring, it must be what the file says. */
-static void move_sum(state_io *io, const void *sum, size_t n) {
-    uint8_t stored[32];
-    memcpy(stored, sum, n);
-    if (move_bytes(io, stored, n) && memcmp(stored, sum, n)) io->failed = true;
-}
-
-/* A part of the head or the ids. */
-static void walk_head(state_io *io, void *p, size_t n) {
-    if (move_bytes(io, p, n)) sha256_add(&io->head, p, n);
-}
-
-/* The N ids and the DIGEST of all so far. */
-static void walk_ids(state_io *io, int32_t *ids, size_t n, uint8_t digest[32]) {
-    walk_head(io, ids, n * sizeof *ids);
-    sha256_done(&io->head, digest);
-    move_sum(io, digest, 32);
-}
-
-/* A panel, and what it adds to the sum of its block. SHA-256 would take longer than reading, and is
- * no help against forgery where whoever writes the file writes the sum. Each step maps sums one to
- * one, so that no damage within a word goes unseen. N is a multiple of 8. */
-static void walk_panel(state_io *io, uint8_t *p, size_t n) {
-    if (!move_bytes(io, p, n)) return;
+/* The SUM of what came before and of N bytes more, a multiple of 8. SHA-256 would take longer than
+ * reading, and is no help against forgery where whoever writes the file writes the sum. Each step
+ * maps sums one to one, so that no damage within a word goes unseen and no part can stand for
+ * another. */
+static uint64_t add_to_sum(uint64_t sum, const uint8_t *p, size_t n) {
     for (uint64_t word; n; p += 8, n -= 8) {
         memcpy(&word, p, 8);
-        word ^= io->sum;
-        io->sum = (word << 29 | word >> 35) * 0x9E3779B97F4A7C15;
+        word ^= sum;
+        sum = (word << 29 | word >> 35) * 0x9E3779B97F4A7C15;
     }
+    return sum;
 }
 
-/* The first N positions of the cache, block by block: so a reader takes as many as it can use, and
- * checks each before it goes on. A block's sum begins with the head's digest and the block's
- * position, so that no block can stand for another. */
-static void walk_cache(state_io *io, const medrun_session *s, const uint8_t digest[32], size_t n) {
+/* Moves N bytes between memory and the file, and adds them to the sum. */
+static void walk_bytes(state_io *io, void *p, size_t n) {
+    if (io->failed) return;
+    size_t moved = io->mode == STATE_SAVE ? fwrite(p, 1, n, io->f) : fread(p, 1, n, io->f);
+    io->failed = moved != n;
+    if (!io->failed) io->sum = add_to_sum(io->sum, p, n);
+}
+
+/* Saving, the sum goes into the file; otherwise it must be what the file says. It is no part of the
+ * sums behind it. */
+static void walk_sum(state_io *io) {
+    uint64_t sum = io->sum, stored = sum;
+    walk_bytes(io, &stored, sizeof stored);
+    if (stored != sum) io->failed = true;
+    io->sum = sum;
+}
+
+/* The keys and values of the block at position AT. */
+static void walk_panels(state_io *io, const medrun_session *s, size_t at) {
     size_t panel = cache_panel(s->options.kv, (size_t)s->model->config.head_dim);
-    for (size_t at = 0; at < n && !io->failed; at += STATE_BLOCK) {
-        size_t offset = at / STATE_BLOCK * panel;
-        memcpy(&io->sum, digest, sizeof io->sum);
-        io->sum += at;
-        for (int l = 0; l < s->model->config.n_layers; l++)
-            for (size_t h = 0; h < (size_t)s->model->config.n_kv_heads; h++) {
-                size_t place = cache_place(&s->cache, l, h) + offset;
-                walk_panel(io, s->cache.keys + place, panel);
-                walk_panel(io, s->cache.values + place, panel);
-            }
-        uint64_t sum = io->sum;
-        move_sum(io, &sum, sizeof sum);
+    for (int l = 0; l < s->model->config.n_layers; l++)
+        for (size_t h = 0; h < s->cache.heads; h++) {
+            size_t place = cache_place(&s->cache, l, h) + at / STATE_BLOCK * panel;
+            walk_bytes(io, s->cache.keys + place, panel);
+            walk_bytes(io, s->cache.values + place, panel);
+        }
+    walk_sum(io);
+}
+
+/* The blocks of N tokens, of which DONE are processed; taking, only those before the first that has
+ * other ids than S. Returns how many positions had panels. */
+static size_t walk_blocks(state_io *io, const medrun_session *s, size_t n, size_t done) {
+    size_t at = 0;
+    for (; at < n && !io->failed; at += STATE_BLOCK) {
+        int32_t ids[STATE_BLOCK] = {0}, *own = s->tokens + at;
+        size_t few = n - at < STATE_BLOCK ? n - at : STATE_BLOCK, bytes = few * sizeof *ids;
+        if (io->mode == STATE_SAVE) memcpy(ids, own, bytes);
+        walk_bytes(io, ids, sizeof ids);
+        walk_sum(io);
+        if (io->mode == STATE_TAKE && memcmp(ids, own, bytes)) break;
+        if (check_ids(s->model, ids, few, NULL)) io->failed = true;
+        else memcpy(own, ids, bytes);
+        if (at < done) walk_panels(io, s, at);
     }
+    return at < done ? at : done;
 }
 
-/* What a cache's bits depend on. int8, int4, and bf16 without the processor's bf16 dot product give
- * the same bits everywhere; otherwise only the same kernels go on where others stopped. */
-static void name_numbers(const medrun_session *s, char name[24]) {
-    bool exact = pack_kind(&s->pass->eng, s->model->type) != PACK_BF16;
-    const char *numbers = exact ? "exact" : s->model->kernels->name;
-    snprintf(name, 24, "%d %s", NUMBERS_VERSION, numbers);
-}
-
-/* The head of what S would save now; restoring compares a file's head with it. */
+/* The head of what S would save now; restoring compares a file's head with it. int8, int4, and bf16
+ * without the processor's bf16 dot product give the same bits everywhere; otherwise only the same
+ * kernels go on where others stopped. */
 static state_head head_of(const medrun_session *s) {
     const medrun_session_options *o = &s->options;
-    state_head h = {.kv = (uint32_t)o->kv, .strict = o->strict};
-    memcpy(h.mark, STATE_MARK, sizeof h.mark);
-    memcpy(h.hash, s->model->file.hash, sizeof h.hash);
-    name_numbers(s, h.numbers);
-    snprintf(h.chat, sizeof h.chat, "%s",
-             o->template_name ? o->template_name : s->model->template_name);
-    h.n = s->n_tokens;
-    h.done = s->n_done / STATE_BLOCK * STATE_BLOCK;
-    h.random = s->random;
-    h.open = s->answer_open;
+    const medrun_model *m = s->model;
+    bool exact = pack_kind(&s->pass.eng, m->type) != PACK_BF16;
+    state_head h = {.mark = STATE_MARK, .kv = (uint32_t)o->kv, .strict = o->strict,
+                    .n = s->n_tokens, .done = s->n_done / STATE_BLOCK * STATE_BLOCK,
+                    .random = s->random, .open = s->answer_open};
+    memcpy(h.hash, m->file.hash, sizeof h.hash);
+    snprintf(h.numbers, sizeof h.numbers, "%d %s", NUMBERS_VERSION,
+             exact ? "exact" : m->kernels->name);
+    snprintf(h.chat, sizeof h.chat, "%s", o->template_name ? o->template_name : m->template_name);
     return h;
 }
 
-/* FORCE: over any other file, too. A write that fails shows when the writer is done. */
-static int save_session(const medrun_session *s, const char *path, bool force, medrun_error *e) {
-    file_writer w;
-    uint8_t digest[32];
-    if (writer_open(&w, path, &session_file, force, e)) return e->code;
-    state_head h = head_of(s);
-    state_io io = {.f = w.f, .saving = true};
-    sha256_init(&io.head);
-    walk_head(&io, &h, sizeof h);
-    walk_ids(&io, s->tokens, s->n_tokens, digest);
-    walk_cache(&io, s, digest, (size_t)h.done);
-    return writer_done(&w, e);
-}
-
+/* A write that fails shows when the writer is done. */
 int medrun_save(const medrun_session *s, const char *path, medrun_error *error) {
     medrun_error own, *e = fresh_error(error, &own);
-    return save_session(s, path, false, e);
+    file_writer w;
+    state_head h = head_of(s);
+    if (writer_open(&w, path, &session_file, false, e)) return e->code;
+    state_io io = {.f = w.f, .mode = STATE_SAVE};
+    walk_bytes(&io, &h, sizeof h);
+    walk_sum(&io);
+    walk_blocks(&io, s, s->n_tokens, (size_t)h.done);
+    return writer_done(&w, e);
 }
 
 /* The messages say what to do about it: a prefix of another cache type, template or machine is an
  * honest mistake, not damage. Checks a head H against the session's own and against the SIZE of the
- * file, which it must explain to the byte. */
+ * file, which it must explain to the byte: so it can be believed before its sum is seen. */
 static int check_head(const medrun_session *s, const state_head *h, uint64_t size,
                       const char *path, medrun_error *e) {
     static const char *const kv[] = {"f16", "f32", "int8"};
     const state_head own = head_of(s);
     uint64_t panel = cache_panel(s->options.kv, (size_t)s->model->config.head_dim);
-    uint64_t heads = (uint64_t)s->model->config.n_layers * (uint64_t)s->model->config.n_kv_heads;
-    uint64_t block = 2 * heads * panel + 8, start = sizeof *h + 4 * h->n + 32;
+    uint64_t panels = 2 * (uint64_t)s->model->config.n_layers * s->cache.heads * panel + 8;
+    uint64_t ids = STATE_BLOCK * sizeof *s->tokens + 8;
     if (memcmp(h->mark, own.mark, sizeof own.mark))
-        return fail(e, MEDRUN_BAD_FILE, "%s: not a session or prefix that this medrun can read",
-                    path);
+        return fail(e, MEDRUN_BAD_FILE, "%s: not a session or prefix that this medrun can read; "
+                    "save it again with this version", path);
     if (memcmp(h->hash, own.hash, sizeof own.hash))
         return fail(e, MEDRUN_BAD_FILE, "%s: was saved from another checkpoint", path);
     if (h->kv != own.kv || h->strict != own.strict)
@@ -8718,54 +8703,42 @@ static int check_head(const medrun_session *s, const state_head *h, uint64_t siz
     if (memcmp(h->chat, own.chat, sizeof own.chat))
         return fail(e, MEDRUN_BAD_FILE, "%s: was saved with the template %.32s, this session has "
                     "%s", path, h->chat, own.chat);
-    if (h->n > size / 4 || h->n > SIZE_MAX / 4 || h->done > h->n || h->done % STATE_BLOCK ||
-        h->done / STATE_BLOCK > size / block || start + h->done / STATE_BLOCK * block != size)
+    if (h->n > size / 4 || h->done > h->n || h->done % STATE_BLOCK ||
+        h->done / STATE_BLOCK > size / panels ||
+        size != sizeof *h + 8 + (h->n + STATE_BLOCK - 1) / STATE_BLOCK * ids +
+                h->done / STATE_BLOCK * panels)
         return fail(e, MEDRUN_BAD_FILE, "%s: is cut short or damaged", path);
     return MEDRUN_OK;
 }
 
-/* Takes the whole file; or, when ids have been FED, the blocks of what both begin with. Before the
- * head's sum is checked, nothing it says is trusted but its size, which the file's own justifies.
- * */
-static int restore_from(medrun_session *s, FILE *f, uint64_t size, bool fed, const char *path,
-                        medrun_error *e) {
-    state_io io = {.f = f};
+/* Reads F of SIZE bytes into S as MODE says. */
+static int read_state(medrun_session *s, FILE *f, uint64_t size, int mode, const char *path,
+                      medrun_error *e) {
+    state_io io = {.f = f, .mode = mode};
     state_head h = {0};
-    uint8_t digest[32];
-    size_t same = 0;
-    sha256_init(&io.head);
-    walk_head(&io, &h, sizeof h);
+    bool whole = mode == STATE_RESTORE;
+    walk_bytes(&io, &h, sizeof h);
     if (check_head(s, &h, size, path, e)) return e->code;
-    if (!fed && h.n > (uint64_t)s->options.context)
+    if (whole && h.n > (uint64_t)s->options.context)
         return fail(e, MEDRUN_TOO_LONG, "%s: %llu tokens do not fit the context of %d", path,
                     (unsigned long long)h.n, s->options.context);
-    size_t n = (size_t)h.n, take = (size_t)h.done;
-    int32_t *ids = new_array(n, sizeof *ids);
-    if (!ids) return out_of_memory(e, n * sizeof *ids);
-    walk_ids(&io, ids, n, digest);
-    for (size_t i = 0; i < n && !io.failed; i++)
-        io.failed = ids[i] < 0 || ids[i] >= s->model->config.vocab_size;
-    if (!fed && !io.failed) {
-        memcpy(s->tokens, ids, n * sizeof *ids);
-        s->n_tokens = n;
-    }
-    while (same < n && same < s->n_tokens && ids[same] == s->tokens[same]) same++;
-    free(ids);
-    if (take > same) take = same / STATE_BLOCK * STATE_BLOCK;
-    walk_cache(&io, s, digest, take);
+    size_t n = whole ? (size_t)h.n : s->n_tokens / STATE_BLOCK * STATE_BLOCK, done = n;
+    if (done > h.done) done = (size_t)h.done;
+    walk_sum(&io);
+    s->n_done = walk_blocks(&io, s, whole ? n : done, done);
     if (io.failed) return fail(e, MEDRUN_BAD_FILE, "%s: is cut short or damaged", path);
-    if (take && take == s->n_tokens) take--;            /* the last one again, for its logits    */
-    s->n_done = take;
-    if (!fed) {
+    if (whole) {
+        s->n_tokens = n;
         s->random = h.random;
         s->answer_open = h.open && n;
     }
+    if (s->n_done && s->n_done == s->n_tokens) s->n_done--;     /* once more, for its logits     */
     return MEDRUN_OK;
 }
 
-/* As restore_from; after a failure the session is empty, for half a cache is worse than none. The
+/* As read_state; after a failure the session is empty, for half a cache is worse than none. The
  * file is opened without waiting, as a pipe would have us wait for its other end. */
-static int restore_file(medrun_session *s, bool fed, const char *path, medrun_error *e) {
+static int restore_file(medrun_session *s, int mode, const char *path, medrun_error *e) {
     file_facts there;
     FILE *f = open_stream(path, TO_MAP);
     if (!f || get_facts(NULL, fileno(f), &there))
@@ -8773,7 +8746,7 @@ static int restore_file(medrun_session *s, bool fed, const char *path, medrun_er
     else if (!there.regular)
         fail(e, MEDRUN_BAD_FILE, "%s: is not a regular file", path);
     else
-        restore_from(s, f, there.bytes, fed, path, e);
+        read_state(s, f, there.bytes, mode, path, e);
     if (f) fclose(f);
     if (e->code) rewind_to(s, 0);
     return e->code;
@@ -8782,7 +8755,7 @@ static int restore_file(medrun_session *s, bool fed, const char *path, medrun_er
 int medrun_restore(medrun_session *s, const char *path, medrun_error *error) {
     medrun_error own, *e = fresh_error(error, &own);
     rewind_to(s, 0);
-    return restore_file(s, false, path, e);
+    return restore_file(s, STATE_RESTORE, path, e);
 }
 
 int medrun_feed_saved(medrun_session *s, const int32_t *ids, size_t n, const char *path,
@@ -8790,7 +8763,7 @@ int medrun_feed_saved(medrun_session *s, const int32_t *ids, size_t n, const cha
     medrun_error own, *e = fresh_error(error, &own);
     *taken = 0;
     rewind_to(s, 0);
-    if (append_ids(s, ids, n, e) || restore_file(s, true, path, e)) return e->code;
+    if (append_ids(s, ids, n, e) || restore_file(s, STATE_TAKE, path, e)) return e->code;
     *taken = s->n_done;
     return MEDRUN_OK;
 }

@@ -57,11 +57,10 @@ static void test_memory(int kv, int guesses) {
     medrun_session_options o = {.context = 100, .batch = 20, .kv = kv, .lookup = guesses};
     size_t n = medrun_session_bytes(model, &o);
     CHECK(n > 0 && n % 64 == 0);
-    if (guesses) {                              /* a row of logits for each guess, and its shares */
+    if (guesses) {                              /* a row of logits for each guess                */
         medrun_session_options none = {.context = 100, .batch = 20, .kv = kv};
         size_t rows = (size_t)(guesses < 19 ? guesses : 19);
-        CHECK_EQ(n - medrun_session_bytes(model, &none),
-                 rows * 272 * 4 + round_up(sizeof(struct lookup), 64));
+        CHECK_EQ(n - medrun_session_bytes(model, &none), rows * 272 * 4);
     }
     uint8_t *block = calloc(1, n + 192), *at = block + (64 - (uintptr_t)block % 64);
     memset(at + n, 0xA5, 64);
@@ -334,11 +333,11 @@ static void test_save(void) {
     CHECK_EQ(medrun_restore(s, file, NULL), MEDRUN_OK);
     CHECK_EQ(medrun_save(s, "/no/such/folder/state", NULL), MEDRUN_FAILED);
     /* a file of the format before is refused in one line, and may be written over; a letter not */
-    copy[7] = '2';
+    copy[7] = '3';
     write_file(file, copy, n);
     medrun_error e = {0};
     CHECK_EQ(medrun_restore(s, file, &e), MEDRUN_BAD_FILE);
-    CHECK(strstr(e.text, "not a session or prefix that this medrun can read"));
+    CHECK(strstr(e.text, "not a session or prefix that this medrun can read; save it again"));
     CHECK(!medrun_feed(s, ids, 40, NULL) && !medrun_save(s, file, &e));
     CHECK(!medrun_restore(s, file, &e) && medrun_length(s) == 40);
     copy[0] = 'D';
@@ -419,16 +418,19 @@ static void test_shared(const char *file, medrun_session_options o, size_t pendi
  * line that says so, and the session is empty. */
 static void test_damage(const char *file) {
     int32_t ids[SAVED];
-    size_t n, taken, wrong = 0, refused = 0, head = sizeof(state_head) + 4 * SAVED + 32;
+    size_t n, taken, wrong = 0, refused = 0, head = sizeof(state_head) + 8;
     ids_of(ids, SAVED);
     medrun_session_options o = {.context = SAVED};
     save_some(file, o, ids, 0);
     uint8_t *copy = read_all_of(file, &n);
     medrun_session *s = start(o);
     size_t row = 2 * 2 * 64 * 2 * 2;            /* layers, heads, head_dim, f16, keys and values */
-    size_t first = STATE_BLOCK * row + 8;
-    CHECK_EQ(n, head + SAVED / STATE_BLOCK * first);
-    for (size_t i = 0; i < n; i += i < head + 40 || n - i < 40 ? 1 : 1009) {
+    size_t first = STATE_BLOCK * (4 + row) + 16;        /* with ids and two sums                */
+    CHECK_EQ(n, head + SAVED / STATE_BLOCK * first + STATE_BLOCK * 4 + 8);
+    size_t step;
+    for (size_t i = 0; i < n; i += step) {
+        bool ids_here = i >= head && (i - head) % first < 72;   /* with their sum               */
+        step = i < head + 40 || n - i < 40 || ids_here ? 1 : i < head + 6 * first ? 61 : 1009;
         medrun_error e = {0};
         copy[i] ^= (uint8_t)(1 << i % 8);
         write_file(file, copy, n);
@@ -466,34 +468,45 @@ static void test_damage(const char *file) {
     free(copy), free(longer);
 }
 
+/* Makes the sums of a file without panels right, whatever else is in it. */
+static void make_sums(uint8_t *file, size_t n) {
+    uint64_t sum = 0;
+    for (size_t at = 0, part = sizeof(state_head); at + part + 8 <= n; at += part + 8, part = 64) {
+        sum = add_to_sum(sum, file + at, part);
+        memcpy(file + at + part, &sum, 8);
+    }
+}
+
 /* Files with sums that are right and numbers that are not. */
 static void test_forged(const char *file) {
     static const struct { size_t at, n; uint64_t value; } lies[] = {
         {104, 8, 1ull << 62}, {104, 8, UINT64_MAX}, {104, 8, 0}, {112, 8, 301},
         {112, 8, UINT64_MAX}, {112, 8, 1ull << 40}, {112, 8, 16}, {112, 8, 8}, {96, 4, 2}, {96, 4, 77}, {100, 4, 1},
         {100, 4, 1u << 31}, {64, 4, 'x'}, {95, 1, 1},
-        {sizeof(state_head), 4, 269}, {sizeof(state_head) + 8, 4, UINT32_MAX}};
+        {sizeof(state_head) + 8, 4, 269}, {sizeof(state_head) + 12, 4, UINT32_MAX}};
     int32_t ids[SAVED];
-    size_t n, head = sizeof(state_head) + 4 * SAVED;
+    size_t n, head = sizeof(state_head), blocks = (SAVED + 15) / 16;
     int wrong = 0;
     ids_of(ids, SAVED);
     medrun_session_options o = {.context = SAVED};
-    save_some(file, o, ids, SAVED);                     /* no cache, so no sum but the head's    */
+    save_some(file, o, ids, SAVED);                     /* no cache, so only ids and their sums  */
     uint8_t *copy = read_all_of(file, &n);
-    CHECK_EQ(n, head + 32);
+    CHECK_EQ(n, head + 8 + blocks * 72);
+    uint8_t *before = malloc(n);
+    memcpy(before, copy, n);
+    make_sums(copy, n);
+    CHECK(!memcmp(copy, before, n));
     medrun_session *s = start(o);
     CHECK_EQ(medrun_restore(s, file, NULL), MEDRUN_OK);
     CHECK_EQ(medrun_length(s), SAVED);
     for (size_t i = 0; i < sizeof lies / sizeof *lies; i++) {
-        uint8_t before[8];
         medrun_error e = {0};
-        memcpy(before, copy + lies[i].at, 8);
         memcpy(copy + lies[i].at, &lies[i].value, lies[i].n);
-        sha256_of(copy, head, copy + head);
+        make_sums(copy, n);
         write_file(file, copy, n);
         wrong += medrun_restore(s, file, &e) != MEDRUN_BAD_FILE;
         wrong += !e.text[0] || medrun_length(s);
-        memcpy(copy + lies[i].at, before, 8);
+        memcpy(copy, before, n);
     }
     CHECK_EQ(wrong, 0);
     CHECK(!medrun_feed(s, ids, SAVED, NULL));           /* more processed than there is          */
@@ -503,7 +516,7 @@ static void test_forged(const char *file) {
     CHECK_EQ(medrun_restore(s, file, NULL), MEDRUN_BAD_FILE);
     CHECK_EQ(medrun_pending(s), 0);
     medrun_stop(s);
-    free(copy);
+    free(copy), free(before);
 }
 
 /* A file holds what the timeline holds and nothing of what was forgotten or only guessed, and no one
@@ -539,7 +552,7 @@ static void test_private(const char *file, int kv) {
     }
     umask(mask);
     CHECK_EQ(unlike, 0);
-    CHECK(a->lookup->guessed > 0);
+    CHECK(a->lookup.guessed > 0);
 #ifndef _WIN32
     /* a failed save leaves what was there before, and nothing else */
     struct rlimit limit, tight;
@@ -870,7 +883,7 @@ static void test_lookup_same(int kind, uint64_t *guessed, uint64_t *right, int *
 
 /* As many tokens as the match is long stand before its place and at the end of the timeline. */
 static bool match_is_right(const medrun_session *s) {
-    const struct lookup *g = s->lookup;
+    const struct lookup *g = &s->lookup;
     if (!g->length) return true;
     return g->length <= MAX_MATCH && g->length <= g->at && g->at < s->n_tokens &&
            !memcmp(s->tokens + g->at - g->length, s->tokens + s->n_tokens - g->length,
