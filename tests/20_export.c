@@ -1304,6 +1304,78 @@ static void test_shards(void) {
     expect(EXPORT(NULL), 0, "", "no template at all");
 }
 
+#define POINTER "version https://git-lfs.github.com/spec/v1\noid sha256:4d4d\nsize 4976698672\n"
+
+/* What people have instead of a model. A file of src/ becomes TEXT (NULL: it goes); another goes. */
+static const struct { const char *fixture, *file, *text, *gone, *needle; } foreign[] = {
+    {"llama-plain", "model.safetensors", POINTER, NULL, "git lfs pull"},
+    {"llama-plain", "tokenizer.json", POINTER, NULL, "tokenizer.json: found a Git LFS pointer"},
+    {"mistral-spm", "tokenizer.model", POINTER, NULL, "git lfs pull"},
+    {"llama-sharded", "model-00002-of-00002.safetensors", POINTER, NULL, "git lfs pull"},
+    {"llama-sharded", "model.safetensors.index.json", POINTER, NULL, "git lfs pull"},
+    {"llama-plain", "tokenizer.json", "<!doctype html><p>Log in", NULL, "found a web page"},
+    {"llama-plain", "adapter_config.json", "{\"peft_type\": \"LORA\", \"base_model_name_or_path\": "
+     "\"org/base\"}", "model.safetensors", "a LoRA adapter of org/base, which"},
+    {"llama-plain", "adapter_config.json", "{\"peft_type\": \"IA3\"}", "model.safetensors",
+     "a IA3 adapter of a model it does not name"},
+    {"llama-plain", "adapter_config.json", "{}", "model.safetensors", "merge_and_unload"},
+    {"llama-plain", "pytorch_model.bin", "x", "model.safetensors", "safe_serialization=True"},
+    {"llama-plain", "pytorch_model-00001-of-00002.bin", "x", "model.safetensors", "PyTorch's"},
+    {"llama-plain", "consolidated.00.pth", "x", "model.safetensors", "Meta's own program"},
+    {"llama-plain", "consolidated.safetensors", "x", "model.safetensors", "Mistral's own"},
+    {"llama-plain", "model_q4.onnx", "x", "model.safetensors", "found model_q4.onnx, ONNX"},
+    {"llama-plain", "m.gguf", "x", "config.json", "found no config.json"},
+    {"llama-plain", "m.Q4_K_M.gguf", "x", "model.safetensors", "give its own path"},
+    {"llama-plain", "model-00001-of-00003.safetensors", "x", "model.safetensors",
+     "no model.safetensors.index.json"},
+    {"llama-plain", "quantize_config.json", "{}", NULL, "quantised by GPTQ"},
+    {"llama-plain", "quant_config.json", "{}", NULL, "quantised by AWQ"},
+    {"llama-plain", "config.json", "{\"architectures\": [\"LlamaForCausalLM\"], \"quantization_config\""
+     ": {\"quant_method\": \"awq\"}}", NULL, "quantization_config: found a model quantised by awq"},
+    {"llama-plain", "config.json", "{\"architectures\": [\"LlamaForCausalLM\"], \"quantization\": "
+     "{\"bits\": 4}}", NULL, "quantised by MLX"},
+};
+
+/* Files that are given as the source. */
+static const struct { const char *name, *text, *needle; } foreign_sources[] = {
+    {"m.gguf", POINTER, "git lfs pull"}, {"m.gguf", "<html>", "found a web page"},
+    {"m.mdr", "MEDRUN01", "a checkpoint of medrun"}, {"m.bin", "PK\3\4x", "PyTorch's own form"},
+    {"m.bin", "tjgg\3", "GGML"}, {"m.onnx", "x", "found ONNX"},
+    {"config.json", "{}", "the folder that it lies in"},
+    {"m.gguf-split-b", "x", "cat all pieces"}, {"m.gguf.part2of2", "x", "cat all pieces"},
+    {"m", "", "does not begin with GGUF"},
+};
+
+static void test_foreign(void) {
+    char path[512];
+    for (size_t i = 0; i < sizeof foreign / sizeof *foreign; i++) {
+        copy_fixture(foreign[i].fixture);
+        snprintf(path, sizeof path, "%s/src/%s", work, foreign[i].file);
+        write_file(path, foreign[i].text, strlen(foreign[i].text));
+        if (foreign[i].gone) {
+            snprintf(path, sizeof path, "%s/src/%s", work, foreign[i].gone);
+            CHECK(!remove(path));
+        }
+        expect(EXPORT(NULL), 3, foreign[i].needle, foreign[i].file);
+    }
+    copy_fixture("llama-plain");
+    edit_header("model.safetensors", "0.self_attn.q_proj.weight", "0.self_attn.q_proj.qweight");
+    expect(EXPORT(NULL), 3, "quantised by GPTQ or AWQ", "a quantised tensor");
+    clear_folder("src");
+    for (size_t i = 0; i < sizeof foreign_sources / sizeof *foreign_sources; i++) {
+        size_t n = strlen(foreign_sources[i].text);
+        snprintf(path, sizeof path, "%s/src/%s", work, foreign_sources[i].name);
+        write_file(path, foreign_sources[i].text, n);
+        expect(RUN(path, in_work("out/x.mdr")), 3, foreign_sources[i].needle, path);
+        remove(path);
+    }
+    write_file(in_work("src/m"), "\x09\1\0\0\0\0\0\0{\"a\":", 13);
+    expect(RUN(in_work("src/m"), in_work("out/x.mdr")), 3, "the folder that it lies in", "weights");
+    remove(in_work("src/m"));
+    expect(RUN("no-org/no-model", in_work("out/x.mdr")), 3, "hf download", "a name of the hub's");
+    expect(EXPORT(NULL), 3, "found no config.json", "an empty folder");
+}
+
 /* Every byte of a header, in several ways: a code, never a crash, and what is accepted is in
  * range. */
 static void test_flips(void) {
@@ -2059,6 +2131,7 @@ int main(void) {
     test_tokenizer_flips("llama-plain");
     test_tokenizer_flips("mistral-window");
     test_options();
+    test_foreign();
     test_fingerprint();
     test_templates();
     if (getenv("MEDRUN_TEST_DATA")) test_published(getenv("MEDRUN_TEST_DATA"));

@@ -616,7 +616,7 @@ static const change changes[] = {
     {"general.architecture: found nothing", .key = "general.architecture"},
     {"found \"gpt2\"", .key = "general.architecture", .value = "str gpt2"},
     {"found 7, wanted a string", .key = "general.architecture", .value = "u32 7"},
-    {"found \"adapter\"", .extra = "general.type", .extra_value = "str adapter"},
+    {"found a LoRA adapter", .extra = "general.type", .extra_value = "str adapter"},
     {NULL, .extra = "general.type", .extra_value = "str model"},
     /* sizes */
     {"llama.block_count: found nothing", .key = "llama.block_count"},
@@ -662,7 +662,7 @@ static const change changes[] = {
     {"found \"x\"", .extra = "llama.pooling", .extra_value = "str x"},
     {NULL, .extra = "llama.tensor_data_layout", .extra_value = "str Meta AI original pth"},
     {NULL, .extra = "llamas.block_count", .extra_value = "u32 3"},
-    {"one of 3 files", .extra = "split.count", .extra_value = "u16 3"},
+    {"found file 1 of 3 of one model", .extra = "split.count", .extra_value = "u16 3"},
     /* tokenizer */
     {"tokenizer.ggml.tokens: found nothing", .key = "tokenizer.ggml.tokens"},
     {"bert", .key = "tokenizer.ggml.model", .value = "str bert"},
@@ -778,6 +778,13 @@ static void test_changes(void) {
             printf("    change %zu, wanted \"%s\": code %d: %s\n", i, c->needle ? c->needle : "",
                    code, last.text);
     }
+    writer w = {.version = 3, .align = 32};             /* a later part has no other keys        */
+    put_key(&w, "split.no", "u16 1"), put_key(&w, "split.count", "u16 3");
+    put_tensor(&w, "blk.9.attn_norm.weight", 0, 1, (uint64_t[]){16}, (float[16]){1}, 64);
+    b.n = 0;
+    finish(&w, &b);
+    CHECK(attempt_bytes(&b) == 3 && strstr(last.text, "found file 2 of 3 of one model") &&
+          strstr(last.text, "-00001-of- in its name"));
     make_small(&b, &(change){0});
     CHECK_EQ(attempt_bytes(&b), 0);
     CHECK(!strcmp(answer, "A small one|F32 (9 tensors)|mit") && !notes[0] && !last_config.tied);

@@ -106,4 +106,31 @@ if mkfifo "$T/silent" "$T/folder/config.json"; then
     check 'nothing is left beside the pipe' [ -z "$(find "$T" -name '*.partial')" ]
 else skip 'a pipe where a file is wanted: no pipes'; fi
 
+# A folder of the hub's cache: links to blobs, the snapshot that refs/main names.
+hub=$T/hub/models--org--Tiny-Model shot=$T/hub/models--org--Tiny-Model/snapshots
+mkdir -p "$hub/blobs" "$hub/refs" "$shot/0123abc" "$shot/4567def"
+for f in "$fixtures"/llama-tied/*; do
+    cp "$f" "$hub/blobs/${f##*/}.blob"
+    ln -s "../../blobs/${f##*/}.blob" "$shot/0123abc/${f##*/}"
+done
+printf 0123abc >"$hub/refs/main"
+cached() { # WORDS FOLDER: they stand in what a dry run says
+    "$bin/medrun-export" --dry-run "$2" >"$T/out" 2>&1
+    check "$2: wanted $1: $(cat "$T/out")" grep -q -- "$1" "$T/out"
+}
+cached 'name         Tiny-Model' "$hub"
+cached 'snapshot 0123abc is used' "$hub"
+cached 'name         Tiny-Model' "$shot/0123abc"
+rm "$hub/refs/main"
+cached 'found 2 snapshots' "$hub"
+rmdir "$shot/4567def"
+cached 'name         Tiny-Model' "$hub"
+cached "hub's cache, wanted one model of it" "$T/hub"
+rm -r "$shot/0123abc"
+cached 'downloaded to its end' "$hub"
+"$bin/medrun-export" --tokenizer-only "$T/hub" "$T/t.bin" 2>"$T/err"
+check "only the hub's cache: exit $?" [ $? = 3 ]
+mkdir -p "$T/onnx/onnx"; cp "$fixtures"/llama-tied/*.json "$T/onnx"; : >"$T/onnx/onnx/model.onnx"
+cached 'found onnx/model.onnx, ONNX' "$T/onnx"
+
 finish

@@ -401,12 +401,28 @@ static void close_json(json_file *f) {
     unmap_file(&f->map);
 }
 
+/* Files that stand where others should: git without its large files, a page that says "log in". */
+static int check_content(const char *path, const uint8_t *p, size_t n, medrun_error *e) {
+    static const char pointer[] = "version https://git-lfs.github.com/spec/";
+    static const char *const pages[] = {"<!DOCTYPE", "<!doctype", "<html", "<HTML"};
+    if (n >= sizeof pointer - 1 && !memcmp(p, pointer, sizeof pointer - 1))
+        return refuse(e, "%s: found a Git LFS pointer in place of the file: the folder was cloned "
+                      "without its large files; `git lfs install` and `git lfs pull` in it fetch "
+                      "them", path);
+    for (size_t i = 0; i < 4; i++)
+        if (n >= strlen(pages[i]) && !memcmp(p, pages[i], strlen(pages[i])))
+            return refuse(e, "%s: found a web page in place of the file; fetch it with hf "
+                          "download, or by a link with /resolve/ in it, not /blob/", path);
+    return MEDRUN_OK;
+}
+
 /* Maps and parses the file at f->path. */
 static int open_json_path(json_file *f, medrun_error *e) {
     if (map_file(f->path, &f->map, e)) return e->code;
     if (f->map.n > JSON_BYTES)
         refuse(e, "%s: found %zu bytes, wanted at most %d", f->path, f->map.n, JSON_BYTES);
-    else parse_json(&f->j, (const char *)f->map.data, f->map.n, f->path, e);
+    else if (!check_content(f->path, f->map.data, f->map.n, e))
+        parse_json(&f->j, (const char *)f->map.data, f->map.n, f->path, e);
     if (e->code) close_json(f);
     return e->code;
 }
@@ -476,12 +492,19 @@ static int check_architecture(source *s, const json_file *f, medrun_error *e) {
 
 /* What a config may say but this engine does not compute. */
 static int check_unsupported(const json_file *f, medrun_error *e) {
-    static const char *const unwanted[] = {"attention_bias", "mlp_bias", "quantization_config",
-                                           "post_norm"};
+    static const char *const unwanted[] = {"attention_bias", "mlp_bias", "post_norm"};
+    static const char *const quantised[] = {"quantization_config", "quantization"};
     const json *j = &f->j;
+    for (size_t i = 0; i < 2; i++) {            /* the latter is MLX's                           */
+        uint32_t v = given(j, 0, quantised[i]), by = json_get(j, v, "quant_method");
+        if (v == JSON_NONE) continue;
+        return refuse(e, "%s: field %s: found a model quantised by %s, wanted the one it was made "
+                      "from: medrun quantises by itself (--type)", f->path, quantised[i],
+                      by != JSON_NONE ? show(j, by).text : i ? "MLX" : "another program");
+    }
     uint32_t part = given(j, 0, "partial_rotary_factor"), norm = given(j, 0, "qk_norm");
     uint32_t before = given(j, 0, "torch_dtype"), now = given(j, 0, "dtype");
-    for (size_t i = 0; i < 4; i++) {
+    for (size_t i = 0; i < 3; i++) {
         uint32_t v = given(j, 0, unwanted[i]);
         WANT(v == JSON_NONE || json_is_type(j, v, JSON_FALSE), f, unwanted[i], v,
              "false or nothing; this medrun does not compute with it");
@@ -762,6 +785,8 @@ static int read_generation(source *s, const json_file *f, medrun_error *e) {
 
 #include "export_chat.c"                /* section 4 */
 
+#include "export_foreign.c"             /* what is no source */
+
 /* ============================================================================================
  * 5 Safetensors: a strict parser
  *
@@ -886,8 +911,10 @@ static int read_entries(source *s, const json *j, const char *path, uint64_t dat
 
 /* The header of the open file FD of SIZE bytes. */
 static int read_shard_header(source *s, int fd, uint64_t size, const char *path, medrun_error *e) {
-    uint8_t head[8] = {0};
-    if (size >= 8 && read_at(fd, head, 8, 0, path, e)) return e->code;
+    uint8_t head[64] = {0};
+    size_t n_head = size < sizeof head ? (size_t)size : sizeof head;
+    if (read_at(fd, head, n_head, 0, path, e) || check_content(path, head, n_head, e))
+        return e->code;
     uint64_t n = read_u64(&(reader){head, 8, 0, false});
     if (size < 8 || n > SHARD_HEADER || n > size - 8)
         return refuse(e, "%s: header length: found %llu in a file of %llu bytes, wanted at most %d "
@@ -1004,8 +1031,8 @@ static int read_weights(source *s, medrun_error *e) {
                       "of them; remove the one that is out of date", s->folder);
     if (many) return read_index(s, e);
     if (one) return read_shard(s, "model.safetensors", e) ? e->code : sort_tensors(s, e);
-    return refuse(e, "%s: found neither model.safetensors nor an index of shards; weights in other "
-                  "forms (pytorch_model.bin) are not read", s->folder);
+    if (name_weights(s, e)) return e->code;
+    return refuse(e, "%s: found neither model.safetensors nor an index of shards", s->folder);
 }
 
 /* ---- a whole Hugging Face folder ----------------------------------------------------------- */
@@ -1027,7 +1054,8 @@ static int read_hf_tokenizer(source *s, const char *template_name, medrun_error 
 /* Small files first: what they refuse costs no time. */
 static int open_hf_folder(source *s, const char *template_name, medrun_error *e) {
     json_file f;
-    if (open_json(s, "config.json", false, &f, e)) return e->code;
+    if (open_cache(s, e) || check_folder(s, e) || open_json(s, "config.json", false, &f, e))
+        return e->code;
     if (!read_hf_config(s, &f, e)) read_eos_ids(s, &f, e);
     close_json(&f);
     if (e->code || open_json(s, "generation_config.json", true, &f, e)) return e->code;
@@ -1163,6 +1191,19 @@ static shape_text show_shape(int rank, uint64_t rows, uint64_t cols) {
     return s;
 }
 
+/* GPTQ and AWQ have q_proj.qweight where others have q_proj.weight. */
+static int missing_tensor(const source *s, const char *name, shape_text shape, medrun_error *e) {
+    char quantised[128];
+    size_t n = strlen(name);
+    snprintf(quantised, sizeof quantised, "%.*sqweight", n > 6 ? (int)n - 6 : 0, name);
+    if (find_tensor(s, quantised))
+        return refuse(e, "%s: tensor %s: found weights quantised by GPTQ or AWQ, wanted the model "
+                      "they were made from: medrun quantises by itself (--type)", s->folder,
+                      quantised);
+    return refuse(e, "%s: tensor %s: found nothing, wanted shape %s; the weights are not complete",
+                  s->folder, name, shape.text);
+}
+
 /* Finds tensor FROM of the source, checks its type and shape (rows 0: a vector) and plans section
  * NAME. */
 static int plan_tensor(exporter *x, const char *name, const char *from, int rows, int cols,
@@ -1171,8 +1212,7 @@ static int plan_tensor(exporter *x, const char *name, const char *from, int rows
     source_tensor *t = find_tensor(s, from);
     uint64_t first = (uint64_t)(rows ? rows : cols), second = rows ? (uint64_t)cols : 0;
     int rank = rows ? 2 : 1;
-    if (!t) return refuse(e, "%s: tensor %s: found nothing, wanted shape %s; the weights are not "
-                          "complete", s->folder, from, show_shape(rank, first, second).text);
+    if (!t) return missing_tensor(s, from, show_shape(rank, first, second), e);
     const char *file = s->files[t->file].name;
     if (t->dtype >= N_WEIGHT_TYPES)
         return refuse(e, "%s/%s: tensor %s: dtype: found %s, wanted BF16, F16 or F32", s->folder,
@@ -2246,10 +2286,12 @@ static int check_options(exporter *x, medrun_error *e) {
 
 /* --name, or the name in the file, or the folder's own, cut between characters. */
 static int choose_name(exporter *x, medrun_error *e) {
-    char *full = full_path(x->options.source);
+    char *full = full_path(x->source.gguf ? x->options.source : x->source.folder);
     const char *name = x->options.name;
     if (!full) return refuse(e, "%s: %s", x->options.source, strerror(errno));
-    if (!name) name = x->source.name[0] ? x->source.name : last_slash(full) + 1;
+    if (!name && x->source.name[0]) name = x->source.name;
+    if (!name) name = cache_name(full);
+    if (!name) name = last_slash(full) + 1;
     size_t n = strlen(name) < sizeof x->name ? strlen(name) : sizeof x->name - 1;
     memcpy(x->name, name, n);
     x->name[n - utf8_unfinished((const uint8_t *)name, n)] = 0;
@@ -2293,8 +2335,7 @@ static int export_model(exporter *x, medrun_error *e) {
     s->folder = x->options.source;
     if (is_gguf(s->folder)) open_gguf_source(s, x->options.source, x->options.template_name, e);
     else if (!get_facts(s->folder, -1, &there) && there.regular)
-        refuse(e, "%s: found a file that does not begin with GGUF, wanted a GGUF file or a Hugging "
-               "Face folder", s->folder);
+        name_file(s->folder, e);
     else if (s->sliding_window < 0) open_hf_folder(s, x->options.template_name, e);
     else fail(e, MEDRUN_USAGE, "--sliding-window: is only for GGUF files; config.json says it");
     if (e->code || choose_name(x, e) || plan_model(x, e) || plan_proofs(x, e) ||
@@ -2310,7 +2351,7 @@ static int export_tokenizer(exporter *x, medrun_error *e) {
     s->folder = x->options.source;
     if (is_gguf(s->folder)) open_gguf_tokenizer(s, x->options.source, e);
     else if (!get_facts(s->folder, -1, &there) && there.regular) open_tokenizer_file(s, &t, e);
-    else open_tokenizer(s, &t, e);
+    else if (!open_cache(s, e)) open_tokenizer(s, &t, e);
     if (!e->code && !s->gguf) convert_tokenizer(&t, &s->tokenizer, e);
     free_tokenizer(&t);
     if (e->code || x->options.dry_run || create_partial(x, s->tokenizer.n, e) ||

@@ -396,7 +396,7 @@ static int read_gguf_header(source *s, gguf_file *g, medrun_error *e) {
 static int open_gguf(source *s, gguf_file *g, const char *path, medrun_error *e) {
     const char *slash = last_slash(path);
     const char *name = slash ? slash + 1 : path;
-    double parts = 1;
+    double parts = 1, part = 0;
     snprintf(g->path, sizeof g->path, "%s", path);
     snprintf(s->own_folder, sizeof s->own_folder, "%.*s", slash ? (int)(slash - path) : 1,
              slash ? path : ".");
@@ -408,12 +408,14 @@ static int open_gguf(source *s, gguf_file *g, const char *path, medrun_error *e)
     if (f->bytes != g->map.n) return refuse(e, "%s: its length changes while it is read", path);
     if (read_gguf_header(s, g, e) ||
         read_string(g, "general.architecture", g->architecture, sizeof g->architecture, e) ||
-        read_number(g, "split.count", 0, 65535, true, &parts, e)) return e->code;
+        read_number(g, "split.count", 0, 65535, true, &parts, e) ||
+        read_number(g, "split.no", 0, 65535, true, &part, e)) return e->code;
+    if (parts > 1)
+        return refuse(e, "%s: found file %g of %g of one model, wanted the model in one file; "
+                      "`llama-gguf-split --merge FIRST OUT.gguf`, FIRST being %s, makes it", path,
+                      part + 1, parts, part > 0 ? "the one with -00001-of- in its name" : "this");
     if (!g->architecture[0])
         return wrong_key(g, "general.architecture", NULL, "the name of one", e);
-    if (parts > 1)
-        return refuse(e, "%s: found one of %g files, wanted the model in one; llama-gguf-split "
-                      "--merge makes it", path, parts);
     return MEDRUN_OK;
 }
 
@@ -435,6 +437,9 @@ static int check_gguf_architecture(source *s, const gguf_file *g, medrun_error *
         return wrong_key(g, "general.architecture", find_value(g, "general.architecture"),
                          "llama, arcee or apertus; this medrun knows no other", e);
     if (read_string(g, "general.type", type, sizeof type, e)) return e->code;
+    if (!strcmp(type, "adapter"))
+        return refuse(e, "%s: found a LoRA adapter, which is no model by itself; llama-export-lora "
+                      "merges it with its model", g->path);
     if (type[0] && strcmp(type, "model"))
         return wrong_key(g, "general.type", find_value(g, "general.type"), "\"model\"", e);
     return s->n_tensors ? MEDRUN_OK : refuse(e, "%s: found no tensors, wanted weights; this file "

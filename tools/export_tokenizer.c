@@ -1076,7 +1076,8 @@ static int open_tokenizer(source *s, source_tokenizer *t, medrun_error *e) {
     t->is_model = !file_exists(s->folder, "tokenizer.json") && file_exists(s->folder, model);
     if (!t->is_model) open_json(s, "tokenizer.json", false, &t->file, e);
     else if (!join_path(t->file.path, s->folder, model, e) &&
-             !map_file(t->file.path, &t->file.map, e))
+             !map_file(t->file.path, &t->file.map, e) &&
+             !check_content(t->file.path, t->file.map.data, t->file.map.n, e))
         add_file(s, model, t->file.path, &t->file.map, e);
     if (e->code || open_json(s, "tokenizer_config.json", true, &t->config, e) || !t->is_model)
         return e->code;
@@ -1092,6 +1093,7 @@ static int open_tokenizer_file(source *s, source_tokenizer *t, medrun_error *e) 
     size_t n = strlen(f->path);
     t->is_model = n > 6 && !strcmp(f->path + n - 6, ".model");
     if (!t->is_model) unmap_file(&f->map), open_json_path(f, e);
+    else check_content(f->path, f->map.data, f->map.n, e);
     return e->code ? e->code : add_file(s, "", s->folder, &f->map, e);
 }
 
