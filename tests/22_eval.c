@@ -133,6 +133,7 @@ static void test_refusals(void) {
     strcat(many, "]}\n");
     refused("generic", ".jsonl", many, "more choices than the 26 letters");
     refused("medqa", ".csv", "q,a,b,c,d,A\n", "not published as CSV");
+    refused("medqa", ".csv", "q,a,b,c,d,A\n", "the fields' names, such as question");
     refused("generic", ".csv", "q,a,b,A\n\"q\n\",a,b,A\nq,\"a,b,A\n", ".csv:4: CSV: a quote that does");
     refused("generic", ".csv", "q,a,b,A\n\"q\"x,a,b,A\n", ".csv:2: CSV: text behind the quote");
     refused("generic", ".csv", "q,a,b,A\nq,a,A\n", ".csv:2: CSV: found 3 fields");
@@ -146,6 +147,92 @@ static void test_refusals(void) {
     CHECK_EQ(read_named("usmle", DATA "usmle_step1.json", NULL), MEDRUN_BAD_FILE);
     CHECK(strstr(last.text, "--answers"));
     CHECK_EQ(read_named("medqa", DATA "none.jsonl", NULL), MEDRUN_BAD_FILE);
+}
+
+/* ---- what is no data set, and what is one in another form ------------------------------------ */
+
+static void bytes_are_refused(const char *ending, const char *bytes, size_t n, const char *words) {
+    char full[] = "/tmp/medrun-eval-bytes.jsonl";
+    snprintf(strrchr(full, '.'), 7, "%s", ending);
+    FILE *f = fopen(full, "wb");
+    if (!CHECK(f)) return;
+    fwrite(bytes, 1, n, f);
+    fclose(f);
+    int code = read_named("generic", full, NULL);
+    if (!CHECK(code == MEDRUN_BAD_FILE && strstr(last.text, words) && !strchr(last.text, '\n')))
+        printf("    exit %d, %s; wanted %s\n", code, last.text, words);
+    remove(full);
+}
+#define BYTES_ARE_REFUSED(ending, bytes, words) \
+    bytes_are_refused(ending, bytes, sizeof bytes - 1, words)
+
+static void test_strangers(void) {
+    BYTES_ARE_REFUSED(".jsonl", "PAR1\x15\x04\x15", "is a Parquet file, wanted text");
+    CHECK(strstr(last.text, "pandas.read_parquet"));
+    BYTES_ARE_REFUSED(".csv", "\x1F\x8B\x08\x00", "is compressed by gzip, wanted text");
+    BYTES_ARE_REFUSED(".csv", "PK\3\4\x14", "a zip archive or a spreadsheet");
+    BYTES_ARE_REFUSED(".jsonl", "\xFF\xFE{\0\"\0", "is UTF-16 text");
+    CHECK(strstr(last.text, "iconv -f UTF-16"));
+    BYTES_ARE_REFUSED(".jsonl", "{\0\"\0q\0", ".jsonl:1: byte 2: found a NUL");
+    BYTES_ARE_REFUSED(".json", "<!DOCTYPE html>\n", "is a web page");
+    BYTES_ARE_REFUSED(".json", "version https://git-lfs.github.com/spec/v1\n", "Git LFS");
+    BYTES_ARE_REFUSED(".csv", "q,a,b,A\nFi\xE8vre?,oui,non,A\n", ".csv:2: byte 3: found E8");
+    CHECK(strstr(last.text, "iconv -f WINDOWS-1252"));
+    BYTES_ARE_REFUSED(".jsonl", "\n{\"question\": \"Fi\xE8vre?\"}\n", ".jsonl:2: byte 17: found E8");
+    refused("generic", ".jsonl", "{\"question\": \"q\", \"choices\": [\"a\", \"b\"], \"answer\": 0,\n"
+            "\"score\": NaN}\n", ":2: found NaN, which Python writes");
+    refused("generic", ".json", "[{\"question\": None}]", ":1: found None");
+    refused("generic", ".json", "{\"question\":{\"0\":\"q\"},\"answer\":{\"0\":1}}", "by columns");
+    refused("generic", ".json", "{\"question\":[\"q\"],\"answer\":[1]}", "by columns");
+    CHECK_EQ(read_named("generic", "/dev/zero", NULL), MEDRUN_BAD_FILE);
+}
+
+/* PATH and TEXT begin with the same question. */
+static void same_as(const char *name, const char *path, const char *ending, const char *text) {
+    CHECK_EQ(read_named(name, path, NULL), 0);
+    data_set first = loaded;
+    loaded = (data_set){0};
+    if (!CHECK_EQ(read_text(name, ending, text), 0)) printf("    %s\n", last.text);
+    first.n = 1, loaded.n = loaded.n ? 1 : 0;
+    if (!CHECK( same_questions(&first, &loaded))) printf("    %s\n", text);
+    free_data(&first);
+}
+
+static void test_other_forms(void) {
+    static const char *const first = "Which vitamin is missing in a person with scurvy?";
+    char text[1000];
+    static const char *const heads[] = {"Question,A,B,C,D,Answer", "question,option_a,option_b,"
+        "option_c,option_d,answer", "QUESTION,Choice 1,Choice 2,Choice 3,Choice 4,answer"};
+    for (int i = 0; i < 6; i++) {
+        snprintf(text, sizeof text, "%s\r\n%s,Vitamin A,Vitamin B12,Vitamin C,Vitamin D,%s\r\n",
+                 heads[i % 3], first, i < 3 ? "C" : "2");
+        same_as("generic", DATA "medqa.jsonl", ".csv", text);
+        same_as("generic", DATA "medqa.jsonl", "anatomy_test.csv", text);
+        CHECK(loaded.q[0].line == 2);
+    }
+    same_as("mmlu", DATA "anatomy_test.csv", ".csv", "subject,question,a,b,c,d,answer\nanatomy,Which "
+            "vitamin is missing in a person with scurvy?,Vitamin A,Vitamin B12,Vitamin C,Vitamin D,C\n");
+    CHECK(!strcmp(loaded.q[0].subject, "anatomy"));
+    snprintf(text, sizeof text, "id,question,opa,opb,opc,opd,cop,exp\n1,%s,Vitamin A,Vitamin B12,"
+             "Vitamin C,Vitamin D,2,\n2,other,1,2,3,4,0,why\n", first);
+    same_as("medmcqa", DATA "medmcqa.jsonl", ".csv", text);
+    snprintf(text, sizeof text, "question,choices,answer\n%s,\"[\"\"Vitamin A\"\", \"\"Vitamin B12\"\", "
+             "\"\"Vitamin C\"\", \"\"Vitamin D\"\"]\",Vitamin C\n", first);
+    same_as("generic", DATA "medqa.jsonl", ".csv", text);
+    refused("generic", ".csv", "question,choices,answer\nq,\"['a' 'b']\",a\n", "field choices: found the "
+            "text ['a' 'b'], wanted a list");
+    refused("generic", ".csv", "question,A,B,answer\nq,a,b\n", ".csv:2: CSV: found 3 fields, wanted 4");
+    refused("generic", ".csv", "question,A,B,answer\nq,1,2,1\n", "a number and a choice's text");
+    refused("generic", ".csv", "question,A,B,answer\nq,a,b,\n", "fields missing: answer");
+    snprintf(text, sizeof text, "{\"features\":[],\"rows\":[{\"row_idx\":0,\"row\":{\"question\":\"%s\","
+             "\"choices\":\"[\\\"Vitamin A\\\",\\\"Vitamin B12\\\",\\\"Vitamin C\\\",\\\"Vitamin D\\\"]\","
+             "\"answer\":2},\"truncated_cells\":[]}],\"num_rows_total\":1273,\"partial\":false}\n", first);
+    same_as("generic", DATA "medqa.jsonl", ".json", text);
+    CHECK_EQ(loaded.viewer_total, 1273);
+    text[strlen(text) - 1] = 0;
+    same_as("generic", DATA "medqa.jsonl", ".json", text);
+    refused("generic", ".json", "{\"rows\":[{\"row\":{\"question\":\"q\"},\"truncated_cells\":"
+            "[\"question\"]}]}\n", "row 0: the dataset viewer cut its texts");
 }
 
 static void test_answers(void) {
@@ -426,6 +513,8 @@ int main(void) {
     snprintf(page_path, sizeof page_path, "%s/test_memory.html", build ? build : "build");
     test_forms();
     test_refusals();
+    test_strangers();
+    test_other_forms();
     test_answers();
     test_statistics();
     test_prompts();

@@ -47,6 +47,27 @@ code 0 "$model" medqa "$data/medqa.jsonl" --require 0.01 --limit 4; out_has '| m
 MEDRUN_LIMIT=3 MEDRUN_FEWSHOT=; export MEDRUN_LIMIT; unset MEDRUN_FEWSHOT
 code 0 "$model" medqa "$data/medqa.jsonl" -q; out_has '| medqa |  | 3 |'; unset MEDRUN_LIMIT
 
+# ---- texts in other encodings, files without end ----
+printf 'question,A,B,answer\nFi\350vre?,oui,non,A\n' >"$T/latin.csv"
+printf '{"question":"Fi\350vre?","choices":["oui","non"],"answer":0}\n' >"$T/latin.jsonl"
+for f in csv jsonl; do
+    code 3 "$model" generic "$T/latin.$f" -q; err_has ": byte [0-9]*: found E8, which is no UTF-8"; err_has iconv; one_line
+    iconv -f WINDOWS-1252 -t UTF-8 "$T/latin.$f" >"$T/good.$f"; code 0 "$other" generic "$T/good.$f" -q
+    { printf '\357\273\277'; cat "$T/good.$f"; } >"$T/mark.$f"; code 0 "$other" generic "$T/mark.$f" -q
+    iconv -f UTF-8 -t UTF-16 "$T/good.$f" >"$T/wide.$f"; code 3 "$model" generic "$T/wide.$f" -q; err_has 'is UTF-16 text'
+done
+if truncate -s 3T "$T/endless" 2>/dev/null; then
+    for line in "$model medqa $T/endless" "$model medqa $data/medqa.jsonl -o $T/endless" "--merge $T/endless" \
+        "$model medqa $data/medqa.jsonl -o $T/endless --resume" \
+        "$model usmle $data/usmle_step1.json --answers $T/endless" \
+        "$model medqa $data/medqa.jsonl --fewshot 1 $T/endless"; do
+        # shellcheck disable=SC2086
+        (ulimit -v 65536; exec timeout 5 "$eval" $line -q >"$T/out" 2>"$T/err"); rc=$?
+        check "$line: exit $rc, wanted 2 or 3: $(cat "$T/err")" [ $rc = 3 -o $rc = 2 ]; one_line
+    done
+else skip 'no files with holes'; fi
+code 3 "$model" medqa /dev/zero; one_line
+
 # ---- one run, its shards, and what was interrupted are the same lines ----
 for how in '' '--mode answer --no-template' '--mode generate -n 8'; do
     rm -f "$T"/*.jsonl

@@ -628,6 +628,8 @@ static int start_sessions(evaluation *v, size_t rows, medrun_error *e) {
  * of shards. The others come as the questions are finished, each in one write, in no order.
  * ============================================================================================ */
 
+static const uint64_t MOST_RESULTS = (uint64_t)1 << 32;     /* bytes of a file                   */
+
 static void add_string(buffer *b, const char *key, const char *text) {
     buffer_printf(b, "\"%s\":", key);
     if (text) json_quote(b, text, strlen(text));
@@ -843,24 +845,38 @@ static int resume_results(evaluation *v, buffer *text, medrun_error *e) {
     return e->code;
 }
 
+/* Reads the result file that --resume goes on with; one that is none is not read on. */
+static int read_results(evaluation *v, buffer *text, medrun_error *e) {
+    static const char mark[] = "{\"medrun-eval\":";
+    ssize_t n = 1;
+    while (n > 0 && buffer_room(text, 1 << 16)) {
+        n = read(v->fd, text->data + text->n, 1 << 16);
+        if (n > 0) text->n += (size_t)n;
+        size_t least = text->n < sizeof mark - 1 ? text->n : sizeof mark - 1;
+        if (least && memcmp(text->data, mark, least))
+            return fail(e, MEDRUN_BAD_FILE, "%s: line 1: not a result of medrun-eval", v->o.out);
+    }
+    if (text->failed) return out_of_memory(e, text->n);
+    if (n < 0) return fail(e, MEDRUN_FAILED, "%s: cannot read: %s", v->o.out, strerror(errno));
+    return MEDRUN_OK;
+}
+
 /* Opens the result file for this process alone. */
 static int open_results(evaluation *v, medrun_error *e) {
     buffer text = {0};
-    ssize_t n = 1;
+    file_facts f;
     if (!v->o.out) return MEDRUN_OK;
     v->fd = open_file(v->o.out, TO_UPDATE);
-    if (v->fd < 0) return fail(e, MEDRUN_FAILED, "%s: cannot open: %s", v->o.out, strerror(errno));
+    if (v->fd < 0 || get_facts(NULL, v->fd, &f))
+        return fail(e, MEDRUN_FAILED, "%s: cannot open: %s", v->o.out, strerror(errno));
     if (lock_file(v->fd))
         return fail(e, MEDRUN_FAILED, "%s: another process is writing it", v->o.out);
-    while (n > 0 && buffer_room(&text, 1 << 16)) {
-        n = read(v->fd, text.data + text.n, 1 << 16);
-        if (n > 0) text.n += (size_t)n;
-    }
-    if (text.failed) out_of_memory(e, text.n);
-    else if (n < 0) fail(e, MEDRUN_FAILED, "%s: cannot read: %s", v->o.out, strerror(errno));
-    else if (text.n && !v->o.resume)
-        fail(e, MEDRUN_USAGE, "%s: is there already; --resume goes on with it", v->o.out);
-    else resume_results(v, &text, e);
+    if (f.bytes && !v->o.resume)
+        return fail(e, MEDRUN_USAGE, "%s: is there already; --resume goes on with it", v->o.out);
+    if (f.bytes > MOST_RESULTS)
+        return fail(e, MEDRUN_BAD_FILE, "%s: has %llu bytes, wanted at most %llu", v->o.out,
+                    (unsigned long long)f.bytes, (unsigned long long)MOST_RESULTS);
+    if (!read_results(v, &text, e)) resume_results(v, &text, e);
     buffer_free(&text);
     return e->code;
 }
@@ -1028,15 +1044,20 @@ static int take_result(results *all, result_set *s, const char *path, size_t lin
     return e->code;
 }
 
+/* The end of the line at TEXT, or NULL: there is none within what a line may have. */
+static const char *line_end(const char *text, size_t n) {
+    return memchr(text, '\n', n < MOST_LINE ? n : MOST_LINE);
+}
+
 /* All lines of TEXT, which must outlive ALL. */
 static int take_results(results *all, const char *path, const char *text, size_t n,
                         medrun_error *e) {
-    const char *end = text + n, *stop = memchr(text, '\n', n);
+    const char *end = text + n, *stop = line_end(text, n);
     if (!stop) return fail(e, MEDRUN_BAD_FILE, "%s: line 1: not a result of medrun-eval", path);
     result_set *s = find_set(all, path, (span){text, (size_t)(stop + 1 - text)}, e);
     size_t line = 2;
     for (const char *p = stop + 1; s && p < end && !e->code; p = stop + 1, line++) {
-        if (!(stop = memchr(p, '\n', (size_t)(end - p))))
+        if (!(stop = line_end(p, (size_t)(end - p))))
             return fail(e, MEDRUN_BAD_FILE, "%s:%zu: the line is cut: go on with --resume", path,
                         line);
         take_result(all, s, path, line, p, (size_t)(stop - p), e);
@@ -1313,8 +1334,10 @@ static void print_eval_help(const tool_line *l) {
     printf("medrun-eval MODEL.mdr TASK DATA [options]\n"
            "medrun-eval --merge RESULT... [-o ALL.jsonl] [--summary json] [--html FILE]\n\n"
            "Scores a model on multiple-choice questions, as " HARNESS "\ndoes. TASK: medqa, "
-           "medmcqa, pubmedqa, mmlu, mmlu_pro, usmle, generic (question, choices,\nanswer). DATA: "
-           "JSONL, JSON, or CSV (mmlu, generic), as published or exported from Hugging Face.\n\n");
+           "medmcqa, pubmedqa, mmlu, mmlu_pro, usmle, generic (question, choices,\nanswer). "
+           "DATA, in UTF-8: JSONL, JSON (the dataset viewer's, too) or CSV, with the "
+           "fields' names\nas its head or, for mmlu and generic, without: question, choices, "
+           "letter.\n\n");
     print_options(l);
     printf("\nletter: the log-likelihood of the letter; answer: of the choice's text, and divided "
            "by\nits characters (acc_norm); generate: the model reasons, and its answer is looked "
@@ -1482,6 +1505,9 @@ static int open_all(evaluation *v, const char *model, const char *data, medrun_e
         read_data(&v->data, v->t, data, v->o.subject, v->o.answers, e)) return e->code;
     if (v->n_shots && read_data(&v->shots, v->t, v->o.shots[1], v->o.subject, v->o.answers, e))
         return e->code;
+    if (v->data.viewer_total > (double)v->data.n && !v->o.quiet)
+        fprintf(stderr, "%zu of the data set's %.0f questions: the dataset viewer gives a page at "
+                "a time\n", v->data.n, v->data.viewer_total);
     if (v->limit && v->limit < v->data.n) v->data.n = v->limit;
     v->prompts = new_array(v->data.n, sizeof *v->prompts);
     v->done = new_array(v->data.n, sizeof *v->done);
@@ -1544,7 +1570,7 @@ static int merge_results(evaluation *v, const char **words, size_t n, medrun_err
     if (!n) fail(e, MEDRUN_USAGE, "--merge: wanted result files");
     if (!e->code) check_options(v, e);
     for (size_t i = 0; i < n && !e->code; i++)
-        if (!map_file(words[i], &maps[i], e))
+        if (!map_text(words[i], MOST_RESULTS, &maps[i], e))
             take_results(&all, words[i], (const char *)maps[i].data, maps[i].n, e);
     if (!e->code && !check_results(&all, true, e) &&
         (!v->o.out || !write_merged(&all, v->o.out, e))) report_results(&all, v, &t, e);

@@ -1,7 +1,8 @@
 /* Part of medrun-eval (eval.c includes it): data sets as they are published -> questions.
  *
- * JSONL, a JSON list, PubMedQA's object of records by id, MMLU's CSV. A data set goes by several
- * field names: its authors', and those of its Hugging Face copy; a `form` is one of them. */
+ * JSONL, a JSON list, PubMedQA's object of records by id, what Hugging Face's dataset viewer
+ * answers, MMLU's CSV, or a CSV with a head. A data set goes by several field names: its authors',
+ * and those of its Hugging Face copy; a `form` is one of them. */
 
 enum { MAX_CHOICES = 26, MAX_FORMS = 3 };
 
@@ -23,6 +24,7 @@ typedef struct {
     size_t n, cap;
     text_block *texts;          /* what the questions' strings point into                      */
     size_t n_cops;              /* answers from a field `cop`                                  */
+    double viewer_total;        /* rows of the whole, as a page of the dataset viewer says; or 0 */
     json solutions;             /* of --answers; no nodes: none                                */
     uint8_t digest[32];         /* SHA-256 of the file                                         */
 } data_set;
@@ -222,9 +224,9 @@ static int add_choice(data_set *d, question *q, const char *text, medrun_error *
 }
 
 /* ["...", ...], [{"key": "A", "value": "..."}, ...] or {"A": "...", ...}; a null is no choice. */
-static int take_choices(data_set *d, const json *j, uint32_t v, const char *key, question *q,
-                        medrun_error *e) {
-    uint32_t f = json_get(j, v, key), c = f + 1;
+static int take_list(data_set *d, const json *j, uint32_t f, const char *key, question *q,
+                     medrun_error *e) {
+    uint32_t c = f + 1;
     bool object = json_is_type(j, f, JSON_OBJECT);
     if (!object && !json_is_type(j, f, JSON_ARRAY))
         return bad_data(d, q->line, e, "field %s: wanted a list or an object of choices", key);
@@ -239,6 +241,25 @@ static int take_choices(data_set *d, const json *j, uint32_t v, const char *key,
         if (item == JSON_NONE) bad_data(d, q->line, e, "field %s: wanted texts", key);
         else add_choice(d, q, node_text(d, j, item, q->line, key, e), e);
     }
+    return e->code;
+}
+
+/* Field KEY of record V: a list, or a text that is one, as JSON. */
+static int take_choices(data_set *d, const json *j, uint32_t v, const char *key, question *q,
+                        medrun_error *e) {
+    uint32_t f = json_get(j, v, key);
+    buffer b = {0};
+    json list = {0};
+    if (!json_is_type(j, f, JSON_STRING)) return take_list(d, j, f, key, q, e);
+    json_unescape(j, f, &b);
+    bool good = b.n && !json_parse(&list, (const char *)b.data, b.n, NULL) &&
+                (json_is_type(&list, 0, JSON_ARRAY) || json_is_type(&list, 0, JSON_OBJECT));
+    if (b.failed) out_of_memory(e, b.n);
+    else if (good) take_list(d, &list, 0, key, q, e);
+    else bad_data(d, q->line, e, "field %s: found the text %.40s, wanted a list [\"...\", \"...\"]"
+                  "; Python writes one with json.dumps", key, b.n ? (const char *)b.data : "");
+    json_free(&list);
+    buffer_free(&b);
     return e->code;
 }
 
@@ -334,6 +355,80 @@ static size_t line_of(const char *text, size_t at) {
     return line;
 }
 
+/* More than any data set has, and a line more than any question. */
+enum { MOST_DATA = 1 << 30, MOST_LINE = 1 << 24 };
+
+/* What people have instead of text, by its first bytes, and the way out. */
+static const struct { const char *mark, *name, *way_out; } strangers[] = {
+    {"PAR1", "a Parquet file", "make it JSONL, in Python: pandas.read_parquet(\"FILE\")"
+     ".to_json(\"NEW.jsonl\", orient=\"records\", lines=True)"},
+    {"ARROW1", "an Arrow file", "make it JSONL, in Python: pandas.read_feather(\"FILE\")"
+     ".to_json(\"NEW.jsonl\", orient=\"records\", lines=True)"},
+    {"\x1F\x8B", "compressed by gzip", "gunzip it"},
+    {"PK\3\4", "a zip archive or a spreadsheet", "unzip it, or save it as CSV UTF-8"},
+    {"BZh", "compressed by bzip2", "bunzip2 it"},
+    {"\xFD" "7zXZ", "compressed by xz", "unxz it"},
+    {"\x28\xB5\x2F\xFD", "compressed by zstd", "unzstd it"},
+    {"\xFF\xFE", "UTF-16 text", "iconv -f UTF-16 -t UTF-8 FILE >NEW"},
+    {"\xFE\xFF", "UTF-16 text", "iconv -f UTF-16 -t UTF-8 FILE >NEW"},
+    {"<!DOCTYPE", "a web page", "download the file itself"},
+    {"<html", "a web page", "download the file itself"},
+    {"version https://git-lfs", "a pointer of Git LFS", "git lfs pull gets the file"},
+};
+
+static bool begins_with(const char *text, size_t n, const char *mark) {
+    return n >= strlen(mark) && !memcmp(text, mark, strlen(mark));
+}
+
+/* Wanted is UTF-8 text: a refusal names what the file is, or the first place that is none. */
+static int check_utf8(const data_set *d, const char *text, size_t n, medrun_error *e) {
+    for (size_t i = 0; i < sizeof strangers / sizeof *strangers; i++)
+        if (begins_with(text, n, strangers[i].mark))
+            return fail(e, MEDRUN_BAD_FILE, "%s: is %s, wanted text (JSONL, JSON or CSV); %s",
+                        d->path, strangers[i].name, strangers[i].way_out);
+    size_t line = 1, start = 0;
+    uint32_t code;
+    for (size_t i = 0, len; i < n; i += len) {
+        len = utf8_decode((const uint8_t *)text + i, n - i, &code);
+        if (len && !code) return bad_data(d, line, e, "byte %zu: found a NUL, wanted UTF-8 text",
+                                          i - start + 1);
+        if (!len)
+            return bad_data(d, line, e, "byte %zu: found %02X, which is no UTF-8; where an old "
+                            "program for Windows saved the file, iconv -f WINDOWS-1252 -t UTF-8 "
+                            "FILE >NEW", i - start + 1, (unsigned)(uint8_t)text[i]);
+        if (code == '\n') line++, start = i + len;
+    }
+    return MEDRUN_OK;
+}
+
+/* Maps a file of at most MOST bytes. Its size is looked at first: a file with a hole may say that
+ * it is larger than all memory. */
+static int map_text(const char *path, uint64_t most, file_map *map, medrun_error *e) {
+    file_facts f;
+    if (!get_facts(path, -1, &f) && f.regular && f.bytes > most)
+        return fail(e, MEDRUN_BAD_FILE, "%s: has %llu bytes, wanted at most %llu; split it", path,
+                    (unsigned long long)f.bytes, (unsigned long long)most);
+    return map_file(path, map, e);
+}
+
+/* The text of a data set behind a byte order mark; *MAP is the whole file, to be unmapped. */
+static int map_data(const data_set *d, file_map *map, const char **text, size_t *n,
+                    medrun_error *e) {
+    *map = (file_map){0}, *text = "", *n = 0;
+    if (map_text(d->path, MOST_DATA, map, e)) return e->code;
+    size_t mark = begins_with((const char *)map->data, map->n, "\xEF\xBB\xBF") ? 3 : 0;
+    *text = (const char *)map->data + mark, *n = map->n - mark;
+    return check_utf8(d, *text, *n, e);
+}
+
+/* What other languages write where JSON has another word, or NULL. */
+static const char *foreign_word(const char *text, size_t n) {
+    static const char *const words[] = {"NaN", "Infinity", "-Infinity", "None", "True", "False"};
+    for (size_t i = 0; i < sizeof words / sizeof *words; i++)
+        if (begins_with(text, n, words[i])) return words[i];
+    return NULL;
+}
+
 /* Parses N bytes that begin in LINE. A refusal names the line instead of the byte. */
 static int parse_part(const data_set *d, json *j, const char *text, size_t n, size_t line,
                       medrun_error *e) {
@@ -341,15 +436,60 @@ static int parse_part(const data_set *d, json *j, const char *text, size_t n, si
     if (!json_parse(j, text, n, &why)) return MEDRUN_OK;
     char *at = strstr(why.text, " at byte ");
     if (why.code != MEDRUN_BAD_FILE || !at) return fail(e, why.code, "%s: %s", d->path, why.text);
-    line += line_of(text, (size_t)strtoull(at + 9, NULL, 10)) - 1;
+    size_t byte = (size_t)strtoull(at + 9, NULL, 10);
+    line += line_of(text, byte) - 1;
     *at = 0;
+    const char *word = byte < n ? foreign_word(text + byte, n - byte) : NULL;
+    if (word)
+        return bad_data(d, line, e, "found %s, which Python writes and JSON has not: write null, "
+                        "true or false", word);
     return bad_data(d, line, e, "%s", why.text);
+}
+
+/* The dataset viewer's {"rows": [{"row": {...}, "truncated_cells": [...]}, ...], ...}? */
+static bool is_viewer_page(const json *j, uint32_t v) {
+    uint32_t rows = json_is_type(j, v, JSON_OBJECT) ? json_get(j, v, "rows") : JSON_NONE;
+    return json_is_type(j, rows, JSON_ARRAY) && j->nodes[rows].count &&
+           json_is_type(j, rows + 1, JSON_OBJECT) && json_get(j, rows + 1, "row") != JSON_NONE;
+}
+
+static int take_viewer_page(data_set *d, const task *t, const json *j, uint32_t v, size_t line,
+                            medrun_error *e) {
+    uint32_t rows = json_get(j, v, "rows"), c = rows + 1;
+    uint32_t total = json_get(j, v, "num_rows_total");
+    if (json_is_type(j, total, JSON_NUMBER)) d->viewer_total = json_number(j, total);
+    for (uint32_t i = 0; !e->code && i < j->nodes[rows].count; i++, c = j->nodes[c].next) {
+        uint32_t row = json_is_type(j, c, JSON_OBJECT) ? json_get(j, c, "row") : JSON_NONE;
+        uint32_t cut = row == JSON_NONE ? JSON_NONE : json_get(j, c, "truncated_cells");
+        if (row == JSON_NONE) bad_data(d, line, e, "row %u: wanted {\"row\": {...}}", i);
+        else if (json_is_type(j, cut, JSON_ARRAY) && j->nodes[cut].count)
+            bad_data(d, line, e, "row %u: the dataset viewer cut its texts; download the data set "
+                     "itself", i);
+        else take_record(d, t, j, row, NULL, line, e);
+    }
+    return e->code;
+}
+
+/* A record, or a page of them. */
+static int take_value(data_set *d, const task *t, const json *j, uint32_t v, size_t line,
+                      medrun_error *e) {
+    return is_viewer_page(j, v) ? take_viewer_page(d, t, j, v, line, e)
+                                : take_record(d, t, j, v, NULL, line, e);
+}
+
+/* {"question": {"0": ...}, ...} or {"question": [...], ...}: columns instead of records. */
+static bool has_columns(const json *j) {
+    uint32_t f = json_is_type(j, 0, JSON_OBJECT) ? json_get(j, 0, "question") : JSON_NONE;
+    return json_is_type(j, f, JSON_OBJECT) || json_is_type(j, f, JSON_ARRAY);
 }
 
 /* [{...}, ...], {"id": {...}, ...} or one record. */
 static int read_json(data_set *d, const task *t, const char *text, size_t n, medrun_error *e) {
     json j;
-    if (!parse_part(d, &j, text, n, 1, e)) {
+    if (!parse_part(d, &j, text, n, 1, e) && has_columns(&j))
+        bad_data(d, 1, e, "is written by columns, wanted records; in Python: "
+                 "to_json(\"NEW.jsonl\", orient=\"records\", lines=True)");
+    if (!e->code) {
         bool keyed = json_typeof(&j, 0) == JSON_OBJECT && j.nodes[0].count &&
                      json_typeof(&j, 2) == JSON_OBJECT;
         bool list = json_typeof(&j, 0) == JSON_ARRAY;
@@ -361,7 +501,7 @@ static int read_json(data_set *d, const task *t, const char *text, size_t n, med
             if (!e->code) take_record(d, t, &j, c, id, line, e);
             c = j.nodes[c].next;
         }
-        if (!e->code && !list && !keyed) take_record(d, t, &j, 0, NULL, 1, e);
+        if (!e->code && !list && !keyed) take_value(d, t, &j, 0, 1, e);
     }
     json_free(&j);
     return e->code;
@@ -376,7 +516,7 @@ static int read_jsonl(data_set *d, const task *t, const char *text, size_t n, me
         bool blank = true;
         for (const char *c = p; c < stop && blank; c++) blank = strchr(" \t\r", *c) != NULL;
         if (!blank && !parse_part(d, &j, p, (size_t)(stop - p), line, e))
-            take_record(d, t, &j, 0, NULL, line, e);
+            take_value(d, t, &j, 0, line, e);
         json_free(&j);
         p = stop + 1;
     }
@@ -410,33 +550,127 @@ static bool read_field(const data_set *d, const char *text, size_t n, size_t *at
     return *at = i + 1, more;
 }
 
-/* MMLU's form: question, choices, the answer's letter; no head. */
-static int read_csv(data_set *d, const task *t, const char *text, size_t n, medrun_error *e) {
-    enum { MOST = MAX_CHOICES + 2 };
-    for (size_t at = 0, line = 1; at < n && !e->code;) {
-        const char *field[MOST];
-        size_t n_fields = 0, start = line;
-        if (text[at] == '\n' || text[at] == '\r') { line += text[at++] == '\n'; continue; }
-        for (bool more = true; more && !e->code;) {
-            buffer b = {0};
-            more = read_field(d, text, n, &at, &line, &b, e);
-            if (b.failed) out_of_memory(e, b.n);
-            else if (!e->code && n_fields == MOST)
-                bad_data(d, start, e, "more choices than the %d letters", MAX_CHOICES);
-            else if (!e->code && b.n && memchr(b.data, 0, b.n))
-                bad_data(d, start, e, "CSV: found a NUL");
-            else if (!e->code) field[n_fields++] = keep_text(&d->texts, b.data, b.n, e);
-            buffer_free(&b);
-        }
-        if (e->code || add_question(d, start, e)) return e->code;
-        question *q = &d->q[d->n - 1];
-        if (n_fields < 4 || (t->topic && n_fields != 6))
-            return bad_data(d, start, e, "CSV: found %zu fields, wanted question, %s choices, "
-                            "letter", n_fields, t->topic ? "four" : "two or more");
-        q->text = field[0], q->n_choices = (int)n_fields - 2;
-        memcpy(q->choice, field + 1, (n_fields - 2) * sizeof *field);
-        find_answer(d, q, "answer", field[n_fields - 1], e);
+enum { MOST_FIELDS = 64 };
+
+typedef struct {
+    const char *field[MOST_FIELDS];
+    size_t n, line;
+} csv_row;
+
+/* The next row; blank lines are none, and at the end it has no fields. */
+static int read_row(data_set *d, const char *text, size_t n, size_t *at, size_t *line, csv_row *r,
+                    medrun_error *e) {
+    while (*at < n && (text[*at] == '\n' || text[*at] == '\r')) *line += text[(*at)++] == '\n';
+    *r = (csv_row){.line = *line};
+    for (bool more = *at < n; more && !e->code;) {
+        buffer b = {0};
+        more = read_field(d, text, n, at, line, &b, e);
+        if (b.failed) out_of_memory(e, b.n);
+        else if (!e->code && r->n == MOST_FIELDS)
+            bad_data(d, r->line, e, "CSV: more fields than %d", MOST_FIELDS);
+        else if (!e->code) r->field[r->n++] = keep_text(&d->texts, b.data, b.n, e);
+        buffer_free(&b);
     }
+    return e->code;
+}
+
+/* MMLU's form: question, choices, the answer's letter. */
+static int take_row(data_set *d, const task *t, const csv_row *r, medrun_error *e) {
+    if (add_question(d, r->line, e)) return e->code;
+    question *q = &d->q[d->n - 1];
+    if (r->n < 4 || (t->topic && r->n != 6))
+        return bad_data(d, r->line, e, "CSV: found %zu fields, wanted question, %s choices, "
+                        "letter", r->n, t->topic ? "four" : "two or more");
+    if (r->n > MAX_CHOICES + 2)
+        return bad_data(d, r->line, e, "more choices than the %d letters", MAX_CHOICES);
+    q->text = r->field[0], q->n_choices = (int)r->n - 2;
+    memcpy(q->choice, r->field + 1, (r->n - 2) * sizeof *r->field);
+    return find_answer(d, q, "answer", r->field[r->n - 1], e);
+}
+
+/* Names that a head may write in any case. */
+static const char *column_name(const char *text) {
+    static const char *const names[] = {"question", "context", "choices", "options", "answer",
+                                        "answer_idx", "id", "subject", "cop", "label"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (!strcasecmp(text, names[i])) return names[i];
+    return text;
+}
+
+static bool is_head(const csv_row *r) {
+    for (size_t i = 0; i < r->n; i++)
+        if (!strcmp(column_name(r->field[i]), "question") || !strcmp(r->field[i], "sent1"))
+            return true;
+    return false;
+}
+
+/* "B", "option_b", "Choice B", "choice2"; such columns are the choices, in their order. */
+static bool is_choice_column(const char *name) {
+    if (!strcmp(name, "choices") || !strcmp(name, "options")) return false;
+    if (!strncasecmp(name, "option", 6) || !strncasecmp(name, "choice", 6)) name += 6;
+    name += *name == '_' || *name == ' ';
+    return name[0] && !name[1] && isalnum((unsigned char)name[0]);
+}
+
+/* A number among the answers counts from 0, as in JSON; it must not be a choice's text as well. */
+static bool is_number_of_answer(const csv_row *head, const csv_row *r, size_t i, bool *unclear) {
+    static const char *const names[] = {"answer", "answer_idx", "cop", "label"};
+    bool named = false;
+    size_t n = strlen(r->field[i]);
+    for (size_t k = 0; k < 4; k++) named |= !strcmp(column_name(head->field[i]), names[k]);
+    if (!named || !n || n > 2 || r->field[i][strspn(r->field[i], "0123456789")]) return false;
+    for (size_t k = 0; k < r->n; k++)
+        *unclear |= is_choice_column(head->field[k]) && !strcmp(r->field[i], r->field[k]);
+    return n == 1 || r->field[i][0] != '0';
+}
+
+/* A row under a head is a record; an empty field is none. */
+static int take_named_row(data_set *d, const task *t, const csv_row *head, const csv_row *r,
+                          medrun_error *e) {
+    buffer b = {0}, choices = {0};
+    bool unclear = false;
+    json j = {0};
+    if (r->n != head->n)
+        return bad_data(d, r->line, e, "CSV: found %zu fields, wanted %zu, as the head has", r->n,
+                        head->n);
+    buffer_text(&b, "{\"csv\":0");
+    for (size_t i = 0; i < r->n; i++) {
+        const char *name = column_name(head->field[i]), *text = r->field[i];
+        bool choice = is_choice_column(name);
+        buffer *to = choice ? &choices : &b;
+        if (!*text) continue;
+        if (!choice || choices.n) buffer_text(to, ",");
+        if (!choice) json_quote(to, name, strlen(name)), buffer_text(to, ":");
+        if (!choice && is_number_of_answer(head, r, i, &unclear)) buffer_text(to, text);
+        else json_quote(to, text, strlen(text));
+    }
+    if (choices.n)
+        buffer_printf(&b, ",\"choices\":[%s],\"options\":[%s]", (const char *)choices.data,
+                      (const char *)choices.data);
+    buffer_text(&b, "}");
+    if (b.failed || choices.failed) out_of_memory(e, b.n);
+    else if (unclear) bad_data(d, r->line, e, "the answer is a number and a choice's text; give "
+                               "its letter");
+    else if (!parse_part(d, &j, (const char *)b.data, b.n, r->line, e))
+        take_record(d, t, &j, 0, NULL, r->line, e);
+    json_free(&j);
+    buffer_free(&b);
+    buffer_free(&choices);
+    return e->code;
+}
+
+/* With a head, whose names are those of JSON's fields, or as MMLU is published without one. */
+static int read_csv(data_set *d, const task *t, const char *text, size_t n, medrun_error *e) {
+    csv_row head, r;
+    size_t at = 0, line = 1;
+    if (read_row(d, text, n, &at, &line, &head, e) || !head.n) return e->code;
+    bool named = is_head(&head);
+    if (!named && !t->csv)
+        return fail(e, MEDRUN_BAD_FILE, "%s: task %s is not published as CSV; wanted a first line "
+                    "with the fields' names, such as question", d->path, t->name);
+    if (!named) take_row(d, t, &head, e);
+    while (!e->code && !read_row(d, text, n, &at, &line, &r, e) && r.n)
+        named ? take_named_row(d, t, &head, &r, e) : take_row(d, t, &r, e);
     return e->code;
 }
 
@@ -467,26 +701,29 @@ static int name_subjects(data_set *d, const task *t, const char *subject, medrun
     return e->code;
 }
 
+/* --answers: the solutions of usmle, as JSON. */
+static int read_solutions(data_set *d, const char *path, file_map *map, medrun_error *e) {
+    data_set about = {.path = path};
+    const char *text;
+    size_t n;
+    if (map_data(&about, map, &text, &n, e)) return e->code;
+    return parse_part(&about, &d->solutions, text, n, 1, e);
+}
+
 /* Reads PATH; free_data afterwards, also on failure. SUBJECT and ANSWERS may be NULL. */
 static int read_data(data_set *d, const task *t, const char *path, const char *subject,
                      const char *answers, medrun_error *e) {
     file_map map, solutions = {0};
-    *d = (data_set){.path = path};
-    if (map_file(path, &map, e)) return e->code;
-    sha256_of(map.data, map.n, d->digest);
-    const char *text = (const char *)map.data, *first;
-    size_t n = map.n;
-    if (n >= 3 && !memcmp(text, "\xEF\xBB\xBF", 3)) text += 3, n -= 3;
-    first = memchr(text, '\n', n);
-    data_set about = {.path = answers};
-    if (answers && !map_file(answers, &solutions, e))
-        parse_part(&about, &d->solutions, (const char *)solutions.data, solutions.n, 1, e);
+    const char *text;
+    size_t n;
     json j = {0};
+    *d = (data_set){.path = path};
+    if (!map_data(d, &map, &text, &n, e) && answers) read_solutions(d, answers, &solutions, e);
+    const char *first = memchr(text, '\n', n);
+    if (!e->code) sha256_of(map.data, map.n, d->digest);
     if (e->code) n = 0;
-    else if (ends_with(path, ".csv")) {
-        if (!t->csv) fail(e, MEDRUN_BAD_FILE, "%s: task %s is not published as CSV", path, t->name);
-        else read_csv(d, t, text, n, e);
-    } else if (*text != '[' && first && !json_parse(&j, text, (size_t)(first - text), NULL))
+    else if (ends_with(path, ".csv")) read_csv(d, t, text, n, e);
+    else if (*text != '[' && first && !json_parse(&j, text, (size_t)(first - text), NULL))
         read_jsonl(d, t, text, n, e);
     else read_json(d, t, text, n, e);
     json_free(&j);
