@@ -1466,6 +1466,7 @@ static void test_options(void) {
     expect(RUN("--type", "int8"), 2, "SOURCE", "no SOURCE");
     expect(RUN(src, out, "--template", "chatty"), 2, "chatty", "template");
     expect(RUN(src, out, "--sliding-window", "9"), 2, "only for GGUF", "window");
+    expect(RUN(src, out, "--pre", "llama-bpe"), 2, "only for GGUF", "pre");
     expect(RUN(src, out, "--sliding-window", "-1"), 2, "--sliding-window", "window");
     expect(RUN(in_work("nowhere"), out), 3, "nowhere", "no folder");
     expect(RUN(in_work("src/config.json"), out), 3, "config.json", "a file for a folder");

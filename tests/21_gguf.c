@@ -666,7 +666,12 @@ static const change changes[] = {
     /* tokenizer */
     {"tokenizer.ggml.tokens: found nothing", .key = "tokenizer.ggml.tokens"},
     {"bert", .key = "tokenizer.ggml.model", .value = "str bert"},
-    {"falcon", .key = "tokenizer.ggml.pre", .value = "str falcon"},
+    {"falcon\", wanted llama-bpe", .key = "tokenizer.ggml.pre", .value = "str falcon"},
+    {"--pre llama-bpe: Llama 3", .key = "tokenizer.ggml.pre"},
+    {"found \"default\"", .key = "tokenizer.ggml.pre", .value = "str default"},
+    {NULL, .key = "tokenizer.ggml.pre", .value = "str llama3"},
+    {NULL, .key = "tokenizer.ggml.pre", .value = "str llama-v3"},
+    {NULL, .key = "tokenizer.ggml.pre", .value = "str smaug-bpe"},
     {"found 257", .key = "tokenizer.ggml.bos_token_id", .value = "u32 257"},
     {"found -2", .key = "tokenizer.ggml.eos_token_id", .value = "i32 -2"},
     {"eot_token_id: found 257", .extra = "tokenizer.ggml.eot_token_id", .extra_value = "u32 257"},
@@ -766,6 +771,35 @@ static void test_filler(void) {
           !t.pieces[257].n && t.pieces[258].type == PIECE_USER &&
           t.pieces[259].type == PIECE_UNUSED);
     free_tokenizer(&t);
+}
+
+/* A vocabulary tells the pattern only if it is Llama 3's; --pre does in any case. */
+static void test_pre(void) {
+    static span tokens[128010];
+    table_store m = {.model = "gpt2", .tokens = tokens};
+    token_tables t = {.n = 128010};
+    source s = {0};
+    export_options o = {.template_name = "none", .pre = "llama3"};
+    buffer b = {0};
+    for (size_t i = 0; i < 128010; i++) tokens[i] = (span){(const uint8_t *)"x", 1};
+    tokens[128000] = (span){(const uint8_t *)"<|begin_of_text|>", 17};
+    tokens[128001] = (span){(const uint8_t *)"<|end_of_text|>", 15};
+    CHECK(!choose_pattern(&s, &m, &t, &last) && !m.pre[0]);
+    tokens[128009] = (span){(const uint8_t *)"<|eot_id|>", 10};
+    CHECK(!choose_pattern(&s, &m, &t, &last) && !strcmp(m.pre, "llama-bpe") && t.add_bos);
+    CHECK(s.notes.n > 0);
+    snprintf(m.pre, sizeof m.pre, "falcon");
+    CHECK(!choose_pattern(&s, &m, &t, &last) && !strcmp(m.pre, "falcon"));
+    s.pre = "smollm";
+    CHECK(!choose_pattern(&s, &m, &t, &last) && !strcmp(m.pre, "smollm") && !t.add_bos);
+    buffer_free(&s.notes);
+    CHECK(find_pattern("llama3")->ignore_merges && !find_pattern("smaug-bpe")->ignore_merges);
+    make_small(&b, &(change){.key = "tokenizer.ggml.pre", .value = "str falcon"});
+    write_file(model_path, b.data, b.n);
+    CHECK_EQ(attempt(model_path, &o), 0);
+    o.pre = "gpt-2";
+    CHECK(attempt(model_path, &o) == 2 && strstr(last.text, "smaug-bpe"));
+    buffer_free(&b);
 }
 
 static void test_changes(void) {
@@ -1215,6 +1249,7 @@ int main(void) {
     test_mixed();
     test_changes();
     test_filler();
+    test_pre();
     test_header();
     test_cuts();
     test_flips();

@@ -90,6 +90,7 @@ typedef struct {
     int n_stops, stops[MEDRUN_MAX_STOPS];
     source_sampling sampling;
     char licence[128];
+    const char *pre;            /* what --pre says, or NULL                                    */
     double yarn_factor;         /* what --yarn-factor says, or 0                               */
     int sliding_window;         /* what --sliding-window says, or -1                           */
     float *xielu;               /* (n_layers, 4) alpha_p, alpha_n, beta, eps; else NULL        */
@@ -1130,7 +1131,7 @@ typedef struct {
 
 typedef struct {
     const char *source, *out, *type, *template_name, *name, *proof, *yarn_factor, *window, *threads;
-    const char *calibrate;
+    const char *calibrate, *pre;
     bool tokenizer_only, dry_run, help, version;
 } export_options;
 
@@ -2226,6 +2227,7 @@ static const tool_option option_table[] = {
     {"--calibrate", NULL, "FILE", AT(calibrate), "text that int4's scales are fitted to (advised)"},
     {"--yarn-factor", NULL, "F", AT(yarn_factor), "YaRN's factor, if not the config's"},
     {"--sliding-window", NULL, "N", AT(window), "keys a token sees, 0: all; for GGUF"},
+    {"--pre", NULL, "NAME", AT(pre), "the pre-tokenizer, if not the file's; for GGUF"},
     {"--dry-run", NULL, NULL, AT(dry_run), "check everything, print what would be written"},
     {"--tokenizer-only", NULL, NULL, AT(tokenizer_only), "write only a tokenizer.bin"},
     {"--help", "-h", NULL, AT(help), "this text"},
@@ -2277,6 +2279,9 @@ static int check_options(exporter *x, medrun_error *e) {
     option_int("--threads", o->threads, 1, MAX_THREADS, &threads, e);
     if (e->code) return e->code;
     x->source.yarn_factor = factor, x->source.sliding_window = window;
+    x->source.pre = o->pre;
+    if (o->pre && !is_gguf(o->source))
+        return fail(e, MEDRUN_USAGE, "--pre: is only for GGUF files; tokenizer.json says it");
     x->threads = threads;
     if (o->name && (strlen(o->name) >= sizeof x->name || !*o->name))
         return fail(e, MEDRUN_USAGE, "--name: found %zu bytes, wanted 1 to %zu", strlen(o->name),

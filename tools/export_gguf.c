@@ -698,13 +698,32 @@ static int read_id(const gguf_file *g, const char *key, size_t n, int64_t *out, 
     return code;
 }
 
-static int read_tables(const gguf_file *g, table_store *m, token_tables *t, medrun_error *e) {
+/* Which pattern cuts the text before byte-level BPE: what --pre says, or the file, or its
+ * vocabulary. */
+static int choose_pattern(source *s, table_store *m, token_tables *t, medrun_error *e) {
+    bool bytes = !strcmp(m->model, "gpt2"), unnamed = !m->pre[0] || !strcmp(m->pre, "default");
+    if (s->pre && (!bytes || !find_pattern(s->pre)))
+        return fail(e, MEDRUN_USAGE, "--pre: found %s, wanted " GPT2_PATTERNS ", and only for "
+                    "byte-level BPE", s->pre);
+    if (s->pre) snprintf(m->pre, sizeof m->pre, "%s", s->pre);
+    else if (bytes && unnamed && is_llama3_vocabulary(m->tokens, t->n)) {
+        snprintf(m->pre, sizeof m->pre, "llama-bpe");
+        add_note(s, "the file does not name its pre-tokenizer; its vocabulary is that of Llama 3, "
+                 "so Llama 3's is used");
+    }
+    const gpt2_pattern *pattern = find_pattern(m->pre);
+    t->add_bos = !bytes || !pattern || pattern->add_bos;
+    return MEDRUN_OK;
+}
+
+static int read_tables(source *s, const gguf_file *g, table_store *m, token_tables *t,
+                       medrun_error *e) {
     bool add_eos = false;
     *t = (token_tables){.bos = -1, .eos = -1, .add_space_prefix = true};
     if (read_string(g, "tokenizer.ggml.model", m->model, sizeof m->model, e) ||
-        read_string(g, "tokenizer.ggml.pre", m->pre, sizeof m->pre, e)) return e->code;
-    t->add_bos = strcmp(m->pre, "smollm") != 0;
-    if (read_strings(g, "tokenizer.ggml.tokens", &m->tokens, &t->n, e) ||
+        read_string(g, "tokenizer.ggml.pre", m->pre, sizeof m->pre, e) ||
+        read_strings(g, "tokenizer.ggml.tokens", &m->tokens, &t->n, e) ||
+        choose_pattern(s, m, t, e) ||
         read_strings(g, "tokenizer.ggml.merges", &m->merges, &t->n_merges, e) ||
         read_array(g, "tokenizer.ggml.token_type", GGUF_I32, t->n, &m->types, e) ||
         read_array(g, "tokenizer.ggml.scores", GGUF_F32, t->n, &m->scores, e)) return e->code;
@@ -724,7 +743,7 @@ static int read_gguf_tokenizer(source *s, const gguf_file *g, medrun_error *e) {
     source_tokenizer t = {0};
     table_store m = {0};
     token_tables tables;
-    if (!read_tables(g, &m, &tables, e) && !tokenizer_from_tables(&t, &tables, g->path, e))
+    if (!read_tables(s, g, &m, &tables, e) && !tokenizer_from_tables(&t, &tables, g->path, e))
         finish_tokenizer(&t, &s->tokenizer, g->path, e);
     s->eos = t.eos;
     free_tokenizer(&t);

@@ -979,22 +979,44 @@ static int put_merges(source_tokenizer *t, const token_tables *g, const char *wh
 }
 
 /* The values of tokenizer.ggml.pre, and what llama.cpp means by them. */
-static const struct { const char *pre, *pretokenizer; bool ignore_merges; } gpt2_patterns[] = {
-    {"llama-bpe", "llama3", true}, {"tekken", "tekken", true}, {"smollm", "smollm", false},
+typedef struct { const char *pre, *pretokenizer; bool ignore_merges, add_bos; } gpt2_pattern;
+
+static const gpt2_pattern gpt2_patterns[] = {
+    {"llama-bpe", "llama3", true, true}, {"llama3", "llama3", true, true},
+    {"llama-v3", "llama3", true, true}, {"smaug-bpe", "llama3", false, true},
+    {"tekken", "tekken", true, true}, {"smollm", "smollm", false, false},
 };
+#define GPT2_PATTERNS "llama-bpe, llama3, llama-v3, smaug-bpe, tekken or smollm"
+
+static const gpt2_pattern *find_pattern(const char *pre) {
+    for (size_t i = 0; pre && i < sizeof gpt2_patterns / sizeof *gpt2_patterns; i++)
+        if (!strcmp(pre, gpt2_patterns[i].pre)) return &gpt2_patterns[i];
+    return NULL;
+}
+
+/* Files of before May 2024 have no name for the pattern. Llama 3's vocabulary tells it. */
+static bool is_llama3_vocabulary(const span *tokens, size_t n) {
+    static const struct { size_t id; const char *text; } known[] = {
+        {128000, "<|begin_of_text|>"}, {128001, "<|end_of_text|>"}, {128009, "<|eot_id|>"}};
+    for (size_t i = 0; i < 3; i++) {
+        size_t length = strlen(known[i].text);
+        if (n <= known[i].id || tokens[known[i].id].n != length ||
+            memcmp(tokens[known[i].id].p, known[i].text, length)) return false;
+    }
+    return true;
+}
 
 /* Byte-level BPE: as the tokenizer.json from which the tables were made. */
 static int read_gpt2_tables(source_tokenizer *t, const token_tables *g, const char *what,
                             medrun_error *e) {
+    const gpt2_pattern *pattern = find_pattern(g->pre);
     t->kind = TOKENIZER_BYTE_LEVEL;
-    for (size_t i = 0; g->pre && i < sizeof gpt2_patterns / sizeof *gpt2_patterns; i++) {
-        if (strcmp(g->pre, gpt2_patterns[i].pre)) continue;
-        t->pretokenizer = gpt2_patterns[i].pretokenizer;
-        t->ignore_merges = gpt2_patterns[i].ignore_merges;
-    }
-    if (!t->pretokenizer)
-        return refuse(e, "%s: tokenizer.ggml.pre: found \"%s\", wanted \"llama-bpe\", \"tekken\" "
-                      "or \"smollm\"", what, g->pre ? g->pre : "");
+    if (!pattern)
+        return refuse(e, "%s: tokenizer.ggml.pre: found \"%s\", wanted " GPT2_PATTERNS "; if the "
+                      "model was made from one with such a tokenizer, --pre NAME says so "
+                      "(--pre llama-bpe: Llama 3)", what, g->pre ? g->pre : "");
+    t->pretokenizer = pattern->pretokenizer;
+    t->ignore_merges = pattern->ignore_merges;
     if (!g->merges)
         return refuse(e, "%s: tokenizer.ggml.merges: found none, wanted some", what);
     return put_tokens(t, g, what, e) ? e->code : put_merges(t, g, what, e);
