@@ -9170,19 +9170,56 @@ static const int32_t *ids_of(const buffer *b) { return (const int32_t *)(const v
 
 /* ---- files --------------------------------------------------------------------------------- */
 
-/* Appends all of PATH (- is stdin) to OUT. Like other steps here it does nothing after a failure:
- * a command writes its steps one below the other and asks once. */
-static int read_file(command *c, const char *path, buffer *out) {
+/* The most that is read of what no context bounds, more than a thick book; else a device or a file
+ * without end would fill the memory. */
+enum { MOST_INPUT = 16 << 20 };
+
+/* What cannot fit into the context, whatever it says. */
+static size_t most_prompt(const command *c) {
+    size_t n = (size_t)c->m->config.max_positions * c->m->longest_piece;
+    return n < MOST_INPUT ? n : MOST_INPUT;
+}
+
+/* Appends all of PATH (- is stdin), of which there may be MOST bytes, to OUT. Like other steps here
+ * it does nothing after a failure: a command writes its steps one below the other and asks once. */
+static int read_file(command *c, const char *path, size_t most, buffer *out) {
     bool standard = !strcmp(path, "-");
+    file_facts there = {0};
     if (c->e.code) return c->e.code;
+    if (standard) path = "stdin";
     FILE *f = standard ? stdin : open_stream(path, TO_READ);
     if (!f) return fail(&c->e, MEDRUN_BAD_FILE, "%s: cannot open: %s", path, strerror(errno));
-    for (size_t n = 1; n && buffer_room(out, 65536); out->n += n, out->data[out->n] = 0)
+    bool over = !get_facts(NULL, fileno(f), &there) && there.regular && there.bytes > most;
+    for (size_t n = 1; n && !over && buffer_room(out, 65536); over = out->n > most) {
         n = fread(out->data + out->n, 1, 65536, f);
+        out->n += n, out->data[out->n] = 0;
+    }
+    if (over && most < MOST_INPUT)
+        fail(&c->e, MEDRUN_TOO_LONG, "%s: over %zu bytes are more than a context of %d tokens holds",
+             path, most, c->m->config.max_positions);
+    else if (over) fail(&c->e, MEDRUN_BAD_FILE, "%s: found over %zu bytes, the most that is read",
+                        path, most);
     if (out->failed) out_of_memory(&c->e, out->cap);
     if (ferror(f)) fail(&c->e, MEDRUN_BAD_FILE, "%s: cannot read: %s", path, strerror(errno));
     if (!standard) fclose(f);
     return c->e.code;
+}
+
+/* The same where only UTF-8 will do; a byte order mark is dropped. */
+static int read_text(command *c, const char *path, size_t most, buffer *out) {
+    uint32_t code;
+    size_t at = 0, line = 1, len = 1;
+    if (read_file(c, path, most, out)) return c->e.code;
+    for (; at < out->n && (len = utf8_decode(out->data + at, out->n - at, &code)); at += len)
+        line += out->data[at] == '\n';
+    const char *start = chars(out);
+    bool utf16 = !strncmp(start, "\xFF\xFE", 2) || !strncmp(start, "\xFE\xFF", 2);
+    if (!len)
+        return fail(&c->e, MEDRUN_BAD_FILE, "%s: line %zu, byte %zu: found %s, wanted UTF-8 text; "
+                    "save it as UTF-8", strcmp(path, "-") ? path : "stdin", line, at, utf16 ? "UTF-16" : "what is no character");
+    if (strncmp(start, "\xEF\xBB\xBF", 3)) return MEDRUN_OK;
+    memmove(out->data, start + 3, out->n -= 3);
+    return out->data[out->n] = 0, MEDRUN_OK;
 }
 
 static int add_id(command *c, buffer *ids, double id, const char *what) {
@@ -9600,9 +9637,11 @@ static int read_prompt(command *c, buffer *text) {
     }
     if (!file && is_terminal(STDIN_FILENO))
         return fail(&c->e, MEDRUN_USAGE, "no text: give -p TEXT or -f FILE, or pipe it in");
-    int code = read_file(c, file ? c->text[O_FILE] : "-", text);
-    if (!c->row->exact_text) drop_line_end(text);
-    return code;
+    const char *path = file ? c->text[O_FILE] : "-";
+    if (c->row->exact_text) return read_file(c, path, MOST_INPUT, text);
+    read_text(c, path, most_prompt(c), text);
+    drop_line_end(text);
+    return c->e.code;
 }
 
 static const char *system_text(const command *c) {
@@ -9668,7 +9707,7 @@ static int run_command(command *c) {
 /* Reads and parses a JSON file; free both afterwards, also on failure. */
 static int read_json(command *c, const char *path, buffer *text, json *j) {
     medrun_error why = {0};
-    int code = read_file(c, path, text);
+    int code = read_text(c, path, MOST_INPUT, text);
     if (code || !(code = json_parse(j, chars(text), text->n, &why))) return code;
     return fail(&c->e, code, "%s: %s", path, why.text);
 }
@@ -10173,7 +10212,7 @@ static int chat_load(chat *h, const char *path) {
 
 static int chat_read(chat *h, const char *path) {
     buffer file = {0};
-    int code = read_file(h->c, path, &file);
+    int code = read_text(h->c, path, most_prompt(h->c), &file);
     drop_line_end(&file);
     if (!code) code = chat_answer(h, chars(&file), file.n);
     buffer_free(&file);
@@ -10544,7 +10583,7 @@ static int tokenize_command(command *c) {
 static int detokenize_command(command *c) {
     if (open_tokenizer(c)) return c->e.code;
     bool from_stdin = !c->n_rest || (c->n_rest == 1 && !strcmp(c->rest[0], "-"));
-    if (from_stdin) read_file(c, "-", &c->input);
+    if (from_stdin) read_file(c, "-", MOST_INPUT, &c->input);
     else for (int i = 0; i < c->n_rest; i++) buffer_printf(&c->input, "%s ", c->rest[i]);
     if (c->input.failed) out_of_memory(&c->e, c->input.n);
     if (parse_ids(c, chars(&c->input), c->input.n, &c->ids)) return c->e.code;

@@ -170,6 +170,37 @@ if [ -e /dev/full ]; then
 else skip 'no /dev/full'; fi
 "$medrun" logits "$model" --ids 1 -o "$T/l.f32" >&- 2>&-; check "all closed: $?" [ -s "$T/l.f32" ]
 
+# ---- text that comes in: UTF-8 and no more than a context can hold ----
+printf 'fever\n' >"$T/plain"
+printf '\357\273\277fever\n' >"$T/mark"
+printf '\377\376f\000e\000v\000e\000r\000' >"$T/little"
+printf '\376\377\000f\000e' >"$T/big"
+printf 'a\nfi\350vre\n' >"$T/latin"
+printf 'a\n\355\240\200\n' >"$T/half"                  # half a pair, which is no character
+code 0 run "$model" -f "$T/plain" -n 3 -v -q --temp 0; cp "$T/err" "$T/shown"; cp "$T/out" "$T/answer"
+code 0 run "$model" -f "$T/mark" -n 3 -v -q --temp 0; out_is "$T/answer"; check 'a byte order mark' cmp -s "$T/err" "$T/shown"
+in=$T/mark; code 0 run "$model" -n 3 -v -q --temp 0; out_is "$T/answer"; in=
+for f in little big; do
+    code 3 run "$model" -f "$T/$f"; err_has 'found UTF-16, wanted UTF-8'; err_lines 1; no_out
+    in=$T/$f; code 3 run "$model"; err_has 'stdin: line 1, byte 0: found UTF-16'; in=
+    code 3 render "$model" --messages "$T/$f"; err_has 'found UTF-16'
+done
+code 3 run "$model" -f "$T/latin"; err_has 'line 2, byte 4: found what is no character, wanted UTF-8'
+code 3 run "$model" -f "$T/half"; err_has 'line 2, byte 2'
+printf '\357\273\277[{"role":"user","content":"x"}]' >"$T/m.json"
+code 0 render "$model" --messages "$T/m.json"
+if truncate -s 3T "$T/sparse" 2>"$T/err"; then             # from its size, before it is read
+    code 5 run "$model" -f "$T/sparse"; err_has 'more than a context of'; err_lines 1; no_out
+    code 3 render "$model" --messages "$T/sparse"; err_has 'the most that is read'
+    code 3 tokenize "$model" -f "$T/sparse"
+    rm "$T/sparse"
+else skip 'no sparse file of 3 TB here'; fi
+if [ -e /dev/zero ]; then
+    code 5 run "$model" -f /dev/zero; err_has 'more than a context of'
+    in=/dev/zero; code 5 run "$model"; code 3 tokenize "$model"; code 3 detokenize "$model"; in=
+    code 3 render "$model" --messages /dev/zero
+fi
+
 # ---- tokenize, detokenize ----
 printf 'A \377\376\300 b\nfever of 39.5 \302\260C\t\351\000 z\n' >"$T/bytes"
 for f in "$model" "$tok"; do

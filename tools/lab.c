@@ -481,7 +481,7 @@ static int next_piece_or_call(command *c, answer *a) {
 static int read_tools(command *c, buffer *shown) {
     buffer text = {0};
     if (!given(c, L_TOOLS)) return MEDRUN_OK;
-    int code = read_file(c, c->text[L_TOOLS], &text);
+    int code = read_text(c, c->text[L_TOOLS], MOST_INPUT, &text);
     if (!code) code = tools_text(c->chat, chars(&text), text.n, shown, &c->e);
     c->chat_options.tools = chars(shown);
     c->chat_options.n_tools = shown->n;
