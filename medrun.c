@@ -9195,8 +9195,8 @@ static int read_file(command *c, const char *path, size_t most, buffer *out) {
         out->n += n, out->data[out->n] = 0;
     }
     if (over && most < MOST_INPUT)
-        fail(&c->e, MEDRUN_TOO_LONG, "%s: over %zu bytes are more than a context of %d tokens holds",
-             path, most, c->m->config.max_positions);
+        fail(&c->e, MEDRUN_TOO_LONG, "%s: over %zu bytes are more than a context of %d tokens "
+             "holds", path, most, c->m->config.max_positions);
     else if (over) fail(&c->e, MEDRUN_BAD_FILE, "%s: found over %zu bytes, the most that is read",
                         path, most);
     if (out->failed) out_of_memory(&c->e, out->cap);

@@ -43,10 +43,10 @@ budgets="
 13:420:440
 14:100:188
 15:720:856
-16:1410:2041"
+16:1410:2080"
 budgets=$(echo $budgets)                  # on one line
 most_lines=10900                            # the goals: 9000, 450000, 15
-most_bytes=537000
+most_bytes=538000
 least_comments=11.5
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
