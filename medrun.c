@@ -9216,7 +9216,8 @@ static int read_text(command *c, const char *path, size_t most, buffer *out) {
     bool utf16 = !strncmp(start, "\xFF\xFE", 2) || !strncmp(start, "\xFE\xFF", 2);
     if (!len)
         return fail(&c->e, MEDRUN_BAD_FILE, "%s: line %zu, byte %zu: found %s, wanted UTF-8 text; "
-                    "save it as UTF-8", strcmp(path, "-") ? path : "stdin", line, at, utf16 ? "UTF-16" : "what is no character");
+                    "save it as UTF-8", strcmp(path, "-") ? path : "stdin", line, at,
+                    utf16 ? "UTF-16" : "what is no character");
     if (strncmp(start, "\xEF\xBB\xBF", 3)) return MEDRUN_OK;
     memmove(out->data, start + 3, out->n -= 3);
     return out->data[out->n] = 0, MEDRUN_OK;
