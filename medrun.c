@@ -2133,9 +2133,11 @@ static float quantise_group(const float *x, size_t n, int8_t q[GROUP]) {
 MAYBE_UNUSED static float plain_dot(int type, const uint8_t *panel, size_t lane, size_t cols,
                                     const float *x) {
     float sum = 0, part = 0;
-    for (size_t k = 0; type == TYPE_BF16 && k < cols; k++)
-        sum = fmaf(stored_bf16(panel, lane, k), x[k], sum);
-    for (size_t g = 0; type != TYPE_BF16 && g < cols; g += GROUP) {
+    if (type == TYPE_BF16) {
+        for (size_t k = 0; k < cols; k++) sum = fmaf(stored_bf16(panel, lane, k), x[k], sum);
+        return sum;
+    }
+    for (size_t g = 0; g < cols; g += GROUP) {
         int8_t q[GROUP];
         float scale = quantise_group(x + g, cols - g < GROUP ? cols - g : GROUP, q);
         for (size_t first = 0; first < GROUP; first += group_cols(type)) {
@@ -2260,14 +2262,45 @@ typedef struct {
     float positive, negative, beta, eps;
 } xielu_numbers;
 
-/* out[t * stride + 16 p + lane] = sum over k of w[16 p + lane][k] * x[t][k]. COLS_PER_BLOCK columns
- * of all tokens come before the next, a multiple of 128, which changes no bit. BLOCK has room for
- * as many times BLOCK_BYTES: weights that are not used as they lie are unpacked there, once for
- * all tokens. */
-typedef void matmul_fn(const uint8_t *w, size_t panels, size_t cols, const uint8_t *x,
-                       size_t tokens, size_t cols_per_block, uint8_t *block, float *out,
-                       size_t stride);
+/* A share of a matrix product: out[t * stride + 16 p + lane] = sum over k of
+ * w[16 p + lane][k] * x[t][k]. */
+typedef struct {
+    const uint8_t *w, *x;           /* whole panels; all tokens, packed                         */
+    size_t panels, cols, tokens;
+    size_t cols_per_block;          /* all tokens' come before the next; any multiple of 128    */
+    uint8_t *block;                 /* room for as many times BLOCK_BYTES, where weights that   */
+    float *out;                     /* are not used as they lie are unpacked for all tokens     */
+    size_t stride;
+} matmul_part;
+typedef void matmul_fn(const matmul_part *m);
 enum { BLOCK_BYTES = 4 * (LANES + 2) };
+
+/* In one C file two functions cannot share a name, so each pass has names of its own: `vadd` is a
+ * macro that means vadd_avx2 in one pass and vadd_avx512 in the next. The compiler puts back what
+ * each macro was before: a pass's limits when the pass ends, its names when this section ends. So
+ * who includes medrun.c finds none of them. A new name gets a #define and a place in a list. */
+#define KERNEL_PRAGMA(...) _Pragma(#__VA_ARGS__)
+#define KEEP_MACRO(name) KERNEL_PRAGMA(push_macro(#name))
+#define PUT_BACK(name) KERNEL_PRAGMA(pop_macro(#name))
+#define PASS_LIMITS(X)                                                                          \
+    X(KERNEL_SUFFIX) X(KERNEL_BASE) X(KERNEL_NAME) X(BF16_NAME) X(PARTIAL) X(INT_PACK) X(SIGN)  \
+    X(READY_TYPES) X(LANE_LOOPS) X(TILE_PANELS) X(INT_PANELS) X(TILE_TOKENS) X(FEW_TOKENS)     \
+    X(TILED) X(UNROLLED) X(OWN_NUMBERS) X(OWN_BYTES) X(OWN_STEPS) X(OWN_READY) X(MORE_KERNELS)
+#define PASS_NAMES(X)                                                                           \
+    X(KERNELS) X(KERNEL_FIELD) X(KERNEL_JOIN2) X(KERNEL_JOIN) X(K) X(B) X(X_BYTES) X(X_GROUP)   \
+    X(PREFETCH) X(BEGIN_TARGET) X(END_TARGET) X(vec) X(ivec) X(wvec) X(vload) X(vstore)         \
+    X(vload_bf16) X(vload_f16) X(vload_int4) X(vstore_f16) X(vsplat) X(vadd) X(vsub) X(vmul)    \
+    X(vdiv) X(vmax) X(vfma) X(vless) X(vround) X(vfloat) X(vscale2) X(vsum) X(vlargest)         \
+    X(isplat) X(iadd) X(istore8) X(istore16) X(wload) X(wshift) X(wstore) X(wload_int8)         \
+    X(weven) X(wodd) X(bvec) X(bready) X(blevels) X(bload) X(bstore) X(ibias) X(svec) X(sload)  \
+    X(vfmas) X(xvec) X(xload) X(idot4) X(vdot2) X(pvec) X(pload) X(idot2) X(vexp) X(vexp_bend)  \
+    X(vexpm1) X(pack_words) X(pack_int) X(tile_f32) X(tile_bf16) X(add_products) X(dot_ready)   \
+    X(dot_int8) X(dot_int4) X(unpack_bf16) X(tile_ready_bf16) X(load_sums) X(store_sums)        \
+    X(run_tile) X(run_small) X(run_panels) X(matmul_with) X(tile_int8) X(unpack) X(tile_int4)   \
+    X(pack_queries) X(round16) X(pack_int16) X(score_tile) X(score_int8) X(score_step)          \
+    X(score_block) X(softmax_block) X(join_block) X(divide) X(join_values) X(value_tile)        \
+    X(weigh_int8) X(value_int8) X(value_step) X(value_block)
+PASS_NAMES(KEEP_MACRO)
 
 /* What every pass makes beside its matmuls: X(name, arguments). Shapes are in floats, all
  * pointers may be unaligned, and n is a multiple of 16. */
@@ -2299,31 +2332,6 @@ typedef struct {
     KERNELS(KERNEL_FIELD)
 } kernel_set;
 
-/* In one C file two functions cannot share a name, so each pass has names of its own: `vadd` is a
- * macro that means vadd_avx2 in one pass and vadd_avx512 in the next. The compiler puts back what
- * each macro was before: a pass's limits when the pass ends, its names when this section ends. So
- * who includes medrun.c finds none of them. A new name gets a #define and a place in a list. */
-#define KERNEL_PRAGMA(...) _Pragma(#__VA_ARGS__)
-#define KEEP_MACRO(name) KERNEL_PRAGMA(push_macro(#name))
-#define PUT_BACK(name) KERNEL_PRAGMA(pop_macro(#name))
-#define PASS_LIMITS(X)                                                                          \
-    X(KERNEL_SUFFIX) X(KERNEL_BASE) X(KERNEL_NAME) X(BF16_NAME) X(PARTIAL) X(INT_PACK) X(SIGN)  \
-    X(READY_TYPES) X(LIVE_TOKENS) X(TILE_PANELS) X(INT_PANELS) X(TILE_TOKENS) X(FEW_TOKENS)     \
-    X(TILED) X(UNROLLED) X(OWN_NUMBERS) X(OWN_BYTES) X(OWN_STEPS) X(OWN_READY) X(MORE_KERNELS)
-#define PASS_NAMES(X)                                                                           \
-    X(vec) X(ivec) X(wvec) X(vload) X(vstore) X(vload_bf16) X(vload_f16) X(vload_int4)          \
-    X(vstore_f16) X(vsplat) X(vadd) X(vsub) X(vmul) X(vdiv) X(vmax) X(vfma) X(vless) X(vround)  \
-    X(vfloat) X(vscale2) X(vsum) X(vlargest) X(isplat) X(iadd) X(istore8) X(istore16) X(wload)  \
-    X(wshift) X(wstore) X(wload_int8) X(weven) X(wodd) X(bvec) X(bready) X(blevels) X(bload)    \
-    X(bstore) X(ibias) X(svec) X(sload) X(vfmas) X(xvec) X(xload) X(idot4) X(vdot2) X(pvec)     \
-    X(pload) X(idot2) X(vexp) X(vexp_bend) X(vexpm1) X(pack_int) X(tile_f32) X(tile_bf16)       \
-    X(add_products) X(dot_ready) X(dot_int8) X(unpack_bf16) X(tile_ready_bf16) X(load_sums)     \
-    X(store_sums) X(run_tile) X(run_small) X(run_panels) X(matmul_with) X(tile_int8) X(unpack)  \
-    X(tile_int4) X(pack_queries) X(round16) X(pack_int16) X(score_tile) X(score_int8)           \
-    X(score_step) X(score_block) X(softmax_block) X(join_block) X(divide) X(join_values)        \
-    X(value_tile) X(weigh_int8) X(value_int8) X(value_step) X(value_block)
-
-PASS_NAMES(KEEP_MACRO)
 #define KERNEL_JOIN2(name, suffix) name##_##suffix
 #define KERNEL_JOIN(name, suffix) KERNEL_JOIN2(name, suffix)
 #define K(name) KERNEL_JOIN(name, KERNEL_SUFFIX)        /* vadd -> vadd_avx2 */
@@ -2382,12 +2390,14 @@ PASS_NAMES(KEEP_MACRO)
 #define vexp K(vexp)
 #define vexp_bend K(vexp_bend)
 #define vexpm1 K(vexpm1)
+#define pack_words K(pack_words)
 #define pack_int K(pack_int)
 #define tile_f32 K(tile_f32)
 #define tile_bf16 K(tile_bf16)
 #define add_products K(add_products)
 #define dot_ready K(dot_ready)
 #define dot_int8 K(dot_int8)
+#define dot_int4 K(dot_int4)
 #define unpack_bf16 K(unpack_bf16)
 #define tile_ready_bf16 K(tile_ready_bf16)
 #define load_sums K(load_sums)
@@ -2490,7 +2500,7 @@ PASS_LIMITS(KEEP_MACRO)
 #define INT_PACK PACK_INT8      /* what int8 and int4 weights multiply                           */
 #define SIGN 0                  /* what bready takes from the weights' + 128                     */
 #define READY_TYPES (1 << TYPE_INT4)    /* which a matmul of many tokens unpacks first           */
-#define LIVE_TOKENS(live) (live)        /* here each token of a tile takes its time              */
+#define LANE_LOOPS 1            /* no vectors: a lane is a turn of a loop, a token costs its time */
 #define TILE_PANELS 1           /* what fits the registers                                       */
 #define INT_PANELS 1            /* ... with int8 or int4 weights, whose sums are two kinds       */
 #define TILE_TOKENS 8
@@ -2639,7 +2649,7 @@ ALWAYS_INLINE ivec idot2(ivec acc, wvec w, pvec x) {
 #define READY_TYPES (1 << TYPE_INT4)
 #endif
 #define SIGN 0
-#define LIVE_TOKENS(live) tile_width(live)
+#define LANE_LOOPS 0
 #define KERNEL_BASE avx2
 #define TILE_PANELS 1
 #define INT_PANELS 1
@@ -2838,7 +2848,7 @@ ALWAYS_INLINE ivec idot2(ivec acc, wvec w, pvec x) {
 #define INT_PACK PACK_INT8
 #define SIGN 0
 #define READY_TYPES (1 << TYPE_INT4)
-#define LIVE_TOKENS(live) tile_width(live)
+#define LANE_LOOPS 0
 #define TILE_PANELS 4
 #define INT_PANELS 3
 #define TILE_TOKENS 4
@@ -2968,7 +2978,7 @@ ALWAYS_INLINE ivec idot2(ivec acc, wvec w, pvec x) {
 #define READY_TYPES (1 << TYPE_INT8 | 1 << TYPE_INT4)
 #endif
 #define INT_PACK PACK_INT8
-#define LIVE_TOKENS(live) tile_width(live)
+#define LANE_LOOPS 0
 #define KERNEL_BASE neon
 #define TILE_PANELS 1           /* of 32 registers 16 are sums and 4, or 8, weights              */
 #define INT_PANELS 1
@@ -3248,10 +3258,9 @@ ALWAYS_INLINE void K(unzip)(ivec *s, ivec *t) {
     ivec x = *s, y = *t;
     *s = (ivec)ALL2(vuzp1q_s32), *t = (ivec)ALL2(vuzp2q_s32);
 }
-/* N steps that bstore has zipped, times four tokens of a tile, are added to DOT. Returns the tile's
- * next words. */
-ALWAYS_INLINE const uint8_t *K(dot_pairs)(const bool bf16, size_t n, size_t wide,
-                                          const uint8_t *steps, const uint8_t *words, ivec *dot) {
+/* N steps that bstore has zipped, times four tokens of a tile, are added to DOT. */
+ALWAYS_INLINE void K(dot_pairs)(const bool bf16, size_t n, size_t wide, const uint8_t *steps,
+                                const uint8_t *words, ivec *dot) {
     K(zip)(&dot[0], &dot[1]), K(zip)(&dot[2], &dot[3]);
     for (size_t s = 0; s < n; s += 2, steps += 2 * STEP_BYTES, words += 8 * wide) {
         wvec v = wload(steps), w = wload(steps + STEP_BYTES);
@@ -3261,14 +3270,13 @@ ALWAYS_INLINE const uint8_t *K(dot_pairs)(const bool bf16, size_t n, size_t wide
         K(two_tokens)(bf16, &dot[2], &dot[3], v, w, PICK4(vzip2q_u32, x, y));
     }
     K(unzip)(&dot[0], &dot[1]), K(unzip)(&dot[2], &dot[3]);
-    return words;
 }
 ALWAYS_INLINE ivec K(as_ints)(vec x) { return (ivec)ALL1(vreinterpretq_s32_f32); }
 ALWAYS_INLINE vec K(as_floats)(ivec x) { return (vec)ALL1(vreinterpretq_f32_s32); }
-ALWAYS_INLINE const uint8_t *dot_ready(const size_t np, const size_t nt, size_t n,
-                                       const weight_tile tile, const uint8_t *steps,
-                                       const uint8_t *words, ivec *dot) {
-    return (void)np, (void)nt, K(dot_pairs)(false, n, tile.wide, steps, words, dot);
+ALWAYS_INLINE void dot_ready(const size_t np, const size_t nt, size_t n, const weight_tile tile,
+                             const uint8_t *steps, const uint8_t *words, ivec *dot) {
+    (void)np, (void)nt;
+    K(dot_pairs)(false, n, tile.wide, steps, words, dot);
 }
 
 ALWAYS_INLINE void unpack_bf16(const uint8_t *w, size_t begin, size_t end, uint8_t *block) {
@@ -3354,9 +3362,8 @@ ALWAYS_INLINE void add_products(const size_t np, const size_t nt, size_t wide, c
 /* N steps that unpack has made ready, times NT tokens, are added to DOT. Returns the tile's next
  * words, of which a line of 64 bytes, asked for once, holds 16; but int4 (8 steps) is faster asked
  * for every second step where a word has 8 bytes (AVX2), too. */
-ALWAYS_INLINE const uint8_t *dot_ready(const size_t np, const size_t nt, size_t n,
-                                       const weight_tile tile, const uint8_t *steps,
-                                       const uint8_t *words, ivec *dot) {
+ALWAYS_INLINE void dot_ready(const size_t np, const size_t nt, size_t n, const weight_tile tile,
+                             const uint8_t *steps, const uint8_t *words, ivec *dot) {
     for (size_t s = 0; s < n; s += 2)
         UNROLLED for (size_t i = 0; i < 2; i++) {
             bvec step[4];
@@ -3365,7 +3372,6 @@ ALWAYS_INLINE const uint8_t *dot_ready(const size_t np, const size_t nt, size_t 
             add_products(np, nt, tile.wide, step, words, dot);
             steps += K(READY), words += X_BYTES * tile.wide;
         }
-    return words;
 }
 
 /* bf16 weights are multiplied as they lie. */
@@ -3410,8 +3416,21 @@ ALWAYS_INLINE vec vexpm1(vec x) {
 }
 
 #ifndef PARTIAL
+/* A token's GROUP whole numbers to its places in a tile of NT tokens. PACK_INT16 has the first and
+ * third of four in a word, then the second and fourth: so AVX2 finds the bytes of its weights. */
+static void pack_words(int kind, const int8_t *q, size_t nt, uint8_t *out) {
+    if (kind == PACK_INT8) {
+        for (size_t i = 0; i < GROUP / 4; i++) memcpy(out + 4 * i * nt, q + 4 * i, 4);
+        return;
+    }
+    for (size_t i = 0; i < GROUP / 2; i++) {
+        const int16_t pair[2] = {q[i / 2 * 4 + i % 2], q[i / 2 * 4 + i % 2 + 2]};
+        memcpy(out + 4 * i * nt, pair, 4);
+    }
+}
+
 /* A tile of LIVE tokens, one group after the other: scale = largest magnitude / 127, q = x / scale.
- */
+ * The groups of a tile that is not full end with tokens of zeros. */
 static void pack_int(int kind, const float *x, size_t stride, size_t cols, size_t live,
                      uint8_t *out) {
     size_t nt = tile_width(live);
@@ -3437,12 +3456,7 @@ static void pack_int(int kind, const float *x, size_t stride, size_t cols, size_
             memcpy(out + 4 * t, &sum[0], 4);
             memcpy(out + 4 * (nt + t), &sum[1], 4);
             memcpy(out + 4 * (2 * nt + t), &scale, 4);
-            for (size_t i = 0; kind == PACK_INT8 && i < GROUP / 4; i++)
-                memcpy(out + 4 * ((3 + i) * nt + t), q + 4 * i, 4);
-            for (size_t i = 0; kind == PACK_INT16 && i < GROUP / 2; i++) {
-                const int16_t pair[2] = {q[i / 2 * 4 + i % 2], q[i / 2 * 4 + i % 2 + 2]};
-                memcpy(out + 4 * ((3 + i) * nt + t), pair, 4);
-            }
+            pack_words(kind, q, nt, out + 4 * (3 * nt + t));
         }
     }
 }
@@ -3453,17 +3467,19 @@ static void K(pack)(int kind, const float *x, size_t stride, size_t cols, size_t
         const float *from = x + t * stride;
         nt = tile_width(tokens - t);
         size_t live = tokens - t < nt ? tokens - t : nt;
-        if (kind == PACK_INT8 || kind == PACK_INT16) pack_int(kind, from, stride, cols, live, out);
-        else if (live < nt) memset(out, 0, pack_bytes(kind, cols, nt));
-        for (size_t i = 0; kind == PACK_F32 && i < live; i++)
-            for (size_t k = 0; k < cols; k++)
-                memcpy(out + 4 * (k * nt + i), from + i * stride + k, 4);
-        for (size_t i = 0; kind == PACK_BF16 && i < live; i++)
-            for (size_t k = 0; k < cols; k += 2) {
-                const float *f = from + i * stride + k;
-                uint32_t pair = f32_to_bf16(f[0]) | (uint32_t)f32_to_bf16(f[1]) << 16;
+        if (kind == PACK_INT8 || kind == PACK_INT16) {
+            pack_int(kind, from, stride, cols, live, out);
+            continue;
+        }
+        if (live < nt) memset(out, 0, pack_bytes(kind, cols, nt));
+        for (size_t i = 0; i < live; i++, from += stride) {
+            if (kind == PACK_F32)
+                for (size_t k = 0; k < cols; k++) memcpy(out + 4 * (k * nt + i), from + k, 4);
+            else for (size_t k = 0; k < cols; k += 2) {
+                uint32_t pair = f32_to_bf16(from[k]) | (uint32_t)f32_to_bf16(from[k + 1]) << 16;
                 memcpy(out + 4 * (k / 2 * nt + i), &pair, 4);
             }
+        }
     }
 }
 
@@ -3593,14 +3609,31 @@ ALWAYS_INLINE void tile_int8(const bool ready, const size_t np, const size_t nt,
     store_sums(np, nt, tile, sum);
 }
 
+/* The steps of an int4 group of 32 columns as they lie in their panels, times NT tokens. A step has
+ * eight columns: four in the low nibbles, four in the high ones. */
+ALWAYS_INLINE void dot_int4(const size_t np, const size_t nt, const weight_tile tile,
+                            const uint8_t *scales, const uint8_t *steps, const uint8_t *words,
+                            ivec *dot) {
+    wvec shift[4];
+    UNROLLED for (size_t p = 0; p < np; p++) shift[p] = wshift(scales + p * tile.bytes);
+    for (size_t s = 0; s < GROUP4 / 8; s++, steps += STEP_BYTES) {
+        wvec step[4];
+        PREFETCH(steps);
+        UNROLLED for (size_t p = 0; p < np; p++) step[p] = wload(steps + p * tile.bytes);
+        UNROLLED for (size_t high = 0; high < 2; high++, words += X_BYTES * tile.wide) {
+            bvec four[4];
+            UNROLLED for (size_t p = 0; p < np; p++) four[p] = blevels(step[p], shift[p], !high);
+            add_products(np, nt, tile.wide, four, words, dot);
+        }
+    }
+}
+
 /* int4 weights times int8. A group of 64 columns has one scale of the tokens and two halves of 32
  * with a scale and a shift of the weights each: part = first half's products * its scale, then
  * fma(second half's, its scale, part); sum = fma(part, token's scale, sum). A nibble is turned into
  * its level plus shift, an unsigned byte, by one table look-up, so that the products are those of
  * int8. dot is (np, nt), as are part and sum, of 16 lanes each; the sums lie in memory, because the
- * registers are for the products. A step of weights that are not READY holds eight columns: four in
- * the low nibbles, four in the high ones. Its two loops ask for READY themselves: behind an `else`,
- * gcc 12 for NEON moves vectors to memory and back, a fifth more instructions for two tokens. */
+ * registers are for the products. */
 ALWAYS_INLINE void tile_int4(const bool ready, const size_t np, const size_t nt,
                              const weight_tile tile) {
     const size_t group_bytes = ready ? K(UNPACKED) : 2 * GROUP4_BYTES + STEP_BYTES;
@@ -3613,28 +3646,16 @@ ALWAYS_INLINE void tile_int4(const bool ready, const size_t np, const size_t nt,
     }
     if (!ready) w += group_scales(TYPE_INT4, tile.begin / GROUP4);
     for (size_t k = tile.begin; k < tile.end; k += GROUP, x += tile.wide * X_GROUP) {
-        const uint8_t *words = x + 12 * tile.wide;
         UNROLLED for (size_t h = 0; h < 2; h++) {
+            const uint8_t *words = x + (12 + h * (GROUP4 / 4) * X_BYTES) * tile.wide;
             const uint8_t *scales = w + h * (ready ? STEP_BYTES : STEP_BYTES / 2);
             const uint8_t *steps = w + (ready ? 2 * STEP_BYTES + h * 8 * K(READY)
                                               : group_steps(TYPE_INT4, h));
             ivec dot[16];
-            wvec shift[4], step[4];
             UNROLLED for (size_t i = 0; i < np * nt; i++)
                 dot[i] = ibias(x + 4 * (h * tile.wide + i % nt));
-            if (ready) words = dot_ready(np, nt, GROUP4 / 4, tile, steps, words, dot);
-            UNROLLED for (size_t p = 0; !ready && p < np; p++)
-                shift[p] = wshift(scales + p * tile.bytes);
-            for (size_t s = 0; !ready && s < GROUP4 / 8; s++, steps += STEP_BYTES) {
-                PREFETCH(steps);
-                UNROLLED for (size_t p = 0; p < np; p++) step[p] = wload(steps + p * tile.bytes);
-                UNROLLED for (size_t high = 0; high < 2; high++, words += X_BYTES * tile.wide) {
-                    bvec four[4];
-                    UNROLLED for (size_t p = 0; p < np; p++)
-                        four[p] = blevels(step[p], shift[p], !high);
-                    add_products(np, nt, tile.wide, four, words, dot);
-                }
-            }
+            if (ready) dot_ready(np, nt, GROUP4 / 4, tile, steps, words, dot);
+            else dot_int4(np, nt, tile, scales, steps, words, dot);
             UNROLLED for (size_t i = 0; i < np * nt; i++) {
                 const uint8_t *from = scales + i / nt * tile.bytes;
                 vec scale = ready ? vload((const float *)(const void *)from)
@@ -3662,9 +3683,9 @@ ALWAYS_INLINE void run_tile(const matmul_plan plan, const bool ready, const size
     else tile_bf16(np, nt, tile);
 }
 
-/* One panel; a width that is no constant is for the scalar pass, whose lanes are loops. */
+/* One panel. Where a lane is a loop, one loop serves every number of tokens, too. */
 ALWAYS_INLINE void run_small(const matmul_plan plan, size_t nt, const weight_tile tile) {
-    if (LIVE_TOKENS(3) == 3) run_tile(plan, false, 1, nt, tile);
+    if (LANE_LOOPS) run_tile(plan, false, 1, nt, tile);
     else if (nt == FEW_TOKENS) run_tile(plan, false, 1, FEW_TOKENS, tile);
     else if (nt == 4) run_tile(plan, false, 1, 4, tile);
     else if (nt == 2) run_tile(plan, false, 1, 2, tile);
@@ -3688,27 +3709,30 @@ ALWAYS_INLINE void run_panels(const matmul_plan plan, bool many, size_t np, size
  * single token), so that the weights come from memory as one stream, which the processor reads
  * ahead best. For many tokens a block of columns of plan.together panels stays in the second cache
  * while all tokens pass. */
-ALWAYS_INLINE void matmul_with(const matmul_plan plan, const uint8_t *w, size_t panels, size_t cols,
-                               const uint8_t *x, size_t tokens, size_t cols_per_block,
-                               uint8_t *block, float *out, size_t stride) {
-    size_t bytes = panel_bytes(plan.type, cols), row = pack_bytes(plan.kind, cols, 1);
-    for (size_t p = 0, np; p < panels; p += np, w += np * bytes, out += LANES * np) {
-        bool many = tokens > TILE && panels - p >= plan.together;
-        np = many ? plan.together : tokens == 1 && panels - p >= plan.alone ? plan.alone : 1;
-        for (size_t k = 0, end; k < cols; k = end) {
-            end = cols_per_block < cols - k ? k + cols_per_block : cols;
+ALWAYS_INLINE void matmul_with(const matmul_plan plan, const matmul_part m) {
+    size_t bytes = panel_bytes(plan.type, m.cols), row = pack_bytes(plan.kind, m.cols, 1);
+    const uint8_t *w = m.w;
+    float *out = m.out;
+    for (size_t p = 0, np; p < m.panels; p += np, w += np * bytes, out += LANES * np) {
+        bool many = m.tokens > TILE && m.panels - p >= plan.together;
+        np = many ? plan.together : m.tokens == 1 && m.panels - p >= plan.alone ? plan.alone : 1;
+        for (size_t k = 0, end; k < m.cols; k = end) {
+            end = m.cols_per_block < m.cols - k ? k + m.cols_per_block : m.cols;
             size_t block_bytes = (end - k + GROUP - 1) / GROUP * K(UNPACKED);
-            for (size_t i = 0; plan.ready && many && i < np; i++)
-                unpack(plan.type, w + i * bytes, k, end, block + i * block_bytes);
-            for (size_t t = 0, wide; t < tokens; t += wide) {
-                wide = tile_width(tokens - t);
-                for (size_t u = 0, nt; u < wide && t + u < tokens; u += nt) {
-                    size_t live = tokens - t - u, most = many ? TILE_TOKENS : FEW_TOKENS;
-                    weight_tile tile = {live, wide, bytes, k, end, stride, w,
-                                        x + t * row + 4 * u, out + (t + u) * stride}, big = tile;
-                    if (plan.ready) big.w = block, big.bytes = block_bytes;
+            if (plan.ready && many)
+                for (size_t i = 0; i < np; i++)
+                    unpack(plan.type, w + i * bytes, k, end, m.block + i * block_bytes);
+            for (size_t t = 0, wide; t < m.tokens; t += wide) {
+                wide = tile_width(m.tokens - t);
+                for (size_t u = 0, nt; u < wide && t + u < m.tokens; u += nt) {
+                    size_t live = m.tokens - t - u, most = many ? TILE_TOKENS : FEW_TOKENS;
+                    weight_tile tile = {live, wide, bytes, k, end, m.stride, w,
+                                        m.x + t * row + 4 * u, out + (t + u) * m.stride};
+                    weight_tile big = tile;
+                    if (plan.ready) big.w = m.block, big.bytes = block_bytes;
                     nt = wide > most ? most : wide;
-                    if (nt > LIVE_TOKENS(live)) nt = LIVE_TOKENS(live);
+                    if (!LANE_LOOPS && nt > tile_width(live)) nt = tile_width(live);
+                    if (LANE_LOOPS && nt > live) nt = live;
                     run_panels(plan, many, np, nt, tile, big);
                 }
             }
@@ -3717,38 +3741,23 @@ ALWAYS_INLINE void matmul_with(const matmul_plan plan, const uint8_t *w, size_t 
 }
 
 #ifndef PARTIAL
-static void K(matmul_f32)(const uint8_t *w, size_t panels, size_t cols, const uint8_t *x,
-                          size_t tokens, size_t cols_per_block, uint8_t *block, float *out,
-                          size_t stride) {
-    matmul_with((matmul_plan){TYPE_BF16, PACK_F32, 2, TILE_PANELS, false}, w, panels, cols, x,
-                tokens, cols_per_block, block, out, stride);
+static void K(matmul_f32)(const matmul_part *m) {
+    matmul_with((matmul_plan){TYPE_BF16, PACK_F32, 2, TILE_PANELS, false}, *m);
 }
 #endif
-
 #ifdef BF16_NAME
-static void K(matmul_bf16)(const uint8_t *w, size_t panels, size_t cols, const uint8_t *x,
-                           size_t tokens, size_t cols_per_block, uint8_t *block, float *out,
-                           size_t stride) {
+static void K(matmul_bf16)(const matmul_part *m) {
     const bool ready = READY_TYPES >> TYPE_BF16 & 1;
-    matmul_with((matmul_plan){TYPE_BF16, PACK_BF16, 1, TILE_PANELS, ready}, w, panels, cols, x,
-                tokens, cols_per_block, block, out, stride);
+    matmul_with((matmul_plan){TYPE_BF16, PACK_BF16, 1, TILE_PANELS, ready}, *m);
 }
 #endif
-
-static void K(matmul_int8)(const uint8_t *w, size_t panels, size_t cols, const uint8_t *x,
-                           size_t tokens, size_t cols_per_block, uint8_t *block, float *out,
-                           size_t stride) {
+static void K(matmul_int8)(const matmul_part *m) {
     const bool ready = READY_TYPES >> TYPE_INT8 & 1;
-    matmul_with((matmul_plan){TYPE_INT8, INT_PACK, 1, INT_PANELS, ready}, w, panels, cols, x,
-                tokens, cols_per_block, block, out, stride);
+    matmul_with((matmul_plan){TYPE_INT8, INT_PACK, 1, INT_PANELS, ready}, *m);
 }
-
-static void K(matmul_int4)(const uint8_t *w, size_t panels, size_t cols, const uint8_t *x,
-                           size_t tokens, size_t cols_per_block, uint8_t *block, float *out,
-                           size_t stride) {
+static void K(matmul_int4)(const matmul_part *m) {
     const bool ready = READY_TYPES >> TYPE_INT4 & 1;
-    matmul_with((matmul_plan){TYPE_INT4, INT_PACK, 1, INT_PANELS, ready}, w, panels, cols, x,
-                tokens, cols_per_block, block, out, stride);
+    matmul_with((matmul_plan){TYPE_INT4, INT_PACK, 1, INT_PANELS, ready}, *m);
 }
 
 #ifndef PARTIAL
@@ -4209,22 +4218,11 @@ END_TARGET
 #endif
 
 PASS_NAMES(PUT_BACK)
-#undef KERNELS
-#undef KERNEL_FIELD
-#undef KERNEL_JOIN2
-#undef KERNEL_JOIN
 #undef KERNEL_PRAGMA
 #undef KEEP_MACRO
 #undef PUT_BACK
-#undef BEGIN_TARGET
-#undef END_TARGET
 #undef PASS_LIMITS
 #undef PASS_NAMES
-#undef K
-#undef B
-#undef X_BYTES
-#undef X_GROUP
-#undef PREFETCH
 
 /* ---- processor features -------------------------------------------------------------------- */
 
@@ -4418,9 +4416,9 @@ static void matmul_task(void *context, size_t begin, size_t end, int thread) {
         matmul_fn *f = matmul_of(eng->k, p->w->type, j->x->kind);
         uint8_t *block = eng->blocks ? eng->blocks + (size_t)thread * eng->block_bytes : NULL;
         if (begin < n)
-            f(p->w->data + begin * panel_bytes(p->w->type, p->w->cols), n - begin, p->w->cols,
-              j->x->data, j->x->tokens, j->cols_per_block, block, p->out + begin * LANES,
-              p->stride);
+            f(&(matmul_part){p->w->data + begin * panel_bytes(p->w->type, p->w->cols), j->x->data,
+                             n - begin, p->w->cols, j->x->tokens, j->cols_per_block, block,
+                             p->out + begin * LANES, p->stride});
         begin = begin < panels ? 0 : begin - panels;
         end = end < panels ? 0 : end - panels;
     }

@@ -101,8 +101,9 @@ static uint8_t *run_part(const kernel_set *k, const problem *m, size_t t, size_t
     static size_t turn;
     size_t columns = some[turn++ % 4];
     uint8_t *block = need((columns < m->cols ? columns : round_up(m->cols, 128)) * BLOCK_BYTES);
-    matmul_of(k, m->type, m->kind)(m->w + p * panel_bytes(m->type, m->cols), np, m->cols, stream, n,
-                                   columns, block, out + t * m->out_stride + 16 * p, m->out_stride);
+    matmul_of(k, m->type, m->kind)(&(matmul_part){
+        m->w + p * panel_bytes(m->type, m->cols), stream, np, m->cols, n, columns, block,
+        out + t * m->out_stride + 16 * p, m->out_stride});
     free(block);
     return stream;
 }

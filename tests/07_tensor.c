@@ -75,8 +75,8 @@ static int wrong_sums(const engine *g, const problem *m, const float *out) {
             g->k->pack(kind, m->x + t * m->x_stride, m->x_stride, m->cols, 1, alone);
             for (size_t p = 0; p < (rows + 15) / 16; p++) {
                 float sums[16];
-                matmul_of(g->k, m->type, kind)(m->w[i].data + p * bytes, 1, m->cols, alone, 1,
-                                               SIZE_MAX, NULL, sums, 16);
+                matmul_of(g->k, m->type, kind)(&(matmul_part){
+                    m->w[i].data + p * bytes, alone, 1, m->cols, 1, SIZE_MAX, NULL, sums, 16});
                 wrong += memcmp(sums, out + 16 * p, sizeof sums) != 0;
             }
             for (size_t r = round_up(rows, 16); r < m->stride[i]; r++) wrong += !isnan(out[r]);
