@@ -2275,10 +2275,11 @@ typedef struct {
 typedef void matmul_fn(const matmul_part *m);
 enum { BLOCK_BYTES = 4 * (LANES + 2) };
 
-/* In one C file two functions cannot share a name, so each pass has names of its own: `vadd` is a
- * macro that means vadd_avx2 in one pass and vadd_avx512 in the next. The compiler puts back what
- * each macro was before: a pass's limits when the pass ends, its names when this section ends. So
- * who includes medrun.c finds none of them. A new name gets a #define and a place in a list. */
+/* In one C file two functions cannot share a name, so each pass has names of its own: K(norm) is
+ * norm_avx2 in one pass and norm_avx512 in the next. The words stand so often that each is a macro
+ * itself: `vadd` means K(vadd). The compiler puts back what each macro was before: a pass's limits
+ * when the pass ends, its names when this section ends, so who includes medrun.c finds none of
+ * them. A new macro of this section goes into one of the lists. */
 #define KERNEL_PRAGMA(...) _Pragma(#__VA_ARGS__)
 #define KEEP_MACRO(name) KERNEL_PRAGMA(push_macro(#name))
 #define PUT_BACK(name) KERNEL_PRAGMA(pop_macro(#name))
@@ -2294,12 +2295,7 @@ enum { BLOCK_BYTES = 4 * (LANES + 2) };
     X(isplat) X(iadd) X(istore8) X(istore16) X(wload) X(wshift) X(wstore) X(wload_int8)         \
     X(weven) X(wodd) X(bvec) X(bready) X(blevels) X(bload) X(bstore) X(ibias) X(svec) X(sload)  \
     X(vfmas) X(xvec) X(xload) X(idot4) X(vdot2) X(pvec) X(pload) X(idot2) X(vexp) X(vexp_bend)  \
-    X(vexpm1) X(pack_words) X(pack_int) X(tile_f32) X(tile_bf16) X(add_products) X(dot_ready)   \
-    X(dot_int8) X(dot_int4) X(unpack_bf16) X(tile_ready_bf16) X(load_sums) X(store_sums)        \
-    X(run_tile) X(run_small) X(run_panels) X(matmul_with) X(tile_int8) X(unpack) X(tile_int4)   \
-    X(pack_queries) X(round16) X(pack_int16) X(score_tile) X(score_int8) X(score_step)          \
-    X(score_block) X(softmax_block) X(join_block) X(divide) X(join_values) X(value_tile)        \
-    X(weigh_int8) X(value_int8) X(value_step) X(value_block)
+    X(vexpm1)
 PASS_NAMES(KEEP_MACRO)
 
 /* What every pass makes beside its matmuls: X(name, arguments). Shapes are in floats, all
@@ -2386,45 +2382,9 @@ typedef struct {
 #define pvec K(pvec)                    /* two int16 of one query on all lanes                   */
 #define pload K(pload)
 #define idot2 K(idot2)                  /* acc + sum of 2 int16 * int16, exact if it fits        */
-/* The sentences. */
-#define vexp K(vexp)
+#define vexp K(vexp)                    /* e^x                                                   */
 #define vexp_bend K(vexp_bend)
-#define vexpm1 K(vexpm1)
-#define pack_words K(pack_words)
-#define pack_int K(pack_int)
-#define tile_f32 K(tile_f32)
-#define tile_bf16 K(tile_bf16)
-#define add_products K(add_products)
-#define dot_ready K(dot_ready)
-#define dot_int8 K(dot_int8)
-#define dot_int4 K(dot_int4)
-#define unpack_bf16 K(unpack_bf16)
-#define tile_ready_bf16 K(tile_ready_bf16)
-#define load_sums K(load_sums)
-#define store_sums K(store_sums)
-#define run_tile K(run_tile)
-#define run_small K(run_small)
-#define run_panels K(run_panels)
-#define matmul_with K(matmul_with)
-#define tile_int8 K(tile_int8)
-#define unpack K(unpack)
-#define tile_int4 K(tile_int4)
-#define pack_queries K(pack_queries)
-#define round16 K(round16)
-#define pack_int16 K(pack_int16)
-#define score_tile K(score_tile)
-#define score_int8 K(score_int8)
-#define score_step K(score_step)
-#define score_block K(score_block)
-#define softmax_block K(softmax_block)
-#define join_block K(join_block)
-#define divide K(divide)
-#define join_values K(join_values)
-#define value_tile K(value_tile)
-#define weigh_int8 K(weigh_int8)
-#define value_int8 K(value_int8)
-#define value_step K(value_step)
-#define value_block K(value_block)
+#define vexpm1 K(vexpm1)                /* e^x - 1                                               */
 
 /* Bytes of a token in a step of four columns, and in a group, with its sums and its scale. */
 #define X_BYTES (INT_PACK == PACK_INT16 ? 8 : 4)
@@ -3273,19 +3233,19 @@ ALWAYS_INLINE void K(dot_pairs)(const bool bf16, size_t n, size_t wide, const ui
 }
 ALWAYS_INLINE ivec K(as_ints)(vec x) { return (ivec)ALL1(vreinterpretq_s32_f32); }
 ALWAYS_INLINE vec K(as_floats)(ivec x) { return (vec)ALL1(vreinterpretq_f32_s32); }
-ALWAYS_INLINE void dot_ready(const size_t np, const size_t nt, size_t n, const weight_tile tile,
-                             const uint8_t *steps, const uint8_t *words, ivec *dot) {
+ALWAYS_INLINE void K(dot_ready)(const size_t np, const size_t nt, size_t n, const weight_tile tile,
+                                const uint8_t *steps, const uint8_t *words, ivec *dot) {
     (void)np, (void)nt;
     K(dot_pairs)(false, n, tile.wide, steps, words, dot);
 }
 
-ALWAYS_INLINE void unpack_bf16(const uint8_t *w, size_t begin, size_t end, uint8_t *block) {
+ALWAYS_INLINE void K(unpack_bf16)(const uint8_t *w, size_t begin, size_t end, uint8_t *block) {
     for (size_t k = begin; k < end; k += 4, block += 2 * STEP_BYTES)
         bstore(block, wload(w + k / 2 * STEP_BYTES), wload(w + (k / 2 + 1) * STEP_BYTES));
 }
 
 /* The same bits as tile_bf16: a matrix product adds up as two dot products do. */
-ALWAYS_INLINE void tile_ready_bf16(const weight_tile tile) {
+ALWAYS_INLINE void K(tile_ready_bf16)(const weight_tile tile) {
     ivec sum[4];
     UNROLLED for (size_t t = 0; t < 4; t++) {
         bool more = tile.begin && t < tile.live;
@@ -3349,8 +3309,8 @@ ALWAYS_INLINE ivec ibias(const uint8_t *p) {
 enum { K(READY) = sizeof(bvec), K(UNPACKED) = 2 * STEP_BYTES + GROUP / 4 * sizeof(bvec) };
 
 /* Adds the products of four columns: NP panels' steps times NT tokens of a tile. */
-ALWAYS_INLINE void add_products(const size_t np, const size_t nt, size_t wide, const bvec *step,
-                                const uint8_t *words, ivec *dot) {
+ALWAYS_INLINE void K(add_products)(const size_t np, const size_t nt, size_t wide, const bvec *step,
+                                   const uint8_t *words, ivec *dot) {
     UNROLLED for (size_t t = 0; t < nt; t++) {
         xvec four = xload(words, t, nt, wide);
         UNROLLED for (size_t p = 0; p < np; p++)
@@ -3362,23 +3322,23 @@ ALWAYS_INLINE void add_products(const size_t np, const size_t nt, size_t wide, c
 /* N steps that unpack has made ready, times NT tokens, are added to DOT. Returns the tile's next
  * words, of which a line of 64 bytes, asked for once, holds 16; but int4 (8 steps) is faster asked
  * for every second step where a word has 8 bytes (AVX2), too. */
-ALWAYS_INLINE void dot_ready(const size_t np, const size_t nt, size_t n, const weight_tile tile,
-                             const uint8_t *steps, const uint8_t *words, ivec *dot) {
+ALWAYS_INLINE void K(dot_ready)(const size_t np, const size_t nt, size_t n, const weight_tile tile,
+                                const uint8_t *steps, const uint8_t *words, ivec *dot) {
     for (size_t s = 0; s < n; s += 2)
         UNROLLED for (size_t i = 0; i < 2; i++) {
             bvec step[4];
             if (i == 0 || (X_BYTES == 8 && n > 8)) PREFETCH(words);
             UNROLLED for (size_t p = 0; p < np; p++) step[p] = bload(steps + p * tile.bytes);
-            add_products(np, nt, tile.wide, step, words, dot);
+            K(add_products)(np, nt, tile.wide, step, words, dot);
             steps += K(READY), words += X_BYTES * tile.wide;
         }
 }
 
 /* bf16 weights are multiplied as they lie. */
-ALWAYS_INLINE void unpack_bf16(const uint8_t *w, size_t begin, size_t end, uint8_t *block) {
+ALWAYS_INLINE void K(unpack_bf16)(const uint8_t *w, size_t begin, size_t end, uint8_t *block) {
     (void)w, (void)begin, (void)end, (void)block;
 }
-ALWAYS_INLINE void tile_ready_bf16(const weight_tile tile) { (void)tile; }
+ALWAYS_INLINE void K(tile_ready_bf16)(const weight_tile tile) { (void)tile; }
 #endif
 
 /* ---- the sentences ------------------------------------------------------------------------- */
@@ -3418,7 +3378,7 @@ ALWAYS_INLINE vec vexpm1(vec x) {
 #ifndef PARTIAL
 /* A token's GROUP whole numbers to its places in a tile of NT tokens. PACK_INT16 has the first and
  * third of four in a word, then the second and fourth: so AVX2 finds the bytes of its weights. */
-static void pack_words(int kind, const int8_t *q, size_t nt, uint8_t *out) {
+static void K(pack_words)(int kind, const int8_t *q, size_t nt, uint8_t *out) {
     if (kind == PACK_INT8) {
         for (size_t i = 0; i < GROUP / 4; i++) memcpy(out + 4 * i * nt, q + 4 * i, 4);
         return;
@@ -3431,8 +3391,8 @@ static void pack_words(int kind, const int8_t *q, size_t nt, uint8_t *out) {
 
 /* A tile of LIVE tokens, one group after the other: scale = largest magnitude / 127, q = x / scale.
  * The groups of a tile that is not full end with tokens of zeros. */
-static void pack_int(int kind, const float *x, size_t stride, size_t cols, size_t live,
-                     uint8_t *out) {
+static void K(pack_int)(int kind, const float *x, size_t stride, size_t cols, size_t live,
+                        uint8_t *out) {
     size_t nt = tile_width(live);
     for (size_t k = 0; k < cols; k += GROUP, out += pack_bytes(kind, GROUP, nt)) {
         for (size_t t = 0; t < nt; t++) {
@@ -3456,7 +3416,7 @@ static void pack_int(int kind, const float *x, size_t stride, size_t cols, size_
             memcpy(out + 4 * t, &sum[0], 4);
             memcpy(out + 4 * (nt + t), &sum[1], 4);
             memcpy(out + 4 * (2 * nt + t), &scale, 4);
-            pack_words(kind, q, nt, out + 4 * (3 * nt + t));
+            K(pack_words)(kind, q, nt, out + 4 * (3 * nt + t));
         }
     }
 }
@@ -3468,7 +3428,7 @@ static void K(pack)(int kind, const float *x, size_t stride, size_t cols, size_t
         nt = tile_width(tokens - t);
         size_t live = tokens - t < nt ? tokens - t : nt;
         if (kind == PACK_INT8 || kind == PACK_INT16) {
-            pack_int(kind, from, stride, cols, live, out);
+            K(pack_int)(kind, from, stride, cols, live, out);
             continue;
         }
         if (live < nt) memset(out, 0, pack_bytes(kind, cols, nt));
@@ -3487,25 +3447,26 @@ static void K(pack)(int kind, const float *x, size_t stride, size_t cols, size_t
 
 /* The tiles of a matmul. NP panels and NT tokens are constants after inlining, so that the sums are
  * registers; every sum is one chain in the order of K, whatever they are. */
-ALWAYS_INLINE void load_sums(const size_t np, const size_t nt, const weight_tile tile, vec *sum) {
+ALWAYS_INLINE void K(load_sums)(const size_t np, const size_t nt, const weight_tile tile,
+                                vec *sum) {
     UNROLLED for (size_t i = 0; i < np * nt; i++) {
         bool more = tile.begin && i % nt < tile.live;
         sum[i] = more ? vload(sum_place(tile.out, tile.stride, nt, i)) : vsplat(0);
     }
 }
 
-ALWAYS_INLINE void store_sums(const size_t np, const size_t nt, const weight_tile tile,
-                              const vec *sum) {
+ALWAYS_INLINE void K(store_sums)(const size_t np, const size_t nt, const weight_tile tile,
+                                 const vec *sum) {
     UNROLLED for (size_t i = 0; i < np * nt; i++)
         if (i % nt < tile.live) vstore(sum_place(tile.out, tile.stride, nt, i), sum[i]);
 }
 
 /* bf16 weights times floats: a step is two columns, each widened to a float. */
-ALWAYS_INLINE void tile_f32(const size_t np, const size_t nt, const weight_tile tile) {
+ALWAYS_INLINE void K(tile_f32)(const size_t np, const size_t nt, const weight_tile tile) {
     const uint8_t *w = tile.w + tile.begin / 2 * STEP_BYTES;
     const uint8_t *x = tile.x + tile.begin * 4 * tile.wide;
     vec sum[16];
-    load_sums(np, nt, tile, sum);
+    K(load_sums)(np, nt, tile, sum);
     for (size_t k = tile.begin; k < tile.end; k += 2, w += STEP_BYTES, x += 8 * tile.wide) {
         vec even[4], odd[4];
         PREFETCH(np > 1 ? x : w);
@@ -3521,15 +3482,15 @@ ALWAYS_INLINE void tile_f32(const size_t np, const size_t nt, const weight_tile 
             }
         }
     }
-    store_sums(np, nt, tile, sum);
+    K(store_sums)(np, nt, tile, sum);
 }
 
 /* bf16 weights times bf16: the processor adds the products of two columns as it does. */
-ALWAYS_INLINE void tile_bf16(const size_t np, const size_t nt, const weight_tile tile) {
+ALWAYS_INLINE void K(tile_bf16)(const size_t np, const size_t nt, const weight_tile tile) {
     const uint8_t *w = tile.w + tile.begin / 2 * STEP_BYTES;
     const uint8_t *x = tile.x + tile.begin * 2 * tile.wide;
     vec sum[16];
-    load_sums(np, nt, tile, sum);
+    K(load_sums)(np, nt, tile, sum);
     for (size_t k = tile.begin; k < tile.end; k += 2, w += STEP_BYTES, x += 4 * tile.wide) {
         wvec step[4];
         PREFETCH(np > 1 ? x : w);
@@ -3540,14 +3501,14 @@ ALWAYS_INLINE void tile_bf16(const size_t np, const size_t nt, const weight_tile
                 sum[p * nt + t] = vdot2(sum[p * nt + t], step[p], two);
         }
     }
-    store_sums(np, nt, tile, sum);
+    K(store_sums)(np, nt, tile, sum);
 }
 
 /* Columns [BEGIN, END) of a panel -> BLOCK, which all tokens then use. */
-ALWAYS_INLINE void unpack(const int type, const uint8_t *w, size_t begin, size_t end,
-                          uint8_t *block) {
+ALWAYS_INLINE void K(unpack)(const int type, const uint8_t *w, size_t begin, size_t end,
+                             uint8_t *block) {
     if (type == TYPE_BF16) {
-        unpack_bf16(w, begin, end, block);
+        K(unpack_bf16)(w, begin, end, block);
         return;
     }
     for (size_t g = begin / GROUP; g * GROUP < end; g++, block += K(UNPACKED)) {
@@ -3572,31 +3533,31 @@ ALWAYS_INLINE void unpack(const int type, const uint8_t *w, size_t begin, size_t
 }
 
 /* The steps of an int8 group as they lie in their panels, times NT tokens. */
-ALWAYS_INLINE void dot_int8(const size_t np, const size_t nt, const weight_tile tile,
-                            const uint8_t *steps, const uint8_t *words, ivec *dot) {
+ALWAYS_INLINE void K(dot_int8)(const size_t np, const size_t nt, const weight_tile tile,
+                               const uint8_t *steps, const uint8_t *words, ivec *dot) {
     for (size_t s = 0; s < GROUP / 4; s++, steps += STEP_BYTES, words += X_BYTES * tile.wide) {
         bvec step[4];
         PREFETCH(np > 1 ? words : steps);
         UNROLLED for (size_t p = 0; p < np; p++) step[p] = bready(wload(steps + p * tile.bytes));
-        add_products(np, nt, tile.wide, step, words, dot);
+        K(add_products)(np, nt, tile.wide, step, words, dot);
     }
 }
 
 /* int8 weights times int8: a group's products are added exactly as whole numbers, beginning with
  * what undoes the weights' + 128; then sum = fma(products, weights' scale * token's scale, sum).
  * READY: the weights are blocks that unpack made. */
-ALWAYS_INLINE void tile_int8(const bool ready, const size_t np, const size_t nt,
-                             const weight_tile tile) {
+ALWAYS_INLINE void K(tile_int8)(const bool ready, const size_t np, const size_t nt,
+                                const weight_tile tile) {
     const uint8_t *w = tile.w, *x = tile.x + tile.begin / GROUP * tile.wide * X_GROUP;
     vec sum[16];
-    load_sums(np, nt, tile, sum);
+    K(load_sums)(np, nt, tile, sum);
     for (size_t g = tile.begin / GROUP; g * GROUP < tile.end; g++, x += tile.wide * X_GROUP) {
         const uint8_t *words = x + 12 * tile.wide;
         ivec dot[16];
         UNROLLED for (size_t i = 0; i < np * nt; i++)
             dot[i] = iadd(ibias(x + 4 * (i % nt)), ibias(x + 4 * (tile.wide + i % nt)));
-        if (ready) dot_ready(np, nt, GROUP / 4, tile, w + 2 * STEP_BYTES, words, dot);
-        else dot_int8(np, nt, tile, w + group_steps(TYPE_INT8, g), words, dot);
+        if (ready) K(dot_ready)(np, nt, GROUP / 4, tile, w + 2 * STEP_BYTES, words, dot);
+        else K(dot_int8)(np, nt, tile, w + group_steps(TYPE_INT8, g), words, dot);
         UNROLLED for (size_t i = 0; i < np * nt; i++) {
             const uint8_t *from = w + i / nt * tile.bytes;
             vec scale = ready ? vload((const float *)(const void *)from)
@@ -3606,14 +3567,14 @@ ALWAYS_INLINE void tile_int8(const bool ready, const size_t np, const size_t nt,
         }
         if (ready) w += K(UNPACKED);
     }
-    store_sums(np, nt, tile, sum);
+    K(store_sums)(np, nt, tile, sum);
 }
 
 /* The steps of an int4 group of 32 columns as they lie in their panels, times NT tokens. A step has
  * eight columns: four in the low nibbles, four in the high ones. */
-ALWAYS_INLINE void dot_int4(const size_t np, const size_t nt, const weight_tile tile,
-                            const uint8_t *scales, const uint8_t *steps, const uint8_t *words,
-                            ivec *dot) {
+ALWAYS_INLINE void K(dot_int4)(const size_t np, const size_t nt, const weight_tile tile,
+                               const uint8_t *scales, const uint8_t *steps, const uint8_t *words,
+                               ivec *dot) {
     wvec shift[4];
     UNROLLED for (size_t p = 0; p < np; p++) shift[p] = wshift(scales + p * tile.bytes);
     for (size_t s = 0; s < GROUP4 / 8; s++, steps += STEP_BYTES) {
@@ -3623,7 +3584,7 @@ ALWAYS_INLINE void dot_int4(const size_t np, const size_t nt, const weight_tile 
         UNROLLED for (size_t high = 0; high < 2; high++, words += X_BYTES * tile.wide) {
             bvec four[4];
             UNROLLED for (size_t p = 0; p < np; p++) four[p] = blevels(step[p], shift[p], !high);
-            add_products(np, nt, tile.wide, four, words, dot);
+            K(add_products)(np, nt, tile.wide, four, words, dot);
         }
     }
 }
@@ -3634,8 +3595,8 @@ ALWAYS_INLINE void dot_int4(const size_t np, const size_t nt, const weight_tile 
  * its level plus shift, an unsigned byte, by one table look-up, so that the products are those of
  * int8. dot is (np, nt), as are part and sum, of 16 lanes each; the sums lie in memory, because the
  * registers are for the products. */
-ALWAYS_INLINE void tile_int4(const bool ready, const size_t np, const size_t nt,
-                             const weight_tile tile) {
+ALWAYS_INLINE void K(tile_int4)(const bool ready, const size_t np, const size_t nt,
+                                const weight_tile tile) {
     const size_t group_bytes = ready ? K(UNPACKED) : 2 * GROUP4_BYTES + STEP_BYTES;
     const uint8_t *w = tile.w, *x = tile.x + tile.begin / GROUP * tile.wide * X_GROUP;
     float sum[16 * 16];
@@ -3654,8 +3615,8 @@ ALWAYS_INLINE void tile_int4(const bool ready, const size_t np, const size_t nt,
             ivec dot[16];
             UNROLLED for (size_t i = 0; i < np * nt; i++)
                 dot[i] = ibias(x + 4 * (h * tile.wide + i % nt));
-            if (ready) dot_ready(np, nt, GROUP4 / 4, tile, steps, words, dot);
-            else dot_int4(np, nt, tile, scales, steps, words, dot);
+            if (ready) K(dot_ready)(np, nt, GROUP4 / 4, tile, steps, words, dot);
+            else K(dot_int4)(np, nt, tile, scales, steps, words, dot);
             UNROLLED for (size_t i = 0; i < np * nt; i++) {
                 const uint8_t *from = scales + i / nt * tile.bytes;
                 vec scale = ready ? vload((const float *)(const void *)from)
@@ -3674,42 +3635,42 @@ ALWAYS_INLINE void tile_int4(const bool ready, const size_t np, const size_t nt,
             vstore(sum_place(tile.out, tile.stride, nt, i), vload(sum + 16 * i));
 }
 
-ALWAYS_INLINE void run_tile(const matmul_plan plan, const bool ready, const size_t np,
-                            const size_t nt, const weight_tile tile) {
-    if (plan.type == TYPE_INT8) tile_int8(ready, np, nt, tile);
-    else if (plan.type == TYPE_INT4) tile_int4(ready, np, nt, tile);
-    else if (plan.kind == PACK_F32) tile_f32(np, nt, tile);
-    else if (ready) tile_ready_bf16(tile);
-    else tile_bf16(np, nt, tile);
+ALWAYS_INLINE void K(run_tile)(const matmul_plan plan, const bool ready, const size_t np,
+                               const size_t nt, const weight_tile tile) {
+    if (plan.type == TYPE_INT8) K(tile_int8)(ready, np, nt, tile);
+    else if (plan.type == TYPE_INT4) K(tile_int4)(ready, np, nt, tile);
+    else if (plan.kind == PACK_F32) K(tile_f32)(np, nt, tile);
+    else if (ready) K(tile_ready_bf16)(tile);
+    else K(tile_bf16)(np, nt, tile);
 }
 
 /* One panel. Where a lane is a loop, one loop serves every number of tokens, too. */
-ALWAYS_INLINE void run_small(const matmul_plan plan, size_t nt, const weight_tile tile) {
-    if (LANE_LOOPS) run_tile(plan, false, 1, nt, tile);
-    else if (nt == FEW_TOKENS) run_tile(plan, false, 1, FEW_TOKENS, tile);
-    else if (nt == 4) run_tile(plan, false, 1, 4, tile);
-    else if (nt == 2) run_tile(plan, false, 1, 2, tile);
-    else run_tile(plan, false, 1, 1, tile);
+ALWAYS_INLINE void K(run_small)(const matmul_plan plan, size_t nt, const weight_tile tile) {
+    if (LANE_LOOPS) K(run_tile)(plan, false, 1, nt, tile);
+    else if (nt == FEW_TOKENS) K(run_tile)(plan, false, 1, FEW_TOKENS, tile);
+    else if (nt == 4) K(run_tile)(plan, false, 1, 4, tile);
+    else if (nt == 2) K(run_tile)(plan, false, 1, 2, tile);
+    else K(run_tile)(plan, false, 1, 1, tile);
 }
 
 /* NP panels times NT tokens. BIG: the same where they are as many panels as many tokens take, which
  * may lie in blocks. */
-ALWAYS_INLINE void run_panels(const matmul_plan plan, bool many, size_t np, size_t nt,
-                              weight_tile tile, const weight_tile big) {
-    if (many && nt == TILE_TOKENS) run_tile(plan, plan.ready, plan.together, TILE_TOKENS, big);
+ALWAYS_INLINE void K(run_panels)(const matmul_plan plan, bool many, size_t np, size_t nt,
+                                 weight_tile tile, const weight_tile big) {
+    if (many && nt == TILE_TOKENS) K(run_tile)(plan, plan.ready, plan.together, TILE_TOKENS, big);
     else if (many && plan.together > 1 && nt == 2)
-        run_tile(plan, plan.ready, plan.together, 2, big);
-    else if (many && plan.together > 1) run_tile(plan, plan.ready, plan.together, 1, big);
-    else if (np == plan.alone && nt == 1) run_tile(plan, false, plan.alone, 1, tile);
+        K(run_tile)(plan, plan.ready, plan.together, 2, big);
+    else if (many && plan.together > 1) K(run_tile)(plan, plan.ready, plan.together, 1, big);
+    else if (np == plan.alone && nt == 1) K(run_tile)(plan, false, plan.alone, 1, tile);
     else for (size_t p = 0; p < np; p++, tile.w += tile.bytes, tile.out += LANES)
-        run_small(plan, nt, tile);
+        K(run_small)(plan, nt, tile);
 }
 
 /* The body of every matmul. A few tokens take the panels one by one (plan.alone at once for a
  * single token), so that the weights come from memory as one stream, which the processor reads
  * ahead best. For many tokens a block of columns of plan.together panels stays in the second cache
  * while all tokens pass. */
-ALWAYS_INLINE void matmul_with(const matmul_plan plan, const matmul_part m) {
+ALWAYS_INLINE void K(matmul_with)(const matmul_plan plan, const matmul_part m) {
     size_t bytes = panel_bytes(plan.type, m.cols), row = pack_bytes(plan.kind, m.cols, 1);
     const uint8_t *w = m.w;
     float *out = m.out;
@@ -3721,7 +3682,7 @@ ALWAYS_INLINE void matmul_with(const matmul_plan plan, const matmul_part m) {
             size_t block_bytes = (end - k + GROUP - 1) / GROUP * K(UNPACKED);
             if (plan.ready && many)
                 for (size_t i = 0; i < np; i++)
-                    unpack(plan.type, w + i * bytes, k, end, m.block + i * block_bytes);
+                    K(unpack)(plan.type, w + i * bytes, k, end, m.block + i * block_bytes);
             for (size_t t = 0, wide; t < m.tokens; t += wide) {
                 wide = tile_width(m.tokens - t);
                 for (size_t u = 0, nt; u < wide && t + u < m.tokens; u += nt) {
@@ -3733,7 +3694,7 @@ ALWAYS_INLINE void matmul_with(const matmul_plan plan, const matmul_part m) {
                     nt = wide > most ? most : wide;
                     if (!LANE_LOOPS && nt > tile_width(live)) nt = tile_width(live);
                     if (LANE_LOOPS && nt > live) nt = live;
-                    run_panels(plan, many, np, nt, tile, big);
+                    K(run_panels)(plan, many, np, nt, tile, big);
                 }
             }
         }
@@ -3742,22 +3703,22 @@ ALWAYS_INLINE void matmul_with(const matmul_plan plan, const matmul_part m) {
 
 #ifndef PARTIAL
 static void K(matmul_f32)(const matmul_part *m) {
-    matmul_with((matmul_plan){TYPE_BF16, PACK_F32, 2, TILE_PANELS, false}, *m);
+    K(matmul_with)((matmul_plan){TYPE_BF16, PACK_F32, 2, TILE_PANELS, false}, *m);
 }
 #endif
 #ifdef BF16_NAME
 static void K(matmul_bf16)(const matmul_part *m) {
     const bool ready = READY_TYPES >> TYPE_BF16 & 1;
-    matmul_with((matmul_plan){TYPE_BF16, PACK_BF16, 1, TILE_PANELS, ready}, *m);
+    K(matmul_with)((matmul_plan){TYPE_BF16, PACK_BF16, 1, TILE_PANELS, ready}, *m);
 }
 #endif
 static void K(matmul_int8)(const matmul_part *m) {
     const bool ready = READY_TYPES >> TYPE_INT8 & 1;
-    matmul_with((matmul_plan){TYPE_INT8, INT_PACK, 1, INT_PANELS, ready}, *m);
+    K(matmul_with)((matmul_plan){TYPE_INT8, INT_PACK, 1, INT_PANELS, ready}, *m);
 }
 static void K(matmul_int4)(const matmul_part *m) {
     const bool ready = READY_TYPES >> TYPE_INT4 & 1;
-    matmul_with((matmul_plan){TYPE_INT4, INT_PACK, 1, INT_PANELS, ready}, *m);
+    K(matmul_with)((matmul_plan){TYPE_INT4, INT_PACK, 1, INT_PANELS, ready}, *m);
 }
 
 #ifndef PARTIAL
@@ -3809,7 +3770,7 @@ static void K(to_half)(uint16_t *out, const float *x, size_t n) {
 }
 
 /* Numbers that fit a register -> 16 bits. Returns what they were divided by. */
-static float round16(int16_t *out, const float *x, size_t n) {
+static float K(round16)(int16_t *out, const float *x, size_t n) {
     vec big = vsplat(0);
     for (size_t i = 0; i < n; i += 16)
         big = vmax(big, vmax(vload(x + i), vsub(vsplat(0), vload(x + i))));
@@ -3842,7 +3803,7 @@ static void K(to_int8)(int8_t *out, uint16_t *scales, const float *x, size_t n) 
 }
 
 /* Queries -> tile after tile, in the order of head_dim, the tile's queries side by side. */
-static void pack_queries(const attention *a) {
+static void K(pack_queries)(const attention *a) {
     float *to = a->scratch;
     for (size_t t = 0, nt; t < a->n; t += nt, to += nt * a->head_dim) {
         nt = query_tile(a, t);
@@ -3853,7 +3814,7 @@ static void pack_queries(const attention *a) {
 }
 
 /* The same for an int8 cache: a tile is (head_dim / 2, nt) pairs of int16, (groups, nt) scales. */
-static void pack_int16(const attention *a) {
+static void K(pack_int16)(const attention *a) {
     float *to = a->scratch;
     for (size_t t = 0, nt; t < a->n; t += nt, to += nt * a->head_dim) {
         nt = query_tile(a, t);
@@ -3863,7 +3824,7 @@ static void pack_int16(const attention *a) {
                 size_t n = a->head_dim - g < GROUP ? a->head_dim - g : GROUP;
                 int16_t q[GROUP];
                 to[(a->head_dim / 2 + g / GROUP) * nt + i] =
-                    round16(q, a->q[t + i] + g, n) * a->scale;
+                    K(round16)(q, a->q[t + i] + g, n) * a->scale;
                 for (size_t d = 0; d < n; d += 2) memcpy(to + (g + d) / 2 * nt + i, q + d, 4);
             }
     }
@@ -3871,8 +3832,8 @@ static void pack_int16(const attention *a) {
 
 /* out[t][j] = scale * q[t] . key[first + j] for NT packed queries and a few panels of keys, one
  * chain for each in the order of head_dim. */
-TILED void score_tile(const size_t np, const size_t nt, const bool half, const attention *a,
-                      size_t first, const float *q, float *out) {
+TILED void K(score_tile)(const size_t np, const size_t nt, const bool half, const attention *a,
+                         size_t first, const float *q, float *out) {
     vec sum[16], scale = vsplat(a->scale);
     size_t at = first * a->head_dim, panel = 16 * a->head_dim;
     uintptr_t next = (uintptr_t)a->keys + 2 * (at + np * panel);
@@ -3894,8 +3855,8 @@ TILED void score_tile(const size_t np, const size_t nt, const bool half, const a
 }
 
 /* The same for int8 keys: the groups' exact sums, scaled, are added in their order. */
-TILED void score_int8(const size_t np, const size_t nt, const attention *a, size_t first,
-                      const float *q, float *out) {
+TILED void K(score_int8)(const size_t np, const size_t nt, const attention *a, size_t first,
+                         const float *q, float *out) {
     size_t panel = cache_panel(MEDRUN_KV_INT8, a->head_dim);
     const int8_t *keys = (const int8_t *)a->keys + first / 16 * panel;
     uintptr_t next = (uintptr_t)keys + np * panel;
@@ -3924,17 +3885,17 @@ TILED void score_int8(const size_t np, const size_t nt, const attention *a, size
 }
 
 /* KEY_STEP keys and a tile of queries, by as many panels as there are registers for. */
-TILED void score_step(const size_t np, const size_t nt, const attention *a, size_t first,
-                      const float *q, float *out) {
+TILED void K(score_step)(const size_t np, const size_t nt, const attention *a, size_t first,
+                         const float *q, float *out) {
     for (size_t i = 0; i < KEY_STEP; i += 16 * np)
-        if (a->kv == MEDRUN_KV_INT8) score_int8(np, nt, a, first + i, q, out + i);
-        else if (a->kv == MEDRUN_KV_F16) score_tile(np, nt, true, a, first + i, q, out + i);
-        else score_tile(np, nt, false, a, first + i, q, out + i);
+        if (a->kv == MEDRUN_KV_INT8) K(score_int8)(np, nt, a, first + i, q, out + i);
+        else if (a->kv == MEDRUN_KV_F16) K(score_tile)(np, nt, true, a, first + i, q, out + i);
+        else K(score_tile)(np, nt, false, a, first + i, q, out + i);
 }
 
 /* Scores of all queries with the block of keys from FIRST on: a few panels stay in the first cache
  * while the queries pass. What a tile does not see is left out by KEY_STEP keys. */
-static void score_block(const attention *a, size_t first) {
+static void K(score_block)(const attention *a, size_t first) {
     for (size_t j = 0; j < KEY_BLOCK; j += KEY_STEP)
         for (size_t t = 0, nt, low, high; t < a->n; t += nt) {
             const float *q = a->scratch + t * a->head_dim;
@@ -3942,14 +3903,14 @@ static void score_block(const attention *a, size_t first) {
             nt = query_tile(a, t);
             tile_keys(a, t, nt, first, &low, &high);
             if (j + KEY_STEP <= low || j >= high) continue;
-            if (nt == 1) score_step(4, 1, a, first + j, q, out);
-            else score_step(TILE_PANELS, 4, a, first + j, q, out);
+            if (nt == 1) K(score_step)(4, 1, a, first + j, q, out);
+            else K(score_step)(TILE_PANELS, 4, a, first + j, q, out);
         }
 }
 
 /* Scores of a block -> e^(score - largest) in place for the keys BEGIN .. SEEN-1, zero for the
  * others. Returns the weights' sum. */
-static float softmax_block(float *s, size_t begin, size_t seen, float *largest) {
+static float K(softmax_block)(float *s, size_t begin, size_t seen, float *largest) {
     vec most = vsplat(-INFINITY), sum = vsplat(0);
     size_t first = begin / 16 * 16, end = round_up(seen, 16);
     for (size_t j = first; j < begin; j++) s[j] = -INFINITY;
@@ -3969,8 +3930,8 @@ static float softmax_block(float *s, size_t begin, size_t seen, float *largest) 
 
 /* A block's largest score and weights' sum join a query's; what was is kept times KEEP, what comes
  * counts FRESH. A block of which nothing is seen has -infinity. */
-static void join_block(float *largest, float *total, float block, float more, float *keep,
-                       float *fresh) {
+static void K(join_block)(float *largest, float *total, float block, float more, float *keep,
+                          float *fresh) {
     float both = *largest > block ? *largest : block, scale[16];
     *keep = 1, *fresh = 0;
     if (block == -INFINITY) return;
@@ -3983,14 +3944,14 @@ static void join_block(float *largest, float *total, float block, float more, fl
 }
 
 /* + 0 turns -0 into 0: skipped and zero-weighted keys must look alike. */
-static void divide(float *out, float total, size_t n) {
+static void K(divide)(float *out, float total, size_t n) {
     for (size_t c = 0; c < n; c += 16)
         vstore(out + c, vadd(vdiv(vload(out + c), vsplat(total)), vsplat(0)));
 }
 
 /* out[t] = out[t] * keep[t] + fresh[t] * sum for a tile's queries and a few vectors of channels. */
-TILED void join_values(const size_t nc, const size_t nt, const attention *a, const key_tile *tile,
-                       size_t c, const vec *sum) {
+TILED void K(join_values)(const size_t nc, const size_t nt, const attention *a,
+                          const key_tile *tile, size_t c, const vec *sum) {
     UNROLLED for (size_t i = 0; i < nc * nt; i++) {
         if (tile->query + i % nt >= a->n) continue;
         float *out = a->out[tile->query + i % nt] + c + 16 * (i / nt);
@@ -4001,8 +3962,8 @@ TILED void join_values(const size_t nc, const size_t nt, const attention *a, con
 
 /* The sum over the keys j that a tile sees of weight[t][j] * value[j], one chain for each query and
  * channel, joins the outputs. */
-TILED void value_tile(const size_t nc, const size_t nt, const bool half, const attention *a,
-                      const key_tile *tile, size_t c) {
+TILED void K(value_tile)(const size_t nc, const size_t nt, const bool half, const attention *a,
+                         const key_tile *tile, size_t c) {
     vec sum[16];
     size_t at = (tile->first + tile->low) * a->head_dim + c, ahead = KEY_STEP * a->head_dim;
     UNROLLED for (size_t i = 0; i < nc * nt; i++) sum[i] = vsplat(0);
@@ -4018,12 +3979,12 @@ TILED void value_tile(const size_t nc, const size_t nt, const bool half, const a
                 sum[k * nt + t] = vfmas(value[k], x, sum[k * nt + t]);
         }
     }
-    join_values(nc, nt, a, tile, c, sum);
+    K(join_values)(nc, nt, a, tile, c, sum);
 }
 
 /* Weights times the scales of channel C's group, rounded to 16 bits; UNIT gets what 1 means. */
-static void weigh_int8(size_t nt, const attention *a, const key_tile *tile, size_t c,
-                       int16_t *weight, float *unit) {
+static void K(weigh_int8)(size_t nt, const attention *a, const key_tile *tile, size_t c,
+                          int16_t *weight, float *unit) {
     size_t panel = cache_panel(MEDRUN_KV_INT8, a->head_dim), low = tile->low / 16 * 16;
     const uint8_t *scales = (const uint8_t *)a->values + tile->first / 16 * panel;
     float scaled[KEY_BLOCK];
@@ -4032,14 +3993,14 @@ static void weigh_int8(size_t nt, const attention *a, const key_tile *tile, size
         for (size_t j = low; j < tile->high; j += 16)
             vstore(scaled + j, vmul(vload(tile->weight + t * KEY_BLOCK + j),
                                     vload_bf16(scales + j / 16 * panel)));
-        unit[t] = round16(weight + t * KEY_BLOCK + low, scaled + low, tile->high - low);
+        unit[t] = K(round16)(weight + t * KEY_BLOCK + low, scaled + low, tile->high - low);
     }
 }
 
 /* As value_tile, with int8 values and the weights of weigh_int8. The sums are exact, and fit:
  * 256 * 32767 * 127 < 2^31. */
-TILED void value_int8(const size_t nc, const size_t nt, const attention *a, const key_tile *tile,
-                      size_t c, const int16_t *weight, const float *unit) {
+TILED void K(value_int8)(const size_t nc, const size_t nt, const attention *a, const key_tile *tile,
+                         size_t c, const int16_t *weight, const float *unit) {
     size_t panel = cache_panel(MEDRUN_KV_INT8, a->head_dim), row = 2 * a->head_dim;
     ivec dot[16];
     vec sum[16];
@@ -4059,24 +4020,25 @@ TILED void value_int8(const size_t nc, const size_t nt, const attention *a, cons
     }
     UNROLLED for (size_t i = 0; i < nc * nt; i++)
         sum[i] = vmul(vfloat(dot[i]), vsplat(unit[i % nt]));
-    join_values(nc, nt, a, tile, c, sum);
+    K(join_values)(nc, nt, a, tile, c, sum);
 }
 
 /* Channels [c, end), one group at most, of a tile of queries. */
-TILED void value_step(const size_t nc, const size_t nt, const attention *a, const key_tile *tile,
-                      size_t c, size_t end) {
+TILED void K(value_step)(const size_t nc, const size_t nt, const attention *a, const key_tile *tile,
+                         size_t c, size_t end) {
     int16_t weight[4 * KEY_BLOCK];
     float unit[4];
-    if (a->kv == MEDRUN_KV_INT8) weigh_int8(nt, a, tile, c, weight, unit);
+    if (a->kv == MEDRUN_KV_INT8) K(weigh_int8)(nt, a, tile, c, weight, unit);
     for (; c < end; c += 16 * nc)
-        if (a->kv == MEDRUN_KV_INT8) value_int8(nc, nt, a, tile, c, weight, unit);
-        else if (a->kv == MEDRUN_KV_F16) value_tile(nc, nt, true, a, tile, c);
-        else value_tile(nc, nt, false, a, tile, c);
+        if (a->kv == MEDRUN_KV_INT8) K(value_int8)(nc, nt, a, tile, c, weight, unit);
+        else if (a->kv == MEDRUN_KV_F16) K(value_tile)(nc, nt, true, a, tile, c);
+        else K(value_tile)(nc, nt, false, a, tile, c);
 }
 
 /* The block's weighted values join the outputs: a group of channels stays in the first cache while
  * the queries pass. */
-static void value_block(const attention *a, size_t first, const float *keep, const float *fresh) {
+static void K(value_block)(const attention *a, size_t first, const float *keep,
+                           const float *fresh) {
     for (size_t c = 0, end; c < a->head_dim; c = end) {
         bool whole_group = a->head_dim - c >= GROUP;
         end = whole_group ? c + GROUP : a->head_dim;
@@ -4086,10 +4048,10 @@ static void value_block(const attention *a, size_t first, const float *keep, con
             nt = query_tile(a, t);
             tile_keys(a, t, nt, first, &tile.low, &tile.high);
             if (tile.low >= tile.high) continue;
-            if (nt == 1 && whole_group) value_step(4, 1, a, &tile, c, end);
-            else if (nt == 1) value_step(1, 1, a, &tile, c, end);
-            else if (whole_group) value_step(TILE_PANELS, 4, a, &tile, c, end);
-            else value_step(1, 4, a, &tile, c, end);
+            if (nt == 1 && whole_group) K(value_step)(4, 1, a, &tile, c, end);
+            else if (nt == 1) K(value_step)(1, 1, a, &tile, c, end);
+            else if (whole_group) K(value_step)(TILE_PANELS, 4, a, &tile, c, end);
+            else K(value_step)(1, 4, a, &tile, c, end);
         }
     }
 }
@@ -4108,23 +4070,23 @@ static void K(attend)(const attention *a) {
     }
     if (start < a->begin) start = a->begin;
     if (end > a->end) end = a->end;
-    if (a->kv == MEDRUN_KV_INT8) pack_int16(a);
-    else pack_queries(a);
+    if (a->kv == MEDRUN_KV_INT8) K(pack_int16)(a);
+    else K(pack_queries)(a);
     for (size_t first = start - start % KEY_BLOCK; first < end; first += KEY_BLOCK) {
-        score_block(a, first);
+        K(score_block)(a, first);
         float *s = a->scratch + QUERIES * a->head_dim;
         for (size_t t = 0, low, high; t < a->n; t++, s += KEY_BLOCK) {
             float block = -INFINITY, more = 0;
             tile_keys(a, t, 1, first, &low, &high);
-            if (low < high) more = softmax_block(s, low, high, &block);
+            if (low < high) more = K(softmax_block)(s, low, high, &block);
             else memset(s, 0, KEY_BLOCK * sizeof *s);
-            join_block(&largest[t], &total[t], block, more, &keep[t], &fresh[t]);
+            K(join_block)(&largest[t], &total[t], block, more, &keep[t], &fresh[t]);
         }
         memset(s, 0, (round_up(a->n, 4) - a->n) * KEY_BLOCK * sizeof *s);
-        value_block(a, first, keep, fresh);
+        K(value_block)(a, first, keep, fresh);
     }
     for (size_t t = 0; t < a->n; t++) {
-        if (!a->part) divide(a->out[t], total[t], a->head_dim);
+        if (!a->part) K(divide)(a->out[t], total[t], a->head_dim);
         else a->out[t][a->head_dim] = largest[t], a->out[t][a->head_dim + 1] = total[t];
     }
 }
@@ -4133,12 +4095,12 @@ static void K(merge)(float *out, const float *parts, size_t n, size_t head_dim) 
     float largest = -INFINITY, total = 0, keep, fresh;
     memset(out, 0, head_dim * sizeof *out);
     for (const float *part = parts; n--; part += head_dim + PART_EXTRA) {
-        join_block(&largest, &total, part[head_dim], part[head_dim + 1], &keep, &fresh);
+        K(join_block)(&largest, &total, part[head_dim], part[head_dim + 1], &keep, &fresh);
         for (size_t c = 0; c < head_dim; c += 16)
             vstore(out + c, vfma(vload(part + c), vsplat(fresh),
                                  vmul(vload(out + c), vsplat(keep))));
     }
-    divide(out, total, head_dim);
+    K(divide)(out, total, head_dim);
 }
 
 #endif /* PARTIAL */
