@@ -26,8 +26,8 @@ FIXTURES = llama-plain llama-tied llama-sharded llama-grouped mistral-window mis
 MODELS   = $(foreach f,$(FIXTURES),$(addprefix $(BUILD)/$(f)-,bf16.mdr int8.mdr int4.mdr)) \
            $(BUILD)/arcee-ratio-bf16.mdr
 
-EXPORT   = $(wildcard tools/export_*.c) tools/options.c tools/files.c
-EVAL     = $(wildcard tools/eval_*.c) tools/options.c tools/files.c
+EXPORT   = $(wildcard tools/export_*.c) tools/options.c tools/files.c tools/write.c
+EVAL     = $(wildcard tools/eval_*.c) tools/options.c tools/files.c tools/write.c
 
 all: $(foreach p,medrun medrun-export medrun-eval medrun-lab,$(BIN)/$(p)$(EXE))
 
@@ -41,7 +41,7 @@ $(BIN)/medrun-export$(EXE): tools/export.c $(EXPORT) medrun.c
 $(BIN)/medrun-eval$(EXE): tools/eval.c $(EVAL) medrun.c
 	$(CC) $(CFLAGS) $(WARN) -o $@ tools/eval.c $(LIBS)
 
-$(BIN)/medrun-lab$(EXE): tools/lab.c tools/tool_calls.c medrun.c
+$(BIN)/medrun-lab$(EXE): tools/lab.c tools/tool_calls.c tools/write.c medrun.c
 	$(CC) $(CFLAGS) $(WARN) $(CL) -o $@ tools/lab.c $(LIBS)
 
 # One file with no library beside it; make static STATIC_CC=gcc takes the system's own libc.

@@ -1042,17 +1042,18 @@ static size_t utf8_encode(uint32_t code, uint8_t out[4]) {
 }
 
 /* How many bytes at the end of a stream are the valid beginning of a character whose rest has not
- * come yet: 0..3. What is printed stops before them. */
+ * come yet: 0..3. What is printed stops before them. They are such a beginning if some rest makes a
+ * valid character of them; which bytes may follow depends on the first one, but the lowest or the
+ * highest that ever can is always among them. */
 static size_t utf8_unfinished(const uint8_t *p, size_t n) {
-    for (size_t back = 1; back <= 3 && back <= n; back++) {
-        const uint8_t *q = p + n - back;
-        if ((q[0] & 0xC0) == 0x80) continue;            /* a continuation: look further back     */
-        size_t len = q[0] >= 0xF0 ? 4 : q[0] >= 0xE0 ? 3 : 2;
-        if (q[0] < 0xC2 || q[0] > 0xF4 || len <= back) return 0;
-        bool bad = back > 1 && ((q[0] == 0xE0 && q[1] < 0xA0) || (q[0] == 0xED && q[1] > 0x9F) ||
-                                (q[0] == 0xF0 && q[1] < 0x90) || (q[0] == 0xF4 && q[1] > 0x8F));
-        return bad ? 0 : back;
-    }
+    for (size_t back = 1; back <= 3 && back <= n; back++)
+        for (int rest = 0x80; rest <= 0xBF; rest += 0xBF - 0x80) {
+            uint8_t tried[4];
+            uint32_t code;
+            memset(tried, rest, sizeof tried);
+            memcpy(tried, p + n - back, back);
+            if (utf8_decode(tried, sizeof tried, &code) > back) return back;
+        }
     return 0;
 }
 
@@ -1143,16 +1144,15 @@ static void buffer_add(buffer *b, const void *bytes, size_t n) {
 
 static void buffer_text(buffer *b, const char *text) { buffer_add(b, text, strlen(text)); }
 
+/* Prints twice: first only to learn how long it gets. */
 MEDRUN_PRINTF_LIKE(2, 3)
 static void buffer_printf(buffer *b, const char *format, ...) {
-    char small[256];
     va_list args;
     va_start(args, format);
-    int n = vsnprintf(small, sizeof small, format, args);
+    int n = vsnprintf(NULL, 0, format, args);
     va_end(args);
-    if (n < 0) { b->failed = true; return; }
-    if ((size_t)n < sizeof small) { buffer_add(b, small, (size_t)n); return; }
-    if (!buffer_room(b, (size_t)n)) return;
+    if (n < 0) b->failed = true;
+    if (n <= 0 || !buffer_room(b, (size_t)n)) return;
     va_start(args, format);
     vsnprintf((char *)b->data + b->n, (size_t)n + 1, format, args);
     va_end(args);
@@ -1187,12 +1187,6 @@ static uint64_t read_le(reader *r, size_t n) {
 }
 
 static uint64_t read_u64(reader *r) { return read_le(r, 8); }
-
-MAYBE_UNUSED static void write_le(buffer *b, uint64_t v, size_t n) {
-    uint8_t bytes[8];
-    for (size_t i = 0; i < n; i++) bytes[i] = (uint8_t)(v >> 8 * i);
-    buffer_add(b, bytes, n);
-}
 
 /* ---- a heap -------------------------------------------------------------------------------- */
 
@@ -1268,21 +1262,19 @@ static void sha256_init(sha256 *s) {
     s->n = 0;
 }
 
+/* Whole blocks go through `block`, too: copying them takes a hundredth of the time of hashing. */
 static void sha256_add(sha256 *s, const void *bytes, size_t n) {
     const uint8_t *p = bytes;
-    size_t have = s->n % 64;
-    s->n += n;
-    if (have) {
-        size_t take = n < 64 - have ? n : 64 - have;
+    for (size_t take; n; p += take, n -= take) {
+        size_t have = s->n % 64;
+        take = n < 64 - have ? n : 64 - have;
         memcpy(s->block + have, p, take);
-        p += take, n -= take, have += take;
-        if (have < 64) return;
-        sha256_block(s->h, s->block);
+        s->n += take;
+        if (have + take == 64) sha256_block(s->h, s->block);
     }
-    for (; n >= 64; p += 64, n -= 64) sha256_block(s->h, p);
-    if (n) memcpy(s->block, p, n);
 }
 
+/* The padding: a bit 1, zeros, and the number of bits in the last 8 bytes of a block. */
 static void sha256_done(sha256 *s, uint8_t digest[32]) {
     uint64_t bits = s->n * 8;
     sha256_add(s, "\x80", 1);
@@ -1335,8 +1327,17 @@ static int json_wrong(json_parser *s, const char *what) {
     return fail(s->e, MEDRUN_BAD_FILE, "JSON: %s at byte %zu", what, s->at);
 }
 
-static void json_space(json_parser *s) {
+/* The next byte that is no space, 0 at the end. It is not taken. */
+static uint8_t json_peek(json_parser *s) {
     while (s->at < s->n && memchr(" \t\r\n", s->p[s->at], 4)) s->at++;
+    return s->at < s->n ? s->p[s->at] : 0;
+}
+
+/* Takes the next byte if it is one of SET. */
+static bool json_take(json_parser *s, const char *set) {
+    bool good = s->at < s->n && s->p[s->at] && strchr(set, s->p[s->at]);
+    s->at += good;
+    return good;
 }
 
 /* Appends a node that starts here; JSON_NONE when memory ends. */
@@ -1352,50 +1353,50 @@ static uint32_t json_add(json_parser *s, json_type type) {
     return (uint32_t)j->n++;
 }
 
+/* The four hex digits at P, of N bytes; -1: there are none. */
 static int json_hex4(const uint8_t *p, size_t n, uint32_t *v) {
     if (n < 4) return -1;
     *v = 0;
     for (int i = 0; i < 4; i++) {
-        uint32_t c = p[i] | 0x20;
-        uint32_t d = p[i] >= '0' && p[i] <= '9' ? p[i] - 48u : c >= 'a' && c <= 'f' ? c - 87 : 99;
-        if (d == 99) return -1;
-        *v = *v << 4 | d;
+        if (!isxdigit(p[i])) return -1;
+        *v = *v << 4 | (p[i] <= '9' ? p[i] - 48u : (p[i] | 0x20u) - 87);
     }
     return 0;
 }
 
+/* Checks each character, so that whoever decodes the string later need not. */
 static int json_string_node(json_parser *s) {
     s->at++;
     uint32_t v = json_add(s, JSON_STRING), code;
     if (v == JSON_NONE) return MEDRUN_NO_MEMORY;
-    for (;;) {
-        if (s->at >= s->n) return json_wrong(s, "unfinished string");
+    for (size_t len; s->at < s->n && s->p[s->at] != '"'; s->at += len) {
         const uint8_t *p = s->p + s->at;
         size_t left = s->n - s->at;
-        if (*p == '"') break;
         if (*p < 0x20) return json_wrong(s, "control character in a string");
-        if (*p == '\\') {
-            if (left < 2 || !p[1] || !strchr("\"\\/bfnrtu", p[1]))
-                return json_wrong(s, "unknown escape");
-            if (p[1] == 'u' && json_hex4(p + 2, left - 2, &code))
-                return json_wrong(s, "\\u without four hex digits");
-            s->at += p[1] == 'u' ? 6 : 2;
-        } else {
-            size_t len = utf8_decode(p, left, &code);
+        if (*p != '\\') {
+            len = utf8_decode(p, left, &code);
             if (!len) return json_wrong(s, "invalid UTF-8");
-            s->at += len;
+            continue;
         }
+        if (left < 2 || !p[1] || !strchr("\"\\/bfnrtu", p[1]))
+            return json_wrong(s, "unknown escape");
+        len = p[1] == 'u' ? 6 : 2;
+        if (len == 6 && json_hex4(p + 2, left - 2, &code))
+            return json_wrong(s, "\\u without four hex digits");
     }
+    if (s->at == s->n) return json_wrong(s, "unfinished string");
     s->j->nodes[v].end = (uint32_t)s->at++;
     return MEDRUN_OK;
 }
 
+/* Takes digits, returns how many there were. */
 static size_t json_digits(json_parser *s) {
     size_t from = s->at;
-    while (s->at < s->n && s->p[s->at] >= '0' && s->p[s->at] <= '9') s->at++;
+    while (json_take(s, "0123456789")) continue;
     return s->at - from;
 }
 
+/* null, false, true, or a number by JSON's grammar, which is stricter than strtod's. */
 static int json_scalar_node(json_parser *s) {
     static const char *const words[] = {"null", "false", "true"};
     for (int t = JSON_NULL; t <= JSON_TRUE; t++) {
@@ -1406,27 +1407,18 @@ static int json_scalar_node(json_parser *s) {
     }
     uint32_t v = json_add(s, JSON_NUMBER);
     if (v == JSON_NONE) return MEDRUN_NO_MEMORY;
-    if (s->at < s->n && s->p[s->at] == '-') s->at++;
+    json_take(s, "-");
     size_t first = s->at, whole = json_digits(s);
     if (!whole) return json_wrong(s, "unexpected character");
     if (whole > 1 && s->p[first] == '0') return json_wrong(s, "number with a leading zero");
-    if (s->at < s->n && s->p[s->at] == '.') {
-        s->at++;
-        if (!json_digits(s)) return json_wrong(s, "number without digits after the point");
-    }
-    if (s->at < s->n && (s->p[s->at] | 0x20) == 'e') {
-        s->at++;
-        if (s->at < s->n && (s->p[s->at] == '+' || s->p[s->at] == '-')) s->at++;
+    if (json_take(s, ".") && !json_digits(s))
+        return json_wrong(s, "number without digits after the point");
+    if (json_take(s, "eE")) {
+        json_take(s, "+-");
         if (!json_digits(s)) return json_wrong(s, "number without digits in the exponent");
     }
     s->j->nodes[v].end = (uint32_t)s->at;
     return MEDRUN_OK;
-}
-
-/* The next byte that is no space, 0 at the end. It is not taken. */
-static uint8_t json_peek(json_parser *s) {
-    json_space(s);
-    return s->at < s->n ? s->p[s->at] : 0;
 }
 
 /* Reads one value of any type, with all that is inside it, by recursive descent: a container's
@@ -1470,7 +1462,7 @@ static int json_parse(json *j, const char *text, size_t n, medrun_error *e) {
     if (n >= 0xFFFFFFF0) return fail(e, MEDRUN_BAD_FILE, "JSON: %zu bytes is too long", n);
     int code = json_value(&s, 0);
     if (code) return code;
-    json_space(&s);
+    json_peek(&s);
     return s.at == n ? MEDRUN_OK : json_wrong(&s, "text after the end");
 }
 
@@ -1486,15 +1478,16 @@ static bool json_is_type(const json *j, uint32_t v, json_type type) {
     return v != JSON_NONE && json_typeof(j, v) == type;
 }
 
-/* Decodes the escape at *AT, of a text that was parsed, and moves *AT behind it. Returns the number
- * of bytes in OUT. Two \u that are a surrogate pair are one character, a lone one is U+FFFD. */
-static size_t json_escape(const uint8_t **at, const uint8_t *end, uint8_t out[4]) {
+/* Decodes what stands at *AT in a string that was parsed, a byte or an escape, and moves *AT behind
+ * it. Returns the number of bytes in OUT. Two \u that are a surrogate pair are one character, a
+ * lone one is U+FFFD. */
+static size_t json_decode(const uint8_t **at, const uint8_t *end, uint8_t out[4]) {
     static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
     const uint8_t *p = *at;
     uint32_t code = 0xFFFD, low;
-    if (p[1] != 'u') {
-        out[0] = (uint8_t)to[strchr(from, p[1]) - from];
-        *at = p + 2;
+    if (*p != '\\' || p[1] != 'u') {
+        out[0] = *p != '\\' ? *p : (uint8_t)to[strchr(from, p[1]) - from];
+        *at += *p != '\\' ? 1 : 2;
         return 1;
     }
     json_hex4(p + 2, 4, &code);
@@ -1512,14 +1505,7 @@ static size_t json_escape(const uint8_t **at, const uint8_t *end, uint8_t out[4]
 static void json_unescape(const json *j, uint32_t v, buffer *out) {
     const uint8_t *p = (const uint8_t *)j->text + j->nodes[v].start;
     const uint8_t *end = (const uint8_t *)j->text + j->nodes[v].end;
-    while (p < end) {
-        const uint8_t *stop = memchr(p, '\\', (size_t)(end - p));
-        if (!stop) stop = end;
-        buffer_add(out, p, (size_t)(stop - p));
-        p = stop;
-        uint8_t bytes[4];
-        if (p < end) buffer_add(out, bytes, json_escape(&p, end, bytes));
-    }
+    for (uint8_t bytes[4]; p < end;) buffer_add(out, bytes, json_decode(&p, end, bytes));
 }
 
 /* Is node V the string TEXT? It takes no memory: a lack of it must not look like a missing key. */
@@ -1529,13 +1515,11 @@ static bool json_is(const json *j, uint32_t v, const char *text) {
     const uint8_t *end = (const uint8_t *)j->text + j->nodes[v].end;
     size_t left = strlen(text);
     while (p < end) {
-        uint8_t bytes[4] = {*p};
-        size_t len = 1;
-        if (*p == '\\') len = json_escape(&p, end, bytes);
-        else p++;
-        if (len > left || memcmp(text, bytes, len)) return false;
-        text += len;
-        left -= len;
+        uint8_t bytes[4];
+        size_t n = json_decode(&p, end, bytes);
+        if (n > left || memcmp(text, bytes, n)) return false;
+        text += n;
+        left -= n;
     }
     return !left;
 }
@@ -1636,20 +1620,6 @@ static int json_text(const json *j, uint32_t v, const char *what, const char *ke
     else if (b.n) memcpy(out, b.data, b.n + 1);
     buffer_free(&b);
     return e->code;
-}
-
-/* Appends TEXT as a JSON string with its quotes. Bytes that are not UTF-8 become U+FFFD. */
-MAYBE_UNUSED static void json_quote(buffer *b, const char *text, size_t n) {
-    buffer_text(b, "\"");
-    for (size_t i = 0, len; i < n; i += len) {
-        uint32_t code;
-        len = utf8_decode((const uint8_t *)text + i, n - i, &code);
-        if (!len) len = 1, buffer_text(b, "\\ufffd");
-        else if (code == '"' || code == '\\') buffer_printf(b, "\\%c", (char)code);
-        else if (code < 0x20 || code == 0x7F) buffer_printf(b, "\\u%04x", (unsigned)code);
-        else buffer_add(b, text + i, len);
-    }
-    buffer_text(b, "\"");
 }
 
 /* What a person typed: a decimal number and nothing else. */

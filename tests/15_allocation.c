@@ -36,6 +36,7 @@ static int test_create(pthread_t *id, const pthread_attr_t *a, void *(*run)(void
 #include "../medrun.c"
 #undef free
 #undef pthread_create
+#include "../tools/write.c"
 #include "test.h"
 
 static medrun_model *model;                     /* opened while nothing fails                    */

@@ -24,6 +24,7 @@
 #include "../medrun.c"
 #include "options.c"
 #include "files.c"
+#include "write.c"
 #include "eval_data.c"
 
 #define HARNESS "lm-evaluation-harness 0.4.13"

@@ -12,6 +12,7 @@
 #define MEDRUN_MORE_KERNELS "tools/lab_kernels.h"
 #include "../medrun.c"
 #include "tool_calls.c"
+#include "write.c"
 
 enum { BENCH, DOCTOR, RECORD, REPLAY, CALL, LAB_HELP, N_LAB_COMMANDS };
 
