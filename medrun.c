@@ -8787,8 +8787,8 @@ struct answer;
 typedef struct {
     const char *name, *arguments, *help;
     int (*run)(struct command *c);
-    int most;                   /* arguments that are no options                                */
-    bool model_first;           /* the first of them is the model, unless -m names it           */
+    int more;                   /* arguments beside the model and the options, at most          */
+    bool no_model;              /* else the first argument is the model, unless -m names it     */
     bool exact_text;            /* a line end at the end of a text counts                       */
 } command_row;
 
@@ -8920,7 +8920,8 @@ typedef struct command {
     medrun_chat_options chat_options;
     char today[11];
     medrun_sampling sampling;
-    int (*piece)(struct command *c, struct answer *a);          /* prints one; NULL: next_piece  */
+    int (*piece)(struct command *c, struct answer *a, int32_t id, const char *text, size_t n);
+                                                /* prints a token's text; NULL: print_piece     */
     bool prefix_saved, prefix_unfit;            /* --save-prefix is done, --load-prefix failed  */
     buffer input, ids, output;                  /* what was read, its tokens, what is printed   */
     medrun_error e;
@@ -8936,6 +8937,7 @@ static unsigned own_bit(const command *c) { return ON(c->row - c->p->commands); 
 /* Does this command take the option? */
 static bool takes(const command *c, int id) { return c->p->options[id].on & own_bit(c); }
 
+/* The name most like WORD. */
 static const char *nearest(const char *word, const char *const *names, size_t n) {
     size_t best = 0;
     for (size_t i = 1; i < n; i++)
@@ -8958,9 +8960,8 @@ static int find_option(const program *p, const char *arg, size_t n, unsigned on)
 static const char *const elsewhere[][2] = {
     {"bench", "medrun-lab bench"}, {"doctor", "medrun-lab doctor"}, {"replay", "medrun-lab replay"},
     {"record", "medrun-lab record"}, {"--record", "medrun-lab record"}, {"call", "medrun-lab call"},
-    {"--tools", "medrun-lab call"},
-    {"export", "medrun-export"}, {"eval", "medrun-eval"}, {"serve", "medrun-serve"},
-    {"explain", "medrun-explain"}};
+    {"--tools", "medrun-lab call"}, {"export", "medrun-export"}, {"eval", "medrun-eval"},
+    {"serve", "medrun-serve"}, {"explain", "medrun-explain"}};
 
 static int look_elsewhere(command *c, const char *word) {
     for (size_t i = 0; i < sizeof elsewhere / sizeof *elsewhere; i++)
@@ -8999,21 +9000,17 @@ static int set_choice(command *c, int id, const char *value, const char *words, 
     return fail(&c->e, MEDRUN_USAGE, "%s: found \"%s\", wanted %s", name, value, words);
 }
 
-static int set_flag(command *c, int id, const char *value, const char *name) {
-    static const char *const on[] = {"1", "on", "true"};
-    if (set_choice(c, id, value, "0|1|off|on|false|true", name)) return c->e.code;
-    c->number[id] = 0;
-    for (size_t i = 0; i < 3; i++) if (!strcmp(value, on[i])) c->number[id] = 1;
-    return MEDRUN_OK;
-}
-
 /* VALUE was found in NAME, an option or an environment variable. */
 static int set_option(command *c, int id, const char *value, int from, const char *name) {
     const option_row *r = &c->p->options[id];
     double v;
     c->text[id] = value, c->from[id] = from;
-    if (r->kind == FLAG) return set_flag(c, id, value, name);
     if (r->kind == CHOICE) return set_choice(c, id, value, r->argument, name);
+    if (r->kind == FLAG) {
+        set_choice(c, id, value, "0|1|off|on|false|true", name);
+        c->number[id] = whole(c, id) % 2;               /* no and yes stand there by turns       */
+        return c->e.code;
+    }
     if (r->kind == WHOLE || r->kind == REAL) {
         bool good = parse_number(value, &v) && (r->kind == REAL || v == floor(v));
         if (good && v >= r->min && v <= r->max) return c->number[id] = v, MEDRUN_OK;
@@ -9037,8 +9034,7 @@ static void variable_name(const option_row *r, char name[48]) {
 static int read_environment(command *c) {
     char name[48];
     for (int id = 0; id < c->p->n_options; id++) {
-        bool settled = c->from[id] != FROM_DEFAULT || id == O_HELP || id == O_VERSION;
-        if (settled || !takes(c, id)) continue;
+        if (given(c, id) || !takes(c, id) || id == O_HELP || id == O_VERSION) continue;
         variable_name(&c->p->options[id], name);
         const char *value = getenv(name);
         if (value && *value && set_option(c, id, value, FROM_ENVIRONMENT, name)) return c->e.code;
@@ -9088,15 +9084,24 @@ static void note(const command *c, const char *format, ...) {
     fflush(stderr);
 }
 
-/* Whoever read stdout and left does not want to hear about it. */
+/* Ends the command with this exit code and without a message. */
+static int quit(command *c, int code) { return fail(&c->e, code, "%s", ""); }
+
+/* Nobody is told when the program that read stdout has left. */
 static int flush_stdout(command *c) {
-    if (!fflush(stdout) && !ferror(stdout)) return MEDRUN_OK;
-    if (errno == EPIPE || errno == EBADF) return MEDRUN_FAILED;
+    if (!fflush(stdout) && !ferror(stdout)) return c->e.code;
+    if (errno == EPIPE || errno == EBADF) return quit(c, MEDRUN_FAILED);
     return fail(&c->e, MEDRUN_FAILED, "stdout: cannot write: %s", strerror(errno));
 }
 
 static const char *chars(const buffer *b) { return b->data ? (const char *)b->data : ""; }
 static const int32_t *ids_of(const buffer *b) { return (const int32_t *)(const void *)b->data; }
+static size_t n_ids(const buffer *b) { return b->n / sizeof(int32_t); }
+
+/* Was there memory for all that was put into the buffer? */
+static int check_buffer(command *c, const buffer *b) {
+    return b->failed ? out_of_memory(&c->e, b->n) : c->e.code;
+}
 
 /* ---- files --------------------------------------------------------------------------------- */
 
@@ -9110,8 +9115,9 @@ static size_t most_prompt(const command *c) {
     return n < MOST_INPUT ? n : MOST_INPUT;
 }
 
-/* Appends all of PATH (- is stdin), of which there may be MOST bytes, to OUT. Like other steps here
- * it does nothing after a failure: a command writes its steps one below the other and asks once. */
+/* Appends all of PATH (- is stdin), of which there may be MOST bytes, to OUT. Like the other
+ * steps of a command it does nothing after a failure (c->e): a command writes its steps one below
+ * the other and asks once. */
 static int read_file(command *c, const char *path, size_t most, buffer *out) {
     bool standard = !strcmp(path, "-");
     file_facts there = {0};
@@ -9129,7 +9135,7 @@ static int read_file(command *c, const char *path, size_t most, buffer *out) {
              "holds", path, most, c->m->config.max_positions);
     else if (over) fail(&c->e, MEDRUN_BAD_FILE, "%s: found over %zu bytes, the most that is read",
                         path, most);
-    if (out->failed) out_of_memory(&c->e, out->cap);
+    check_buffer(c, out);
     if (ferror(f)) fail(&c->e, MEDRUN_BAD_FILE, "%s: cannot read: %s", path, strerror(errno));
     if (!standard) fclose(f);
     return c->e.code;
@@ -9158,7 +9164,7 @@ static int add_id(command *c, buffer *ids, double id, const char *what) {
         return fail(&c->e, MEDRUN_BAD_FILE, "%s: wanted token ids, whole numbers below %d", what,
                     c->t->vocab_size);
     buffer_add(ids, &(int32_t){(int32_t)id}, sizeof(int32_t));
-    return ids->failed ? out_of_memory(&c->e, ids->n) : MEDRUN_OK;
+    return check_buffer(c, ids);
 }
 
 /* Ids with white space between. */
@@ -9177,14 +9183,22 @@ static int parse_ids(command *c, const char *text, size_t n, buffer *ids) {
     return c->e.code;
 }
 
-/* The same from an array in JSON, which may be missing. */
+/* The same from an array in JSON. What is no array, and what is no number, is refused as an id. */
 static int json_ids(command *c, const json *j, uint32_t v, const char *what, buffer *ids) {
-    bool array = json_is_type(j, v, JSON_ARRAY);
-    int code = array ? MEDRUN_OK : add_id(c, ids, -1, what);
     uint32_t x = v + 1;
-    for (uint32_t i = 0; !code && i < j->nodes[v].count; i++, x = j->nodes[x].next)
-        code = add_id(c, ids, json_typeof(j, x) == JSON_NUMBER ? json_number(j, x) : -1, what);
-    return code;
+    if (!json_is_type(j, v, JSON_ARRAY)) return add_id(c, ids, -1, what);
+    for (uint32_t i = 0; !c->e.code && i < j->nodes[v].count; i++, x = j->nodes[x].next)
+        add_id(c, ids, json_typeof(j, x) == JSON_NUMBER ? json_number(j, x) : -1, what);
+    return c->e.code;
+}
+
+/* Parses the JSON file that is read into c->input; free J afterwards, also after a failure. */
+static int read_json(command *c, const char *path, json *j) {
+    medrun_error why = {0};
+    if (read_text(c, path, MOST_INPUT, &c->input)) return c->e.code;
+    if (json_parse(j, chars(&c->input), c->input.n, &why))
+        fail(&c->e, why.code, "%s: %s", path, why.text);
+    return c->e.code;
 }
 
 /* ---- opening ------------------------------------------------------------------------------- */
@@ -9226,7 +9240,7 @@ static int choose_chat(command *c) {
     return MEDRUN_OK;
 }
 
-/* Lets a device multiply. If none can and nobody asked for one, that is the processor's work. */
+/* Lets a device multiply. If no device can, and nobody asked for one, the processor computes. */
 static int choose_device_option(command *c) {
     bool asked = given(c, O_DEVICE) || given(c, O_GPU_LAYERS);
     const char *name = given(c, O_DEVICE) ? c->text[O_DEVICE] : "auto";
@@ -9252,8 +9266,7 @@ static int choose_device_option(command *c) {
 static int open_path(command *c, const char *path) {
     medrun_options o = {.threads = takes(c, O_THREADS) ? whole(c, O_THREADS) : 1,
                         .kernels = getenv("MEDRUN_KERNELS")};
-    int code = medrun_open(&c->m, path, &o, &c->e);
-    if (code || (code = choose_device_option(c))) return code;
+    if (medrun_open(&c->m, path, &o, &c->e) || choose_device_option(c)) return c->e.code;
     c->t = &c->m->tokenizer, c->chat = c->m->chat, c->sampling = c->m->sampling;
     if (flag(c, O_MLOCK) && !lock_bytes(c->m->file.map.data, c->m->file.map.n))
         return fail(&c->e, MEDRUN_FAILED, "--mlock: %zu MB cannot be locked: %s" LOCK_HINT,
@@ -9263,19 +9276,18 @@ static int open_path(command *c, const char *path) {
 
 static int open_model(command *c) {
     const char *path = model_path(c);
-    return path ? open_path(c, path) : MEDRUN_USAGE;
+    return path ? open_path(c, path) : c->e.code;
 }
 
 /* A checkpoint's tokenizer or a tokenizer.bin, told apart by how the file begins. */
 static int open_tokenizer(command *c) {
     const char *path = model_path(c);
-    int code = path ? map_file(path, &c->map, &c->e) : MEDRUN_USAGE;
-    if (code) return code;
+    if (!path || map_file(path, &c->map, &c->e)) return c->e.code;
     if (c->map.n < 6 || memcmp(c->map.data, "MEDTOK", 6))
         return unmap_file(&c->map), open_path(c, path);
     c->t = &c->own;
-    code = tokenizer_open(&c->own, c->map.data, c->map.n, path, &c->e);
-    return code ? code : choose_template(c);
+    if (tokenizer_open(&c->own, c->map.data, c->map.n, path, &c->e)) return c->e.code;
+    return choose_template(c);
 }
 
 static void close_command(command *c) {
@@ -9380,12 +9392,6 @@ static void on_interrupt(int signal_number) {
     interrupted = 1;
 }
 
-/* From here on the first Ctrl-C is noted and the second one ends the program. */
-static signal_handler *watch_interrupts(void) {
-    interrupted = 0;
-    return on_signal(SIGINT, on_interrupt);
-}
-
 typedef struct answer {
     buffer held;                /* not printed yet: it may begin a stop text                   */
     bool ended, mid_line;
@@ -9429,8 +9435,7 @@ static int process_prompt(command *c) {
     size_t n = medrun_pending(c->s), left;
     bool terminal = is_terminal(STDERR_FILENO), drawn = false;
     double start = seconds(), next = start + (terminal ? 2 : 10);
-    int code = MEDRUN_OK;
-    while (!code && (left = medrun_pending(c->s))) {
+    while (!c->e.code && (left = medrun_pending(c->s))) {
         double now = seconds(), rate = (double)(n - left) / (now - start + 1e-9);
         if (now >= next && !flag(c, O_QUIET)) {
             int wait = rate > 0 ? (int)((double)left / rate) : 0;
@@ -9440,16 +9445,17 @@ static int process_prompt(command *c) {
             fflush(stderr);
             drawn = terminal, next = now + (terminal ? 0.2 : 10);
         }
-        code = interrupted ? MEDRUN_INTERRUPTED : medrun_step(&c->s, 1, &c->e);
+        if (interrupted) quit(c, MEDRUN_INTERRUPTED);
+        else medrun_step(&c->s, 1, &c->e);
     }
     if (drawn) fprintf(stderr, "\r%60s\r", "");
-    return code;
+    return c->e.code;
 }
 
 /* Checks that the file of --save-prefix can be written before the prompt is processed. */
 static int check_prefix(command *c) {
     file_writer w;
-    if (!given(c, O_SAVE_PREFIX)) return MEDRUN_OK;
+    if (c->e.code || !given(c, O_SAVE_PREFIX)) return c->e.code;
     if (!writer_open(&w, c->text[O_SAVE_PREFIX], &session_file, false, &c->e)) writer_drop(&w);
     return c->e.code;
 }
@@ -9457,35 +9463,42 @@ static int check_prefix(command *c) {
 /* Writes the prompt that was processed, the first of a chat. */
 static int save_prefix(command *c) {
     const char *path = c->text[O_SAVE_PREFIX];
-    if (!path || c->prefix_saved) return MEDRUN_OK;
+    if (c->e.code || !path || c->prefix_saved) return c->e.code;
     c->prefix_saved = true;
-    int code = medrun_save(c->s, path, &c->e);
-    if (!code) note(c, "prefix: %zu tokens written to %s", medrun_length(c->s), path);
-    return code;
+    if (!medrun_save(c->s, path, &c->e))
+        note(c, "prefix: %zu tokens written to %s", medrun_length(c->s), path);
+    return c->e.code;
 }
 
-/* Puts a prompt on the timeline; what --load-prefix names is good for a first one only. */
+/* Puts a prompt on the timeline. A first prompt may begin as the file of --load-prefix does. */
 static int feed_prompt(command *c, const int32_t *ids, size_t n) {
     const char *path = c->text[O_LOAD_PREFIX];
     size_t taken;
+    if (c->e.code) return c->e.code;
     if (!path || c->prefix_unfit || medrun_length(c->s)) return medrun_feed(c->s, ids, n, &c->e);
-    int code = medrun_feed_saved(c->s, ids, n, path, &taken, &c->e);
-    if (code) c->prefix_unfit = true;                   /* a chat goes on without it             */
-    else if (taken) note(c, "prefix: %zu of %zu tokens taken from %s", taken, n, path);
+    c->prefix_unfit = medrun_feed_saved(c->s, ids, n, path, &taken, &c->e);
+    if (c->prefix_unfit) return c->e.code;              /* a chat goes on without it             */
+    if (taken) note(c, "prefix: %zu of %zu tokens taken from %s", taken, n, path);
     else note(c, "prefix: the prompt shares fewer than 16 tokens with %s", path);
-    return code;
+    return MEDRUN_OK;
 }
 
+static int print_piece(command *c, answer *a, int32_t id, const char *text, size_t n) {
+    (void)id;
+    buffer_add(&a->held, text, n);
+    return check_buffer(c, &a->held) ? c->e.code : print_held(c, a, a->ended);
+}
+
+/* Makes the next token of the answer and prints the text that it completes. */
 static int next_piece(command *c, answer *a) {
     int32_t id;
     const char *text;
     size_t n;
-    int code = interrupted ? MEDRUN_INTERRUPTED : medrun_next(c->s, &id, &text, &n, &c->e);
-    if (code) return code;
+    if (interrupted) return quit(c, MEDRUN_INTERRUPTED);
+    if (medrun_next(c->s, &id, &text, &n, &c->e)) return c->e.code;
     a->n_answer++;
     a->ended = medrun_is_stop(c->m, id);
-    buffer_add(&a->held, text, n);
-    return a->held.failed ? out_of_memory(&c->e, n) : print_held(c, a, a->ended);
+    return c->piece ? c->piece(c, a, id, text, n) : print_piece(c, a, id, text, n);
 }
 
 /* Answers what was fed, and prints the answer while it is made. First the model reads the prompt, a
@@ -9497,27 +9510,28 @@ static int next_piece(command *c, answer *a) {
  * half a pass, and a chat can go on. A full context cuts the answer: MEDRUN_TOO_LONG. */
 static int print_reply(command *c, answer *a) {
     size_t most = c->number[O_PREDICT] < 0 ? SIZE_MAX : (size_t)c->number[O_PREDICT];
-    double start = seconds();
     uint64_t guessed, right;
+    if (c->e.code) return c->e.code;
     *a = (answer){.n_prompt = medrun_pending(c->s)};
     medrun_guesses(c->s, &guessed, &right);
-    signal_handler *before = watch_interrupts();
-    int code = process_prompt(c), last = MEDRUN_OK;
+    interrupted = 0;
+    signal_handler *before = on_signal(SIGINT, on_interrupt);
+    double start = seconds();
+    process_prompt(c);
     a->prompt_time = seconds() - start;
-    if (!code) code = save_prefix(c);
-    double middle = seconds();
-    while (!code && !a->ended && a->n_answer < most)
-        code = c->piece ? c->piece(c, a) : next_piece(c, a);
-    if (!a->ended) last = print_held(c, a, true);
+    save_prefix(c);
+    start = seconds();
+    while (!c->e.code && !a->ended && a->n_answer < most) next_piece(c, a);
+    if (!a->ended) print_held(c, a, true);
+    a->answer_time = seconds() - start;
     on_signal(SIGINT, before);
-    a->answer_time = seconds() - middle;
     medrun_guesses(c->s, &a->guessed, &a->right);
     a->guessed -= guessed, a->right -= right;
     buffer_free(&a->held);
     if (is_terminal(STDOUT_FILENO)) puts("");
-    if (code != MEDRUN_TOO_LONG) return code ? code : last;
+    if (c->e.code != MEDRUN_TOO_LONG) return c->e.code;
     c->e = (medrun_error){0};
-    return fail(&c->e, code, "the answer is cut: the context of %zu tokens is full (-c)",
+    return fail(&c->e, MEDRUN_TOO_LONG, "the answer is cut: the context of %zu tokens is full (-c)",
                 context_of(c));
 }
 
@@ -9556,22 +9570,22 @@ static void drop_line_end(buffer *b) {
     if (b->n && b->data[b->n - 1] == '\r') b->n--;
 }
 
-/* -p, -f or stdin; a flag beats the environment. */
-static int read_prompt(command *c, buffer *text) {
-    if (c->e.code) return c->e.code;
+/* Reads -p, -f or stdin into c->input; a flag beats the environment. */
+static int read_prompt(command *c) {
     bool file = given(c, O_FILE) && c->from[O_FILE] >= c->from[O_PROMPT];
+    if (c->e.code) return c->e.code;
     if (file && c->from[O_PROMPT] == c->from[O_FILE])
         return fail(&c->e, MEDRUN_USAGE, "found both --prompt and --file, wanted one");
     if (!file && given(c, O_PROMPT)) {
-        buffer_text(text, c->text[O_PROMPT]);
-        return text->failed ? out_of_memory(&c->e, strlen(c->text[O_PROMPT])) : MEDRUN_OK;
+        buffer_text(&c->input, c->text[O_PROMPT]);
+        return check_buffer(c, &c->input);
     }
     if (!file && is_terminal(STDIN_FILENO))
         return fail(&c->e, MEDRUN_USAGE, "no text: give -p TEXT or -f FILE, or pipe it in");
     const char *path = file ? c->text[O_FILE] : "-";
-    if (c->row->exact_text) return read_file(c, path, MOST_INPUT, text);
-    read_text(c, path, most_prompt(c), text);
-    drop_line_end(text);
+    if (c->row->exact_text) return read_file(c, path, MOST_INPUT, &c->input);
+    read_text(c, path, most_prompt(c), &c->input);
+    drop_line_end(&c->input);
     return c->e.code;
 }
 
@@ -9581,53 +9595,52 @@ static const char *system_text(const command *c) {
 
 /* ---- run ----------------------------------------------------------------------------------- */
 
-/* The ids of the whole prompt. */
-static int make_prompt(command *c, const buffer *text, buffer *ids) {
+/* The ids of the whole prompt: c->ids, from the text in c->input. */
+static int make_prompt(command *c) {
     if (c->e.code) return c->e.code;
     const char *system = system_text(c);
+    const buffer *text = &c->input;
     medrun_message all[] = {{"system", system, strlen(system)}, {"user", chars(text), text->n}};
     size_t skip = *system ? 0 : 1;
     if (!text->n) return fail(&c->e, MEDRUN_USAGE, "the prompt is empty");
-    chat_writer w = {c->chat, c->t, &c->chat_options, .out = ids, .e = &c->e};
+    chat_writer w = {c->chat, c->t, &c->chat_options, .out = &c->ids, .e = &c->e};
     if (!flag(c, O_RAW)) return chat_render(&w, all + skip, 2 - skip, true);
     int bos = c->chat_options.bos;
     bool add = bos == MEDRUN_BOS_AUTO ? c->t->add_bos : bos == MEDRUN_BOS_ON;
-    return tokenizer_encode(c->t, chars(text), text->n, add ? MEDRUN_ADD_BOS : 0, ids, &c->e);
+    return tokenizer_encode(c->t, chars(text), text->n, add ? MEDRUN_ADD_BOS : 0, &c->ids, &c->e);
 }
 
 /* SHA-256 of the logits after the whole timeline. */
 static int hash_logits(command *c, char hex[65]) {
     uint8_t digest[32];
-    int code = MEDRUN_OK;
-    while (!code && medrun_pending(c->s)) code = medrun_step(&c->s, 1, &c->e);
-    if (code) return code;
+    if (c->e.code) return c->e.code;
+    while (medrun_pending(c->s)) if (medrun_step(&c->s, 1, &c->e)) return c->e.code;
     sha256_of(medrun_logits(c->s, 0), (size_t)c->t->vocab_size * sizeof(float), digest);
     return hex_of(digest, hex), MEDRUN_OK;
 }
 
-/* Answers the prompt IDS; *A says how that went, also when it was cut. */
-static int run_ids(command *c, const buffer *ids, answer *a) {
-    size_t n = ids->n / 4;
+/* Answers the prompt c->ids; *A says how that went, also when it was cut. */
+static int answer_ids(command *c, answer *a) {
+    size_t n = n_ids(&c->ids);
     if (c->e.code) return c->e.code;
     if (n >= context_of(c)) return too_long(c, n);
-    show_prompt(c, ids_of(ids), n);
-    int code = check_prefix(c);
-    if (!code) code = feed_prompt(c, ids_of(ids), n);
-    if (code) return code;
-    code = print_reply(c, a);
-    bool stopped = code == MEDRUN_INTERRUPTED || code == MEDRUN_TOO_LONG;
-    if ((!code || stopped) && flag(c, O_STATS)) print_stats(c, a);
+    show_prompt(c, ids_of(&c->ids), n);
+    check_prefix(c);
+    if (feed_prompt(c, ids_of(&c->ids), n)) return c->e.code;
+    int code = print_reply(c, a);
+    bool told = !code || code == MEDRUN_INTERRUPTED || code == MEDRUN_TOO_LONG;
+    if (told && flag(c, O_STATS)) print_stats(c, a);
     return code;
 }
 
-/* The prompt's tokens are c->ids then. */
+/* The run command, and what medrun-lab records. */
 static int answer_once(command *c, answer *a) {
     open_model(c);
     choose_chat(c);
-    read_prompt(c, &c->input);
-    make_prompt(c, &c->input, &c->ids);
+    read_prompt(c);
+    make_prompt(c);
     start_session(c);
-    return run_ids(c, &c->ids, a);
+    return answer_ids(c, a);
 }
 
 static int run_command(command *c) {
@@ -9635,16 +9648,9 @@ static int run_command(command *c) {
     return answer_once(c, &a);
 }
 
-/* Reads and parses a JSON file; free both afterwards, also on failure. */
-static int read_json(command *c, const char *path, buffer *text, json *j) {
-    medrun_error why = {0};
-    int code = read_text(c, path, MOST_INPUT, text);
-    if (code || !(code = json_parse(j, chars(text), text->n, &why))) return code;
-    return fail(&c->e, code, "%s: %s", path, why.text);
-}
-
 /* ---- show ---------------------------------------------------------------------------------- */
 
+/* A line: its label, and text from the checkpoint. */
 static void show_text(FILE *f, const char *label, const char *text) {
     fprintf(f, "%-13s", label);
     print_safe(f, *text ? text : "-", *text ? strlen(text) : 1, false);
@@ -9666,19 +9672,20 @@ static void show_chat(FILE *f, const medrun_model *m) {
     const medrun_sampling *s = &m->sampling;
     show_text(f, "template", m->template_name);
     show_text(f, "system", m->system);
-    fprintf(f, "%-13s", "stops");
+    fprintf(f, "%-13s%s", "stops", m->n_stops ? "" : "-");
     for (int i = 0; i < m->n_stops; i++) {
         size_t n;
         const char *piece = tokenizer_piece(&m->tokenizer, m->stops[i], &n);
         fprintf(f, "%s%d ", i ? ", " : "", m->stops[i]);
         print_safe(f, piece, n, false);
     }
-    fprintf(f, "%s\n%-13stemperature %g, top-k %d, top-p %g, min-p %g, repeat-penalty %g\n",
-            m->n_stops ? "" : "-", "sampling", (double)s->temperature, s->top_k, (double)s->top_p,
-            (double)s->min_p, (double)s->repeat_penalty);
+    fprintf(f, "\n%-13stemperature %g, top-k %d, top-p %g, min-p %g, repeat-penalty %g\n",
+            "sampling", (double)s->temperature, s->top_k, (double)s->top_p, (double)s->min_p,
+            (double)s->repeat_penalty);
 }
 
-/* The files it was made from; what is malformed is left out, as nothing rests on it. */
+/* The files that the checkpoint was made from. Nothing depends on these lines, so an entry that is
+ * malformed is left out. */
 static void show_sources(FILE *f, const medrun_model *m) {
     const json *j = &m->file.header;
     uint32_t from = json_get(j, 0, "provenance"), all = json_get(j, from, "sources"), v = all + 1;
@@ -9731,12 +9738,11 @@ static int show_model(FILE *f, command *c, int context) {
     const medrun_model *m = c->m;
     medrun_session_options wanted = session_options(c, context), o;
     char hash[65];
-    int code = resolve_options(m, &wanted, &o, &c->e);
-    if (code) return code;
+    buffer b = {0};
+    if (resolve_options(m, &wanted, &o, &c->e)) return c->e.code;
     hex_of(m->file.hash, hash);
     show_text(f, "file", m->path);
     show_text(f, "name", m->name);
-    buffer b = {0};
     describe_config(&b, &m->config, m->architecture, type_names[m->type], m->parameters, 13);
     fputs(chars(&b), f);
     buffer_free(&b);
@@ -9751,8 +9757,7 @@ static int show_model(FILE *f, command *c, int context) {
 }
 
 static int show_command(command *c) {
-    int code = open_model(c);
-    return code ? code : show_model(stdout, c, choose_context(c));
+    return open_model(c) ? c->e.code : show_model(stdout, c, choose_context(c));
 }
 
 /* ---- the line editor ----------------------------------------------------------------------- */
@@ -9873,12 +9878,10 @@ static void draw_line(const editor *ed, const char *prompt, bool done) {
     if (done) start = 0;
     buffer_printf(&out, ed->colour ? "\r\x1b[1m%s\x1b[0m" : "\r%s", prompt);
     for (size_t i = start, end; i < ed->line.n; i = end) {
-        size_t n = out.n;
         end = next_char(ed, i, 1);
-        used += show_char(ed, i, end, &out);
-        if (done || used <= room) continue;
-        out.n = n;
-        break;
+        used += show_char(ed, i, end, NULL);
+        if (used > room && !done) break;
+        show_char(ed, i, end, &out);
     }
     if (done) buffer_text(&out, "\x1b[K\n");
     else buffer_printf(&out, "\x1b[K\r\x1b[%zuC", strlen(prompt) + cursor);
@@ -10022,44 +10025,42 @@ typedef struct {
 } chat;
 
 static size_t n_turns(const chat *h) { return h->starts.n / sizeof(size_t); }
+static size_t *starts_of(const chat *h) { return (size_t *)(void *)h->starts.data; }
 
 /* Where turn I begins; after the last: the end of the timeline. */
 static size_t turn_start(const chat *h, size_t i) {
-    return i < n_turns(h) ? ((const size_t *)(const void *)h->starts.data)[i]
-                          : medrun_length(h->c->s);
+    return i < n_turns(h) ? starts_of(h)[i] : medrun_length(h->c->s);
 }
 
-/* What stands before the first turn. */
-static int chat_opening(chat *h, buffer *ids) {
-    command *c = h->c;
-    const medrun_message system = {"system", chars(&h->system), h->system.n};
-    chat_writer w = {c->chat, c->t, &c->chat_options, .out = ids, .e = &c->e};
-    return chat_turn(&w, system.n_bytes ? &system : NULL, true, false);
+static int add_turn(chat *h, size_t start) {
+    buffer_add(&h->starts, &start, sizeof start);
+    return check_buffer(h->c, &h->starts);
 }
 
 /* Forgets the oldest K turns; what stood before the first of them, the system text, stays. What
  * followed them moves to other positions, and a key holds its position (rotary embedding): so those
- * tokens are fed anew. */
+ * tokens are fed again. */
 static int drop_turns(chat *h, size_t k) {
+    command *c = h->c;
     size_t from = turn_start(h, k), gone = from - turn_start(h, 0), left = n_turns(h) - k;
     buffer keep = {0};
-    buffer_add(&keep, medrun_tokens(h->c->s) + from, (medrun_length(h->c->s) - from) * 4);
-    if (keep.failed) return out_of_memory(&h->c->e, keep.n);
+    buffer_add(&keep, medrun_tokens(c->s) + from, (medrun_length(c->s) - from) * sizeof(int32_t));
+    if (check_buffer(c, &keep)) return c->e.code;
     fprintf(stderr, "(forgot %zu of the oldest turns, %zu tokens)\n", k, gone);
-    int code = medrun_rewind(h->c->s, from - gone, &h->c->e);
-    if (!code) code = medrun_feed(h->c->s, ids_of(&keep), keep.n / 4, &h->c->e);
-    size_t *starts = (size_t *)(void *)h->starts.data;
-    for (size_t i = 0; i < left; i++) starts[i] = starts[i + k] - gone;
-    h->starts.n = left * sizeof *starts;
+    if (!medrun_rewind(c->s, from - gone, &c->e))
+        medrun_feed(c->s, ids_of(&keep), n_ids(&keep), &c->e);
+    for (size_t i = 0; i < left; i++) starts_of(h)[i] = starts_of(h)[i + k] - gone;
+    h->starts.n = left * sizeof(size_t);
     buffer_free(&keep);
-    return code;
+    return c->e.code;
 }
 
 enum { WHEN_FULL_REFUSE, WHEN_FULL_DROP };      /* the words of --overflow, in their order      */
 
-/* Makes room for NEED tokens and an answer. What is dropped has to be computed anew, from the first
- * token that moved; so enough turns go to leave a quarter of the context, not a few tokens. */
+/* Makes room for NEED tokens and an answer. After a drop all tokens that moved are computed again;
+ * so enough turns go to leave a quarter of the context, not a few tokens. */
 static int make_room(chat *h, size_t need) {
+    if (h->c->e.code) return h->c->e.code;
     size_t context = context_of(h->c), length = medrun_length(h->c->s), k = 0, gone = 0;
     bool drop = whole(h->c, O_OVERFLOW) == WHEN_FULL_DROP;
     while (drop && k < n_turns(h) && length - gone + need > context - context / 4)
@@ -10068,8 +10069,9 @@ static int make_room(chat *h, size_t need) {
     return k ? drop_turns(h, k) : MEDRUN_OK;
 }
 
-/* Puts a person's turn on the timeline. It begins with what the template writes after an answer,
- * in the place of the answer's stop token, as in medrun_say. */
+/* Puts a person's turn on the timeline, as medrun_say does. It begins with what the template writes
+ * after an answer, in the place of the answer's stop token. Before it is fed, old turns may have to
+ * go. If one of them was the answer that the turn closes, nothing is left to close. */
 static int chat_feed(chat *h, const char *text, size_t n) {
     command *c = h->c;
     new_turn t;
@@ -10077,43 +10079,44 @@ static int chat_feed(chat *h, const char *text, size_t n) {
     const medrun_message said = {"user", text, n};
     const medrun_message system = {"system", chars(&h->system), h->system.n};
     conversation how = {c->chat, &c->chat_options, h->system.n ? &system : NULL, true};
-    int code = render_turn(c->s, &how, &said, &t, &c->e);
-    if (!code && t.keep < medrun_length(c->s)) {
-        code = medrun_rewind(c->s, t.keep, &c->e);
+    if (!render_turn(c->s, &how, &said, &t, &c->e) && t.keep < medrun_length(c->s)) {
+        medrun_rewind(c->s, t.keep, &c->e);
         c->s->answer_open = true;                       /* until the turn is fed                 */
     }
-    if (!code) code = make_room(h, t.ids.n / 4);
-    size_t skip = first || n_turns(h) ? 0 : t.n_close;  /* else the answer it closes is gone     */
-    if (!code) {
-        size_t start = medrun_length(c->s) + t.n_open;
-        show_prompt(c, ids_of(&t.ids) + skip, t.ids.n / 4 - skip);
-        buffer_add(&h->starts, &start, sizeof start);
-        if (h->starts.failed) code = out_of_memory(&c->e, sizeof start);
-        else if ((code = feed_prompt(c, ids_of(&t.ids) + skip, t.ids.n / 4 - skip)))
-            h->starts.n -= sizeof start;                /* nothing was said                      */
+    make_room(h, n_ids(&t.ids));
+    size_t skip = first || n_turns(h) ? 0 : t.n_close;
+    const int32_t *ids = ids_of(&t.ids) + skip;
+    if (!c->e.code && !add_turn(h, medrun_length(c->s) + t.n_open)) {
+        show_prompt(c, ids, n_ids(&t.ids) - skip);
+        if (feed_prompt(c, ids, n_ids(&t.ids) - skip))
+            h->starts.n -= sizeof(size_t);              /* nothing was said                      */
     }
     buffer_free(&t.ids);
-    return code;
+    return c->e.code;
+}
+
+/* Takes the last message back, as if it had never been said. */
+static int unsay(chat *h) {
+    size_t last = n_turns(h) - 1;
+    medrun_rewind(h->c->s, last ? turn_start(h, last) : 0, &h->c->e);
+    h->starts.n -= sizeof(size_t);
+    h->c->s->answer_open = last > 0;
+    return h->c->e.code;
 }
 
 /* Says TEXT and prints the answer. An answer that Ctrl-C stopped stays in the conversation as far
  * as it came; if no token came, the message is taken back, too. */
 static int chat_answer(chat *h, const char *text, size_t n) {
     command *c = h->c;
-    int code = chat_feed(h, text, n);
-    if (code) return code;
-    code = print_reply(c, &h->last);
+    if (c->e.code || chat_feed(h, text, n)) return c->e.code;
+    print_reply(c, &h->last);
     c->s->answer_open = true;
     if (flag(c, O_STATS)) print_stats(c, &h->last);
-    if (code != MEDRUN_INTERRUPTED) return code;
+    if (c->e.code != MEDRUN_INTERRUPTED) return c->e.code;
+    c->e = (medrun_error){0};
     h->interrupts = 1;
     fprintf(stderr, h->last.n_answer ? "(stopped)\n" : "(stopped; your message is forgotten)\n");
-    if (h->last.n_answer) return MEDRUN_OK;
-    size_t last = n_turns(h) - 1;                       /* nothing came: as if it was never said */
-    code = medrun_rewind(c->s, last ? turn_start(h, last) : 0, &c->e);
-    h->starts.n -= sizeof(size_t);
-    c->s->answer_open = last > 0;
-    return code;
+    return h->last.n_answer ? MEDRUN_OK : unsay(h);
 }
 
 static int chat_clear(chat *h) {
@@ -10125,29 +10128,28 @@ static int chat_clear(chat *h) {
 static int chat_system(chat *h, const char *text) {
     buffer fresh = {0};
     buffer_text(&fresh, text);
-    if (fresh.failed) return out_of_memory(&h->c->e, strlen(text));     /* the old one stays     */
+    if (check_buffer(h->c, &fresh)) return h->c->e.code;                /* the old one stays     */
     buffer_free(&h->system);
     h->system = fresh;
     return chat_clear(h);
 }
 
-/* Where the turns of a loaded conversation begin is not known: all of it counts as one. */
+/* Nobody knows where the turns of a loaded conversation begin: all of it counts as one. */
 static int chat_load(chat *h, const char *path) {
+    command *c = h->c;
     h->starts.n = 0;
-    int code = medrun_restore(h->c->s, path, &h->c->e);
-    size_t n = medrun_length(h->c->s), start = n && medrun_tokens(h->c->s)[0] == h->c->t->bos;
-    if (code || !n) return code;
-    fprintf(stderr, "(%zu tokens)\n", n);
-    return buffer_add(&h->starts, &start, sizeof start), MEDRUN_OK;
+    if (medrun_restore(c->s, path, &c->e) || !medrun_length(c->s)) return c->e.code;
+    fprintf(stderr, "(%zu tokens)\n", medrun_length(c->s));
+    return add_turn(h, medrun_tokens(c->s)[0] == c->t->bos);
 }
 
 static int chat_read(chat *h, const char *path) {
     buffer file = {0};
-    int code = read_text(h->c, path, most_prompt(h->c), &file);
+    read_text(h->c, path, most_prompt(h->c), &file);
     drop_line_end(&file);
-    if (!code) code = chat_answer(h, chars(&file), file.n);
+    chat_answer(h, chars(&file), file.n);
     buffer_free(&file);
-    return code;
+    return h->c->e.code;
 }
 
 enum { SAY_HELP, SAY_BYE, SAY_CLEAR, SAY_SYSTEM, SAY_SAVE, SAY_LOAD, SAY_READ, SAY_STATS, SAY_SHOW,
@@ -10196,69 +10198,72 @@ static int chat_command(chat *h, char *line) {
     }
 }
 
-/* Answers messages until the person leaves. */
-static int chat_loop(chat *h, buffer *message) {
-    while (!h->leave) {
-        int code = MEDRUN_OK, got = read_message(&h->ed, message);
-        if (got == LINE_END) return MEDRUN_OK;
-        if (got == LINE_INTERRUPTED) {
-            if (++h->interrupts > 1) return MEDRUN_INTERRUPTED;
-            fprintf(stderr, "(Ctrl-C once more, or Ctrl-D, leaves)\n");
-            continue;
-        }
-        h->interrupts = 0;
-        if (message->failed) {
-            buffer_free(message);
-            code = fail(&h->c->e, MEDRUN_NO_MEMORY, "out of memory: the message was not taken");
-        } else if (message->n && message->data[0] == '/')
-            code = chat_command(h, (char *)message->data);
-        else if (message->n) code = chat_answer(h, chars(message), message->n);
-        if (code && !h->c->e.code) return code;         /* stdout is gone                        */
-        if (code) fprintf(stderr, "%s\n", h->c->e.text);
-        h->c->e = (medrun_error){0};
+/* A message is a command, or something to answer. */
+static int chat_message(chat *h) {
+    buffer *m = &h->c->input;
+    if (m->failed) {
+        buffer_free(m);
+        return fail(&h->c->e, MEDRUN_NO_MEMORY, "out of memory: the message was not taken");
     }
-    return MEDRUN_OK;
+    if (m->n && m->data[0] == '/') return chat_command(h, (char *)m->data);
+    return m->n ? chat_answer(h, chars(m), m->n) : MEDRUN_OK;
 }
 
-/* A bad prefix is said before the conversation, of which only the opening is known. */
+/* Answers messages until the person leaves. What fails is said, and the conversation goes on; a
+ * failure without a text is that stdout is gone. */
+static int chat_loop(chat *h) {
+    medrun_error *e = &h->c->e;
+    while (!h->leave && !e->code) {
+        int got = read_message(&h->ed, &h->c->input);
+        if (got == LINE_END) return MEDRUN_OK;
+        h->interrupts = got == LINE_INTERRUPTED ? h->interrupts + 1 : 0;
+        if (h->interrupts > 1) return quit(h->c, MEDRUN_INTERRUPTED);
+        if (h->interrupts) fprintf(stderr, "(Ctrl-C once more, or Ctrl-D, leaves)\n");
+        else if (chat_message(h) && *e->text) {
+            fprintf(stderr, "%s\n", e->text);
+            *e = (medrun_error){0};
+        }
+    }
+    return e->code;
+}
+
+/* Reads the file of --load-prefix with the opening of the conversation, all that is known of it, so
+ * that a bad file is refused before the person types. */
 static int try_prefix(chat *h) {
     command *c = h->c;
+    const medrun_message system = {"system", chars(&h->system), h->system.n};
     buffer ids = {0};
     size_t taken;
-    int code = check_prefix(c);
-    if (code || !given(c, O_LOAD_PREFIX)) return code;
-    code = chat_opening(h, &ids);
-    if (!code)
-        code = medrun_feed_saved(c->s, ids_of(&ids), ids.n / 4, c->text[O_LOAD_PREFIX], &taken,
-                                 &c->e);
+    chat_writer w = {c->chat, c->t, &c->chat_options, .out = &ids, .e = &c->e};
+    if (check_prefix(c) || !given(c, O_LOAD_PREFIX)) return c->e.code;
+    if (!chat_turn(&w, system.n_bytes ? &system : NULL, true, false) &&
+        !medrun_feed_saved(c->s, ids_of(&ids), n_ids(&ids), c->text[O_LOAD_PREFIX], &taken, &c->e))
+        medrun_rewind(c->s, 0, &c->e);
     buffer_free(&ids);
-    return code ? code : medrun_rewind(c->s, 0, &c->e);
+    return c->e.code;
 }
 
-static int talk(command *c) {
+/* The chat command. If nobody types, it answers what is on stdin. */
+static int converse_command(command *c) {
     chat h = {.c = c};
-    buffer message = {0};
-    int code;
+    if (!is_terminal(STDIN_FILENO)) return run_command(c);
+    open_model(c);
+    choose_chat(c);
+    if (start_session(c)) return c->e.code;
     prepare_editor(&h.ed);
     fprintf(stderr, "%sFor research and education. Not a clinician; do not use it to decide about "
             "anyone's care.%s\n", h.ed.colour ? "\x1b[33m" : "", h.ed.colour ? "\x1b[0m" : "");
     note(c, "/help lists what can be typed.");
     buffer_text(&h.system, system_text(c));
-    code = h.system.failed ? out_of_memory(&c->e, strlen(system_text(c))) : try_prefix(&h);
-    if (!code && (given(c, O_PROMPT) || given(c, O_FILE))) code = read_prompt(c, &message);
-    if (!code && message.n) code = chat_answer(&h, chars(&message), message.n);
-    if (!code) code = chat_loop(&h, &message);
-    buffer_free(&message), buffer_free(&h.system), buffer_free(&h.starts);
+    check_buffer(c, &h.system);
+    try_prefix(&h);
+    if (given(c, O_PROMPT) || given(c, O_FILE)) read_prompt(c);
+    if (c->input.n) chat_answer(&h, chars(&c->input), c->input.n);
+    chat_loop(&h);
+    buffer_free(&h.system);
+    buffer_free(&h.starts);
     close_editor(&h.ed);
-    return code;
-}
-
-static int converse_command(command *c) {
-    if (!is_terminal(STDIN_FILENO)) return run_command(c);
-    open_model(c);
-    choose_chat(c);
-    start_session(c);
-    return c->e.code ? c->e.code : talk(c);
+    return c->e.code;
 }
 
 /* ---- verify -------------------------------------------------------------------------------- */
@@ -10293,11 +10298,8 @@ static void hash_task(void *context, size_t begin, size_t end, int thread) {
 static bool report(const command *c, const char *kind, const char *name, const char *expected,
                    const char *found) {
     bool same = !strcmp(expected, found);
-    char shown[64];
-    snprintf(shown, sizeof shown, "%s", name);
-    make_safe(shown);
-    if (same && flag(c, O_VERBOSE)) printf("%-10s %s: the same\n", kind, shown);
-    if (!same) printf("%-10s %s DIFFERS: expected %s, found %s\n", kind, shown, expected, found);
+    if (same && flag(c, O_VERBOSE)) printf("%-10s %s: the same\n", kind, name);
+    if (!same) printf("%-10s %s DIFFERS: expected %s, found %s\n", kind, name, expected, found);
     return same;
 }
 
@@ -10309,6 +10311,7 @@ static bool report_hash(const command *c, const hashed *h) {
     medrun_error e = {0};
     json_text(&f->header, h->node, "", "sha256", wanted, sizeof wanted, &e);
     if (is_tensor) json_text(&f->header, h->node, "", "name", name, sizeof name, &e);
+    make_safe(name);
     parse_hex(wanted, digest);                          /* it may be written in capitals         */
     hex_of(digest, wanted), hex_of(h->found, found);
     return report(c, is_tensor ? "tensors" : "tokenizer", name, wanted, found);
@@ -10359,7 +10362,7 @@ typedef struct {
 } proof_kind;
 
 static void print_to(buffer *text, const buffer *ids) {
-    for (size_t i = 0; i < ids->n / 4; i++)
+    for (size_t i = 0; i < n_ids(ids); i++)
         buffer_printf(text, i ? " %d" : "%d", ids_of(ids)[i]);
 }
 
@@ -10395,7 +10398,7 @@ static bool distance_to(const command *c, const buffer *ids, uint32_t list, doub
                         bool *same) {
     const json *j = &c->m->file.header;
     const float *row = medrun_logits(c->s, 0);
-    size_t n = ids->n / 4;
+    size_t n = n_ids(ids);
     double far = 0, size = 0, top = -INFINITY;
     int32_t wanted = 0, largest = 0;
     uint32_t v = list + 1;
@@ -10439,7 +10442,7 @@ static int report_reference(command *c, const proof *p) {
 
 /* The SHA-256 of the logits after the ids. */
 static int prove_logits(command *c, proof *p) {
-    int n = (int)(c->ids.n / 4);
+    int n = (int)n_ids(&c->ids);
     medrun_session_options o = {.context = n, .kv = MEDRUN_KV_F32, .strict = true};
     char hex[65];
     if (!n) return fail(&c->e, MEDRUN_BAD_FILE, "proofs.logits: ids: found none");
@@ -10493,16 +10496,16 @@ static int verify_command(command *c) {
 /* ---- tokenize, detokenize, render, logits -------------------------------------------------- */
 
 static int tokenize_command(command *c) {
-    int flags = flag(c, O_BOS) ? MEDRUN_ADD_BOS : 0;
-    if (flag(c, O_SPECIAL)) flags |= MEDRUN_PARSE_SPECIAL;
+    int flags = (flag(c, O_BOS) ? MEDRUN_ADD_BOS : 0) |
+                (flag(c, O_SPECIAL) ? MEDRUN_PARSE_SPECIAL : 0);
+    const buffer *text = &c->input;
     if (open_tokenizer(c)) return c->e.code;
     if (flag(c, O_BOS) && c->t->bos < 0)
         return fail(&c->e, MEDRUN_USAGE, "--bos: this tokenizer has no such token");
-    if (read_prompt(c, &c->input)) return c->e.code;
-    if (tokenizer_encode(c->t, chars(&c->input), c->input.n, flags, &c->ids, &c->e))
-        return c->e.code;
-    if (!flag(c, O_PIECES)) print_ids(stdout, ids_of(&c->ids), c->ids.n / 4);
-    for (size_t i = 0, n; flag(c, O_PIECES) && i < c->ids.n / 4; i++) {
+    if (read_prompt(c)) return c->e.code;
+    if (tokenizer_encode(c->t, chars(text), text->n, flags, &c->ids, &c->e)) return c->e.code;
+    if (!flag(c, O_PIECES)) print_ids(stdout, ids_of(&c->ids), n_ids(&c->ids));
+    for (size_t i = 0, n; flag(c, O_PIECES) && i < n_ids(&c->ids); i++) {
         const char *piece = tokenizer_piece(c->t, ids_of(&c->ids)[i], &n);
         printf("%d\t", ids_of(&c->ids)[i]);
         print_escaped(stdout, piece, n);
@@ -10511,58 +10514,58 @@ static int tokenize_command(command *c) {
     return MEDRUN_OK;
 }
 
+/* Prints what the command made, ids or text. */
+static int print_output(command *c, const buffer *b, bool ids) {
+    if (check_buffer(c, b)) return c->e.code;
+    if (ids) print_ids(stdout, ids_of(b), n_ids(b));
+    else fwrite(chars(b), 1, b->n, stdout);
+    return MEDRUN_OK;
+}
+
 static int detokenize_command(command *c) {
     if (open_tokenizer(c)) return c->e.code;
     bool from_stdin = !c->n_rest || (c->n_rest == 1 && !strcmp(c->rest[0], "-"));
     if (from_stdin) read_file(c, "-", MOST_INPUT, &c->input);
     else for (int i = 0; i < c->n_rest; i++) buffer_printf(&c->input, "%s ", c->rest[i]);
-    if (c->input.failed) out_of_memory(&c->e, c->input.n);
+    check_buffer(c, &c->input);
     if (parse_ids(c, chars(&c->input), c->input.n, &c->ids)) return c->e.code;
-    tokenizer_decode(c->t, ids_of(&c->ids), c->ids.n / 4, flag(c, O_SPECIAL), &c->output);
-    if (c->output.failed) return out_of_memory(&c->e, c->output.n);
-    fwrite(chars(&c->output), 1, c->output.n, stdout);
-    return MEDRUN_OK;
-}
-
-static int render_messages(command *c, const json *j) {
-    buffer text = {0};
-    medrun_message *messages = NULL;
-    size_t n = 0;
-    bool opening = !flag(c, O_NO_OPENING), ids = flag(c, O_RENDER_IDS);
-    chat_writer w = {c->chat, c->t, &c->chat_options, !ids, .out = &c->output, .e = &c->e};
-    if (!chat_messages(c->chat, j, 0, c->text[O_MESSAGES], &messages, &n, &text, &c->e))
-        chat_render(&w, messages, n, opening);
-    if (!c->e.code && ids) print_ids(stdout, ids_of(&c->output), c->output.n / 4);
-    else if (!c->e.code) fwrite(chars(&c->output), 1, c->output.n, stdout);
-    free(messages);
-    buffer_free(&text);
-    return c->e.code;
+    tokenizer_decode(c->t, ids_of(&c->ids), n_ids(&c->ids), flag(c, O_SPECIAL), &c->output);
+    return print_output(c, &c->output, false);
 }
 
 static int render_command(command *c) {
+    bool file = given(c, O_MODEL) || c->n_rest, ids = flag(c, O_RENDER_IDS);
+    const char *path = c->text[O_MESSAGES];
     json j = {0};
-    bool file = given(c, O_MODEL) || c->n_rest;
-    if (!given(c, O_MESSAGES) || (!file && (!given(c, O_TEMPLATE) || flag(c, O_RENDER_IDS))))
+    buffer text = {0};
+    medrun_message *m = NULL;
+    size_t n = 0;
+    if (!path || (!file && (!given(c, O_TEMPLATE) || ids)))
         return fail(&c->e, MEDRUN_USAGE, "render: wanted --messages FILE.json and a model; "
                     "--template NAME does without a model, but not with --ids");
     if (file ? open_tokenizer(c) : choose_template(c)) return c->e.code;
     if (!c->chat && !c->m)
         return fail(&c->e, MEDRUN_USAGE, "render: a tokenizer.bin has no template: add --template");
     if (choose_chat(c)) return c->e.code;
-    if (!read_json(c, c->text[O_MESSAGES], &c->input, &j)) render_messages(c, &j);
+    chat_writer w = {c->chat, c->t, &c->chat_options, !ids, .out = &c->output, .e = &c->e};
+    if (!read_json(c, path, &j) && !chat_messages(c->chat, &j, 0, path, &m, &n, &text, &c->e))
+        chat_render(&w, m, n, !flag(c, O_NO_OPENING));
+    print_output(c, &c->output, ids);
+    free(m);
+    buffer_free(&text);
     json_free(&j);
     return c->e.code;
 }
 
 /* Feeds the ids, with --all in parts whose passes give a row of logits for each of them. */
 static int write_logits(command *c, FILE *f) {
-    size_t n = c->ids.n / 4, vocab = (size_t)c->t->vocab_size;
+    size_t n = n_ids(&c->ids), vocab = (size_t)c->t->vocab_size;
     size_t part = flag(c, O_ALL) ? (size_t)c->s->options.batch : n;
     for (size_t at = 0; at < n; at += part) {
         size_t now = n - at < part ? n - at : part;
-        int code = medrun_feed(c->s, ids_of(&c->ids) + at, now, &c->e);
-        while (!code && medrun_pending(c->s)) code = medrun_step(&c->s, 1, &c->e);
-        if (code) return code;
+        medrun_feed(c->s, ids_of(&c->ids) + at, now, &c->e);
+        while (!c->e.code && medrun_pending(c->s)) medrun_step(&c->s, 1, &c->e);
+        if (c->e.code) return c->e.code;
         for (size_t row = flag(c, O_ALL) ? now : 1; row-- > 0;)
             fwrite(medrun_logits(c->s, row), sizeof(float), vocab, f);
     }
@@ -10576,7 +10579,7 @@ static int logits_command(command *c) {
         return fail(&c->e, MEDRUN_USAGE, "logits: wanted --ids \"1 2 3\" and -o OUT.f32");
     if (open_model(c)) return c->e.code;
     if (parse_ids(c, c->text[O_IDS], strlen(c->text[O_IDS]), &c->ids)) return c->e.code;
-    size_t n = c->ids.n / 4;
+    size_t n = n_ids(&c->ids);
     if (!n) return fail(&c->e, MEDRUN_USAGE, "--ids: found none");
     if (n > (size_t)c->m->config.max_positions)
         return fail(&c->e, MEDRUN_TOO_LONG, "prompt %zu tokens > context %d, the model's", n,
@@ -10702,9 +10705,8 @@ static int read_line_of_arguments(command *c, int argc, char **argv, int place) 
 
 /* Without a command's name the first argument is a model, and must look like a file. */
 static int check_rest(command *c, bool named) {
-    int most = c->row->most;
+    int most = c->row->more + (!c->row->no_model && !given(c, O_MODEL));
     file_facts there;
-    if (given(c, O_MODEL) && c->row->model_first) most--;
     if (!named && c->n_rest && !strpbrk(c->rest[0], "./\\") && get_facts(c->rest[0], -1, &there))
         return unknown_command(c, c->rest[0]);
     if (c->n_rest <= most) return MEDRUN_OK;
@@ -10764,26 +10766,24 @@ static int run_program(const program *p, int argc, char **argv) {
 
 #ifndef MEDRUN_NO_MAIN
 static const command_row medrun_commands[N_COMMANDS] = {
-    [CHAT] = {"chat", "MODEL.mdr",
-              "a conversation; if stdin is no terminal, answers what it says, once",
-              converse_command, 1, true, false},
-    [RUN] = {"run", "MODEL.mdr -p TEXT | -f FILE", "answers once", run_command, 1, true, false},
+    [CHAT] = {"chat", "MODEL.mdr", "a conversation; without a terminal, one answer to stdin",
+        .run = converse_command},
+    [RUN] = {"run", "MODEL.mdr -p TEXT | -f FILE", "one answer", .run = run_command},
     [SHOW] = {"show", "MODEL.mdr",
-              "what is in the file, and whether this machine has memory for it", show_command,
-              1, true, false},
+        "what is in the file, and whether this machine has memory for it", .run = show_command},
     [VERIFY] = {"verify", "MODEL.mdr",
-                "computes the file's hashes and proofs anew; exit 4 if one differs", verify_command,
-                1, true, false},
+        "computes the file's hashes and proofs again; exit 4 if one differs",
+        .run = verify_command},
     [TOKENIZE] = {"tokenize", "FILE [-p TEXT | -f FILE]",
-                  "text to ids, by a .mdr or a tokenizer.bin", tokenize_command, 1, true, true},
-    [DETOKENIZE] = {"detokenize", "FILE IDS... | -", "ids to the exact bytes", detokenize_command,
-                    INT_MAX, true, false},
+        "text to ids, by a .mdr or a tokenizer.bin", .run = tokenize_command, .exact_text = true},
+    [DETOKENIZE] = {"detokenize", "FILE IDS... | -", "ids to the exact bytes",
+        .run = detokenize_command, .more = INT_MAX - 1},
     [RENDER] = {"render", "FILE | --template NAME --messages FILE.json",
-                "what the model sees of messages", render_command, 1, true, false},
+        "the prompt that the model sees for messages", .run = render_command},
     [LOGITS] = {"logits", "MODEL.mdr --ids \"1 2 3\" -o OUT.f32",
-                "what the model computes, as numbers", logits_command, 1, true, false},
-    [HELP] = {"help", "[COMMAND]", "what there is, or what a command takes", help_command, 1,
-              false, false},
+        "what the model computes, as numbers", .run = logits_command},
+    [HELP] = {"help", "[COMMAND]", "all commands, or the options of one", .run = help_command,
+        .no_model = true, .more = 1},
 };
 
 static const program medrun_program = {

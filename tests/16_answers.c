@@ -24,7 +24,7 @@ static void dictate(void *user, const char *stage, int layer, size_t rows, size_
 }
 
 /* What medrun prints when the model says SAID, control tokens spelled out, in at most MOST tokens;
- * *CODE is what print_reply returns. */
+ * *CODE is the exit code. */
 static const char *says(command *c, const char *said, int most, int *code) {
     static char text[4096];
     buffer ids = {0};
@@ -41,8 +41,8 @@ static const char *says(command *c, const char *said, int most, int *code) {
     int saved = dup(1);
     FILE *f = tmpfile();
     if (!f || dup2(fileno(f), 1) < 0) return "no temporary file";
-    *code = print_reply(c, &a);
-    *code = end_call(c, &a, *code);
+    print_reply(c, &a);
+    *code = end_call(c, &a);
     fflush(stdout);
     dup2(saved, 1), close(saved);
     rewind(f);
@@ -93,7 +93,7 @@ int main(void) {
     snprintf(path, sizeof path, "%s/apertus-plain-bf16.mdr", build ? build : "build");
     if (CHECK(!medrun_open(&c.m, path, &(medrun_options){.threads = 1}, &c.e))) {
         c.t = &c.m->tokenizer, c.chat = chat_find("apertus");
-        c.piece = next_piece_or_call;
+        c.piece = print_piece_or_call;
         for (size_t i = 0; i < 3; i++)          /* the fixture may stop at fewer tokens          */
             if (!medrun_is_stop(c.m, chat_token(c.t, c.chat->stops[i])))
                 c.m->stops[c.m->n_stops++] = chat_token(c.t, c.chat->stops[i]);

@@ -29,19 +29,21 @@ static void record_ids(buffer *b, const char *key, const int32_t *ids, size_t n)
     buffer_text(b, "],\n");
 }
 
+static const file_kind record_file = {"a record of a run", "{\"engine\": \"me", true};
+
 /* The options are those of a command line, so that replay reads them with the same table. */
-static int write_record(command *c, size_t n_prompt, const char *path) {
+static int write_record(command *c, const char *path) {
     const medrun_sampling *s = &c->sampling;
     const int32_t *ids = medrun_tokens(c->s);
-    static const file_kind record_file = {"a record of a run", "{\"engine\": \"me", true};
+    size_t n_prompt = n_ids(&c->ids);
     char hash[65], logits[65];
     file_writer w;
-    buffer b = {0};
-    int code = hash_logits(c, logits);
+    buffer *b = &c->output;
+    if (hash_logits(c, logits)) return c->e.code;
     hex_of(c->m->file.hash, hash);
-    buffer_text(&b, "{\"engine\": \"medrun " MEDRUN_VERSION "\", \"model\": ");
-    json_quote(&b, c->m->path, strlen(c->m->path));
-    buffer_printf(&b, ",\n \"model_hash\": \"%s\",\n \"kernels\": \"%s\",\n \"options\": {"
+    buffer_text(b, "{\"engine\": \"medrun " MEDRUN_VERSION "\", \"model\": ");
+    json_quote(b, c->m->path, strlen(c->m->path));
+    buffer_printf(b, ",\n \"model_hash\": \"%s\",\n \"kernels\": \"%s\",\n \"options\": {"
                   "\"--strict\": \"%d\", \"--kv\": \"%s\", \"--ctx\": \"%zu\", \"--seed\": "
                   "\"%llu\",\n  \"--temp\": \"%.9g\", \"--top-k\": \"%d\", \"--top-p\": \"%.9g\", "
                   "\"--min-p\": \"%.9g\", \"--repeat-penalty\": \"%.9g\"},\n", hash,
@@ -49,44 +51,39 @@ static int write_record(command *c, size_t n_prompt, const char *path) {
                   flag(c, O_STRICT), kv_names[cache_type(c)], context_of(c),
                   (unsigned long long)s->seed, (double)s->temperature, s->top_k, (double)s->top_p,
                   (double)s->min_p, (double)s->repeat_penalty);
-    if (c->chat_options.date) buffer_printf(&b, " \"date\": \"%s\",\n", c->chat_options.date);
-    record_ids(&b, "prompt", ids, n_prompt);
-    record_ids(&b, "answer", ids + n_prompt, medrun_length(c->s) - n_prompt);
-    buffer_printf(&b, " \"logits_sha256\": \"%s\"}\n", logits);
-    if (!code && b.failed) code = out_of_memory(&c->e, b.n);
-    if (!code && !writer_open(&w, path, &record_file, false, &c->e)) {
-        fwrite(b.data, 1, b.n, w.f);
-        writer_done(&w, &c->e);
-    }
-    buffer_free(&b);
-    return code ? code : c->e.code;
+    if (c->chat_options.date) buffer_printf(b, " \"date\": \"%s\",\n", c->chat_options.date);
+    record_ids(b, "prompt", ids, n_prompt);
+    record_ids(b, "answer", ids + n_prompt, medrun_length(c->s) - n_prompt);
+    buffer_printf(b, " \"logits_sha256\": \"%s\"}\n", logits);
+    check_buffer(c, b);
+    if (writer_open(&w, path, &record_file, false, &c->e)) return c->e.code;
+    fwrite(b->data, 1, b->n, w.f);
+    return writer_done(&w, &c->e);
 }
 
-/* MODEL OUT.json, or with -m only OUT.json. A cut answer is recorded as well. */
+/* MODEL OUT.json, or with -m only OUT.json. An answer that was cut or stopped is recorded as well,
+ * and ends the command with its own code after that. */
 static int record_command(command *c) {
     int files = given(c, O_MODEL) && c->from[O_MODEL] == FROM_FLAG ? 1 : 2;
+    answer a = {0};
     if (c->n_rest != files)
         return fail(&c->e, MEDRUN_USAGE, "record: wanted a model, a file to write and a prompt");
-    const char *path = c->rest[c->n_rest - 1];
-    answer a = {0};
-    c->n_rest--;
+    const char *path = c->rest[--c->n_rest];
     int code = answer_once(c, &a);
     bool stopped = (code == MEDRUN_INTERRUPTED || code == MEDRUN_TOO_LONG) && a.n_answer;
-    if (!code || stopped) {
-        medrun_error before = c->e;
-        c->e = (medrun_error){0};
-        int written = write_record(c, c->ids.n / 4, path);
-        if (!written) c->e = before;
-        else code = written;
-    }
-    return code;
+    if (code && !stopped) return code;
+    medrun_error before = c->e;
+    c->e = (medrun_error){0};
+    if (!write_record(c, path)) c->e = before;
+    return c->e.code;
 }
 
 /* Sets the options of a record, as if they had been typed. */
-static int replay_options(command *c, const json *j, uint32_t all, const char *path) {
-    uint32_t v = all + 1;
-    bool object = json_is_type(j, all, JSON_OBJECT);
-    if (!object) return fail(&c->e, MEDRUN_BAD_FILE, "%s: field options: wanted an object", path);
+static int replay_options(command *c, const json *j, const char *path) {
+    uint32_t all = json_get(j, 0, "options"), v = all + 1;
+    if (c->e.code) return c->e.code;
+    if (!json_is_type(j, all, JSON_OBJECT))
+        return fail(&c->e, MEDRUN_BAD_FILE, "%s: field options: wanted an object", path);
     for (uint32_t i = 0; i < j->nodes[all].count; i += 2, v = j->nodes[v + 1].next) {
         const json_node *key = &j->nodes[v];
         const char *name = j->text + key->start;
@@ -107,14 +104,13 @@ static int replay_options(command *c, const json *j, uint32_t all, const char *p
 static int open_recorded(command *c, const json *j, const char *path) {
     char model[1024], hash[65], found[65];
     json_text(j, 0, path, "model", model, sizeof model, &c->e);
-    if (json_text(j, 0, path, "model_hash", hash, sizeof hash, &c->e)) return c->e.code;
-    int code = open_path(c, given(c, O_MODEL) ? c->text[O_MODEL] : model);
-    if (code) return code;
+    json_text(j, 0, path, "model_hash", hash, sizeof hash, &c->e);
+    if (c->e.code || open_path(c, given(c, O_MODEL) ? c->text[O_MODEL] : model)) return c->e.code;
     hex_of(c->m->file.hash, found);
     if (strcmp(hash, found))
-        return fail(&c->e, MEDRUN_DIFFERS, "checkpoint: expected %s, found %s", hash, found);
-    code = replay_options(c, j, json_get(j, 0, "options"), path);
-    return code ? code : start_session(c);
+        fail(&c->e, MEDRUN_DIFFERS, "checkpoint: expected %s, found %s", hash, found);
+    replay_options(c, j, path);
+    return start_session(c);
 }
 
 static void print_token(const command *c, const char *label, int32_t id) {
@@ -126,55 +122,56 @@ static void print_token(const command *c, const char *label, int32_t id) {
 }
 
 /* Generates again and compares each id with the one that is expected. */
-static int compare_answer(command *c, const int32_t *expected, size_t n) {
+static int compare_answer(command *c, const buffer *expected) {
     int32_t id;
     const char *text;
     size_t n_bytes;
-    for (size_t i = 0; i < n; i++) {
-        int code = medrun_next(c->s, &id, &text, &n_bytes, &c->e);
-        if (code) return code;
-        if (id == expected[i]) continue;
+    for (size_t i = 0; i < n_ids(expected) && !c->e.code; i++) {
+        int32_t wanted = ids_of(expected)[i];
+        if (medrun_next(c->s, &id, &text, &n_bytes, &c->e) || id == wanted) continue;
         printf("token %zu of the answer:", i + 1);
-        print_token(c, " expected", expected[i]);
+        print_token(c, " expected", wanted);
         print_token(c, ", found", id);
-        return puts(""), MEDRUN_DIFFERS;
+        puts("");
+        quit(c, MEDRUN_DIFFERS);
     }
-    return MEDRUN_OK;
+    return c->e.code;
+}
+
+static int compare_logits(command *c, const char *wanted) {
+    char found[65];
+    if (hash_logits(c, found) || !strcmp(wanted, found)) return c->e.code;
+    printf("logits after the answer: expected %s, found %s\n", wanted, found);
+    return quit(c, MEDRUN_DIFFERS);
 }
 
 static int replay_record(command *c, const json *j, const char *path) {
-    buffer prompt = {0}, expected = {0};
-    char wanted[65], found[65], kernels[32];
-    int code = open_recorded(c, j, path);
-    if (!code) code = json_ids(c, j, json_get(j, 0, "prompt"), "prompt", &prompt);
-    if (!code) code = json_ids(c, j, json_get(j, 0, "answer"), "answer", &expected);
-    if (!code) json_text(j, 0, path, "logits_sha256", wanted, sizeof wanted, &c->e);
-    if (!code) code = json_text(j, 0, path, "kernels", kernels, sizeof kernels, &c->e);
-    if (!code) make_safe(wanted), make_safe(kernels);   /* they are printed                      */
-    if (!code && !prompt.n)
-        code = fail(&c->e, MEDRUN_BAD_FILE, "%s: the prompt is empty", path);
-    if (!code) code = medrun_feed(c->s, ids_of(&prompt), prompt.n / 4, &c->e);
-    if (!code) code = compare_answer(c, ids_of(&expected), expected.n / 4);
-    if (!code && !(code = hash_logits(c, found)) && strcmp(wanted, found)) {
-        printf("logits after the answer: expected %s, found %s\n", wanted, found);
-        code = MEDRUN_DIFFERS;
-    }
-    if (!code) printf("same: %zu tokens and the logits after them\n", expected.n / 4);
-    if (code == MEDRUN_DIFFERS && c->s && strcmp(kernels, c->m->kernels->name))
+    buffer expected = {0};
+    char wanted[65], kernels[32];
+    open_recorded(c, j, path);
+    if (!c->e.code) json_ids(c, j, json_get(j, 0, "prompt"), "prompt", &c->ids);
+    if (!c->e.code) json_ids(c, j, json_get(j, 0, "answer"), "answer", &expected);
+    json_text(j, 0, path, "logits_sha256", wanted, sizeof wanted, &c->e);
+    json_text(j, 0, path, "kernels", kernels, sizeof kernels, &c->e);
+    make_safe(wanted), make_safe(kernels);              /* they are printed                      */
+    if (!c->e.code && !c->ids.n) fail(&c->e, MEDRUN_BAD_FILE, "%s: the prompt is empty", path);
+    if (!c->e.code) medrun_feed(c->s, ids_of(&c->ids), n_ids(&c->ids), &c->e);
+    compare_answer(c, &expected);
+    if (!compare_logits(c, wanted))
+        printf("same: %zu tokens and the logits after them\n", n_ids(&expected));
+    if (c->e.code == MEDRUN_DIFFERS && c->s && strcmp(kernels, c->m->kernels->name))
         printf("recorded with %s kernels, replayed with %s: bf16 weights give the same numbers on "
                "both with --strict only\n", kernels, c->m->kernels->name);
-    buffer_free(&prompt), buffer_free(&expected);
-    return code;
+    buffer_free(&expected);
+    return c->e.code;
 }
 
 static int replay_command(command *c) {
-    buffer text = {0};
     json j = {0};
     if (!c->n_rest) return fail(&c->e, MEDRUN_USAGE, "replay: wanted a file that record wrote");
-    int code = read_json(c, c->rest[0], &text, &j);
-    if (!code) code = replay_record(c, &j, c->rest[0]);
-    json_free(&j), buffer_free(&text);
-    return code;
+    if (!read_json(c, c->rest[0], &j)) replay_record(c, &j, c->rest[0]);
+    json_free(&j);
+    return c->e.code;
 }
 
 /* ---- bench --------------------------------------------------------------------------------- */
@@ -459,76 +456,69 @@ static int print_call(command *c, answer *a) {
     return fail(&c->e, MEDRUN_FAILED, "the model's tool call is not one: %s", why.text);
 }
 
-/* Takes the place of next_piece. */
-static int next_piece_or_call(command *c, answer *a) {
-    int32_t id;
-    const char *text;
-    size_t n;
-    int code = interrupted ? MEDRUN_INTERRUPTED : medrun_next(c->s, &id, &text, &n, &c->e);
-    if (code) return code;
+/* Takes the place of print_piece. */
+static int print_piece_or_call(command *c, answer *a, int32_t id, const char *text, size_t n) {
     bool opens = id == chat_token(c->t, c->chat->call_tokens[0]);
     bool closes = in_call && id == chat_token(c->t, c->chat->call_tokens[1]);
-    a->n_answer++;
-    a->ended = medrun_is_stop(c->m, id);
-    buffer_add(in_call ? &held_call : &a->held, text, n);
-    if (in_call && (a->ended || closes)) return print_call(c, a);
-    if (a->held.failed || held_call.failed) return out_of_memory(&c->e, n);
-    if (!in_call && print_held(c, a, a->ended || opens)) return c->e.code;
-    in_call |= opens;
-    return MEDRUN_OK;
+    if (!in_call) {
+        in_call = opens;
+        buffer_add(&a->held, text, n);
+        return check_buffer(c, &a->held) ? c->e.code : print_held(c, a, a->ended || opens);
+    }
+    buffer_add(&held_call, text, n);
+    return a->ended || closes ? print_call(c, a) : check_buffer(c, &held_call);
 }
 
 /* The functions that --tools names, as the model is to see them. */
 static int read_tools(command *c, buffer *shown) {
     buffer text = {0};
-    if (!given(c, L_TOOLS)) return MEDRUN_OK;
-    int code = read_text(c, c->text[L_TOOLS], MOST_INPUT, &text);
-    if (!code) code = tools_text(c->chat, chars(&text), text.n, shown, &c->e);
+    if (c->e.code || !given(c, L_TOOLS)) return c->e.code;
+    if (!read_text(c, c->text[L_TOOLS], MOST_INPUT, &text))
+        tools_text(c->chat, chars(&text), text.n, shown, &c->e);
     c->chat_options.tools = chars(shown);
     c->chat_options.n_tools = shown->n;
     buffer_free(&text);
-    return code;
+    return c->e.code;
 }
 
 /* The prompt of a conversation with calls, blocks and results. */
-static int render_conversation(command *c, bool as_text, buffer *out) {
-    buffer text = {0};
+static int render_conversation(command *c, bool as_text) {
+    const char *path = c->text[O_MESSAGES];
     json j = {0};
     tool_list list = {0};
-    chat_writer w = {c->chat, c->t, &c->chat_options, as_text, tools_kinds(c->chat), .out = out,
-                     .e = &c->e};
-    int code = read_json(c, c->text[O_MESSAGES], &text, &j);
-    if (!code)
-        code = tools_messages(c->chat, &j, 0, c->text[O_MESSAGES], given(c, L_TOOLS), &list, &c->e);
-    if (!code) code = chat_render(&w, list.m, list.n, !flag(c, O_NO_OPENING));
+    if (c->e.code) return c->e.code;
+    chat_writer w = {c->chat, c->t, &c->chat_options, as_text, tools_kinds(c->chat),
+                     .out = &c->ids, .e = &c->e};
+    if (!read_json(c, path, &j) &&
+        !tools_messages(c->chat, &j, 0, path, given(c, L_TOOLS), &list, &c->e))
+        chat_render(&w, list.m, list.n, !flag(c, O_NO_OPENING));
     tool_list_free(&list);
     json_free(&j);
-    buffer_free(&text);
-    return code;
+    return c->e.code;
 }
 
-/* Prints what has come of a call that was cut off; CODE is print_reply's. */
-static int end_call(command *c, const answer *a, int code) {
+/* Prints what has come of a call that was cut off. */
+static int end_call(command *c, const answer *a) {
     answer rest = {.mid_line = a->mid_line};
     medrun_error before = c->e;
-    if (!in_call) return code;
+    if (!in_call) return c->e.code;
     c->e = (medrun_error){0};
-    int last = print_call(c, &rest);
+    print_call(c, &rest);
     buffer_free(&rest.held);
-    if (code) c->e = before;
-    return code ? code : last;
+    if (before.code) c->e = before;
+    return c->e.code;
 }
 
-static int ask(command *c, const buffer *ids) {
+static int ask(command *c) {
     answer a = {0};
-    int code = start_session(c);
-    c->piece = next_piece_or_call;
-    if (!code) code = run_ids(c, ids, &a);
-    return end_call(c, &a, code);
+    c->piece = print_piece_or_call;
+    start_session(c);
+    answer_ids(c, &a);
+    return end_call(c, &a);
 }
 
 static int call_command(command *c) {
-    buffer tools = {0}, text = {0}, prompt = {0};
+    buffer tools = {0};
     bool render = flag(c, L_RENDER), model = given(c, O_MODEL) || c->n_rest;
     bool as_text = render && !flag(c, O_RENDER_IDS), named = given(c, O_TEMPLATE) && as_text;
     if (!given(c, L_TOOLS) && !given(c, O_MESSAGES))
@@ -538,39 +528,36 @@ static int call_command(command *c) {
     if (render && (!given(c, O_MESSAGES) || (!model && !named)))
         return fail(&c->e, MEDRUN_USAGE, "--render: wanted --messages FILE.json and a model; "
                     "--template NAME does without a model, but not with --ids");
-    int code = !render ? open_model(c) : model ? open_tokenizer(c) : choose_template(c);
-    if (!code) code = choose_chat(c);
-    if (!code) code = read_tools(c, &tools);
-    if (!code && given(c, O_MESSAGES)) code = render_conversation(c, as_text, &prompt);
-    else if (!code && !(code = read_prompt(c, &text))) code = make_prompt(c, &text, &prompt);
-    if (!code && !render) code = ask(c, &prompt);
-    else if (!code && as_text) fwrite(chars(&prompt), 1, prompt.n, stdout);
-    else if (!code) print_ids(stdout, ids_of(&prompt), prompt.n / 4);
+    if (!render) open_model(c);
+    else if (model) open_tokenizer(c);
+    else choose_template(c);
+    choose_chat(c);
+    read_tools(c, &tools);
+    if (given(c, O_MESSAGES)) render_conversation(c, as_text);
+    else read_prompt(c), make_prompt(c);
+    if (render) print_output(c, &c->ids, !as_text);
+    else ask(c);
     buffer_free(&tools);
-    buffer_free(&text);
-    buffer_free(&prompt);
-    return code;
+    return c->e.code;
 }
 
 /* ---- the program --------------------------------------------------------------------------- */
 
 static const command_row lab_commands[N_LAB_COMMANDS] = {
     [BENCH] = {"bench", "MODEL.mdr",
-               "speed of a prompt and of generation, beside what this machine can do",
-               bench_command, 1, true, false},
+        "speed of a prompt and of generation, beside what this machine can do",
+        .run = bench_command},
     [DOCTOR] = {"doctor", "", "what this machine has, and whether its kernels agree",
-                doctor_command, 0, false, false},
+        .run = doctor_command, .no_model = true},
     [RECORD] = {"record", "MODEL.mdr OUT.json -p TEXT | -f FILE",
-                "answers as medrun run does, and writes what replay needs; the file holds prompt "
-                "and answer, as ids: keep it safe", record_command, 2, true, false},
-    [REPLAY] = {"replay", "RUN.json",
-                "repeats what record wrote; exit 4 at the first difference", replay_command, 1,
-                false, false},
+        "answers as medrun run does, and writes what replay needs; the file holds prompt and "
+        "answer, as ids: keep it safe", .run = record_command, .more = 1},
+    [REPLAY] = {"replay", "RUN.json", "repeats what record wrote; exit 4 at the first difference",
+        .run = replay_command, .no_model = true, .more = 1},
     [CALL] = {"call", "MODEL.mdr --tools FILE.json -p TEXT | --messages FILE.json",
-              "shows a model functions, and prints the call it makes as JSON", call_command, 1,
-              true, false},
-    [LAB_HELP] = {"help", "[COMMAND]", "what there is, or what a command takes", help_command, 1,
-                  false, false},
+        "shows a model functions, and prints the call it makes as JSON", .run = call_command},
+    [LAB_HELP] = {"help", "[COMMAND]", "all commands, or the options of one", .run = help_command,
+        .no_model = true, .more = 1},
 };
 
 static option_row lab_options[N_LAB_OPTIONS] = {
