@@ -2255,8 +2255,10 @@ enum { BLOCK_BYTES = 4 * (LANES + 2) };
 #define PUT_BACK(name) KERNEL_PRAGMA(pop_macro(#name))
 #define PASS_LIMITS(X)                                                                          \
     X(KERNEL_SUFFIX) X(KERNEL_BASE) X(KERNEL_NAME) X(BF16_NAME) X(PARTIAL) X(INT_PACK) X(SIGN)  \
-    X(READY_TYPES) X(LANE_LOOPS) X(TILE_PANELS) X(INT_PANELS) X(TILE_TOKENS) X(FEW_TOKENS)     \
-    X(TILED) X(UNROLLED) X(OWN_NUMBERS) X(OWN_BYTES) X(OWN_STEPS) X(OWN_READY) X(MORE_KERNELS)
+    X(READY_TYPES) X(LANE_LOOPS) X(TILE_PANELS) X(INT_PANELS) X(TILE_TOKENS) X(FEW_TOKENS)      \
+    X(TILED) X(UNROLLED) X(OWN_NUMBERS) X(OWN_BYTES) X(OWN_STEPS) X(OWN_READY) X(MORE_KERNELS)  \
+    X(EACH) X(BOTH) X(ALL1) X(ALL2) X(ALL_BY_LANE) X(ALL_LEVELS) X(BY_LANE) X(PICK) X(PICK4)    \
+    X(IDOT2_LANE) X(IDOT2) X(DUP) X(PRODUCTS) X(KERNEL_ENTRY) X(KERNEL_ROW)
 #define PASS_NAMES(X)                                                                           \
     X(KERNELS) X(KERNEL_FIELD) X(KERNEL_JOIN2) X(KERNEL_JOIN) X(K) X(B) X(X_BYTES) X(X_GROUP)   \
     X(PREFETCH) X(BEGIN_TARGET) X(END_TARGET) X(vec) X(ivec) X(wvec) X(vload) X(vstore)         \
@@ -2307,54 +2309,54 @@ typedef struct {
 #define vec K(vec)
 #define ivec K(ivec)
 #define wvec K(wvec)
-#define vload K(vload)                  /* 16 floats                                             */
+#define vload K(vload)                  /* 16 floats */
 #define vstore K(vstore)
-#define vload_bf16 K(vload_bf16)        /* 16 bf16, widened                                      */
-#define vload_f16 K(vload_f16)          /* 16 f16, widened                                       */
-#define vload_int4 K(vload_int4)        /* the scales of 16 int4 groups, times 2^13              */
-#define vstore_f16 K(vstore_f16)        /* to the nearest, ties to even                          */
-#define vsplat K(vsplat)                /* one float on all lanes                                */
+#define vload_bf16 K(vload_bf16)        /* 16 bf16, widened */
+#define vload_f16 K(vload_f16)          /* 16 f16, widened */
+#define vload_int4 K(vload_int4)        /* the scales of 16 int4 groups, times 2^13 */
+#define vstore_f16 K(vstore_f16)        /* to the nearest, ties to even */
+#define vsplat K(vsplat)                /* one float on all lanes */
 #define vadd K(vadd)
 #define vsub K(vsub)
 #define vmul K(vmul)
 #define vdiv K(vdiv)
-#define vmax K(vmax)                    /* a > b ? a : b                                         */
-#define vfma K(vfma)                    /* a * b + c, rounded once                               */
-#define vless K(vless)                  /* a < b ? x : y                                         */
-#define vround K(vround)                /* to int, ties to even                                  */
-#define vfloat K(vfloat)                /* int to float                                          */
-#define vscale2 K(vscale2)              /* v * 2^n by adding to the exponent                     */
-#define vsum K(vsum)                    /* of 16 lanes: lanes 8 apart, then 4, 2, 1              */
+#define vmax K(vmax)                    /* a > b ? a : b */
+#define vfma K(vfma)                    /* a * b + c, rounded once */
+#define vless K(vless)                  /* a < b ? x : y */
+#define vround K(vround)                /* to int, ties to even */
+#define vfloat K(vfloat)                /* int to float */
+#define vscale2 K(vscale2)              /* v * 2^n by adding to the exponent */
+#define vsum K(vsum)                    /* of 16 lanes: lanes 8 apart, then 4, 2, 1 */
 #define vlargest K(vlargest)
 #define isplat K(isplat)
 #define iadd K(iadd)
-#define istore8 K(istore8)              /* 16 ints that fit as 16 int8                           */
-#define istore16 K(istore16)            /* 16 ints that fit as 16 int16                          */
-#define wload K(wload)                  /* 64 bytes of weights                                   */
-#define wshift K(wshift)                /* the shifts of 16 int4 groups, each in 4 bytes         */
+#define istore8 K(istore8)              /* 16 ints that fit as 16 int8 */
+#define istore16 K(istore16)            /* 16 ints that fit as 16 int16 */
+#define wload K(wload)                  /* 64 bytes of weights */
+#define wshift K(wshift)                /* the shifts of 16 int4 groups, each in 4 bytes */
 #define wstore K(wstore)
-#define wload_int8 K(wload_int8)        /* 32 int8, widened to int16                             */
-#define weven K(weven)                  /* of 16 pairs of bf16 the first, widened                */
-#define wodd K(wodd)                    /* ... the second                                        */
-#define bvec K(bvec)                    /* 64 int8 weights + 128 as idot4 wants them             */
-#define bready K(bready)                /* wvec to bvec                                          */
-#define blevels K(blevels)              /* the weights of 64 low, or else high, nibbles of int4  */
+#define wload_int8 K(wload_int8)        /* 32 int8, widened to int16 */
+#define weven K(weven)                  /* of 16 pairs of bf16 the first, widened */
+#define wodd K(wodd)                    /* ... the second */
+#define bvec K(bvec)                    /* 64 int8 weights + 128 as idot4 wants them */
+#define bready K(bready)                /* wvec to bvec */
+#define blevels K(blevels)              /* the weights of 64 low, or else high, nibbles of int4 */
 #define bload K(bload)
-#define bstore K(bstore)                /* two steps                                             */
-#define ibias K(ibias)                  /* -128 * a sum of q, if bvec is weights + 128; else 0   */
-#define svec K(svec)                    /* a float on all lanes                                  */
-#define sload K(sload)                  /* number T of NT that stand side by side                */
-#define vfmas K(vfmas)                  /* vec * svec + vec, rounded once                        */
-#define xvec K(xvec)                    /* four q, or two bf16, of one token on all lanes        */
-#define xload K(xload)                  /* token T of NT, in a tile of WIDE                      */
-#define idot4 K(idot4)                  /* acc + sum of 4 bvec * int8, exact                     */
+#define bstore K(bstore)                /* two steps */
+#define ibias K(ibias)                  /* -128 * a sum of q, if bvec is weights + 128; else 0 */
+#define svec K(svec)                    /* a float on all lanes */
+#define sload K(sload)                  /* number T of NT that stand side by side */
+#define vfmas K(vfmas)                  /* vec * svec + vec, rounded once */
+#define xvec K(xvec)                    /* four q, or two bf16, of one token on all lanes */
+#define xload K(xload)                  /* token T of NT, in a tile of WIDE */
+#define idot4 K(idot4)                  /* acc + sum of 4 bvec * int8, exact */
 #define vdot2 K(vdot2)                  /* acc + w0 x0 + w1 x1 in bf16, as the processor does it */
-#define pvec K(pvec)                    /* two int16 of one query on all lanes                   */
+#define pvec K(pvec)                    /* two int16 of one query on all lanes */
 #define pload K(pload)
-#define idot2 K(idot2)                  /* acc + sum of 2 int16 * int16, exact if it fits        */
-#define vexp K(vexp)                    /* e^x                                                   */
+#define idot2 K(idot2)                  /* acc + sum of 2 int16 * int16, exact if it fits */
+#define vexp K(vexp)                    /* e^x */
 #define vexp_bend K(vexp_bend)
-#define vexpm1 K(vexpm1)                /* e^x - 1                                               */
+#define vexpm1 K(vexpm1)                /* e^x - 1 */
 
 /* Bytes of a token in a step of four columns, and in a group, with its sums and its scale. */
 #define X_BYTES (INT_PACK == PACK_INT16 ? 8 : 4)
@@ -2423,6 +2425,12 @@ static void tile_keys(const attention *a, size_t t, size_t nt, size_t first, siz
 /* ---- the words ----------------------------------------------------------------------------- */
 
 PASS_LIMITS(KEEP_MACRO)
+#if MEDRUN_PASS > 1
+#define LANE_LOOPS 0
+#define UNROLLED UNROLL
+#define TILED ALWAYS_INLINE     /* a function for every size of tile, whose sums are registers   */
+#endif
+
 #if MEDRUN_PASS == 1
 #define KERNEL_SUFFIX scalar
 #define KERNEL_BASE scalar
@@ -2442,6 +2450,9 @@ PASS_LIMITS(KEEP_MACRO)
 #define UNROLLED
 #endif
 #define EACH UNROLLED for (int i = 0; i < 16; i++)
+
+/* Plain C: a vec is an array, and each word says lane by lane what it means. Who wants to know what
+ * a word does on any instruction set reads it here. */
 
 typedef struct { float v[16]; } vec;
 typedef struct { int32_t v[16]; } ivec;
@@ -2563,7 +2574,6 @@ ALWAYS_INLINE ivec idot2(ivec acc, wvec w, pvec x) {
     EACH acc.v[i] += pair[2 * i] * x.q[0] + pair[2 * i + 1] * x.q[1];
     return acc;
 }
-#undef EACH
 
 #elif MEDRUN_PASS == 2 || MEDRUN_PASS == 4
 #if MEDRUN_PASS == 2
@@ -2579,15 +2589,13 @@ ALWAYS_INLINE ivec idot2(ivec acc, wvec w, pvec x) {
 #define READY_TYPES (1 << TYPE_INT4)
 #endif
 #define SIGN 0
-#define LANE_LOOPS 0
 #define KERNEL_BASE avx2
 #define TILE_PANELS 1
 #define INT_PANELS 1
 #define TILE_TOKENS 4
 #define FEW_TOKENS 4
-#define UNROLLED UNROLL
-#define TILED ALWAYS_INLINE
 
+/* AVX2: a vec is two of 16 registers, so a tile has one panel and four tokens, in 8 of them. */
 typedef struct { __m256 a, b; } vec;
 typedef struct { __m256i a, b; } ivec;
 typedef struct { __m256i a, b; } wvec;
@@ -2768,7 +2776,6 @@ ALWAYS_INLINE ivec idot2(ivec acc, wvec w, pvec x) {
     return (ivec){_mm256_add_epi32(acc.a, _mm256_madd_epi16(w.a, x)),
                   _mm256_add_epi32(acc.b, _mm256_madd_epi16(w.b, x))};
 }
-#undef BOTH
 
 #elif MEDRUN_PASS == 3 /* avx512 with VNNI, and for those that have it BF16 */
 #define KERNEL_SUFFIX avx512
@@ -2778,14 +2785,12 @@ ALWAYS_INLINE ivec idot2(ivec acc, wvec w, pvec x) {
 #define INT_PACK PACK_INT8
 #define SIGN 0
 #define READY_TYPES (1 << TYPE_INT4)
-#define LANE_LOOPS 0
 #define TILE_PANELS 4
 #define INT_PANELS 3
 #define TILE_TOKENS 4
 #define FEW_TOKENS 8
-#define UNROLLED UNROLL
-#define TILED ALWAYS_INLINE
 
+/* AVX-512: a vec is one register of 32, so a tile may have four panels and four tokens. */
 typedef __m512 vec;
 typedef __m512i ivec;
 typedef __m512i wvec;
@@ -2908,15 +2913,14 @@ ALWAYS_INLINE ivec idot2(ivec acc, wvec w, pvec x) {
 #define READY_TYPES (1 << TYPE_INT8 | 1 << TYPE_INT4)
 #endif
 #define INT_PACK PACK_INT8
-#define LANE_LOOPS 0
 #define KERNEL_BASE neon
 #define TILE_PANELS 1           /* of 32 registers 16 are sums and 4, or 8, weights              */
 #define INT_PANELS 1
 #define TILE_TOKENS 4
 #define FEW_TOKENS 4
-#define UNROLLED UNROLL
-#define TILED ALWAYS_INLINE
 
+/* NEON: a vec is four of 32 registers. A product takes a token's number by its lane in a register,
+ * so one load serves four tokens; where compilers do that badly, the word is assembly. */
 typedef struct { float32x4_t a, b, c, d; } vec;
 typedef struct { int32x4_t a, b, c, d; } ivec;
 typedef struct { uint8x16_t a, b, c, d; } wvec;
@@ -3090,8 +3094,6 @@ ALWAYS_INLINE ivec idot2(ivec s, wvec w, pvec x) {
     else IDOT2_LANE(vdupq_n_f32(x.one), "0", "1");
     return s;
 }
-#undef IDOT2_LANE
-#undef IDOT2
 
 #define OWN_BYTES
 typedef wvec bvec;
@@ -3128,7 +3130,6 @@ ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t nt, size_t wide)
     else DUP(x.one, "0", "1");
     return r;
 }
-#undef DUP
 /* In pieces: clang would extract the high halves, gcc take more registers than there are. */
 #define PRODUCTS(s, t, v, w)                                                                    \
     __asm__("smull %2.8h, %4.8b, %6.8b\n\t"                                                     \
@@ -3144,7 +3145,6 @@ ALWAYS_INLINE ivec idot4(ivec s, bvec w, xvec x) {
     PRODUCTS(s.c, s.d, w.c, w.d);
     return s;
 }
-#undef PRODUCTS
 #else
 #if MEDRUN_PASS == 6
 ALWAYS_INLINE bvec bready(wvec x) { return (bvec)ALL1(K(sign_part)); }
@@ -3234,13 +3234,6 @@ ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t nt, size_t wide)
 }
 ALWAYS_INLINE ivec idot4(ivec s, bvec w, xvec x) { return (ivec)ALL_BY_LANE(dot_lane, s, w, x); }
 #endif
-#undef ALL1
-#undef ALL2
-#undef ALL_BY_LANE
-#undef ALL_LEVELS
-#undef BY_LANE
-#undef PICK
-#undef PICK4
 #endif
 
 /* ---- words with a default: an instruction set may do a whole block its own way -------------- */
@@ -3415,8 +3408,16 @@ static void K(pack)(int kind, const float *x, size_t stride, size_t cols, size_t
 
 #endif
 
-/* The tiles of a matmul. NP panels and NT tokens are constants after inlining, so that the sums are
- * registers; every sum is one chain in the order of K, whatever they are. */
+/* The tiles of a matmul. A tile is NP panels, of 16 outputs each, times NT tokens:
+ *
+ *                token 0    token 1    ...
+ *     panel 0    sum[0]     sum[1]           a sum is a vec: 16 outputs of one token
+ *     panel 1    sum[NT]    sum[NT + 1]
+ *
+ * So a step of weights is loaded once for NT tokens, and a token's number once for NP panels: that
+ * is why a prompt takes less time for a token than an answer does. NP and NT are constants after
+ * inlining, the loops over them are unrolled, and the sums are registers. Each sum is one chain in
+ * the order of K, whatever NP and NT are, so the choice of a tile changes no bit. */
 ALWAYS_INLINE void K(load_sums)(const size_t np, const size_t nt, const weight_tile tile,
                                 vec *sum) {
     UNROLLED for (size_t i = 0; i < np * nt; i++) {
@@ -3431,7 +3432,9 @@ ALWAYS_INLINE void K(store_sums)(const size_t np, const size_t nt, const weight_
         if (i % nt < tile.live) vstore(sum_place(tile.out, tile.stride, nt, i), sum[i]);
 }
 
-/* bf16 weights times floats: a step is two columns, each widened to a float. */
+/* bf16 weights times floats. A step of a panel is (16 rows, 2 columns); a bf16 is the upper half of
+ * a float, so the columns of even and odd number are widened by a shift and by a mask, exactly.
+ * Then sum = fma(weight, x, sum), first the even column, then the odd one. */
 ALWAYS_INLINE void K(tile_f32)(const size_t np, const size_t nt, const weight_tile tile) {
     const uint8_t *w = tile.w + tile.begin / 2 * STEP_BYTES;
     const uint8_t *x = tile.x + tile.begin * 4 * tile.wide;
@@ -3474,7 +3477,10 @@ ALWAYS_INLINE void K(tile_bf16)(const size_t np, const size_t nt, const weight_t
     K(store_sums)(np, nt, tile, sum);
 }
 
-/* Columns [BEGIN, END) of a panel -> BLOCK, which all tokens then use. */
+/* Columns [BEGIN, END) of a panel -> BLOCK, which all tokens then use. A group of 64 columns
+ * becomes 2 x 16 scales in float (int8: only the first 16) and 16 steps of four columns as idot4
+ * wants them. That takes more bytes than the panel, but the block stays in the second cache, and
+ * what it costs to look up levels and to widen is paid once for all tokens. */
 ALWAYS_INLINE void K(unpack)(const int type, const uint8_t *w, size_t begin, size_t end,
                              uint8_t *block) {
     if (type == TYPE_BF16) {
@@ -3559,12 +3565,21 @@ ALWAYS_INLINE void K(dot_int4)(const size_t np, const size_t nt, const weight_ti
     }
 }
 
-/* int4 weights times int8. A group of 64 columns has one scale of the tokens and two halves of 32
- * with a scale and a shift of the weights each: part = first half's products * its scale, then
- * fma(second half's, its scale, part); sum = fma(part, token's scale, sum). A nibble is turned into
- * its level plus shift, an unsigned byte, by one table look-up, so that the products are those of
- * int8. dot is (np, nt), as are part and sum, of 16 lanes each; the sums lie in memory, because the
- * registers are for the products. */
+/* int4 weights times int8 activations, for NP panels and NT tokens.
+ *
+ * A weight is scale * (level[q] + shift), where q is its nibble. blevels looks up all 64 levels of
+ * half a step with one instruction and adds the shift, which gives unsigned bytes: level[q] +
+ * shift + 128. So the products are those of int8, and ibias takes the 128 away. A group of 64
+ * columns has one scale of the token, but two halves of 32 columns with a scale and a shift of the
+ * weights each:
+ *
+ *     dot  = the 32 products of a half, added exactly as whole numbers
+ *     part = first half's dot * its scale, then fma(second half's dot, its scale, part)
+ *     sum  = fma(part, token's scale, sum)
+ *
+ * dot, part and sum are (NP, NT), of 16 lanes each. The sums lie in memory, because the registers
+ * are for dot and part: a sum is touched once in a group only. READY: W is blocks that unpack made,
+ * else panels as they lie, whose scales are widened here each time. */
 ALWAYS_INLINE void K(tile_int4)(const bool ready, const size_t np, const size_t nt,
                                 const weight_tile tile) {
     const size_t group_bytes = ready ? K(UNPACKED) : 2 * GROUP4_BYTES + STEP_BYTES;
@@ -3614,7 +3629,7 @@ ALWAYS_INLINE void K(run_tile)(const matmul_plan plan, const bool ready, const s
     else K(tile_bf16)(np, nt, tile);
 }
 
-/* One panel. Where a lane is a loop, one loop serves every number of tokens, too. */
+/* One panel times NT tokens: makes NT a constant. Where a lane is a loop, it need not be one. */
 ALWAYS_INLINE void K(run_small)(const matmul_plan plan, size_t nt, const weight_tile tile) {
     if (LANE_LOOPS) K(run_tile)(plan, false, 1, nt, tile);
     else if (nt == FEW_TOKENS) K(run_tile)(plan, false, 1, FEW_TOKENS, tile);
@@ -3636,10 +3651,15 @@ ALWAYS_INLINE void K(run_panels)(const matmul_plan plan, bool many, size_t np, s
         K(run_small)(plan, nt, tile);
 }
 
-/* The body of every matmul. A few tokens take the panels one by one (plan.alone at once for a
- * single token), so that the weights come from memory as one stream, which the processor reads
- * ahead best. For many tokens a block of columns of plan.together panels stays in the second cache
- * while all tokens pass. */
+/* The body of every matmul; PLAN is constant, so each matmul keeps only what it needs of it.
+ *
+ *     for panels, NP at once           their weights come from memory once
+ *       for columns [k, end)           a block of them stays in the second cache
+ *         for tiles of 8 tokens, then for as many of those as a tile takes
+ *
+ * A few tokens take the panels one by one (plan.alone at once for a single token), so that the
+ * weights come from memory as one stream, which the processor reads ahead best. For many tokens
+ * plan.together panels at once use a token's numbers more often. */
 ALWAYS_INLINE void K(matmul_with)(const matmul_plan plan, const matmul_part m) {
     size_t bytes = panel_bytes(plan.type, m.cols), row = pack_bytes(plan.kind, m.cols, 1);
     const uint8_t *w = m.w;
@@ -3701,6 +3721,7 @@ static void K(norm)(float *out, const float *x, const float *weight, size_t n, f
         vstore(out + i, vmul(vmul(vload(x + i), scale), vload(weight + i)));
 }
 
+/* silu(z) = z / (1 + e^-z), with -z kept at 87 at most, as far as vexp goes. */
 static void K(silu_mul)(float *gate, const float *up, size_t n) {
     for (size_t i = 0; i < n; i += 16) {
         vec z = vload(gate + i), most = vsplat(87.0f), minus = vsub(vsplat(0), z);
@@ -3731,6 +3752,7 @@ static void K(add)(float *x, const float *y, size_t n) {
     for (size_t i = 0; i < n; i += 16) vstore(x + i, vadd(vload(x + i), vload(y + i)));
 }
 
+/* To f16, clamped: an infinity in the cache would spoil every score and sum that it meets. */
 static void K(to_half)(uint16_t *out, const float *x, size_t n) {
     vec most = vsplat(65504.0f), least = vsplat(-65504.0f);
     for (size_t i = 0; i < n; i += 16) {
@@ -3800,8 +3822,9 @@ static void K(pack_int16)(const attention *a) {
     }
 }
 
-/* out[t][j] = scale * q[t] . key[first + j] for NT packed queries and a few panels of keys, one
- * chain for each in the order of head_dim. */
+/* out[t][j] = scale * q[t] . key[first + j] for NT packed queries q (head_dim, NT) and NP panels of
+ * keys (head_dim, 16). A lane is a key, so 16 scores add up side by side, each one chain in the
+ * order of head_dim, and no sum crosses lanes. The next panels are asked for meanwhile. */
 TILED void K(score_tile)(const size_t np, const size_t nt, const bool half, const attention *a,
                          size_t first, const float *q, float *out) {
     vec sum[16], scale = vsplat(a->scale);
@@ -3879,7 +3902,8 @@ static void K(score_block)(const attention *a, size_t first) {
 }
 
 /* Scores of a block -> e^(score - largest) in place for the keys BEGIN .. SEEN-1, zero for the
- * others. Returns the weights' sum. */
+ * others. Returns the weights' sum. As the block's largest score is subtracted, no weight is above
+ * 1, so none overflows. */
 static float K(softmax_block)(float *s, size_t begin, size_t seen, float *largest) {
     vec most = vsplat(-INFINITY), sum = vsplat(0);
     size_t first = begin / 16 * 16, end = round_up(seen, 16);
@@ -3931,7 +3955,8 @@ TILED void K(join_values)(const size_t nc, const size_t nt, const attention *a,
 }
 
 /* The sum over the keys j that a tile sees of weight[t][j] * value[j], one chain for each query and
- * channel, joins the outputs. */
+ * channel, joins the outputs. Values are rows (positions, head_dim), so a lane is a channel here:
+ * NC vectors of 16 channels from C on, for NT queries. */
 TILED void K(value_tile)(const size_t nc, const size_t nt, const bool half, const attention *a,
                          const key_tile *tile, size_t c) {
     vec sum[16];
@@ -4026,9 +4051,23 @@ static void K(value_block)(const attention *a, size_t first, const float *keep,
     }
 }
 
-/* Attention with an online softmax (Milakov and Gimelshein 2018; Dao et al. 2022) over blocks of
- * KEY_BLOCK keys at absolute positions. Each block is computed by itself and merged in order, so
- * a query's result does not depend on the queries beside it. */
+/* out[t] = softmax(scale * q[t] . keys) . values for up to QUERIES queries (head_dim) that share a
+ * key-value head, each over the keys start[t] .. limit[t] - 1.
+ *
+ * The scores of all keys would not fit the caches, and the largest score, which softmax subtracts,
+ * is known only at the end. So attend walks blocks of KEY_BLOCK keys with an online softmax
+ * (Milakov and Gimelshein 2018; Dao et al. 2022):
+ *
+ *     score_block     scores (QUERIES, KEY_BLOCK) of this block, in scratch
+ *     softmax_block   scores become weights e^(score - the block's largest), and their sum
+ *     join_block      where the largest score so far grows, what was added before counts KEEP
+ *                     times; this block counts FRESH times
+ *     value_block     out = out * keep + fresh * (weights . values)
+ *     divide          at the end, by the sum of all weights
+ *
+ * Blocks begin at multiples of KEY_BLOCK, whatever a query sees, and are joined in their order. So
+ * a query's bits do not depend on the queries beside it, nor on how a prompt was cut; and a long
+ * cache can be shared out by blocks among threads, whose parts merge joins just so. */
 static void K(attend)(const attention *a) {
     float largest[QUERIES], total[QUERIES], keep[QUERIES], fresh[QUERIES];
     size_t start = SIZE_MAX, end = 0;
@@ -4061,6 +4100,7 @@ static void K(attend)(const attention *a) {
     }
 }
 
+/* The blocks of a query that threads computed each by itself, joined as attend does. */
 static void K(merge)(float *out, const float *parts, size_t n, size_t head_dim) {
     float largest = -INFINITY, total = 0, keep, fresh;
     memset(out, 0, head_dim * sizeof *out);
@@ -4090,8 +4130,6 @@ static const kernel_set K(kernel_row) = KERNEL_ROW(KERNEL_NAME, false, NULL);
 #ifdef BF16_NAME
 static const kernel_set K(kernel_row_bf16) = KERNEL_ROW(BF16_NAME, true, K(matmul_bf16));
 #endif
-#undef KERNEL_ENTRY
-#undef KERNEL_ROW
 PASS_LIMITS(PUT_BACK)
 
 /* <<<<<<<<<<<<<< up to >>>> everything is compiled once for each instruction set <<<<<<<<<<<<<<< */
