@@ -156,6 +156,10 @@ for t in 'medqa medqa.jsonl' 'medmcqa medmcqa.jsonl' 'pubmedqa pubmedqa.json'; d
     code 0 "$model" ${t% *} "$data/${t#* }" -q -o "$T/task_${t% *}.jsonl"
 done
 code 0 --merge "$T"/task_*.jsonl --html "$T/page.html"
+out_has "^medrun demo (int8) on mmlu, medmcqa, medqa, pubmedqa, .*$(date +%Y-)"
+out_has '| acc | chance |'; out_has '^| medqa |  | 13 | 0[.0-9]* | 0.2500 |'; out_has '^| pubmedqa |  | 4 | 0[.0-9]* | 0.3333 |'
+out_has 'medqa: these choices are noise: together they hold [0-9.]*e-[0-9]* of the probability (median)'
+out_has '^acc: .*acc_norm: each log-likelihood is divided'
 out_has '^| mmlu |  | 15 |'; out_has '^| mmlu | anatomy | 10 |'; out_has '^| pubmedqa |  | 4 |'
 check 'no group of nine yet' [ "$(grep -c multimedqa "$T/out")" = 0 ]
 for f in clinical_knowledge college_medicine medical_genetics professional_medicine; do
@@ -164,8 +168,20 @@ for f in clinical_knowledge college_medicine medical_genetics professional_medic
 done
 code 0 --merge "$T"/task_*.jsonl --summary json
 out_has '"task":"multimedqa","subject":"","n":65,'
-code 3 --merge "$T"/task_*.jsonl "$T/shots_anatomy.jsonl"; err_has 'shots: found 2, wanted 0'
-for words in '<svg' 'Calibration' 'prefers-color-scheme' '<b>(right)</b>' 'Research and teaching only'; do
+code 0 --merge "$T"/task_*.jsonl "$T/shots_anatomy.jsonl"           # other settings: other rows
+out_has '^| mmlu | anatomy | shots 0 | 10 |'; out_has '^| mmlu | anatomy | shots 2 | 10 |'
+check 'what all share is said once' [ "$(grep -c 'model .*shots' "$T/out")" = 0 ]
+code 0 --merge "$T/task_medqa.jsonl" "$T/shots_anatomy.jsonl" --summary json
+out_has '"runs":.*"run":0,"task":"medqa".*"run":1,"task":"mmlu"'
+code 2 --merge "$T/task_anatomy.jsonl" "$T/shots_anatomy.jsonl" -o "$T/two.jsonl"
+code 0 "$other" mmlu "$data/anatomy_test.csv" --fewshot 2 "$data/anatomy_test.csv" -q
+out_has 'mmlu: scored although they are among the shots.*: questions 1, 2 of anatomy_test.csv'
+check 'one plot of calibration a task' [ "$(grep -c '<svg' "$T/page.html")" = 4 ]
+check 'no heading stands twice' [ -z "$(grep -o '<h[1-3]>.*</h[1-3]>' "$T/page.html" | sort | uniq -d)" ]
+check 'questions are counted from 1' [ "$(grep -c '<summary>0[.]' "$T/page.html")" = 0 ]
+for words in "<title>medrun demo (int8) on mmlu, medmcqa, medqa, pubmedqa, $(date +%Y-)" "<h1>medrun demo.*<time>$(date +%Y-)" \
+    'one, among the choices: [01][.]' 'answer, among the choices' 'acc_norm: each' '<th>chance' 'choices are noise' \
+    '<svg' 'Calibration: medqa' 'prefers-color-scheme' '<b>(right)</b>' 'Research and teaching only'; do
     check "the page has $words" grep -q -- "$words" "$T/page.html"
 done
 code 0 --merge "$T"/task_*.jsonl --html "$T/page.html"             # over an older page

@@ -80,6 +80,7 @@ typedef struct {
     bool *done;                                 /* (data.n) stands in the results              */
     size_t n_mine, n_done;                      /* questions of this shard                     */
     size_t n_resumed, n_scored, n_right;        /* done before; by this process                */
+    double chance;                              /* how many of those a guess would hit         */
     medrun_session *lead;                       /* has the scratch of passes, and no tokens    */
     slot slots[MAX_SLOTS];
     size_t n_slots;
@@ -650,7 +651,23 @@ static const char *base_name(const char *path) {
     return strrchr(path, '/') ? strrchr(path, '/') + 1 : path;
 }
 
-/* `run` must be equal for results to be put together, `data` names the data set. */
+/* The questions whose own prompt shows them with their answer, as a shot. Two questions may have
+ * one text ("Which is true?"), so the right choice must be the same, too. */
+static void write_scored_shots(const evaluation *v, buffer *b) {
+    size_t found = 0;
+    for (size_t i = 0; i < v->data.n; i++) {
+        const question *q = &v->data.q[i], *s;
+        size_t at = 0;
+        bool same = false;
+        for (int k = 0; k < v->n_shots && !same && (s = next_shot(v, q, &at)); k++)
+            same = !strcmp(s->text, q->text) && !strcmp(s->context, q->context) &&
+                   !strcmp(s->choice[s->answer], q->choice[q->answer]);
+        if (same) buffer_printf(b, found++ ? ",%zu" : "\"scored_shots\":[%zu", i);
+    }
+    if (found) buffer_text(b, "],");
+}
+
+/* Rows of one table are of one `run`, or say how theirs differ; `data` names the data set. */
 static void write_header(evaluation *v) {
     static const char *const kv[] = {"f16", "f32", "int8"}, *const bos[] = {"auto", "on", "off"};
     buffer *b = &v->header;
@@ -677,6 +694,7 @@ static void write_header(evaluation *v) {
     add_digest(b, "sha256", v->data.digest);
     add_string(b, "subject", v->o.subject);
     if (v->n_shots) add_digest(b, "shots_sha256", v->shots.digest);
+    write_scored_shots(v, b);
     if (v->mode == GENERATE) buffer_printf(b, "\"most_new\":%d,", v->most_new);
     buffer_printf(b, "\"longest\":%d,\"questions\":%zu}}\n", v->o.context ? (int)v->context : 0,
                   v->data.n);
@@ -761,6 +779,7 @@ static int add_result(evaluation *v, size_t at, const slot *s, medrun_error *e) 
     if (v->lines.failed) return out_of_memory(e, v->lines.n);
     v->done[at] = true, v->n_done++;
     if (s) v->n_scored++, v->n_right += prediction(v, s) == v->data.q[at].answer;
+    if (s) v->chance += 1 / (double)v->data.q[at].n_choices;
     buffer_free(&v->prompts[at].ids);
     return append_results(v, v->lines.data + before, v->lines.n - before, e);
 }
@@ -895,6 +914,7 @@ typedef struct {
     int n_choices;
     bool skipped;
     double sure;                /* probability of `pred` among the choices; -1: not known      */
+    double held;                /* of all choices together, where they are letters; or -1      */
     const char *id, *subject, *line;
     size_t n_line;
 } result;
@@ -904,10 +924,20 @@ typedef struct {
     size_t n;
 } span;
 
-/* The results on one data set. */
+/* What was run: a model with its settings. */
 typedef struct {
-    const char *task;
-    span head, run, data;       /* the first line, and two objects in it                       */
+    span text;                  /* an object in the first line of results                      */
+    const char *model, *type;
+    const char *settings;       /* where it differs from the other runs; ""                    */
+    bool letters;               /* the choices are letters or single words                     */
+} run_info;
+
+/* The results of a run on one data set. */
+typedef struct {
+    const char *task, *path, *file, *subject;
+    span head, data;            /* the first line, and an object in it                         */
+    size_t run;
+    const char *scored_shots;   /* the questions that are shots, too; ""                       */
     size_t questions;           /* how many it should have                                     */
     result *r;
     size_t n, cap;
@@ -916,13 +946,16 @@ typedef struct {
 typedef struct {
     result_set *sets;
     size_t n_sets;
-    const char *about;          /* the run, for people                                         */
+    run_info *runs;
+    size_t n_runs;
+    const char *about;          /* what all runs have in common, for people                    */
     text_block *texts;
 } results;
 
 static void free_results(results *all) {
     for (size_t i = 0; i < all->n_sets; i++) free(all->sets[i].r);
     free(all->sets);
+    free(all->runs);
     free_texts(all->texts);
     *all = (results){0};
 }
@@ -931,19 +964,81 @@ static span node_span(const json *j, uint32_t v) {
     return (span){j->text + j->nodes[v].start, j->nodes[v].end - j->nodes[v].start};
 }
 
-/* The fields of object V as a line for people: engine 0.1.0, ... */
-static const char *describe_run(results *all, const json *j, uint32_t v, medrun_error *e) {
+/* Appends a field for people: engine 0.1.0, no template. False: it says nothing. */
+static bool add_field(buffer *b, const json *j, uint32_t key, bool always) {
+    json_type type = json_typeof(j, key + 1);
+    bool none = type == JSON_NULL || type == JSON_FALSE;
+    if (none && !always) return false;
+    if (b->n) buffer_text(b, ", ");
+    if (none) buffer_text(b, "no ");
+    json_unescape(j, key, b);
+    if (none || type == JSON_TRUE) return true;
+    buffer_text(b, " ");
+    if (type == JSON_STRING) json_unescape(j, key + 1, b);
+    else buffer_add(b, node_span(j, key + 1).text, node_span(j, key + 1).n);
+    return true;
+}
+
+/* Is the field at node KEY of run I the same in all N runs? */
+static bool same_in_all(const json *runs, size_t n, size_t i, uint32_t key) {
+    char name[40];
+    span mine = node_span(&runs[i], key + 1), text = node_span(&runs[i], key);
+    snprintf(name, sizeof name, "%.*s", (int)(text.n < 39 ? text.n : 39), text.text);
+    for (size_t k = 0; k < n; k++) {
+        uint32_t f = json_get(&runs[k], 0, name);
+        span other = f == JSON_NONE ? (span){"", 0} : node_span(&runs[k], f);
+        if (other.n != mine.n || memcmp(other.text, mine.text, mine.n)) return false;
+    }
+    return true;
+}
+
+/* The fields of run I that all N runs have in common, or those that differ. */
+static const char *describe_fields(results *all, const json *runs, size_t n, size_t i, bool common,
+                                   medrun_error *e) {
     buffer b = {0};
-    uint32_t c = v + 1;
-    for (uint32_t i = 0; i < j->nodes[v].count; i += 2, c = j->nodes[c + 1].next) {
-        json_type type = json_typeof(j, c + 1);
-        if (type == JSON_NULL || type == JSON_FALSE) continue;
-        if (b.n) buffer_text(&b, ", ");
-        json_unescape(j, c, &b);
-        if (type == JSON_TRUE) continue;
-        buffer_text(&b, " ");
-        if (type == JSON_STRING) json_unescape(j, c + 1, &b);
-        else buffer_add(&b, node_span(j, c + 1).text, node_span(j, c + 1).n);
+    uint32_t key = 1;
+    for (uint32_t k = 0; k < runs[i].nodes[0].count; k += 2, key = runs[i].nodes[key + 1].next)
+        if (same_in_all(runs, n, i, key) == common) add_field(&b, &runs[i], key, !common);
+    const char *text = b.failed ? (out_of_memory(e, b.n), NULL)
+                                : keep_text(&all->texts, text_of(&b), b.n, e);
+    buffer_free(&b);
+    return text;
+}
+
+/* Says of all runs what they share, and of each where it differs. */
+static int describe_runs(results *all, medrun_error *e) {
+    json *runs = new_array(all->n_runs, sizeof *runs);
+    if (!runs) return out_of_memory(e, all->n_runs * sizeof *runs);
+    for (size_t i = 0; i < all->n_runs && !e->code; i++)
+        json_parse(&runs[i], all->runs[i].text.text, all->runs[i].text.n, e);
+    if (!e->code) all->about = describe_fields(all, runs, all->n_runs, 0, true, e);
+    for (size_t i = 0; i < all->n_runs && !e->code; i++)
+        all->runs[i].settings = describe_fields(all, runs, all->n_runs, i, false, e);
+    for (size_t i = 0; i < all->n_runs; i++) json_free(&runs[i]);
+    free(runs);
+    return e->code;
+}
+
+/* A text among the fields of V; "" where there is none. NULL: no memory. */
+static const char *field_text(results *all, const json *j, uint32_t v, const char *key,
+                              medrun_error *e) {
+    buffer b = {0};
+    uint32_t f = json_get(j, v, key);
+    if (json_is_type(j, f, JSON_STRING)) json_unescape(j, f, &b);
+    const char *text = b.failed ? (out_of_memory(e, b.n), NULL)
+                                : keep_text(&all->texts, text_of(&b), b.n, e);
+    buffer_free(&b);
+    return text;
+}
+
+/* The numbers of the questions that are shots, from 1, with commas between. */
+static const char *scored_shots(results *all, const json *j, uint32_t data, medrun_error *e) {
+    buffer b = {0};
+    uint32_t f = json_get(j, data, "scored_shots"), c = f + 1;
+    for (uint32_t i = 0; json_is_type(j, f, JSON_ARRAY) && i < j->nodes[f].count; i++) {
+        double at = json_is_type(j, c, JSON_NUMBER) ? json_number(j, c) : 0;
+        buffer_printf(&b, i ? ", %.0f" : "%.0f", at + 1);
+        c = j->nodes[c].next;
     }
     const char *text = b.failed ? (out_of_memory(e, b.n), NULL)
                                 : keep_text(&all->texts, text_of(&b), b.n, e);
@@ -951,25 +1046,42 @@ static const char *describe_run(results *all, const json *j, uint32_t v, medrun_
     return text;
 }
 
-/* Adds the set of a header line that was parsed to J. It must be of the same run as the others. */
+/* The place of the run that object V describes: a new one, if it is the first of its kind. */
+static size_t find_run(results *all, const json *j, uint32_t v, medrun_error *e) {
+    run_info r = {.text = node_span(j, v), .settings = ""};
+    for (size_t i = 0; i < all->n_runs; i++) {
+        span other = all->runs[i].text;
+        if (other.n == r.text.n && !memcmp(other.text, r.text.text, other.n)) return i;
+    }
+    uint32_t mode = json_get(j, v, "mode");
+    r.letters = json_is_type(j, mode, JSON_STRING) && json_is(j, mode, mode_names[LETTER]);
+    r.model = field_text(all, j, v, "model", e), r.type = field_text(all, j, v, "type", e);
+    run_info *runs = MEDRUN_ALLOC(all->runs, (all->n_runs + 1) * sizeof *runs);
+    if (!runs) return out_of_memory(e, sizeof *runs), 0;
+    all->runs = runs, all->runs[all->n_runs] = r;
+    return all->n_runs++;
+}
+
+/* Adds the set of a header line that was parsed to J. */
 static result_set *add_set(results *all, const char *path, const json *j, span head,
                            medrun_error *e) {
     uint32_t data = json_get(j, 0, "data"), run = json_get(j, 0, "run");
     char name[40];
     if (!json_is_type(j, run, JSON_OBJECT) || !json_is_type(j, data, JSON_OBJECT))
         return fail(e, MEDRUN_BAD_FILE, "%s: line 1: not a result of medrun-eval", path), NULL;
-    result_set s = {.head = head, .run = node_span(j, run), .data = node_span(j, data)};
-    if (all->n_sets && (s.run.n != all->sets->run.n ||
-                        memcmp(s.run.text, all->sets->run.text, s.run.n)))
-        compare_headers(path, head.text, head.n, all->sets->head.text, all->sets->head.n, e);
-    if (!all->n_sets && !e->code) all->about = describe_run(all, j, run, e);
+    result_set s = {.path = path, .head = head, .data = node_span(j, data)};
     int64_t questions = json_int(j, data, path, "questions", 1, 1 << 30, e);
     if (json_text(j, data, path, "task", name, sizeof name, e)) return NULL;
     s.questions = (size_t)questions, s.task = keep_text(&all->texts, name, strlen(name), e);
+    s.file = field_text(all, j, data, "file", e);
+    s.subject = field_text(all, j, data, "subject", e);
+    s.scored_shots = scored_shots(all, j, data, e);
+    s.run = find_run(all, j, run, e);
+    if (e->code) return NULL;
     s.cap = 256, s.r = new_array(s.cap, sizeof *s.r);
     result_set *sets = MEDRUN_ALLOC(all->sets, (all->n_sets + 1) * sizeof *sets);
     if (sets) all->sets = sets;
-    if (!sets || !s.task || !s.r) {
+    if (!sets || !s.r) {
         free(s.r);
         return out_of_memory(e, sizeof *sets), NULL;
     }
@@ -992,23 +1104,16 @@ static result_set *find_set(results *all, const char *path, span head, medrun_er
     return found;
 }
 
-/* Softmax over the choices' log-likelihoods. */
-static double probability(const json *j, uint32_t ll, int pred) {
+/* Of choice PRED among the choices, by the softmax of their log-likelihoods; *HELD: of all choices
+ * together, where none of them is the beginning of another. */
+static double probability(const json *j, uint32_t ll, int pred, double *held) {
     double scores[MAX_CHOICES], sum = 0;
     uint32_t c = ll + 1, n = j->nodes[ll].count;
     for (uint32_t i = 0; i < n && i < MAX_CHOICES; i++, c = j->nodes[c].next)
         scores[i] = json_typeof(j, c) == JSON_NUMBER ? json_number(j, c) : 0;
     for (uint32_t i = 0; i < n && i < MAX_CHOICES; i++) sum += exp(scores[i] - scores[pred]);
+    *held = sum * exp(scores[pred]);
     return 1 / sum;
-}
-
-static const char *result_text(results *all, const json *j, const char *key, medrun_error *e) {
-    buffer b = {0};
-    uint32_t f = json_get(j, 0, key);
-    if (json_is_type(j, f, JSON_STRING)) json_unescape(j, f, &b);
-    const char *text = keep_text(&all->texts, text_of(&b), b.n, e);
-    buffer_free(&b);
-    return text;
 }
 
 static int take_result(results *all, result_set *s, const char *path, size_t line, const char *text,
@@ -1016,7 +1121,7 @@ static int take_result(results *all, result_set *s, const char *path, size_t lin
     json j = {0};
     char what[300];
     int64_t pred = -1, norm = -1;
-    result r = {.line = text, .n_line = n, .sure = -1};
+    result r = {.line = text, .n_line = n, .sure = -1, .held = -1};
     snprintf(what, sizeof what, "%s:%zu", path, line);
     if (!line_number(path, line, text, n, s->questions, &j, &r.n, e)) {
         uint32_t ll = json_get(&j, 0, "ll"), choices = json_get(&j, 0, "choices");
@@ -1030,9 +1135,10 @@ static int take_result(results *all, result_set *s, const char *path, size_t lin
         if (!e->code && scored && (j.nodes[ll].count != (uint32_t)r.n_choices || pred < 0))
             fail(e, MEDRUN_BAD_FILE, "%s: field ll: wanted as many as choices", what);
         if (scored) norm = json_int(&j, 0, what, "pred_norm", 0, r.n_choices - 1, e);
-        if (scored && !e->code) r.sure = probability(&j, ll, (int)pred);
+        if (scored && !e->code) r.sure = probability(&j, ll, (int)pred, &r.held);
+        if (!all->runs[s->run].letters) r.held = -1;
         r.truth = (int)truth, r.pred = (int)pred, r.pred_norm = (int)norm;
-        r.id = result_text(all, &j, "id", e), r.subject = result_text(all, &j, "subject", e);
+        r.id = field_text(all, &j, 0, "id", e), r.subject = field_text(all, &j, 0, "subject", e);
     }
     json_free(&j);
     if (!e->code && s->n == s->cap) {
@@ -1071,6 +1177,14 @@ static int compare_results(const void *a, const void *b) {
     return (x->n > y->n) - (x->n < y->n);
 }
 
+/* Why S lacks questions: perhaps they stand in a file of another run. */
+static void explain_missing(const results *all, const result_set *s, medrun_error *why) {
+    for (const result_set *o = all->sets; o < all->sets + all->n_sets && !why->code; o++)
+        if (o->run != s->run && o->data.n == s->data.n &&
+            !memcmp(o->data.text, s->data.text, s->data.n))
+            compare_headers(o->path, o->head.text, o->head.n, s->head.text, s->head.n, why);
+}
+
 /* Sorts; refuses a question that stands twice, and when WHOLE one that is missing. */
 static int check_results(results *all, bool whole, medrun_error *e) {
     for (result_set *s = all->sets; s < all->sets + all->n_sets && !e->code; s++) {
@@ -1082,10 +1196,12 @@ static int check_results(results *all, bool whole, medrun_error *e) {
                      "a file is named twice", s->task, (long long)s->r[i].n);
             if (s->r[i].n == (int64_t)first) first++;
         }
-        if (!e->code && whole && missing)
-            fail(e, MEDRUN_BAD_FILE, "task %s: %zu of %zu questions are missing, the first is "
-                 "number %zu: a shard is missing or not finished", s->task, missing, s->questions,
-                 first);
+        medrun_error why = {0};
+        if (e->code || !whole || !missing) continue;
+        explain_missing(all, s, &why);
+        fail(e, MEDRUN_BAD_FILE, "task %s: %zu of %zu questions are missing, the first is number "
+             "%zu: a shard is missing or not finished%s%s", s->task, missing, s->questions, first,
+             why.code ? "; " : "", why.text);
     }
     return e->code;
 }
@@ -1095,7 +1211,9 @@ static int check_results(results *all, bool whole, medrun_error *e) {
 /* What is counted about a task, one of its subjects, or a group. */
 typedef struct {
     const char *task, *subject;
-    size_t n, right, right_norm, skipped, silent;       /* silent: no answer was found          */
+    size_t run, n, right, right_norm, skipped, silent;  /* silent: no answer was found          */
+    double chance;              /* how many of them a guess would hit                          */
+    double held;                /* a task: the median of what its letters hold; or -1          */
     size_t parts;               /* of a group                                                  */
     double pooled;              /* sum over its parts of n (n - 1) times the squared error     */
     bool scored;
@@ -1132,21 +1250,23 @@ static void wilson(size_t right, size_t n, double interval[2]) {
     interval[1] = middle + half < 1 ? middle + half : 1;
 }
 
-static tally *find_tally(tallies *all, const char *name, const char *subject, medrun_error *e) {
+static tally *find_tally(tallies *all, size_t run, const char *name, const char *subject,
+                         medrun_error *e) {
     for (tally *t = all->t; t < all->t + all->n; t++)
-        if (!strcmp(t->task, name) && !strcmp(t->subject, subject)) return t;
+        if (t->run == run && !strcmp(t->task, name) && !strcmp(t->subject, subject)) return t;
     if (all->n == MAX_TALLIES) {
         fail(e, MEDRUN_BAD_FILE, "results: more than %d subjects", MAX_TALLIES);
         return NULL;
     }
     tally *t = &all->t[all->n++];
-    *t = (tally){.task = name, .subject = subject};
+    *t = (tally){.task = name, .subject = subject, .run = run, .held = -1};
     return t;
 }
 
 static void count_result(tally *t, const result *r) {
     if (r->skipped) { t->skipped++; return; }
     t->n++;
+    t->chance += 1 / (double)r->n_choices;
     t->right += r->pred == r->truth;
     t->right_norm += r->pred_norm == r->truth;
     t->silent += r->pred < 0;
@@ -1156,6 +1276,7 @@ static void count_result(tally *t, const result *r) {
 static void add_part(tally *group, const tally *part) {
     double error = standard_error(part->right, part->n), n = (double)part->n;
     group->n += part->n, group->right += part->right, group->right_norm += part->right_norm;
+    group->chance += part->chance;
     group->skipped += part->skipped, group->silent += part->silent, group->parts++;
     group->pooled += n * (n - 1) * error * error, group->scored |= part->scored;
 }
@@ -1166,90 +1287,206 @@ static const char *const multimedqa[][2] = {
     {"mmlu", "professional_medicine"}, {"mmlu", "college_biology"}};
 
 /* The harness's group of nine, if all are there. */
-static void add_multimedqa(tallies *all) {
-    tally group = {.task = "multimedqa", .subject = ""};
+static void add_multimedqa(tallies *all, size_t run) {
+    tally group = {.task = "multimedqa", .subject = "", .run = run, .held = -1};
     for (size_t i = 0; i < sizeof multimedqa / sizeof *multimedqa; i++)
         for (const tally *t = all->t; t < all->t + all->n; t++)
-            if (!strcmp(t->task, multimedqa[i][0]) && !strcmp(t->subject, multimedqa[i][1]))
-                add_part(&group, t);
+            if (t->run == run && !strcmp(t->task, multimedqa[i][0]) &&
+                !strcmp(t->subject, multimedqa[i][1])) add_part(&group, t);
     if (group.parts == sizeof multimedqa / sizeof *multimedqa && all->n < MAX_TALLIES)
         all->t[all->n++] = group;
 }
 
-/* Tasks, each followed by its subjects; then the group. */
+static bool is_of(const result_set *s, size_t run, const char *name) {
+    return s->run == run && !strcmp(s->task, name);
+}
+
+static int compare_numbers(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+/* The median of what the letters of a task's questions hold together; -1: nobody knows. */
+static double median_held(const results *all, size_t run, const char *name, medrun_error *e) {
+    size_t n = 0, most = 1;
+    for (size_t i = 0; i < all->n_sets; i++) most += all->sets[i].n;
+    double *held = new_array(most, sizeof *held), median = -1;
+    if (!held) return out_of_memory(e, most * sizeof *held), -1;
+    for (const result_set *s = all->sets; s < all->sets + all->n_sets; s++)
+        for (size_t i = 0; i < s->n && is_of(s, run, name); i++)
+            if (s->r[i].held >= 0) held[n++] = s->r[i].held;
+    qsort(held, n, sizeof *held, compare_numbers);
+    if (n) median = (held[(n - 1) / 2] + held[n / 2]) / 2;
+    free(held);
+    return median;
+}
+
+/* A task of a run, then its subjects. */
+static int count_task(const results *all, size_t run, const char *name, tallies *out,
+                      medrun_error *e) {
+    if (!find_tally(out, run, name, "", e)) return e->code;
+    size_t first = out->n;
+    for (const result_set *s = all->sets; s < all->sets + all->n_sets; s++)
+        for (size_t i = 0; i < s->n && is_of(s, run, name); i++) {
+            tally *t = find_tally(out, run, name, s->r[i].subject, e);
+            if (!t) return e->code;
+            count_result(t, &s->r[i]);
+        }
+    tally *whole = &out->t[first - 1];
+    bool pooled = !strcmp(name, "mmlu") || !strcmp(name, "mmlu_pro");
+    for (tally *t = out->t + first; t < out->t + out->n; t++) add_part(whole, t);
+    if (!pooled) whole->parts = 0;      /* their subjects are no tasks of their own              */
+    whole->held = median_held(all, run, name, e);
+    return e->code;
+}
+
+/* Runs; of each its tasks, then the group. */
 static int count_results(const results *all, tallies *out, medrun_error *e) {
     out->n = 0;
-    for (size_t i = 0; i < all->n_sets; i++) {
-        const char *name = all->sets[i].task;
-        bool seen = false;
-        for (size_t k = 0; k < i; k++) seen |= !strcmp(all->sets[k].task, name);
-        if (seen) continue;
-        if (!find_tally(out, name, "", e)) return e->code;
-        size_t first = out->n;
-        for (size_t k = i; k < all->n_sets; k++)
-            for (size_t r = 0; r < all->sets[k].n && !strcmp(all->sets[k].task, name); r++) {
-                tally *t = find_tally(out, name, all->sets[k].r[r].subject, e);
-                if (!t) return e->code;
-                count_result(t, &all->sets[k].r[r]);
-            }
-        tally *whole = &out->t[first - 1];
-        bool pooled = !strcmp(name, "mmlu") || !strcmp(name, "mmlu_pro");
-        for (tally *t = out->t + first; t < out->t + out->n; t++) add_part(whole, t);
-        if (!pooled) whole->parts = 0;  /* their subjects are no tasks of their own              */
+    for (size_t run = 0; run < all->n_runs && !e->code; run++) {
+        for (size_t i = 0; i < all->n_sets && !e->code; i++) {
+            bool seen = all->sets[i].run != run;
+            for (size_t k = 0; k < i; k++) seen |= is_of(&all->sets[k], run, all->sets[i].task);
+            if (!seen) count_task(all, run, all->sets[i].task, out, e);
+        }
+        add_multimedqa(out, run);
     }
-    add_multimedqa(out);
-    return MEDRUN_OK;
+    return e->code;
 }
 
 /* ---- printing ------------------------------------------------------------------------------ */
 
+static double chance_of(const tally *t) { return t->n ? t->chance / (double)t->n : 0; }
+
+/* Letters that a model would hardly say tell little of what it knows. */
+static const double LEAST_HELD = 0.001;
+
+static bool is_noise(const tally *t) { return t->held >= 0 && t->held < LEAST_HELD; }
+
+static const char *const metrics_explained =
+    "acc: the choice with the highest log-likelihood is the right one, or the one that was "
+    "written; chance: what guessing would give; acc_norm: each log-likelihood is divided by its "
+    "choice's characters first, so that long choices lose nothing by their length (with single "
+    "letters it is acc).";
+
 /* TEXT from a file of results, whose names may hold anything. */
-static void print_plain(FILE *f, const char *text) {
-    buffer b = {0};
-    buffer_text(&b, text);
-    if (b.n) make_safe((char *)b.data);
-    fputs(text_of(&b), f);
-    buffer_free(&b);
+static void add_plain(buffer *b, const char *text) {
+    size_t at = b->n;
+    buffer_text(b, text);
+    if (b->failed || b->n == at) return;
+    make_safe((char *)b->data + at);
+    b->n = at + strlen((const char *)b->data + at);
 }
 
-static void print_table(const results *all, const tallies *t, FILE *f) {
-    print_plain(f, all->about);
-    fputs("\n\n| task | subject | questions | acc | standard error | 95 % interval | acc_norm |\n"
-          "|---|---|---|---|---|---|---|\n", f);
-    for (const tally *p = t->t; p < t->t + t->n; p++) {
-        double interval[2];
-        wilson(p->right, p->n, interval);
-        fputs("| ", f);
-        print_plain(f, p->task);
-        fputs(" | ", f);
-        print_plain(f, p->subject);
-        fprintf(f, " | %zu | %.4f | %.4f | %.4f to %.4f | ", p->n, share(p->right, p->n),
-                error_of(p), interval[0], interval[1]);
-        if (p->scored) fprintf(f, "%.4f |\n", share(p->right_norm, p->n));
-        else fputs("|\n", f);
+/* Each once, with commas between: the models, and the tasks. */
+static void add_models(const results *all, buffer *b) {
+    for (size_t i = 0; i < all->n_runs; i++) {
+        const run_info *r = &all->runs[i];
+        bool seen = false;
+        for (size_t k = 0; k < i; k++)
+            seen |= !strcmp(r->model, all->runs[k].model) && !strcmp(r->type, all->runs[k].type);
+        if (seen) continue;
+        if (i) buffer_text(b, ", ");
+        add_plain(b, *r->model ? r->model : "a model");
+        if (*r->type) buffer_text(b, " ("), add_plain(b, r->type), buffer_text(b, ")");
     }
-    for (const tally *p = t->t; p < t->t + t->n; p++)
-        if (!*p->subject && p->silent) {
-            fputc('\n', f);
-            print_plain(f, p->task);
-            fprintf(f, ": %zu answers without a choice, counted as wrong\n", p->silent);
+}
+
+static void add_tasks(const results *all, buffer *b) {
+    for (size_t i = 0; i < all->n_sets; i++) {
+        bool seen = false;
+        for (size_t k = 0; k < i; k++) seen |= !strcmp(all->sets[i].task, all->sets[k].task);
+        if (seen) continue;
+        if (i) buffer_text(b, ", ");
+        add_plain(b, all->sets[i].task);
+    }
+}
+
+/* "demo (int8) on medqa, mmlu" */
+static void add_title(const results *all, buffer *b) {
+    add_models(all, b);
+    buffer_text(b, " on ");
+    add_tasks(all, b);
+}
+
+/* A task's name as a line of remarks begins with it. */
+static void add_name(const results *all, size_t run, const char *name, buffer *b) {
+    add_plain(b, name);
+    if (!*all->runs[run].settings) return;
+    buffer_text(b, " (");
+    add_plain(b, all->runs[run].settings);
+    buffer_text(b, ")");
+}
+
+/* What a table of accuracies does not show. */
+static void add_remarks(const results *all, const tallies *t, buffer *b) {
+    for (const tally *p = t->t; p < t->t + t->n; p++) {
+        if (*p->subject || (!p->silent && !is_noise(p))) continue;
+        buffer_text(b, "\n");
+        add_name(all, p->run, p->task, b);
+        if (is_noise(p))
+            buffer_printf(b, ": these choices are noise: together they hold %.2g of the "
+                          "probability (median), less than a thousandth; the model would say "
+                          "something else\n", p->held);
+        else buffer_printf(b, ": %zu answers without a choice, counted as wrong\n", p->silent);
+    }
+    for (const result_set *s = all->sets; s < all->sets + all->n_sets; s++) {
+        if (*s->scored_shots) {
+            buffer_text(b, "\n");
+            add_name(all, s->run, s->task, b);
+            buffer_printf(b, ": scored although they are among the shots, with their answers: "
+                          "questions %s of ", s->scored_shots);
+            add_plain(b, s->file);
+            buffer_text(b, "\n");
         }
-    for (size_t i = 0; i < all->n_sets; i++)
-        for (size_t k = 0; k < all->sets[i].n; k++) {
-            const result *r = &all->sets[i].r[k];
-            if (!r->skipped) continue;
-            fputc('\n', f);
-            print_plain(f, all->sets[i].task);
-            fprintf(f, ": skipped, too long, counted nowhere: question %lld ", (long long)r->n);
-            print_plain(f, r->id);
-            fputc('\n', f);
+        for (size_t k = 0; k < s->n; k++) {
+            if (!s->r[k].skipped) continue;
+            buffer_text(b, "\n");
+            add_name(all, s->run, s->task, b);
+            buffer_printf(b, ": skipped, too long, counted nowhere: question %lld ",
+                          (long long)s->r[k].n + 1);
+            add_plain(b, s->r[k].id);
+            buffer_text(b, "\n");
         }
+    }
+}
+
+static void add_accuracy(const results *all, const tally *t, buffer *b) {
+    double interval[2];
+    wilson(t->right, t->n, interval);
+    buffer_text(b, "| ");
+    add_plain(b, t->task);
+    buffer_text(b, " | ");
+    add_plain(b, t->subject);
+    if (all->n_runs > 1) buffer_text(b, " | "), add_plain(b, all->runs[t->run].settings);
+    buffer_printf(b, " | %zu | %.4f | %.4f | %.4f | %.4f to %.4f | ", t->n, share(t->right, t->n),
+                  chance_of(t), error_of(t), interval[0], interval[1]);
+    if (t->scored) buffer_printf(b, "%.4f |\n", share(t->right_norm, t->n));
+    else buffer_text(b, "|\n");
+}
+
+static void write_table(const results *all, const tallies *t, buffer *b) {
+    char today[11];
+    date_today(today);
+    add_title(all, b);
+    buffer_printf(b, ", accuracy by task and subject, reported on %s\n\n", today);
+    add_plain(b, all->about);
+    buffer_printf(b, "\n\n| task | subject |%s questions | acc | chance | standard error | "
+                  "95 %% interval | acc_norm |\n|---|---|%s---|---|---|---|---|---|\n",
+                  all->n_runs > 1 ? " settings |" : "", all->n_runs > 1 ? "---|" : "");
+    for (const tally *p = t->t; p < t->t + t->n; p++) add_accuracy(all, p, b);
+    buffer_printf(b, "\n%s\n", metrics_explained);
+    add_remarks(all, t, b);
 }
 
 static void write_summary(const results *all, const tallies *t, buffer *b) {
-    buffer_text(b, "{\"run\":");
-    buffer_add(b, all->sets->run.text, all->sets->run.n);
-    buffer_text(b, ",\"data\":[");
+    bool many = all->n_runs > 1;
+    buffer_text(b, many ? "{\"runs\":[" : "{\"run\":");
+    for (size_t i = 0; i < all->n_runs; i++) {
+        if (i) buffer_text(b, ",");
+        buffer_add(b, all->runs[i].text.text, all->runs[i].text.n);
+    }
+    buffer_text(b, many ? "],\"data\":[" : ",\"data\":[");
     for (size_t i = 0; i < all->n_sets; i++) {
         if (i) buffer_text(b, ",");
         buffer_add(b, all->sets[i].data.text, all->sets[i].data.n);
@@ -1259,11 +1496,13 @@ static void write_summary(const results *all, const tallies *t, buffer *b) {
         double interval[2];
         wilson(p->right, p->n, interval);
         buffer_text(b, p == t->t ? "{" : ",{");
+        if (many) buffer_printf(b, "\"run\":%zu,", p->run);
         add_string(b, "task", p->task);
         add_string(b, "subject", p->subject);
         buffer_printf(b, "\"n\":%zu,\"right\":%zu,\"acc\":%.17g,\"acc_stderr\":%.17g,"
-                      "\"interval\":[%.6f,%.6f],", p->n, p->right, share(p->right, p->n),
-                      error_of(p), interval[0], interval[1]);
+                      "\"interval\":[%.6f,%.6f],\"chance\":%.6f,", p->n, p->right,
+                      share(p->right, p->n), error_of(p), interval[0], interval[1], chance_of(p));
+        if (p->held >= 0) buffer_printf(b, "\"choices_hold\":%.4g,", p->held);
         if (p->scored)
             buffer_printf(b, "\"acc_norm\":%.17g,\"acc_norm_stderr\":%.17g,",
                           share(p->right_norm, p->n), standard_error(p->right_norm, p->n));
@@ -1275,20 +1514,21 @@ static void write_summary(const results *all, const tallies *t, buffer *b) {
 #include "eval_html.c"
 
 /* The table or JSON to stdout, the page to its file; then every task must reach --require. */
-static int report_results(const results *all, const evaluation *v, tallies *t, medrun_error *e) {
+static int report_results(results *all, const evaluation *v, tallies *t, medrun_error *e) {
     buffer b = {0};
-    if (count_results(all, t, e)) return e->code;
+    if (describe_runs(all, e) || count_results(all, t, e)) return e->code;
     if (v->o.summary && !strcmp(v->o.summary, "json")) write_summary(all, t, &b);
-    if (b.failed) return out_of_memory(e, b.n);
-    if (b.n) fwrite(b.data, 1, b.n, stdout);
-    else print_table(all, t, stdout);
+    else write_table(all, t, &b);
+    if (b.failed) out_of_memory(e, b.n);
+    else fwrite(b.data, 1, b.n, stdout);
     buffer_free(&b);
+    if (e->code) return e->code;
     if (finish_stdout(e)) return e->code;
     if (v->o.html && write_page(all, t, v->o.html, e)) return e->code;
     for (const tally *p = t->t; p < t->t + t->n && v->require > 0; p++)
         if (!*p->subject && share(p->right, p->n) < v->require)
-            return fail(e, BELOW_REQUIRED, "task %s: accuracy %.4f, --require %g", p->task,
-                        share(p->right, p->n), v->require);
+            return fail(e, BELOW_REQUIRED, "task %s: accuracy %.4f (chance %.4f), --require %g",
+                        p->task, share(p->right, p->n), chance_of(p), v->require);
     return MEDRUN_OK;
 }
 
@@ -1312,7 +1552,7 @@ static const tool_option eval_table[] = {
     {"--shard", NULL, "I/N", AT(shard), "the I-th of N parts, I from 1"},
     {"--out", "-o", "FILE", AT(out), "a line for each question, as it is finished"},
     {"--resume", NULL, NULL, AT(resume), "go on with that file"},
-    {"--merge", NULL, NULL, AT(merge), "put result files together instead of running"},
+    {"--merge", NULL, NULL, AT(merge), "one table of result files, instead of running"},
     {"--summary", NULL, "FORMAT", AT(summary), "md (a table, default) or json"},
     {"--html", NULL, "FILE", AT(html), "the summary as a page"},
     {"--require", NULL, "ACC", AT(require), "exit with 7 below this accuracy"},
@@ -1459,8 +1699,9 @@ static void draw_progress(evaluation *v, bool last) {
     v->drawn = now, v->drawn_at = v->n_done + v->n_mine / 10 + 1;
     double rate = passed > 0 ? (double)(v->n_done - v->n_resumed) / passed : 0;
     int left = rate > 0 ? (int)((double)(v->n_mine - v->n_done) / rate) : 0;
-    fprintf(stderr, "%s%zu of %zu, acc %.4f, %.2f questions/s, %.1f tokens/s, %d:%02d:%02d left%s",
-            terminal ? "\r" : "", v->n_done, v->n_mine, share(v->n_right, v->n_scored), rate,
+    fprintf(stderr, "%s%zu of %zu, acc %.4f (chance %.4f), %.2f questions/s, %.1f tokens/s, "
+            "%d:%02d:%02d left%s", terminal ? "\r" : "", v->n_done, v->n_mine,
+            share(v->n_right, v->n_scored), v->n_scored ? v->chance / (double)v->n_scored : 0, rate,
             passed > 0 ? (double)v->processed / passed : 0, left / 3600, left / 60 % 60,
             left % 60, terminal ? "   " : "\n");
     if (terminal && last) fputc('\n', stderr);
