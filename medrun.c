@@ -6921,9 +6921,9 @@ static int read_name(const model_file *f, uint32_t v, const char *key, const cha
 }
 
 /* Most of the header is read by tables: a row is a field, its range, and where in a struct its
- * value goes. Of a text, `max` is the room there. A MAY_MISS field may be missing: then the value
- * stays as it is. A table ends with a row without a key. */
-enum { FIELD_INT, FIELD_FLOAT, FIELD_DOUBLE, FIELD_TEXT, FIELD_FLAG, MAY_MISS = 8 };
+ * value goes. A MAY_MISS field may be missing: then the value stays as it is. A table ends with a
+ * row without a key. */
+enum { FIELD_INT, FIELD_FLOAT, FIELD_DOUBLE, FIELD_FLAG, MAY_MISS = 8 };
 
 typedef struct {
     const char *key;
@@ -6935,32 +6935,26 @@ typedef struct {
 /* Where a field lies in the struct at BASE; the exporter writes headers by the same tables. */
 static void *field_at(void *base, const header_field *d) { return (char *)base + d->at; }
 
-/* JSON has no other spelling of true and false: 1 or "yes" is refused. */
-static void read_flag(const model_file *f, uint32_t v, const char *key, bool *to, medrun_error *e) {
-    uint32_t flag = json_get(&f->header, v, key);
-    *to = json_is_type(&f->header, flag, JSON_TRUE);
-    if (!*to && !json_is_type(&f->header, flag, JSON_FALSE))
-        fail(e, MEDRUN_BAD_FILE, "%s: field %s: wanted true or false", f->path, key);
-}
-
-/* Reads the fields of object V into the struct at BASE. */
+/* Reads the fields of object V into the struct at BASE. A flag is true or false: 1 or "yes" is
+ * refused. */
 static int read_fields(const model_file *f, uint32_t v, const header_field *d, void *base,
                        medrun_error *e) {
     const json *j = &f->header;
     for (; d->key && !e->code; d++) {
         void *to = field_at(base, d);
         int kind = d->kind & ~MAY_MISS;
-        if (kind != d->kind && json_get(j, v, d->key) == JSON_NONE) continue;
+        uint32_t value = json_get(j, v, d->key);
+        if (kind != d->kind && value == JSON_NONE) continue;
         if (kind == FIELD_INT)
             *(int *)to = (int)json_int(j, v, f->path, d->key, (int64_t)d->min, (int64_t)d->max, e);
         else if (kind == FIELD_FLOAT)
             *(float *)to = (float)json_real(j, v, f->path, d->key, d->min, d->max, e);
         else if (kind == FIELD_DOUBLE)
             *(double *)to = json_real(j, v, f->path, d->key, d->min, d->max, e);
-        else if (kind == FIELD_TEXT)
-            json_text(j, v, f->path, d->key, to, (size_t)d->max, e);
+        else if (json_is_type(j, value, JSON_TRUE) || json_is_type(j, value, JSON_FALSE))
+            *(bool *)to = json_typeof(j, value) == JSON_TRUE;
         else
-            read_flag(f, v, d->key, to, e);
+            fail(e, MEDRUN_BAD_FILE, "%s: field %s: wanted true or false", f->path, d->key);
     }
     return e->code;
 }
@@ -7088,16 +7082,18 @@ typedef struct {
     uint32_t entry, left;           /* node of the next entry; how many there are               */
 } binder;
 
-/* Binds the next entry: it must have this name, type and shape. NAME within a layer is that of
- * the file without "layers.N.". The weights are not copied: the tensor points into the mapping. */
-static void bind(binder *b, const char *name, int type, int rows, int cols, tensor *out,
-                 medrun_error *e) {
+/* Binds the next entry: it must have this name, type and shape. NAME within a layer is that of the
+ * file without "layers.N.". TO is a tensor or, where there are no ROWS, a pointer to COLS floats.
+ * The weights are not copied: what TO gets points into the mapping. */
+static void bind(binder *b, const char *name, int rows, int cols, void *to, medrun_error *e) {
     model_file *f = &b->m->file;
-    uint32_t v = b->entry;
     char wanted[64], found[64], found_type[16];
     uint8_t digest[32];
     size_t bytes = 0;
-    uint64_t all = tensor_bytes(type, (uint64_t)rows, (size_t)cols);
+    int matrix_type = b->layer < 0 ? rows_type(b->m->type) : b->m->type;
+    tensor t = {.type = rows ? matrix_type : TYPE_F32, .rows = rows ? (size_t)rows : 1,
+                .cols = (size_t)cols};
+    uint64_t all = tensor_bytes(t.type, t.rows, t.cols);
     if (e->code) return;
     if (b->layer < 0) snprintf(wanted, sizeof wanted, "%s", name);
     else snprintf(wanted, sizeof wanted, "layers.%d.%s", b->layer, name);
@@ -7105,32 +7101,25 @@ static void bind(binder *b, const char *name, int type, int rows, int cols, tens
         fail(e, MEDRUN_BAD_FILE, "%s: tensor %s is missing", f->path, wanted);
         return;
     }
-    json_text(&f->header, v, f->path, "name", found, sizeof found, e);
-    json_text(&f->header, v, f->path, "type", found_type, sizeof found_type, e);
-    int64_t r = json_int(&f->header, v, f->path, "rows", 1, 1 << 24, e);
-    int64_t c = json_int(&f->header, v, f->path, "cols", 1, 1 << 24, e);
-    if (strcmp(found, wanted) || strcmp(found_type, type_names[type]) || r != rows || c != cols)
-        fail(e, MEDRUN_BAD_FILE, "%s: tensor: found %s %s (%lld, %lld), wanted %s %s (%d, %d)",
-             f->path, found, found_type, (long long)r, (long long)c, wanted, type_names[type],
-             rows, cols);
-    if (e->code || take_section(f, v, wanted, &out->data, &bytes, digest, e)) return;
+    json_text(&f->header, b->entry, f->path, "name", found, sizeof found, e);
+    json_text(&f->header, b->entry, f->path, "type", found_type, sizeof found_type, e);
+    int64_t r = json_int(&f->header, b->entry, f->path, "rows", 1, 1 << 24, e);
+    int64_t c = json_int(&f->header, b->entry, f->path, "cols", 1, 1 << 24, e);
+    if (strcmp(found, wanted) || strcmp(found_type, type_names[t.type]) || r != (int64_t)t.rows ||
+        c != cols)
+        fail(e, MEDRUN_BAD_FILE, "%s: tensor: found %s %s (%lld, %lld), wanted %s %s (%zu, %d)",
+             f->path, found, found_type, (long long)r, (long long)c, wanted, type_names[t.type],
+             t.rows, cols);
+    if (e->code || take_section(f, b->entry, wanted, &t.data, &bytes, digest, e)) return;
     if (bytes != all)
         fail(e, MEDRUN_BAD_FILE, "%s: tensor %s: found %zu bytes, wanted %llu", f->path, wanted,
              bytes, (unsigned long long)all);
-    out->type = type;
-    out->rows = (size_t)rows;
-    out->cols = (size_t)cols;
-    b->m->parameters += (uint64_t)rows * (uint64_t)cols;
+    if (rows) *(tensor *)to = t;
+    else *(const float **)to = (const void *)t.data;
+    b->m->parameters += (uint64_t)t.rows * t.cols;
     b->m->weight_bytes += bytes;
-    b->entry = f->header.nodes[v].next;
+    b->entry = f->header.nodes[b->entry].next;
     b->left--;
-}
-
-/* N floats as they are; NULL after a failure. */
-static const float *bind_vector(binder *b, const char *name, int n, medrun_error *e) {
-    tensor t = {0};
-    bind(b, name, TYPE_F32, 1, n, &t, e);
-    return (const void *)t.data;
 }
 
 /* ln(1 + e^x), which for large x is x; by section 5's own functions, not libm's. */
@@ -7154,26 +7143,30 @@ static int read_xielu(const char *path, int layer, const float *stored, xielu_nu
 }
 
 /* The tensors of a layer, in the order of the file, which is the order of the forward pass. A
- * matrix has as many rows as outputs and as many columns as inputs. */
+ * matrix has as many rows as outputs and as many columns as inputs, a vector none. */
 static void bind_layer(binder *b, model_layer *layer, medrun_error *e) {
     const model_config *c = &b->m->config;
-    int type = b->m->type, hidden = c->hidden_size, ffn = c->ffn_size;
-    int heads = c->n_heads * c->head_dim, kv = c->n_kv_heads * c->head_dim;
-    layer->attn_norm = bind_vector(b, "attn_norm", hidden, e);
-    bind(b, "q", type, heads, hidden, &layer->q, e);
-    bind(b, "k", type, kv, hidden, &layer->k, e);
-    bind(b, "v", type, kv, hidden, &layer->v, e);
-    if (c->qk_norm) {
-        layer->q_norm = bind_vector(b, "q_norm", c->head_dim, e);
-        layer->k_norm = bind_vector(b, "k_norm", c->head_dim, e);
-    }
-    bind(b, "o", type, hidden, heads, &layer->o, e);
-    layer->ffn_norm = bind_vector(b, "ffn_norm", hidden, e);
-    if (c->activation == ACTIVATION_SILU) bind(b, "gate", type, ffn, hidden, &layer->gate, e);
-    bind(b, "up", type, ffn, hidden, &layer->up, e);
-    if (c->activation == ACTIVATION_XIELU)
-        read_xielu(b->m->file.path, b->layer, bind_vector(b, "xielu", 4, e), &layer->xielu, e);
-    bind(b, "down", type, hidden, ffn, &layer->down, e);
+    int hidden = c->hidden_size, ffn = c->ffn_size, dim = c->head_dim;
+    int heads = c->n_heads * dim, kv = c->n_kv_heads * dim;
+    bool gated = c->activation == ACTIVATION_SILU;
+    const float *xielu = NULL;
+    const struct { const char *name; int rows, cols; void *to; bool missing; } all[] = {
+        {"attn_norm", 0, hidden, &layer->attn_norm, false},
+        {"q", heads, hidden, &layer->q, false},
+        {"k", kv, hidden, &layer->k, false},
+        {"v", kv, hidden, &layer->v, false},
+        {"q_norm", 0, dim, &layer->q_norm, !c->qk_norm},
+        {"k_norm", 0, dim, &layer->k_norm, !c->qk_norm},
+        {"o", hidden, heads, &layer->o, false},
+        {"ffn_norm", 0, hidden, &layer->ffn_norm, false},
+        {"gate", ffn, hidden, &layer->gate, !gated},
+        {"up", ffn, hidden, &layer->up, false},
+        {"xielu", 0, 4, &xielu, c->activation != ACTIVATION_XIELU},
+        {"down", hidden, ffn, &layer->down, false},
+    };
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        if (!all[i].missing) bind(b, all[i].name, all[i].rows, all[i].cols, all[i].to, e);
+    if (xielu) read_xielu(b->m->file.path, b->layer, xielu, &layer->xielu, e);
 }
 
 /* Gives every tensor of the model its place in the mapped file. The config alone says which tensors
@@ -7181,16 +7174,15 @@ static void bind_layer(binder *b, model_layer *layer, medrun_error *e) {
  * refused, so that nothing below has to ask. The vocabulary's rows of an int4 model are int8. */
 static int bind_all(medrun_model *m, medrun_error *e) {
     const model_config *c = &m->config;
-    int vocabulary = rows_type(m->type), hidden = c->hidden_size;
     uint32_t list = m->file.tensors;
     binder b = {m, -1, list + 1, m->file.header.nodes[list].count};
-    bind(&b, "embed", vocabulary, c->vocab_size, hidden, &m->embed, e);
+    bind(&b, "embed", c->vocab_size, c->hidden_size, &m->embed, e);
     for (b.layer = 0; b.layer < c->n_layers && !e->code; b.layer++)
         bind_layer(&b, &m->layers[b.layer], e);
     b.layer = -1;
-    m->final_norm = bind_vector(&b, "final_norm", hidden, e);
+    bind(&b, "final_norm", 0, c->hidden_size, &m->final_norm, e);
     if (c->tied) m->output = m->embed;
-    else bind(&b, "output", vocabulary, c->vocab_size, hidden, &m->output, e);
+    else bind(&b, "output", c->vocab_size, c->hidden_size, &m->output, e);
     if (b.left) fail(e, MEDRUN_BAD_FILE, "%s: %u tensors more than the config needs", m->file.path,
                      b.left);
     return e->code;
@@ -7264,27 +7256,19 @@ static int read_chat(medrun_model *m, medrun_error *e) {
     return read_fields(f, json_get(j, v, "sampling"), sampling_fields, &m->sampling, e);
 }
 
-static const header_field name_fields[] = {
-    {"name", FIELD_TEXT, 0, sizeof ((medrun_model *)0)->name, offsetof(medrun_model, name)},
-    {0}};
-
-static const header_field provenance_fields[] = {
-    {"licence", FIELD_TEXT, 0, sizeof ((medrun_model *)0)->licence,
-     offsetof(medrun_model, licence)},
-    {"notice", FIELD_TEXT, 0, sizeof ((medrun_model *)0)->notice,
-     offsetof(medrun_model, notice)},
-    {0}};
-
 /* What the model is called, and the one type of all its matrices. f32 is for vectors only. */
 static int read_names(medrun_model *m, medrun_error *e) {
     const model_file *f = &m->file;
-    read_fields(f, 0, name_fields, m, e);
+    const json *j = &f->header;
+    uint32_t from = json_get(j, 0, "provenance");
+    json_text(j, 0, f->path, "name", m->name, sizeof m->name, e);
     m->architecture = architecture_names[read_name(f, 0, "architecture", "architecture",
                                                    architecture_names, N_ARCHITECTURES,
                                                    "llama, mistral, arcee or apertus", e)];
     m->type = TYPE_BF16 + read_name(f, 0, "type", "type", type_names + TYPE_BF16,
                                     N_TYPES - TYPE_BF16, "bf16, int8 or int4", e);
-    return read_fields(f, json_get(&f->header, 0, "provenance"), provenance_fields, m, e);
+    json_text(j, from, f->path, "licence", m->licence, sizeof m->licence, e);
+    return json_text(j, from, f->path, "notice", m->notice, sizeof m->notice, e);
 }
 
 /* Opens M->path and fills M; medrun_close frees what a failure leaves. Threads start last, when
