@@ -33,7 +33,7 @@
  *
  * One token's way through `medrun run MODEL.mdr -p TEXT`, each step with its section:
  *
- *     17 run_line finds the command, 16 answer_once runs it. 15 medrun_open maps the file, of which
+ *     17 run_line finds the command, 16 run_command runs it. 15 medrun_open maps the file, of which
  *     12 load_model reads the header; bind_all gives each matrix its place there. 15 medrun_start
  *     lays out the session's memory: the timeline of ids, the cache of keys and values.
  *     16 make_prompt: 11 chat_render writes the turns as the model knows them, 10 encode_text cuts
@@ -8768,10 +8768,10 @@ int medrun_attach(medrun_model *m, const char *name, int layers, medrun_error *e
 /* ============================================================================================
  * 16 Commands: what users type
  *
- * The only sections that print and exit are this one and the next. One table of options gives
- * parsing, environment twins, ranges and help. A command is a function that works on a `command`,
- * returns a code, and leaves closing to main. The answer goes to stdout, everything else to
- * stderr. May use everything above. Tests: tests/16_commands.sh.
+ * Only this section and the next one print and exit. One table of options gives parsing, ranges,
+ * environment variables and help. A command is a function that works on a `command`. It writes its
+ * steps one below the other: each does nothing after a failure (c->e), and main reports the first.
+ * The answer goes to stdout, everything else to stderr. Tests: tests/16_commands.sh.
  * ============================================================================================ */
 
 /* ---- options ------------------------------------------------------------------------------- */
@@ -8804,7 +8804,6 @@ typedef struct {
 enum { MAX_OPTIONS = 64 };
 
 struct command;
-struct answer;
 
 typedef struct {
     const char *name, *arguments, *help;
@@ -8921,6 +8920,16 @@ static const option_row option_rows[N_OPTIONS] = {
 };
 
 enum { FROM_DEFAULT, FROM_ENVIRONMENT, FROM_FLAG };
+static const char *const origins[] = {"card", "environment", "flag"};
+
+/* How an answer goes. */
+typedef struct {
+    buffer held;                /* not printed yet: it may begin a stop text                   */
+    bool ended, mid_line;
+    size_t n_prompt, n_answer;  /* tokens                                                      */
+    uint64_t guessed, right;    /* tokens, see medrun_guesses                                  */
+    double prompt_time, answer_time;
+} answer;
 
 /* What a command works on. run_program closes what it opened. */
 typedef struct command {
@@ -8942,8 +8951,8 @@ typedef struct command {
     medrun_chat_options chat_options;
     char today[11];
     medrun_sampling sampling;
-    int (*piece)(struct command *c, struct answer *a, int32_t id, const char *text, size_t n);
-                                                /* prints a token's text; NULL: print_piece     */
+    int (*piece)(struct command *c, int32_t id, const char *text, size_t n);    /* or NULL       */
+    answer answer;                              /* the last one                                 */
     bool prefix_saved, prefix_unfit;            /* --save-prefix is done, --load-prefix failed  */
     buffer input, ids, output;                  /* what was read, its tokens, what is printed   */
     medrun_error e;
@@ -8959,7 +8968,7 @@ static unsigned own_bit(const command *c) { return ON(c->row - c->p->commands); 
 /* Does this command take the option? */
 static bool takes(const command *c, int id) { return c->p->options[id].on & own_bit(c); }
 
-/* The name most like WORD. */
+/* The name that is most like WORD. */
 static const char *nearest(const char *word, const char *const *names, size_t n) {
     size_t best = 0;
     for (size_t i = 1; i < n; i++)
@@ -8985,6 +8994,7 @@ static const char *const elsewhere[][2] = {
     {"--tools", "medrun-lab call"}, {"export", "medrun-export"}, {"eval", "medrun-eval"},
     {"serve", "medrun-serve"}, {"explain", "medrun-explain"}};
 
+/* Says which program has WORD, if one has. */
 static int look_elsewhere(command *c, const char *word) {
     for (size_t i = 0; i < sizeof elsewhere / sizeof *elsewhere; i++)
         if (!strcmp(word, elsewhere[i][0]))
@@ -8992,9 +9002,10 @@ static int look_elsewhere(command *c, const char *word) {
     return MEDRUN_OK;
 }
 
+/* Says what may have been meant. */
 static int unknown_option(command *c, const char *arg) {
     const program *p = c->p;
-    const char *names[MAX_OPTIONS] = {NULL};
+    const char *names[MAX_OPTIONS];
     char where[200] = "";
     size_t n_names = 0;
     int id = find_option(p, arg, strlen(arg), ~0u);
@@ -9052,7 +9063,7 @@ static void variable_name(const option_row *r, char name[48]) {
     for (char *c = name; *c; c++) *c = *c == '-' ? '_' : (char)toupper((uint8_t)*c);
 }
 
-/* Takes from the environment what the line does not say; an empty variable says nothing. */
+/* Sets from the environment what the command line left out. An empty variable sets nothing. */
 static int read_environment(command *c) {
     char name[48];
     for (int id = 0; id < c->p->n_options; id++) {
@@ -9066,7 +9077,7 @@ static int read_environment(command *c) {
 
 /* ---- printing ------------------------------------------------------------------------------ */
 
-/* TEXT for people's eyes: what is hostile or no UTF-8 becomes '?'; LINES keeps line ends, tabs. */
+/* Prints TEXT for people: '?' for what is hostile or not UTF-8. LINES keeps line ends and tabs. */
 static void print_safe(FILE *f, const char *text, size_t n, bool lines) {
     for (size_t i = 0, len; i < n; i += len ? len : 1) {
         uint32_t code = 0;
@@ -9076,7 +9087,7 @@ static void print_safe(FILE *f, const char *text, size_t n, bool lines) {
     }
 }
 
-/* With escapes, so that a piece stays on its line and its exact bytes can be read off. */
+/* Prints with escapes, so that a piece stays on its line and shows its exact bytes. */
 static void print_escaped(FILE *f, const char *text, size_t n) {
     for (size_t i = 0, len; i < n; i += len) {
         uint32_t code = 0;
@@ -9092,7 +9103,7 @@ static void print_ids(FILE *f, const int32_t *ids, size_t n) {
     fputc('\n', f);
 }
 
-/* A line on stderr, unless -q. A name from a checkpoint may stand in it. */
+/* Prints a line about the run on stderr, unless -q. It may hold a name from a checkpoint. */
 MEDRUN_PRINTF_LIKE(2, 3)
 static void note(const command *c, const char *format, ...) {
     char line[2048];
@@ -9106,8 +9117,8 @@ static void note(const command *c, const char *format, ...) {
     fflush(stderr);
 }
 
-/* Ends the command with this exit code and without a message. */
-static int quit(command *c, int code) { return fail(&c->e, code, "%s", ""); }
+/* Ends the command with this exit code and without a message, unless it has failed before. */
+static int quit(command *c, int code) { return fail(&c->e, code, "%s", ""), c->e.code; }
 
 /* Nobody is told when the program that read stdout has left. */
 static int flush_stdout(command *c) {
@@ -9127,27 +9138,24 @@ static int check_buffer(command *c, const buffer *b) {
 
 /* ---- files --------------------------------------------------------------------------------- */
 
-/* The most that is read of what no context bounds, more than a thick book; else a device or a file
- * without end would fill the memory. */
+/* The most bytes that are read where no context sets a bound. A thick book has fewer; a device
+ * without an end would fill the memory. */
 enum { MOST_INPUT = 16 << 20 };
 
-/* What cannot fit into the context, whatever it says. */
+/* The bytes that can fit into the context at most, whatever the text says. */
 static size_t most_prompt(const command *c) {
     size_t n = (size_t)c->m->config.max_positions * c->m->longest_piece;
     return n < MOST_INPUT ? n : MOST_INPUT;
 }
 
-/* Appends all of PATH (- is stdin), of which there may be MOST bytes, to OUT. Like the other
- * steps of a command it does nothing after a failure (c->e): a command writes its steps one below
- * the other and asks once. */
+/* Appends all of PATH (- is stdin) to OUT, and refuses more than MOST bytes. */
 static int read_file(command *c, const char *path, size_t most, buffer *out) {
     bool standard = !strcmp(path, "-");
-    file_facts there = {0};
+    bool over = false;
     if (c->e.code) return c->e.code;
     if (standard) path = "stdin";
     FILE *f = standard ? stdin : open_stream(path, TO_READ);
     if (!f) return fail(&c->e, MEDRUN_BAD_FILE, "%s: cannot open: %s", path, strerror(errno));
-    bool over = !get_facts(NULL, fileno(f), &there) && there.regular && there.bytes > most;
     for (size_t n = 1; n && !over && buffer_room(out, 65536); over = out->n > most) {
         n = fread(out->data + out->n, 1, 65536, f);
         out->n += n, out->data[out->n] = 0;
@@ -9163,7 +9171,7 @@ static int read_file(command *c, const char *path, size_t most, buffer *out) {
     return c->e.code;
 }
 
-/* The same where only UTF-8 will do; a byte order mark is dropped. */
+/* The same for text: refuses what is not UTF-8, with its place, and drops a byte order mark. */
 static int read_text(command *c, const char *path, size_t most, buffer *out) {
     uint32_t code;
     size_t at = 0, line = 1, len = 1;
@@ -9189,7 +9197,7 @@ static int add_id(command *c, buffer *ids, double id, const char *what) {
     return check_buffer(c, ids);
 }
 
-/* Ids with white space between. */
+/* Parses ids with white space between them. */
 static int parse_ids(command *c, const char *text, size_t n, buffer *ids) {
     for (size_t i = 0; i < n && !c->e.code; i++) {
         size_t start = i;
@@ -9234,7 +9242,7 @@ static const char *model_path(command *c) {
     return NULL;
 }
 
-/* The template that was named, or the checkpoint's. */
+/* Chooses the template that --template names, else the checkpoint's. */
 static int choose_template(command *c) {
     const chat_template *chosen = given(c, O_TEMPLATE) ? chat_find(c->text[O_TEMPLATE]) : c->chat;
     if (given(c, O_TEMPLATE) && !chosen)
@@ -9245,7 +9253,8 @@ static int choose_template(command *c) {
     return MEDRUN_OK;
 }
 
-/* What the options say to the template. A date that would be today's is fixed now. */
+/* Collects what the options say to the template. Today's date is taken here, once, so that it is
+ * the same in the whole conversation and in its record. */
 static int choose_chat(command *c) {
     medrun_chat_options *o = &c->chat_options;
     if (c->e.code) return c->e.code;
@@ -9285,6 +9294,7 @@ static int choose_device_option(command *c) {
     return MEDRUN_OK;
 }
 
+/* Opens the checkpoint and takes its tokenizer, template and sampling values into the command. */
 static int open_path(command *c, const char *path) {
     medrun_options o = {.threads = takes(c, O_THREADS) ? whole(c, O_THREADS) : 1,
                         .kernels = getenv("MEDRUN_KERNELS")};
@@ -9301,7 +9311,7 @@ static int open_model(command *c) {
     return path ? open_path(c, path) : c->e.code;
 }
 
-/* A checkpoint's tokenizer or a tokenizer.bin, told apart by how the file begins. */
+/* Opens a checkpoint's tokenizer or a tokenizer.bin. The first bytes tell which file it is. */
 static int open_tokenizer(command *c) {
     const char *path = model_path(c);
     if (!path || map_file(path, &c->map, &c->e)) return c->e.code;
@@ -9324,12 +9334,9 @@ static void close_command(command *c) {
     buffer_free(&c->output);
 }
 
-static const char *origin(const command *c, int id) {
-    static const char *const origins[] = {"card", "environment", "flag"};
-    return origins[c->from[id]];
-}
+static const char *origin(const command *c, int id) { return origins[c->from[id]]; }
 
-/* The card's values, but for those that were given; says which is which. */
+/* Takes the values that were given, the others from the card, and says where each comes from. */
 static void choose_sampling(command *c) {
     medrun_sampling *s = &c->sampling;
     if (given(c, O_TEMP)) s->temperature = (float)c->number[O_TEMP];
@@ -9373,8 +9380,8 @@ static bool context_fits(const command *c, int n, uint64_t available) {
     return session_needs(c->m, &o) <= available / 4 * 3;
 }
 
-/* -c, or the model's context; if nobody asked and that does not fit, the largest power of two that
- * does. */
+/* The context of -c, else the model's. If nobody asked and the model's does not fit, the largest
+ * power of two that fits. */
 static int choose_context(const command *c) {
     uint64_t total, available;
     int most = c->m->config.max_positions, context = 1;
@@ -9389,6 +9396,7 @@ static int choose_context(const command *c) {
     return context;
 }
 
+/* Starts the session, and prints what it computes with. */
 static int start_session(command *c) {
     medrun_session_options o;
     if (c->e.code) return c->e.code;
@@ -9414,16 +9422,8 @@ static void on_interrupt(int signal_number) {
     interrupted = 1;
 }
 
-typedef struct answer {
-    buffer held;                /* not printed yet: it may begin a stop text                   */
-    bool ended, mid_line;
-    size_t n_prompt, n_answer;  /* tokens                                                      */
-    uint64_t guessed, right;    /* tokens, see medrun_guesses                                  */
-    double prompt_time, answer_time;
-} answer;
-
-/* Where the first stop text begins in what is held, or, in *HOLD, how many bytes at its end may be
- * the beginning of one. */
+/* Is a stop text in what is held? *AT: where the first one begins, else the end. *HOLD: how many
+ * bytes at the end may be the beginning of one. */
 static bool find_stop(const command *c, const buffer *held, size_t *at, size_t *hold) {
     *at = held->n, *hold = 0;
     for (size_t i = 0; i < c->n_stops && held->n; i++) {
@@ -9436,9 +9436,10 @@ static bool find_stop(const command *c, const buffer *held, size_t *at, size_t *
     return *at < held->n;
 }
 
-/* Prints what can no longer become part of a stop text; all that is left when the answer is OVER.
- * A terminal does not get control characters that the model made. */
-static int print_held(command *c, answer *a, bool over) {
+/* Prints what can no longer become part of a stop text, or all that is left when the answer is
+ * OVER. Control characters that the model made do not reach a terminal. */
+static int print_held(command *c, bool over) {
+    answer *a = &c->answer;
     size_t n, hold;
     if (find_stop(c, &a->held, &n, &hold)) a->ended = true;
     else if (!over) n -= hold;
@@ -9451,8 +9452,8 @@ static int print_held(command *c, answer *a, bool over) {
     return flush_stdout(c);
 }
 
-/* Works through what is pending, a batch at a time so that Ctrl-C is heard. What takes over two
- * seconds shows how far it is: on a terminal all the time, in a log every ten seconds. */
+/* Computes what is pending, and looks for Ctrl-C after each batch. A long prompt shows how far it
+ * is: on a terminal all the time after two seconds, in a log every ten seconds. */
 static int process_prompt(command *c) {
     size_t n = medrun_pending(c->s), left;
     bool terminal = is_terminal(STDERR_FILENO), drawn = false;
@@ -9505,22 +9506,19 @@ static int feed_prompt(command *c, const int32_t *ids, size_t n) {
     return MEDRUN_OK;
 }
 
-static int print_piece(command *c, answer *a, int32_t id, const char *text, size_t n) {
-    (void)id;
-    buffer_add(&a->held, text, n);
-    return check_buffer(c, &a->held) ? c->e.code : print_held(c, a, a->ended);
-}
-
-/* Makes the next token of the answer and prints the text that it completes. */
-static int next_piece(command *c, answer *a) {
+/* Makes the next token of the answer, and prints the text that it completes, as far as no stop text
+ * can begin there. A tool may have put its own printing into c->piece. */
+static int next_piece(command *c) {
     int32_t id;
     const char *text;
     size_t n;
     if (interrupted) return quit(c, MEDRUN_INTERRUPTED);
     if (medrun_next(c->s, &id, &text, &n, &c->e)) return c->e.code;
-    a->n_answer++;
-    a->ended = medrun_is_stop(c->m, id);
-    return c->piece ? c->piece(c, a, id, text, n) : print_piece(c, a, id, text, n);
+    c->answer.n_answer++;
+    c->answer.ended = medrun_is_stop(c->m, id);
+    if (c->piece) return c->piece(c, id, text, n);
+    buffer_add(&c->answer.held, text, n);
+    return check_buffer(c, &c->answer.held) ? c->e.code : print_held(c, c->answer.ended);
 }
 
 /* Answers what was fed, and prints the answer while it is made. First the model reads the prompt, a
@@ -9530,7 +9528,8 @@ static int next_piece(command *c, answer *a) {
  * so no part of one is printed; it follows when the answer ends without it. The handler of Ctrl-C
  * only sets a flag, and the loop asks for the flag between two passes: so the timeline never holds
  * half a pass, and a chat can go on. A full context cuts the answer: MEDRUN_TOO_LONG. */
-static int print_reply(command *c, answer *a) {
+static int print_reply(command *c) {
+    answer *a = &c->answer;
     size_t most = c->number[O_PREDICT] < 0 ? SIZE_MAX : (size_t)c->number[O_PREDICT];
     uint64_t guessed, right;
     if (c->e.code) return c->e.code;
@@ -9543,8 +9542,8 @@ static int print_reply(command *c, answer *a) {
     a->prompt_time = seconds() - start;
     save_prefix(c);
     start = seconds();
-    while (!c->e.code && !a->ended && a->n_answer < most) next_piece(c, a);
-    if (!a->ended) print_held(c, a, true);
+    while (!c->e.code && !a->ended && a->n_answer < most) next_piece(c);
+    if (!a->ended) print_held(c, true);
     a->answer_time = seconds() - start;
     on_signal(SIGINT, before);
     medrun_guesses(c->s, &a->guessed, &a->right);
@@ -9558,7 +9557,8 @@ static int print_reply(command *c, answer *a) {
 }
 
 /* The first token of an answer comes out of the prompt's last pass. */
-static void print_stats(const command *c, const answer *a) {
+static void print_stats(const command *c) {
+    const answer *a = &c->answer;
     double steps = a->n_answer > 1 ? (double)(a->n_answer - 1) : 0;
     fprintf(stderr, "prompt %zu tokens, %.1f tokens/s; answer %zu tokens, %.1f tokens/s; context "
             "%zu of %zu", a->n_prompt, (double)a->n_prompt / (a->prompt_time + 1e-9), a->n_answer,
@@ -9569,13 +9569,14 @@ static void print_stats(const command *c, const answer *a) {
     fputc('\n', stderr);
 }
 
+/* Refuses a prompt of N tokens that leaves no place for an answer. */
 static int too_long(command *c, size_t n) {
     return fail(&c->e, MEDRUN_TOO_LONG, "prompt %zu tokens > context %zu%s; shorten the text or "
                 "ask for more context (-c)", n, context_of(c),
                 n > context_of(c) ? "" : " less one for the answer");
 }
 
-/* With -v: what the model sees. */
+/* With -v, prints the prompt as the model sees it: ids, and text with its control tokens. */
 static void show_prompt(const command *c, const int32_t *ids, size_t n) {
     buffer text = {0};
     if (!flag(c, O_VERBOSE)) return;
@@ -9641,33 +9642,27 @@ static int hash_logits(command *c, char hex[65]) {
     return hex_of(digest, hex), MEDRUN_OK;
 }
 
-/* Answers the prompt c->ids; *A says how that went, also when it was cut. */
-static int answer_ids(command *c, answer *a) {
+/* Answers the prompt c->ids. */
+static int answer_ids(command *c) {
     size_t n = n_ids(&c->ids);
     if (c->e.code) return c->e.code;
     if (n >= context_of(c)) return too_long(c, n);
     show_prompt(c, ids_of(&c->ids), n);
     check_prefix(c);
     if (feed_prompt(c, ids_of(&c->ids), n)) return c->e.code;
-    int code = print_reply(c, a);
+    int code = print_reply(c);
     bool told = !code || code == MEDRUN_INTERRUPTED || code == MEDRUN_TOO_LONG;
-    if (told && flag(c, O_STATS)) print_stats(c, a);
+    if (told && flag(c, O_STATS)) print_stats(c);
     return code;
 }
 
-/* The run command, and what medrun-lab records. */
-static int answer_once(command *c, answer *a) {
+static int run_command(command *c) {
     open_model(c);
     choose_chat(c);
     read_prompt(c);
     make_prompt(c);
     start_session(c);
-    return answer_ids(c, a);
-}
-
-static int run_command(command *c) {
-    answer a = {0};
-    return answer_once(c, &a);
+    return answer_ids(c);
 }
 
 /* ---- show ---------------------------------------------------------------------------------- */
@@ -9729,7 +9724,7 @@ static void show_sources(FILE *f, const medrun_model *m) {
 
 static double mb(uint64_t bytes) { return (double)bytes / 0x1p20; }
 
-/* Keys and values of CONTEXT positions. */
+/* The bytes of the keys and values of CONTEXT positions. */
 static uint64_t cache_size(const medrun_model *m, int context, int kv) {
     kv_cache cache;
     arena a = {0};
@@ -9737,7 +9732,7 @@ static uint64_t cache_size(const medrun_model *m, int context, int kv) {
     return a.at;
 }
 
-/* What a session with these options takes, beside what the machine has. */
+/* Prints the memory that a session with these options needs, and what the machine has. */
 static void show_memory(FILE *f, const command *c, const medrun_session_options *o) {
     uint64_t total, available, weights = c->m->file.map.n, session = session_needs(c->m, o);
     uint64_t cache = cache_size(c->m, o->context, o->kv), all = weights + session;
@@ -9799,16 +9794,18 @@ typedef struct {
     bool plain, colour;                         /* plain: nothing that can be drawn on          */
 } editor;
 
+/* Gives the terminal back its own editing, and takes the marks around pasted text away. */
 static void restore_terminal(void) {
     if (set_raw(false) && write(STDERR_FILENO, "\x1b[?2004l", 8) < 0) return;   /* no more to do */
 }
 
+/* A program that a signal ends must not leave the terminal raw. */
 static void on_fatal_signal(int signal_number) {
     restore_terminal();
     raise(signal_number);                               /* now with its default effect           */
 }
 
-/* Also asks the terminal to put marks around what is pasted. */
+/* Takes the editing from the terminal, which shall put marks around what is pasted. */
 static bool make_raw(void) { return set_raw(true) && fputs("\x1b[?2004h", stderr) >= 0; }
 
 static void prepare_editor(editor *ed) {
@@ -9874,7 +9871,8 @@ static size_t next_char(const editor *ed, size_t i, int step) {
     return i;
 }
 
-/* The columns of the character in bytes I to END; OUT, if there is one, gets what shows it. */
+/* The columns that the character in bytes I to END takes. OUT, if there is one, gets what is shown
+ * for it: a hostile character shows as '?'. */
 static size_t show_char(const editor *ed, size_t i, size_t end, buffer *out) {
     uint32_t code = 0;
     size_t n = utf8_decode(ed->line.data + i, end - i, &code);
@@ -9884,8 +9882,8 @@ static size_t show_char(const editor *ed, size_t i, size_t end, buffer *out) {
     return hostile ? 1 : columns_of(code);
 }
 
-/* Draws the window, or, when the line is DONE, all of it. The window begins so that what stands
- * before the cursor fills at most three quarters of it: what follows is seen, too. */
+/* Draws the window on the line, or all of the line when it is DONE. What stands before the cursor
+ * fills at most three quarters of the window, so that some of what follows is seen, too. */
 static void draw_line(const editor *ed, const char *prompt, bool done) {
     int width = terminal_columns();
     size_t room = (width > 10 ? (size_t)width : 80) - strlen(prompt) - 1, cursor = 0, used = 0;
@@ -9942,6 +9940,7 @@ static void remember(editor *ed) {
     *place = line;
 }
 
+/* Shows the line before (STEP -1) or after the one that is shown, as far as the ring goes back. */
 static void recall(editor *ed, int step) {
     int place = ed->place + step;
     if (place < 0 || place < ed->n_history - HISTORY || place > ed->n_history) return;
@@ -10002,6 +10001,7 @@ static int plain_line(editor *ed, const char *prompt) {
     return c == EOF && !ed->line.n ? LINE_END : LINE;
 }
 
+/* The terminal is raw only while a line is edited, so an answer can be stopped with Ctrl-C. */
 static int read_line(editor *ed, const char *prompt) {
     if (ed->plain || !make_raw()) return plain_line(ed, prompt);
     int got = edit_line(ed, prompt);
@@ -10009,7 +10009,7 @@ static int read_line(editor *ed, const char *prompt) {
     return got;
 }
 
-/* A message: a line, or several from """ to """. */
+/* Reads a message: a line, or several lines from """ to """. */
 static int read_message(editor *ed, buffer *m) {
     static const char quotes[] = "\"\"\"";
     m->n = 0;
@@ -10041,7 +10041,6 @@ typedef struct {
     editor ed;
     buffer system;              /* its text, for the next conversation                         */
     buffer starts;              /* size_t: where on the timeline each person's turn begins     */
-    answer last;
     int interrupts;             /* Ctrl-C since the last message                               */
     bool leave;
 } chat;
@@ -10131,14 +10130,14 @@ static int unsay(chat *h) {
 static int chat_answer(chat *h, const char *text, size_t n) {
     command *c = h->c;
     if (c->e.code || chat_feed(h, text, n)) return c->e.code;
-    print_reply(c, &h->last);
+    print_reply(c);
     c->s->answer_open = true;
-    if (flag(c, O_STATS)) print_stats(c, &h->last);
+    if (flag(c, O_STATS)) print_stats(c);
     if (c->e.code != MEDRUN_INTERRUPTED) return c->e.code;
     c->e = (medrun_error){0};
     h->interrupts = 1;
-    fprintf(stderr, h->last.n_answer ? "(stopped)\n" : "(stopped; your message is forgotten)\n");
-    return h->last.n_answer ? MEDRUN_OK : unsay(h);
+    fprintf(stderr, "(stopped%s)\n", c->answer.n_answer ? "" : "; your message is forgotten");
+    return c->answer.n_answer ? MEDRUN_OK : unsay(h);
 }
 
 static int chat_clear(chat *h) {
@@ -10193,7 +10192,7 @@ static const char say_help[] =
     "Ctrl-C         stop the answer; twice: leave\n"
     "A message that begins with / needs a space before it.\n";
 
-/* LINE begins with /. */
+/* Does what LINE says, which begins with /. */
 static int chat_command(chat *h, char *line) {
     size_t n = strcspn(line, " \t\n");
     const char *text = line + n + (line[n] != 0);
@@ -10214,7 +10213,7 @@ static int chat_command(chat *h, char *line) {
         case SAY_SAVE: return medrun_save(h->c->s, text, &h->c->e);
         case SAY_LOAD: return chat_load(h, text);
         case SAY_READ: return chat_read(h, text);
-        case SAY_STATS: return print_stats(h->c, &h->last), MEDRUN_OK;
+        case SAY_STATS: return print_stats(h->c), MEDRUN_OK;
         case SAY_SHOW: return show_model(stderr, h->c, (int)context_of(h->c));
         default: return fputs(say_help, stderr), MEDRUN_OK;
     }
@@ -10388,6 +10387,7 @@ static void print_to(buffer *text, const buffer *ids) {
         buffer_printf(text, i ? " %d" : "%d", ids_of(ids)[i]);
 }
 
+/* A text, and its ids. */
 static int prove_tokens(command *c, proof *p) {
     const json *j = &c->m->file.header;
     uint32_t text = json_get(j, p->node, "text");
@@ -10397,6 +10397,7 @@ static int prove_tokens(command *c, proof *p) {
     return tokenizer_encode(c->t, chars(&c->input), c->input.n, 0, &c->output, &c->e);
 }
 
+/* A conversation, perhaps with a date, and the ids of its prompt. */
 static int prove_chats(command *c, proof *p) {
     const json *j = &c->m->file.header;
     uint32_t all = json_get(j, p->node, "messages");
@@ -10414,19 +10415,18 @@ static int prove_chats(command *c, proof *p) {
     return c->e.code;
 }
 
-/* How far the logits are from the numbers in LIST, which are those of IDS: relative L2, and whether
- * the largest is the same one. False where LIST is not as many finite numbers. */
-static bool distance_to(const command *c, const buffer *ids, uint32_t list, double *distance,
-                        bool *same) {
+/* How far the logits are from the numbers in LIST, those of the ids in c->output: relative L2, and
+ * whether the largest is the same one. False where LIST is not as many finite numbers. */
+static bool distance_to(const command *c, uint32_t list, double *distance, bool *same) {
     const json *j = &c->m->file.header;
     const float *row = medrun_logits(c->s, 0);
-    size_t n = n_ids(ids);
+    size_t n = n_ids(&c->output);
     double far = 0, size = 0, top = -INFINITY;
     int32_t wanted = 0, largest = 0;
     uint32_t v = list + 1;
     if (!json_is_type(j, list, JSON_ARRAY) || !n || j->nodes[list].count != n) return false;
     for (size_t i = 0; i < n; i++, v = j->nodes[v].next) {
-        int32_t id = ids_of(ids)[i];
+        int32_t id = ids_of(&c->output)[i];
         double value = json_typeof(j, v) == JSON_NUMBER ? json_number(j, v) : INFINITY;
         if (!(fabs(value) <= FLT_MAX)) return false;
         if (value > top) top = value, wanted = id;
@@ -10446,15 +10446,13 @@ static int report_reference(command *c, const proof *p) {
     const json *j = &c->m->file.header;
     uint32_t node = json_get(j, p->node, "reference");
     char source[64];
-    buffer ids = {0};
     double distance = 0;
     bool same = false;
     if (node == JSON_NONE) return MEDRUN_OK;
-    json_ids(c, j, json_get(j, node, "ids"), what, &ids);
+    json_ids(c, j, json_get(j, node, "ids"), what, &c->output);
     json_text(j, node, what, "source", source, sizeof source, &c->e);
-    if (!c->e.code && !distance_to(c, &ids, json_get(j, node, "values"), &distance, &same))
+    if (!c->e.code && !distance_to(c, json_get(j, node, "values"), &distance, &same))
         fail(&c->e, MEDRUN_BAD_FILE, "%s: values: wanted a finite number for each id", what);
-    buffer_free(&ids);
     if (c->e.code || flag(c, O_QUIET)) return c->e.code;
     printf("logits     %s: relative L2 %.1e to ", p->name, distance);
     print_safe(stdout, source, strlen(source), false);
@@ -10506,13 +10504,14 @@ static bool verify_proofs(command *c, const proof_kind *kind) {
     return good == n;
 }
 
+/* All hashes and proofs are looked at, also after one that differs. */
 static int verify_command(command *c) {
     static const proof_kind kinds[] = {
         {"tokens", prove_tokens}, {"chats", prove_chats}, {"logits", prove_logits}};
     open_model(c);
     bool same = verify_hashes(c);
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) same &= verify_proofs(c, &kinds[i]);
-    return c->e.code || same ? c->e.code : MEDRUN_DIFFERS;
+    return same ? c->e.code : quit(c, MEDRUN_DIFFERS);
 }
 
 /* ---- tokenize, detokenize, render, logits -------------------------------------------------- */
@@ -10594,6 +10593,7 @@ static int write_logits(command *c, FILE *f) {
     return MEDRUN_OK;
 }
 
+/* With --all each token of a pass has a row of logits, which takes memory: so fewer go into one. */
 static int logits_command(command *c) {
     static const file_kind logits_file = {"to be overwritten", NULL, false};
     file_writer w;
@@ -10691,38 +10691,36 @@ static int command_place(const program *p, int argc, char **argv) {
     return 0;
 }
 
-/* Reads argv[i] as an option; *USED: how many arguments it took. */
-static int read_option(command *c, char **argv, int i, int argc, int *used) {
-    const char *arg = argv[i], *equals = strchr(arg, '=');
+/* Reads the option that ARGS begins with, and its value. How many arguments these are. */
+static int read_option(command *c, char **args) {
+    const char *equals = strchr(args[0], '='), *value = equals ? equals + 1 : args[1];
     char name[40];
-    snprintf(name, sizeof name, "%.*s", equals ? (int)(equals - arg) : 39, arg);
+    snprintf(name, sizeof name, "%.*s", equals ? (int)(equals - args[0]) : 39, args[0]);
     int id = find_option(c->p, name, strlen(name), own_bit(c));
-    if (id < 0) return unknown_option(c, name);
-    bool is_flag = c->p->options[id].kind == FLAG, next = !is_flag && !equals;
-    const char *value = is_flag ? "on" : equals ? equals + 1 : argv[i + 1];
-    if (is_flag && equals) return fail(&c->e, MEDRUN_USAGE, "%s: found a value, wanted none", name);
-    if (next && i + 1 == argc)
-        return fail(&c->e, MEDRUN_USAGE, "%s: found nothing, wanted %s", name,
-                    c->p->options[id].argument);
-    *used = next ? 2 : 1;
-    return set_option(c, id, value, FROM_FLAG, name);
+    const option_row *r = &c->p->options[id < 0 ? 0 : id];
+    if (id < 0) unknown_option(c, name);
+    else if (r->kind == FLAG && equals)
+        fail(&c->e, MEDRUN_USAGE, "%s: found a value, wanted none", name);
+    else if (r->kind != FLAG && !value)
+        fail(&c->e, MEDRUN_USAGE, "%s: found nothing, wanted %s", name, r->argument);
+    else set_option(c, id, r->kind == FLAG ? "on" : value, FROM_FLAG, name);
+    return r->kind == FLAG || equals ? 1 : 2;
 }
 
-/* Moves what is no option to the front of argv, where c->rest is. */
+/* Reads the options, wherever they stand. Moves all other arguments to the front of argv, which is
+ * c->rest then. Behind -- nothing is an option. */
 static int read_line_of_arguments(command *c, int argc, char **argv, int place) {
     bool options_ended = false;
     c->rest = argv + 1;
-    for (int i = 1, used; i < argc; i += used) {
-        int code = MEDRUN_OK;
+    for (int i = 1, used; i < argc && !c->e.code; i += used) {
+        bool option = !options_ended && argv[i][0] == '-' && argv[i][1];
         used = 1;
         if (i == place) continue;
-        if (!options_ended && !strcmp(argv[i], "--")) options_ended = true;
-        else if (!options_ended && argv[i][0] == '-' && argv[i][1])
-            code = read_option(c, argv, i, argc, &used);
+        if (option && !strcmp(argv[i], "--")) options_ended = true;
+        else if (option) used = read_option(c, argv + i);
         else c->rest[c->n_rest++] = argv[i];
-        if (code) return code;
     }
-    return MEDRUN_OK;
+    return c->e.code;
 }
 
 /* Without a command's name the first argument is a model, and must look like a file. */
@@ -10736,9 +10734,10 @@ static int check_rest(command *c, bool named) {
                 c->row->name, c->rest[most]);
 }
 
+/* Finds the command, reads its options and runs it. */
 static int run_line(command *c, int argc, char **argv) {
     const program *p = c->p;
-    int place = command_place(p, argc, argv), code;
+    int place = command_place(p, argc, argv);
     int which = place ? find_command(p, argv[place]) : p->unnamed;
     file_facts there;
     if (!place && argc > 1 && get_facts(argv[1], -1, &there) && look_elsewhere(c, argv[1]))
@@ -10747,14 +10746,14 @@ static int run_line(command *c, int argc, char **argv) {
     c->row = &p->commands[which];
     for (int id = 0; id < p->n_options; id++)
         if (p->options[id].standard) parse_number(p->options[id].standard, &c->number[id]);
-    if ((code = read_line_of_arguments(c, argc, argv, place))) return code;
+    if (read_line_of_arguments(c, argc, argv, place)) return c->e.code;
     if (flag(c, O_VERSION)) {
         printf("%s " MEDRUN_VERSION "\n", p->name);
         if (plain_only()) puts(plain_only());
         return MEDRUN_OK;
     }
     if (flag(c, O_HELP)) return place ? help_on(p, which) : help_all(p, stdout);
-    if ((code = check_rest(c, place)) || (code = read_environment(c))) return code;
+    if (check_rest(c, place) || read_environment(c)) return c->e.code;
     if (!place && !c->n_rest && !given(c, O_MODEL)) {
         help_all(p, stderr);
         return fail(&c->e, MEDRUN_USAGE, p->unnamed < 0 ? "no command" : "no model; name one");
@@ -10762,7 +10761,7 @@ static int run_line(command *c, int argc, char **argv) {
     return c->row->run(c);
 }
 
-/* In a signal handler: a file that is mapped became shorter, or its disk went away. */
+/* A signal handler: a mapped file became shorter, or its disk went away. Nothing can be saved. */
 static void on_lost_file(int signal_number) {
     static const char said[] = "medrun: the checkpoint cannot be read any more: it was cut, or its "
                                "disk is gone\n";

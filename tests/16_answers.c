@@ -28,7 +28,6 @@ static void dictate(void *user, const char *stage, int layer, size_t rows, size_
 static const char *says(command *c, const char *said, int most, int *code) {
     static char text[4096];
     buffer ids = {0};
-    answer a;
     int32_t bos = c->t->bos;
     size_t n;
     tokenizer_encode(c->t, said, strlen(said), MEDRUN_PARSE_SPECIAL, &ids, NULL);
@@ -41,8 +40,8 @@ static const char *says(command *c, const char *said, int most, int *code) {
     int saved = dup(1);
     FILE *f = tmpfile();
     if (!f || dup2(fileno(f), 1) < 0) return "no temporary file";
-    print_reply(c, &a);
-    *code = end_call(c, &a);
+    print_reply(c);
+    *code = end_call(c);
     fflush(stdout);
     dup2(saved, 1), close(saved);
     rewind(f);

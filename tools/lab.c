@@ -65,13 +65,12 @@ static int write_record(command *c, const char *path) {
  * and ends the command with its own code after that. */
 static int record_command(command *c) {
     int files = given(c, O_MODEL) && c->from[O_MODEL] == FROM_FLAG ? 1 : 2;
-    answer a = {0};
     if (c->n_rest != files)
         return fail(&c->e, MEDRUN_USAGE, "record: wanted a model, a file to write and a prompt");
     const char *path = c->rest[--c->n_rest];
-    int code = answer_once(c, &a);
-    bool stopped = (code == MEDRUN_INTERRUPTED || code == MEDRUN_TOO_LONG) && a.n_answer;
-    if (code && !stopped) return code;
+    int code = run_command(c);
+    bool cut = code == MEDRUN_INTERRUPTED || code == MEDRUN_TOO_LONG;
+    if (code && !(cut && c->answer.n_answer)) return code;
     medrun_error before = c->e;
     c->e = (medrun_error){0};
     if (!write_record(c, path)) c->e = before;
@@ -438,7 +437,8 @@ static buffer held_call;
 static bool in_call;
 
 /* The end of a call: a line of JSON. What is no call is printed as the text it is. */
-static int print_call(command *c, answer *a) {
+static int print_call(command *c) {
+    answer *a = &c->answer;
     buffer line = {0};
     medrun_error why = {0};
     int code = tool_calls(&line, chars(&held_call), held_call.n, &why);
@@ -451,22 +451,23 @@ static int print_call(command *c, answer *a) {
     buffer_free(&held_call);
     in_call = false;
     if (failed) return out_of_memory(&c->e, a->held.n);
-    if (print_held(c, a, true)) return c->e.code;
+    if (print_held(c, true)) return c->e.code;
     if (!code) return MEDRUN_OK;
     return fail(&c->e, MEDRUN_FAILED, "the model's tool call is not one: %s", why.text);
 }
 
-/* Takes the place of print_piece. */
-static int print_piece_or_call(command *c, answer *a, int32_t id, const char *text, size_t n) {
+/* Prints a token's text for next_piece. */
+static int print_piece_or_call(command *c, int32_t id, const char *text, size_t n) {
+    answer *a = &c->answer;
     bool opens = id == chat_token(c->t, c->chat->call_tokens[0]);
     bool closes = in_call && id == chat_token(c->t, c->chat->call_tokens[1]);
     if (!in_call) {
         in_call = opens;
         buffer_add(&a->held, text, n);
-        return check_buffer(c, &a->held) ? c->e.code : print_held(c, a, a->ended || opens);
+        return check_buffer(c, &a->held) ? c->e.code : print_held(c, a->ended || opens);
     }
     buffer_add(&held_call, text, n);
-    return a->ended || closes ? print_call(c, a) : check_buffer(c, &held_call);
+    return a->ended || closes ? print_call(c) : check_buffer(c, &held_call);
 }
 
 /* The functions that --tools names, as the model is to see them. */
@@ -498,23 +499,21 @@ static int render_conversation(command *c, bool as_text) {
 }
 
 /* Prints what has come of a call that was cut off. */
-static int end_call(command *c, const answer *a) {
-    answer rest = {.mid_line = a->mid_line};
+static int end_call(command *c) {
     medrun_error before = c->e;
     if (!in_call) return c->e.code;
     c->e = (medrun_error){0};
-    print_call(c, &rest);
-    buffer_free(&rest.held);
+    print_call(c);
+    buffer_free(&c->answer.held);
     if (before.code) c->e = before;
     return c->e.code;
 }
 
 static int ask(command *c) {
-    answer a = {0};
     c->piece = print_piece_or_call;
     start_session(c);
-    answer_ids(c, &a);
-    return end_call(c, &a);
+    answer_ids(c);
+    return end_call(c);
 }
 
 static int call_command(command *c) {
