@@ -6196,13 +6196,19 @@ enum {
     WAITING = 1 << 7,           /* tools were called, their results have not come              */
     SAID_TEXT = 1 << 8,         /* an assistant's content was a text                           */
     SAID_BLOCKS = 1 << 9,       /* an assistant's content was a list of blocks                 */
+    ASKED = 1 << 10,            /* the assistant's turn is next                                */
+    ANSWERED = 1 << 11,         /* the assistant has had one                                   */
+    SYSTEM_OPEN = 1 << 12,      /* the question goes on behind the system text                 */
+    BEGUN = 1 << 13,            /* this writer has written the opening                         */
+    KEPT = ASKED | ANSWERED | SYSTEM_OPEN | BEGUN,      /* from turn to turn of one writer      */
 };
 
 typedef struct {
     const char *says;           /* the template's words; in them `name` is a control token, and
                                    these are filled in: $text (the message's), $stripped (without
-                                   white space around it), $quoted (as Python's JSON), $role,
-                                   $tools, $date                                               */
+                                   white space around it), $quoted (as Python's JSON), $below
+                                   (after an empty line, unless it is empty), $role, $tools,
+                                   $date                                                       */
     const char *refuse;         /* or else why the conversation cannot be written              */
     unsigned when, unless;      /* counts only while all of these bits, none of those are set  */
     unsigned sets, clears;      /* the bits that it changes afterwards                         */
@@ -6286,6 +6292,17 @@ static const chat_kind apertus_turns[] = {
     .stops = {"</s>", "<|assistant_end|>", "<|tools_suffix|>"}, \
     .call_tokens = {"<|tools_prefix|>", "<|tools_suffix|>"}
 
+/* Llama 2 and Mistral: questions and answers in turn, nothing opens an answer. */
+#define NO_TURN(state) {.refuse = "wanted user and assistant in turn", .when = state}
+#define NO_ANSWER {.refuse = "wanted user and assistant in turn", .unless = ASKED}
+#define ASK(words) {.says = words, .sets = ASKED, .clears = ANSWERED | SYSTEM_OPEN}
+#define ANSWER(words) {.says = words, .sets = ANSWERED, .clears = ASKED}
+#define MISTRAL(space) \
+    .bos = "<s>", .close = SAYS("`</s>`"), .stops = {"</s>"}, \
+    .turns = KINDS({"user", PARTS(NO_TURN(ASKED), {.says = space, .when = ANSWERED}, \
+                                  ASK("[INST] $text [/INST]"))}, \
+                   {"assistant", PARTS(NO_ANSWER, ANSWER("$text`</s>`"))})
+
 /* What the row llama3 makes of the question "Is it warm?", opening of the answer included:
  *
  *     `<|begin_of_text|>``<|start_header_id|>`user`<|end_header_id|>`\n\nIs it warm?`<|eot_id|>`
@@ -6348,6 +6365,36 @@ static const chat_template chat_templates[] = {
         .answer = SAYS("`<|im_start|>`assistant\n"), .close = SAYS("`<|im_end|>`\n"),
         .stops = {"<|im_end|>", "<|endoftext|>"},
     },
+    /* ChatML as most have it: a system text only where one is given. */
+    {
+        .name = "chatml-bare", .said = SAYS("`<|im_start|>`$role\n$text`<|im_end|>`\n"),
+        .answer = SAYS("`<|im_start|>`assistant\n"), .close = SAYS("`<|im_end|>`\n"),
+        .stops = {"<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "</s>"},
+    },
+    /* Llama-2-Chat. The system text stands in the first question. */
+    {
+        .name = "llama2", .bos = "<s>",
+        .opening = PARTS({.says = "[INST] <<SYS>>\n$text\n<</SYS>>", .unless = OWN_SYSTEM,
+                          .sets = SYSTEM_OPEN}),
+        .turns = KINDS({"user", PARTS(NO_TURN(ASKED), {.says = "`<s>`", .when = ANSWERED},
+                                      {.says = "$below", .when = SYSTEM_OPEN},
+                                      {.says = "[INST] $stripped", .unless = SYSTEM_OPEN},
+                                      ASK(" [/INST]"))},
+                       {"assistant", PARTS(NO_ANSWER, ANSWER(" $stripped `</s>`"))}),
+        .end = PARTS(NO_TURN(SYSTEM_OPEN)), .close = SAYS(" `</s>`"), .stops = {"</s>"},
+    },
+    /* Mistral-7B-Instruct as its files are now, and as those of v0.2 and v0.1 were first, from
+     * which others were made: without a place for a system text. */
+    {
+        .name = "mistral", .bos = "<s>",
+        .opening = PARTS({.says = " [INST] $text\n\n", .unless = OWN_SYSTEM, .sets = SYSTEM_OPEN}),
+        .turns = KINDS({"user", PARTS(NO_TURN(ASKED), {.says = " [INST] ", .unless = SYSTEM_OPEN},
+                                      ASK("$text [/INST]"))},
+                       {"assistant", PARTS(NO_ANSWER, ANSWER(" $text`</s>`"))}),
+        .end = PARTS(NO_TURN(SYSTEM_OPEN)), .close = SAYS("`</s>`"), .stops = {"</s>"},
+    },
+    {.name = "mistral-v0.2", MISTRAL("")},
+    {.name = "mistral-v0.1", MISTRAL(" "), .end = PARTS({.says = " ", .when = ANSWERED})},
     /* The first two differ in tools/tool_calls.c only. The third also ends an assistant's turn that
      * ends the conversation. */
     {.name = "apertus", APERTUS, .end = PARTS(END_RESULTS)},
@@ -6374,9 +6421,14 @@ static const chat_template chat_templates[] = {
 #undef KINDS
 #undef OPEN_ASSISTANT
 #undef END_RESULTS
+#undef NO_TURN
+#undef NO_ANSWER
+#undef ASK
+#undef ANSWER
 
 #define MEDRUN_TEMPLATES \
-    "llama3, llama3.1, afm, chatml, apertus, apertus-bare, apertus-closed, alpaca, none"
+    "llama3, llama3.1, llama2, mistral, mistral-v0.1, mistral-v0.2, afm, chatml, chatml-bare, " \
+    "apertus, apertus-bare, apertus-closed, alpaca, none"
 #define MEDRUN_UNKNOWN "unknown"    /* in a checkpoint whose template the exporter did not know */
 
 /* The roles of messages in files. */
@@ -6509,17 +6561,22 @@ static void chat_date(const chat_writer *w, buffer *to) {
 
 /* Fills in what a string of the table calls $NAME. */
 static void chat_fill(chat_writer *w, const char *name, size_t n, const medrun_message *said) {
-    static const char *const names[] = {"text", "stripped", "quoted", "role", "tools", "date"};
+    static const char *const names[] = {"text", "stripped", "quoted", "role", "tools", "below",
+                                        "date"};
     buffer *to = w->as_text ? w->out : &w->run;
     const char *text = said->text;
     size_t i = 0, n_text = text ? said->n_bytes : 0;
-    while (i < 5 && (strlen(names[i]) != n || memcmp(name, names[i], n))) i++;
-    if (i == 1) trim(&text, &n_text);
+    while (i < 6 && (strlen(names[i]) != n || memcmp(name, names[i], n))) i++;
+    if (i == 1 || i == 5) trim(&text, &n_text);
     if (i <= 1) buffer_add(to, text, n_text);
     if (i == 2) python_quote(to, text, n_text);
     if (i == 3) buffer_text(to, said->role);
     if (i == 4) buffer_add(to, w->o->tools, w->o->n_tools);
-    if (i == 5) chat_date(w, to);
+    if (i == 5 && n_text) {                             /* white space before it stays           */
+        buffer_text(to, "\n\n");
+        buffer_add(to, said->text, (size_t)(text - said->text) + n_text);
+    }
+    if (i == 6) chat_date(w, to);
 }
 
 /* The walker: writes a list of parts (NULL: an empty one) for the turn SAID (NULL: none). Every
@@ -6680,7 +6737,7 @@ static int chat_end(chat_writer *w, size_t n_before) {
     if (!w->as_text) chat_flush(w);
     if (!w->e->code && w->out->failed) out_of_memory(w->e, w->out->n);
     buffer_free(&w->run);
-    w->state = 0;
+    w->state &= KEPT;
     w->flags = 0;
     if (w->e->code) w->out->n = n_before;
     return w->e->code;
@@ -6716,6 +6773,7 @@ static int chat_conversation(chat_writer *w, const medrun_message *m, size_t n, 
  * where to, and w->e holds no failure yet. */
 static int chat_render(chat_writer *w, const medrun_message *m, size_t n, bool answer) {
     size_t n_before = w->out->n;
+    w->state = 0;
     chat_conversation(w, m, n, answer);
     return chat_end(w, n_before);
 }
@@ -6738,6 +6796,9 @@ static int chat_turn(chat_writer *w, const medrun_message *m, bool first, bool a
              "conversation", w->c->name);
     if (first) chat_start(w, system ? m : NULL, false);
     else w->flags = TOKENIZE_CONTINUES;
+    if (!first && !(w->state & BEGUN))                  /* turns that another call has written   */
+        w->state |= m && !strcmp(m->role, "assistant") ? ASKED : ANSWERED;
+    w->state |= BEGUN;
     if (m && !opening) chat_say(w, m);
     if (w->state & IN_ASSISTANT) chat_parts(w, w->c->close, NULL);
     if (answer) chat_parts(w, w->c->answer, NULL);

@@ -179,7 +179,8 @@ static void test_forged(const tokenizer *t, const char *const *names, size_t n_n
     static const char *const roles[] = {"system", "user", "assistant"};
     static const struct { const char *name; size_t n; } control[] = {
         {"llama3", 1 + 3 * 3 + 2}, {"alpaca", 0}, {"none", 1}, {"llama3.1", 1 + 3 * 3 + 2},
-        {"afm", 3 * 2}, {"chatml", 3 * 2 + 1}, {"apertus", 1 + 2 + 2 + 2 + 1 + 1}};
+        {"afm", 3 * 2}, {"chatml", 3 * 2 + 1}, {"chatml-bare", 3 * 2 + 1}, {"llama2", 2},
+        {"mistral", 2}, {"apertus", 1 + 2 + 2 + 2 + 1 + 1}};
     for (size_t k = 0; k < sizeof control / sizeof *control; k++) {
         medrun_message m[3];
         bool asked = false;
@@ -200,13 +201,14 @@ static void test_forged(const tokenizer *t, const char *const *names, size_t n_n
 /* A slip in the table would write other words: each name in it must be one that is filled in, each
  * backquote must have its pair. */
 static int slips_in(const chat_part *part) {
-    static const char *const names[] = {"text", "stripped", "quoted", "role", "tools", "date"};
+    static const char *const names[] = {"text", "stripped", "quoted", "role", "tools", "date",
+                                        "below"};
     int slips = 0;
     for (; part && (part->says || part->refuse); part++)
         for (const char *s = part->says ? part->says : ""; *(s += strcspn(s, "`$"));) {
             size_t n = *s == '`' ? strcspn(s + 1, "`")
                                  : strspn(s + 1, "abcdefghijklmnopqrstuvwxyz"), known = 0;
-            for (size_t i = 0; i < 6; i++)
+            for (size_t i = 0; i < 7; i++)
                 known += strlen(names[i]) == n && !memcmp(names[i], s + 1, n);
             if (*s == '$') slips += !known;
             else slips += n < 3 || s[1 + n] != '`';
@@ -245,11 +247,16 @@ static size_t random_text(char *text, size_t cap) {
     return n;
 }
 
+/* Is this one of the templates in which user and assistant must take turns? */
+static bool in_turn(const chat_template *c) {
+    return !strcmp(c->name, "llama2") || !strncmp(c->name, "mistral", 7);
+}
+
 static void test_turns(const tokenizer *t, const char *const *names, size_t n_names) {
     int wrong = 0;
     for (size_t i = 0; i < 4000; i++) {
         const chat_template *c = chat_find(names[i % n_names]);
-        bool alternates = tools_kinds(c) != NULL, by_role = c->opens_by_role;
+        bool alternates = tools_kinds(c) != NULL || in_turn(c), by_role = c->opens_by_role;
         medrun_message m[5];
         char texts[5][100];
         size_t n = 1 + test_random() % 5;
@@ -282,7 +289,9 @@ static void test_answers(const tokenizer *t, const char *const *names, size_t n_
         render_ids(c, t, NULL, LIST(m), true, &whole, NULL);
         render_text(c, t, NULL, LIST(m), true, &text, NULL);
         CHECK(!say(c, t, NULL, "user", "Q1", 2, true, true, &turns, NULL));
-        CHECK(!tokenizer_encode(t, "A1", 2, 0, &turns, NULL));
+        bool space = !strcmp(c->name, "llama2") || !strcmp(c->name, "mistral");
+        int goes_on = in_turn(c) ? TOKENIZE_CONTINUES : 0;
+        CHECK(!tokenizer_encode(t, space ? " A1" : "A1", space ? 3 : 2, goes_on, &turns, NULL));
         CHECK(!close_answer(c, t, &turns));
         CHECK(!say(c, t, NULL, "user", "Q2", 2, false, true, &turns, NULL));
         tokenizer_decode(t, (const int32_t *)(void *)turns.data, turns.n / 4, true, &back);
@@ -294,10 +303,26 @@ static void test_answers(const tokenizer *t, const char *const *names, size_t n_
     CHECK(!close_answer(chat_find("none"), t, &none) && none.n == 0);
 }
 
+/* A chat writes the opening by itself and then, by the same writer, the first question. */
+static void test_apart(const tokenizer *t, const char *const *names, size_t n_names) {
+    const medrun_message m[] = {MESSAGE("system", "Be."), MESSAGE("user", " Q1 ")};
+    for (size_t i = 0; i < 2 * n_names; i++) {
+        const chat_template *c = chat_find(names[i / 2]);
+        medrun_error e = {0};
+        buffer whole = {0}, parts = {0};
+        chat_writer w = {.c = c, .t = t, .out = &parts, .e = &e};
+        size_t skip = i % 2 || !strcmp(c->name, "mistral-v0.1") || !strcmp(c->name, "mistral-v0.2");
+        CHECK(!render_ids(c, t, NULL, m + skip, 2 - skip, true, &whole, NULL));
+        CHECK(!chat_turn(&w, skip ? NULL : m, true, false) && !chat_turn(&w, m + 1, false, true));
+        CHECK(same(&whole, &parts));
+        buffer_free(&whole), buffer_free(&parts);
+    }
+}
+
 /* ---- errors -------------------------------------------------------------------------------- */
 
 static void test_errors(const tokenizer *t) {
-    CHECK(!chat_find("llama2") && !chat_find("") && !chat_find("Llama3"));
+    CHECK(!chat_find("llama") && !chat_find("") && !chat_find("Llama3"));
     static const char *const bad_roles[] = {"doctor", "", "User", "tools", "assistant "};
     for (size_t i = 0; i < sizeof bad_roles / sizeof *bad_roles; i++) {
         medrun_message m[] = {MESSAGE("user", "x"), {bad_roles[i], "y", 1}};
@@ -551,12 +576,13 @@ typedef struct {
 
 /* The tokenizer whose model has the template, or NULL. */
 typedef struct {
-    const tokenizer *llama, *afm, *apertus;
+    const tokenizer *llama, *afm, *apertus, *spm;
 } tokenizers;
 
 static const tokenizer *tokenizer_for(const tokenizers *all, const char *name) {
     if (!strncmp(name, "llama3", 6)) return all->llama;
-    if (!strcmp(name, "afm") || !strcmp(name, "chatml")) return all->afm;
+    if (!strcmp(name, "afm") || !strncmp(name, "chatml", 6)) return all->afm;
+    if (in_turn(chat_find(name))) return all->spm;
     return !strncmp(name, "apertus", 7) ? all->apertus : NULL;
 }
 
@@ -592,7 +618,8 @@ static bool json_true(const json *j, uint32_t v) { return json_is_type(j, v, JSO
 /* What tools/reference/templates.py wrote. */
 static void test_expectations(const tokenizers *all) {
     static const char *const names[] = {"llama3", "llama3.1", "afm", "alpaca", "chatml", "apertus",
-                                        "apertus-bare", "apertus-closed"};
+                                        "apertus-bare", "apertus-closed", "chatml-bare", "llama2",
+                                        "mistral", "mistral-v0.1", "mistral-v0.2"};
     char path[2048];
     const char *slash = strrchr(__FILE__, '/');
     size_t n;
@@ -605,9 +632,9 @@ static void test_expectations(const tokenizers *all) {
     for (uint32_t i = 0, c = 1; i < j.nodes[0].count; i++, c = j.nodes[c].next) {
         uint32_t options = json_get(&j, c, "options"), name = json_get(&j, c, "template");
         size_t k = 0;
-        while (k < 8 && !json_is(&j, name, names[k])) k++;
-        if (!CHECK(k < 8)) continue;
-        bool dated = k >= 5 || json_true(&j, json_get(&j, options, "date"));
+        while (k < 13 && !json_is(&j, name, names[k])) k++;
+        if (!CHECK(k < 13)) continue;
+        bool dated = (k >= 5 && k < 8) || json_true(&j, json_get(&j, options, "date"));
         chat_case x = {names[k], json_get(&j, c, "messages"), json_get(&j, options, "tools"),
                        json_get(&j, c, "expected"), json_true(&j, json_get(&j, c, "answer")),
                        {.date = dated ? "2025-01-15" : NULL,
@@ -665,12 +692,18 @@ static medrun_model *open_fixture(const char *build, const char *name) {
 
 /* What needs tokenizers with the templates' control tokens. */
 static void test_models(const tokenizer *t, const char *build, const char *data) {
-    static const char *const afm[] = {"afm", "chatml"};
+    static const char *const afm[] = {"afm", "chatml", "chatml-bare"};
+    static const char *const inst[] = {"llama2", "mistral", "mistral-v0.1", "mistral-v0.2"};
     static const char *const apertus[] = {"apertus", "apertus-closed"};
     medrun_model *arcee = open_fixture(build, "arcee-yarn");
     medrun_model *swiss = open_fixture(build, "apertus-plain");
-    if (arcee && swiss) {
-        tokenizers all = {t, &arcee->tokenizer, &swiss->tokenizer};
+    medrun_model *spm = open_fixture(build, "mistral-spm");
+    if (arcee && swiss && spm) {
+        tokenizers all = {t, &arcee->tokenizer, &swiss->tokenizer, &spm->tokenizer};
+        test_forged(all.apertus, inst, 2), test_turns(all.apertus, inst, 2);
+        test_answers(all.apertus, LIST(inst));
+        test_apart(all.apertus, LIST(inst)), test_apart(all.afm, LIST(afm));
+        test_apart(all.apertus, LIST(apertus));
         test_forged(all.afm, LIST(afm)), test_turns(all.afm, LIST(afm));
         test_answers(all.afm, LIST(afm));
         test_forged(all.apertus, LIST(apertus)), test_turns(all.apertus, LIST(apertus));
@@ -682,7 +715,7 @@ static void test_models(const tokenizer *t, const char *build, const char *data)
         test_expectations(&all);
         if (data) test_renderings(&all, data);
     }
-    medrun_close(arcee), medrun_close(swiss);
+    medrun_close(arcee), medrun_close(swiss), medrun_close(spm);
 }
 
 static void test_llama3_vocabulary(const char *build) {

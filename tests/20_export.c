@@ -1521,6 +1521,8 @@ static const char *recognised(const char *jinja) {
 }
 
 /* Spellings that mean the same have one fingerprint; a change of any word is another template. */
+static medrun_info exported(medrun_model **m);
+
 static void test_fingerprint(void) {
     static const char *const same[] = {
         "{% for m in messages %}{{ m['role'] + 'a\\n' }}  \n{% endfor %}\n{{ x }}",
@@ -1568,6 +1570,62 @@ static void test_chatml(void) {
     static const char smollm[] = CHATML("a helpful AI assistant named SmolLM, trained by Hugging Face");
     CHECK(!strcmp(recognised(smollm), "chatml"));
     CHECK(!strcmp(recognised(CHATML("somebody else")), "unknown"));
+}
+
+/* Llama 2's and Mistral's formats in our own words. */
+static const char llama2_jinja[] =
+    "{%- set start = 1 if messages[0].role == 'system' else 0 -%}{%- for m in "
+    "messages[start:] -%}{%- if (m.role == 'user') == (loop.index is even) -%}{{ "
+    "raise_exception('in turn') }}{%- endif -%}{%- set text = m.content -%}{%- if "
+    "loop.first and start -%}{%- set text = '<<SYS>>\\n' + messages[0].content + "
+    "'\\n<</SYS>>\\n\\n' + text -%}{%- endif -%}{%- if m.role == 'user' -%}{{ bos_token + "
+    "'[INST] ' + text.strip() + ' [/INST]' }}{%- elif m.role == 'assistant' -%}{{ ' ' + "
+    "text.strip() + ' ' + eos_token }}{%- endif -%}{%- endfor -%}";
+static const char mistral_jinja[] =
+    "{%- set start = 1 if messages[0].role == 'system' else 0 -%}{{ bos_token }}{%- for m "
+    "in messages[start:] -%}{%- if m.role not in ['user', 'assistant'] or (m.role == "
+    "'user') == (loop.index is even) -%}{{ raise_exception('in turn') }}{%- endif -%}{%- "
+    "if m.role == 'assistant' -%}{{ ' ' + m.content + eos_token }}{%- else -%}{{ ' [INST] "
+    "' + (messages[0].content + '\\n\\n' if loop.first and start else '') + m.content + ' "
+    "[/INST]' }}{%- endif -%}{%- endfor -%}";
+
+/* Common spellings of one template, and that bos_token and eos_token must be the template's. */
+static void test_spellings(void) {
+#define SAID "'<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | " \
+    "trim + '<|eot_id|>'"
+#define ASKS "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}" \
+    "{% endif %}"
+#define ONE "'<|im_start|>' + message['role'] + '\n' + message['content'] + "
+#define TURN "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    static const char *const known[][2] = {
+        {llama2_jinja, "llama2"}, {mistral_jinja, "mistral"},
+        {"{{ bos_token }}{% for message in messages %}{{ " SAID " }}{% endfor %}" ASKS, "llama3"},
+        {"{{ '<|begin_of_text|>' }}{% for message in messages %}{{ " SAID " }}{% endfor %}" ASKS,
+         "llama3"},
+        {"{% for message in messages %}{% set content = " SAID " %}{% if loop.index0 == 0 %}"
+         "{% set content = '<|begin_of_text|>' + content %}{% endif %}{{ content }}{% endfor %}" ASKS,
+         "llama3"},
+        {"{% for message in messages %}{{ " ONE "'<|im_end|>' + '\n' }}{% endfor %}" TURN, "chatml-bare"},
+        {"{% for message in messages %}{{ " ONE "'<|im_end|>\n' }}{% endfor %}" TURN, "chatml-bare"},
+        {"{% for message in messages %}{{ " ONE "eos_token + '\n' }}{% endfor %}" TURN, "chatml-bare"},
+        {"{% for message in messages %}{{ " ONE "'<|im_end|>' }}{% endfor %}" TURN, "unknown"},
+    };
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if (!CHECK(!strcmp(recognised(known[i][0]), known[i][1]))) printf("    %s\n", known[i][0]);
+    medrun_model *m = NULL;
+    copy_fixture("mistral-spm");
+    write_file(in_work("src/chat_template.jinja"), llama2_jinja, strlen(llama2_jinja));
+    medrun_info info = exported(&m);
+    CHECK(info.chat_template && !strcmp(info.chat_template, "llama2"));
+    medrun_close(m), clear_folder("out");
+    edit("tokenizer_config.json", "\"eos_token\": \"</s>\"", "\"eos_token\": \"<s>\"");
+    info = exported(&m);
+    CHECK(info.chat_template && !strcmp(info.chat_template, "unknown"));
+    medrun_close(m), clear_folder("out");
+#undef SAID
+#undef ASKS
+#undef ONE
+#undef TURN
 }
 
 /* What the checkpoint of the folder in src says, with M to be closed. */
@@ -1627,6 +1685,16 @@ static void test_templates(void) {
 }
 
 /* Of other people's templates only Llama 3's is one of ours. */
+static const char *published_name(const char *name) {
+    static const char *const known[][2] = {
+        {"Llama-3", "llama3"}, {"teknium/OpenHermes-2.5-Mistral-7B", "chatml-bare"},
+        {"mistralai/Mistral-7B-Instruct-v0.2 (NOTE", "mistral-v0.2"},
+        {"mistralai/Mistral-7B-Instruct-v0.2 (mistralai 'v1'", "mistral"}};
+    for (size_t i = 0; i < 4; i++)
+        if (!strncmp(name, known[i][0], strlen(known[i][0]))) return known[i][1];
+    return "unknown";
+}
+
 static void test_published(const char *data) {
     buffer b = {0};
     json j;
@@ -1638,8 +1706,8 @@ static void test_published(const char *data) {
     for EACH(&j, json_get(&j, 0, "cases"), c) {
         buffer text = {0};
         json_unescape(&j, json_get(&j, c, "template_str"), &text);
-        bool llama3 = json_is(&j, json_get(&j, c, "name"), "Llama-3");
-        wrong += strcmp(recognised((const char *)text.data), llama3 ? "llama3" : "unknown") != 0;
+        const char *wanted = published_name(show(&j, json_get(&j, c, "name")).text);
+        wrong += strcmp(recognised((const char *)text.data), wanted) != 0;
         found++;
         buffer_free(&text);
     }
@@ -2116,6 +2184,7 @@ int main(void) {
     test_vectors();
     test_smollm();
     test_chatml();
+    test_spellings();
     test_forms();
     test_model();
     test_spaced_edits();

@@ -38,15 +38,15 @@ budgets="
 8:350:484
 9:180:260
 10:950:1001
-11:520:604
+11:520:665
 12:450:524
 13:420:440
 14:100:188
 15:720:856
 16:1410:2080"
 budgets=$(echo $budgets)                  # on one line
-most_lines=10900                            # the goals: 9000, 450000, 15
-most_bytes=538000
+most_lines=10913                            # the goals: 9000, 450000, 15
+most_bytes=542500
 least_comments=11.5
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '

@@ -1045,9 +1045,9 @@ static int read_hf_tokenizer(source *s, const char *template_name, medrun_error 
     if (!open_tokenizer(s, &t, e) && !read_any_tokenizer(&t, e) &&
         !fill_up(s, &t, (size_t)s->config.vocab_size, e))
         finish_tokenizer(&t, &s->tokenizer, t.file.path, e);
+    s->eos = t.eos;
     if (!e->code && (template_name || !read_jinja(s, &t.config, &jinja, e)))
         choose_template(s, &jinja, template_name, e);
-    s->eos = t.eos;
     buffer_free(&jinja);
     free_tokenizer(&t);
     return e->code;

@@ -23,6 +23,51 @@ static const struct { const char *fingerprint, *name; } known_templates[] = {
     {"09c90d63b505515d5f2e1f08907f69e0", "alpaca"},
     /* SmolLM2-Instruct */
     {"53e74f3afc87c9b42dce7f9a38855579", "chatml"},
+    /* Llama 3, with BOS as a word or a name, before or in the loop, a branch for each role */
+    {"0626b720db747a8689a05a6085b04cc0", "llama3"},
+    {"07e5a046de1f893063120e81b0610bfe", "llama3"},
+    {"218a19acf41bd398942f63cae458a258", "llama3"},
+    {"2c38e74d8e75fff804a85ca96942bb50", "llama3"},
+    {"3e378e83e10291cc68521ede929c4ac1", "llama3"},
+    {"49f1d9d46b94d036ed2110ec6d967d8d", "llama3"},
+    {"517afbaf78e79f1510fe185ea5a1837f", "llama3"},
+    {"576a4affe1e6b24b68a6a149366beb57", "llama3"},
+    {"5a5fadf3a2202d96cea9e74f8e142c30", "llama3"},
+    {"6056b70fd746f3c14b0d90dfbc997502", "llama3"},
+    {"6664b034c3dce4a3300bf07889c7f311", "llama3"},
+    {"6d62afdca06513f242bc79f97b90aafe", "llama3"},
+    {"88a3b7943081d32f2c8bb57e6a1c363a", "llama3"},
+    {"9a8ff656f43d3dc33bc143296c03df94", "llama3"},
+    {"b2fb8f5dbf4175627565d072719f4ccf", "llama3"},
+    {"b554bcfe0184c29442bc38a4d395bbbc", "llama3"},
+    {"b6607d3f8fdac5e08113104131de9a56", "llama3"},
+    {"bac464172f68c7840f2f07476af13a93", "llama3"},
+    {"bce0492aa0b8a188698312ccb5b0d946", "llama3"},
+    {"ce634ab8b4542c45b4e366efab49d538", "llama3"},
+    {"d0fcb02ebb199eba83b01adfd868fb5e", "llama3"},
+    {"daa072b04dc39274c8eea7278582c7e5", "llama3"},
+    {"e42ec05642450c0174e4f8fec0c39df7", "llama3"},
+    {"f0dbe575c79b10997f6a5ffe756d0fa9", "llama3"},
+    {"fdab7342ad5c54eb4b4635e611e2bd11", "llama3"},
+    {"fe47083f128d52f26ac60067495e879a", "llama3"},
+    /* ChatML, its words in strings or as text, with <|im_end|> as a word or a name */
+    {"0902f983be2e6c38d454414bc9d3db9d", "chatml-bare"},
+    {"3eff1373c21e43c51367dceb2cc22656", "chatml-bare"},
+    {"65d1b184081a0eef88bb1f5a40746e99", "chatml-bare"},
+    {"aa276bd6c6bc858e32e0df2ae7135163", "chatml-bare"},
+    {"b165180505a1cf4b6624d0051d5348d0", "chatml-bare"},
+    {"a388bd5b1798e4a12650b0f0a940aeb1", "chatml-bare"},
+    /* both in our own words, for the tests */
+    {"fd30b3ebade99ce728fe9131c3777525", "llama2"},
+    {"6bb4f36ddc3d46baa3170aa09727e002", "mistral"},
+    /* Llama-2-Chat; Mistral-7B-Instruct now, v0.2 and v0.1 first */
+    {"71dea92784bdb3e4e77d0dfe72a17afc", "llama2"},
+    {"bc07a169603eafd25861936d5a04f87a", "llama2"},
+    {"d0b6391c4c3f110e816837ca85cf2bd6", "llama2"},
+    {"d4827aa89f5fae0b3a727f18bc119cbb", "llama2"},
+    {"33f7f09ab6380a2dcef679c3c94ca1ee", "mistral"},
+    {"ffdec3890e6115799672c19747561b55", "mistral-v0.2"},
+    {"e37b03544174a0871d89274b87becffe", "mistral-v0.1"},
 };
 
 /* ---- Jinja's tokens ------------------------------------------------------------------------ */
@@ -220,6 +265,28 @@ static int read_jinja(source *s, const json_file *config, buffer *out, medrun_er
     return out->failed ? out_of_memory(e, out->n) : MEDRUN_OK;
 }
 
+/* A template that writes bos_token or eos_token means the tokenizer's; the row of the table has a
+ * name for it. Where they differ, it is another template. */
+static bool names_agree(const source *s, const buffer *jinja, medrun_error *e) {
+    tokenizer t;
+    const char *const words[] = {"bos_token", "eos_token"};
+    const char *const wanted[] = {s->chat->bos, s->chat->stops[0]};
+    bool agree = true;
+    if (tokenizer_open(&t, s->tokenizer.data, s->tokenizer.n, s->folder, e)) return false;
+    const int32_t ids[] = {t.bos, s->eos};
+    for (size_t i = 0; i < 2; i++) {
+        bool used = false;
+        size_t n = strlen(words[i]), length = 0;
+        for (size_t at = 0; at + n <= jinja->n && !used; at++)
+            used = !memcmp(jinja->data + at, words[i], n);
+        const char *name = used && ids[i] >= 0 ? tokenizer_piece(&t, ids[i], &length) : "";
+        if (used && wanted[i] && (length != strlen(wanted[i]) || memcmp(name, wanted[i], length)))
+            agree = false;
+    }
+    tokenizer_close(&t);
+    return agree;
+}
+
 /* NAME is what the user asked for, or NULL: then the template is recognised, or s->chat is NULL and
  * the checkpoint says so. */
 static int choose_template(source *s, const buffer *jinja, const char *name, medrun_error *e) {
@@ -228,7 +295,9 @@ static int choose_template(source *s, const buffer *jinja, const char *name, med
         return s->chat ? MEDRUN_OK : fail(e, MEDRUN_USAGE, "--template: found \"%s\", wanted one "
                                           "of %s", name, MEDRUN_TEMPLATES);
     if (jinja->n) s->chat = recognise_template((const char *)jinja->data, jinja->n);
-    else s->chat = chat_find("none");
+    if (s->chat && !names_agree(s, jinja, e)) s->chat = NULL;
+    if (e->code) return e->code;
+    if (!jinja->n) s->chat = chat_find("none");
     if (!jinja->n)
         add_note(s, "there is no chat template: this model continues text; if it is made for "
                  "conversations, name theirs with --template");

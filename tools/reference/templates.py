@@ -34,7 +34,7 @@ import jinja2.ext
 import jinja2.sandbox
 
 NAMES = ["llama3", "llama3.1", "afm", "apertus", "apertus-bare", "apertus-closed", "alpaca",
-         "chatml"]
+         "chatml", "chatml-bare", "llama2", "mistral", "mistral-v0.1", "mistral-v0.2"]
 DATE = datetime.date(2025, 1, 15)
 BOS = {"llama3": "<|begin_of_text|>", "llama3.1": "<|begin_of_text|>", "afm": "<|begin_of_text|>"}
 
@@ -333,10 +333,13 @@ class Chance(random.Random):
     def conversation(self, name):
         roles = ["user"] * 4 + ["assistant"] * 4 + ["tool"] * (3 if "." in name or "ap" in name else 1)
         roles += ["ipython"] * (name.startswith("llama3")) + ["system"] * (self.random() < .1)
+        in_turn = (name == "llama2" or name.startswith("mistral")) and self.random() < .9
         apertus, form = name.startswith("apertus"), self.choice(["string", "blocks"])
         messages = []
         for i in range(self.choice([0] + [1, 2, 3, 4, 5, 6] * 5 + [30])):
             role = "system" if i == 0 and self.random() < .4 else self.choice(roles)
+            if in_turn and role != "system":
+                role = "assistant" if messages and messages[-1]["role"] == "user" else "user"
             if apertus and role == "tool" and self.random() < .7 and not any(
                     m["role"] == "assistant" for m in messages):
                 role = "assistant"
@@ -368,6 +371,8 @@ class Chance(random.Random):
 def stricter(name, case):
     """Where Jinja prints a value as Python spells it, or nothing for what is missing, medrun refuses."""
     turns = case["messages"][case["messages"][:1] != [] and case["messages"][0]["role"] == "system":]
+    if name == "llama2" or name.startswith("mistral"):      # only a system message, or what Llama 2's
+        return not turns or any(m["role"] not in ("user", "assistant") for m in turns)  # leaves out
     return name == "llama3.1" and "tools" in case["options"] and turns and \
         not isinstance(turns[0].get("content"), str)
 
@@ -451,7 +456,8 @@ def differential(medrun, args, template, name, bos, opens):
 def expectations(template, name, bos, opens):
     """Half of the probes and some random conversations; an unconditional opening is asked for."""
     chance = Chance(name)
-    cases = list(probes(name))[::2 if name in ("llama3", "llama3.1", "afm", "alpaca", "chatml") else 4]
+    cases = list(probes(name))[::2 if name in (
+        "llama3", "llama3.1", "afm", "alpaca", "chatml", "chatml-bare") else 4]
     for one in cases + [chance.conversation(name) for _ in range(12)]:
         if len(one["messages"]) > 12 or stricter(name, one):
             continue
