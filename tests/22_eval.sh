@@ -110,6 +110,18 @@ if command -v parallel >/dev/null && parallel --version 2>/dev/null | grep -q '^
     code 0 --merge "$T"/p?.jsonl -o "$T/par.jsonl"; same "$T/plain.jsonl" "$T/par.jsonl"
 else skip 'no GNU parallel'; fi
 
+# ---- what a run leaves: files for their owner, and none without a result ----
+mode() { ls -l "$1" | head -c 10; }
+(umask 022; exec "$eval" "$other" generic "$data/generic.jsonl" --limit 2 -q -o "$T/mine.jsonl" --html "$T/mine.html") >"$T/out" 2>&1
+(umask 022; exec "$eval" --merge "$T/mine.jsonl" -o "$T/both.jsonl") >"$T/out" 2>&1
+for f in mine.jsonl mine.html both.jsonl; do
+    check "$f is for its owner: $(mode "$T/$f")" [ "$(mode "$T/$f")" = '-rw-------' ]
+done
+code 5 "$other" generic "$data/generic.jsonl" -c 9 -q -o "$T/empty.jsonl"
+check 'no result, no file' [ ! -e "$T/empty.jsonl" ]
+code 5 "$other" generic "$data/generic.jsonl" -c 9 -q -o "$T/empty.jsonl" --resume
+check 'nor with --resume' [ ! -e "$T/empty.jsonl" ]
+
 # ---- what does not belong together ----
 code 0 "$other" medqa "$data/medqa.jsonl" --shard 2/3 -q -o "$T/other.jsonl"
 rm "$T"/s?.jsonl

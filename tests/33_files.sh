@@ -11,6 +11,7 @@ model=$PWD/$2/llama-tied-int8.mdr fixtures=$PWD/tests/fixtures
 # with code 1, one line on stderr and its words in it, or that left something behind.
 cat >"$T/disk.sh" <<'EOS'
 bin=$1 model=$2 fixtures=$3 T=$4
+echo '{"question":"What?","choices":["a","b"],"answer":0}' >"$T/asked.jsonl"
 fails() {
     words=$1; shift
     "$@" >/dev/null 2>"$T/err"; rc=$?
@@ -23,6 +24,8 @@ fail_all() {
     fails "$1" "$bin/medrun" logits "$model" --ids '1 2 3 4 5 6 7 8 9' --all -o "$T/disk/logits"
     fails "$1" "$bin/medrun-lab" record "$model" "$T/disk/record" -p hello -n 1 -q
     fails "$1" "$bin/medrun" run "$model" -p hello -n 1 -q --save-prefix "$T/disk/prefix"
+    fails "$1" "$bin/medrun-eval" "$model" generic "$T/asked.jsonl" -q -o "$T/disk/v.jsonl" --html "$T/disk/h.html"
+    fails "$1" "$bin/medrun-eval" "$model" generic "$T/asked.jsonl" -q --html "$T/disk/h.html"
     fails "$2" "$bin/medrun-export" "$fixtures/llama-tied" "$T/disk/out.mdr"
     fails "$2" "$bin/medrun-export" --tokenizer-only "$fixtures/llama-tied" "$T/disk/out.bin"
 }
@@ -36,7 +39,7 @@ EOS
 mkdir "$T/disk"
 unshare -rm sh "$T/disk.sh" "$bin" "$model" "$fixtures" "$T" >"$T/out" 2>/dev/null; rc=$?
 if [ -e "$T/tried" ]; then
-    check "ten programs tried: $(wc -l <"$T/tried"), exit $rc" [ "$(wc -l <"$T/tried")" = 10 ]
+    check "fourteen programs tried: $(wc -l <"$T/tried"), exit $rc" [ "$(wc -l <"$T/tried")" = 14 ]
     check "$(cat "$T/out")" [ ! -s "$T/out" ]
 else skip 'full and read-only disks: this user cannot mount one'; fi
 

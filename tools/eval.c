@@ -91,6 +91,8 @@ typedef struct {
     size_t drawn_at;                            /* the next number of done that is worth a line */
     buffer header, lines;                       /* of the results                              */
     int fd;                                     /* of the result file, or -1                   */
+    bool fresh;                                 /* it was empty or not there                   */
+    size_t n_kept;                              /* lines that this process added to it         */
 } evaluation;
 
 static volatile sig_atomic_t interrupted;
@@ -781,7 +783,8 @@ static int add_result(evaluation *v, size_t at, const slot *s, medrun_error *e) 
     if (s) v->n_scored++, v->n_right += prediction(v, s) == v->data.q[at].answer;
     if (s) v->chance += 1 / (double)v->data.q[at].n_choices;
     buffer_free(&v->prompts[at].ids);
-    return append_results(v, v->lines.data + before, v->lines.n - before, e);
+    if (!append_results(v, v->lines.data + before, v->lines.n - before, e)) v->n_kept++;
+    return e->code;
 }
 
 /* Says in which field two header lines differ. FOUND is that of PATH. */
@@ -842,6 +845,7 @@ static int resume_results(evaluation *v, buffer *text, medrun_error *e) {
     while (text->n && p[text->n - 1] != '\n') text->n--;
     if (set_length(v->fd, text->n) || lseek(v->fd, 0, SEEK_END) < 0)
         return fail(e, MEDRUN_FAILED, "%s: %s", v->o.out, strerror(errno));
+    if (!text->n) v->fresh = true;
     if (!text->n) return append_results(v, v->header.data, v->header.n, e);
     const char *head = memchr(p, '\n', text->n), *end = p + text->n;
     if (compare_headers(v->o.out, p, (size_t)(head + 1 - p), text_of(&v->header), v->header.n, e))
@@ -863,6 +867,19 @@ static int resume_results(evaluation *v, buffer *text, medrun_error *e) {
     }
     buffer_add(&v->lines, head + 1, (size_t)(end - head - 1));
     return e->code;
+}
+
+/* Is what stands at the path still the file that is open? Another process may have renamed it, or
+ * put its own there, before this one had the lock. */
+static bool is_in_place(const evaluation *v) {
+    file_facts mine, there;
+    return !get_facts(NULL, v->fd, &mine) && !get_facts(v->o.out, -1, &there) &&
+           mine.device == there.device && mine.inode == there.inode;
+}
+
+/* A run that ended before its first result, such as on a full disk, leaves no file. */
+static void drop_empty_results(const evaluation *v) {
+    if (v->fd >= 0 && v->fresh && !v->n_kept && is_in_place(v)) remove_file(v->o.out);
 }
 
 /* Reads the result file that --resume goes on with; one that is none is not read on. */
@@ -891,6 +908,9 @@ static int open_results(evaluation *v, medrun_error *e) {
         return fail(e, MEDRUN_FAILED, "%s: cannot open: %s", v->o.out, strerror(errno));
     if (lock_file(v->fd))
         return fail(e, MEDRUN_FAILED, "%s: another process is writing it", v->o.out);
+    if (!is_in_place(v))
+        return fail(e, MEDRUN_FAILED, "%s: another process put a new file there; try again",
+                    v->o.out);
     if (f.bytes && !v->o.resume)
         return fail(e, MEDRUN_USAGE, "%s: is there already; --resume goes on with it", v->o.out);
     if (f.bytes > MOST_RESULTS)
@@ -1833,6 +1853,7 @@ static void close_evaluation(evaluation *v) {
     free(v->done);
     buffer_free(&v->header);
     buffer_free(&v->lines);
+    drop_empty_results(v);
     if (v->fd >= 0) close(v->fd);
     free_data(&v->data);
     free_data(&v->shots);
@@ -1849,6 +1870,7 @@ static int eval_main(int argc, char **argv) {
     tool_line line = {eval_table, N_EVAL_OPTIONS, &v.o, words, 0, MOST_WORDS};
     if (!(argv = start_program(&argc, argv))) return MEDRUN_FAILED;
     expect_lost_files("medrun-eval");
+    umask(077);                         /* results and pages hold the questions                  */
     on_signal(SIGINT, on_interrupt), on_signal(SIGTERM, on_interrupt);
     parse_options(&line, argc, argv, &e);
     if (!e.code && v.o.help) print_eval_help(&line);

@@ -13,7 +13,7 @@ static void add_html(buffer *b, const char *text, const char *line_end) {
     }
 }
 
-static const file_kind page_kind = {"a page of medrun-eval", "<!-- medrun -->", false};
+static const file_kind page_kind = {"a page of medrun-eval", "<!-- medrun -->", true};
 
 /* TEXT made for a terminal, such as a title, as HTML. */
 static void add_html_of(buffer *b, const buffer *text) { add_html(b, text_of(text), "<br>"); }
