@@ -6867,8 +6867,7 @@ typedef struct {
     float rope_divisors[MAX_HEAD_DIM / 2];      /* divisors: (head_dim / 2)                     */
 } model_config;
 
-/* A layer: attention, then feed-forward. A matrix lies in panels (section 5), its rows are outputs.
- * */
+/* A layer: attention, then feed-forward. Matrices lie in panels (section 5), rows are outputs. */
 typedef struct {
     const float *attn_norm, *ffn_norm;          /* (hidden_size)                                */
     const float *q_norm, *k_norm;               /* (head_dim), only with qk_norm                */
@@ -8251,8 +8250,7 @@ size_t medrun_pending(const medrun_session *s) { return s->n_tokens - s->n_done;
 size_t medrun_length(const medrun_session *s) { return s->n_tokens; }
 const int32_t *medrun_tokens(const medrun_session *s) { return s->tokens; }
 
-/* Rows are counted from the end, because the newest is what callers want; `output` stores them so.
- * */
+/* Rows count from the end, because callers want the newest; `output` stores them so. */
 const float *medrun_logits(const medrun_session *s, size_t row) {
     if (medrun_pending(s) || row >= s->n_logits) return NULL;
     return s->logits + row * s->pass.vocab;
@@ -8272,8 +8270,7 @@ bool medrun_is_stop(const medrun_model *m, int32_t id) {
     return false;
 }
 
-/* A template that the caller names, in place of an unknown one, brings the ids that end an answer.
- * */
+/* A template that the caller names in place of an unknown one brings its own stop ids. */
 static void add_stops(medrun_model *m, const chat_template *c) {
     for (size_t i = 0; i < sizeof c->stops / sizeof *c->stops; i++) {
         int32_t id = chat_token(&m->tokenizer, c->stops[i]);
@@ -9459,7 +9456,6 @@ static int choose_context(const command *c) {
 
 /* Starts the session, and prints what it computes with. */
 static int start_session(command *c) {
-    medrun_session_options o;
     if (c->e.code) return c->e.code;
     int context = choose_context(c);
     const char *plain = plain_only();
@@ -9468,7 +9464,7 @@ static int start_session(command *c) {
          kv_names[cache_type(c)], flag(c, O_STRICT) ? ", strict" : "",
          plain ? "; " : "", plain ? plain : "");
     choose_sampling(c);
-    o = session_options(c, context);
+    medrun_session_options o = session_options(c, context);
     return medrun_start(&c->s, c->m, &o, NULL, 0, &c->e);
 }
 
@@ -10365,6 +10361,7 @@ typedef struct {
     bool show;
 } hash_job;
 
+/* Hashes some of the parts. The first thread shows how far all threads are. */
 static void hash_task(void *context, size_t begin, size_t end, int thread) {
     hash_job *j = context;
     for (hashed *h = j->all + begin; h < j->all + end; h++) {

@@ -47,8 +47,7 @@ static int write_record(command *c, const char *path) {
                   "\"--strict\": \"%d\", \"--kv\": \"%s\", \"--ctx\": \"%zu\", \"--seed\": "
                   "\"%llu\",\n  \"--temp\": \"%.9g\", \"--top-k\": \"%d\", \"--top-p\": \"%.9g\", "
                   "\"--min-p\": \"%.9g\", \"--repeat-penalty\": \"%.9g\"},\n", hash,
-                  c->m->kernels->name,
-                  flag(c, O_STRICT), kv_names[cache_type(c)], context_of(c),
+                  c->m->kernels->name, flag(c, O_STRICT), kv_names[cache_type(c)], context_of(c),
                   (unsigned long long)s->seed, (double)s->temperature, s->top_k, (double)s->top_p,
                   (double)s->min_p, (double)s->repeat_penalty);
     if (c->chat_options.date) buffer_printf(b, " \"date\": \"%s\",\n", c->chat_options.date);
@@ -239,11 +238,11 @@ static double time_tokens(command *c, int n, int each) {
 
 /* Brings the session to DEPTH tokens, all of them processed. */
 static int go_to_depth(command *c, int depth) {
-    int have = (int)medrun_length(c->s), code = MEDRUN_OK;
+    int have = (int)medrun_length(c->s);
     medrun_rewind(c->s, (size_t)(have < depth ? have : depth), NULL);
     if (have < depth && time_tokens(c, depth - have, depth - have) < 0) return c->e.code;
-    while (!code && medrun_pending(c->s)) code = medrun_step(&c->s, 1, &c->e);
-    return code;
+    while (!c->e.code && medrun_pending(c->s)) medrun_step(&c->s, 1, &c->e);
+    return c->e.code;
 }
 
 typedef struct {
@@ -313,8 +312,8 @@ static void print_bench(command *c, const bench_row *row, int repeats) {
  * token costs two operations a weight; a generated one reads each weight but the embedding once,
  * and the cache of the tokens before it that --depth asked for. */
 static int bench_command(command *c) {
-    int code = open_model(c), repeats = whole(c, L_REPETITIONS);
-    if (code) return code;
+    int repeats = whole(c, L_REPETITIONS);
+    if (open_model(c)) return c->e.code;
     const medrun_model *m = c->m;
     const model_config *k = &m->config;
     bench_row row[2] = {{.name = "pp", .n = whole(c, L_PROMPT)},
@@ -325,7 +324,7 @@ static int bench_command(command *c) {
         return fail(&c->e, MEDRUN_TOO_LONG, "bench: %d tokens > context %d, the model's", longest,
                     k->max_positions);
     medrun_session_options o = session_options(c, longest);
-    if ((code = medrun_start(&c->s, m, &o, NULL, 0, &c->e))) return code;
+    if (medrun_start(&c->s, m, &o, NULL, 0, &c->e)) return c->e.code;
     engine g = {.k = m->kernels, .strict = flag(c, O_STRICT)};
     ceiling top = {.m = m, .data = m->embed.data, .kind = pack_kind(&g, m->type),
                    .n = (size_t)(m->file.map.data + m->file.map.n - m->embed.data)};
@@ -339,7 +338,7 @@ static int bench_command(command *c) {
         for (int i = 0; i < 2; i++) {
             double rate = i ? read_rate(&top) : peak_rate(&top);
             if (rate > row[i].ceiling) row[i].ceiling = rate;
-            if ((code = go_to_depth(c, depth))) return code;
+            if (go_to_depth(c, depth)) return c->e.code;
             medrun_observe(c->s, time_attention, &row[i]);
             double passed = time_tokens(c, row[i].n, i ? 1 : row[i].n);
             medrun_observe(c->s, NULL, NULL);
@@ -408,8 +407,8 @@ static int doctor_command(command *c) {
         {"int8", TYPE_INT8}, {"int4", TYPE_INT4}, {"bf16, strict", TYPE_BF16}};
     const kernel_set *sets[N_KERNEL_SETS], *chosen;
     uint64_t total, available;
-    int n = usable_kernels(sets), code = choose_kernels(&chosen, getenv("MEDRUN_KERNELS"), &c->e);
-    if (code) return code;
+    int n = usable_kernels(sets);
+    if (choose_kernels(&chosen, getenv("MEDRUN_KERNELS"), &c->e)) return c->e.code;
     bool of_group = memory_size(&total, &available), less = default_threads() < processors();
     printf("processors %d%s\n", default_threads(), less ? " (the control group's quota)" : "");
     printf("memory     %.1f MB%s, %.1f MB are free\n", mb(total),
@@ -424,10 +423,10 @@ static int doctor_command(command *c) {
         bool same = !memcmp((void *)found, (void *)wanted, sizeof found);
         printf("self-test  %s, %s: %s\n", k->name, checks[i % 3].name,
                same ? "as scalar" : "DIFFERS from scalar");
-        if (!same) code = MEDRUN_DIFFERS;
+        if (!same) quit(c, MEDRUN_DIFFERS);
     }
     list_opencl();
-    return code;
+    return c->e.code;
 }
 
 /* ---- call ---------------------------------------------------------------------------------- */
