@@ -1125,6 +1125,7 @@ typedef struct {
     bool failed;
 } buffer;
 
+/* Makes room for MORE bytes and a NUL. Doubling keeps the cost of many small additions small. */
 static bool buffer_room(buffer *b, size_t more) {
     if (b->failed || more > SIZE_MAX / 4 - b->n) return b->failed = true, false;
     if (b->n + more + 1 <= b->cap) return true;
@@ -1179,6 +1180,7 @@ static const uint8_t *read_bytes(reader *r, size_t n) {
     return r->data + r->at - n;
 }
 
+/* A number of N bytes, the lowest first. */
 static uint64_t read_le(reader *r, size_t n) {
     const uint8_t *p = read_bytes(r, n);
     uint64_t v = 0;
@@ -1223,6 +1225,7 @@ typedef struct {
     uint8_t block[64];
 } sha256;
 
+/* Works one block of 64 bytes into the state H. */
 static void sha256_block(uint32_t h[8], const uint8_t *p) {
     static const uint32_t k[64] = {
         0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4,
@@ -6848,7 +6851,8 @@ enum { N_ARCHITECTURES = 4, MAX_HEAD_DIM = 1024 };
 static const char *const architecture_names[N_ARCHITECTURES] = {"llama", "mistral", "arcee",
                                                                "apertus"};
 
-/* The numbers of a model, as its header has them. Hugging Face's config.json has most of them under
+/* The numbers of a model, as its header has them. One kind of struct serves all architectures, so
+ * what one of them lacks is 0 or false there. Hugging Face's config.json has most of them under
  * other names; medrun-export translates. A key-value head serves n_heads / n_kv_heads heads. */
 typedef struct {
     int vocab_size, hidden_size, n_layers, n_heads, n_kv_heads, head_dim, ffn_size;
@@ -7150,9 +7154,8 @@ static void bind(binder *b, const char *name, int rows, int cols, void *to, medr
     char wanted[64], found[64], found_type[16];
     uint8_t digest[32];
     size_t bytes = 0;
-    int matrix_type = b->layer < 0 ? rows_type(b->m->type) : b->m->type;
-    tensor t = {.type = rows ? matrix_type : TYPE_F32, .rows = rows ? (size_t)rows : 1,
-                .cols = (size_t)cols};
+    tensor t = {.type = !rows ? TYPE_F32 : b->layer < 0 ? rows_type(b->m->type) : b->m->type,
+                .rows = rows ? (size_t)rows : 1, .cols = (size_t)cols};
     uint64_t all = tensor_bytes(t.type, t.rows, t.cols);
     if (e->code) return;
     if (b->layer < 0) snprintf(wanted, sizeof wanted, "%s", name);
@@ -7812,9 +7815,9 @@ static double random_uniform(uint64_t *state) {
     return (double)((z ^ z >> 31) >> 11) * 0x1p-53;
 }
 
-/* What a temperature makes of the distance to the best logit. */
-static double weight_of(float logit, float best, float temperature) {
-    double x = ((double)logit - (double)best) / (double)temperature;
+/* What a temperature makes of a candidate's distance to the best one. */
+static double weight_of(uint64_t candidate, uint64_t best, float temperature) {
+    double x = ((double)logit_of(candidate) - (double)logit_of(best)) / (double)temperature;
     return x > -80 ? exp_exact(x) : 0;
 }
 
@@ -7829,32 +7832,31 @@ static void list_candidates(uint64_t *list, const float *logits, size_t vocab, f
     }
 }
 
-/* Moves the candidates that survive top-k, top-p and min-p to the end of LIST, the best last: each
- * one that leaves the heap stands behind its new end. Returns how many there are, at least 1, and
- * the sum of their weights. */
-static size_t select_candidates(uint64_t *list, size_t vocab, float best,
+/* Takes the best candidate from the heap in LIST: it then stands behind the heap's new end, so that
+ * those that were taken end the list, the best last. */
+static uint64_t rank_next(uint64_t *list, size_t *left) {
+    uint64_t top = heap_pop(list, left);
+    return list[*left] = top;
+}
+
+/* Ranks the candidates that survive top-k, top-p and min-p. Returns how many there are, at least 1,
+ * and the sum of their weights. Mostly a few of a large vocabulary are enough: hence a heap. top-k,
+ * which keeps the ties of the k-th, ranks its own first, as top-p is a share of their weights. */
+static size_t select_candidates(uint64_t *list, size_t vocab, uint64_t best,
                                 const medrun_sampling *s, double *sum) {
     bool by_rank = s->top_k > 0 && (size_t)s->top_k < vocab;
-    size_t left = vocab, n = 0;
+    size_t left = vocab, most = vocab, n = 0;
     double all = 0, share = 0;
     for (size_t i = vocab / 2; i-- > 0;) heap_sink(list, vocab, i);
-    if (by_rank)                                /* top-k keeps the ties of the k-th              */
-        while (left && (vocab - left < (size_t)s->top_k ||
-                        logit_of(list[0]) == logit_of(list[left]))) {
-            uint64_t top = heap_pop(list, &left);
-            all += weight_of(logit_of(top), best, s->temperature);
-            list[left] = top;
-        }
-    else
-        for (size_t i = 0; i < vocab; i++)
-            all += weight_of(logit_of(list[i]), best, s->temperature);
-    for (size_t ranked = by_rank ? vocab - left : vocab; n < ranked; n++) {
+    for (size_t i = 0; !by_rank && i < vocab; i++) all += weight_of(list[i], best, s->temperature);
+    while (by_rank && left && (vocab - left < (size_t)s->top_k ||
+                               logit_of(list[0]) == logit_of(list[left])))
+        all += weight_of(rank_next(list, &left), best, s->temperature);
+    if (by_rank) most = vocab - left;
+    for (; n < most; n++) {
         if (n && s->top_p < 1 && share >= (double)s->top_p * all) break;
-        if (!by_rank) {
-            uint64_t top = heap_pop(list, &left);
-            list[left] = top;
-        }
-        double w = weight_of(logit_of(list[vocab - 1 - n]), best, s->temperature);
+        uint64_t next = by_rank ? list[vocab - 1 - n] : rank_next(list, &left);
+        double w = weight_of(next, best, s->temperature);
         if (n && (w == 0 || w < (double)s->min_p)) break;
         share += w;
     }
@@ -7874,10 +7876,10 @@ static int32_t sample_token(uint64_t *list, const float *logits, size_t vocab, c
     for (size_t i = 1; i < vocab; i++) if (list[i] < best) best = list[i];
     if (s->temperature <= 0) return (int32_t)(uint32_t)best;
     double sum, ticket;
-    size_t n = select_candidates(list, vocab, logit_of(best), s, &sum), i = 1;
+    size_t n = select_candidates(list, vocab, best, s, &sum), i = 1;
     ticket = random_uniform(random) * sum;
     for (; i < n; i++) {
-        ticket -= weight_of(logit_of(list[vocab - i]), logit_of(best), s->temperature);
+        ticket -= weight_of(list[vocab - i], best, s->temperature);
         if (ticket < 0) break;
     }
     return (int32_t)(uint32_t)list[vocab - i];
@@ -7891,15 +7893,13 @@ static int32_t sample_token(uint64_t *list, const float *logits, size_t vocab, c
  * kept: each is still chosen from its own logits, so the text is the one without guesses. */
 enum { MAX_LOOKUP = 31, MAX_MATCH = 16, MAX_SEARCH = 32, N_WIDTHS = 6 };
 
-/* Rows of a pass for which a time is kept: whole tiles, as rows between cost as much. */
-static const uint8_t widths[N_WIDTHS] = {1, 2, 4, 8, 16, 32};
-
-/* How long a match is says how good its guesses are, and the time of passes how many pay. */
+/* How long a match is says how good its guesses are, and the time of passes how many pay. A time is
+ * kept for passes of 1, 2, 4, ... rows, whole tiles, as rows between cost as much. */
 typedef struct lookup {
     size_t at, length;                          /* the match: as many tokens before place AT end
                                                    the timeline; 0: there is none               */
     float hits[MAX_MATCH + 1];                  /* share of matches of a length that came true  */
-    double times[N_WIDTHS];                     /* seconds of a pass; 0: not known              */
+    double times[N_WIDTHS];                     /* seconds of a pass of 2^i rows; 0: not known  */
     uint64_t guessed, right;
 } lookup;
 
@@ -7946,7 +7946,7 @@ static size_t choose_rows(const lookup *look, size_t most) {
     size_t rows = 1, choice = 1;
     if (!look->length || time <= 0) return 1;
     for (int i = 1; i < N_WIDTHS && rows < most; i++) {
-        for (; rows < most && rows < widths[i]; rows++) {
+        for (; rows < most && rows < (size_t)1 << i; rows++) {
             size_t length = look->length + rows - 1;
             chance *= (double)look->hits[length < MAX_MATCH ? length : MAX_MATCH];
             tokens += chance;
@@ -7964,7 +7964,7 @@ static size_t choose_rows(const lookup *look, size_t most) {
  * way. While nothing is guessed old times fade, so that a bad one does not rule for ever. */
 static void learn_time(lookup *look, size_t rows, double time) {
     int i = 0;
-    while (widths[i] < rows) i++;
+    while ((size_t)1 << i < rows) i++;
     if (look->times[i] > 0 && time > look->times[i])
         time = look->times[i] + (time - look->times[i]) / 4;
     look->times[i] = time;
@@ -8172,7 +8172,8 @@ int medrun_start(medrun_session **out, const medrun_model *model,
     return MEDRUN_OK;
 }
 
-/* The session's struct lies at the beginning of its own memory. */
+/* The session's struct lies at the beginning of its own memory, so after this not even its fields
+ * may be read. */
 void medrun_stop(medrun_session *s) {
     if (s && s->owns_memory) unmap_bytes(s, s->bytes);
 }
@@ -8238,6 +8239,7 @@ static void rewind_to(medrun_session *s, size_t n) {
     if (s->n_done >= n) s->n_done = n ? n - 1 : 0;
 }
 
+/* The caller's N is checked here, for rewind_to serves calls that know theirs is right. */
 int medrun_rewind(medrun_session *s, size_t n, medrun_error *error) {
     medrun_error own, *e = fresh_error(error, &own);
     if (n > s->n_tokens)
@@ -8689,8 +8691,9 @@ int medrun_save(const medrun_session *s, const char *path, medrun_error *error) 
 
 /* The messages say what to do about it: a prefix of another cache type, template or machine is an
  * honest mistake, not damage. Checks a head H against the session's own and against the SIZE of the
- * file, which it must explain to the byte: so it can be believed before its sum is seen. */
-static int check_head(const medrun_session *s, const state_head *h, uint64_t size,
+ * file, which it must explain to the byte: so it can be believed before its sum is seen. WHOLE: all
+ * of the file must fit the session. */
+static int check_head(const medrun_session *s, const state_head *h, uint64_t size, bool whole,
                       const char *path, medrun_error *e) {
     static const char *const kv[] = {"f16", "f32", "int8"};
     const state_head own = head_of(s);
@@ -8718,62 +8721,59 @@ static int check_head(const medrun_session *s, const state_head *h, uint64_t siz
         size != sizeof *h + 8 + (h->n + STATE_BLOCK - 1) / STATE_BLOCK * ids +
                 h->done / STATE_BLOCK * panels)
         return fail(e, MEDRUN_BAD_FILE, "%s: is cut short or damaged", path);
-    return MEDRUN_OK;
-}
-
-/* Reads F of SIZE bytes into S as MODE says. */
-static int read_state(medrun_session *s, FILE *f, uint64_t size, int mode, const char *path,
-                      medrun_error *e) {
-    state_io io = {.f = f, .mode = mode};
-    state_head h = {0};
-    bool whole = mode == STATE_RESTORE;
-    walk_bytes(&io, &h, sizeof h);
-    if (check_head(s, &h, size, path, e)) return e->code;
-    if (whole && h.n > (uint64_t)s->options.context)
+    if (whole && h->n > (uint64_t)s->options.context)
         return fail(e, MEDRUN_TOO_LONG, "%s: %llu tokens do not fit the context of %d", path,
-                    (unsigned long long)h.n, s->options.context);
-    size_t n = whole ? (size_t)h.n : s->n_tokens / STATE_BLOCK * STATE_BLOCK, done = n;
-    if (done > h.done) done = (size_t)h.done;
-    walk_sum(&io);
-    s->n_done = walk_blocks(&io, s, whole ? n : done, done);
-    if (io.failed) return fail(e, MEDRUN_BAD_FILE, "%s: is cut short or damaged", path);
-    if (whole) {
-        s->n_tokens = n;
-        s->random = h.random;
-        s->answer_open = h.open && n;
-    }
-    if (s->n_done && s->n_done == s->n_tokens) s->n_done--;     /* once more, for its logits     */
+                    (unsigned long long)h->n, s->options.context);
     return MEDRUN_OK;
 }
 
-/* As read_state; after a failure the session is empty, for half a cache is worse than none. The
- * file is opened without waiting, as a pipe would have us wait for its other end. */
-static int restore_file(medrun_session *s, int mode, const char *path, medrun_error *e) {
+/* Reads a file into S as MODE says; after a failure the session is empty, for half a cache is worse
+ * than none. It is opened without waiting, as a pipe would have us wait for its other end. */
+static int read_state(medrun_session *s, int mode, const char *path, medrun_error *e) {
     file_facts there;
-    FILE *f = open_stream(path, TO_MAP);
-    if (!f || get_facts(NULL, fileno(f), &there))
+    state_head h = {0};
+    state_io io = {.f = open_stream(path, TO_MAP), .mode = mode};
+    bool whole = mode == STATE_RESTORE;
+    if (!io.f || get_facts(NULL, fileno(io.f), &there))
         fail(e, MEDRUN_BAD_FILE, "%s: cannot open: %s", path, strerror(errno));
     else if (!there.regular)
         fail(e, MEDRUN_BAD_FILE, "%s: is not a regular file", path);
-    else
-        read_state(s, f, there.bytes, mode, path, e);
-    if (f) fclose(f);
+    else {
+        walk_bytes(&io, &h, sizeof h);
+        check_head(s, &h, there.bytes, whole, path, e);
+    }
+    if (!e->code) {
+        size_t n = whole ? (size_t)h.n : s->n_tokens / STATE_BLOCK * STATE_BLOCK, done = n;
+        if (done > h.done) done = (size_t)h.done;
+        walk_sum(&io);
+        s->n_done = walk_blocks(&io, s, whole ? n : done, done);
+        if (whole) {
+            s->n_tokens = n;
+            s->random = h.random;
+            s->answer_open = h.open && n;
+        }
+        if (s->n_done && s->n_done == s->n_tokens) s->n_done--;         /* for its logits        */
+        if (io.failed) fail(e, MEDRUN_BAD_FILE, "%s: is cut short or damaged", path);
+    }
+    if (io.f) fclose(io.f);
     if (e->code) rewind_to(s, 0);
     return e->code;
 }
 
+/* What the session had goes first: a file that is refused must not leave half of each. */
 int medrun_restore(medrun_session *s, const char *path, medrun_error *error) {
     medrun_error own, *e = fresh_error(error, &own);
     rewind_to(s, 0);
-    return restore_file(s, STATE_RESTORE, path, e);
+    return read_state(s, STATE_RESTORE, path, e);
 }
 
+/* The ids are fed before the file is read: only what it shares with them is taken from it. */
 int medrun_feed_saved(medrun_session *s, const int32_t *ids, size_t n, const char *path,
                       size_t *taken, medrun_error *error) {
     medrun_error own, *e = fresh_error(error, &own);
     *taken = 0;
     rewind_to(s, 0);
-    if (append_ids(s, ids, n, e) || restore_file(s, STATE_TAKE, path, e)) return e->code;
+    if (append_ids(s, ids, n, e) || read_state(s, STATE_TAKE, path, e)) return e->code;
     *taken = s->n_done;
     return MEDRUN_OK;
 }

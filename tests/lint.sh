@@ -43,7 +43,7 @@ budgets="
 13:420:440
 14:100:188
 15:720:856
-16:1410:2080"
+16:1410:2081"
 budgets=$(echo $budgets)                  # on one line
 most_lines=10913                            # the goals: 9000, 450000, 15
 most_bytes=542500
