@@ -262,50 +262,51 @@ static void time_attention(void *user, const char *stage, int layer, size_t rows
     if (!strcmp(stage, "attn_out")) row->attention += seconds() - row->began;
 }
 
-static void print_bench(command *c, const bench_row *row, int repeats) {
+/* Of all repetitions together. */
+typedef struct {
+    double tps, sd;                             /* tokens a second, standard deviation          */
+    double rate, share;                         /* in the unit of the ceiling, and of it        */
+    double attention;                           /* its share of the time                        */
+} bench_result;
+
+static bench_result result_of(const bench_row *r, int repeats) {
+    double tps = r->sum / repeats, variance = r->squares / repeats - tps * tps;
+    double rate = tps * (r->bytes > 0 ? r->bytes : r->operations) / 1e9;
+    return (bench_result){tps, sqrt(variance > 0 ? variance : 0), rate, rate / r->ceiling,
+                          r->attention / r->passed};
+}
+
+static void print_bench_json(const command *c, const bench_row *row, const bench_result *r) {
     const medrun_model *m = c->m;
-    const char *kv = kv_names[cache_type(c)];
-    char depth[20] = "";
-    double mean[2], sd[2], rate[2];
-    bool in_json = whole(c, L_FORMAT) == AS_JSON;
-    char attended[2][16];
-    for (int i = 0; i < 2; i++) {
-        double share = row[i].attention / row[i].passed;
-        if (in_json) snprintf(attended[i], sizeof *attended, "%.4f", share);
-        else snprintf(attended[i], sizeof *attended, "%.1f %%", 100 * share);
-        mean[i] = row[i].sum / repeats;
-        double variance = row[i].squares / repeats - mean[i] * mean[i];
-        sd[i] = variance > 0 ? sqrt(variance) : 0;
-        rate[i] = mean[i] * (i ? row[i].bytes : row[i].operations) / 1e9;
-    }
-    if (in_json) {
-        buffer b = {0};
-        json_quote(&b, m->name, strlen(m->name));
-        printf("{\"model\":%s,\"type\":\"%s\",\"kernels\":\"%s\",\"threads\":%d,"
-               "\"kv\":\"%s\",\"depth\":%d,"
-               "\"read_gbps\":%.2f,\"dot_gops\":%.1f,\"pp\":{\"n\":%d,\"tps\":%.3f,\"sd\":%.3f,"
-               "\"gops\":%.1f,\"peak_share\":%.4f,\"attention_share\":%s},\"tg\":{\"n\":%d,"
-               "\"tps\":%.3f,\"sd\":%.3f,\"gbps\":%.2f,\"read_share\":%.4f,"
-               "\"attention_share\":%s}}\n", chars(&b), type_names[m->type], m->kernels->name,
-               m->pool->threads, kv, whole(c, L_DEPTH), row[1].ceiling, row[0].ceiling, row[0].n,
-               mean[0], sd[0], rate[0], rate[0] / row[0].ceiling, attended[0], row[1].n, mean[1],
-               sd[1], rate[1], rate[1] / row[1].ceiling, attended[1]);
-        buffer_free(&b);
-        return;
-    }
-    char name[sizeof m->name];
+    buffer name = {0};
+    json_quote(&name, m->name, strlen(m->name));
+    printf("{\"model\":%s,\"type\":\"%s\",\"kernels\":\"%s\",\"threads\":%d,\"kv\":\"%s\","
+           "\"depth\":%d,\"read_gbps\":%.2f,\"dot_gops\":%.1f,", chars(&name),
+           type_names[m->type], m->kernels->name, m->pool->threads, kv_names[cache_type(c)],
+           whole(c, L_DEPTH), row[1].ceiling, row[0].ceiling);
+    printf("\"pp\":{\"n\":%d,\"tps\":%.3f,\"sd\":%.3f,\"gops\":%.1f,\"peak_share\":%.4f,"
+           "\"attention_share\":%.4f},", row[0].n, r[0].tps, r[0].sd, r[0].rate, r[0].share,
+           r[0].attention);
+    printf("\"tg\":{\"n\":%d,\"tps\":%.3f,\"sd\":%.3f,\"gbps\":%.2f,\"read_share\":%.4f,"
+           "\"attention_share\":%.4f}}\n", row[1].n, r[1].tps, r[1].sd, r[1].rate, r[1].share,
+           r[1].attention);
+    buffer_free(&name);
+}
+
+static void print_bench_table(const command *c, const bench_row *row, const bench_result *r) {
+    const medrun_model *m = c->m;
+    char name[sizeof m->name], depth[20] = "";
     snprintf(name, sizeof name, "%s", m->name);
     make_safe(name);
     if (whole(c, L_DEPTH)) snprintf(depth, sizeof depth, " @ d%d", whole(c, L_DEPTH));
     printf("%s, %s, %s kernels, %d threads, kv %s%s\n\n| test | tokens/s | rate | this machine's "
            "ceiling | share | attention |\n|---|---|---|---|---|---|\n", name,
-           type_names[m->type], m->kernels->name, m->pool->threads, kv,
+           type_names[m->type], m->kernels->name, m->pool->threads, kv_names[cache_type(c)],
            flag(c, O_STRICT) ? ", strict" : "");
     for (int i = 0; i < 2; i++)
-        printf("| %s%d%s | %.2f \302\261 %.2f | %.1f %s | %.1f %s | %.0f %% | %s |\n",
-               row[i].name, row[i].n, depth, mean[i], sd[i], rate[i], i ? "GB/s" : "GOPS",
-               row[i].ceiling, i ? "GB/s read" : "GOPS", 100 * rate[i] / row[i].ceiling,
-               attended[i]);
+        printf("| %s%d%s | %.2f \302\261 %.2f | %.1f %s | %.1f %s | %.0f %% | %.1f %% |\n",
+               row[i].name, row[i].n, depth, r[i].tps, r[i].sd, r[i].rate, i ? "GB/s" : "GOPS",
+               row[i].ceiling, i ? "GB/s read" : "GOPS", 100 * r[i].share, 100 * r[i].attention);
 }
 
 /* Prompt and generation by turns with the machine's two ceilings, measured beside them. A prompt
@@ -347,7 +348,9 @@ static int bench_command(command *c) {
             row[i].passed += passed, row[i].sum += row[i].n / passed;
             row[i].squares += row[i].n / passed * (row[i].n / passed);
         }
-    print_bench(c, row, repeats);
+    const bench_result result[2] = {result_of(&row[0], repeats), result_of(&row[1], repeats)};
+    if (whole(c, L_FORMAT) == AS_JSON) print_bench_json(c, row, result);
+    else print_bench_table(c, row, result);
     return MEDRUN_OK;
 }
 
