@@ -372,6 +372,7 @@ enum { SIGHUP = SIGBREAK, SIGQUIT = SIGBREAK };         /* the console was close
 #undef far
 #undef near
 #else
+#include <sys/file.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <termios.h>
@@ -460,27 +461,41 @@ enum { MAX_THREADS = 256 };
 
 typedef struct {
     uint64_t bytes, device, inode;              /* the last two tell files apart                */
-    bool regular, folder;
+    bool regular, folder, stream;               /* STREAM: a pipe or a device like a terminal   */
 } file_facts;
 
 /* TO_MAP does not wait for the other end of a pipe, TO_LOOK follows no link either. TO_WRITE and
- * TO_CREATE want a new name, and only its owner may read what TO_CREATE makes. TO_UPDATE keeps what
- * is there and follows no link. */
-enum { TO_READ, TO_MAP, TO_LOOK, TO_WRITE, TO_CREATE, TO_UPDATE };
+ * TO_CREATE want a new name, TO_UPDATE keeps what is there; only its owner may read what the last
+ * two make. TO_STREAM writes to a device or to a pipe that somebody reads. None of these follows a
+ * link. */
+enum { TO_READ, TO_MAP, TO_LOOK, TO_WRITE, TO_CREATE, TO_UPDATE, TO_STREAM };
 
 typedef void signal_handler(int number);
 
 #ifndef _WIN32
+/* The open file that PATH stands for, as a shell gives it to a program, or -1. */
+static int named_file(const char *path) {
+    int fd, n = 0;
+    if (!strcmp(path, "/dev/stdout")) return STDOUT_FILENO;
+    return sscanf(path, "/dev/fd/%d%n", &fd, &n) == 1 && !path[n] ? fd : -1;
+}
+
 static int open_file(const char *path, int how) {
     static const int flags[] = {
         [TO_READ] = O_RDONLY,
         [TO_MAP] = O_RDONLY | O_NONBLOCK,
         [TO_LOOK] = O_RDONLY | O_NONBLOCK | O_NOFOLLOW,
-        [TO_WRITE] = O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW,
-        [TO_CREATE] = O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW,
+        [TO_WRITE] = O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW,
+        [TO_CREATE] = O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW,
         [TO_UPDATE] = O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK,
+        [TO_STREAM] = O_WRONLY | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY,
     };
-    return open(path, flags[how] | O_CLOEXEC, how == TO_CREATE ? 0600 : 0666);
+    int fd;
+    if (how == TO_STREAM && named_file(path) >= 0) return dup(named_file(path));
+    do fd = open(path, flags[how] | O_CLOEXEC, how == TO_WRITE ? 0666 : 0600);
+    while (fd < 0 && errno == EINTR);
+    if (how == TO_STREAM && fd >= 0) fcntl(fd, F_SETFL, 0);     /* from now on it waits          */
+    return fd;
 }
 
 /* Of PATH or, where that is NULL, of the open FD. */
@@ -488,8 +503,19 @@ static int get_facts(const char *path, int fd, file_facts *f) {
     struct stat st;
     if (path ? stat(path, &st) : fstat(fd, &st)) return -1;
     *f = (file_facts){(uint64_t)st.st_size, (uint64_t)st.st_dev, (uint64_t)st.st_ino,
-                      S_ISREG(st.st_mode), S_ISDIR(st.st_mode)};
+                      S_ISREG(st.st_mode), S_ISDIR(st.st_mode),
+                      S_ISFIFO(st.st_mode) || S_ISCHR(st.st_mode)};
     return 0;
+}
+
+/* Takes the lock of a file, which ends with FD; false: another program has it. A disk that knows no
+ * locks gives it to everyone. */
+static bool lock_file(int fd) {
+    while (flock(fd, LOCK_EX | LOCK_NB)) {
+        if (errno == EWOULDBLOCK) return false;
+        if (errno != EINTR) break;
+    }
+    return true;
 }
 
 static int rename_file(const char *from, const char *to) { return rename(from, to); }
@@ -500,7 +526,10 @@ static int sync_file(int fd) {
 #ifdef F_FULLFSYNC
     if (!fcntl(fd, F_FULLFSYNC)) return 0;      /* on a Mac, fsync stops at the disk's own memory */
 #endif
-    return fsync(fd);
+    int code;
+    do code = fsync(fd);
+    while (code && errno == EINTR);
+    return code;
 }
 
 /* N > 0 bytes of a file for reading; where FD is -1, zeroed memory. The system gives a page when it
@@ -784,7 +813,7 @@ static bool make_private(SECURITY_DESCRIPTOR *d, ACL **list) {
  * make them. */
 static int open_file(const char *path, int how) {
     bool is_new = how == TO_WRITE || how == TO_CREATE, update = how == TO_UPDATE;
-    DWORD access = update ? GENERIC_READ | GENERIC_WRITE : is_new ? GENERIC_WRITE : GENERIC_READ;
+    DWORD access = update || is_new ? GENERIC_READ | GENERIC_WRITE : GENERIC_READ;
     DWORD share = FILE_SHARE_READ | FILE_SHARE_DELETE | (update ? 0 : FILE_SHARE_WRITE);
     DWORD create = update ? OPEN_ALWAYS : is_new ? CREATE_NEW : OPEN_EXISTING;
     SECURITY_DESCRIPTOR owner_only;
@@ -803,10 +832,16 @@ static int get_facts(const char *path, int fd, file_facts *f) {
     bool disk = GetFileType(h) == FILE_TYPE_DISK && GetFileInformationByHandle(h, &i);
     bool folder = i.dwFileAttributes & FILE_ATTRIBUTE_DIRECTORY;
     *f = (file_facts){(uint64_t)i.nFileSizeHigh << 32 | i.nFileSizeLow, i.dwVolumeSerialNumber,
-                      (uint64_t)i.nFileIndexHigh << 32 | i.nFileIndexLow, disk && !folder, folder};
+                      (uint64_t)i.nFileIndexHigh << 32 | i.nFileIndexLow, disk && !folder, folder,
+                      false};
     if (path) CloseHandle(h);
     return 0;
 }
+
+static int named_file(const char *path) { return (void)path, -1; }
+
+/* Of a byte far behind the end of the file, which nobody else wants. */
+static bool lock_file(int fd) { return LockFile((HANDLE)_get_osfhandle(fd), 0, 1 << 30, 1, 0); }
 
 static int rename_file(const char *from, const char *to) {
     wchar_t rooms[2][WIDE_PATH];
@@ -990,6 +1025,11 @@ static FILE *open_stream(const char *path, int how) {
     FILE *f = fd < 0 ? NULL : fdopen(fd, how <= TO_LOOK ? "rb" : "wb");
     if (fd >= 0 && !f) close(fd);
     return f;
+}
+
+/* Are A and B, which exist, one file? */
+static bool same_file(const file_facts *a, const file_facts *b) {
+    return a->device == b->device && a->inode == b->inode;
 }
 
 /* Since some start; never steps back, as the time of day does when it is set. */
@@ -4976,31 +5016,46 @@ static void unmap_file(file_map *map) {
 
 /* ---- files that medrun makes --------------------------------------------------------------- */
 
-/* What people call a kind of file, what each file of it begins with (NULL: nothing that could tell
- * it from others; at most 16 bytes), and may only its owner read it, as it holds a prompt? */
+/* Nothing is overwritten that medrun did not make: a kind of file is known by its MARK, what each
+ * file of it begins with (at most 16 bytes), or, where it has none, by a length that is a multiple
+ * of UNIT. */
 typedef struct {
-    const char *name, *mark;
-    bool is_private;
+    const char *name, *mark;        /* NAME: what people call it                                */
+    bool is_private, streams;       /* only for its owner, as it holds a prompt; may go to a
+                                       pipe, a terminal or /dev/null                            */
+    size_t unit;                    /* 0: nothing tells this kind from others                   */
 } file_kind;
 
 /* A file is written beside its place, as PATH.partial, and renamed when it is whole and on the
  * disk: whoever opens PATH finds the old file or the new one, never a half. */
 typedef struct {
-    FILE *f;                        /* what the caller writes to                                */
+    FILE *f;                        /* what the caller writes to, locked while it is written    */
     const char *path;               /* the caller's                                             */
-    buffer partial;                 /* the name beside it                                       */
+    buffer partial;                 /* the name beside it; empty for a stream                   */
 } file_writer;
 
 static int write_failed(const char *path, medrun_error *e) {
     return fail(e, MEDRUN_FAILED, "%s: cannot write: %s", path, strerror(errno));
 }
 
-/* Nothing is overwritten that medrun did not make: at PATH there may be nothing, an empty file, or
- * one that begins with the kind's mark. Only FORCE lets a link or another file be replaced. */
-static int check_place(const char *path, const file_kind *kind, bool force, medrun_error *e) {
+/* Refuses PATH where it is one of the N files INPUTS, which the caller reads; NULL is none. */
+static int check_inputs(const char *path, const char *const *inputs, size_t n, medrun_error *e) {
+    file_facts out, in;
+    if (e->code || get_facts(path, -1, &out) || !out.regular) return e->code;
+    for (size_t i = 0; i < n && !e->code; i++)
+        if (inputs[i] && !get_facts(inputs[i], -1, &in) && same_file(&in, &out))
+            fail(e, MEDRUN_USAGE, "%s: is read by the same command; choose another name", path);
+    return e->code;
+}
+
+/* May a file of KIND be written to PATH? There may be nothing, an empty file, or one of this kind.
+ * Only FORCE lets a link or another file be replaced. *STREAM: is it one? */
+static int check_place(const char *path, const file_kind *kind, bool force, bool *stream,
+                       medrun_error *e) {
     char start[16];
     file_facts there = {0};
     size_t n = kind->mark ? strlen(kind->mark) : 0;
+    if (e->code || (*stream = kind->streams && named_file(path) >= 0)) return e->code;
     int fd = open_file(path, TO_LOOK);
     if (fd < 0 && errno == ENOENT) return MEDRUN_OK;
     if (fd < 0 && (errno == ELOOP || errno == EMLINK))          /* EMLINK: BSD's                 */
@@ -5008,49 +5063,93 @@ static int check_place(const char *path, const file_kind *kind, bool force, medr
                      : fail(e, MEDRUN_USAGE, "%s is a symbolic link: name the file itself", path);
     if (fd < 0) return write_failed(path, e);
     bool known = !get_facts(NULL, fd, &there);
-    bool ours = there.bytes == 0 ||
+    bool ours = !there.bytes || (kind->unit && there.bytes % kind->unit == 0) ||
                 (n && read(fd, start, (unsigned)n) == (ssize_t)n && !memcmp(start, kind->mark, n));
     close(fd);
-    if (!known || !there.regular)
-        return fail(e, MEDRUN_FAILED, "%s: cannot write: is not a regular file", path);
-    if (ours || force) return MEDRUN_OK;
-    return fail(e, MEDRUN_USAGE, "%s exists and is not %s", path, kind->name);
+    *stream = there.stream && kind->streams;
+    if (there.folder) return fail(e, MEDRUN_FAILED, "%s: cannot write: found a folder", path);
+    if (!known || (!there.regular && !*stream))
+        return fail(e, MEDRUN_FAILED, "%s: cannot write: found a device or a pipe, which is not a "
+                    "regular file", path);
+    if (ours || force || *stream) return MEDRUN_OK;
+    return fail(e, MEDRUN_USAGE, "%s exists and is not %s; --force replaces it", path, kind->name);
 }
 
-/* Takes back what was written: what stood at the path stays, nothing is left beside it. */
+/* Takes back what was written: what stood at the path stays, nothing is left beside it. The lock
+ * goes last, so that nobody else's file is removed. */
 static void writer_drop(file_writer *w) {
-    if (w->f) fclose(w->f);
     if (w->partial.n) remove_file((const char *)w->partial.data);
+    if (w->f) fclose(w->f);
     buffer_free(&w->partial);
     w->f = NULL;
 }
 
-/* Opens W->f for a file of KIND that shall stand at PATH. The file beside it must be new, so two
- * writers of one name never share it: the second is refused. */
+/* Does a program that still runs write NAME? */
+static bool is_written(const char *name) {
+    int fd = open_file(name, TO_LOOK);
+    bool locked = fd >= 0 && !lock_file(fd);
+    if (fd >= 0) close(fd);
+    return locked;
+}
+
+/* The file beside W's path must be new, so two writers of one name never share it. One that is
+ * there belongs to a program that has its lock, or is left from one that was killed. */
+static int open_partial(file_writer *w, const file_kind *kind, bool force, medrun_error *e) {
+    file_facts mine, there;
+    buffer_printf(&w->partial, "%s.partial", w->path);
+    if (w->partial.failed) return out_of_memory(e, strlen(w->path));
+    const char *name = (const char *)w->partial.data;
+    int how = kind->is_private ? TO_CREATE : TO_WRITE;
+    w->f = open_stream(name, how);
+    bool is_there = !w->f && errno == EEXIST, busy = is_there && is_written(name);
+    if (is_there && !busy && force && !remove_file(name)) w->f = open_stream(name, how);
+    if (w->f)           /* whoever found it before it was locked may have removed it             */
+        busy = !lock_file(fileno(w->f)) || get_facts(NULL, fileno(w->f), &mine) ||
+               get_facts(name, -1, &there) || !same_file(&mine, &there);
+    if (busy)
+        fail(e, MEDRUN_FAILED, "%s: cannot write: another program is writing %s", w->path, name);
+    else if (is_there && !w->f)
+        fail(e, MEDRUN_FAILED, "%s: cannot write: %s is left from a run that was stopped; remove "
+             "it, or let --force do it", w->path, name);
+    else if (!w->f)
+        write_failed(w->path, e);
+    if (!e->code) return MEDRUN_OK;
+    w->partial.n = 0;                                   /* it is not ours                        */
+    writer_drop(w);
+    return e->code;
+}
+
+/* Opens W->f for a file of KIND that shall stand at PATH. */
 static int writer_open(file_writer *w, const char *path, const file_kind *kind, bool force,
                        medrun_error *e) {
+    bool stream = false;
     *w = (file_writer){.path = path};
-    if (e->code || check_place(path, kind, force, e)) return e->code;
-    buffer_printf(&w->partial, "%s.partial", path);
-    if (w->partial.failed) return out_of_memory(e, strlen(path));
-    const char *name = (const char *)w->partial.data;
-    w->f = open_stream(name, kind->is_private ? TO_CREATE : TO_WRITE);
+    if (check_place(path, kind, force, &stream, e)) return e->code;
+    if (!stream) return open_partial(w, kind, force, e);
+    w->f = open_stream(path, TO_STREAM);
     if (w->f) return MEDRUN_OK;
-    if (errno != EEXIST) write_failed(path, e);
-    else fail(e, MEDRUN_FAILED, "%s: cannot write: %s is there; another program writes it, or one "
-              "was stopped: then remove it", path, name);
-    buffer_free(&w->partial);
+    if (errno != ENXIO) return write_failed(path, e);
+    return fail(e, MEDRUN_FAILED, "%s: cannot write: is not a regular file but a pipe that nobody "
+                "reads", path);
+}
+
+/* As writer_open, but only to see if that works, before the work that will be written is done. */
+static int writer_check(const char *path, const file_kind *kind, bool force, medrun_error *e) {
+    bool stream = false;
+    file_writer w = {.path = path};
+    if (check_place(path, kind, force, &stream, e) || stream) return e->code;
+    if (!open_partial(&w, kind, force, e)) writer_drop(&w);
     return e->code;
 }
 
 /* Moves the file to its place. After a failure, of writing or one that E holds, drops it. */
 static int writer_done(file_writer *w, medrun_error *e) {
-    FILE *f = w->f;
-    w->f = NULL;
-    if (f && (fflush(f) || ferror(f) || sync_file(fileno(f)))) write_failed(w->path, e);
-    if (f && fclose(f)) write_failed(w->path, e);
-    if (!e->code && rename_file((const char *)w->partial.data, w->path)) write_failed(w->path, e);
-    if (!e->code) buffer_free(&w->partial);             /* there is nothing to take back         */
+    const char *name = (const char *)w->partial.data;
+    if (w->f && !e->code &&
+        (fflush(w->f) || ferror(w->f) ||
+         (name && (sync_file(fileno(w->f)) || rename_file(name, w->path)))))
+        write_failed(w->path, e);
+    if (!e->code) w->partial.n = 0;                     /* there is nothing to take back         */
     writer_drop(w);
     return e->code;
 }
@@ -8586,7 +8685,7 @@ typedef struct {
 } state_head;
 
 #define STATE_MARK "MEDSESS4"
-static const file_kind session_file = {"a saved session", "MEDSESS", true};
+static const file_kind session_file = {"a saved session", "MEDSESS", true, false, 0};
 
 /* Saving and reading walk over the same parts in the same order. A file is read back as it was, or
  * what begins like the ids that a session has is taken from it. */
@@ -8677,16 +8776,21 @@ static state_head head_of(const medrun_session *s) {
 }
 
 /* A write that fails shows when the writer is done. */
-int medrun_save(const medrun_session *s, const char *path, medrun_error *error) {
-    medrun_error own, *e = fresh_error(error, &own);
+/* FORCE: over any other file, too. A write that fails shows when the writer is done. */
+static int save_session(const medrun_session *s, const char *path, bool force, medrun_error *e) {
     file_writer w;
     state_head h = head_of(s);
-    if (writer_open(&w, path, &session_file, false, e)) return e->code;
+    if (writer_open(&w, path, &session_file, force, e)) return e->code;
     state_io io = {.f = w.f, .mode = STATE_SAVE};
     walk_bytes(&io, &h, sizeof h);
     walk_sum(&io);
     walk_blocks(&io, s, s->n_tokens, (size_t)h.done);
     return writer_done(&w, e);
+}
+
+int medrun_save(const medrun_session *s, const char *path, medrun_error *error) {
+    medrun_error own, *e = fresh_error(error, &own);
+    return save_session(s, path, false, e);
 }
 
 /* The messages say what to do about it: a prefix of another cache type, template or machine is an
@@ -8885,7 +8989,7 @@ enum { O_MODEL, O_PROMPT, O_FILE, O_SYSTEM, O_PREDICT, O_CTX, O_THREADS, O_BATCH
        O_TOP_K, O_TOP_P, O_MIN_P, O_REPEAT, O_TEMPLATE, O_STOP, O_KV, O_OVERFLOW, O_LOOKUP, O_RAW,
        O_MLOCK, O_STRICT, O_DEVICE, O_GPU_LAYERS, O_SAVE_PREFIX, O_LOAD_PREFIX, O_STATS,
        O_VERBOSE, O_QUIET, O_BOS, O_SPECIAL, O_PIECES, O_MESSAGES, O_RENDER_IDS, O_NO_OPENING,
-       O_DATE, O_THINK, O_CHAT_BOS, O_IDS, O_ALL, O_OUT, O_HELP, O_VERSION, N_OPTIONS };
+       O_DATE, O_THINK, O_CHAT_BOS, O_IDS, O_ALL, O_OUT, O_FORCE, O_HELP, O_VERSION, N_OPTIONS };
 
 static const option_row option_rows[N_OPTIONS] = {
     [O_MODEL] = {"model", "m", "FILE", TEXT, ON_MODEL | ON_FILE,
@@ -8973,6 +9077,8 @@ static const option_row option_rows[N_OPTIONS] = {
     [O_ALL] = {"all", .on = ON(LOGITS), .help = "after each token, not only after the last"},
     [O_OUT] = {"out", "o", "OUT.f32", TEXT, ON(LOGITS),
         .help = "little-endian float32, vocab_size a row"},
+    [O_FORCE] = {"force", .on = ON_ANSWER | ON(LOGITS),
+        .help = "write over files of other kinds, too; never over one that is read"},
     [O_HELP] = {"help", "h", .on = ~0u, .help = "print this"},
     [O_VERSION] = {"version", .on = ~0u, .help = "print the version"},
 };
@@ -9532,12 +9638,18 @@ static int process_prompt(command *c) {
     return c->e.code;
 }
 
-/* Checks that the file of --save-prefix can be written before the prompt is processed. */
+/* Refuses a PATH that cannot be written, or that this command reads, before the work begins. */
+static int check_output(command *c, const char *path, const file_kind *kind) {
+    const char *model = c->m ? c->m->path : c->n_rest ? c->rest[0] : NULL;
+    const char *const inputs[] = {model, c->text[O_MODEL], c->text[O_FILE], c->text[O_LOAD_PREFIX],
+                                  c->text[O_MESSAGES]};
+    check_inputs(path, inputs, sizeof inputs / sizeof *inputs, &c->e);
+    return writer_check(path, kind, flag(c, O_FORCE), &c->e);
+}
+
 static int check_prefix(command *c) {
-    file_writer w;
-    if (c->e.code || !given(c, O_SAVE_PREFIX)) return c->e.code;
-    if (!writer_open(&w, c->text[O_SAVE_PREFIX], &session_file, false, &c->e)) writer_drop(&w);
-    return c->e.code;
+    const char *path = c->text[O_SAVE_PREFIX];
+    return path ? check_output(c, path, &session_file) : c->e.code;
 }
 
 /* Writes the prompt that was processed, the first of a chat. */
@@ -9545,7 +9657,7 @@ static int save_prefix(command *c) {
     const char *path = c->text[O_SAVE_PREFIX];
     if (c->e.code || !path || c->prefix_saved) return c->e.code;
     c->prefix_saved = true;
-    if (!medrun_save(c->s, path, &c->e))
+    if (!save_session(c->s, path, flag(c, O_FORCE), &c->e))
         note(c, "prefix: %zu tokens written to %s", medrun_length(c->s), path);
     return c->e.code;
 }
@@ -10267,7 +10379,9 @@ static int chat_command(chat *h, char *line) {
         case SAY_BYE: return h->leave = true, MEDRUN_OK;
         case SAY_CLEAR: return chat_clear(h);
         case SAY_SYSTEM: return chat_system(h, text);
-        case SAY_SAVE: return medrun_save(h->c->s, text, &h->c->e);
+        case SAY_SAVE:
+            if (check_output(h->c, text, &session_file)) return h->c->e.code;
+            return save_session(h->c->s, text, flag(h->c, O_FORCE), &h->c->e);
         case SAY_LOAD: return chat_load(h, text);
         case SAY_READ: return chat_read(h, text);
         case SAY_STATS: return print_stats(h->c), MEDRUN_OK;
@@ -10653,7 +10767,6 @@ static int write_logits(command *c, FILE *f) {
 
 /* With --all each token of a pass has a row of logits, which takes memory: so fewer go into one. */
 static int logits_command(command *c) {
-    static const file_kind logits_file = {"to be overwritten", NULL, false};
     file_writer w;
     if (!given(c, O_IDS) || !given(c, O_OUT))
         return fail(&c->e, MEDRUN_USAGE, "logits: wanted --ids \"1 2 3\" and -o OUT.f32");
@@ -10668,7 +10781,10 @@ static int logits_command(command *c) {
     if (flag(c, O_ALL) && !given(c, O_BATCH)) o.batch = 32;     /* a row may take 0.5 MB         */
     if (flag(c, O_ALL)) o.logit_rows = o.batch;
     if (medrun_start(&c->s, c->m, &o, NULL, 0, &c->e)) return c->e.code;
-    if (writer_open(&w, c->text[O_OUT], &logits_file, true, &c->e)) return c->e.code;
+    file_kind kind = {"logits of this model", NULL, false, true,
+                      sizeof(float) * (size_t)c->t->vocab_size};
+    if (check_output(c, c->text[O_OUT], &kind) ||
+        writer_open(&w, c->text[O_OUT], &kind, flag(c, O_FORCE), &c->e)) return c->e.code;
     write_logits(c, w.f);
     return writer_done(&w, &c->e);
 }

@@ -172,9 +172,9 @@ static void test_noise(void) {
 
 /* ---- files that are written ----------------------------------------------------------------- */
 
-static const file_kind note_kind = {"a saved note", "NOTE1", false};
-static const file_kind secret_kind = {"a saved secret", "NOTE1", true};
-static const file_kind bare_kind = {"to be overwritten", NULL, false};
+static const file_kind note_kind = {"a saved note", "NOTE1", false, false, 0};
+static const file_kind secret_kind = {"a saved secret", "NOTE1", true, false, 0};
+static const file_kind bare_kind = {"to be overwritten", NULL, false, false, 0};
 
 static char place[300], beside[320], victim[300];
 

@@ -380,7 +380,8 @@ for how in '--temp 0' '--temp 1.3 -s 3 --lookup 8' '--temp 0 --kv f32' '--temp 0
     code 0 run "$model" -f "$T/doc1" -n 9 $how --load-prefix "$P"; out_is "$T/one"
     left=$(sed -n 's/^prefix: \([0-9]*\) of \([0-9]*\) tokens taken from .*/$((\2 - \1))/p' "$T/err"); eval "left=${left:-99}"
     check "all but a part of a block was taken: $left left" [ "$left" -ge 1 ] && [ "$left" -le 15 ]
-    code 0 run "$model" -f "$T/doc2" -n 9 $how --load-prefix "$P" --save-prefix "$P" -q; out_is "$T/two"; err_lines 0
+    code 0 run "$model" -f "$T/doc2" -n 9 $how --load-prefix "$P" --save-prefix "$T/again" -q; out_is "$T/two"; err_lines 0
+    code 2 run "$model" -f "$T/doc2" -n 9 $how --load-prefix "$P" --save-prefix "$P" -q; no_out; err_has 'read by the same command'
     code 0 run "$model" -f "$T/doc2" -n 9 $how --load-prefix "$P" -c 250 -t 1 -q; out_is "$T/two"
 done
 code 0 run "$model" -f "$T/doc" -n 0 --save-prefix "$P"; no_out

@@ -1978,12 +1978,14 @@ static void test_calibration_plan(void) {
 
 /* ---- failures while writing ---------------------------------------------------------------- */
 
+#define OLD "MEDRUN00"                  /* a checkpoint of long ago                              */
+
 /* An existing OUT must be as it was, and no OUT.partial be left. */
 static void expect_untouched(int found, int code, const char *needle) {
     buffer b = {0};
     read_file(in_work("out/x.mdr"), &b);
     const char *text = errors.n ? (const char *)errors.data : "";
-    if (!CHECK(found == code && strstr(text, needle) && b.n == 3 && !memcmp(b.data, "old", 3)))
+    if (!CHECK(found == code && strstr(text, needle) && b.n == 8 && !memcmp(b.data, OLD, 8)))
         printf("    code %d, wanted %d: %s\n", found, code, text);
     CHECK_EQ(clear_folder("out"), 1);
     buffer_free(&b);
@@ -1994,22 +1996,43 @@ static void test_failures(void) {
     const char *src = in_work("src"), *out = in_work("out/x.mdr");
     copy_fixture("llama-plain");
     for (size_t i = 0; i < 5; i++) {
-        write_file(out, "old", 3);
+        write_file(out, OLD, 8);
         fail_write_at = at[i];
         expect_untouched(RUN(src, out, "--threads", "2"), 1, "No space left on device");
-        write_file(out, "old", 3);
+        write_file(out, OLD, 8);
         signal_write_at = at[i];
         expect_untouched(RUN(src, out, "--threads", "2"), 130, "interrupted");
     }
-    write_file(out, "old", 3);
+    write_file(out, OLD, 8);
     expect_untouched(run((const char *const[]){src, out, NULL}, 100000), 1, "cannot write");
-    write_file(out, "old", 3);
+    write_file(out, OLD, 8);
     int lock = open(in_work("out/x.mdr.partial"), O_RDWR | O_CREAT, 0600);
     CHECK(!flock(lock, LOCK_EX));
     int code = RUN(src, out);
     CHECK(!remove(in_work("out/x.mdr.partial")));
     close(lock);
-    expect_untouched(code, 1, "another export");
+    expect_untouched(code, 1, "another program is writing");
+    write_file(out, OLD, 8);
+    write_file(in_work("out/x.mdr.partial"), "half", 4);
+    code = RUN(src, out);
+    CHECK(!remove(in_work("out/x.mdr.partial")));
+    expect_untouched(code, 1, "is left from a run that was stopped");
+    for (int i = 0; i < 3; i++) {       /* somebody's own file, once more, and a link            */
+        buffer b = {0};
+        if (i == 2) must(!symlink(in_work("none"), out), "cannot link", out);
+        else write_file(out, "a letter", 8);
+        code = i == 1 ? RUN("--tokenizer-only", src, out) : RUN(src, out);
+        CHECK(code == 2 && strstr((const char *)errors.data, i == 2 ? "is a symbolic link" :
+              i == 1 ? "exists and is not a tokenizer.bin" : "exists and is not a checkpoint"));
+        if (i < 2) read_file(out, &b);
+        CHECK(i == 2 || (b.n == 8 && !memcmp(b.data, "a letter", 8)));
+        CHECK_EQ(clear_folder("out"), 1);
+        buffer_free(&b);
+    }
+    write_file(out, "a letter", 8);
+    write_file(in_work("out/x.mdr.partial"), "half", 4);
+    CHECK_EQ(RUN(src, out, "--force"), 0);
+    CHECK_EQ(clear_folder("out"), 1);
     expect(RUN(src, in_work("none/x.mdr")), 1, "cannot write", "no folder for OUT");
     expect(RUN(src, work), 1, "found a folder", "OUT is a folder");
     expect(RUN(src, "/dev/null"), 1, "device", "OUT is a device");

@@ -1,6 +1,7 @@
 #!/bin/sh
 # 33_files.sh BIN BUILD - disks that are full or read-only, and a checkpoint that is cut while it is
-# in use: one line, exit 1, and nothing that is half written.
+# in use: one line, exit 1, and nothing that is half written. What stands where a file is to be
+# written: links, pipes, devices, files of others, files that are read.
 . tests/script.sh
 T=$(mktemp -d) || exit 1
 trap 'rm -rf "$T"' EXIT
@@ -135,5 +136,110 @@ cached 'downloaded to its end' "$hub"
 check "only the hub's cache: exit $?" [ $? = 3 ]
 mkdir -p "$T/onnx/onnx"; cp "$fixtures"/llama-tied/*.json "$T/onnx"; : >"$T/onnx/onnx/model.onnx"
 cached 'found onnx/model.onnx, ONNX' "$T/onnx"
+
+# ---- what is written: beside its place, over nothing that is not medrun's, through no link ----
+O=$T/outputs; mkdir "$O"; export O
+new() { rm -rf "$O"; mkdir "$O"; for f; do printf 'a letter' >"$O/$f"; done; }
+tries() { # CODE WORDS COMMAND...: one line with these words
+    want=$1 words=$2; shift 2
+    timeout 60 "$@" >"$T/out" 2>"$T/err" </dev/null; rc=$?
+    check "$*: exit $rc, wanted $want: $(cat "$T/err")" [ $rc = "$want" ]
+    [ -z "$words" ] || check "$*: says '$words': $(cat "$T/err")" grep -q -- "$words" "$T/err"
+}
+kept() { check "$1: the letter is there still" [ "$(cat "$O/$1")" = 'a letter' ]; }
+echo '{"question":"What?","choices":["a","b"],"answer":0}' >"$T/one.jsonl"
+# how KIND PATH: the command that writes one kind of output to PATH
+how() {
+    kind=$1 to=$2; shift 2
+    case $kind in
+    logits) set -- "$bin/medrun" logits "$model" --ids '1 2' -o "$to" "$@" ;;
+    prefix) set -- "$bin/medrun" run "$model" -p hello -n 1 -q --save-prefix "$to" "$@" ;;
+    record) set -- "$bin/medrun-lab" record "$model" "$to" -p hello -n 1 -q "$@" ;;
+    checkpoint) set -- "$bin/medrun-export" "$fixtures/llama-tied" "$to" "$@" ;;
+    tokenizer) set -- "$bin/medrun-export" --tokenizer-only "$fixtures/llama-tied" "$to" "$@" ;;
+    result) set -- "$bin/medrun-eval" "$model" generic "$T/one.jsonl" -q -o "$to" "$@" ;;
+    page) set -- "$bin/medrun-eval" "$model" generic "$T/one.jsonl" -q --html "$to" "$@" ;;
+    esac
+    tries "$code" "$say" "$@"
+}
+mode() { ls -l "$1" | head -c 10; }
+for kind in logits prefix record checkpoint tokenizer result page; do
+    new letter
+    code=2 say='exists and is not' how $kind "$O/letter"; kept letter
+    ln -s letter "$O/link"; code=2 say='symbolic link' how $kind "$O/link"; kept letter
+    check "$kind: the link is there" [ -h "$O/link" ]
+    code=1 say='found a folder' how $kind "$O"
+    code=1 say='No such file' how $kind "$T/none/x"
+    case $kind in result) ;; *)
+        new; ln -s "$T/victim" "$O/x.partial"
+        code=1 say='is left from a run that was stopped' how $kind "$O/x"
+        check "$kind: nothing behind the link" [ ! -e "$T/victim" ]
+        new x.partial; chmod 666 "$O/x.partial"
+        code=1 say='or let --force do it' how $kind "$O/x"; kept x.partial
+        new; code=0 say='' how $kind "$O/x"
+        code=0 say='' how $kind "$O/x"                  # over its own
+        : >"$O/x.partial"; chmod 666 "$O/x.partial"
+        code=0 say='' how $kind "$O/x" --force
+    esac
+    new letter; code=0 say='' how $kind "$O/letter" --force
+    check "$kind: --force writes it" [ "$(cat "$O/letter" | tr -d '\0')" != 'a letter' ]
+    code=0 say='' how $kind "$O/new"
+    case $kind in prefix|record|result) check "$kind is private: $(mode "$O/new")" [ "$(mode "$O/new")" = '-rw-------' ] ;; esac
+    check "$kind: nothing is left beside it" [ -z "$(find "$O" -name '*.partial')" ]
+done
+
+# Devices are written to where that makes sense, and replaced nowhere.
+for kind in prefix checkpoint tokenizer result; do code=1 say='not a regular file' how $kind /dev/null; done
+for kind in logits record page; do code=0 say='' how $kind /dev/null; done
+check '/dev/null is a device' [ -c /dev/null ]
+new; code=0 say='' how logits "$O/x"
+code=0 say='' how logits /dev/stdout; check 'logits to stdout' cmp -s "$T/out" "$O/x"
+if [ -e /dev/full ]; then code=1 say='No space left' how logits /dev/full; check '/dev/full is a device' [ -c /dev/full ]; fi
+if mkfifo "$O/fifo"; then
+    cat "$O/fifo" >"$O/read" & reader=$!
+    code=0 say='' how logits "$O/fifo"; wait $reader; check 'logits to a pipe' cmp -s "$O/read" "$O/x"
+    for kind in logits prefix record checkpoint tokenizer result page; do code=1 say='not a regular file' how $kind "$O/fifo"; done
+    check 'the pipe is a pipe' [ -p "$O/fifo" ]
+fi
+
+# What a command reads it does not write, --force or not.
+new; cp "$model" "$O/model"; cp "$T/one.jsonl" "$O/data"; ln "$O/model" "$O/same"; echo hello >"$O/text"
+"$bin/medrun" run "$model" -p hello -n 1 -q --save-prefix "$O/prefix" >/dev/null; cp "$O/prefix" "$T/prefix"
+for force in '' --force; do
+    # shellcheck disable=SC2086
+    {
+    tries 2 'read by the same' "$bin/medrun" logits "$O/model" --ids 1 -o "$O/model" $force
+    tries 2 'read by the same' "$bin/medrun" logits -m "$O/model" --ids 1 -o "$O/same" $force
+    tries 2 'read by the same' "$bin/medrun" run "$model" -p hello -n 1 -q --load-prefix "$O/prefix" --save-prefix "$O/../outputs/prefix" $force
+    tries 2 'read by the same' "$bin/medrun" run "$model" -f "$O/text" -n 1 -q --save-prefix "$O/text" $force
+    tries 2 'read by the same' "$bin/medrun-lab" record "$O/model" "$O/same" -p hello -n 1 -q $force
+    tries 2 'read by the same' "$bin/medrun-eval" "$O/model" generic "$O/data" -q -o "$O/data" $force
+    tries 2 'read by the same' "$bin/medrun-eval" "$O/model" generic "$O/data" -q --html "$O/same" $force
+    }
+done
+tries 2 'are one file' "$bin/medrun-eval" "$model" generic "$O/data" -q -o "$O/x" --html "$O/x"
+check 'all of it is as it was' cmp -s "$O/model" "$model"; check 'the prefix, too' cmp -s "$O/prefix" "$T/prefix"
+check 'and the data' cmp -s "$O/data" "$T/one.jsonl"
+tries 0 '' "$bin/medrun-eval" "$model" generic "$O/data" -q -o "$O/one"; cp "$O/one" "$O/two"
+tries 2 'read by the same' "$bin/medrun-eval" --merge "$O/one" -o "$O/one"; check 'the result stays' cmp -s "$O/one" "$O/two"
+tries 0 '' "$bin/medrun-eval" --merge "$O/one" -o "$O/two"
+printf "no line" >"$O/text"; tries 3 "not a result" "$bin/medrun-eval" "$model" generic "$O/data" -q -o "$O/text" --resume
+check 'a text without a line end is not cut' [ "$(cat "$O/text")" = 'no line' ]
+tries 0 '' "$bin/medrun-eval" "$model" generic "$O/data" -q -o "$O/one" --force; check 'begun anew' cmp -s "$O/one" "$O/two"
+
+# A bad place is refused before the work, and a name that is taken goes to one of two.
+long=$(i=0; while [ $((i += 1)) -le 300 ]; do printf 'word '; done)
+for kind in record page; do
+    new letter; code=2 say='exists and is not' how $kind "$O/letter"
+    check "$kind: nothing was asked or answered" [ ! -s "$T/out" ]
+done
+new; i=0
+while [ $((i += 1)) -le 4 ]; do
+    "$bin/medrun" run "$model" -p "$long" -n 1 -q --save-prefix "$O/p" >/dev/null 2>"$T/err$i" & eval "p$i=$!"
+done
+won=0; for i in 1 2 3 4; do eval "wait \$p$i" && won=$((won + 1)); done
+check "saves to one name: $won of 4" [ $won -ge 1 ]
+check 'each other one says why' [ "$(cat "$T"/err? | grep -vc 'another program is writing')" = 0 ]
+tries 0 'taken from' "$bin/medrun" run "$model" -p "$long" -n 1 --load-prefix "$O/p"
 
 finish

@@ -38,7 +38,7 @@ typedef struct {
     const char *mode, *shots[2], *template_name, *system, *date, *bos, *limit, *shard, *out;
     const char *require, *overflow, *subject, *answers, *html, *summary, *kv, *threads, *batch;
     const char *context, *predict, *parallel;
-    bool merge, resume, multiturn, no_template, strict, quiet, help, version;
+    bool merge, resume, force, multiturn, no_template, strict, quiet, help, version;
 } eval_options;
 
 /* What a question becomes: the ids of its context, and of each text that may follow. */
@@ -898,25 +898,31 @@ static int read_results(evaluation *v, buffer *text, medrun_error *e) {
     return MEDRUN_OK;
 }
 
-/* Opens the result file for this process alone. */
+static const file_kind result_file = {"a result of medrun-eval", "{\"medrun-eval\":1", true, false,
+                                      0};
+
+/* Opens the result file for this process alone. Not by a writer of medrun's: a line is there as
+ * soon as it is written, and a run that was stopped goes on. */
 static int open_results(evaluation *v, medrun_error *e) {
     buffer text = {0};
     file_facts f;
-    if (!v->o.out) return MEDRUN_OK;
+    bool stream = false, anew = v->o.force && !v->o.resume;
+    if (!v->o.out || check_place(v->o.out, &result_file, anew || v->o.resume, &stream, e))
+        return e->code;
     v->fd = open_file(v->o.out, TO_UPDATE);
     if (v->fd < 0 || get_facts(NULL, v->fd, &f))
         return fail(e, MEDRUN_FAILED, "%s: cannot open: %s", v->o.out, strerror(errno));
-    if (lock_file(v->fd))
+    if (!lock_file(v->fd))
         return fail(e, MEDRUN_FAILED, "%s: another process is writing it", v->o.out);
     if (!is_in_place(v))
         return fail(e, MEDRUN_FAILED, "%s: another process put a new file there; try again",
                     v->o.out);
-    if (f.bytes && !v->o.resume)
+    if (f.bytes && !v->o.resume && !anew)
         return fail(e, MEDRUN_USAGE, "%s: is there already; --resume goes on with it", v->o.out);
-    if (f.bytes > MOST_RESULTS)
+    if (f.bytes > MOST_RESULTS && !anew)
         return fail(e, MEDRUN_BAD_FILE, "%s: has %llu bytes, wanted at most %llu", v->o.out,
                     (unsigned long long)f.bytes, (unsigned long long)MOST_RESULTS);
-    if (!read_results(v, &text, e)) resume_results(v, &text, e);
+    if (anew || !read_results(v, &text, e)) resume_results(v, &text, e);
     buffer_free(&text);
     return e->code;
 }
@@ -1544,7 +1550,7 @@ static int report_results(results *all, const evaluation *v, tallies *t, medrun_
     buffer_free(&b);
     if (e->code) return e->code;
     if (finish_stdout(e)) return e->code;
-    if (v->o.html && write_page(all, t, v->o.html, e)) return e->code;
+    if (v->o.html && write_page(all, t, v->o.html, v->o.force, e)) return e->code;
     for (const tally *p = t->t; p < t->t + t->n && v->require > 0; p++)
         if (!*p->subject && share(p->right, p->n) < v->require)
             return fail(e, BELOW_REQUIRED, "task %s: accuracy %.4f (chance %.4f), --require %g",
@@ -1572,6 +1578,7 @@ static const tool_option eval_table[] = {
     {"--shard", NULL, "I/N", AT(shard), "the I-th of N parts, I from 1"},
     {"--out", "-o", "FILE", AT(out), "a line for each question, as it is finished"},
     {"--resume", NULL, NULL, AT(resume), "go on with that file"},
+    {"--force", NULL, NULL, AT(force), "begin anew, over any file that is not read"},
     {"--merge", NULL, NULL, AT(merge), "one table of result files, instead of running"},
     {"--summary", NULL, "FORMAT", AT(summary), "md (a table, default) or json"},
     {"--html", NULL, "FILE", AT(html), "the summary as a page"},
@@ -1795,10 +1802,25 @@ static int finish_run(evaluation *v, medrun_error *e) {
     return e->code;
 }
 
+/* Refuses places that cannot be written, or are among the N files that are read, before the work
+ * begins. */
+static int check_outputs(const evaluation *v, const char *const *inputs, size_t n,
+                         medrun_error *e) {
+    const char *page = v->o.html;
+    if (v->o.out) check_inputs(v->o.out, inputs, n, e);
+    if (!page) return e->code;
+    check_inputs(page, inputs, n, e);
+    if (v->o.out && !strcmp(page, v->o.out))
+        fail(e, MEDRUN_USAGE, "%s: --html and --out are one file; choose another name", page);
+    return writer_check(page, &page_kind, v->o.force, e);
+}
+
 static int run_evaluation(evaluation *v, const char **words, medrun_error *e) {
+    const char *const inputs[] = {words[0], words[2], v->o.shots[1], v->o.answers};
     size_t longest = 1, rows = 1;
     v->t = find_task(words[1], e);
-    if (!v->t || check_options(v, e) || open_all(v, words[0], words[2], e)) return e->code;
+    if (!v->t || check_options(v, e) || check_outputs(v, inputs, 4, e) ||
+        open_all(v, words[0], words[2], e)) return e->code;
     write_header(v);
     if (v->header.failed) return out_of_memory(e, v->header.n);
     if (open_results(v, e) || make_prompts(v, &longest, &rows, e)) return e->code;
@@ -1810,18 +1832,16 @@ static int run_evaluation(evaluation *v, const char **words, medrun_error *e) {
 }
 
 /* The lines of one run in their order, as --out of a merge. */
-static int write_merged(const results *all, const char *path, medrun_error *e) {
+static int write_merged(const results *all, const char *path, bool force, medrun_error *e) {
     if (all->n_sets > 1)
         return fail(e, MEDRUN_USAGE, "--out: these results are of %zu data sets; one file holds "
                     "one", all->n_sets);
-    FILE *f = open_stream(path, TO_CREATE);
-    if (!f) return fail(e, MEDRUN_FAILED, "%s: cannot create: %s", path, strerror(errno));
-    fwrite(all->sets->head.text, 1, all->sets->head.n, f);
+    file_writer w;
+    if (writer_open(&w, path, &result_file, force, e)) return e->code;
+    fwrite(all->sets->head.text, 1, all->sets->head.n, w.f);
     for (size_t i = 0; i < all->sets->n; i++)
-        fwrite(all->sets->r[i].line, 1, all->sets->r[i].n_line + 1, f);
-    bool bad = ferror(f);
-    if (!fclose(f) && !bad) return MEDRUN_OK;
-    return fail(e, MEDRUN_FAILED, "%s: cannot write: %s", path, strerror(errno));
+        fwrite(all->sets->r[i].line, 1, all->sets->r[i].n_line + 1, w.f);
+    return writer_done(&w, e);
 }
 
 static int merge_results(evaluation *v, const char **words, size_t n, medrun_error *e) {
@@ -1831,11 +1851,12 @@ static int merge_results(evaluation *v, const char **words, size_t n, medrun_err
     if (!maps) return out_of_memory(e, n * sizeof *maps);
     if (!n) fail(e, MEDRUN_USAGE, "--merge: wanted result files");
     if (!e->code) check_options(v, e);
+    check_outputs(v, words, n, e);
     for (size_t i = 0; i < n && !e->code; i++)
         if (!map_text(words[i], MOST_RESULTS, &maps[i], e))
             take_results(&all, words[i], (const char *)maps[i].data, maps[i].n, e);
     if (!e->code && !check_results(&all, true, e) &&
-        (!v->o.out || !write_merged(&all, v->o.out, e))) report_results(&all, v, &t, e);
+        (!v->o.out || !write_merged(&all, v->o.out, v->o.force, e))) report_results(&all, v, &t, e);
     free_results(&all);
     for (size_t i = 0; i < n; i++) unmap_file(&maps[i]);
     free(maps);

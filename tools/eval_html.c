@@ -13,7 +13,7 @@ static void add_html(buffer *b, const char *text, const char *line_end) {
     }
 }
 
-static const file_kind page_kind = {"a page of medrun-eval", "<!-- medrun -->", true};
+static const file_kind page_kind = {"a page of medrun-eval", "<!-- medrun -->", true, true, 0};
 
 /* TEXT made for a terminal, such as a title, as HTML. */
 static void add_html_of(buffer *b, const buffer *text) { add_html(b, text_of(text), "<br>"); }
@@ -280,7 +280,8 @@ static int page_task(const results *all, const tally *t, buffer *b, medrun_error
 }
 
 /* Writes the page to PATH, over nothing but an older page. */
-static int write_page(const results *all, const tallies *t, const char *path, medrun_error *e) {
+static int write_page(const results *all, const tallies *t, const char *path, bool force,
+                      medrun_error *e) {
     buffer b = {0};
     page_head(all, &b);
     page_table(all, t, &b);
@@ -288,7 +289,7 @@ static int write_page(const results *all, const tallies *t, const char *path, me
     for (const tally *p = t->t; p < t->t + t->n && !e->code; p++) page_task(all, p, &b, e);
     if (b.failed) out_of_memory(e, b.n);
     file_writer w;
-    if (!writer_open(&w, path, &page_kind, false, e)) {
+    if (!writer_open(&w, path, &page_kind, force, e)) {
         fwrite(b.data, 1, b.n, w.f);
         writer_done(&w, e);
     }

@@ -1133,7 +1133,7 @@ typedef struct {
 typedef struct {
     const char *source, *out, *type, *template_name, *name, *proof, *yarn_factor, *window, *threads;
     const char *calibrate, *pre;
-    bool tokenizer_only, dry_run, help, version;
+    bool tokenizer_only, dry_run, force, help, version;
 } export_options;
 
 typedef struct {
@@ -1148,8 +1148,9 @@ typedef struct {
     logits_proof *logits;
     size_t n_logits, logits_cap;
     tokenizer tokenizer;        /* opened on source.tokenizer, for the proofs                  */
-    char partial[PATH_BYTES];   /* OUT.partial while it is there, else ""                      */
-    int fd;
+    file_writer out;            /* OUT.partial while it is there                               */
+    const char *partial;        /* its name                                                    */
+    int fd;                     /* the same file                                               */
     thread_pool pool;
     scratch scratch[MAX_THREADS];
     job *jobs;
@@ -2044,13 +2045,10 @@ static int start_threads(exporter *x, medrun_error *e) {
 
 /* ---- OUT.partial --------------------------------------------------------------------------- */
 
-/* OUT may be a new name or a file to replace, but no device, and none of the sources. */
+/* OUT may be a new name or a file to replace, but none of the sources. */
 static int check_target(const exporter *x, medrun_error *e) {
     file_facts there;
     if (get_facts(x->options.out, -1, &there)) return MEDRUN_OK;
-    if (!there.regular)
-        return fail(e, MEDRUN_FAILED, "%s: cannot write: found a folder or a device there, wanted "
-                    "a file or nothing", x->options.out);
     for (size_t i = 0; i < x->source.n_files; i++)
         if (x->source.files[i].device == there.device && x->source.files[i].inode == there.inode)
             return fail(e, MEDRUN_USAGE, "%s: is a file of the source; choose another name",
@@ -2058,20 +2056,17 @@ static int check_target(const exporter *x, medrun_error *e) {
     return MEDRUN_OK;
 }
 
-/* Creates OUT.partial, which nobody else may be writing, with room for BYTES bytes. */
+/* Creates OUT.partial with room for BYTES bytes. */
 static int create_partial(exporter *x, uint64_t bytes, medrun_error *e) {
+    static const file_kind checkpoint = {"a checkpoint", "MEDRUN0", false, false, 0};
+    static const file_kind only_tokenizer = {"a tokenizer.bin", "MEDTOK0", false, false, 0};
+    const file_kind *kind = x->options.tokenizer_only ? &only_tokenizer : &checkpoint;
     uint64_t room = 0;
-    char path[PATH_BYTES];
-    if (check_target(x, e)) return e->code;
-    if (snprintf(path, sizeof path, "%s.partial", x->options.out) >= (int)sizeof path)
-        return fail(e, MEDRUN_USAGE, "%s: this path is too long", x->options.out);
-    x->fd = open_file(path, TO_UPDATE);
-    if (x->fd < 0) return cannot_write(x, e);
-    if (lock_file(x->fd))
-        return fail(e, MEDRUN_FAILED, "%s: cannot write: another export is writing it", path);
-    memcpy(x->partial, path, sizeof path);
-    unfinished = x->partial;
-    if (set_length(x->fd, 0) || disk_room(x->fd, path, &room)) return cannot_write(x, e);
+    if (check_target(x, e) || writer_open(&x->out, x->options.out, kind, x->options.force, e))
+        return e->code;
+    x->fd = fileno(x->out.f);
+    x->partial = unfinished = (const char *)x->out.partial.data;
+    if (disk_room(x->fd, x->partial, &room)) return cannot_write(x, e);
     if (room < bytes)
         return fail(e, MEDRUN_FAILED, "%s: needs %llu MB, but this disk has %llu MB free; make "
                     "room or choose another disk", x->options.out,
@@ -2087,16 +2082,10 @@ static int rename_partial(exporter *x, medrun_error *e) {
     char *slash = last_slash(folder);
     if (slash) slash[slash == folder] = 0;
     if (check_interrupt(e)) return e->code;
-    if (rename_file(x->partial, x->options.out)) return cannot_write(x, e);
-    x->partial[0] = 0, unfinished = NULL;
+    unfinished = NULL;
+    if (writer_done(&x->out, e)) return e->code;
     sync_folder(slash ? folder : ".");
     return MEDRUN_OK;
-}
-
-static void drop_partial(exporter *x) {
-    if (x->partial[0]) remove_file(x->partial);
-    if (x->fd >= 0) close(x->fd);
-    x->partial[0] = 0, x->fd = -1, unfinished = NULL;
 }
 
 #include "export_calibrate.c"           /* section 10 */
@@ -2192,7 +2181,8 @@ static int write_checkpoint(exporter *x, medrun_error *e) {
 }
 
 static void close_exporter(exporter *x) {
-    drop_partial(x);
+    unfinished = NULL;
+    writer_drop(&x->out);
     if (x->pool.threads) pool_stop(&x->pool);
     for (int i = 0; i < MAX_THREADS; i++) {
         free(x->scratch[i].raw);
@@ -2229,6 +2219,7 @@ static const tool_option option_table[] = {
     {"--yarn-factor", NULL, "F", AT(yarn_factor), "YaRN's factor, if not the config's"},
     {"--sliding-window", NULL, "N", AT(window), "keys a token sees, 0: all; for GGUF"},
     {"--pre", NULL, "NAME", AT(pre), "the pre-tokenizer, if not the file's; for GGUF"},
+    {"--force", NULL, NULL, AT(force), "write over a file that is no checkpoint, too"},
     {"--dry-run", NULL, NULL, AT(dry_run), "check everything, print what would be written"},
     {"--tokenizer-only", NULL, NULL, AT(tokenizer_only), "write only a tokenizer.bin"},
     {"--help", "-h", NULL, AT(help), "this text"},
@@ -2369,7 +2360,7 @@ static int export_tokenizer(exporter *x, medrun_error *e) {
 static int export_main(int argc, char **argv) {
     static exporter x;
     medrun_error e = {0};
-    x = (exporter){.fd = -1};
+    x = (exporter){0};
     if (!(argv = start_program(&argc, argv))) return MEDRUN_FAILED;
     pthread_mutex_init(&x.lock, NULL);
     expect_lost_files("medrun-export");

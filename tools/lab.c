@@ -29,7 +29,7 @@ static void record_ids(buffer *b, const char *key, const int32_t *ids, size_t n)
     buffer_text(b, "],\n");
 }
 
-static const file_kind record_file = {"a record of a run", "{\"engine\": \"me", true};
+static const file_kind record_file = {"a record of a run", "{\"engine\": \"me", true, true, 0};
 
 /* The options are those of a command line, so that replay reads them with the same table. */
 static int write_record(command *c, const char *path) {
@@ -55,7 +55,7 @@ static int write_record(command *c, const char *path) {
     record_ids(b, "answer", ids + n_prompt, medrun_length(c->s) - n_prompt);
     buffer_printf(b, " \"logits_sha256\": \"%s\"}\n", logits);
     check_buffer(c, b);
-    if (writer_open(&w, path, &record_file, false, &c->e)) return c->e.code;
+    if (writer_open(&w, path, &record_file, flag(c, O_FORCE), &c->e)) return c->e.code;
     fwrite(b->data, 1, b->n, w.f);
     return writer_done(&w, &c->e);
 }
@@ -67,6 +67,7 @@ static int record_command(command *c) {
     if (c->n_rest != files)
         return fail(&c->e, MEDRUN_USAGE, "record: wanted a model, a file to write and a prompt");
     const char *path = c->rest[--c->n_rest];
+    if (check_output(c, path, &record_file)) return c->e.code;
     int code = run_command(c);
     bool cut = code == MEDRUN_INTERRUPTED || code == MEDRUN_TOO_LONG;
     if (code && !(cut && c->answer.n_answer)) return code;
