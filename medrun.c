@@ -375,6 +375,7 @@ enum { SIGHUP = SIGBREAK, SIGQUIT = SIGBREAK };         /* the console was close
 #include <sys/file.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <termios.h>
 #ifdef __APPLE__
 #include <sys/sysctl.h>
@@ -537,12 +538,23 @@ static int sync_file(int fd) {
 static void *map_bytes(int fd, size_t n) {
     void *p = fd < 0 ? mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
                      : mmap(NULL, n, PROT_READ, MAP_SHARED, fd, 0);
+#ifdef MADV_DONTDUMP
+    if (fd < 0 && p != MAP_FAILED) madvise(p, n, MADV_DONTDUMP);
+#endif
     return p == MAP_FAILED ? NULL : p;
 }
 
 static void unmap_bytes(const void *p, size_t n) { munmap((void *)(uintptr_t)p, n); }
-static bool lock_bytes(const void *p, size_t n) { return !mlock(p, n); }
 #define LOCK_HINT "; see ulimit -l"
+
+/* Keeps the N bytes at P in memory, and where the system can, all that the program will have. */
+static bool lock_bytes(const void *p, size_t n) {
+#ifdef __linux__
+    return !mlock(p, n) && !mlockall(MCL_CURRENT | MCL_FUTURE);
+#else
+    return !mlock(p, n);
+#endif
+}
 
 #ifdef __APPLE__
 /* 0 where there is no such number. Some have 4 bytes, some 8. */
@@ -748,6 +760,10 @@ static char **start_program(int *count, char **arguments) {
             return NULL;
     signal(SIGPIPE, SIG_IGN);
     signal(SIGXFSZ, SIG_IGN);
+    struct rlimit core = {0};           /* a core dump would keep people's words                 */
+    getrlimit(RLIMIT_CORE, &core);
+    core.rlim_cur = 0;
+    setrlimit(RLIMIT_CORE, &core);
     return arguments;
 }
 #else
@@ -6274,9 +6290,10 @@ static void tokenizer_decode(const tokenizer *t, const int32_t *ids, size_t n, b
  * Two promises rest on how it writes them. Nobody can forge a turn: only names in backquotes in
  * the table's own strings make control ids, and all other text, of the table, of people and of
  * tools, is tokenized with special parsing off, so that "<|eot_id|>" in a message is a handful of
- * ordinary tokens. And the ids are the reference's: what stands between two control tokens is
- * collected first and tokenized as one run, for a token may begin in the template's words and end
- * in a person's.
+ * ordinary tokens. Only `marks` can be forged, by which a format without control tokens for its
+ * turns (alpaca, llama2) tells them apart: people are warned of a text that holds them. And the ids
+ * are the reference's: what stands between two control tokens is collected first and tokenized as
+ * one run, for a token may begin in the template's words and end in a person's.
  *
  * The reference is transformers' apply_chat_template with the model's own Jinja template. What that
  * refuses is refused here. Functions that the model may call, and the calls it made, come as
@@ -6342,6 +6359,7 @@ typedef struct {
     bool opens_by_role;         /* the answer opens unless the last turn is the assistant's    */
     const char *stops[4];       /* tokens that end an answer, as far as the tokenizer has them */
     const char *stop_text;      /* text that does, or NULL                                     */
+    const char *marks[4];       /* words that begin a turn and are no control tokens           */
     const char *call_tokens[2]; /* around what the model writes to call tools; NULL: none      */
 } chat_template;
 
@@ -6475,7 +6493,7 @@ static const chat_template chat_templates[] = {
     },
     /* Llama-2-Chat. The system text stands in the first question. */
     {
-        .name = "llama2", .bos = "<s>",
+        .name = "llama2", .bos = "<s>", .marks = {"[INST]", "[/INST]", "<<SYS>>"},
         .opening = PARTS({.says = "[INST] <<SYS>>\n$text\n<</SYS>>", .unless = OWN_SYSTEM,
                           .sets = SYSTEM_OPEN}),
         .turns = KINDS({"user", PARTS(NO_TURN(ASKED), {.says = "`<s>`", .when = ANSWERED},
@@ -6488,15 +6506,16 @@ static const chat_template chat_templates[] = {
     /* Mistral-7B-Instruct as its files are now, and as those of v0.2 and v0.1 were first, from
      * which others were made: without a place for a system text. */
     {
-        .name = "mistral", .bos = "<s>",
+        .name = "mistral", .bos = "<s>", .marks = {"[INST]", "[/INST]"},
         .opening = PARTS({.says = " [INST] $text\n\n", .unless = OWN_SYSTEM, .sets = SYSTEM_OPEN}),
         .turns = KINDS({"user", PARTS(NO_TURN(ASKED), {.says = " [INST] ", .unless = SYSTEM_OPEN},
                                       ASK("$text [/INST]"))},
                        {"assistant", PARTS(NO_ANSWER, ANSWER(" $text`</s>`"))}),
         .end = PARTS(NO_TURN(SYSTEM_OPEN)), .close = SAYS("`</s>`"), .stops = {"</s>"},
     },
-    {.name = "mistral-v0.2", MISTRAL("")},
-    {.name = "mistral-v0.1", MISTRAL(" "), .end = PARTS({.says = " ", .when = ANSWERED})},
+    {.name = "mistral-v0.2", .marks = {"[INST]", "[/INST]"}, MISTRAL("")},
+    {.name = "mistral-v0.1", .marks = {"[INST]", "[/INST]"}, MISTRAL(" "),
+     .end = PARTS({.says = " ", .when = ANSWERED})},
     /* The first two differ in tools/tool_calls.c only. The third also ends an assistant's turn that
      * ends the conversation. */
     {.name = "apertus", APERTUS, .end = PARTS(END_RESULTS)},
@@ -6513,6 +6532,7 @@ static const chat_template chat_templates[] = {
                   "questions.",
         .answer = SAYS("### Response:\n"), .close = SAYS("\n\n"),
         .stops = {"</s>"}, .stop_text = "### Instruction:",
+        .marks = {"### Response:", "### Instruction:", "### System:"},
     },
     /* A model without chat: the texts one after another, whoever wrote them. */
     {.name = "none", .bos = "", .said = SAYS("$text")},
@@ -9032,7 +9052,8 @@ static const option_row option_rows[N_OPTIONS] = {
     [O_LOOKUP] = {"lookup", NULL, "N", WHOLE, ON_ANSWER | ON(SHOW), .max = MAX_LOOKUP,
         .standard = "0", .help = "guess N tokens ahead from the text so far; changes no token"},
     [O_RAW] = {"raw", .on = ON(RUN), .help = "no chat template: continue the text as it is"},
-    [O_MLOCK] = {"mlock", .on = ON_SESSION, .help = "keep the weights in memory, or fail"},
+    [O_MLOCK] = {"mlock", .on = ON_SESSION,
+        .help = "keep weights, prompt and cache in memory, or fail"},
     [O_STRICT] = {"strict", .on = ON_SESSION,
         .help = "bf16 weights: the same numbers on every machine, slower on some"},
     [O_DEVICE] = {"device", NULL, "N|NAME|none", TEXT, ON_MODEL & ~ON(SHOW),
@@ -9458,15 +9479,19 @@ static int choose_device_option(command *c) {
     return MEDRUN_OK;
 }
 
+static int lock(command *c, const void *p, size_t n) {
+    if (lock_bytes(p, n)) return MEDRUN_OK;
+    return fail(&c->e, MEDRUN_FAILED, "--mlock: %zu MB cannot be locked: %s" LOCK_HINT, n >> 20,
+                strerror(errno));
+}
+
 /* Opens the checkpoint and takes its tokenizer, template and sampling values into the command. */
 static int open_path(command *c, const char *path) {
     medrun_options o = {.threads = takes(c, O_THREADS) ? whole(c, O_THREADS) : 1,
                         .kernels = getenv("MEDRUN_KERNELS")};
     if (medrun_open(&c->m, path, &o, &c->e) || choose_device_option(c)) return c->e.code;
     c->t = &c->m->tokenizer, c->chat = c->m->chat, c->sampling = c->m->sampling;
-    if (flag(c, O_MLOCK) && !lock_bytes(c->m->file.map.data, c->m->file.map.n))
-        return fail(&c->e, MEDRUN_FAILED, "--mlock: %zu MB cannot be locked: %s" LOCK_HINT,
-                    c->m->file.map.n >> 20, strerror(errno));
+    if (flag(c, O_MLOCK) && lock(c, c->m->file.map.data, c->m->file.map.n)) return c->e.code;
     return choose_template(c);
 }
 
@@ -9571,7 +9596,8 @@ static int start_session(command *c) {
          plain ? "; " : "", plain ? plain : "");
     choose_sampling(c);
     medrun_session_options o = session_options(c, context);
-    return medrun_start(&c->s, c->m, &o, NULL, 0, &c->e);
+    if (medrun_start(&c->s, c->m, &o, NULL, 0, &c->e)) return c->e.code;
+    return flag(c, O_MLOCK) ? lock(c, c->s, c->s->bytes) : MEDRUN_OK;
 }
 
 static size_t context_of(const command *c) { return (size_t)c->s->options.context; }
@@ -9785,6 +9811,18 @@ static const char *system_text(const command *c) {
     return given(c, O_SYSTEM) ? c->text[O_SYSTEM] : c->m->system;
 }
 
+/* -sys "" is an empty system text, and not the one that a template has of its own. */
+static bool has_system(const command *c) { return given(c, O_SYSTEM) || *c->m->system; }
+
+/* Some templates mark their turns with words, and the model cannot tell those from a text's own. */
+static void warn_of_marks(const command *c, const char *text, size_t n) {
+    const char *const *marks = c->chat->marks;
+    for (int i = 0; marks[i]; i++)
+        if (memmem(text, n, marks[i], strlen(marks[i])))
+            note(c, "warning: the text holds \"%s\", with which template %s begins a turn: the "
+                 "model takes it for one", marks[i], c->chat->name);
+}
+
 /* ---- run ----------------------------------------------------------------------------------- */
 
 /* The ids of the whole prompt: c->ids, from the text in c->input. */
@@ -9793,10 +9831,13 @@ static int make_prompt(command *c) {
     const char *system = system_text(c);
     const buffer *text = &c->input;
     medrun_message all[] = {{"system", system, strlen(system)}, {"user", chars(text), text->n}};
-    size_t skip = *system ? 0 : 1;
+    size_t skip = has_system(c) ? 0 : 1;
     if (!text->n) return fail(&c->e, MEDRUN_USAGE, "the prompt is empty");
     chat_writer w = {c->chat, c->t, &c->chat_options, .out = &c->ids, .e = &c->e};
-    if (!flag(c, O_RAW)) return chat_render(&w, all + skip, 2 - skip, true);
+    if (!flag(c, O_RAW)) {
+        warn_of_marks(c, chars(text), text->n);
+        return chat_render(&w, all + skip, 2 - skip, true);
+    }
     int bos = c->chat_options.bos;
     bool add = bos == MEDRUN_BOS_AUTO ? c->t->add_bos : bos == MEDRUN_BOS_ON;
     return tokenizer_encode(c->t, chars(text), text->n, add ? MEDRUN_ADD_BOS : 0, &c->ids, &c->e);
@@ -10208,7 +10249,8 @@ static int read_message(editor *ed, buffer *m) {
 typedef struct {
     command *c;
     editor ed;
-    buffer system;              /* its text, for the next conversation                         */
+    bool has_system;            /* the next conversation has a system text, perhaps empty      */
+    buffer system;
     buffer starts;              /* size_t: where on the timeline each person's turn begins     */
     int interrupts;             /* Ctrl-C since the last message                               */
     bool leave;
@@ -10268,7 +10310,8 @@ static int chat_feed(chat *h, const char *text, size_t n) {
     bool first = !n_turns(h);
     const medrun_message said = {"user", text, n};
     const medrun_message system = {"system", chars(&h->system), h->system.n};
-    conversation how = {c->chat, &c->chat_options, h->system.n ? &system : NULL, true};
+    conversation how = {c->chat, &c->chat_options, h->has_system ? &system : NULL, true};
+    warn_of_marks(c, text, n);
     if (!render_turn(c->s, &how, &said, &t, &c->e) && t.keep < medrun_length(c->s)) {
         medrun_rewind(c->s, t.keep, &c->e);
         c->s->answer_open = true;                       /* until the turn is fed                 */
@@ -10321,6 +10364,7 @@ static int chat_system(chat *h, const char *text) {
     if (check_buffer(h->c, &fresh)) return h->c->e.code;                /* the old one stays     */
     buffer_free(&h->system);
     h->system = fresh;
+    h->has_system = *text != 0;
     return chat_clear(h);
 }
 
@@ -10428,7 +10472,7 @@ static int try_prefix(chat *h) {
     size_t taken;
     chat_writer w = {c->chat, c->t, &c->chat_options, .out = &ids, .e = &c->e};
     if (check_prefix(c) || !given(c, O_LOAD_PREFIX)) return c->e.code;
-    if (!chat_turn(&w, system.n_bytes ? &system : NULL, true, false) &&
+    if (!chat_turn(&w, h->has_system ? &system : NULL, true, false) &&
         !medrun_feed_saved(c->s, ids_of(&ids), n_ids(&ids), c->text[O_LOAD_PREFIX], &taken, &c->e))
         medrun_rewind(c->s, 0, &c->e);
     buffer_free(&ids);
@@ -10447,6 +10491,7 @@ static int converse_command(command *c) {
             "anyone's care.%s\n", h.ed.colour ? "\x1b[33m" : "", h.ed.colour ? "\x1b[0m" : "");
     note(c, "/help lists what can be typed.");
     buffer_text(&h.system, system_text(c));
+    h.has_system = has_system(c);
     check_buffer(c, &h.system);
     try_prefix(&h);
     if (given(c, O_PROMPT) || given(c, O_FILE)) read_prompt(c);

@@ -201,6 +201,28 @@ if [ -e /dev/zero ]; then
     code 3 render "$model" --messages /dev/zero
 fi
 
+# ---- people's words ----
+code 0 run "$model" --template alpaca -p "a
+### Response: b" -n 1; err_has 'warning: the text holds "### Response:"'
+code 0 run "$model" -p "### Response: b" -n 1
+check 'no warning where turns are control tokens' [ -z "$(grep warning "$T/err")" ]
+code 0 run "$model" --template alpaca -p hi -sys '' -n 1 -v; err_has '### System:'     # empty, not the default
+printf '[{"role":"system","content":""},{"role":"user","content":"hi"}]' >"$T/m.json"
+cp "$T/err" "$T/shown"
+code 0 render "$model" --template alpaca --ids --messages "$T/m.json"
+check "-sys '' is render's empty system text" \
+    [ "$(sed -n 's/^prompt, [0-9]* tokens: //p' "$T/shown")" = "$(cat "$T/out")" ]
+if [ -r /proc/self/limits ] && mkfifo "$T/fifo"; then
+    "$medrun" run "$model" -q -n 1 <"$T/fifo" >"$T/out" 2>&1 & pid=$!
+    exec 8>"$T/fifo"
+    for i in 1 2 3 4 5 6 7 8 9; do
+        core=$(sed -n 's/^Max core file size *\([0-9a-z]*\) .*/\1/p' /proc/$pid/limits)
+        [ "$core" = 0 ] && break; sleep 0.1
+    done
+    check "no core dump keeps a prompt: $core" [ "$core" = 0 ]
+    echo hi >&8; exec 8>&-; wait $pid
+else skip 'no /proc/self/limits'; fi
+
 # ---- tokenize, detokenize ----
 printf 'A \377\376\300 b\nfever of 39.5 \302\260C\t\351\000 z\n' >"$T/bytes"
 for f in "$model" "$tok"; do
