@@ -10061,23 +10061,20 @@ static int read_key(void) {
 /* Columns of a character: Chinese, Japanese, Korean and pictures take two, accents that stand on
  * the character before them none. A short form of Unicode's table of widths (UAX 11). */
 static size_t columns_of(uint32_t c) {
-    static const uint32_t wide[][2] = {{0x1100, 0x115F}, {0x2E80, 0xA4CF}, {0xAC00, 0xD7A3},
-        {0xF900, 0xFAFF}, {0xFE30, 0xFE6F}, {0xFF00, 0xFF60}, {0x1F300, 0x1FAFF},
-        {0x20000, 0x3FFFD}};
-    if ((c >= 0x300 && c < 0x370) || (c >= 0x200B && c <= 0x200D) || (c >= 0xFE00 && c <= 0xFE0F))
-        return 0;
-    for (size_t i = 0; i < sizeof wide / sizeof *wide; i++)
-        if (c >= wide[i][0] && c <= wide[i][1]) return 2;
+    static const struct { uint32_t first, last, columns; } ranges[] = {
+        {0x300, 0x36F, 0}, {0x200B, 0x200D, 0}, {0xFE00, 0xFE0F, 0},
+        {0x1100, 0x115F, 2}, {0x2E80, 0xA4CF, 2}, {0xAC00, 0xD7A3, 2}, {0xF900, 0xFAFF, 2},
+        {0xFE30, 0xFE6F, 2}, {0xFF00, 0xFF60, 2}, {0x1F300, 0x1FAFF, 2}, {0x20000, 0x3FFFD, 2}};
+    for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++)
+        if (c >= ranges[i].first && c <= ranges[i].last) return ranges[i].columns;
     return 1;
 }
 
 /* From byte I of the line one character on (STEP 1) or back (STEP -1). */
 static size_t next_char(const editor *ed, size_t i, int step) {
     size_t end = step > 0 ? ed->line.n : 0;
-    while (i != end) {
-        i += (size_t)step;
-        if (i == end || (ed->line.data[i] & 0xC0) != 0x80) break;
-    }
+    if (i == end) return i;
+    do i += (size_t)step; while (i != end && (ed->line.data[i] & 0xC0) == 0x80);
     return i;
 }
 
@@ -10352,6 +10349,7 @@ static int chat_answer(chat *h, const char *text, size_t n) {
     return c->answer.n_answer ? MEDRUN_OK : unsay(h);
 }
 
+/* Forgets the conversation; the next message says the system text again. */
 static int chat_clear(chat *h) {
     h->starts.n = 0;
     return medrun_rewind(h->c->s, 0, &h->c->e);
@@ -10850,6 +10848,7 @@ static void print_option(const option_row *r) {
     puts("");
 }
 
+/* The options of one command. */
 static int help_on(const program *p, int which) {
     const command_row *row = &p->commands[which];
     char name[48];
