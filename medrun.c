@@ -1152,6 +1152,7 @@ static int fail(medrun_error *e, int code, const char *format, ...) {
     return code;
 }
 
+/* It has a code of its own, as the way out differs from that of all other failures. */
 static int out_of_memory(medrun_error *e, size_t bytes) {
     return fail(e, MEDRUN_NO_MEMORY, "out of memory: %zu bytes were not to be had", bytes);
 }
@@ -1163,6 +1164,7 @@ static int out_of_memory(medrun_error *e, size_t bytes) {
 #define MEDRUN_ALLOC realloc
 #endif
 
+/* Sizes that a file names are multiplied only after this. */
 static bool mul_overflows(size_t a, size_t b) { return b && a > SIZE_MAX / b; }
 
 /* N zeroed items of SIZE bytes, or NULL; an empty request still gives a pointer. */
@@ -1230,6 +1232,7 @@ typedef struct {
     bool failed;
 } reader;
 
+/* The next N bytes, NULL past the end. */
 static const uint8_t *read_bytes(reader *r, size_t n) {
     if (r->failed || n > r->n - r->at) return r->failed = true, NULL;
     r->at += n;
@@ -1259,6 +1262,7 @@ static void heap_sink(uint64_t *heap, size_t n, size_t i) {
     heap[i] = key;
 }
 
+/* HEAP must have room for one more than *N keys. */
 static void heap_push(uint64_t *heap, size_t *n, uint64_t key) {
     size_t i = (*n)++;
     for (; i && heap[(i - 1) / 2] > key; i = (i - 1) / 2) heap[i] = heap[(i - 1) / 2];
@@ -1382,6 +1386,7 @@ typedef struct {
     medrun_error *e;
 } json_parser;
 
+/* A refusal names the place, as the text may be one line of megabytes. */
 static int json_wrong(json_parser *s, const char *what) {
     return fail(s->e, MEDRUN_BAD_FILE, "JSON: %s at byte %zu", what, s->at);
 }
@@ -1525,6 +1530,7 @@ static int json_parse(json *j, const char *text, size_t n, medrun_error *e) {
     return s.at == n ? MEDRUN_OK : json_wrong(&s, "text after the end");
 }
 
+/* The text is the caller's. */
 static void json_free(json *j) {
     free(j->nodes);
     *j = (json){0};
@@ -1594,9 +1600,9 @@ static uint32_t json_get(const json *j, uint32_t v, const char *key) {
     return JSON_NONE;
 }
 
-/* A number node as a double, correctly rounded, in any locale: short numbers exactly by one
- * multiplication or division, the others by strtod on "digits e exponent", which has no point.
- * 800 digits and a mark that more follow decide every rounding. */
+/* A number node as a double, correctly rounded. strtod reads a point as the locale has it, so it
+ * gets "digits e exponent" without one. 800 digits and a mark that more follow decide every
+ * rounding. */
 static double json_number(const json *j, uint32_t v) {
     enum { MOST = 800 };
     const char *p = j->text + j->nodes[v].start, *end = j->text + j->nodes[v].end;
@@ -1617,17 +1623,10 @@ static double json_number(const json *j, uint32_t v) {
             exponent = exponent * 10 + (*p - '0');
         scale += down ? -exponent : exponent;
     }
-    double value = 0, power = 1;
-    if (n <= 15 && scale >= -22 && scale <= 22) {
-        for (size_t i = 0; i < n; i++) value = value * 10 + (text[i] - '0');
-        for (long long i = scale < 0 ? -scale : scale; i; i--) power *= 10;
-        value = scale < 0 ? value / power : value * power;
-    } else if (n) {
-        if (more) text[n++] = '1', scale--;
-        scale = scale < -99999 ? -99999 : scale > 99999 ? 99999 : scale;
-        snprintf(text + n, sizeof text - n, "e%lld", scale);
-        value = strtod(text, NULL);
-    }
+    if (more) text[n++] = '1', scale--;
+    scale = scale < -99999 ? -99999 : scale > 99999 ? 99999 : scale;
+    snprintf(text + n, sizeof text - n, "e%lld", scale);        /* no digits: strtod gives 0      */
+    double value = strtod(text, NULL);
     return minus ? -value : value;
 }
 
@@ -1643,6 +1642,7 @@ static uint32_t json_field(const json *j, uint32_t v, const char *what, const ch
     return f;
 }
 
+/* A whole number may be written as 3, 3.0 or 3e0: JSON knows one kind of number. */
 static int64_t json_int(const json *j, uint32_t v, const char *what, const char *key, int64_t min,
                         int64_t max, medrun_error *e) {
     uint32_t f = json_field(j, v, what, key, JSON_NUMBER, "a whole number", e);
@@ -8262,7 +8262,8 @@ size_t medrun_session_bytes(const medrun_model *model, const medrun_session_opti
 }
 
 /* Memory is refused by the machine's total and not by what is free: pages are taken as they are
- * touched, and a long context may never fill. */
+ * touched, and a long context may never fill. The plan is copied into the memory and laid out there
+ * once more, as its arrays have no places yet. */
 int medrun_start(medrun_session **out, const medrun_model *model,
                  const medrun_session_options *options, void *memory, size_t bytes,
                  medrun_error *error) {
@@ -8772,7 +8773,7 @@ static size_t walk_blocks(state_io *io, const medrun_session *s, size_t n, size_
         walk_sum(io);
         if (io->mode == STATE_TAKE && memcmp(ids, own, bytes)) break;
         if (check_ids(s->model, ids, few, NULL)) io->failed = true;
-        else memcpy(own, ids, bytes);
+        else if (io->mode == STATE_RESTORE) memcpy(own, ids, bytes);
         if (at < done) walk_panels(io, s, at);
     }
     return at < done ? at : done;
