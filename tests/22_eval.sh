@@ -46,6 +46,11 @@ code 7 "$model" medqa "$data/medqa.jsonl" --require 0.99 -q; err_has 'accuracy'
 code 0 "$model" medqa "$data/medqa.jsonl" --require 0.01 --limit 4; out_has '| medqa |  | 4 |'; err_has 'were saved'
 MEDRUN_LIMIT=3 MEDRUN_FEWSHOT=; export MEDRUN_LIMIT; unset MEDRUN_FEWSHOT
 code 0 "$model" medqa "$data/medqa.jsonl" -q; out_has '| medqa |  | 3 |'; unset MEDRUN_LIMIT
+MEDRUN_LIMIT= MEDRUN_REQUIRE=0x1 MEDRUN_QUIET=on; export MEDRUN_LIMIT MEDRUN_REQUIRE MEDRUN_QUIET
+code 2 "$other" medqa "$data/medqa.jsonl"; err_has 'require'; one_line; unset MEDRUN_REQUIRE
+code 0 "$other" medqa "$data/medqa.jsonl"; out_has '| medqa |  | 13 |'; unset MEDRUN_LIMIT
+MEDRUN_VERSION=1.0; export MEDRUN_VERSION; code 0 "$other" medqa "$data/medqa.jsonl"; unset MEDRUN_VERSION
+MEDRUN_QUIET=loud; code 2 "$other" medqa "$data/medqa.jsonl"; err_has 'MEDRUN_QUIET: found "loud", wanted 0|1'; unset MEDRUN_QUIET
 
 # ---- texts in other encodings, files without end ----
 printf 'question,A,B,answer\nFi\350vre?,oui,non,A\n' >"$T/latin.csv"

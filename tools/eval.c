@@ -874,7 +874,7 @@ static int resume_results(evaluation *v, buffer *text, medrun_error *e) {
 static bool is_in_place(const evaluation *v) {
     file_facts mine, there;
     return !get_facts(NULL, v->fd, &mine) && !get_facts(v->o.out, -1, &there) &&
-           mine.device == there.device && mine.inode == there.inode;
+           same_file(&mine, &there);
 }
 
 /* A run that ended before its first result, such as on a full disk, leaves no file. */

@@ -37,17 +37,26 @@ static const tool_option *find_option(const tool_line *l, const char *text, size
     return NULL;
 }
 
-/* --yarn-factor is MEDRUN_YARN_FACTOR in the environment. */
-static void read_environment(const tool_line *l) {
+/* As medrun reads one: TEXT of NAME is yes or no. */
+static bool read_flag(const char *name, const char *text, medrun_error *e) {
+    static const char *const words[] = {"0", "off", "false", "1", "on", "true"};
+    for (size_t i = 0; i < 6; i++) if (!strcmp(text, words[i])) return i >= 3;
+    fail(e, MEDRUN_USAGE, "%s: found \"%s\", wanted 0|1|off|on|false|true", name, text);
+    return false;
+}
+
+/* --yarn-factor is MEDRUN_YARN_FACTOR in the environment; an empty variable says nothing. */
+static void read_environment(const tool_line *l, medrun_error *e) {
     for (const tool_option *p = l->table; p < l->table + l->n; p++) {
         char name[64];
         snprintf(name, sizeof name, "MEDRUN_%s", p->name + 2);
         for (char *c = name; *c; c++) *c = *c == '-' ? '_' : (char)toupper((unsigned char)*c);
         const char *value = getenv(name);
         void *field = (char *)l->options + p->at;
-        if (value && p->value) *(const char **)field = value;
-        else if (value) *(bool *)field = !strcmp(value, "1") || !strcmp(value, "on") ||
-                                         !strcmp(value, "true");
+        bool on_line_only = !strcmp(p->name, "--help") || !strcmp(p->name, "--version");
+        if (!value || !*value || on_line_only) continue;
+        if (p->value) *(const char **)field = value;
+        else *(bool *)field = read_flag(name, value, e);
     }
 }
 
@@ -60,7 +69,7 @@ static int add_word(tool_line *l, const char *word, medrun_error *e) {
 /* The environment, then the line, which wins. */
 static int parse_options(tool_line *l, int argc, char **argv, medrun_error *e) {
     bool only_words = false;
-    read_environment(l);
+    read_environment(l, e);
     for (int i = 1; i < argc && !e->code; i++) {
         const char *arg = argv[i], *equals = strchr(arg, '=');
         if (!only_words && !strcmp(arg, "--")) { only_words = true; continue; }
