@@ -102,6 +102,10 @@ test:
 test-all:
 	@MEDRUN_TEST_ALL=1 $(MAKE) --no-print-directory test
 
+# A published model, which is downloaded, against other people's programs.
+real: all
+	@sh tests/real.sh "$(BIN)" "$(BUILD)"
+
 lint:
 	@sh tests/lint.sh
 # Kernels take compilers long to instrument.
@@ -161,6 +165,7 @@ help:
 	@echo "make dist       archives of the last commit, programs and source, in build/dist"
 	@echo "make test       runs the tests; with MEDRUN_TEST_DATA also those on real vocabularies"
 	@echo "make test-all   also the longest loops in full and programs for other systems"
+	@echo "make real       a published model (93 MB, downloaded) against Hugging Face and llama.cpp"
 	@echo "make debug      the tests under address and undefined-behaviour sanitizers"
 	@echo "make threads    those of the thread pool and sessions under the thread sanitizer"
 	@echo "make fuzz       strangers' files, made up by clang's libFuzzer: 60 s a reader; SECONDS=600"
@@ -171,4 +176,4 @@ help:
 	@echo "make windows    the programs in build/windows, by mingw-w64"
 	@echo "make bench, make install, make clean"
 
-.PHONY: all static windows run programs test test-all lint debug threads fuzz bench targets size install clean help
+.PHONY: all static windows run programs test test-all real lint debug threads fuzz bench targets size install clean help

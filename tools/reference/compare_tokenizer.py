@@ -3,10 +3,12 @@
 
     pip install tokenizers sentencepiece
     python tools/reference/compare_tokenizer.py SOURCE [--texts N] [--seed N] [--corpus FILE ...]
+        [--lines FILE ...] [--export ./medrun-export]
 
 SOURCE is a tokenizer.json, whose reference is Hugging Face tokenizers, or a tokenizer.model, whose
-reference is the SentencePiece library. It is converted by ./medrun-export, and the engine is
-compiled in for speed; so this runs in the project's folder, after `make`.
+reference is the SentencePiece library. It is converted by medrun-export, and the engine is compiled
+in for speed; so this runs in the project's folder, after `make`. Each line of the files --lines is
+one text more.
 
 The texts are mixtures of pieces of the vocabulary, characters of all kinds, white space, special
 tokens spelled out, and mutated excerpts of the corpus files. Of each are compared: the ids with
@@ -152,13 +154,13 @@ class SentencePiece:
 
 
 class Medrun:
-    def __init__(self, source, folder):
+    def __init__(self, export, source, folder):
         binary, c = os.path.join(folder, "t.bin"), os.path.join(folder, "harness.c")
         self.command = [os.path.join(folder, "harness"), binary]
-        subprocess.run(["./medrun-export", "--tokenizer-only", source, binary], check=True)
+        subprocess.run([export, "--tokenizer-only", source, binary], check=True)
         with open(c, "w") as f:
             f.write(HARNESS)
-        subprocess.run([os.environ.get("CC", "cc"), "-O2", "-I.", "-o", self.command[0], c, "-lm",
+        subprocess.run([os.environ.get("CC", "cc"), "-O1", "-DMEDRUN_SCALAR", "-I.", "-o", self.command[0], c, "-lm",
                         "-lpthread"], check=True)
 
     def ask(self, records, n_answers):
@@ -211,6 +213,8 @@ def main():
     parser.add_argument("--texts", type=int, default=100000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--corpus", nargs="*", default=[])
+    parser.add_argument("--lines", nargs="*", default=[])
+    parser.add_argument("--export", default="./medrun-export")
     args = parser.parse_args()
     r = random.Random(args.seed)
     model = args.source.endswith(".model")
@@ -218,7 +222,10 @@ def main():
     corpus = "\n".join(open(path, encoding="utf-8").read() for path in args.corpus)
     counts = {"ids": 0, "decoded": 0, "different": 0}
     with tempfile.TemporaryDirectory() as folder:
-        medrun = Medrun(args.source, folder)
+        medrun = Medrun(args.export, args.source, folder)
+        for path in args.lines:
+            with open(path, encoding="utf-8", newline="") as f:
+                compare_batch(medrun, reference, f.read().split("\n"), r, counts)
         for start in range(0, args.texts, 10000):
             n = min(10000, args.texts - start)
             texts = [random_text(r, reference.pieces, reference.specials, corpus) for _ in range(n)]

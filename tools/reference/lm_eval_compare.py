@@ -3,6 +3,7 @@
 
     pip install "lm-eval[hf]==0.4.13" torch transformers tokenizers sentencepiece safetensors numpy
     python tools/reference/lm_eval_compare.py DATA [--folder HF_FOLDER]... [--bin .] [--limit 12]
+        [--template llama3] [--tasks TASK...] [--plain]
 
 DATA has the questions as they are published: medqa*.jsonl, medmcqa*.jsonl, pubmedqa*.json and
 mmlu/SUBJECT_val.csv with SUBJECT_dev.csv. The harness gets the same questions in the form of the
@@ -11,8 +12,9 @@ mmlu_pro's are medqa's with more choices, as many as ten. Shots are the first of
 are then not asked.
 
 Models: tiny random ones of Mistral, Arcee and Apertus, made here, each with the chat template of
-its family, and every --folder, whose weights are rounded to bfloat16 first. medrun runs the bf16
-checkpoint with --strict.
+its family, and every --folder, whose weights are rounded to bfloat16 first, with --template. medrun
+runs the bf16 checkpoint with --strict. --tasks: only these. --plain: without shots and without what
+the model writes.
 
 For every question, plain and with chat template, without shots, with three in one text, and with
 three as turns: the prompt is the same (by SHA-256), the log-likelihood of every choice within 1e-3,
@@ -320,8 +322,10 @@ def compare_model(folder, template, o, work, tasks, task_folder):
     manager = TaskManager(include_path=task_folder)
     bad = count = 0
     worst = 0.0
-    hows = [(False, 0, False), (False, SHOTS, False), (True, 0, False), (True, SHOTS, False), (True, SHOTS, True)]
-    for generate in (False, True):
+    hows = [(False, 0, False), (True, 0, False)]
+    if not o.plain:
+        hows += [(False, SHOTS, False), (True, SHOTS, False), (True, SHOTS, True)]
+    for generate in (False, True)[:1 if o.plain else 2]:
         for chat, shots, turns in hows:
             # MeditronFO's have no shots
             some = [t for t in tasks if not generate or t == "mmlu_pro" or (t in REASONED and not shots)]
@@ -342,7 +346,10 @@ def compare_model(folder, template, o, work, tasks, task_folder):
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("data")
-    p.add_argument("--folder", action="append", default=[], help="also a model of the llama3 template")
+    p.add_argument("--folder", action="append", default=[], help="also this model")
+    p.add_argument("--template", default="llama3", help="of the folders")
+    p.add_argument("--tasks", nargs="*", help="only these")
+    p.add_argument("--plain", action="store_true", help="no shots, nothing written")
     p.add_argument("--bin", default=".", help="where medrun-eval and medrun-export are")
     p.add_argument("--limit", type=int, default=12, help="questions of each data set")
     p.add_argument("--tiny", nargs="*", default=list(TINY), help="which of " + ", ".join(TINY))
@@ -350,13 +357,14 @@ def main():
     with tempfile.TemporaryDirectory() as work:
         os.environ["HF_HOME"] = os.path.join(work, "hf")
         tasks = make_data(work, o.data, o.limit)
+        tasks = {t: tasks[t] for t in tasks if not o.tasks or t.split()[0] in o.tasks}
         task_folder = write_tasks(work, tasks)
         bad = 0
         for name in o.tiny:
             folder, template = make_tiny(work, name)
             bad += compare_model(folder, template, o, work, tasks, task_folder)
         for folder in o.folder:
-            bad += compare_model(round_weights(folder, work), "llama3", o, work, tasks, task_folder)
+            bad += compare_model(round_weights(folder, work), o.template, o, work, tasks, task_folder)
     print("DIFFERS" if bad else "agrees")
     return 1 if bad else 0
 
