@@ -6974,8 +6974,7 @@ static const char *const architecture_names[N_ARCHITECTURES] = {"llama", "mistra
  * what one of them lacks is 0 or false there. Hugging Face's config.json has most of them under
  * other names; medrun-export translates. A key-value head serves n_heads / n_kv_heads heads. */
 typedef struct {
-    int vocab_size, hidden_size, n_layers, n_heads, n_kv_heads, head_dim, ffn_size;
-    int max_positions;
+    int vocab_size, hidden_size, n_layers, n_heads, n_kv_heads, head_dim, ffn_size, max_positions;
     int sliding_window;             /* keys a query sees, its own among them; 0: all            */
     int activation;
     bool qk_norm;                   /* RMSNorm of each head of q and k, before the rotation     */
@@ -8906,24 +8905,24 @@ int medrun_feed_saved(medrun_session *s, const int32_t *ids, size_t n, const cha
 /* ---- devices ------------------------------------------------------------------------------- */
 
 /* The matrices in the order of use, so that a device with little memory has the first layers, and
- * the output matrix only after them. Returns how many there are; EACH: of one layer. */
-static size_t list_matrices(const medrun_model *m, size_t layers, const tensor **out,
-                            size_t *each) {
+ * the output matrix only after them. A layer without a gate has no rows there, and one matrix less.
+ * Returns how many there are. */
+static size_t list_matrices(const medrun_model *m, size_t layers, const tensor **out) {
     size_t n = 0;
-    for (size_t l = 0; l < layers; l++) {
-        const model_layer *layer = &m->layers[l];
+    for (const model_layer *layer = m->layers; layer < m->layers + layers; layer++) {
         const tensor *const all[] = {&layer->q, &layer->k, &layer->v, &layer->o, &layer->gate,
                                      &layer->up, &layer->down};
         for (size_t i = 0; i < sizeof all / sizeof *all; i++) if (all[i]->rows) out[n++] = all[i];
-        if (!l) *each = n;
     }
     if (layers == (size_t)m->config.n_layers) out[n++] = &m->output;
     return n;
 }
 
-/* As medrun_attach, with all that may be asked of a device. */
+/* As medrun_attach, with all that may be asked of a device. The log of an attempt stays until the
+ * next one begins, for those who ask why it failed. */
 static int attach_device(medrun_model *m, const device_request *r, int layers, medrun_error *e) {
-    size_t most = (size_t)m->config.n_layers, room = most * 7 + 1, each = 0;
+    size_t most = (size_t)m->config.n_layers, each = m->layers[0].gate.rows ? 7 : 6;
+    size_t room = most * each + 1;
     engine eng = {.pool = m->pool, .k = m->kernels, .strict = true, .cache = m->cache};
     medrun_error why = {0};
     if (m->device) return fail(e, MEDRUN_USAGE, "device: this model has one");
@@ -8931,7 +8930,7 @@ static int attach_device(medrun_model *m, const device_request *r, int layers, m
     const tensor **all = new_array(room, sizeof *all);
     if (!all) return out_of_memory(e, room * sizeof *all);
     if (layers >= 0 && (size_t)layers < most) most = (size_t)layers;
-    size_t n = list_matrices(m, most, all, &each);
+    size_t n = list_matrices(m, most, all);
     buffer_free(&m->device_log);
     device *d = m->device = device_open(r, &eng, all, n, each, &m->device_log, &why);
     free(all);
