@@ -1618,9 +1618,22 @@ static void test_spellings(void) {
     medrun_info info = exported(&m);
     CHECK(info.chat_template && !strcmp(info.chat_template, "llama2"));
     medrun_close(m), clear_folder("out");
+    CHECK_EQ(EXPORT("--template", "mistral-v0.1"), 0);  /* which has no place for a system's     */
+    clear_folder("out");
     edit("tokenizer_config.json", "\"eos_token\": \"</s>\"", "\"eos_token\": \"<s>\"");
     info = exported(&m);
     CHECK(info.chat_template && !strcmp(info.chat_template, "unknown"));
+    medrun_close(m), clear_folder("out");
+    copy_fixture("mistral-spm");                        /* <|im_start|> is not called special    */
+    edit("tokenizer_config.json", "\"added_tokens_decoder\"", "\"x\"");
+    edit("tokenizer_config.json", "\"eos_token\": \"</s>\"", "\"eos_token\": \"<|im_end|>\"");
+    edit("config.json", "\"vocab_size\": 384", "\"vocab_size\": 386");
+    add_rows(386, 0);
+    static const char added[] = "{\"<|im_end|>\": 384, \"<|im_start|>\": 385}";
+    write_file(in_work("src/added_tokens.json"), added, sizeof added - 1);
+    write_file(in_work("src/chat_template.jinja"), known[7][0], strlen(known[7][0]));
+    info = exported(&m);
+    CHECK(info.chat_template && !strcmp(info.chat_template, "chatml-bare"));
     medrun_close(m), clear_folder("out");
 #undef SAID
 #undef ASKS

@@ -45,8 +45,8 @@ budgets="
 15:720:861
 16:1410:2126"
 budgets=$(echo $budgets)                  # on one line
-most_lines=11066                            # the goals: 9000, 450000, 15
-most_bytes=551000
+most_lines=11071                            # the goals: 9000, 450000, 15
+most_bytes=551300
 least_comments=11.5
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '

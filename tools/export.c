@@ -1645,6 +1645,13 @@ static int read_messages(const json_file *f, uint32_t v, medrun_message *m, char
     return MEDRUN_OK;
 }
 
+/* May a system message begin a conversation? */
+static bool takes_system(const chat_template *c) {
+    bool found = c->opening || c->said;
+    for (const chat_kind *k = c->turns; k && k->role; k++) found |= !strcmp(k->role, "system");
+    return found;
+}
+
 /* A conversation, whose ids end with the opening of the answer. A date that its template would
  * take from today is recorded; a checkpoint without a template has no such proofs. */
 static int prove_chat(exporter *x, const json_file *f, uint32_t v, medrun_error *e) {
@@ -1653,6 +1660,9 @@ static int prove_chat(exporter *x, const json_file *f, uint32_t v, medrun_error 
     char date[11] = "";
     if (!x->source.chat) return MEDRUN_OK;
     WANT(n, f, "chats", v, "messages");
+    uint32_t first = given(&f->j, v, "messages") + 1;
+    if (!f->map.n && json_is(&f->j, json_get(&f->j, first, "role"), "system") &&
+        !takes_system(x->source.chat)) return MEDRUN_OK;        /* own proofs must fit           */
     if (given(&f->j, v, "date") != JSON_NONE) {
         if (json_text(&f->j, v, f->path, "date", date, sizeof date, e)) return e->code;
     } else if (x->source.chat->states_today) date_today(date);

@@ -283,6 +283,16 @@ static int read_added_flags(const json_file *f, uint32_t v, bool *special, medru
     return read_bool(f, v, "special", special, e);
 }
 
+/* Some files call these no special tokens, but no text that people type may mean a turn. */
+static bool opens_turn(const buffer *content) {
+    static const char *const names[] = {"<|im_start|>", "<|im_end|>", "<|start_header_id|>",
+                                        "<|end_header_id|>", "<|eot_id|>"};
+    for (size_t i = 0; i < 5; i++)
+        if (content->n == strlen(names[i]) && !memcmp(content->data, names[i], content->n))
+            return true;
+    return false;
+}
+
 /* The literal CONTENT of added token V of F becomes the piece ID. */
 static int add_token(source_tokenizer *t, const json_file *f, uint32_t v, uint64_t id, bool special,
                      const buffer *content, buffer *scratch, medrun_error *e) {
@@ -299,6 +309,7 @@ static int add_token(source_tokenizer *t, const json_file *f, uint32_t v, uint64
     WANT((piece->type == PIECE_UNUSED || same) && (other < 0 || other == (int64_t)id), f,
          "added_tokens", v, t->is_model ?
          "an id that agrees with tokenizer.model" : "an id that agrees with model.vocab");
+    special |= opens_turn(content);
     *piece = (source_piece){t->text.n, content->n, special ? PIECE_CONTROL : PIECE_USER};
     buffer_add(&t->text, content->data, content->n);
     return scratch->failed ? out_of_memory(e, scratch->n) : MEDRUN_OK;
