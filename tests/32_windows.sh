@@ -58,15 +58,15 @@ MEDRUN_PROMPT='Ω *.c "x\"'; export MEDRUN_PROMPT
 code 0 medrun tokenize "$model"; same "$T/out" "$T/ids"; unset MEDRUN_PROMPT
 
 # ---- what it writes ----
-"$bin/medrun" logits "$demo" --ids '1 2 3 4 5 6 7 8 9' --all --strict -o "$T/wanted"
+"$bin/medrun" logits "$demo" --ids '1 2 3 4 5 6 7 8 9' --all --strict -o "$T/wanted.f32"
 for k in scalar $(timeout 60 wine "$win/medrun-lab.exe" doctor | sed -n 's/^kernels *//p'); do
     MEDRUN_KERNELS=$k; export MEDRUN_KERNELS
-    code 0 medrun logits "$model" --ids '1 2 3 4 5 6 7 8 9' --all --strict -o "$P/Ω.f32"; same "$P/Ω.f32" "$T/wanted"
+    code 0 medrun logits "$model" --ids '1 2 3 4 5 6 7 8 9' --all --strict -o "$P/Ω.f32"; same "$P/Ω.f32" "$T/wanted.f32"
 done
 unset MEDRUN_KERNELS
 for type in int8 int4; do
-    "$bin/medrun-export" "$fixture" "$T/wanted" --name x --type $type 2>/dev/null
-    code 0 medrun-export "$fixture" "$P/xΩ.mdr" --name x --type $type; same "$P/xΩ.mdr" "$T/wanted"
+    "$bin/medrun-export" "$fixture" "$T/wanted.mdr" --name x --type $type 2>/dev/null
+    code 0 medrun-export "$fixture" "$P/xΩ.mdr" --name x --type $type; same "$P/xΩ.mdr" "$T/wanted.mdr"
 done
 code 0 medrun run "$model" -p hello -q --temp 0 -n 5 --save-prefix "$P/pΩ"; cp "$T/out" "$T/wanted"
 code 0 medrun-lab record "$model" "$P/rΩ" -p hello -q --temp 0 -n 5; same "$T/out" "$T/wanted"

@@ -72,7 +72,7 @@ logits() { # TYPE OPTIONS MODEL...: the digest of the models' logits, or nothing
     options=$1; shift
     : > "$dir/all"
     for model; do
-        medrun logits "$model" --ids "$ids" --all $options -o "$dir/out" || return
+        medrun logits "$model" --ids "$ids" --all $options --force -o "$dir/out" || return
         cat "$dir/out" >> "$dir/all"
     done
     digest "$dir/all"
