@@ -3189,19 +3189,21 @@ ALWAYS_INLINE xvec xload(const uint8_t *words, size_t t, size_t nt, size_t wide)
     else DUP(x.one, "0", "1");
     return r;
 }
-/* In pieces: clang would extract the high halves, gcc take more registers than there are. */
-#define PRODUCTS(s, t, v, w)                                                                    \
-    __asm__("smull %2.8h, %4.8b, %6.8b\n\t"                                                     \
-            "smull2 %3.8h, %4.16b, %6.16b\n\t"                                                  \
-            "smlal %2.8h, %5.8b, %7.8b\n\t"                                                     \
-            "smlal2 %3.8h, %5.16b, %7.16b\n\t"                                                  \
-            "sadalp %0.4s, %2.8h\n\t"                                                           \
-            "sadalp %1.4s, %3.8h"                                                               \
-            : "+w"(s), "+w"(t), "=&w"(a), "=&w"(b) : "w"(v), "w"(w), "w"(x.first), "w"(x.second))
-ALWAYS_INLINE ivec idot4(ivec s, bvec w, xvec x) {
+/* In assembly: clang would extract the high halves, gcc take more registers than there are. */
+ALWAYS_INLINE void K(products)(int32x4_t *s, int32x4_t *t, uint8x16_t v, uint8x16_t w, xvec x) {
     int16x8_t a, b;
-    PRODUCTS(s.a, s.b, w.a, w.b);
-    PRODUCTS(s.c, s.d, w.c, w.d);
+    __asm__("smull %2.8h, %4.8b, %6.8b\n\t"
+            "smull2 %3.8h, %4.16b, %6.16b\n\t"
+            "smlal %2.8h, %5.8b, %7.8b\n\t"
+            "smlal2 %3.8h, %5.16b, %7.16b\n\t"
+            "sadalp %0.4s, %2.8h\n\t"
+            "sadalp %1.4s, %3.8h"
+            : "+w"(*s), "+w"(*t), "=&w"(a), "=&w"(b)
+            : "w"(v), "w"(w), "w"(x.first), "w"(x.second));
+}
+ALWAYS_INLINE ivec idot4(ivec s, bvec w, xvec x) {
+    K(products)(&s.a, &s.b, w.a, w.b, x);
+    K(products)(&s.c, &s.d, w.c, w.d, x);
     return s;
 }
 #else
