@@ -2749,13 +2749,14 @@ ALWAYS_INLINE void wstore(uint8_t *p, wvec w) {
     _mm256_storeu_si256((void *)p, w.a);
     _mm256_storeu_si256((void *)(p + 32), w.b);
 }
-ALWAYS_INLINE __m256i K(shift_half)(const uint8_t *p) {
-    __m256i h = _mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p));
-    h = _mm256_and_si256(h, _mm256_set1_epi32(SHIFT_MASK));
-    return _mm256_mullo_epi32(h, _mm256_set1_epi32(0x01010101));
+ALWAYS_INLINE __m256i K(shift_half)(__m128i h) {
+    return _mm256_mullo_epi32(_mm256_cvtepu16_epi32(h), _mm256_set1_epi32(0x01010101));
 }
 ALWAYS_INLINE wvec wshift(const uint8_t *p) {
-    return (wvec){K(shift_half)(p), K(shift_half)(p + 16)};
+    __m256i scale = _mm256_set1_epi16((int16_t)(0xFFFF - SHIFT_MASK));
+    __m256i h = _mm256_andnot_si256(scale, _mm256_loadu_si256((const void *)p));
+    return (wvec){K(shift_half)(_mm256_castsi256_si128(h)),
+                  K(shift_half)(_mm256_extracti128_si256(h, 1))};
 }
 ALWAYS_INLINE __m256i K(levels_half)(__m256i w, __m256i shift, bool low) {
     __m256i levels = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)int4_levels));
