@@ -2520,10 +2520,8 @@ typedef struct { uint8_t v[64]; } wvec;
 ALWAYS_INLINE vec vload(const float *p) { vec r; memcpy(&r, p, 64); return r; }
 ALWAYS_INLINE void vstore(float *p, vec a) { memcpy(p, &a, 64); }
 ALWAYS_INLINE vec vload_bf16(const void *p) {
-    uint16_t h[16];
     vec r;
-    memcpy(h, p, 32);
-    EACH r.v[i] = bf16_to_f32(h[i]);
+    EACH r.v[i] = bf16_to_f32(load_16((const uint8_t *)p + 2 * i));
     return r;
 }
 ALWAYS_INLINE vec vload_f16(const uint16_t *p) {
@@ -2533,10 +2531,8 @@ ALWAYS_INLINE vec vload_f16(const uint16_t *p) {
 }
 ALWAYS_INLINE void vstore_f16(uint16_t *p, vec a) { EACH p[i] = f32_to_f16(a.v[i]); }
 ALWAYS_INLINE vec vload_int4(const uint8_t *p) {
-    uint16_t h[16];
     vec r;
-    memcpy(h, p, 32);
-    EACH r.v[i] = int4_scale(h[i]);
+    EACH r.v[i] = int4_scale(load_16(p + 2 * i));
     return r;
 }
 ALWAYS_INLINE vec vsplat(float x) { vec r; EACH r.v[i] = x; return r; }
