@@ -11051,6 +11051,7 @@ int main(int argc, char **argv) { return run_program(&medrun_program, argc, argv
 #undef LLAMA3_SAID
 #undef LOCK_HINT
 #undef MAYBE_UNUSED
+#undef MISTRAL
 #undef NEVER_INLINE
 #undef NO_ID
 #undef OPEN_ASSISTANT
