@@ -6,6 +6,37 @@ cc=${CC:-cc}
 . tests/script.sh
 question="What are the symptoms of diabetes?"
 
+# It is for the first hour: its length, and the words of a sentence outside code, tables, headings.
+n=$(wc -l < README.md); [ "$n" -le 220 ] && ok || bad "README.md has $n lines, at most 220"
+n=$(wc -w < README.md); [ "$n" -le 2000 ] && ok || bad "README.md has $n words, at most 2000"
+n=$(awk '/^```/ { code = !code; next }
+    code || /^\|/ || /^#/ { next }
+    /^$/ || /^- / { text = text "\n" }
+    { sub(/^- /, ""); text = text " " $0 }
+    END {
+        gsub(/`[^`]*`/, "x", text)
+        n = split(text, sentence, /[.!?:] |\n/)
+        for (i = 1; i <= n; i++) {
+            k = split(sentence[i], w, " "); words = 0
+            for (j = 1; j <= k; j++) words += w[j] ~ /[A-Za-z0-9]/
+            if (words > 1) { all += words; count++ }
+        }
+        printf "%d", 10 * all / count
+    }' README.md)
+[ "$n" -le 160 ] && ok || bad "README.md has $n tenths of a word a sentence, at most 160"
+# The questions it says the demo model answers and turns away.
+asked() { sed -n "/^It $1: /,/^\$/p" README.md | tr '\n' ' ' | grep -o '\*[A-Z][^*]*?\*' | tr -d '*'; }
+asked answers > "$build/answers"; asked 'turns away' > "$build/refusals"
+[ "$(wc -l < "$build/answers") $(wc -l < "$build/refusals")" = "10 3" ] && ok || bad "README.md's questions"
+while read -r q; do
+    a=$("$bin/medrun" run -q tools/demo/demo.mdr -p "$q" < /dev/null)
+    case $a in 'I cannot'*|'I only'*|'') bad "README.md: $q: $a" ;; *) ok ;; esac
+done < "$build/answers"
+while read -r q; do
+    a=$("$bin/medrun" run -q tools/demo/demo.mdr -p "$q" < /dev/null)
+    case $a in 'I cannot'*|'I only'*) ok ;; *) bad "README.md: $q: $a" ;; esac
+done < "$build/refusals"
+
 sed -n '/^```c$/,/^```$/p' README.md | sed '1d;$d' > "$build/ask.c"
 cmp "$build/ask.c" tools/examples/ask.c && ok || bad "the example differs from tools/examples/ask.c"
 if $cc -O2 -DMEDRUN_NO_MAIN -c medrun.c -o "$build/medrun.o" 2> "$build/ask.log" &&
