@@ -278,7 +278,8 @@ static int read_added_flags(const json_file *f, uint32_t v, bool *special, medru
         if (read_bool(f, v, flags[i], &on, e)) return e->code;
         WANT(!on || (i == 3 && plain), f, "added_tokens", v, plain ?
              "single_word, lstrip, rstrip all false" :
-             "single_word, lstrip, rstrip, normalized all false, as there is a normalizer");
+             "single_word, lstrip, rstrip, normalized all false, as there is a normalizer; where a "
+             "tokenizer.model lies beside it, take this file away");
     }
     return read_bool(f, v, "special", special, e);
 }
@@ -1140,9 +1141,24 @@ static int finish_tokenizer(const source_tokenizer *t, buffer *out, const char *
     return e->code;
 }
 
+/* A token that was added for padding, and for which the embedding was not enlarged, is never used:
+ * it goes. More than a few, or one that ends or begins a text, are another model's. */
+static bool drop_unused(source *s, source_tokenizer *t, size_t rows) {
+    if (t->n_pieces <= rows || t->n_pieces - rows > 16) return false;
+    if (t->bos >= (int64_t)rows || t->eos >= (int64_t)rows) return false;
+    for (size_t i = rows; i < t->n_pieces; i++)
+        if (t->pieces[i].type != PIECE_CONTROL && t->pieces[i].type != PIECE_USER) return false;
+    add_note(s, "the tokenizer has %zu ids, the embedding %zu rows: added tokens from id %zu on "
+             "are left out", t->n_pieces, rows, rows);
+    t->n_pieces = rows;
+    if (t->scores.n) t->scores.n = 4 * rows;
+    return true;
+}
+
 /* Embeddings are often filled up to a multiple of 64 or so: ROWS behind the last id have no text.
  * If they are many, the tokenizer is probably another model's; and so it is if it has more ids. */
 static int fill_up(source *s, source_tokenizer *t, size_t rows, medrun_error *e) {
+    if (drop_unused(s, t, rows)) return MEDRUN_OK;
     size_t n = t->n_pieces, more = rows > n ? rows - n : 0;
     if (n > rows || (more > 1024 && more > rows / 8))
         return refuse(e, "%s: found %zu ids, but config.json's vocab_size is %zu, %s; use the "
