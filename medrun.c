@@ -1040,6 +1040,7 @@ static FILE *open_stream(const char *path, int how) {
     int fd = open_file(path, how);
     FILE *f = fd < 0 ? NULL : fdopen(fd, how <= TO_LOOK ? "rb" : "wb");
     if (fd >= 0 && !f) close(fd);
+    if (fd >= 0 && !f && (how == TO_WRITE || how == TO_CREATE)) remove_file(path);
     return f;
 }
 
