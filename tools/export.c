@@ -212,7 +212,8 @@ static void add_note(source *s, const char *format, ...) {
 static bool file_exists(const char *folder, const char *name) {
     char path[PATH_BYTES];
     file_facts there;
-    return !join_path(path, folder, name, NULL) && !get_facts(path, -1, &there);
+    if (join_path(path, folder, name, NULL)) return false;
+    return !get_facts(path, -1, &there) || (errno != ENOENT && errno != ENOTDIR);
 }
 
 /* Adds a file to the provenance, with the digest of its bytes unless MAP is NULL. */
