@@ -196,7 +196,7 @@ new; code=0 say='' how logits "$O/x"
 code=0 say='' how logits /dev/stdout; check 'logits to stdout' cmp -s "$T/out" "$O/x"
 if [ -e /dev/full ]; then code=1 say='No space left' how logits /dev/full; check '/dev/full is a device' [ -c /dev/full ]; fi
 if mkfifo "$O/fifo"; then
-    cat "$O/fifo" >"$O/read" & reader=$!
+    timeout 60 cat "$O/fifo" >"$O/read" & reader=$!
     code=0 say='' how logits "$O/fifo"; wait $reader; check 'logits to a pipe' cmp -s "$O/read" "$O/x"
     for kind in logits prefix record checkpoint tokenizer result page; do code=1 say='not a regular file' how $kind "$O/fifo"; done
     check 'the pipe is a pipe' [ -p "$O/fifo" ]
