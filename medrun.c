@@ -2490,7 +2490,6 @@ PASS_LIMITS(KEEP_MACRO)
 #define UNROLLED UNROLL
 #define TILED ALWAYS_INLINE     /* a function for every size of tile, whose sums are registers   */
 #endif
-
 #if MEDRUN_PASS == 1
 #define KERNEL_SUFFIX scalar
 #define KERNEL_BASE scalar
@@ -3719,7 +3718,8 @@ ALWAYS_INLINE void K(run_panels)(const matmul_plan plan, bool many, size_t np, s
  * A few tokens take the panels one by one (plan.alone at once for a single token), so that the
  * weights come from memory as one stream, which the processor reads ahead best. For many tokens
  * plan.together panels at once use a token's numbers more often. */
-ALWAYS_INLINE void K(matmul_with)(const matmul_plan plan, const matmul_part m) {
+ALWAYS_INLINE void K(matmul_with)(const matmul_plan plan, const matmul_part *part) {
+    const matmul_part m = *part;
     size_t bytes = panel_bytes(plan.type, m.cols), row = pack_bytes(plan.kind, m.cols, 1);
     const uint8_t *w = m.w;
     float *out = m.out;
@@ -3752,22 +3752,22 @@ ALWAYS_INLINE void K(matmul_with)(const matmul_plan plan, const matmul_part m) {
 
 #ifndef PARTIAL
 static void K(matmul_f32)(const matmul_part *m) {
-    K(matmul_with)((matmul_plan){TYPE_BF16, PACK_F32, 2, TILE_PANELS, false}, *m);
+    K(matmul_with)((matmul_plan){TYPE_BF16, PACK_F32, 2, TILE_PANELS, false}, m);
 }
 #endif
 #ifdef BF16_NAME
 static void K(matmul_bf16)(const matmul_part *m) {
     const bool ready = READY_TYPES >> TYPE_BF16 & 1;
-    K(matmul_with)((matmul_plan){TYPE_BF16, PACK_BF16, 1, TILE_PANELS, ready}, *m);
+    K(matmul_with)((matmul_plan){TYPE_BF16, PACK_BF16, 1, TILE_PANELS, ready}, m);
 }
 #endif
 static void K(matmul_int8)(const matmul_part *m) {
     const bool ready = READY_TYPES >> TYPE_INT8 & 1;
-    K(matmul_with)((matmul_plan){TYPE_INT8, INT_PACK, 1, INT_PANELS, ready}, *m);
+    K(matmul_with)((matmul_plan){TYPE_INT8, INT_PACK, 1, INT_PANELS, ready}, m);
 }
 static void K(matmul_int4)(const matmul_part *m) {
     const bool ready = READY_TYPES >> TYPE_INT4 & 1;
-    K(matmul_with)((matmul_plan){TYPE_INT4, INT_PACK, 1, INT_PANELS, ready}, *m);
+    K(matmul_with)((matmul_plan){TYPE_INT4, INT_PACK, 1, INT_PANELS, ready}, m);
 }
 
 #ifndef PARTIAL
