@@ -578,6 +578,15 @@ static int processors(void) {
     return n < 1 ? 1 : n > MAX_THREADS ? MAX_THREADS : (int)n;
 }
 
+/* The processor that this thread runs on; -1: the system does not say. */
+static int this_processor(void) {
+#ifdef __linux__
+    return sched_getcpu();
+#else
+    return -1;
+#endif
+}
+
 /* Bytes of a core's second cache, 0 where the system does not say; at most 4 MiB, for a larger one
  * is shared by several cores. */
 static size_t second_cache(void) {
@@ -904,6 +913,7 @@ static int processors(void) {
 }
 
 static int default_threads(void) { return processors(); }
+static int this_processor(void) { return (int)GetCurrentProcessorNumber(); }
 
 static size_t second_cache(void) {
     SYSTEM_LOGICAL_PROCESSOR_INFORMATION row[512];
@@ -1746,6 +1756,9 @@ typedef struct thread_pool {
     task_fn *task;
     void *context;
     size_t n, grain, pieces;
+    atomic_int caller_runs_on;              /* which processor; -2: none is known               */
+    atomic_bool crowded;                    /* a worker was woken on that one                   */
+    double alone_until, rest;               /* seconds: how long the caller works alone         */
 } thread_pool;
 
 /* Takes pieces until none is left, and gives how many. One number is the whole schedule: a thread
@@ -1783,12 +1796,16 @@ static bool is_work(thread_pool *pool) {
 
 /* First spins, then sleeps, because nobody wants a fan to run while a person types. A worker cannot
  * miss a job and sleep on: it says that it sleeps before it looks for the last time, and
- * parallel_for sets LEFT before it looks who sleeps. */
+ * parallel_for sets LEFT before it looks who sleeps. On a busy machine the system may wake a worker
+ * on the caller's own processor, where it would spin in the caller's place: it sleeps at once. */
 static void wait_for_work(thread_pool *pool) {
     for (int i = 0; i < SPINS; i++) {
         if (is_work(pool)) return;
+        if (i % 64 == 0 && this_processor() == atomic_load(&pool->caller_runs_on)) break;
         pause_briefly();
     }
+    if (this_processor() == atomic_load(&pool->caller_runs_on))
+        atomic_store(&pool->crowded, true);
     pthread_mutex_lock(&pool->lock);
     for (;;) {
         atomic_store(&pool->workers_sleep, true);
@@ -1823,6 +1840,15 @@ static void wake_workers(thread_pool *pool) {
     pthread_mutex_unlock(&pool->lock);
 }
 
+/* On a busy machine workers can cost more than they do: the system stops one for milliseconds in
+ * the middle of a piece, or wakes it on the caller's processor. Then the caller works alone for a
+ * TIME in seconds, twice as long as before where the last such time has just ended. */
+static void rest_workers(thread_pool *pool, double time, double now) {
+    pool->rest = now - pool->alone_until < pool->rest ? 2 * pool->rest : time;
+    if (pool->rest > 1) pool->rest = 1;
+    pool->alone_until = now + pool->rest;
+}
+
 /* Waits until the workers have finished what they took: PIECES in all. */
 static void wait_for_pieces(thread_pool *pool, size_t pieces) {
     for (int i = 0; i < SPINS; i++) {
@@ -1841,18 +1867,25 @@ static void wait_for_pieces(thread_pool *pool, size_t pieces) {
 static void parallel_for(thread_pool *pool, size_t n, size_t grain, task_fn *task, void *context) {
     if (!n) return;
     if (grain < 1) grain = 1;
-    if (!pool->started || n <= grain) {
+    double start = pool->started ? seconds() : 0;
+    if (pool->started && atomic_exchange(&pool->crowded, false)) rest_workers(pool, 1e-3, start);
+    if (!pool->started || n <= grain || start < pool->alone_until) {
         task(context, 0, n, 0);
         return;
     }
     pool->task = task, pool->context = context;
     pool->n = n, pool->grain = grain;
     pool->pieces = (n - 1) / grain + 1;
+    atomic_store(&pool->caller_runs_on, this_processor());
     atomic_store(&pool->finished, 0);
     uint64_t job = (atomic_load(&pool->left) >> 32) + 1;
     atomic_store(&pool->left, job << 32 | pool->pieces);
     wake_workers(pool);
-    wait_for_pieces(pool, pool->pieces - take_pieces(pool, 0));
+    size_t mine = take_pieces(pool, 0);
+    double end = seconds(), piece = (end - start) / (double)(mine ? mine : 1);
+    wait_for_pieces(pool, pool->pieces - mine);
+    double now = seconds(), waited = now - end;
+    if (waited > 5e-4 && waited > 4 * piece) rest_workers(pool, 4 * waited, now);
 }
 
 static void pool_stop(thread_pool *pool) {
@@ -1893,6 +1926,7 @@ static int pool_start(thread_pool *pool, int threads, medrun_error *e) {
     pthread_cond_init(&pool->wake, NULL);
     pthread_cond_init(&pool->idle, NULL);
     pool->threads = threads ? threads : default_threads();
+    atomic_store(&pool->caller_runs_on, -2);
     for (int i = 1; i < pool->threads; i++) {
         worker *w = &pool->workers[pool->started];
         w->pool = pool;
