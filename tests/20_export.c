@@ -787,7 +787,7 @@ static void test_filled_up(const char *fixture, const char *vocab_size) {
     size_t vocab = 0, chosen = 0, smaller = 0;
     for (int filled = 0; filled < 3; filled++) {
         medrun_session_options o = {.context = 64, .sampling = {.temperature = 1, .top_p = 1}};
-        int32_t id;
+        int32_t id = 0;
         copy_fixture(fixture);
         if (filled) edit("config.json", vocab_size, "\"vocab_size\": 600");
         if (filled) add_rows(600, filled == 1 ? 3 : -3);

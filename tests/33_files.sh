@@ -243,9 +243,9 @@ check 'each other one says why' [ "$(cat "$T"/err? | grep -vc 'another program i
 tries 0 'taken from' "$bin/medrun" run "$model" -p "$long" -n 1 --load-prefix "$O/p"
 
 # A file of a folder that is there and cannot be read is not one that is not there.
-cp -r tests/fixtures/llama-tied "$T/folder"
-if ln -s chat_template.jinja "$T/folder/chat_template.jinja" 2>"$T/err"; then
-    "$bin/medrun-export" "$T/folder" "$T/unread.mdr" >"$T/out" 2>"$T/err"; rc=$?
+cp -r tests/fixtures/llama-tied "$T/looped"
+if ln -s chat_template.jinja "$T/looped/chat_template.jinja" 2>"$T/err"; then
+    "$bin/medrun-export" "$T/looped" "$T/unread.mdr" >"$T/out" 2>"$T/err"; rc=$?
     check "a link to itself: exit $rc: $(cat "$T/err")" [ $rc = 3 ]
     check 'names it' grep -q 'chat_template.jinja: cannot open' "$T/err"
     check 'and leaves nothing' [ ! -e "$T/unread.mdr" ]

@@ -1133,7 +1133,7 @@ static result_set *find_set(results *all, const char *path, span head, medrun_er
 /* Of choice PRED among the choices, by the softmax of their log-likelihoods; *HELD: of all choices
  * together, where none of them is the beginning of another. */
 static double probability(const json *j, uint32_t ll, int pred, double *held) {
-    double scores[MAX_CHOICES], sum = 0;
+    double scores[MAX_CHOICES] = {0}, sum = 0;
     uint32_t c = ll + 1, n = j->nodes[ll].count;
     for (uint32_t i = 0; i < n && i < MAX_CHOICES; i++, c = j->nodes[c].next)
         scores[i] = json_typeof(j, c) == JSON_NUMBER ? json_number(j, c) : 0;
