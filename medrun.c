@@ -609,13 +609,13 @@ typedef struct {
 /* The number behind KEY in the file NAME of FOLDER, or where two stand there the first divided by
  * the second; -1: there is none. */
 static double read_limit(const char *folder, const char *name, const char *key) {
-    char text[1280], *line = text;
+    char text[1280];
     double a, b, limit = -1;
     snprintf(text, sizeof text, "%s/%s", folder, name);
     FILE *f = fopen(text, "r");
-    while (f && limit < 0 && (line = fgets(text, 256, f)))
-        if (!strncmp(line, key, strlen(key))) {
-            int n = sscanf(line + strlen(key), "%lf %lf", &a, &b);
+    while (f && limit < 0 && fgets(text, 256, f))
+        if (!strncmp(text, key, strlen(key))) {
+            int n = sscanf(text + strlen(key), "%lf %lf", &a, &b);
             limit = n == 2 && b > 0 ? a / b : n == 1 ? a : -1;
         }
     if (f) fclose(f);
