@@ -9624,10 +9624,10 @@ static int start_session(command *c) {
     if (c->e.code) return c->e.code;
     int context = choose_context(c);
     const char *plain = plain_only();
-    note(c, "medrun " MEDRUN_VERSION ": %s, %s, %s kernels, %d threads, context %d, kv %s%s%s%s",
-         c->m->name, type_names[c->m->type], c->m->kernels->name, c->m->pool->threads, context,
-         kv_names[cache_type(c)], flag(c, O_STRICT) ? ", strict" : "",
-         plain ? "; " : "", plain ? plain : "");
+    note(c, "medrun " MEDRUN_VERSION ": %s, %s, %s kernels, %d thread%s, context %d, kv %s%s%s%s",
+         c->m->name, type_names[c->m->type], c->m->kernels->name, c->m->pool->threads,
+         c->m->pool->threads == 1 ? "" : "s", context, kv_names[cache_type(c)],
+         flag(c, O_STRICT) ? ", strict" : "", plain ? "; " : "", plain ? plain : "");
     choose_sampling(c);
     medrun_session_options o = session_options(c, context);
     if (medrun_start(&c->s, c->m, &o, NULL, 0, &c->e)) return c->e.code;

@@ -48,7 +48,7 @@ finds "version 1" "processors 1" one "$v1" "$lab" doctor
 finds "version 1, memory" "memory     32.0 MB (the control group's limit)" one "$v1" "$lab" doctor
 finds "show" "of 64.0 MB (the control group's limit); 25.9 MB are free: it fits" \
     two '0::/pod/job\n' "$medrun" show $demo
-finds "run" "1 thread" two '0::/pod/job\n' "$medrun" run $demo -p hi -n 1
+finds "run" "kernels, 1 thread, context" two '0::/pod/job\n' "$medrun" run $demo -p hi -n 1
 # more threads than processors would only take turns
 finds "-t 64" "kernels, $all thread" none '0::/\n' "$medrun" run $demo -p hi -n 1 -t 64
 # the context follows the memory that is there

@@ -300,9 +300,10 @@ static void print_bench_table(const command *c, const bench_row *row, const benc
     snprintf(name, sizeof name, "%s", m->name);
     make_safe(name);
     if (whole(c, L_DEPTH)) snprintf(depth, sizeof depth, " @ d%d", whole(c, L_DEPTH));
-    printf("%s, %s, %s kernels, %d threads, kv %s%s\n\n| test | tokens/s | rate | this machine's "
+    printf("%s, %s, %s kernels, %d thread%s, kv %s%s\n\n| test | tokens/s | rate | this machine's "
            "ceiling | share | attention |\n|---|---|---|---|---|---|\n", name,
-           type_names[m->type], m->kernels->name, m->pool->threads, kv_names[cache_type(c)],
+           type_names[m->type], m->kernels->name, m->pool->threads,
+           m->pool->threads == 1 ? "" : "s", kv_names[cache_type(c)],
            flag(c, O_STRICT) ? ", strict" : "");
     for (int i = 0; i < 2; i++)
         printf("| %s%d%s | %.2f \302\261 %.2f | %.1f %s | %.1f %s | %.0f %% | %.1f %% |\n",
