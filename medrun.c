@@ -1751,13 +1751,12 @@ typedef struct thread_pool {
     pthread_cond_t wake, idle;
     _Atomic uint64_t left;
     atomic_size_t finished;                 /* pieces                                           */
-    atomic_bool workers_sleep, caller_sleeps;       /* some of them                             */
-    atomic_bool quit;
+    atomic_int workers_sleep, caller_sleeps, quit;  /* yes or no; some systems exchange no byte */
     task_fn *task;
     void *context;
     size_t n, grain, pieces;
     atomic_int caller_runs_on;              /* which processor; -2: none is known               */
-    atomic_bool crowded;                    /* a worker was woken on that one                   */
+    atomic_int crowded;                     /* a worker was woken on that one                   */
     double alone_until, rest;               /* seconds: how long the caller works alone         */
 } thread_pool;
 
@@ -1796,8 +1795,9 @@ static bool is_work(thread_pool *pool) {
 
 /* First spins, then sleeps, because nobody wants a fan to run while a person types. A worker cannot
  * miss a job and sleep on: it says that it sleeps before it looks for the last time, and
- * parallel_for sets LEFT before it looks who sleeps. On a busy machine the system may wake a worker
- * on the caller's own processor, where it would spin in the caller's place: it sleeps at once. */
+ * parallel_for sets LEFT before it looks who sleeps. Both do so by an exchange: qemu lets a mere
+ * store pass a later load, and then each could miss the other. On a busy machine the system may
+ * wake a worker on the caller's own processor, in whose place it would spin: it sleeps at once. */
 static void wait_for_work(thread_pool *pool) {
     for (int i = 0; i < SPINS; i++) {
         if (is_work(pool)) return;
@@ -1808,7 +1808,7 @@ static void wait_for_work(thread_pool *pool) {
         atomic_store(&pool->crowded, true);
     pthread_mutex_lock(&pool->lock);
     for (;;) {
-        atomic_store(&pool->workers_sleep, true);
+        atomic_exchange(&pool->workers_sleep, true);
         if (is_work(pool)) break;
         pthread_cond_wait(&pool->wake, &pool->lock);
     }
@@ -1856,7 +1856,7 @@ static void wait_for_pieces(thread_pool *pool, size_t pieces) {
         pause_briefly();
     }
     pthread_mutex_lock(&pool->lock);
-    atomic_store(&pool->caller_sleeps, true);
+    atomic_exchange(&pool->caller_sleeps, true);
     while (atomic_load(&pool->finished) != pieces) pthread_cond_wait(&pool->idle, &pool->lock);
     atomic_store(&pool->caller_sleeps, false);
     pthread_mutex_unlock(&pool->lock);
@@ -1879,7 +1879,7 @@ static void parallel_for(thread_pool *pool, size_t n, size_t grain, task_fn *tas
     atomic_store(&pool->caller_runs_on, this_processor());
     atomic_store(&pool->finished, 0);
     uint64_t job = (atomic_load(&pool->left) >> 32) + 1;
-    atomic_store(&pool->left, job << 32 | pool->pieces);
+    atomic_exchange(&pool->left, job << 32 | pool->pieces);
     wake_workers(pool);
     size_t mine = take_pieces(pool, 0);
     double end = seconds(), piece = (end - start) / (double)(mine ? mine : 1);
@@ -1889,7 +1889,7 @@ static void parallel_for(thread_pool *pool, size_t n, size_t grain, task_fn *tas
 }
 
 static void pool_stop(thread_pool *pool) {
-    atomic_store(&pool->quit, true);
+    atomic_exchange(&pool->quit, true);
     wake_workers(pool);
     for (int i = 0; i < pool->started; i++) pthread_join(pool->workers[i].id, NULL);
     pthread_mutex_destroy(&pool->turn);

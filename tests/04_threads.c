@@ -140,6 +140,32 @@ static void test_short_jobs(void) {
     }
 }
 
+static atomic_uint spun;
+
+static void spin_some(void *context, size_t begin, size_t end, int thread) {
+    (void)context, (void)thread;
+    for (size_t i = begin; i < end; i++)
+        for (unsigned k = (unsigned)(i * 2654435761u >> 20) % 3000; k; k--) spun += k;
+}
+
+/* Pieces of many lengths, so that caller and workers fall asleep just as they are wanted: who misses
+ * the other sleeps for ever (an alarm ends this program). */
+static void test_sleepers(void) {
+    thread_pool p;
+    medrun_error e = {0};
+    if (!CHECK_EQ(pool_start(&p, 3, &e), MEDRUN_OK)) return;
+    double start = seconds();
+    size_t jobs = 0;
+    alarm(120);
+    for (; seconds() - start < (test_all() ? 10 : 2); jobs++) {
+        parallel_for(&p, 2 + jobs % 7, 1, spin_some, NULL);
+        if (jobs % 997 == 0) usleep(300);
+    }
+    alarm(0);
+    CHECK(jobs > 100);
+    pool_stop(&p);
+}
+
 /* Idle workers must sleep, not spin: an engine that waits for a person uses no processor. */
 static void test_workers_sleep(void) {
     thread_pool p;
@@ -413,6 +439,7 @@ int main(void) {
     test_every_item_once();
     test_all_threads_work();
     test_short_jobs();
+    test_sleepers();
     test_workers_sleep();
     test_pool_start();
     test_map_file();
