@@ -625,18 +625,18 @@ static double read_limit(const char *folder, const char *name, const char *key) 
 /* Lowers *L to what the group in FOLDER has. In version 1 of the file system -1 is no limit, in
  * version 2 the word max. The page cache counts as used there, though it is freed when needed. */
 static void lower_limits(const char *folder, int version, group_limits *l) {
-    static const char *const names[3][5] = {
-        {0}, {"memory.limit_in_bytes", "memory.limit_in_bytes", "memory.usage_in_bytes",
-              "total_inactive_file ", "total_active_file "},
+    static const char *const both[2][5] = {
+        {"memory.limit_in_bytes", "memory.limit_in_bytes", "memory.usage_in_bytes",
+         "total_inactive_file ", "total_active_file "},
         {"memory.max", "memory.high", "memory.current", "inactive_file ", "active_file "}};
+    const char *const *names = both[version - 1];
     double quota = read_limit(folder, version == 2 ? "cpu.max" : "cpu.cfs_quota_us", "");
     if (quota > 0 && version == 1) quota /= read_limit(folder, "cpu.cfs_period_us", "");
     if (quota > 0 && quota < l->processors) l->processors = quota;
-    double used = read_limit(folder, names[version][2], "");
-    for (int i = 3; i < 5; i++)
-        used -= fmax(0, read_limit(folder, "memory.stat", names[version][i]));
+    double used = read_limit(folder, names[2], "");
+    for (int i = 3; i < 5; i++) used -= fmax(0, read_limit(folder, "memory.stat", names[i]));
     for (int i = 0; i < 2; i++) {
-        double most = read_limit(folder, names[version][i], "");
+        double most = read_limit(folder, names[i], "");
         if (most < 0) continue;
         l->memory = fmin(l->memory, most);
         l->available = fmin(l->available, fmax(0, most - fmax(0, used)));
@@ -1755,7 +1755,7 @@ typedef struct thread_pool {
     task_fn *task;
     void *context;
     size_t n, grain, pieces;
-    atomic_int caller_runs_on;              /* which processor; -2: none is known               */
+    atomic_int caller_runs_on;              /* which processor; -1: nobody knows                */
     atomic_int crowded;                     /* a worker was woken on that one                   */
     double alone_until, rest;               /* seconds: how long the caller works alone         */
 } thread_pool;
@@ -1793,6 +1793,12 @@ static bool is_work(thread_pool *pool) {
     return (uint32_t)atomic_load(&pool->left) || atomic_load(&pool->quit);
 }
 
+/* Does this worker run on the caller's processor? False where the system does not say. */
+static bool beside_caller(thread_pool *pool) {
+    int here = this_processor();
+    return here >= 0 && here == atomic_load(&pool->caller_runs_on);
+}
+
 /* First spins, then sleeps, because nobody wants a fan to run while a person types. A worker cannot
  * miss a job and sleep on: it says that it sleeps before it looks for the last time, and
  * parallel_for sets LEFT before it looks who sleeps. Both do so by an exchange: qemu lets a mere
@@ -1801,11 +1807,10 @@ static bool is_work(thread_pool *pool) {
 static void wait_for_work(thread_pool *pool) {
     for (int i = 0; i < SPINS; i++) {
         if (is_work(pool)) return;
-        if (i % 64 == 0 && this_processor() == atomic_load(&pool->caller_runs_on)) break;
+        if (i % 64 == 0 && beside_caller(pool)) break;
         pause_briefly();
     }
-    if (this_processor() == atomic_load(&pool->caller_runs_on))
-        atomic_store(&pool->crowded, true);
+    if (beside_caller(pool)) atomic_store(&pool->crowded, true);
     pthread_mutex_lock(&pool->lock);
     for (;;) {
         atomic_exchange(&pool->workers_sleep, true);
@@ -1867,9 +1872,10 @@ static void wait_for_pieces(thread_pool *pool, size_t pieces) {
 static void parallel_for(thread_pool *pool, size_t n, size_t grain, task_fn *task, void *context) {
     if (!n) return;
     if (grain < 1) grain = 1;
-    double start = pool->started ? seconds() : 0;
-    if (pool->started && atomic_exchange(&pool->crowded, false)) rest_workers(pool, 1e-3, start);
-    if (!pool->started || n <= grain || start < pool->alone_until) {
+    bool small = !pool->started || n <= grain;
+    double start = small ? 0 : seconds();
+    if (!small && atomic_exchange(&pool->crowded, false)) rest_workers(pool, 1e-3, start);
+    if (small || start < pool->alone_until) {
         task(context, 0, n, 0);
         return;
     }
@@ -1926,7 +1932,7 @@ static int pool_start(thread_pool *pool, int threads, medrun_error *e) {
     pthread_cond_init(&pool->wake, NULL);
     pthread_cond_init(&pool->idle, NULL);
     pool->threads = threads ? threads : default_threads();
-    atomic_store(&pool->caller_runs_on, -2);
+    atomic_store(&pool->caller_runs_on, -1);
     for (int i = 1; i < pool->threads; i++) {
         worker *w = &pool->workers[pool->started];
         w->pool = pool;
@@ -6452,7 +6458,7 @@ static const chat_kind apertus_turns[] = {
 #define ASK(words) {.says = words, .sets = ASKED, .clears = ANSWERED | SYSTEM_OPEN}
 #define ANSWER(words) {.says = words, .sets = ANSWERED, .clears = ASKED}
 #define MISTRAL(space) \
-    .bos = "<s>", .close = SAYS("`</s>`"), .stops = {"</s>"}, \
+    .bos = "<s>", .close = SAYS("`</s>`"), .stops = {"</s>"}, .marks = {"[INST]", "[/INST]"}, \
     .turns = KINDS({"user", PARTS(NO_TURN(ASKED), {.says = space, .when = ANSWERED}, \
                                   ASK("[INST] $text [/INST]"))}, \
                    {"assistant", PARTS(NO_ANSWER, ANSWER("$text`</s>`"))})
@@ -6547,9 +6553,8 @@ static const chat_template chat_templates[] = {
                        {"assistant", PARTS(NO_ANSWER, ANSWER(" $text`</s>`"))}),
         .end = PARTS(NO_TURN(SYSTEM_OPEN)), .close = SAYS("`</s>`"), .stops = {"</s>"},
     },
-    {.name = "mistral-v0.2", .marks = {"[INST]", "[/INST]"}, MISTRAL("")},
-    {.name = "mistral-v0.1", .marks = {"[INST]", "[/INST]"}, MISTRAL(" "),
-     .end = PARTS({.says = " ", .when = ANSWERED})},
+    {.name = "mistral-v0.2", MISTRAL("")},
+    {.name = "mistral-v0.1", MISTRAL(" "), .end = PARTS({.says = " ", .when = ANSWERED})},
     /* The first two differ in tools/tool_calls.c only. The third also ends an assistant's turn that
      * ends the conversation. */
     {.name = "apertus", APERTUS, .end = PARTS(END_RESULTS)},

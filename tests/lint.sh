@@ -31,7 +31,7 @@ budgets="
 1:330:330
 2:450:746
 3:540:642
-4:200:224
+4:200:230
 5:310:310
 6:1940:2150
 7:130:136
@@ -45,8 +45,8 @@ budgets="
 15:720:861
 16:1410:2126"
 budgets=$(echo $budgets)                  # on one line
-most_lines=11100                            # the goals: 9000, 450000, 15
-most_bytes=552600
+most_lines=11105                            # the goals: 9000, 450000, 15
+most_bytes=552700
 least_comments=12.9
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
