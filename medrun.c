@@ -261,8 +261,13 @@ int medrun_say(medrun_session *session, const char *role, const char *text, size
 
 /* One pass over the weights: takes what is pending in the N sessions, at most `batch` of the first
  * session in all, in the order given. All must be of one model, with equal kv and strict. Errors:
- * MEDRUN_USAGE (also for an observer), MEDRUN_FAILED (this thread rounds or flushes otherwise). */
+ * MEDRUN_USAGE (also for an observer), MEDRUN_FAILED (this thread rounds or flushes otherwise),
+ * MEDRUN_INTERRUPTED. */
 int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *error);
+
+/* Ends the step that SESSION leads, or else its next one, between two layers with
+ * MEDRUN_INTERRUPTED; what was pending still is. Any thread may call it, and a signal handler. */
+void medrun_interrupt(medrun_session *session);
 
 size_t medrun_pending(const medrun_session *session);       /* fed and not yet processed       */
 size_t medrun_length(const medrun_session *session);        /* the whole timeline              */
@@ -7583,6 +7588,7 @@ typedef struct {
     segment *segments;                          /* (capacity)                                   */
     const segment **owner;                      /* (capacity) of each row                       */
     int layer;                                  /* that is computed now; -1: none               */
+    atomic_bool stop;                           /* medrun_interrupt was called                  */
     size_t dim, group;                          /* head_dim; query heads to a key-value head    */
     size_t hidden, heads, kv, ffn, vocab;       /* heads: of all queries; kv: of all keys       */
     float *x;                                   /* (n, hidden) the residual stream              */
@@ -7874,7 +7880,7 @@ static void forward(pass *p) {
     each_row(p, embed_row);                                     /* x (n, hidden)                */
     observe(p, "embed", p->x, p->hidden, p->hidden);
 
-    for (p->layer = 0; p->layer < p->config->n_layers; p->layer++) {
+    for (p->layer = 0; p->layer < p->config->n_layers && !p->stop; p->layer++) {
         const model_layer *layer = &p->model->layers[p->layer];
 
         norm_rows(p, layer->attn_norm, "attn_norm");            /* h (n, hidden)                */
@@ -8567,18 +8573,19 @@ int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *error) 
         sessions[i]->n_ready = 0;
         add_segment(p, sessions[i]);
     }
-    if (p->n) {
-        forward(p);
-        output(p);
-    }
-    for (size_t i = 0, k = 0; i < n && k < p->n_segments; i++)  /* all with something pending,  */
+    if (p->n) forward(p);
+    bool stopped = atomic_exchange(&p->stop, false);
+    if (p->n && !stopped) output(p);
+    for (size_t i = 0, k = 0; !stopped && i < n && k < p->n_segments; i++)  /* all that pend,   */
         if (medrun_pending(sessions[i])) {                      /* until the pass was full      */
             sessions[i]->n_done += p->segments[k].n;
             sessions[i]->n_logits = p->segments[k++].n_wanted;
         }
     pthread_mutex_unlock(&sessions[0]->model->pool->turn);
-    return MEDRUN_OK;
+    return stopped ? fail(e, MEDRUN_INTERRUPTED, "step: interrupted") : MEDRUN_OK;
 }
+
+void medrun_interrupt(medrun_session *s) { s->pass.stop = true; }
 
 /* Chooses an id from ROW of the logits. Each choice by chance takes one random number, which is why
  * the random state is saved with a session. */

@@ -382,6 +382,37 @@ static void test_callbacks(void) {
     medrun_close(m);
 }
 
+/* Interrupts its own session in layer 0, and counts what it sees behind that layer. */
+static void interrupt(void *user, const char *stage, int layer, size_t rows, size_t cols,
+                      size_t stride, const float *data) {
+    caller *c = user;
+    (void)rows, (void)cols, (void)stride, (void)data;
+    if (layer == 0 && !strcmp(stage, "q")) medrun_interrupt(c->own);
+    c->calls += layer != 0 && strcmp(stage, "embed");
+}
+
+/* An interrupted step leaves all that was pending, and the next one gives the same bits. */
+static void test_interrupt(void) {
+    static const int32_t ids[] = {3, 1, 4, 1, 5, 9, 2, 6};
+    medrun_model *m = open_fixture("llama-plain", "int8", 2, NULL);
+    medrun_session *alone = start(m, (medrun_session_options){0});
+    caller c = {start(m, (medrun_session_options){0}), NULL, 0, 0};
+    medrun_error e = {0};
+    run_all(alone, ids, 8);
+    CHECK(!medrun_feed(c.own, ids, 8, NULL));
+    medrun_observe(c.own, interrupt, &c);
+    CHECK(medrun_step(&c.own, 1, &e) == MEDRUN_INTERRUPTED && e.code == MEDRUN_INTERRUPTED);
+    CHECK(!c.calls && medrun_pending(c.own) == 8 && !medrun_logits(c.own, 0));
+    medrun_observe(c.own, NULL, NULL);
+    medrun_interrupt(c.own);                            /* holds for the next step, and no other */
+    CHECK(medrun_step(&c.own, 1, NULL) == MEDRUN_INTERRUPTED && medrun_pending(c.own) == 8);
+    CHECK(!medrun_step(&c.own, 1, NULL) && !medrun_pending(c.own));
+    CHECK(!memcmp((const void *)medrun_logits(alone, 0), (const void *)medrun_logits(c.own, 0),
+                  (size_t)m->config.vocab_size * sizeof(float)));
+    medrun_stop(alone), medrun_stop(c.own);
+    medrun_close(m);
+}
+
 int main(void) {
     test_logits();
     test_int4_logits();
@@ -394,5 +425,6 @@ int main(void) {
     test_promises();
     test_company();
     test_callbacks();
+    test_interrupt();
     return report();
 }
