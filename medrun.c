@@ -55,10 +55,6 @@
 #ifndef _FILE_OFFSET_BITS
 #define _FILE_OFFSET_BITS 64    /* on 32 bits too files are larger than memory                  */
 #endif
-#ifdef _WIN32
-#define WIN32_LEAN_AND_MEAN
-#define NOGDI
-#endif
 
 #ifndef MEDRUN_H
 #define MEDRUN_H
@@ -349,23 +345,12 @@ void medrun_observe(medrun_session *session, medrun_observer *observer, void *us
 #error "medrun cannot be built with -ffast-math or -Ofast: they change the numbers"
 #endif
 
-#include <ctype.h>
-#include <errno.h>
 #include <fcntl.h>
-#include <float.h>
-#include <limits.h>
-#include <math.h>
-#include <pthread.h>
 #include <signal.h>
-#include <stdarg.h>
-#include <stdatomic.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/stat.h>
-#include <time.h>
-#include <unistd.h>
 #ifdef _WIN32
+#define WIN32_LEAN_AND_MEAN
+#define NOGDI
+#define _POSIX_THREAD_SAFE_FUNCTIONS 1          /* for localtime_r                               */
 #include <io.h>
 #include <windows.h>
 #include <aclapi.h>
@@ -386,6 +371,20 @@ enum { SIGHUP = SIGBREAK, SIGQUIT = SIGBREAK };         /* the console was close
 #include <sys/sysctl.h>
 #endif
 #endif
+#include <ctype.h>
+#include <errno.h>
+#include <float.h>
+#include <limits.h>
+#include <math.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
 
 /* Which family of instruction sets section 6 compiles kernels for; which of them runs is chosen at
  * start, so that one program serves every machine. */
@@ -470,6 +469,13 @@ typedef struct {
     bool regular, folder, stream;               /* STREAM: a pipe or a device like a terminal   */
 } file_facts;
 
+/* What this process may have of the machine. */
+typedef struct {
+    double processors;              /* a control group's quota may pay for a part of one        */
+    double memory, available;       /* bytes: in all, and free or freed when they are wanted    */
+    bool of_group;                  /* its control group has less memory than the machine       */
+} machine_limits;
+
 /* TO_MAP does not wait for the other end of a pipe, TO_LOOK follows no link either. TO_WRITE and
  * TO_CREATE want a new name, TO_UPDATE keeps what is there; only its owner may read what the last
  * two make. TO_STREAM writes to a device or to a pipe that somebody reads. None of these follows a
@@ -479,13 +485,6 @@ enum { TO_READ, TO_MAP, TO_LOOK, TO_WRITE, TO_CREATE, TO_UPDATE, TO_STREAM };
 typedef void signal_handler(int number);
 
 #ifndef _WIN32
-/* The open file that PATH stands for, as a shell gives it to a program, or -1. */
-static int named_file(const char *path) {
-    int fd, n = 0;
-    if (!strcmp(path, "/dev/stdout")) return STDOUT_FILENO;
-    return sscanf(path, "/dev/fd/%d%n", &fd, &n) == 1 && !path[n] ? fd : -1;
-}
-
 static int open_file(const char *path, int how) {
     static const int flags[] = {
         [TO_READ] = O_RDONLY,
@@ -497,7 +496,6 @@ static int open_file(const char *path, int how) {
         [TO_STREAM] = O_WRONLY | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY,
     };
     int fd;
-    if (how == TO_STREAM && named_file(path) >= 0) return dup(named_file(path));
     do fd = open(path, flags[how] | O_CLOEXEC, how == TO_WRITE ? 0666 : 0600);
     while (fd < 0 && errno == EINTR);
     if (how == TO_STREAM && fd >= 0) fcntl(fd, F_SETFL, 0);     /* from now on it waits          */
@@ -604,13 +602,6 @@ static size_t second_cache(void) {
     return n < 64 << 10 ? 0 : n > 4 << 20 ? 4 << 20 : (size_t)n;
 }
 
-/* What the control groups of this process (of a container, a service, a job on a cluster) leave it
- * of the machine. */
-typedef struct {
-    double processors;              /* that its quota pays for                                  */
-    double memory, available;       /* bytes: the limit, and what is not used of it             */
-} group_limits;
-
 /* The number behind KEY in the file NAME of FOLDER, or where two stand there the first divided by
  * the second; -1: there is none. */
 static double read_limit(const char *folder, const char *name, const char *key) {
@@ -627,81 +618,61 @@ static double read_limit(const char *folder, const char *name, const char *key) 
     return limit;
 }
 
-/* Lowers *L to what the group in FOLDER has. In version 1 of the file system -1 is no limit, in
- * version 2 the word max. The page cache counts as used there, though it is freed when needed. */
-static void lower_limits(const char *folder, int version, group_limits *l) {
-    static const char *const both[2][5] = {
-        {"memory.limit_in_bytes", "memory.limit_in_bytes", "memory.usage_in_bytes",
-         "total_inactive_file ", "total_active_file "},
-        {"memory.max", "memory.high", "memory.current", "inactive_file ", "active_file "}};
-    const char *const *names = both[version - 1];
-    double quota = read_limit(folder, version == 2 ? "cpu.max" : "cpu.cfs_quota_us", "");
-    if (quota > 0 && version == 1) quota /= read_limit(folder, "cpu.cfs_period_us", "");
-    if (quota > 0 && quota < l->processors) l->processors = quota;
-    double used = read_limit(folder, names[2], "");
-    for (int i = 3; i < 5; i++) used -= fmax(0, read_limit(folder, "memory.stat", names[i]));
-    for (int i = 0; i < 2; i++) {
-        double most = read_limit(folder, names[i], "");
-        if (most < 0) continue;
-        l->memory = fmin(l->memory, most);
-        l->available = fmin(l->available, fmax(0, most - fmax(0, used)));
+/* Lowers *L to what the control group in FOLDER (of a container, a service, a job on a cluster)
+ * has. Both versions of that file system are asked alike: what the other one's files would say is
+ * no limit, and so is -1 in version 1 and the word max in version 2. The page cache counts as used
+ * there, though it is freed when memory is wanted. */
+static void lower_limits(const char *folder, machine_limits *l) {
+    static const char *const most[] = {"memory.max", "memory.high", "memory.limit_in_bytes"};
+    static const char *const cached[] = {"total_inactive_file ", "total_active_file "};
+    double quota = read_limit(folder, "cpu.max", ""), used = 0;
+    if (quota <= 0)
+        quota = read_limit(folder, "cpu.cfs_quota_us", "") /
+                fabs(read_limit(folder, "cpu.cfs_period_us", ""));
+    if (quota > 0) l->processors = fmin(l->processors, quota);
+    used = fmax(read_limit(folder, "memory.current", ""),
+                read_limit(folder, "memory.usage_in_bytes", ""));
+    for (int i = 0; i < 2; i++)                         /* version 2 writes them without total_  */
+        used -= fmax(0, fmax(read_limit(folder, "memory.stat", cached[i]),
+                             read_limit(folder, "memory.stat", cached[i] + 6)));
+    for (int i = 0; i < 3; i++) {
+        double limit = read_limit(folder, most[i], "");
+        if (limit < 0) continue;
+        l->memory = fmin(l->memory, limit);
+        l->available = fmin(l->available, fmax(0, limit - fmax(0, used)));
     }
 }
 
-/* From the process's own groups upwards: each has limits. A line of /proc/self/cgroup is
- * ID:CONTROLLERS:PATH, and version 2 names no controllers. */
-static group_limits limits_of_groups(void) {
-    group_limits l = {MAX_THREADS, 0x1p62, 0x1p62};
-    char line[1024], folder[1100];
+/* What the machine has, lowered to what the control groups of this process leave it, from its own
+ * upwards: each has limits. A line of /proc/self/cgroup is ID:CONTROLLERS:PATH, and version 2 names
+ * no controllers. */
+static machine_limits limits_of_machine(void) {
+    char line[1024], folder[2048];
+#ifdef __APPLE__
+    double memory = (double)sysctl_number("hw.memsize");
+#else
+    double memory = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+#endif
+    double free_now = 1024 * read_limit("/proc", "meminfo", "MemAvailable:");
+    machine_limits l = {processors(), memory, free_now < 0 ? memory : free_now, false};
     FILE *f = fopen("/proc/self/cgroup", "r");
     while (f && fgets(line, sizeof line, f)) {
         char *kinds = strchr(line, ':'), *path = kinds ? strchr(kinds + 1, ':') : NULL;
         if (!path) continue;
-        *kinds = '/';
         *path++ = 0;
         path[strcspn(path, "\n")] = 0;
-        int version = kinds[1] ? 1 : 2;
-        int root = snprintf(folder, sizeof folder, "/sys/fs/cgroup%s", version == 1 ? kinds : "");
+        int root = snprintf(folder, sizeof folder, "/sys/fs/cgroup/%s", kinds + 1);
         snprintf(folder + root, sizeof folder - (size_t)root, "%s", path);
         for (char *end = folder + strlen(folder); end; end = strrchr(folder + root, '/')) {
             *end = 0;
-            lower_limits(folder, version, &l);
+            lower_limits(folder, &l);
         }
     }
     if (f) fclose(f);
+    l.of_group = l.memory < memory;
+    l.available = fmin(l.available, l.memory);
     return l;
 }
-
-/* The threads worth having: one for each processor, or for each whole one that a quota pays for. */
-static int default_threads(void) {
-    double quota = limits_of_groups().processors;
-    int n = processors();
-    return quota >= n ? n : quota < 1 ? 1 : (int)quota;
-}
-
-/* Bytes of memory the machine has, and how many of them are free or can be freed at once: all,
- * where the system does not say. True: a control group has less, and it is the group's. */
-static bool memory_size(uint64_t *total, uint64_t *available) {
-#ifdef __APPLE__
-    *available = *total = sysctl_number("hw.memsize");
-#else
-    *available = *total = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
-#endif
-    group_limits l = limits_of_groups();
-    FILE *f = fopen("/proc/meminfo", "r");
-    char line[128];
-    unsigned long long kib;
-    while (f && fgets(line, sizeof line, f))
-        if (sscanf(line, "MemAvailable: %llu kB", &kib) == 1) *available = kib * 1024;
-    if (f) fclose(f);
-    bool less = l.memory < (double)*total;
-    if (less) *total = (uint64_t)l.memory;
-    if (l.available < (double)*available) *available = (uint64_t)l.available;
-    if (*available > *total) *available = *total;
-    return less;
-}
-
-static void local_time(time_t when, struct tm *t) { localtime_r(&when, t); }
 
 /* HANDLER gets the next signal NUMBER and no other: a second Ctrl-C ends the program, whatever the
  * first one does. But if whoever started us had it ignored, as nohup does, it stays so. Gives the
@@ -816,16 +787,6 @@ static wchar_t *wide_path(const char *path, wchar_t room[WIDE_PATH]) {
     return room;
 }
 
-/* Opens folders, too (BACKUP_SEMANTICS), so that messages can say what they are. */
-static HANDLE open_handle(const char *path, DWORD access, DWORD share, DWORD create,
-                          SECURITY_ATTRIBUTES *who) {
-    wchar_t room[WIDE_PATH], *name = wide_path(path, room);
-    if (!name) return INVALID_HANDLE_VALUE;
-    HANDLE h = CreateFileW(name, access, share, who, create, FILE_FLAG_BACKUP_SEMANTICS, NULL);
-    if (h == INVALID_HANDLE_VALUE) windows_failed();
-    return h;
-}
-
 /* All rights for who runs this, none for others, and none that the folder would pass on
  * (PROTECTED). The caller frees the list. */
 static bool make_private(SECURITY_DESCRIPTOR *d, ACL **list) {
@@ -838,37 +799,39 @@ static bool make_private(SECURITY_DESCRIPTOR *d, ACL **list) {
            SetSecurityDescriptorControl(d, SE_DACL_PROTECTED, SE_DACL_PROTECTED);
 }
 
-/* Files may be renamed and removed while they are open, as elsewhere. TO_WRITE is private too, for
- * umask does nothing here; TO_UPDATE has one writer; TO_LOOK follows a link, as only administrators
- * make them. */
+/* Opens folders, too (BACKUP_SEMANTICS), so that messages can say what they are. Files may be
+ * renamed and removed while they are open, as elsewhere. TO_WRITE is private too, for umask does
+ * nothing here; TO_UPDATE has one writer; TO_LOOK follows a link, as only administrators make
+ * them. */
 static int open_file(const char *path, int how) {
     bool is_new = how == TO_WRITE || how == TO_CREATE, update = how == TO_UPDATE;
     DWORD access = update || is_new ? GENERIC_READ | GENERIC_WRITE : GENERIC_READ;
     DWORD share = FILE_SHARE_READ | FILE_SHARE_DELETE | (update ? 0 : FILE_SHARE_WRITE);
     DWORD create = update ? OPEN_ALWAYS : is_new ? CREATE_NEW : OPEN_EXISTING;
+    wchar_t room[WIDE_PATH], *name = wide_path(path, room);
     SECURITY_DESCRIPTOR owner_only;
-    SECURITY_ATTRIBUTES who = {sizeof who, &owner_only, FALSE};
+    SECURITY_ATTRIBUTES who = {sizeof who, is_new ? &owner_only : NULL, FALSE};
     ACL *list = NULL;
+    if (!name) return -1;
     if (is_new && !make_private(&owner_only, &list)) return windows_failed();
-    HANDLE h = open_handle(path, access, share, create, is_new ? &who : NULL);
+    HANDLE h = CreateFileW(name, access, share, &who, create, FILE_FLAG_BACKUP_SEMANTICS, NULL);
+    int fd = h == INVALID_HANDLE_VALUE ? windows_failed() : _open_osfhandle((intptr_t)h, _O_BINARY);
     LocalFree(list);
-    return h == INVALID_HANDLE_VALUE ? -1 : _open_osfhandle((intptr_t)h, _O_BINARY);
+    return fd;
 }
 
 static int get_facts(const char *path, int fd, file_facts *f) {
     BY_HANDLE_FILE_INFORMATION i = {0};
-    HANDLE h = path ? open_handle(path, 0, 7, OPEN_EXISTING, NULL) : (HANDLE)_get_osfhandle(fd);
-    if (h == INVALID_HANDLE_VALUE) return -1;
+    if (path && (fd = open_file(path, TO_READ)) < 0) return -1;
+    HANDLE h = (HANDLE)_get_osfhandle(fd);
     bool disk = GetFileType(h) == FILE_TYPE_DISK && GetFileInformationByHandle(h, &i);
     bool folder = i.dwFileAttributes & FILE_ATTRIBUTE_DIRECTORY;
     *f = (file_facts){(uint64_t)i.nFileSizeHigh << 32 | i.nFileSizeLow, i.dwVolumeSerialNumber,
                       (uint64_t)i.nFileIndexHigh << 32 | i.nFileIndexLow, disk && !folder, folder,
                       false};
-    if (path) CloseHandle(h);
+    if (path) close(fd);
     return 0;
 }
-
-static int named_file(const char *path) { return (void)path, -1; }
 
 /* Of a byte far behind the end of the file, which nobody else wants. */
 static bool lock_file(int fd) { return LockFile((HANDLE)_get_osfhandle(fd), 0, 1 << 30, 1, 0); }
@@ -917,7 +880,6 @@ static int processors(void) {
     return mine ? __builtin_popcountll(mine) : 1;
 }
 
-static int default_threads(void) { return processors(); }
 static int this_processor(void) { return (int)GetCurrentProcessorNumber(); }
 
 static size_t second_cache(void) {
@@ -931,15 +893,12 @@ static size_t second_cache(void) {
 }
 
 /* Memory is free where a process may have it, too: the paging file counts. */
-static bool memory_size(uint64_t *total, uint64_t *available) {
+static machine_limits limits_of_machine(void) {
     MEMORYSTATUSEX m = {.dwLength = sizeof m};
     GlobalMemoryStatusEx(&m);
-    *total = m.ullTotalPhys;
-    *available = m.ullAvailPhys < m.ullAvailPageFile ? m.ullAvailPhys : m.ullAvailPageFile;
-    return false;
+    return (machine_limits){processors(), (double)m.ullTotalPhys,
+                            fmin((double)m.ullAvailPhys, (double)m.ullAvailPageFile), false};
 }
-
-static void local_time(time_t when, struct tm *t) { localtime_s(t, &when); }
 
 static signal_handler *on_signal(int number, signal_handler *handler) {
     return signal(number, handler);             /* which forgets the handler when it is called  */
@@ -1051,8 +1010,22 @@ static void *memmem(const void *in, size_t n, const void *what, size_t k) {
 
 /* ---- on all systems ------------------------------------------------------------------------ */
 
+/* The threads worth having: one for each processor, or for each whole one that a quota pays for. */
+static int default_threads(void) {
+    return (int)fmax(1, limits_of_machine().processors);
+}
+
+/* The open file that PATH stands for: - or, as a shell names it, /dev/stdout or /dev/fd/N. -1: none
+ * of these. */
+static int named_file(const char *path) {
+    int fd, n = 0;
+    if (!strcmp(path, "-") || !strcmp(path, "/dev/stdout")) return STDOUT_FILENO;
+    return sscanf(path, "/dev/fd/%d%n", &fd, &n) == 1 && !path[n] ? fd : -1;
+}
+
 static FILE *open_stream(const char *path, int how) {
-    int fd = open_file(path, how);
+    int named = how == TO_STREAM ? named_file(path) : -1;
+    int fd = named >= 0 ? dup(named) : open_file(path, how);
     FILE *f = fd < 0 ? NULL : fdopen(fd, how <= TO_LOOK ? "rb" : "wb");
     if (fd >= 0 && !f) close(fd);
     if (fd >= 0 && !f && (how == TO_WRITE || how == TO_CREATE)) remove_file(path);
@@ -5116,7 +5089,11 @@ static int check_place(const char *path, const file_kind *kind, bool force, bool
     char start[16];
     file_facts there = {0};
     size_t n = kind->mark ? strlen(kind->mark) : 0;
-    if (e->code || (*stream = kind->streams && named_file(path) >= 0)) return e->code;
+    *stream = named_file(path) >= 0;
+    if (*stream && !kind->streams)
+        fail(e, MEDRUN_USAGE, "%s stands for an open stream, where %s cannot go; name a file (./- "
+             "is one)", path, kind->name);
+    if (e->code || *stream) return e->code;
     int fd = open_file(path, TO_LOOK);
     if (fd < 0 && errno == ENOENT) return MEDRUN_OK;
     if (fd < 0 && (errno == ELOOP || errno == EMLINK))          /* EMLINK: BSD's                 */
@@ -5203,14 +5180,24 @@ static int writer_check(const char *path, const file_kind *kind, bool force, med
     return e->code;
 }
 
+/* Waits until the folder of PATH is on the disk with its names. Where a system cannot (Windows
+ * writes names through at once), nothing better is to be done. PATH is cut. */
+static void sync_folder_of(char *path) {
+    char *slash = strrchr(path, '/');
+    if (slash) slash[1] = 0;
+    int fd = open_file(slash ? path : ".", TO_READ);
+    if (fd >= 0) sync_file(fd), close(fd);
+}
+
 /* Moves the file to its place. After a failure, of writing or one that E holds, drops it. */
 static int writer_done(file_writer *w, medrun_error *e) {
-    const char *name = (const char *)w->partial.data;
+    char *name = (char *)w->partial.data;
     if (w->f && !e->code &&
         (fflush(w->f) || ferror(w->f) ||
          (name && (sync_file(fileno(w->f)) || rename_file(name, w->path)))))
         write_failed(w->path, e);
     if (!e->code) w->partial.n = 0;                     /* there is nothing to take back         */
+    if (!e->code && name) sync_folder_of(name);
     writer_drop(w);
     return e->code;
 }
@@ -6612,7 +6599,7 @@ static const chat_template *chat_find(const char *name) {
 /* Today where this machine is, YYYY-MM-DD. */
 static void date_today(char date[11]) {
     struct tm t = {0};
-    local_time(time(NULL), &t);
+    localtime_r(&(time_t){time(NULL)}, &t);
     strftime(date, 11, "%Y-%m-%d", &t);
 }
 
@@ -8313,14 +8300,14 @@ int medrun_start(medrun_session **out, const medrun_model *model,
                  medrun_error *error) {
     medrun_error own, *e = fresh_error(error, &own);
     medrun_session plan;
-    uint64_t total = 0, available, need = plan_session(&plan, model, options, e);
+    uint64_t need = plan_session(&plan, model, options, e);
     *out = NULL;
     if (e->code) return e->code;
     if (memory && (bytes < need || (uintptr_t)memory % 64))
         return fail(e, MEDRUN_USAGE, "session memory: found %zu bytes at %p, wanted %llu, 64-byte "
                     "aligned", bytes, memory, (unsigned long long)need);
-    if (!memory) memory_size(&total, &available);
-    if (need > total && !memory)
+    uint64_t total = memory ? need : (uint64_t)limits_of_machine().memory;
+    if (need > total)
         return fail(e, MEDRUN_NO_MEMORY, "a context of %d tokens needs %llu MB, this machine has "
                     "%llu MB; ask for a smaller one (-c)", plan.options.context,
                     (unsigned long long)need >> 20, (unsigned long long)total >> 20);
@@ -9143,7 +9130,7 @@ static const option_row option_rows[N_OPTIONS] = {
     [O_IDS] = {"ids", NULL, "\"1 2 3\"", TEXT, ON(LOGITS), .help = "the tokens"},
     [O_ALL] = {"all", .on = ON(LOGITS), .help = "after each token, not only after the last"},
     [O_OUT] = {"out", "o", "OUT.f32", TEXT, ON(LOGITS),
-        .help = "little-endian float32, vocab_size a row"},
+        .help = "little-endian float32, vocab_size a row; - is stdout"},
     [O_FORCE] = {"force", .on = ON_ANSWER | ON(LOGITS),
         .help = "write over files of other kinds, too; never over one that is read"},
     [O_HELP] = {"help", "h", .on = ~0u, .help = "print this"},
@@ -9618,9 +9605,8 @@ static bool context_fits(const command *c, int n, uint64_t available) {
 /* The context of -c, else the model's. If nobody asked and the model's does not fit, the largest
  * power of two that fits. */
 static int choose_context(const command *c) {
-    uint64_t total, available;
+    uint64_t available = (uint64_t)limits_of_machine().available;
     int most = c->m->config.max_positions, context = 1;
-    memory_size(&total, &available);
     if (given(c, O_CTX)) return whole(c, O_CTX) ? whole(c, O_CTX) : most;
     if (available > SIZE_MAX / 3) available = SIZE_MAX / 3;     /* a model is mapped beside it   */
     if (context_fits(c, most, available)) return most;
@@ -9990,10 +9976,12 @@ static uint64_t cache_size(const medrun_model *m, int context, int kv) {
 
 /* Prints the memory that a session with these options needs, and what the machine has. */
 static void show_memory(FILE *f, const command *c, const medrun_session_options *o) {
-    uint64_t total, available, weights = c->m->file.map.n, session = session_needs(c->m, o);
+    machine_limits l = limits_of_machine();
+    uint64_t total = (uint64_t)l.memory, available = (uint64_t)l.available;
+    uint64_t weights = c->m->file.map.n, session = session_needs(c->m, o);
     uint64_t cache = cache_size(c->m, o->context, o->kv), all = weights + session;
     int other = o->kv == MEDRUN_KV_INT8 ? MEDRUN_KV_F16 : MEDRUN_KV_INT8;
-    const char *of_group = memory_size(&total, &available) ? " (the control group's limit)" : "";
+    const char *of_group = l.of_group ? " (the control group's limit)" : "";
     const char *verdict = all <= available ? "it fits" :
         all <= total ? "it fits when other programs leave" :
         session <= total ? "the weights do not fit and would be read again for each token" :
@@ -11025,14 +11013,17 @@ static int run_line(command *c, int argc, char **argv) {
     return c->row->run(c);
 }
 
-/* A signal handler: a mapped file became shorter, or its disk went away. Nothing can be saved. */
+/* A signal handler: a mapped file became shorter, or its disk went away. Nothing can be saved.
+ * Threads may find that at the same moment: only the first says so. */
 static void on_lost_file(int signal_number) {
     static const char said[] = "medrun: the checkpoint cannot be read any more: it was cut, or its "
                                "disk is gone\n";
+    static atomic_flag found = ATOMIC_FLAG_INIT;
     (void)signal_number;
+    while (atomic_flag_test_and_set(&found)) sleep(1);
     restore_terminal();
-    if (write(STDERR_FILENO, said, sizeof said - 1) < 0) _exit(MEDRUN_FAILED);
-    _exit(MEDRUN_FAILED);
+    if (write(STDERR_FILENO, said, sizeof said - 1) < 0) _exit(MEDRUN_BAD_FILE);
+    _exit(MEDRUN_BAD_FILE);
 }
 
 static int run_program(const program *p, int argc, char **argv) {

@@ -307,38 +307,44 @@ static void write_text(const char *folder, const char *name, const char *text) {
 
 /* Files as the two versions of control groups have them, and what is none. */
 static void test_limits(void) {
-    static const struct { const char *name, *text; } files[] = {
-        {"cpu.max", "150000 100000\n"}, {"memory.max", "67108864\n"}, {"memory.high", "max\n"},
-        {"memory.current", "60000000\n"}, {"memory.stat", "anon 1\ninactive_file 20000000\nactive_"
-        "file 5000000\nslab 7\n"}, {"cpu.cfs_quota_us", "-1\n"}, {"cpu.cfs_period_us", "100000\n"},
-        {"memory.limit_in_bytes", "9223372036854771712\n"}, {"memory.usage_in_bytes", "5\n"}};
+    static const struct { int version; const char *name, *text; } files[] = {
+        {2, "cpu.max", "150000 100000\n"}, {2, "memory.max", "67108864\n"},
+        {2, "memory.high", "max\n"}, {2, "memory.current", "60000000\n"},
+        {2, "memory.stat", "anon 1\ninactive_file 20000000\nactive_file 5000000\nslab 7\n"},
+        {1, "cpu.cfs_quota_us", "-1\n"}, {1, "cpu.cfs_period_us", "100000\n"},
+        {1, "memory.limit_in_bytes", "9223372036854771712\n"},
+        {1, "memory.usage_in_bytes", "40000000\n"},
+        {1, "memory.stat", "inactive_file 1\nactive_file 2\ntotal_inactive_file 14000000\n"
+                           "total_active_file 1000000\n"}};
     enum { FILES = sizeof files / sizeof *files };
-    char folder[] = "/tmp/medrun_test_XXXXXX", path[256];
-    if (!CHECK(mkdtemp(folder))) return;
-    group_limits none = {MAX_THREADS, 0x1p62, 0x1p62}, l = none;
-    lower_limits(folder, 2, &l), lower_limits(folder, 1, &l);
+    char folders[3][32] = {"", "/tmp/medrun_test_XXXXXX", "/tmp/medrun_test_XXXXXX"}, path[256];
+    if (!CHECK(mkdtemp(folders[1]) && mkdtemp(folders[2]))) return;
+    const char *v1 = folders[1], *v2 = folders[2];
+    machine_limits none = {MAX_THREADS, 0x1p62, 0x1p62, false}, l = none;
+    lower_limits(v2, &l), lower_limits(v1, &l);
     CHECK(!memcmp(&l, &none, sizeof l));                /* no file is no limit                   */
-    for (int i = 0; i < FILES; i++) write_text(folder, files[i].name, files[i].text);
-    lower_limits(folder, 1, &l);                        /* "none" in the words of version 1      */
+    for (int i = 0; i < FILES; i++) write_text(folders[files[i].version], files[i].name, files[i].text);
+    lower_limits(v1, &l);                               /* "none" in the words of version 1      */
     CHECK(l.processors == MAX_THREADS && l.memory >= 0x1p62 && l.available >= 0x1p62);
-    lower_limits(folder, 2, &l);
+    lower_limits(v2, &l);
     CHECK(l.processors == 1.5 && l.memory == 67108864 && l.available == 67108864 - 35000000);
-    write_text(folder, "cpu.max", "max 100000\n");
-    write_text(folder, "memory.high", "40000000\n");
-    write_text(folder, "cpu.cfs_quota_us", "50000\n");
-    write_text(folder, "memory.limit_in_bytes", "30000000\n");
-    lower_limits(folder, 2, &l);                        /* the least counts                      */
+    write_text(v2, "cpu.max", "max 100000\n");
+    write_text(v2, "memory.high", "40000000\n");
+    write_text(v1, "cpu.cfs_quota_us", "50000\n");
+    write_text(v1, "memory.limit_in_bytes", "30000000\n");
+    lower_limits(v2, &l);                               /* the least counts                      */
     CHECK(l.processors == 1.5 && l.memory == 40000000 && l.available == 5000000);
-    lower_limits(folder, 1, &l);
+    l.available = 0x1p62;
+    lower_limits(v1, &l);
     CHECK(l.processors == 0.5 && l.memory == 30000000 && l.available == 5000000);
-    write_text(folder, "memory.current", "900000000\n");
-    lower_limits(folder, 2, &l);                        /* more is used than there may be        */
+    write_text(v2, "memory.current", "900000000\n");
+    lower_limits(v2, &l);                               /* more is used than there may be        */
     CHECK(l.available == 0);
     for (int i = 0; i < FILES; i++) {
-        snprintf(path, sizeof path, "%s/%s", folder, files[i].name);
+        snprintf(path, sizeof path, "%s/%s", folders[files[i].version], files[i].name);
         remove(path);
     }
-    rmdir(folder);
+    rmdir(v1), rmdir(v2);
 }
 #endif
 
@@ -353,9 +359,8 @@ static void test_machine(void) {
     CHECK_EQ(processors(), MAX_THREADS);
     many_processors = false;
 #endif
-    uint64_t total, available;
-    memory_size(&total, &available);
-    CHECK(total >= 16u << 20 && available > 0 && available <= total);
+    machine_limits l = limits_of_machine();
+    CHECK(l.memory >= 16u << 20 && l.available > 0 && l.available <= l.memory);
 
     size_t n = (size_t)64 << 20;
     uint8_t *p = map_bytes(-1, n);

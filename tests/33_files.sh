@@ -1,6 +1,6 @@
 #!/bin/sh
 # 33_files.sh BIN BUILD - disks that are full or read-only, and a checkpoint that is cut while it is
-# in use: one line, exit 1, and nothing that is half written. What stands where a file is to be
+# in use: one line, exit 1 or 3, and nothing that is half written. What stands where a file is to be
 # written: links, pipes, devices, files of others, files that are read.
 . tests/script.sh
 T=$(mktemp -d) || exit 1
@@ -55,8 +55,8 @@ if [ -d /proc/self ] && mkfifo "$T/pipe"; then
     dd if="$model" of="$T/cut.mdr" bs=4096 count=1 2>/dev/null
     echo hello >&3; exec 3>&-
     wait $!; rc=$?
-    check "a checkpoint that is cut: exit $rc, wanted 1" [ $rc = 1 ]
-    check "one line: $(cat "$T/err")" [ "$(grep -c 'cannot be read any more' "$T/err")" = "$(wc -l <"$T/err")" ]
+    check "a checkpoint that is cut: exit $rc, wanted 3" [ $rc = 3 ]
+    check "one line: $(cat "$T/err")" [ "$(grep -c 'cannot be read any more' "$T/err")$(wc -l <"$T/err")" = 11 ]
 else skip 'a checkpoint that is cut: no /proc, or no pipes'; fi
 
 # The tools: medrun-eval in the middle of its questions, medrun-export in the middle of its text.
@@ -194,6 +194,11 @@ for kind in logits record page; do code=0 say='' how $kind /dev/null; done
 check '/dev/null is a device' [ -c /dev/null ]
 new; code=0 say='' how logits "$O/x"
 code=0 say='' how logits /dev/stdout; check 'logits to stdout' cmp -s "$T/out" "$O/x"
+code=0 say='' how logits -; check 'logits to -, which is stdout' cmp -s "$T/out" "$O/x"
+code=0 say='' how page -; check 'a page to -' grep -q '<!-- medrun -->' "$T/out"
+code=0 say='' how record -; check 'a record to -' grep -q '{"engine": "me' "$T/out"
+for kind in prefix checkpoint tokenizer result; do code=2 say='stands for an open stream' how $kind -; done
+check 'there is no file -' [ ! -e - ]
 if [ -e /dev/full ]; then code=1 say='No space left' how logits /dev/full; check '/dev/full is a device' [ -c /dev/full ]; fi
 if mkfifo "$O/fifo"; then
     timeout 60 cat "$O/fifo" >"$O/read" & reader=$!

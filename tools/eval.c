@@ -606,12 +606,11 @@ static int run_pass(evaluation *v, medrun_error *e) {
 /* The sessions: one that leads, with room for a pass, and one for each question at a time, whose
  * scratch is never touched. Fewer where memory is short. */
 static int start_sessions(evaluation *v, size_t rows, medrun_error *e) {
-    uint64_t total, available;
     medrun_session_options o = {.context = (int)v->context, .kv = v->kv, .strict = v->o.strict};
     o.batch = o.logit_rows = (int)rows;
     size_t bytes = medrun_session_bytes(v->m, &o), most = v->parallel;
-    memory_size(&total, &available);
-    while (most > 1 && most * bytes > available / 2) most--;
+    double half = limits_of_machine().available / 2;
+    while (most > 1 && (double)(most * bytes) > half) most--;
     for (; v->n_slots < most && v->n_slots < v->n_mine; v->n_slots++) {
         slot *s = &v->slots[v->n_slots];
         s->at = NO_QUESTION;

@@ -125,11 +125,6 @@ static int settle_file(int fd) {
     return 0;
 }
 
-static void sync_folder(const char *path) {
-    int fd = open_file(path, TO_READ);
-    if (fd >= 0) fsync(fd), close(fd);
-}
-
 /* PATH from the root without links, to be freed; or NULL. */
 static char *full_path(const char *path) { return realpath(path, NULL); }
 
@@ -163,7 +158,6 @@ static int disk_room(int fd, const char *path, uint64_t *room) {
 }
 
 static int settle_file(int fd) { return sync_file(fd); }
-static void sync_folder(const char *path) { (void)path; }
 
 static char *full_path(const char *path) {
     wchar_t wide[WIDE_PATH];
@@ -2088,15 +2082,9 @@ static int create_partial(exporter *x, uint64_t bytes, medrun_error *e) {
 
 /* Gives the finished file its name; a crash of the machine leaves the old file or the new one. */
 static int rename_partial(exporter *x, medrun_error *e) {
-    char folder[PATH_BYTES];
-    snprintf(folder, sizeof folder, "%s", x->options.out);
-    char *slash = last_slash(folder);
-    if (slash) slash[slash == folder] = 0;
     if (check_interrupt(e)) return e->code;
     unfinished = NULL;
-    if (writer_done(&x->out, e)) return e->code;
-    sync_folder(slash ? folder : ".");
-    return MEDRUN_OK;
+    return writer_done(&x->out, e);
 }
 
 #include "export_calibrate.c"           /* section 10 */

@@ -411,13 +411,13 @@ static int doctor_command(command *c) {
     static const struct { const char *name; int type; } checks[] = {
         {"int8", TYPE_INT8}, {"int4", TYPE_INT4}, {"bf16, strict", TYPE_BF16}};
     const kernel_set *sets[N_KERNEL_SETS], *chosen;
-    uint64_t total, available;
+    machine_limits l = limits_of_machine();
     int n = usable_kernels(sets);
     if (choose_kernels(&chosen, getenv("MEDRUN_KERNELS"), &c->e)) return c->e.code;
-    bool of_group = memory_size(&total, &available), less = default_threads() < processors();
+    bool less = default_threads() < processors();
     printf("processors %d%s\n", default_threads(), less ? " (the control group's quota)" : "");
-    printf("memory     %.1f MB%s, %.1f MB are free\n", mb(total),
-           of_group ? " (the control group's limit)" : "", mb(available));
+    printf("memory     %.1f MB%s, %.1f MB are free\n", mb((uint64_t)l.memory),
+           l.of_group ? " (the control group's limit)" : "", mb((uint64_t)l.available));
     printf("kernels    %s\n", chosen->name);
     if (plain_only()) printf("           %s\n", plain_only());
     for (int i = 0; i < 3 * n; i++) {
