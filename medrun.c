@@ -61,21 +61,25 @@
 /* ============================================================================================
  * 1 API: what an embedder may call
  *
- * The manual is the comment above each call. A call that can fail returns a code (MEDRUN_OK is 0)
- * and describes its first failure in the caller's medrun_error, which it clears at first and which
- * may be NULL. Library code never prints, never exits, and reads no environment variable. Text is
- * UTF-8 with a length in bytes; ids are token ids; logits are float32, vocab_size a position.
+ * The comment above each call is its manual; tools/examples/ask.c is a whole program: medrun_open,
+ * medrun_start, medrun_say, then medrun_next until medrun_is_stop. Stop each session before you
+ * close its model. Text is UTF-8 with a length in bytes; logits are float32, vocab_size a position.
  *
- * Threads: a medrun_model may be shared by threads and sessions. A medrun_session belongs to one
- * thread at a time. Steps of sessions of one model take turns on the model's thread pool.
+ * Errors: a call that can fail returns a code (MEDRUN_OK is 0). It clears the caller's medrun_error
+ * (NULL is fine), then keeps there the first failure within this call. Library code never prints,
+ * never exits, and reads no environment variable.
+ *
+ * Threads may share a model; a session belongs to one thread at a time. Steps of sessions of one
+ * model take turns on its thread pool. fork leaves the pool behind: a child opens its own models,
+ * and uses nothing that was opened before, not even to close it.
  *
  * Memory: medrun_open maps the file and takes heap for tables. A session is one piece, the caller's
- * or mapped. After medrun_start only what turns text into ids or back (medrun_say, _render,
- * _tokenize, _detokenize) and files (_save, _restore, _feed_saved) take heap, and give it back
- * before they return. No call needs more than 32 KiB of stack. Tests: tests/15_*.c.
+ * or mapped. After medrun_start only calls for text (medrun_say, _render, _tokenize, _detokenize)
+ * and files (_save, _restore, _feed_saved) take heap, and give it back before they return. No call
+ * needs more than 32 KiB of stack. Tests: tests/15_*.c, 34_examples.sh.
  *
  * Structs may grow from 0.1 to 0.2, not from 0.1.0 to 0.1.1: the shared library's name (make lib:
- * libmedrun.so.0.1) and its symbols' version carry those two numbers. Tests: tests/34_examples.sh.
+ * libmedrun.so.0.1) and its symbols' version carry those two numbers.
  * ============================================================================================ */
 
 #include <stdbool.h>
@@ -110,12 +114,11 @@ typedef struct medrun_session medrun_session;   /* one timeline of tokens       
 /* ---- models -------------------------------------------------------------------------------- */
 
 typedef struct {
-    int threads;                /* at most the processors it may use; 0: as many, or what a quota
-                                 * pays for                                                    */
+    int threads;                /* at most; 0: the processors it may use and a quota pays for  */
     const char *kernels;        /* NULL: the best this machine has; else as doctor lists them  */
 } medrun_options;
 
-/* What sampling does; a checkpoint carries its card's values. */
+/* A checkpoint carries its card's values: begin with medrun_info.sampling, and change fields. */
 typedef struct {
     float temperature;          /* 0: greedy, the largest logit, the lowest id on a tie        */
     int top_k;                  /* 0: off                                                      */
@@ -144,27 +147,23 @@ typedef struct {
     const char *device_log;                     /* a device's compiler when it failed, or ""   */
 } medrun_info;
 
-/* Maps PATH and checks everything in it but the weights' hashes (`medrun verify` does those).
- * On success *OUT must be given to medrun_close. OPTIONS may be NULL.
- * Errors: MEDRUN_BAD_FILE, MEDRUN_NO_MEMORY, MEDRUN_USAGE (unknown kernels), MEDRUN_FAILED. */
+/* Maps PATH and checks all of it but the weights' hashes (`medrun verify` does that). OPTIONS may
+ * be NULL. Errors: MEDRUN_BAD_FILE, _NO_MEMORY, _USAGE (unknown kernels), _FAILED. */
 int medrun_open(medrun_model **out, const char *path, const medrun_options *options,
                 medrun_error *error);
 void medrun_close(medrun_model *model);                     /* NULL is fine                    */
 
-/* Lets an OpenCL device do the matrix products of the first LAYERS layers (-1: all) and behind all
- * of them those of the logits, as far as its memory goes. DEVICE is a number or a part of a name
- * (`medrun-lab doctor` lists them), or "auto", the first that is no processor. Every matrix must
- * first give the processor's products, bit for bit; if the device fails later, the processor goes
- * on, and medrun_info.device says so. Call it before any session starts; with bf16 weights all
- * sessions are strict then. Errors, after which MODEL is as it was: MEDRUN_USAGE (no such device,
- * or no OpenCL in this build), MEDRUN_NO_MEMORY (it cannot). */
+/* Lets an OpenCL device do the matrix products of the first LAYERS layers (-1: all) and then those
+ * of the logits, as far as its memory goes. DEVICE is a number or part of a name (`medrun-lab
+ * doctor` lists them), or "auto", the first that is not a CPU. Each matrix must first give the
+ * CPU's bits; if the device fails later, the CPU continues, and medrun_info.device says so. Call it
+ * before any session starts; bf16 weights are strict then. Errors, after which MODEL is as it was:
+ * MEDRUN_USAGE (no such device, or no OpenCL in this build), MEDRUN_NO_MEMORY. */
 int medrun_attach(medrun_model *model, const char *device, int layers, medrun_error *error);
 
 /* Fills INFO; the strings live until medrun_close or medrun_attach. Cannot fail. */
 void medrun_describe(const medrun_model *model, medrun_info *info);
-
-/* Does this id end an answer? */
-bool medrun_is_stop(const medrun_model *model, int32_t id);
+bool medrun_is_stop(const medrun_model *model, int32_t id);     /* does this id end an answer? */
 
 /* ---- text and tokens ----------------------------------------------------------------------- */
 
@@ -174,7 +173,7 @@ enum {
 };
 
 /* Text -> ids, as the model's reference tokenizer does it. Writes at most CAP ids, sets *N to the
- * number there are (call with cap 0 to learn it). Invalid UTF-8 is kept byte for byte.
+ * number there are (cap 0 and ids NULL: only that). Invalid UTF-8 is kept byte for byte.
  * SentencePiece takes U+2581 for a space. Errors: MEDRUN_USAGE (other flags), MEDRUN_NO_MEMORY. */
 int medrun_tokenize(const medrun_model *model, const char *text, size_t n_bytes, int flags,
                     int32_t *ids, size_t cap, size_t *n, medrun_error *error);
@@ -196,18 +195,16 @@ enum { MEDRUN_BOS_AUTO = 0, MEDRUN_BOS_ON, MEDRUN_BOS_OFF };
 
 /* What a chat template may be told; all zero: what it does by itself. */
 typedef struct {
-    const char *date;           /* "YYYY-MM-DD" for templates that state one; NULL: today (apertus)
-                                   or the day that the template has fixed (llama3.1)           */
+    const char *date;           /* "YYYY-MM-DD"; NULL: today (apertus), a fixed day (llama3.1) */
     bool think;                 /* the model may deliberate first (apertus)                    */
     int bos;                    /* MEDRUN_BOS_AUTO: as the template has it; _ON, _OFF          */
-    const char *tools;          /* NULL, or functions the model may call, as the finished text
-                                   that it sees of them (apertus, llama3.1)                    */
-    size_t n_tools;             /* bytes of that                                               */
+    const char *tools;          /* NULL, or the finished text that the model sees of functions */
+    size_t n_tools;             /* that it may call (apertus, llama3.1), and its bytes         */
 } medrun_chat_options;
 
 /* Messages -> ids, by the chat template NAME (NULL: the checkpoint's), with the opening of the
  * answer when ANSWER. Only the template makes control ids; the messages' text cannot. OPTIONS may
- * be NULL. JSON with functions, calls and results: tools/tool_calls.c makes such messages of it.
+ * be NULL. tools/tool_calls.c makes such messages of JSON with functions, calls and results.
  * Errors: MEDRUN_USAGE (an unknown template; no messages; what the template has no place for),
  * MEDRUN_BAD_FILE (a tokenizer without the template's control tokens), MEDRUN_NO_MEMORY. */
 int medrun_render(const medrun_model *model, const char *name,
@@ -221,25 +218,23 @@ enum { MEDRUN_KV_F16 = 0, MEDRUN_KV_F32 = 1, MEDRUN_KV_INT8 = 2 };
 
 typedef struct {
     int context;                /* tokens the session can hold; 0: the model's max_positions   */
-    int batch;                  /* tokens in one pass, 0: 512; does not change any logit       */
+    int batch;                  /* tokens in one pass, 0: 512; changes no logit                */
     int logit_rows;             /* rows of logits one pass can give, 0: 1                      */
-    int lookup;                 /* medrun_next guesses up to so many tokens ahead, 0 to 31: faster
-                                   where a text repeats itself, and never another id           */
+    int lookup;                 /* medrun_next guesses so many tokens ahead, 0 to 31; same ids */
     int kv;                     /* the cache: MEDRUN_KV_F16, _F32, _INT8 (half of f16, rougher) */
     bool strict;                /* bf16 weights: fp32 arithmetic, the same bits on any machine */
     bool custom_sampling;       /* false: the checkpoint's values, with the seed below         */
     medrun_sampling sampling;
-    medrun_chat_options chat;   /* for medrun_say; what it points to must outlive the session  */
+    medrun_chat_options chat;   /* for medrun_say; what pointers here name outlives the session */
     const char *template_name;  /* NULL: the checkpoint's. A saved state is of one template, so
-                                   who renders with another says which; must outlive it, too   */
+                                   who renders with another says which                         */
 } medrun_session_options;
 
 /* The bytes medrun_start needs for these options; 0: out of range; SIZE_MAX: more than 32 bits. */
 size_t medrun_session_bytes(const medrun_model *model, const medrun_session_options *options);
 
-/* Starts a session. MEMORY is NULL (the session maps its own) or at least medrun_session_bytes
- * bytes, 64-byte aligned and ZERO, owned by the caller, who keeps it until medrun_stop.
- * Errors: MEDRUN_USAGE, MEDRUN_NO_MEMORY. */
+/* Starts a session. MEMORY is NULL (it maps its own) or medrun_session_bytes bytes or more, 64-byte
+ * aligned and ZERO, the session's until medrun_stop. Errors: MEDRUN_USAGE, MEDRUN_NO_MEMORY. */
 int medrun_start(medrun_session **out, const medrun_model *model,
                  const medrun_session_options *options, void *memory, size_t bytes,
                  medrun_error *error);
@@ -255,23 +250,23 @@ int medrun_feed(medrun_session *session, const int32_t *ids, size_t n, medrun_er
 int medrun_say(medrun_session *session, const char *role, const char *text, size_t n_bytes,
                medrun_error *error);
 
-/* One pass over the weights: takes what is pending in the N sessions, at most `batch` of the first
- * session in all, in the order given. All must be of one model, with equal kv and strict. Errors:
- * MEDRUN_USAGE (also for an observer), MEDRUN_FAILED (this thread rounds or flushes otherwise),
- * MEDRUN_INTERRUPTED. */
+/* One pass over the weights: takes what is pending in the N sessions, in the order given, at most
+ * `batch` tokens of the first, which leads. All must be of one model, with equal kv and strict.
+ * Errors, after which all is pending that was: MEDRUN_USAGE, MEDRUN_FAILED (this thread rounds or
+ * flushes otherwise), MEDRUN_INTERRUPTED. */
 int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *error);
 
-/* Ends the step that SESSION leads, or else its next one, between two layers with
- * MEDRUN_INTERRUPTED; what was pending still is. Any thread may call it, and a signal handler. */
+/* Ends the step that SESSION leads, or else its next one, before its next layer. Any thread, signal
+ * handler or observer may call it. */
 void medrun_interrupt(medrun_session *session);
 
 size_t medrun_pending(const medrun_session *session);       /* fed and not yet processed       */
 size_t medrun_length(const medrun_session *session);        /* the whole timeline              */
-const int32_t *medrun_tokens(const medrun_session *session);/* medrun_length ids               */
+const int32_t *medrun_tokens(const medrun_session *session);/* its ids; lives until medrun_stop */
 
 /* Logits after the last token: vocab_size floats, valid until the next step; NULL while tokens are
- * pending. With logit_rows > 1, ROW 0 is the last token, 1 the one before it, ..., as far as the
- * last pass reached. */
+ * pending. The last row comes first: with logit_rows > 1, ROW 1 is the token before the last, ...,
+ * as far as the last pass reached. */
 const float *medrun_logits(const medrun_session *session, size_t row);
 
 /* Picks the next id from the logits by the session's sampling and random state; does not feed it.
@@ -282,13 +277,11 @@ int medrun_sample(medrun_session *session, int32_t *id, medrun_error *error);
  * *N_BYTES bytes this id completes (never half a UTF-8 character, nor the space that SentencePiece
  * puts before an answer's first word; the session's, valid until the next call). *ID is a stop id
  * at the end of the answer, which is fed too so that the next turn follows it. With the option
- * `lookup` one pass may give several ids, of which each call returns one; the ids are those that
- * come without it, and so are the logits of a later step. While there is an observer nothing is
- * guessed. Errors: those of medrun_step; MEDRUN_TOO_LONG (the context is full). */
+ * `lookup` one pass may give several ids, of which each call returns one: the same as without it.
+ * medrun_guesses says how many tokens were guessed so far, and how many of them came. Errors: those
+ * of medrun_step; MEDRUN_TOO_LONG (the context is full). */
 int medrun_next(medrun_session *session, int32_t *id, const char **text, size_t *n_bytes,
                 medrun_error *error);
-
-/* How many tokens medrun_next has guessed so far, and how many of them came. */
 void medrun_guesses(const medrun_session *session, uint64_t *guessed, uint64_t *right);
 
 /* Forgets all but the first N tokens of the timeline. Errors: MEDRUN_USAGE (n > length). */
@@ -296,12 +289,12 @@ int medrun_rewind(medrun_session *session, size_t n, medrun_error *error);
 
 /* Writes the whole state to PATH (tokens, key-value cache, random state), readable by its owner
  * only; reads it back into a session of the same checkpoint, kv and strict (any context that is
- * long enough), with plain bf16 weights of the same kernels. What is read back goes on with the
- * same bits; the last tokens, at most 16, are pending then, to be computed again. Sums find damage,
- * not forgery: trust a file as you trust a checkpoint. PATH may be new, empty or a saved session,
- * but no link and no other file; a save that fails leaves what stood there, a restore that fails an
- * empty session. Errors: MEDRUN_USAGE (PATH is something else), MEDRUN_FAILED (writing),
- * MEDRUN_BAD_FILE (of another model, cut, damaged), MEDRUN_TOO_LONG, MEDRUN_NO_MEMORY. */
+ * long enough), with plain bf16 weights of the same kernels. It goes on with the same bits; the
+ * last tokens, at most 16, are pending then. Sums find damage, not forgery: trust a file as you
+ * trust a checkpoint. PATH may be new, empty or a saved session, but no link and no other file. A
+ * save that fails leaves what stood there, a restore that fails an empty session. Errors:
+ * MEDRUN_USAGE (PATH is something else), _FAILED (writing), _BAD_FILE (of another model, cut,
+ * damaged), _TOO_LONG, _NO_MEMORY. */
 int medrun_save(const medrun_session *session, const char *path, medrun_error *error);
 int medrun_restore(medrun_session *session, const char *path, medrun_error *error);
 
@@ -312,11 +305,16 @@ int medrun_restore(medrun_session *session, const char *path, medrun_error *erro
 int medrun_feed_saved(medrun_session *session, const int32_t *ids, size_t n, const char *path,
                       size_t *taken, medrun_error *error);
 
-/* The observer sees each stage of each pass: LAYER is -1 outside the layers; DATA is ROWS x COLS
- * floats with STRIDE floats between rows, one row a token of the pass; valid during the call.
- * Stages in order: embed; attn_norm q k v attn_out attn_resid ffn_norm ffn_act layer_out, for each
- * layer (q and k after the rotation); final_norm logits. NULL takes it away. No cost unobserved.
- * While it runs, the pass is not over: medrun_step and medrun_next give it MEDRUN_USAGE. */
+/* The observer sees each stage of each pass, on the thread that called medrun_step or medrun_next.
+ * It may call medrun_interrupt, and nothing else of medrun: the pass is not over (a step gives it
+ * MEDRUN_USAGE). DATA is ROWS x COLS floats, STRIDE floats between rows, valid during the call.
+ * Stages in order: embed; attn_norm q k v attn_out attn_resid ffn_norm ffn_act layer_out of each
+ * LAYER (q, k after the rotation); final_norm logits. LAYER is -1 outside the layers. COLS is
+ * head_dim * n_heads for q and attn_out, head_dim * n_kv_heads for k and v, ffn_size for ffn_act,
+ * vocab_size for logits, else hidden_size. Rows are the pass's tokens in order, row 0 at position
+ * length - pending as they were before the pass; but final_norm and logits have the last token
+ * first, in one call or more. While there is an observer, nothing is guessed. NULL takes it away.
+ * No cost unobserved. */
 typedef void medrun_observer(void *user, const char *stage, int layer, size_t rows, size_t cols,
                              size_t stride, const float *data);
 void medrun_observe(medrun_session *session, medrun_observer *observer, void *user);

@@ -4,6 +4,8 @@
 #include <stdint.h>
 #ifndef _WIN32
 #include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
 #endif
 #include <time.h>
 
@@ -973,6 +975,27 @@ static void test_lookup(const char *build, size_t fixture, uint64_t *mixed) {
     medrun_close(model);
 }
 
+#ifndef _WIN32
+/* A child that opens its own model after fork works, though the parent's threads are not there. */
+static void test_fork(void) {
+    int32_t ids[20];
+    int status = -1;
+    ids_of(ids, 20);
+    pid_t child = fork();
+    if (!child) {
+        medrun_model *own;
+        medrun_session *s = NULL;
+        alarm(20);
+        if (medrun_open(&own, path, &(medrun_options){.threads = 2}, NULL) ||
+            medrun_start(&s, own, &(medrun_session_options){.context = 40}, NULL, 0, NULL) ||
+            medrun_feed(s, ids, 20, NULL) || medrun_step(&s, 1, NULL)) _exit(1);
+        _exit(medrun_logits(s, 0) ? 0 : 2);
+    }
+    CHECK(child > 0 && waitpid(child, &status, 0) == child);
+    CHECK_EQ(status, 0);
+}
+#endif
+
 int main(void) {
     char build[512];                            /* what getenv gives moves with the next setenv  */
     medrun_error e = {0};
@@ -1000,6 +1023,9 @@ int main(void) {
     test_next();
     test_first_space(build);
     test_say();
+#ifndef _WIN32
+    test_fork();
+#endif
     medrun_close(model);
     snprintf(path, sizeof path, "%s/llama-grouped-int4.mdr", build);
     if (medrun_open(&model, path, &(medrun_options){.threads = 2}, &e)) {

@@ -28,7 +28,7 @@ done
 # stands before section 1 counts to it, and 17 to 16. A section over its budget is named, and fails
 # above its limit, which is what it has now: limits only ever shrink, until they are the budgets.
 budgets="
-1:330:331
+1:330:330
 2:450:723
 3:540:642
 4:200:230
@@ -45,8 +45,8 @@ budgets="
 15:720:860
 16:1410:2121"
 budgets=$(echo $budgets)                  # on one line
-most_lines=11103                            # the goals: 9000, 450000, 15
-most_bytes=553273
+most_lines=11101                            # the goals: 9000, 450000, 15
+most_bytes=553185
 least_comments=13.0
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
