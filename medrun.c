@@ -39,7 +39,7 @@
  *     16 make_prompt: 11 chat_render writes the turns as the model knows them, 10 encode_text cuts
  *     them into ids. 16 print_reply asks for one id after another with 15 medrun_next, whose
  *     medrun_step is one pass over the weights: 13 forward, in the textbook's order. embed_row
- *     gives each id its row; then for each layer norm_rows, 7 matmul to q, k and v, place_row
+ *     gives each id its row; then for each layer norm_rows, 7 matmul to q, k and v, place_key
  *     (turned by position; k and v to the cache), attend_rows, matmul, and after another norm
  *     widen_rows and matmul again; add_row adds each half to the row.
  *     A matmul packs its rows (7 pack_activations) and shares panels of weights between threads
@@ -4485,6 +4485,7 @@ static size_t engine_block_bytes(const engine *eng, int type, size_t cols) {
 /* Up to a few matrices of one type that multiply the same activations, in one go (q, k and v). */
 static void matmul(const engine *eng, const product *products, size_t n, const packed *x) {
     size_t panels = 0, bytes = panel_bytes(products->w->type, x->cols);
+    if (!x->tokens) return;
     if (eng->device && eng->device->multiply(eng->device, products, n, x)) return;
     size_t tile = products->w->type == TYPE_BF16 ? eng->k->tile_panels : eng->k->int_panels;
     size_t cols_per_block = block_cols(eng, (tile * bytes + x->cols - 1) / x->cols);
@@ -7557,7 +7558,7 @@ typedef struct {
     size_t position;                            /* of the first, in the timeline                */
     kv_cache *cache;                            /* has all positions before, and gets these     */
     size_t n_wanted;                            /* rows whose logits are wanted, the last ones  */
-    float *logits;                              /* (n_wanted, vocab), the last row first        */
+    float *logits;                              /* (n_wanted, vocab)                            */
     medrun_observer *observer;                  /* NULL: nobody looks                           */
     void *observer_user;
 } segment;
@@ -7569,6 +7570,7 @@ typedef struct {
     const model_config *config;
     engine eng;
     size_t capacity, n;                         /* rows: room, in use                           */
+    size_t n_kept;                              /* those that the last layer must finish        */
     size_t n_segments;
     segment *segments;                          /* (capacity)                                   */
     const segment **owner;                      /* (capacity) of each row                       */
@@ -7608,7 +7610,7 @@ static void layout_pass(pass *p, const medrun_model *m, int rows, int context, b
     p->segments = arena_take(a, n, sizeof *p->segments);
     p->owner = arena_take(a, n, sizeof *p->owner);
     p->x = arena_take(a, n * p->hidden, sizeof(float));
-    p->h = arena_take(a, (n > TILE ? n : TILE) * p->hidden, sizeof(float));
+    p->h = arena_take(a, n * p->hidden, sizeof(float));
     overlaid = a->at;
     p->q = arena_take(a, n * p->heads, sizeof(float));
     p->k = arena_take(a, n * p->kv, sizeof(float));
@@ -7634,7 +7636,7 @@ static void layout_pass(pass *p, const medrun_model *m, int rows, int context, b
 static void observe(const pass *p, const char *stage, const float *data, size_t cols,
                     size_t stride) {
     for (const segment *s = p->segments; s < p->segments + p->n_segments; s++)
-        if (s->observer)
+        if (s->observer && s->n)
             s->observer(s->observer_user, stage, p->layer, s->n, cols, stride,
                         data + s->first * stride);
 }
@@ -7747,16 +7749,37 @@ static void place_head(const pass *p, float *x, const float *weight, const float
     rotate(x, rotation, p->dim / 2);
 }
 
-/* Gives q and k their position; the key and the value go to the cache. */
-static void place_row(pass *p, size_t r) {
+/* Gives keys their position; they and the values go to the cache. */
+static void place_key(pass *p, size_t r) {
     const model_layer *layer = &p->model->layers[p->layer];
-    const float *rotation = p->rotation + r * p->dim;
-    for (size_t d = 0; d < p->heads; d += p->dim)
-        place_head(p, p->q + r * p->heads + d, layer->q_norm, rotation);
     for (size_t head = 0; head * p->dim < p->kv; head++) {
-        place_head(p, p->k + r * p->kv + head * p->dim, layer->k_norm, rotation);
+        place_head(p, p->k + r * p->kv + head * p->dim, layer->k_norm, p->rotation + r * p->dim);
         store_row(p, r, head);
     }
+}
+
+static void place_query(pass *p, size_t r) {
+    const model_layer *layer = &p->model->layers[p->layer];
+    for (size_t d = 0; d < p->heads; d += p->dim)
+        place_head(p, p->q + r * p->heads + d, layer->q_norm, p->rotation + r * p->dim);
+}
+
+/* Leaves in the pass only the rows whose logits are wanted, and moves them together: in the last
+ * layer nobody needs more of the others than their keys and values. Who observes a segment sees all
+ * of its rows. */
+static void keep_wanted(pass *p) {
+    size_t n = 0;
+    for (segment *s = p->segments; s < p->segments + p->n_segments; s++) {
+        size_t dropped = s->n - s->n_wanted, from = s->first + dropped;
+        memmove(p->x + n * p->hidden, p->x + from * p->hidden,
+                s->n_wanted * p->hidden * sizeof *p->x);
+        memmove(p->rotation + n * p->dim, p->rotation + from * p->dim,
+                s->n_wanted * p->dim * sizeof *p->rotation);
+        s->ids += dropped, s->position += dropped;
+        s->first = n, s->n = s->n_wanted;
+        while (n < s->first + s->n) p->owner[n++] = s;
+    }
+    p->n = n;
 }
 
 /* Where a row's query of a head leaves the part that block PIECE of its keys gives: a sum (dim),
@@ -7834,6 +7857,21 @@ static void attend_rows(pass *p) {
     if (p->pieces > 1) each_row(p, merge_row);
 }
 
+/* q, k and v with their positions, of all rows; of the last layer's, q only of those that go on. */
+static void project_rows(pass *p, const model_layer *layer) {
+    bool few = p->layer + 1 == p->config->n_layers && p->n_kept < p->n;
+    norm_rows(p, layer->attn_norm, "attn_norm");
+    matmul(&p->eng, (product[]){{&layer->k, p->k, p->kv}, {&layer->v, p->v, p->kv},
+                                {&layer->q, p->q, p->heads}}, few ? 2 : 3, &p->packed);
+    each_row(p, place_key);
+    if (few) {
+        keep_wanted(p);
+        norm_rows(p, layer->attn_norm, "attn_norm");    /* packed anew, the few alone            */
+        multiply(p, &layer->q, p->q, p->heads);
+    }
+    each_row(p, place_query);
+}
+
 /* The activation between the two matmuls of the feed-forward network. */
 static void activate_row(pass *p, size_t r) {
     int activation = p->config->activation;
@@ -7868,10 +7906,7 @@ static void forward(pass *p) {
     for (p->layer = 0; p->layer < p->config->n_layers && !p->stop; p->layer++) {
         const model_layer *layer = &p->model->layers[p->layer];
 
-        norm_rows(p, layer->attn_norm, "attn_norm");            /* h (n, hidden)                */
-        matmul(&p->eng, (product[]){{&layer->q, p->q, p->heads}, {&layer->k, p->k, p->kv},
-                                    {&layer->v, p->v, p->kv}}, 3, &p->packed);
-        each_row(p, place_row);                                 /* q (n, heads), k, v (n, kv)   */
+        project_rows(p, layer);                                 /* q (n, heads), k, v (n, kv)   */
         observe(p, "q", p->q, p->heads, p->heads);
         observe(p, "k", p->k, p->kv, p->kv);
         observe(p, "v", p->v, p->kv, p->kv);
@@ -7892,46 +7927,25 @@ static void forward(pass *p) {
     }
 }
 
-/* Rows whose logits are computed together, a tile at most: row WHICH of a segment, counted from its
- * last one back. */
-typedef struct {
-    size_t n, which[TILE];
-    const segment *of[TILE];
-} output_rows;
-
-/* Final norm and logits of these rows, gathered at the front of h, to their segments. */
-static void give_logits(pass *p, output_rows *o) {
-    size_t vocab = (size_t)p->config->vocab_size, same;
-    for (size_t i = 0; i < o->n; i++) {
-        size_t row = o->of[i]->first + o->of[i]->n - 1 - o->which[i];
-        p->eng.k->norm(p->h + i * p->hidden, p->x + row * p->hidden, p->model->final_norm,
-                       p->hidden, p->config->norm_eps);
-    }
-    pack_activations(&p->eng, &p->packed, p->model->output.type, p->h, p->hidden, p->hidden, o->n);
-    multiply(p, &p->model->output, p->logits, p->vocab);
-    for (size_t i = 0; i < o->n; i += same) {
-        const segment *to = o->of[i];
-        const float *h = p->h + i * p->hidden, *logits = p->logits + i * p->vocab;
-        for (same = 1; i + same < o->n && o->of[i + same] == to;) same++;
-        memcpy(to->logits + o->which[i] * p->vocab, logits, same * p->vocab * sizeof *logits);
-        if (!to->observer) continue;
-        to->observer(to->observer_user, "final_norm", -1, same, p->hidden, p->hidden, h);
-        to->observer(to->observer_user, "logits", -1, same, vocab, p->vocab, logits);
-    }
-    o->n = 0;
-}
-
-/* The logits that segments want. Rows of several segments share a reading of the output matrix. */
+/* The logits that segments want, a tile of rows at a time: rows of several segments share a reading
+ * of the output matrix. */
 static void output(pass *p) {
-    output_rows o = {0};
+    keep_wanted(p);
     p->layer = -1;
+    norm_rows(p, p->model->final_norm, "final_norm");           /* h (n, hidden)                */
+    for (size_t first = 0; first < p->n; first += TILE) {
+        packed tile = {.kind = p->packed.kind, .cols = p->hidden,
+                       .tokens = p->n - first < TILE ? p->n - first : TILE,
+                       .data = p->packed.data + pack_bytes(p->packed.kind, p->hidden, first)};
+        matmul(&p->eng, &(product){&p->model->output, p->logits, p->vocab}, 1, &tile);
+        for (size_t r = first; r < first + tile.tokens; r++)
+            memcpy(p->owner[r]->logits + (r - p->owner[r]->first) * p->vocab,
+                   p->logits + (r - first) * p->vocab, p->vocab * sizeof *p->logits);
+    }
     for (const segment *s = p->segments; s < p->segments + p->n_segments; s++)
-        for (size_t i = 0; i < s->n_wanted; i++) {
-            o.of[o.n] = s;
-            o.which[o.n++] = i;
-            if (o.n == TILE) give_logits(p, &o);
-        }
-    if (o.n) give_logits(p, &o);
+        if (s->observer && s->n)
+            s->observer(s->observer_user, "logits", -1, s->n, (size_t)p->config->vocab_size,
+                        p->vocab, s->logits);
 }
 /* ============================================================================================
  * 14 Sampler: from logits to the next id, and guesses at those behind it
@@ -8401,10 +8415,10 @@ size_t medrun_pending(const medrun_session *s) { return s->n_tokens - s->n_done;
 size_t medrun_length(const medrun_session *s) { return s->n_tokens; }
 const int32_t *medrun_tokens(const medrun_session *s) { return s->tokens; }
 
-/* Rows count from the end, because callers want the newest; `output` stores them so. */
+/* Rows count from the end, because callers want the newest. */
 const float *medrun_logits(const medrun_session *s, size_t row) {
     if (medrun_pending(s) || row >= s->n_logits) return NULL;
-    return s->logits + row * s->pass.vocab;
+    return s->logits + (s->n_logits - 1 - row) * s->pass.vocab;
 }
 
 /* Passes with guesses show rows that are no part of the timeline, so an observer ends them. */
@@ -8523,6 +8537,7 @@ static void add_segment(pass *p, medrun_session *s) {
     *to = (segment){.ids = s->tokens + s->n_done, .first = p->n, .n = n, .position = s->n_done,
                     .cache = &s->cache, .n_wanted = wanted, .logits = s->logits,
                     .observer = s->observer, .observer_user = s->observer_user};
+    p->n_kept += s->observer ? p->capacity : wanted;    /* who observes sees all rows            */
     while (n--) p->owner[p->n++] = to;
 }
 
@@ -8552,8 +8567,7 @@ int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *error) 
     pass *p = &sessions[0]->pass;
     if (pthread_mutex_lock(&sessions[0]->model->pool->turn))
         return fail(e, MEDRUN_USAGE, "step: an observer called it while its pass was running");
-    p->n = 0;
-    p->n_segments = 0;
+    p->n = p->n_kept = p->n_segments = 0;
     for (size_t i = 0; i < n; i++) {
         sessions[i]->n_ready = 0;
         add_segment(p, sessions[i]);
@@ -8563,8 +8577,8 @@ int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *error) 
     if (p->n && !stopped) output(p);
     for (size_t i = 0, k = 0; !stopped && i < n && k < p->n_segments; i++)  /* all that pend,   */
         if (medrun_pending(sessions[i])) {                      /* until the pass was full      */
-            sessions[i]->n_done += p->segments[k].n;
-            sessions[i]->n_logits = p->segments[k++].n_wanted;
+            sessions[i]->n_done = p->segments[k].position + p->segments[k].n;
+            sessions[i]->n_logits = p->segments[k++].n;
         }
     pthread_mutex_unlock(&sessions[0]->model->pool->turn);
     return stopped ? fail(e, MEDRUN_INTERRUPTED, "step: interrupted") : MEDRUN_OK;
@@ -8572,20 +8586,21 @@ int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *error) 
 
 void medrun_interrupt(medrun_session *s) { s->pass.stop = true; }
 
-/* Chooses an id from ROW of the logits. Each choice by chance takes one random number, which is why
+/* Chooses an id from one row of logits. Each choice by chance takes one random number, which is why
  * the random state is saved with a session. */
-static int32_t sample_row(medrun_session *s, size_t row) {
+static int32_t sample_row(medrun_session *s, const float *logits) {
     const tokenizer *t = &s->model->tokenizer;
-    return sample_token(s->candidates, s->logits + row * s->pass.vocab, (size_t)t->vocab_size,
+    return sample_token(s->candidates, logits, (size_t)t->vocab_size,
                         t->has_unused ? t->piece_type : NULL, &s->options.sampling, &s->random,
                         s->tokens, s->n_tokens);
 }
 
 int medrun_sample(medrun_session *s, int32_t *id, medrun_error *error) {
     medrun_error own, *e = fresh_error(error, &own);
-    if (!medrun_logits(s, 0))
+    const float *logits = medrun_logits(s, 0);
+    if (!logits)
         return fail(e, MEDRUN_USAGE, "sample: tokens are pending, call medrun_step first");
-    *id = sample_row(s, 0);
+    *id = sample_row(s, logits);
     return MEDRUN_OK;
 }
 
@@ -8615,8 +8630,7 @@ static int step_ahead(medrun_session *s, medrun_error *e) {
 }
 
 /* Brings the timeline's end to its logits, chooses the next id from them as without guesses, and
- * appends it. If it is the guess, its own logits stand in the row before: guesses count down to row
- * 0, which is the last of them. */
+ * appends it. If it is the guess, its own logits stand in the row behind. */
 static int next_id(medrun_session *s, int32_t *id, medrun_error *e) {
     if (s->n_ready) s->n_done = s->n_tokens;            /* guessed, and so in the cache          */
     while (!e->code && medrun_pending(s)) {
@@ -8625,7 +8639,7 @@ static int next_id(medrun_session *s, int32_t *id, medrun_error *e) {
     }
     if (e->code) return e->code;
     if (!s->n_ready && medrun_sample(s, id, e)) return e->code;
-    if (s->n_ready) *id = sample_row(s, s->n_ready - 1);
+    if (s->n_ready) *id = sample_row(s, s->logits + (s->n_logits - s->n_ready) * s->pass.vocab);
     bool right = s->n_ready > 1 && s->tokens[s->n_tokens] == *id;
     s->n_ready = right ? s->n_ready - 1 : 0;
     if (append_ids(s, id, 1, e)) return e->code;

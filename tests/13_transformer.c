@@ -345,6 +345,54 @@ static void test_company(void) {
     }
 }
 
+/* The last layer finishes only rows whose logits are wanted, and of what an observer sees all. The
+ * logits are those of a pass that wants every row: for any chunk and number of rows, alone, and
+ * beside a session that is at another place; observed or not. */
+static void count_last(void *user, const char *stage, int layer, size_t rows, size_t cols,
+                       size_t stride, const float *data) {
+    (void)cols, (void)stride, (void)data;
+    if (layer == 1 && (!strcmp(stage, "q") || !strcmp(stage, "layer_out"))) *(size_t *)user += rows;
+}
+
+static void test_last_layer(const char *folder, const char *type, int kv) {
+    static const struct { int chunk, rows; bool observed; } cases[] = {
+        {300, 1, false}, {300, 3, false}, {300, 9, true}, {64, 1, false}, {7, 8, false},
+        {150, 1, false}, {1, 1, false}, {77, 20, true}};
+    medrun_model *m = open_fixture(folder, type, 2, NULL);
+    size_t n, vocab = (size_t)m->config.vocab_size;
+    int32_t *ids = fixture(folder, "ids_300.i32", &n);
+    float *all = all_logits(m, ids, 300, false, kv);
+    int wrong = 0, layers = m->config.n_layers;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i += test_all() ? 1 : 2) {
+        size_t seen = 0, rows = (size_t)cases[i].rows;
+        medrun_session_options o = {.batch = cases[i].chunk, .logit_rows = cases[i].rows, .kv = kv};
+        medrun_session *s[2] = {start(m, o), start(m, o)};
+        CHECK(!medrun_feed(s[0], ids, 300, NULL));
+        if (cases[i].observed) medrun_observe(s[0], count_last, &seen);
+        while (medrun_pending(s[0])) {
+            const int32_t *next = ids + medrun_length(s[1]);
+            if (medrun_length(s[1]) < 40) CHECK(!medrun_feed(s[1], next, 3, NULL));
+            CHECK(!medrun_step(s, 2, NULL));
+            size_t kept = s[0]->pass.n, batch = (size_t)o.batch;
+            size_t most = 2 * rows < batch ? 2 * rows : batch;
+            wrong += kept > most || (medrun_pending(s[0]) && !cases[i].observed && kept > rows);
+            if (medrun_pending(s[0])) continue;
+            size_t have = s[0]->n_logits;
+            wrong += have < 1 || have > rows || medrun_logits(s[0], have) != NULL;
+            for (size_t r = 0; r < have; r++)
+                wrong += memcmp(medrun_logits(s[0], r), all + (299 - r) * vocab, vocab * 4) != 0;
+        }
+        if (layers == 2) wrong += seen != (cases[i].observed ? 600 : 0);
+        while (medrun_pending(s[1])) CHECK(!medrun_step(s + 1, 1, NULL));
+        const float *row = all + (medrun_length(s[1]) - 1) * vocab;
+        wrong += memcmp(medrun_logits(s[1], 0), row, vocab * 4) != 0;
+        medrun_stop(s[0]), medrun_stop(s[1]);
+    }
+    if (!CHECK_EQ(wrong, 0)) printf("    %s-%s\n", folder, type);
+    free(ids), free(all);
+    medrun_close(m);
+}
+
 /* An observer that steps its own session, or another one of the model, gets an error; the pass that
  * it looks at goes on as if it had not. */
 typedef struct {
@@ -424,6 +472,9 @@ int main(void) {
     test_stages("apertus-plain", 7);
     test_promises();
     test_company();
+    for (int f = 0; f < N_FOLDERS; f++)
+        for (int t = 0; t < 3; t++)
+            test_last_layer(folders[f], ((const char *[]){"int8", "int4", "bf16"})[t], f % 3);
     test_callbacks();
     test_interrupt();
     return report();

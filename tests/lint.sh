@@ -34,19 +34,19 @@ budgets="
 4:200:230
 5:310:310
 6:1940:2150
-7:130:136
+7:130:137
 8:350:482
 9:180:330
 10:950:1001
 11:520:668
 12:450:521
-13:420:434
+13:420:447
 14:100:185
 15:720:860
 16:1410:2121"
 budgets=$(echo $budgets)                  # on one line
-most_lines=11101                            # the goals: 9000, 450000, 15
-most_bytes=553185
+most_lines=11115                            # the goals: 9000, 450000, 15
+most_bytes=554091
 least_comments=13.0
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
