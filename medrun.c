@@ -9003,7 +9003,8 @@ int medrun_attach(medrun_model *m, const char *name, int layers, medrun_error *e
 
 /* ---- options ------------------------------------------------------------------------------- */
 
-enum { CHAT, RUN, SHOW, VERIFY, TOKENIZE, DETOKENIZE, RENDER, LOGITS, HELP, N_COMMANDS };
+enum { CHAT, RUN, SHOW, VERIFY, TOKENIZE, DETOKENIZE, RENDER, LOGITS, COMPLETION, HELP,
+       N_COMMANDS };
 
 #define ON(command) (1u << (command))
 #define ON_ANSWER (ON(CHAT) | ON(RUN))
@@ -11053,6 +11054,50 @@ static int run_program(const program *p, int argc, char **argv) {
 }
 
 #ifndef MEDRUN_NO_MAIN
+/* What a shell runs when Tab is pressed. It asks the program for --help: so it offers the commands
+ * and options that this build has. */
+static const char *const completions[][2] = {
+    {"bash",
+     "_medrun() {\n"
+     "    local first= show=\"s/^${1##*/} \\\\[?([a-z]+).*/\\\\1/p\"\n"
+     "    ((COMP_CWORD > 1)) && first=${COMP_WORDS[1]} show=\n"
+     "    [[ $2 == -* ]] && show='s/^ +(-[a-z]+, )?(--[a-z0-9-]+).*/\\2/p'\n"
+     "    show=$(\"$1\" $first --help 2> /dev/null | sed -nE \"$show\")\n"
+     "    COMPREPLY=($(compgen -W \"$show\" -- \"$2\"))\n"
+     "}\n"
+     "complete -o default -F _medrun medrun medrun-export medrun-eval medrun-lab\n"},
+    {"zsh",
+     "#compdef medrun medrun-export medrun-eval medrun-lab\n"
+     "_medrun() {\n"
+     "    local first= show=\"s/^${words[1]:t} \\\\[?([a-z]+).*/\\\\1/p\"\n"
+     "    ((CURRENT > 2)) && first=$words[2] show=\n"
+     "    [[ $PREFIX == -* ]] && show='s/^ +(-[a-z]+, )?(--[a-z0-9-]+).*/\\2/p'\n"
+     "    show=$($words[1] $first --help 2> /dev/null | sed -nE \"$show\")\n"
+     "    compadd -- ${(f)show} || _files\n"
+     "}\n"
+     "if [[ $funcstack[1] == _medrun ]]; then _medrun\n"
+     "else compdef _medrun medrun medrun-export medrun-eval medrun-lab; fi\n"},
+    {"fish",
+     "function __medrun\n"
+     "    set -l line (commandline -opc)\n"
+     "    set -l show '^'(path basename $line[1])' \\\\[?([a-z]+).*' '$1'\n"
+     "    set -q line[2]; and set show '^$' ''\n"
+     "    string match -q -- '-*' (commandline -ct)\n"
+     "    and set show '^ +(?:-[a-z]+, )?(--[a-z0-9-]+)(?: \\\\S+)? +(\\\\S.*)' '$1\\t$2'\n"
+     "    $line[1] $line[2] --help 2> /dev/null | string replace -rf $show\n"
+     "end\n"
+     "for program in medrun medrun-export medrun-eval medrun-lab\n"
+     "    complete -c $program -a '(__medrun)'\n"
+     "end\n"},
+};
+
+static int completion_command(command *c) {
+    for (size_t i = 0; c->n_rest && i < sizeof completions / sizeof *completions; i++)
+        if (!strcmp(c->rest[0], completions[i][0]))
+            return fputs(completions[i][1], stdout), MEDRUN_OK;
+    return fail(&c->e, MEDRUN_USAGE, "completion: wanted bash, zsh or fish");
+}
+
 static const command_row medrun_commands[N_COMMANDS] = {
     [CHAT] = {"chat", "MODEL.mdr", "a conversation; without a terminal, one answer to stdin",
         .run = converse_command},
@@ -11070,6 +11115,8 @@ static const command_row medrun_commands[N_COMMANDS] = {
         "the prompt that the model sees for messages", .run = render_command},
     [LOGITS] = {"logits", "MODEL.mdr --ids \"1 2 3\" -o OUT.f32",
         "what the model computes, as numbers", .run = logits_command},
+    [COMPLETION] = {"completion", "bash|zsh|fish", "a script for the shell: Tab completes then",
+        .run = completion_command, .no_model = true, .more = 1},
     [HELP] = {"help", "[COMMAND]", "all commands, or the options of one", .run = help_command,
         .no_model = true, .more = 1},
 };

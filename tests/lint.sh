@@ -43,10 +43,10 @@ budgets="
 13:420:447
 14:100:185
 15:720:860
-16:1410:2121"
+16:1410:2168"
 budgets=$(echo $budgets)                  # on one line
-most_lines=11115                            # the goals: 9000, 450000, 15
-most_bytes=554091
+most_lines=11162                            # the goals: 9000, 450000, 15
+most_bytes=556431
 least_comments=13.0
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
