@@ -9003,7 +9003,7 @@ int medrun_attach(medrun_model *m, const char *name, int layers, medrun_error *e
 
 /* ---- options ------------------------------------------------------------------------------- */
 
-enum { CHAT, RUN, SHOW, VERIFY, TOKENIZE, DETOKENIZE, RENDER, LOGITS, COMPLETION, HELP,
+enum { CHAT, RUN, SHOW, VERIFY, TOKENIZE, DETOKENIZE, RENDER, LOGITS, COMPLETION, HELP, VERSION,
        N_COMMANDS };
 
 #define ON(command) (1u << (command))
@@ -9011,8 +9011,9 @@ enum { CHAT, RUN, SHOW, VERIFY, TOKENIZE, DETOKENIZE, RENDER, LOGITS, COMPLETION
 #define ON_MODEL (ON_ANSWER | ON(SHOW) | ON(VERIFY) | ON(LOGITS))
 #define ON_FILE (ON(TOKENIZE) | ON(DETOKENIZE) | ON(RENDER))
 #define ON_SESSION (ON_ANSWER | ON(LOGITS))
-#define ON_TEXT (ON_ANSWER | ON(TOKENIZE))
+#define ON_TEXT (ON_ANSWER | ON(TOKENIZE) | ON(RENDER) | ON(LOGITS))
 #define MAX_SEED 9007199254740991       /* 2^53 - 1: a double, and so JSON, can hold it           */
+enum { MOST_CHOICES = 100 };            /* of --top                                               */
 
 typedef enum { FLAG, WHOLE, REAL, TEXT, CHOICE } option_kind;
 
@@ -9027,6 +9028,7 @@ typedef struct {
     const char *standard;       /* the default, as help shows it; a number is parsed from here */
     const char *variable;       /* NULL: as its name                                           */
     const char *help;
+    const char *also;           /* --names of other programs for it, | between them            */
 } option_row;
 
 enum { MAX_OPTIONS = 64 };
@@ -9036,7 +9038,7 @@ struct command;
 typedef struct {
     const char *name, *arguments, *help;
     int (*run)(struct command *c);
-    int more;                   /* arguments beside the model and the options, at most          */
+    int more;                   /* arguments beside model, prompt and options, at most          */
     bool no_model;              /* else the first argument is the model, unless -m names it     */
     bool exact_text;            /* a line end at the end of a text counts                       */
 } command_row;
@@ -9051,87 +9053,58 @@ typedef struct {
     int unnamed;                                /* the command that needs no name, or -1        */
 } program;
 
-enum { O_MODEL, O_PROMPT, O_FILE, O_SYSTEM, O_PREDICT, O_CTX, O_THREADS, O_BATCH, O_SEED, O_TEMP,
-       O_TOP_K, O_TOP_P, O_MIN_P, O_REPEAT, O_TEMPLATE, O_STOP, O_KV, O_OVERFLOW, O_LOOKUP, O_RAW,
-       O_MLOCK, O_STRICT, O_DEVICE, O_GPU_LAYERS, O_SAVE_PREFIX, O_LOAD_PREFIX, O_STATS,
-       O_VERBOSE, O_QUIET, O_BOS, O_SPECIAL, O_PIECES, O_MESSAGES, O_RENDER_IDS, O_NO_OPENING,
-       O_DATE, O_THINK, O_CHAT_BOS, O_IDS, O_ALL, O_OUT, O_FORCE, O_HELP, O_VERSION, N_OPTIONS };
+enum { O_MODEL, O_PROMPT, O_FILE, O_SYSTEM, O_PREDICT, O_TEMP, O_TOP_K, O_TOP_P, O_MIN_P, O_REPEAT,
+       O_SEED, O_STOP, O_CTX, O_THREADS, O_BATCH, O_KV, O_OVERFLOW, O_LOOKUP, O_TEMPLATE, O_DATE,
+       O_THINK, O_CHAT_BOS, O_RAW, O_TOP, O_STRICT, O_MLOCK, O_DEVICE, O_GPU_LAYERS, O_SAVE_PREFIX,
+       O_LOAD_PREFIX, O_BOS, O_SPECIAL, O_PIECES, O_MESSAGES, O_RENDER_IDS, O_NO_OPENING, O_IDS,
+       O_ALL, O_OUT, O_FORCE, O_STATS, O_VERBOSE, O_QUIET, O_HELP, O_VERSION, N_OPTIONS };
 
 static const option_row option_rows[N_OPTIONS] = {
     [O_MODEL] = {"model", "m", "FILE", TEXT, ON_MODEL | ON_FILE,
         .help = "the checkpoint; -m may be left out"},
-    [O_PROMPT] = {"prompt", "p", "TEXT", TEXT, ON_TEXT, .help = "the text"},
+    [O_PROMPT] = {"prompt", "p", "TEXT", TEXT, ON_TEXT,
+        .help = "the text; -p may be left out behind the model"},
     [O_FILE] = {"file", "f", "FILE", TEXT, ON_TEXT,
-        .help = "read the text from a file (- is stdin); run and chat drop a line end at its end"},
-    [O_SYSTEM] = {"system", "sys", "TEXT", TEXT, ON_ANSWER, .standard = "the checkpoint's",
+        .help = "a file with the text (- is stdin); with -p: what the text is about"},
+    [O_SYSTEM] = {"system", "sys", "TEXT", TEXT, ON_ANSWER | ON(RENDER),
+        .standard = "the checkpoint's", .also = "system-prompt",
         .help = "what the model is told before the conversation"},
     [O_PREDICT] = {"predict", "n", "N", WHOLE, ON_ANSWER, .min = -1, .max = 1 << 24,
-        .standard = "-1", .help = "at most N tokens in an answer; -1: no limit"},
+        .standard = "-1", .also = "n-predict|max-tokens|max-new-tokens|num-predict",
+        .help = "maximum tokens in an answer; -1: no limit"},
+    [O_TEMP] = {"temp", NULL, "T", REAL, ON_ANSWER, .max = 100, .standard = "the card's",
+        .also = "temperature", .help = "temperature; 0: always the most likely token"},
+    [O_TOP_K] = {"top-k", NULL, "K", WHOLE, ON_ANSWER, .max = 1 << 24, .standard = "the card's",
+        .help = "choose from the K most likely tokens; 0: off"},
+    [O_TOP_P] = {"top-p", NULL, "P", REAL, ON_ANSWER, .max = 1, .standard = "the card's",
+        .help = "choose from the most likely that have probability P together; 1: off"},
+    [O_MIN_P] = {"min-p", NULL, "P", REAL, ON_ANSWER, .max = 1, .standard = "the card's",
+        .help = "leave out tokens less than P times as likely as the most likely; 0: off"},
+    [O_REPEAT] = {"repeat-penalty", NULL, "R", REAL, ON_ANSWER, .min = 0.01, .max = 100,
+        .standard = "the card's", .also = "repetition-penalty",
+        .help = "make tokens that occurred less likely; 1: off"},
+    [O_SEED] = {"seed", "s", "N", WHOLE, ON_ANSWER, .min = -1, .max = MAX_SEED, .standard = "-1",
+        .help = "seed of the random numbers; -1: a new one, which is printed"},
+    [O_STOP] = {"stop", NULL, "TEXT", TEXT, ON_ANSWER, .also = "reverse-prompt",
+        .help = "end the answer before this text; up to 8 of them"},
     [O_CTX] = {"ctx", "c", "N", WHOLE, ON_ANSWER | ON(SHOW), .max = 1 << 24,
-        .standard = "as much of it as memory allows",
+        .standard = "as much of it as memory allows", .also = "ctx-size|num-ctx",
         .help = "tokens of context; 0: as many as the model was made for"},
     [O_THREADS] = {"threads", "t", "N", WHOLE, ON_MODEL & ~ON(SHOW), .min = 1, .max = MAX_THREADS,
         .standard = "one for each processor", .help = "threads; changes no number"},
     [O_BATCH] = {"batch", "b", "N", WHOLE, ON_SESSION | ON(SHOW), .min = 1, .max = 65536,
-        .standard = "512", .help = "tokens of the prompt in one pass; changes no number"},
-    [O_SEED] = {"seed", "s", "N", WHOLE, ON_ANSWER, .min = -1, .max = MAX_SEED, .standard = "-1",
-        .help = "seed of the random numbers; -1: a new one, which is printed"},
-    [O_TEMP] = {"temp", NULL, "T", REAL, ON_ANSWER, .max = 100, .standard = "the card's",
-        .help = "temperature; 0: always the likeliest token"},
-    [O_TOP_K] = {"top-k", NULL, "K", WHOLE, ON_ANSWER, .max = 1 << 24, .standard = "the card's",
-        .help = "choose from the K likeliest; 0: off"},
-    [O_TOP_P] = {"top-p", NULL, "P", REAL, ON_ANSWER, .max = 1, .standard = "the card's",
-        .help = "choose from the likeliest that have probability P together; 1: off"},
-    [O_MIN_P] = {"min-p", NULL, "P", REAL, ON_ANSWER, .max = 1, .standard = "the card's",
-        .help = "leave out tokens less than P times as likely as the likeliest"},
-    [O_REPEAT] = {"repeat-penalty", NULL, "R", REAL, ON_ANSWER, .min = 0.01, .max = 100,
-        .standard = "the card's", .help = "make tokens that occurred less likely; 1: off"},
-    [O_TEMPLATE] = {"template", NULL, "NAME", TEXT, ON_ANSWER | ON(RENDER),
-        .standard = "the checkpoint's", .help = "chat template: " MEDRUN_TEMPLATES},
-    [O_STOP] = {"stop", NULL, "TEXT", TEXT, ON_ANSWER,
-        .help = "end the answer before this text; up to 8 of them"},
+        .standard = "512", .also = "batch-size",
+        .help = "tokens of the prompt in one pass; changes no number"},
     [O_KV] = {"kv", NULL, "f16|f32|int8", CHOICE, ON_SESSION | ON(SHOW), .standard = "f16",
         .help = "type of the key-value cache (f32 with --strict); int8 takes half the memory of "
                 "f16 and is less exact"},
     [O_OVERFLOW] = {"overflow", NULL, "error|drop", CHOICE, ON(CHAT), .standard = "error",
-        .help = "a full context: refuse, or forget the oldest turns"},
+        .help = "when the context is full: refuse, or forget the oldest turns"},
     [O_LOOKUP] = {"lookup", NULL, "N", WHOLE, ON_ANSWER | ON(SHOW), .max = MAX_LOOKUP,
         .standard = "0", .help = "guess N tokens ahead from the text so far; changes no token"},
-    [O_RAW] = {"raw", .on = ON(RUN), .help = "no chat template: continue the text as it is"},
-    [O_MLOCK] = {"mlock", .on = ON_SESSION,
-        .help = "keep weights, prompt and cache in memory, or fail"},
-    [O_STRICT] = {"strict", .on = ON_SESSION,
-        .help = "bf16 weights: the same numbers on every machine, slower on some"},
-    [O_DEVICE] = {"device", NULL, "N|NAME|none", TEXT, ON_MODEL & ~ON(SHOW),
-#ifdef MEDRUN_OPENCL
-        .standard = "the first that is not a processor",
-#else
-        .standard = "none, this build has no OpenCL",
-#endif
-        .help = "OpenCL device (medrun-lab doctor lists them)"},
-    [O_GPU_LAYERS] = {"gpu-layers", "ngl", "N", WHOLE, ON_MODEL & ~ON(SHOW), .max = 1 << 16,
-        .standard = "all that fit", .help = "layers whose matrices the device has; 0: no device"},
-    [O_SAVE_PREFIX] = {"save-prefix", NULL, "FILE", TEXT, ON_ANSWER,
-        .help = "save the processed prompt; the file holds its text: keep it safe"},
-    [O_LOAD_PREFIX] = {"load-prefix", NULL, "FILE", TEXT, ON_ANSWER,
-        .help = "reuse what a saved prompt has in common with this one; changes no token"},
-    [O_STATS] = {"stats", .on = ON_ANSWER, .help = "print speeds"},
-    [O_VERBOSE] = {"verbose", "v", .on = ON_ANSWER | ON(VERIFY),
-        .help = "print the prompt as the model sees it; verify: also what is the same"},
-    [O_QUIET] = {"quiet", "q", .on = ON_ANSWER | ON(VERIFY),
-        .help = "no lines about the run; verify: only what differs"},
-    [O_BOS] = {"bos", .on = ON(TOKENIZE), .variable = "tokenize-bos",
-        .help = "begin with the beginning-of-text token"},
-    [O_SPECIAL] = {"special", .on = ON(TOKENIZE) | ON(DETOKENIZE),
-        .help = "read control tokens in the text, or print them"},
-    [O_PIECES] = {"pieces", .on = ON(TOKENIZE),
-        .help = "a line for each token: id, tab, text with escapes"},
-    [O_MESSAGES] = {"messages", NULL, "FILE", TEXT, ON(RENDER),
-        .help = "[{\"role\": \"user\", \"content\": \"...\"}, ...], - is stdin"},
-    [O_RENDER_IDS] = {"ids", .on = ON(RENDER), .variable = "render-ids",
-        .help = "print ids instead of text"},
-    [O_NO_OPENING] = {"no-generation-prompt", .on = ON(RENDER),
-        .help = "leave out the opening of the answer (afm's template has no choice)"},
+    [O_TEMPLATE] = {"template", NULL, "NAME", TEXT, ON_ANSWER | ON(RENDER),
+        .standard = "the checkpoint's", .also = "chat-template",
+        .help = "chat template: " MEDRUN_TEMPLATES},
     [O_DATE] = {"date", NULL, "YYYY-MM-DD", TEXT, ON_ANSWER | ON(RENDER),
         .standard = "the template's",
         .help = "the date in the system text (apertus: today; llama3.1: 26 Jul 2024)"},
@@ -9140,22 +9113,65 @@ static const option_row option_rows[N_OPTIONS] = {
     [O_CHAT_BOS] = {"bos", NULL, "auto|on|off", CHOICE, ON_ANSWER | ON(RENDER), .standard = "auto",
         .help = "beginning-of-text token first: as the template says, always, never; alpaca and "
                 "afm have none, though their models were probably trained with it"},
-    [O_IDS] = {"ids", NULL, "\"1 2 3\"", TEXT, ON(LOGITS), .help = "the tokens"},
+    [O_RAW] = {"raw", .on = ON(RUN), .help = "no chat template: continue the text as it is"},
+    [O_TOP] = {"top", NULL, "N", WHOLE, ON(RUN) | ON(LOGITS), .min = 1, .max = MOST_CHOICES,
+        .help = "print the N most likely tokens, with probabilities at temperature 1"},
+    [O_STRICT] = {"strict", .on = ON_SESSION,
+        .help = "bf16 weights: the same numbers on every machine, slower on some"},
+    [O_MLOCK] = {"mlock", .on = ON_SESSION,
+        .help = "keep weights, prompt and cache in memory, or fail"},
+    [O_DEVICE] = {"device", NULL, "N|NAME|none", TEXT, ON_MODEL & ~ON(SHOW),
+#ifdef MEDRUN_OPENCL
+        .standard = "the first that is not a CPU",
+#else
+        .standard = "none, this build has no OpenCL",
+#endif
+        .help = "OpenCL device (medrun-lab doctor lists them)"},
+    [O_GPU_LAYERS] = {"gpu-layers", "ngl", "N", WHOLE, ON_MODEL & ~ON(SHOW), .max = 1 << 16,
+        .standard = "all that fit", .also = "n-gpu-layers",
+        .help = "layers whose matrices the device has; 0: no device"},
+    [O_SAVE_PREFIX] = {"save-prefix", NULL, "FILE", TEXT, ON_ANSWER,
+        .help = "save the processed prompt; the file holds its text: keep it safe"},
+    [O_LOAD_PREFIX] = {"load-prefix", NULL, "FILE", TEXT, ON_ANSWER,
+        .help = "reuse what a saved prompt has in common with this one; changes no token"},
+    [O_BOS] = {"bos", .on = ON(TOKENIZE), .variable = "tokenize-bos",
+        .help = "begin with the beginning-of-text token"},
+    [O_SPECIAL] = {"special", .on = ON(TOKENIZE) | ON(DETOKENIZE),
+        .help = "read control tokens in the text, or print them"},
+    [O_PIECES] = {"pieces", .on = ON(TOKENIZE) | ON(RENDER),
+        .help = "a line for each token: id, tab, text with escapes"},
+    [O_MESSAGES] = {"messages", NULL, "FILE", TEXT, ON(RENDER),
+        .help = "[{\"role\": \"user\", \"content\": \"...\"}, ...], - is stdin"},
+    [O_RENDER_IDS] = {"ids", .on = ON(RENDER), .variable = "render-ids",
+        .help = "print ids instead of text"},
+    [O_NO_OPENING] = {"no-generation-prompt", .on = ON(RENDER),
+        .help = "leave out the opening of the answer (afm's template has no choice)"},
+    [O_IDS] = {"ids", NULL, "\"1 2 3\"", TEXT, ON(LOGITS), .help = "the tokens, instead of a text"},
     [O_ALL] = {"all", .on = ON(LOGITS), .help = "after each token, not only after the last"},
     [O_OUT] = {"out", "o", "OUT.f32", TEXT, ON(LOGITS),
         .help = "little-endian float32, vocab_size a row; - is stdout"},
     [O_FORCE] = {"force", .on = ON_ANSWER | ON(LOGITS),
         .help = "write over files of other kinds, too; never over one that is read"},
+    [O_STATS] = {"stats", .on = ON_ANSWER, .help = "print speeds"},
+    [O_VERBOSE] = {"verbose", "v", .on = ON_ANSWER | ON(SHOW) | ON(VERIFY),
+        .help = "print the prompt as the model sees it; show: hashes; verify: also what agrees"},
+    [O_QUIET] = {"quiet", "q", .on = ON_MODEL | ON_FILE,
+        .help = "no lines about the run; verify: only what differs"},
     [O_HELP] = {"help", "h", .on = ~0u, .help = "print this"},
-    [O_VERSION] = {"version", .on = ~0u, .help = "print the version"},
+    [O_VERSION] = {"version", "V", .on = ~0u, .help = "print the version"},
 };
 
 enum { FROM_DEFAULT, FROM_ENVIRONMENT, FROM_FLAG };
 static const char *const origins[] = {"card", "environment", "flag"};
 
+/* A line that is broken between words: columns so far, how many there are (0: it is not broken),
+ * and the blanks that further lines begin with. */
+typedef struct { size_t at, width, indent; } text_line;
+
 /* How an answer goes. */
 typedef struct {
     buffer held;                /* not printed yet: it may begin a stop text                   */
+    text_line line;
     bool ended, mid_line;
     size_t n_prompt, n_answer;  /* tokens                                                      */
     uint64_t guessed, right;    /* tokens, see medrun_guesses                                  */
@@ -9199,45 +9215,88 @@ static unsigned own_bit(const command *c) { return ON(c->row - c->p->commands); 
 /* Does this command take the option? */
 static bool takes(const command *c, int id) { return c->p->options[id].on & own_bit(c); }
 
-/* The name that is most like WORD. */
-static const char *nearest(const char *word, const char *const *names, size_t n) {
-    size_t best = 0;
-    for (size_t i = 1; i < n; i++)
-        if (edit_distance(word, names[i]) < edit_distance(word, names[best])) best = i;
-    return n ? names[best] : "";
-}
-
-/* The option that ARG (N bytes, with its dashes) names for one of these commands, or -1. */
-static int find_option(const program *p, const char *arg, size_t n, unsigned on) {
-    size_t dashes = n > 1 && arg[1] == '-' ? 2 : 1;
-    for (int id = 0; id < p->n_options; id++) {
-        const char *name = dashes == 2 ? p->options[id].name : p->options[id].small;
-        if (name && (p->options[id].on & on) && strlen(name) == n - dashes &&
-            !memcmp(name, arg + dashes, n - dashes)) return id;
+/* The place of WORD among WORDS, which have | between them, or -1. */
+static int place_in(const char *words, const char *word) {
+    size_t n = strlen(word), len;
+    for (int place = 0; words && *words; words += len + (words[len] == '|'), place++) {
+        len = strcspn(words, "|");
+        if (len == n && !memcmp(words, word, n)) return place;
     }
     return -1;
 }
 
-/* Commands and options that another program has. */
-static const char *const elsewhere[][2] = {
-    {"bench", "medrun-lab bench"}, {"doctor", "medrun-lab doctor"}, {"replay", "medrun-lab replay"},
-    {"record", "medrun-lab record"}, {"--record", "medrun-lab record"}, {"call", "medrun-lab call"},
-    {"--tools", "medrun-lab call"}, {"export", "medrun-export"}, {"eval", "medrun-eval"},
-    {"serve", "medrun-serve"}, {"explain", "medrun-explain"}};
+/* The name that WORD is probably meant to be, or NULL: at most two edits away, and more than one
+ * only where it begins alike. */
+static const char *nearest(const char *word, const char *const *names, size_t n) {
+    const char *best = NULL;
+    size_t least = strlen(word) < 3 ? strlen(word) : 3;
+    for (size_t i = 0; i < n; i++) {
+        size_t edits = edit_distance(word, names[i]);
+        if (edits < least && (edits < 2 || *word == *names[i])) best = names[i], least = edits;
+    }
+    return best;
+}
 
-/* Says which program has WORD, if one has. */
+/* Says that WORD is unknown, what may have been meant, and what lists all. */
+static int unknown(command *c, const char *what, const char *word, const char *dashes,
+                   const char *const *names, size_t n, const char *help) {
+    const char *meant = nearest(word + strspn(word, "-"), names, n);
+    return fail(&c->e, MEDRUN_USAGE, "unknown %s %s%s%s%s; %s lists all", what, word,
+                meant ? "; the nearest is " : "", meant ? dashes : "", meant ? meant : "", help);
+}
+
+
+/* The option that ARG (N bytes, with its dashes) names for one of these commands, or -1. */
+static int find_option(const program *p, const char *arg, size_t n, unsigned on) {
+    char name[40] = "";
+    size_t dashes = n > 1 && arg[1] == '-' ? 2 : 1;
+    for (size_t i = dashes; i < n && i < sizeof name; i++)
+        name[i - dashes] = arg[i] == '_' ? '-' : arg[i];
+    for (int id = 0; id < p->n_options; id++) {
+        const option_row *r = &p->options[id];
+        const char *exact = dashes == 1 ? r->small : r->name;
+        bool named = exact && !strcmp(name, exact);
+        named |= dashes == 2 && place_in(r->also, name) >= 0;
+        if (named && (r->on & on)) return id;
+    }
+    return -1;
+}
+
+
+/* Words that people know from other programs, and what to do instead. */
+static const struct { const char *words, *instead; } elsewhere[] = {
+    {"bench", "medrun-lab bench does this"},
+    {"doctor", "medrun-lab doctor does this"},
+    {"record|--record", "medrun-lab record does this"},
+    {"replay", "medrun-lab replay does this"},
+    {"call|--tools", "medrun-lab call does this"},
+    {"export|convert|quantize", "medrun-export SOURCE OUT.mdr does this"},
+    {"eval|perplexity", "medrun-eval does this"},
+    {"serve|server", "medrun-serve does this"},
+    {"explain", "medrun-explain does this"},
+    {"info|inspect", "medrun show MODEL.mdr does this"},
+    {"ask|generate|complete", "medrun run MODEL.mdr \"TEXT\" does this"},
+    {"pull|download|search", "medrun has no network: README.md lists models and where each is "
+        "published, and medrun-export makes a checkpoint of what you fetched"},
+    {"list|ls|ps|rm|cp|push|create", "medrun keeps no models: each is a file that you name; "
+        "README.md lists those that are published"},
+    {"-i|-cnv|--interactive|--conversation", "leave it out: medrun MODEL.mdr is a conversation"},
+    {"--no-mmap", "leave it out: a checkpoint is always mapped"}};
+
+/* Says what to do instead of WORD, if it is one of those. */
 static int look_elsewhere(command *c, const char *word) {
     for (size_t i = 0; i < sizeof elsewhere / sizeof *elsewhere; i++)
-        if (!strcmp(word, elsewhere[i][0]))
-            return fail(&c->e, MEDRUN_USAGE, "%s: %s does this", word, elsewhere[i][1]);
+        if (place_in(elsewhere[i].words, word) >= 0)
+            return fail(&c->e, MEDRUN_USAGE, "%s: %s", word, elsewhere[i].instead);
     return MEDRUN_OK;
 }
+
 
 /* Says what may have been meant. */
 static int unknown_option(command *c, const char *arg) {
     const program *p = c->p;
     const char *names[MAX_OPTIONS];
-    char where[200] = "";
+    char where[200] = "", help[64];
     size_t n_names = 0;
     int id = find_option(p, arg, strlen(arg), ~0u);
     for (int k = 0; id >= 0 && k < p->n_commands; k++)
@@ -9249,44 +9308,36 @@ static int unknown_option(command *c, const char *arg) {
                     where);
     if (look_elsewhere(c, arg)) return c->e.code;
     for (id = 0; id < p->n_options; id++) if (takes(c, id)) names[n_names++] = p->options[id].name;
-    return fail(&c->e, MEDRUN_USAGE, "unknown option %s; the nearest is --%s (%s help %s)", arg,
-                nearest(arg + strspn(arg, "-"), names, n_names), p->name, c->row->name);
+    snprintf(help, sizeof help, "%s help %s", p->name, c->row->name);
+    return unknown(c, "option", arg, "--", names, n_names, help);
 }
 
-/* WORDS has | between its words; the place of VALUE among them becomes the number. */
-static int set_choice(command *c, int id, const char *value, const char *words, const char *name) {
-    size_t n = strlen(value), len;
-    int place = 0;
-    for (const char *p = words; *p; p += len + (p[len] == '|'), place++) {
-        len = strcspn(p, "|");
-        if (len == n && !memcmp(p, value, n)) return c->number[id] = place, MEDRUN_OK;
-    }
-    return fail(&c->e, MEDRUN_USAGE, "%s: found \"%s\", wanted %s", name, value, words);
-}
+
 
 /* VALUE was found in NAME, an option or an environment variable. */
 static int set_option(command *c, int id, const char *value, int from, const char *name) {
     const option_row *r = &c->p->options[id];
-    double v;
-    c->text[id] = value, c->from[id] = from;
-    if (r->kind == CHOICE) return set_choice(c, id, value, r->argument, name);
-    if (r->kind == FLAG) {
-        set_choice(c, id, value, "0|1|off|on|false|true", name);
-        c->number[id] = whole(c, id) % 2;               /* no and yes stand there by turns       */
-        return c->e.code;
-    }
-    if (r->kind == WHOLE || r->kind == REAL) {
-        bool good = parse_number(value, &v) && (r->kind == REAL || v == floor(v));
-        if (good && v >= r->min && v <= r->max) return c->number[id] = v, MEDRUN_OK;
+    double v = 0;
+    if (r->kind == CHOICE || r->kind == FLAG) {
+        const char *words = r->kind == CHOICE ? r->argument : "0|1|off|on|false|true";
+        int place = place_in(words, value);
+        if (place < 0)
+            return fail(&c->e, MEDRUN_USAGE, "%s: found \"%s\", wanted %s", name, value, words);
+        v = r->kind == CHOICE ? place : place % 2;      /* no and yes stand there by turns       */
+    } else if (r->kind != TEXT && (!parse_number(value, &v) || v < r->min || v > r->max ||
+                                   (r->kind == WHOLE && v != floor(v)))) {
         return fail(&c->e, MEDRUN_USAGE, "%s: found \"%s\", wanted a %snumber from %.16g to %.16g",
                     name, value, r->kind == WHOLE ? "whole " : "", r->min, r->max);
+    } else if (id == O_STOP) {
+        if (!*value || c->n_stops == MEDRUN_MAX_STOPS)
+            return fail(&c->e, MEDRUN_USAGE, "%s: found %s, wanted 1 to %d texts", name,
+                        *value ? "one more" : "an empty text", MEDRUN_MAX_STOPS);
+        c->stops[c->n_stops++] = value;
     }
-    if (id != O_STOP) return MEDRUN_OK;
-    if (!*value || c->n_stops == MEDRUN_MAX_STOPS)
-        return fail(&c->e, MEDRUN_USAGE, "%s: found %s, wanted 1 to %d texts", name,
-                    *value ? "one more" : "an empty text", MEDRUN_MAX_STOPS);
-    return c->stops[c->n_stops++] = value, MEDRUN_OK;
+    c->text[id] = value, c->number[id] = v, c->from[id] = from;
+    return MEDRUN_OK;
 }
+
 
 /* The name of the option's environment variable. */
 static void variable_name(const option_row *r, char name[48]) {
@@ -9318,16 +9369,81 @@ static void print_safe(FILE *f, const char *text, size_t n, bool lines) {
     }
 }
 
-/* Prints with escapes, so that a piece stays on its line and shows its exact bytes. */
-static void print_escaped(FILE *f, const char *text, size_t n) {
+/* Columns of a character: Chinese, Japanese, Korean and pictures take two, accents that stand on
+ * the character before them none. A short form of Unicode's table of widths (UAX 11). */
+static size_t columns_of(uint32_t c) {
+    static const struct { uint32_t first, last, columns; } ranges[] = {
+        {0x300, 0x36F, 0}, {0x200B, 0x200D, 0}, {0xFE00, 0xFE0F, 0},
+        {0x1100, 0x115F, 2}, {0x2E80, 0xA4CF, 2}, {0xAC00, 0xD7A3, 2}, {0xF900, 0xFAFF, 2},
+        {0xFE30, 0xFE6F, 2}, {0xFF00, 0xFF60, 2}, {0x1F300, 0x1FAFF, 2}, {0x20000, 0x3FFFD, 2}};
+    for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++)
+        if (c >= ranges[i].first && c <= ranges[i].last) return ranges[i].columns;
+    return 1;
+}
+
+/* The bytes of the character that TEXT begins with, and the columns that it takes; what is hostile
+ * or none shows as '?'. */
+static size_t measure(const char *text, size_t n, size_t *columns) {
+    uint32_t code = 0;
+    size_t len = utf8_decode((const uint8_t *)text, n, &code);
+    *columns = !len || is_hostile(code) ? 1 : columns_of(code);
+    return len ? len : 1;
+}
+
+static size_t width_of(int fd) {
+    int n = is_terminal(fd) ? terminal_columns() : 0;
+    return n > 200 ? 200 : n > 0 ? (size_t)n : 0;
+}
+
+/* The bytes of TEXT up to the last place where a line may be broken: what follows may be a part of a
+ * word. Wide characters are words of their own. */
+static size_t whole_words(const char *text, size_t n) {
+    size_t end = 0;
+    for (size_t i = 0, len, columns; i < n; i += len) {
+        len = measure(text + i, n - i, &columns);
+        if (columns == 2 || text[i] == ' ' || text[i] == '\n') end = i + len;
+    }
+    return n - end > 200 ? n : end;
+}
+
+/* Prints for people, word by word. A word longer than the line is left for the terminal to break. */
+static void print_words(FILE *f, text_line *l, const char *text, size_t n) {
+    for (size_t end; n; text += end, n -= end) {
+        size_t blanks = 0, columns = 0, k = 0, len;
+        while (blanks < n && text[blanks] == ' ') blanks++;
+        for (end = blanks; end < n && text[end] != ' ' && text[end] != '\n' && k < 2; end += len) {
+            len = measure(text + end, n - end, &k);
+            if (k == 2 && columns) break;
+            columns += k;
+        }
+        if (l->width && l->at > l->indent && l->at + blanks + columns > l->width) {
+            fprintf(f, "\n%*s", (int)(l->at = l->indent), "");
+            print_safe(f, text + blanks, end - blanks, true);
+        } else {
+            print_safe(f, text, end, true);
+            l->at += blanks;
+        }
+        l->at += columns;
+        if (l->width && l->at > l->width) l->at %= l->width;
+        if (end == n || text[end] != '\n') continue;
+        end++, l->at = l->indent;
+        fprintf(f, "\n%*s", (int)l->indent, "");
+    }
+}
+
+/* Appends TEXT with escapes, so that a piece stays on its line and shows its exact bytes. */
+static void escape(buffer *out, const char *text, size_t n) {
     for (size_t i = 0, len; i < n; i += len) {
         uint32_t code = 0;
         len = utf8_decode((const uint8_t *)text + i, n - i, &code);
-        if (len && !is_hostile(code)) fwrite("\\", 1, code == '\\', f), fwrite(text + i, 1, len, f);
-        else if (code == '\n') fputs("\\n", f), len = 1;
-        else fprintf(f, "\\x%02x", (unsigned)(uint8_t)text[i]), len = 1;
+        if (code == '\\' || code == '\n') buffer_text(out, code == '\n' ? "\\n" : "\\\\");
+        else if (len && !is_hostile(code)) buffer_add(out, text + i, len);
+        else buffer_printf(out, "\\x%02x", (unsigned)(uint8_t)text[i]);
+        if (!len || is_hostile(code)) len = 1;
     }
 }
+
+
 
 static void print_ids(FILE *f, const int32_t *ids, size_t n) {
     for (size_t i = 0; i < n; i++) fprintf(f, i ? " %d" : "%d", ids[i]);
@@ -9338,18 +9454,27 @@ static void print_ids(FILE *f, const int32_t *ids, size_t n) {
 MEDRUN_PRINTF_LIKE(2, 3)
 static void note(const command *c, const char *format, ...) {
     char line[2048];
+    text_line l = {.width = width_of(STDERR_FILENO)};
     if (flag(c, O_QUIET)) return;
     va_list args;
     va_start(args, format);
     vsnprintf(line, sizeof line, format, args);
     va_end(args);
     make_safe(line);
-    fprintf(stderr, "%s\n", line);
+    print_words(stderr, &l, line, strlen(line));
+    fputc('\n', stderr);
     fflush(stderr);
 }
 
+
 /* Ends the command with this exit code and without a message, unless it has failed before. */
 static int quit(command *c, int code) { return fail(&c->e, code, "%s", ""), c->e.code; }
+
+/* Ctrl-C was pressed: whatever it has cut short, the command ends without a message. */
+static int interrupt(command *c) {
+    c->e = (medrun_error){0};
+    return quit(c, MEDRUN_INTERRUPTED);
+}
 
 /* Nobody is told when the program that read stdout has left. */
 static int flush_stdout(command *c) {
@@ -9405,18 +9530,19 @@ static int read_file(command *c, const char *path, size_t most, buffer *out) {
 /* The same for text: refuses what is not UTF-8, with its place, and drops a byte order mark. */
 static int read_text(command *c, const char *path, size_t most, buffer *out) {
     uint32_t code;
-    size_t at = 0, line = 1, len = 1;
+    size_t first = out->n, at = first, line = 1, len = 1;
     if (read_file(c, path, most, out)) return c->e.code;
     for (; at < out->n && (len = utf8_decode(out->data + at, out->n - at, &code)); at += len)
         line += out->data[at] == '\n';
-    const char *start = chars(out);
+    const char *start = chars(out) + first;
     bool utf16 = !strncmp(start, "\xFF\xFE", 2) || !strncmp(start, "\xFE\xFF", 2);
     if (!len)
         return fail(&c->e, MEDRUN_BAD_FILE, "%s: line %zu, byte %zu: found %s, wanted UTF-8 text; "
-                    "save it as UTF-8", strcmp(path, "-") ? path : "stdin", line, at,
+                    "save it as UTF-8", strcmp(path, "-") ? path : "stdin", line, at - first,
                     utf16 ? "UTF-16" : "what is no character");
     if (strncmp(start, "\xEF\xBB\xBF", 3)) return MEDRUN_OK;
-    memmove(out->data, start + 3, out->n -= 3);
+    out->n -= 3;
+    memmove(out->data + first, start + 3, out->n - first);
     return out->data[out->n] = 0, MEDRUN_OK;
 }
 
@@ -9531,11 +9657,34 @@ static int lock(command *c, const void *p, size_t n) {
                 strerror(errno));
 }
 
+/* PATH cannot be opened. If it holds a model in another form, says how a checkpoint is made of it. */
+static int suggest_export(command *c, const char *path) {
+    char start[4] = "", config[1024];
+    size_t n = strlen(path);
+    file_facts f;
+    snprintf(config, sizeof config, "%s/config.json", path);
+    FILE *file = open_stream(path, TO_READ);
+    bool gguf = file && fread(start, 1, 4, file) == 4 && !memcmp(start, "GGUF", 4);
+    if (file) fclose(file);
+    if (c->e.code != MEDRUN_BAD_FILE || (!gguf && get_facts(config, -1, &f))) return c->e.code;
+    while (n && (path[n - 1] == '/' || path[n - 1] == '.')) n--;
+    const char *name = path + n, *quote = strpbrk(path, " ()'&;") ? "\"" : "";
+    while (name > path && name[-1] != '/') name--;
+    n -= (size_t)(name - path);
+    if (gguf && n > 5 && !strncmp(name + n - 5, ".gguf", 5)) n -= 5;
+    c->e = (medrun_error){0};
+    return fail(&c->e, MEDRUN_BAD_FILE, "%s is %s and no checkpoint yet; this makes one: "
+                "medrun-export %s%s%s %s%.*s-int8.mdr%s --type int8", path,
+                gguf ? "a GGUF file" : "a model's folder", quote, path, quote, quote,
+                n ? (int)n : 5, n ? name : "model", quote);
+}
+
 /* Opens the checkpoint and takes its tokenizer, template and sampling values into the command. */
 static int open_path(command *c, const char *path) {
     medrun_options o = {.threads = takes(c, O_THREADS) ? whole(c, O_THREADS) : 1,
                         .kernels = getenv("MEDRUN_KERNELS")};
-    if (medrun_open(&c->m, path, &o, &c->e) || choose_device_option(c)) return c->e.code;
+    if (medrun_open(&c->m, path, &o, &c->e)) return suggest_export(c, path);
+    if (choose_device_option(c)) return c->e.code;
     c->t = &c->m->tokenizer, c->chat = c->m->chat, c->sampling = c->m->sampling;
     if (flag(c, O_MLOCK) && lock(c, c->m->file.map.data, c->m->file.map.n)) return c->e.code;
     return choose_template(c);
@@ -9549,7 +9698,8 @@ static int open_model(command *c) {
 /* Opens a checkpoint's tokenizer or a tokenizer.bin. The first bytes tell which file it is. */
 static int open_tokenizer(command *c) {
     const char *path = model_path(c);
-    if (!path || map_file(path, &c->map, &c->e)) return c->e.code;
+    if (!path) return c->e.code;
+    if (map_file(path, &c->map, &c->e)) return suggest_export(c, path);
     if (c->map.n < 6 || memcmp(c->map.data, "MEDTOK", 6))
         return unmap_file(&c->map), open_path(c, path);
     c->t = &c->own;
@@ -9649,11 +9799,13 @@ static size_t context_of(const command *c) { return (size_t)c->s->options.contex
 
 /* ---- answering ----------------------------------------------------------------------------- */
 
-static volatile sig_atomic_t interrupted;       /* the only thing a signal handler may change    */
+static volatile sig_atomic_t interrupted;
+static medrun_session *volatile answering;      /* whose step Ctrl-C ends between two layers     */
 
 static void on_interrupt(int signal_number) {
     (void)signal_number;
     interrupted = 1;
+    if (answering) medrun_interrupt(answering);
 }
 
 /* Is a stop text in what is held? *AT: where the first one begins, else the end. *HOLD: how many
@@ -9671,43 +9823,50 @@ static bool find_stop(const command *c, const buffer *held, size_t *at, size_t *
 }
 
 /* Prints what can no longer become part of a stop text, or all that is left when the answer is
- * OVER. Control characters that the model made do not reach a terminal. */
+ * OVER. On a terminal lines are broken between words, so the last word waits for its end; and
+ * control characters that the model made do not reach it. */
 static int print_held(command *c, bool over) {
     answer *a = &c->answer;
     size_t n, hold;
+    bool terminal = is_terminal(STDOUT_FILENO);
     if (find_stop(c, &a->held, &n, &hold)) a->ended = true;
     else if (!over) n -= hold;
-    if (!n || !a->held.data) return MEDRUN_OK;
-    if (is_terminal(STDOUT_FILENO)) print_safe(stdout, chars(&a->held), n, true);
-    else fwrite(a->held.data, 1, n, stdout);
-    a->mid_line = a->held.data[n - 1] != '\n';
+    const char *text = chars(&a->held);
+    a->line.width = width_of(STDOUT_FILENO);
+    if (a->line.width && !over && !a->ended) n = whole_words(text, n);
+    if (!n) return MEDRUN_OK;
+    if (terminal) print_words(stdout, &a->line, text, n);
+    else fwrite(text, 1, n, stdout);
+    a->mid_line = text[n - 1] != '\n';
     a->held.n -= n;
     memmove(a->held.data, a->held.data + n, a->held.n);
     return flush_stdout(c);
 }
 
-/* Computes what is pending, and looks for Ctrl-C after each batch. A long prompt shows how far it
- * is: on a terminal all the time after two seconds, in a log every ten seconds. */
+
+/* Computes what is pending. A long prompt shows how far it is: on a terminal all the time after two
+ * seconds, in a log every ten seconds. */
 static int process_prompt(command *c) {
     size_t n = medrun_pending(c->s), left;
-    bool terminal = is_terminal(STDERR_FILENO), drawn = false;
+    bool terminal = is_terminal(STDERR_FILENO);
     double start = seconds(), next = start + (terminal ? 2 : 10);
+    int drawn = 0;
     while (!c->e.code && (left = medrun_pending(c->s))) {
         double now = seconds(), rate = (double)(n - left) / (now - start + 1e-9);
         if (now >= next && !flag(c, O_QUIET)) {
             int wait = rate > 0 ? (int)((double)left / rate) : 0;
-            fprintf(stderr, "%sprompt: %zu of %zu tokens, %.1f tokens/s, %d:%02d left %s",
-                    terminal ? "\r" : "", n - left, n, rate, wait / 60, wait % 60,
-                    terminal ? "" : "\n");
+            drawn = fprintf(stderr, terminal ? "\r%zu/%zu tokens, %d:%02d left "
+                                             : "prompt: %zu of %zu tokens, %d:%02d left\n",
+                            n - left, n, wait / 60, wait % 60);
             fflush(stderr);
-            drawn = terminal, next = now + (terminal ? 0.2 : 10);
+            next = now + (terminal ? 0.2 : 10);
         }
-        if (interrupted) quit(c, MEDRUN_INTERRUPTED);
-        else medrun_step(&c->s, 1, &c->e);
+        if (interrupted || medrun_step(&c->s, 1, &c->e) == MEDRUN_INTERRUPTED) interrupt(c);
     }
-    if (drawn) fprintf(stderr, "\r%60s\r", "");
+    if (drawn && terminal) fprintf(stderr, "\r%*s\r", drawn, "");
     return c->e.code;
 }
+
 
 /* Refuses a PATH that cannot be written, or that this command reads, before the work begins. */
 static int check_output(command *c, const char *path, const file_kind *kind) {
@@ -9746,20 +9905,76 @@ static int feed_prompt(command *c, const int32_t *ids, size_t n) {
     return MEDRUN_OK;
 }
 
+/* One of the likeliest tokens after a timeline. */
+typedef struct {
+    int32_t id;
+    float logit;
+    double probability;                         /* the softmax of the logits, at temperature 1  */
+} choice;
+
+/* Fills OUT with the N likeliest tokens, best first, and with ALSO behind them unless that is < 0. */
+static void find_choices(const float *logits, int vocab, int n, int32_t also, choice *out) {
+    double sum = 0;
+    int found = 0;
+    for (int32_t id = 0; id < vocab; id++) {
+        int at = found < n ? found++ : n;
+        for (; at && logits[id] > out[at - 1].logit; at--) if (at < n) out[at] = out[at - 1];
+        if (at < n) out[at] = (choice){id, logits[id], 0};
+    }
+    if (also >= 0) out[found++] = (choice){also, logits[also], 0};
+    for (int32_t id = 0; id < vocab; id++) sum += exp((double)logits[id] - (double)out[0].logit);
+    for (int i = 0; i < found; i++)
+        out[i].probability = exp((double)out[i].logit - (double)out[0].logit) / sum;
+}
+
+/* Prints the piece with escapes, and blanks up to WIDTH columns. */
+static void print_piece(const command *c, int32_t id, size_t width) {
+    size_t n, columns = 0, k;
+    buffer b = {0};
+    const char *piece = tokenizer_piece(c->t, id, &n);
+    escape(&b, piece, n);
+    for (size_t i = 0; i < b.n; columns += k) i += measure(chars(&b) + i, b.n - i, &k);
+    printf("%s%*s", chars(&b), columns < width ? (int)(width - columns) : 0, "");
+    buffer_free(&b);
+}
+
+/* The token that was chosen, with --top, and under it what else was likely. */
+static int print_choices(command *c, int32_t id) {
+    choice all[MOST_CHOICES + 1];
+    int n = whole(c, O_TOP), vocab = c->t->vocab_size;
+    if (n > vocab) n = vocab;
+    find_choices(c->s->logits, vocab, n, id, all);
+    print_piece(c, id, 28);
+    printf(" %.4f\n", all[n].probability);
+    for (int i = 0; i < n; i++) {
+        if (all[i].id == id) continue;
+        fputs("    ", stdout);
+        print_piece(c, all[i].id, 24);
+        printf(" %.4f\n", all[i].probability);
+    }
+    return flush_stdout(c);
+}
+
 /* Makes the next token of the answer, and prints the text that it completes, as far as no stop text
  * can begin there. A tool may have put its own printing into c->piece. */
 static int next_piece(command *c) {
+    answer *a = &c->answer;
     int32_t id;
     const char *text;
     size_t n;
-    if (interrupted) return quit(c, MEDRUN_INTERRUPTED);
-    if (medrun_next(c->s, &id, &text, &n, &c->e)) return c->e.code;
-    c->answer.n_answer++;
-    c->answer.ended = medrun_is_stop(c->m, id);
+    bool top = given(c, O_TOP);
+    if (interrupted) return interrupt(c);
+    if (top) process_prompt(c);                         /* then the logits of the choice stay    */
+    if (!c->e.code && medrun_next(c->s, &id, &text, &n, &c->e) == MEDRUN_INTERRUPTED) interrupt(c);
+    if (c->e.code) return c->e.code;
+    a->n_answer++;
+    a->ended = medrun_is_stop(c->m, id);
     if (c->piece) return c->piece(c, id, text, n);
-    buffer_add(&c->answer.held, text, n);
-    return check_buffer(c, &c->answer.held) ? c->e.code : print_held(c, c->answer.ended);
+    if (top) return print_choices(c, id);
+    buffer_add(&a->held, text, n);
+    return check_buffer(c, &a->held) ? c->e.code : print_held(c, a->ended);
 }
+
 
 /* Answers what was fed, and prints the answer while it is made. First the model reads the prompt, a
  * batch in each pass (process_prompt). Then each step computes the pass that is pending, samples
@@ -9775,7 +9990,7 @@ static int print_reply(command *c) {
     if (c->e.code) return c->e.code;
     *a = (answer){.n_prompt = medrun_pending(c->s)};
     medrun_guesses(c->s, &guessed, &right);
-    interrupted = 0;
+    interrupted = 0, answering = c->s;
     signal_handler *before = on_signal(SIGINT, on_interrupt);
     double start = seconds();
     process_prompt(c);
@@ -9784,12 +9999,14 @@ static int print_reply(command *c) {
     start = seconds();
     while (!c->e.code && !a->ended && a->n_answer < most) next_piece(c);
     if (!a->ended) print_held(c, true);
+    if (a->mid_line) puts("");                          /* an answer ends its line, in a pipe too */
+    a->mid_line = false;
     a->answer_time = seconds() - start;
     on_signal(SIGINT, before);
+    answering = NULL;
     medrun_guesses(c->s, &a->guessed, &a->right);
     a->guessed -= guessed, a->right -= right;
     buffer_free(&a->held);
-    if (is_terminal(STDOUT_FILENO)) puts("");
     if (c->e.code != MEDRUN_TOO_LONG) return c->e.code;
     c->e = (medrun_error){0};
     return fail(&c->e, MEDRUN_TOO_LONG, "the answer is cut: the context of %zu tokens is full (-c)",
@@ -9811,10 +10028,13 @@ static void print_stats(const command *c) {
 
 /* Refuses a prompt of N tokens that leaves no place for an answer. */
 static int too_long(command *c, size_t n) {
-    return fail(&c->e, MEDRUN_TOO_LONG, "prompt %zu tokens > context %zu%s; shorten the text or "
-                "ask for more context (-c)", n, context_of(c),
-                n > context_of(c) ? "" : " less one for the answer");
+    bool most = context_of(c) >= (size_t)c->m->config.max_positions;
+    return fail(&c->e, MEDRUN_TOO_LONG, "prompt %zu tokens > context %zu%s; shorten the text%s", n,
+                context_of(c), n > context_of(c) ? "" : " less one for the answer",
+                most ? ": the model was made for no longer one"
+                     : " or ask for more context (-c)");
 }
+
 
 /* With -v, prints the prompt as the model sees it: ids, and text with its control tokens. */
 static void show_prompt(const command *c, const int32_t *ids, size_t n) {
@@ -9833,31 +10053,32 @@ static void drop_line_end(buffer *b) {
     if (b->n && b->data[b->n - 1] == '\r') b->n--;
 }
 
-/* Reads -p, -f or stdin into c->input; a flag beats the environment. */
+/* Reads -p, -f or both, the text before the file, or stdin into c->input; a flag beats the
+ * environment. */
 static int read_prompt(command *c) {
+    bool text = given(c, O_PROMPT) && c->from[O_PROMPT] >= c->from[O_FILE];
     bool file = given(c, O_FILE) && c->from[O_FILE] >= c->from[O_PROMPT];
-    if (c->e.code) return c->e.code;
-    if (file && c->from[O_PROMPT] == c->from[O_FILE])
-        return fail(&c->e, MEDRUN_USAGE, "found both --prompt and --file, wanted one");
-    if (!file && given(c, O_PROMPT)) {
-        buffer_text(&c->input, c->text[O_PROMPT]);
-        return check_buffer(c, &c->input);
-    }
-    if (!file && is_terminal(STDIN_FILENO))
-        return fail(&c->e, MEDRUN_USAGE, "no text: give -p TEXT or -f FILE, or pipe it in");
     const char *path = file ? c->text[O_FILE] : "-";
+    if (c->e.code) return c->e.code;
+    if (text) buffer_text(&c->input, c->text[O_PROMPT]);
+    else if (!file && is_terminal(STDIN_FILENO))
+        return fail(&c->e, MEDRUN_USAGE, "no text: add \"TEXT\" or -f FILE, or pipe it in");
+    if (text && !file) return check_buffer(c, &c->input);
     if (c->row->exact_text) return read_file(c, path, MOST_INPUT, &c->input);
-    read_text(c, path, most_prompt(c), &c->input);
+    if (text) buffer_text(&c->input, "\n\n");
+    read_text(c, path, c->m ? most_prompt(c) : MOST_INPUT, &c->input);
     drop_line_end(&c->input);
     return c->e.code;
 }
 
+
 static const char *system_text(const command *c) {
-    return given(c, O_SYSTEM) ? c->text[O_SYSTEM] : c->m->system;
+    return given(c, O_SYSTEM) ? c->text[O_SYSTEM] : c->m ? c->m->system : "";
 }
 
+
 /* -sys "" is an empty system text, and not the one that a template has of its own. */
-static bool has_system(const command *c) { return given(c, O_SYSTEM) || *c->m->system; }
+static bool has_system(const command *c) { return given(c, O_SYSTEM) || *system_text(c); }
 
 /* Some templates mark their turns with words, and the model cannot tell those from a text's own. */
 static void warn_of_marks(const command *c, const char *text, size_t n) {
@@ -9870,23 +10091,24 @@ static void warn_of_marks(const command *c, const char *text, size_t n) {
 
 /* ---- run ----------------------------------------------------------------------------------- */
 
-/* The ids of the whole prompt: c->ids, from the text in c->input. */
-static int make_prompt(command *c) {
+/* The ids of the whole prompt: c->ids, from the text in c->input; or, to show, its text AS_TEXT. */
+static int make_prompt(command *c, bool as_text) {
     if (c->e.code) return c->e.code;
     const char *system = system_text(c);
     const buffer *text = &c->input;
     medrun_message all[] = {{"system", system, strlen(system)}, {"user", chars(text), text->n}};
     size_t skip = has_system(c) ? 0 : 1;
     if (!text->n) return fail(&c->e, MEDRUN_USAGE, "the prompt is empty");
-    chat_writer w = {c->chat, c->t, &c->chat_options, .out = &c->ids, .e = &c->e};
+    chat_writer w = {c->chat, c->t, &c->chat_options, as_text, .out = &c->ids, .e = &c->e};
     if (!flag(c, O_RAW)) {
         warn_of_marks(c, chars(text), text->n);
-        return chat_render(&w, all + skip, 2 - skip, true);
+        return chat_render(&w, all + skip, 2 - skip, !flag(c, O_NO_OPENING));
     }
     int bos = c->chat_options.bos;
     bool add = bos == MEDRUN_BOS_AUTO ? c->t->add_bos : bos == MEDRUN_BOS_ON;
     return tokenizer_encode(c->t, chars(text), text->n, add ? MEDRUN_ADD_BOS : 0, &c->ids, &c->e);
 }
+
 
 /* SHA-256 of the logits after the whole timeline. */
 static int hash_logits(command *c, char hex[65]) {
@@ -9915,7 +10137,7 @@ static int run_command(command *c) {
     open_model(c);
     choose_chat(c);
     read_prompt(c);
-    make_prompt(c);
+    make_prompt(c, false);
     start_session(c);
     return answer_ids(c);
 }
@@ -10024,8 +10246,8 @@ static int show_model(FILE *f, command *c, int context) {
     show_chat(f, m);
     show_text(f, "licence", m->licence);
     show_text(f, "notice", m->notice);
-    show_sources(f, m);
-    show_text(f, "hash", hash);
+    if (flag(c, O_VERBOSE)) show_sources(f, m);
+    if (flag(c, O_VERBOSE)) show_text(f, "hash", hash);
     show_memory(f, c, &o);
     return MEDRUN_OK;
 }
@@ -10103,18 +10325,6 @@ static int read_key(void) {
     for (size_t i = 0; c == '~' && i < sizeof numbered / sizeof *numbered; i++)
         if (number == numbered[i].number) return numbered[i].key;
     return KEY_OTHER;
-}
-
-/* Columns of a character: Chinese, Japanese, Korean and pictures take two, accents that stand on
- * the character before them none. A short form of Unicode's table of widths (UAX 11). */
-static size_t columns_of(uint32_t c) {
-    static const struct { uint32_t first, last, columns; } ranges[] = {
-        {0x300, 0x36F, 0}, {0x200B, 0x200D, 0}, {0xFE00, 0xFE0F, 0},
-        {0x1100, 0x115F, 2}, {0x2E80, 0xA4CF, 2}, {0xAC00, 0xD7A3, 2}, {0xF900, 0xFAFF, 2},
-        {0xFE30, 0xFE6F, 2}, {0xFF00, 0xFF60, 2}, {0x1F300, 0x1FAFF, 2}, {0x20000, 0x3FFFD, 2}};
-    for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++)
-        if (c >= ranges[i].first && c <= ranges[i].last) return ranges[i].columns;
-    return 1;
 }
 
 /* From byte I of the line one character on (STEP 1) or back (STEP -1). */
@@ -10778,32 +10988,35 @@ static int verify_command(command *c) {
 
 /* ---- tokenize, detokenize, render, logits -------------------------------------------------- */
 
-static int tokenize_command(command *c) {
-    int flags = (flag(c, O_BOS) ? MEDRUN_ADD_BOS : 0) |
-                (flag(c, O_SPECIAL) ? MEDRUN_PARSE_SPECIAL : 0);
-    const buffer *text = &c->input;
-    if (open_tokenizer(c)) return c->e.code;
-    if (flag(c, O_BOS) && c->t->bos < 0)
-        return fail(&c->e, MEDRUN_USAGE, "--bos: this tokenizer has no such token");
-    if (read_prompt(c)) return c->e.code;
-    if (tokenizer_encode(c->t, chars(text), text->n, flags, &c->ids, &c->e)) return c->e.code;
-    if (!flag(c, O_PIECES)) print_ids(stdout, ids_of(&c->ids), n_ids(&c->ids));
-    for (size_t i = 0, n; flag(c, O_PIECES) && i < n_ids(&c->ids); i++) {
-        const char *piece = tokenizer_piece(c->t, ids_of(&c->ids)[i], &n);
-        printf("%d\t", ids_of(&c->ids)[i]);
-        print_escaped(stdout, piece, n);
+static int print_text(command *c, const buffer *b) {
+    if (!check_buffer(c, b)) fwrite(chars(b), 1, b->n, stdout);
+    return c->e.code;
+}
+
+/* On one line, or with --pieces a line for each id. */
+static int print_ids_or_pieces(command *c, const buffer *ids) {
+    if (check_buffer(c, ids)) return c->e.code;
+    if (!flag(c, O_PIECES)) print_ids(stdout, ids_of(ids), n_ids(ids));
+    for (size_t i = 0; flag(c, O_PIECES) && i < n_ids(ids); i++) {
+        printf("%d\t", ids_of(ids)[i]);
+        print_piece(c, ids_of(ids)[i], 0);
         puts("");
     }
     return MEDRUN_OK;
 }
 
-/* Prints what the command made, ids or text. */
-static int print_output(command *c, const buffer *b, bool ids) {
-    if (check_buffer(c, b)) return c->e.code;
-    if (ids) print_ids(stdout, ids_of(b), n_ids(b));
-    else fwrite(chars(b), 1, b->n, stdout);
-    return MEDRUN_OK;
+static int tokenize_command(command *c) {
+    int flags = (flag(c, O_BOS) ? MEDRUN_ADD_BOS : 0) |
+                (flag(c, O_SPECIAL) ? MEDRUN_PARSE_SPECIAL : 0);
+    if (open_tokenizer(c)) return c->e.code;
+    if (flag(c, O_BOS) && c->t->bos < 0)
+        return fail(&c->e, MEDRUN_USAGE, "--bos: this tokenizer has no such token");
+    if (!read_prompt(c))
+        tokenizer_encode(c->t, chars(&c->input), c->input.n, flags, &c->ids, &c->e);
+    return print_ids_or_pieces(c, &c->ids);
 }
+
+
 
 static int detokenize_command(command *c) {
     if (open_tokenizer(c)) return c->e.code;
@@ -10813,34 +11026,38 @@ static int detokenize_command(command *c) {
     check_buffer(c, &c->input);
     if (parse_ids(c, chars(&c->input), c->input.n, &c->ids)) return c->e.code;
     tokenizer_decode(c->t, ids_of(&c->ids), n_ids(&c->ids), flag(c, O_SPECIAL), &c->output);
-    return print_output(c, &c->output, false);
+    return print_text(c, &c->output);
 }
 
+/* The messages of a file, or a text as a person's message. */
 static int render_command(command *c) {
-    bool file = given(c, O_MODEL) || c->n_rest, ids = flag(c, O_RENDER_IDS);
+    bool file = given(c, O_MODEL) || c->n_rest;
+    bool ids = flag(c, O_RENDER_IDS) || flag(c, O_PIECES);
     const char *path = c->text[O_MESSAGES];
     json j = {0};
     buffer text = {0};
     medrun_message *m = NULL;
     size_t n = 0;
-    if (!path || (!file && (!given(c, O_TEMPLATE) || ids)))
-        return fail(&c->e, MEDRUN_USAGE, "render: wanted --messages FILE.json and a model; "
-                    "--template NAME does without a model, but not with --ids");
+    if (!file && (!given(c, O_TEMPLATE) || ids))
+        return fail(&c->e, MEDRUN_USAGE, "render: wanted a model; --template NAME does without "
+                    "one, but not with --ids or --pieces");
     if (file ? open_tokenizer(c) : choose_template(c)) return c->e.code;
     if (!c->chat && !c->m)
         return fail(&c->e, MEDRUN_USAGE, "render: a tokenizer.bin has no template: add --template");
     if (choose_chat(c)) return c->e.code;
-    chat_writer w = {c->chat, c->t, &c->chat_options, !ids, .out = &c->output, .e = &c->e};
-    if (!read_json(c, path, &j) && !chat_messages(c->chat, &j, 0, path, &m, &n, &text, &c->e))
+    chat_writer w = {c->chat, c->t, &c->chat_options, !ids, .out = &c->ids, .e = &c->e};
+    if (!path) read_prompt(c), make_prompt(c, !ids);
+    else if (!read_json(c, path, &j) && !chat_messages(c->chat, &j, 0, path, &m, &n, &text, &c->e))
         chat_render(&w, m, n, !flag(c, O_NO_OPENING));
-    print_output(c, &c->output, ids);
     free(m);
     buffer_free(&text);
     json_free(&j);
-    return c->e.code;
+    return ids ? print_ids_or_pieces(c, &c->ids) : print_text(c, &c->ids);
 }
 
-/* Feeds the ids, with --all in parts whose passes give a row of logits for each of them. */
+
+/* Feeds the ids, with --all in parts whose passes give a row of logits for each of them. Without F
+ * nothing is written. */
 static int write_logits(command *c, FILE *f) {
     size_t n = n_ids(&c->ids), vocab = (size_t)c->t->vocab_size;
     size_t part = flag(c, O_ALL) ? (size_t)c->s->options.batch : n;
@@ -10849,19 +11066,38 @@ static int write_logits(command *c, FILE *f) {
         medrun_feed(c->s, ids_of(&c->ids) + at, now, &c->e);
         while (!c->e.code && medrun_pending(c->s)) medrun_step(&c->s, 1, &c->e);
         if (c->e.code) return c->e.code;
-        for (size_t row = flag(c, O_ALL) ? now : 1; row-- > 0;)
+        for (size_t row = !f ? 0 : flag(c, O_ALL) ? now : 1; row-- > 0;)
             fwrite(medrun_logits(c->s, row), sizeof(float), vocab, f);
     }
     return MEDRUN_OK;
 }
 
+/* Rank, id, piece, logit and probability of the N likeliest tokens that may come next. */
+static int print_top(command *c) {
+    choice all[MOST_CHOICES + 1];
+    int n = whole(c, O_TOP), vocab = c->t->vocab_size;
+    if (n > vocab) n = vocab;
+    find_choices(medrun_logits(c->s, 0), vocab, n, -1, all);
+    printf("rank       id  %-24s     logit  probability\n", "piece");
+    for (int i = 0; i < n; i++) {
+        printf("%4d %8d  ", i + 1, all[i].id);
+        print_piece(c, all[i].id, 24);
+        printf(" %9.4f %12.6f\n", (double)all[i].logit, all[i].probability);
+    }
+    return flush_stdout(c);
+}
+
 /* With --all each token of a pass has a row of logits, which takes memory: so fewer go into one. */
 static int logits_command(command *c) {
-    file_writer w;
-    if (!given(c, O_IDS) || !given(c, O_OUT))
-        return fail(&c->e, MEDRUN_USAGE, "logits: wanted --ids \"1 2 3\" and -o OUT.f32");
+    file_writer w = {0};
+    bool file = given(c, O_OUT), text = !given(c, O_IDS);
+    if (!file && (!given(c, O_TOP) || flag(c, O_ALL)))
+        return fail(&c->e, MEDRUN_USAGE, "logits: wanted --top N or -o OUT.f32");
     if (open_model(c)) return c->e.code;
-    if (parse_ids(c, c->text[O_IDS], strlen(c->text[O_IDS]), &c->ids)) return c->e.code;
+    c->number[O_RAW] = 1;                               /* a text is continued as it is          */
+    if (text) read_prompt(c), make_prompt(c, false);
+    else parse_ids(c, c->text[O_IDS], strlen(c->text[O_IDS]), &c->ids);
+    if (c->e.code) return c->e.code;
     size_t n = n_ids(&c->ids);
     if (!n) return fail(&c->e, MEDRUN_USAGE, "--ids: found none");
     if (n > (size_t)c->m->config.max_positions)
@@ -10873,10 +11109,12 @@ static int logits_command(command *c) {
     if (medrun_start(&c->s, c->m, &o, NULL, 0, &c->e)) return c->e.code;
     file_kind kind = {"logits of this model", NULL, false, true,
                       sizeof(float) * (size_t)c->t->vocab_size};
-    if (check_output(c, c->text[O_OUT], &kind) ||
-        writer_open(&w, c->text[O_OUT], &kind, flag(c, O_FORCE), &c->e)) return c->e.code;
+    if (file && (check_output(c, c->text[O_OUT], &kind) ||
+                 writer_open(&w, c->text[O_OUT], &kind, flag(c, O_FORCE), &c->e)))
+        return c->e.code;
     write_logits(c, w.f);
-    return writer_done(&w, &c->e);
+    if (file) writer_done(&w, &c->e);
+    return c->e.code || !given(c, O_TOP) ? c->e.code : print_top(c);
 }
 
 /* ============================================================================================
@@ -10885,45 +11123,72 @@ static int logits_command(command *c) {
  * Tests: tests/16_commands.sh.
  * ============================================================================================ */
 
-static void print_option(const option_row *r) {
-    char left[64], small[8] = "    ";
-    if (r->small) snprintf(small, sizeof small, "-%s, ", r->small);
-    snprintf(left, sizeof left, "%s--%s %s", small, r->name, r->argument ? r->argument : "");
-    printf("  %-27s %s", left, r->help);
-    if (r->max > r->min) printf(" (%.16g to %.16g)", r->min, r->max);
-    if (r->standard) printf(" [%s]", r->standard);
-    puts("");
+/* Help has at most 78 columns: LEFT, and TEXT from column INDENT on, below a LEFT that is long. */
+static void print_help(FILE *f, const char *left, size_t indent, const char *text) {
+    size_t width = width_of(fileno(f));
+    text_line l = {.width = width && width < 78 ? width : 78, .indent = 6};
+    if (l.width < 60 && indent > 6) indent = 6;         /* a narrow terminal                     */
+    print_words(f, &l, left, strlen(left));
+    if (*left && l.at >= indent) fputc('\n', f), l.at = 0;
+    fprintf(f, "%*s", (int)(indent - l.at), "");
+    l.at = l.indent = indent;
+    print_words(f, &l, text, strlen(text));
+    fputc('\n', f);
+}
+
+static void help_option(const option_row *r) {
+    char left[64], text[400], range[64] = "";
+    snprintf(left, sizeof left, r->small ? "  -%s, --%s %s" : "  %s    --%s %s",
+             r->small ? r->small : "", r->name, r->argument ? r->argument : "");
+    if (r->max > r->min) snprintf(range, sizeof range, " (%.16g to %.16g)", r->min, r->max);
+    snprintf(text, sizeof text, "%s%s%s%s%s", r->help, range, r->standard ? " [default: " : "",
+             r->standard ? r->standard : "", r->standard ? "]" : "");
+    print_help(stdout, left, 26, text);
+}
+
+static void help_command_row(FILE *f, const program *p, int which) {
+    const command_row *r = &p->commands[which];
+    char usage[200];
+    snprintf(usage, sizeof usage, which == p->unnamed ? "%s [%s]%s%s" : "%s %s%s%s", p->name,
+             r->name, *r->arguments ? " " : "", r->arguments);
+    print_help(f, usage, 6, r->help);
 }
 
 /* The options of one command. */
 static int help_on(const program *p, int which) {
-    const command_row *row = &p->commands[which];
-    char name[48];
-    printf("%s %s %s\n%s\n\n", p->name, row->name, row->arguments, row->help);
-    for (int id = 0; id < p->n_options; id++)
-        if (p->options[id].on & ON(which)) print_option(&p->options[id]);
-    puts("\n(range) [default]. Options may stand anywhere; --option=value works too.\n"
-         "Environment variables, like MEDRUN_TOP_K=20, set what the line leaves out.");
+    char name[48], text[200];
+    help_command_row(stdout, p, which);
+    puts("");
+    for (const option_row *r = p->options; r < p->options + p->n_options; r++)
+        if (r->on & ON(which)) help_option(r);
+    puts("");
+    print_help(stdout, "", 0, "Options may stand anywhere; --option=value works too, and so do the "
+               "long names of llama.cpp, like --ctx-size. Environment variables, like "
+               "MEDRUN_TOP_K=20, set what the line leaves out.");
     for (const option_row *r = p->options; r < p->options + p->n_options; r++) {
         if (!r->variable || !(r->on & ON(which))) continue;
         variable_name(r, name);
-        printf("%s is for --%s, whose name means something else to another command.\n", name,
-               r->name);
+        snprintf(text, sizeof text, "%s is for --%s, whose name means something else to another "
+                 "command.", name, r->name);
+        print_help(stdout, "", 0, text);
     }
-    puts("MEDRUN_KERNELS=scalar (medrun-lab doctor lists them) chooses the instruction set.");
+    print_help(stdout, "", 0, "MEDRUN_KERNELS=scalar (medrun-lab doctor lists them) chooses the "
+               "instruction set.");
     return MEDRUN_OK;
 }
 
 static int help_all(const program *p, FILE *f) {
-    fprintf(f, "%s " MEDRUN_VERSION ": %s.\nFor research and education. Not a clinician; do not "
-            "use it to decide about anyone's care.\n\n", p->name, p->about);
-    for (int i = 0; i < p->n_commands; i++)
-        fprintf(f, i == p->unnamed ? "%s [%s] %s\n      %s\n" : "%s %s %s\n      %s\n", p->name,
-                p->commands[i].name, p->commands[i].arguments, p->commands[i].help);
-    fprintf(f, "\n%s help COMMAND lists a command's options. Exit codes: 0 ok, 1 failed while "
-            "running,\n2 usage, 3 file missing, unsupported or malformed, 4 verification failed,\n"
-            "5 prompt longer than the context, 6 out of memory or no such device, 130 "
-            "interrupted.\n", p->name);
+    char text[400];
+    snprintf(text, sizeof text, "%s " MEDRUN_VERSION ": %s.", p->name, p->about);
+    print_help(f, "", 0, text);
+    print_help(f, "", 0, "For research and education. Not a clinician; do not use it to decide "
+               "about anyone's care.\n");
+    for (int i = 0; i < p->n_commands; i++) help_command_row(f, p, i);
+    snprintf(text, sizeof text, "\n%s help COMMAND lists a command's options. Exit codes: 0 ok, 1 "
+             "failed while running, 2 usage, 3 file missing, unsupported or malformed, 4 "
+             "verification failed, 5 prompt longer than the context, 6 out of memory or no such "
+             "device, 130 interrupted.", p->name);
+    print_help(f, "", 0, text);
     return MEDRUN_OK;
 }
 
@@ -10934,15 +11199,23 @@ static int find_command(const program *p, const char *name) {
 
 static int unknown_command(command *c, const char *name) {
     const char *names[32] = {NULL};
+    char help[64];
     for (int i = 0; i < c->p->n_commands; i++) names[i] = c->p->commands[i].name;
-    return fail(&c->e, MEDRUN_USAGE, "unknown command %s; the nearest is %s, %s help lists all",
-                name, nearest(name, names, (size_t)c->p->n_commands), c->p->name);
+    snprintf(help, sizeof help, "%s help", c->p->name);
+    return unknown(c, "command", name, "", names, (size_t)c->p->n_commands, help);
 }
+
 
 static int help_command(command *c) {
     if (!c->n_rest) return help_all(c->p, stdout);
     int which = find_command(c->p, c->rest[0]);
     return which < 0 ? unknown_command(c, c->rest[0]) : help_on(c->p, which);
+}
+
+static int version_command(command *c) {
+    printf("%s " MEDRUN_VERSION "\n", c->p->name);
+    if (plain_only()) puts(plain_only());
+    return MEDRUN_OK;
 }
 
 /* The place of the command's name: the first argument that is one and no option's value. */
@@ -10988,16 +11261,20 @@ static int read_line_of_arguments(command *c, int argc, char **argv, int place) 
     return c->e.code;
 }
 
-/* Without a command's name the first argument is a model, and must look like a file. */
+/* Without a command's name the first argument is a model, and must look like a file. What stands
+ * behind the model is the prompt. */
 static int check_rest(command *c, bool named) {
-    int most = c->row->more + (!c->row->no_model && !given(c, O_MODEL));
+    int most = c->row->more + (!c->row->no_model && c->from[O_MODEL] != FROM_FLAG);
     file_facts there;
     if (!named && c->n_rest && !strpbrk(c->rest[0], "./\\") && get_facts(c->rest[0], -1, &there))
         return unknown_command(c, c->rest[0]);
     if (c->n_rest <= most) return MEDRUN_OK;
+    bool prompt = takes(c, O_PROMPT) && !given(c, O_PROMPT) && c->n_rest == most + 1;
+    if (prompt) return set_option(c, O_PROMPT, c->rest[--c->n_rest], FROM_FLAG, "prompt");
     return fail(&c->e, MEDRUN_USAGE, "%s: found \"%s\" too many; a text with spaces needs quotes",
                 c->row->name, c->rest[most]);
 }
+
 
 /* Finds the command, reads its options and runs it. */
 static int run_line(command *c, int argc, char **argv) {
@@ -11007,16 +11284,12 @@ static int run_line(command *c, int argc, char **argv) {
     file_facts there;
     if (!place && argc > 1 && get_facts(argv[1], -1, &there) && look_elsewhere(c, argv[1]))
         return c->e.code;
-    if (which < 0) which = p->n_commands - 1;           /* help, which takes --version, too      */
+    if (which < 0) which = p->n_commands - 1;           /* version, which takes --help, too      */
     c->row = &p->commands[which];
     for (int id = 0; id < p->n_options; id++)
         if (p->options[id].standard) parse_number(p->options[id].standard, &c->number[id]);
     if (read_line_of_arguments(c, argc, argv, place)) return c->e.code;
-    if (flag(c, O_VERSION)) {
-        printf("%s " MEDRUN_VERSION "\n", p->name);
-        if (plain_only()) puts(plain_only());
-        return MEDRUN_OK;
-    }
+    if (flag(c, O_VERSION)) return version_command(c);
     if (flag(c, O_HELP)) return place ? help_on(p, which) : help_all(p, stdout);
     if (check_rest(c, place) || read_environment(c)) return c->e.code;
     if (!place && !c->n_rest && !given(c, O_MODEL)) {
@@ -11061,7 +11334,7 @@ static const char *const completions[][2] = {
      "_medrun() {\n"
      "    local first= show=\"s/^${1##*/} \\\\[?([a-z]+).*/\\\\1/p\"\n"
      "    ((COMP_CWORD > 1)) && first=${COMP_WORDS[1]} show=\n"
-     "    [[ $2 == -* ]] && show='s/^ +(-[a-z]+, )?(--[a-z0-9-]+).*/\\2/p'\n"
+     "    [[ $2 == -* ]] && show='s/^ +(-[a-zA-Z]+, )?(--[a-z0-9-]+).*/\\2/p'\n"
      "    show=$(\"$1\" $first --help 2> /dev/null | sed -nE \"$show\")\n"
      "    COMPREPLY=($(compgen -W \"$show\" -- \"$2\"))\n"
      "}\n"
@@ -11071,7 +11344,7 @@ static const char *const completions[][2] = {
      "_medrun() {\n"
      "    local first= show=\"s/^${words[1]:t} \\\\[?([a-z]+).*/\\\\1/p\"\n"
      "    ((CURRENT > 2)) && first=$words[2] show=\n"
-     "    [[ $PREFIX == -* ]] && show='s/^ +(-[a-z]+, )?(--[a-z0-9-]+).*/\\2/p'\n"
+     "    [[ $PREFIX == -* ]] && show='s/^ +(-[a-zA-Z]+, )?(--[a-z0-9-]+).*/\\2/p'\n"
      "    show=$($words[1] $first --help 2> /dev/null | sed -nE \"$show\")\n"
      "    compadd -- ${(f)show} || _files\n"
      "}\n"
@@ -11083,7 +11356,7 @@ static const char *const completions[][2] = {
      "    set -l show '^'(path basename $line[1])' \\\\[?([a-z]+).*' '$1'\n"
      "    set -q line[2]; and set show '^$' ''\n"
      "    string match -q -- '-*' (commandline -ct)\n"
-     "    and set show '^ +(?:-[a-z]+, )?(--[a-z0-9-]+)(?: \\\\S+)? +(\\\\S.*)' '$1\\t$2'\n"
+     "    and set show '^ +(?:-[a-zA-Z]+, )?(--[a-z0-9-]+)(?: \\\\S+)? +(\\\\S.*)' '$1\\t$2'\n"
      "    $line[1] $line[2] --help 2> /dev/null | string replace -rf $show\n"
      "end\n"
      "for program in medrun medrun-export medrun-eval medrun-lab\n"
@@ -11099,26 +11372,28 @@ static int completion_command(command *c) {
 }
 
 static const command_row medrun_commands[N_COMMANDS] = {
-    [CHAT] = {"chat", "MODEL.mdr", "a conversation; without a terminal, one answer to stdin",
+    [CHAT] = {"chat", "MODEL.mdr [\"TEXT\"]", "a conversation; with piped input, answers once",
         .run = converse_command},
-    [RUN] = {"run", "MODEL.mdr -p TEXT | -f FILE", "one answer", .run = run_command},
+    [RUN] = {"run", "MODEL.mdr \"TEXT\" | -f FILE", "one answer", .run = run_command},
     [SHOW] = {"show", "MODEL.mdr",
         "what is in the file, and whether this machine has memory for it", .run = show_command},
     [VERIFY] = {"verify", "MODEL.mdr",
         "computes the file's hashes and proofs again; exit 4 if one differs",
         .run = verify_command},
-    [TOKENIZE] = {"tokenize", "FILE [-p TEXT | -f FILE]",
+    [TOKENIZE] = {"tokenize", "FILE \"TEXT\" | -f FILE",
         "text to ids, by a .mdr or a tokenizer.bin", .run = tokenize_command, .exact_text = true},
     [DETOKENIZE] = {"detokenize", "FILE IDS... | -", "ids to the exact bytes",
         .run = detokenize_command, .more = INT_MAX - 1},
-    [RENDER] = {"render", "FILE | --template NAME --messages FILE.json",
-        "the prompt that the model sees for messages", .run = render_command},
-    [LOGITS] = {"logits", "MODEL.mdr --ids \"1 2 3\" -o OUT.f32",
-        "what the model computes, as numbers", .run = logits_command},
+    [RENDER] = {"render", "FILE \"TEXT\" | --messages FILE.json",
+        "the prompt that the model sees; --template NAME does without FILE",
+        .run = render_command},
+    [LOGITS] = {"logits", "MODEL.mdr \"TEXT\" | --ids \"1 2 3\" --top N | -o OUT.f32",
+        "what may come next, as a table; or all logits, as numbers", .run = logits_command},
     [COMPLETION] = {"completion", "bash|zsh|fish", "a script for the shell: Tab completes then",
         .run = completion_command, .no_model = true, .more = 1},
     [HELP] = {"help", "[COMMAND]", "all commands, or the options of one", .run = help_command,
         .no_model = true, .more = 1},
+    [VERSION] = {"version", "", "prints the version", .run = version_command, .no_model = true},
 };
 
 static const program medrun_program = {

@@ -54,7 +54,7 @@ static const char *says(command *c, const char *said, int most, int *code) {
 
 static void test_calls(command *c) {
     static const struct { const char *said; int most, code; const char *printed; } cases[] = {
-        {"Hello.<|assistant_end|>", -1, 0, "Hello."},
+        {"Hello.<|assistant_end|>", -1, 0, "Hello.\n"},
         {"<|tools_prefix|>[{\"f\": {\"x\": 1}}]<|tools_suffix|>", -1, 0,
          "[{\"name\": \"f\", \"arguments\": {\"x\": 1}}]\n"},
         {"Let me see.<|tools_prefix|>[{\"f\":{}},{\"g\\u00e9\":[1.0]}]<|tools_suffix|>", -1, 0,
@@ -65,7 +65,7 @@ static void test_calls(command *c) {
         {"A<|tools_prefix|>[{\"f\": }]<|tools_suffix|>", -1, 1, "A\n[{\"f\": }]\n"},
         {"A<|tools_prefix|>f(1)<|assistant_end|>", -1, 1, "A\nf(1)\n"},
         {"A<|tools_prefix|>[\xE2\x82\xAC", 5, 1, NULL},
-        {"[{\"f\": {}}]<|tools_suffix|>", -1, 0, "[{\"f\": {}}]"}};
+        {"[{\"f\": {}}]<|tools_suffix|>", -1, 0, "[{\"f\": {}}]\n"}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         int code;
         const char *printed = says(c, cases[i].said, cases[i].most, &code);
@@ -79,7 +79,7 @@ static void test_calls(command *c) {
     c->piece = NULL;                            /* medrun run: text like any other               */
     int code;
     CHECK(!strcmp(says(c, "A<|tools_prefix|>[{\"f\": {}}]<|tools_suffix|>", -1, &code),
-                  "A[{\"f\": {}}]") && !code);
+                  "A[{\"f\": {}}]\n") && !code);
 }
 
 int main(void) {

@@ -27,6 +27,8 @@ out_has() { check "stdout has '$1': $(head -c 300 "$T/out")" grep -q -- "$1" "$T
 err_lines() { check "stderr has $1 lines: $(cat "$T/err")" [ "$(wc -l <"$T/err")" = "$1" ]; }
 out_is() { check "stdout is $1" cmp -s "$1" "$T/out"; }
 no_out() { check "stdout is empty" [ ! -s "$T/out" ]; }
+echo >"$T/line_end"
+echo hello >"$T/hello"
 ones() { i=0; while [ $i -lt "$1" ]; do printf 'ab '; i=$((i + 1)); done; }
 
 # ---- the line ----
@@ -48,7 +50,7 @@ code 2 run -m "$model" extra -p x; err_has 'extra'
 code 2 run -p x; err_has 'no model'
 code 2 run "$model"; err_has 'empty'
 code 2 run "$model" -p ''; err_has 'empty'
-code 2 run "$model" -p x -f y; err_has 'both'
+code 3 run "$model" -p x -f y; err_has 'y: cannot open'
 code 2 run "$model" -p x --quiet=1; err_has 'wanted none'
 for bad_number in '-n x' '-n 1.5' '-n -2' '-n 1e99' '-c -1' '-t 0' '-t 257' '-b 0' '-s -2' '-s 1e30' \
     '--temp abc' '--temp -1' '--temp 101' '--temp nan' '--temp 0x1' '--temp 1x' '--top-k -1' '--top-k 1.5' \
@@ -70,6 +72,32 @@ code 3 run "$model" -f "$T"; err_has 'cannot read'
 : >"$T/empty"; code 3 show "$T/empty"
 head -c 5000 "$model" >"$T/cut.mdr"; code 3 verify "$T/cut.mdr"
 
+# ---- the line that people know from other programs ----
+for v in -V version --version; do code 0 $v; out_has '^medrun [0-9]'; done; lab 0 version; lab 0 -V
+for word in pull download; do code 2 $word llama3; err_has 'no network'; err_has 'README.md'; err_lines 1; done
+for word in list ls ps rm; do code 2 $word; err_has 'README.md'; err_lines 1; no_out; done
+code 2 generate "$model"; err_has 'medrun run'; code 2 -cnv "$model"; err_has 'a conversation'
+code 2 xyzzy; err_has 'help lists all'; check 'no hint that is far' [ -z "$(grep nearest "$T/err")" ]
+for far in --log --grammar --no --zzz; do
+    code 2 run "$model" -p x $far 1; err_has 'unknown option'; check "no hint for $far" [ -z "$(grep nearest "$T/err")" ]
+done
+code 2 run "$model" -p x --topk 3; err_has 'nearest is --top-k'; code 2 run "$model" -p x --tempp 3; err_has 'nearest is --temp'
+code 3 run tests/fixtures/llama-tied -p x; err_lines 1
+err_has ': medrun-export tests/fixtures/llama-tied llama-tied-int8.mdr --type int8$'
+mkdir "$T/a folder"; : >"$T/a folder/config.json"
+code 3 show "$T/a folder/"; err_has "medrun-export \"$T/a folder/\" \"a folder-int8.mdr\" --type int8"
+printf 'GGUF\003\000\000\000' >"$T/Some-Q8_0.gguf"
+code 3 show "$T/Some-Q8_0.gguf"; err_has "medrun-export $T/Some-Q8_0.gguf Some-Q8_0-int8.mdr --type int8"
+code 3 tokenize "$T/Some-Q8_0.gguf" x; err_has 'medrun-export'
+for c in '' 'help run' 'help chat' 'help tokenize' 'help render' 'help logits' 'help show' 'run --help' --help; do
+    "$medrun" $c >"$T/out" 2>&1; check "no line of $c past column 78" [ -z "$(awk 'length($0) > 78' "$T/out")" ]
+done
+for c in '' 'help bench' 'help call'; do "$lab" $c >"$T/out" 2>&1; check "nor of lab $c" [ -z "$(awk 'length($0) > 78' "$T/out")" ]; done
+code 0 help run; out_has 'default: '; out_has 'maximum tokens'; code 0 help; out_has 'with piped input, answers once'
+for c in chat run show verify tokenize detokenize render logits; do
+    code 0 help $c; out_has '--quiet'; check "$c -q" [ -n "$(grep -- '-q, --quiet' "$T/out")" ]
+done
+
 # ---- run: streams, options anywhere, the environment ----
 code 0 run "$model" -p hello -n 12 --temp 0; cp "$T/out" "$T/greedy"; err_lines 2; err_has 'kernels'
 err_has 'temperature 0 (flag)'
@@ -77,10 +105,28 @@ check "an answer came" [ -s "$T/greedy" ]
 code 0 run "$model" -p hello -n 12 --temp 0 -q; out_is "$T/greedy"; err_lines 0
 code 0 -n 12 --temp=0 run -q --prompt=hello -- "$model"; out_is "$T/greedy"
 code 0 -q -p hello "$model" -n 12 --temp 0; out_is "$T/greedy"
+check 'an answer ends its line' [ "$(tail -c 1 "$T/greedy" | wc -l)" = 1 ]
+code 0 run "$model" hello -q -n 12 --temp 0; out_is "$T/greedy"; code 0 "$model" hello -q -n 12 --temp 0; out_is "$T/greedy"
+code 0 run -m "$model" hello -q -n 12 --temp 0; out_is "$T/greedy"; code 0 -n 12 "$model" -q --temp 0 -- hello; out_is "$T/greedy"
+code 2 run "$model" hello again; err_has 'quotes'
+for long in '--n-predict 12 --temperature 0' '--max-tokens 12 --temp 0' '--predict 12 --temp 0' '--n_predict 12 --temp 0' \
+    '--max-new-tokens 12 --temp 0 --ctx-size 200' '-n 12 --temp 0 --batch-size 3 --threads 1 --seed 3 --top-k 5' '-n 12 --temperature=0 --top_p 0.9'; do
+    code 0 run "$model" --prompt hello -q $long; out_is "$T/greedy"
+    code 0 run --model "$model" -f "$T/hello" -q $long; out_is "$T/greedy"
+done
+code 0 run "$model" hello -n 3 --system-prompt 'be brief' -v; err_has 'be brief'; code 0 run "$model" hello -n 3 --chat-template alpaca -v; err_has 'Instruction'
+printf 'A note.\nOf two lines.\n' >"$T/note"
+code 0 run "$model" -p 'What is this?' -f "$T/note" -n 1 -v -q --temp 0; err_has '^A note.$'
+check 'the text, then the file' [ "$(grep -A 3 'What is this?$' "$T/err" | head -4 | tr '\n' '|' | cut -c1-40)" = 'What is this?||A note.|Of two lines.<|eo' ]
+cp "$T/err" "$T/shown"; code 0 run "$model" 'What is this?' -f "$T/note" -n 1 -v -q --temp 0; check 'a text that stands alone' cmp -s "$T/err" "$T/shown"
+in=$T/note; code 0 run "$model" 'What is this?' -f - -n 1 -v -q --temp 0; check 'a note from stdin' cmp -s "$T/err" "$T/shown"; in=
+MEDRUN_PROMPT='What?' code 0 run "$model" -f "$T/note" -n 1 -v; check 'the flag wins' [ -z "$(grep 'What?' "$T/err")" ]
+printf '\357\273\277A note.\nOf two lines.\n' >"$T/mark"; code 0 run "$model" 'What is this?' -f "$T/mark" -n 1 -v -q --temp 0; check 'without its mark' cmp -s "$T/err" "$T/shown"
+printf 'A note\nfi\350vre' >"$T/latin"; code 3 run "$model" 'What is this?' -f "$T/latin"; err_has 'latin: line 2, byte 9: found'
 code 0 run -m "$model" -p hello -n 12 --temp 0 -t 1 -b 3 -c 200; out_is "$T/greedy"
 code 0 run "$model" -p hello -n 12 --temp 0 --top-k 3 -s 9; out_is "$T/greedy"
 code 0 run "$model" -p hello -n 0; no_out
-printf 'hello\n' >"$T/hello"; in=$T/hello
+in=$T/hello
 code 0 "$model" -q -n 12 --temp 0; out_is "$T/greedy"
 code 0 chat "$model" -q -n 12 --temp 0; out_is "$T/greedy"
 code 0 run "$model" -q -n 12 --temp 0 -f -; out_is "$T/greedy"
@@ -140,6 +186,7 @@ if [ -z "$found" ]; then skip 'stop texts: no seed made two letters'
 else
     cut_at() { awk -v s="$1" 'BEGIN{RS="\001"} {i=index($0,s); printf "%s", i ? substr($0,1,i-1) : $0}' "$T/long"; }
     cut_at "$pair" >"$T/wanted"
+    tail -c 1 "$T/wanted" | cmp -s - "$T/line_end" || echo >>"$T/wanted"    # an answer ends its line
     code 0 run "$model" -p hello -n 60 --temp 1 -s $found -q --stop "$pair"; out_is "$T/wanted"
     code 0 run "$model" -p hello -n 60 --temp 1 -s $found -q --stop nothing --stop "$pair"; out_is "$T/wanted"
     code 0 run "$model" -p hello -n 60 --temp 1 -s $found -q --stop "$pair nothing"; out_is "$T/long"
@@ -259,7 +306,15 @@ code 0 render "$tok" --template llama3 --messages "$T/m.json"
 code 0 render "$model" --messages "$T/m.json" --no-generation-prompt
 check 'shorter without the opening' [ "$(wc -c <"$T/out")" -lt "$(wc -c <"$T/text")" ]
 in=$T/m.json; code 0 render "$model" --messages -; out_is "$T/text"; in=
-code 2 render "$model"
+code 2 render "$model"; err_has 'empty'
+printf '[{"role":"system","content":"be brief"},{"role":"user","content":"is it warm?"}]' >"$T/plain.json"
+code 0 render "$model" --messages "$T/plain.json"; cp "$T/out" "$T/text"
+code 0 render "$model" 'is it warm?' -sys 'be brief'; out_is "$T/text"
+code 0 render "$model" --messages "$T/plain.json" --ids; cp "$T/out" "$T/ids"
+code 0 render "$model" -p 'is it warm?' --system 'be brief' --ids; out_is "$T/ids"
+code 0 render "$model" 'is it warm?' -sys 'be brief' --pieces; check 'a line a piece' [ "$(cut -f 1 "$T/out" | tr '\n' ' ')" = "$(cat "$T/ids") " ]
+code 0 render --template llama3 -p 'is it warm?'; out_has 'is it warm?'; code 2 render --template llama3 -p 'is it warm?' --pieces
+code 0 tokenize "$model" 'is it warm?'; cp "$T/out" "$T/ids"; code 0 tokenize "$model" -p 'is it warm?'; out_is "$T/ids"
 code 2 render --template llama3 --messages "$T/m.json" --ids
 code 2 render --template nonsense --messages "$T/m.json"; err_has llama3
 code 2 render "$tok" --messages "$T/m.json"; err_has 'template'
@@ -320,8 +375,25 @@ code 2 logits "$model" -o "$T/x"; code 2 logits "$model" --ids 1
 code 1 logits "$model" --ids 1 -o "$T/none/x"; err_has 'cannot write'
 code 5 logits "$model" --ids "$(i=0; while [ $i -lt 9000 ]; do printf '1 '; i=$((i + 1)); done)" -o "$T/x"
 
+code 0 logits "$model" --ids '1 2 3' --top 4; cp "$T/out" "$T/top"; check 'four and a line above' [ "$(wc -l <"$T/top")" = 5 ]
+out_has '^rank  *id  piece  *logit  probability$'; out_has '^   1 '; out_has '^   4 '
+code 0 logits "$model" --ids '1 2 3' --top 2 -o "$T/again.f32"; check 'the same numbers as without' cmp -s "$T/three.f32" "$T/again.f32"
+code 0 tokenize "$model" 'once more' --bos; code 0 logits "$model" --ids "$(cat "$T/out")" --top 9; cp "$T/out" "$T/top"
+code 0 logits "$model" 'once more' --top 9; out_is "$T/top"; code 0 logits "$model" -p 'once more' --top 9; out_is "$T/top"
+code 0 logits "$model" x --top 100; awk 'NR > 1 { sum += $NF; if (NR > 2 && $NF > last) exit 1; last = $NF } END { exit !(sum > 0.3 && sum <= 1.0001) }' "$T/out"
+check 'probabilities go down, and are no more than 1 together' [ $? = 0 ]
+for x in 0 101 x; do code 2 logits "$model" x --top $x; done
+code 2 logits "$model" x; err_has '--top N or -o'; code 2 logits "$model" x --all --top 3; code 2 chat "$model" --top 3
+code 0 run "$model" hello -n 4 --temp 0 --top 3 -q
+check 'three lines for each token' [ "$(wc -l <"$T/out")" = 12 ]; check 'two of them below it' [ "$(grep -c '^    ' "$T/out")" = 8 ]
+code 0 run "$model" hello -n 4 --temp 0 --top 1 -q; check 'nothing below' [ "$(wc -l <"$T/out")" = 4 ]
+code 0 run "$model" hello -n 12 --temp 1.5 -s 7 --top 2 -q --lookup 4; sed -n '/^    /!p' "$T/out" | wc -l >"$T/n"
+code 0 run "$model" hello -n 12 --temp 1.5 -s 7 --top 1 -q; check 'the same tokens' [ "$(sed -n '/^    /!p' "$T/out" | wc -l)" = "$(cat "$T/n")" ]
+
 # ---- show, verify, doctor ----
-code 0 show "$model"; out_has '^licence'; out_has 'key-value cache'; out_has '^hash  *[0-9a-f]*$'
+code 0 show "$model"; out_has '^licence'; out_has 'key-value cache'
+check 'show is one screen' [ "$(wc -l <"$T/out")" -le 23 ]; check 'and has no hashes' [ -z "$(grep '[0-9a-f]\{64\}' "$T/out")" ]
+code 0 show "$model" -v; out_has '^hash  *[0-9a-f]*$'; out_has '^sources'
 code 0 show "$model" -c 32; out_has 'context 32, f16 (with --kv int8'
 code 0 show "$model" -c 32 --kv int8; out_has 'context 32, int8 (with --kv f16'
 code 2 show "$model" -c 9999999
@@ -594,7 +666,7 @@ c = Chat('-n', '5', '--temp', '0', '--load-prefix', T + '/chat.prefix')
 out = c.say(b'one and two and one and two and one and two and three\r')
 m = re.search(rb'prefix: (\d+) of (\d+) tokens taken', out)
 check('the first message takes what it shares', m and 0 < int(m.group(1)) < int(m.group(2)), out)
-answer = lambda x: re.sub(rb'prefix: [^\n]*\n', b'', x.split(b'\x1b[?2004l', 1)[-1])
+answer = lambda x: re.sub(rb'(?s)prefix: .*?chat.prefix\r\n', b'', x.split(b'\x1b[?2004l', 1)[-1])
 check('and is answered as without', answer(out) == answer(first), out + first)
 check('the second message does not', c.say(b'four\r') == second)
 c.say(b'/clear\r'); out = c.say(b'one and two and one and two and one and two and three\r')

@@ -43,11 +43,11 @@ budgets="
 13:420:447
 14:100:185
 15:720:860
-16:1410:2168"
+16:1410:2443"
 budgets=$(echo $budgets)                  # on one line
-most_lines=11162                            # the goals: 9000, 450000, 15
-most_bytes=556431
-least_comments=13.0
+most_lines=11437                            # the goals: 9000, 450000, 15
+most_bytes=568584
+least_comments=12.9
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
     function said(limit, budget) { return limit ? "  OVER ITS LIMIT" : budget ? "  over" : "" }

@@ -14,7 +14,7 @@
 #include "tool_calls.c"
 #include "write.c"
 
-enum { BENCH, DOCTOR, RECORD, REPLAY, CALL, LAB_HELP, N_LAB_COMMANDS };
+enum { BENCH, DOCTOR, RECORD, REPLAY, CALL, LAB_HELP, LAB_VERSION, N_LAB_COMMANDS };
 
 /* Options that medrun has not. */
 enum { L_PROMPT = N_OPTIONS, L_PREDICT, L_DEPTH, L_REPETITIONS, L_FORMAT, L_TOOLS, L_RENDER,
@@ -113,10 +113,8 @@ static int open_recorded(command *c, const json *j, const char *path) {
 }
 
 static void print_token(const command *c, const char *label, int32_t id) {
-    size_t n;
-    const char *piece = tokenizer_piece(c->t, id, &n);
     printf("%s %d \"", label, id);
-    print_escaped(stdout, piece, n);
+    print_piece(c, id, 0);
     putchar('"');
 }
 
@@ -537,8 +535,9 @@ static int call_command(command *c) {
     choose_chat(c);
     read_tools(c, &tools);
     if (given(c, O_MESSAGES)) render_conversation(c, as_text);
-    else read_prompt(c), make_prompt(c);
-    if (render) print_output(c, &c->ids, !as_text);
+    else read_prompt(c), make_prompt(c, false);
+    if (render && as_text) print_text(c, &c->ids);
+    else if (render) print_ids_or_pieces(c, &c->ids);
     else ask(c);
     buffer_free(&tools);
     return c->e.code;
@@ -561,6 +560,8 @@ static const command_row lab_commands[N_LAB_COMMANDS] = {
         "shows a model functions, and prints the call it makes as JSON", .run = call_command},
     [LAB_HELP] = {"help", "[COMMAND]", "all commands, or the options of one", .run = help_command,
         .no_model = true, .more = 1},
+    [LAB_VERSION] = {"version", "", "prints the version", .run = version_command,
+        .no_model = true},
 };
 
 static option_row lab_options[N_LAB_OPTIONS] = {
@@ -585,8 +586,8 @@ static option_row lab_options[N_LAB_OPTIONS] = {
  * a session, replay a place of the model. */
 static void take_options(void) {
     const int bench[] = {O_MODEL, O_THREADS, O_BATCH, O_KV, O_MLOCK, O_STRICT, O_DEVICE,
-                         O_GPU_LAYERS};
-    const int replay[] = {O_MODEL, O_THREADS, O_DEVICE, O_GPU_LAYERS};
+                         O_GPU_LAYERS, O_QUIET};
+    const int replay[] = {O_MODEL, O_THREADS, O_DEVICE, O_GPU_LAYERS, O_QUIET};
     const int call[] = {O_MESSAGES, O_RENDER_IDS, O_NO_OPENING};
     for (int id = 0; id < N_OPTIONS; id++) {
         lab_options[id] = option_rows[id];
@@ -597,6 +598,7 @@ static void take_options(void) {
     for (size_t i = 0; i < sizeof replay / sizeof *replay; i++)
         lab_options[replay[i]].on |= ON(REPLAY);
     for (size_t i = 0; i < sizeof call / sizeof *call; i++) lab_options[call[i]].on |= ON(CALL);
+    lab_options[O_TOP].on = 0;
     lab_options[O_HELP].on = lab_options[O_VERSION].on = ~0u;
 }
 
