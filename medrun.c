@@ -9395,8 +9395,8 @@ static size_t width_of(int fd) {
     return n > 200 ? 200 : n > 0 ? (size_t)n : 0;
 }
 
-/* The bytes of TEXT up to the last place where a line may be broken: what follows may be a part of a
- * word. Wide characters are words of their own. */
+/* The bytes of TEXT up to the last place where a line may be broken: what follows may be a part of
+ * a word. Wide characters are words of their own. */
 static size_t whole_words(const char *text, size_t n) {
     size_t end = 0;
     for (size_t i = 0, len, columns; i < n; i += len) {
@@ -9406,7 +9406,7 @@ static size_t whole_words(const char *text, size_t n) {
     return n - end > 200 ? n : end;
 }
 
-/* Prints for people, word by word. A word longer than the line is left for the terminal to break. */
+/* Prints for people, word by word. The terminal itself breaks a word that is longer than a line. */
 static void print_words(FILE *f, text_line *l, const char *text, size_t n) {
     for (size_t end; n; text += end, n -= end) {
         size_t blanks = 0, columns = 0, k = 0, len;
@@ -9657,7 +9657,7 @@ static int lock(command *c, const void *p, size_t n) {
                 strerror(errno));
 }
 
-/* PATH cannot be opened. If it holds a model in another form, says how a checkpoint is made of it. */
+/* PATH cannot be opened. Where it is a model in another form, says how to make a checkpoint. */
 static int suggest_export(command *c, const char *path) {
     char start[4] = "", config[1024];
     size_t n = strlen(path);
@@ -9912,7 +9912,7 @@ typedef struct {
     double probability;                         /* the softmax of the logits, at temperature 1  */
 } choice;
 
-/* Fills OUT with the N likeliest tokens, best first, and with ALSO behind them unless that is < 0. */
+/* Fills OUT with the N likeliest tokens, best first, and with ALSO behind them unless it is < 0. */
 static void find_choices(const float *logits, int vocab, int n, int32_t also, choice *out) {
     double sum = 0;
     int found = 0;
