@@ -39,9 +39,19 @@ seen=$(nm -g --defined-only "$lib/libmedrun.a" | awk '/ [A-Z] / && $3 !~ /^medru
 
 warn="-Wall -Wextra -pedantic"
 # shellcheck disable=SC2086
-for name in ask buffer; do
+for name in ask buffer observe; do
     quiet $cc -O2 -std=c11 $warn -I. -o "$build/example_$name" tools/examples/$name.c \
-        "$lib/libmedrun.a" -lm -lpthread && same $name.c "$build/example_$name"
+        "$lib/libmedrun.a" -lm -lpthread || continue
+    [ $name = observe ] || same $name.c "$build/example_$name"
+done
+# The embedding and the layers in order, each with a norm; without arguments it says how.
+"$build/example_observe" $demo "What is gout?" > "$log" 2>&1 && [ "$(wc -l < "$log")" = 7 ] &&
+    awk '$1 != (NR == 1 ? "embed" : "layer_out") || $2 != NR - 2 || $3 <= 0 { exit 1 }' "$log" && ok ||
+    { bad "observe.c"; cat "$log"; }
+for usage in "$build/example_observe" "$build/example_ask" "python3 -B tools/examples/medrun.py"; do
+    command -v "${usage%% *}" > /dev/null || continue
+    MEDRUN_LIBRARY="$lib/libmedrun.so" $usage > "$log" 2>&1; code=$?
+    [ $code != 0 ] && grep -q '^usage: .*MODEL.mdr' "$log" && ok || { bad "$usage says not how"; cat "$log"; }
 done
 
 compiled=
@@ -68,7 +78,38 @@ fi
 if ! command -v python3 > /dev/null; then skip "no python3"
 else
     same medrun.py env MEDRUN_LIBRARY="$lib/libmedrun.so" python3 -B tools/examples/medrun.py
-    same "medrun.py, by the library's name" env LD_LIBRARY_PATH="$lib" python3 -B \
-        tools/examples/medrun.py
+    mkdir -p "$build/beside"
+    cp tools/examples/medrun.py "$build/beside"
+    same "medrun.py, by the library's name" env LD_LIBRARY_PATH="$lib" python3 -B "$build/beside/medrun.py"
+    cp "$lib/libmedrun.so" "$build/beside/$(basename "$(readlink "$lib/libmedrun.so")")"
+    same "medrun.py, with the library beside it" python3 -B "$build/beside/medrun.py"
+    n=$(wc -l < tools/examples/medrun.py); [ "$n" -le 90 ] && ok || bad "medrun.py has $n lines"
+    # The struct that is read has every field in its place; sampling; logits; what is wrong.
+    PYTHONPATH="$build/beside" python3 -B - "$bin/medrun" "$build" > "$log" 2>&1 <<'EOF' && ok || { bad "medrun.py"; cat "$log"; }
+import array, os, subprocess, sys
+from medrun import Model
+demo, medrun = "tools/demo/demo.mdr", sys.argv[1]
+with Model(demo, context=256, temperature=1, seed=5) as m:
+    i = m.info
+    assert (i.name, i.type, i.vocab_size, i.n_layers) == (b"medrun demo", b"int8", 4096, 6)
+    assert i.max_positions == 2048 and i.file_bytes == os.path.getsize(demo) and i.device == b""
+    assert abs(i.sampling.top_p - 1) < 1e-6 and i.sampling.temperature == 0
+    warm = "".join(m.ask("What is asthma?"))
+    out = sys.argv[2] + "/examples.f32"
+    ids = subprocess.run([medrun, "tokenize", demo, "--bos", "-p", "What is"], capture_output=True).stdout
+    subprocess.run([medrun, "logits", demo, "--ids", ids.decode().strip(), "-o", out, "--force"], check=True)
+    wanted = array.array("f", open(out, "rb").read())
+    os.remove(out)
+    assert m.logits("What is") == list(wanted)
+    assert m.logits("What is") == list(wanted)
+with Model(demo, temperature=1, seed=5) as m:
+    assert "".join(m.ask("What is asthma?")) == warm
+for wrong, error in ((lambda: Model(demo, temprature=1), AttributeError),
+                     (lambda: list(m.ask("closed")), RuntimeError), (lambda: m.logits("x"), RuntimeError),
+                     (lambda: Model(demo, temperature=-1), RuntimeError)):
+    try: wrong()
+    except error: continue
+    raise SystemExit("nothing was wrong")
+EOF
 fi
 finish
