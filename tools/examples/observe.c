@@ -1,4 +1,4 @@
-/* Prints how long the residual stream is (its L2 norm) after each layer, at the last token of a text.
+/* Prints how long the residual stream is (its L2 norm) after each layer, at a text's last token.
  *     cc -O2 -DMEDRUN_NO_MAIN -c medrun.c && cc -o observe observe.c medrun.o -lm -lpthread */
 #define MEDRUN_API_ONLY
 #include "medrun.c"
