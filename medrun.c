@@ -312,9 +312,9 @@ int medrun_feed_saved(medrun_session *session, const int32_t *ids, size_t n, con
  * LAYER (q, k after the rotation); final_norm logits. LAYER is -1 outside the layers. COLS is
  * head_dim * n_heads for q and attn_out, head_dim * n_kv_heads for k and v, ffn_size for ffn_act,
  * vocab_size for logits, else hidden_size. Rows are the pass's tokens in order, row 0 at position
- * length - pending as they were before the pass; but final_norm and logits have the last token
- * first, in one call or more. While there is an observer, nothing is guessed. NULL takes it away.
- * No cost unobserved. */
+ * length - pending as they were before the pass; final_norm and logits have the last of them, as
+ * many as logit_rows, in the pass that leaves nothing pending. While there is an observer, nothing
+ * is guessed. NULL takes it away. No cost unobserved. */
 typedef void medrun_observer(void *user, const char *stage, int layer, size_t rows, size_t cols,
                              size_t stride, const float *data);
 void medrun_observe(medrun_session *session, medrun_observer *observer, void *user);
