@@ -29,7 +29,10 @@ MODELS   = $(foreach f,$(FIXTURES),$(addprefix $(BUILD)/$(f)-,bf16.mdr int8.mdr 
 EXPORT   = $(wildcard tools/export_*.c) tools/options.c tools/files.c tools/write.c
 EVAL     = $(wildcard tools/eval_*.c) tools/options.c tools/files.c tools/write.c
 
-all: $(foreach p,medrun medrun-export medrun-eval medrun-lab,$(BIN)/$(p)$(EXE))
+# Each has a manual page in tools/man.
+TOOLS    = medrun medrun-export medrun-eval medrun-lab
+
+all: $(foreach p,$(TOOLS),$(BIN)/$(p)$(EXE))
 
 $(BIN)/medrun$(EXE): medrun.c
 	@mkdir -p $(BIN)
@@ -130,9 +133,33 @@ bench: $(BIN)/medrun-lab
 	$(BIN)/medrun-lab bench $(DEMO)
 size:
 	@CC="$(CC)" CFLAGS="$(CFLAGS)" sh tools/size.sh $(BUILD)
-install: all
-	install -d $(DESTDIR)$(PREFIX)/bin
-	install $(BIN)/medrun $(BIN)/medrun-export $(BIN)/medrun-eval $(BIN)/medrun-lab $(DESTDIR)$(PREFIX)/bin
+# The lists of options in the manual pages, from --help.
+man: all
+	sh tools/man/options.sh $(BIN) tools/man/*.1
+SHARE = $(DESTDIR)$(PREFIX)/share
+BASH  = $(SHARE)/bash-completion/completions
+ZSH   = $(SHARE)/zsh/site-functions
+FISH  = $(SHARE)/fish/vendor_completions.d
+install: install-programs install-lib
+install-programs: all
+	install -d $(DESTDIR)$(PREFIX)/bin $(SHARE)/man/man1 $(SHARE)/medrun $(BASH) $(ZSH) $(FISH)
+	install $(addprefix $(BIN)/,$(TOOLS)) $(DESTDIR)$(PREFIX)/bin
+	install -m 644 $(patsubst %,tools/man/%.1,$(TOOLS)) $(SHARE)/man/man1
+	install -m 644 $(DEMO) $(SHARE)/medrun
+	$(BIN)/medrun completion bash > $(BASH)/medrun
+	$(BIN)/medrun completion zsh > $(ZSH)/_medrun
+	$(BIN)/medrun completion fish > $(FISH)/medrun.fish
+	cd $(BASH) && for p in $(filter-out medrun,$(TOOLS)); do ln -sf medrun $$p; done
+	cd $(FISH) && for p in $(filter-out medrun,$(TOOLS)); do ln -sf medrun.fish $$p.fish; done
+uninstall:
+	cd $(DESTDIR)$(PREFIX)/bin && rm -f $(TOOLS)
+	cd $(SHARE)/man/man1 && rm -f $(addsuffix .1,$(TOOLS))
+	cd $(BASH) && rm -f $(TOOLS)
+	cd $(FISH) && rm -f $(addsuffix .fish,$(TOOLS))
+	rm -f $(ZSH)/_medrun $(SHARE)/medrun/demo.mdr
+	-rmdir $(SHARE)/medrun
+	rm -f $(DESTDIR)$(LIBDIR)/libmedrun.* $(DESTDIR)$(LIBDIR)/pkgconfig/medrun.pc
+	rm -f $(DESTDIR)$(PREFIX)/include/medrun.h
 lib: $(LIB)/libmedrun.a $(LIB)/libmedrun.so $(LIB)/medrun.h
 $(LIB)/medrun.o: medrun.c
 	@mkdir -p $(LIB)
@@ -147,16 +174,20 @@ $(LIB)/libmedrun.so: $(LIB)/medrun.o
 $(LIB)/medrun.h: medrun.c
 	@mkdir -p $(LIB)
 	sed -n '/^#ifndef MEDRUN_H$$/,/^#endif .. MEDRUN_H/p' medrun.c > $@
+LIBDIR ?= $(PREFIX)/lib
 install-lib: lib
-	install -d $(DESTDIR)$(PREFIX)/lib $(DESTDIR)$(PREFIX)/include
-	install -m 644 $(LIB)/libmedrun.a $(LIB)/libmedrun.so.$(ABI) $(DESTDIR)$(PREFIX)/lib
-	ln -sf libmedrun.so.$(ABI) $(DESTDIR)$(PREFIX)/lib/libmedrun.so
+	install -d $(DESTDIR)$(LIBDIR)/pkgconfig $(DESTDIR)$(PREFIX)/include
+	install -m 644 $(LIB)/libmedrun.a $(LIB)/libmedrun.so.$(ABI) $(DESTDIR)$(LIBDIR)
+	ln -sf libmedrun.so.$(ABI) $(DESTDIR)$(LIBDIR)/libmedrun.so
 	install -m 644 $(LIB)/medrun.h $(DESTDIR)$(PREFIX)/include
+	printf '%s\n' 'Name: medrun' 'Description: runs open medical language models on a CPU' \
+	    'Version: $(ABI)' 'Cflags: -I$(PREFIX)/include' 'Libs: -L$(LIBDIR) -lmedrun' \
+	    'Libs.private: $(LIBS)' > $(DESTDIR)$(LIBDIR)/pkgconfig/medrun.pc
 dist:
 	@sh tools/dist.sh $(BUILD)/dist
 .PHONY: lib install-lib dist
 clean:
-	rm -rf $(BUILD) medrun medrun-export medrun-eval medrun-lab
+	rm -rf $(BUILD) $(TOOLS)
 help:
 	@echo "make            builds medrun, medrun-export, medrun-eval and medrun-lab"
 	@echo "make OPENCL=1   the same with OpenCL devices (make clean first)"
@@ -174,6 +205,9 @@ help:
 	@echo "make size       bytes of code and data, by each compiler for another processor, too"
 	@echo "make static     the programs in build/static, by musl-gcc, with no library beside"
 	@echo "make windows    the programs in build/windows, by mingw-w64"
-	@echo "make bench, make install, make clean"
+	@echo "make install    programs, manual pages, completions, demo model, library under PREFIX=/usr/local;"
+	@echo "                make uninstall; tools/packaging has packages for Debian, Homebrew and pip"
+	@echo "make bench, make man, make clean"
 
-.PHONY: all static windows run programs test test-all real lint debug threads fuzz bench targets size install clean help
+.PHONY: all static windows run programs test test-all real lint debug threads fuzz bench targets size man \
+        install install-programs uninstall clean help

@@ -46,7 +46,7 @@ budgets="
 16:1410:2443"
 budgets=$(echo $budgets)                  # on one line
 most_lines=11437                            # the goals: 9000, 450000, 15
-most_bytes=568575
+most_bytes=568610
 least_comments=12.9
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
