@@ -412,9 +412,17 @@ check 'a changed weight is found' [ -n "$tensor" ]
 lab 0 doctor; out_has 'kernels'; out_has 'as scalar'
 lab 0 bench "$model" -p 32 -n 4 -r 2; out_has '| pp32 |'; out_has '| tg4 |'; out_has 'GB/s'
 lab 0 bench "$model" -p 16 -n 3 -r 1 -o json; out_has '"pp":{"n":16,"tps":'; out_has '"tg":{"n":3,'
-lab 0 bench "$model" -p 9 -n 3 -r 2 -d 40 --kv int8; out_has '| pp9 @ d40 |'; out_has 'kv int8'
+lab 0 bench "$model" -p 9 -n 3 -r 2 -d 40 --kv int8; out_has '| pp9 @ d40 | '; out_has 'kv int8'
 lab 0 bench "$model" -p 9 -n 3 -r 1 -d 40 -o json; out_has '"kv":"f16","depth":40,'
-lab 2 bench "$model" -p 0; lab 2 bench "$model" -o xml
+lab 2 bench "$model" -p 0 -n 0; lab 2 bench "$model" -o xml
+for wrong in '' 1, ,1 1,,2 x 1x -1 1.5 1048577 "$(seq -s , 17)"; do lab 2 bench "$model" -p "$wrong"; err_has 'commas between'; err_lines 1; done
+lab 0 bench "$model" -p 0,9,12 -n 2,0 -d 0,40 -r 1; check 'six rows' [ "$(grep -c '^| [pt][pg]' "$T/out")" = 6 ]
+check 'columns are padded' [ "$(grep '^|' "$T/out" | sed 's/±/+/' | awk '{ print length($0) }' | sort -u | wc -l)" = 1 ]
+lab 0 bench "$model" -p 9,12 -n 0 -d 0,40 -r 1 -o csv; check 'a head and four lines' [ "$(wc -l <"$T/out")" = 5 ]
+check 'as many fields in each line' [ "$(awk -F , '{ print NF }' "$T/out" | sort -u)" = 16 ]
+lab 0 bench "$model" -p 0 -n 2 -r 1 -o json; check 'no pp' [ "$(grep -c '"pp"' "$T/out")" = 0 ]; out_has '"tg":{"n":2,'
+lab 0 bench "$model" -p 9,12 -n 2 -d 0,40 -r 1 -o json; check 'a line for each depth' [ "$(wc -l <"$T/out")" = 2 ]
+out_has '"pp":[{"n":9,'; out_has '},{"n":12,'; out_has '"depth":40,'
 lab 5 bench "$model" -p 1000000
 
 # what another program does

@@ -19,7 +19,7 @@ enum { BENCH, DOCTOR, RECORD, REPLAY, CALL, LAB_HELP, LAB_VERSION, N_LAB_COMMAND
 /* Options that medrun has not. */
 enum { L_PROMPT = N_OPTIONS, L_PREDICT, L_DEPTH, L_REPETITIONS, L_FORMAT, L_TOOLS, L_RENDER,
        N_LAB_OPTIONS };
-enum { AS_TABLE, AS_JSON };      /* the words of bench --output, in their order               */
+enum { AS_TABLE, AS_CSV, AS_JSON };     /* the words of bench --output, in their order        */
 
 /* ---- record, replay ------------------------------------------------------------------------ */
 
@@ -244,13 +244,23 @@ static int go_to_depth(command *c, int depth) {
     return c->e.code;
 }
 
+enum { MAX_LIST = 16 };
+
+/* What is measured: a prompt (pp) or generation (tg) of N tokens behind DEPTH others. */
 typedef struct {
-    const char *name;
-    int n;                                      /* tokens                                       */
+    bool generates;
+    int n, depth;                               /* tokens                                       */
     double operations, bytes;                   /* of a token                                   */
-    double sum, squares, ceiling;
+    double sum, squares;
     double passed, attention, began;            /* seconds                                      */
 } bench_row;
+
+typedef struct {
+    int repeats;
+    double ceiling[2];                          /* of prompts, of generation                    */
+    size_t n;
+    bench_row row[2 * MAX_LIST * MAX_LIST];     /* for each depth the prompts, then the answers */
+} bench_list;
 
 /* Between these stages stand the rotation, the cache and attention. */
 static void time_attention(void *user, const char *stage, int layer, size_t rows, size_t cols,
@@ -268,89 +278,209 @@ typedef struct {
     double attention;                           /* its share of the time                        */
 } bench_result;
 
-static bench_result result_of(const bench_row *r, int repeats) {
-    double tps = r->sum / repeats, variance = r->squares / repeats - tps * tps;
-    double rate = tps * (r->bytes > 0 ? r->bytes : r->operations) / 1e9;
-    return (bench_result){tps, sqrt(variance > 0 ? variance : 0), rate, rate / r->ceiling,
+static bench_result result_of(const bench_list *l, const bench_row *r) {
+    double tps = r->sum / l->repeats, variance = r->squares / l->repeats - tps * tps;
+    double rate = tps * (r->generates ? r->bytes : r->operations) / 1e9;
+    return (bench_result){tps, sqrt(variance > 0 ? variance : 0), rate,
+                          rate / l->ceiling[r->generates],
                           r->attention / r->passed};
 }
 
-static void print_bench_json(const command *c, const bench_row *row, const bench_result *r) {
+static const char *test_of(const bench_row *r) { return r->generates ? "tg" : "pp"; }
+
+/* The rows at DEPTH of a kind, in an array where there are many. */
+static void print_bench_rows(const bench_list *l, int depth, bool generates) {
+    size_t n = 0, done = 0;
+    for (size_t i = 0; i < l->n; i++)
+        n += l->row[i].depth == depth && l->row[i].generates == generates;
+    if (n) printf(",\"%s\":%s", generates ? "tg" : "pp", n > 1 ? "[" : "");
+    for (size_t i = 0; i < l->n; i++) {
+        const bench_row *row = &l->row[i];
+        if (row->depth != depth || row->generates != generates) continue;
+        bench_result r = result_of(l, row);
+        printf("%s{\"n\":%d,\"tps\":%.3f,\"sd\":%.3f,\"%s\":%.2f,\"%s_share\":%.4f,"
+               "\"attention_share\":%.4f}", done++ ? "," : "", row->n, r.tps, r.sd,
+               generates ? "gbps" : "gops", r.rate, generates ? "read" : "peak", r.share,
+               r.attention);
+    }
+    if (n > 1) putchar(']');
+}
+
+/* A line for each depth. */
+static void print_bench_json(const command *c, const bench_list *l) {
     const medrun_model *m = c->m;
     buffer name = {0};
     json_quote(&name, m->name, strlen(m->name));
-    printf("{\"model\":%s,\"type\":\"%s\",\"kernels\":\"%s\",\"threads\":%d,\"kv\":\"%s\","
-           "\"depth\":%d,\"read_gbps\":%.2f,\"dot_gops\":%.1f,", chars(&name),
-           type_names[m->type], m->kernels->name, m->pool->threads, kv_names[cache_type(c)],
-           whole(c, L_DEPTH), row[1].ceiling, row[0].ceiling);
-    printf("\"pp\":{\"n\":%d,\"tps\":%.3f,\"sd\":%.3f,\"gops\":%.1f,\"peak_share\":%.4f,"
-           "\"attention_share\":%.4f},", row[0].n, r[0].tps, r[0].sd, r[0].rate, r[0].share,
-           r[0].attention);
-    printf("\"tg\":{\"n\":%d,\"tps\":%.3f,\"sd\":%.3f,\"gbps\":%.2f,\"read_share\":%.4f,"
-           "\"attention_share\":%.4f}}\n", row[1].n, r[1].tps, r[1].sd, r[1].rate, r[1].share,
-           r[1].attention);
+    for (size_t i = 0; i < l->n; i++) {
+        int depth = l->row[i].depth;
+        if (i && l->row[i - 1].depth == depth) continue;
+        printf("{\"model\":%s,\"type\":\"%s\",\"kernels\":\"%s\",\"threads\":%d,\"kv\":\"%s\","
+               "\"depth\":%d,\"read_gbps\":%.2f,\"dot_gops\":%.1f", chars(&name),
+               type_names[m->type], m->kernels->name, m->pool->threads, kv_names[cache_type(c)],
+               depth, l->ceiling[true], l->ceiling[false]);
+        print_bench_rows(l, depth, false);
+        print_bench_rows(l, depth, true);
+        puts("}");
+    }
     buffer_free(&name);
 }
 
-static void print_bench_table(const command *c, const bench_row *row, const bench_result *r) {
+static void print_bench_csv(const command *c, const bench_list *l) {
     const medrun_model *m = c->m;
-    char name[sizeof m->name], depth[20] = "";
-    snprintf(name, sizeof name, "%s", m->name);
-    make_safe(name);
-    if (whole(c, L_DEPTH)) snprintf(depth, sizeof depth, " @ d%d", whole(c, L_DEPTH));
-    printf("%s, %s, %s kernels, %d thread%s, kv %s%s\n\n| test | tokens/s | rate | this machine's "
-           "ceiling | share | attention |\n|---|---|---|---|---|---|\n", name,
-           type_names[m->type], m->kernels->name, m->pool->threads,
-           m->pool->threads == 1 ? "" : "s", kv_names[cache_type(c)],
-           flag(c, O_STRICT) ? ", strict" : "");
-    for (int i = 0; i < 2; i++)
-        printf("| %s%d%s | %.2f \302\261 %.2f | %.1f %s | %.1f %s | %.0f %% | %.1f %% |\n",
-               row[i].name, row[i].n, depth, r[i].tps, r[i].sd, r[i].rate, i ? "GB/s" : "GOPS",
-               row[i].ceiling, i ? "GB/s read" : "GOPS", 100 * r[i].share, 100 * r[i].attention);
+    puts("model,type,kernels,threads,kv,strict,test,n,depth,tokens_per_second,sd,rate,ceiling,unit,"
+         "share,attention_share");
+    for (const bench_row *row = l->row; row < l->row + l->n; row++) {
+        bench_result r = result_of(l, row);
+        putchar('"');
+        for (const char *p = m->name; *p; p++) printf(*p == '"' ? "\"\"" : "%c", *p);
+        printf("\",%s,%s,%d,%s,%d,%s,%d,%d,%.3f,%.3f,%.2f,%.2f,%s,%.4f,%.4f\n",
+               type_names[m->type], m->kernels->name, m->pool->threads, kv_names[cache_type(c)],
+               flag(c, O_STRICT), test_of(row), row->n, row->depth, r.tps, r.sd, r.rate,
+               l->ceiling[row->generates], row->generates ? "GB/s" : "GOPS", r.share, r.attention);
+    }
 }
 
-/* Prompt and generation by turns with the machine's two ceilings, measured beside them. A prompt
- * token costs two operations a weight; a generated one reads each weight but the embedding once,
- * and the cache of the tokens before it that --depth asked for. */
-static int bench_command(command *c) {
-    int repeats = whole(c, L_REPETITIONS);
-    if (open_model(c)) return c->e.code;
+enum { BENCH_COLUMNS = 6, CELL = 40 };
+
+static int columns_in(const char *text) {
+    int n = 0;
+    for (; *text; text++) n += (*text & 0xC0) != 0x80;
+    return n;
+}
+
+/* A row of the table, each cell as wide as the widest of its column. */
+static void print_cells(char cell[BENCH_COLUMNS][CELL], const int *width) {
+    for (int k = 0; k < BENCH_COLUMNS; k++) {
+        int blanks = width[k] - columns_in(cell[k]);
+        if (k) printf("| %*s%s ", blanks, "", cell[k]);
+        else printf("| %s%*s ", cell[k], blanks, "");
+    }
+    puts("|");
+}
+static void print_bench_table(const command *c, const bench_list *l) {
+    static char cell[2 + 2 * MAX_LIST * MAX_LIST][BENCH_COLUMNS][CELL] = {
+        {"test", "tokens/s", "rate", "ceiling", "share", "attention"}};
+    const medrun_model *m = c->m;
+    char name[sizeof m->name], dashes[] = "----------------------------------------";
+    int width[BENCH_COLUMNS] = {0};
+    snprintf(name, sizeof name, "%s", m->name);
+    make_safe(name);
+    printf("%s, %s, %s kernels, %d thread%s, kv %s%s\n\n", name, type_names[m->type],
+           m->kernels->name, m->pool->threads, m->pool->threads == 1 ? "" : "s",
+           kv_names[cache_type(c)], flag(c, O_STRICT) ? ", strict" : "");
+    for (size_t i = 0; i < l->n; i++) {
+        const bench_row *row = &l->row[i];
+        const char *unit = row->generates ? "GB/s" : "GOPS";
+        bench_result r = result_of(l, row);
+        char depth[20] = "", (*to)[CELL] = cell[i + 1];
+        if (row->depth) snprintf(depth, sizeof depth, " @ d%d", row->depth);
+        snprintf(to[0], CELL, "%s%d%s", test_of(row), row->n, depth);
+        snprintf(to[1], CELL, "%.2f \302\261 %.2f", r.tps, r.sd);
+        snprintf(to[2], CELL, "%.1f %s", r.rate, unit);
+        snprintf(to[3], CELL, "%.1f %s", l->ceiling[row->generates], unit);
+        snprintf(to[4], CELL, "%.0f %%", 100 * r.share);
+        snprintf(to[5], CELL, "%.1f %%", 100 * r.attention);
+    }
+    for (size_t i = 0; i <= l->n; i++)
+        for (int k = 0; k < BENCH_COLUMNS; k++)
+            if (columns_in(cell[i][k]) > width[k]) width[k] = columns_in(cell[i][k]);
+    print_cells(cell[0], width);
+    for (int k = 0; k < BENCH_COLUMNS; k++)
+        printf(k ? "|%.*s:" : "|%.*s", width[k] + (k ? 1 : 2), dashes);
+    puts("|");
+    for (size_t i = 1; i <= l->n; i++) print_cells(cell[i], width);
+    puts("\nceiling: what this machine can do at most, multiplying (GOPS) or reading (GB/s)");
+}
+
+typedef struct {
+    size_t n;
+    int at[MAX_LIST];
+} number_list;
+
+/* "128,512" of the option ID. */
+static int read_numbers(command *c, int id, number_list *out) {
+    const char *text = given(c, id) ? c->text[id] : c->p->options[id].standard, *p = text;
+    for (char *end; !c->e.code; p = end + 1) {
+        unsigned long v = strtoul(p, &end, 10);
+        if (*p < '0' || *p > '9' || v > 1 << 20 || (*end && *end != ',') || out->n == MAX_LIST)
+            fail(&c->e, MEDRUN_USAGE, "--%s: found %s, wanted up to %d numbers from 0 to %d, with "
+                 "commas between", c->p->options[id].name, text, MAX_LIST, 1 << 20);
+        else out->at[out->n++] = (int)v;
+        if (!*end) break;
+    }
+    return c->e.code;
+}
+
+/* A prompt token costs two operations a weight; a generated one reads each weight but the embedding
+ * once, and the cache of the tokens before it that --depth asked for. */
+static void add_row_of(command *c, bench_list *l, int n, int depth, bool generates) {
     const medrun_model *m = c->m;
     const model_config *k = &m->config;
-    bench_row row[2] = {{.name = "pp", .n = whole(c, L_PROMPT)},
-                        {.name = "tg", .n = whole(c, L_PREDICT)}};
-    int longest = row[0].n > row[1].n ? row[0].n : row[1].n, depth = whole(c, L_DEPTH);
-    longest += depth;
-    if (longest > k->max_positions)
-        return fail(&c->e, MEDRUN_TOO_LONG, "bench: %d tokens > context %d, the model's", longest,
-                    k->max_positions);
+    uint64_t embed = (uint64_t)k->vocab_size * (uint64_t)k->hidden_size;
+    uint64_t inner = m->parameters - embed * (k->tied ? 1 : 2);
+    bench_row *row = &l->row[l->n];
+    if (!n) return;
+    *row = (bench_row){.generates = generates, .n = n, .depth = depth};
+    row->operations = 2 * ((double)inner + (double)embed / n);
+    row->bytes = (double)m->weight_bytes - (k->tied ? 0 : (double)tensor_bytes(m->embed.type,
+                 (size_t)k->vocab_size, (size_t)k->hidden_size));
+    row->bytes += (double)cache_size(m, depth, cache_type(c));
+    l->n++;
+}
+
+/* What --prompt, --predict and --depth ask for. Returns the most tokens that a row needs, or 0. */
+static int list_rows(command *c, bench_list *l) {
+    number_list prompts = {0}, answers = {0}, depths = {0};
+    int longest = 0;
+    if (read_numbers(c, L_PROMPT, &prompts) || read_numbers(c, L_PREDICT, &answers) ||
+        read_numbers(c, L_DEPTH, &depths)) return 0;
+    for (size_t d = 0; d < depths.n; d++) {
+        for (size_t i = 0; i < prompts.n; i++) add_row_of(c, l, prompts.at[i], depths.at[d], false);
+        for (size_t i = 0; i < answers.n; i++) add_row_of(c, l, answers.at[i], depths.at[d], true);
+    }
+    for (const bench_row *r = l->row; r < l->row + l->n; r++)
+        if (r->n + r->depth > longest) longest = r->n + r->depth;
+    if (!longest) fail(&c->e, MEDRUN_USAGE, "bench: found -p 0 and -n 0: nothing to do");
+    else if (longest > c->m->config.max_positions)
+        fail(&c->e, MEDRUN_TOO_LONG, "bench: %d tokens > context %d, the model's", longest,
+             c->m->config.max_positions);
+    return longest;
+}
+
+static int time_row(command *c, bench_list *l, bench_row *row, ceiling *top, bool counts) {
+    double rate = row->generates ? read_rate(top) : peak_rate(top), passed;
+    if (rate > l->ceiling[row->generates]) l->ceiling[row->generates] = rate;
+    if (go_to_depth(c, row->depth)) return c->e.code;
+    medrun_observe(c->s, time_attention, row);
+    passed = time_tokens(c, row->n, row->generates ? 1 : row->n);
+    medrun_observe(c->s, NULL, NULL);
+    if (!counts) row->attention = 0;
+    else if (passed >= 0) {
+        row->passed += passed, row->sum += row->n / passed;
+        row->squares += row->n / passed * (row->n / passed);
+    }
+    return c->e.code;
+}
+
+/* All rows by turns with the machine's two ceilings, measured beside them. */
+static int bench_command(command *c) {
+    static bench_list l;
+    if (open_model(c)) return c->e.code;
+    const medrun_model *m = c->m;
+    int longest = list_rows(c, &l);
+    if (c->e.code) return c->e.code;
+    l.repeats = whole(c, L_REPETITIONS);
     medrun_session_options o = session_options(c, longest);
     if (medrun_start(&c->s, m, &o, NULL, 0, &c->e)) return c->e.code;
     engine g = {.k = m->kernels, .strict = flag(c, O_STRICT)};
     ceiling top = {.m = m, .data = m->embed.data, .kind = pack_kind(&g, m->type),
                    .n = (size_t)(m->file.map.data + m->file.map.n - m->embed.data)};
-    uint64_t embed = (uint64_t)k->vocab_size * (uint64_t)k->hidden_size;
-    uint64_t inner = m->parameters - embed * (k->tied ? 1 : 2);
-    row[0].operations = 2 * ((double)inner + (double)embed / row[0].n);
-    row[1].bytes = (double)m->weight_bytes - (k->tied ? 0 : (double)tensor_bytes(m->embed.type,
-                   (size_t)k->vocab_size, (size_t)k->hidden_size));
-    row[1].bytes += (double)cache_size(m, depth, o.kv);
-    for (int r = -1; r < repeats; r++)                  /* the first warms up                    */
-        for (int i = 0; i < 2; i++) {
-            double rate = i ? read_rate(&top) : peak_rate(&top);
-            if (rate > row[i].ceiling) row[i].ceiling = rate;
-            if (go_to_depth(c, depth)) return c->e.code;
-            medrun_observe(c->s, time_attention, &row[i]);
-            double passed = time_tokens(c, row[i].n, i ? 1 : row[i].n);
-            medrun_observe(c->s, NULL, NULL);
-            if (passed < 0) return c->e.code;
-            if (r < 0) { row[i].attention = 0; continue; }
-            row[i].passed += passed, row[i].sum += row[i].n / passed;
-            row[i].squares += row[i].n / passed * (row[i].n / passed);
-        }
-    const bench_result result[2] = {result_of(&row[0], repeats), result_of(&row[1], repeats)};
-    if (whole(c, L_FORMAT) == AS_JSON) print_bench_json(c, row, result);
-    else print_bench_table(c, row, result);
+    for (int r = -1; r < l.repeats; r++)                /* the first warms up                    */
+        for (size_t i = 0; i < l.n; i++)
+            if (time_row(c, &l, &l.row[i], &top, r >= 0)) return c->e.code;
+    if (whole(c, L_FORMAT) == AS_JSON) print_bench_json(c, &l);
+    else if (whole(c, L_FORMAT) == AS_CSV) print_bench_csv(c, &l);
+    else print_bench_table(c, &l);
     return MEDRUN_OK;
 }
 
@@ -565,21 +695,20 @@ static const command_row lab_commands[N_LAB_COMMANDS] = {
 };
 
 static option_row lab_options[N_LAB_OPTIONS] = {
-    [L_PROMPT] = {"prompt", "p", "N", WHOLE, ON(BENCH), .min = 1, .max = 1 << 20, .standard = "512",
-        .variable = "bench-prompt", .help = "tokens of the prompt"},
-    [L_PREDICT] = {"predict", "n", "N", WHOLE, ON(BENCH), .min = 1, .max = 1 << 20,
-        .standard = "128", .variable = "bench-predict",
-        .help = "tokens to generate, one after the other"},
-    [L_DEPTH] = {"depth", "d", "N", WHOLE, ON(BENCH), .max = 1 << 20, .standard = "0",
-        .help = "tokens that stand before both and are not timed"},
+    [L_PROMPT] = {"prompt", "p", "N,...", TEXT, ON(BENCH), .standard = "512",
+        .variable = "bench-prompt", .help = "tokens of the prompt, up to 16 lengths; 0: none"},
+    [L_PREDICT] = {"predict", "n", "N,...", TEXT, ON(BENCH), .standard = "128",
+        .variable = "bench-predict", .help = "tokens to generate, one after the other; 0: none"},
+    [L_DEPTH] = {"depth", "d", "N,...", TEXT, ON(BENCH), .standard = "0",
+        .help = "tokens that stand before each and are not timed"},
     [L_REPETITIONS] = {"repetitions", "r", "N", WHOLE, ON(BENCH), .min = 1, .max = 1000,
-        .standard = "5", .help = "of both"},
+        .standard = "5", .help = "how often each is timed"},
     [L_TOOLS] = {"tools", NULL, "FILE.json", TEXT, ON(CALL),
         .help = "functions, [{\"type\": \"function\", \"function\": ...}] (apertus, llama3.1)"},
     [L_RENDER] = {"render", .on = ON(CALL),
         .help = "print the prompt instead of asking; --template NAME does without a model"},
-    [L_FORMAT] = {"output", "o", "md|json", CHOICE, ON(BENCH), .standard = "md",
-        .help = "a table, or one line"},
+    [L_FORMAT] = {"output", "o", "md|csv|json", CHOICE, ON(BENCH), .standard = "md",
+        .help = "a table, values with commas between, or a line for each depth"},
 };
 
 /* Options of medrun's: record and call take those of run, call some of render's too, bench those of
