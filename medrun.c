@@ -360,6 +360,7 @@ enum { SIGHUP = SIGBREAK, SIGQUIT = SIGBREAK };         /* the console was close
 #undef far
 #undef near
 #else
+#include <glob.h>
 #include <sys/file.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
@@ -734,6 +735,14 @@ static bool more_is_typed(void) {
     return waiting > 0;
 }
 
+/* The *N paths that PATTERN means, in order, folders with / at the end; until the next call. */
+static char **find_paths(const char *pattern, size_t *n) {
+    static glob_t found;
+    globfree(&found);
+    *n = glob(pattern, GLOB_MARK, NULL, &found) ? 0 : found.gl_pathc;
+    return found.gl_pathv;
+}
+
 /* What a program does first; gives its COUNT arguments in UTF-8, NULL if it cannot run. To write to
  * a pipe that nobody reads, or past the limit of a file's size, shall be an error, not the end. */
 static char **start_program(int *count, char **arguments) {
@@ -935,6 +944,7 @@ static bool terminal_draws(const char *term) {
 static int terminal_columns(void) { return 0; }
 static bool set_raw(bool raw) { return (void)raw, false; }
 static bool more_is_typed(void) { return false; }
+static char **find_paths(const char *pattern, size_t *n) { return (void)pattern, *n = 0, NULL; }
 static void suspend_program(void) {}
 
 /* A console gives UTF-16, a line at a time; Ctrl-Z at the start of a line ends the input. */
@@ -9431,6 +9441,19 @@ static void print_words(FILE *f, text_line *l, const char *text, size_t n) {
     }
 }
 
+/* Help has at most 78 columns: LEFT, and TEXT from column INDENT on, below a LEFT that is long. */
+static void print_help(FILE *f, const char *left, size_t indent, const char *text) {
+    size_t width = width_of(fileno(f));
+    text_line l = {.width = width && width < 78 ? width : 78, .indent = 6};
+    if (l.width < 60 && indent > 6) indent = 6;         /* a narrow terminal                     */
+    print_words(f, &l, left, strlen(left));
+    if (*left && l.at >= indent) fputc('\n', f), l.at = 0;
+    fprintf(f, "%*s", (int)(indent - l.at), "");
+    l.at = l.indent = indent;
+    print_words(f, &l, text, strlen(text));
+    fputc('\n', f);
+}
+
 /* Appends TEXT with escapes, so that a piece stays on its line and shows its exact bytes. */
 static void escape(buffer *out, const char *text, size_t n) {
     for (size_t i = 0, len; i < n; i += len) {
@@ -9450,21 +9473,36 @@ static void print_ids(FILE *f, const int32_t *ids, size_t n) {
     fputc('\n', f);
 }
 
-/* Prints a line about the run on stderr, unless -q. It may hold a name from a checkpoint. */
-MEDRUN_PRINTF_LIKE(2, 3)
-static void note(const command *c, const char *format, ...) {
+MEDRUN_PRINTF_LIKE(1, 0)
+static void tell_args(const char *format, va_list args) {
     char line[2048];
     text_line l = {.width = width_of(STDERR_FILENO)};
-    if (flag(c, O_QUIET)) return;
-    va_list args;
-    va_start(args, format);
     vsnprintf(line, sizeof line, format, args);
-    va_end(args);
     make_safe(line);
     print_words(stderr, &l, line, strlen(line));
     fputc('\n', stderr);
     fflush(stderr);
 }
+
+/* Prints a line on stderr, such as what a chat's command did. It may hold a hostile name. */
+MEDRUN_PRINTF_LIKE(1, 2)
+static void tell(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    tell_args(format, args);
+    va_end(args);
+}
+
+/* The same about the run, unless -q. */
+MEDRUN_PRINTF_LIKE(2, 3)
+static void note(const command *c, const char *format, ...) {
+    va_list args;
+    if (flag(c, O_QUIET)) return;
+    va_start(args, format);
+    tell_args(format, args);
+    va_end(args);
+}
+
 
 
 /* Ends the command with this exit code and without a message, unless it has failed before. */
@@ -9721,7 +9759,7 @@ static void close_command(command *c) {
 
 static const char *origin(const command *c, int id) { return origins[c->from[id]]; }
 
-/* Takes the values that were given, the others from the card, and says where each comes from. */
+/* Takes the values that were given, the others from the card. */
 static void choose_sampling(command *c) {
     medrun_sampling *s = &c->sampling;
     if (given(c, O_TEMP)) s->temperature = (float)c->number[O_TEMP];
@@ -9731,6 +9769,10 @@ static void choose_sampling(command *c) {
     if (given(c, O_REPEAT)) s->repeat_penalty = (float)c->number[O_REPEAT];
     bool random = c->number[O_SEED] < 0;
     s->seed = random ? random_bits() & MAX_SEED : (uint64_t)c->number[O_SEED];
+}
+
+static void note_sampling(const command *c) {
+    const medrun_sampling *s = &c->sampling;
     if (s->temperature <= 0)
         note(c, "sampling: temperature 0 (%s), the likeliest token always; repeat-penalty %g (%s)",
              origin(c, O_TEMP), (double)s->repeat_penalty, origin(c, O_REPEAT));
@@ -9739,7 +9781,7 @@ static void choose_sampling(command *c) {
              "repeat-penalty %g (%s), seed %llu (%s)", (double)s->temperature, origin(c, O_TEMP),
              s->top_k, origin(c, O_TOP_K), (double)s->top_p, origin(c, O_TOP_P), (double)s->min_p,
              origin(c, O_MIN_P), (double)s->repeat_penalty, origin(c, O_REPEAT),
-             (unsigned long long)s->seed, random ? "new" : "given");
+             (unsigned long long)s->seed, c->number[O_SEED] < 0 ? "new" : "given");
 }
 
 static const char *const kv_names[] = {"f16", "f32", "int8"};      /* MEDRUN_KV_F16, ...          */
@@ -9790,6 +9832,7 @@ static int start_session(command *c) {
          c->m->pool->threads == 1 ? "" : "s", context, kv_names[cache_type(c)],
          flag(c, O_STRICT) ? ", strict" : "", plain ? "; " : "", plain ? plain : "");
     choose_sampling(c);
+    note_sampling(c);
     medrun_session_options o = session_options(c, context);
     if (medrun_start(&c->s, c->m, &o, NULL, 0, &c->e)) return c->e.code;
     return flag(c, O_MLOCK) ? lock(c, c->s, c->s->bytes) : MEDRUN_OK;
@@ -9976,6 +10019,12 @@ static int next_piece(command *c) {
 }
 
 
+/* What helps where the context is full. */
+static const char *way_out(const command *c) {
+    bool most = context_of(c) >= (size_t)c->m->config.max_positions;
+    return most ? "the model was made for no longer one" : "-c asks for a longer one";
+}
+
 /* Answers what was fed, and prints the answer while it is made. First the model reads the prompt, a
  * batch in each pass (process_prompt). Then each step computes the pass that is pending, samples
  * one token from its logits and prints the piece (next_piece), until the model ends its turn, a
@@ -10004,36 +10053,36 @@ static int print_reply(command *c) {
     a->answer_time = seconds() - start;
     on_signal(SIGINT, before);
     answering = NULL;
+    c->s->pass.stop = false;                            /* Ctrl-C may have come between steps    */
     medrun_guesses(c->s, &a->guessed, &a->right);
     a->guessed -= guessed, a->right -= right;
     buffer_free(&a->held);
     if (c->e.code != MEDRUN_TOO_LONG) return c->e.code;
     c->e = (medrun_error){0};
-    return fail(&c->e, MEDRUN_TOO_LONG, "the answer is cut: the context of %zu tokens is full (-c)",
-                context_of(c));
+    return fail(&c->e, MEDRUN_TOO_LONG, "the answer is cut: the context of %zu tokens is full; %s",
+                context_of(c), way_out(c));
 }
 
 /* The first token of an answer comes out of the prompt's last pass. */
 static void print_stats(const command *c) {
     const answer *a = &c->answer;
     double steps = a->n_answer > 1 ? (double)(a->n_answer - 1) : 0;
-    fprintf(stderr, "prompt %zu tokens, %.1f tokens/s; answer %zu tokens, %.1f tokens/s; context "
-            "%zu of %zu", a->n_prompt, (double)a->n_prompt / (a->prompt_time + 1e-9), a->n_answer,
-            steps / (a->answer_time + 1e-9), medrun_length(c->s), context_of(c));
+    char guesses[80] = "";
     if (whole(c, O_LOOKUP) > 0)
-        fprintf(stderr, "; guessed %llu tokens, %llu right", (unsigned long long)a->guessed,
-                (unsigned long long)a->right);
-    fputc('\n', stderr);
+        snprintf(guesses, sizeof guesses, "; guessed %llu tokens, %llu right",
+                 (unsigned long long)a->guessed, (unsigned long long)a->right);
+    tell("prompt %zu tokens, %.1f tokens/s; answer %zu tokens, %.1f tokens/s; context %zu of %zu%s",
+         a->n_prompt, (double)a->n_prompt / (a->prompt_time + 1e-9), a->n_answer,
+         steps / (a->answer_time + 1e-9), medrun_length(c->s), context_of(c), guesses);
 }
+
 
 /* Refuses a prompt of N tokens that leaves no place for an answer. */
 static int too_long(command *c, size_t n) {
-    bool most = context_of(c) >= (size_t)c->m->config.max_positions;
-    return fail(&c->e, MEDRUN_TOO_LONG, "prompt %zu tokens > context %zu%s; shorten the text%s", n,
-                context_of(c), n > context_of(c) ? "" : " less one for the answer",
-                most ? ": the model was made for no longer one"
-                     : " or ask for more context (-c)");
+    return fail(&c->e, MEDRUN_TOO_LONG, "prompt %zu tokens > context %zu%s; shorten the text: %s",
+                n, context_of(c), n > context_of(c) ? "" : " less one for the answer", way_out(c));
 }
+
 
 
 /* With -v, prints the prompt as the model sees it: ids, and text with its control tokens. */
@@ -10271,6 +10320,8 @@ typedef struct {
     char *history[HISTORY];                     /* a ring in memory, never written to a file    */
     int n_history, place;                       /* place: the one that is shown, n: a new line  */
     bool plain, colour;                         /* plain: nothing that can be drawn on          */
+    const char *commands[24];                   /* what Tab completes at the start of a line    */
+    size_t n_commands;
 } editor;
 
 /* Gives the terminal back its own editing, and takes the marks around pasted text away. */
@@ -10338,13 +10389,16 @@ static size_t next_char(const editor *ed, size_t i, int step) {
 /* The columns that the character in bytes I to END takes. OUT, if there is one, gets what is shown
  * for it: a hostile character shows as '?'. */
 static size_t show_char(const editor *ed, size_t i, size_t end, buffer *out) {
+    const char *text = chars(&ed->line) + i;
     uint32_t code = 0;
-    size_t n = utf8_decode(ed->line.data + i, end - i, &code);
+    size_t columns, n = utf8_decode(ed->line.data + i, end - i, &code);
     bool hostile = n != end - i || is_hostile(code);
+    measure(text, end - i, &columns);
     if (out && hostile) buffer_text(out, code == '\n' ? "\xE2\x86\xB5" : "?");
-    else if (out) buffer_add(out, ed->line.data + i, n);
-    return hostile ? 1 : columns_of(code);
+    else if (out) buffer_add(out, text, n);
+    return hostile ? 1 : columns;
 }
+
 
 /* Draws the window on the line, or all of the line when it is DONE. What stands before the cursor
  * fills at most three quarters of the window, so that some of what follows is seen, too. */
@@ -10414,6 +10468,51 @@ static void recall(editor *ed, int step) {
     insert(ed, line, strlen(line));
 }
 
+/* A path as a person types it: ~ is the home folder. */
+static void expand_path(const char *path, buffer *out) {
+    const char *home = getenv("HOME");
+    bool tilde = home && path[0] == '~' && (path[1] == '/' || !path[1]);
+    if (tilde) buffer_text(out, home);
+    buffer_text(out, path + tilde);
+}
+
+/* What the line holds before the cursor: in a command, its name or, behind a blank, a path. Tab
+ * completes it as far as all that begin so agree; where that is no further, it lists them. */
+static void complete(editor *ed, const char *prompt) {
+    const char *blank = ed->line.n ? memchr(ed->line.data, ' ', ed->at) : NULL, *first = NULL;
+    const char *const *all = ed->commands;
+    size_t start = blank ? (size_t)(blank + 1 - chars(&ed->line)) : 0, n_all = ed->n_commands;
+    size_t n = 0, shared = 0;
+    buffer typed = {0}, word = {0}, pattern = {0};
+    if (!ed->line.n || ed->line.data[0] != '/') return;
+    buffer_add(&typed, ed->line.data + start, ed->at - start);
+    expand_path(chars(&typed), &word);
+    for (size_t i = 0; i < word.n; i++)
+        buffer_printf(&pattern, strchr("*?[\\", word.data[i]) ? "\\%c" : "%c", word.data[i]);
+    buffer_text(&pattern, "*");
+    if (blank) all = (const char *const *)find_paths(chars(&pattern), &n_all);
+    for (size_t i = 0; i < n_all; i++) {
+        if (strncmp(all[i], chars(&word), word.n)) continue;
+        if (!n++) first = all[i], shared = strlen(first);
+        while (strncmp(all[i], first, shared)) shared--;
+    }
+    if (n && (n == 1 || shared > word.n)) {
+        cut(ed, start, ed->at);
+        insert(ed, first, shared);
+        if (n == 1 && !blank) insert(ed, " ", 1);
+    } else if (n) {
+        text_line l = {.width = width_of(STDERR_FILENO)};
+        draw_line(ed, prompt, true);
+        for (size_t i = 0; i < n_all; i++) {
+            if (strncmp(all[i], chars(&word), word.n)) continue;
+            print_words(stderr, &l, all[i], strlen(all[i]));
+            print_words(stderr, &l, "  ", 2);
+        }
+        fputc('\n', stderr);
+    }
+    buffer_free(&typed), buffer_free(&word), buffer_free(&pattern);
+}
+
 #define CTRL_KEY(letter) ((letter) - 'A' + 1)
 
 /* The keys of Emacs, as in a shell. A character of several bytes comes as so many keys. */
@@ -10445,6 +10544,8 @@ static int edit_line(editor *ed, const char *prompt) {
         bool leaves = key == CTRL_KEY('D') && !ed->line.n;
         if (key == EOF) return LINE_END;
         if (key == CTRL_KEY('Z')) restore_terminal(), suspend_program(), make_raw();
+        else if (key == CTRL_KEY('L')) fputs("\x1b[H\x1b[2J", stderr);
+        else if (key == '\t' && !pasting) complete(ed, prompt);
         else if (key == KEY_PASTE || key == KEY_PASTED) pasting = key == KEY_PASTE;
         else if (pasting && key < 256) insert(ed, &(char){(char)(key == '\r' ? '\n' : key)}, 1);
         else if (key == '\r' || key == '\n' || key == CTRL_KEY('C') || leaves) {
@@ -10497,14 +10598,18 @@ static int read_message(editor *ed, buffer *m) {
 
 /* ---- chat ---------------------------------------------------------------------------------- */
 
+static const char not_a_clinician[] = "For research and education. Not a clinician; do not use it "
+                                      "to decide about anyone's care.";
+
 /* A conversation is one timeline of tokens: the system text, then a person's turn and the answer in
  * turn. Only new tokens are computed; the key-value cache keeps the rest. So that turns can be
  * forgotten, the chat keeps where each began. */
-typedef struct {
+typedef struct chat {
     command *c;
     editor ed;
     bool has_system;            /* the next conversation has a system text, perhaps empty      */
     buffer system;
+    buffer last;                /* the last message, for /retry                                */
     buffer starts;              /* size_t: where on the timeline each person's turn begins     */
     int interrupts;             /* Ctrl-C since the last message                               */
     bool leave;
@@ -10532,7 +10637,7 @@ static int drop_turns(chat *h, size_t k) {
     buffer keep = {0};
     buffer_add(&keep, medrun_tokens(c->s) + from, (medrun_length(c->s) - from) * sizeof(int32_t));
     if (check_buffer(c, &keep)) return c->e.code;
-    fprintf(stderr, "(forgot %zu of the oldest turns, %zu tokens)\n", k, gone);
+    tell("(forgot %zu of the oldest turns, %zu tokens)", k, gone);
     if (!medrun_rewind(c->s, from - gone, &c->e))
         medrun_feed(c->s, ids_of(&keep), n_ids(&keep), &c->e);
     for (size_t i = 0; i < left; i++) starts_of(h)[i] = starts_of(h)[i + k] - gone;
@@ -10542,6 +10647,8 @@ static int drop_turns(chat *h, size_t k) {
 }
 
 enum { WHEN_FULL_REFUSE, WHEN_FULL_DROP };      /* the words of --overflow, in their order      */
+static const char conversation_full[] = "the conversation is full: /clear begins a new one, "
+                                        "--overflow drop forgets the oldest turns";
 
 /* Makes room for NEED tokens and an answer. After a drop all tokens that moved are computed again;
  * so enough turns go to leave a quarter of the context, not a few tokens. */
@@ -10551,6 +10658,9 @@ static int make_room(chat *h, size_t need) {
     bool drop = whole(h->c, O_OVERFLOW) == WHEN_FULL_DROP;
     while (drop && k < n_turns(h) && length - gone + need > context - context / 4)
         gone = turn_start(h, ++k) - turn_start(h, 0);
+    if (!drop && n_turns(h) && turn_start(h, 0) + need < context)
+        return length + need < context ? MEDRUN_OK
+                                       : fail(&h->c->e, MEDRUN_TOO_LONG, "%s", conversation_full);
     if (length - gone + need >= context) return too_long(h->c, length - gone + need);
     return k ? drop_turns(h, k) : MEDRUN_OK;
 }
@@ -10587,106 +10697,251 @@ static int unsay(chat *h) {
     size_t last = n_turns(h) - 1;
     medrun_rewind(h->c->s, last ? turn_start(h, last) : 0, &h->c->e);
     h->starts.n -= sizeof(size_t);
+    h->last.n = 0;
     h->c->s->answer_open = last > 0;
     return h->c->e.code;
 }
+
 
 /* Says TEXT and prints the answer. An answer that Ctrl-C stopped stays in the conversation as far
  * as it came; if no token came, the message is taken back, too. */
 static int chat_answer(chat *h, const char *text, size_t n) {
     command *c = h->c;
     if (c->e.code || chat_feed(h, text, n)) return c->e.code;
+    h->last.n = 0;
+    buffer_add(&h->last, text, n);
     print_reply(c);
     c->s->answer_open = true;
     if (flag(c, O_STATS)) print_stats(c);
+    if (c->e.code == MEDRUN_TOO_LONG && whole(c, O_OVERFLOW) != WHEN_FULL_DROP)
+        snprintf(c->e.text, sizeof c->e.text, "the answer is cut: %s", conversation_full);
     if (c->e.code != MEDRUN_INTERRUPTED) return c->e.code;
     c->e = (medrun_error){0};
     h->interrupts = 1;
-    fprintf(stderr, "(stopped%s)\n", c->answer.n_answer ? "" : "; your message is forgotten");
+    tell("(stopped%s)", c->answer.n_answer ? "" : "; your message is forgotten");
     return c->answer.n_answer ? MEDRUN_OK : unsay(h);
 }
 
+/* ---- what is typed with / ------------------------------------------------------------------ */
+
+static int chat_bye(chat *h, char *text) { return h->leave = !*text, MEDRUN_OK; }
+
 /* Forgets the conversation; the next message says the system text again. */
-static int chat_clear(chat *h) {
-    h->starts.n = 0;
-    return medrun_rewind(h->c->s, 0, &h->c->e);
+static int chat_clear(chat *h, char *text) {
+    h->starts.n = h->last.n = 0;
+    if (!medrun_rewind(h->c->s, 0, &h->c->e))
+        tell("the conversation is empty now%s", *text ? ", its system text is new" : "");
+    return h->c->e.code;
 }
 
 /* The system text of the next conversation, which begins now. */
-static int chat_system(chat *h, const char *text) {
+static int chat_system(chat *h, char *text) {
     buffer fresh = {0};
     buffer_text(&fresh, text);
     if (check_buffer(h->c, &fresh)) return h->c->e.code;                /* the old one stays     */
     buffer_free(&h->system);
     h->system = fresh;
     h->has_system = *text != 0;
-    return chat_clear(h);
+    return chat_clear(h, text);
 }
 
-/* Nobody knows where the turns of a loaded conversation begin: all of it counts as one. */
-static int chat_load(chat *h, const char *path) {
-    command *c = h->c;
-    h->starts.n = 0;
-    if (medrun_restore(c->s, path, &c->e) || !medrun_length(c->s)) return c->e.code;
-    fprintf(stderr, "(%zu tokens)\n", medrun_length(c->s));
-    return add_turn(h, medrun_tokens(c->s)[0] == c->t->bos);
-}
-
-static int chat_read(chat *h, const char *path) {
-    buffer file = {0};
-    read_text(h->c, path, most_prompt(h->c), &file);
-    drop_line_end(&file);
-    chat_answer(h, chars(&file), file.n);
-    buffer_free(&file);
+static int chat_undo(chat *h, char *text) {
+    (void)text;
+    if (!n_turns(h)) return fail(&h->c->e, MEDRUN_USAGE, "/undo: nothing was said");
+    if (!unsay(h))
+        tell("took back the last message and its answer; %zu tokens are left",
+             medrun_length(h->c->s));
     return h->c->e.code;
 }
 
-enum { SAY_HELP, SAY_BYE, SAY_CLEAR, SAY_SYSTEM, SAY_SAVE, SAY_LOAD, SAY_READ, SAY_STATS, SAY_SHOW,
-       N_SAY };
+static int chat_retry(chat *h, char *text) {
+    buffer said = h->last;
+    (void)text;
+    if (!said.n) return fail(&h->c->e, MEDRUN_USAGE, "/retry: nothing was said");
+    h->last = (buffer){0};
+    if (!unsay(h)) chat_answer(h, chars(&said), said.n);
+    buffer_free(&said);
+    return h->c->e.code;
+}
 
-static const char *const say_names[N_SAY] = {"/help", "/bye", "/clear", "/system", "/save", "/load",
-                                             "/read", "/stats", "/show"};
-static const char say_help[] =
-    "/help          this\n"
-    "/bye           leave, as Ctrl-D\n"
-    "/clear         forget the conversation\n"
-    "/system TEXT   begin a new conversation with this system text\n"
-    "/save FILE     write the conversation, with all that was said in it\n"
-    "/load FILE     go on with one that was saved\n"
-    "/read FILE     say what stands in the file\n"
-    "/stats         speeds, and how full the context is\n"
-    "/show          the model and what it needs\n"
-    "\"\"\"            begins and ends a message of several lines\n"
-    "Ctrl-C         stop the answer; twice: leave\n"
-    "A message that begins with / needs a space before it.\n";
+/* NAME VALUE: one of the options from --predict to --seed. */
+static int chat_set(chat *h, char *text) {
+    command *c = h->c;
+    size_t n = strcspn(text, " =");
+    const char *value = text + n + strspn(text + n, " =");
+    char name[48];
+    snprintf(name, sizeof name, "--%.*s", (int)n, text);
+    int id = find_option(c->p, name, strlen(name), own_bit(c));
+    if (id < O_PREDICT || id > O_SEED || !*value)
+        return fail(&c->e, MEDRUN_USAGE, "/set: wanted predict, temp, top-k, top-p, min-p, "
+                    "repeat-penalty or seed, and a number");
+    if (set_option(c, id, value, FROM_FLAG, name)) return c->e.code;
+    tell("%s is %s now", c->p->options[id].name, value);
+    c->text[id] = NULL;                                 /* the number is kept; `value` ends here */
+    choose_sampling(c);
+    c->s->options.sampling = c->sampling;
+    if (id == O_SEED) c->s->random = c->sampling.seed;
+    return MEDRUN_OK;
+}
+
+/* The bytes up to the first stop token that the text spells out, or all N. */
+static size_t before_stop(const command *c, const char *text, size_t n) {
+    for (int i = 0; i < c->m->n_stops; i++) {
+        size_t len;
+        const char *piece = tokenizer_piece(c->t, c->m->stops[i], &len);
+        const char *at = len ? memmem(text, n, piece, len) : NULL;
+        if (at) n = (size_t)(at - text);
+    }
+    return n;
+}
+
+/* Prints the conversation as people read it, or only its LAST turn. Who says what is seen from the
+ * template's words around a message, as it stands on the timeline also after /load. */
+static int print_talk(chat *h, FILE *f, bool last) {
+    static const char mark[] = "MESSAGE";
+    command *c = h->c;
+    text_line l = {.width = width_of(fileno(f))};
+    buffer all = {0}, around = {0}, turns = {0};
+    chat_writer w = {c->chat, c->t, &c->chat_options, true, .out = &around, .e = &c->e};
+    chat_turn(&w, &(medrun_message){"user", mark, sizeof mark - 1}, false, true);
+    tokenizer_decode(c->t, medrun_tokens(c->s), medrun_length(c->s), true, &all);
+    const char *open = chars(&around), *shut = strstr(open, mark), *end = chars(&all) + all.n;
+    size_t n_open = shut ? (size_t)(shut - open) : 0, n_shut = 0;
+    if (shut) n_shut = strlen(shut += sizeof mark - 1);
+    const char *p = n_open && n_shut ? memmem(chars(&all), all.n, open, n_open) : NULL, *next;
+    for (const char *text, *reply; p; p = next) {
+        text = p + n_open;
+        reply = memmem(text, (size_t)(end - text), shut, n_shut);
+        if (!reply) break;
+        next = memmem(reply, (size_t)(end - reply), open, n_open);
+        if (last) turns.n = 0;
+        buffer_text(&turns, "You: ");
+        buffer_add(&turns, text, (size_t)(reply - text));
+        buffer_text(&turns, "\n\nModel: ");
+        reply += n_shut;
+        buffer_add(&turns, reply, before_stop(c, reply, (size_t)((next ? next : end) - reply)));
+        buffer_text(&turns, "\n\n");
+    }
+    if (!turns.n) buffer_add(&turns, chars(&all), all.n);   /* a template without such words     */
+    if (!check_buffer(c, &all) && !check_buffer(c, &turns))
+        print_words(f, &l, chars(&turns), turns.n);
+    buffer_free(&all), buffer_free(&around), buffer_free(&turns);
+    return c->e.code;
+}
+
+static int chat_text(chat *h, char *path) {
+    static const file_kind kind = {"a talk that /text wrote", "medrun: a talk w", true, false, 0};
+    command *c = h->c;
+    file_writer w;
+    if (check_output(c, path, &kind) ||
+        writer_open(&w, path, &kind, flag(c, O_FORCE), &c->e)) return c->e.code;
+    fprintf(w.f, "medrun: a talk with %s. For research and education.\n\n", c->m->name);
+    print_talk(h, w.f, false);
+    if (!writer_done(&w, &c->e)) tell("wrote the conversation to %s", path);
+    return c->e.code;
+}
+
+static int chat_save(chat *h, char *path) {
+    command *c = h->c;
+    if (check_output(c, path, &session_file)) return c->e.code;
+    if (!save_session(c->s, path, flag(c, O_FORCE), &c->e))
+        tell("saved %zu tokens to %s", medrun_length(c->s), path);
+    return c->e.code;
+}
+
+/* Nobody knows where the turns of a loaded conversation begin: all of it counts as one. */
+static int chat_load(chat *h, char *path) {
+    command *c = h->c;
+    h->starts.n = h->last.n = 0;
+    if (medrun_restore(c->s, path, &c->e)) return c->e.code;
+    tell("loaded %zu tokens from %s", medrun_length(c->s), path);
+    if (!medrun_length(c->s) || print_talk(h, stderr, true)) return c->e.code;
+    return add_turn(h, medrun_tokens(c->s)[0] == c->t->bos);
+}
+
+/* FILE, whose name may hold blanks, and behind it a question about it, which is said first. */
+static int chat_read(chat *h, char *path) {
+    buffer said = {0};
+    file_facts f;
+    size_t n = strlen(path), end = n;
+    while (end && get_facts(path, -1, &f)) {            /* the longest that is a file's name     */
+        while (end < n && !path[end]) path[end] = ' ';
+        while (end && path[end - 1] != ' ') end--;
+        while (end && path[end - 1] == ' ') end--;
+        if (end) path[end] = 0;
+    }
+    if (!end) path[strcspn(path, " ")] = 0;             /* none is: its first word is reported   */
+    if (end && end < n) buffer_printf(&said, "%s\n\n", path + end + 1);
+    read_text(h->c, path, most_prompt(h->c), &said);
+    drop_line_end(&said);
+    chat_answer(h, chars(&said), said.n);
+    buffer_free(&said);
+    return h->c->e.code;
+}
+
+static int chat_stats(chat *h, char *text) { return (void)text, print_stats(h->c), MEDRUN_OK; }
+
+static int chat_show(chat *h, char *text) {
+    return (void)text, show_model(stderr, h->c, (int)context_of(h->c));
+}
+
+/* What takes a FILE gets its path with ~ replaced; an argument in brackets may be left out. */
+static const struct {
+    const char *name, *also, *argument;
+    int (*run)(chat *h, char *text);
+    const char *help;
+} chat_rows[] = {
+    {"/help", "/?", NULL, NULL, "this list"},
+    {"/bye", "/quit|/exit|/q", NULL, chat_bye, "leave, as Ctrl-D or the word exit"},
+    {"/clear", NULL, NULL, chat_clear, "forget the conversation"},
+    {"/undo", NULL, NULL, chat_undo, "take back the last message and its answer"},
+    {"/retry", NULL, NULL, chat_retry, "answer the last message again"},
+    {"/read", NULL, "FILE [QUESTION]", chat_read, "say the question and what stands in the file"},
+    {"/system", NULL, "[TEXT]", chat_system, "begin a new conversation with this system text"},
+    {"/set", NULL, "NAME VALUE", chat_set,
+        "change temp, top-k, top-p, min-p, repeat-penalty, seed or predict"},
+    {"/save", NULL, "FILE", chat_save, "write the conversation, with all that was said in it"},
+    {"/load", NULL, "FILE", chat_load, "go on with one that was saved"},
+    {"/text", NULL, "FILE", chat_text, "write the conversation as plain text"},
+    {"/stats", NULL, NULL, chat_stats, "speeds, and how full the context is"},
+    {"/show", NULL, NULL, chat_show, "the model and what it needs"}};
+enum { N_CHAT_ROWS = sizeof chat_rows / sizeof *chat_rows };
+
+static int chat_help(void) {
+    for (int i = 0; i < N_CHAT_ROWS; i++) {
+        char left[40];
+        snprintf(left, sizeof left, "%s %s", chat_rows[i].name,
+                 chat_rows[i].argument ? chat_rows[i].argument : "");
+        print_help(stderr, left, 24, chat_rows[i].help);
+    }
+    print_help(stderr, "\"\"\"", 24, "begins and ends a message of several lines");
+    print_help(stderr, "Tab", 24, "completes commands and paths");
+    print_help(stderr, "Ctrl-C", 24, "stops the answer; twice: leave");
+    print_help(stderr, "", 0, "A message that begins with / needs a space before it.");
+    return MEDRUN_OK;
+}
 
 /* Does what LINE says, which begins with /. */
 static int chat_command(chat *h, char *line) {
-    size_t n = strcspn(line, " \t\n");
-    const char *text = line + n + (line[n] != 0);
-    int which = 0;
+    medrun_error *e = &h->c->e;
+    size_t n = strcspn(line, " \t\n"), end = strlen(line), i = 0;
+    char *text = line + n + (line[n] != 0);
+    buffer path = {0};
+    while (end > n && isspace((uint8_t)line[end - 1])) line[--end] = 0;
     line[n] = 0;
-    while (which < N_SAY && strcmp(line, say_names[which])) which++;
-    bool takes_file = which == SAY_SAVE || which == SAY_LOAD || which == SAY_READ;
-    if (which == N_SAY)
-        return fail(&h->c->e, MEDRUN_USAGE, "%s: unknown; the nearest is %s, /help lists all", line,
-                    nearest(line, say_names, N_SAY));
-    if (which != SAY_SYSTEM && takes_file != (*text != 0))
-        return fail(&h->c->e, MEDRUN_USAGE, "%s: wanted %s", line,
-                    takes_file ? "a file" : "no more");
-    switch (which) {
-        case SAY_BYE: return h->leave = true, MEDRUN_OK;
-        case SAY_CLEAR: return chat_clear(h);
-        case SAY_SYSTEM: return chat_system(h, text);
-        case SAY_SAVE:
-            if (check_output(h->c, text, &session_file)) return h->c->e.code;
-            return save_session(h->c->s, text, flag(h->c, O_FORCE), &h->c->e);
-        case SAY_LOAD: return chat_load(h, text);
-        case SAY_READ: return chat_read(h, text);
-        case SAY_STATS: return print_stats(h->c), MEDRUN_OK;
-        case SAY_SHOW: return show_model(stderr, h->c, (int)context_of(h->c));
-        default: return fputs(say_help, stderr), MEDRUN_OK;
-    }
+    while (i < N_CHAT_ROWS && strcmp(line, chat_rows[i].name) &&
+           place_in(chat_rows[i].also, line) < 0) i++;
+    if (i == N_CHAT_ROWS)
+        return unknown(h->c, "command", line, "", h->ed.commands, h->ed.n_commands, "/help");
+    const char *wanted = chat_rows[i].argument;
+    if (*text ? !wanted : wanted && *wanted != '[')
+        return fail(e, MEDRUN_USAGE, "%s: wanted %s", line, wanted ? wanted : "no more");
+    if (!chat_rows[i].run) return chat_help();
+    if (!wanted || strncmp(wanted, "FILE", 4)) return chat_rows[i].run(h, text);
+    expand_path(text, &path);
+    if (!check_buffer(h->c, &path)) chat_rows[i].run(h, (char *)path.data);
+    buffer_free(&path);
+    return e->code;
 }
 
 /* A message is a command, or something to answer. */
@@ -10697,6 +10952,7 @@ static int chat_message(chat *h) {
         return fail(&h->c->e, MEDRUN_NO_MEMORY, "out of memory: the message was not taken");
     }
     if (m->n && m->data[0] == '/') return chat_command(h, (char *)m->data);
+    if (place_in("exit|quit", chars(m)) >= 0) return h->leave = true, MEDRUN_OK;
     return m->n ? chat_answer(h, chars(m), m->n) : MEDRUN_OK;
 }
 
@@ -10709,9 +10965,9 @@ static int chat_loop(chat *h) {
         if (got == LINE_END) return MEDRUN_OK;
         h->interrupts = got == LINE_INTERRUPTED ? h->interrupts + 1 : 0;
         if (h->interrupts > 1) return quit(h->c, MEDRUN_INTERRUPTED);
-        if (h->interrupts) fprintf(stderr, "(Ctrl-C once more, or Ctrl-D, leaves)\n");
+        if (h->interrupts) tell("(Ctrl-C once more, or Ctrl-D, leaves)");
         else if (chat_message(h) && *e->text) {
-            fprintf(stderr, "%s\n", e->text);
+            tell("%s", e->text);
             *e = (medrun_error){0};
         }
     }
@@ -10742,8 +10998,10 @@ static int converse_command(command *c) {
     choose_chat(c);
     if (start_session(c)) return c->e.code;
     prepare_editor(&h.ed);
-    fprintf(stderr, "%sFor research and education. Not a clinician; do not use it to decide about "
-            "anyone's care.%s\n", h.ed.colour ? "\x1b[33m" : "", h.ed.colour ? "\x1b[0m" : "");
+    for (int i = 0; i < N_CHAT_ROWS; i++) h.ed.commands[h.ed.n_commands++] = chat_rows[i].name;
+    if (h.ed.colour) fputs("\x1b[33m", stderr);
+    tell("%s", not_a_clinician);
+    if (h.ed.colour) fputs("\x1b[0m", stderr);
     note(c, "/help lists what can be typed.");
     buffer_text(&h.system, system_text(c));
     h.has_system = has_system(c);
@@ -10754,6 +11012,7 @@ static int converse_command(command *c) {
     chat_loop(&h);
     buffer_free(&h.system);
     buffer_free(&h.starts);
+    buffer_free(&h.last);
     close_editor(&h.ed);
     return c->e.code;
 }
@@ -11123,19 +11382,6 @@ static int logits_command(command *c) {
  * Tests: tests/16_commands.sh.
  * ============================================================================================ */
 
-/* Help has at most 78 columns: LEFT, and TEXT from column INDENT on, below a LEFT that is long. */
-static void print_help(FILE *f, const char *left, size_t indent, const char *text) {
-    size_t width = width_of(fileno(f));
-    text_line l = {.width = width && width < 78 ? width : 78, .indent = 6};
-    if (l.width < 60 && indent > 6) indent = 6;         /* a narrow terminal                     */
-    print_words(f, &l, left, strlen(left));
-    if (*left && l.at >= indent) fputc('\n', f), l.at = 0;
-    fprintf(f, "%*s", (int)(indent - l.at), "");
-    l.at = l.indent = indent;
-    print_words(f, &l, text, strlen(text));
-    fputc('\n', f);
-}
-
 static void help_option(const option_row *r) {
     char left[64], text[400], range[64] = "";
     snprintf(left, sizeof left, r->small ? "  -%s, --%s %s" : "  %s    --%s %s",
@@ -11181,8 +11427,8 @@ static int help_all(const program *p, FILE *f) {
     char text[400];
     snprintf(text, sizeof text, "%s " MEDRUN_VERSION ": %s.", p->name, p->about);
     print_help(f, "", 0, text);
-    print_help(f, "", 0, "For research and education. Not a clinician; do not use it to decide "
-               "about anyone's care.\n");
+    print_help(f, "", 0, not_a_clinician);
+    fputc('\n', f);
     for (int i = 0; i < p->n_commands; i++) help_command_row(f, p, i);
     snprintf(text, sizeof text, "\n%s help COMMAND lists a command's options. Exit codes: 0 ok, 1 "
              "failed while running, 2 usage, 3 file missing, unsupported or malformed, 4 "
