@@ -10767,6 +10767,7 @@ static int chat_retry(chat *h, char *text) {
 /* NAME VALUE: one of the options from --predict to --seed. */
 static int chat_set(chat *h, char *text) {
     command *c = h->c;
+    text += strspn(text, "-");
     size_t n = strcspn(text, " =");
     const char *value = text + n + strspn(text + n, " =");
     char name[48];

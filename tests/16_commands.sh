@@ -663,6 +663,101 @@ c.say(b'/system be kind\r'); c.say(b'one\r')
 check('/system', figures(c.say(b'/stats\r'))[2] > before[2])
 ended_well('conversation', c.end(b'\x04'), 0)
 
+# each command says what it did; a message is taken back, or answered again
+c = Chat('-n', '5', '--temp', '0', '-q', env={'HOME': T})
+said = lambda keys: unbroken(c.say(keys)).split(b'\x1b[?2004l', 1)[-1].split(b'\x1b[?2004h')[0].strip()
+check('/undo of nothing', said(b'/undo\r') == b'/undo: nothing was said')
+check('/retry of nothing', said(b'/retry\r') == b'/retry: nothing was said')
+one = said(b'one\r'); length = figures(c.say(b'/stats\r'))[2]
+check('/retry', said(b'/retry\r') == one and figures(c.say(b'/stats\r'))[2] == length)
+c.say(b'two\r'); out = said(b'/undo\r')
+check('/undo', re.fullmatch(rb'took back the last message and its answer; \d+ tokens are left', out), out)
+two = said(b'two\r'); longer = figures(c.say(b'/stats\r'))[2]
+c.say(b'/undo\r'); c.say(b'/undo\r'); check('/undo twice', figures(c.say(b'/stats\r'))[2] == 0)
+check('it begins anew', said(b'one\r') == one and said(b'two\r') == two and figures(c.say(b'/stats\r'))[2] == longer)
+out = said(b'/save ~/s3 \r'); check('/save', out == b'saved %d tokens to %s/s3' % (longer, T.encode()), out)
+check('/clear', said(b'/clear\r') == b'the conversation is empty now')
+out = said(b'/load ~/s3\r'); check('/load', out.startswith(b'loaded %d tokens from %s/s3 You: two Model: ' % (longer, T.encode())), out)
+check('/load shows the last turn only', b'one' not in out.split(b'You:')[1], out)
+check('/retry of what was loaded', said(b'/retry\r') == b'/retry: nothing was said')
+out = said(b'/text ~/talk.txt\r'); check('/text', out == b'wrote the conversation to %s/talk.txt' % T.encode(), out)
+talk = open(T + '/talk.txt').read()
+check('the talk as text', re.fullmatch(r'(?s)medrun: a talk with [^\n]*\n\nYou: one\n\nModel: .*\n\nYou: two\n\nModel: .*\n\n', talk) and '<|' not in talk, talk.encode())
+check('it is private', os.stat(T + '/talk.txt').st_mode & 0o77 == 0)
+check('/text once more', b'wrote' in said(b'/text ~/talk.txt\r'))
+open(T + '/mine', 'w').write('my own notes'); out = said(b'/text ~/mine\r')
+check("a stranger's file stays", b'exists and is not a talk' in out and open(T + '/mine').read() == 'my own notes', out)
+out = said(b'/save ~/mine\r'); check('/save neither', b'exists and is not' in out and open(T + '/mine').read() == 'my own notes', out)
+os.symlink('mine', T + '/linked'); check('nor through a link', b'symbolic link' in said(b'/text ~/linked\r'))
+check('/text into nothing', b'cannot write' in said(b'/text ~/none/x\r'))
+check('/set', said(b'/set temp 0.4\r') == b'temp is 0.4 now' and said(b'/set --temperature=0\r') == b'temp is 0 now')
+for bad in (b'temp', b'temp hot', b'temp -1', b'ctx 5', b'nothing 5', b''):
+    out = said(b'/set ' + bad + b'\r'); check('/set %r' % bad, b'wanted' in out and b'now' not in out, out)
+c.say(b'/clear\r'); c.say(b'/set temp 0\r'); check('a wrong /set changed nothing', said(b'one\r') == one)
+c.say(b'/set predict 2\r'); c.say(b'again\r'); check('/set predict', figures(c.say(b'/stats\r'))[1] == 2)
+c.say(b'/set temp 1.5\r'); c.say(b'/set predict 5\r')
+def seeded():
+    c.say(b'/clear\r'); c.say(b'/set seed 7\r'); return said(b'one\r')
+check('/set seed', seeded() == seeded())
+check('/clear takes no text', b'wanted no more' in said(b'/clear all\r'))
+ended_well('/q', c.end(b'/q\r'), 0)
+for leave in (b'exit', b'quit', b'/exit', b'/quit'): c = Chat('-n', '2'); ended_well(leave.decode(), c.end(leave + b'\r'), 0)
+c = Chat('-n', '3', '-v', '--temp', '0', '-q')
+check('exit in a text is a text', b'how do I exit' in c.say(b'how do I exit\r').split(b'prompt, ', 1)[-1]); check('/?', b'/retry' in c.say(b'/?\r'))
+open(T + '/a b.txt', 'w').write('the note\n')
+for typed, wanted in ((b'/read %s/note what is it?', b'what is it?\n\ntwo<'), (b'/read %s/a b.txt what is it?', b'what is it?\n\nthe note<'), (b'/read %s/a b.txt', b'\n\nthe note<'), (b'/read %s/note', b'\n\ntwo<')):
+    out = c.say(typed % T.encode() + b'\r').replace(b'\r', b'')
+    if b'<|eot_id|>' in out: check('%r' % typed, wanted in out.split(b'prompt, ', 1)[-1], out)
+check('/read of nothing', b'nothing: cannot open' in unbroken(c.say(b'/read %s/nothing what is it?\r' % T.encode())))
+out = c.say(b'/system be kind\r'); check('/system', b'the conversation is empty now, its system text is new' in unbroken(out), out)
+check('it is said', b'be kind' in c.say(b'one\r').split(b'prompt, ', 1)[-1]); c.end(b'\x04')
+
+# Tab and Ctrl-L
+os.mkdir(T + '/tab'); os.mkdir(T + '/tab/folder')
+for name in ('alpha one', 'alpha two', 'be*ta', 'bela'): open(T + '/tab/' + name, 'w').write(name + '\n')
+c = Chat('-n', '2', '-v', env={'HOME': T + '/tab'})
+line = lambda out: re.findall(rb'> (?:\x1b\[0m)?([^\r\x1b]*)\x1b\[K\r', out)[-1]
+home = T.encode() + b'/tab/'
+def tab(what, keys, wanted):
+    out = c.say(keys); check('Tab: ' + what, line(out).endswith(wanted), out); c.say(b'\x15')
+tab('a command', b'/sy\t', b'/system ')
+tab('commands that differ', b'/s\t', b'/s')
+tab('as far as they agree', b'/s\tt\t', b'/stats ')
+tab('what is no command', b'/zz\t', b'/zz'); tab('not in a text', b'he\tllo', b'hello')
+c2 = c; c = Chat('-n', '2', '-v', env={'HOME': T + '/tab'}, columns=200)
+tab('a path', b'/read ~/be*\t', b'/read ' + home + b'be*ta'); tab('another', b'/read ~/bel\t', b'/read ' + home + b'bela')
+tab('a folder', b'/read ~/f\t', home + b'folder/'); tab('two paths', b'/load ~/al\t', home + b'alpha '); tab('none', b'/load ~/zz\t', b'~/zz')
+out = c.say(b'/load ~/al\t\t'); check('a list of them', home + b'alpha one  ' + home + b'alpha two' in out, out); c.say(b'\x15')
+out = c.say(b'/s\t'); check('a list of commands', b'/system  /set  /save  /stats  /show' in out, out); c.say(b'\x15')
+out = c.say(b'/read ~/bel\t?\x7f\r'); check('and it is read', b'bela' in out.split(b'prompt, ', 1)[-1], out)
+out = c.say(b'abc\x0c'); check('Ctrl-L', b'\x1b[H\x1b[2J' in out and line(out) == b'abc', out)
+ended_well('Tab', c.end(b'\x15\x04'), 0); c2.end(b'\x04')
+
+# words are not broken by the end of a line; the demo model speaks English
+demo = 'tools/demo/demo.mdr'
+question = 'What are the symptoms of diabetes?'
+rc = subprocess.run([medrun, 'run', demo, question, '-q'], capture_output=True, stdin=subprocess.DEVNULL)
+plain = rc.stdout
+check('to a pipe no line is broken', plain.count(b'\n') == 1 and plain.endswith(b'.\n'), plain)
+for columns in (30, 60, 120, 200, 250):
+    for env in ({}, {'TERM': 'dumb'}, {'LANG': 'C', 'NO_COLOR': '1'}):
+        pid, fd = pty.fork()
+        if pid == 0:
+            time.sleep(0.2)
+            os.execvpe(medrun, [medrun, 'run', demo, question, '-q'], dict(os.environ, **env))
+        fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack('HHHH', 24, columns, 0, 0))
+        out = b''
+        while True:
+            try: more = os.read(fd, 4096)
+            except OSError: break
+            if not more: break
+            out += more
+        os.waitpid(pid, 0); os.close(fd)
+        lines = out.replace(b'\r', b'').split(b'\n')
+        check('%d columns %s: the same words' % (columns, env), b' '.join(b' '.join(lines).split()) == plain.strip(), out)
+        check('%d columns: no line is longer' % columns, max(map(len, lines)) <= min(columns, 200), out)
+        check('%d columns: no line could be longer' % columns, all(len(a) + 1 + len(b.split()[0]) > columns for a, b in zip(lines, lines[1:]) if b), out)
+
 # a prefix: the first message takes from it, a cleared conversation again; a bad one is said first
 plain = Chat('-n', '5', '--temp', '0', '-q')
 first, second = plain.say(b'one and two and one and two and one and two and three\r'), plain.say(b'four\r')
