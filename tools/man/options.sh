@@ -8,7 +8,7 @@ shift
 
 # The lines of one --help as they are, each with the COMMAND that it is about in front.
 help_of() { # PROGRAM
-    commands=$("$bin/$1" --help | sed -nE "s/^$1 \[?([a-z]+)[] ].*/\1/p")
+    commands=$("$bin/$1" --help | sed -nE "s/^$1 \[?([a-z]+)([] ].*)?$/\1/p")
     for command in ${commands:-''}; do
         # shellcheck disable=SC2086
         "$bin/$1" $command --help | sed "s/^/${command:--} /"
@@ -23,7 +23,7 @@ list() {
         return text
     }
     { command = $1; sub(/^[^ ]+ /, "") }
-    /^ +(-[a-z]+, )?--[a-z]/ {
+    /^ +(-[a-zA-Z]+, )?--[a-z]/ {
         sub(/^ +/, "")
         at = match($0, /  +/)
         left = at ? substr($0, 1, at - 1) : $0
