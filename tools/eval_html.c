@@ -38,18 +38,23 @@ static const char page_style[] =
     "h2 { font-size: 1.25rem; margin-top: 3rem; overflow-wrap: anywhere }\n"
     "h3 { font-size: 1rem; margin-top: 2rem; overflow-wrap: anywhere }\n"
     "time { white-space: nowrap }\n"
-    ".wide { overflow-x: auto }\n"
+    ".wide { overflow-x: auto; background:\n"           /* a shadow where it can be scrolled     */
+    "  linear-gradient(to left, Canvas 50%, #0000) right / 3rem 100% no-repeat local,\n"
+    "  linear-gradient(to left, #8889, #0000) right / 1rem 100% no-repeat scroll }\n"
     "table { border-collapse: collapse; font-variant-numeric: tabular-nums }\n"
     "td, th { border-bottom: 1px solid var(--line); padding: .25rem .75rem; text-align: right;\n"
     "  white-space: nowrap }\n"
     "td:first-child, th:first-child, .text { text-align: left }\n"
+    ".all { font-weight: 600 }\n"
+    ".pair { display: flex; flex-wrap: wrap; gap: 0 3rem } .pair > div { flex: 1 1 22rem;\n"
+    "  min-width: 0 }\n"
     "@media (max-width: 40rem) {\n"
     "  td, th { padding: .2rem .3rem; font-size: .8rem } th { white-space: normal } }\n"
     ".about { font-size: .85rem; overflow-wrap: anywhere; opacity: .8 }\n"
     ".remark { border-left: 3px solid var(--warn); padding-left: .75rem;\n"
     "  overflow-wrap: anywhere }\n"
     ".same { background: var(--soft) }\n"
-    "svg { max-width: 100%; height: auto } svg text { font-size: 11px; fill: currentColor }\n"
+    "svg { max-width: 100%; height: auto } svg text { font-size: 12px; fill: currentColor }\n"
     "details { border-bottom: 1px solid var(--line); padding: .4rem 0; overflow-wrap: anywhere }\n"
     "summary { cursor: pointer; white-space: nowrap; overflow: hidden; text-overflow: ellipsis }\n"
     "</style>\n";
@@ -77,14 +82,14 @@ static void page_head(const results *all, buffer *b) {
 /* A number that guessing would reach says nothing: chance stands beside each accuracy. */
 static void page_table(const results *all, const tallies *t, buffer *b) {
     bool many = all->n_runs > 1;
-    buffer_printf(b, "<h2>Accuracy by task and subject</h2>\n<div class=\"wide\"><table><tr>"
-                  "<th>task<th class=\"text\">subject<th>questions<th>acc<th>chance"
+    buffer_printf(b, "<h2>Accuracy by task and subject</h2>\n<div class=\"wide\">"
+                  "<table><tr><th>task<th class=\"text\">subject<th>questions<th>acc<th>chance"
                   "<th>standard error<th>95 %% interval<th>acc_norm%s\n",
                   many ? "<th class=\"text\">settings" : "");
     for (const tally *p = t->t; p < t->t + t->n; p++) {
         double interval[2];
         wilson(p->right, p->n, interval);
-        buffer_text(b, "<tr><td>");
+        buffer_text(b, *p->subject ? "<tr><td>" : "<tr class=\"all\"><td>");
         add_html(b, p->task, " ");
         buffer_text(b, "<td class=\"text\">");
         add_html(b, *p->subject ? p->subject : "all", " ");
@@ -267,15 +272,21 @@ static int page_task(const results *all, const tally *t, buffer *b, medrun_error
     size_t n_sets = 0;
     for (size_t i = 0; i < all->n_sets; i++) n_sets += is_of(&all->sets[i], t->run, t->task);
     if (*t->subject || !n_sets) return e->code;
+    double interval[2];
+    wilson(t->right, t->n, interval);
     buffer_text(b, "<h2>");
     add_name_as_html(all, t->run, t->task, b);
-    buffer_printf(b, ": accuracy %.4f, chance %.4f</h2>\n", share(t->right, t->n), chance_of(t));
+    buffer_printf(b, ": accuracy %.4f</h2>\n<p>%zu of %zu are right; guessing would get %.4f. The "
+                  "accuracy's 95 %% interval is %.4f to %.4f.</p>\n", share(t->right, t->n),
+                  t->right, t->n, chance_of(t), interval[0], interval[1]);
+    buffer_text(b, "<div class=\"pair\"><div>\n");
     page_calibration(all, t, b);
-    for (const result_set *s = all->sets; s < all->sets + all->n_sets && !e->code; s++) {
-        if (!is_of(s, t->run, t->task)) continue;
-        page_confusion(all, s, b);
-        page_wrong(all, s, b, e);
-    }
+    buffer_text(b, "</div><div>\n");
+    for (const result_set *s = all->sets; s < all->sets + all->n_sets; s++)
+        if (is_of(s, t->run, t->task)) page_confusion(all, s, b);
+    buffer_text(b, "</div></div>\n");
+    for (const result_set *s = all->sets; s < all->sets + all->n_sets && !e->code; s++)
+        if (is_of(s, t->run, t->task)) page_wrong(all, s, b, e);
     return e->code;
 }
 
