@@ -23,7 +23,7 @@ same() { # FILE FILE: the same lines
 }
 
 # ---- the line ----
-code 0 --version; out_has '^medrun-eval [0-9]'
+code 0 --version; out_has '^medrun-eval [0-9]'; code 0 -V; out_has '^medrun-eval [0-9]'
 code 0 --help; out_has '--fewshot K FILE'; out_has 'Exit codes'
 code 2; err_has 'wanted MODEL.mdr TASK DATA'; one_line
 code 2 "$model" medqq "$data/medqa.jsonl"; err_has 'task: found medqq'
@@ -200,7 +200,7 @@ check 'no heading stands twice' [ -z "$(grep -o '<h[1-3]>.*</h[1-3]>' "$T/page.h
 check 'questions are counted from 1' [ "$(grep -c '<summary>0[.]' "$T/page.html")" = 0 ]
 for words in "<title>medrun demo (int8) on mmlu, medmcqa, medqa, pubmedqa, $(date +%Y-)" "<h1>medrun demo.*<time>$(date +%Y-)" \
     'one, among the choices: [01][.]' 'answer, among the choices' 'acc_norm: each' '<th>chance' 'choices are noise' \
-    '<svg' 'Calibration: medqa' 'prefers-color-scheme' '<b>(right)</b>' 'Research and teaching only'; do
+    '<svg' 'Calibration: medqa' '^<tr class="all"><td>medqa' 'of 13 are right; guessing would get 0.2500' 'interval is 0[.]' 'prefers-color-scheme' '<b>(right)</b>' 'Research and teaching only'; do
     check "the page has $words" grep -q -- "$words" "$T/page.html"
 done
 code 0 --merge "$T"/task_*.jsonl --html "$T/page.html"             # over an older page

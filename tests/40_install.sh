@@ -46,6 +46,11 @@ for p in $programs; do
     cp "tools/man/$p.1" "$page"
     sh tools/man/options.sh "$bin" "$page" && cmp -s "$page" "tools/man/$p.1" && ok ||
         { bad "tools/man/$p.1: not as $p --help: make man"; diff "tools/man/$p.1" "$page" | head -5; }
+    for command in '' $("$bin/$p" --help | sed -nE "s/^$p \[?([a-z]+)[] ].*/\1/p"); do
+        # shellcheck disable=SC2086
+        long=$("$bin/$p" $command --help | awk 'length($0) > 78' | head -3)
+        [ -z "$long" ] && ok || bad "$p $command --help is wider than 78 columns: $long"
+    done
     options=$(sed -n '/^\.\\" options:/,/^\.\\" end/p' "$page" | grep -c '^\.It Fl')
     [ "$options" -ge 10 ] && ok || bad "tools/man/$p.1 has $options options"
     for command in $("$bin/$p" --help | sed -nE "s/^$p \[?([a-z]+)[] ].*/\1/p"); do

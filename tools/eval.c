@@ -1592,27 +1592,27 @@ static const tool_option eval_table[] = {
     {"--strict", NULL, NULL, AT(strict), "bf16: the same numbers on every machine"},
     {"--quiet", "-q", NULL, AT(quiet), "no progress"},
     {"--help", "-h", NULL, AT(help), "this text"},
-    {"--version", NULL, NULL, AT(version), "the version"},
+    {"--version", "-V", NULL, AT(version), "the version"},
 };
 #undef AT
 enum { N_EVAL_OPTIONS = sizeof eval_table / sizeof *eval_table };
 
 static void print_eval_help(const tool_line *l) {
-    printf("medrun-eval MODEL.mdr TASK DATA [options]\n"
-           "medrun-eval --merge RESULT... [-o ALL.jsonl] [--summary json] [--html FILE]\n\n"
-           "Scores a model on multiple-choice questions, as " HARNESS "\ndoes. TASK: medqa, "
-           "medmcqa, pubmedqa, mmlu, mmlu_pro, usmle, generic (question, choices,\nanswer). "
-           "DATA, in UTF-8: JSONL, JSON (the dataset viewer's, too) or CSV, with the "
-           "fields' names\nas its head or, for mmlu and generic, without: question, choices, "
-           "letter.\n\n");
+    print_wrapped("medrun-eval MODEL.mdr TASK DATA [options]\n"
+                  "medrun-eval --merge RESULT... [-o ALL.jsonl] [--summary json] [--html FILE]\n\n"
+                  "Scores a model on multiple-choice questions, as " HARNESS " does. TASK: medqa, "
+                  "medmcqa, pubmedqa, mmlu, mmlu_pro, usmle, generic (question, choices, answer). "
+                  "DATA, in UTF-8: JSONL, JSON (the dataset viewer's, too) or CSV, with the "
+                  "fields' names as its head or, for mmlu and generic, without: question, choices, "
+                  "letter.\n\n");
     print_options(l);
-    printf("\nletter: the log-likelihood of the letter; answer: of the choice's text, and divided "
-           "by\nits characters (acc_norm); generate: the model reasons, and its answer is looked "
-           "for.\n"
-           "MEDRUN_MODE, MEDRUN_KV and so on set an option that is not given.\n"
-           "Exit codes: 0 ok, 1 failed while running, 2 usage, 3 file missing, unsupported or\n"
-           "malformed, 5 question longer than the context, 6 out of memory, 7 below --require,\n"
-           "130 interrupted.\n");
+    print_wrapped("\nletter: the log-likelihood of the letter; answer: of the choice's text, and "
+                  "divided by its characters (acc_norm); generate: the model reasons, and its "
+                  "answer is looked for.\n"
+                  "MEDRUN_MODE, MEDRUN_KV and so on set an option that is not given.\n"
+                  "Exit codes: 0 ok, 1 failed while running, 2 usage, 3 file missing, unsupported "
+                  "or malformed, 5 question longer than the context, 6 out of memory, 7 below "
+                  "--require, 130 interrupted.\n");
 }
 
 /* The place of TEXT among N WORDS; FALLBACK where there is no text. */

@@ -2209,7 +2209,7 @@ static void close_exporter(exporter *x) {
 
 #define AT(field) offsetof(export_options, field)
 static const tool_option option_table[] = {
-    {"--type", NULL, "TYPE", AT(type), "int8 (default), bf16, or int4: smaller, less exact"},
+    {"--type", NULL, "TYPE", AT(type), "int8 (default), bf16, int4: smaller, less exact"},
     {"--template", NULL, "NAME", AT(template_name), "the chat template (default: recognised)"},
     {"--name", NULL, "TEXT", AT(name), "the checkpoint's name (default: the folder's)"},
     {"--proof", NULL, "FILE", AT(proof), "JSON with more proofs: tokens, chats, logits"},
@@ -2222,22 +2222,22 @@ static const tool_option option_table[] = {
     {"--dry-run", NULL, NULL, AT(dry_run), "check everything, print what would be written"},
     {"--tokenizer-only", NULL, NULL, AT(tokenizer_only), "write only a tokenizer.bin"},
     {"--help", "-h", NULL, AT(help), "this text"},
-    {"--version", NULL, NULL, AT(version), "the version"},
+    {"--version", "-V", NULL, AT(version), "the version"},
 };
 #undef AT
 enum { N_EXPORT_OPTIONS = sizeof option_table / sizeof *option_table };
 
 static void print_export_help(void) {
-    printf("medrun-export SOURCE OUT.mdr [options]\n"
-           "medrun-export --tokenizer-only SOURCE OUT.bin\n\n"
-           "Makes a medrun checkpoint from a Hugging Face folder (config.json, tokenizer.json,\n"
-           "safetensors) or from a GGUF file. Writes OUT.partial; renames it when it is complete\n"
-           "and read again.\n\n");
+    print_wrapped("medrun-export SOURCE OUT.mdr [options]\n"
+                  "medrun-export --tokenizer-only SOURCE OUT.bin\n\n"
+                  "Makes a medrun checkpoint from a Hugging Face folder (config.json, "
+                  "tokenizer.json, safetensors) or from a GGUF file. Writes OUT.partial; renames "
+                  "it when it is complete and read again.\n\n");
     print_options(&(tool_line){.table = option_table, .n = N_EXPORT_OPTIONS});
-    printf("\nTemplates: " MEDRUN_TEMPLATES ".\n");
-    printf("MEDRUN_TYPE, MEDRUN_TEMPLATE and so on set an option that is not given.\n"
-           "Exit codes: 0 ok, 1 failed while running, 2 usage, 3 file missing, unsupported or\n"
-           "malformed, 4 a given proof differs, 6 out of memory, 130 interrupted.\n");
+    print_wrapped("\nTemplates: " MEDRUN_TEMPLATES ".\n"
+                  "MEDRUN_TYPE, MEDRUN_TEMPLATE and so on set an option that is not given.\n"
+                  "Exit codes: 0 ok, 1 failed while running, 2 usage, 3 file missing, unsupported "
+                  "or malformed, 4 a given proof differs, 6 out of memory, 130 interrupted.\n");
 }
 
 static int parse_line(exporter *x, int argc, char **argv, medrun_error *e) {

@@ -90,6 +90,19 @@ static int parse_options(tool_line *l, int argc, char **argv, medrun_error *e) {
     return e->code;
 }
 
+/* Prints TEXT in lines of at most 78 characters. Its line ends stay. */
+static void print_wrapped(const char *text) {
+    size_t at = 0, n;
+    for (; *text; text += n) {
+        if (*text == '\n') { putchar('\n'), at = 0, n = 1; continue; }
+        if (*text == ' ') { n = 1; continue; }
+        n = strcspn(text, " \n");
+        if (at && at + 1 + n > 78) putchar('\n'), at = 0;
+        printf("%s%.*s", at ? " " : "", (int)n, text);
+        at += n + (at ? 1 : 0);
+    }
+}
+
 static void print_options(const tool_line *l) {
     for (const tool_option *p = l->table; p < l->table + l->n; p++) {
         char left[64];
