@@ -67,7 +67,7 @@ for p in $programs; do
 done
 
 # Completions. What is offered behind "medrun run --" is what its help has.
-wanted=$("$bin/medrun" run --help | sed -nE 's/^ +(-[a-z]+, )?(--[a-z0-9-]+).*/\2/p' | sort -u | tr '\n' ' ')
+wanted=$("$bin/medrun" run --help | sed -nE 's/^ {2,6}(-[a-zA-Z]+, )?(--[a-z0-9-]+).*/\2/p' | sort -u | tr '\n' ' ')
 [ "$(echo "$wanted" | wc -w)" -ge 20 ] && ok || bad "help has no options: $wanted"
 if command -v bash > /dev/null; then
     cat > "$build/complete.bash" <<'EOF'
@@ -84,7 +84,7 @@ EOF
         [ "$found" = "$want" ] && ok || bad "bash offers behind $*: $found"
     }
     offers "$wanted" medrun run --
-    offers "verify " medrun ver
+    offers "verify " medrun veri
     offers " " medrun run ""
     offers "--type " medrun-export folder --ty
     offers "replay " "$bin/medrun-lab" rep

@@ -46,7 +46,7 @@ budgets="
 16:1410:2680"
 budgets=$(echo $budgets)                  # on one line
 most_lines=11684                            # the goals: 9000, 450000, 15
-most_bytes=579551
+most_bytes=579563
 least_comments=12.7
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '

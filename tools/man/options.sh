@@ -23,7 +23,7 @@ list() {
         return text
     }
     { command = $1; sub(/^[^ ]+ /, "") }
-    /^ +(-[a-zA-Z]+, )?--[a-z]/ {
+    /^ +(-[a-zA-Z]+, )?--[a-z]/ && match($0, /[^ ]/) <= 7 {
         sub(/^ +/, "")
         at = match($0, /  +/)
         left = at ? substr($0, 1, at - 1) : $0
