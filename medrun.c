@@ -1724,6 +1724,12 @@ typedef struct {
     pthread_t id;
 } worker;
 
+/* Threads that may wait: do they sleep, yes or no (some systems exchange no byte)? */
+typedef struct {
+    atomic_int asleep;
+    pthread_cond_t bell;                    /* wakes them                                       */
+} sleeper;
+
 /* A job is one call of parallel_for: N items in pieces of GRAIN. LEFT holds which job it is (upper
  * 32 bits) and how many of its pieces nobody has taken. The caller writes the plain fields before
  * it sets LEFT, and a thread reads them after it took a piece. They stay as they are until that
@@ -1734,10 +1740,10 @@ typedef struct thread_pool {
     int started;
     pthread_mutex_t turn;                   /* held by the session whose step runs              */
     pthread_mutex_t lock;                   /* for sleeping and waking only                     */
-    pthread_cond_t wake, idle;
+    sleeper idle, caller;                   /* workers, and the thread in parallel_for          */
     _Atomic uint64_t left;
     atomic_size_t finished;                 /* pieces                                           */
-    atomic_int workers_sleep, caller_sleeps, quit;  /* yes or no; some systems exchange no byte */
+    atomic_int quit;
     task_fn *task;
     void *context;
     size_t n, grain, pieces;
@@ -1746,9 +1752,10 @@ typedef struct thread_pool {
     double alone_until, rest;               /* seconds: how long the caller works alone         */
 } thread_pool;
 
-/* Takes pieces until none is left, and gives how many. One number is the whole schedule: a thread
- * on a slow or busy core takes fewer pieces, and one that the system does not let run takes none,
- * so nobody waits for it. Who was interrupted before it took a piece finds another job in LEFT. */
+/* Takes pieces until none is left, reports them and gives how many. One number is the whole
+ * schedule: a thread on a slow or busy core takes fewer pieces, and one that the system does not
+ * let run takes none, so nobody waits for it. Who was interrupted before it took a piece finds
+ * another job in LEFT. */
 static size_t take_pieces(thread_pool *pool, int thread) {
     size_t taken = 0;
     uint64_t left = atomic_load_explicit(&pool->left, memory_order_acquire);
@@ -1760,8 +1767,11 @@ static size_t take_pieces(thread_pool *pool, int thread) {
         taken++;
         left = atomic_load_explicit(&pool->left, memory_order_acquire);
     }
+    if (taken) atomic_fetch_add(&pool->finished, taken);
     return taken;
 }
+
+/* ---- waiting ------------------------------------------------------------------------------- */
 
 /* How often a thread that waits looks again before it sleeps: 20 microseconds in all on a Xeon of
  * 2023. The next job of a pass mostly comes sooner, and to wake a thread that sleeps would cost a
@@ -1779,57 +1789,51 @@ static bool is_work(thread_pool *pool) {
     return (uint32_t)atomic_load(&pool->left) || atomic_load(&pool->quit);
 }
 
+static bool is_done(thread_pool *pool) { return atomic_load(&pool->finished) == pool->pieces; }
+
 /* Does this worker run on the caller's processor? False where the system does not say. */
 static bool beside_caller(thread_pool *pool) {
     int here = this_processor();
     return here >= 0 && here == atomic_load(&pool->caller_runs_on);
 }
 
-/* First spins, then sleeps, because nobody wants a fan to run while a person types. A worker cannot
- * miss a job and sleep on: it says that it sleeps before it looks for the last time, and
- * parallel_for sets LEFT before it looks who sleeps. Both do so by an exchange: qemu lets a mere
- * store pass a later load, and then each could miss the other. On a busy machine the system may
- * wake a worker on the caller's own processor, in whose place it would spin: it sleeps at once. */
-static void wait_for_work(thread_pool *pool) {
-    for (int i = 0; i < SPINS; i++) {
-        if (is_work(pool)) return;
-        if (i % 64 == 0 && beside_caller(pool)) break;
+/* First spins, then sleeps, because nobody wants a fan to run while a person types. No thread can
+ * miss what it waits for and sleep on: it says that it sleeps before it looks for the last time,
+ * and the one that makes it READY does so before it looks who sleeps. Both do it by an exchange:
+ * qemu lets a mere store pass a later load, and then each could miss the other. On a busy machine
+ * the system may wake a worker on the caller's own processor, in whose place it would spin: such a
+ * worker sleeps at once. */
+static void wait_until(thread_pool *pool, bool ready(thread_pool *), sleeper *me) {
+    bool beside = false;
+    for (int i = 0; i < SPINS && !beside; i++) {
+        if (ready(pool)) return;
+        if (me == &pool->idle && i % 64 == 0) beside = beside_caller(pool);
         pause_briefly();
     }
-    if (beside_caller(pool)) atomic_store(&pool->crowded, true);
+    if (beside) atomic_store(&pool->crowded, true);
     pthread_mutex_lock(&pool->lock);
-    for (;;) {
-        atomic_exchange(&pool->workers_sleep, true);
-        if (is_work(pool)) break;
-        pthread_cond_wait(&pool->wake, &pool->lock);
-    }
+    while (atomic_exchange(&me->asleep, true), !ready(pool))
+        pthread_cond_wait(&me->bell, &pool->lock);
+    pthread_mutex_unlock(&pool->lock);
+}
+
+/* Wakes those that sleep, once: until one of them runs, the next calls wake nobody. */
+static void wake(thread_pool *pool, sleeper *them) {
+    if (!atomic_load(&them->asleep)) return;
+    pthread_mutex_lock(&pool->lock);
+    atomic_store(&them->asleep, false);
+    pthread_cond_broadcast(&them->bell);
     pthread_mutex_unlock(&pool->lock);
 }
 
 static void *worker_main(void *context) {
     const worker *w = context;
-    thread_pool *pool = w->pool;
-    for (;;) {
-        wait_for_work(pool);
-        if (atomic_load(&pool->quit)) return NULL;
-        size_t taken = take_pieces(pool, w->index);
-        if (!taken) continue;
-        atomic_fetch_add(&pool->finished, taken);
-        if (!atomic_load(&pool->caller_sleeps)) continue;
-        pthread_mutex_lock(&pool->lock);
-        pthread_cond_signal(&pool->idle);
-        pthread_mutex_unlock(&pool->lock);
-    }
+    while (wait_until(w->pool, is_work, &w->pool->idle), !atomic_load(&w->pool->quit))
+        if (take_pieces(w->pool, w->index)) wake(w->pool, &w->pool->caller);
+    return NULL;
 }
 
-/* Wakes the workers that sleep, once: until one of them runs, the next jobs call nobody. */
-static void wake_workers(thread_pool *pool) {
-    if (!atomic_load(&pool->workers_sleep)) return;
-    pthread_mutex_lock(&pool->lock);
-    atomic_store(&pool->workers_sleep, false);
-    pthread_cond_broadcast(&pool->wake);
-    pthread_mutex_unlock(&pool->lock);
-}
+/* ---- jobs ---------------------------------------------------------------------------------- */
 
 /* On a busy machine workers can cost more than they do: the system stops one for milliseconds in
  * the middle of a piece, or wakes it on the caller's processor. Then the caller works alone for a
@@ -1838,19 +1842,6 @@ static void rest_workers(thread_pool *pool, double time, double now) {
     pool->rest = now - pool->alone_until < pool->rest ? 2 * pool->rest : time;
     if (pool->rest > 1) pool->rest = 1;
     pool->alone_until = now + pool->rest;
-}
-
-/* Waits until the workers have finished what they took: PIECES in all. */
-static void wait_for_pieces(thread_pool *pool, size_t pieces) {
-    for (int i = 0; i < SPINS; i++) {
-        if (atomic_load_explicit(&pool->finished, memory_order_acquire) == pieces) return;
-        pause_briefly();
-    }
-    pthread_mutex_lock(&pool->lock);
-    atomic_exchange(&pool->caller_sleeps, true);
-    while (atomic_load(&pool->finished) != pieces) pthread_cond_wait(&pool->idle, &pool->lock);
-    atomic_store(&pool->caller_sleeps, false);
-    pthread_mutex_unlock(&pool->lock);
 }
 
 /* Runs TASK over N items, GRAIN at a time, on all threads, and returns when all are done. One
@@ -1872,37 +1863,28 @@ static void parallel_for(thread_pool *pool, size_t n, size_t grain, task_fn *tas
     atomic_store(&pool->finished, 0);
     uint64_t job = (atomic_load(&pool->left) >> 32) + 1;
     atomic_exchange(&pool->left, job << 32 | pool->pieces);
-    wake_workers(pool);
+    wake(pool, &pool->idle);
     size_t mine = take_pieces(pool, 0);
     double end = seconds(), piece = (end - start) / (double)(mine ? mine : 1);
-    wait_for_pieces(pool, pool->pieces - mine);
+    wait_until(pool, is_done, &pool->caller);
     double now = seconds(), waited = now - end;
     if (waited > 5e-4 && waited > 4 * piece) rest_workers(pool, 4 * waited, now);
 }
 
 static void pool_stop(thread_pool *pool) {
     atomic_exchange(&pool->quit, true);
-    wake_workers(pool);
+    wake(pool, &pool->idle);
     for (int i = 0; i < pool->started; i++) pthread_join(pool->workers[i].id, NULL);
     pthread_mutex_destroy(&pool->turn);
     pthread_mutex_destroy(&pool->lock);
-    pthread_cond_destroy(&pool->wake);
-    pthread_cond_destroy(&pool->idle);
+    pthread_cond_destroy(&pool->idle.bell);
+    pthread_cond_destroy(&pool->caller.bell);
     pool->started = pool->threads = 0;
 }
 
+/* The usual 8 MiB a thread would use up the address space of a process that may have only little
+ * (ulimit -v). Big arrays lie in a session's scratch, not on the stack. */
 enum { THREAD_STACK = 512 << 10 };
-
-/* The usual stack of 8 MiB a thread would use up the address space of a process that may have only
- * little (ulimit -v). Big arrays lie in a session's scratch, not on the stack. */
-static int start_thread(pthread_t *id, void *(*run)(void *), void *context) {
-    pthread_attr_t small;
-    pthread_attr_init(&small);
-    pthread_attr_setstacksize(&small, THREAD_STACK);
-    int failed = pthread_create(id, &small, run, context);
-    pthread_attr_destroy(&small);
-    return failed;
-}
 
 /* THREADS 0: one for each processor. The pool must not move afterwards, for workers point to it. */
 static int pool_start(thread_pool *pool, int threads, medrun_error *e) {
@@ -1915,22 +1897,24 @@ static int pool_start(thread_pool *pool, int threads, medrun_error *e) {
     pthread_mutex_init(&pool->turn, &checked);
     pthread_mutexattr_destroy(&checked);
     pthread_mutex_init(&pool->lock, NULL);
-    pthread_cond_init(&pool->wake, NULL);
-    pthread_cond_init(&pool->idle, NULL);
+    pthread_cond_init(&pool->idle.bell, NULL);
+    pthread_cond_init(&pool->caller.bell, NULL);
+    pthread_attr_t small;
+    pthread_attr_init(&small);
+    pthread_attr_setstacksize(&small, THREAD_STACK);
     pool->threads = threads ? threads : default_threads();
     atomic_store(&pool->caller_runs_on, -1);
-    for (int i = 1; i < pool->threads; i++) {
+    int failed = 0;
+    for (int i = 1; i < pool->threads && !failed; i++) {
         worker *w = &pool->workers[pool->started];
-        w->pool = pool;
-        w->index = i;
-        if (start_thread(&w->id, worker_main, w)) {
-            fail(e, MEDRUN_NO_MEMORY, "cannot start thread %d of %d", i + 1, pool->threads);
-            pool_stop(pool);
-            return MEDRUN_NO_MEMORY;
-        }
-        pool->started++;
+        *w = (worker){.pool = pool, .index = i};
+        failed = pthread_create(&w->id, &small, worker_main, w);
+        if (!failed) pool->started++;
     }
-    return MEDRUN_OK;
+    pthread_attr_destroy(&small);
+    if (!failed) return MEDRUN_OK;
+    fail(e, MEDRUN_NO_MEMORY, "cannot start thread %d of %d", pool->started + 2, pool->threads);
+    return pool_stop(pool), MEDRUN_NO_MEMORY;
 }
 /* ============================================================================================
  * 5 Numbers: bf16, f16, int8, int4, and how weights lie in memory

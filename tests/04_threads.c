@@ -174,8 +174,8 @@ static void test_workers_sleep(void) {
     if (!CHECK_EQ(pool_start(&p, 4, &e), MEDRUN_OK)) return;
     CHECK_EQ(wrong_job(&p, &s, 100, 1, 0), 0);
     double start = seconds();
-    while (!atomic_load(&p.workers_sleep) && seconds() - start < 10) usleep(1000);
-    CHECK(atomic_load(&p.workers_sleep));
+    while (!atomic_load(&p.idle.asleep) && seconds() - start < 10) usleep(1000);
+    CHECK(atomic_load(&p.idle.asleep));
     usleep(50000);                                      /* the others, too                       */
     struct rusage before, after;
     getrusage(RUSAGE_SELF, &before);

@@ -248,7 +248,7 @@ int main(int argc, char **argv) {
     }
     fail_each("medrun_open", run_open, 10);
     if (CHECK_EQ(medrun_open(&model, model_path, &(medrun_options){.threads = 2}, &e), MEDRUN_OK)) {
-        while (!atomic_load(&model->pool->workers_sleep)) sched_yield();    /* the worker is settled */
+        while (!atomic_load(&model->pool->idle.asleep)) sched_yield();    /* the worker is settled */
         fail_each("medrun_tokenize", run_tokenize, 1);
         fail_each("medrun_detokenize", run_detokenize, 2);
         fail_each("medrun_render", run_render, 3);
