@@ -1094,6 +1094,15 @@ static size_t utf8_encode(uint32_t code, uint8_t out[4]) {
     return len;
 }
 
+/* How many of the N bytes of TEXT come before the first that is no UTF-8; N: all are. */
+static size_t utf8_valid(const void *text, size_t n) {
+    uint32_t code;
+    size_t at = 0;
+    for (size_t len = 1; at < n && len; at += len)
+        len = utf8_decode((const uint8_t *)text + at, n - at, &code);
+    return at;
+}
+
 /* How many bytes at the end of a stream are the valid beginning of a character whose rest has not
  * come yet: 0..3. What is printed stops before them. They are such a beginning if some rest makes a
  * valid character of them; which bytes may follow depends on the first one, but the lowest or the
@@ -1315,12 +1324,8 @@ static void sha256_block(uint32_t h[8], const uint8_t *p) {
 #undef ROTR
 }
 
-static void sha256_init(sha256 *s) {
-    static const uint32_t h[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
-                                  0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
-    memcpy(s->h, h, sizeof h);
-    s->n = 0;
-}
+static const sha256 sha256_start = {.h = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
+                                          0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19}};
 
 /* Whole blocks go through `block`, too: copying them takes a hundredth of the time of hashing. */
 static void sha256_add(sha256 *s, const void *bytes, size_t n) {
@@ -1344,14 +1349,33 @@ static void sha256_done(sha256 *s, uint8_t digest[32]) {
 }
 
 static void sha256_of(const void *bytes, size_t n, uint8_t digest[32]) {
-    sha256 s;
-    sha256_init(&s);
+    sha256 s = sha256_start;
     sha256_add(&s, bytes, n);
     sha256_done(&s, digest);
 }
 
 static void hex_of(const uint8_t digest[32], char hex[65]) {
     for (int i = 0; i < 32; i++) snprintf(hex + 2 * i, 3, "%02x", (unsigned)digest[i]);
+}
+
+/* The number that N hex digits at TEXT stand for, large or small; -1: they are not N. */
+static int hex_number(const void *text, int n) {
+    const uint8_t *p = text;
+    int v = 0;
+    for (; n--; p++) {
+        if (!isxdigit(*p)) return -1;
+        v = v << 4 | (*p <= '9' ? *p - '0' : (*p | 0x20) - 'a' + 10);
+    }
+    return v;
+}
+
+static bool parse_hex(const char *text, uint8_t digest[32]) {
+    for (int i = 0; i < 32; i++, text += 2) {
+        int byte = hex_number(text, 2);
+        if (byte < 0) return false;
+        digest[i] = (uint8_t)byte;
+    }
+    return !*text;
 }
 
 /* ---- JSON (RFC 8259) ----------------------------------------------------------------------- */
@@ -1414,17 +1438,6 @@ static uint32_t json_add(json_parser *s, json_type type) {
     return (uint32_t)j->n++;
 }
 
-/* The four hex digits at P, of N bytes; -1: there are none. */
-static int json_hex4(const uint8_t *p, size_t n, uint32_t *v) {
-    if (n < 4) return -1;
-    *v = 0;
-    for (int i = 0; i < 4; i++) {
-        if (!isxdigit(p[i])) return -1;
-        *v = *v << 4 | (p[i] <= '9' ? p[i] - 48u : (p[i] | 0x20u) - 87);
-    }
-    return 0;
-}
-
 /* Checks each character, so that whoever decodes the string later need not. */
 static int json_string_node(json_parser *s) {
     s->at++;
@@ -1442,7 +1455,7 @@ static int json_string_node(json_parser *s) {
         if (left < 2 || !p[1] || !strchr("\"\\/bfnrtu", p[1]))
             return json_wrong(s, "unknown escape");
         len = p[1] == 'u' ? 6 : 2;
-        if (len == 6 && json_hex4(p + 2, left - 2, &code))
+        if (len == 6 && (left < 6 || hex_number(p + 2, 4) < 0))
             return json_wrong(s, "\\u without four hex digits");
     }
     if (s->at == s->n) return json_wrong(s, "unfinished string");
@@ -1546,16 +1559,16 @@ static bool json_is_type(const json *j, uint32_t v, json_type type) {
 static size_t json_decode(const uint8_t **at, const uint8_t *end, uint8_t out[4]) {
     static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
     const uint8_t *p = *at;
-    uint32_t code = 0xFFFD, low;
+    uint32_t code, low;
     if (*p != '\\' || p[1] != 'u') {
         out[0] = *p != '\\' ? *p : (uint8_t)to[strchr(from, p[1]) - from];
         *at += *p != '\\' ? 1 : 2;
         return 1;
     }
-    json_hex4(p + 2, 4, &code);
+    code = (uint32_t)hex_number(p + 2, 4);
     p += 6;
     if (code >= 0xD800 && code < 0xDC00 && end - p >= 6 && p[0] == '\\' && p[1] == 'u' &&
-        !json_hex4(p + 2, 4, &low) && low >= 0xDC00 && low < 0xE000) {
+        (low = (uint32_t)hex_number(p + 2, 4)) >= 0xDC00 && low < 0xE000) {
         code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
         p += 6;
     }
@@ -4659,11 +4672,10 @@ static const char *const opencl_calls[] = {DEVICE_CALLS(NAME)};
 /* What a device says of itself. */
 typedef struct {
     cl_device_id id;
-    char name[sizeof((device *)0)->name], platform[128], version[128];
+    char name[sizeof((device *)0)->name];
     cl_device_type type;
     cl_device_fp_config numbers;
     cl_ulong memory, largest;       /* bytes in all, of one buffer                              */
-    cl_uint units;
     cl_bool little, shared;         /* little-endian; its memory is the processor's             */
 } device_facts;
 
@@ -4702,22 +4714,6 @@ static int opencl_open(opencl *cl, const char *path, medrun_error *e) {
 #undef OPEN_LIBRARY
 #undef FIND_SYMBOL
 
-static void get_facts_of(const opencl *cl, cl_platform_id platform, device_facts *d) {
-    const struct { cl_device_info what; size_t bytes; void *to; } facts[] = {
-        {CL_DEVICE_NAME, sizeof d->name - 1, d->name},
-        {CL_DEVICE_VERSION, sizeof d->version - 1, d->version},
-        {CL_DEVICE_TYPE, sizeof d->type, &d->type},
-        {CL_DEVICE_SINGLE_FP_CONFIG, sizeof d->numbers, &d->numbers},
-        {CL_DEVICE_GLOBAL_MEM_SIZE, sizeof d->memory, &d->memory},
-        {CL_DEVICE_MAX_MEM_ALLOC_SIZE, sizeof d->largest, &d->largest},
-        {CL_DEVICE_MAX_COMPUTE_UNITS, sizeof d->units, &d->units},
-        {CL_DEVICE_ENDIAN_LITTLE, sizeof d->little, &d->little},
-        {CL_DEVICE_HOST_UNIFIED_MEMORY, sizeof d->shared, &d->shared}};
-    for (size_t i = 0; i < sizeof facts / sizeof *facts; i++)
-        cl->clGetDeviceInfo(d->id, facts[i].what, facts[i].bytes, facts[i].to, NULL);
-    cl->clGetPlatformInfo(platform, CL_PLATFORM_NAME, sizeof d->platform - 1, d->platform, NULL);
-}
-
 /* All devices of all platforms, numbered as they come; returns how many. */
 static int list_devices(const opencl *cl, device_facts out[MAX_DEVICES]) {
     cl_platform_id platforms[MAX_DEVICES];
@@ -4729,8 +4725,18 @@ static int list_devices(const opencl *cl, device_facts out[MAX_DEVICES]) {
         if (cl->clGetDeviceIDs(platforms[p], CL_DEVICE_TYPE_ALL, MAX_DEVICES, ids, &found))
             continue;
         for (cl_uint i = 0; i < found && n < MAX_DEVICES; i++) {
-            out[n] = (device_facts){.id = ids[i]};
-            get_facts_of(cl, platforms[p], &out[n++]);
+            device_facts *d = &out[n++];
+            const struct { cl_device_info what; size_t bytes; void *to; } facts[] = {
+                {CL_DEVICE_NAME, sizeof d->name - 1, d->name},
+                {CL_DEVICE_TYPE, sizeof d->type, &d->type},
+                {CL_DEVICE_SINGLE_FP_CONFIG, sizeof d->numbers, &d->numbers},
+                {CL_DEVICE_GLOBAL_MEM_SIZE, sizeof d->memory, &d->memory},
+                {CL_DEVICE_MAX_MEM_ALLOC_SIZE, sizeof d->largest, &d->largest},
+                {CL_DEVICE_ENDIAN_LITTLE, sizeof d->little, &d->little},
+                {CL_DEVICE_HOST_UNIFIED_MEMORY, sizeof d->shared, &d->shared}};
+            *d = (device_facts){.id = ids[i]};
+            for (size_t k = 0; k < sizeof facts / sizeof *facts; k++)
+                cl->clGetDeviceInfo(d->id, facts[k].what, facts[k].bytes, facts[k].to, NULL);
         }
     }
     return n;
@@ -5208,19 +5214,6 @@ typedef struct {
     size_t at;                      /* end of the last section that was taken                   */
 } model_file;
 
-/* 64 hex digits, large or small. */
-static bool parse_hex(const char *text, uint8_t digest[32]) {
-    static const char digits[] = "0123456789abcdefABCDEF";
-    memset(digest, 0, 32);
-    for (int i = 0; i < 64; i++) {
-        const char *at = strchr(digits, text[i]);
-        if (!at || !*at) return false;
-        int value = (int)(at - digits);
-        digest[i / 2] = (uint8_t)(digest[i / 2] << 4 | (value < 16 ? value : value - 6));
-    }
-    return true;
-}
-
 static bool all_zero(const uint8_t *p, size_t n) {
     for (size_t i = 0; i < n; i++) if (p[i]) return false;
     return true;
@@ -5235,7 +5228,7 @@ static int take_section(model_file *f, uint32_t v, const char *what, const uint8
     int64_t length = json_int(&f->header, v, f->path, "bytes", 1, 1ll << 52, e);
     json_text(&f->header, v, f->path, "sha256", hex, sizeof hex, e);
     if (e->code) return e->code;
-    if (strlen(hex) != 64 || !parse_hex(hex, digest))
+    if (!parse_hex(hex, digest))
         return fail(e, MEDRUN_BAD_FILE, "%s: %s: sha256 is not 64 hex digits", f->path, what);
     size_t wanted = round_up(f->at, FILE_ALIGN);
     if ((uint64_t)offset != wanted)
@@ -9551,14 +9544,13 @@ static int read_file(command *c, const char *path, size_t most, buffer *out) {
 
 /* The same for text: refuses what is not UTF-8, with its place, and drops a byte order mark. */
 static int read_text(command *c, const char *path, size_t most, buffer *out) {
-    uint32_t code;
-    size_t first = out->n, at = first, line = 1, len = 1;
+    size_t first = out->n, line = 1;
     if (read_file(c, path, most, out)) return c->e.code;
-    for (; at < out->n && (len = utf8_decode(out->data + at, out->n - at, &code)); at += len)
-        line += out->data[at] == '\n';
     const char *start = chars(out) + first;
+    size_t at = first + utf8_valid(start, out->n - first);
+    for (size_t i = first; i < at; i++) line += out->data[i] == '\n';
     bool utf16 = !strncmp(start, "\xFF\xFE", 2) || !strncmp(start, "\xFE\xFF", 2);
-    if (!len)
+    if (at < out->n)
         return fail(&c->e, MEDRUN_BAD_FILE, "%s: line %zu, byte %zu: found %s, wanted UTF-8 text; "
                     "save it as UTF-8", strcmp(path, "-") ? path : "stdin", line, at - first,
                     utf16 ? "UTF-16" : "what is no character");

@@ -259,7 +259,7 @@ static void digest(const medrun_model *m, const int32_t *ids, size_t n, int chun
                    int kv, uint8_t out[32]) {
     size_t vocab = (size_t)m->config.vocab_size;
     sha256 sum;
-    sha256_init(&sum);
+    sum = sha256_start;
     medrun_session *s = start(m, (medrun_session_options){
         .batch = chunk, .logit_rows = chunk, .strict = strict, .kv = kv});
     medrun_error e = {0};

@@ -30,24 +30,24 @@ done
 budgets="
 1:330:330
 2:450:733
-3:540:642
-4:200:230
+3:540:655
+4:200:214
 5:310:310
 6:1940:2150
 7:130:137
-8:350:482
-9:180:330
+8:350:475
+9:180:317
 10:950:1001
 11:520:668
 12:450:521
 13:420:447
 14:100:185
 15:720:860
-16:1410:2680"
+16:1410:2679"
 budgets=$(echo $budgets)                  # on one line
-most_lines=11684                            # the goals: 9000, 450000, 15
-most_bytes=579563
-least_comments=12.7
+most_lines=11660                            # the goals: 9000, 450000, 15
+most_bytes=578969
+least_comments=12.8
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
     function said(limit, budget) { return limit ? "  OVER ITS LIMIT" : budget ? "  over" : "" }

@@ -386,19 +386,16 @@ static int check_utf8(const data_set *d, const char *text, size_t n, medrun_erro
         if (begins_with(text, n, strangers[i].mark))
             return fail(e, MEDRUN_BAD_FILE, "%s: is %s, wanted text (JSONL, JSON or CSV); %s",
                         d->path, strangers[i].name, strangers[i].way_out);
-    size_t line = 1, start = 0;
-    uint32_t code;
-    for (size_t i = 0, len; i < n; i += len) {
-        len = utf8_decode((const uint8_t *)text + i, n - i, &code);
-        if (len && !code) return bad_data(d, line, e, "byte %zu: found a NUL, wanted UTF-8 text",
-                                          i - start + 1);
-        if (!len)
-            return bad_data(d, line, e, "byte %zu: found %02X, which is no UTF-8; where an old "
-                            "program for Windows saved the file, iconv -f WINDOWS-1252 -t UTF-8 "
-                            "FILE >NEW", i - start + 1, (unsigned)(uint8_t)text[i]);
-        if (code == '\n') line++, start = i + len;
-    }
-    return MEDRUN_OK;
+    size_t at = utf8_valid(text, n);
+    const char *nul = memchr(text, 0, at);
+    if (nul) at = (size_t)(nul - text);
+    if (at == n) return MEDRUN_OK;
+    size_t line = line_of(text, at), byte = 1;
+    while (byte <= at && text[at - byte] != '\n') byte++;
+    if (nul) return bad_data(d, line, e, "byte %zu: found a NUL, wanted UTF-8 text", byte);
+    return bad_data(d, line, e, "byte %zu: found %02X, which is no UTF-8; where an old program for "
+                    "Windows saved the file, iconv -f WINDOWS-1252 -t UTF-8 FILE >NEW", byte,
+                    (unsigned)(uint8_t)text[at]);
 }
 
 /* Maps a file of at most MOST bytes. Its size is looked at first: a file with a hole may say that

@@ -1913,7 +1913,7 @@ static int write_section(exporter *x, section *t, const scratch *m, medrun_error
     size_t step = t->type == TYPE_F32 ? 1 : LANES;
     uint64_t at = t->offset;
     sha256 sum;
-    sha256_init(&sum);
+    sum = sha256_start;
     for (size_t row = 0; row < t->rows && !atomic_load(&x->stop); row += step) {
         size_t n = t->rows - row < step ? t->rows - row : step;
         if (check_interrupt(e) || read_rows(x, t, row, n, m->raw, e)) return e->code;
@@ -1945,7 +1945,7 @@ static int write_section(exporter *x, section *t, const scratch *m, medrun_error
 static int hash_range(exporter *x, int fd, uint64_t at, uint64_t bytes, const char *path,
                       const scratch *m, uint8_t digest[32], medrun_error *e) {
     sha256 sum;
-    sha256_init(&sum);
+    sum = sha256_start;
     while (bytes && !atomic_load(&x->stop)) {
         size_t n = bytes < READ_BYTES ? (size_t)bytes : READ_BYTES;
         if (check_interrupt(e) || read_at(fd, m->raw, n, at, path, e)) return e->code;

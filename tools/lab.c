@@ -520,13 +520,16 @@ static void list_opencl(void) {
     int n = opencl_open(&cl, getenv("MEDRUN_OPENCL_LIBRARY"), &e) ? 0 : list_devices(&cl, all);
     if (!n) printf("OpenCL     %s\n", e.code ? e.text : "no device");
     for (int i = 0; i < n; i++) {
-        printf("OpenCL     %d ", i);
-        print_safe(stdout, all[i].name, strlen(all[i].name), false);
-        printf(" (");
-        print_safe(stdout, all[i].platform, strlen(all[i].platform), false);
-        printf(", ");
-        print_safe(stdout, all[i].version, strlen(all[i].version), false);
-        printf("), %.1f MB, %u units, %sfma\n", (double)all[i].memory / 0x1p20, all[i].units,
+        char platform[128] = "", version[128] = "";
+        cl_platform_id id = NULL;
+        cl_uint units = 0;
+        cl.clGetDeviceInfo(all[i].id, CL_DEVICE_PLATFORM, sizeof id, &id, NULL);
+        cl.clGetPlatformInfo(id, CL_PLATFORM_NAME, sizeof platform - 1, platform, NULL);
+        cl.clGetDeviceInfo(all[i].id, CL_DEVICE_VERSION, sizeof version - 1, version, NULL);
+        cl.clGetDeviceInfo(all[i].id, CL_DEVICE_MAX_COMPUTE_UNITS, sizeof units, &units, NULL);
+        make_safe(all[i].name), make_safe(platform), make_safe(version);
+        printf("OpenCL     %d %s (%s, %s), %.1f MB, %u units, %sfma\n", i, all[i].name, platform,
+               version, (double)all[i].memory / 0x1p20, units,
                all[i].numbers & CL_FP_FMA ? "" : "slow ");
     }
 #else
