@@ -1,6 +1,7 @@
 #!/bin/sh
-# 30_readme.sh BIN BUILD: what the README promises. The example program is taken from it, built and
-# run; the one-line build; the size; no socket call.
+# 30_readme.sh BIN BUILD: what the README promises. Each of its commands is run, on small models that
+# stand in for those it names; the example program is taken from it, built and run; the one-line
+# build; the size; no socket call.
 bin=$1 build=$2
 cc=${CC:-cc}
 . tests/script.sh
@@ -36,6 +37,47 @@ while read -r q; do
     a=$("$bin/medrun" run -q tools/demo/demo.mdr -p "$q" < /dev/null)
     case $a in 'I cannot'*|'I only'*) ok ;; *) bad "README.md: $q: $a" ;; esac
 done < "$build/refusals"
+
+# Its commands, in order: lines of blocks, and what stands between ` in a table. In a folder where the
+# files it names are.
+top=$PWD at="$build/readme"
+case $bin in /*) ;; *) bin=$PWD/$bin ;; esac
+case $build in /*) ;; *) build=$PWD/$build at=$build/readme ;; esac
+rm -rf "$at"
+mkdir -p "$at"
+for f in medrun medrun-export medrun-eval medrun-lab medrun-serve medrun-explain; do
+    [ -x "$bin/$f" ] && ln -s "$bin/$f" "$at/$f"
+done
+ln -s "$top/tools" "$at/tools"
+ln -s "$top/tests/fixtures/llama-plain" "$at/FOLDER"
+cp -r tests/fixtures/llama-plain "$at/Llama3-Med42-8B"
+cp tests/fixtures/gguf/llama-small-bf16.gguf "$at/FILE.gguf"
+cp tests/fixtures/gguf/llama-small-bf16.gguf "$at/Llama3-Med42-8B.Q8_0.gguf"
+cp tests/eval/medqa.jsonl "$at/test.jsonl"
+cat tools/demo/corpus/*.txt | head -c 100000 > "$at/text.txt"
+echo "The patient has had a swollen, painful toe since yesterday." > "$at/note.txt"
+for i in 1 2; do
+    { sed -n 1,12p tools/demo/README.md; echo "Question $i: what is gout?"; } > "$at/guideline-and-question-$i.txt"
+done
+awk '/^```/ { code = !code && $0 == "```"; next }
+     code && /^(make|\.\/)/ { sub(/ +#.*/, ""); if (sub(/\\$/, "")) printf "%s", $0; else print }
+     /^\|/ { n = split($0, part, "`"); for (i = 2; i <= n; i += 2) if (part[i] ~ /^(\.\/|eval)/) print part[i] }
+' README.md > "$build/readme.commands"
+n=$(wc -l < "$build/readme.commands"); [ "$n" -ge 18 ] && ok || bad "README.md has only $n commands"
+while read -r command; do
+    case $command in make*) continue ;; esac
+    cp -f tools/demo/demo.mdr "$at/MODEL.mdr"
+    (cd "$at" && echo "What is gout?" > in && bash -c "$command" < in > out 2> err) && ok ||
+        { bad "README.md: $command"; cat "$at/err"; }
+done < "$build/readme.commands"
+for f in answer.txt guideline.prefix medqa.jsonl medqa.html; do [ -s "$at/$f" ] && ok || bad "no $f"; done
+# What it says that `make run` prints, but for this machine's kernels and threads.
+"$bin/medrun" run tools/demo/demo.mdr -p "$question" > "$build/run.txt" 2>&1
+same() { sed -E 's/[a-z0-9-]+ kernels, [0-9]+ threads?/KERNELS/; s/; built with MEDRUN_SCALAR.*//'; }
+awk '/^medrun 0/ { p = 1 } /^```/ { p = 0 } p' README.md | same > "$build/run.wanted"
+sort "$build/run.wanted" > "$build/run.wanted.sorted"
+same < "$build/run.txt" | sort | cmp -s - "$build/run.wanted.sorted" && ok || bad "make run prints: $(cat "$build/run.txt")"
+make -n run | grep -q -- "-p \"$question\"" && ok || bad "make run asks something else"
 
 sed -n '/^```c$/,/^```$/p' README.md | sed '1d;$d' > "$build/ask.c"
 cmp "$build/ask.c" tools/examples/ask.c && ok || bad "the example differs from tools/examples/ask.c"
