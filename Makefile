@@ -17,9 +17,9 @@ SECONDS = 60
 # What each test program holds is said in tests/README.md. PLAIN are those that have no kernel for a
 # subject: they are compiled without, which is done sooner.
 UNITS    = all_text all_kernels 08_opencl 15_allocation 15_embedding 15_session 16_answers \
-           all_export 22_eval
+           all_export 22_eval 42_serve
 PLAIN    = all_text 03_basics 09_file 10_tokenizer 11_chat 12_model 14_sampler 15_allocation \
-           16_answers
+           16_answers 42_serve
 JOBS    := $(shell nproc 2>/dev/null || echo 1)
 FIXTURES = llama-plain llama-tied llama-sharded llama-grouped mistral-window mistral-spm \
            arcee-yarn arcee-yarn5 apertus-plain apertus-grouped
@@ -29,8 +29,9 @@ MODELS   = $(foreach f,$(FIXTURES),$(addprefix $(BUILD)/$(f)-,bf16.mdr int8.mdr 
 EXPORT   = $(wildcard tools/export_*.c) tools/options.c tools/files.c tools/write.c
 EVAL     = $(wildcard tools/eval_*.c) tools/options.c tools/files.c tools/write.c
 
-# Each has a manual page in tools/man.
-TOOLS    = medrun medrun-export medrun-eval medrun-lab
+SERVE    = $(wildcard tools/serve_*.c) tools/tool_calls.c tools/options.c tools/write.c
+# Each has a manual page in tools/man. medrun-serve needs sockets as POSIX has them.
+TOOLS    = medrun medrun-export medrun-eval medrun-lab $(if $(EXE),,medrun-serve)
 
 all: $(foreach p,$(TOOLS),$(BIN)/$(p)$(EXE))
 
@@ -47,6 +48,13 @@ $(BIN)/medrun-eval$(EXE): tools/eval.c $(EVAL) medrun.c
 $(BIN)/medrun-lab$(EXE): tools/lab.c tools/tool_calls.c tools/write.c medrun.c
 	$(CC) $(CFLAGS) $(WARN) $(CL) -o $@ tools/lab.c $(LIBS)
 
+# The page is a part of the program, as numbers, for xxd is not everywhere.
+$(BUILD)/serve_page.inc: tools/serve_page.html
+	@mkdir -p $(BUILD)
+	od -An -v -tu1 $< | sed 's/[0-9][0-9]*/&,/g' > $@
+$(BIN)/medrun-serve: tools/serve.c $(SERVE) $(BUILD)/serve_page.inc medrun.c
+	$(CC) $(CFLAGS) $(WARN) -I$(BUILD) -o $@ tools/serve.c $(LIBS)
+
 # One file with no library beside it; make static STATIC_CC=gcc takes the system's own libc.
 STATIC_CC  ?= musl-gcc
 WINDOWS_CC ?= x86_64-w64-mingw32-gcc
@@ -57,6 +65,9 @@ windows:
 
 run: $(BIN)/medrun
 	$(BIN)/medrun run $(DEMO) -p "What are the symptoms of diabetes?"
+
+serve: $(BIN)/medrun-serve
+	$(BIN)/medrun-serve $(DEMO)
 
 # The fixtures are Hugging Face folders; what the tests open is exported from them.
 $(BUILD)/%-bf16.mdr: $(BIN)/medrun-export tests/fixtures/%/config.json
@@ -87,7 +98,7 @@ $(REAL): $(BUILD)/%.tokenizer.bin: $(BIN)/medrun-export
 	$(BIN)/medrun-export --tokenizer-only $(MEDRUN_TEST_DATA)/tokenizers/$(REAL_$*) $@
 endif
 $(BUILD)/test_%: tests/%.c tests/test.h medrun.c tools/export.c $(EXPORT) tools/eval.c $(EVAL) \
-                 tools/lab.c tools/tool_calls.c
+                 tools/lab.c tools/tool_calls.c tools/serve.c $(SERVE)
 	@mkdir -p $(BUILD)
 	$(CC) $(CFLAGS) $(WARN) $(if $(filter $*,$(PLAIN)),-DMEDRUN_SCALAR) -o $@ $< $(LIBS)
 
@@ -149,8 +160,8 @@ install-programs: all
 	$(BIN)/medrun completion bash > $(BASH)/medrun
 	$(BIN)/medrun completion zsh > $(ZSH)/_medrun
 	$(BIN)/medrun completion fish > $(FISH)/medrun.fish
-	cd $(BASH) && for p in $(filter-out medrun,$(TOOLS)); do ln -sf medrun $$p; done
-	cd $(FISH) && for p in $(filter-out medrun,$(TOOLS)); do ln -sf medrun.fish $$p.fish; done
+	cd $(BASH) && for p in $(filter-out medrun medrun-serve,$(TOOLS)); do ln -sf medrun $$p; done
+	cd $(FISH) && for p in $(filter-out medrun medrun-serve,$(TOOLS)); do ln -sf medrun.fish $$p.fish; done
 uninstall:
 	cd $(DESTDIR)$(PREFIX)/bin && rm -f $(TOOLS)
 	cd $(SHARE)/man/man1 && rm -f $(addsuffix .1,$(TOOLS))
@@ -189,9 +200,10 @@ dist:
 clean:
 	rm -rf $(BUILD) $(TOOLS)
 help:
-	@echo "make            builds medrun, medrun-export, medrun-eval and medrun-lab"
+	@echo "make            builds medrun, medrun-export, medrun-eval, medrun-lab and medrun-serve"
 	@echo "make OPENCL=1   the same with OpenCL devices (make clean first)"
 	@echo "make run        asks the demo model a question"
+	@echo "make serve      serves the demo model on http://127.0.0.1:8080"
 	@echo "make lib        libmedrun.a, libmedrun.so, medrun.h in build/lib; make install-lib"
 	@echo "make dist       archives of the last commit, programs and source, in build/dist"
 	@echo "make test       runs the tests; with MEDRUN_TEST_DATA also those on real vocabularies"

@@ -148,7 +148,8 @@ for cc in gcc clang; do
     if ! command -v $cc > /dev/null; then
         skip "no $cc"; continue
     fi
-    for what in "medrun.c" "-DMEDRUN_NO_MAIN medrun.c" tools/export.c tools/eval.c tools/lab.c; do
+    for what in "medrun.c" "-DMEDRUN_NO_MAIN medrun.c" tools/export.c tools/eval.c tools/lab.c \
+                tools/serve.c; do
         # gcc sees some faults only when it optimizes; clang says whether it unrolled the loops.
         how=; [ $cc = clang ] && [ "$what" != medrun.c ] && how=-fsyntax-only
         # shellcheck disable=SC2086

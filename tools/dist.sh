@@ -37,9 +37,11 @@ programs() { # SYSTEM PACK COMPILER...: with the first compiler there is
     exe='' link=-Wl,--build-id=none
     case $system in windows*) exe=.exe link=-Wl,--no-insert-timestamp ;; esac
     mkdir -p "$work/$name/tools/demo"
-    for source in medrun tools/export tools/eval tools/lab; do
+    od -An -v -tu1 "$work/$version/tools/serve_page.html" | sed 's/[0-9][0-9]*/&,/g' \
+        > "$work/serve_page.inc"
+    for source in medrun tools/export tools/eval tools/lab $([ "$exe" ] || echo tools/serve); do
         (cd "$work/$version" && "$cc" ${CFLAGS:--O2} -static -s -ffile-prefix-map="$work"=. \
-            $link -o "$work/program$exe" $source.c -lm -lpthread)
+            -I"$work" $link -o "$work/program$exe" $source.c -lm -lpthread)
         program=medrun
         [ $source = medrun ] || program=medrun-${source#tools/}
         mv "$work/program$exe" "$work/$name/$program$exe"

@@ -1,0 +1,169 @@
+/* Tests of medrun-serve's parts without a network: requests cut at every byte, made-up bytes, texts
+ * and numbers as JSON, requests while memory ends. Run in the repository root. */
+
+#define _GNU_SOURCE
+#include <malloc.h>
+#include <stdint.h>
+#include <stdlib.h>
+
+static size_t allocations_left = SIZE_MAX;      /* then memory is out                             */
+
+static void *test_malloc(size_t n) {
+    return allocations_left && allocations_left-- ? malloc(n) : NULL;
+}
+#define malloc(n) test_malloc(n)
+#define main serve_main
+#include "../tools/serve.c"
+#undef main
+#include "test.h"
+
+#define HOST "Host: localhost\r\n"
+static const char *const requests[] = {
+    "GET /health HTTP/1.1\r\n" HOST "\r\n",
+    "POST /v1/completions HTTP/1.1\r\n" HOST "Content-Length: 12\r\nX-Y:\r\n\r\n",
+    "POST /a?b=c HTTP/1.0\r\n" HOST "Authorization: Bearer x\r\nConnection: keep-alive\r\n\r\n",
+    "GET / HTTP/1.1\r\nhost:[::1]:80\r\nOrigin: null\r\nExpect: 100-continue\r\n\r\n",
+};
+static const struct { const char *text; int status; } refused[] = {
+    {"GET / HTTP/1.1\n", 400}, {"GET /\r\n", 400}, {"\r\n", 400}, {"GET x HTTP/1.1\r\n", 400},
+    {"GET / HTTP/1.1\r\n\r\n", 400}, {"GET / HTTP/1.1\r\n" HOST HOST "\r\n", 400},
+    {"GET / HTTP/1.1\r\n" HOST " x: y\r\n", 400}, {"GET / HTTP/1.1\r\nA\r\n", 400},
+    {"GET / HTTP/1.1\r\n" HOST "Transfer-Encoding: chunked\r\n\r\n", 411},
+    {"GET / HTTP/1.1\r\n" HOST "Content-Length: 1\r\nContent-Length: 1\r\n", 400},
+    {"GET / HTTP/1.1\r\n" HOST "Content-Length: -1\r\n", 400},
+    {"GET / HTTP/1.1\r\n" HOST "Content-Length: 1\r\nTransfer-Encoding: x\r\n\r\n", 400},
+    {"GET / HTTP/1.1\r\nA: \x01\r\n", 400}, {"GET / HTTP/1.1\r\nA: b\rc\r\n", 400},
+};
+
+/* However a request is cut, its beginnings want more, and the whole is the same. */
+static void test_cuts(void) {
+    http_request r;
+    for (size_t i = 0; i < sizeof requests / sizeof *requests; i++) {
+        size_t n = strlen(requests[i]), wrong_cuts = 0;
+        for (size_t cut = 0; cut < n; cut++) wrong_cuts += http_head(&r, requests[i], cut) != 0;
+        CHECK_EQ(wrong_cuts, 0);
+        CHECK_EQ(http_head(&r, requests[i], n), n);
+        CHECK(!r.wrong && r.host.n > 0);
+    }
+    CHECK(span_is(host_name(r.host), "::1") && r.expect);
+    for (size_t i = 0; i < sizeof refused / sizeof *refused; i++) {
+        size_t n = strlen(refused[i].text), others = 0;
+        for (size_t cut = 0; cut < n; cut++) {
+            int code = http_head(&r, refused[i].text, cut);
+            others += code != 0 && code != -refused[i].status;
+        }
+        CHECK_EQ(others, 0);
+        if (!CHECK_EQ(http_head(&r, refused[i].text, n), -refused[i].status)) printf("%zu\n", i);
+    }
+}
+
+/* Damaged requests give a length within their bytes, a refusal, or want more. */
+static void test_damage(void) {
+    size_t wrong_ends = 0;
+    for (int round = 0; round < (test_all() ? 2000000 : 50000); round++) {
+        char text[256];
+        size_t n = strlen(requests[round % 4]);
+        memcpy(text, requests[round % 4], n);
+        for (uint64_t k = test_random() % 4; k < 4; k++)
+            text[test_random() % n] = "\r\n\0 :x/\xff"[test_random() % 8];
+        n = test_random() % (n + 1);
+        char *exact = malloc(n + !n);           /* so that a byte too far is seen                */
+        memcpy(exact, text, n);
+        http_request r;
+        int code = http_head(&r, exact, n);
+        wrong_ends += code > (int)n || (code < 0 && (code > -400 || code < -431 || !r.wrong));
+        wiping_free(exact);
+    }
+    CHECK_EQ(wrong_ends, 0);
+}
+
+/* Any bytes become JSON that reads back; a character stays as it is. */
+static void test_quotes(void) {
+    size_t broken = 0, changed = 0;
+    for (int round = 0; round < 20000; round++) {
+        uint8_t bytes[24];
+        size_t n = test_random() % 24;
+        bool text = true;
+        for (size_t i = 0; i < n; i++) bytes[i] = (uint8_t)(test_random() >> 40);
+        if (round % 2) for (size_t i = 0; i < n; i++) bytes[i] &= 0x7F;
+        for (size_t i = 0; i < n; i++) text &= bytes[i] < 0x80;
+        buffer b = {0}, back = {0};
+        json j;
+        medrun_error e = {0};
+        quote(&b, bytes, n);
+        broken += b.failed || json_parse(&j, (char *)b.data, b.n, &e) || memchr(b.data, '\n', b.n);
+        if (!e.code) json_unescape(&j, 0, &back);
+        changed += text && (back.n != n || (n && memcmp(back.data, bytes, n)));
+        json_free(&j);
+        buffer_free(&b);
+        buffer_free(&back);
+    }
+    CHECK_EQ(broken, 0);
+    CHECK_EQ(changed, 0);
+    buffer b = {0};
+    quote_text(&b, "\xC2\x85\xE2\x80\xA8\xE2\x80\xA9\xC3\xA4");
+    CHECK(!strcmp((char *)b.data, "\"\\u0085\\u2028\\u2029\xC3\xA4\""));
+    buffer_free(&b);
+}
+
+static void test_numbers(void) {
+    size_t other = 0;
+    for (int i = 0; i < 20000; i++) {
+        buffer b = {0};
+        double v = -(double)(test_random() >> 11) * 0x1p-49;
+        write_number(&b, v);
+        double back = strtod((char *)b.data, NULL);
+        other += memcmp(&back, &v, sizeof v) != 0;
+        buffer_free(&b);
+    }
+    CHECK_EQ(other, 0);
+}
+
+static const char *const bodies[] = {
+    "{\"messages\":[{\"role\":\"system\",\"content\":\"Be brief.\"},{\"role\":\"user\",\"content\":"
+    "[{\"type\":\"text\",\"text\":\"What is gout?\"}]},{\"role\":\"assistant\",\"content\":\"It\"}]"
+    ",\"stop\":[\"a\",\"<|eot_id|>\"],\"logit_bias\":{\"5\":1,\" the\":-100},\"n\":2,\"seed\":1}",
+    "{\"prompt\":[\"gout\",[1,2,3]],\"logprobs\":3,\"echo\":true,\"cache_salt\":\"x\",\"other\":1}",
+};
+
+/* A request is read whole, or refused as one for which there is no memory. */
+static void test_memory(server *sv) {
+    for (size_t i = 0; i < sizeof bodies / sizeof *bodies; i++) {
+        size_t odd = 0, least = SIZE_MAX;
+        for (size_t left = 0; left < 2000 && least == SIZE_MAX; left++) {
+            job *g = new_array(1, sizeof *g);
+            json j = {0};
+            buffer ignored = {0};
+            api_error x = {0};
+            g->api = i ? API_COMPLETION : API_CHAT;
+            allocations_left = left;
+            if (!json_parse(&j, bodies[i], strlen(bodies[i]), &x.e))
+                read_job(sv, g, &j, &ignored, &x);
+            allocations_left = SIZE_MAX;
+            if (!x.e.code) {
+                least = left;
+                CHECK_EQ(g->n_seqs, 2);
+            } else if (x.e.code != MEDRUN_NO_MEMORY && odd++ < 3)
+                printf("%zu: %s\n", left, x.e.text);
+            buffer_free(&ignored);
+            json_free(&j);
+            free_job(g);
+        }
+        CHECK_EQ(odd, 0);
+        if (!CHECK(least > 5 && least < 2000)) printf("%zu\n", least);
+    }
+}
+
+int main(void) {
+    static server sv;
+    serve_options o = {0};
+    medrun_error e = {0};
+    test_cuts();
+    test_damage();
+    test_quotes();
+    test_numbers();
+    sv.n_slots = 4;
+    if (CHECK(!load(&sv, "tools/demo/demo.mdr", &o, 1, 0, &e))) test_memory(&sv);
+    medrun_close(sv.m);
+    return report();
+}

@@ -1,0 +1,32 @@
+#!/bin/sh
+# 42_serve.sh BIN BUILD: medrun-serve as its clients see it. Python's standard library asks (tests/
+# serve.py); where there is no Python, only the command line is tried.
+. tests/script.sh
+serve=$1/medrun-serve
+T=$(mktemp -d) || exit 1
+trap 'rm -rf "$T"' EXIT
+
+[ -x "$serve" ] || { skip "no medrun-serve here"; finish; }
+"$serve" --help > "$T/help" || bad "--help"
+check 'help within 78 columns' [ -z "$(awk 'length($0) > 78' "$T/help")" ]
+"$serve" 2> "$T/err"; check 'no model' [ $? = 2 ]
+"$serve" tools/demo/demo.mdr --prot 5 2> "$T/err"; check 'an unknown option' [ $? = 2 ]
+check 'names the nearest' grep -q -e --port "$T/err"
+"$serve" tools/demo/demo.mdr --parallel 65 2> "$T/err"; check 'out of range' [ $? = 2 ]
+"$serve" "$T/none.mdr" --port 8099 2> "$T/err"; check 'no such file' [ $? = 3 ]
+"$serve" Makefile --port 8099 2> "$T/err"; check 'not a checkpoint' [ $? = 3 ]
+
+if command -v python3 > "$T/which"; then
+    python3 tests/serve.py "$serve" > "$T/out" 2> "$T/err"
+    # shellcheck disable=SC2046
+    set -- $(grep -E '^[0-9]+ passed, [0-9]+ failed, [0-9]+ skipped$' "$T/out" | tail -n 1)
+    if [ $# = 6 ]; then
+        passed=$((passed + $1)) failed=$((failed + $3)) skipped=$((skipped + $5))
+        grep -E 'FAILED|skipped:|requests,' "$T/out"
+    else
+        bad "serve.py: $(tail -n 5 "$T/err")"
+    fi
+else
+    skip "no python3: medrun-serve's answers"
+fi
+finish

@@ -1,0 +1,694 @@
+#!/usr/bin/env python3
+"""serve.py BIN PART...: asks a medrun-serve that it starts itself, with Python's standard library
+alone. Parts: api limits hostile promise. The last line is as in the other tests."""
+import base64, hashlib, http.client, json, os, random, re, signal, socket, subprocess, sys
+import tempfile, threading, time
+
+MODEL = 'tools/demo/demo.mdr'
+ALL = bool(os.environ.get('MEDRUN_TEST_ALL'))
+counts = {'passed': 0, 'failed': 0, 'skipped': 0}
+lock = threading.Lock()
+
+
+def check(what, good, shown=''):
+    with lock:
+        counts['passed' if good else 'failed'] += 1
+        if not good:
+            print('FAILED:', what, str(shown)[:600], flush=True)
+
+
+def skip(what):
+    counts['skipped'] += 1
+    print('skipped:', what)
+
+
+def free_port():
+    s = socket.socket()
+    s.bind(('127.0.0.1', 0))
+    return s.getsockname()[1]
+
+
+class Server:
+    def __init__(self, *args, model=MODEL, host='127.0.0.1', env=None, wait=True):
+        self.port = free_port()
+        self.log = tempfile.TemporaryFile()
+        command = [BIN, model, '--port', str(self.port), '--host', host, *args]
+        command += os.environ.get('MEDRUN_SERVE_ARGS', '').split()
+        self.p = subprocess.Popen(command, stderr=self.log, env={**os.environ, **(env or {})})
+        for _ in range(400 if wait else 0):
+            try:
+                if self.ask('GET', '/health')[0] == 200:
+                    return
+            except OSError:
+                pass
+            if self.p.poll() is not None:
+                break
+            time.sleep(0.05)
+        if wait:
+            sys.exit('the server did not start: ' + self.text())
+
+    def text(self):
+        self.log.seek(0)
+        return self.log.read().decode('utf-8', 'replace')
+
+    def connect(self, timeout=120):
+        return http.client.HTTPConnection('127.0.0.1', self.port, timeout=timeout)
+
+    def ask(self, method, path, body=None, headers=None, timeout=120):
+        c = self.connect(timeout)
+        h = {'Content-Type': 'application/json', **(headers or {})}
+        data = None if body is None else body if isinstance(body, bytes) else json.dumps(body)
+        c.request(method, path, data, h)
+        r = c.getresponse()
+        text = r.read()
+        c.close()
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        return r.status, value, {k.lower(): v for k, v in r.getheaders()}
+
+    def post(self, path, **body):
+        return self.ask('POST', path, body)
+
+    def chunks(self, path, **body):
+        """The events of a streamed answer, [DONE] as a text."""
+        c = self.connect()
+        c.request('POST', path, json.dumps({**body, 'stream': True}),
+                  {'Content-Type': 'application/json'})
+        r = c.getresponse()
+        text = r.read().decode()
+        c.close()
+        if r.status != 200:
+            return r.status, json.loads(text)
+        events = [e for e in text.split('\n\n') if e and not e.startswith(':')]
+        assert all(e.startswith('data: ') and '\n' not in e for e in events), events
+        return 200, [e[6:] if e == 'data: [DONE]' else json.loads(e[6:]) for e in events]
+
+    def raw(self, data, pieces=None, timeout=20):
+        """What comes back for these bytes, to the end of the connection or of the answer."""
+        s = socket.create_connection(('127.0.0.1', self.port), timeout)
+        for piece in pieces or [data]:
+            s.sendall(piece)
+            if pieces:
+                time.sleep(0.0005)
+        out = b''
+        try:
+            while True:
+                more = s.recv(65536)
+                out += more
+                head, _, body = out.partition(b'\r\n\r\n')
+                length = re.search(rb'Content-Length: (\d+)', head)
+                if not more or (length and len(body) >= int(length.group(1))):
+                    break
+        except OSError:
+            pass
+        s.close()
+        return out
+
+    def end(self):
+        self.p.send_signal(signal.SIGTERM)
+        code = self.p.wait(60)
+        return code
+
+
+CHAT = '/v1/chat/completions'
+ASK = [{'role': 'user', 'content': 'What are the symptoms of diabetes?'}]
+
+
+def plain(value):
+    """An answer without what says who made it, when, and how fast."""
+    if isinstance(value, list):
+        return [plain(v) for v in value]
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()
+                if k not in ('id', 'created', 'timings', 'prompt_tokens_details') or
+                (k == 'id' and isinstance(v, int))}
+    return value
+
+
+# ---- what the API says ---------------------------------------------------------------------------
+
+def part_api():
+    s = Server('--lenient')
+    status, m, _ = s.ask('GET', '/v1/models')
+    check('models', status == 200 and m['data'][0]['max_model_len'] == 2048, m)
+    name = m['data'][0]['id']
+    check('one model', s.ask('GET', '/v1/models/' + name.replace(' ', '%20'))[0] in (200, 404))
+    check('no such model', s.ask('GET', '/v1/models/other')[0] == 404)
+    status, a, _ = s.post(CHAT, messages=ASK)
+    text = a['choices'][0]['message']['content']
+    check('chat', 'thirst' in text and a['choices'][0]['finish_reason'] == 'stop', a)
+    said = subprocess.run([os.path.join(os.path.dirname(BIN), 'medrun'), 'run', MODEL, '-p',
+                           ASK[0]['content']], capture_output=True).stdout.decode().strip()
+    check('the same as medrun run', text.strip() == said, (text, said))
+    check('usage', a['usage']['total_tokens'] == a['usage']['prompt_tokens'] +
+          a['usage']['completion_tokens'], a)
+    again = s.post(CHAT, messages=ASK)[1]
+    check('the prompt was kept', again['usage']['prompt_tokens_details']['cached_tokens'] > 0)
+    check('and changed nothing', plain(again['choices']) == plain(a['choices']))
+    for kind, body in (('chat', {'messages': ASK}), ('text', {'prompt': 'The pancreas'})):
+        for n in (1, 3):
+            for top in (None, 0, 5):
+                for stop in (None, ['of', 'and hunger']):
+                    q = dict(body, n=n, temperature=0.9, seed=7, max_tokens=24)
+                    if stop:
+                        q['stop'] = stop
+                    if top is not None:
+                        q.update({'logprobs': True, 'top_logprobs': top} if kind == 'chat'
+                                 else {'logprobs': top})
+                    streamed_as_whole(s, CHAT if kind == 'chat' else '/v1/completions', q)
+    api_fields(s)
+    api_tokens(s)
+    api_echo(s)
+    api_refusals(s)
+    code = s.end()
+    check('SIGTERM ends it', code == 0, code)
+    check('no text in the log', 'diabetes' not in s.text() and 'thirst' not in s.text())
+
+
+def streamed_as_whole(s, path, q):
+    status, a, _ = s.post(path, **q)
+    code, events = s.chunks(path, stream_options={'include_usage': True}, **q)
+    check('statuses', status == 200 and code == 200, (q, a, events))
+    if status != 200 or code != 200:
+        return
+    check('[DONE]', events[-1] == '[DONE]')
+    check('usage', plain(events[-2]['usage']) == plain(a['usage']) and not events[-2]['choices'],
+          (events[-2], a['usage']))
+    for want in a['choices']:
+        mine = [e['choices'][0] for e in events[:-2] if e['choices'][0]['index'] == want['index']]
+        if path == CHAT:
+            check('role first', mine[0]['delta'] == {'role': 'assistant', 'content': None}, mine[0])
+            parts = [c['delta'].get('content') or '' for c in mine]
+            check('no empty chunk', all(parts[1:-1]), parts)
+            text, whole = ''.join(parts), want['message']['content']
+            rows = [r for c in mine if c['logprobs'] for r in c['logprobs']['content']]
+            rows_wanted = (want['logprobs'] or {'content': []})['content']
+        else:
+            text, whole = ''.join(c['text'] for c in mine), want['text']
+            rows = [r for c in mine if c['logprobs'] for r in c['logprobs']['token_logprobs']]
+            rows_wanted = (want['logprobs'] or {'token_logprobs': []})['token_logprobs']
+        check('streamed text', text == whole, (q, text, whole))
+        check('streamed log-probabilities', rows == rows_wanted, (q, rows, rows_wanted))
+        check('one finish_reason', [c['finish_reason'] for c in mine if c['finish_reason']] ==
+              [want['finish_reason']])
+        for word in q.get('stop', []):
+            check('no stop in the text', word not in text, text)
+
+
+def api_fields(s):
+    first = s.post(CHAT, messages=ASK, max_tokens=1, logprobs=True, top_logprobs=20)[1]
+    row = first['choices'][0]['logprobs']['content'][0]
+    check('20 alternatives', len(row['top_logprobs']) == 20)
+    best = [r['logprob'] for r in row['top_logprobs']]
+    check('in order', best == sorted(best, reverse=True) and best[0] == row['logprob'])
+    check('length', first['choices'][0]['finish_reason'] == 'length')
+    ban = s.post(CHAT, messages=ASK, max_tokens=1, logit_bias={str(row['id']): -100})[1]
+    check('a ban', ban['choices'][0]['message']['content'] != row['token'], ban)
+    check('no bias', s.post(CHAT, messages=ASK, max_tokens=1, logit_bias={})[0] == 200)
+    want = s.post(CHAT, messages=ASK, max_tokens=3,
+                  logit_bias={str(row['top_logprobs'][5]['id']): 100})[1]
+    check('a wish', want['choices'][0]['message']['content'] ==
+          3 * row['top_logprobs'][5]['token'], want)
+    two = [s.post(CHAT, messages=ASK, temperature=4, seed=k)[1] for k in (5, 5, 6)]
+    check('equal seeds', plain(two[0]) == plain(two[1]))
+    check('other seeds', plain(two[0]['choices']) != plain(two[2]['choices']))
+    many = s.post(CHAT, messages=ASK, temperature=4, seed=5, n=2)[1]
+    check('choice k uses seed + k', plain(many['choices'][1]['message']) ==
+          plain(two[2]['choices'][0]['message']), many)
+    check('null is absent', s.post(CHAT, messages=ASK, max_tokens=None, stop=None, n=None,
+                                   tools=None, logit_bias=None)[0] == 200)
+    status, a, h = s.post(CHAT, messages=ASK, max_tokens=1, wishes=3, mirostat=2, user='x')
+    check('ignored fields are named', h.get('x-medrun-ignored') == 'wishes, mirostat', h)
+    check('nothing new', s.post('/v1/completions', prompt='One', max_tokens=0)[1]
+          ['choices'][0]['text'] == '')
+    more = s.post(CHAT, messages=ASK + [{'role': 'assistant', 'content': 'The symptoms of diabetes'
+                                         ' are'}])[1]['choices'][0]['message']['content']
+    check('the last message goes on', more.startswith(' increased'), more)
+    parts = [{'role': 'developer', 'content': ''}, {'role': 'user', 'content':
+             [{'type': 'text', 'text': 'What are the '}, {'type': 'text', 'text': 'signs?'}]}]
+    check('parts', s.post(CHAT, messages=parts, max_tokens=1)[0] == 200)
+    many = s.post('/v1/completions', prompt=['The heart', 'The liver', [5, 6, 7]], max_tokens=4)[1]
+    check('prompts', [c['index'] for c in many['choices']] == [0, 1, 2], many)
+    check('counted', many['usage']['completion_tokens'] == 12)
+    flat = s.post('/completion', prompt='The heart', n_predict=4, n_probs=2)[1]
+    check('llama.cpp shape', flat['content'] == many['choices'][0]['text'] and
+          len(flat['completion_probabilities']) == 4 and flat['stop_type'] == 'limit', flat)
+    eos = s.post(CHAT, messages=ASK, max_tokens=60, ignore_eos=True)[1]
+    check('ignore_eos', eos['choices'][0]['finish_reason'] == 'length')
+    half = s.post('/v1/completions', prompt=[5], max_tokens=30, temperature=5, seed=3)[1]
+    check('always UTF-8', isinstance(half['choices'][0]['text'], str))
+
+
+def api_tokens(s):
+    ids = s.post('/tokenize', prompt='test <|eot_id|>', add_special_tokens=False)[1]
+    check('tokenize', ids['count'] == len(ids['tokens']) and 4089 not in ids['tokens'], ids)
+    back = s.post('/detokenize', tokens=ids['tokens'])[1]
+    check('detokenize', back['prompt'] == 'test <|eot_id|>' == back['content'], back)
+    special = s.post('/tokenize', content='a<|eot_id|>')[1]
+    check('llama.cpp parses control tokens', special['tokens'][-1] == 4089, special)
+    pieces = s.post('/tokenize', content='thé', with_pieces=True)[1]['tokens']
+    check('pieces', all('piece' in p for p in pieces), pieces)
+    info = s.ask('GET', '/tokenizer_info')[1]
+    check('eos', s.post('/tokenize', content=info['eos_token'])[1]['tokens'] == [4089], info)
+    t = s.post('/apply-template', messages=ASK)[1]
+    check('template', t['prompt'].endswith('<|end_header_id|>\n\n') and t['tokens'][0] == 4080 or
+          t['tokens'], t)
+    n = s.post(CHAT + '/input_tokens', messages=ASK)[1]['input_tokens']
+    check('input tokens', n == len(t['tokens']) ==
+          s.post(CHAT, messages=ASK, max_tokens=1)[1]['usage']['prompt_tokens'])
+    p = s.ask('GET', '/props')[1]
+    check('props', p['model_path'] == 'demo.mdr' and len(p['checkpoint_sha256']) == 64, p)
+    check('slots', len(s.ask('GET', '/slots')[1]) == 8)
+    text = s.ask('GET', '/metrics')[1].decode()
+    check('metrics', '# TYPE llamacpp:tokens_predicted_total counter' in text and
+          'medrun:inter_token_seconds_bucket{le="+Inf"}' in text)
+    for line in text.splitlines():
+        check('a metric', line.startswith('# ') or
+              re.fullmatch(r'[a-z_:0-9]+(\{[^}]*\})? [-+.e0-9]+', line), line)
+    code, body, h = s.ask('GET', '/')
+    if b'<script>' in body:
+        for tag, name in ((b'script', 'script-src'), (b'style', 'style-src')):
+            inner = re.search(b'<%s>(.*?)</%s>' % (tag, tag), body, re.S).group(1)
+            want = base64.b64encode(hashlib.sha256(inner).digest()).decode()
+            check('hash of the ' + name, f"{name} 'sha256-{want}'" in h['content-security-policy'])
+    check('page', code == 200 and len(body) <= 65536, len(body))
+
+
+def api_echo(s):
+    """lm-evaluation-harness's way to log-likelihoods."""
+    text = 'The symptoms of diabetes are increased thirst. ' * 9
+    ids = s.post('/tokenize', prompt=text)[1]['tokens']
+    q = dict(temperature=0, max_tokens=1, logprobs=1, seed=1234, echo=True)
+    fresh = s.post('/v1/completions', prompt=[ids], cache_salt='one', **q)[1]['choices'][0]
+    l = fresh['logprobs']
+    check('one row a token', len(l['tokens']) == len(l['token_logprobs']) ==
+          len(l['top_logprobs']) == len(l['text_offset']) == len(ids) + 1, l)
+    check('null first', l['token_logprobs'][0] is None and l['top_logprobs'][0] is None)
+    for i in range(1, len(ids)):
+        own = l['top_logprobs'][i].get(l['tokens'][i])
+        check('itself among the best', own == l['token_logprobs'][i], l['top_logprobs'][i])
+    for _ in range(2):
+        kept = s.post('/v1/completions', prompt=[ids], cache_salt='one', **q)[1]
+        check('the same from the cache', kept['choices'][0] == fresh, kept)
+    check('and it was', kept['usage']['prompt_tokens_details']['cached_tokens'] > 0, kept['usage'])
+    longer = [ids + [k] for k in ids[:4]]
+    alone = [s.post('/v1/completions', prompt=x, cache_salt=str(i), **q)[1]['choices'][0]
+             ['logprobs'] for i, x in enumerate(longer)]
+    once = s.post('/v1/completions', prompt=longer, cache_salt='two', **q)[1]
+    check('four choices', [c['logprobs'] for c in once['choices']] == alone)
+    check('their start was made once', once['usage']['prompt_tokens_details']['cached_tokens'] >
+          2 * len(ids), once['usage'])
+    off = s.post('/v1/completions', prompt='Wärme über 38 °C', max_tokens=2, logprobs=0,
+                 echo=True)
+    c = off[1]['choices'][0]
+    for at, token in zip(c['logprobs']['text_offset'], c['logprobs']['tokens']):
+        if not token.startswith(('bytes:', '<|')):
+            check('offsets count characters', c['text'][at:at + len(token)] == token, (c, at))
+    all_of_it = s.post('/v1/completions', prompt='a', max_tokens=1, logprobs=20)[1]
+    check('20', len(all_of_it['choices'][0]['logprobs']['top_logprobs'][0]) in (20, 21))
+
+
+REFUSED = [     # body of a chat, param
+    ({}, 'messages'), ({'messages': []}, 'messages'), ({'messages': 'x'}, 'messages'),
+    ({'messages': [5]}, 'messages'), ({'messages': [{'role': 'user'}]}, 'messages'),
+    ({'messages': [{'role': 'king', 'content': 'x'}]}, 'messages'),
+    ({'messages': [{'role': 'user', 'content': [{'type': 'image_url'}]}]}, 'messages'),
+    ({'messages': ASK + 2 * [{'role': 'assistant', 'content': 'x'}]}, 'messages'),
+    ({'messages': ASK, 'temperature': -1}, 'temperature'),
+    ({'messages': ASK, 'temperature': 'hot'}, 'temperature'),
+    ({'messages': ASK, 'top_p': 1.5}, 'top_p'), ({'messages': ASK, 'top_k': -1}, 'top_k'),
+    ({'messages': ASK, 'min_p': 2}, 'min_p'), ({'messages': ASK, 'n': 0}, 'n'),
+    ({'messages': ASK, 'n': 9}, 'n'), ({'messages': ASK, 'n': 1.5}, 'n'),
+    ({'messages': ASK, 'max_tokens': -2}, 'max_tokens'), ({'messages': ASK, 'stop': 5}, 'stop'),
+    ({'messages': ASK, 'stop': ['x'] * 17}, 'stop'), ({'messages': ASK, 'stop': 'x' * 257}, 'stop'),
+    ({'messages': ASK, 'seed': 'x'}, 'seed'), ({'messages': ASK, 'stream': 'yes'}, 'stream'),
+    ({'messages': ASK, 'stream_options': {}}, 'stream_options'),
+    ({'messages': ASK, 'top_logprobs': 5}, 'top_logprobs'),
+    ({'messages': ASK, 'logprobs': True, 'top_logprobs': 21}, 'top_logprobs'),
+    ({'messages': ASK, 'logit_bias': {'99999': 1}}, 'logit_bias'),
+    ({'messages': ASK, 'logit_bias': {'5': 101}}, 'logit_bias'),
+    ({'messages': ASK, 'tools': [{'type': 'function', 'function': {'name': 'f'}}]}, 'tools'),
+    ({'messages': ASK, 'presence_penalty': 3}, 'presence_penalty'),
+    ({'messages': ASK, 'echo': True}, 'echo'),
+    ({'messages': ASK, 'cache_salt': 5}, 'cache_salt'),
+    ({'messages': [{'role': 'user', 'content': 'word ' * 3000}]}, 'prompt'),
+]
+
+
+def api_refusals(s):
+    for body, param in REFUSED:
+        for stream in (False, True):
+            status, a, h = s.ask('POST', CHAT, {**body, 'stream': stream} if param != 'stream' and
+                                 param != 'stream_options' else body)
+            check(f'refused: {param}', status == 400 and a['error']['param'] == param,
+                  (body, status, a))
+            check('no retry', h.get('x-should-retry') == 'false')
+    long = s.post(CHAT, messages=[{'role': 'user', 'content': 'word ' * 3000}])[1]['error']
+    check('too long', long['code'] == 'context_length_exceeded' and long['n_ctx'] == 2048 and
+          'exceeds the available context size' in long['message'], long)
+    for body in (b'', b'{', b'[1]', b'"x"', b'{"messages":[}', b'{"a":1}x', b'\xff', b'[' * 100):
+        status, a, _ = s.ask('POST', CHAT, body)
+        check('broken JSON', status == 400 and a['error']['type'] == 'invalid_request_error', a)
+    for body in ({'prompt': []}, {'prompt': 5}, {'prompt': [[]]}, {'prompt': [-1]},
+                 {'prompt': [4096]}, {'prompt': [1.5]}, {'prompt': [['x']]}, {'prompt': ['a'] * 65},
+                 {'prompt': 'x', 'logprobs': 21}, {'prompt': 'x', 'logprobs': True}):
+        check('refused prompt', s.ask('POST', '/v1/completions', body)[0] == 400, body)
+    check('not here', s.ask('GET', '/nothing')[0] == 404)
+    status, _, h = s.ask('GET', CHAT)
+    check('wrong method', status == 405 and h['allow'] == 'POST')
+    check('embeddings', s.post('/v1/embeddings', input='x')[0] == 501)
+    check('and the next is served', s.post(CHAT, messages=ASK, max_tokens=1)[0] == 200)
+
+
+# ---- who may ask, and how ------------------------------------------------------------------------
+
+def part_limits():
+    keys = tempfile.NamedTemporaryFile('w', suffix='.keys')
+    keys.write('# staff\nanna secret-one\nbert secret-two\n')
+    keys.flush()
+    r = subprocess.run([BIN, MODEL, '--host', '0.0.0.0', '--port', str(free_port())],
+                       capture_output=True)
+    check('no LAN without a key', r.returncode == 2 and b'key' in r.stderr, r)
+    os.chmod(keys.name, 0o644)
+    r = subprocess.run([BIN, MODEL, '--api-key-file', keys.name, '--port', str(free_port())],
+                       capture_output=True)
+    check('keys that others can read', r.returncode == 2, r)
+    os.chmod(keys.name, 0o600)
+    s = Server('--api-key-file', keys.name, '--max-body', '0.1', '--allow-host', 'med.example',
+               '--cors-origin', 'https://ward.example')
+    key = {'Authorization': 'Bearer secret-one'}
+    for path in ('/v1/models', '/props', '/slots', '/metrics', '/tokenizer_info'):
+        check('a key is wanted for ' + path, s.ask('GET', path)[0] == 401)
+        check('and opens it', s.ask('GET', path, headers=key)[0] == 200)
+    for wrong in ('Bearer secret-on', 'Bearer secret-one1', 'Bearer ', 'secret-one', 'Basic x'):
+        check('a wrong key', s.ask('GET', '/v1/models', headers={'Authorization': wrong})[0] == 401)
+    check('health and page need none', s.ask('GET', '/health')[0] == 200 ==
+          s.ask('GET', '/')[0])
+    q = {'messages': ASK, 'max_tokens': 1}
+    two = {'Authorization': 'Bearer secret-two'}
+    for h in (key, two, key, dict(two)):
+        cached = s.ask('POST', CHAT, q, h)[1]['usage']['prompt_tokens_details']['cached_tokens']
+        h['n'] = str(cached)
+    check('a key shares nothing with another', two['n'] == '0' and key['n'] != '0', (key, two))
+    for host, want in (('localhost', 200), ('127.0.0.1:80', 200), ('med.example', 200),
+                       ('evil.example', 421), ('localhost.evil.example', 421), ('', 400)):
+        check('Host ' + host, s.ask('GET', '/health', headers={'Host': host})[0] == want, host)
+    for origin, want in ((f'http://127.0.0.1:{s.port}', 200), ('https://ward.example', 200),
+                         ('http://evil.example', 403), ('null', 403)):
+        status, _, h = s.ask('GET', '/health', headers={'Origin': origin})
+        check('Origin ' + origin, status == want, status)
+        check('CORS', ('access-control-allow-origin' in h) == (origin == 'https://ward.example'))
+    plain_text = s.ask('POST', CHAT, q, {**key, 'Sec-Fetch-Site': 'cross-site',
+                                         'Content-Type': 'text/plain'})
+    check('a form of another site', plain_text[0] == 415, plain_text)
+    check('too large', s.ask('POST', CHAT, b' ' * 200000, key)[0] == 413)
+    bad_requests(s)
+    check('no text in the log', 'secret' not in s.text(), s.text())
+    s.end()
+    unix_socket()
+    for what in ('open', 'write', 'connect', 'exec'):
+        r = subprocess.run([BIN, MODEL, '--port', str(free_port()), '--try', what],
+                           capture_output=True)
+        if b'no open' not in r.stderr:
+            skip('this system has no sandbox')
+            break
+        killed = what in ('connect', 'exec')
+        check('the sandbox: ' + what, r.returncode in ((-31, -9) if killed else (0,)), r)
+
+
+def bad_requests(s):
+    good = b'GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n'
+    table = [
+        (b'GET /health HTTP/1.1\n\n', 400), (b'GET /health\r\n\r\n', 400), (b'\r\n\r\n', 400),
+        (b'GET /health HTTP/2\r\nHost: localhost\r\n\r\n', 400),
+        (b'GET  /health HTTP/1.1\r\nHost: localhost\r\n\r\n', 400),
+        (b'GET /health HTTP/1.1\r\nHost: localhost\nX: y\r\n\r\n', 400),
+        (b'GET /health HTTP/1.1\r\nHost: localhost\r\n X: folded\r\n\r\n', 400),
+        (b'GET /health HTTP/1.1\r\nHost: localhost\r\nX\r\n\r\n', 400),
+        (b'GET /health HTTP/1.1\r\nHost: localhost\r\nX : y\r\n\r\n', 400),
+        (b'GET /health HTTP/1.1\r\nHost: localhost\r\nX: a\0b\r\n\r\n', 400),
+        (b'GET /health HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n', 400),
+        (b'GET /health HTTP/1.1\r\n\r\n', 400),
+        (b'GET /he alth HTTP/1.1\r\nHost: localhost\r\n\r\n', 400),
+        (b'GET /' + b'a' * 3000 + b' HTTP/1.1\r\nHost: localhost\r\n\r\n', 431),
+        (b'GET / HTTP/1.1\r\nHost: localhost\r\nX: ' + b'a' * 17000 + b'\r\n\r\n', 431),
+        (b'GET / HTTP/1.1\r\nHost: localhost\r\n' + b'X: y\r\n' * 70 + b'\r\n', 431),
+        (b'POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n\r\n', 411),
+        (b'POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n', 411),
+        (b'POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\nContent-Length: 3'
+         b'\r\n\r\nabc', 400),
+        (b'POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\na',
+         400),
+        (b'POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: +1\r\n\r\na', 400),
+        (b'POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0x1\r\n\r\na', 400),
+        (b'POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999999999999999999\r\n\r\n',
+         413),
+        (b'POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999\r\n\r\n', 413),
+        (good, 200)]
+    for data, want in table:
+        out = s.raw(data)
+        check(f'bytes {data[:60]}', out.startswith(b'HTTP/1.1 %d ' % want), out[:200])
+    two = s.raw(good + good.replace(b'Host', b'Connection: close\r\nHost'))
+    check('two in a row', two.count(b'HTTP/1.1 200') >= 1, two)
+    cont = s.raw(b'', [b'POST /v1/models HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n'
+                       b'Expect: 100-continue\r\n\r\n'])
+    check('100-continue', cont.startswith(b'HTTP/1.1 100 Continue'), cont)
+    body = json.dumps({'messages': ASK, 'max_tokens': 1}).encode()
+    post = (b'POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer '
+            b'secret-two\r\nContent-Length: %d\r\n\r\n' % len(body)) + body
+    whole = s.raw(post)
+    check('a request', whole.startswith(b'HTTP/1.1 200'), whole)
+    step = 1 if ALL else 7
+    for at in range(1, len(post), step):
+        out = s.raw(b'', [post[:at], post[at:]])
+        check(f'cut at byte {at}', out.startswith(b'HTTP/1.1 200'), out[:100])
+    out = s.raw(b'', [post[i:i + 1] for i in range(len(post))])
+    check('byte by byte', out.startswith(b'HTTP/1.1 200'), out[:100])
+
+
+def unix_socket():
+    folder = tempfile.mkdtemp()
+    path = os.path.join(folder, 'm.sock')
+    p = subprocess.Popen([BIN, MODEL, '--host', path, '-q'])
+    for _ in range(200):
+        try:
+            s = socket.socket(socket.AF_UNIX)
+            s.connect(path)
+            break
+        except OSError:
+            time.sleep(0.05)
+    s.sendall(b'GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n')
+    check('unix socket', b'200 OK' in s.recv(4096))
+    check('its owner alone', os.stat(path).st_mode & 0o777 == 0o600)
+    p.send_signal(signal.SIGTERM)
+    check('it ends', p.wait(30) == 0)
+
+
+# ---- hostile clients -----------------------------------------------------------------------------
+
+def health_time(s):
+    start = time.time()
+    good = s.ask('GET', '/health', timeout=20)[0] == 200
+    return time.time() - start if good else 99
+
+
+def part_hostile():
+    s = Server('--queue', '8', '--parallel', '4')
+    idle = [socket.create_connection(('127.0.0.1', s.port)) for _ in range(100)]
+    drip = [socket.create_connection(('127.0.0.1', s.port)) for _ in range(100)]
+    long = {'prompt': 'The heart', 'max_tokens': 1500, 'ignore_eos': True}
+    stuck = []
+    for _ in range(2):                      # readers that do not read
+        c = socket.create_connection(('127.0.0.1', s.port))
+        c.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        body = json.dumps({**long, 'stream': True, 'logprobs': 20}).encode()
+        c.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n'
+                  % len(body) + body)
+        stuck.append(c)
+    slowest, text = 0, b'GET /health HTTP/1.1\r\nX: ' + b'y' * 500
+    for i in range(40):
+        for c in drip:
+            try:
+                c.sendall(text[i:i + 1])
+            except OSError:
+                pass
+        slowest = max(slowest, health_time(s))
+        time.sleep(0.02)
+    check(f'/health beside 200 bad connections: {slowest * 1e3:.0f} ms', slowest < 2, slowest)
+    start = time.time()
+    status = s.post(CHAT, messages=ASK, max_tokens=8)[0]
+    check('others are served', status == 200 and time.time() - start < 30, time.time() - start)
+    flood = []
+    for _ in range(40):
+        c = s.connect()
+        c.request('POST', '/v1/completions', json.dumps(long), {'Content-Type': 'application/json'})
+        flood.append(c)
+    codes = []
+    for c in flood[::-1]:
+        c.sock.settimeout(0.2)
+        try:
+            codes.append(c.getresponse().status)
+        except OSError:
+            pass
+        c.close()
+    check('a full queue says 503', 503 in codes and 500 not in codes, codes)
+    for c in idle + drip + stuck:
+        c.close()
+    busy = 1
+    for _ in range(100):
+        busy = sum(x['is_processing'] for x in s.ask('GET', '/slots')[1])
+        if not busy:
+            break
+        time.sleep(0.1)
+    check('whoever went is not computed for', busy == 0, busy)
+    random_requests(s, 3000 if ALL else 300)
+    check('it lives', s.post(CHAT, messages=ASK, max_tokens=1)[0] == 200)
+    check('and ends', s.end() == 0, s.text()[-800:])
+
+
+def random_requests(s, n):
+    """Requests that were good and are damaged; any answer will do but 500, silence or an end."""
+    rng = random.Random(5)
+    bodies = [json.dumps(b).encode() for b in (
+        {'messages': ASK, 'max_tokens': 2, 'n': 2, 'logprobs': True, 'top_logprobs': 3},
+        {'prompt': ['a', 'b'], 'max_tokens': 2, 'logprobs': 5, 'echo': True, 'stop': ['x', 'yz']},
+        {'prompt': [1, 2, 3], 'max_tokens': 1, 'stream': True, 'logit_bias': {'5': 1}},
+        {'messages': [{'role': 'system', 'content': 'x'}] + ASK, 'max_tokens': 1, 'stream': True})]
+    for _ in range(n):
+        body = bytearray(rng.choice(bodies))
+        for _ in range(rng.choice((0, 1, 1, 2, 8))):
+            kind, at = rng.randrange(3), rng.randrange(len(body))
+            if kind == 0:
+                body[at] = rng.randrange(256)
+            elif kind == 1:
+                del body[at:at + rng.randrange(1, 9)]
+            else:
+                body[at:at] = rng.choice((b'"', b'{', b'[', b'9' * 20, b'-', b'null', b'\\u0000'))
+        path = rng.choice((b'/v1/chat/completions', b'/v1/completions', b'/completion',
+                           b'/tokenize', b'/apply-template', b'/detokenize'))
+        head = (b'POST %s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n'
+                b'Content-Length: %d\r\n\r\n' % (path, len(body)))
+        data = bytearray(head + body)
+        if rng.randrange(4) == 0:
+            data[rng.randrange(len(head))] = rng.randrange(256)
+        if rng.randrange(8) == 0:
+            c = socket.create_connection(('127.0.0.1', s.port))
+            c.sendall(data[:rng.randrange(len(data))])
+            c.close()
+            continue
+        c = socket.create_connection(('127.0.0.1', s.port), 20)
+        c.sendall(data)
+        c.shutdown(socket.SHUT_WR) if rng.randrange(9) == 0 else None
+        out = b''
+        try:
+            c.settimeout(0.3)
+            out = c.recv(65536)
+        except OSError:
+            pass
+        c.close()
+        check('no 500', b'HTTP/1.1 500' not in out, (bytes(data), out))
+
+
+# ---- the promise ---------------------------------------------------------------------------------
+
+WORDS = ['diabetes', 'the heart', 'asthma', 'a fever', 'the liver', 'anaemia', 'gout', 'migraine']
+OPENINGS = ['What are the symptoms of ', 'What is ', 'How is ', 'Tell me about ']
+
+
+def random_request(rng):
+    text = rng.choice(OPENINGS) + rng.choice(WORDS) + '?'
+    q = {'temperature': rng.choice((0, 0, 0.7, 1.3)), 'seed': rng.randrange(1 << 30),
+         'max_tokens': rng.choice((1, 5, 20, 40)), 'top_k': rng.choice((0, 5, 50)),
+         'top_p': rng.choice((1, 0.9)), 'min_p': rng.choice((0, 0.05)),
+         'n': rng.choice((1, 1, 1, 2, 3)), 'stream': rng.random() < 0.5}
+    if rng.random() < 0.3:
+        q['stop'] = [rng.choice((' and', 'the', 'e', '.'))]
+    if rng.random() < 0.2:
+        q.update(presence_penalty=0.7, frequency_penalty=0.3, repeat_penalty=1.2)
+    if rng.random() < 0.2:
+        q['logit_bias'] = {str(rng.randrange(4000)): rng.choice((-100, 3))}
+    if rng.random() < 0.5:
+        turns = []
+        for _ in range(rng.randrange(3)):
+            turns += [{'role': 'user', 'content': rng.choice(OPENINGS) + rng.choice(WORDS) + '?'},
+                      {'role': 'assistant', 'content': 'It is a disease. ' * rng.randrange(20)}]
+        if rng.random() < 0.4:
+            q.update(logprobs=True, top_logprobs=rng.choice((0, 2, 20)))
+        return CHAT, {**q, 'messages': turns + [{'role': 'user', 'content': text}]}
+    if rng.random() < 0.5:
+        q.update(logprobs=rng.choice((0, 1, 5, 6)), echo=rng.random() < 0.6)
+    prompt = text * rng.choice((1, 1, 3, 40))
+    return '/v1/completions', {**q, 'prompt': rng.choice((prompt, [prompt, text]))}
+
+
+def fetch(s, path, body):
+    """What counts of an answer: everything but ids and times; streamed, chunk by chunk."""
+    if body['stream']:
+        return plain(list(s.chunks(path, **body)))
+    return plain(list(s.post(path, **body)[:2]))
+
+
+def cancel_midway(s, rng, path, body):
+    c = s.connect()
+    c.request('POST', path, json.dumps({**body, 'stream': True, 'max_tokens': 200}),
+              {'Content-Type': 'application/json'})
+    time.sleep(rng.random() * 0.1)
+    if rng.random() < 0.5:
+        c.sock.recv(100)
+    c.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b'\1\0\0\0\0\0\0\0')
+    c.close()
+
+
+def part_promise():
+    n = int(os.environ.get('MEDRUN_TEST_PROMISES', 1000 if ALL else 200))
+    model = os.environ.get('MEDRUN_TEST_MODEL', MODEL)
+    rng = random.Random(11)
+    asked = [random_request(rng) for _ in range(n)]
+    s = Server('--parallel', '4', '-q', model=model)
+    alone = [fetch(s, p, {**b, 'cache_salt': str(i)}) for i, (p, b) in enumerate(asked)]
+    s.end()
+    s = Server('--parallel', '6', '--cache-mem', '4', '-q', '--queue', '1000', model=model)
+    work, differ = list(enumerate(asked)), []
+    rng.shuffle(work)
+
+    def client(seed):
+        own = random.Random(seed)
+        while True:
+            with lock:
+                if not work:
+                    return
+                i, (path, body) = work.pop()
+            if own.random() < 0.25:
+                cancel_midway(s, own, path, body)
+            found = fetch(s, path, body)
+            good = found == alone[i]
+            check('an answer in company', good)
+            if not good:
+                differ.append((path, body, alone[i], found))
+
+    start = time.time()
+    threads = [threading.Thread(target=client, args=(k,)) for k in range(12)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    for d in differ[:1]:
+        print(json.dumps(d)[:6000])
+    m = s.ask('GET', '/metrics')[1].decode()
+    cached = re.search(r'cached_total (\d+)', m).group(1)
+    went = re.search(r'medrun:cancelled_total (\d+)', m).group(1)
+    print(f'{n} requests, {len(differ)} differ from themselves alone; {cached} tokens from the '
+          f'cache, {went} cancelled, {time.time() - start:.1f} s')
+    check('it ends', s.end() == 0)
+
+
+BIN = os.path.join(sys.argv[1], '') + 'medrun-serve'
+if os.path.isfile(sys.argv[1]):
+    BIN = sys.argv[1]
+if __name__ == '__main__':
+    for part in sys.argv[2:] or ('api', 'limits', 'hostile', 'promise'):
+        started = time.time()
+        globals()['part_' + part]()
+        print(f'{part}: {time.time() - started:.1f} s')
+    print('{passed} passed, {failed} failed, {skipped} skipped'.format(**counts))
+    sys.exit(counts['failed'] > 0)
