@@ -41,7 +41,7 @@ else skip "no pkg-config"; fi
 
 # Each page is as --help says, has each command, and pleases mandoc and groff.
 mkdir -p "$build/man"
-for p in $programs; do
+for p in $programs medrun-serve; do
     page="$build/man/$p.1"
     cp "tools/man/$p.1" "$page"
     sh tools/man/options.sh "$bin" "$page" && cmp -s "$page" "tools/man/$p.1" && ok ||

@@ -218,7 +218,7 @@ typedef struct {
     char fingerprint[96], name[160], hash[65];
     size_t n_ctx, n_slots, n_pinned, max_body, max_queue, per_key, reserve;
     size_t bytes_per_token;
-    double cache_seconds, latency, drain;
+    double cache_seconds, latency, drain, available;
     int kv;
     bool strict, parse_special, lenient, ui, quiet, verbose, local;
     long long started;
@@ -1204,13 +1204,12 @@ static int use_options(server *sv, const serve_options *o, int *port, int *threa
 static int start_sessions(server *sv, double cache_mb, int batch, const char *const *prefixes,
                           size_t n, medrun_error *e) {
     const model_config *c = &sv->m->config;
-    uint64_t total = 0, available = 0;
+    double available = sv->available;
     medrun_session_options o = {.context = (int)sv->n_ctx, .batch = batch, .kv = sv->kv,
                                 .strict = sv->strict};
     sv->bytes_per_token = 2 * (size_t)c->n_layers * (size_t)c->n_kv_heads *
                           cache_panel(sv->kv, (size_t)c->head_dim) / 16;
-    memory_size(&total, &available);
-    double bytes = cache_mb > 0 ? cache_mb * 1048576 : (double)available / 2;
+    double bytes = cache_mb > 0 ? cache_mb * 1048576 : available / 2;
     sv->reserve = (size_t)(bytes / (double)sv->bytes_per_token);
     if (medrun_start(&sv->lead, sv->m, &o, NULL, 0, e)) return e->code;
     for (size_t i = 0; i < sv->n_slots && !e->code; i++)
@@ -1312,6 +1311,7 @@ static int start_server(server *sv, const serve_options *o, const char *path, me
     tzset();
     make_page_headers(&sv->page_headers);
     if (!threads) threads = default_threads();
+    sv->available = limits_of_machine().available;      /* while its files can be read           */
     forbid_dumps();
     if (e->code || (sv->listener = listen_on(host, port, &sv->local, e)) < 0) return e->code;
     if (!sv->local && !sv->n_keys)
@@ -1330,7 +1330,7 @@ static int start_server(server *sv, const serve_options *o, const char *path, me
     signal(SIGPIPE, SIG_IGN);
     signal(SIGTERM, on_end);
     signal(SIGINT, on_end);
-    if (start_thread(&thread, engine_main, sv))
+    if (pthread_create(&thread, NULL, engine_main, sv))
         return fail(e, MEDRUN_NO_MEMORY, "cannot start the engine's thread");
     if (!o->no_sandbox) close_calls(&says);
     print_banner(sv, o, port, &says);
@@ -1341,11 +1341,11 @@ static int start_server(server *sv, const serve_options *o, const char *path, me
 }
 
 static void print_help(const tool_line *l) {
-    printf("medrun-serve MODEL.mdr [OPTIONS]\n\n"
-           "Answers over HTTP, as OpenAI's API has it: /v1/chat/completions and\n"
-           "/v1/completions, and a page at /. An answer depends on the request and the\n"
-           "checkpoint, never on who else is served. Nothing that people write is logged\n"
-           "or kept on disk.\n\n");
+    printf("medrun-serve MODEL.mdr [OPTIONS]\n\n");
+    print_wrapped("Answers over HTTP, as OpenAI's API has it: /v1/chat/completions and "
+                  "/v1/completions, and a page at /. An answer depends on the request and the "
+                  "checkpoint, never on who else is served. Nothing that people write is logged or "
+                  "kept on disk.\n\n");
     print_options(l);
     printf("\nEach option but --help, --version is also a variable: MEDRUN_PORT=8080.\n");
 }
