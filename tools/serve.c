@@ -530,13 +530,19 @@ static void note_token(seq *q, int32_t id, bool stop, size_t start, double logpr
     buffer_add(&q->ranks, ranks, MAX_TOP * sizeof *ranks);
 }
 
+/* The logits of a row, counted from the last, which the request may change as it likes: the session
+ * makes new ones before they are looked at again. */
+static float *logits_of(const seq *q, size_t row) {
+    return (float *)(uintptr_t)medrun_logits(q->slot->s, row);
+}
+
 /* The logits with all that the request asks for, then the engine's own way to a token. -1: nothing
  * is allowed. */
 static int32_t pick_token(server *sv, seq *q) {
     medrun_session *s = q->slot->s;
     const job *g = q->job;
     size_t vocab = (size_t)sv->info.vocab_size, n = 0, made = q->made.n / 4;
-    float *logits = s->logits;
+    float *logits = logits_of(q, 0);
     uint64_t *list = s->candidates, best;
     medrun_sampling how = {(float)g->p.temperature, (int)g->p.top_k, (float)g->p.top_p,
                            (float)g->p.min_p, (float)g->p.repeat, 0};
@@ -761,7 +767,7 @@ static void echo_row(server *sv, seq *q, size_t at, const float *logits) {
 static void write_token(server *sv, seq *q) {
     ranked ranks[MAX_TOP] = {{0}};
     size_t vocab = (size_t)sv->info.vocab_size;
-    const float *logits = q->slot->s->logits;
+    const float *logits = logits_of(q, 0);
     int top = (int)q->job->p.top;
     double sum = 0, logprob = NAN, now = seconds();
     if (q->job->read <= 0) q->job->read = now;
@@ -790,13 +796,11 @@ static void write_token(server *sv, seq *q) {
 /* Uses what the pass has made for Q: FED tokens of its prompt, or its next token. */
 static void use_logits(server *sv, seq *q, size_t n_fed) {
     const job *g = q->job;
-    const medrun_session *s = q->slot->s;
     if (q->state == READS) {
         size_t from = q->fed - n_fed;
         for (size_t at = from; g->p.echo && at < q->fed; at++)
             if (at + 1 < q->n_ids)
-                echo_row(sv, q, at + 1, g->p.top < 0 ? NULL :
-                         s->logits + (q->fed - 1 - at) * s->pass.vocab);
+                echo_row(sv, q, at + 1, g->p.top < 0 ? NULL : logits_of(q, q->fed - 1 - at));
         if (q->fed < q->n_ids) return;
         q->state = WRITES;
         if (!q->max_new) {

@@ -1446,7 +1446,8 @@ static void make_page_headers(buffer *b) {
                 "'none'; form-action 'none'; frame-ancestors 'none'; "
                 "require-trusted-types-for 'script'; trusted-types 'none'");
     for (int i = 0; i < 2; i++) {
-        const char *from = strstr((const char *)page, tags[i][0]), *to = from ? strstr(from, tags[i][1]) : NULL;
+        const char *from = strstr((const char *)page, tags[i][0]);
+        const char *to = from ? strstr(from, tags[i][1]) : NULL;
         uint8_t digest[33] = {0};
         if (!to) continue;
         from += strlen(tags[i][0]);
