@@ -9256,6 +9256,7 @@ static const struct { const char *words, *instead; } elsewhere[] = {
     {"doctor", "medrun-lab doctor does this"},
     {"record|--record", "medrun-lab record does this"},
     {"replay", "medrun-lab replay does this"},
+    {"compare", "medrun-lab compare does this"},
     {"call|--tools", "medrun-lab call does this"},
     {"export|convert|quantize", "medrun-export SOURCE OUT.mdr does this"},
     {"eval|perplexity", "medrun-eval does this"},
@@ -9447,7 +9448,6 @@ static void escape(buffer *out, const char *text, size_t n) {
 
 static void print_ids(FILE *f, const int32_t *ids, size_t n) {
     for (size_t i = 0; i < n; i++) fprintf(f, i ? " %d" : "%d", ids[i]);
-    fputc('\n', f);
 }
 
 MEDRUN_PRINTF_LIKE(1, 0)
@@ -10068,6 +10068,7 @@ static void show_prompt(const command *c, const int32_t *ids, size_t n) {
     tokenizer_decode(c->t, ids, n, true, &text);
     fprintf(stderr, "prompt, %zu tokens: ", n);
     print_ids(stderr, ids, n);
+    fputc('\n', stderr);
     print_safe(stderr, chars(&text), text.n, true);
     fputc('\n', stderr);
     buffer_free(&text);
@@ -10996,40 +10997,51 @@ static int converse_command(command *c) {
 
 /* ---- verify -------------------------------------------------------------------------------- */
 
-/* A part of the file whose SHA-256 the header states. */
+/* Prints a comparison that failed, and with -v also one that did not: of two texts, or of ids. */
+static bool report(const command *c, const char *kind, const char *name, const buffer *expected,
+                   const buffer *found, bool texts) {
+    bool same = found->n == expected->n && !memcmp(chars(found), chars(expected), found->n);
+    const buffer *const both[] = {expected, found};
+    if (same && flag(c, O_VERBOSE)) printf("%-10s %s: the same\n", kind, name);
+    if (!same) printf("%-10s %s DIFFERS", kind, name);
+    for (int i = 0; !same && i < 2; i++) {
+        fputs(i ? ", found " : ": expected ", stdout);
+        if (texts) fputs(chars(both[i]), stdout);
+        else print_ids(stdout, ids_of(both[i]), n_ids(both[i]));
+    }
+    if (!same) puts("");
+    return same;
+}
+
+/* A part of the file whose SHA-256 the header states: its entry there, and what was found. */
 typedef struct {
-    uint32_t node;                              /* the header's entry                           */
-    const uint8_t *data;
-    size_t bytes;
+    uint32_t node;
     uint8_t found[32];
 } hashed;
 
 typedef struct {
+    const model_file *f;
     hashed *all;
-    atomic_size_t done;                         /* bytes                                        */
-    size_t total;
+    size_t n;
+    atomic_size_t done;
     bool show;
 } hash_job;
 
-/* Hashes some of the parts. The first thread shows how far all threads are. */
+/* Hashes some of the parts; opening has checked that they are there. The first thread shows how far
+ * all threads are. */
 static void hash_task(void *context, size_t begin, size_t end, int thread) {
     hash_job *j = context;
+    const json *header = &j->f->header;
+    medrun_error e = {0};
     for (hashed *h = j->all + begin; h < j->all + end; h++) {
-        sha256_of(h->data, h->bytes, h->found);
-        size_t done = atomic_fetch_add(&j->done, h->bytes) + h->bytes;
+        int64_t offset = json_int(header, h->node, "", "offset", 0, 1ll << 52, &e);
+        int64_t bytes = json_int(header, h->node, "", "bytes", 0, 1ll << 52, &e);
+        sha256_of(j->f->map.data + offset, (size_t)bytes, h->found);
+        size_t done = atomic_fetch_add(&j->done, 1) + 1;
         if (!j->show || thread) continue;
-        fprintf(stderr, "\rhashing: %zu %% ", done * 100 / j->total);
+        fprintf(stderr, "\rhashing: %zu of %zu ", done, j->n);
         fflush(stderr);
     }
-}
-
-/* Prints a comparison that failed, and with -v also one that did not. */
-static bool report(const command *c, const char *kind, const char *name, const char *expected,
-                   const char *found) {
-    bool same = !strcmp(expected, found);
-    if (same && flag(c, O_VERBOSE)) printf("%-10s %s: the same\n", kind, name);
-    if (!same) printf("%-10s %s DIFFERS: expected %s, found %s\n", kind, name, expected, found);
-    return same;
 }
 
 static bool report_hash(const command *c, const hashed *h) {
@@ -11043,14 +11055,9 @@ static bool report_hash(const command *c, const hashed *h) {
     make_safe(name);
     parse_hex(wanted, digest);                          /* it may be written in capitals         */
     hex_of(digest, wanted), hex_of(h->found, found);
-    return report(c, is_tensor ? "tensors" : "tokenizer", name, wanted, found);
-}
-
-/* The bytes that entry NODE of the header describes; opening has checked that they are there. */
-static hashed section_of(const model_file *f, uint32_t node, medrun_error *e) {
-    int64_t offset = json_int(&f->header, node, "", "offset", 0, 1ll << 52, e);
-    int64_t bytes = json_int(&f->header, node, "", "bytes", 0, 1ll << 52, e);
-    return (hashed){.node = node, .data = f->map.data + offset, .bytes = (size_t)bytes};
+    return report(c, is_tensor ? "tensors" : "tokenizer", name,
+                  &(buffer){.data = (uint8_t *)wanted, .n = 64},
+                  &(buffer){.data = (uint8_t *)found, .n = 64}, true);
 }
 
 /* Hashes all tensors and the tokenizer, on all threads. Are they as the header states? */
@@ -11059,14 +11066,12 @@ static bool verify_hashes(command *c) {
     const model_file *f = &c->m->file;
     size_t n = f->header.nodes[f->tensors].count, good = 0;
     uint32_t v = f->tensors + 1;
-    hash_job job = {.all = new_array(n + 1, sizeof(hashed)), .show = is_terminal(STDERR_FILENO)};
+    hash_job job = {f, new_array(n + 1, sizeof(hashed)), n + 1, 0, is_terminal(STDERR_FILENO)};
     if (!job.all) return out_of_memory(&c->e, (n + 1) * sizeof(hashed)), false;
-    for (size_t i = 0; i < n; i++, v = f->header.nodes[v].next)
-        job.all[i] = section_of(f, v, &c->e);
-    job.all[n] = section_of(f, f->tokenizer, &c->e);
-    for (size_t i = 0; i <= n; i++) job.total += job.all[i].bytes;
+    for (size_t i = 0; i < n; i++, v = f->header.nodes[v].next) job.all[i].node = v;
+    job.all[n].node = f->tokenizer;
     parallel_for(c->m->pool, n + 1, 1, hash_task, &job);
-    if (job.show) fprintf(stderr, "\r%20s\r", "");
+    if (job.show) fprintf(stderr, "\r%30s\r", "");
     for (size_t i = 0; i < n; i++) good += report_hash(c, &job.all[i]);
     bool last = report_hash(c, &job.all[n]);
     free(job.all);
@@ -11076,29 +11081,18 @@ static bool verify_hashes(command *c) {
 }
 
 /* A proof is an entry of the header: what goes into the model, and what came out of it where the
- * checkpoint was made. Its kind knows how to compute that again. */
-typedef struct {
-    uint32_t node;
-    char name[32];
-    buffer expected, found;                     /* text                                         */
-} proof;
-
-/* The ids that a proof states are in c->ids. What gives ids again puts them into c->output, from
- * where they are compared; another kind fills the proof's texts itself. */
+ * checkpoint was made. Its kind knows how to compute that again. The ids that it states are in
+ * c->ids; what comes out goes into c->output, from where it is compared with them. */
 typedef struct {
     const char *name;
-    int (*repeat)(command *c, proof *p);
+    int (*repeat)(command *c, uint32_t node);
+    bool texts;                                 /* both are replaced by texts: digests          */
 } proof_kind;
 
-static void print_to(buffer *text, const buffer *ids) {
-    for (size_t i = 0; i < n_ids(ids); i++)
-        buffer_printf(text, i ? " %d" : "%d", ids_of(ids)[i]);
-}
-
 /* A text, and its ids. */
-static int prove_tokens(command *c, proof *p) {
+static int prove_tokens(command *c, uint32_t node) {
     const json *j = &c->m->file.header;
-    uint32_t text = json_get(j, p->node, "text");
+    uint32_t text = json_get(j, node, "text");
     if (!json_is_type(j, text, JSON_STRING))
         return fail(&c->e, MEDRUN_BAD_FILE, "proofs.tokens: text: found none");
     json_unescape(j, text, &c->input);
@@ -11106,84 +11100,42 @@ static int prove_tokens(command *c, proof *p) {
 }
 
 /* A conversation, perhaps with a date, and the ids of its prompt. */
-static int prove_chats(command *c, proof *p) {
+static int prove_chats(command *c, uint32_t node) {
     const json *j = &c->m->file.header;
-    uint32_t all = json_get(j, p->node, "messages");
+    uint32_t all = json_get(j, node, "messages");
     medrun_message *messages = NULL;
     size_t n;
     char date[11];
-    bool dated = json_get(j, p->node, "date") != JSON_NONE;
+    bool dated = json_get(j, node, "date") != JSON_NONE;
     medrun_chat_options o = {.date = dated ? date : NULL};
     chat_writer w = {c->m->chat, c->t, &o, .out = &c->output, .e = &c->e};
     if (check_template(w.c, &c->e)) return c->e.code;
-    if (dated) json_text(j, p->node, "proofs.chats", "date", date, sizeof date, &c->e);
+    if (dated) json_text(j, node, "proofs.chats", "date", date, sizeof date, &c->e);
     if (!chat_messages(w.c, j, all, "proofs.chats", &messages, &n, &c->input, &c->e))
         chat_render(&w, messages, n, true);
     free(messages);
     return c->e.code;
 }
 
-/* How far the logits are from the numbers in LIST, those of the ids in c->output: relative L2, and
- * whether the largest is the same one. False where LIST is not as many finite numbers. */
-static bool distance_to(const command *c, uint32_t list, double *distance, bool *same) {
-    const json *j = &c->m->file.header;
-    const float *row = medrun_logits(c->s, 0);
-    size_t n = n_ids(&c->output);
-    double far = 0, size = 0, top = -INFINITY;
-    int32_t wanted = 0, largest = 0;
-    uint32_t v = list + 1;
-    if (!json_is_type(j, list, JSON_ARRAY) || !n || j->nodes[list].count != n) return false;
-    for (size_t i = 0; i < n; i++, v = j->nodes[v].next) {
-        int32_t id = ids_of(&c->output)[i];
-        double value = json_typeof(j, v) == JSON_NUMBER ? json_number(j, v) : INFINITY;
-        if (!(fabs(value) <= FLT_MAX)) return false;
-        if (value > top) top = value, wanted = id;
-        far += (row[id] - value) * (row[id] - value);
-        size += value * value;
-    }
-    for (int32_t i = 1; i < c->t->vocab_size; i++) if (row[i] > row[largest]) largest = i;
-    *distance = sqrt(far / (size > 0 ? size : 1));
-    *same = wanted == largest;
-    return true;
-}
-
-/* A proof may state what another implementation computed for some of the ids. The distance is
- * printed and decides nothing: how near is near depends on the type of the weights. */
-static int report_reference(command *c, const proof *p) {
-    static const char what[] = "proofs.logits: reference";
-    const json *j = &c->m->file.header;
-    uint32_t node = json_get(j, p->node, "reference");
-    char source[64];
-    double distance = 0;
-    bool same = false;
-    if (node == JSON_NONE) return MEDRUN_OK;
-    json_ids(c, j, json_get(j, node, "ids"), what, &c->output);
-    json_text(j, node, what, "source", source, sizeof source, &c->e);
-    if (!c->e.code && !distance_to(c, json_get(j, node, "values"), &distance, &same))
-        fail(&c->e, MEDRUN_BAD_FILE, "%s: values: wanted a finite number for each id", what);
-    if (c->e.code || flag(c, O_QUIET)) return c->e.code;
-    printf("logits     %s: relative L2 %.1e to ", p->name, distance);
-    print_safe(stdout, source, strlen(source), false);
-    printf("; the largest is %s\n", same ? "the same" : "another");
-    return MEDRUN_OK;
+/* Feeds the ids of a proof to a session that computes as where the proof was made. */
+static int feed_proof(command *c) {
+    size_t n = n_ids(&c->ids);
+    medrun_session_options o = {.context = (int)n, .kv = MEDRUN_KV_F32, .strict = true};
+    if (!n) return fail(&c->e, MEDRUN_BAD_FILE, "proofs.logits: ids: found none");
+    if (medrun_start(&c->s, c->m, &o, NULL, 0, &c->e)) return c->e.code;
+    return medrun_feed(c->s, ids_of(&c->ids), n, &c->e);
 }
 
 /* The SHA-256 of the logits after the ids. */
-static int prove_logits(command *c, proof *p) {
-    int n = (int)n_ids(&c->ids);
-    medrun_session_options o = {.context = n, .kv = MEDRUN_KV_F32, .strict = true};
-    char hex[65];
-    if (!n) return fail(&c->e, MEDRUN_BAD_FILE, "proofs.logits: ids: found none");
-    if (json_text(&c->m->file.header, p->node, "proofs.logits", "sha256", hex, sizeof hex, &c->e))
-        return c->e.code;
-    buffer_text(&p->expected, hex);
-    if (medrun_start(&c->s, c->m, &o, NULL, 0, &c->e)) return c->e.code;
-    if (!medrun_feed(c->s, ids_of(&c->ids), (size_t)n, &c->e) && !hash_logits(c, hex)) {
-        buffer_text(&p->found, hex);
-        report_reference(c, p);
-    }
+static int prove_logits(command *c, uint32_t node) {
+    char wanted[65], found[65];
+    if (json_text(&c->m->file.header, node, "proofs.logits", "sha256", wanted, sizeof wanted,
+                  &c->e) || feed_proof(c) || hash_logits(c, found)) return c->e.code;
     medrun_stop(c->s);
     c->s = NULL;
+    c->ids.n = 0;
+    buffer_text(&c->ids, wanted);
+    buffer_text(&c->output, found);
     return c->e.code;
 }
 
@@ -11197,14 +11149,12 @@ static bool verify_proofs(command *c, const proof_kind *kind) {
                     kind->name), false;
     size_t n = j->nodes[all].count, good = 0;
     for (size_t i = 0; i < n && !c->e.code; i++, v = j->nodes[v].next) {
-        proof p = {.node = v};
-        snprintf(p.name, sizeof p.name, "proof %zu", i + 1);
+        char name[32];
+        snprintf(name, sizeof name, "proof %zu", i + 1);
         c->input.n = c->ids.n = c->output.n = 0;
-        if (!json_ids(c, j, json_get(j, v, "ids"), "proofs: ids", &c->ids)) kind->repeat(c, &p);
-        if (!p.expected.n) print_to(&p.expected, &c->ids), print_to(&p.found, &c->output);
-        if (p.expected.failed || p.found.failed) out_of_memory(&c->e, p.expected.n);
-        if (!c->e.code) good += report(c, kind->name, p.name, chars(&p.expected), chars(&p.found));
-        buffer_free(&p.expected), buffer_free(&p.found);
+        if (!json_ids(c, j, json_get(j, v, "ids"), "proofs: ids", &c->ids)) kind->repeat(c, v);
+        if (check_buffer(c, &c->ids) || check_buffer(c, &c->output)) break;
+        good += report(c, kind->name, name, &c->ids, &c->output, kind->texts);
     }
     if (!flag(c, O_QUIET) && !c->e.code)
         printf("%-10s %zu of %zu come out the same\n", kind->name, good, n);
@@ -11215,7 +11165,8 @@ static bool verify_proofs(command *c, const proof_kind *kind) {
 /* All hashes and proofs are looked at, also after one that differs. */
 static int verify_command(command *c) {
     static const proof_kind kinds[] = {
-        {"tokens", prove_tokens}, {"chats", prove_chats}, {"logits", prove_logits}};
+        {"tokens", prove_tokens, false}, {"chats", prove_chats, false},
+        {"logits", prove_logits, true}};
     open_model(c);
     bool same = verify_hashes(c);
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) same &= verify_proofs(c, &kinds[i]);
@@ -11232,7 +11183,7 @@ static int print_text(command *c, const buffer *b) {
 /* On one line, or with --pieces a line for each id. */
 static int print_ids_or_pieces(command *c, const buffer *ids) {
     if (check_buffer(c, ids)) return c->e.code;
-    if (!flag(c, O_PIECES)) print_ids(stdout, ids_of(ids), n_ids(ids));
+    if (!flag(c, O_PIECES)) print_ids(stdout, ids_of(ids), n_ids(ids)), puts("");
     for (size_t i = 0; flag(c, O_PIECES) && i < n_ids(ids); i++) {
         printf("%d\t", ids_of(ids)[i]);
         print_piece(c, ids_of(ids)[i], 0);

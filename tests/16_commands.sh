@@ -426,7 +426,8 @@ out_has '"pp":[[]{"n":9,'; out_has '},{"n":12,'; out_has '"depth":40,'
 lab 5 bench "$model" -p 1000000
 
 # what another program does
-for word in bench doctor replay record call; do code 2 $word "$model" -r 3; err_has "medrun-lab $word"; err_lines 1; done
+for word in bench doctor replay record call; do code 2 $word "$model" -r 3; err_has "medrun-lab $word"; err_lines 1; done; code 2 compare; err_has 'medrun-lab compare'
+lab 0 compare "$model"; out_has '^proof 1: states no reference$'; lab 3 compare "$T/none.mdr"; lab 0 help compare; out_has '--threads'
 for word in export eval serve explain; do code 2 $word; err_has "medrun-$word"; done
 code 2 run "$model" -p x --record "$T/r.json"; err_has 'medrun-lab record'
 lab 0 help; out_has 'medrun-lab replay'; lab 0 help bench; out_has '--depth'; lab 0 --version; lab 2; lab 2 rnu
@@ -922,8 +923,10 @@ def reference(**change):
         h['proofs']['tokens'], logits = h['proofs']['tokens'][:1], h['proofs']['logits'][0]
         logits['reference'] = dict(dict(source='another', ids=[top, other], values=[row[top], row[other]]), **change)
     if not variant(add, T + '/v.mdr'): sys.exit('no room in the header')
-    return run('verify', T + '/v.mdr')
-line = lambda distance, largest: re.compile(rb'^logits     proof 1: relative L2 ' + distance + rb' to another; the largest is ' + largest + rb'$', re.M)
+    check('verify takes no notice', run('verify', T + '/v.mdr')[0] == 0)
+    p = subprocess.run([lab, 'compare', T + '/v.mdr'], capture_output=True, stdin=subprocess.DEVNULL)
+    return p.returncode, p.stdout, p.stderr
+line = lambda distance, largest: re.compile(rb'^proof 1: relative L2 ' + distance + rb' to another; the largest is ' + largest + rb'$', re.M)
 rc, out, err = reference()
 check('a reference that agrees', rc == 0 and line(rb'0\.0e\+00', b'the same').search(out), out + err)
 rc, out, err = reference(values=[1.25 * row[top], 1.25 * row[other]])

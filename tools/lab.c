@@ -4,7 +4,8 @@
  *
  * bench times prompts and generation beside what the machine can do at most; doctor says what the
  * machine has and whether its kernels agree; record writes a run with all that is needed to repeat
- * it, and replay repeats it; call shows a model functions and prints the call that it makes.
+ * it, and replay repeats it; compare says how far a checkpoint's logits are from those of another
+ * implementation; call shows a model functions and prints the call that it makes.
  * Options are read as medrun reads them (sections 16 and 17 of medrun.c). MIT licence, see
  * LICENSE. */
 #define MEDRUN_NO_MAIN
@@ -14,7 +15,7 @@
 #include "tool_calls.c"
 #include "write.c"
 
-enum { BENCH, DOCTOR, RECORD, REPLAY, CALL, LAB_HELP, LAB_VERSION, N_LAB_COMMANDS };
+enum { BENCH, DOCTOR, RECORD, REPLAY, COMPARE, CALL, LAB_HELP, LAB_VERSION, N_LAB_COMMANDS };
 
 /* Options that medrun has not. */
 enum { L_PROMPT = N_OPTIONS, L_PREDICT, L_DEPTH, L_REPETITIONS, L_FORMAT, L_TOOLS, L_RENDER,
@@ -168,6 +169,70 @@ static int replay_command(command *c) {
     if (!c->n_rest) return fail(&c->e, MEDRUN_USAGE, "replay: wanted a file that record wrote");
     if (!read_json(c, c->rest[0], &j)) replay_record(c, &j, c->rest[0]);
     json_free(&j);
+    return c->e.code;
+}
+
+/* ---- compare ------------------------------------------------------------------------------- */
+
+/* How far the logits are from the numbers in LIST, those of the ids in c->output: relative L2, and
+ * whether the largest is the same one. False where LIST is not as many finite numbers. */
+static bool distance_to(const command *c, uint32_t list, double *distance, bool *same) {
+    const json *j = &c->m->file.header;
+    const float *row = medrun_logits(c->s, 0);
+    size_t n = n_ids(&c->output);
+    double far = 0, size = 0, top = -INFINITY;
+    int32_t wanted = 0, largest = 0;
+    uint32_t v = list + 1;
+    if (!json_is_type(j, list, JSON_ARRAY) || !n || j->nodes[list].count != n) return false;
+    for (size_t i = 0; i < n; i++, v = j->nodes[v].next) {
+        int32_t id = ids_of(&c->output)[i];
+        double value = json_typeof(j, v) == JSON_NUMBER ? json_number(j, v) : INFINITY;
+        if (!(fabs(value) <= FLT_MAX)) return false;
+        if (value > top) top = value, wanted = id;
+        far += (row[id] - value) * (row[id] - value);
+        size += value * value;
+    }
+    for (int32_t i = 1; i < c->t->vocab_size; i++) if (row[i] > row[largest]) largest = i;
+    *distance = sqrt(far / (size > 0 ? size : 1));
+    *same = wanted == largest;
+    return true;
+}
+
+/* A proof may state what another implementation computed for some of the ids. The distance is
+ * printed and decides nothing: how near is near depends on the type of the weights. */
+static int report_reference(command *c, uint32_t proof, int number) {
+    static const char what[] = "proofs.logits: reference";
+    const json *j = &c->m->file.header;
+    uint32_t node = json_get(j, proof, "reference");
+    char source[64];
+    double distance = 0;
+    bool same = false;
+    if (node == JSON_NONE) return printf("proof %d: states no reference\n", number), MEDRUN_OK;
+    if (json_ids(c, j, json_get(j, proof, "ids"), "proofs: ids", &c->ids) || feed_proof(c))
+        return c->e.code;
+    while (!c->e.code && medrun_pending(c->s)) medrun_step(&c->s, 1, &c->e);
+    json_ids(c, j, json_get(j, node, "ids"), what, &c->output);
+    json_text(j, node, what, "source", source, sizeof source, &c->e);
+    if (!c->e.code && !distance_to(c, json_get(j, node, "values"), &distance, &same))
+        fail(&c->e, MEDRUN_BAD_FILE, "%s: values: wanted a finite number for each id", what);
+    if (c->e.code) return c->e.code;
+    printf("proof %d: relative L2 %.1e to ", number, distance);
+    print_safe(stdout, source, strlen(source), false);
+    printf("; the largest is %s\n", same ? "the same" : "another");
+    medrun_stop(c->s);
+    c->s = NULL;
+    return MEDRUN_OK;
+}
+
+static int compare_command(command *c) {
+    if (open_model(c)) return c->e.code;
+    const json *j = &c->m->file.header;
+    uint32_t all = json_get(j, json_get(j, 0, "proofs"), "logits"), v = all + 1;
+    int n = json_is_type(j, all, JSON_ARRAY) ? (int)j->nodes[all].count : 0;
+    for (int i = 0; !c->e.code && i < n; i++, v = j->nodes[v].next) {
+        c->ids.n = c->output.n = 0;
+        report_reference(c, v, i + 1);
+    }
     return c->e.code;
 }
 
@@ -689,6 +754,9 @@ static const command_row lab_commands[N_LAB_COMMANDS] = {
         "answer, as ids: keep it safe", .run = record_command, .more = 1},
     [REPLAY] = {"replay", "RUN.json", "repeats what record wrote; exit 4 at the first difference",
         .run = replay_command, .no_model = true, .more = 1},
+    [COMPARE] = {"compare", "MODEL.mdr",
+        "how far the logits of the proofs are from those of another implementation",
+        .run = compare_command},
     [CALL] = {"call", "MODEL.mdr --tools FILE.json -p TEXT | --messages FILE.json",
         "shows a model functions, and prints the call it makes as JSON", .run = call_command},
     [LAB_HELP] = {"help", "[COMMAND]", "all commands, or the options of one", .run = help_command,
@@ -715,7 +783,7 @@ static option_row lab_options[N_LAB_OPTIONS] = {
 };
 
 /* Options of medrun's: record and call take those of run, call some of render's too, bench those of
- * a session, replay a place of the model. */
+ * a session, replay and compare a place of the model. */
 static void take_options(void) {
     const int bench[] = {O_MODEL, O_THREADS, O_BATCH, O_KV, O_MLOCK, O_STRICT, O_DEVICE,
                          O_GPU_LAYERS, O_QUIET};
@@ -728,7 +796,7 @@ static void take_options(void) {
     for (size_t i = 0; i < sizeof bench / sizeof *bench; i++)
         lab_options[bench[i]].on |= ON(BENCH);
     for (size_t i = 0; i < sizeof replay / sizeof *replay; i++)
-        lab_options[replay[i]].on |= ON(REPLAY);
+        lab_options[replay[i]].on |= ON(REPLAY) | ON(COMPARE);
     for (size_t i = 0; i < sizeof call / sizeof *call; i++) lab_options[call[i]].on |= ON(CALL);
     lab_options[O_TOP].on = 0;
     lab_options[O_HELP].on = lab_options[O_VERSION].on = ~0u;
