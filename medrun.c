@@ -9450,37 +9450,22 @@ static void print_ids(FILE *f, const int32_t *ids, size_t n) {
     for (size_t i = 0; i < n; i++) fprintf(f, i ? " %d" : "%d", ids[i]);
 }
 
-MEDRUN_PRINTF_LIKE(1, 0)
-static void tell_args(const char *format, va_list args) {
+/* Prints a line on stderr, which may hold a hostile name: about the run of C, unless -q; where C is
+ * NULL, what a chat has to say in any case. */
+MEDRUN_PRINTF_LIKE(2, 3)
+static void note(const command *c, const char *format, ...) {
     char line[2048];
     text_line l = {.width = width_of(STDERR_FILENO)};
+    if (c && flag(c, O_QUIET)) return;
+    va_list args;
+    va_start(args, format);
     vsnprintf(line, sizeof line, format, args);
+    va_end(args);
     make_safe(line);
     print_words(stderr, &l, line, strlen(line));
     fputc('\n', stderr);
     fflush(stderr);
 }
-
-/* Prints a line on stderr, such as what a chat's command did. It may hold a hostile name. */
-MEDRUN_PRINTF_LIKE(1, 2)
-static void tell(const char *format, ...) {
-    va_list args;
-    va_start(args, format);
-    tell_args(format, args);
-    va_end(args);
-}
-
-/* The same about the run, unless -q. */
-MEDRUN_PRINTF_LIKE(2, 3)
-static void note(const command *c, const char *format, ...) {
-    va_list args;
-    if (flag(c, O_QUIET)) return;
-    va_start(args, format);
-    tell_args(format, args);
-    va_end(args);
-}
-
-
 
 /* Ends the command with this exit code and without a message, unless it has failed before. */
 static int quit(command *c, int code) { return fail(&c->e, code, "%s", ""), c->e.code; }
@@ -9750,8 +9735,8 @@ static void choose_sampling(command *c) {
 static void note_sampling(const command *c) {
     const medrun_sampling *s = &c->sampling;
     if (s->temperature <= 0)
-        note(c, "sampling: temperature 0 (%s), the likeliest token always; repeat-penalty %g (%s)",
-             origin(c, O_TEMP), (double)s->repeat_penalty, origin(c, O_REPEAT));
+        note(c, "sampling: temperature 0 (%s), always the most likely token; repeat-penalty %g "
+             "(%s)", origin(c, O_TEMP), (double)s->repeat_penalty, origin(c, O_REPEAT));
     else
         note(c, "sampling: temperature %g (%s), top-k %d (%s), top-p %g (%s), min-p %g (%s), "
              "repeat-penalty %g (%s), seed %llu (%s)", (double)s->temperature, origin(c, O_TEMP),
@@ -9931,20 +9916,23 @@ typedef struct {
     double probability;                         /* the softmax of the logits, at temperature 1  */
 } choice;
 
-/* Fills OUT with the N likeliest tokens, best first, and with ALSO behind them unless it is < 0. */
-static void find_choices(const float *logits, int vocab, int n, int32_t also, choice *out) {
+/* Fills OUT with the N likeliest tokens, best first, and with ALSO behind them unless it is < 0.
+ * Gives N, or the vocabulary's size where that is less. */
+static int find_choices(const command *c, const float *logits, int n, int32_t also, choice *out) {
     double sum = 0;
-    int found = 0;
+    int found = 0, vocab = c->t->vocab_size;
     for (int32_t id = 0; id < vocab; id++) {
         int at = found < n ? found++ : n;
         for (; at && logits[id] > out[at - 1].logit; at--) if (at < n) out[at] = out[at - 1];
         if (at < n) out[at] = (choice){id, logits[id], 0};
     }
-    if (also >= 0) out[found++] = (choice){also, logits[also], 0};
+    if (also >= 0) out[found] = (choice){also, logits[also], 0};
     for (int32_t id = 0; id < vocab; id++) sum += exp((double)logits[id] - (double)out[0].logit);
-    for (int i = 0; i < found; i++)
+    for (int i = 0; i < found + (also >= 0); i++)
         out[i].probability = exp((double)out[i].logit - (double)out[0].logit) / sum;
+    return found;
 }
+
 
 /* Prints the piece with escapes, and blanks up to WIDTH columns. */
 static void print_piece(const command *c, int32_t id, size_t width) {
@@ -9960,9 +9948,7 @@ static void print_piece(const command *c, int32_t id, size_t width) {
 /* The token that was chosen, with --top, and under it what else was likely. */
 static int print_choices(command *c, int32_t id) {
     choice all[MOST_CHOICES + 1];
-    int n = whole(c, O_TOP), vocab = c->t->vocab_size;
-    if (n > vocab) n = vocab;
-    find_choices(c->s->logits, vocab, n, id, all);
+    int n = find_choices(c, c->s->logits, whole(c, O_TOP), id, all);
     print_piece(c, id, 28);
     printf(" %.4f\n", all[n].probability);
     for (int i = 0; i < n; i++) {
@@ -9973,6 +9959,7 @@ static int print_choices(command *c, int32_t id) {
     }
     return flush_stdout(c);
 }
+
 
 /* Makes the next token of the answer, and prints the text that it completes, as far as no stop text
  * can begin there. A tool may have put its own printing into c->piece. */
@@ -10047,8 +10034,8 @@ static void print_stats(const command *c) {
     if (whole(c, O_LOOKUP) > 0)
         snprintf(guesses, sizeof guesses, "; guessed %llu tokens, %llu right",
                  (unsigned long long)a->guessed, (unsigned long long)a->right);
-    tell("prompt %zu tokens, %.1f tokens/s; answer %zu tokens, %.1f tokens/s; context %zu of %zu%s",
-         a->n_prompt, (double)a->n_prompt / (a->prompt_time + 1e-9), a->n_answer,
+    note(NULL, "prompt %zu tokens, %.1f tokens/s; answer %zu tokens, %.1f tokens/s; context %zu of "
+         "%zu%s", a->n_prompt, (double)a->n_prompt / (a->prompt_time + 1e-9), a->n_answer,
          steps / (a->answer_time + 1e-9), medrun_length(c->s), context_of(c), guesses);
 }
 
@@ -10170,38 +10157,45 @@ static int run_command(command *c) {
 
 /* ---- show ---------------------------------------------------------------------------------- */
 
-/* A line: its label, and text from the checkpoint. */
-static void show_text(FILE *f, const char *label, const char *text) {
-    fprintf(f, "%-13s", label);
-    print_safe(f, *text ? text : "-", *text ? strlen(text) : 1, false);
-    fputc('\n', f);
+/* A line: its label, if any, and what may be text from a checkpoint. */
+MEDRUN_PRINTF_LIKE(3, 4)
+static void show(FILE *f, const char *label, const char *format, ...) {
+    char text[16384];
+    text_line l = {.width = width_of(fileno(f)), .indent = 13};
+    va_list args;
+    int n = label ? snprintf(text, sizeof text, "%-13s", label) : 0;
+    va_start(args, format);
+    vsnprintf(text + n, sizeof text - (size_t)n, format, args);
+    va_end(args);
+    make_safe(text);
+    print_words(f, &l, text, strlen(text));
+    fputs(text[n] ? "\n" : "-\n", f);
 }
 
 /* The bytes that the vocabulary lacks, which are left out of every text. */
 static void show_lacking(FILE *f, const tokenizer *t) {
-    const char *label = "lacks bytes";
-    for (int b = 0; b < 256; b++) {
-        if (t->byte_id[b] != NO_ID) continue;
-        fprintf(f, *label ? "%-13s%02x" : "%s %02x", label, (unsigned)b);
-        label = "";
-    }
-    if (!*label) fprintf(f, " (hexadecimal; left out of texts)\n");
+    buffer list = {0};
+    for (int b = 0; b < 256; b++)
+        if (t->byte_id[b] == NO_ID) buffer_printf(&list, "%02x ", (unsigned)b);
+    if (list.n) show(f, "lacks bytes", "%s(hexadecimal; left out of texts)", chars(&list));
+    buffer_free(&list);
 }
 
 static void show_chat(FILE *f, const medrun_model *m) {
     const medrun_sampling *s = &m->sampling;
-    show_text(f, "template", m->template_name);
-    show_text(f, "system", m->system);
-    fprintf(f, "%-13s%s", "stops", m->n_stops ? "" : "-");
+    buffer stops = {0};
     for (int i = 0; i < m->n_stops; i++) {
         size_t n;
         const char *piece = tokenizer_piece(&m->tokenizer, m->stops[i], &n);
-        fprintf(f, "%s%d ", i ? ", " : "", m->stops[i]);
-        print_safe(f, piece, n, false);
+        buffer_printf(&stops, "%s%d %.*s", i ? ", " : "", m->stops[i], (int)n, piece);
     }
-    fprintf(f, "\n%-13stemperature %g, top-k %d, top-p %g, min-p %g, repeat-penalty %g\n",
-            "sampling", (double)s->temperature, s->top_k, (double)s->top_p, (double)s->min_p,
-            (double)s->repeat_penalty);
+    show(f, "template", "%s", m->template_name);
+    show(f, "system", "%s", m->system);
+    show(f, "stops", "%s", chars(&stops));
+    show(f, "sampling", "temperature %g, top-k %d, top-p %g, min-p %g, repeat-penalty %g",
+         (double)s->temperature, s->top_k, (double)s->top_p, (double)s->min_p,
+         (double)s->repeat_penalty);
+    buffer_free(&stops);
 }
 
 /* The files that the checkpoint was made from. Nothing depends on these lines, so an entry that is
@@ -10212,17 +10206,16 @@ static void show_sources(FILE *f, const medrun_model *m) {
     char precision[256];
     bool array = json_is_type(j, all, JSON_ARRAY);
     for (uint32_t i = 0; array && i < j->nodes[all].count; i++, v = j->nodes[v].next) {
-        char file[256], hash[65], line[400];
+        char file[256], hash[65];
         medrun_error e = {0};
         json_text(j, v, "", "file", file, sizeof file, &e);
         json_text(j, v, "", "sha256", hash, sizeof hash, &e);
         int64_t bytes = json_int(j, v, "", "bytes", 0, 1ll << 52, &e);
         if (e.code) continue;
-        snprintf(line, sizeof line, "%s, %lld bytes, %s", file, (long long)bytes, hash);
-        show_text(f, i ? "" : "sources", line);
+        show(f, i ? "" : "sources", "%s, %lld bytes, %s", file, (long long)bytes, hash);
     }
     if (!json_text(j, from, "", "precision", precision, sizeof precision, &(medrun_error){0}))
-        show_text(f, "made from", precision);
+        show(f, "made from", "%s", precision);
 }
 
 static double mb(uint64_t bytes) { return (double)bytes / 0x1p20; }
@@ -10247,33 +10240,33 @@ static void show_memory(FILE *f, const command *c, const medrun_session_options 
         all <= total ? "it fits when other programs leave" :
         session <= total ? "the weights do not fit and would be read again for each token" :
         "it does not fit; ask for a smaller context (-c)";
-    fprintf(f, "%-13s%9.1f MB weights, mapped from the file\n", "memory", mb(weights));
-    fprintf(f, "%-13s%9.1f MB key-value cache, context %d, %s (with --kv %s %.1f MB)\n", "",
-            mb(cache), o->context, kv_names[o->kv], kv_names[other],
-            mb(cache_size(c->m, o->context, other)));
-    fprintf(f, "%-13s%9.1f MB scratch\n", "", mb(session - cache));
-    fprintf(f, "%-13s%9.1f MB in all, of %.1f MB%s; %.1f MB are free: %s\n", "", mb(all),
-            mb(total), of_group, mb(available), verdict);
+    show(f, "memory", "%9.1f MB weights, mapped from the file", mb(weights));
+    show(f, "", "%9.1f MB key-value cache, context %d, %s (with --kv %s %.1f MB)", mb(cache),
+         o->context, kv_names[o->kv], kv_names[other], mb(cache_size(c->m, o->context, other)));
+    show(f, "", "%9.1f MB scratch", mb(session - cache));
+    show(f, "", "%9.1f MB in all, of %.1f MB%s; %.1f MB are free: %s", mb(all), mb(total), of_group,
+         mb(available), verdict);
 }
 
 static int show_model(FILE *f, command *c, int context) {
     const medrun_model *m = c->m;
     medrun_session_options wanted = session_options(c, context), o;
     char hash[65];
-    buffer b = {0};
+    buffer config = {0};
     if (resolve_options(m, &wanted, &o, &c->e)) return c->e.code;
     hex_of(m->file.hash, hash);
-    show_text(f, "file", m->path);
-    show_text(f, "name", m->name);
-    describe_config(&b, &m->config, m->architecture, type_names[m->type], m->parameters, 13);
-    fputs(chars(&b), f);
-    buffer_free(&b);
+    show(f, "file", "%s", m->path);
+    show(f, "name", "%s", m->name);
+    describe_config(&config, &m->config, m->architecture, type_names[m->type], m->parameters, 13);
+    for (char *line = (char *)config.data, *end; line && (end = strchr(line, '\n')); line = end + 1)
+        show(f, NULL, "%.*s", (int)(end - line), line);
+    buffer_free(&config);
     show_lacking(f, &m->tokenizer);
     show_chat(f, m);
-    show_text(f, "licence", m->licence);
-    show_text(f, "notice", m->notice);
+    show(f, "licence", "%s", m->licence);
+    show(f, "notice", "%s", m->notice);
     if (flag(c, O_VERBOSE)) show_sources(f, m);
-    if (flag(c, O_VERBOSE)) show_text(f, "hash", hash);
+    if (flag(c, O_VERBOSE)) show(f, "hash", "%s", hash);
     show_memory(f, c, &o);
     return MEDRUN_OK;
 }
@@ -10364,17 +10357,17 @@ static size_t next_char(const editor *ed, size_t i, int step) {
 }
 
 /* The columns that the character in bytes I to END takes. OUT, if there is one, gets what is shown
- * for it: a hostile character shows as '?'. */
+ * for it: a hostile character shows as '?', a line end as an arrow. */
 static size_t show_char(const editor *ed, size_t i, size_t end, buffer *out) {
-    const char *text = chars(&ed->line) + i;
+    const uint8_t *text = ed->line.data + i;
     uint32_t code = 0;
-    size_t columns, n = utf8_decode(ed->line.data + i, end - i, &code);
-    bool hostile = n != end - i || is_hostile(code);
-    measure(text, end - i, &columns);
-    if (out && hostile) buffer_text(out, code == '\n' ? "\xE2\x86\xB5" : "?");
-    else if (out) buffer_add(out, text, n);
-    return hostile ? 1 : columns;
+    bool safe = utf8_decode(text, end - i, &code) == end - i && !is_hostile(code);
+    if (out && safe) buffer_add(out, text, end - i);
+    else if (out) buffer_text(out, code == '\n' ? "\xE2\x86\xB5" : "?");
+    return safe ? columns_of(code) : 1;
 }
+
+
 
 
 /* Draws the window on the line, or all of the line when it is DONE. What stands before the cursor
@@ -10614,7 +10607,7 @@ static int drop_turns(chat *h, size_t k) {
     buffer keep = {0};
     buffer_add(&keep, medrun_tokens(c->s) + from, (medrun_length(c->s) - from) * sizeof(int32_t));
     if (check_buffer(c, &keep)) return c->e.code;
-    tell("(forgot %zu of the oldest turns, %zu tokens)", k, gone);
+    note(NULL, "(forgot %zu of the oldest turns, %zu tokens)", k, gone);
     if (!medrun_rewind(c->s, from - gone, &c->e))
         medrun_feed(c->s, ids_of(&keep), n_ids(&keep), &c->e);
     for (size_t i = 0; i < left; i++) starts_of(h)[i] = starts_of(h)[i + k] - gone;
@@ -10695,7 +10688,7 @@ static int chat_answer(chat *h, const char *text, size_t n) {
     if (c->e.code != MEDRUN_INTERRUPTED) return c->e.code;
     c->e = (medrun_error){0};
     h->interrupts = 1;
-    tell("(stopped%s)", c->answer.n_answer ? "" : "; your message is forgotten");
+    note(NULL, "(stopped%s)", c->answer.n_answer ? "" : "; your message is forgotten");
     return c->answer.n_answer ? MEDRUN_OK : unsay(h);
 }
 
@@ -10707,7 +10700,7 @@ static int chat_bye(chat *h, char *text) { return h->leave = !*text, MEDRUN_OK; 
 static int chat_clear(chat *h, char *text) {
     h->starts.n = h->last.n = 0;
     if (!medrun_rewind(h->c->s, 0, &h->c->e))
-        tell("the conversation is empty now%s", *text ? ", its system text is new" : "");
+        note(NULL, "the conversation is empty now%s", *text ? ", its system text is new" : "");
     return h->c->e.code;
 }
 
@@ -10726,7 +10719,7 @@ static int chat_undo(chat *h, char *text) {
     (void)text;
     if (!n_turns(h)) return fail(&h->c->e, MEDRUN_USAGE, "/undo: nothing was said");
     if (!unsay(h))
-        tell("took back the last message and its answer; %zu tokens are left",
+        note(NULL, "took back the last message and its answer; %zu tokens are left",
              medrun_length(h->c->s));
     return h->c->e.code;
 }
@@ -10754,7 +10747,7 @@ static int chat_set(chat *h, char *text) {
         return fail(&c->e, MEDRUN_USAGE, "/set: wanted predict, temp, top-k, top-p, min-p, "
                     "repeat-penalty or seed, and a number");
     if (set_option(c, id, value, FROM_FLAG, name)) return c->e.code;
-    tell("%s is %s now", c->p->options[id].name, value);
+    note(NULL, "%s is %s now", c->p->options[id].name, value);
     c->text[id] = NULL;                                 /* the number is kept; `value` ends here */
     choose_sampling(c);
     c->s->options.sampling = c->sampling;
@@ -10815,7 +10808,7 @@ static int chat_text(chat *h, char *path) {
         writer_open(&w, path, &kind, flag(c, O_FORCE), &c->e)) return c->e.code;
     fprintf(w.f, "medrun: a talk with %s. For research and education.\n\n", c->m->name);
     print_talk(h, w.f, false);
-    if (!writer_done(&w, &c->e)) tell("wrote the conversation to %s", path);
+    if (!writer_done(&w, &c->e)) note(NULL, "wrote the conversation to %s", path);
     return c->e.code;
 }
 
@@ -10823,7 +10816,7 @@ static int chat_save(chat *h, char *path) {
     command *c = h->c;
     if (check_output(c, path, &session_file)) return c->e.code;
     if (!save_session(c->s, path, flag(c, O_FORCE), &c->e))
-        tell("saved %zu tokens to %s", medrun_length(c->s), path);
+        note(NULL, "saved %zu tokens to %s", medrun_length(c->s), path);
     return c->e.code;
 }
 
@@ -10832,7 +10825,7 @@ static int chat_load(chat *h, char *path) {
     command *c = h->c;
     h->starts.n = h->last.n = 0;
     if (medrun_restore(c->s, path, &c->e)) return c->e.code;
-    tell("loaded %zu tokens from %s", medrun_length(c->s), path);
+    note(NULL, "loaded %zu tokens from %s", medrun_length(c->s), path);
     if (!medrun_length(c->s) || print_talk(h, stderr, true)) return c->e.code;
     return add_turn(h, medrun_tokens(c->s)[0] == c->t->bos);
 }
@@ -10943,9 +10936,9 @@ static int chat_loop(chat *h) {
         if (got == LINE_END) return MEDRUN_OK;
         h->interrupts = got == LINE_INTERRUPTED ? h->interrupts + 1 : 0;
         if (h->interrupts > 1) return quit(h->c, MEDRUN_INTERRUPTED);
-        if (h->interrupts) tell("(Ctrl-C once more, or Ctrl-D, leaves)");
+        if (h->interrupts) note(NULL, "(Ctrl-C once more, or Ctrl-D, leaves)");
         else if (chat_message(h) && *e->text) {
-            tell("%s", e->text);
+            note(NULL, "%s", e->text);
             *e = (medrun_error){0};
         }
     }
@@ -10978,7 +10971,7 @@ static int converse_command(command *c) {
     prepare_editor(&h.ed);
     for (int i = 0; i < N_CHAT_ROWS; i++) h.ed.commands[h.ed.n_commands++] = chat_rows[i].name;
     if (h.ed.colour) fputs("\x1b[33m", stderr);
-    tell("%s", not_a_clinician);
+    note(NULL, "%s", not_a_clinician);
     if (h.ed.colour) fputs("\x1b[0m", stderr);
     note(c, "/help lists what can be typed.");
     buffer_text(&h.system, system_text(c));
@@ -11262,9 +11255,7 @@ static int write_logits(command *c, FILE *f) {
 /* Rank, id, piece, logit and probability of the N likeliest tokens that may come next. */
 static int print_top(command *c) {
     choice all[MOST_CHOICES + 1];
-    int n = whole(c, O_TOP), vocab = c->t->vocab_size;
-    if (n > vocab) n = vocab;
-    find_choices(medrun_logits(c->s, 0), vocab, n, -1, all);
+    int n = find_choices(c, medrun_logits(c->s, 0), whole(c, O_TOP), -1, all);
     printf("rank       id  %-24s     logit  probability\n", "piece");
     for (int i = 0; i < n; i++) {
         printf("%4d %8d  ", i + 1, all[i].id);
@@ -11273,6 +11264,7 @@ static int print_top(command *c) {
     }
     return flush_stdout(c);
 }
+
 
 /* With --all each token of a pass has a row of logits, which takes memory: so fewer go into one. */
 static int logits_command(command *c) {
