@@ -825,6 +825,20 @@ if stopped:
     ended_well('after it', c.end(b'\x04'), 0)
 else: skipped += 1; print('skipped: Ctrl-C in an answer: all were over first')
 
+# Ctrl-C during a long prompt does not wait for the end of the pass
+open(T + '/long', 'w').write('The patient has fever and a cough. ' * 25)
+line = [medrun, 'run', demo, '-f', T + '/long', '-n', '1', '-q', '-b', '2048', '-t', '1']
+def long_prompt(wait):
+    start = time.time()
+    p = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, env=dict(os.environ, MEDRUN_KERNELS='scalar'))
+    if wait: time.sleep(wait); p.send_signal(signal.SIGINT)
+    err = p.communicate()[1]
+    return p.returncode, time.time() - start, err
+rc, whole, err = long_prompt(0)
+check('a long prompt', rc == 0, err)
+rc, part, err = long_prompt(0.3 * whole)
+check('Ctrl-C in a pass of %.1f s: ended after %.1f s' % (whole, part), rc == 130 and part < 0.3 * whole + max(1, 0.45 * whole), err)
+
 # and run; a second one would end it at once
 p_env = dict(os.environ, MEDRUN_KERNELS='scalar')
 for seed in range(10):
