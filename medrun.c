@@ -9384,15 +9384,16 @@ static size_t width_of(int fd) {
 }
 
 /* The bytes of TEXT up to the last place where a line may be broken: what follows may be a part of
- * a word. Wide characters are words of their own. */
-static size_t whole_words(const char *text, size_t n) {
+ * a word, if it is not as long as a line. Wide characters are words of their own. */
+static size_t whole_words(const char *text, size_t n, size_t width) {
     size_t end = 0;
     for (size_t i = 0, len, columns; i < n; i += len) {
         len = measure(text + i, n - i, &columns);
         if (columns == 2 || text[i] == ' ' || text[i] == '\n') end = i + len;
     }
-    return n - end > 200 ? n : end;
+    return n - end < width ? end : n;
 }
+
 
 /* Prints for people, word by word. The terminal itself breaks a word that is longer than a line. */
 static void print_words(FILE *f, text_line *l, const char *text, size_t n) {
@@ -9837,7 +9838,7 @@ static int print_held(command *c, bool over) {
     else if (!over) n -= hold;
     const char *text = chars(&a->held);
     a->line.width = width_of(STDOUT_FILENO);
-    if (a->line.width && !over && !a->ended) n = whole_words(text, n);
+    if (a->line.width && !over && !a->ended) n = whole_words(text, n, a->line.width);
     if (!n) return MEDRUN_OK;
     if (terminal) print_words(stdout, &a->line, text, n);
     else fwrite(text, 1, n, stdout);
@@ -10438,13 +10439,14 @@ static void recall(editor *ed, int step) {
     insert(ed, line, strlen(line));
 }
 
-/* A path as a person types it: ~ is the home folder. */
-static void expand_path(const char *path, buffer *out) {
+/* A path of N bytes as a person types it: ~ is the home folder. */
+static void expand_path(const char *path, size_t n, buffer *out) {
     const char *home = getenv("HOME");
-    bool tilde = home && path[0] == '~' && (path[1] == '/' || !path[1]);
+    bool tilde = home && n && path[0] == '~' && (n == 1 || path[1] == '/');
     if (tilde) buffer_text(out, home);
-    buffer_text(out, path + tilde);
+    buffer_add(out, path + tilde, n - tilde);
 }
+
 
 /* What the line holds before the cursor: in a command, its name or, behind a blank, a path. Tab
  * completes it as far as all that begin so agree; where that is no further, it lists them. */
@@ -10453,10 +10455,9 @@ static void complete(editor *ed, const char *prompt) {
     const char *const *all = ed->commands;
     size_t start = blank ? (size_t)(blank + 1 - chars(&ed->line)) : 0, n_all = ed->n_commands;
     size_t n = 0, shared = 0;
-    buffer typed = {0}, word = {0}, pattern = {0};
+    buffer word = {0}, pattern = {0};
     if (!ed->line.n || ed->line.data[0] != '/') return;
-    buffer_add(&typed, ed->line.data + start, ed->at - start);
-    expand_path(chars(&typed), &word);
+    expand_path(chars(&ed->line) + start, ed->at - start, &word);
     for (size_t i = 0; i < word.n; i++)
         buffer_printf(&pattern, strchr("*?[\\", word.data[i]) ? "\\%c" : "%c", word.data[i]);
     buffer_text(&pattern, "*");
@@ -10480,7 +10481,7 @@ static void complete(editor *ed, const char *prompt) {
         }
         fputc('\n', stderr);
     }
-    buffer_free(&typed), buffer_free(&word), buffer_free(&pattern);
+    buffer_free(&word), buffer_free(&pattern);
 }
 
 #define CTRL_KEY(letter) ((letter) - 'A' + 1)
@@ -10909,7 +10910,7 @@ static int chat_command(chat *h, char *line) {
         return fail(e, MEDRUN_USAGE, "%s: wanted %s", line, wanted ? wanted : "no more");
     if (!chat_rows[i].run) return chat_help();
     if (!wanted || strncmp(wanted, "FILE", 4)) return chat_rows[i].run(h, text);
-    expand_path(text, &path);
+    expand_path(text, strlen(text), &path);
     if (!check_buffer(h->c, &path)) chat_rows[i].run(h, (char *)path.data);
     buffer_free(&path);
     return e->code;

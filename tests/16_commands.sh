@@ -197,6 +197,8 @@ fi
 # ---- too long ----
 ones 300 >"$T/many"
 code 5 run "$model" -f "$T/many" -c 64; no_out; err_has 'prompt [0-9]* tokens > context 64'
+check 'more context would help' [ -n "$(grep -- '-c asks' "$T/err")" ]
+ones 700 >"$T/most"; code 5 run "$model" -f "$T/most"; err_has 'made for no longer one'; check 'no advice that cannot be followed' [ -z "$(grep -- '-c' "$T/err")" ]
 check 'one line of error' [ "$(grep -c '^medrun: ' "$T/err")" = 1 ]
 for s in 1 2 3 4 5; do
     "$medrun" run "$model" -p hello --temp 1 -s $s -c 64 -q >"$T/out" 2>"$T/err"; rc=$?
@@ -576,8 +578,8 @@ class Chat:
     def end(self, keys=b''):
         if keys: os.write(self.fd, keys)
         out = self.read(lambda x: b'THE END' in x)
+        os.close(self.fd)                           # which ends a program that is still there
         os.waitpid(self.pid, 0)
-        os.close(self.fd)
         return out
 
 def ended_well(what, out, rc):

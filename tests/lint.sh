@@ -43,10 +43,10 @@ budgets="
 13:420:447
 14:100:185
 15:720:860
-16:1410:2679"
+16:1410:2623"
 budgets=$(echo $budgets)                  # on one line
-most_lines=11660                            # the goals: 9000, 450000, 15
-most_bytes=578969
+most_lines=11604                            # the goals: 9000, 450000, 15
+most_bytes=576628
 least_comments=12.8
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
