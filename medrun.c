@@ -1291,7 +1291,8 @@ typedef struct {
     uint8_t block[64];
 } sha256;
 
-/* Works one block of 64 bytes into the state H. */
+/* Works one block of 64 bytes into the state H. K are the first bits of the cube roots of the first
+ * 64 primes: numbers that nobody can have chosen for a purpose of their own. */
 static void sha256_block(uint32_t h[8], const uint8_t *p) {
     static const uint32_t k[64] = {
         0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4,
@@ -1850,7 +1851,9 @@ static void *worker_main(void *context) {
 
 /* On a busy machine workers can cost more than they do: the system stops one for milliseconds in
  * the middle of a piece, or wakes it on the caller's processor. Then the caller works alone for a
- * TIME in seconds, twice as long as before where the last such time has just ended. */
+ * TIME in seconds, twice as long as before where the last such time has just ended. Little is lost
+ * by that: where two programs share a processor with each thread, the caller runs half of the time,
+ * and a single thread may already read weights as fast as memory gives them. */
 static void rest_workers(thread_pool *pool, double time, double now) {
     pool->rest = now - pool->alone_until < pool->rest ? 2 * pool->rest : time;
     if (pool->rest > 1) pool->rest = 1;
@@ -1880,6 +1883,8 @@ static void parallel_for(thread_pool *pool, size_t n, size_t grain, task_fn *tas
     size_t mine = take_pieces(pool, 0);
     double end = seconds(), piece = (end - start) / (double)(mine ? mine : 1);
     wait_until(pool, is_done, &pool->caller);
+    /* A worker that runs ends its last piece within the time of one. A longer wait tells that the
+     * system stopped it: what others have to do on this machine comes first. */
     double now = seconds(), waited = now - end;
     if (waited > 5e-4 && waited > 4 * piece) rest_workers(pool, 4 * waited, now);
 }
@@ -5220,7 +5225,9 @@ static bool all_zero(const uint8_t *p, size_t n) {
 }
 
 /* Takes the next section, which entry V of the header describes: it must stand where the one
- * before it ended, rounded up, and lie within the file. DATA then points into the mapping. */
+ * before it ended, rounded up, and lie within the file. So no two can overlap, no byte between them
+ * escapes a check, and the same tensors always give the same file. DATA then points into the
+ * mapping. */
 static int take_section(model_file *f, uint32_t v, const char *what, const uint8_t **data,
                         size_t *bytes, uint8_t digest[32], medrun_error *e) {
     char hex[65] = "";
@@ -5271,7 +5278,8 @@ static void file_close(model_file *f) {
     unmap_file(&f->map);
 }
 
-/* Checks the hash of the header's N bytes, then reads it as JSON. */
+/* Checks the hash of the header's N bytes, then reads it as JSON: so a file that was damaged on its
+ * way is called damaged, not wrong in some field. */
 static int read_header(model_file *f, size_t n, medrun_error *e) {
     medrun_error why = {0};
     sha256_of(f->map.data, PREAMBLE + n, f->hash);
@@ -5281,11 +5289,9 @@ static int read_header(model_file *f, size_t n, medrun_error *e) {
     if (json_parse(&f->header, (const char *)f->map.data + PREAMBLE, n, &why))
         return fail(e, why.code, "%s: header: %s", f->path, why.text);
     json_int(&f->header, 0, f->path, "format", 1, 1, e);
-    f->tensors = json_get(&f->header, 0, "tensors");
+    f->tensors = json_field(&f->header, 0, f->path, "tensors", JSON_ARRAY, "an array", e);
     f->tokenizer = json_get(&f->header, 0, "tokenizer");
     f->at = PREAMBLE + n + 32;
-    if (!json_is_type(&f->header, f->tensors, JSON_ARRAY))
-        fail(e, MEDRUN_BAD_FILE, "%s: field tensors: wanted an array", f->path);
     return e->code;
 }
 

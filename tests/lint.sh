@@ -30,13 +30,13 @@ done
 budgets="
 1:330:330
 2:450:733
-3:540:655
-4:200:214
+3:540:656
+4:200:218
 5:310:310
 6:1940:2150
 7:130:137
 8:350:475
-9:180:317
+9:180:318
 10:950:1001
 11:520:668
 12:450:521
@@ -45,9 +45,9 @@ budgets="
 15:720:860
 16:1410:2623"
 budgets=$(echo $budgets)                  # on one line
-most_lines=11604                            # the goals: 9000, 450000, 15
-most_bytes=576628
-least_comments=12.8
+most_lines=11610                            # the goals: 9000, 450000, 15
+most_bytes=577230
+least_comments=12.9
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
     function said(limit, budget) { return limit ? "  OVER ITS LIMIT" : budget ? "  over" : "" }
