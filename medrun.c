@@ -9669,7 +9669,7 @@ static int suggest_export(command *c, const char *path) {
     size_t n = strlen(path);
     file_facts f;
     snprintf(config, sizeof config, "%s/config.json", path);
-    FILE *file = open_stream(path, TO_READ);
+    FILE *file = open_stream(path, TO_MAP);
     bool gguf = file && fread(start, 1, 4, file) == 4 && !memcmp(start, "GGUF", 4);
     if (file) fclose(file);
     if (c->e.code != MEDRUN_BAD_FILE || (!gguf && get_facts(config, -1, &f))) return c->e.code;

@@ -46,7 +46,7 @@ budgets="
 16:1410:2623"
 budgets=$(echo $budgets)                  # on one line
 most_lines=11610                            # the goals: 9000, 450000, 15
-most_bytes=577230
+most_bytes=577229
 least_comments=12.9
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
