@@ -160,8 +160,8 @@ install-programs: all
 	$(BIN)/medrun completion bash > $(BASH)/medrun
 	$(BIN)/medrun completion zsh > $(ZSH)/_medrun
 	$(BIN)/medrun completion fish > $(FISH)/medrun.fish
-	cd $(BASH) && for p in $(filter-out medrun medrun-serve,$(TOOLS)); do ln -sf medrun $$p; done
-	cd $(FISH) && for p in $(filter-out medrun medrun-serve,$(TOOLS)); do ln -sf medrun.fish $$p.fish; done
+	cd $(BASH) && for p in $(filter-out medrun,$(TOOLS)); do ln -sf medrun $$p; done
+	cd $(FISH) && for p in $(filter-out medrun,$(TOOLS)); do ln -sf medrun.fish $$p.fish; done
 uninstall:
 	cd $(DESTDIR)$(PREFIX)/bin && rm -f $(TOOLS)
 	cd $(SHARE)/man/man1 && rm -f $(addsuffix .1,$(TOOLS))

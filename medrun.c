@@ -11500,6 +11500,8 @@ static int run_program(const program *p, int argc, char **argv) {
 }
 
 #ifndef MEDRUN_NO_MAIN
+#define PROGRAMS "medrun medrun-eval medrun-explain medrun-export medrun-lab medrun-serve"
+
 /* What a shell runs when Tab is pressed. It asks the program for --help: so it offers the commands
  * and options that this build has. */
 static const char *const completions[][2] = {
@@ -11511,9 +11513,9 @@ static const char *const completions[][2] = {
      "    show=$(\"$1\" $first --help 2> /dev/null | sed -nE \"$show\")\n"
      "    COMPREPLY=($(compgen -W \"$show\" -- \"$2\"))\n"
      "}\n"
-     "complete -o default -F _medrun medrun medrun-export medrun-eval medrun-lab\n"},
+     "complete -o default -F _medrun " PROGRAMS "\n"},
     {"zsh",
-     "#compdef medrun medrun-export medrun-eval medrun-lab\n"
+     "#compdef " PROGRAMS "\n"
      "_medrun() {\n"
      "    local first= show=\"s/^${words[1]:t} \\\\[?([a-z]+).*/\\\\1/p\"\n"
      "    ((CURRENT > 2)) && first=$words[2] show=\n"
@@ -11522,7 +11524,7 @@ static const char *const completions[][2] = {
      "    compadd -- ${(f)show} || _files\n"
      "}\n"
      "if [[ $funcstack[1] == _medrun ]]; then _medrun\n"
-     "else compdef _medrun medrun medrun-export medrun-eval medrun-lab; fi\n"},
+     "else compdef _medrun " PROGRAMS "; fi\n"},
     {"fish",
      "function __medrun\n"
      "    set -l line (commandline -opc)\n"
@@ -11532,7 +11534,7 @@ static const char *const completions[][2] = {
      "    and set show '^ {2,6}(?:-[a-zA-Z]+, )?(--[a-z0-9-]+)(?: \\\\S+)? +(\\\\S.*)' '$1\\t$2'\n"
      "    $line[1] $line[2] --help 2> /dev/null | string replace -rf $show\n"
      "end\n"
-     "for program in medrun medrun-export medrun-eval medrun-lab\n"
+     "for program in " PROGRAMS "\n"
      "    complete -c $program -a '(__medrun)'\n"
      "end\n"},
 };

@@ -38,7 +38,7 @@ while read -r q; do
     case $a in 'I cannot'*|'I only'*) ok ;; *) bad "README.md: $q: $a" ;; esac
 done < "$build/refusals"
 
-# Its commands, in order: lines of blocks, and what stands between ` in a table. In a folder where the
+# Its commands, in order: lines of blocks, and what stands between ` in text or a table. In a folder where the
 # files it names are.
 top=$PWD at="$build/readme"
 case $bin in /*) ;; *) bin=$PWD/$bin ;; esac
@@ -61,12 +61,15 @@ for i in 1 2; do
 done
 awk '/^```/ { code = !code && $0 == "```"; next }
      code && /^(make|\.\/)/ { sub(/ +#.*/, ""); if (sub(/\\$/, "")) printf "%s", $0; else print }
-     /^\|/ { n = split($0, part, "`"); for (i = 2; i <= n; i += 2) if (part[i] ~ /^(\.\/|eval)/) print part[i] }
+     !code { n = split($0, part, "`"); for (i = 2; i <= n; i += 2) if (part[i] ~ /^(\.\/|eval)/) print part[i] }
 ' README.md > "$build/readme.commands"
 n=$(wc -l < "$build/readme.commands"); [ "$n" -ge 18 ] && ok || bad "README.md has only $n commands"
 while read -r command; do
     case $command in make*) continue ;; esac
     cp -f tools/demo/demo.mdr "$at/MODEL.mdr"
+    case $command in *medrun-serve*)                    # serves until it is stopped
+        command="timeout 3 $(echo "$command" | sed 's/8080/18431/') 2> err; [ \$? = 124 ] && grep 127.0.0.1 err" ;;
+    esac
     (cd "$at" && echo "What is gout?" > in && bash -c "$command" < in > out 2> err) && ok ||
         { bad "README.md: $command"; cat "$at/err"; }
 done < "$build/readme.commands"

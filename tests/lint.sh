@@ -43,10 +43,10 @@ budgets="
 13:420:447
 14:100:185
 15:720:860
-16:1410:2623"
+16:1410:2625"
 budgets=$(echo $budgets)                  # on one line
-most_lines=11610                            # the goals: 9000, 450000, 15
-most_bytes=577229
+most_lines=11612                            # the goals: 9000, 450000, 15
+most_bytes=577197
 least_comments=12.9
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
