@@ -832,7 +832,8 @@ open(T + '/long', 'w').write('The patient has fever and a cough. ' * 25)
 line = [medrun, 'run', demo, '-f', T + '/long', '-n', '1', '-q', '-b', '2048', '-t', '1']
 def long_prompt(wait):
     start = time.time()
-    p = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, env=dict(os.environ, MEDRUN_KERNELS='scalar'))
+    p = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, env=dict(os.environ, MEDRUN_KERNELS='scalar'),
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))      # also in the background
     if wait: time.sleep(wait); p.send_signal(signal.SIGINT)
     err = p.communicate()[1]
     return p.returncode, time.time() - start, err
