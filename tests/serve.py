@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """serve.py BIN PART...: asks a medrun-serve that it starts itself, with Python's standard library
-alone. Parts: api limits hostile promise. The last line is as in the other tests."""
+alone. Parts: api limits grammar hostile promise. The last line is as in the other tests."""
 import base64, hashlib, http.client, json, os, random, re, signal, socket, subprocess, sys
 import tempfile, threading, time
 
@@ -139,7 +139,9 @@ def part_api():
     status, a, _ = s.post(CHAT, messages=ASK)
     text = a['choices'][0]['message']['content']
     check('chat', 'thirst' in text and a['choices'][0]['finish_reason'] == 'stop', a)
-    said = subprocess.run([os.path.join(os.path.dirname(BIN), 'medrun'), 'run', MODEL, '-p',
+    medrun = os.path.join(os.path.dirname(BIN), 'medrun')
+    medrun = medrun if os.path.exists(medrun) else './medrun'
+    said = subprocess.run([medrun, 'run', MODEL, '-p',
                            ASK[0]['content']], capture_output=True).stdout.decode().strip()
     check('the same as medrun run', text.strip() == said, (text, said))
     check('usage', a['usage']['total_tokens'] == a['usage']['prompt_tokens'] +
@@ -591,6 +593,113 @@ def random_requests(s, n):
         check('no 500', b'HTTP/1.1 500' not in out, (bytes(data), out))
 
 
+# ---- answers of a given shape --------------------------------------------------------------------
+
+def obj(required=None, **properties):
+    return {'type': 'object', 'properties': properties,
+            'required': list(properties) if required is None else required}
+
+
+SCHEMAS = [
+    {'type': 'boolean'}, {'type': 'integer'}, {'type': 'number'}, {'type': 'null'},
+    {'type': 'integer', 'minimum': -3, 'maximum': 7}, {'type': 'integer', 'exclusiveMinimum': 98},
+    {'type': 'integer', 'minimum': 3, 'maximum': 1205}, {'type': 'integer', 'maximum': -20},
+    {'type': 'number', 'minimum': -2, 'maximum': 3}, {'type': 'number', 'exclusiveMaximum': -5},
+    {'type': 'string', 'maxLength': 5}, {'type': 'string', 'minLength': 3, 'maxLength': 4},
+    {'type': 'string', 'pattern': '^[A-Z]{2,3}-\\d+$'}, {'type': 'string', 'pattern': 'ä|"|\\\\'},
+    {'type': 'string', 'pattern': '^[^a-zA-Z "\\\\]{1,4}$'},
+    {'type': 'string', 'format': 'date'}, {'type': 'string', 'format': 'date-time'},
+    {'type': 'string', 'format': 'uuid'}, {'type': 'string', 'format': 'ipv4'},
+    {'enum': ['yes', 'no', 5, None, {'a': [1.5]}]}, {'const': 'Zoë "x"\n'},
+    {'enum': ['yes', 5, 7.5], 'type': ['string', 'integer']},
+    {'type': 'array', 'items': {'type': 'integer', 'minimum': 0, 'maximum': 9}, 'minItems': 2,
+     'maxItems': 4}, {'type': 'array', 'maxItems': 0},
+    obj(a={'type': 'integer', 'maximum': 9, 'minimum': 0}, b={'type': 'boolean'}),
+    obj(required=['b'], a={'type': 'boolean'}, b={'type': 'null'}, c={'enum': ['x']}),
+    obj(required=[], a={'type': 'boolean'}, b={'type': 'null'}),
+    {**obj(a={'type': 'boolean'}, ab={'type': 'boolean'}), 'additionalProperties':
+     {'type': 'boolean'}},
+    {'anyOf': [{'type': 'boolean'}, {'type': 'null'}]},
+    {'oneOf': [{'type': 'string', 'maxLength': 2}, {'type': 'integer', 'maximum': 5, 'minimum': 1}]},
+    {'$ref': '#/$defs/t', '$defs': {'t': obj(required=[], v={'type': 'boolean'},
+                                             kids={'type': 'array', 'maxItems': 2,
+                                                   'items': {'$ref': '#/$defs/t'}})}},
+    {'type': ['string', 'null'], 'maxLength': 3}, {'allOf': [{'type': 'boolean'}]},
+]
+NOT_COVERED = [     # and where
+    ({'type': 'object', 'minProperties': 1}, '#/minProperties'), ({'not': {}}, '#/not'),
+    ({'type': 'integer', 'multipleOf': 3}, '#/multipleOf'), ({'type': 'king'}, '#/type'),
+    (obj(a={'type': 'string', 'format': 'king'}), '#/properties/a/format'),
+    (obj(a=obj(b={'type': 'string', 'pattern': '(?=x)'})), '#/properties/a/properties/b/pattern'),
+    ({'$ref': 'http://x/y'}, '#/$ref'), ({'oneOf': [{}, {}]}, '#/oneOf'),
+    ({'allOf': [{}, {}]}, '#/allOf'), ({'type': 'array', 'items': 5}, '#/items'),
+    ({'type': 'array', 'uniqueItems': True}, '#/uniqueItems'),
+    ({'type': 'array', 'prefixItems': []}, '#/prefixItems'),
+    ({'type': 'object', 'required': ['x']}, '#/required'),
+]
+
+
+def part_grammar():
+    try:
+        import jsonschema
+    except ImportError:
+        jsonschema = None
+        skip('no jsonschema: answers are only parsed')
+    s = Server('--parallel', '4')
+    ends = 0
+    for number, schema in enumerate(SCHEMAS):
+        form = {'type': 'json_schema', 'json_schema': {'name': 'x', 'schema': schema}}
+        for seed in range(8 if ALL else 3):
+            q = dict(messages=ASK, response_format=form, temperature=seed * 2, seed=seed,
+                     max_tokens=120)
+            status, a, _ = s.post(CHAT, **q)
+            check(f'schema {number}', status == 200, (schema, a))
+            if status != 200:
+                break
+            text, why = a['choices'][0]['message']['content'], a['choices'][0]['finish_reason']
+            code, events = s.chunks(CHAT, **q)
+            check('streamed', ''.join(e['choices'][0]['delta'].get('content') or ''
+                                      for e in events[:-1]) == text)
+            if why != 'stop':
+                continue
+            ends += 1
+            try:
+                value = json.loads(text)
+                if jsonschema:
+                    jsonschema.validate(value, schema)
+                good = True
+            except Exception as e:
+                good = str(e)[:200]
+            check(f'an answer to schema {number}', good is True, (schema, text, good))
+    check('most come to their end', ends > 2 * len(SCHEMAS), ends)
+    for schema, place in NOT_COVERED:
+        a = s.post(CHAT, messages=ASK, response_format={'type': 'json_schema', 'json_schema':
+                                                        {'schema': schema}})
+        check('refused with its place', a[0] == 400 and 'schema: ' + place + ':' in
+              a[1]['error']['message'], (schema, a))
+    a = s.post(CHAT, messages=ASK, guided_json=obj(a={'$ref': '#'}))
+    check('nothing could fit', a[0] == 400 and 'no value fits' in a[1]['error']['message'], a)
+    a = s.post(CHAT, messages=ASK, response_format={'type': 'json_object'}, max_tokens=40)[1]
+    check('an object', a['choices'][0]['message']['content'].startswith('{'), a)
+    for choice in (['yes', 'no'], ['mild', 'moderate', 'severe', 'severe pain'], ['ä', 'é', '痛み']):
+        for t in (0, 3):
+            a = s.post(CHAT, messages=ASK, guided_choice=choice, temperature=t, seed=1)[1]
+            check('a choice', a['choices'][0]['message']['content'] in choice, a)
+    for r in ('[0-9]{3}', '(yes|no), because [a-z ]{5,20}\\.', '[^\\x00-\\x7f]{2}', '.{0,9}', 'a?b*c+'):
+        a = s.post('/v1/completions', prompt='x', guided_regex=r, temperature=2, seed=4,
+                   max_tokens=99)[1]
+        c = a['choices'][0] if 'choices' in a else {'text': '', 'finish_reason': str(a)}
+        check('an expression', c['finish_reason'] == 'length' or re.fullmatch(r, c['text']), (r, c))
+    for r in ('(', '[a', 'a{2', 'a**', '(?<=x)', '\\1', 'a)', '[b-a]', '\\b'):
+        check('no expression', s.post('/v1/completions', prompt='x', guided_regex=r)[0] == 400, r)
+    check('one shape', s.post(CHAT, messages=ASK, guided_regex='a', guided_choice=['b'])[0] == 400)
+    check('not here', s.post(CHAT, messages=ASK, grammar='root ::= "x"')[0] == 400)
+    many = s.post(CHAT, messages=ASK, n=3, temperature=3, seed=9, guided_json=SCHEMAS[24])[1]
+    check('for each choice', all(set(json.loads(c['message']['content'])) == {'a', 'b'}
+                                 for c in many['choices']), many)
+    check('it ends', s.end() == 0)
+
+
 # ---- the promise ---------------------------------------------------------------------------------
 
 WORDS = ['diabetes', 'the heart', 'asthma', 'a fever', 'the liver', 'anaemia', 'gout', 'migraine']
@@ -607,6 +716,8 @@ def random_request(rng):
         q['stop'] = [rng.choice((' and', 'the', 'e', '.'))]
     if rng.random() < 0.2:
         q.update(presence_penalty=0.7, frequency_penalty=0.3, repeat_penalty=1.2)
+    if rng.random() < 0.15:
+        q['guided_json'] = rng.choice(SCHEMAS)
     if rng.random() < 0.2:
         q['logit_bias'] = {str(rng.randrange(4000)): rng.choice((-100, 3))}
     if rng.random() < 0.5:
@@ -686,7 +797,7 @@ BIN = os.path.join(sys.argv[1], '') + 'medrun-serve'
 if os.path.isfile(sys.argv[1]):
     BIN = sys.argv[1]
 if __name__ == '__main__':
-    for part in sys.argv[2:] or ('api', 'limits', 'hostile', 'promise'):
+    for part in sys.argv[2:] or ('api', 'limits', 'grammar', 'hostile', 'promise'):
         started = time.time()
         globals()['part_' + part]()
         print(f'{part}: {time.time() - started:.1f} s')

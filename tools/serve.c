@@ -90,6 +90,14 @@ typedef struct seq seq;
 typedef struct connection connection;
 typedef struct grammar grammar;
 
+/* All pieces in the order of their bytes, and how many bytes each shares with the one before: a
+ * walk over them takes each common beginning once. */
+typedef struct {
+    int32_t *ids;
+    uint16_t *shared;
+    size_t n;
+} piece_order;
+
 /* From the system's generator. */
 static void random_bytes(uint8_t *out, size_t n) {
     if (getentropy(out, n)) abort();
@@ -249,7 +257,7 @@ typedef struct {
     double times[N_PASS_WIDTHS], plain;         /* seconds of passes of 2^i rows; without prompts */
     float *plain_logits;        /* (vocabulary) as the model made them                          */
     int *counts;                                /* (vocabulary) for penalties, all 0 between      */
-    uint64_t turns;
+    piece_order order;          /* for masks, made with the first                               */
 } server;
 
 static const char *chars_of(const buffer *b) { return b->n ? (const char *)b->data : ""; }
@@ -272,23 +280,50 @@ static const char *submit_job(server *sv, job *j);
  * ============================================================================================ */
 
 #include "serve_http.c"
-#include "serve_grammar.c"
-#include "serve_api.c"
+static void grammar_free(grammar *g);
+static uint32_t grammar_start(grammar *g);
 
-/* Until an answer's shape can be promised, whoever wants one is told that it cannot. */
+#include "serve_api.c"
+#include "serve_grammar.c"
+
+/* What the answer must look like, if anything is said of that; at most one thing. */
 static int read_shape(const server *sv, job *g, const json *j, api_error *x) {
-    static const char *const names[] = {"json_schema", "grammar", "guided_choice", "guided_regex",
-                                        "guided_json", "guided_grammar"};
-    uint32_t format = field_of(j, 0, "response_format"), type = json_get(j, format, "type");
-    uint32_t choice = field_of(j, 0, "tool_choice");
-    (void)sv, (void)g;
-    if (format != JSON_NONE && !json_is(j, type, "text"))
-        wrong(x, "response_format", "not supported: response_format other than text");
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
-        if (field_of(j, 0, names[i]) != JSON_NONE)
-            wrong(x, names[i], "not supported: %s", names[i]);
+    static const char *const names[] = {"response_format", "json_schema", "guided_json",
+                                        "guided_choice", "guided_regex", "grammar",
+                                        "guided_grammar", NULL};
+    uint32_t choice = field_of(j, 0, "tool_choice"), v = JSON_NONE;
+    int kind = -1;
+    (void)sv;
     if (choice != JSON_NONE && !json_is(j, choice, "auto") && !json_is(j, choice, "none"))
         wrong(x, "tool_choice", "tool_choice: wanted \"auto\" or \"none\"");
+    for (int i = 0; names[i]; i++) {
+        uint32_t f = field_of(j, 0, names[i]);
+        if (f == JSON_NONE || (!i && json_is(j, json_get(j, f, "type"), "text"))) continue;
+        if (kind >= 0) wrong(x, names[i], "%s stands beside %s", names[i], names[kind]);
+        kind = i, v = f;
+    }
+    if (kind < 0 || x->e.code) return x->e.code;
+    if (kind >= 5) return wrong(x, names[kind], "not supported: %s", names[kind]);
+    bool object = false;
+    if (kind == 0) {
+        uint32_t type = json_get(j, v, "type");
+        if (json_is(j, type, "json_schema"))
+            v = json_get(j, json_get(j, v, "json_schema"), "schema");
+        else if (!json_is(j, type, "json_object"))
+            return wrong(x, names[0], "response_format: wanted text, json_object or json_schema");
+        else v = field_of(j, v, "schema"), object = v == JSON_NONE;
+        if (v == JSON_NONE && !object)
+            return wrong(x, names[0], "response_format: wanted json_schema.schema");
+    }
+    if (!object && j->nodes[v].end - j->nodes[v].start > 256 << 10)
+        return wrong(x, names[kind], "%s: longer than 256 KiB", names[kind]);
+    if (kind == 3 && (json_typeof(j, v) != JSON_ARRAY || !j->nodes[v].count))
+        return wrong(x, names[kind], "guided_choice: wanted a list of texts");
+    medrun_error e = {0};
+    g->grammar = kind >= 3 ? grammar_of_text(j, v, kind == 3, &e)
+                           : grammar_of_schema(j, object ? 0 : v, object, &e);
+    if (e.code == MEDRUN_NO_MEMORY) x->e = e;
+    else if (e.code) wrong(x, names[kind], "%s", e.text);
     return x->e.code;
 }
 
@@ -559,10 +594,23 @@ static int32_t pick_token(server *sv, seq *q) {
     }
     for (int i = 0; g->p.ignore_eos && i < sv->info.n_stops; i++)
         logits[sv->info.stops[i]] = -INFINITY;
+    const uint8_t *mask = NULL;
+    if (q->g) {
+        double start = seconds();
+        if (!sv->order.n && !sort_pieces(&sv->order, sv->t)) return -1;
+        mask = grammar_mask(q->g, &sv->order, sv->t, q->state_of_g, q->first);
+        if (!mask) return -1;
+        pthread_mutex_lock(&sv->lock);
+        observe_time(sv->metrics.mask, &sv->metrics.mask_sum, seconds() - start);
+        pthread_mutex_unlock(&sv->lock);
+    }
+    bool may_end = q->g && grammar_ends(q->g, q->state_of_g);
     list_candidates(list, logits, vocab, how.repeat_penalty, s->tokens, s->n_tokens);
     for (size_t i = 0; i < vocab; i++) {
-        bool unused = sv->t->has_unused && sv->t->piece_type[i] == PIECE_UNUSED;
-        if (!unused && logits[i] > -INFINITY) list[n++] = list[i];
+        bool is_unused = sv->t->has_unused && sv->t->piece_type[i] == PIECE_UNUSED;
+        bool fits = !mask || mask[i / 8] >> i % 8 & 1;
+        if (!fits && may_end) fits = medrun_is_stop(sv->m, (int32_t)i);
+        if (fits && !is_unused && logits[i] > -INFINITY) list[n++] = list[i];
     }
     if (!n) return -1;
     best = list[0];
@@ -719,6 +767,8 @@ static void take_token(server *sv, seq *q, int32_t id, double logprob, const ran
     const char *text = tokenizer_text(sv->t, id, false, &q->first, &n);
     buffer *to = q->mode == IN_CALL ? &q->call : q->mode == IN_THOUGHTS ? &q->thoughts : &q->text;
     if (!stop && !mode) buffer_add(to, text, n);
+    for (size_t i = 0; q->g && !stop && i < n; i++)
+        q->state_of_g = grammar_step(q->g, q->state_of_g, (uint8_t)text[i]);
     q->n_thoughts += q->mode == IN_THOUGHTS;
     buffer_add(&q->made, &id, sizeof id);
     note_token(q, id, stop, start, logprob, ranks);
@@ -730,7 +780,7 @@ static void take_token(server *sv, seq *q, int32_t id, double logprob, const ran
         q->holds = q->text.n > blank && q->text.data[blank] == '{';
     }
     if (to == &q->text && cut_at_stop(q, start)) finish_seq(sv, q, "stop");
-    else if (stop) finish_seq(sv, q, "stop");
+    else if (stop || (q->g && grammar_only_ends(q->g, q->state_of_g))) finish_seq(sv, q, "stop");
     else if (q->n_new >= q->max_new) finish_seq(sv, q, "length");
 }
 
