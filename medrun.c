@@ -226,6 +226,8 @@ typedef struct {
     bool custom_sampling;       /* false: the checkpoint's values, with the seed below         */
     medrun_sampling sampling;
     medrun_chat_options chat;   /* for medrun_say; what pointers here name outlives the session */
+    const medrun_model *draft;  /* NULL, or a small model of the same vocabulary that guesses too,
+                                   up to 7 tokens, as far as that pays; must outlive it, too   */
     const char *template_name;  /* NULL: the checkpoint's. A saved state is of one template, so
                                    who renders with another says which                         */
 } medrun_session_options;
@@ -7033,6 +7035,7 @@ struct medrun_model {
     float *rope_frequencies;                    /* (head_dim / 2) radians a position            */
     float rope_scale;                           /* of cosine and sine: YaRN's attention factor  */
     tokenizer tokenizer;
+    uint8_t vocabulary[32];                     /* SHA-256 of the tokenizer's section           */
     const chat_template *chat;                  /* NULL: unknown                                */
     const char *architecture;                   /* one of architecture_names                    */
     char name[128], template_name[32], licence[128], notice[256];
@@ -7399,15 +7402,15 @@ static int read_tokenizer(medrun_model *m, medrun_error *e) {
     model_file *f = &m->file;
     const uint8_t *data = NULL;
     size_t n = 0;
-    uint8_t wanted[32], found[32];
+    uint8_t found[32];
     if (f->tokenizer == JSON_NONE)
         return fail(e, MEDRUN_BAD_FILE, "%s: field tokenizer is missing", f->path);
-    if (take_section(f, f->tokenizer, "tokenizer", &data, &n, wanted, e)) return e->code;
+    if (take_section(f, f->tokenizer, "tokenizer", &data, &n, m->vocabulary, e)) return e->code;
     if (f->at != f->map.n)
         return fail(e, MEDRUN_BAD_FILE, "%s: %zu bytes follow the last section", f->path,
                     f->map.n - f->at);
     sha256_of(data, n, found);
-    if (memcmp(found, wanted, 32))
+    if (memcmp(found, m->vocabulary, 32))
         return fail(e, MEDRUN_BAD_FILE, "%s: tokenizer: its SHA-256 differs: the file is damaged, "
                     "copy it again", f->path);
     if (tokenizer_open(&m->tokenizer, data, n, f->path, e)) return e->code;
@@ -7587,16 +7590,16 @@ typedef struct {
 
 /* Lays out a pass of up to ROWS tokens over keys of up to CONTEXT positions. A layer's two blocks
  * run one after the other, so they share memory: (q, k, v, attn) and (ffn_act, up). */
-static void layout_pass(pass *p, const medrun_model *m, int rows, int context, bool strict,
-                        arena *a) {
+static void layout_pass(pass *p, const medrun_model *m, thread_pool *pool, int rows, int context,
+                        bool strict, arena *a) {
     const model_config *c = &m->config;
     size_t dim = (size_t)c->head_dim, heads = (size_t)c->n_heads, kv_heads = (size_t)c->n_kv_heads;
-    uint64_t n = (uint64_t)rows, threads = (uint64_t)m->pool->threads, overlaid, end;
+    uint64_t n = (uint64_t)rows, threads = (uint64_t)pool->threads, overlaid, end;
     *p = (pass){.model = m, .config = c, .capacity = (size_t)n, .dim = dim,
                 .group = heads / kv_heads, .hidden = (size_t)c->hidden_size, .heads = heads * dim,
                 .kv = kv_heads * dim, .ffn = (size_t)c->ffn_size,
                 .vocab = round_up((size_t)c->vocab_size, LANES)};
-    p->eng = (engine){.pool = m->pool, .k = m->kernels, .strict = strict, .device = m->device,
+    p->eng = (engine){.pool = pool, .k = m->kernels, .strict = strict, .device = m->device,
                       .cache = m->cache};
     size_t widest = p->ffn > p->heads ? p->ffn : p->heads;
     if (p->hidden > widest) widest = p->hidden;
@@ -8046,21 +8049,32 @@ static int32_t sample_token(uint64_t *list, const float *logits, size_t vocab, c
  * good guess of what comes now, above all in summaries and quotations. Several guessed tokens are
  * processed in one pass, which costs little more than one token does, and those that come true are
  * kept: each is still chosen from its own logits, so the text is the one without guesses. */
-enum { MAX_LOOKUP = 31, MAX_MATCH = 16, MAX_SEARCH = 32, N_WIDTHS = 6 };
+enum { MAX_LOOKUP = 31, MAX_DRAFT = 7, MAX_MATCH = 16, MAX_SEARCH = 32, N_WIDTHS = 6 };
 
 /* How long a match is says how good its guesses are, and the time of passes how many pay. A time is
- * kept for passes of 1, 2, 4, ... rows, whole tiles, as rows between cost as much. */
+ * kept for passes of 1, 2, 4, ... rows, whole tiles, as rows between cost as much.
+ *
+ * Where no match pays, a small model of the same vocabulary may guess (a draft: Leviathan et al.
+ * 2023). Its guesses cost time, so it has a budget: that of one pass, a 64th of the time of all
+ * passes, and what its guesses have saved. It never spends what it does not have, so one that is no
+ * good costs less than 3 % of an answer of 70 tokens. */
 typedef struct lookup {
     size_t at, length;                          /* the match: as many tokens before place AT end
                                                    the timeline; 0: there is none               */
-    float hits[MAX_MATCH + 1];                  /* share of matches of a length that came true  */
+    float hits[MAX_MATCH + 1];                  /* share of matches of a length that came true;
+                                                   [0]: of a draft's guesses                    */
     double times[N_WIDTHS];                     /* seconds of a pass of 2^i rows; 0: not known  */
+    double budget;                              /* seconds that a draft may cost                */
+    double each;                                /* that it takes for a guess; 0: not known      */
+    double wide;                                /* and for a row of the last wide pass          */
+    bool drafted;                               /* the guesses that wait are a draft's          */
     uint64_t guessed, right;
 } lookup;
 
-/* At first we believe that 1 in 10 come true after one token and 9 in 10 after sixteen; learn_match
- * corrects that. */
+/* At first we believe that 1 in 10 come true after one token and 9 in 10 after sixteen, and 3 in 4
+ * of a draft's; learning corrects that. */
 static void start_lookup(lookup *look) {
+    look->hits[0] = 0.75f;
     for (int i = 1; i <= MAX_MATCH; i++) look->hits[i] = 1 - 1.8f / (float)(i + 1);
 }
 
@@ -8092,25 +8106,33 @@ static void learn_match(lookup *look, bool right) {
     else if (look->length < MAX_MATCH) look->length++;
 }
 
-/* How many rows, at most MOST, give the most tokens a second: the last token and guesses behind it.
- * A guess comes if all before it do, and then by the share for its length of match. A pass that was
- * never tried counts as a quarter slower than the one half as wide. One row wins ties: 5 % is what
- * the measurements are good for. */
-static size_t choose_rows(const lookup *look, size_t most) {
-    double tokens = 1, chance = 1, time = look->times[0], best = 1.05 / (time + 1e-9);
-    size_t rows = 1, choice = 1;
-    if (!look->length || time <= 0) return 1;
-    for (int i = 1; i < N_WIDTHS && rows < most; i++) {
-        for (; rows < most && rows < (size_t)1 << i; rows++) {
-            size_t length = look->length + rows - 1;
-            chance *= (double)look->hits[length < MAX_MATCH ? length : MAX_MATCH];
-            tokens += chance;
-        }
+/* A guess that comes true saves a pass of one row. */
+static void learn_draft(lookup *look, bool right) {
+    look->hits[0] += ((right ? 1.0f : 0.0f) - look->hits[0]) / 16;
+    if (right) look->budget += look->times[0];
+}
+
+/* One that was never tried counts as a quarter slower than the one half as wide. */
+static double pass_time(const lookup *look, size_t rows) {
+    double time = look->times[0];
+    for (int i = 1; i < N_WIDTHS && rows > (size_t)1 << (i - 1); i++)
         time = look->times[i] > 0 ? look->times[i] : time * 1.25;
-        if (tokens / time > best) {
-            best = tokens / time;
-            choice = rows;
-        }
+    return time;
+}
+
+/* How many rows, at most MOST, give the most tokens a second: the last token and guesses behind it,
+ * by a match of LENGTH, or 0, by a draft that takes EACH seconds for one. A guess comes if all
+ * before it do. One row wins ties: 5 % is what the measurements are good for. */
+static size_t choose_rows(const lookup *look, size_t length, double each, size_t most) {
+    double tokens = 1, chance = 1, best = 1.05 / (look->times[0] + 1e-9);
+    size_t choice = 1;
+    for (size_t rows = 2; rows <= most && look->times[0] > 0; rows++, length += length > 0) {
+        chance *= (double)look->hits[length < MAX_MATCH ? length : MAX_MATCH];
+        tokens += chance;
+        double rate = tokens / (pass_time(look, rows) + each * (double)(rows - 1));
+        if (rate <= best) continue;
+        best = rate;
+        choice = rows;
     }
     return choice;
 }
@@ -8199,6 +8221,7 @@ void medrun_describe(const medrun_model *m, medrun_info *info) {
 /* One timeline, and what was computed of it. */
 struct medrun_session {
     const medrun_model *model;
+    thread_pool *pool;                          /* the model's; a draft's: of whom it serves    */
     medrun_session_options options;             /* zeros replaced by what they stand for        */
     size_t bytes;                               /* of the arena that this struct begins         */
     bool owns_memory;
@@ -8211,6 +8234,9 @@ struct medrun_session {
     size_t n_ready;                             /* rows medrun_next has still to use: that of the
                                                    last token and those of guesses behind it    */
     lookup lookup;                              /* what guesses, with the option lookup         */
+    medrun_session *draft;                      /* or this, with the option draft               */
+    size_t draft_from;                          /* its timeline: our first token, and those
+                                                   behind this place                            */
     uint64_t random;
     bool answer_open;                           /* the last turn is an answer nobody closed     */
     bool starting;                              /* medrun_next has not given text since a feed  */
@@ -8222,18 +8248,31 @@ struct medrun_session {
     pass pass;                                  /* scratch for passes that this session leads   */
 };
 
-/* Lays out the arrays of S, whose model and options are set, in the arena. */
+/* Lays out the arrays of S, whose model and options are set, in the arena, and behind them those of
+ * its draft, which always guesses what it thinks likeliest. */
 static void layout_session(medrun_session *s, arena *a) {
     const model_config *c = &s->model->config;
     const medrun_session_options *o = &s->options;
     size_t vocab = (size_t)c->vocab_size;
-    int rows = o->logit_rows > o->lookup ? o->logit_rows : o->lookup + 1;
+    int guesses = o->draft && o->lookup < MAX_DRAFT ? MAX_DRAFT : o->lookup;
+    int rows = o->logit_rows > guesses ? o->logit_rows : guesses + 1;
     s->tokens = arena_take(a, (size_t)o->context, sizeof *s->tokens);
     layout_cache(&s->cache, c, o->context, o->kv, a);
     s->logits = arena_take(a, (uint64_t)rows, round_up(vocab, LANES) * sizeof(float));
     s->candidates = arena_take(a, vocab, sizeof *s->candidates);
     s->text = arena_take(a, s->model->longest_piece + 8, 1);
-    layout_pass(&s->pass, s->model, o->batch, o->context, o->strict, a);
+    layout_pass(&s->pass, s->model, s->pool, o->batch, o->context, o->strict, a);
+    if (!o->draft) return;
+    medrun_session draft = {.model = o->draft, .pool = s->pool, .options = *o, .n_wanted = 1};
+    draft.options.draft = NULL;
+    draft.options.lookup = 0, draft.options.logit_rows = 1, draft.options.strict = false;
+    draft.options.sampling.temperature = 0;
+    if (draft.options.context > o->draft->config.max_positions)
+        draft.options.context = o->draft->config.max_positions;
+    s->draft = arena_take(a, 1, sizeof draft);
+    layout_session(&draft, a);
+    draft.pass.eng.device = NULL;               /* it serves the threads of its own model        */
+    if (s->draft) *s->draft = draft;
 }
 
 /* Replaces zeros by what they stand for and checks ranges. A caller's sizes are wishes: what the
@@ -8252,6 +8291,9 @@ static int resolve_options(const medrun_model *m, const medrun_session_options *
     if (o->lookup < 0 || o->lookup > MAX_LOOKUP)
         return fail(e, MEDRUN_USAGE, "lookup: found %d, wanted 0 to %d tokens", o->lookup,
                     MAX_LOOKUP);
+    if (o->draft && memcmp(o->draft->vocabulary, m->vocabulary, sizeof m->vocabulary))
+        return fail(e, MEDRUN_USAGE, "draft: %s has another vocabulary than %s", o->draft->path,
+                    m->path);
     if (!o->context) o->context = most;
     if (!o->batch) o->batch = 512;
     if (o->batch > o->context) o->batch = o->context;
@@ -8278,7 +8320,7 @@ static int resolve_options(const medrun_model *m, const medrun_session_options *
  * own among them, in 64 bits, as they may be more than a pointer reaches; 0 after a failure. */
 static uint64_t plan_session(medrun_session *s, const medrun_model *model,
                              const medrun_session_options *options, medrun_error *e) {
-    *s = (medrun_session){.model = model};
+    *s = (medrun_session){.model = model, .pool = model->pool};
     if (resolve_options(model, options, &s->options, e)) return 0;
     s->random = s->options.sampling.seed;
     s->n_wanted = (size_t)s->options.logit_rows;
@@ -8558,22 +8600,28 @@ int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *error) 
     if (arithmetic_fault()) return check_machine(e);
     if (check_company(sessions, n, e)) return e->code;
     pass *p = &sessions[0]->pass;
-    if (pthread_mutex_lock(&sessions[0]->model->pool->turn))
+    if (pthread_mutex_lock(&sessions[0]->pool->turn))
         return fail(e, MEDRUN_USAGE, "step: an observer called it while its pass was running");
+    double start = seconds();
     p->n = p->n_kept = p->n_segments = 0;
     for (size_t i = 0; i < n; i++) {
         sessions[i]->n_ready = 0;
         add_segment(p, sessions[i]);
     }
-    if (p->n) forward(p);
+    size_t rows = p->n;
+    if (rows) forward(p);
     bool stopped = atomic_exchange(&p->stop, false);
-    if (p->n && !stopped) output(p);
+    if (rows && !stopped) output(p);
     for (size_t i = 0, k = 0; !stopped && i < n && k < p->n_segments; i++)  /* all that pend,   */
         if (medrun_pending(sessions[i])) {                      /* until the pass was full      */
             sessions[i]->n_done = p->segments[k].position + p->segments[k].n;
             sessions[i]->n_logits = p->segments[k++].n;
         }
-    pthread_mutex_unlock(&sessions[0]->model->pool->turn);
+    pthread_mutex_unlock(&sessions[0]->pool->turn);
+    lookup *look = &sessions[0]->lookup;
+    double time = seconds() - start;
+    look->budget += time / 64;
+    if (rows > TILE) look->wide = time / (double)rows;
     return stopped ? fail(e, MEDRUN_INTERRUPTED, "step: interrupted") : MEDRUN_OK;
 }
 
@@ -8597,22 +8645,87 @@ int medrun_sample(medrun_session *s, int32_t *id, medrun_error *error) {
     return MEDRUN_OK;
 }
 
+/* Gives the draft the timeline behind which it is to guess K tokens: all of it, or where that is
+ * dear, its first token and as many of the last as it PAYS for. It keeps what it has of that, begins
+ * anew where too much is missing, and takes twice as many when they are a small sum. False: there is
+ * not enough to guess from. */
+static bool draft_follows(medrun_session *s, size_t k, double pays, medrun_error *e) {
+    medrun_session *d = s->draft;
+    size_t n = s->n_tokens, from = s->draft_from, same = 0, length = n - from;
+    size_t rows = pays < 0 ? 0 : pays > 1e9 ? (size_t)1e9 : (size_t)pays;
+    while (same < d->n_tokens && from + same < n &&
+           d->tokens[same] == s->tokens[same ? from + same : 0]) same++;
+    bool fits = from < n && length + k <= (size_t)d->options.context;
+    bool longer = fits && from && rows > 4 * length;
+    if (!fits || longer || length - same > rows + TILE) {
+        length = longer ? 2 * length : rows;
+        if (length > n) length = n;
+        if (length + k > (size_t)d->options.context) length = (size_t)d->options.context / 2;
+        if (length < n && length < 16) return false;
+        from = s->draft_from = n - length, same = 0;
+    }
+    rewind_to(d, same);
+    if (!same) append_ids(d, s->tokens, 1, e), same = 1;
+    return !append_ids(d, s->tokens + from + same, length - same, e);
+}
+
+/* Puts the draft's guesses, at most MOST, behind the timeline, and learns what they cost. Where they
+ * do not seem to pay it asks now and then for one, as the text may have become an easier one. */
+static size_t draft_ahead(medrun_session *s, size_t most, medrun_error *e) {
+    medrun_session *d = s->draft;
+    lookup *look = &s->lookup;
+    double start = seconds(), once = look->times[0];
+    size_t n = s->n_tokens, half = (size_t)d->options.context / 2, k = 0;
+    if (once <= 0) return 0;
+    if (look->each <= 0) {
+        look->each = once * (double)d->model->weight_bytes / (double)s->model->weight_bytes;
+        look->budget += once;
+    }
+    double row = d->lookup.wide > 0 ? d->lookup.wide
+                 : look->wide > 0 ? look->wide * look->each / once : look->each;
+    size_t guesses = choose_rows(look, 0, look->each, (most < half ? most : half) + 1) - 1;
+    if (!guesses && n % 16 == 0 && most && half) guesses = 1;
+    double spare = -1;
+    for (; guesses; guesses--) {
+        spare = look->budget - look->each * (double)guesses - pass_time(look, guesses + 1) + once;
+        if (spare >= 0) break;
+    }
+    if (spare < 0 || !draft_follows(s, guesses, spare / row, e)) return 0;
+    size_t before = medrun_pending(d);
+    for (int32_t *id = s->tokens + n; k < guesses; k++, id++) {
+        if (k && append_ids(d, id - 1, 1, e)) break;
+        while (!e->code && medrun_pending(d)) medrun_step(&d, 1, e);
+        if (e->code || medrun_sample(d, id, e) || medrun_is_stop(s->model, *id)) break;
+    }
+    double time = seconds() - start;
+    if (k && before <= TILE) look->each += (time / (double)k - look->each) / 4;
+    look->budget -= time;
+    look->drafted = k > 0;
+    return k;
+}
+
 /* One pass for the last token, the only one pending, and for what is guessed to come behind it. The
  * guesses stand past the end of the timeline, at s->tokens[n_tokens] and on; the pass is made to
  * believe that they belong to it. Nothing is worth guessing behind a guessed stop. */
 static int step_ahead(medrun_session *s, medrun_error *e) {
     lookup *look = &s->lookup;
-    size_t n = s->n_tokens, room = (size_t)s->options.context - n, k = 0;
+    size_t n = s->n_tokens, room = (size_t)s->options.context - n, k = 0, rows = 1;
+    if (room >= (size_t)s->options.batch) room = (size_t)s->options.batch - 1;
     size_t most = (size_t)s->options.lookup < room ? (size_t)s->options.lookup : room;
     find_match(look, s->tokens, n);
-    size_t rows = s->observer ? 1 : choose_rows(look, most + 1);
+    look->drafted = false;
+    if (look->length && !s->observer) rows = choose_rows(look, look->length, 0, most + 1);
     for (; k + 1 < rows && !medrun_is_stop(s->model, s->tokens[look->at + k]); k++)
         s->tokens[n + k] = s->tokens[look->at + k];     /* may read what it just wrote           */
+    if (!k && s->draft && !s->observer) k = draft_ahead(s, room < MAX_DRAFT ? room : MAX_DRAFT, e);
+    if (e->code) return e->code;
     s->n_tokens = n + k;
     s->n_wanted = k + 1;
     double start = seconds();
     medrun_step(&s, 1, e);
-    learn_time(look, k + 1, seconds() - start);
+    double time = seconds() - start;
+    learn_time(look, k + 1, time);
+    if (look->drafted) look->budget -= time - look->times[0];
     s->n_tokens = n;
     s->n_wanted = (size_t)s->options.logit_rows;
     if (e->code) return e->code;
@@ -8627,13 +8740,15 @@ static int step_ahead(medrun_session *s, medrun_error *e) {
 static int next_id(medrun_session *s, int32_t *id, medrun_error *e) {
     if (s->n_ready) s->n_done = s->n_tokens;            /* guessed, and so in the cache          */
     while (!e->code && medrun_pending(s)) {
-        if (s->options.lookup && medrun_pending(s) == 1) step_ahead(s, e);
+        bool guesses = s->options.lookup || s->draft;
+        if (guesses && medrun_pending(s) == 1) step_ahead(s, e);
         else medrun_step(&s, 1, e);
     }
     if (e->code) return e->code;
     if (!s->n_ready && medrun_sample(s, id, e)) return e->code;
     if (s->n_ready) *id = sample_row(s, s->logits + (s->n_logits - s->n_ready) * s->pass.vocab);
     bool right = s->n_ready > 1 && s->tokens[s->n_tokens] == *id;
+    if (s->n_ready > 1 && s->lookup.drafted) learn_draft(&s->lookup, right);
     s->n_ready = right ? s->n_ready - 1 : 0;
     if (append_ids(s, id, 1, e)) return e->code;
     learn_match(&s->lookup, *id == s->tokens[s->lookup.at]);
@@ -9047,8 +9162,8 @@ typedef struct {
 } program;
 
 enum { O_MODEL, O_PROMPT, O_FILE, O_SYSTEM, O_PREDICT, O_TEMP, O_TOP_K, O_TOP_P, O_MIN_P, O_REPEAT,
-       O_SEED, O_STOP, O_CTX, O_THREADS, O_BATCH, O_KV, O_OVERFLOW, O_LOOKUP, O_TEMPLATE, O_DATE,
-       O_THINK, O_CHAT_BOS, O_RAW, O_TOP, O_STRICT, O_MLOCK, O_DEVICE, O_GPU_LAYERS, O_SAVE_PREFIX,
+       O_SEED, O_STOP, O_CTX, O_THREADS, O_BATCH, O_KV, O_OVERFLOW, O_LOOKUP, O_DRAFT, O_TEMPLATE,
+       O_DATE, O_THINK, O_CHAT_BOS, O_RAW, O_TOP, O_STRICT, O_MLOCK, O_DEVICE, O_GPU_LAYERS, O_SAVE_PREFIX,
        O_LOAD_PREFIX, O_BOS, O_SPECIAL, O_PIECES, O_MESSAGES, O_RENDER_IDS, O_NO_OPENING, O_IDS,
        O_ALL, O_OUT, O_FORCE, O_STATS, O_VERBOSE, O_QUIET, O_HELP, O_VERSION, N_OPTIONS };
 
@@ -9095,6 +9210,8 @@ static const option_row option_rows[N_OPTIONS] = {
         .help = "when the context is full: refuse, or forget the oldest turns"},
     [O_LOOKUP] = {"lookup", NULL, "N", WHOLE, ON_ANSWER | ON(SHOW), .max = MAX_LOOKUP,
         .standard = "0", .help = "guess N tokens ahead from the text so far; changes no token"},
+    [O_DRAFT] = {"draft", NULL, "SMALL.mdr", TEXT, ON_ANSWER,
+        .help = "a small model of the same vocabulary guesses too; changes no token"},
     [O_TEMPLATE] = {"template", NULL, "NAME", TEXT, ON_ANSWER | ON(RENDER),
         .standard = "the checkpoint's", .also = "chat-template",
         .help = "chat template: " MEDRUN_TEMPLATES},
@@ -9182,7 +9299,7 @@ typedef struct command {
     size_t n_stops;
     char **rest;                                /* (n_rest) what is no option                   */
     int n_rest;
-    medrun_model *m;
+    medrun_model *m, *draft;
     medrun_session *s;
     file_map map;                               /* a tokenizer.bin, which `own` points into     */
     tokenizer own;
@@ -9691,6 +9808,8 @@ static int open_path(command *c, const char *path) {
                         .kernels = getenv("MEDRUN_KERNELS")};
     if (medrun_open(&c->m, path, &o, &c->e)) return suggest_export(c, path);
     if (choose_device_option(c)) return c->e.code;
+    o.threads = 1;                              /* a draft computes on the threads of the model  */
+    if (c->text[O_DRAFT] && medrun_open(&c->draft, c->text[O_DRAFT], &o, &c->e)) return c->e.code;
     c->t = &c->m->tokenizer, c->chat = c->m->chat, c->sampling = c->m->sampling;
     if (flag(c, O_MLOCK) && lock(c, c->m->file.map.data, c->m->file.map.n)) return c->e.code;
     return choose_template(c);
@@ -9718,6 +9837,7 @@ static void close_command(command *c) {
     if (d && d->failed) note(c, "device %s; the processor computed the rest", d->says);
     medrun_stop(c->s);
     medrun_close(c->m);
+    medrun_close(c->draft);
     if (c->t == &c->own) tokenizer_close(&c->own);
     unmap_file(&c->map);
     buffer_free(&c->input);
@@ -9763,6 +9883,7 @@ static int cache_type(const command *c) {
 static medrun_session_options session_options(const command *c, int context) {
     return (medrun_session_options){.context = context, .batch = whole(c, O_BATCH),
                                     .lookup = whole(c, O_LOOKUP), .kv = cache_type(c),
+                                    .draft = c->draft,
                                     .strict = flag(c, O_STRICT), .custom_sampling = true,
                                     .sampling = c->sampling,
                                     .template_name = flag(c, O_RAW) ? "raw"
@@ -9883,7 +10004,7 @@ static int process_prompt(command *c) {
 static int check_output(command *c, const char *path, const file_kind *kind) {
     const char *model = c->m ? c->m->path : c->n_rest ? c->rest[0] : NULL;
     const char *const inputs[] = {model, c->text[O_MODEL], c->text[O_FILE], c->text[O_LOAD_PREFIX],
-                                  c->text[O_MESSAGES]};
+                                  c->text[O_MESSAGES], c->text[O_DRAFT]};
     check_inputs(path, inputs, sizeof inputs / sizeof *inputs, &c->e);
     return writer_check(path, kind, flag(c, O_FORCE), &c->e);
 }
@@ -10038,7 +10159,7 @@ static void print_stats(const command *c) {
     const answer *a = &c->answer;
     double steps = a->n_answer > 1 ? (double)(a->n_answer - 1) : 0;
     char guesses[80] = "";
-    if (whole(c, O_LOOKUP) > 0)
+    if (whole(c, O_LOOKUP) > 0 || c->draft)
         snprintf(guesses, sizeof guesses, "; guessed %llu tokens, %llu right",
                  (unsigned long long)a->guessed, (unsigned long long)a->right);
     note(NULL, "prompt %zu tokens, %.1f tokens/s; answer %zu tokens, %.1f tokens/s; context %zu of "

@@ -16,7 +16,7 @@ static uint64_t longest_tick = 1, test_time, tick_state = 1;
 static int test_clock(clockid_t id, struct timespec *t) {
     (void)id;
     tick_state = tick_state * 6364136223846793005u + 1442695040888963407u;
-    test_time += 1 + (tick_state >> 33) % longest_tick;
+    if (longest_tick) test_time += 1 + (tick_state >> 33) % longest_tick;
     *t = (struct timespec){(time_t)(test_time / 1000), (long)(test_time % 1000 * 1000000)};
     return 0;
 }
@@ -996,6 +996,143 @@ static void test_fork(void) {
 }
 #endif
 
+/* ---- a draft ------------------------------------------------------------------------------- */
+
+/* Time as rows take it, not the clock: each norm of a row of the model takes 10, one of the draft's
+ * DRAFT_NORM_TIME; only of the first row where a pass of many rows is to cost what one does. */
+static const kernel_set *plain_kernels;
+static const float *first_row, *first_draft_row;
+static size_t draft_norm_time;
+
+static void model_norm(float *out, const float *x, const float *weight, size_t n, float eps) {
+    plain_kernels->norm(out, x, weight, n, eps);
+    if (!first_row || out == first_row) test_time += 10;
+}
+
+static void draft_norm(float *out, const float *x, const float *weight, size_t n, float eps) {
+    plain_kernels->norm(out, x, weight, n, eps);
+    if (!first_row || out == first_draft_row) test_time += draft_norm_time;
+}
+
+/* What an answer behind a prompt takes, and which: with DRAFT or without. */
+static uint64_t time_of_answer(outcome *r, const medrun_model *draft, int kind, bool wide_is_free,
+                               size_t prompt) {
+    medrun_session_options o = {.context = ROOM, .draft = draft, .custom_sampling = true,
+                                .sampling = kinds[kind]};
+    medrun_session *s = start(o);
+    int32_t ids[ROOM], id;
+    const char *piece;
+    size_t bytes;
+    for (int i = 0; i < ROOM; i++) ids[i] = (int32_t)(11 + 7 * i % 239);
+    first_row = wide_is_free ? s->pass.h : NULL;
+    first_draft_row = draft ? s->draft->pass.h : NULL;
+    uint64_t before = test_time;
+    CHECK(!medrun_feed(s, ids, prompt, NULL));
+    while (!(r->code = medrun_next(s, &id, &piece, &bytes, NULL))) {}
+    r->n = medrun_length(s), r->random = s->random;
+    memcpy(r->ids, medrun_tokens(s), r->n * sizeof id);
+    medrun_guesses(s, &r->guessed, &r->right);
+    medrun_stop(s);
+    return test_time - before;
+}
+
+/* A draft that is the model itself guesses nearly all and saves most of the time; one that is no
+ * good, where guesses are dear, costs at most 3 %; the text is the same, greedy or sampled. Behind a
+ * longer prompt a draft begins with its end, from which random weights guess nothing. */
+static void test_draft_time(const char *build) {
+    static outcome plain, ahead;
+    char file[300];
+    medrun_model *own, *other;
+    snprintf(file, sizeof file, "%s/llama-grouped-int8.mdr", build);
+    CHECK(!medrun_open(&model, file, &(medrun_options){.threads = 1}, NULL));
+    CHECK(!medrun_open(&own, file, &(medrun_options){.threads = 1}, NULL));
+    CHECK(!medrun_open(&other, file, &(medrun_options){.threads = 1}, NULL));
+    float turned[64];                           /* which guesses the last that would come        */
+    for (int i = 0; i < model->config.hidden_size; i++) turned[i] = -other->final_norm[i];
+    other->final_norm = turned;
+    own->weight_bytes = model->weight_bytes / 10;       /* what it is told to expect             */
+    kernel_set models = *model->kernels, drafts = models;
+    plain_kernels = own->kernels;
+    models.norm = model_norm, drafts.norm = draft_norm;
+    model->kernels = &models, own->kernels = other->kernels = &drafts;
+    longest_tick = 0;
+    for (int kind = 0; kind < N_KINDS; kind += 3)
+        for (size_t prompt = 1; prompt < 90; prompt += 49) {
+            draft_norm_time = 1;
+            uint64_t alone = time_of_answer(&plain, NULL, kind, true, prompt);
+            uint64_t together = time_of_answer(&ahead, own, kind, true, prompt);
+            bool same = ahead.n == plain.n && ahead.random == plain.random &&
+                        !memcmp(ahead.ids, plain.ids, plain.n * sizeof *plain.ids);
+            same = same && (kind || prompt > 1 ||
+                             (ahead.right * 10 > ahead.guessed * 9 && together * 2 < alone));
+            if (!CHECK(same && together * 100 <= alone * 103))
+                printf("    sampling %d, prompt %zu: %llu and with draft %llu, guessed %llu, right "
+                       "%llu\n", kind, prompt, (unsigned long long)alone,
+                       (unsigned long long)together, (unsigned long long)ahead.guessed,
+                       (unsigned long long)ahead.right);
+            for (draft_norm_time = 1; draft_norm_time < 8; draft_norm_time += 6) {
+                alone = time_of_answer(&plain, NULL, kind, draft_norm_time == 7, prompt);
+                together = time_of_answer(&ahead, other, kind, draft_norm_time == 7, prompt);
+                same = ahead.n == plain.n && ahead.random == plain.random &&
+                       !memcmp(ahead.ids, plain.ids, plain.n * sizeof *plain.ids);
+                if (!CHECK(same && together * 100 <= alone * 103))
+                    printf("    a bad draft: sampling %d, prompt %zu: %llu and with draft %llu\n",
+                           kind, prompt, (unsigned long long)alone, (unsigned long long)together);
+            }
+        }
+    longest_tick = 1;
+    medrun_close(other), medrun_close(own), medrun_close(model);
+}
+
+/* With a draft of another type, whatever the passes seem to take: the same ids, text, random
+ * numbers and logits as without. A draft of another vocabulary is refused. */
+static void test_draft_same(const char *build) {
+    static const struct { int draft, lookup, batch, context; uint64_t tick; size_t step; } cases[] = {
+        {-1, 0, 0, ROOM, 1, 0}, {0, 0, 0, ROOM, 1, 0}, {1, 0, 7, ROOM, 40, 0}, {2, 4, 0, ROOM, 9, 7},
+        {1, 9, 3, ROOM, 1, 0}, {0, 0, 1, ROOM, 1, 0}, {-1, 0, 0, 77, 1, 0}, {0, 0, 0, 77, 1, 0}};
+    static const char *const names[] = {"llama-plain-bf16", "llama-plain-int4", "llama-plain-int8"};
+    static outcome plain, ahead;
+    char file[300];
+    medrun_model *drafts[3], *spaced;
+    uint64_t guessed = 0;
+    int wrong = 0;
+    for (int i = 0; i < 3; i++) {
+        snprintf(file, sizeof file, "%s/%s.mdr", build, names[i]);
+        if (!CHECK(!medrun_open(&drafts[i], file, &(medrun_options){.threads = 1}, NULL))) return;
+    }
+    snprintf(file, sizeof file, "%s/mistral-spm-int8.mdr", build);
+    CHECK(!medrun_open(&spaced, file, NULL, NULL));
+    snprintf(file, sizeof file, "%s/llama-plain-bf16.mdr", build);
+    CHECK(!medrun_open(&model, file, &(medrun_options){.threads = 2}, NULL));
+    for (int kind = 0; kind < N_KINDS; kind++)
+        for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+            outcome *r = cases[i].draft < 0 ? &plain : &ahead;
+            medrun_session_options o = {
+                .lookup = cases[i].lookup, .batch = cases[i].batch, .context = cases[i].context,
+                .draft = cases[i].draft < 0 ? NULL : drafts[cases[i].draft],
+                .custom_sampling = true, .sampling = kinds[kind]};
+            longest_tick = cases[i].tick;
+            if (r == &plain) free(plain.logits);
+            generate(r, o, cases[i].step);
+            if (r == &plain) continue;
+            wrong += !same_outcome(&plain, &ahead) || (o.batch == 1 && ahead.guessed);
+            guessed += ahead.guessed;
+            free(ahead.logits);
+        }
+    free(plain.logits), plain.logits = NULL;
+    longest_tick = 1;
+    CHECK_EQ(wrong, 0);
+    CHECK(guessed > 300);
+    medrun_error e = {0};
+    medrun_session *s;
+    medrun_session_options o = {.context = 50, .draft = spaced};
+    CHECK_EQ(medrun_start(&s, model, &o, NULL, 0, &e), MEDRUN_USAGE);
+    CHECK(s == NULL && strstr(e.text, "mistral-spm-int8.mdr has another vocabulary than"));
+    CHECK_EQ(medrun_session_bytes(model, &o), 0);
+    medrun_close(model), medrun_close(spaced);
+    for (int i = 0; i < 3; i++) medrun_close(drafts[i]);
+}
+
 int main(void) {
     char build[512];                            /* what getenv gives moves with the next setenv  */
     medrun_error e = {0};
@@ -1038,6 +1175,8 @@ int main(void) {
     medrun_close(model);
     uint64_t mixed = 0;
     for (size_t i = 0; i < sizeof fixtures / sizeof *fixtures; i++) test_lookup(build, i, &mixed);
+    test_draft_same(build);
+    test_draft_time(build);
     CHECK(mixed > 100);                         /* guesses that came true between other calls    */
     return report();
 }
