@@ -8646,13 +8646,13 @@ int medrun_sample(medrun_session *s, int32_t *id, medrun_error *error) {
 }
 
 /* Gives the draft the timeline behind which it is to guess K tokens: all of it, or where that is
- * dear, its first token and as many of the last as it PAYS for. It keeps what it has of that, begins
- * anew where too much is missing, and takes twice as many when they are a small sum. False: there is
- * not enough to guess from. */
-static bool draft_follows(medrun_session *s, size_t k, double pays, medrun_error *e) {
+ * dear, its first token and the last ones, as many as are PAID for. It keeps what it has of that,
+ * begins anew where too much is missing, and takes twice as many when they are a small sum. False:
+ * there is not enough to guess from. */
+static bool draft_follows(medrun_session *s, size_t k, double paid, medrun_error *e) {
     medrun_session *d = s->draft;
     size_t n = s->n_tokens, from = s->draft_from, same = 0, length = n - from;
-    size_t rows = pays < 0 ? 0 : pays > 1e9 ? (size_t)1e9 : (size_t)pays;
+    size_t rows = paid < 1e9 ? (size_t)paid : (size_t)1e9;
     while (same < d->n_tokens && from + same < n &&
            d->tokens[same] == s->tokens[same ? from + same : 0]) same++;
     bool fits = from < n && length + k <= (size_t)d->options.context;
@@ -8669,8 +8669,8 @@ static bool draft_follows(medrun_session *s, size_t k, double pays, medrun_error
     return !append_ids(d, s->tokens + from + same, length - same, e);
 }
 
-/* Puts the draft's guesses, at most MOST, behind the timeline, and learns what they cost. Where they
- * do not seem to pay it asks now and then for one, as the text may have become an easier one. */
+/* Puts the draft's guesses, at most MOST, behind the timeline, and learns what they cost. Where
+ * they do not seem to pay it asks now and then for one, as the text may have become easier. */
 static size_t draft_ahead(medrun_session *s, size_t most, medrun_error *e) {
     medrun_session *d = s->draft;
     lookup *look = &s->lookup;
@@ -9163,9 +9163,10 @@ typedef struct {
 
 enum { O_MODEL, O_PROMPT, O_FILE, O_SYSTEM, O_PREDICT, O_TEMP, O_TOP_K, O_TOP_P, O_MIN_P, O_REPEAT,
        O_SEED, O_STOP, O_CTX, O_THREADS, O_BATCH, O_KV, O_OVERFLOW, O_LOOKUP, O_DRAFT, O_TEMPLATE,
-       O_DATE, O_THINK, O_CHAT_BOS, O_RAW, O_TOP, O_STRICT, O_MLOCK, O_DEVICE, O_GPU_LAYERS, O_SAVE_PREFIX,
-       O_LOAD_PREFIX, O_BOS, O_SPECIAL, O_PIECES, O_MESSAGES, O_RENDER_IDS, O_NO_OPENING, O_IDS,
-       O_ALL, O_OUT, O_FORCE, O_STATS, O_VERBOSE, O_QUIET, O_HELP, O_VERSION, N_OPTIONS };
+       O_DATE, O_THINK, O_CHAT_BOS, O_RAW, O_TOP, O_STRICT, O_MLOCK, O_DEVICE, O_GPU_LAYERS,
+       O_SAVE_PREFIX, O_LOAD_PREFIX, O_BOS, O_SPECIAL, O_PIECES, O_MESSAGES, O_RENDER_IDS,
+       O_NO_OPENING, O_IDS, O_ALL, O_OUT, O_FORCE, O_STATS, O_VERBOSE, O_QUIET, O_HELP, O_VERSION,
+       N_OPTIONS };
 
 static const option_row option_rows[N_OPTIONS] = {
     [O_MODEL] = {"model", "m", "FILE", TEXT, ON_MODEL | ON_FILE,

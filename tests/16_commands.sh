@@ -163,7 +163,14 @@ for how in '--temp 0' '--temp 1.2 -s 5' '--temp .1 -s 6 --repeat-penalty 1.01' '
     for lookup in '0' '1' '8 -t 1' '31 -t 3' '8 -b 3' '8 -b 1'; do
         code 0 run "$model" -f "$T/hello" -n 150 --raw $how -q --lookup $lookup; out_is "$T/plain"
     done
+    code 0 run "$model" -f "$T/hello" -n 150 --raw $how -q --stats --draft "$model"; out_is "$T/plain"
+    err_has '; guessed [0-9]* tokens, [0-9]* right$'
 done
+code 0 run "$model" -f "$T/hello" -n 150 --raw --temp 0 -q; cp "$T/out" "$T/plain"
+code 0 run "$model" -f "$T/hello" -n 150 --raw --temp 0 -q -b 5 --lookup 9 --draft "$model"; out_is "$T/plain"
+code 3 run "$model" hello --draft "$T/none"; err_has "$T/none: cannot open"; err_lines 1
+code 2 run "$model" hello --draft tools/demo/demo.mdr -q
+err_has 'draft: tools/demo/demo.mdr has another vocabulary than'; err_lines 1
 code 0 run "$model" -p 'again and again and again and' -n 200 --raw --temp 0 -q --stats; cp "$T/out" "$T/plain"
 err_lines 1; check 'no guesses, no line about them' [ -z "$(grep guessed "$T/err")" ]
 MEDRUN_LOOKUP=8; export MEDRUN_LOOKUP
