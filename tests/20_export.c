@@ -289,7 +289,7 @@ static void test_header(void) {
     buffer b = {0};
     copy_fixture("llama-sharded");
     CHECK_EQ(EXPORT("--name", "A \"name\" \xc3\xa9"), 0);
-    if (!CHECK(!file_open(&f, in_work("out/x.mdr"), &e))) return;
+    if (!CHECK(!file_open(&f, in_work("out/x.mdr"), false, &e))) return;
     const json *j = &f.header;
     CHECK(json_is(j, json_get(j, 0, "name"), "A \"name\" \xc3\xa9"));
     size_t n = 0, wrong = 0;
@@ -1501,7 +1501,7 @@ static void test_reference(void) {
     copy_fixture("llama-plain");
     write_file(in_work("proof.json"), given_text, sizeof given_text - 1);
     CHECK_EQ(EXPORT("--proof", in_work("proof.json")), 0);
-    CHECK_EQ(file_open(&f, in_work("out/x.mdr"), &e), 0);
+    CHECK_EQ(file_open(&f, in_work("out/x.mdr"), false, &e), 0);
     const json *j = &f.header;
     uint32_t last = JSON_NONE;
     for EACH(j, json_get(j, json_get(j, 0, "proofs"), "logits"), c) last = c;

@@ -284,8 +284,8 @@ static bool same_model(const char *a, const char *b, bool same_tokenizer) {
     model_file f, g;
     medrun_error e = {0};
     bool same = true;
-    if (file_open(&f, a, &e)) return false;
-    if (file_open(&g, b, &e)) return file_close(&f), false;
+    if (file_open(&f, a, false, &e)) return false;
+    if (file_open(&g, b, false, &e)) return file_close(&f), false;
     static const char *const keys[] = {"config", "type", "proofs"};
     const json *j = &f.header, *k = &g.header;
     for (size_t i = 0; i < 3; i++) {

@@ -2155,7 +2155,7 @@ static int run_proofs(exporter *x, medrun_error *e) {
 static int read_again(exporter *x, medrun_error *e) {
     model_file f;
     if (settle_file(x->fd)) return cannot_write(x, e);
-    if (file_open(&f, x->partial, e)) return e->code;
+    if (file_open(&f, x->partial, false, e)) return e->code;
     file_close(&f);
     return run_parallel(x, x->n_sections, run_checks, e);
 }

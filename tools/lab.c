@@ -317,7 +317,7 @@ typedef struct {
     int n, depth;                               /* tokens                                       */
     double operations, bytes;                   /* of a token                                   */
     double sum, squares;
-    double passed, attention, began;            /* seconds                                      */
+    double attention, observed, began;          /* seconds; OBSERVED: of the pass that tells    */
 } bench_row;
 
 typedef struct {
@@ -348,7 +348,25 @@ static bench_result result_of(const bench_list *l, const bench_row *r) {
     double rate = tps * (r->generates ? r->bytes : r->operations) / 1e9;
     return (bench_result){tps, sqrt(variance > 0 ? variance : 0), rate,
                           rate / l->ceiling[r->generates],
-                          r->attention / r->passed};
+                          r->attention / r->observed};
+}
+
+/* The share of the model in memory that lies in pages of 2 MB, as Linux tells; else -1. */
+static double large_share(const medrun_model *m) {
+    FILE *f = fopen("/proc/self/smaps", "r");
+    uintptr_t at = (uintptr_t)m->embed.data;
+    unsigned long from, to, kb, all = 0, large = 0;
+    char line[512];
+    bool inside = false;
+    while (f && fgets(line, sizeof line, f)) {
+        if (sscanf(line, "%lx-%lx", &from, &to) == 2) inside = from <= at && at < to;
+        else if (inside && sscanf(line, "Rss: %lu", &kb) == 1) all = kb;
+        else if (inside && (sscanf(line, "AnonHugePages: %lu", &kb) == 1 ||
+                            sscanf(line, "ShmemPmdMapped: %lu", &kb) == 1 ||
+                            sscanf(line, "FilePmdMapped: %lu", &kb) == 1)) large += kb;
+    }
+    if (f) fclose(f);
+    return all ? (double)large / (double)all : -1;
 }
 
 static const char *test_of(const bench_row *r) { return r->generates ? "tg" : "pp"; }
@@ -380,9 +398,9 @@ static void print_bench_json(const command *c, const bench_list *l) {
         int depth = l->row[i].depth;
         if (i && l->row[i - 1].depth == depth) continue;
         printf("{\"model\":%s,\"type\":\"%s\",\"kernels\":\"%s\",\"threads\":%d,\"kv\":\"%s\","
-               "\"depth\":%d,\"read_gbps\":%.2f,\"dot_gops\":%.1f", chars(&name),
-               type_names[m->type], m->kernels->name, m->pool->threads, kv_names[cache_type(c)],
-               depth, l->ceiling[true], l->ceiling[false]);
+               "\"depth\":%d,\"large_pages\":%.3f,\"read_gbps\":%.2f,\"dot_gops\":%.1f",
+               chars(&name), type_names[m->type], m->kernels->name, m->pool->threads, kv_names[cache_type(c)],
+               depth, large_share(m), l->ceiling[true], l->ceiling[false]);
         print_bench_rows(l, depth, false);
         print_bench_rows(l, depth, true);
         puts("}");
@@ -455,6 +473,8 @@ static void print_bench_table(const command *c, const bench_list *l) {
     puts("|");
     for (size_t i = 1; i <= l->n; i++) print_cells(cell[i], width);
     puts("\nceiling: what this machine can do at most, multiplying (GOPS) or reading (GB/s)");
+    if (large_share(m) >= 0)
+        printf("weights: %.0f %% of them lie in pages of 2 MB\n", 100 * large_share(m));
 }
 
 typedef struct {
@@ -486,7 +506,9 @@ static void add_row_of(command *c, bench_list *l, int n, int depth, bool generat
     bench_row *row = &l->row[l->n];
     if (!n) return;
     *row = (bench_row){.generates = generates, .n = n, .depth = depth};
-    row->operations = 2 * ((double)inner + (double)embed / n);
+    double keys = 2.0 * k->n_kv_heads * k->head_dim * k->hidden_size;
+    double last = (double)inner / k->n_layers - keys;   /* which one row only needs to the end   */
+    row->operations = 2 * ((double)inner - last + (last + (double)embed) / n);
     row->bytes = (double)m->weight_bytes - (k->tied ? 0 : (double)tensor_bytes(m->embed.type,
                  (size_t)k->vocab_size, (size_t)k->hidden_size));
     row->bytes += (double)cache_size(m, depth, cache_type(c));
@@ -512,19 +534,33 @@ static int list_rows(command *c, bench_list *l) {
     return longest;
 }
 
-static int time_row(command *c, bench_list *l, bench_row *row, ceiling *top, bool counts) {
+/* The first round warms up. Behind the last one an observer tells the share of attention: it slows
+ * the pass, as who observes sees all rows. */
+static int time_row(command *c, bench_list *l, bench_row *row, ceiling *top, int round) {
     double rate = row->generates ? read_rate(top) : peak_rate(top), passed;
+    bool observed = round == l->repeats;
     if (rate > l->ceiling[row->generates]) l->ceiling[row->generates] = rate;
     if (go_to_depth(c, row->depth)) return c->e.code;
-    medrun_observe(c->s, time_attention, row);
+    if (observed) medrun_observe(c->s, time_attention, row);
     passed = time_tokens(c, row->n, row->generates ? 1 : row->n);
     medrun_observe(c->s, NULL, NULL);
-    if (!counts) row->attention = 0;
-    else if (passed >= 0) {
-        row->passed += passed, row->sum += row->n / passed;
+    if (observed) row->observed = passed;
+    else if (round >= 0 && passed >= 0) {
+        row->sum += row->n / passed;
         row->squares += row->n / passed * (row->n / passed);
     }
     return c->e.code;
+}
+
+/* Memory to read, as large as the weights or 1 GB, in pages of 2 MB where the system has them: how
+ * the file lies in memory must not lower the ceiling that it is compared with. */
+static void own_memory(ceiling *top) {
+    size_t most = 1 << 30, n = top->n < most ? top->n : most;
+    uint8_t *p = map_bytes(-1, n);
+    if (!p) return;
+    want_large_pages(p, n);
+    memset(p, 1, n);
+    top->data = p, top->n = n;
 }
 
 /* All rows by turns with the machine's two ceilings, measured beside them. */
@@ -540,9 +576,10 @@ static int bench_command(command *c) {
     engine g = {.k = m->kernels, .strict = flag(c, O_STRICT)};
     ceiling top = {.m = m, .data = m->embed.data, .kind = pack_kind(&g, m->type),
                    .n = (size_t)(m->file.map.data + m->file.map.n - m->embed.data)};
-    for (int r = -1; r < l.repeats; r++)                /* the first warms up                    */
+    own_memory(&top);
+    for (int r = -1; r <= l.repeats; r++)
         for (size_t i = 0; i < l.n; i++)
-            if (time_row(c, &l, &l.row[i], &top, r >= 0)) return c->e.code;
+            if (time_row(c, &l, &l.row[i], &top, r)) return c->e.code;
     if (whole(c, L_FORMAT) == AS_JSON) print_bench_json(c, &l);
     else if (whole(c, L_FORMAT) == AS_CSV) print_bench_csv(c, &l);
     else print_bench_table(c, &l);
@@ -785,7 +822,7 @@ static option_row lab_options[N_LAB_OPTIONS] = {
 /* Options of medrun's: record and call take those of run, call some of render's too, bench those of
  * a session, replay and compare a place of the model. */
 static void take_options(void) {
-    const int bench[] = {O_MODEL, O_THREADS, O_BATCH, O_KV, O_MLOCK, O_STRICT, O_DEVICE,
+    const int bench[] = {O_MODEL, O_THREADS, O_BATCH, O_KV, O_LOAD, O_MLOCK, O_STRICT, O_DEVICE,
                          O_GPU_LAYERS, O_QUIET};
     const int replay[] = {O_MODEL, O_THREADS, O_DEVICE, O_GPU_LAYERS, O_QUIET};
     const int call[] = {O_MESSAGES, O_RENDER_IDS, O_NO_OPENING};
