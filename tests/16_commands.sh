@@ -155,6 +155,8 @@ check 'seeds differ' [ "$seed" != "$(sed -n 's/.*seed \([0-9]*\) (new).*/\1/p' "
 code 0 run "$model" -p hello -n 12 --temp 0 --raw -q; cp "$T/out" "$T/raw"
 code 0 run "$model" -f "$T/hello" -n 12 --temp 0 --raw -q; out_is "$T/raw"
 code 0 run "$model" -p hello -n 12 --raw --kv int8
+code 0 run "$model" -p hello -n 12 --temp 0 --raw --load; out_is "$T/raw"
+err_has 'load: [0-9]* MB that no other process shares, [0-9.]* s'
 code 0 run "$model" -p hello -n 12 --raw --kv f32 --strict --min-p 0.01 --top-p .9 --repeat-penalty 1.1
 
 # ---- guessing ahead changes nothing but the speed ----

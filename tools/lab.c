@@ -399,8 +399,8 @@ static void print_bench_json(const command *c, const bench_list *l) {
         if (i && l->row[i - 1].depth == depth) continue;
         printf("{\"model\":%s,\"type\":\"%s\",\"kernels\":\"%s\",\"threads\":%d,\"kv\":\"%s\","
                "\"depth\":%d,\"large_pages\":%.3f,\"read_gbps\":%.2f,\"dot_gops\":%.1f",
-               chars(&name), type_names[m->type], m->kernels->name, m->pool->threads, kv_names[cache_type(c)],
-               depth, large_share(m), l->ceiling[true], l->ceiling[false]);
+               chars(&name), type_names[m->type], m->kernels->name, m->pool->threads,
+               kv_names[cache_type(c)], depth, large_share(m), l->ceiling[true], l->ceiling[false]);
         print_bench_rows(l, depth, false);
         print_bench_rows(l, depth, true);
         puts("}");
