@@ -8079,9 +8079,9 @@ enum { MAX_LOOKUP = 31, MAX_DRAFT = 7, MAX_MATCH = 16, MAX_SEARCH = 32, N_WIDTHS
  * kept for passes of 1, 2, 4, ... rows, whole tiles, as rows between cost as much.
  *
  * Where no match pays, a small model of the same vocabulary may guess (a draft: Leviathan et al.
- * 2023). Its guesses cost time, so it has a budget: that of one pass, a 64th of the time of all
- * passes, and what its guesses have saved. It never spends what it does not have, so one that is no
- * good costs less than 3 % of an answer of 70 tokens. */
+ * 2023). Its guesses cost time, so it has a budget: the time of two passes of one row, a 64th of the
+ * time of prompts, half as much of answers, and what its guesses have saved. It never spends what it
+ * does not have, so one that is no good costs less than 3 % of an answer of 100 tokens. */
 typedef struct lookup {
     size_t at, length;                          /* the match: as many tokens before place AT end
                                                    the timeline; 0: there is none               */
@@ -8644,7 +8644,7 @@ int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *error) 
     pthread_mutex_unlock(&sessions[0]->pool->turn);
     lookup *look = &sessions[0]->lookup;
     double time = seconds() - start;
-    look->budget += time / 64;
+    look->budget += time / (rows > TILE ? 64 : 128);
     if (rows > TILE) look->wide = time / (double)rows;
     return stopped ? fail(e, MEDRUN_INTERRUPTED, "step: interrupted") : MEDRUN_OK;
 }
@@ -8703,10 +8703,11 @@ static size_t draft_ahead(medrun_session *s, size_t most, medrun_error *e) {
     if (once <= 0) return 0;
     if (look->each <= 0) {
         look->each = once * (double)d->model->weight_bytes / (double)s->model->weight_bytes;
-        look->budget += once;
+        look->budget += 2 * once;
     }
+    double smaller = (double)d->model->parameters / (double)s->model->parameters;
     double row = d->lookup.wide > 0 ? d->lookup.wide
-                 : look->wide > 0 ? look->wide * look->each / once : look->each;
+                 : look->wide > 0 ? look->wide * sqrt(smaller * look->each / once) : look->each;
     size_t guesses = choose_rows(look, 0, look->each, (most < half ? most : half) + 1) - 1;
     if (!guesses && n % 16 == 0 && most && half) guesses = 1;
     double spare = -1;
