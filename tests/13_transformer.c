@@ -34,7 +34,7 @@ static medrun_model *open_fixture(const char *folder, const char *type, int thre
     const char *build = getenv("MEDRUN_TEST_BUILD");
     medrun_model *m;
     medrun_error e = {0};
-    medrun_options o = {threads, kernels};
+    medrun_options o = {.threads = threads, .kernels = kernels};
     snprintf(path, sizeof path, "%s/%s-%s.mdr", build ? build : "build", folder, type);
     if (medrun_open(&m, path, &o, &e)) { printf("%s\n", e.text); exit(1); }
     return m;

@@ -598,9 +598,11 @@ static void test_kernels(const char *build, const char *file) {
         int wrong = 0, refused = 0, usable = 0, own = 0;
         snprintf(checkpoint, sizeof checkpoint, "%s/mistral-window-%s.mdr", build,
                  kind ? "bf16" : "int8");
-        for (int i = 0; i < NAMES; i++)
-            if (medrun_open(&m[usable], checkpoint, &(medrun_options){1, names[i]}, NULL) == 0)
+        for (int i = 0; i < NAMES; i++) {
+            const medrun_options one = {.threads = 1, .kernels = names[i]};
+            if (!medrun_open(&m[usable], checkpoint, &one, NULL))
                 own += m[usable++]->kernels->bf16_dot;
+        }
         for (int from = 0; from < usable; from++) {
             model = m[from];
             save_some(file, o, ids, 0);

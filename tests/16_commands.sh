@@ -78,7 +78,7 @@ for word in pull download; do code 2 $word llama3; err_has 'no network'; err_has
 for word in list ls ps rm; do code 2 $word; err_has 'README.md'; err_lines 1; no_out; done
 code 2 generate "$model"; err_has 'medrun run'; code 2 -cnv "$model"; err_has 'a conversation'
 code 2 xyzzy; err_has 'help lists all'; check 'no hint that is far' [ -z "$(grep nearest "$T/err")" ]
-for far in --log --grammar --no --zzz; do
+for far in --colour --grammar --no --zzz; do
     code 2 run "$model" -p x $far 1; err_has 'unknown option'; check "no hint for $far" [ -z "$(grep nearest "$T/err")" ]
 done
 code 2 run "$model" -p x --topk 3; err_has 'nearest is --top-k'; code 2 run "$model" -p x --tempp 3; err_has 'nearest is --temp'
