@@ -8079,9 +8079,9 @@ enum { MAX_LOOKUP = 31, MAX_DRAFT = 7, MAX_MATCH = 16, MAX_SEARCH = 32, N_WIDTHS
  * kept for passes of 1, 2, 4, ... rows, whole tiles, as rows between cost as much.
  *
  * Where no match pays, a small model of the same vocabulary may guess (a draft: Leviathan et al.
- * 2023). Its guesses cost time, so it has a budget: the time of two passes of one row, a 64th of the
- * time of prompts, half as much of answers, and what its guesses have saved. It never spends what it
- * does not have, so one that is no good costs less than 3 % of an answer of 100 tokens. */
+ * 2023). Its guesses cost time, so it has a budget: the time of two passes, a 64th of the time of
+ * prompts, half as much of answers, and what its guesses have saved. It spends no more than it has,
+ * so one that is no good costs less than 3 % of an answer of 100 tokens. */
 typedef struct lookup {
     size_t at, length;                          /* the match: as many tokens before place AT end
                                                    the timeline; 0: there is none               */
@@ -8973,7 +8973,6 @@ static state_head head_of(const medrun_session *s) {
     return h;
 }
 
-/* A write that fails shows when the writer is done. */
 /* FORCE: over any other file, too. A write that fails shows when the writer is done. */
 static int save_session(const medrun_session *s, const char *path, bool force, medrun_error *e) {
     file_writer w;
