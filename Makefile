@@ -17,7 +17,7 @@ SECONDS = 60
 # What each test program holds is said in tests/README.md. PLAIN are those that have no kernel for a
 # subject: they are compiled without, which is done sooner.
 UNITS    = all_text all_kernels 08_opencl 15_allocation 15_embedding 15_session 16_answers \
-           all_export 22_eval 42_serve
+           all_export 22_eval 42_serve 43_explain
 PLAIN    = all_text 03_basics 09_file 10_tokenizer 11_chat 12_model 14_sampler 15_allocation \
            16_answers 42_serve
 JOBS    := $(shell nproc 2>/dev/null || echo 1)
@@ -28,10 +28,11 @@ MODELS   = $(foreach f,$(FIXTURES),$(addprefix $(BUILD)/$(f)-,bf16.mdr int8.mdr 
 
 EXPORT   = $(wildcard tools/export_*.c) tools/options.c tools/files.c tools/write.c
 EVAL     = $(wildcard tools/eval_*.c) tools/options.c tools/files.c tools/write.c
+EXPLAIN  = $(wildcard tools/explain_*.c) tools/explain_page.h tools/eval.c $(EVAL)
 
 SERVE    = $(wildcard tools/serve_*.c) tools/tool_calls.c tools/options.c tools/write.c
 # Each has a manual page in tools/man. medrun-serve needs sockets as POSIX has them.
-TOOLS    = medrun medrun-export medrun-eval medrun-lab $(if $(EXE),,medrun-serve)
+TOOLS    = medrun medrun-export medrun-eval medrun-lab medrun-explain $(if $(EXE),,medrun-serve)
 
 all: $(foreach p,$(TOOLS),$(BIN)/$(p)$(EXE))
 
@@ -55,6 +56,13 @@ $(BUILD)/serve_page.inc: tools/serve_page.html
 $(BIN)/medrun-serve: tools/serve.c $(SERVE) $(BUILD)/serve_page.inc medrun.c
 	$(CC) $(CFLAGS) $(WARN) -I$(BUILD) -o $@ tools/serve.c $(LIBS)
 
+$(BIN)/medrun-explain$(EXE): tools/explain.c $(EXPLAIN) medrun.c
+	$(CC) $(CFLAGS) $(WARN) -o $@ tools/explain.c $(LIBS)
+
+# The page as C strings. It is checked in, so that a compiler alone builds the program.
+tools/explain_page.h: tools/explain_page.html tools/explain_page.css tools/explain_page.js
+	sh tools/explain_page.sh > $@
+
 # One file with no library beside it; make static STATIC_CC=gcc takes the system's own libc.
 STATIC_CC  ?= musl-gcc
 WINDOWS_CC ?= x86_64-w64-mingw32-gcc
@@ -62,6 +70,12 @@ static:
 	$(MAKE) BIN=$(BUILD)/static CC="$(STATIC_CC)" CFLAGS="$(CFLAGS) -static" all
 windows:
 	$(MAKE) BIN=$(BUILD)/windows EXE=.exe CC="$(WINDOWS_CC)" CFLAGS="$(CFLAGS) -static" all
+
+explain: $(BIN)/medrun-explain
+	@mkdir -p $(BUILD)
+	$(BIN)/medrun-explain $(DEMO) -p "What are the symptoms of diabetes?" --why 22 \
+	    --what-if 'diabetes=>asthma' --ablate auto -o $(BUILD)/explain.html
+	@echo "open $(BUILD)/explain.html in a browser"
 
 run: $(BIN)/medrun
 	$(BIN)/medrun run $(DEMO) -p "What are the symptoms of diabetes?"
@@ -98,7 +112,8 @@ $(REAL): $(BUILD)/%.tokenizer.bin: $(BIN)/medrun-export
 	$(BIN)/medrun-export --tokenizer-only $(MEDRUN_TEST_DATA)/tokenizers/$(REAL_$*) $@
 endif
 $(BUILD)/test_%: tests/%.c tests/test.h medrun.c tools/export.c $(EXPORT) tools/eval.c $(EVAL) \
-                 tools/lab.c tools/tool_calls.c tools/serve.c $(SERVE)
+                 tools/lab.c tools/tool_calls.c tools/serve.c $(SERVE) \
+                 tools/explain.c $(EXPLAIN)
 	@mkdir -p $(BUILD)
 	$(CC) $(CFLAGS) $(WARN) $(if $(filter $*,$(PLAIN)),-DMEDRUN_SCALAR) -o $@ $< $(LIBS)
 
@@ -200,10 +215,11 @@ dist:
 clean:
 	rm -rf $(BUILD) $(TOOLS)
 help:
-	@echo "make            builds medrun, medrun-export, medrun-eval, medrun-lab and medrun-serve"
+	@echo "make            builds medrun, medrun-export, -eval, -lab, -explain and -serve"
 	@echo "make OPENCL=1   the same with OpenCL devices (make clean first)"
 	@echo "make run        asks the demo model a question"
 	@echo "make serve      serves the demo model on http://127.0.0.1:8080"
+	@echo "make explain    writes a page that shows how it came to its answer"
 	@echo "make lib        libmedrun.a, libmedrun.so, medrun.h in build/lib; make install-lib"
 	@echo "make dist       archives of the last commit, programs and source, in build/dist"
 	@echo "make test       runs the tests; with MEDRUN_TEST_DATA also those on real vocabularies"
@@ -221,5 +237,5 @@ help:
 	@echo "                make uninstall; tools/packaging has packages for Debian, Homebrew and pip"
 	@echo "make bench, make man, make clean"
 
-.PHONY: all static windows run programs test test-all real lint debug threads fuzz bench targets size man \
+.PHONY: all static windows run explain programs test test-all real lint debug threads fuzz bench targets size man \
         install install-programs uninstall clean help

@@ -323,6 +323,13 @@ typedef void medrun_observer(void *user, const char *stage, int layer, size_t ro
                              size_t stride, const float *data);
 void medrun_observe(medrun_session *session, medrun_observer *observer, void *user);
 
+/* The editor may write into DATA, and the pass goes on with what it wrote; an observer sees that.
+ * It is called as an observer is, but not for k and v, which are in the cache by then, and logits.
+ * While there is an editor nothing is guessed. NULL takes it away. */
+typedef void medrun_editor(void *user, const char *stage, int layer, size_t rows, size_t cols,
+                           size_t stride, float *data);
+void medrun_edit(medrun_session *session, medrun_editor *editor, void *user);
+
 #ifdef __cplusplus
 }
 #endif
@@ -7571,6 +7578,13 @@ static size_t cache_place(const kv_cache *c, int layer, size_t head) {
     return ((size_t)layer * c->heads + head) * c->head_bytes;
 }
 
+/* Who looks at a session's passes: medrun_observe, medrun_edit. NULL: nobody.                  */
+typedef struct {
+    medrun_observer *see;
+    medrun_editor *edit;
+    void *see_user, *edit_user;
+} watcher;
+
 /* Tokens of one timeline that stand together in a pass. All that a pass knows of a session. */
 typedef struct {
     const int32_t *ids;                         /* (n)                                          */
@@ -7579,8 +7593,7 @@ typedef struct {
     kv_cache *cache;                            /* has all positions before, and gets these     */
     size_t n_wanted;                            /* rows whose logits are wanted, the last ones  */
     float *logits;                              /* (n_wanted, vocab)                            */
-    medrun_observer *observer;                  /* NULL: nobody looks                           */
-    void *observer_user;
+    watcher watcher;
 } segment;
 
 /* What a pass computes with, and its scratch memory. Matrices have a row for each token; hidden,
@@ -7652,13 +7665,15 @@ static void layout_pass(pass *p, const medrun_model *m, thread_pool *pool, int r
     p->eng.blocks = arena_take(a, threads, p->eng.block_bytes);
 }
 
-/* Shows a stage, (n, cols) with STRIDE, to whoever observes a segment: each sees its own rows. */
-static void observe(const pass *p, const char *stage, const float *data, size_t cols,
-                    size_t stride) {
-    for (const segment *s = p->segments; s < p->segments + p->n_segments; s++)
-        if (s->observer && s->n)
-            s->observer(s->observer_user, stage, p->layer, s->n, cols, stride,
-                        data + s->first * stride);
+/* Shows a stage, (n, cols), to whoever watches a segment: each sees its own rows. */
+static void observe(const pass *p, const char *stage, float *data, size_t cols) {
+    for (const segment *s = p->segments; s < p->segments + p->n_segments; s++) {
+        const watcher *w = &s->watcher;
+        float *rows = data + s->first * cols;
+        if (w->edit && s->n && data != p->k && data != p->v)
+            w->edit(w->edit_user, stage, p->layer, s->n, cols, cols, rows);
+        if (w->see && s->n) w->see(w->see_user, stage, p->layer, s->n, cols, cols, rows);
+    }
 }
 
 /* What is done for each row by itself. Threads take tiles of rows. */
@@ -7708,7 +7723,7 @@ static void pack_rows(pass *p, const float *x, size_t cols) {
 static void norm_rows(pass *p, const float *weight, const char *stage) {
     p->norm_weight = weight;
     each_row(p, norm_row);
-    observe(p, stage, p->h, p->hidden, p->hidden);
+    observe(p, stage, p->h, p->hidden);
     pack_rows(p, p->h, p->hidden);
 }
 
@@ -7921,29 +7936,29 @@ static void add_row(pass *p, size_t r) {
 static void forward(pass *p) {
     p->layer = -1;
     each_row(p, embed_row);                                     /* x (n, hidden)                */
-    observe(p, "embed", p->x, p->hidden, p->hidden);
+    observe(p, "embed", p->x, p->hidden);
 
     for (p->layer = 0; p->layer < p->config->n_layers && !p->stop; p->layer++) {
         const model_layer *layer = &p->model->layers[p->layer];
 
         project_rows(p, layer);                                 /* q (n, heads), k, v (n, kv)   */
-        observe(p, "q", p->q, p->heads, p->heads);
-        observe(p, "k", p->k, p->kv, p->kv);
-        observe(p, "v", p->v, p->kv, p->kv);
+        observe(p, "q", p->q, p->heads);
+        observe(p, "k", p->k, p->kv);
+        observe(p, "v", p->v, p->kv);
         attend_rows(p);                                         /* attn (n, heads)              */
-        observe(p, "attn_out", p->attn, p->heads, p->heads);
+        observe(p, "attn_out", p->attn, p->heads);
         pack_rows(p, p->attn, p->heads);
         multiply(p, &layer->o, p->h, p->hidden);                /* h (n, hidden)                */
         each_row(p, add_row);                                   /* x                            */
-        observe(p, "attn_resid", p->x, p->hidden, p->hidden);
+        observe(p, "attn_resid", p->x, p->hidden);
 
         norm_rows(p, layer->ffn_norm, "ffn_norm");              /* h (n, hidden)                */
         widen_rows(p, layer);                                   /* ffn_act (n, ffn)             */
-        observe(p, "ffn_act", p->ffn_act, p->ffn, p->ffn);
+        observe(p, "ffn_act", p->ffn_act, p->ffn);
         pack_rows(p, p->ffn_act, p->ffn);
         multiply(p, &layer->down, p->h, p->hidden);             /* h (n, hidden)                */
         each_row(p, add_row);                                   /* x                            */
-        observe(p, "layer_out", p->x, p->hidden, p->hidden);
+        observe(p, "layer_out", p->x, p->hidden);
     }
 }
 
@@ -7963,9 +7978,9 @@ static void output(pass *p) {
                    p->logits + (r - first) * p->vocab, p->vocab * sizeof *p->logits);
     }
     for (const segment *s = p->segments; s < p->segments + p->n_segments; s++)
-        if (s->observer && s->n)
-            s->observer(s->observer_user, "logits", -1, s->n, (size_t)p->config->vocab_size,
-                        p->vocab, s->logits);
+        if (s->watcher.see && s->n)
+            s->watcher.see(s->watcher.see_user, "logits", -1, s->n, (size_t)p->config->vocab_size,
+                           p->vocab, s->logits);
 }
 /* ============================================================================================
  * 14 Sampler: from logits to the next id, and guesses at those behind it
@@ -8267,8 +8282,7 @@ struct medrun_session {
     uint64_t *candidates;                       /* (vocab_size) for the sampler                 */
     char *text;                                 /* bytes that are not yet whole characters, and */
     size_t n_text;                              /* those of the next piece behind them          */
-    medrun_observer *observer;
-    void *observer_user;
+    watcher watcher;
     pass pass;                                  /* scratch for passes that this session leads   */
 };
 
@@ -8480,12 +8494,20 @@ const float *medrun_logits(const medrun_session *s, size_t row) {
     return s->logits + (s->n_logits - 1 - row) * s->pass.vocab;
 }
 
-/* Passes with guesses show rows that are no part of the timeline, so an observer ends them. */
+/* Passes with guesses show rows that are no part of the timeline, so who watches ends them. */
 void medrun_observe(medrun_session *s, medrun_observer *observer, void *user) {
-    s->observer = observer;
-    s->observer_user = user;
+    s->watcher.see = observer;
+    s->watcher.see_user = user;
     s->n_ready = 0;
 }
+
+void medrun_edit(medrun_session *s, medrun_editor *editor, void *user) {
+    s->watcher.edit = editor;
+    s->watcher.edit_user = user;
+    s->n_ready = 0;
+}
+
+static bool is_watched(const medrun_session *s) { return s->watcher.see || s->watcher.edit; }
 
 /* ---- turns --------------------------------------------------------------------------------- */
 
@@ -8595,8 +8617,8 @@ static void add_segment(pass *p, medrun_session *s) {
     segment *to = &p->segments[p->n_segments++];
     *to = (segment){.ids = s->tokens + s->n_done, .first = p->n, .n = n, .position = s->n_done,
                     .cache = &s->cache, .n_wanted = wanted, .logits = s->logits,
-                    .observer = s->observer, .observer_user = s->observer_user};
-    p->n_kept += s->observer ? p->capacity : wanted;    /* who observes sees all rows            */
+                    .watcher = s->watcher};
+    p->n_kept += is_watched(s) ? p->capacity : wanted;  /* who watches sees all rows             */
     while (n--) p->owner[p->n++] = to;
 }
 
@@ -8739,10 +8761,11 @@ static int step_ahead(medrun_session *s, medrun_error *e) {
     size_t most = (size_t)s->options.lookup < room ? (size_t)s->options.lookup : room;
     find_match(look, s->tokens, n);
     look->drafted = false;
-    if (look->length && !s->observer) rows = choose_rows(look, look->length, 0, most + 1);
+    if (look->length && !is_watched(s)) rows = choose_rows(look, look->length, 0, most + 1);
     for (; k + 1 < rows && !medrun_is_stop(s->model, s->tokens[look->at + k]); k++)
         s->tokens[n + k] = s->tokens[look->at + k];     /* may read what it just wrote           */
-    if (!k && s->draft && !s->observer) k = draft_ahead(s, room < MAX_DRAFT ? room : MAX_DRAFT, e);
+    if (!k && s->draft && !is_watched(s))
+        k = draft_ahead(s, room < MAX_DRAFT ? room : MAX_DRAFT, e);
     if (e->code) return e->code;
     s->n_tokens = n + k;
     s->n_wanted = k + 1;

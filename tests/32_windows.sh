@@ -29,7 +29,7 @@ env -u CC -u CFLAGS make -s BUILD="$build" windows >"$T/log" 2>&1; rc=$?
 check "it builds: $(tail -n 5 "$T/log")" [ $rc = 0 ]
 check "without a warning: $(grep warning "$T/log" | head -n 3)" [ ! -s "$T/log" ]
 [ $rc = 0 ] || finish
-for program in medrun medrun-export medrun-eval medrun-lab; do
+for program in medrun medrun-export medrun-eval medrun-lab medrun-explain; do
     x86_64-w64-mingw32-objdump -p "$win/$program.exe" >"$T/log"
     alien=$(sed -n 's/.*DLL Name: //p' "$T/log" | grep -Eiv '^(advapi32|kernel32|msvcrt|shell32)\.dll$')
     check "$program has only the system's libraries: $alien" [ -z "$alien" ]

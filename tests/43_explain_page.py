@@ -1,0 +1,147 @@
+#!/usr/bin/env python3
+"""Opens pages of medrun-explain in headless Chromium: PAGE... The first is a plain page of the demo
+model, the last one of hostile text. Last line: N passed, N failed."""
+
+import re
+import sys
+
+from playwright.sync_api import sync_playwright
+
+passed = failed = 0
+
+
+def check(what, good):
+    global passed, failed
+    passed += bool(good)
+    failed += not good
+    if not good:
+        print("FAILED:", what)
+
+
+def open_page(browser, path, **how):
+    how.setdefault("viewport", {"width": 1200, "height": 900})
+    page = browser.new_context(offline=True, **how).new_page()
+    page.requests, page.errors = [], []
+    page.on("request", lambda r: page.requests.append(r.url))
+    page.on("console", lambda m: page.errors.append(m.text) if m.type in ("error", "warning") else 0)
+    page.on("pageerror", lambda e: page.errors.append(str(e)))
+    page.on("dialog", lambda d: (page.errors.append("dialog"), d.dismiss()))
+    page.goto("file://" + path)
+    page.wait_for_function("document.documentElement.dataset.ready", timeout=60000)
+    return page
+
+
+def look(browser, path):
+    page = open_page(browser, path)
+    name = path.split("/")[-1]
+    files = [r for r in page.requests if not r.startswith("data:")]
+    check("%s: one request, not %s" % (name, files), len(files) == 1)
+    check("%s: nothing on the console: %s" % (name, page.errors), not page.errors)
+    ready = page.evaluate("document.documentElement.dataset.ready")
+    check("%s: ready in 1.5 s, not %s ms" % (name, ready), ready.isdigit() and int(ready) < 1500)
+    page.click("#check")
+    check("%s: %s" % (name, page.inner_text("#verdict")), "all sums agree" in page.inner_text("#verdict"))
+    for v in range(1, 11):
+        text = page.inner_text("#v%d .reading" % v)
+        check("%s: view %d says a sentence: %s" % (name, v, text), len(text) > 15 and not
+              re.search(r"NaN|undefined|null|Infinity", page.inner_text("#v%d" % v)))
+    pins = page.evaluate("""() => { const out = []; for (const t of [1, 5, 9, 3]) {
+        const at = performance.now(); pin(t); out.push(performance.now() - at); } return out; }""")
+    check("%s: a pin within 50 ms: %s" % (name, pins), sorted(pins)[1] < 50)
+    check("%s: still nothing on the console: %s" % (name, page.errors), not page.errors)
+    page.context.close()
+
+
+def keyboard(browser, path):
+    page = open_page(browser, path)
+    state = lambda key: page.evaluate("state." + key)
+    explained = state("token")
+    page.focus("#v1 .token[tabindex='0']")
+    page.keyboard.press("ArrowRight")
+    check("right: the next token", state("token") == explained + 1)
+    check("the focus goes with it", page.evaluate("document.activeElement.dataset.t") == str(explained + 1))
+    layer, head = state("layer"), state("head")
+    page.keyboard.press("ArrowDown")
+    check("down: the next layer", state("layer") != layer)
+    page.keyboard.press("]")
+    check("]: the next head", state("head") != head)
+    page.keyboard.press("Escape")
+    check("Esc unpins", state("token") == explained and state("layer") == layer)
+    page.keyboard.press("?")
+    check("? shows the keys", page.evaluate("document.getElementById('keys').open"))
+    page.keyboard.press("Escape")
+    page.wait_for_function("!document.getElementById('keys').open")
+    for v in range(1, 11):
+        page.keyboard.press(str(v % 10))
+        page.keyboard.press("t")
+        twin = page.evaluate("""v => ({open: !views[v - 1].twin.hidden, rows: views[v - 1].twin.querySelectorAll("tbody tr").length,
+            want: views[v - 1].table() ? Math.min(50, views[v - 1].table().rows.length) : 0})""", v)
+        check("t opens the table of view %d: %s" % (v, twin), twin["open"] and twin["rows"] == twin["want"])
+    # the twins are the pictures' data
+    pairs = page.evaluate("""() => ({bars: views[1].table().rows.filter(r => !/head|against/.test(r[0])).map(r => r[1]),
+        parts: [...D("parts")].slice(0, blocks.parts.shape[1]).concat([D("rest")[0], D("total")[0]])})""")
+    check("the table of view 2 is the waterfall", pairs["bars"] == pairs["parts"])
+    page.context.close()
+    page = open_page(browser, path)
+    page.goto("file://" + path + "#v=3&t=4&l=2&h=1")
+    page.reload()
+    page.wait_for_function("document.documentElement.dataset.ready")
+    check("a link leads to its place", [page.evaluate("state." + k) for k in ("token", "layer", "head")] == [4, 2, 1])
+    page.context.close()
+
+
+def looks(browser, path):
+    for scheme in ("light", "dark"):
+        page = open_page(browser, path, color_scheme=scheme)
+        try:
+            from axe_playwright_python.sync_playwright import Axe
+            found = Axe().run(page).response["violations"]
+            check("axe, %s: %s" % (scheme, [(v["id"], v["nodes"][0]["html"][:90]) for v in found]), not found)
+        except ImportError:
+            print("skipped: axe: no axe_playwright_python")
+        page.context.close()
+    page = open_page(browser, path, viewport={"width": 320, "height": 640})
+    check("320 pixels without sideways scrolling: %d" % page.evaluate("document.documentElement.scrollWidth"),
+          page.evaluate("document.documentElement.scrollWidth") <= 320)
+    page.context.close()
+    page = open_page(browser, path, forced_colors="active")
+    check("forced colours", not page.errors)
+    page.emulate_media(media="print")
+    pdf = page.pdf(format="A4", margin={k: "1cm" for k in ("top", "bottom", "left", "right")})
+    pages = len(re.findall(rb"/Type\s*/Page\b", pdf))
+    check("printed on two pages, not %d" % pages, pages <= 2)
+    page.context.close()
+
+
+def broken(browser, path):
+    text = open(path, encoding="utf-8").read()
+    for change in (lambda s: s.replace('id="bin">', 'id="bin">!!!!', 1),
+                   lambda s: re.sub(r'(id="bin">.{1000})[^<]*', r"\1", s, count=1),
+                   lambda s: s.replace('{"medrun-explain":1', '{"medrun-explain":', 1)):
+        with open(path + ".broken.html", "w", encoding="utf-8") as f:
+            f.write(change(text))
+        page = open_page(browser, path + ".broken.html")
+        check("damaged data give a sentence", "cannot be read" in page.inner_text("#top"))
+        page.context.close()
+
+
+def hostile(browser, path):
+    page = open_page(browser, path)
+    shown = page.evaluate("[...document.querySelectorAll('#v1 .token')].map(x => x.firstChild.textContent).join('')")
+    check("the text is shown as text: " + shown, "</script><img" in shown.replace("␣", " ") and
+          page.evaluate("document.images.length") == 0)
+    check("no script of the text's runs", not page.errors)
+    page.context.close()
+
+
+with sync_playwright() as p:
+    chromium = p.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
+    for each in sys.argv[1:]:
+        look(chromium, each)
+    keyboard(chromium, sys.argv[1])
+    looks(chromium, sys.argv[2])
+    broken(chromium, sys.argv[1])
+    hostile(chromium, sys.argv[-1])
+    chromium.close()
+print("%d passed, %d failed" % (passed, failed))
+sys.exit(failed != 0)
