@@ -6382,7 +6382,8 @@ enum {
 typedef struct {
     const char *says;           /* the template's words; in them `name` is a control token, and
                                    these are filled in: $text (the message's), $stripped (without
-                                   white space around it), $quoted (as Python's JSON), $below
+                                   white space around it, as $text is if the template trims),
+                                   $quoted (as Python's JSON), $below
                                    (after an empty line, unless it is empty), $role, $tools,
                                    $date                                                       */
     const char *refuse;         /* or else why the conversation cannot be written              */
@@ -6412,6 +6413,7 @@ typedef struct {
     const chat_part *answer;    /* the opening of the answer, from which the model goes on     */
     const chat_part *close;     /* after the model's answer, before the next turn              */
     bool takes_tools, takes_think;
+    bool trims;                 /* $text goes without the white space around it                */
     bool states_today;          /* its text depends on the date                                */
     bool opens_by_role;         /* the answer opens unless the last turn is the assistant's    */
     const char *stops[4];       /* tokens that end an answer, as far as the tokenizer has them */
@@ -6427,7 +6429,16 @@ typedef struct {
 #define KINDS(...) ((const chat_kind[]){__VA_ARGS__, {0}})
 
 #define LLAMA3_HEAD(role) "`<|start_header_id|>`" role "`<|end_header_id|>`\n\n"
-#define LLAMA3_SAID SAYS(LLAMA3_HEAD("$role") "$stripped`<|eot_id|>`")
+#define LLAMA3 \
+    .bos = "<|begin_of_text|>", .trims = true, \
+    .said = SAYS(LLAMA3_HEAD("$role") "$text`<|eot_id|>`"), \
+    .answer = SAYS(LLAMA3_HEAD("assistant")), .close = SAYS("`<|eot_id|>`")
+
+/* `system` is what a conversation without any gets. */
+#define CHATML \
+    .said = SAYS("`<|im_start|>`$role\n$text`<|im_end|>`\n"), \
+    .answer = SAYS("`<|im_start|>`assistant\n"), .close = SAYS("`<|im_end|>`\n")
+#define CHATML_SYSTEM CHATML, .opening = SAYS("`<|im_start|>`system\n$text`<|im_end|>`\n")
 
 /* Apertus. All that assistant and tools say up to the next person's turn stands in one assistant's
  * turn. Calls stand between tools tokens in it, and results in a list in brackets; so what a part
@@ -6490,19 +6501,16 @@ static const chat_template chat_templates[] = {
     /* Llama-3 and Med42. A system message may stand anywhere, and any role is written as it is. Of
      * the published forms one opens the answer also when it is not asked to; here it is asked. */
     {
-        .name = "llama3", .bos = "<|begin_of_text|>", .said = LLAMA3_SAID,
-        .answer = SAYS(LLAMA3_HEAD("assistant")), .close = SAYS("`<|eot_id|>`"),
-        .stops = {"<|eot_id|>", "<|end_of_text|>"},
+        .name = "llama3", LLAMA3, .stops = {"<|eot_id|>", "<|end_of_text|>"},
     },
     /* Llama-3.1, tools as its template has them by default: in the first turn. Its options
      * builtin_tools, tools_in_user_message and custom_tools are not here. */
     {
-        .name = "llama3.1", .bos = "<|begin_of_text|>", .system = "", .date = "26 Jul 2024",
+        .name = "llama3.1", LLAMA3, .system = "", .date = "26 Jul 2024",
         .opening = PARTS({.says = LLAMA3_HEAD("system")},
                          {.says = "Environment: ipython\n", .when = HAS_TOOLS},
                          {.says = "Cutting Knowledge Date: December 2023\nToday Date: $date\n\n"
-                                  "$stripped`<|eot_id|>`"}),
-        .said = LLAMA3_SAID,
+                                  "$text`<|eot_id|>`"}),
         .turns = KINDS({"tool", SAYS(LLAMA3_HEAD("ipython") "$quoted`<|eot_id|>`")},
                        {"ipython", SAYS(LLAMA3_HEAD("ipython") "$quoted`<|eot_id|>`")},
                        {"tool/json", SAYS(LLAMA3_HEAD("ipython") "$text`<|eot_id|>`")},
@@ -6511,13 +6519,13 @@ static const chat_template chat_templates[] = {
             "Given the following functions, please respond with a JSON for a function call with "
             "its proper arguments that best answers the given prompt.\n\nRespond in the format "
             "{\"name\": function name, \"parameters\": dictionary of argument name and its value}."
-            "Do not use variables.\n\n$tools$stripped`<|eot_id|>`"),
-        .answer = SAYS(LLAMA3_HEAD("assistant")), .close = SAYS("`<|eot_id|>`"),
+            "Do not use variables.\n\n$tools$text`<|eot_id|>`"),
         .takes_tools = true, .stops = {"<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"},
     },
     /* Arcee's AFM: ChatML with a persona. */
     {
-        .name = "afm", .opening = SAYS("`<|im_start|>`system\n$text`<|im_end|>`\n"),
+        .name = "afm", CHATML_SYSTEM, .opens_by_role = true,
+        .stops = {"<|im_end|>", "<|end_of_text|>"},
         .system = "The assistant is AFM-4.5B, trained by Arcee AI, with 4.5 billion parameters. "
             "AFM is a deeply thoughtful, helpful assistant. The assistant is having a conversation "
             "with the user. The assistant's responses are calm, intelligent, and personable, "
@@ -6529,23 +6537,16 @@ static const chat_template chat_templates[] = {
             "robotic or overly formal; it speaks like a wise, thoughtful companion who cares about "
             "clarity and the human experience. If a topic is uncertain or depends on subjective "
             "interpretation, AFM explains the possibilities thoughtfully.",
-        .said = SAYS("`<|im_start|>`$role\n$text`<|im_end|>`\n"),
-        .answer = SAYS("`<|im_start|>`assistant\n"), .close = SAYS("`<|im_end|>`\n"),
-        .opens_by_role = true, .stops = {"<|im_end|>", "<|end_of_text|>"},
     },
     /* SmolLM2-Instruct: ChatML; a conversation that does not begin with a system message gets this
      * one. */
     {
-        .name = "chatml", .opening = SAYS("`<|im_start|>`system\n$text`<|im_end|>`\n"),
+        .name = "chatml", CHATML_SYSTEM, .stops = {"<|im_end|>", "<|endoftext|>"},
         .system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
-        .said = SAYS("`<|im_start|>`$role\n$text`<|im_end|>`\n"),
-        .answer = SAYS("`<|im_start|>`assistant\n"), .close = SAYS("`<|im_end|>`\n"),
-        .stops = {"<|im_end|>", "<|endoftext|>"},
     },
     /* ChatML as most have it: a system text only where one is given. */
     {
-        .name = "chatml-bare", .said = SAYS("`<|im_start|>`$role\n$text`<|im_end|>`\n"),
-        .answer = SAYS("`<|im_start|>`assistant\n"), .close = SAYS("`<|im_end|>`\n"),
+        .name = "chatml-bare", CHATML,
         .stops = {"<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "</s>"},
     },
     /* Llama-2-Chat. The system text stands in the first question. */
@@ -6603,6 +6604,12 @@ static const chat_template chat_templates[] = {
 #undef NO_ANSWER
 #undef ASK
 #undef ANSWER
+#undef LLAMA3_HEAD
+#undef LLAMA3
+#undef CHATML
+#undef CHATML_SYSTEM
+#undef APERTUS
+#undef MISTRAL
 
 #define MEDRUN_TEMPLATES \
     "llama3, llama3.1, llama2, mistral, mistral-v0.1, mistral-v0.2, afm, chatml, chatml-bare, " \
@@ -6745,7 +6752,7 @@ static void chat_fill(chat_writer *w, const char *name, size_t n, const medrun_m
     const char *text = said->text;
     size_t i = 0, n_text = text ? said->n_bytes : 0;
     while (i < 6 && (strlen(names[i]) != n || memcmp(name, names[i], n))) i++;
-    if (i == 1 || i == 5) trim(&text, &n_text);
+    if (i == 1 || i == 5 || (!i && w->c->trims)) trim(&text, &n_text);
     if (i <= 1) buffer_add(to, text, n_text);
     if (i == 2) python_quote(to, text, n_text);
     if (i == 3) buffer_text(to, said->role);
@@ -7067,9 +7074,10 @@ struct medrun_model {
     float rope_scale;                           /* of cosine and sine: YaRN's attention factor  */
     tokenizer tokenizer;
     uint8_t vocabulary[32];                     /* SHA-256 of the tokenizer's section           */
-    const chat_template *chat;                  /* NULL: unknown                                */
+    const chat_template *chat;                  /* own_chat; NULL: unknown                      */
+    chat_template own_chat;                     /* the row of that name, as this model has it   */
     const char *architecture;                   /* one of architecture_names                    */
-    char name[128], template_name[32], licence[128], notice[256];
+    char name[128], template_name[32], bos[TOKENIZER_MAX_ADDED + 1], licence[128], notice[256];
     char *system;                               /* default system text                          */
     int n_stops, stops[MEDRUN_MAX_STOPS];
     medrun_sampling sampling;
@@ -7473,16 +7481,24 @@ static int read_stops(medrun_model *m, uint32_t chat, medrun_error *e) {
     return MEDRUN_OK;
 }
 
-/* The template by its name, the default system text, stops, and the card's sampling. */
+/* The template by its name, and what the model's own Jinja template does otherwise: another BOS
+ * ("": none), a default system text, white space; stops, and the card's sampling. */
 static int read_chat(medrun_model *m, medrun_error *e) {
+    static const header_field own_fields[] = {
+        {"trims", FIELD_FLAG | MAY_MISS, 0, 0, offsetof(chat_template, trims)}, {0}};
     const model_file *f = &m->file;
     const json *j = &f->header;
     uint32_t v = json_get(j, 0, "chat"), system = json_get(j, v, "system");
     if (json_text(j, v, f->path, "template", m->template_name, sizeof m->template_name, e))
         return e->code;
-    m->chat = chat_find(m->template_name);
-    if (!m->chat && strcmp(m->template_name, MEDRUN_UNKNOWN))  /* nor to the exporter           */
+    const chat_template *row = chat_find(m->template_name);
+    if (!row && strcmp(m->template_name, MEDRUN_UNKNOWN))       /* nor to the exporter           */
         return wrong_value(f, "chat.template", m->template_name, MEDRUN_TEMPLATES, e);
+    if (row) m->own_chat = *row, m->chat = &m->own_chat;
+    if (json_get(j, v, "bos") != JSON_NONE &&
+        !json_text(j, v, f->path, "bos", m->bos, sizeof m->bos, e))
+        m->own_chat.bos = *m->bos ? m->bos : NULL;
+    read_fields(f, v, own_fields, &m->own_chat, e);
     if (!json_is_type(j, system, JSON_STRING))
         return fail(e, MEDRUN_BAD_FILE, "%s: field chat.system: wanted a string", f->path);
     buffer b = {0};
@@ -7490,7 +7506,8 @@ static int read_chat(medrun_model *m, medrun_error *e) {
     buffer_add(&b, "", 1);
     m->system = (char *)b.data;                         /* the model frees it                    */
     if (b.failed) return out_of_memory(e, b.n);
-    if (read_stops(m, v, e)) return e->code;
+    if (*m->system) m->own_chat.system = m->system;
+    if (e->code || read_stops(m, v, e)) return e->code;
     return read_fields(f, json_get(j, v, "sampling"), sampling_fields, &m->sampling, e);
 }
 
@@ -8587,8 +8604,7 @@ int medrun_say(medrun_session *s, const char *role, const char *text, size_t n_b
     if (!role) return fail(e, MEDRUN_USAGE, "say: found no role, wanted system, user or assistant");
     if (check_template(m->chat, e)) return e->code;
     const medrun_message said = {role, text, n_bytes};
-    const medrun_message system = {"system", m->system, strlen(m->system)};
-    conversation how = {m->chat, &s->options.chat, &system, m->system[0] && strcmp(role, "system")};
+    conversation how = {m->chat, &s->options.chat, NULL, false};
     render_turn(s, &how, &said, &t, e);
     const int32_t *ids = (const int32_t *)(void *)t.ids.data;
     size_t n = t.ids.n / sizeof *ids;
@@ -10265,15 +10281,6 @@ static int read_prompt(command *c) {
     return c->e.code;
 }
 
-
-static const char *system_text(const command *c) {
-    return given(c, O_SYSTEM) ? c->text[O_SYSTEM] : c->m ? c->m->system : "";
-}
-
-
-/* -sys "" is an empty system text, and not the one that a template has of its own. */
-static bool has_system(const command *c) { return given(c, O_SYSTEM) || *system_text(c); }
-
 /* Some templates mark their turns with words, and the model cannot tell those from a text's own. */
 static void warn_of_marks(const command *c, const char *text, size_t n) {
     const char *const *marks = c->chat->marks;
@@ -10288,10 +10295,10 @@ static void warn_of_marks(const command *c, const char *text, size_t n) {
 /* The ids of the whole prompt: c->ids, from the text in c->input; or, to show, its text AS_TEXT. */
 static int make_prompt(command *c, bool as_text) {
     if (c->e.code) return c->e.code;
-    const char *system = system_text(c);
+    const char *system = given(c, O_SYSTEM) ? c->text[O_SYSTEM] : "";
     const buffer *text = &c->input;
     medrun_message all[] = {{"system", system, strlen(system)}, {"user", chars(text), text->n}};
-    size_t skip = has_system(c) ? 0 : 1;
+    size_t skip = given(c, O_SYSTEM) ? 0 : 1;           /* "" is an empty system text, not none  */
     if (!text->n) return fail(&c->e, MEDRUN_USAGE, "the prompt is empty");
     chat_writer w = {c->chat, c->t, &c->chat_options, as_text, .out = &c->ids, .e = &c->e};
     if (!flag(c, O_RAW)) {
@@ -11155,8 +11162,7 @@ static int converse_command(command *c) {
     note(NULL, "%s", not_a_clinician);
     if (h.ed.colour) fputs("\x1b[0m", stderr);
     note(c, "/help lists what can be typed.");
-    buffer_text(&h.system, system_text(c));
-    h.has_system = has_system(c);
+    if ((h.has_system = given(c, O_SYSTEM))) buffer_text(&h.system, c->text[O_SYSTEM]);
     check_buffer(c, &h.system);
     try_prefix(&h);
     if (given(c, O_PROMPT) || given(c, O_FILE)) read_prompt(c);

@@ -1515,13 +1515,35 @@ static void test_reference(void) {
 
 /* ---- templates ----------------------------------------------------------------------------- */
 
+/* The template's name, then what a model has of its own: its BOS or "-", whether texts are trimmed
+ * where they usually are not, or the other way, and its system text. */
 static const char *recognised(const char *jinja) {
-    const chat_template *c = recognise_template(jinja, strlen(jinja));
-    return c ? c->name : "unknown";
+    static char found[1024];
+    bool llama3 = strstr(jinja, "header_id") != NULL;
+    buffer system = {0};
+    const char *end = llama3 ? "<|eot_id|>" : strstr(jinja, "im_start") ? "<|im_end|>" : "</s>";
+    fitted_template f = fit_template(jinja, strlen(jinja), llama3 ? "<|begin_of_text|>" : "<s>",
+                                     end, &system);
+    const chat_template *c = &f.chat, *row = c->name ? chat_find(c->name) : c;
+    snprintf(found, sizeof found, "%s%s%s%s%s%s", c->name ? c->name : "unknown",
+             c->bos != row->bos ? " " : "", c->bos == row->bos ? "" : c->bos ? c->bos : "-",
+             c->trims != row->trims ? " trims" : "", c->system != row->system ? ": " : "",
+             c->system != row->system ? c->system : "");
+    buffer_free(&system);
+    return found;
 }
 
 /* Spellings that mean the same have one fingerprint; a change of any word is another template. */
 static medrun_info exported(medrun_model **m);
+
+static bool fingerprint(const char *jinja, uint8_t digest[32]) {
+    jinja_reader r = {0};
+    buffer lines = {0};
+    bool good = jinja_tokens(&r, &lines, jinja, strlen(jinja));
+    if (good) sha256_of(r.out.data, r.out.n, digest);
+    buffer_free(&lines), buffer_free(&r.out), buffer_free(&r.text);
+    return good;
+}
 
 static void test_fingerprint(void) {
     static const char *const same[] = {
@@ -1544,12 +1566,12 @@ static void test_fingerprint(void) {
     static const char *const unread[] = {"", "\n", "{{", "{{ x", "{% x }}", "{{ 'x }}", "{{ (x }}",
                                          "{{ 'x\\", "{% raw %}{{ x }}{% endraw %}", "{%- raw -%}a"};
     uint8_t first[32], digest[32], others[16][32];
-    CHECK(fingerprint(same[0], strlen(same[0]), first));
+    CHECK(fingerprint(same[0], first));
     for (size_t i = 1; i < sizeof same / sizeof *same; i++)
-        if (!CHECK(fingerprint(same[i], strlen(same[i]), digest) && !memcmp(first, digest, 32)))
+        if (!CHECK(fingerprint(same[i], digest) && !memcmp(first, digest, 32)))
             printf("    spelling %zu\n", i);
     for (size_t i = 0; i < sizeof other / sizeof *other; i++) {
-        bool differs = fingerprint(other[i], strlen(other[i]), others[i]) &&
+        bool differs = fingerprint(other[i], others[i]) &&
                        memcmp(first, others[i], 32);
         bool brackets = !strncmp(other[i], "{{ {", 4);  /* a closing bracket more or less         */
         for (size_t k = 0; k < i; k++)
@@ -1558,10 +1580,10 @@ static void test_fingerprint(void) {
         if (!CHECK(differs)) printf("    %s\n", other[i]);
     }
     for (size_t i = 0; i < sizeof unread / sizeof *unread; i++)
-        if (!CHECK(!fingerprint(unread[i], strlen(unread[i]), digest))) printf("    %s\n", unread[i]);
+        if (!CHECK(!fingerprint(unread[i], digest))) printf("    %s\n", unread[i]);
 }
 
-/* SmolLM2's template is ours with its own words only: another system text is another template. */
+/* SmolLM2's template, and the same with another system text. */
 static void test_chatml(void) {
 #define CHATML(who) "{% for message in messages %}{% if loop.first and messages[0].role != 'system' " \
     "%}{{ '<|im_start|>system\nYou are " who "<|im_end|>\n' }}{% endif %}{{ '<|im_start|>' + " \
@@ -1569,7 +1591,7 @@ static void test_chatml(void) {
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     static const char smollm[] = CHATML("a helpful AI assistant named SmolLM, trained by Hugging Face");
     CHECK(!strcmp(recognised(smollm), "chatml"));
-    CHECK(!strcmp(recognised(CHATML("somebody else")), "unknown"));
+    CHECK(!strcmp(recognised(CHATML("somebody else")), "chatml: You are somebody else"));
 }
 
 /* Llama 2's and Mistral's formats in our own words. */
@@ -1609,6 +1631,48 @@ static void test_spellings(void) {
         {"{% for message in messages %}{{ " ONE "'<|im_end|>\n' }}{% endfor %}" TURN, "chatml-bare"},
         {"{% for message in messages %}{{ " ONE "eos_token + '\n' }}{% endfor %}" TURN, "chatml-bare"},
         {"{% for message in messages %}{{ " ONE "'<|im_end|>' }}{% endfor %}" TURN, "unknown"},
+        /* a BOS in front, as a word, as text, in the loop; a branch for each role; trimmed texts */
+        {"<s>{% for message in messages %}{{ " ONE "'<|im_end|>\n' }}{% endfor %}" TURN,
+         "chatml-bare <s>"},
+        {"{{ bos_token }}{% for message in messages %}{{ " ONE "'<|im_end|>\n' }}{% endfor %}" TURN,
+         "chatml-bare <s>"},
+        {"{%- for m in messages -%}{{ bos_token if loop.first else '' }}<|im_start|>{{ m.role ~ '\n' ~ "
+         "m.content ~ '<|im_end|>\n' }}{%- endfor -%}" TURN, "chatml-bare <s>"},
+        {"{% for m in messages %}{% if m.role == 'user' %}{{ '<|im_start|>user\n' + m.content }}{% elif "
+         "m.role in ['assistant'] %}{{ '<|im_start|>assistant\n' + m.content }}{% else %}{{ "
+         "'<|im_start|>system\n' + m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}" TURN,
+         "chatml-bare"},
+        {"{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content.strip() + '<|im_end|>\n' "
+         "}}{% endfor %}" TURN, "chatml-bare trims"},
+        /* the system text looked up, by a namespace and by a filter */
+        {"{% set ns = namespace(text='') %}{% for m in messages %}{% if m.role == 'system' %}{% set ns.text "
+         "= m.content %}{% endif %}{% endfor %}{% if ns.text %}{{ '<|im_start|>system\n' + ns.text + "
+         "'<|im_end|>\n' }}{% endif %}{% for m in messages if m.role != 'system' %}{{ '<|im_start|>' + "
+         "m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}" TURN, "chatml-bare"},
+        {"{{ bos_token }}{% for m in (messages | selectattr('role', 'equalto', 'system') | list) + (messages"
+         " | rejectattr('role', 'equalto', 'system') | list) %}{{ '<|start_header_id|>' ~ m.role ~ "
+         "'<|end_header_id|>\n\n' ~ m.content | trim ~ '<|eot_id|>' }}{% endfor %}" ASKS, "llama3"},
+        /* the opening of the answer with the question, and texts as they are */
+        {"{{ '<|begin_of_text|>' }}{% if messages[0].role == 'system' %}{% set rest = messages[1:] %}{{ "
+         "'<|start_header_id|>system<|end_header_id|>\n\n' + messages[0].content + '<|eot_id|>' }}{% else %}"
+         "{% set rest = messages %}{% endif %}{% for m in rest %}{% if m.role == 'user' %}{{ "
+         "'<|start_header_id|>user<|end_header_id|>\n\n' + m.content + '<|eot_id|><|start_header_id|>"
+         "assistant<|end_header_id|>\n\n' }}{% else %}{{ m.content + '<|eot_id|>' }}{% endif %}{% endfor %}",
+         "llama3 trims"},
+        /* a default system text */
+        {"{{ bos_token }}{% if messages[0].role != 'system' %}{{ '<|start_header_id|>system<|end_header_id|>"
+         "\n\nBe kind.<|eot_id|>' }}{% endif %}{% for message in messages %}{{ " SAID " }}{% endfor %}"
+         ASKS, "llama3: Be kind."},
+        /* what is not understood is not guessed */
+        {"{% macro turn(m) %}{{ m.content }}{% endmacro %}{% for m in messages %}{{ turn(m) }}{% endfor %}",
+         "unknown"},
+        {"{% for message in messages %}{{ " ONE "'<|im_end|>\n' | shuffle }}{% endfor %}" TURN, "unknown"},
+        {"{% for message in messages %}{{ " ONE "'<|im_end|>\n' }}" TURN, "unknown"},
+        {"{{ ((((((((((((((((((((((((((((((((((((((((((((1)))))))))))))))))))))))))))))))))))))))))))) }}",
+         "unknown"},
+        {"{% for a in range(999) %}{% for b in range(999) %}{% for c in range(999) %}x{% endfor %}"
+         "{% endfor %}{% endfor %}", "unknown"},
+        {"{% set x = 'ab' * 3 %}{{ messages[0].content / 2 }}", "unknown"},
     };
     for (size_t i = 0; i < sizeof known / sizeof *known; i++)
         if (!CHECK(!strcmp(recognised(known[i][0]), known[i][1]))) printf("    %s\n", known[i][0]);
@@ -1635,6 +1699,26 @@ static void test_spellings(void) {
     info = exported(&m);
     CHECK(info.chat_template && !strcmp(info.chat_template, "chatml-bare"));
     medrun_close(m), clear_folder("out");
+    static const char own[] =                           /* a BOS, trimmed, its own system text   */
+        "{{ bos_token }}{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' "
+        "}}{% endif %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content | trim + "
+        "'<|im_end|>\n' }}{% endfor %}" TURN;
+    write_file(in_work("src/chat_template.jinja"), own, sizeof own - 1);
+    info = exported(&m);
+    CHECK(info.chat_template && !strcmp(info.chat_template, "chatml") && !strcmp(info.system, "Be kind."));
+    const medrun_message asked[] = {{"system", "Be kind.", 8}, {"user", " Hm? ", 5}, {"user", "Hm?", 3}};
+    int32_t ids[2][64];
+    size_t n[2] = {0};
+    CHECK(!medrun_render(m, NULL, NULL, asked + 1, 1, true, ids[0], 64, &n[0], NULL));
+    const medrun_message plain[] = {asked[0], asked[2]};
+    const medrun_chat_options with_bos = {.bos = MEDRUN_BOS_ON};
+    CHECK(!medrun_render(m, "chatml", &with_bos, plain, 2, true, ids[1], 64, &n[1], NULL));
+    CHECK(n[0] > 8 && n[0] == n[1] && !memcmp(ids[0], ids[1], 4 * n[0]) && ids[0][0] == 1);
+    medrun_session *s = NULL;
+    medrun_session_options wanted = {.context = 64};
+    CHECK(!medrun_start(&s, m, &wanted, NULL, 0, NULL) && !medrun_say(s, "user", " Hm? ", 5, NULL) &&
+          medrun_length(s) == n[0]);
+    medrun_stop(s), medrun_close(m), clear_folder("out");
 #undef SAID
 #undef ASKS
 #undef ONE

@@ -87,7 +87,10 @@ typedef struct {
     model_config config;
     buffer tokenizer;           /* the bytes of a tokenizer.bin                                */
     int32_t eos;                /* the tokenizer's, or -1                                      */
-    const chat_template *chat;
+    const chat_template *chat;  /* NULL: unknown                                               */
+    chat_template fitted;       /* a row of medrun's as this model has it, of which these are  */
+    char bos[TOKENIZER_MAX_ADDED + 1];
+    buffer system;
     int n_stops, stops[MEDRUN_MAX_STOPS];
     source_sampling sampling;
     char licence[128];
@@ -780,6 +783,7 @@ static int read_generation(source *s, const json_file *f, medrun_error *e) {
 
 #include "export_tokenizer.c"           /* section 3 */
 
+#include "export_jinja.c"
 #include "export_chat.c"                /* section 4 */
 
 #include "export_foreign.c"             /* what is no source */
@@ -1071,6 +1075,7 @@ static void close_source(source *s) {
     free(s->tensors);
     free(s->xielu);
     buffer_free(&s->tokenizer);
+    buffer_free(&s->system);
     buffer_free(&s->notes);
 }
 
@@ -1461,8 +1466,16 @@ static void put_chat(buffer *b, const source *s) {
     const struct { const char *key; double v; } fields[] = {
         {"temperature", p->temperature}, {"top_k", (double)p->top_k}, {"top_p", p->top_p},
         {"min_p", p->min_p}, {"repeat_penalty", p->repeat_penalty}};
-    buffer_printf(b, ",\n\"chat\":{\"template\":\"%s\",\"system\":\"\",\"stop_ids\":",
-                  s->chat ? s->chat->name : MEDRUN_UNKNOWN);
+    const chat_template *c = s->chat, *row = c ? chat_find(c->name) : NULL;
+    buffer_printf(b, ",\n\"chat\":{\"template\":\"%s\",\"system\":", c ? c->name : MEDRUN_UNKNOWN);
+    put_string(b, c && c->system != row->system ? c->system : "");
+    if (c && c->bos != row->bos) {
+        buffer_text(b, ",\"bos\":");
+        put_string(b, c->bos ? c->bos : "");
+    }
+    if (c && c->trims != row->trims)
+        buffer_printf(b, ",\"trims\":%s", c->trims ? "true" : "false");
+    buffer_text(b, ",\"stop_ids\":");
     put_ids(b, s->stops, (size_t)s->n_stops);
     for (size_t i = 0; i < 5; i++) {
         buffer_text(b, i ? "," : ",\"sampling\":{");

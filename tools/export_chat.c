@@ -1,249 +1,211 @@
 /* medrun-export, section 4: the chat template, stop ids, sampling, licence. Included by export.c.
  *
- * There is no Jinja engine here. A template is recognised by a fingerprint of its tokens, as Jinja
- * reads them after it has applied its rules for white space: comments, white space inside tags, the
- * spelling of strings and the dashes of tags do not count, as far as they change nothing.
- * tools/reference/templates.py makes the lines of the table: it renders many conversations with
- * jinja2 and with `medrun-lab call --render`, and prints a line only where all come out the same.
- * Tests: tests/20_export.c. */
+ * A model's own template is compared with each row of medrun's table by what both write: some
+ * conversations are rendered by both (export_jinja.c). A row may be fitted: the file's BOS or none,
+ * its own default system text, white space around texts kept or not. What people and programs
+ * ask for (the ordinary conversations) must come out the same to the last byte; where others
+ * differ, a note says so. Templates with a place for functions are known by a fingerprint first,
+ * as conversations with functions are not compared here. Tests: tests/20_export.c. */
 
+/* tools/reference/templates.py makes these lines: it renders many conversations with jinja2 and
+ * with `medrun-lab call --render`, functions included; a line is printed where all are the same. */
 static const struct { const char *fingerprint, *name; } known_templates[] = {
-    /* Llama 3 as published first, and opening the answer only where asked */
-    {"c33896ec5309dac9452a0e11219c5f15", "llama3"},
-    {"e98c2a3993d86ef2bdf2b9d58118140c", "llama3"},
-    /* Llama 3.1 and 3.3 */
-    {"7fb8ac9e6a1c44f33ef7c1c003d7f22b", "llama3.1"},
-    /* three releases of Apertus */
-    {"711a166daf3ddab0762fe90400c197f2", "apertus"},
+    {"7fb8ac9e6a1c44f33ef7c1c003d7f22b", "llama3.1"},           /* Llama 3.1 and 3.3             */
+    {"711a166daf3ddab0762fe90400c197f2", "apertus"},            /* three releases of Apertus     */
     {"191005a415e38a8908a0a89a5041c724", "apertus-bare"},
     {"f151bafc6730fe9fa5be5d6e542c1445", "apertus-closed"},
-    /* AFM and Internist.ai as their cards describe them, in our own words */
-    {"10120ea569a91f74d2b1b18009883381", "afm"},
-    {"43e72e505d507b8f2315c8b22caaf997", "afm"},
-    {"09c90d63b505515d5f2e1f08907f69e0", "alpaca"},
-    /* SmolLM2-Instruct */
-    {"53e74f3afc87c9b42dce7f9a38855579", "chatml"},
-    /* Llama 3, with BOS as a word or a name, before or in the loop, a branch for each role */
-    {"0626b720db747a8689a05a6085b04cc0", "llama3"},
-    {"07e5a046de1f893063120e81b0610bfe", "llama3"},
-    {"218a19acf41bd398942f63cae458a258", "llama3"},
-    {"2c38e74d8e75fff804a85ca96942bb50", "llama3"},
-    {"3e378e83e10291cc68521ede929c4ac1", "llama3"},
-    {"49f1d9d46b94d036ed2110ec6d967d8d", "llama3"},
-    {"517afbaf78e79f1510fe185ea5a1837f", "llama3"},
-    {"576a4affe1e6b24b68a6a149366beb57", "llama3"},
-    {"5a5fadf3a2202d96cea9e74f8e142c30", "llama3"},
-    {"6056b70fd746f3c14b0d90dfbc997502", "llama3"},
-    {"6664b034c3dce4a3300bf07889c7f311", "llama3"},
-    {"6d62afdca06513f242bc79f97b90aafe", "llama3"},
-    {"88a3b7943081d32f2c8bb57e6a1c363a", "llama3"},
-    {"9a8ff656f43d3dc33bc143296c03df94", "llama3"},
-    {"b2fb8f5dbf4175627565d072719f4ccf", "llama3"},
-    {"b554bcfe0184c29442bc38a4d395bbbc", "llama3"},
-    {"b6607d3f8fdac5e08113104131de9a56", "llama3"},
-    {"bac464172f68c7840f2f07476af13a93", "llama3"},
-    {"bce0492aa0b8a188698312ccb5b0d946", "llama3"},
-    {"ce634ab8b4542c45b4e366efab49d538", "llama3"},
-    {"d0fcb02ebb199eba83b01adfd868fb5e", "llama3"},
-    {"daa072b04dc39274c8eea7278582c7e5", "llama3"},
-    {"e42ec05642450c0174e4f8fec0c39df7", "llama3"},
-    {"f0dbe575c79b10997f6a5ffe756d0fa9", "llama3"},
-    {"fdab7342ad5c54eb4b4635e611e2bd11", "llama3"},
-    {"fe47083f128d52f26ac60067495e879a", "llama3"},
-    /* ChatML, its words in strings or as text, with <|im_end|> as a word or a name */
-    {"0902f983be2e6c38d454414bc9d3db9d", "chatml-bare"},
-    {"3eff1373c21e43c51367dceb2cc22656", "chatml-bare"},
-    {"65d1b184081a0eef88bb1f5a40746e99", "chatml-bare"},
-    {"aa276bd6c6bc858e32e0df2ae7135163", "chatml-bare"},
-    {"b165180505a1cf4b6624d0051d5348d0", "chatml-bare"},
-    {"a388bd5b1798e4a12650b0f0a940aeb1", "chatml-bare"},
-    /* both in our own words, for the tests */
-    {"fd30b3ebade99ce728fe9131c3777525", "llama2"},
-    {"6bb4f36ddc3d46baa3170aa09727e002", "mistral"},
-    /* Llama-2-Chat; Mistral-7B-Instruct now, v0.2 and v0.1 first */
-    {"71dea92784bdb3e4e77d0dfe72a17afc", "llama2"},
-    {"bc07a169603eafd25861936d5a04f87a", "llama2"},
-    {"d0b6391c4c3f110e816837ca85cf2bd6", "llama2"},
-    {"d4827aa89f5fae0b3a727f18bc119cbb", "llama2"},
-    {"33f7f09ab6380a2dcef679c3c94ca1ee", "mistral"},
-    {"ffdec3890e6115799672c19747561b55", "mistral-v0.2"},
-    {"e37b03544174a0871d89274b87becffe", "mistral-v0.1"},
 };
 
-/* ---- Jinja's tokens ------------------------------------------------------------------------ */
-
-typedef struct {
-    const uint8_t *p;
-    size_t n, at;
-    buffer out, text;           /* text: what stands between two tags, comments aside          */
-} jinja_reader;
-
-/* The bytes of the white space at P, as Python sees it, or 0. */
-static size_t jinja_space(const uint8_t *p, size_t n) {
-    size_t len;
-    if (!n) return 0;
-    bool space = class_at(p, n, &len) == CLASS_SPACE || (p[0] >= 0x1C && p[0] < 0x20);
-    return space ? len : 0;
-}
-
-static void jinja_item(buffer *out, const char *kind, const void *bytes, size_t n) {
-    write_le(out, strlen(kind) + n, 4);
-    buffer_text(out, kind);
-    buffer_add(out, bytes, n);
-}
-
-/* Text before a tag that begins with MARK, whose next character is SIGN; LINE_START: the text
- * begins a line. A dash strips it, and a block or comment loses the blanks before it on its
- * line. */
-static void jinja_text(jinja_reader *r, const uint8_t *p, size_t n, char mark, char sign,
-                       bool line_start) {
-    size_t line = n;
-    if (sign == '-') {
-        const char *text = (const char *)p;
-        size_t left = n;
-        trim(&text, &left);
-        n = left ? (size_t)(text - (const char *)p) + left : 0;
-    } else if (sign != '+' && mark != '{') {
-        while (line && p[line - 1] != '\n') line--;
-        size_t i = line;
-        for (size_t len; i < n && (len = jinja_space(p + i, n - i)); i += len) {}
-        if ((line || line_start) && i == n) n = line;
-    }
-    buffer_add(&r->text, p, n);
-}
-
-static void jinja_end_text(jinja_reader *r) {
-    if (r->text.n) jinja_item(&r->out, "D", r->text.data, r->text.n);
-    r->text.n = 0;
-}
-
-/* The end of a tag at r->at: CLOSE is its last two characters. A dash takes all white space after
- * it; blocks and comments take a line end. */
-static bool jinja_close(jinja_reader *r, const char *close) {
-    const uint8_t *p = r->p + r->at;
-    size_t left = r->n - r->at, sign = left && (*p == '-' || (*p == '+' && *close != '}'));
-    if (left < sign + 2 || memcmp(p + sign, close, 2)) return false;
-    r->at += sign + 2;
-    if (sign && *p == '-')
-        for (size_t len; (len = jinja_space(r->p + r->at, r->n - r->at));) r->at += len;
-    else if (!sign && *close != '}' && r->at < r->n && r->p[r->at] == '\n') r->at++;
-    return true;
-}
-
-/* A string from its quote on; simple escapes are read. */
-static bool jinja_string(jinja_reader *r) {
-    static const char from[] = "nrt\\'\"\n", to[] = "\n\r\t\\'\"\n";
-    buffer b = {0};
-    uint8_t quote = r->p[r->at++];
-    for (; r->at < r->n && r->p[r->at] != quote; r->at++) {
-        const char *plain = NULL;
-        if (r->p[r->at] == '\\' && r->at + 1 < r->n) {
-            plain = r->p[r->at + 1] ? strchr(from, r->p[r->at + 1]) : NULL;
-            if (plain) r->at++;
-            else buffer_add(&b, r->p + r->at++, 1);
-        }
-        buffer_add(&b, plain ? (const void *)&to[plain - from] : r->p + r->at, 1);
-    }
-    jinja_item(&r->out, "S", b.data, b.n);
-    r->out.failed |= b.failed;
-    buffer_free(&b);
-    return r->at++ < r->n;
-}
-
-/* message['role'] is message.role: no other meaning is possible for these two. */
-static bool jinja_field(jinja_reader *r) {
-    static const char *const spellings[] = {"['role']", "[\"role\"]", "['content']",
-                                            "[\"content\"]"};
-    for (size_t i = 0; i < 4; i++) {
-        size_t n = strlen(spellings[i]);
-        if (r->n - r->at < n || memcmp(r->p + r->at, spellings[i], n)) continue;
-        jinja_item(&r->out, "T", ".", 1);
-        jinja_item(&r->out, "T", spellings[i] + 2, n - 4);
-        return r->at += n, true;
-    }
-    return false;
-}
-
-static bool is_jinja_word(uint8_t c) { return isalnum(c) || c == '_' || c >= 0x80; }
-
-/* The tokens of a tag up to its end CLOSE, which does not count within brackets. */
-static bool jinja_tag(jinja_reader *r, const char *close) {
-    int depth = 0;
-    while (r->at < r->n) {
-        const uint8_t *p = r->p + r->at;
-        size_t len = jinja_space(p, r->n - r->at);
-        if (len) { r->at += len; continue; }
-        if (!depth && jinja_close(r, close)) return true;
-        if (*p == '"' || *p == '\'') {
-            if (!jinja_string(r)) return false;
-            continue;
-        }
-        if (*p == '[' && jinja_field(r)) continue;
-        depth += (strchr("([{", *p) && *p) - (strchr(")]}", *p) && *p);
-        bool word = is_jinja_word(*p), number = isdigit(*p);
-        for (len = 1; word && r->at + len < r->n && is_jinja_word(p[len]) &&
-                      (!number || isdigit(p[len])) &&
-                      !jinja_space(p + len, r->n - r->at - len);) len++;
-        jinja_item(&r->out, "T", p, len);
-        r->at += len;
-    }
-    return false;
-}
-
-/* Reads to the end; false where the template is not understood. */
-static bool jinja_read(jinja_reader *r) {
-    bool line_start = true;
-    while (r->at < r->n) {
-        size_t from = r->at, at = from;
-        while (at + 1 < r->n && !(r->p[at] == '{' && memchr("%{#", r->p[at + 1], 3))) at++;
-        if (at + 1 >= r->n) { buffer_add(&r->text, r->p + from, r->n - from); break; }
-        char mark = (char)r->p[at + 1], sign = at + 2 < r->n ? (char)r->p[at + 2] : 0;
-        if (sign != '-' && sign != '+') sign = 0;
-        jinja_text(r, r->p + from, at - from, mark, sign, line_start);
-        r->at = at + 2 + (sign != 0);
-        if (mark == '#') {
-            while (r->at < r->n && !jinja_close(r, "#}")) r->at++;
-        } else {
-            jinja_end_text(r);
-            jinja_item(&r->out, mark == '%' ? "{b" : "{v", NULL, 0);
-            size_t tag = r->at;
-            if (!jinja_tag(r, mark == '%' ? "%}" : "}}")) return false;
-            while (jinja_space(r->p + tag, r->n - tag)) tag++;
-            if (mark == '%' && r->n - tag > 3 && !memcmp(r->p + tag, "raw", 3)) return false;
-            jinja_item(&r->out, "}", NULL, 0);
-        }
-        line_start = r->p[r->at - 1] == '\n';
-    }
-    jinja_end_text(r);
-    return !r->out.failed && !r->text.failed;
-}
-
-/* SHA-256 of the tokens, or false. */
-static bool fingerprint(const char *jinja, size_t n, uint8_t digest[32]) {
-    buffer lines = {0};
-    for (size_t i = 0; i < n; i++) {                    /* line ends become one character, and   */
-        bool line = jinja[i] == '\r' || jinja[i] == '\n';               /* the last one goes     */
-        i += jinja[i] == '\r' && i + 1 < n && jinja[i + 1] == '\n';
-        buffer_add(&lines, line ? "\n" : jinja + i, 1);
-    }
-    if (lines.n && lines.data[lines.n - 1] == '\n') lines.n--;
-    jinja_reader r = {.p = lines.data, .n = lines.n};
-    bool good = !lines.failed && lines.n && jinja_read(&r);
-    if (good) sha256_of(r.out.data, r.out.n, digest);
-    buffer_free(&lines), buffer_free(&r.out), buffer_free(&r.text);
-    return good;
-}
-
-/* Which of medrun's templates this is, or NULL: never a guess. */
-static const chat_template *recognise_template(const char *jinja, size_t n) {
+/* The row that has the fingerprint of these tokens (SHA-256), or NULL. */
+static const chat_template *find_fingerprint(const jinja_reader *r) {
     uint8_t digest[32];
     char hex[65];
-    if (!fingerprint(jinja, n, digest)) return NULL;
+    sha256_of(r->out.data, r->out.n, digest);
     hex_of(digest, hex);
     for (size_t i = 0; i < sizeof known_templates / sizeof *known_templates; i++)
         if (!memcmp(hex, known_templates[i].fingerprint, 32))
             return chat_find(known_templates[i].name);
     return NULL;
+}
+
+/* ---- fitting a row to a template ----------------------------------------------------------- */
+
+/* Conversations, a letter for each turn. In those that must be the same a system text may be first,
+ * and people and model take turns; the others have names for the note. */
+static const struct { const char *turns, *what; } probes[] = {
+    {"u", NULL}, {"su", NULL}, {"uau", NULL}, {"suau", NULL}, {"uauau", NULL}, {"suauau", NULL},
+    {"ua", "that end with an answer"}, {"sua", "that end with an answer"},
+    {"uu", "with two questions in a row"}, {"uaau", "with two answers in a row"},
+    {"usu", "with a late system text"}, {"ssu", "with two system texts"},
+    {"s", "without a question"}, {"a", "without a question"}, {"au", "that begin with an answer"},
+    {"ut", "with a tool's turn"}, {"uatau", "with a tool's turn"},
+};
+
+enum { N_PROBES = sizeof probes / sizeof *probes, MOST_TURNS = 6, N_VARIANTS = 3, EMPTY = 2 };
+
+/* What the turns say: plain text; white space around it, and signs that a template could change;
+ * nothing. The last is not among what must be the same. */
+static size_t probe_messages(size_t probe, int variant, medrun_message m[MOST_TURNS]) {
+    static const char *const texts[N_VARIANTS][4] = {
+        {"Be brief.", "Is 38.5 a fever?", "Yes.", "And \xC2\xB5g?"},
+        {" \n Be \"kind\".\n", "\tIs it\twarm, or 'hot'?\n\n", "\n<b>Yes</b> & no. ",
+         " {x} \\n $y `z` "},
+        {"", "", "", ""}};
+    size_t n = strlen(probes[probe].turns);
+    for (size_t i = 0; i < n; i++) {
+        char who = probes[probe].turns[i];
+        const char *text = texts[variant][who == 's' ? 0 : who == 'a' ? 2 : i < 2 ? 1 : 3];
+        m[i] = (medrun_message){who == 's' ? "system" : who == 'u' ? "user" :
+                                who == 'a' ? "assistant" : "tool", text, strlen(text)};
+    }
+    return n;
+}
+
+/* A template of a file, with the names that it may use. */
+typedef struct {
+    jinja_token *tokens;
+    size_t n;
+    const char *bos, *eos;      /* NULL: there is none                                         */
+} file_template;
+
+/* A row of the table as a file has it. */
+typedef struct {
+    chat_template chat;
+    int changes;                /* how many of its fields are the file's                       */
+    size_t same;                /* how many conversations are the same                         */
+    const char *differs[8];     /* what those are that the two write otherwise                 */
+} fitted_template;
+
+/* What C writes, or false where it refuses. */
+static bool row_text(const chat_template *c, const medrun_message *m, size_t n, bool answer,
+                     buffer *out) {
+    medrun_error e = {0};
+    chat_writer w = {.c = c, .as_text = true, .out = out, .e = &e};
+    out->n = 0;
+    return !chat_render(&w, m, n, answer);
+}
+
+static bool same_text_in(const buffer *a, const buffer *b) {
+    return a->n == b->n && (!a->n || !memcmp(a->data, b->data, a->n));
+}
+
+/* Compares one conversation. Some templates open the answer also when it is not asked for. 1: the
+ * same, or medrun refuses; 0: they differ; -1: the file's template is not understood. */
+static int compare_probe(const file_template *f, const chat_template *c, size_t probe, int variant,
+                         bool answer, buffer *wanted, buffer *found) {
+    medrun_message m[MOST_TURNS];
+    size_t n = probe_messages(probe, variant, m);
+    wanted->n = 0;
+    int state = jinja_render(f->tokens, f->n, m, n, answer, f->bos, f->eos, wanted);
+    if (state == JINJA_LOST) return -1;
+    bool written = row_text(c, m, n, answer, found);
+    if (!written) return state == JINJA_REFUSES || probes[probe].what != NULL;
+    if (state == JINJA_REFUSES) return 0;
+    if (same_text_in(wanted, found)) return 1;
+    return !answer && row_text(c, m, n, true, found) && same_text_in(wanted, found);
+}
+
+static void add_difference(fitted_template *fit, const char *what) {
+    size_t i = 0;
+    while (i < 8 && fit->differs[i] && strcmp(fit->differs[i], what)) i++;
+    if (i < 8) fit->differs[i] = what;
+}
+
+/* Compares all of them; false: one that must be the same differs. */
+static bool compare_all(const file_template *f, fitted_template *fit, bool *lost) {
+    buffer wanted = {0}, found = {0};
+    bool good = true;
+    fit->same = 0;
+    memset(fit->differs, 0, sizeof fit->differs);
+    for (size_t i = 0; i < N_PROBES && good; i++)
+        for (int k = 0; k < 2 * N_VARIANTS && good; k++) {
+            int variant = k % N_VARIANTS;
+            const char *what = probes[i].what;
+            if (!what) what = variant == EMPTY ? "with empty texts" :
+                              k >= N_VARIANTS ? "without the opening of an answer" : NULL;
+            int same = compare_probe(f, &fit->chat, i, variant, k < N_VARIANTS, &wanted, &found);
+            *lost |= same < 0;
+            good = same > 0 || (!same && what);
+            fit->same += same == 1;
+            if (!same && what) add_difference(fit, what);
+        }
+    buffer_free(&wanted), buffer_free(&found);
+    return good;
+}
+
+/* Where A and B, with a mark for the system text, agree: what A has in the mark's place is its own
+ * default. False: they agree nowhere. */
+static bool own_system(const buffer *a, const buffer *b, const char *mark, buffer *system) {
+    const uint8_t *at = b->n ? memmem(b->data, b->n, mark, strlen(mark)) : NULL;
+    size_t before = at ? (size_t)(at - b->data) : 0;
+    size_t after = at ? b->n - before - strlen(mark) : 0;
+    if (!at || a->n <= before + after || memcmp(a->data, b->data, before) ||
+        memcmp(a->data + a->n - after, b->data + b->n - after, after)) return false;
+    system->n = 0;
+    buffer_add(system, a->data + before, a->n - before - after);
+    buffer_add(system, "", 1);
+    return !system->failed && strlen((const char *)system->data) + 1 == system->n;
+}
+
+/* Gives the row in FIT the default system text that the file's template has, if it has one. */
+static bool fit_system(const file_template *f, fitted_template *fit, buffer *system) {
+    static const char mark[] = "THE SYSTEM'S TEXT";
+    const medrun_message m[] = {{"system", mark, sizeof mark - 1}, {"user", "Hm?", 3}};
+    buffer wanted = {0}, found = {0};
+    bool good = jinja_render(f->tokens, f->n, m + 1, 1, true, f->bos, f->eos, &wanted) ==
+                JINJA_RUNS && row_text(&fit->chat, m, 2, true, &found) &&
+                own_system(&wanted, &found, mark, system);
+    buffer_free(&wanted), buffer_free(&found);
+    if (good) fit->chat.system = (const char *)system->data, fit->changes++;
+    return good;
+}
+
+/* One row with these changes; it becomes the BEST if it fits better. */
+static void try_row(const file_template *f, const chat_template *row, int bos, bool trims,
+                    fitted_template *best, buffer *system, bool *lost) {
+    fitted_template fit = {.chat = *row};
+    buffer own = {0};
+    if (bos) fit.chat.bos = bos == 1 ? NULL : f->bos, fit.changes++;
+    if (trims) fit.chat.trims = !row->trims, fit.changes++;
+    bool persona = row->system && strcmp(row->name, "chatml");  /* another's is another model    */
+    for (int i = 0; i < 2 && !*lost; i++) {             /* as it is, then with its system text   */
+        if (i && (persona || !fit_system(f, &fit, &own))) break;
+        if (!compare_all(f, &fit, lost)) continue;
+        bool better = !best->chat.name || fit.same > best->same ||
+                      (fit.same == best->same && fit.changes < best->changes);
+        if (better) *best = fit;
+        if (better && i) {
+            buffer_free(system);
+            *system = own;
+            own = (buffer){0};
+        }
+    }
+    buffer_free(&own);
+}
+
+/* Which of medrun's templates writes what JINJA does; the result's name is NULL where none does.
+ * SYSTEM keeps its text. */
+static fitted_template fit_template(const char *jinja, size_t n, const char *bos, const char *eos,
+                                    buffer *system) {
+    jinja_reader r = {0};
+    buffer lines = {0};
+    file_template f = {.bos = bos, .eos = eos};
+    fitted_template best = {0};
+    bool lost = !jinja_tokens(&r, &lines, jinja, n);
+    const chat_template *known = lost ? NULL : find_fingerprint(&r);
+    if (!lost) f.tokens = jinja_list_tokens(&r, &f.n);
+    if (known) best.chat = *known;
+    if (known && f.tokens && !compare_all(&f, &best, &lost) && !lost) best = (fitted_template){0};
+    for (size_t i = 0; !known && f.tokens && i < sizeof chat_templates / sizeof *chat_templates; i++) {
+        const chat_template *row = &chat_templates[i];
+        if (row->states_today || !strcmp(row->name, "none")) continue;
+        for (int k = 0; k < 6 && !lost; k++)            /* BOS: the row's, none, the tokenizer's */
+            if (k % 3 < 2 || bos)
+                try_row(&f, row, k % 3, k > 2, &best, system, &lost);
+    }
+    if (lost && !known) best = (fitted_template){0};
+    free(f.tokens), buffer_free(&lines), buffer_free(&r.out), buffer_free(&r.text);
+    return best;
 }
 
 /* ---- template, stops, sampling ------------------------------------------------------------- */
@@ -265,26 +227,42 @@ static int read_jinja(source *s, const json_file *config, buffer *out, medrun_er
     return out->failed ? out_of_memory(e, out->n) : MEDRUN_OK;
 }
 
-/* A template that writes bos_token or eos_token means the tokenizer's; the row of the table has a
- * name for it. Where they differ, it is another template. */
-static bool names_agree(const source *s, const buffer *jinja, medrun_error *e) {
+/* The text of control token ID, which the caller frees, or NULL. */
+static char *token_name(const tokenizer *t, int32_t id) {
+    size_t n = 0;
+    const char *text = id >= 0 ? tokenizer_piece(t, id, &n) : NULL;
+    char *name = text ? new_array(n + 1, 1) : NULL;
+    if (name) memcpy(name, text, n);
+    return name;
+}
+
+/* Says which conversations the file's template writes in another way. */
+static void note_differences(source *s, const fitted_template *fit) {
+    buffer list = {0};
+    for (size_t i = 0; i < 8 && fit->differs[i]; i++)
+        buffer_printf(&list, "%s%s", i ? ", " : "", fit->differs[i]);
+    buffer_add(&list, "", 1);
+    if (list.n > 1 && !list.failed)
+        add_note(s, "the chat template writes ordinary conversations as medrun's %s does; not so "
+                 "conversations %s", fit->chat.name, (const char *)list.data);
+    buffer_free(&list);
+}
+
+/* Looks for the row that fits the file's template. */
+static int find_template(source *s, const buffer *jinja, medrun_error *e) {
     tokenizer t;
-    const char *const words[] = {"bos_token", "eos_token"};
-    const char *const wanted[] = {s->chat->bos, s->chat->stops[0]};
-    bool agree = true;
-    if (tokenizer_open(&t, s->tokenizer.data, s->tokenizer.n, s->folder, e)) return false;
-    const int32_t ids[] = {t.bos, s->eos};
-    for (size_t i = 0; i < 2; i++) {
-        bool used = false;
-        size_t n = strlen(words[i]), length = 0;
-        for (size_t at = 0; at + n <= jinja->n && !used; at++)
-            used = !memcmp(jinja->data + at, words[i], n);
-        const char *name = used && ids[i] >= 0 ? tokenizer_piece(&t, ids[i], &length) : "";
-        if (used && wanted[i] && (length != strlen(wanted[i]) || memcmp(name, wanted[i], length)))
-            agree = false;
+    if (tokenizer_open(&t, s->tokenizer.data, s->tokenizer.n, s->folder, e)) return e->code;
+    char *bos = token_name(&t, t.bos), *eos = token_name(&t, s->eos);
+    fitted_template fit = fit_template((const char *)jinja->data, jinja->n, bos, eos, &s->system);
+    if (fit.chat.name) {
+        s->fitted = fit.chat, s->chat = &s->fitted;
+        if (bos) snprintf(s->bos, sizeof s->bos, "%s", bos);
+        if (bos && fit.chat.bos == bos) s->fitted.bos = s->bos;
+        note_differences(s, &fit);
     }
+    free(bos), free(eos);
     tokenizer_close(&t);
-    return agree;
+    return e->code;
 }
 
 /* NAME is what the user asked for, or NULL: then the template is recognised, or s->chat is NULL and
@@ -294,9 +272,7 @@ static int choose_template(source *s, const buffer *jinja, const char *name, med
     if (name)
         return s->chat ? MEDRUN_OK : fail(e, MEDRUN_USAGE, "--template: found \"%s\", wanted one "
                                           "of %s", name, MEDRUN_TEMPLATES);
-    if (jinja->n) s->chat = recognise_template((const char *)jinja->data, jinja->n);
-    if (s->chat && !names_agree(s, jinja, e)) s->chat = NULL;
-    if (e->code) return e->code;
+    if (jinja->n && find_template(s, jinja, e)) return e->code;
     if (!jinja->n) s->chat = chat_find("none");
     if (!jinja->n)
         add_note(s, "there is no chat template: this model continues text; if it is made for "

@@ -3,8 +3,9 @@
 
     templates.py [--lab ./medrun-lab] TEMPLATE...
         Says of each TEMPLATE (a .jinja file, a tokenizer_config.json, a Hugging Face folder) which of
-        medrun's templates renders all probe conversations the same, refusals included, and prints
-        the line for the table in tools/export_chat.c. A template that renders like none is unknown.
+        medrun's templates renders all probe conversations the same, refusals included. It prints the
+        line for the table in tools/export_chat.c, which needs only those that show functions to the
+        model: the exporter compares the others itself. One that renders like none is unknown.
 
     templates.py --random 1000 [--seed 1] TEMPLATE...
         The same, then that many random conversations for each template that is known.
@@ -86,7 +87,7 @@ def reference(template, case, bos):
 def fingerprint(text):
     """SHA-256 of the template's tokens after jinja2 has applied the white space's rules: comments,
     white space inside tags, the spelling of strings, - and + in tags, and whether a field is written
-    x.role or x['role'], do not count. The same as in tools/export_chat.c, by other means."""
+    x.role or x['role'], do not count. The same as in tools/export_jinja.c, by other means."""
     out, open_tag, skip = [], False, 0
     tokens = [(kind, value) for _, kind, value in ENV.lexer.tokeniter(text, None, None)]
     for i, (kind, value) in enumerate(tokens):
