@@ -677,6 +677,10 @@ static const struct {
      "\", " SPECIAL "}}, \"legacy\": false", NULL, NULL, NULL, "has<|im_end|> the<|im_start|>the type 2type 2",
      {333, 342, 311, 384, 263, 385, 335, 261, 260, 357, 347, 334, 333, 370, 335, 357, 347, 334, 333,
       370}},
+    /* no space before a space where legacy is false */
+    {"\"legacy\": true", DECODED("384", "<|im_end|>", SPECIAL) "\"385\": {\"content\": \"<|im_start|>"
+     "\", " SPECIAL "}}, \"legacy\": false", NULL, NULL, NULL, "  two spaces",
+     {259, 335, 352, 339, 276, 347, 326, 269}},
     {"\"legacy\"", "\"x\"", "{\"<s>\": 1, \"<|im_end|>\": 384, \"<|im_start|>\": 385}",
      "{\"eos_token\": {\"content\": \"<|im_end|>\"}}", NULL, "has<|im_end|> the<|im_start|>the type 2type 2",
      {333, 342, 311, 384, 259, 335, 261, 385, 263, 260, 357, 347, 334, 333, 370, 335, 357, 347, 334,
@@ -740,6 +744,13 @@ static void test_added_to_model(void) {
         buffer_free(&bin);
         buffer_free(&ids);
     }
+    copy_fixture("mistral-spm");
+    edit("tokenizer_config.json", "\"add_prefix_space\": true", "\"add_prefix_space\": false");
+    CHECK_EQ(RUN("--tokenizer-only", in_work("src"), in_work("out/t.bin")), 0);
+    clear_folder("out");
+    edit("tokenizer_config.json", "\"legacy\": true", "\"legacy\": false");
+    expect(RUN("--tokenizer-only", in_work("src"), in_work("out/t.bin")), 3,
+           "add_prefix_space: found false", "no space where legacy is false");
 }
 #undef DECODED
 #undef SPECIAL

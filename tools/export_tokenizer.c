@@ -857,15 +857,20 @@ static int add_to_model(source_tokenizer *t, size_t n_model, medrun_error *e) {
     return e->code;
 }
 
-/* transformers' classes for these files put one space before the whole text where `legacy` is
- * false, or none; else before each run between added tokens. */
+/* transformers puts one space before the whole text where `legacy` is false, unless one is there;
+ * else before each run between added tokens. Of false beside false its versions make different
+ * things. */
 static int read_legacy(source_tokenizer *t, medrun_error *e) {
     bool legacy = true, prefix = true;
     if (read_bool(&t->config, 0, "legacy", &legacy, e) ||
         read_bool(&t->config, 0, "add_prefix_space", &prefix, e)) return e->code;
     if (legacy || !(t->flags & TOKENIZER_PREFIX_RUNS)) return MEDRUN_OK;
-    t->flags &= ~(uint32_t)(TOKENIZER_PREFIX_RUNS | (prefix ? 0 : TOKENIZER_STRIP));
-    if (prefix) t->flags |= TOKENIZER_PREFIX_TEXT;
+    WANT(prefix, &t->config, "add_prefix_space", given(&t->config.j, 0, "add_prefix_space"),
+         "true where legacy is false, as versions of transformers disagree about it; "
+         "AutoTokenizer.from_pretrained(...).save_pretrained(...) makes a tokenizer.json that says "
+         "which it is");
+    t->flags &= ~(uint32_t)TOKENIZER_PREFIX_RUNS;
+    t->flags |= TOKENIZER_PREFIX_TEXT | TOKENIZER_UNLESS_SPACE;
     return MEDRUN_OK;
 }
 
