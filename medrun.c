@@ -2006,6 +2006,9 @@ static uint32_t float_bits(float f) {
     return bits;
 }
 
+/* A float's bits as a whole number that falls where the float rises, and back. */
+static uint32_t fall_bits(uint32_t bits) { return bits >> 31 ? bits : 0x7FFFFFFF - bits; }
+
 static float bf16_to_f32(uint16_t h) { return bits_float((uint32_t)h << 16); }
 
 /* To the nearest, ties to even; a NaN stays a NaN. */
@@ -5594,6 +5597,7 @@ typedef struct {
 } pretokenizer;
 
 static const pretokenizer pretokenizers[] = {
+    {"", NULL},                                         /* of kind 2                             */
     {"llama3", next_llama3},
     {"tekken", next_tekken},
     {"smollm", next_smollm},
@@ -5824,22 +5828,18 @@ static int open_head(tokenizer *t, const uint8_t *bytes, size_t n, const char *w
 /* Finds the pre-tokenizer by its name, which fills its field with NULs to the end. Kind 2: none. */
 static int open_pretokenizer(tokenizer *t, const uint8_t *bytes, const char *what,
                              medrun_error *e) {
-    char name[25] = {0};
-    memcpy(name, bytes + 72, 24);
-    size_t len = strlen(name);
-    if (t->kind == TOKENIZER_SENTENCEPIECE && !memcmp(name, (char[25]){0}, 25))
-        return t->pretokenizer = "", MEDRUN_OK;
-    size_t n = t->kind == TOKENIZER_BYTE_LEVEL ? sizeof pretokenizers / sizeof *pretokenizers : 0;
-    for (size_t i = 0; i < n; i++) {
-        bool padded = true;
-        for (size_t j = len; j < 24; j++) padded = padded && !name[j];
-        if (!padded || strcmp(name, pretokenizers[i].name)) continue;
-        t->pretokenizer = pretokenizers[i].name, t->next_piece = pretokenizers[i].next;
+    for (size_t i = 0; i < sizeof pretokenizers / sizeof *pretokenizers; i++) {
+        const pretokenizer *p = &pretokenizers[i];
+        char field[24] = {0};
+        memcpy(field, p->name, strlen(p->name));
+        if (memcmp(field, bytes + 72, 24) || (t->kind == TOKENIZER_BYTE_LEVEL) != (p->next != NULL))
+            continue;
+        t->pretokenizer = p->name, t->next_piece = p->next;
         return MEDRUN_OK;
     }
-    return fail(e, MEDRUN_BAD_FILE, "%s: tokenizer: pretokenizer: found \"%s\", wanted \"llama3\", "
-                "\"tekken\" or \"smollm\", or none for SentencePiece; this medrun does not know "
-                "that pattern", what, name);
+    return fail(e, MEDRUN_BAD_FILE, "%s: tokenizer: pretokenizer: found \"%.24s\", wanted "
+                "\"llama3\", \"tekken\" or \"smollm\", or none for SentencePiece; this medrun does "
+                "not know that pattern", what, (const char *)bytes + 72);
 }
 
 /* Each piece's end and type; counts what the tables will hold. After this tokenizer_piece is safe
@@ -6007,14 +6007,12 @@ static int find_merges(const tokenizer *t, buffer *found, const char *what, medr
 static int find_scored(const tokenizer *t, buffer *found, const char *what, medrun_error *e) {
     for (int32_t id = 0; id < t->vocab_size; id++) {
         float score;
-        uint32_t bits, left, right;
+        uint32_t left, right;
         size_t n;
         memcpy(&score, t->scores + 4 * (size_t)id, 4);
         if (!isfinite(score))
             return bad_tokenizer(what, e, "score of piece", (size_t)id, "a finite number");
-        score += 0.0f;                                  /* -0 is 0                               */
-        memcpy(&bits, &score, 4);
-        uint32_t rank = bits >> 31 ? bits : 0x7FFFFFFFu - bits;
+        uint32_t rank = fall_bits(float_bits(score + 0.0f));    /* -0 is 0                       */
         const char *text = tokenizer_piece(t, id, &n);
         for (size_t i = 1; tokenizer_type(t, id) == PIECE_NORMAL && i < n; i++) {
             left = find_piece(t, text, i, "", 0);
@@ -6193,9 +6191,10 @@ static size_t next_joined(const tokenizer *t, const uint8_t *p, size_t n) {
     return i;
 }
 
-/* Text without added tokens in it. */
-static int encode_run(encoder *x, const uint8_t *p, size_t n) {
+/* Text without added tokens in it, anywhere in the text. */
+static int encode_run(encoder *x, const uint8_t *p, size_t n, bool start) {
     const tokenizer *t = x->t;
+    (void)start;
     for (size_t len; n; p += len, n -= len) {
         len = t->next_piece ? t->next_piece(p, n) : next_joined(t, p, n);
         /* most words are pieces; with ignore_merges that is so even if no merges lead there */
@@ -6256,11 +6255,6 @@ static int encode_text(encoder *x, const uint8_t *p, size_t n, int types, encode
     return encode(x, p + from, n - from, from == 0);
 }
 
-static int encode_plain(encoder *x, const uint8_t *p, size_t n, bool start) {
-    (void)start;
-    return encode_run(x, p, n);
-}
-
 /* Where the next U+2581 is, or N: SentencePiece's space, which people may write too. */
 static size_t find_mark(const uint8_t *p, size_t n) {
     for (const uint8_t *q = p; n >= 3 && (q = memchr(q, 0xE2, n - 2 - (size_t)(q - p))); q++)
@@ -6289,7 +6283,7 @@ static int encode_spaced(encoder *x, const uint8_t *p, size_t n, bool start) {
     add_spaced(&x->run, p, n);
     if (x->run.failed) return out_of_memory(x->e, x->run.n);
     int inside = t->flags & TOKENIZER_USER_INSIDE && t->has_user_tokens ? 1 << PIECE_USER : 0;
-    return encode_text(x, x->run.data, x->run.n, inside, encode_plain);
+    return encode_text(x, x->run.data, x->run.n, inside, encode_run);
 }
 
 /* Appends the ids (int32_t) of N bytes of text to IDS. User-defined tokens in the text are always
@@ -6305,7 +6299,7 @@ static int tokenizer_encode(const tokenizer *t, const char *text, size_t n, int 
     if (t->has_user_tokens && !(t->flags & TOKENIZER_USER_INSIDE)) types |= 1 << PIECE_USER;
     if (n)
         code = encode_text(&x, (const uint8_t *)text, n, types,
-                           t->kind == TOKENIZER_BYTE_LEVEL ? encode_plain : encode_spaced);
+                           t->kind == TOKENIZER_BYTE_LEVEL ? encode_run : encode_spaced);
     buffer_free(&x.run);
     free(x.symbols);
     free(x.heap);
@@ -6700,24 +6694,29 @@ static int chat_flush(chat_writer *w) {
     return w->e->code;
 }
 
-/* A control token, which the tokenizer has as ID: its id after the run before it, or its name. The
- * run behind it has a space before it only if every run has, not one for the whole text. */
-static int chat_control(chat_writer *w, const char *name, size_t n, int32_t id) {
+/* The control token that reads NAME, or -1: a piece of another type is none, as what ordinary text
+ * can give must not mean a turn. */
+static int32_t control_id(const tokenizer *t, const char *name, size_t n) {
+    int32_t id = tokenizer_find(t, name, n);
+    return id >= 0 && tokenizer_type(t, id) == PIECE_CONTROL ? id : -1;
+}
+
+static int32_t chat_token(const tokenizer *t, const char *name) {
+    return name ? control_id(t, name, strlen(name)) : -1;
+}
+
+/* A control token: its id after the run before it, or its name; each tokenizer has its own id for
+ * it. The run behind it has a space before it only if every run has, not one for the whole text. */
+static int chat_control(chat_writer *w, const char *name, size_t n) {
+    int32_t id = w->t ? control_id(w->t, name, n) : 0;
+    if (id < 0)
+        return fail(w->e, MEDRUN_BAD_FILE, "tokenizer: control token %.*s is missing, which the "
+                    "chat template %s needs; use the template and the tokenizer of one model",
+                    (int)n, name, w->c->name);
     if (w->as_text) return buffer_add(w->out, name, n), w->e->code;
     if (!chat_flush(w)) buffer_add(w->out, &id, sizeof id);
     w->flags = w->t->flags & TOKENIZER_PREFIX_TEXT ? TOKENIZE_CONTINUES : 0;
     return w->e->code;
-}
-
-/* The control token that a string of the table names; each tokenizer has its own id for it. A piece
- * of another type is not accepted: what ordinary text can give must not mean a turn. */
-static int chat_control_named(chat_writer *w, const char *name, size_t n) {
-    int32_t id = w->t ? tokenizer_find(w->t, name, n) : 0;
-    if (w->t && (id < 0 || tokenizer_type(w->t, id) != PIECE_CONTROL))
-        return fail(w->e, MEDRUN_BAD_FILE, "tokenizer: control token %.*s is missing, which the "
-                    "chat template %s needs; use the template and the tokenizer of one model",
-                    (int)n, name, w->c->name);
-    return chat_control(w, name, n, id);
 }
 
 /* BOS as the template has it, or as the options say. */
@@ -6725,12 +6724,12 @@ static int chat_bos(chat_writer *w) {
     const char *name = w->c->bos;
     bool usual = name && (*name || (w->t && w->t->add_bos));
     if (w->o->bos == MEDRUN_BOS_AUTO ? !usual : w->o->bos == MEDRUN_BOS_OFF) return w->e->code;
-    if (name && *name) return chat_control_named(w, name, strlen(name));
+    if (name && *name) return chat_control(w, name, strlen(name));
     if (!w->t || w->t->bos < 0)
         return fail(w->e, MEDRUN_USAGE, "BOS: wanted a tokenizer that has such a token");
     size_t n;
     name = tokenizer_piece(w->t, w->t->bos, &n);
-    return chat_control(w, name, n, w->t->bos);
+    return chat_control(w, name, n);
 }
 
 /* The date that was given, in the form of the template's; else the template's, else today's. */
@@ -6778,7 +6777,7 @@ static int chat_parts(chat_writer *w, const chat_part *part, const medrun_messag
             s += n;
             if (*s == '`') {
                 n = strcspn(++s, "`");
-                chat_control_named(w, s, n);
+                chat_control(w, s, n);
                 s += n + 1;
             } else if (*s == '$') {
                 n = strspn(++s, "abcdefghijklmnopqrstuvwxyz");
@@ -6999,12 +6998,6 @@ static int chat_close(chat_writer *w) {
     w->flags = TOKENIZE_CONTINUES;
     chat_parts(w, w->c->close, NULL);
     return chat_end(w, n_before);
-}
-
-/* The control token NAME, or -1. */
-static int32_t chat_token(const tokenizer *t, const char *name) {
-    int32_t id = name ? tokenizer_find(t, name, strlen(name)) : -1;
-    return id >= 0 && tokenizer_type(t, id) == PIECE_CONTROL ? id : -1;
 }
 
 /* Is this stop a part of what the model said, such as the end of a tool call? */
@@ -8007,18 +8000,14 @@ static void output(pass *p) {
  * gives the same text on every machine. Tests: tests/14_sampler.c.
  * ============================================================================================ */
 
-/* A candidate is a number whose order is that of preference, smallest first: the larger logit, on a
- * tie the lower id. Its upper half is the logit's bits, turned so that a larger float is a smaller
- * whole number. */
+/* A candidate is a number whose order is that of preference, smallest first: the larger logit, -0
+ * as 0, on a tie the lower id. */
 static uint64_t candidate_of(float logit, size_t id) {
-    uint32_t bits = float_bits(logit + 0.0f);           /* -0 is 0                               */
-    bits = bits >> 31 ? bits : 0x7FFFFFFF - bits;
-    return (uint64_t)bits << 32 | id;
+    return (uint64_t)fall_bits(float_bits(logit + 0.0f)) << 32 | id;
 }
 
 static float logit_of(uint64_t candidate) {
-    uint32_t bits = (uint32_t)(candidate >> 32);
-    return bits_float(bits >> 31 ? bits : 0x7FFFFFFF - bits);
+    return bits_float(fall_bits((uint32_t)(candidate >> 32)));
 }
 
 /* splitmix64 (Steele, Lea and Flood 2014): a uniform number in [0, 1). */

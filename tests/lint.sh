@@ -37,17 +37,17 @@ budgets="
 7:130:137
 8:350:475
 9:180:330
-10:950:1001
-11:520:668
-12:450:522
+10:950:992
+11:520:674
+12:450:532
 13:420:455
-14:100:204
-15:720:961
-16:1410:2637"
+14:100:200
+15:720:960
+16:1410:2627"
 budgets=$(echo $budgets)                  # on one line
-most_lines=11786                            # the goals: 9000, 450000, 15
-most_bytes=586777
-least_comments=12.8
+most_lines=11781                            # the goals: 9000, 450000, 15
+most_bytes=586539
+least_comments=12.9
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
     function said(limit, budget) { return limit ? "  OVER ITS LIMIT" : budget ? "  over" : "" }

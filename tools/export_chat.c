@@ -196,7 +196,8 @@ static fitted_template fit_template(const char *jinja, size_t n, const char *bos
     if (!lost) f.tokens = jinja_list_tokens(&r, &f.n);
     if (known) best.chat = *known;
     if (known && f.tokens && !compare_all(&f, &best, &lost) && !lost) best = (fitted_template){0};
-    for (size_t i = 0; !known && f.tokens && i < sizeof chat_templates / sizeof *chat_templates; i++) {
+    size_t n_rows = known || !f.tokens ? 0 : sizeof chat_templates / sizeof *chat_templates;
+    for (size_t i = 0; i < n_rows; i++) {
         const chat_template *row = &chat_templates[i];
         if (row->states_today || !strcmp(row->name, "none")) continue;
         for (int k = 0; k < 6 && !lost; k++)            /* BOS: the row's, none, the tokenizer's */
