@@ -116,8 +116,7 @@ typedef struct medrun_session medrun_session;   /* one timeline of tokens       
 typedef struct {
     int threads;                /* at most; 0: the processors it may use and a quota pays for  */
     const char *kernels;        /* NULL: the best this machine has; else as doctor lists them  */
-    bool load;                  /* copy the file into memory that no other process shares: for
-                                   file systems whose files do not come in large pages         */
+    bool load;                  /* copy the file into large pages of this process's own        */
 } medrun_options;
 
 /* A checkpoint carries its card's values: begin with medrun_info.sampling, and change fields. */
@@ -228,10 +227,8 @@ typedef struct {
     bool custom_sampling;       /* false: the checkpoint's values, with the seed below         */
     medrun_sampling sampling;
     medrun_chat_options chat;   /* for medrun_say; what pointers here name outlives the session */
-    const medrun_model *draft;  /* NULL, or a small model of the same vocabulary that guesses too,
-                                   up to 7 tokens, as far as that pays; must outlive it, too   */
-    const char *template_name;  /* NULL: the checkpoint's. A saved state is of one template, so
-                                   who renders with another says which                         */
+    const medrun_model *draft;  /* NULL, or a small model of this vocabulary: up to 7 guesses  */
+    const char *template_name;  /* NULL: the checkpoint's; else the one that you render with   */
 } medrun_session_options;
 
 /* The bytes medrun_start needs for these options; 0: out of range; SIZE_MAX: more than 32 bits. */
@@ -292,9 +289,9 @@ void medrun_guesses(const medrun_session *session, uint64_t *guessed, uint64_t *
 int medrun_rewind(medrun_session *session, size_t n, medrun_error *error);
 
 /* Writes the whole state to PATH (tokens, key-value cache, random state), readable by its owner
- * only; reads it back into a session of the same checkpoint, kv and strict (any context that is
- * long enough), with plain bf16 weights of the same kernels. It goes on with the same bits; the
- * last tokens, at most 16, are pending then. Sums find damage, not forgery: trust a file as you
+ * only; reads it back into a session of the same checkpoint, template, kv and strict (any context
+ * that is long enough), with plain bf16 weights of the same kernels. It goes on with the same bits;
+ * the last tokens, at most 16, are pending then. Sums find damage, not forgery: trust a file as you
  * trust a checkpoint. PATH may be new, empty or a saved session, but no link and no other file. A
  * save that fails leaves what stood there, a restore that fails an empty session. Errors:
  * MEDRUN_USAGE (PATH is something else), _FAILED (writing), _BAD_FILE (of another model, cut,

@@ -84,6 +84,12 @@ else
     cp "$lib/libmedrun.so" "$build/beside/$(basename "$(readlink "$lib/libmedrun.so")")"
     same "medrun.py, with the library beside it" python3 -B "$build/beside/medrun.py"
     n=$(wc -l < tools/examples/medrun.py); [ "$n" -le 90 ] && ok || bad "medrun.py has $n lines"
+    # The structs of both languages have the same sizes.
+    printf '#include <medrun.h>\n#include <stdio.h>\nint main(void) { printf("%%zu %%zu %%zu %%zu %%zu\\n", sizeof(medrun_error), sizeof(medrun_options), sizeof(medrun_sampling), sizeof(medrun_info), sizeof(medrun_session_options)); }\n' > "$build/sizes.c"
+    quiet $cc -I"$installed/include" -o "$build/sizes" "$build/sizes.c"
+    found=$(PYTHONPATH="$build/beside" python3 -B -c 'import ctypes, medrun as m
+print(*map(ctypes.sizeof, (m.Error, m.ModelOptions, m.Sampling, m.Info, m.Options)))')
+    [ "$found" = "$("$build/sizes")" ] && ok || bad "medrun.py: structs of $found bytes, in C $("$build/sizes")"
     # The struct that is read has every field in its place; sampling; logits; what is wrong.
     PYTHONPATH="$build/beside" python3 -B - "$bin/medrun" "$build" > "$log" 2>&1 <<'EOF' && ok || { bad "medrun.py"; cat "$log"; }
 import array, os, subprocess, sys

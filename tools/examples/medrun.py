@@ -24,7 +24,7 @@ def struct(*fields):
 
 
 Error = struct((c.c_int, "code"), (c.c_char * 512, "text"))
-ModelOptions = struct((c.c_int, "threads"), (c.c_char_p, "kernels"))
+ModelOptions = struct((c.c_int, "threads"), (c.c_char_p, "kernels"), (c.c_bool, "load"))
 Sampling = struct((c.c_float, "temperature"), (c.c_int, "top_k"),
                   (c.c_float, "top_p min_p repeat_penalty"), (c.c_uint64, "seed"))
 Info = struct((c.c_char_p, "name architecture type chat_template system kernels licence notice"),
@@ -35,7 +35,7 @@ Info = struct((c.c_char_p, "name architecture type chat_template system kernels 
 Chat = struct((c.c_char_p, "date"), (c.c_bool, "think"), (c.c_int, "bos"), (c.c_char_p, "tools"),
               (size, "n_tools"))
 Options = struct((c.c_int, "context batch logit_rows lookup kv"), (c.c_bool, "strict custom"),
-                 (Sampling, "sampling"), (Chat, "chat"), (c.c_char_p, "template_name"))
+                 (Sampling, "sampling"), (Chat, "chat"), (c.c_void_p, "draft template_name"))
 
 
 def call(name, *arguments):
