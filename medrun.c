@@ -7242,17 +7242,15 @@ static const header_field sampling_fields[] = {
 static int read_divisors(const model_file *f, uint32_t s, model_config *c, medrun_error *e) {
     const json *j = &f->header;
     uint32_t list = json_get(j, s, "divisors"), n = (uint32_t)c->head_dim / 2;
-    if (!json_is_type(j, list, JSON_ARRAY) || j->nodes[list].count != n)
-        return fail(e, MEDRUN_BAD_FILE, "%s: field rope_scaling.divisors: wanted %u numbers",
-                    f->path, n);
-    for (uint32_t i = 0, v = list + 1; i < n; i++, v = j->nodes[v].next) {
+    bool good = json_is_type(j, list, JSON_ARRAY) && j->nodes[list].count == n;
+    for (uint32_t i = 0, v = list + 1; good && i < n; i++, v = j->nodes[v].next) {
         double d = json_typeof(j, v) == JSON_NUMBER ? json_number(j, v) : 0;
-        if (!(d >= 1e-6 && d <= 1e6))
-            return fail(e, MEDRUN_BAD_FILE, "%s: field rope_scaling.divisors: wanted numbers from "
-                        "1e-6 to 1e6", f->path);
-        c->rope_divisors[i] = (float)d;
+        good = d >= 1e-6 && d <= 1e6;
+        if (good) c->rope_divisors[i] = (float)d;
     }
-    return MEDRUN_OK;
+    if (good) return MEDRUN_OK;
+    return fail(e, MEDRUN_BAD_FILE, "%s: field rope_scaling.divisors: wanted %u numbers from 1e-6 to "
+                "1e6", f->path, n);
 }
 
 /* "rope_scaling". high_freq_factor must be the larger, or the blend would divide by zero. */
@@ -7458,17 +7456,16 @@ static int read_stops(medrun_model *m, uint32_t chat, medrun_error *e) {
     const model_file *f = &m->file;
     const json *j = &f->header;
     uint32_t stops = json_get(j, chat, "stop_ids");
-    if (!json_is_type(j, stops, JSON_ARRAY) || j->nodes[stops].count > MEDRUN_MAX_STOPS)
-        return fail(e, MEDRUN_BAD_FILE, "%s: field chat.stop_ids: wanted an array of at most %d "
-                    "ids", f->path, MEDRUN_MAX_STOPS);
-    for (uint32_t i = 0, c = stops + 1; i < j->nodes[stops].count; i++, c = j->nodes[c].next) {
+    uint32_t n = json_is_type(j, stops, JSON_ARRAY) ? j->nodes[stops].count : UINT32_MAX;
+    bool good = n <= MEDRUN_MAX_STOPS;
+    for (uint32_t i = 0, c = stops + 1; good && i < n; i++, c = j->nodes[c].next) {
         double id = json_typeof(j, c) == JSON_NUMBER ? json_number(j, c) : -1;
-        if (!(id >= 0 && id < m->config.vocab_size) || id != floor(id))
-            return fail(e, MEDRUN_BAD_FILE, "%s: field chat.stop_ids: wanted ids below %d", f->path,
-                        m->config.vocab_size);
-        m->stops[m->n_stops++] = (int)id;
+        good = id >= 0 && id < m->config.vocab_size && id == floor(id);
+        if (good) m->stops[m->n_stops++] = (int)id;
     }
-    return MEDRUN_OK;
+    if (good) return MEDRUN_OK;
+    return fail(e, MEDRUN_BAD_FILE, "%s: field chat.stop_ids: wanted an array of at most %d ids "
+                "below %d", f->path, MEDRUN_MAX_STOPS, m->config.vocab_size);
 }
 
 /* The template by its name, and what the model's own Jinja template does otherwise: another BOS
