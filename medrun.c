@@ -7249,8 +7249,8 @@ static int read_divisors(const model_file *f, uint32_t s, model_config *c, medru
         if (good) c->rope_divisors[i] = (float)d;
     }
     if (good) return MEDRUN_OK;
-    return fail(e, MEDRUN_BAD_FILE, "%s: field rope_scaling.divisors: wanted %u numbers from 1e-6 to "
-                "1e6", f->path, n);
+    return fail(e, MEDRUN_BAD_FILE, "%s: field rope_scaling.divisors: wanted %u numbers from 1e-6 "
+                "to 1e6", f->path, n);
 }
 
 /* "rope_scaling". high_freq_factor must be the larger, or the blend would divide by zero. */

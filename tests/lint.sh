@@ -39,14 +39,14 @@ budgets="
 9:180:330
 10:950:992
 11:520:674
-12:450:532
+12:450:529
 13:420:455
 14:100:200
 15:720:960
 16:1410:2627"
 budgets=$(echo $budgets)                  # on one line
-most_lines=11778                            # the goals: 9000, 450000, 15
-most_bytes=586259
+most_lines=11775                            # the goals: 9000, 450000, 15
+most_bytes=586080
 least_comments=12.9
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
