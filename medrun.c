@@ -314,15 +314,14 @@ int medrun_feed_saved(medrun_session *session, const int32_t *ids, size_t n, con
  * head_dim * n_heads for q and attn_out, head_dim * n_kv_heads for k and v, ffn_size for ffn_act,
  * vocab_size for logits, else hidden_size. Rows are the pass's tokens in order, row 0 at position
  * length - pending as they were before the pass; final_norm and logits have the last of them, as
- * many as logit_rows, in the pass that leaves nothing pending. While there is an observer, nothing
- * is guessed. NULL takes it away. No cost unobserved. */
+ * many as logit_rows, in the pass that leaves nothing pending. While anybody looks, nothing is
+ * guessed. NULL takes it away. No cost unobserved. */
 typedef void medrun_observer(void *user, const char *stage, int layer, size_t rows, size_t cols,
                              size_t stride, const float *data);
 void medrun_observe(medrun_session *session, medrun_observer *observer, void *user);
 
-/* The editor may write into DATA, and the pass goes on with what it wrote; an observer sees that.
- * It is called as an observer is, but not for k and v, which are in the cache by then, and logits.
- * While there is an editor nothing is guessed. NULL takes it away. */
+/* An editor is called likewise before the observer, but not for k and v, which are in the cache by
+ * then, nor for logits. The pass goes on with what it writes into DATA. */
 typedef void medrun_editor(void *user, const char *stage, int layer, size_t rows, size_t cols,
                            size_t stride, float *data);
 void medrun_edit(medrun_session *session, medrun_editor *editor, void *user);

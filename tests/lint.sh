@@ -28,7 +28,7 @@ done
 # stands before section 1 counts to it, and 17 to 16. A section over its budget is named, and fails
 # above its limit, which is what it has now: limits only ever shrink, until they are the budgets.
 budgets="
-1:330:337
+1:330:336
 2:450:743
 3:540:656
 4:200:218
@@ -45,8 +45,8 @@ budgets="
 15:720:960
 16:1410:2627"
 budgets=$(echo $budgets)                  # on one line
-most_lines=11775                            # the goals: 9000, 450000, 15
-most_bytes=586080
+most_lines=11774                            # the goals: 9000, 450000, 15
+most_bytes=585979
 least_comments=12.9
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
