@@ -76,16 +76,17 @@ def harness():
         with open(os.path.join(folder, name), 'w') as f:
             f.write(text)
     s = Server('-q')
-    for batch, many in ((1, 1), (16, 8)):
+    for batch, many in ((16, 8), (1, 1)):
         out = lm_eval.simple_evaluate(
             model='local-completions', tasks=['local_medqa'], bootstrap_iters=0,
-            task_manager=TaskManager(include_path=folder), batch_size=batch,
+            task_manager=TaskManager(include_path=folder, include_defaults=False), batch_size=batch,
             model_args={'base_url': f'http://127.0.0.1:{s.port}/v1/completions', 'model': 'm',
                         'num_concurrent': many})
         rows = sorted(out['samples']['local_medqa'], key=lambda r: r['doc_id'])
         theirs = [[float(x[0]) for x in r['filtered_resps']] for r in rows]
         result = os.path.join(folder, f'{batch}.jsonl')
-        subprocess.run([MEDRUN_EVAL, MODEL, 'medqa', data, '--no-template', '-o', result],
+        subprocess.run([MEDRUN_EVAL, MODEL, 'medqa', data, '--no-template', '--bos', 'off',
+                        '-o', result],
                        capture_output=True, check=True)
         with open(result) as f:
             lines = [json.loads(l) for l in f][1:]
