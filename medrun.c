@@ -11315,7 +11315,9 @@ static bool verify_proofs(command *c, const proof_kind *kind) {
         snprintf(name, sizeof name, "proof %zu", i + 1);
         c->input.n = c->ids.n = c->output.n = 0;
         if (!json_ids(c, j, json_get(j, v, "ids"), "proofs: ids", &c->ids)) kind->repeat(c, v);
-        if (check_buffer(c, &c->ids) || check_buffer(c, &c->output)) break;
+        if (c->e.code == MEDRUN_USAGE || c->e.code == MEDRUN_TOO_LONG)
+            c->e.code = MEDRUN_BAD_FILE;                /* the file asked, and not the user      */
+        if (c->e.code || check_buffer(c, &c->ids) || check_buffer(c, &c->output)) break;
         good += report(c, kind->name, name, &c->ids, &c->output, kind->texts);
     }
     if (!flag(c, O_QUIET) && !c->e.code)

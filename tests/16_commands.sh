@@ -928,6 +928,20 @@ check('proofs that are missing', rc == 3, out + err)
 def bad_proofs(h): h['proofs'] = {'tokens': [7], 'chats': [{}], 'logits': ['']}
 variant(bad_proofs, T + '/v.mdr'); rc, out, err = run('verify', T + '/v.mdr')
 check('proofs of another type', rc == 3, out + err)
+says = lambda role, text: {'messages': [{'role': role, 'content': text}]}
+damaged = [('chats', dict(says('doctor', 'x'), ids=[1])), ('chats', dict(says('tool', 'x'), ids=[1])),
+           ('chats', dict(says('user', 'x'), ids=[-1])), ('chats', dict(says('user', 7), ids=[1])),
+           ('chats', {'messages': [], 'ids': [1]}), ('chats', {'messages': 'x', 'ids': [1]}),
+           ('chats', dict(says('user', 'x'), date='2025-02-30', ids=[1])), ('tokens', {'text': 'x'}),
+           ('chats', dict(says('user', 'x'), date=7, ids=[1])), ('tokens', {'text': 'x', 'ids': [1e9]}),
+           ('tokens', {'text': 'x', 'ids': 'x'}), ('tokens', {'text': 'x', 'ids': [1.5]}),
+           ('logits', {'ids': [1 << 30], 'sha256': '0' * 64}), ('logits', {'ids': [1]}),
+           ('logits', {'ids': [], 'sha256': '0' * 64}), ('logits', {'ids': [1], 'sha256': 7})]
+for i, (kind, proof) in enumerate(damaged):
+    def one(h): h['proofs'][kind] = [proof]
+    variant(one, T + '/v.mdr'); rc, out, err = run('verify', T + '/v.mdr')
+    good = rc == 3 or (rc == 4 and proof.get('messages', [{}])[:1] == [{'role': 'tool', 'content': 'x'}])
+    check('damaged proof %d' % i, good, out + err + b' %d' % rc)
 # a template that the exporter did not know
 def unknown(h): h['chat']['template'] = 'unknown'; h['proofs']['chats'] = []
 variant(unknown, T + '/v.mdr')

@@ -121,7 +121,9 @@ else skip 'no GNU parallel'; fi
 mode() { ls -l "$1" | head -c 10; }
 (umask 022; exec "$eval" "$other" generic "$data/generic.jsonl" --limit 2 -q -o "$T/mine.jsonl" --html "$T/mine.html") >"$T/out" 2>&1
 (umask 022; exec "$eval" --merge "$T/mine.jsonl" -o "$T/both.jsonl") >"$T/out" 2>&1
-for f in mine.jsonl mine.html both.jsonl; do
+echo 'a letter' >"$T/open.jsonl"; chmod 666 "$T/open.jsonl"             # --force: not with its old mode
+code 0 "$other" generic "$data/generic.jsonl" --limit 2 -q --force -o "$T/open.jsonl"
+for f in mine.jsonl mine.html both.jsonl open.jsonl; do
     check "$f is for its owner: $(mode "$T/$f")" [ "$(mode "$T/$f")" = '-rw-------' ]
 done
 code 5 "$other" generic "$data/generic.jsonl" -c 9 -q -o "$T/empty.jsonl"

@@ -43,11 +43,11 @@ budgets="
 13:420:455
 14:100:200
 15:720:960
-16:1410:2627"
+16:1410:2629"
 budgets=$(echo $budgets)                  # on one line
-most_lines=11774                            # the goals: 9000, 450000, 15
-most_bytes=585979
-least_comments=12.9
+most_lines=11776                            # the goals: 9000, 450000, 15
+most_bytes=586163
+least_comments=12.8
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
     function said(limit, budget) { return limit ? "  OVER ITS LIMIT" : budget ? "  over" : "" }

@@ -490,6 +490,14 @@ static int check_architecture(source *s, const json_file *f, medrun_error *e) {
     return s->config.sliding_window = (int)window, MEDRUN_OK;
 }
 
+/* All refusals of weights that another program has rounded read the same; BEFORE stands between the
+ * path and the NAME of what told it. */
+static int refuse_quantised(const char *path, const char *before, const char *name, const char *by,
+                            medrun_error *e) {
+    return refuse(e, "%s%s%s: found a model quantised by %s, wanted the one it was made from: "
+                  "medrun quantises by itself (--type)", path, before, name, by);
+}
+
 /* What a config may say but this engine does not compute. */
 static int check_unsupported(const json_file *f, medrun_error *e) {
     static const char *const unwanted[] = {"attention_bias", "mlp_bias", "post_norm"};
@@ -498,9 +506,8 @@ static int check_unsupported(const json_file *f, medrun_error *e) {
     for (size_t i = 0; i < 2; i++) {            /* the latter is MLX's                           */
         uint32_t v = given(j, 0, quantised[i]), by = json_get(j, v, "quant_method");
         if (v == JSON_NONE) continue;
-        return refuse(e, "%s: field %s: found a model quantised by %s, wanted the one it was made "
-                      "from: medrun quantises by itself (--type)", f->path, quantised[i],
-                      by != JSON_NONE ? show(j, by).text : i ? "MLX" : "another program");
+        return refuse_quantised(f->path, ": field ", quantised[i], by != JSON_NONE ?
+                                show(j, by).text : i ? "MLX" : "another program", e);
     }
     uint32_t part = given(j, 0, "partial_rotary_factor"), norm = given(j, 0, "qk_norm");
     uint32_t before = given(j, 0, "torch_dtype"), now = given(j, 0, "dtype");
@@ -1200,9 +1207,7 @@ static int missing_tensor(const source *s, const char *name, shape_text shape, m
     size_t n = strlen(name);
     snprintf(quantised, sizeof quantised, "%.*sqweight", n > 6 ? (int)n - 6 : 0, name);
     if (find_tensor(s, quantised))
-        return refuse(e, "%s: tensor %s: found weights quantised by GPTQ or AWQ, wanted the model "
-                      "they were made from: medrun quantises by itself (--type)", s->folder,
-                      quantised);
+        return refuse_quantised(s->folder, ": tensor ", quantised, "GPTQ or AWQ", e);
     return refuse(e, "%s: tensor %s: found nothing, wanted shape %s; the weights are not complete",
                   s->folder, name, shape.text);
 }

@@ -144,9 +144,7 @@ static int check_folder(source *s, medrun_error *e) {
         return name_adapter(s, e);
     for (size_t i = 0; i < 2; i++)
         if (file_exists(s->folder, quantised[i][0]))
-            return refuse(e, "%s/%s: found a model quantised by %s, wanted the one it was made "
-                          "from: medrun quantises by itself (--type)", s->folder, quantised[i][0],
-                          quantised[i][1]);
+            return refuse_quantised(s->folder, "/", quantised[i][0], quantised[i][1], e);
     if (file_exists(s->folder, "config.json")) return MEDRUN_OK;
     if (!has_weights(s->folder) && name_weights(s, e)) return e->code;
     if (find_names(s->folder, "models--", "", name))
