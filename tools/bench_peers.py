@@ -17,7 +17,8 @@ What is compared, each with its counterpart of the same width:
 
 (int4 where medrun-export knows it). Peers: llama-cpp-python through its low-level calls, and each
 llama-bench binary that is named, of llama.cpp or of a fork, which should be built for this machine
-(-march=native, as their build does unless told otherwise). The tests are those of llama-bench:
+(-march=native, as their build does unless told otherwise). Two such binaries are fairer than the
+package, which is built for any machine, so where two are named it is left out. The tests are those of llama-bench:
 a prompt of -p random tokens, with logits for the last one, and -n tokens one by one from an empty
 context. Threads are equal on all sides, the cache is f16 on all sides, weights are mapped. Each
 peer first tries its settings (flash attention on and off, repacked weights or not) and keeps
@@ -450,7 +451,7 @@ class LlamaBench(Peer):
         self.about = {}
 
     def settings(self):
-        repack = [False, True] if "-rtr" in self.help and self.kind != "BF16" else [None]
+        repack = [False, True] if "-rtr" in self.help else [None]
         return [dict(flash=flash, **({} if r is None else {"repack": r}))
                 for r in repack for flash in (True, False)]
 
@@ -817,6 +818,7 @@ def check_options(o):
         name, _, path = given.rpartition("=")
         benches.append((name or "llama-bench", path, help_of([path, "--help"])))
     o.llama_bench = benches
+    o.no_python_peer |= len(benches) > 1
     o.layers = min(o.layers or math.inf, SHAPES[o.shape]["layers"])
     if not o.threads:
         o.threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else \
