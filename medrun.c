@@ -10128,12 +10128,12 @@ static void print_piece(const command *c, int32_t id, size_t width) {
 static int print_choices(command *c, int32_t id) {
     choice all[MOST_CHOICES + 1];
     int n = find_choices(c, c->s->logits, whole(c, O_TOP), id, all);
-    print_piece(c, id, 28);
+    print_piece(c, id, 20);
     printf(" %.4f\n", all[n].probability);
     for (int i = 0; i < n; i++) {
         if (all[i].id == id) continue;
         fputs("    ", stdout);
-        print_piece(c, all[i].id, 24);
+        print_piece(c, all[i].id, 16);
         printf(" %.4f\n", all[i].probability);
     }
     return flush_stdout(c);
@@ -10245,11 +10245,16 @@ static void drop_line_end(buffer *b) {
     if (b->n && b->data[b->n - 1] == '\r') b->n--;
 }
 
-/* Reads -p, -f or both, the text before the file, or stdin into c->input; a flag beats the
- * environment. */
+/* Where the text comes from, -p or -f: a flag beats the environment, here and where ids or messages
+ * take its place. */
+static int prompt_from(const command *c) {
+    return c->from[O_PROMPT] > c->from[O_FILE] ? c->from[O_PROMPT] : c->from[O_FILE];
+}
+
+/* Reads -p, -f or both, the text before the file, or stdin into c->input. */
 static int read_prompt(command *c) {
-    bool text = given(c, O_PROMPT) && c->from[O_PROMPT] >= c->from[O_FILE];
-    bool file = given(c, O_FILE) && c->from[O_FILE] >= c->from[O_PROMPT];
+    bool text = given(c, O_PROMPT) && c->from[O_PROMPT] == prompt_from(c);
+    bool file = given(c, O_FILE) && c->from[O_FILE] == prompt_from(c);
     const char *path = file ? c->text[O_FILE] : "-";
     if (c->e.code) return c->e.code;
     if (text) buffer_text(&c->input, c->text[O_PROMPT]);
@@ -11397,7 +11402,7 @@ static int render_command(command *c) {
         return fail(&c->e, MEDRUN_USAGE, "render: a tokenizer.bin has no template: add --template");
     if (choose_chat(c)) return c->e.code;
     chat_writer w = {c->chat, c->t, &c->chat_options, !ids, .out = &c->ids, .e = &c->e};
-    if (!path) read_prompt(c), make_prompt(c, !ids);
+    if (!path || c->from[O_MESSAGES] < prompt_from(c)) read_prompt(c), make_prompt(c, !ids);
     else if (!read_json(c, path, &j) && !chat_messages(c->chat, &j, 0, path, &m, &n, &text, &c->e))
         chat_render(&w, m, n, !flag(c, O_NO_OPENING));
     free(m);
@@ -11427,10 +11432,10 @@ static int write_logits(command *c, FILE *f) {
 static int print_top(command *c) {
     choice all[MOST_CHOICES + 1];
     int n = find_choices(c, medrun_logits(c->s, 0), whole(c, O_TOP), -1, all);
-    printf("rank       id  %-24s     logit  probability\n", "piece");
+    printf("rank       id  %-20s     logit  probability\n", "piece");
     for (int i = 0; i < n; i++) {
         printf("%4d %8d  ", i + 1, all[i].id);
-        print_piece(c, all[i].id, 24);
+        print_piece(c, all[i].id, 20);
         printf(" %9.4f %12.6f\n", (double)all[i].logit, all[i].probability);
     }
     return flush_stdout(c);
@@ -11440,9 +11445,11 @@ static int print_top(command *c) {
 /* With --all each token of a pass has a row of logits, which takes memory: so fewer go into one. */
 static int logits_command(command *c) {
     file_writer w = {0};
-    bool file = given(c, O_OUT), text = !given(c, O_IDS);
+    bool file = given(c, O_OUT), text = c->from[O_IDS] <= prompt_from(c);
     if (!file && (!given(c, O_TOP) || flag(c, O_ALL)))
         return fail(&c->e, MEDRUN_USAGE, "logits: wanted --top N or -o OUT.f32");
+    if (text && given(c, O_IDS) && c->from[O_IDS] == prompt_from(c))
+        return fail(&c->e, MEDRUN_USAGE, "logits: found both --ids and a text, wanted one");
     if (open_model(c)) return c->e.code;
     c->number[O_RAW] = 1;                               /* a text is continued as it is          */
     if (text) read_prompt(c), make_prompt(c, false);

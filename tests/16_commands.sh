@@ -393,6 +393,11 @@ code 0 tokenize "$model" 'once more' --bos; code 0 logits "$model" --ids "$(cat 
 code 0 logits "$model" 'once more' --top 9; out_is "$T/top"; code 0 logits "$model" -p 'once more' --top 9; out_is "$T/top"
 code 0 logits "$model" x --top 100; awk 'NR > 1 { sum += $NF; if (NR > 2 && $NF > last) exit 1; last = $NF } END { exit !(sum > 0.3 && sum <= 1.0001) }' "$T/out"
 check 'probabilities go down, and are no more than 1 together' [ $? = 0 ]
+code 2 logits "$model" x --ids '1 2' --top 3; err_has 'both'
+code 0 logits "$model" 'once more' --top 2; cp "$T/out" "$T/top"
+MEDRUN_IDS='1 2 3' code 0 logits "$model" 'once more' --top 2; out_is "$T/top"
+code 0 logits "$model" --ids '1 2 3' --top 2; cp "$T/out" "$T/top"
+MEDRUN_PROMPT='once more' code 0 logits "$model" --ids '1 2 3' --top 2; out_is "$T/top"
 for x in 0 101 x; do code 2 logits "$model" x --top $x; done
 code 2 logits "$model" x; err_has '--top N or -o'; code 2 logits "$model" x --all --top 3; code 2 chat "$model" --top 3
 code 0 run "$model" hello -n 4 --temp 0 --top 3 -q
