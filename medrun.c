@@ -9339,6 +9339,7 @@ typedef struct {
 /* What a command works on. run_program closes what it opened. */
 typedef struct command {
     const program *p;
+    const char *self;           /* argv[0]: the other programs stand beside it                 */
     const command_row *row;
     const char *text[MAX_OPTIONS];              /* as given, or NULL                            */
     double number[MAX_OPTIONS];                 /* a FLAG's is 0 or 1, a CHOICE's its place     */
@@ -9839,14 +9840,16 @@ static int suggest_export(command *c, const char *path) {
     if (file) fclose(file);
     if (c->e.code != MEDRUN_BAD_FILE || (!gguf && get_facts(config, -1, &f))) return c->e.code;
     while (n && (path[n - 1] == '/' || path[n - 1] == '.')) n--;
-    const char *name = path + n, *quote = strpbrk(path, " ()'&;") ? "\"" : "";
+    const char *beside = strrchr(c->self, '/'), *name = path + n;
+    const char *quote = strpbrk(path, " ()'&;") ? "\"" : "";
     while (name > path && name[-1] != '/') name--;
     n -= (size_t)(name - path);
     if (gguf && n > 5 && !strncmp(name + n - 5, ".gguf", 5)) n -= 5;
     c->e = (medrun_error){0};
     return fail(&c->e, MEDRUN_BAD_FILE, "%s is %s and no checkpoint yet; this makes one: "
-                "medrun-export %s%s%s %s%.*s-int8.mdr%s --type int8", path,
-                gguf ? "a GGUF file" : "a model's folder", quote, path, quote, quote,
+                "%.*smedrun-export %s%s%s %s%.*s-int8.mdr%s --type int8", path,
+                gguf ? "a GGUF file" : "a model's folder",
+                beside ? (int)(beside - c->self) + 1 : 0, c->self, quote, path, quote, quote,
                 n ? (int)n : 5, n ? name : "model", quote);
 }
 
@@ -11660,6 +11663,7 @@ static int run_program(const program *p, int argc, char **argv) {
     static command c;
     c.p = p;
     if (!(argv = start_program(&argc, argv))) return 1;
+    c.self = argv[0] ? argv[0] : "";
     on_lost_page(on_lost_file);
     umask(077);                         /* records and sessions hold what a patient said         */
     int code = check_machine(&c.e);

@@ -83,7 +83,7 @@ for far in --colour --grammar --no --zzz; do
 done
 code 2 run "$model" -p x --topk 3; err_has 'nearest is --top-k'; code 2 run "$model" -p x --tempp 3; err_has 'nearest is --temp'
 code 3 run tests/fixtures/llama-tied -p x; err_lines 1
-err_has ': medrun-export tests/fixtures/llama-tied llama-tied-int8.mdr --type int8$'
+err_has ": ${medrun%medrun}medrun-export tests/fixtures/llama-tied llama-tied-int8.mdr --type int8\$"
 mkdir "$T/a folder"; : >"$T/a folder/config.json"
 code 3 show "$T/a folder/"; err_has "medrun-export \"$T/a folder/\" \"a folder-int8.mdr\" --type int8"
 printf 'GGUF\003\000\000\000' >"$T/Some-Q8_0.gguf"

@@ -43,10 +43,10 @@ budgets="
 13:420:455
 14:100:200
 15:720:960
-16:1410:2636"
+16:1410:2640"
 budgets=$(echo $budgets)                  # on one line
-most_lines=11783                            # the goals: 9000, 450000, 15
-most_bytes=586599
+most_lines=11787                            # the goals: 9000, 450000, 15
+most_bytes=586853
 least_comments=12.8
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
