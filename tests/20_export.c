@@ -1706,6 +1706,10 @@ static void test_spellings(void) {
     add_rows(386, 0);
     static const char added[] = "{\"<|im_end|>\": 384, \"<|im_start|>\": 385}";
     write_file(in_work("src/added_tokens.json"), added, sizeof added - 1);
+    info = exported(&m);                                /* no template: its tokens are named     */
+    CHECK(info.chat_template && !strcmp(info.chat_template, "none"));
+    CHECK(errors.n && strstr((char *)errors.data, "--template chatml-bare may be theirs"));
+    medrun_close(m), clear_folder("out");
     write_file(in_work("src/chat_template.jinja"), known[7][0], strlen(known[7][0]));
     info = exported(&m);
     CHECK(info.chat_template && !strcmp(info.chat_template, "chatml-bare"));

@@ -266,6 +266,26 @@ static int find_template(source *s, const buffer *jinja, medrun_error *e) {
     return e->code;
 }
 
+/* Without a chat template, tokens of the vocabulary may still tell in which form people wrote to
+ * the model (Meditron's, for one, in ChatML): they are named, not believed. */
+static int note_no_template(source *s, medrun_error *e) {
+    static const char *const signs[][2] = {{"<|im_start|>", "chatml-bare"},
+                                           {"<|eot_id|>", "llama3"}};
+    tokenizer t;
+    const char *const *sign = NULL;
+    if (tokenizer_open(&t, s->tokenizer.data, s->tokenizer.n, s->folder, e)) return e->code;
+    for (size_t i = 0; i < 2 && !sign; i++)
+        if (chat_token(&t, signs[i][0]) >= 0) sign = signs[i];
+    tokenizer_close(&t);
+    if (sign)
+        add_note(s, "there is no chat template, but the vocabulary has %s: if the model is made "
+                 "for conversations, --template %s may be theirs, see its card", sign[0], sign[1]);
+    else
+        add_note(s, "there is no chat template: this model continues text; if it is made for "
+                 "conversations, name theirs with --template (" MEDRUN_TEMPLATES ")");
+    return MEDRUN_OK;
+}
+
 /* NAME is what the user asked for, or NULL: then the template is recognised, or s->chat is NULL and
  * the checkpoint says so. */
 static int choose_template(source *s, const buffer *jinja, const char *name, medrun_error *e) {
@@ -274,11 +294,11 @@ static int choose_template(source *s, const buffer *jinja, const char *name, med
         return s->chat ? MEDRUN_OK : fail(e, MEDRUN_USAGE, "--template: found \"%s\", wanted one "
                                           "of %s", name, MEDRUN_TEMPLATES);
     if (jinja->n && find_template(s, jinja, e)) return e->code;
-    if (!jinja->n) s->chat = chat_find("none");
-    if (!jinja->n)
-        add_note(s, "there is no chat template: this model continues text; if it is made for "
-                 "conversations, name theirs with --template");
-    else if (!s->chat)
+    if (!jinja->n) {
+        s->chat = chat_find("none");
+        return note_no_template(s, e);
+    }
+    if (!s->chat)
         add_note(s, "the chat template is none that medrun knows: run and chat will refuse this "
                  "checkpoint until --template names one, here or there (" MEDRUN_TEMPLATES "); "
                  "tools/reference/templates.py finds out whether one of them renders the same");

@@ -90,7 +90,7 @@ def rope_of(config):
     """The rope block in the spelling of transformers 5, from either spelling."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     rope.setdefault("rope_type", rope.pop("type", "default"))
-    rope.setdefault("rope_theta", config.get("rope_theta"))
+    rope.setdefault("rope_theta", config.get("rope_theta") or 10000.0)     # transformers' default
     return rope
 
 
@@ -147,16 +147,34 @@ def add_xielu(w, tensors, n_layers):
         getattr(w, "add_xielu_" + name)([float(v.ravel()[0]) for v in values])
 
 
-def add_sentencepiece(w, folder):
+def added_to_model(folder):
+    """Tokens beside a tokenizer.model, {id: (text, type)}, as llama.cpp's converter sees them."""
+    config = read_json(folder, "tokenizer_config.json")
+    decoder = config.get("added_tokens_decoder")
+    if decoder is not None:
+        return {int(i): (t["content"], 3 if t.get("special") else 4) for i, t in decoder.items()}
+    return {i: (text, 4) for text, i in read_json(folder, "added_tokens.json").items()}
+
+
+def filled_up(entries, n):
+    """The list of all entries, {id: (text, type, score)}; what has no text is called [PAD7]."""
+    return [entries.get(i, ("[PAD%d]" % i, 5, -10000.0)) for i in range(max(n, max(entries) + 1))]
+
+
+def add_sentencepiece(w, folder, n):
     from sentencepiece import sentencepiece_model_pb2
     model = sentencepiece_model_pb2.ModelProto()
     with open(os.path.join(folder, "tokenizer.model"), "rb") as f:
         model.ParseFromString(f.read())
     w.add_tokenizer_model("llama")
     w.add_tokenizer_pre("default")
-    w.add_token_list([p.piece.encode("utf-8") for p in model.pieces])
-    w.add_token_scores([float(p.score) for p in model.pieces])
-    w.add_token_types([int(p.type) for p in model.pieces])  # the same numbers
+    entries = {i: (p.piece, int(p.type), float(p.score)) for i, p in enumerate(model.pieces)}
+    for i, (text, kind) in added_to_model(folder).items():
+        entries.setdefault(i, (text, kind, -1000.0))
+    entries = filled_up(entries, n)
+    w.add_token_list([text.encode("utf-8") for text, _, _ in entries])
+    w.add_token_scores([score for _, _, score in entries])
+    w.add_token_types([kind for _, kind, _ in entries])  # the same numbers
     w.add_add_space_prefix(model.normalizer_spec.add_dummy_prefix)
 
 
@@ -182,11 +200,11 @@ def add_sentencepiece_json(w, table):
     w.add_add_space_prefix(True)
 
 
-def add_byte_level(w, table):
-    entries = {i: (text, 1) for text, i in table["model"]["vocab"].items()}
+def add_byte_level(w, table, n):
+    entries = {i: (text, 1, 0) for text, i in table["model"]["vocab"].items()}
     for t in table["added_tokens"]:
-        entries[t["id"]] = (t["content"], 3 if t["special"] else 4)
-    assert sorted(entries) == list(range(len(entries)))
+        entries[t["id"]] = (t["content"], 3 if t["special"] else 4, 0)
+    entries = filled_up(entries, n)
     w.add_tokenizer_model("gpt2")
     w.add_tokenizer_pre("tekken" if TEKKEN_MARK in json.dumps(table["pre_tokenizer"]).replace(
         "\\\\", "\\") else "llama-bpe")
@@ -194,15 +212,15 @@ def add_byte_level(w, table):
     w.add_token_types([entries[i][1] for i in range(len(entries))])
 
 
-def add_tokenizer(w, folder):
+def add_tokenizer(w, folder, n):
     table = read_json(folder, "tokenizer.json")
     byte_level = False
     if os.path.exists(os.path.join(folder, "tokenizer.model")):
-        add_sentencepiece(w, folder)
+        add_sentencepiece(w, folder, n)
     elif table["model"].get("byte_fallback"):
         add_sentencepiece_json(w, table)
     else:
-        add_byte_level(w, table)
+        add_byte_level(w, table, n)
         byte_level = True
     # bos, eos and others from tokenizer_config.json and config.json; merges; the chat template
     special = gguf.SpecialVocab(folder, load_merges=byte_level)
@@ -279,7 +297,7 @@ def write_gguf(folder, path, kind, choices=()):
     w.add_file_type(FILE_TYPES[kind.name])
     w.add_quantization_version(2)
     add_config(w, config)
-    add_tokenizer(w, folder)
+    add_tokenizer(w, folder, config["vocab_size"])
     if arch == "apertus":
         add_xielu(w, tensors, config["num_hidden_layers"])
 
