@@ -46,7 +46,8 @@ $(BIN)/medrun-export$(EXE): tools/export.c $(EXPORT) medrun.c
 $(BIN)/medrun-eval$(EXE): tools/eval.c $(EVAL) medrun.c
 	$(CC) $(CFLAGS) $(WARN) -o $@ tools/eval.c $(LIBS)
 
-$(BIN)/medrun-lab$(EXE): tools/lab.c tools/tool_calls.c tools/write.c medrun.c
+$(BIN)/medrun-lab$(EXE): tools/lab.c tools/tool_calls.c tools/write.c tools/explain_lens.c \
+                         tools/explain_top.c medrun.c
 	$(CC) $(CFLAGS) $(WARN) $(CL) -o $@ tools/lab.c $(LIBS)
 
 # The page is a part of the program, as numbers, for xxd is not everywhere.

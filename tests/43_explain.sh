@@ -33,6 +33,8 @@ check "explain_page.h is that of explain_page.html, .css and .js: make tools/exp
     cmp -s "$T/page.h" tools/explain_page.h
 check "the page's own code stays under 150 kB" [ "$(wc -c < "$T/page.h")" -lt 150000 ]
 
+if ! "$python" -c "import json" 2> /dev/null; then skip "no $python to read JSON"; finish; fi
+
 # ---- the line ----
 code 0 --version; check "version" grep -q '^medrun-explain [0-9]' "$T/out"
 code 0 --help; check "help" grep -q -- '--what-if OLD=>NEW' "$T/out"
@@ -114,6 +116,15 @@ check "the changes are there, and the twin differs nowhere" "$python" -c "import
 sys.exit(not (len(j['what_if']) == 2 and len(j['ablations']) == 2 and max(j['other_kl']) < 1e-6
               and len(j['patched']) == 4 * 6
               and abs(j['patched'][0] - j['total'][0]) < 1e-4))" "$T/c.json"
+
+# ---- the lens in a terminal ----
+lab=$bin/medrun-lab
+"$lab" top "$model" -p "$question" -q > "$T/top" 2> "$T/err"; check "top: $(cat "$T/err")" [ $? = 0 ]
+check "top has a head and a line for each layer and the embedding" [ "$(wc -l < "$T/top")" = 8 ]
+check "top within 80 columns" [ -z "$(tr -d '\302' < "$T/top" | awk 'length > 80')" ]
+check "the last layer says the answer" grep -q '^layer 6 .*The .*thirst 9' "$T/top"
+check "no colour in a file" [ "$(grep -c "$(printf '\033')" "$T/top")" = 0 ]
+"$lab" top "$model" > "$T/top" 2>&1 < /dev/null; check "top without a text is refused" [ $? != 0 ]
 
 # ---- hostile text ----
 printf '%s\342\200\250\342\200\256right to left' '</script><img src=x onerror=alert(1)> <!-- "\u003c' > "$T/hostile"

@@ -130,7 +130,7 @@ static void look_at_rows(side *b, size_t n, size_t k, row_facts *facts) {
 }
 
 /* How many ids are likelier than ID. */
-static uint32_t rank_of(const float *z, size_t n, int32_t id) {
+__attribute__((unused)) static uint32_t rank_of(const float *z, size_t n, int32_t id) {
     uint32_t before = 0;
     for (size_t i = 0; i < n; i++) before += z[i] > z[id];
     return before;
@@ -142,6 +142,7 @@ static uint32_t rank_of(const float *z, size_t n, int32_t id) {
 /* Multiplies W by unit vectors FIRST .. FIRST + N - 1 (N at most SIDE_ROWS): b->out or b->logits
  * then has those columns of W as rows, UNIT_INPUT times as large. So weights are read as products,
  * whatever the type. */
+__attribute__((unused))
 static void unit_columns(side *b, const tensor *w, size_t first, size_t n, float *out,
                          size_t stride) {
     memset(b->wide, 0, n * w->cols * sizeof(float));
@@ -150,7 +151,7 @@ static void unit_columns(side *b, const tensor *w, size_t first, size_t n, float
 }
 
 /* Row ROW of W, (cols): its panel alone is multiplied by every unit vector. */
-static void weight_row(side *b, const tensor *w, size_t row, double *out) {
+__attribute__((unused)) static void weight_row(side *b, const tensor *w, size_t row, double *out) {
     tensor panel = {w->type, LANES, w->cols,
                     w->data + row / LANES * panel_bytes(w->type, w->cols)};
     float found[SIDE_ROWS * LANES];

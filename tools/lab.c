@@ -5,7 +5,8 @@
  * bench times prompts and generation beside what the machine can do at most; doctor says what the
  * machine has and whether its kernels agree; record writes a run with all that is needed to repeat
  * it, and replay repeats it; compare says how far a checkpoint's logits are from those of another
- * implementation; call shows a model functions and prints the call that it makes.
+ * implementation; call shows a model functions and prints the call that it makes; top shows what
+ * each layer would say.
  * Options are read as medrun reads them (sections 16 and 17 of medrun.c). MIT licence, see
  * LICENSE. */
 #define MEDRUN_NO_MAIN
@@ -14,8 +15,10 @@
 #include "../medrun.c"
 #include "tool_calls.c"
 #include "write.c"
+#include "explain_lens.c"
+#include "explain_top.c"
 
-enum { BENCH, DOCTOR, RECORD, REPLAY, COMPARE, CALL, LAB_HELP, LAB_VERSION, N_LAB_COMMANDS };
+enum { BENCH, DOCTOR, RECORD, REPLAY, COMPARE, CALL, LENS, LAB_HELP, LAB_VERSION, N_LAB_COMMANDS };
 
 /* Options that medrun has not. */
 enum { L_PROMPT = N_OPTIONS, L_PREDICT, L_DEPTH, L_REPETITIONS, L_FORMAT, L_TOOLS, L_RENDER,
@@ -796,6 +799,9 @@ static const command_row lab_commands[N_LAB_COMMANDS] = {
         .run = compare_command},
     [CALL] = {"call", "MODEL.mdr --tools FILE.json -p TEXT | --messages FILE.json",
         "shows a model functions, and prints the call it makes as JSON", .run = call_command},
+    [LENS] = {"top", "MODEL.mdr -p TEXT | -f FILE",
+        "what each layer would say, where the prompt ends and the answer begins",
+        .run = top_command},
     [LAB_HELP] = {"help", "[COMMAND]", "all commands, or the options of one", .run = help_command,
         .no_model = true, .more = 1},
     [LAB_VERSION] = {"version", "", "prints the version", .run = version_command,
@@ -828,7 +834,7 @@ static void take_options(void) {
     const int call[] = {O_MESSAGES, O_RENDER_IDS, O_NO_OPENING};
     for (int id = 0; id < N_OPTIONS; id++) {
         lab_options[id] = option_rows[id];
-        lab_options[id].on = option_rows[id].on & ON(RUN) ? ON(RECORD) | ON(CALL) : 0;
+        lab_options[id].on = option_rows[id].on & ON(RUN) ? ON(RECORD) | ON(CALL) | ON(LENS) : 0;
     }
     for (size_t i = 0; i < sizeof bench / sizeof *bench; i++)
         lab_options[bench[i]].on |= ON(BENCH);
