@@ -1,17 +1,30 @@
-"""How far a checkpoint's logits are from float32: mean KL divergence and top-1 agreement.
+"""How far checkpoints are from float32: mean KL divergence, the same likeliest token, bits a weight.
 
-    python tools/reference/precision.py HF_FOLDER MODEL.mdr TEXT... [--medrun ./medrun] [--strict]
-        [--chunk 256] [--limit 20000]
+    python tools/reference/precision.py HF_FOLDER [MODEL.mdr...] TEXT... [--types bf16,int8,int4]
+        [--calibrate TEXT] [--permute SEED] [--kv f16,int8] [--work DIR] [--bin .] [--strict]
+        [--chunk 256] [--limit 8704]
 
-TEXT is a UTF-8 text file, cut into windows of --chunk tokens, or a .jsonl of the demo model's
-held-out questions ("question", "answer"), each rendered as a chat, whose answers are counted apart.
 The reference is transformers in float32 on the folder's weights; medrun's side is `medrun logits
---all`. Prints the number of positions, the mean and the largest KL(reference || medrun) in nats, and
-the share of positions where both have the same largest logit. Needs torch and transformers.
+--all`. What is measured are the models that are named, and --types, which are exported from the
+folder to --work (int4 also with --calibrate's text), each with the caches of --kv. TEXT is UTF-8, cut
+into windows of --chunk tokens, LIMIT in all; or pubmedqa's .json, whose abstracts are joined; or a
+.jsonl of the demo model's held-out questions ("question", "answer"), each rendered as a chat, whose
+answers are counted apart.
+
+--permute shuffles the residual stream, the feed-forward units and the value channels of the folder
+first (a copy in --work): the same function, but where its weights once were rounded by groups to 4
+bits no group of ours holds the same numbers. Llama's architecture, one safetensors file.
+
+Needs torch, transformers, safetensors, numpy.
 """
 import argparse
 import json
+import os
+import re
+import shutil
+import struct
 import subprocess
+import sys
 import tempfile
 
 import numpy as np
@@ -19,11 +32,54 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-def windows(path, tokenizer, chunk, limit):
-    """(token ids, position from which the answer is predicted) for each window, LIMIT ids in all."""
-    if path.endswith(".jsonl"):
-        total = 0
-        for line in open(path, encoding="utf-8"):
+def permute(folder, out, seed):
+    """HF_FOLDER -> OUT, the same function."""
+    from safetensors.torch import load_file, save_file
+    os.makedirs(out, exist_ok=True)
+    for name in os.listdir(folder):
+        if not name.endswith(".safetensors"):
+            shutil.copy(os.path.join(folder, name), out)
+    with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
+        c = json.load(f)
+    hidden, heads, kv = c["hidden_size"], c["num_attention_heads"], c["num_key_value_heads"]
+    dim = c.get("head_dim") or hidden // heads
+    g = torch.Generator().manual_seed(seed)
+    stream = torch.randperm(hidden, generator=g)
+    w = load_file(os.path.join(folder, "model.safetensors"))
+    for layer in range(c["num_hidden_layers"]):
+        units = torch.randperm(c["intermediate_size"], generator=g)
+        channels = torch.stack([torch.randperm(dim, generator=g) for _ in range(kv)])
+        values = (channels + dim * torch.arange(kv)[:, None]).flatten()
+        queries = channels.repeat_interleave(heads // kv, 0) + dim * torch.arange(heads)[:, None]
+        for name in [n for n in w if n.startswith(f"model.layers.{layer}.")]:
+            if re.search("[qkv]_proj|gate_proj|up_proj", name):
+                w[name] = w[name][:, stream]
+            if re.search("o_proj|down_proj", name):
+                w[name] = w[name][stream]
+            if re.search("gate_proj|up_proj", name):
+                w[name] = w[name][units]
+            if "down_proj" in name:
+                w[name] = w[name][:, units]
+            if "v_proj" in name:
+                w[name] = w[name][values]
+            if "o_proj" in name:
+                w[name] = w[name][:, queries.flatten()]
+            if name.endswith("layernorm.weight"):
+                w[name] = w[name][stream]
+    w["model.norm.weight"] = w["model.norm.weight"][stream]
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in w:
+            w[name] = w[name][:, stream]
+    save_file({k: v.contiguous() for k, v in w.items()}, os.path.join(out, "model.safetensors"),
+              metadata={"format": "pt"})
+    return out
+
+
+def chats(path, tokenizer, limit):
+    """(ids, position from which the answer is predicted) of each held-out question."""
+    total = 0
+    with open(path, encoding="utf-8") as f:
+        for line in f:
             row = json.loads(line)
             question = [{"role": "user", "content": row["question"]}]
             answer = [{"role": "assistant", "content": row["answer"]}]
@@ -36,51 +92,91 @@ def windows(path, tokenizer, chunk, limit):
             if total > limit:
                 return
             yield ids, len(tokenizer.encode(opened, add_special_tokens=False)) - 1
+
+
+def windows(path, tokenizer, chunk, limit):
+    if path.endswith(".jsonl"):
+        yield from chats(path, tokenizer, limit)
         return
-    ids = tokenizer.encode(open(path, encoding="utf-8").read(), add_special_tokens=False)[:limit]
-    for at in range(0, len(ids) - 1, chunk - 1):
-        yield [tokenizer.bos_token_id] + ids[at:at + chunk - 1], None
+    with open(path, encoding="utf-8") as f:
+        text = f.read()
+    if path.endswith(".json"):
+        text = "\n\n".join("\n".join(item["CONTEXTS"]) for item in json.loads(text).values())
+    # the tokenizer takes long over megabytes
+    ids = tokenizer.encode(text[:limit * 8], add_special_tokens=False)[:limit]
+    for at in range(0, len(ids) - 1, chunk):
+        yield ids[at:at + chunk], None
 
 
-def report(what, divergence, same):
-    if same:
-        print(f"{what}: {len(same)} positions, KL {np.mean(divergence):.3g} nats (largest "
-              f"{np.max(divergence):.3g}), top-1 {100 * np.mean(same):.2f} %")
+def run(*command):
+    done = subprocess.run(command, capture_output=True, check=False)
+    if done.returncode:
+        sys.exit("%s\nended with %d: %s" % (" ".join(command), done.returncode, done.stderr.decode()))
+    return done.stdout.decode()
+
+
+def logits(o, model, kv, ids):
+    with tempfile.NamedTemporaryFile() as out:
+        run(o.bin + "/medrun", "logits", model, "--ids", " ".join(map(str, ids)), "--all", "--kv", kv,
+            "--force", "-o", out.name, *["--strict"] * o.strict)
+        return torch.from_numpy(np.fromfile(out.name, dtype="<f4").reshape(len(ids), -1))
+
+
+def measure(o, reference, tokenizer, subjects):
+    """{(text, subject): [(KL, same token) of positions]}, of answers under (text + " answers", subject)"""
+    found = {}
+    for path in o.texts:
+        for ids, answer in windows(path, tokenizer, o.chunk, o.limit):
+            with torch.no_grad():
+                a = torch.log_softmax(reference(torch.tensor([ids])).logits[0].double(), -1)
+            for subject in subjects:
+                b = torch.log_softmax(logits(o, *subject, ids).double(), -1)
+                kl = (a.exp() * (a - b)).sum(-1)
+                rows = torch.stack([kl, (a.argmax(-1) == b.argmax(-1)).double()], -1)
+                found.setdefault((path, subject), []).append(rows)
+                if answer is not None:
+                    found.setdefault((path + ", answers", subject), []).append(rows[answer:])
+    return {key: torch.cat(rows) for key, rows in found.items()}
+
+
+def bits_a_weight(model):
+    with open(model, "rb") as f:
+        header = f.read(16)
+        tensors = json.loads(f.read(struct.unpack("<Q", header[8:])[0]))["tensors"]
+    return 8 * sum(t["bytes"] for t in tensors) / sum(t["rows"] * t["cols"] for t in tensors)
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("folder")
-    p.add_argument("model")
-    p.add_argument("text", nargs="+")
-    p.add_argument("--medrun", default="./medrun")
+    p.add_argument("files", nargs="+", metavar="MODEL.mdr or TEXT")
+    p.add_argument("--types", default="")
+    p.add_argument("--calibrate")
+    p.add_argument("--permute", type=int)
+    p.add_argument("--kv", default="f16")
+    p.add_argument("--work", default="build/precision")
+    p.add_argument("--bin", default=".")
     p.add_argument("--strict", action="store_true")
     p.add_argument("--chunk", type=int, default=256)
-    p.add_argument("--limit", type=int, default=20000)
+    p.add_argument("--limit", type=int, default=8704)
     o = p.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(o.folder)
-    model = AutoModelForCausalLM.from_pretrained(o.folder, dtype=torch.float32).eval()
-    for path in o.text:
-        divergence, same, answers, same_answers = [], [], [], []
-        for ids, answer in windows(path, tokenizer, o.chunk, o.limit):
-            with torch.no_grad():
-                reference = model(torch.tensor([ids])).logits[0].double()
-            with tempfile.NamedTemporaryFile() as out:
-                command = [o.medrun, "logits", o.model, "--ids", " ".join(map(str, ids)), "--all",
-                           "-o", out.name] + ["--strict"] * o.strict
-                subprocess.run(command, check=True)
-                ours = np.fromfile(out.name, dtype="<f4").reshape(len(ids), -1)
-            a = torch.log_softmax(reference, -1)
-            b = torch.log_softmax(torch.from_numpy(ours).double(), -1)
-            kl = (a.exp() * (a - b)).sum(-1).tolist()
-            agree = (a.argmax(-1) == b.argmax(-1)).tolist()
-            divergence += kl
-            same += agree
-            if answer is not None:
-                answers += kl[answer:]
-                same_answers += agree[answer:]
-        report(path, divergence, same)
-        report("  the answers in it", answers, same_answers)
+    models = [f for f in o.files if f.endswith(".mdr")]
+    o.texts = [f for f in o.files if not f.endswith(".mdr")]
+    os.makedirs(o.work, exist_ok=True)
+    folder = o.folder if o.permute is None else permute(o.folder, o.work + "/permuted", o.permute)
+    for kind in filter(None, o.types.split(",")):
+        ways = [("", [])] + [(" calibrated", ["--calibrate", o.calibrate])] * (kind == "int4" and bool(o.calibrate))
+        for what, more in ways:
+            models.append(f"{o.work}/{kind}{what.replace(' ', '-')}.mdr")
+            run(o.bin + "/medrun-export", folder, models[-1], "--type", kind, "--force", *more)
+    subjects = [(m, kv) for m in models for kv in o.kv.split(",")]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    print("| text | model | cache | bits a weight | positions | KL, nats | largest | same token |\n|---|---|---|---|---|---|---|---|")
+    for (path, (model, kv)), rows in measure(o, reference, tokenizer, subjects).items():
+        kl, same = rows[:, 0], rows[:, 1]
+        print(f"| {os.path.basename(path)} | {os.path.basename(model)} | {kv} | {bits_a_weight(model):.2f} | {len(kl)} | "
+              f"{kl.mean():.3g} | {kl.max():.3g} | {100 * same.mean():.2f} % |")
 
 
 main()
