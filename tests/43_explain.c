@@ -70,7 +70,7 @@ static void test_edit(void) {
         else CHECK(!same && float_bits(t.seen) == float_bits(t.written));
         CHECK_EQ(t.forbidden, 0);
     }
-    medrun_edit(s, NULL, NULL);
+    medrun_edit(s, NULL, NULL), medrun_observe(s, NULL, NULL);
     medrun_rewind(s, 0, NULL);
     CHECK(!medrun_feed(s, ids, 8, &e));
     while (medrun_pending(s)) CHECK(!medrun_step(&s, 1, &e));

@@ -82,6 +82,12 @@ if [ -n "$MEDRUN_TEST_ALL" ]; then
 else skip "float32, lm-evaluation-harness: with MEDRUN_TEST_ALL"
 fi
 
+if [ -n "$exact" ]; then
+    step "the numbers of medrun-explain" "$python" tools/reference/explain_fixtures.py "$bin/medrun-explain" \
+        "$exact" "$T/bf16.mdr" --double --text "The most common symptom of iron deficiency anaemia is fatigue"
+    tail -n 1 "$T/log"
+fi
+
 if packages xllamacpp -- xllamacpp; then
     # shellcheck disable=SC2086
     step "text as llama.cpp's" real text "$gguf" "$T/bf16.mdr" --questions $questions --tokens $tokens \

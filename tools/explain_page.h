@@ -339,7 +339,7 @@ static const char *const page_end[] = {
     "  const slot = el(\"div\", {}, card(state.token));\n",
     "  const hover = t => slot.replaceChildren(card(t === null ? state.token : t));\n",
     "  v.body.replaceChildren(\n",
-    "    el(\"p\", {class: \"legend dim\"}, \"Colour and underline: surprise, \", el(\"i\", {a: 0}), \"0 \", ...[4, 8, 12].flatMap(b => { const i = el(\"i\", {}); i.style.opacity = b / 12; return [i, b + \" \"]; }), \"bits. Dashed: control tokens. Choose a token with the mouse or ← → and Enter.\"),\n",
+    "    el(\"p\", {class: \"legend dim\"}, \"Colour and underline: surprise, \", (() => { const i = el(\"i\", {}); i.style.opacity = .06; return i; })(), \"0 \", ...[4, 8, 12].flatMap(b => { const i = el(\"i\", {}); i.style.opacity = b / 12; return [i, b + \" \"]; }), \"bits. Dashed: control tokens. Choose a token with the mouse or ← → and Enter.\"),\n",
     "    el(\"div\", {class: \"controls\"}, el(\"label\", {}, el(\"input\", {type: \"checkbox\", checked: state.spaces, on: {change: e => { state.spaces = e.target.checked; show(); }}}), \"show blanks and line ends\")),\n",
     "    textOf(\"The text, token by token\", t => t ? Math.min(1, surprise(t) / 12) : 0, pin, {hover, note: t => t ? surprise(t).toFixed(2) + \" bits\" : \"first token\"}), slot);\n",
     "}\n",

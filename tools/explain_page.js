@@ -188,7 +188,7 @@ function buildText(v) {
   const slot = el("div", {}, card(state.token));
   const hover = t => slot.replaceChildren(card(t === null ? state.token : t));
   v.body.replaceChildren(
-    el("p", {class: "legend dim"}, "Colour and underline: surprise, ", el("i", {a: 0}), "0 ", ...[4, 8, 12].flatMap(b => { const i = el("i", {}); i.style.opacity = b / 12; return [i, b + " "]; }), "bits. Dashed: control tokens. Choose a token with the mouse or ← → and Enter."),
+    el("p", {class: "legend dim"}, "Colour and underline: surprise, ", (() => { const i = el("i", {}); i.style.opacity = .06; return i; })(), "0 ", ...[4, 8, 12].flatMap(b => { const i = el("i", {}); i.style.opacity = b / 12; return [i, b + " "]; }), "bits. Dashed: control tokens. Choose a token with the mouse or ← → and Enter."),
     el("div", {class: "controls"}, el("label", {}, el("input", {type: "checkbox", checked: state.spaces, on: {change: e => { state.spaces = e.target.checked; show(); }}}), "show blanks and line ends")),
     textOf("The text, token by token", t => t ? Math.min(1, surprise(t) / 12) : 0, pin, {hover, note: t => t ? surprise(t).toFixed(2) + " bits" : "first token"}), slot);
 }
