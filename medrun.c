@@ -4387,8 +4387,9 @@ static int choose_kernels(const kernel_set **out, const char *name, medrun_error
     const kernel_set *sets[N_KERNEL_SETS];
     char known[80] = "";
     int n = usable_kernels(sets);
+    if (!name) name = "";
     for (int i = 0; i < n; i++) {
-        if (!name || !*name || !strcmp(name, sets[i]->name)) return *out = sets[i], MEDRUN_OK;
+        if (!*name || !strcmp(name, sets[i]->name)) return *out = sets[i], MEDRUN_OK;
         snprintf(known + strlen(known), sizeof known - strlen(known), " %s", sets[i]->name);
     }
     return fail(e, MEDRUN_USAGE, "kernels: found \"%s\", this machine can run:%s", name, known);

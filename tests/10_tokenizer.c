@@ -579,7 +579,7 @@ static void test_spaced_lies(void) {
  * a tokenizer that still gives every text back, but for a byte that it lacks now. */
 static void test_damaged(const uint8_t *bytes, size_t n, size_t bit_step) {
     int wrong = 0, opened = 0;
-    uint8_t *copy, *mutant = malloc(n + 1);
+    uint8_t *copy, *mutant = calloc(n + 1, 1);
     tokenizer t;
     medrun_error e;
     for (size_t cut = 0; cut < n; cut++) {

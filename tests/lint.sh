@@ -33,7 +33,7 @@ budgets="
 3:540:656
 4:200:218
 5:310:310
-6:1940:2150
+6:1940:2151
 7:130:137
 8:350:475
 9:180:330
@@ -45,8 +45,8 @@ budgets="
 15:720:960
 16:1410:2640"
 budgets=$(echo $budgets)                  # on one line
-most_lines=11787                            # the goals: 9000, 450000, 15
-most_bytes=586853
+most_lines=11788                            # the goals: 9000, 450000, 15
+most_bytes=586870
 least_comments=12.8
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
