@@ -16,6 +16,10 @@ check 'names the nearest' grep -q -e --port "$T/err"
 "$serve" "$T/none.mdr" --port 8099 2> "$T/err"; check 'no such file' [ $? = 3 ]
 "$serve" Makefile --port 8099 2> "$T/err"; check 'not a checkpoint' [ $? = 3 ]
 
+# The sanitizers' own threads and maps need what the sandbox forbids.
+if grep -qE '__(asan|tsan)_init' "$serve"; then
+    export MEDRUN_SERVE_ARGS=--no-sandbox
+fi
 if command -v python3 > "$T/which"; then
     python3 tests/serve.py "$serve" > "$T/out" 2> "$T/err"
     # shellcheck disable=SC2046

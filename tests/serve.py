@@ -411,7 +411,8 @@ def part_limits():
     s.end()
     unix_socket()
     for what in ('open', 'write', 'connect', 'exec'):
-        r = subprocess.run([BIN, MODEL, '--port', str(free_port()), '--try', what],
+        more = os.environ.get('MEDRUN_SERVE_ARGS', '').split()
+        r = subprocess.run([BIN, MODEL, '--port', str(free_port()), '--try', what, *more],
                            capture_output=True)
         if b'no open' not in r.stderr:
             skip('this system has no sandbox')
@@ -473,7 +474,8 @@ def bad_requests(s):
 def unix_socket():
     folder = tempfile.mkdtemp()
     path = os.path.join(folder, 'm.sock')
-    p = subprocess.Popen([BIN, MODEL, '--host', path, '-q'])
+    p = subprocess.Popen([BIN, MODEL, '--host', path, '-q',
+                          *os.environ.get('MEDRUN_SERVE_ARGS', '').split()])
     for _ in range(200):
         try:
             s = socket.socket(socket.AF_UNIX)
