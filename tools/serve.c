@@ -456,8 +456,8 @@ static void copy_start(slot *to, const slot *from, size_t n) {
     keep_start(to, 0);
     medrun_feed(to->s, a->tokens, n, NULL);
     keep_start(to, n);
-    if (to->scores && from->scores)
-        memcpy(to->scores, from->scores, (n + 1) * sizeof *to->scores);
+    for (size_t i = 0; to->scores && i <= n; i++)       /* never those of another timeline        */
+        to->scores[i] = from->scores ? from->scores[i] : (score){0};
 }
 
 /* Tokens whose cache is in memory, or promised to what runs. */
