@@ -1970,6 +1970,11 @@ static int pool_start(thread_pool *pool, int threads, medrun_error *e) {
  *         lower six are shift + 32. Two groups share a line as in int8, and K is padded to 64. That
  *         is 4.5 bits a weight. The scale may be negative: the levels reach further below zero.
  *
+ * In int8 each whole 64 columns of a row are turned (turn_group) before they are stored, and so is
+ * what they are multiplied by. No product changes: turning is orthogonal. But a number far larger
+ * than its neighbours, which makes the steps of all of them coarse, is spread over them. int4 is
+ * not turned: what a column is multiplied by says how exact it must be, turning makes all alike.
+ *
  * Tests: tests/05_numbers.c.
  * ============================================================================================ */
 
@@ -2079,6 +2084,19 @@ static void sin_cos(double x, double *sine, double *cosine) {
 
 /* ---- panels -------------------------------------------------------------------------------- */
 
+/* A Walsh-Hadamard transform: sums and differences of the halves of X, then of their halves, and so
+ * on; by the factor, which is exact, it is its own inverse. Fewer than 64 numbers stay as they
+ * are. */
+static void turn_group(float *x, size_t n) {
+    for (size_t i = 0; i < n && n == GROUP; i++) x[i] *= 0.125f;
+    for (size_t half = GROUP / 2; half && n == GROUP; half /= 2)
+        for (size_t first = 0; first < GROUP; first += 2 * half)
+            for (float *a = x + first, *b = a + half; a < x + first + half; a++, b++) {
+                float sum = *a + *b;
+                *b = *a - *b, *a = sum;
+            }
+}
+
 /* An int8 group has 64 columns, an int4 group 32; two of them share a line for their scales. */
 static size_t group_cols(int type) { return type == TYPE_INT4 ? GROUP4 : GROUP; }
 static size_t group_bytes(int type) { return type == TYPE_INT4 ? GROUP4_BYTES : GROUP_BYTES; }
@@ -2127,9 +2145,11 @@ static void store_bf16_row(const float *row, size_t cols, size_t lane, uint8_t *
 
 /* One group of one row: the scale is the largest magnitude / 127, rounded up to a bf16, and the
  * weights are rounded with that scale, so that what is stored is what is meant. */
-static void store_int8_group(const float *row, size_t n, size_t lane, uint8_t *scales,
+static void store_int8_group(const float *from, size_t n, size_t lane, uint8_t *scales,
                             uint8_t *steps) {
-    float largest = 0;
+    float row[GROUP], largest = 0;
+    memcpy(row, from, n * sizeof *row);
+    turn_group(row, n);
     for (size_t k = 0; k < n; k++) largest = fmaxf(largest, fabsf(row[k]));
     uint16_t scale = largest < 1e-30f ? 0 : f32_to_bf16_up(largest / 127.0f);
     memcpy(scales + 2 * lane, &scale, 2);
@@ -2192,14 +2212,19 @@ static void panel_unpack_row(int type, const uint8_t *panel, size_t lane, size_t
     for (size_t k = 0; k < cols; k++)
         if (type == TYPE_BF16) out[k] = stored_bf16(panel, lane, k);
         else out[k] = (float)stored_int(type, panel, lane, k) * stored_scale(type, panel, lane, k);
+    for (size_t k = 0; type == TYPE_INT8 && k + GROUP <= cols; k += GROUP)
+        turn_group(out + k, GROUP);
 }
 
 /* ---- the definition of a matrix product ----------------------------------------------------- */
 
-/* A group of a token's activations as whole numbers Q, and their scale: largest magnitude / 127. */
-static float quantise_group(const float *x, size_t n, int8_t q[GROUP]) {
-    float largest = 0;
+/* A group of a token's activations as whole numbers Q, for int8 weights turned, and their scale:
+ * largest magnitude / 127. */
+static float quantise_group(int type, const float *from, size_t n, int8_t q[GROUP]) {
+    float x[GROUP], largest = 0;
     memset(q, 0, GROUP);
+    memcpy(x, from, n * sizeof *x);
+    if (type == TYPE_INT8) turn_group(x, n);
     for (size_t k = 0; k < n; k++) largest = fabsf(x[k]) > largest ? fabsf(x[k]) : largest;
     if (largest < 1e-30f) return 0;
     for (size_t k = 0; k < n; k++) q[k] = (int8_t)round_even(x[k] * (127.0f / largest));
@@ -2217,7 +2242,7 @@ MAYBE_UNUSED static float plain_dot(int type, const uint8_t *panel, size_t lane,
     }
     for (size_t g = 0; g < cols; g += GROUP) {
         int8_t q[GROUP];
-        float scale = quantise_group(x + g, cols - g < GROUP ? cols - g : GROUP, q);
+        float scale = quantise_group(type, x + g, cols - g < GROUP ? cols - g : GROUP, q);
         for (size_t first = 0; first < GROUP; first += group_cols(type)) {
             int32_t dot = 0;                            /* exact: whole numbers                 */
             for (size_t k = first; k < first + group_cols(type); k++)
@@ -2275,7 +2300,7 @@ MAYBE_UNUSED static void plain_matmul(int type, const uint8_t *w, size_t rows, s
  *   PACK_BF16  two bf16, k and k + 1                            (bf16 weights, vdpbf16ps)
  *   PACK_INT8  for each group of 64: for each token -128 * the sum of its first 32 q, then for
  *              each that of the second 32; for each its scale; then 16 words of four int8. The
- *              sums undo the weights' +128 exactly.                     (int8 and int4 weights)
+ *              sums undo the weights' +128 exactly.      (int8 weights, group turned, and int4)
  *   PACK_INT16 the same in int16: 16 times a word of the first and third q of each token, then a
  *              word of the second and fourth.            (where no instruction multiplies bytes) */
 enum { PACK_F32, PACK_BF16, PACK_INT8, PACK_INT16, N_PACKS };
@@ -2298,7 +2323,8 @@ static size_t pack_bytes(int kind, size_t cols, size_t tokens) {
  *   int8      both in panels: keys (head_dim / 2, 16, 2), values (8, head_dim, 2), so that two
  *             neighbours along the sum stand together, and then a bf16 scale for each group of 64
  *             of a position's numbers, (groups, 16). Scores and weighted values are exact integer
- *             sums, with queries and weights rounded to 16 bits. */
+ *             sums, with queries and weights rounded to 16 bits. Whole groups of 64 numbers of
+ *             keys, queries and values are turned (section 5), the weighted values back. */
 static size_t cache_panel(int kv, size_t head_dim) {            /* bytes of 16 positions */
     size_t groups = (head_dim + GROUP - 1) / GROUP;
     return 16 * (kv == MEDRUN_KV_INT8 ? head_dim + 2 * groups : head_dim * (kv ? 4 : 2));
@@ -2375,14 +2401,15 @@ enum { BLOCK_BYTES = 4 * (LANES + 2) };
     X(isplat) X(iadd) X(istore8) X(istore16) X(wload) X(wshift) X(wstore) X(wload_int8)         \
     X(weven) X(wodd) X(bvec) X(bready) X(blevels) X(bload) X(bstore) X(ibias) X(svec) X(sload)  \
     X(vfmas) X(xvec) X(xload) X(idot4) X(vdot2) X(pvec) X(pload) X(idot2) X(vexp) X(vexp_bend)  \
-    X(vexpm1)
+    X(vexpm1) X(vzip)
 PASS_NAMES(KEEP_MACRO)
 
 /* What every pass makes beside its matmuls: X(name, arguments). Shapes are in floats, all
  * pointers may be unaligned, and n is a multiple of 16. */
 #define KERNELS(X)                                                                              \
-    /* x (tokens, cols) with STRIDE -> out; cols a multiple of 16 */                            \
-    X(pack, (int kind, const float *x, size_t stride, size_t cols, size_t tokens, uint8_t *out)) \
+    /* x (tokens, cols) with STRIDE, turned or not, -> out; cols a multiple of 16 */            \
+    X(pack, (int kind, bool turned, const float *x, size_t stride, size_t cols, size_t tokens,  \
+             uint8_t *out))                                                                     \
     X(norm, (float *out, const float *x, const float *weight, size_t n, float eps))             \
     X(silu_mul, (float *gate, const float *up, size_t n))           /* gate = silu(gate) * up */ \
     X(relu2, (float *x, size_t n))                                  /* x = relu(x)^2          */ \
@@ -2390,9 +2417,9 @@ PASS_NAMES(KEEP_MACRO)
     X(add, (float *x, const float *y, size_t n))                    /* x += y                 */ \
     X(attend, (const attention *a))                                                             \
     /* out = what N parts of a query's keys, (n, head_dim + PART_EXTRA), give together */       \
-    X(merge, (float *out, const float *parts, size_t n, size_t head_dim))                       \
+    X(merge, (float *out, const float *parts, size_t n, size_t head_dim, int kv))               \
     X(to_half, (uint16_t *out, const float *x, size_t n))           /* f16, within +-65504    */ \
-    /* the same to int8, with a bf16 scale for each group of 64 */                              \
+    /* the same to int8, turned, with a bf16 scale for each group of 64 */                      \
     X(to_int8, (int8_t *out, uint16_t *scales, const float *x, size_t n))
 
 /* One row for each instruction set. */
@@ -2419,6 +2446,7 @@ typedef struct {
 #define wvec K(wvec)
 #define vload K(vload)                  /* 16 floats */
 #define vstore K(vstore)
+#define vzip K(vzip)                    /* lanes of two in turns: the low or the high halves */
 #define vload_bf16 K(vload_bf16)        /* 16 bf16, widened */
 #define vload_f16 K(vload_f16)          /* 16 f16, widened */
 #define vload_int4 K(vload_int4)        /* the scales of 16 int4 groups, times 2^13 */
@@ -2567,6 +2595,11 @@ typedef struct { uint8_t v[64]; } wvec;
 
 ALWAYS_INLINE vec vload(const float *p) { vec r; memcpy(&r, p, 64); return r; }
 ALWAYS_INLINE void vstore(float *p, vec a) { memcpy(p, &a, 64); }
+ALWAYS_INLINE vec vzip(vec a, vec b, bool high) {
+    vec r;
+    EACH r.v[i] = (i % 2 ? b : a).v[i / 2 + 8 * high];
+    return r;
+}
 ALWAYS_INLINE vec vload_bf16(const void *p) {
     vec r;
     EACH r.v[i] = bf16_to_f32(load_16((const uint8_t *)p + 2 * i));
@@ -2710,6 +2743,11 @@ ALWAYS_INLINE vec vload(const float *p) {
 ALWAYS_INLINE void vstore(float *p, vec x) {
     _mm256_storeu_ps(p, x.a);
     _mm256_storeu_ps(p + 8, x.b);
+}
+ALWAYS_INLINE vec vzip(vec x, vec y, bool high) {
+    __m256 a = high ? x.b : x.a, b = high ? y.b : y.a;
+    __m256 low = _mm256_unpacklo_ps(a, b), rest = _mm256_unpackhi_ps(a, b);
+    return (vec){_mm256_permute2f128_ps(low, rest, 0x20), _mm256_permute2f128_ps(low, rest, 0x31)};
 }
 ALWAYS_INLINE __m256 K(widen_half)(const uint8_t *p) {
     __m256i w = _mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p));
@@ -2901,6 +2939,10 @@ typedef __m512i wvec;
 
 ALWAYS_INLINE vec vload(const float *p) { return _mm512_loadu_ps(p); }
 ALWAYS_INLINE void vstore(float *p, vec x) { _mm512_storeu_ps(p, x); }
+ALWAYS_INLINE vec vzip(vec x, vec y, bool high) {
+    __m512i at = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    return _mm512_permutex2var_ps(x, _mm512_add_epi32(at, _mm512_set1_epi32(high ? 8 : 0)), y);
+}
 ALWAYS_INLINE vec vload_bf16(const void *p) {
     __m512i w = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
@@ -3036,6 +3078,11 @@ ALWAYS_INLINE vec vload(const float *p) {
 }
 ALWAYS_INLINE void vstore(float *p, vec x) {
     vst1q_f32(p, x.a), vst1q_f32(p + 4, x.b), vst1q_f32(p + 8, x.c), vst1q_f32(p + 12, x.d);
+}
+ALWAYS_INLINE vec vzip(vec x, vec y, bool high) {
+    if (high) x.a = x.c, x.b = x.d, y.a = y.c, y.b = y.d;
+    return (vec){vzip1q_f32(x.a, y.a), vzip2q_f32(x.a, y.a), vzip1q_f32(x.b, y.b),
+                 vzip2q_f32(x.b, y.b)};
 }
 ALWAYS_INLINE uint16x8_t K(load_halves)(const uint8_t *p) {
     return vreinterpretq_u16_u8(vld1q_u8(p));
@@ -3445,6 +3492,31 @@ ALWAYS_INLINE vec vexpm1(vec x) {
 }
 
 #ifndef PARTIAL
+/* Section 5's turn_group: each round puts the sums and differences of the halves side by side, so
+ * that the next finds in the halves what it needs (Pease 1968). After six all are in place. */
+ALWAYS_INLINE void K(turn_vecs)(vec v[4]) {
+    UNROLLED for (int i = 0; i < 4; i++) v[i] = vmul(v[i], vsplat(0.125f));
+    UNROLLED for (int round = 0; round < 6; round++) {
+        vec sum = vadd(v[0], v[2]), difference = vsub(v[0], v[2]);
+        vec sum2 = vadd(v[1], v[3]), difference2 = vsub(v[1], v[3]);
+        v[0] = vzip(sum, difference, false), v[1] = vzip(sum, difference, true);
+        v[2] = vzip(sum2, difference2, false), v[3] = vzip(sum2, difference2, true);
+    }
+}
+
+/* N numbers, at most a group, turned or not; zeros behind them. CLAMP: first to what an f16 can be.
+ * Returns their largest magnitude. */
+ALWAYS_INLINE float K(load_group)(const float *x, size_t n, bool turned, bool clamp, vec v[4]) {
+    vec big = vsplat(0), most = vsplat(65504.0f), least = vsplat(-65504.0f);
+    UNROLLED for (size_t i = 0; i < 4; i++) {
+        v[i] = 16 * i < n ? vload(x + 16 * i) : vsplat(0);
+        if (clamp) v[i] = vmax(v[i], least), v[i] = vless(v[i], most, v[i], most);
+    }
+    if (turned && n == GROUP) K(turn_vecs)(v);
+    UNROLLED for (int i = 0; i < 4; i++) big = vmax(big, vmax(v[i], vsub(vsplat(0), v[i])));
+    return vlargest(big);
+}
+
 /* A token's GROUP whole numbers to its places in a tile of NT tokens. PACK_INT16 has the first and
  * third of four in a word, then the second and fourth: so AVX2 finds the bytes of its weights. */
 static void K(pack_words)(int kind, const int8_t *q, size_t nt, uint8_t *out) {
@@ -3460,26 +3532,21 @@ static void K(pack_words)(int kind, const int8_t *q, size_t nt, uint8_t *out) {
 
 /* A tile of LIVE tokens, one group after the other: scale = largest magnitude / 127, q = x / scale.
  * The groups of a tile that is not full end with tokens of zeros. */
-static void K(pack_int)(int kind, const float *x, size_t stride, size_t cols, size_t live,
-                        uint8_t *out) {
+static void K(pack_int)(int kind, bool turned, const float *x, size_t stride, size_t cols,
+                        size_t live, uint8_t *out) {
     size_t nt = tile_width(live);
     for (size_t k = 0; k < cols; k += GROUP, out += pack_bytes(kind, GROUP, nt)) {
         for (size_t t = 0; t < nt; t++) {
             const float *from = x + t * stride + k;
             size_t n = t >= live ? 0 : cols - k < GROUP ? cols - k : GROUP;
-            vec big = vsplat(0);
-            for (size_t i = 0; i < n; i += 16) {
-                vec v = vload(from + i);
-                big = vmax(big, vmax(v, vsub(vsplat(0), v)));
-            }
-            float largest = vlargest(big);
+            vec v[4];
+            float largest = K(load_group)(from, n, turned, false, v);
             bool tiny = largest < 1e-30f;
             float scale = tiny ? 0 : largest / 127.0f;
             vec inverse = vsplat(tiny ? 0 : 127.0f / largest);
-            int8_t q[GROUP] = {0};
+            int8_t q[GROUP];
             int32_t sum[2] = {0};
-            for (size_t i = 0; i < n; i += 16)
-                istore8(q + i, vround(vmul(vload(from + i), inverse)));
+            UNROLLED for (int i = 0; i < 4; i++) istore8(q + 16 * i, vround(vmul(v[i], inverse)));
             for (size_t i = 0; i < GROUP4; i++) sum[0] += q[i], sum[1] += q[GROUP4 + i];
             sum[0] *= -128, sum[1] *= -128;
             memcpy(out + 4 * t, &sum[0], 4);
@@ -3490,14 +3557,14 @@ static void K(pack_int)(int kind, const float *x, size_t stride, size_t cols, si
     }
 }
 
-static void K(pack)(int kind, const float *x, size_t stride, size_t cols, size_t tokens,
-                    uint8_t *out) {
+static void K(pack)(int kind, bool turned, const float *x, size_t stride, size_t cols,
+                    size_t tokens, uint8_t *out) {
     for (size_t t = 0, nt; t < tokens; t += nt, out += pack_bytes(kind, cols, nt)) {
         const float *from = x + t * stride;
         nt = tile_width(tokens - t);
         size_t live = tokens - t < nt ? tokens - t : nt;
         if (kind == PACK_INT8 || kind == PACK_INT16) {
-            K(pack_int)(kind, from, stride, cols, live, out);
+            K(pack_int)(kind, turned, from, stride, cols, live, out);
             continue;
         }
         if (live < nt) memset(out, 0, pack_bytes(kind, cols, nt));
@@ -3880,24 +3947,25 @@ static float K(round16)(int16_t *out, const float *x, size_t n) {
     return tiny ? 0 : largest / 32767.0f;
 }
 
-/* Clamped as in f16, so that no sum of them overflows; rounded with the bf16 scale. */
+/* Clamped, so that no sum of them overflows, and turned; rounded with the bf16 scale. */
 static void K(to_int8)(int8_t *out, uint16_t *scales, const float *x, size_t n) {
-    vec most = vsplat(65504.0f), least = vsplat(-65504.0f), zero = vsplat(0);
     for (size_t g = 0; g < n; g += GROUP, scales++) {
-        size_t end = n - g < GROUP ? n : g + GROUP;
-        vec big = zero;
-        for (size_t i = g; i < end; i += 16) {
-            vec v = vmax(vload(x + i), least);
-            v = vless(v, most, v, most);
-            big = vmax(big, vmax(v, vsub(zero, v)));
-        }
-        float largest = vlargest(big);
+        size_t own = n - g < GROUP ? n - g : GROUP;
+        vec v[4];
+        float largest = K(load_group)(x + g, own, true, true, v);
         *scales = largest < 1e-30f ? 0 : f32_to_bf16_up(largest / 127.0f);
         vec scale = vsplat(*scales ? bf16_to_f32(*scales) : INFINITY);
-        for (size_t i = g; i < end; i += 16) {
-            vec v = vmax(vload(x + i), least);
-            istore8(out + i, vround(vdiv(vless(v, most, v, most), scale)));
-        }
+        for (size_t i = 0; i < own; i += 16)
+            istore8(out + g + i, vround(vdiv(v[i / 16], scale)));
+    }
+}
+
+/* The whole groups of N numbers, turned. */
+static void K(turn)(float *x, size_t n) {
+    for (; n >= GROUP; x += GROUP, n -= GROUP) {
+        vec v[4];
+        K(load_group)(x, GROUP, true, false, v);
+        UNROLLED for (int i = 0; i < 4; i++) vstore(x + 16 * i, v[i]);
     }
 }
 
@@ -3921,9 +3989,11 @@ static void K(pack_int16)(const attention *a) {
         for (size_t i = 0; i < nt && t + i < a->n; i++)
             for (size_t g = 0; g < a->head_dim; g += GROUP) {
                 size_t n = a->head_dim - g < GROUP ? a->head_dim - g : GROUP;
+                float turned[GROUP];
                 int16_t q[GROUP];
-                to[(a->head_dim / 2 + g / GROUP) * nt + i] =
-                    K(round16)(q, a->q[t + i] + g, n) * a->scale;
+                memcpy(turned, a->q[t + i] + g, n * sizeof *turned);
+                K(turn)(turned, n);
+                to[(a->head_dim / 2 + g / GROUP) * nt + i] = K(round16)(q, turned, n) * a->scale;
                 for (size_t d = 0; d < n; d += 2) memcpy(to + (g + d) / 2 * nt + i, q + d, 4);
             }
     }
@@ -4044,10 +4114,12 @@ static void K(join_block)(float *largest, float *total, float block, float more,
     *largest = both;
 }
 
-/* + 0 turns -0 into 0: skipped and zero-weighted keys must look alike. */
-static void K(divide)(float *out, float total, size_t n) {
+/* + 0 turns -0 into 0: skipped and zero-weighted keys must look alike. Values of an int8 cache were
+ * turned, so their sum is turned back. */
+static void K(divide)(float *out, float total, size_t n, int kv) {
     for (size_t c = 0; c < n; c += 16)
         vstore(out + c, vadd(vdiv(vload(out + c), vsplat(total)), vsplat(0)));
+    if (kv == MEDRUN_KV_INT8) K(turn)(out, n);
 }
 
 /* out[t] = out[t] * keep[t] + fresh[t] * sum for a tile's queries and a few vectors of channels. */
@@ -4202,13 +4274,13 @@ static void K(attend)(const attention *a) {
         K(value_block)(a, first, keep, fresh);
     }
     for (size_t t = 0; t < a->n; t++) {
-        if (!a->part) K(divide)(a->out[t], total[t], a->head_dim);
+        if (!a->part) K(divide)(a->out[t], total[t], a->head_dim, a->kv);
         else a->out[t][a->head_dim] = largest[t], a->out[t][a->head_dim + 1] = total[t];
     }
 }
 
 /* The blocks of a query that threads computed each by itself, joined as attend does. */
-static void K(merge)(float *out, const float *parts, size_t n, size_t head_dim) {
+static void K(merge)(float *out, const float *parts, size_t n, size_t head_dim, int kv) {
     float largest = -INFINITY, total = 0, keep, fresh;
     memset(out, 0, head_dim * sizeof *out);
     for (const float *part = parts; n--; part += head_dim + PART_EXTRA) {
@@ -4217,7 +4289,7 @@ static void K(merge)(float *out, const float *parts, size_t n, size_t head_dim) 
             vstore(out + c, vfma(vload(part + c), vsplat(fresh),
                                  vmul(vload(out + c), vsplat(keep))));
     }
-    K(divide)(out, total, head_dim);
+    K(divide)(out, total, head_dim, kv);
 }
 
 #endif /* PARTIAL */
@@ -4449,6 +4521,7 @@ static int pack_kind(const engine *eng, int weight_type) {
 
 typedef struct {
     const engine *eng;
+    bool turned;
     const float *x;
     size_t stride;
     packed *to;
@@ -4458,15 +4531,15 @@ static void pack_task(void *context, size_t begin, size_t end, int thread) {
     (void)thread;
     pack_job *j = context;
     size_t first = begin * TILE, last = end * TILE < j->to->tokens ? end * TILE : j->to->tokens;
-    j->eng->k->pack(j->to->kind, j->x + first * j->stride, j->stride, j->to->cols, last - first,
-                    j->to->data + pack_bytes(j->to->kind, j->to->cols, first));
+    j->eng->k->pack(j->to->kind, j->turned, j->x + first * j->stride, j->stride, j->to->cols,
+                    last - first, j->to->data + pack_bytes(j->to->kind, j->to->cols, first));
 }
 
 /* x (tokens, cols) with STRIDE -> *TO, whose data has room, for weights of WEIGHT_TYPE. */
 static void pack_activations(const engine *eng, packed *to, int weight_type, const float *x,
                              size_t stride, size_t cols, size_t tokens) {
     to->kind = pack_kind(eng, weight_type), to->tokens = tokens, to->cols = cols;
-    pack_job j = {eng, x, stride, to};
+    pack_job j = {eng, weight_type == TYPE_INT8, x, stride, to};
     parallel_for(eng->pool, (tokens + TILE - 1) / TILE, 1, pack_task, &j);
 }
 
@@ -5009,7 +5082,7 @@ static void device_close(device *d) { (void)d; }
 /* ============================================================================================
  * 9 Model file: parse and check everything before anything is used
  *
- * NAME.mdr is "MEDRUN01", a 64-bit header length, a JSON header, the SHA-256 of all that, and then
+ * NAME.mdr is "MEDRUN02", a 64-bit header length, a JSON header, the SHA-256 of all that, and then
  * sections at multiples of 4096 bytes: the tensors in the order of the header's table, and the
  * tokenizer. Padding is zero and the file ends with its last section. Everything in it is treated
  * as hostile. Also here: how files are mapped, and the one way to write them.
@@ -5293,9 +5366,12 @@ static int check_preamble(model_file *f, size_t *header_bytes, medrun_error *e) 
     uint64_t n = read_u64(&r);
     if (!magic || memcmp(magic, "MEDRUN", 6))
         return fail(e, MEDRUN_BAD_FILE, "%s: not a medrun checkpoint (it does not begin with "
-                    "MEDRUN01); medrun-export makes one", f->path);
-    if (memcmp(magic, "MEDRUN01", 8))
-        return fail(e, MEDRUN_BAD_FILE, "%s: format version: found \"%c%c\", wanted \"01\"; use a "
+                    "MEDRUN02); medrun-export makes one", f->path);
+    if (!memcmp(magic, "MEDRUN01", 8))
+        return fail(e, MEDRUN_BAD_FILE, "%s: format version: found \"01\", wanted \"02\"; make it "
+                    "anew from what it was made of: medrun-export SOURCE %s", f->path, f->path);
+    if (memcmp(magic, "MEDRUN02", 8))
+        return fail(e, MEDRUN_BAD_FILE, "%s: format version: found \"%c%c\", wanted \"02\"; use a "
                     "newer medrun", f->path, isprint(magic[6]) ? magic[6] : '?',
                     isprint(magic[7]) ? magic[7] : '?');
     if (r.failed || n > MAX_HEADER || n + PREAMBLE + 32 > f->map.n)
@@ -7720,7 +7796,8 @@ static void norm_row(pass *p, size_t r) {
 
 /* x (n, cols), packed for the next matmul. */
 static void pack_rows(pass *p, const float *x, size_t cols) {
-    pack_activations(&p->eng, &p->packed, p->model->type, x, cols, cols, p->n);
+    int type = p->layer < 0 ? p->model->output.type : p->model->type;
+    pack_activations(&p->eng, &p->packed, type, x, cols, cols, p->n);
 }
 
 /* h = x / sqrt(mean(x^2) + eps) * weight, packed for the next matmul. */
@@ -7877,7 +7954,7 @@ static void attend_task(void *context, size_t begin, size_t end, int thread) {
 static void merge_row(pass *p, size_t r) {
     for (size_t q = 0; q < (size_t)p->config->n_heads; q++)
         p->eng.k->merge(p->attn + r * p->heads + q * p->dim, part_place(p, r, q, 0), p->pieces,
-                        p->dim);
+                        p->dim, p->owner[r]->cache->kv);
 }
 
 /* Attention of all rows. A few tokens with many keys are split by blocks of keys too, so that all
@@ -8891,7 +8968,7 @@ int medrun_render(const medrun_model *m, const char *name, const medrun_chat_opt
 enum { STATE_BLOCK = 16 };
 
 /* Grows when a change to medrun changes the bits of a cache: files from before are refused. */
-enum { NUMBERS_VERSION = 1 };
+enum { NUMBERS_VERSION = 2 };
 
 /* As it stands in the file: there is no padding, and every machine here is little-endian. */
 typedef struct {

@@ -96,7 +96,7 @@ static uint8_t *run_part(const kernel_set *k, const problem *m, size_t t, size_t
                          size_t np, float *out) {
     int kind = m->kind == PACK_INT8 ? k->int_pack : m->kind;
     uint8_t *stream = need(pack_bytes(kind, m->cols, n));
-    k->pack(kind, m->x + t * m->x_stride, m->x_stride, m->cols, n, stream);
+    k->pack(kind, m->type == TYPE_INT8, m->x + t * m->x_stride, m->x_stride, m->cols, n, stream);
     static const size_t some[] = {128, SIZE_MAX, 256, 384};         /* must not matter           */
     static size_t turn;
     size_t columns = some[turn++ % 4];
@@ -143,14 +143,23 @@ static double packed_value(const problem *m, size_t t, size_t k, int *q, float *
     return (double)*q * (double)*scale;
 }
 
+/* A token as it is rounded: turned, where whole numbers are made of it. The caller frees it. */
+static float *token_of(const problem *m, size_t t) {
+    float *x = need(m->cols * sizeof *x);
+    memcpy(x, m->x + t * m->x_stride, m->cols * sizeof *x);
+    if (m->type == TYPE_INT8) turn_row(x, m->cols);
+    return x;
+}
+
 /* Is the stream of the scalar pass what its comment says? */
 static int wrong_stream(const problem *m) {
     int wrong = 0, q;
-    float scale;
+    float scale, *token = NULL;
     int32_t sum[2];
-    for (size_t t = 0; t < m->tokens; t++)
+    for (size_t t = 0; t < m->tokens; free(token), t++)
         for (size_t k = 0; k < m->cols; k++) {
-            float x = m->x[t * m->x_stride + k];
+            if (k == 0) token = token_of(m, t);
+            float x = token[k];
             double v = packed_value(m, t, k, &q, &scale, sum);
             if (m->kind == PACK_F32) wrong += float_bits((float)v) != float_bits(x);
             if (m->kind == PACK_BF16) wrong += float_bits((float)v) !=
@@ -160,7 +169,7 @@ static int wrong_stream(const problem *m) {
             int32_t q_sum[2] = {0};
             size_t first = k / 64 * 64, end = first + 64 < m->cols ? first + 64 : m->cols;
             for (size_t i = first; i < end; i++)
-                largest = fmaxf(largest, fabsf(m->x[t * m->x_stride + i]));
+                largest = fmaxf(largest, fabsf(token[i]));
             for (size_t i = first; k == first && i < first + 64; i++) {
                 int32_t ignored[2];
                 packed_value(m, t, i, &q, &scale, ignored);
@@ -197,10 +206,10 @@ static int wrong_int16(const uint8_t *int8, const uint8_t *int16, size_t cols, s
 static int wrong_pack(const kernel_set *k, const problem *m) {
     size_t size = pack_bytes(PACK_INT16, m->cols, m->tokens);
     uint8_t *mine = calloc(1, size), *its = calloc(1, size);
-    k->pack(PACK_INT8, m->x, m->x_stride, m->cols, m->tokens, mine);
+    k->pack(PACK_INT8, m->type == TYPE_INT8, m->x, m->x_stride, m->cols, m->tokens, mine);
     int wrong = memcmp(mine, m->stream, packed_size(m, m->tokens)) != 0;
-    k->pack(PACK_INT16, m->x, m->x_stride, m->cols, m->tokens, mine);
-    scalar->pack(PACK_INT16, m->x, m->x_stride, m->cols, m->tokens, its);
+    k->pack(PACK_INT16, m->type == TYPE_INT8, m->x, m->x_stride, m->cols, m->tokens, mine);
+    scalar->pack(PACK_INT16, m->type == TYPE_INT8, m->x, m->x_stride, m->cols, m->tokens, its);
     wrong += memcmp(mine, its, size) != 0;
     for (size_t t = 0, wide; t < m->tokens; t += wide) {
         wide = tile_width(m->tokens - t);
@@ -219,6 +228,8 @@ static int beyond_bound(const problem *m, const float *out) {
     int wrong = 0, q;
     int32_t sum[2];
     double *x = need(m->tokens * m->cols * sizeof *x), *step = need(m->tokens * m->cols * sizeof *x);
+    float **token = need(m->tokens * sizeof *token);
+    for (size_t t = 0; t < m->tokens; t++) token[t] = token_of(m, t);
     float *row = need(m->cols * sizeof *row), scale = 0;
     for (size_t i = 0; i < m->tokens * m->cols; i++) {
         x[i] = packed_value(m, i / m->cols, i % m->cols, &q, &scale, sum);
@@ -227,12 +238,17 @@ static int beyond_bound(const problem *m, const float *out) {
     size_t links = m->kind == PACK_INT8 ? (m->cols + 63) / 64 * 3 + 2 : m->cols + 2;
     for (size_t r = 0; r < m->panels * 16; r++) {
         panel_unpack_row(m->type, m->w + r / 16 * panel_bytes(m->type, m->cols), r % 16, m->cols, row);
+        for (size_t k = 0; m->type == TYPE_INT8 && k < m->cols; k++) {      /* as it is stored   */
+            const uint8_t *panel = m->w + r / 16 * panel_bytes(m->type, m->cols);
+            row[k] = (float)stored_int(m->type, panel, r % 16, k) *
+                     stored_scale(m->type, panel, r % 16, k);
+        }
         for (size_t t = 0; t < m->tokens; t++) {
             double exact = 0, size = 0, plain = 0, coarse = 0, flushed = (double)m->cols;
             for (size_t k = 0; k < m->cols; k++) {
                 double w = (double)row[k], xk = x[t * m->cols + k];
                 exact += w * xk, size += fabs(w * xk);
-                plain += w * (double)m->x[t * m->x_stride + k];
+                plain += w * (double)token[t][k];
                 coarse += fabs(w) * step[t * m->cols + k];
                 if (m->kind == PACK_BF16) flushed += fabs(w) + fabs(xk);
             }
@@ -243,7 +259,8 @@ static int beyond_bound(const problem *m, const float *out) {
                 wrong += !(fabs(got - plain) <= bound + coarse + (double)m->cols * 1e-29);
         }
     }
-    free(x), free(step), free(row);
+    for (size_t t = 0; t < m->tokens; t++) free(token[t]);
+    free(x), free(step), free(row), free(token);
     return wrong;
 }
 
@@ -339,8 +356,10 @@ static void test_int8_extremes(void) {
                 for (size_t g = 0; g < COLS / 64; g++)
                     for (size_t r = 0; r < 16; r++)
                         memcpy(m.w + p * size + group_scales(TYPE_INT8, g) + 2 * r, &one, 2);
-            for (size_t t = 0; t < tokens; t++)
+            for (size_t t = 0; t < tokens; t++) {
                 for (size_t k = 0; k < COLS; k++) m.x[t * m.x_stride + k] = t % 2 ? 127 : -127;
+                turn_row(m.x + t * m.x_stride, COLS);   /* and back, exactly                     */
+            }
             for (int i = 0; i < n_sets; i++) {
                 float *out = guarded(&m);
                 free(run_part(sets[i], &m, 0, tokens, 0, PANELS, out));
@@ -564,12 +583,14 @@ static void test_to_int8(void) {
             int8_t wanted[256], q[257];
             uint16_t wanted_scale[4], scale[5];
             scalar->to_int8(wanted, wanted_scale, x, n);
+            float turned[256];
+            for (size_t k = 0; k < n; k++) turned[k] = fmaxf(fminf(x[k], 65504), -65504);
+            turn_row(turned, n);
             for (size_t k = 0; k < n && style != 1; k++) {
                 double step = (double)bf16_to_f32(wanted_scale[k / 64]), most = 0;
-                double clamped = fmax(fmin((double)x[k], 65504), -65504);
                 for (size_t i = k / 64 * 64; i < n && i / 64 == k / 64; i++)
-                    most = fmax(most, fmin(fabs((double)x[i]), 65504));
-                off += !(fabs(wanted[k] * step - clamped) <= step * 0.5001 + 1.1e-30);
+                    most = fmax(most, fabs((double)turned[i]));
+                off += !(fabs(wanted[k] * step - (double)turned[k]) <= step * 0.5001 + 1.1e-30);
                 off += step > most / 127 * (1 + 0x1p-7) || wanted[k] == -128;
             }
             for (int i = 0; i < n_sets; i++) {
@@ -589,7 +610,7 @@ static void test_to_int8(void) {
 typedef struct {
     size_t n, dim;
     int kv;
-    float *key, *value;                         /* (n, dim) what the cache holds                 */
+    float *key, *value;                         /* (n, dim) what the cache holds, turned or not  */
     uint8_t *keys, *values;                     /* the cache                                     */
 } cache;
 
@@ -623,6 +644,7 @@ static void set_key(cache *c, size_t i, float size) {
         k[d] = uniform() * size, v[d] = uniform() * size;
         if (extreme) k[d] = copysignf(size, k[d]), v[d] = copysignf(size, v[d]);
     }
+    if (extreme) turn_row(k, c->dim), turn_row(v, c->dim);
     if (c->kv == MEDRUN_KV_INT8) put_int8(c->keys, c, i, true, k);
     for (size_t d = 0; d < c->dim && c->kv != MEDRUN_KV_INT8; d++)
         k[d] = put_item(c->keys, c, i, d, true, k[d]);
@@ -677,7 +699,7 @@ static void run_attention(const kernel_set *k, const cache *c, float *q, const s
         }
         for (size_t t = 0; split && t < a.n; t++)
             k->merge(out + (size_t)order[(size_t)i + t] * c->dim, parts + t * blocks * part, blocks,
-                     c->dim);
+                     c->dim, c->kv);
     }
     free(scratch), free(parts);
 }
@@ -685,12 +707,16 @@ static void run_attention(const kernel_set *k, const cache *c, float *q, const s
 /* One query in double precision. A score is off by dim + 1 roundings of its magnitudes, a weight by
  * that, 2 ulp and the rounding of its distance to the largest; a sum over a block's keys by their
  * number; the quotient doubles it. Beside an int8 cache a query is off by half a unit of 1 / 32767
- * of its largest number, and in each block a weighted value by as much of the largest. */
-static int wrong_attention(const cache *c, const float *q, size_t limit, const float *out) {
+ * of its largest number, and in each block a weighted value by as much of the largest; all that is
+ * turned, and so are they here. */
+static int wrong_attention(const cache *c, const float *query, size_t limit, const float *result) {
+    float q[256], out[256];
     double *s = need(limit * sizeof *s), most = -INFINITY, total = 0, off = 0, largest = 0;
     size_t start = start_of(limit);
     int wrong = 0;
     double half = c->kv == MEDRUN_KV_INT8 ? 0.5 / 32766 : 0, q_most = 0;
+    memcpy(q, query, c->dim * sizeof *q), memcpy(out, result, c->dim * sizeof *out);
+    if (c->kv == MEDRUN_KV_INT8) turn_row(q, c->dim), turn_row(out, c->dim);
     for (size_t d = 0; d < c->dim; d++) q_most = fmax(q_most, fabs((double)q[d]));
     for (size_t i = start; i < limit; i++) {
         double dot = 0, size = 0, sum = 0, scale = 1 / sqrt((double)c->dim);

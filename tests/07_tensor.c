@@ -72,7 +72,7 @@ static int wrong_sums(const engine *g, const problem *m, const float *out) {
     for (size_t i = 0; i < m->n; i++) {
         size_t rows = m->w[i].rows, bytes = panel_bytes(m->type, m->cols);
         for (size_t t = 0; t < m->tokens; t++, out += m->stride[i]) {
-            g->k->pack(kind, m->x + t * m->x_stride, m->x_stride, m->cols, 1, alone);
+            g->k->pack(kind, m->type == TYPE_INT8, m->x + t * m->x_stride, m->x_stride, m->cols, 1, alone);
             for (size_t p = 0; p < (rows + 15) / 16; p++) {
                 float sums[16];
                 matmul_of(g->k, m->type, kind)(&(matmul_part){

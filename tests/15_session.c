@@ -633,7 +633,7 @@ static void test_kernels(const char *build, const char *file) {
 /* A saved cache is good only for a medrun that would compute the same one. Whoever changes its bits
  * must raise NUMBERS_VERSION, and then put the digest of the new ones here. */
 static void test_numbers_version(void) {
-    static const char wanted[] = "1 1947714bc761afcd03bccc3032eaea0ecadd57181ba794c25109c1906b6c3a88";
+    static const char wanted[] = "2 7a92c292386a30b10256203fe62c133daa4754bf77d8938b8feefa187055a433";
     medrun_model *kept = model;
     char hex[65], found[80];
     uint8_t digest[32];

@@ -67,6 +67,8 @@ code 2 run "$model" -p x -c 16777216; err_has 'context'
 code 3 run "$T/none.mdr" -p x; err_has 'none.mdr'; err_lines 1
 code 3 show "$T"; err_has 'folder'
 code 3 show "$tok"; err_has 'not a medrun checkpoint'
+{ printf MEDRUN01; tail -c +9 "$model"; } >"$T/old.mdr"; code 3 run "$T/old.mdr" -p x; err_lines 1
+err_has 'found "01", wanted "02"; make it anew .*: medrun-export SOURCE '; rm "$T/old.mdr"
 code 3 run "$model" -f "$T/none.txt"; err_has 'none.txt'
 code 3 run "$model" -f "$T"; err_has 'cannot read'
 : >"$T/empty"; code 3 show "$T/empty"

@@ -56,7 +56,7 @@ static void try_header(const uint8_t *input, size_t n) {
     static const uint8_t zeros[FILE_ALIGN];
     uint8_t digest[32];
     buffer b = {0};
-    buffer_add(&b, "MEDRUN01", 8);
+    buffer_add(&b, "MEDRUN02", 8);
     write_le(&b, n, 8);
     buffer_add(&b, input, n);
     sha256_of(b.data, b.n, digest);

@@ -11,6 +11,23 @@
 #pragma GCC optimize("fp-contract=off")
 #endif
 
+/* Whole 64 of COLS numbers through a Walsh-Hadamard transform, as its definition recurses. */
+__attribute__((unused)) static void hadamard(float *x, size_t n) {
+    if (n == 1) return;
+    for (size_t i = 0; i < n / 2; i++) {
+        float a = x[i], b = x[i + n / 2];
+        x[i] = a + b, x[i + n / 2] = a - b;
+    }
+    hadamard(x, n / 2), hadamard(x + n / 2, n / 2);
+}
+
+__attribute__((unused)) static void turn_row(float *x, size_t cols) {
+    for (size_t k = 0; k + 64 <= cols; k += 64) {
+        for (size_t i = 0; i < 64; i++) x[k + i] /= 8;
+        hadamard(x + k, 64);
+    }
+}
+
 static int checks_passed, checks_failed, checks_skipped;
 
 __attribute__((unused)) static bool check_that(bool ok, const char *file, int line, const char *what) {

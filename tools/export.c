@@ -1942,11 +1942,13 @@ static int write_section(exporter *x, section *t, const scratch *m, medrun_error
         const void *out = m->rows;
         size_t n_out = n * t->cols * sizeof(float);
         if (t->type != TYPE_F32) {
-            for (size_t i = 0; t->type == TYPE_INT4 && i < n * t->cols; i++)
-                if (fabsf(m->rows[i]) > (float)INT4_LARGEST)
-                    return refuse(e, "%s/%s: tensor %s: found the weight %g, int4 has none beyond "
-                                  "%d; use --type int8", x->source.folder, file->name, from->name,
-                                  (double)m->rows[i], INT4_LARGEST);
+            float most = t->type == TYPE_INT4 ? INT4_LARGEST : 0x1p120f;   /* sums of 64 fit */
+            for (size_t i = 0; t->type != TYPE_BF16 && i < n * t->cols; i++)
+                if (fabsf(m->rows[i]) > most)
+                    return refuse(e, "%s/%s: tensor %s: found the weight %g, %s has none beyond "
+                                  "%g; use --type %s", x->source.folder, file->name, from->name,
+                                  (double)m->rows[i], type_names[t->type], (double)most,
+                                  t->type == TYPE_INT4 ? "int8" : "bf16");
             store_rows(x->kernels, t->type, m->rows, n, t->cols, t->importance, m->out);
             out = m->out, n_out = panel_bytes(t->type, t->cols);
         }
@@ -2116,7 +2118,7 @@ static int write_header(exporter *x, medrun_error *e) {
     buffer b = {0};
     uint8_t digest[32];
     if (render_header(x, e)) return e->code;
-    buffer_add(&b, "MEDRUN01", 8);
+    buffer_add(&b, "MEDRUN02", 8);
     write_le(&b, x->header.n, 8);
     buffer_add(&b, x->header.data, x->header.n);
     if (!b.failed) sha256_of(b.data, b.n, digest);

@@ -7,7 +7,7 @@
 /* ---- files by how they begin ---------------------------------------------------------------- */
 
 static const struct { const char *begin, *what, *way; } foreign_files[] = {
-    {"MEDRUN01", "a checkpoint of medrun", "medrun runs it as it is"},
+    {"MEDRUN0", "a checkpoint of medrun", "medrun runs it as it is"},
     {"PK\3\4", "PyTorch's own form of weights", "give a folder with safetensors"},
     {"tjgg", "GGML, which was before GGUF", "take the model's GGUF file"},
     {"lmgg", "GGML, which was before GGUF", "take the model's GGUF file"},

@@ -610,7 +610,7 @@ static bool small_product(const kernel_set *k, int type, float *out) {
         store_panel(type, x + (CHECK_TOKENS + p * LANES) * cols, LANES, cols, w + p * panel);
     for (size_t i = 0; made && type == TYPE_INT4 && i < CHECK_PANELS * panel; i++)
         w[i] = (uint8_t)(random_uniform(&random) * 120);
-    if (made) k->pack(kind, x, cols, cols, CHECK_TOKENS, a);
+    if (made) k->pack(kind, type == TYPE_INT8, x, cols, cols, CHECK_TOKENS, a);
     matmul_part part = {w, a, CHECK_PANELS, cols, CHECK_TOKENS, cols, block, out, rows};
     if (made) matmul_of(k, type, kind)(&part);
     free(x), free(w), free(a);

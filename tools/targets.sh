@@ -34,8 +34,8 @@ OpenCL|gcc -DMEDRUN_OPENCL|env MEDRUN_DEVICE=0"
 # SHA-256 of what `medrun logits --all` writes for these ids: int8 of the demo model, int4 and bf16
 # --strict of four small models, one of each architecture.
 ids="1 65 77 256 3 12 99 101 118 32 105 110 200 7 8 9 10 11 45 46 47 48 2 0 255 254 130 131 132 133"
-int8=6dfdc3b3c1168dc90ea09426218ad104cf52ec795fd1e0eec478089d5c438eaf
-int4=0c0f6476a696f4050d04c809b2a8b509b6384a3de99cebcfb12a79d6ef57bb64
+int8=57b02f1811d588d2c652ed4e2b3ca58dabe5d8aac4fc142f62e87837a5f9d0c9
+int4=431015bb1343eaa166d7c426fdcfbb6f41800b2e64a5de9fe8c15a770892a350
 bf16=a17f5519d4321006a382fc9ee5b30ff2db0f1caf8fa4964cef6abf99209654a3
 small="llama-grouped mistral-window arcee-yarn apertus-grouped"
 

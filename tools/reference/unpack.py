@@ -21,8 +21,16 @@ LAYER = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
 OTHERS = {"embed": "model.embed_tokens", "final_norm": "model.norm", "output": "lm_head"}
 
 
+def hadamard(n):
+    h = np.ones((1, 1), np.float32)
+    while len(h) < n:
+        h = np.block([[h, h], [h, -h]])
+    return h / np.sqrt(np.float32(n))
+
+
 def int8_matrix(raw, rows, cols):
-    """Panels of 16 rows; per 128 columns a line of 2 x 16 scales, then 2 x 16 steps of 4 columns."""
+    """Panels of 16 rows; per 128 columns a line of 2 x 16 scales, then 2 x 16 steps of 4 columns.
+    Whole 64 columns are turned back."""
     groups = -(-cols // 64)
     panels = np.frombuffer(raw, np.uint8).reshape(-(-rows // 16), -1)
     out = np.zeros((len(panels) * 16, groups * 64), np.float32)
@@ -33,6 +41,8 @@ def int8_matrix(raw, rows, cols):
         steps = panels[:, at + 64 + g % 2 * 1024:][:, :1024].reshape(-1, 16, 16, 4)
         q = steps.transpose(0, 2, 1, 3).reshape(-1, 64).astype(np.float32) - 128
         out[:, g * 64:g * 64 + 64] = q * scales
+        if g * 64 + 64 <= cols:
+            out[:, g * 64:g * 64 + 64] = out[:, g * 64:g * 64 + 64] @ hadamard(64)
     return np.ascontiguousarray(out[:rows, :cols])
 
 
@@ -46,6 +56,7 @@ def hf_name(name):
 def main():
     model, tokenizer, out = map(pathlib.Path, sys.argv[1:])
     data = model.read_bytes()
+    assert data[:8] == b"MEDRUN02"
     header = json.loads(data[16:16 + struct.unpack("<Q", data[8:16])[0]])
     assert header["architecture"] == "llama" and header["type"] == "int8" and "scaling" not in header["config"]
     out.mkdir(parents=True, exist_ok=True)
