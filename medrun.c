@@ -10193,7 +10193,6 @@ static int find_choices(const command *c, const float *logits, int n, int32_t al
     return found;
 }
 
-
 /* Prints the piece with escapes, and blanks up to WIDTH columns. */
 static void print_piece(const command *c, int32_t id, size_t width) {
     size_t n, columns = 0, k;
@@ -10207,7 +10206,7 @@ static void print_piece(const command *c, int32_t id, size_t width) {
 
 /* The token that was chosen, with --top, and under it what else was likely. */
 static int print_choices(command *c, int32_t id) {
-    choice all[MOST_CHOICES + 1];
+    choice all[MOST_CHOICES + 1] = {{0}};
     int n = find_choices(c, c->s->logits, whole(c, O_TOP), id, all);
     print_piece(c, id, 20);
     printf(" %.4f\n", all[n].probability);
