@@ -609,7 +609,7 @@ static uint32_t whole_between(grammar *g, int64_t lo, int64_t hi) {
         if (hi < 0) return all;
         lo = 0;
     }
-    for (int64_t power = 1; power <= 1000000000000000000; power *= 10) {    /* digits by digits  */
+    for (int64_t power = 1; power <= 100000000000000000; power *= 10) {     /* digits by digits  */
         int64_t least = power == 1 ? 0 : power, most = power * 10 - 1;
         int64_t a = lo > least ? lo : least, b = hi < most ? hi : most;
         char from[24], to[24];
@@ -617,7 +617,6 @@ static uint32_t whole_between(grammar *g, int64_t lo, int64_t hi) {
         snprintf(from, sizeof from, "%lld", (long long)a);
         snprintf(to, sizeof to, "%lld", (long long)b);
         all = either(g, all, same_digits(g, from, to));
-        if (power == 100000000000000000) break;
     }
     return all;
 }
