@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """serve.py BIN PART...: asks a medrun-serve that it starts itself, with Python's standard library
 alone. Parts: api limits grammar hostile promise. The last line is as in the other tests."""
-import base64, hashlib, http.client, json, os, random, re, signal, socket, subprocess, sys
+import atexit, base64, hashlib, http.client, json, os, random, re, signal, socket, subprocess, sys
 import tempfile, threading, time
 
 MODEL = 'tools/demo/demo.mdr'
@@ -35,6 +35,7 @@ class Server:
         command = [BIN, model, '--port', str(self.port), '--host', host, *args]
         command += os.environ.get('MEDRUN_SERVE_ARGS', '').split()
         self.p = subprocess.Popen(command, stderr=self.log, env={**os.environ, **(env or {})})
+        atexit.register(self.p.kill)    # whatever becomes of this test
         for _ in range(400 if wait else 0):
             try:
                 if self.ask('GET', '/health')[0] == 200:
@@ -778,9 +779,12 @@ def part_promise():
                 if not work:
                     return
                 i, (path, body) = work.pop()
-            if own.random() < 0.25:
-                cancel_midway(s, own, path, body)
-            found = fetch(s, path, body)
+            try:
+                if own.random() < 0.25:
+                    cancel_midway(s, own, path, body)
+                found = fetch(s, path, body)
+            except (OSError, http.client.HTTPException) as e:
+                found = repr(e)
             good = found == alone[i]
             check('an answer in company', good)
             if not good:
