@@ -1137,7 +1137,7 @@ static void test_draft_same(const char *build) {
 }
 
 int main(void) {
-    char build[512];                            /* what getenv gives moves with the next setenv  */
+    char build[200];                            /* what getenv gives moves with the next setenv  */
     medrun_error e = {0};
     if (!getenv("MEDRUN_TEST_BUILD")) setenv("MEDRUN_TEST_BUILD", "build", 1);
     snprintf(build, sizeof build, "%s", getenv("MEDRUN_TEST_BUILD"));
