@@ -435,7 +435,8 @@ static int open_explained(explain *x, medrun_error *e) {
 
 /* Attention weights never exist as a matrix. They come out of the engine's own attention when the
  * values are unit vectors: D keys at a time, in the cache's own type, over the cache's own keys. So
- * windows and the cache's rounding are right by themselves. */
+ * windows and the cache's rounding are right by themselves. What the engine turns back, as it does
+ * the values of an int8 cache, is turned again. */
 static void fill_hot(const explain *x, uint8_t *to, size_t chunk) {
     int kv = x->session.kv;
     size_t D = x->D, panel = cache_panel(kv, D), groups = (D + GROUP - 1) / GROUP;
@@ -511,6 +512,8 @@ static void weights_task(void *context, size_t begin, size_t end, int thread) {
             x->v.m->kernels->attend(&a);
             for (size_t k = 0; k < a.n; k++) {
                 size_t at = row[k], n = at + 1, from = chunk * x->D;
+                for (size_t g = 0; cache->kv == MEDRUN_KV_INT8 && g < x->D; g += GROUP)
+                    turn_group(a.out[k] + g, x->D - g < GROUP ? x->D - g : GROUP);
                 size_t place = (j->layer * x->H + query[k]) * n + from;
                 size_t take = from >= n ? 0 : n - from < x->D ? n - from : x->D;
                 for (size_t c2 = 0; c2 < take; c2++)
