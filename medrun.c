@@ -3506,7 +3506,7 @@ ALWAYS_INLINE void K(turn_vecs)(vec v[4]) {
 
 /* N numbers, at most a group, turned or not; zeros behind them. CLAMP: first to what an f16 can be.
  * Returns their largest magnitude. */
-ALWAYS_INLINE float K(load_group)(const float *x, size_t n, bool turned, bool clamp, vec v[4]) {
+static float K(load_group)(const float *x, size_t n, bool turned, bool clamp, vec v[4]) {
     vec big = vsplat(0), most = vsplat(65504.0f), least = vsplat(-65504.0f);
     UNROLLED for (size_t i = 0; i < 4; i++) {
         v[i] = 16 * i < n ? vload(x + 16 * i) : vsplat(0);
