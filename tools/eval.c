@@ -902,9 +902,9 @@ static const file_kind result_file = {"a result of medrun-eval", "{\"medrun-eval
 
 #ifndef _WIN32
 /* Lets only its owner read the file, whoever could before. 0, or -1. */
-static int make_private(int fd) { return fchmod(fd, 0600); }
+static int keep_private(int fd) { return fchmod(fd, 0600); }
 #else
-static int make_private(int fd) { return (void)fd, 0; }
+static int keep_private(int fd) { return (void)fd, 0; }
 #endif
 
 /* Opens the result file for this process alone. Not by a writer of medrun's: a line is there as
@@ -923,7 +923,7 @@ static int open_results(evaluation *v, medrun_error *e) {
     if (!is_in_place(v))
         return fail(e, MEDRUN_FAILED, "%s: another process put a new file there; try again",
                     v->o.out);
-    if (anew && make_private(v->fd))
+    if (anew && keep_private(v->fd))
         return fail(e, MEDRUN_FAILED, "%s: cannot be made private: %s", v->o.out, strerror(errno));
     if (f.bytes && !v->o.resume && !anew)
         return fail(e, MEDRUN_USAGE, "%s: is there already; --resume goes on with it", v->o.out);
