@@ -355,7 +355,6 @@ void medrun_edit(medrun_session *session, medrun_editor *editor, void *user);
 #ifdef _WIN32
 #define WIN32_LEAN_AND_MEAN
 #define NOGDI
-#define _POSIX_THREAD_SAFE_FUNCTIONS 1          /* for localtime_r                               */
 #include <io.h>
 #include <windows.h>
 #include <aclapi.h>
@@ -742,6 +741,8 @@ static bool more_is_typed(void) {
     return waiting > 0;
 }
 
+static void local_time(time_t when, struct tm *t) { localtime_r(&when, t); }
+
 /* The *N paths that PATTERN means, in order, folders with / at the end; until the next call. */
 static char **find_paths(const char *pattern, size_t *n) {
     static glob_t found;
@@ -951,6 +952,8 @@ static bool terminal_draws(const char *term) {
 static int terminal_columns(void) { return 0; }
 static bool set_raw(bool raw) { return (void)raw, false; }
 static bool more_is_typed(void) { return false; }
+static void local_time(time_t when, struct tm *t) { localtime_s(t, &when); }
+
 static char **find_paths(const char *pattern, size_t *n) { return (void)pattern, *n = 0, NULL; }
 static void suspend_program(void) {}
 
@@ -6698,7 +6701,7 @@ static const chat_template *chat_find(const char *name) {
 /* Today where this machine is, YYYY-MM-DD. */
 static void date_today(char date[11]) {
     struct tm t = {0};
-    localtime_r(&(time_t){time(NULL)}, &t);
+    local_time(time(NULL), &t);
     strftime(date, 11, "%Y-%m-%d", &t);
 }
 

@@ -184,7 +184,7 @@ static void test_llama3_pattern(void) {
         "x|\xC2\x85| y", "\x1Cx", "\xE2\x80\x8Bx", "\xE2\x80\x8B\xE2\x80\x8B|x",
         ".\n\n|x", "...\r\n\n| y", " !?| x", " (|a|)", "(a|)", "((|a|))", " |1", " | |1", "\n|1",
         "-a| --|a| -|1", "\xCC\x81" "a| a|\xCC\x81" "b| \xCC\x81\xCC\x81|a",
-        "\xE4\xB8\xAD\xE6\x96\x87" "abc\xD0\xB0", "\xF0\x9F\x98\x80\xF0\x9F\x98\x80|a",
+        ("\xE4\xB8\xAD\xE6\x96\x87" "abc\xD0\xB0"), "\xF0\x9F\x98\x80\xF0\x9F\x98\x80|a",
         "\xC7\x85\xCA\xB0\xC2\xAA", "#\n| \n|#", "$| |5", "\n|'ll", "''|ll", "a|\n", "\n\n|a",
         " \xCC\x81", "\xE0\xB8\xB3|\xE0\xB8\xB1", "\xE0\xA4\xBF\xE0\xA4\x95",
         /* bytes that are not UTF-8 are like punctuation; cut characters are such bytes too */
@@ -219,7 +219,7 @@ static void test_smollm_pattern(void) {
         "\xC2\xA0|x", "\xC2\xA0|\xC2\xA0|x", "\xC2\xA0| x", "\xE3\x80\x80\n|\xE3\x80\x80|x",
         ".|\n|\n|x", "...| (|a|)", " !?|x", "((|a|))| |5", "$|5", "-|1| -|2",
         "\xD9\xA1|\xD9\xA2|\xC2\xB2|\xE2\x85\xA3|x", "\xCC\x81|a| \xCC\x81|b",
-        "\xE4\xB8\xAD\xE6\x96\x87" "abc\xD0\xB0", "\xF0\x9F\x98\x80|a", " \xFF\xFE|\n|a", "A|\xE4\xB8",
+        ("\xE4\xB8\xAD\xE6\x96\x87" "abc\xD0\xB0"), "\xF0\x9F\x98\x80|a", " \xFF\xFE|\n|a", "A|\xE4\xB8",
         "''|s", " '|s", "camelCase| XMLHttpRequest", "a|/|b",
     };
     for (size_t i = 0; i < sizeof split / sizeof *split; i++) splits(next_smollm, split[i]);

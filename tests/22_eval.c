@@ -201,8 +201,8 @@ static void same_as(const char *name, const char *path, const char *ending, cons
 static void test_other_forms(void) {
     static const char *const first = "Which vitamin is missing in a person with scurvy?";
     char text[1000];
-    static const char *const heads[] = {"Question,A,B,C,D,Answer", "question,option_a,option_b,"
-        "option_c,option_d,answer", "QUESTION,Choice 1,Choice 2,Choice 3,Choice 4,answer"};
+    static const char *const heads[] = {"Question,A,B,C,D,Answer", ("question,option_a,option_b,"
+        "option_c,option_d,answer"), "QUESTION,Choice 1,Choice 2,Choice 3,Choice 4,answer"};
     for (int i = 0; i < 6; i++) {
         snprintf(text, sizeof text, "%s\r\n%s,Vitamin A,Vitamin B12,Vitamin C,Vitamin D,%s\r\n",
                  heads[i % 3], first, i < 3 ? "C" : "2");
