@@ -96,6 +96,7 @@ typedef struct {
     int32_t *ids;
     uint16_t *shared;
     size_t n;
+    bool alone[256];            /* bytes that are a token                                       */
 } piece_order;
 
 /* From the system's generator. */

@@ -17,7 +17,7 @@ enum { MOST_NODES = 200000, MOST_FRAMES = 1 << 17, MOST_STATES = 1 << 14, MOST_S
 typedef struct { uint32_t kind, a, b, lo, hi; } node;
 typedef struct { uint8_t bits[32]; } byte_class;
 typedef struct { uint32_t node, count, next, seen; } frame;
-typedef struct { uint32_t at, n; bool end; uint32_t *row; uint8_t *mask; } state;
+typedef struct { uint32_t at, n; bool end; uint8_t goes_on; uint32_t *row; uint8_t *mask; } state;
 typedef struct { uint32_t value, rule; } rule_of_value;
 
 struct grammar {
@@ -388,7 +388,7 @@ static uint32_t close_state(grammar *g) {
             (!n || !memcmp(g->sets.data + s->at, g->found.data, 4 * n)))
             return g->state_table[h];
     }
-    state s = {(uint32_t)g->sets.n, (uint32_t)n, end, new_array(256, 4), NULL};
+    state s = {(uint32_t)g->sets.n, (uint32_t)n, end, 0, new_array(256, 4), NULL};
     buffer_add(&g->sets, g->found.data, g->found.n);
     buffer_add(&g->states, &s, sizeof s);
     g->failed |= !s.row || g->sets.failed || g->states.failed ||
@@ -466,9 +466,10 @@ static bool sort_pieces(piece_order *o, const tokenizer *t) {
     if (!o->ids || !o->shared) return false;
     for (int32_t id = 0; id < t->vocab_size; id++) {
         int type = tokenizer_type(t, id);
-        tokenizer_piece(t, id, &n);
+        const char *piece = tokenizer_piece(t, id, &n);
         if (n && n < 60000 && type != PIECE_CONTROL && type != PIECE_UNUSED &&
             type != PIECE_UNKNOWN) o->ids[o->n++] = id;
+        if (n == 1 && o->n && o->ids[o->n - 1] == id) o->alone[(uint8_t)*piece] = true;
     }
     sorted_tokenizer = t;
     qsort(o->ids, o->n, 4, compare_pieces);
@@ -480,6 +481,26 @@ static bool sort_pieces(piece_order *o, const tokenizer *t) {
         o->shared[i] = (uint16_t)same;
     }
     return true;
+}
+
+/* Whether state AT ends, or a token can come in it after which this is true again, DEPTH tokens far:
+ * a vocabulary may lack bytes, and so the end of a character that another token begins. */
+enum { GOES_ON = 1, IS_STUCK };
+static bool grammar_goes_on(grammar *g, const piece_order *o, const tokenizer *t, uint32_t at,
+                            int depth) {
+    if (at == DEAD || STATE(g, at).goes_on) return at != DEAD && STATE(g, at).goes_on == GOES_ON;
+    bool goes = !depth || STATE(g, at).end;
+    for (int byte = 0; !goes && byte < 256; byte++)             /* most often one byte will do   */
+        goes = o->alone[byte] &&
+               grammar_goes_on(g, o, t, grammar_step(g, at, (uint8_t)byte), depth - 1);
+    for (size_t i = 0, n; !goes && i < o->n; i++) {
+        const char *p = tokenizer_piece(t, o->ids[i], &n);
+        uint32_t to = at;
+        for (size_t k = 0; k < n && to != DEAD; k++) to = grammar_step(g, to, (uint8_t)p[k]);
+        goes = grammar_goes_on(g, o, t, to, depth - 1);
+    }
+    if (depth == 3) STATE(g, at).goes_on = goes ? GOES_ON : IS_STUCK;   /* a character's rest    */
+    return goes;
 }
 
 /* A bit for each token that may come in state AT. FIRST: it is the answer's first, which may lose
@@ -509,7 +530,7 @@ static const uint8_t *grammar_mask(grammar *g, const piece_order *o, const token
             depth++;
         }
         deepest = depth;
-        if (depth == n && n && states[depth] != DEAD)
+        if (depth == n && n && grammar_goes_on(g, o, t, states[depth], 3))
             mask[o->ids[i] / 8] |= (uint8_t)(1u << o->ids[i] % 8);
     }
     free(states);
