@@ -143,7 +143,7 @@ debug:
 	@mkdir -p build/debug
 	$(MAKE) BUILD=build/debug BIN=build/debug \
 	    CFLAGS="-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all" \
-	    PLAIN="all_text 15_allocation 15_embedding 16_answers" test
+	    PLAIN="all_text 15_allocation 15_embedding 16_answers 42_serve 43_explain" test
 threads:
 	@mkdir -p build/threads
 	$(MAKE) BUILD=build/threads BIN=build/threads CFLAGS="-O1 -g1 -fsanitize=thread" \

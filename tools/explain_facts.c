@@ -614,7 +614,7 @@ static int compute_sizes(explain *x, medrun_error *e) {
     if (e->code) return e->code;
     for (size_t i = 0; i < x->streams; i++) {
         const float *now = x->stream + i * x->d;
-        for (size_t c = 0; c < x->d; c++) step[c] = now[c] - (i ? now[c - x->d] : 0);
+        for (size_t c = 0; c < x->d; c++) step[c] = now[c] - (i ? (now - x->d)[c] : 0);
         v[i] = (float)rms_of(now, x->d, 0);
         v[x->streams + i] = (float)rms_of(step, x->d, 0);
     }

@@ -49,7 +49,7 @@ static void quote(buffer *b, const void *text, size_t n) {
         bool as_is = i < n && len && code >= 0x20 && code != '"' && code != '\\' && code != 0x7F &&
                      code != 0x85 && code != 0x2028 && code != 0x2029;
         if (as_is) { plain += len; continue; }
-        buffer_add(b, p + i - plain, plain);
+        if (plain) buffer_add(b, p + i - plain, plain);
         plain = 0;
         if (i == n) break;
         if (!len) len = 1, buffer_text(b, "\\ufffd");
