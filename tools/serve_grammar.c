@@ -483,7 +483,7 @@ static bool sort_pieces(piece_order *o, const tokenizer *t) {
     return true;
 }
 
-/* Whether state AT ends, or a token can come in it after which this is true again, DEPTH tokens far:
+/* Whether state AT ends, or a token can come in it after which this is true again, to DEPTH tokens:
  * a vocabulary may lack bytes, and so the end of a character that another token begins. */
 enum { GOES_ON = 1, IS_STUCK };
 static bool grammar_goes_on(grammar *g, const piece_order *o, const tokenizer *t, uint32_t at,
@@ -499,7 +499,7 @@ static bool grammar_goes_on(grammar *g, const piece_order *o, const tokenizer *t
         for (size_t k = 0; k < n && to != DEAD; k++) to = grammar_step(g, to, (uint8_t)p[k]);
         goes = grammar_goes_on(g, o, t, to, depth - 1);
     }
-    if (depth == 3) STATE(g, at).goes_on = goes ? GOES_ON : IS_STUCK;   /* a character's rest    */
+    if (depth == 3) STATE(g, at).goes_on = goes ? GOES_ON : IS_STUCK;   /* a character's rest  */
     return goes;
 }
 
