@@ -1385,7 +1385,7 @@ static int hex_number(const void *text, int n) {
     int v = 0;
     for (; n--; p++) {
         if (!isxdigit(*p)) return -1;
-        v = v << 4 | (*p <= '9' ? *p - '0' : (*p | 0x20) - 'a' + 10);
+        v = 16 * v + (*p <= '9' ? *p - '0' : (*p | 0x20) - 'a' + 10);
     }
     return v;
 }
@@ -10183,16 +10183,18 @@ typedef struct {
  * Gives N, or the vocabulary's size where that is less. */
 static int find_choices(const command *c, const float *logits, int n, int32_t also, choice *out) {
     double sum = 0;
+    float most = logits[0];
     int found = 0, vocab = c->t->vocab_size;
     for (int32_t id = 0; id < vocab; id++) {
         int at = found < n ? found++ : n;
+        if (logits[id] > most) most = logits[id];
         for (; at && logits[id] > out[at - 1].logit; at--) if (at < n) out[at] = out[at - 1];
         if (at < n) out[at] = (choice){id, logits[id], 0};
     }
     if (also >= 0) out[found] = (choice){also, logits[also], 0};
-    for (int32_t id = 0; id < vocab; id++) sum += exp((double)logits[id] - (double)out[0].logit);
+    for (int32_t id = 0; id < vocab; id++) sum += exp((double)logits[id] - (double)most);
     for (int i = 0; i < found + (also >= 0); i++)
-        out[i].probability = exp((double)out[i].logit - (double)out[0].logit) / sum;
+        out[i].probability = exp((double)out[i].logit - (double)most) / sum;
     return found;
 }
 
