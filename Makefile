@@ -146,6 +146,7 @@ debug:
 	    PLAIN="all_text 15_allocation 15_embedding 16_answers 42_serve 43_explain" test
 threads:
 	@mkdir -p build/threads
+	TSAN_OPTIONS=die_after_fork=0 \
 	$(MAKE) BUILD=build/threads BIN=build/threads CFLAGS="-O1 -g1 -fsanitize=thread" \
 	    UNITS="04_threads 07_tensor 15_session" SCRIPTS=none test
 targets:

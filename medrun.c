@@ -7691,7 +7691,7 @@ typedef struct {
     segment *segments;                          /* (capacity)                                   */
     const segment **owner;                      /* (capacity) of each row                       */
     int layer;                                  /* that is computed now; -1: none               */
-    atomic_bool stop;                           /* medrun_interrupt was called                  */
+    atomic_int stop;                            /* medrun_interrupt was called                  */
     size_t dim, group;                          /* head_dim; query heads to a key-value head    */
     size_t hidden, heads, kv, ffn, vocab;       /* heads: of all queries; kv: of all keys       */
     float *x;                                   /* (n, hidden) the residual stream              */
