@@ -9485,7 +9485,6 @@ static int unknown(command *c, const char *what, const char *word, const char *d
                 meant ? "; the nearest is " : "", meant ? dashes : "", meant ? meant : "", help);
 }
 
-
 /* The option that ARG (N bytes, with its dashes) names for one of these commands, or -1. */
 static int find_option(const program *p, const char *arg, size_t n, unsigned on) {
     char name[40] = "";
@@ -9501,7 +9500,6 @@ static int find_option(const program *p, const char *arg, size_t n, unsigned on)
     }
     return -1;
 }
-
 
 /* Words that people know from other programs, and what to do instead. */
 static const struct { const char *words, *instead; } elsewhere[] = {
@@ -9532,13 +9530,12 @@ static int look_elsewhere(command *c, const char *word) {
     return MEDRUN_OK;
 }
 
-
 /* Says what may have been meant. */
 static int unknown_option(command *c, const char *arg) {
     const program *p = c->p;
-    const char *names[MAX_OPTIONS];
-    char where[200] = "", help[64];
-    size_t n_names = 0;
+    const char *names[3 * MAX_OPTIONS];
+    char where[200] = "", help[64], words[1000], *w = words;
+    size_t n_names = 0, len;
     int id = find_option(p, arg, strlen(arg), ~0u);
     for (int k = 0; id >= 0 && k < p->n_commands; k++)
         if (p->options[id].on & ON(k))
@@ -9549,6 +9546,16 @@ static int unknown_option(command *c, const char *arg) {
                     where);
     if (look_elsewhere(c, arg)) return c->e.code;
     for (id = 0; id < p->n_options; id++) if (takes(c, id)) names[n_names++] = p->options[id].name;
+    for (id = 0; id < p->n_options; id++) {
+        const char *a = takes(c, id) ? p->options[id].also : NULL;
+        for (; a && *a; a += len + (a[len] == '|')) {
+            len = strcspn(a, "|");
+            if (n_names == 3 * MAX_OPTIONS || w + len >= words + sizeof words) break;
+            names[n_names++] = memcpy(w, a, len);
+            w[len] = 0;
+            w += len + 1;
+        }
+    }
     snprintf(help, sizeof help, "%s help %s", p->name, c->row->name);
     return unknown(c, "option", arg, "--", names, n_names, help);
 }

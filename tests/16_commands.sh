@@ -40,6 +40,7 @@ code 2 help nonsense
 code 2; err_has 'no model'
 code 2 rnu "$model"; err_has 'nearest is run'; err_lines 1; no_out
 code 2 run "$model" -p x --tmep 1; err_has 'nearest is --temp'; err_lines 1
+code 2 run "$model" -p x --temprature 1; err_has 'nearest is --temperature'; err_lines 1
 code 2 run "$model" -p x -z; err_has 'unknown option -z'
 code 2 "$model" --raw; err_has 'does not go with chat, but with: run'
 code 2 show "$model" --lockup 3; err_has 'nearest is --lookup'

@@ -43,10 +43,10 @@ budgets="
 13:420:456
 14:100:200
 15:720:960
-16:1410:2641"
+16:1410:2648"
 budgets=$(echo $budgets)                  # on one line
-most_lines=11869                            # the goals: 9000, 450000, 15
-most_bytes=591346
+most_lines=11876                            # the goals: 9000, 450000, 15
+most_bytes=591779
 least_comments=12.9
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
