@@ -202,7 +202,8 @@ check 'there is no file -' [ ! -e - ]
 if [ -e /dev/full ]; then code=1 say='No space left' how logits /dev/full; check '/dev/full is a device' [ -c /dev/full ]; fi
 if mkfifo "$O/fifo"; then
     timeout 60 cat "$O/fifo" >"$O/read" & reader=$!
-    code=0 say='' how logits "$O/fifo"; wait $reader; check 'logits to a pipe' cmp -s "$O/read" "$O/x"
+    exec 3>"$O/fifo"                        # waits until the reader is there
+    code=0 say='' how logits "$O/fifo"; exec 3>&-; wait $reader; check 'logits to a pipe' cmp -s "$O/read" "$O/x"
     for kind in logits prefix record checkpoint tokenizer result page; do code=1 say='not a regular file' how $kind "$O/fifo"; done
     check 'the pipe is a pipe' [ -p "$O/fifo" ]
 fi
