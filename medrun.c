@@ -8084,6 +8084,30 @@ static float logit_of(uint64_t candidate) {
     return bits_float(fall_bits((uint32_t)(candidate >> 32)));
 }
 
+/* The ids of the K largest of N logits, best first, the lower id first of equal ones. Returns how
+ * many there are: K, or N where that is less. */
+MAYBE_UNUSED static size_t largest_logits(const float *logits, size_t n, size_t k, int32_t *ids) {
+    size_t have = 0;
+    for (size_t i = 0; i < n && k; i++) {
+        if (have == k && !(logits[i] > logits[ids[k - 1]])) continue;
+        size_t at = have < k ? have++ : k - 1;
+        for (; at && logits[i] > logits[ids[at - 1]]; at--) ids[at] = ids[at - 1];
+        ids[at] = (int32_t)i;
+    }
+    return have;
+}
+
+/* ln of the sum of exp of N logits, in an order and with functions that are the same everywhere. */
+MAYBE_UNUSED static double log_sum(const float *logits, size_t n) {
+    double sum = 0, most = (double)logits[0];
+    for (size_t i = 1; i < n; i++) if ((double)logits[i] > most) most = (double)logits[i];
+    for (size_t i = 0; i < n; i++) {
+        double x = (double)logits[i] - most;
+        if (x > -700) sum += exp_exact(x);
+    }
+    return most + ln_exact(sum);
+}
+
 /* splitmix64 (Steele, Lea and Flood 2014): a uniform number in [0, 1). */
 static double random_uniform(uint64_t *state) {
     uint64_t z = *state += 0x9E3779B97F4A7C15;
@@ -10189,20 +10213,13 @@ typedef struct {
 /* Fills OUT with the N likeliest tokens, best first, and with ALSO behind them unless it is < 0.
  * Gives N, or the vocabulary's size where that is less. */
 static int find_choices(const command *c, const float *logits, int n, int32_t also, choice *out) {
-    double sum = 0;
-    float most = logits[0];
-    int found = 0, vocab = c->t->vocab_size;
-    for (int32_t id = 0; id < vocab; id++) {
-        int at = found < n ? found++ : n;
-        if (logits[id] > most) most = logits[id];
-        for (; at && logits[id] > out[at - 1].logit; at--) if (at < n) out[at] = out[at - 1];
-        if (at < n) out[at] = (choice){id, logits[id], 0};
-    }
-    if (also >= 0) out[found] = (choice){also, logits[also], 0};
-    for (int32_t id = 0; id < vocab; id++) sum += exp((double)logits[id] - (double)most);
-    for (int i = 0; i < found + (also >= 0); i++)
-        out[i].probability = exp((double)out[i].logit - (double)most) / sum;
-    return found;
+    int32_t ids[MOST_CHOICES + 1];
+    size_t vocab = (size_t)c->t->vocab_size, found = largest_logits(logits, vocab, (size_t)n, ids);
+    double sum = log_sum(logits, vocab);
+    ids[found] = also;
+    for (size_t i = 0; i < found + (also >= 0); i++)
+        out[i] = (choice){ids[i], logits[ids[i]], exp((double)logits[ids[i]] - sum)};
+    return (int)found;
 }
 
 /* Prints the piece with escapes, and blanks up to WIDTH columns. */

@@ -377,17 +377,6 @@ static size_t prompt_length(const evaluation *v, const prompt *p) {
 
 enum { FEW = 64 };
 
-/* ln of the sum of exp, in an order and with functions that are the same everywhere. */
-static double log_sum(const float *logits, size_t n) {
-    double sum = 0, most = (double)logits[0];
-    for (size_t i = 1; i < n; i++) if ((double)logits[i] > most) most = (double)logits[i];
-    for (size_t i = 0; i < n; i++) {
-        double x = (double)logits[i] - most;
-        if (x > -700) sum += exp_exact(x);
-    }
-    return most + ln_exact(sum);
-}
-
 /* The token that is to stand at place I of the slot's session. */
 static int32_t wanted_token(const evaluation *v, const slot *s, size_t i) {
     const prompt *p = &v->prompts[s->at];

@@ -90,13 +90,7 @@ static double exp_near(double x) {
 }
 
 static void look_at_row(const float *z, size_t n, size_t k, row_facts *f) {
-    size_t have = 0;
-    for (size_t i = 0; i < n; i++) {
-        if (have == k && !(z[i] > z[f->top[k - 1]])) continue;
-        size_t at = have < k ? have++ : k - 1;
-        for (; at && z[i] > z[f->top[at - 1]]; at--) f->top[at] = f->top[at - 1];
-        f->top[at] = (int32_t)i;
-    }
+    size_t have = largest_logits(z, n, k, f->top);
     while (have < k) f->top[have++] = -1;
     double most = (double)z[f->top[0]], sum = 0, mean = 0;
     for (size_t i = 0; i < n; i++) {

@@ -871,25 +871,13 @@ static jinja_value jinja_not(jinja_program *j) {
     return jinja_bool(!jinja_true(jinja_not(j)));
 }
 
-/* a and b; a or b. The second is read over where the first decides. */
-static jinja_value jinja_and(jinja_program *j) {
-    jinja_value v = jinja_not(j);
-    while (jinja_take(j, "and")) {
-        bool was = j->dead, decided = !jinja_true(v);
+/* a and b, or with OR a or b. The second is read over where the first decides. */
+static jinja_value jinja_logic(jinja_program *j, bool or) {
+    jinja_value v = or ? jinja_logic(j, false) : jinja_not(j);
+    while (jinja_take(j, or ? "or" : "and")) {
+        bool was = j->dead, decided = jinja_true(v) == or;
         j->dead |= decided;
-        jinja_value b = jinja_not(j);
-        j->dead = was;
-        if (!decided) v = b;
-    }
-    return v;
-}
-
-static jinja_value jinja_or(jinja_program *j) {
-    jinja_value v = jinja_and(j);
-    while (jinja_take(j, "or")) {
-        bool was = j->dead, decided = jinja_true(v);
-        j->dead |= decided;
-        jinja_value b = jinja_and(j);
+        jinja_value b = or ? jinja_logic(j, false) : jinja_not(j);
         j->dead = was;
         if (!decided) v = b;
     }
@@ -903,12 +891,12 @@ static jinja_value jinja_expression(jinja_program *j) {
     jinja_value v = jinja_undefined;
     if (++j->depth > JINJA_DEPTH) return jinja_lost(j);
     j->dead = true;
-    jinja_or(j);
+    jinja_logic(j, true);
     j->dead = was;
     size_t behind = j->at;
     bool choice = jinja_take(j, "if");
-    if (choice) chosen = jinja_true(jinja_or(j)), behind = j->at;
-    if (chosen && !was) j->at = from, v = jinja_or(j), j->at = behind;
+    if (choice) chosen = jinja_true(jinja_logic(j, true)), behind = j->at;
+    if (chosen && !was) j->at = from, v = jinja_logic(j, true), j->at = behind;
     if (choice && jinja_take(j, "else")) {
         j->dead |= chosen;
         jinja_value other = jinja_expression(j);
@@ -1008,7 +996,7 @@ static void run_for(jinja_program *j) {
     size_t n_targets = 1, mark = j->n_names, scope = j->scope, n = 0;
     if (jinja_take(j, ",")) targets[n_targets++] = jinja_take_name(j);
     jinja_need(j, "in");
-    jinja_value all = jinja_items(j, jinja_or(j));
+    jinja_value all = jinja_items(j, jinja_logic(j, true));
     bool some = jinja_take(j, "if");
     size_t condition = j->at;
     jinja_value *items = jinja_room(j, (size_t)all.number * sizeof *items);

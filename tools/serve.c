@@ -530,26 +530,11 @@ static void admit(server *sv) {
 
 /* ---- choosing a token ------------------------------------------------------------------------ */
 
-static double log_sum(const float *logits, size_t n) {
-    double sum = 0, most = (double)logits[0];
-    for (size_t i = 1; i < n; i++) if ((double)logits[i] > most) most = (double)logits[i];
-    for (size_t i = 0; i < n; i++) {
-        double x = (double)logits[i] - most;
-        if (x > -700) sum += exp_exact(x);
-    }
-    return most + ln_exact(sum);
-}
-
-/* The N likeliest in order; of equal ones the lower id first. */
+/* The N likeliest in order, with logarithms of their probabilities. */
 static void rank_best(const float *logits, size_t vocab, double sum, int n, ranked *best) {
-    int have = 0;
-    for (size_t i = 0; i < vocab && n; i++) {
-        double v = (double)logits[i] - sum;
-        if (have == n && v <= best[n - 1].logprob) continue;
-        int at = have < n ? have++ : n - 1;
-        for (; at && best[at - 1].logprob < v; at--) best[at] = best[at - 1];
-        best[at] = (ranked){(int32_t)i, v};
-    }
+    int32_t ids[MAX_TOP];
+    size_t have = largest_logits(logits, vocab, (size_t)n, ids);
+    for (size_t i = 0; i < have; i++) best[i] = (ranked){ids[i], (double)logits[ids[i]] - sum};
 }
 
 /* Notes a token of Q: its text stands at START in q->text. RANKS has MAX_TOP. */
