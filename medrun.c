@@ -9584,8 +9584,6 @@ static int unknown_option(command *c, const char *arg) {
     return unknown(c, "option", arg, "--", names, n_names, help);
 }
 
-
-
 /* VALUE was found in NAME, an option or an environment variable. */
 static int set_option(command *c, int id, const char *value, int from, const char *name) {
     const option_row *r = &c->p->options[id];
@@ -9609,7 +9607,6 @@ static int set_option(command *c, int id, const char *value, int from, const cha
     c->text[id] = value, c->number[id] = v, c->from[id] = from;
     return MEDRUN_OK;
 }
-
 
 /* The name of the option's environment variable. */
 static void variable_name(const option_row *r, char name[48]) {
@@ -9678,7 +9675,6 @@ static size_t whole_words(const char *text, size_t n, size_t width) {
     return n - end < width ? end : n;
 }
 
-
 /* Prints for people, word by word. The terminal itself breaks a word that is longer than a line. */
 static void print_words(FILE *f, text_line *l, const char *text, size_t n) {
     for (size_t end; n; text += end, n -= end) {
@@ -9728,8 +9724,6 @@ static void escape(buffer *out, const char *text, size_t n) {
         if (!len || is_hostile(code)) len = 1;
     }
 }
-
-
 
 static void print_ids(FILE *f, const int32_t *ids, size_t n) {
     for (size_t i = 0; i < n; i++) fprintf(f, i ? " %d" : "%d", ids[i]);
@@ -10141,7 +10135,6 @@ static int print_held(command *c, bool over) {
     return flush_stdout(c);
 }
 
-
 /* Computes what is pending. A long prompt shows how far it is: on a terminal all the time after two
  * seconds, in a log every ten seconds. */
 static int process_prompt(command *c) {
@@ -10164,7 +10157,6 @@ static int process_prompt(command *c) {
     if (drawn && terminal) fprintf(stderr, "\r%*s\r", drawn, "");
     return c->e.code;
 }
-
 
 /* Refuses a PATH that cannot be written, or that this command reads, before the work begins. */
 static int check_output(command *c, const char *path, const file_kind *kind) {
@@ -10248,7 +10240,6 @@ static int print_choices(command *c, int32_t id) {
     return flush_stdout(c);
 }
 
-
 /* Makes the next token of the answer, and prints the text that it completes, as far as no stop text
  * can begin there. A tool may have put its own printing into c->piece. */
 static int next_piece(command *c) {
@@ -10268,7 +10259,6 @@ static int next_piece(command *c) {
     buffer_add(&a->held, text, n);
     return check_buffer(c, &a->held) ? c->e.code : print_held(c, a->ended);
 }
-
 
 /* What helps where the context is full. */
 static const char *way_out(const command *c) {
@@ -10327,14 +10317,11 @@ static void print_stats(const command *c) {
          steps / (a->answer_time + 1e-9), medrun_length(c->s), context_of(c), guesses);
 }
 
-
 /* Refuses a prompt of N tokens that leaves no place for an answer. */
 static int too_long(command *c, size_t n) {
     return fail(&c->e, MEDRUN_TOO_LONG, "prompt %zu tokens > context %zu%s; shorten the text: %s",
                 n, context_of(c), n > context_of(c) ? "" : " less one for the answer", way_out(c));
 }
-
-
 
 /* With -v, prints the prompt as the model sees it: ids, and text with its control tokens. */
 static void show_prompt(const command *c, const int32_t *ids, size_t n) {
@@ -10405,7 +10392,6 @@ static int make_prompt(command *c, bool as_text) {
     bool add = bos == MEDRUN_BOS_AUTO ? c->t->add_bos : bos == MEDRUN_BOS_ON;
     return tokenizer_encode(c->t, chars(text), text->n, add ? MEDRUN_ADD_BOS : 0, &c->ids, &c->e);
 }
-
 
 /* SHA-256 of the logits after the whole timeline. */
 static int hash_logits(command *c, char hex[65]) {
@@ -10651,9 +10637,6 @@ static size_t show_char(const editor *ed, size_t i, size_t end, buffer *out) {
     return safe ? columns_of(code) : 1;
 }
 
-
-
-
 /* Draws the window on the line, or all of the line when it is DONE. What stands before the cursor
  * fills at most three quarters of the window, so that some of what follows is seen, too. */
 static void draw_line(const editor *ed, const char *prompt, bool done) {
@@ -10729,7 +10712,6 @@ static void expand_path(const char *path, size_t n, buffer *out) {
     if (tilde) buffer_text(out, home);
     buffer_add(out, path + tilde, n - tilde);
 }
-
 
 /* What the line holds before the cursor: in a command, its name or, behind a blank, a path. Tab
  * completes it as far as all that begin so agree; where that is no further, it lists them. */
@@ -10955,7 +10937,6 @@ static int unsay(chat *h) {
     h->c->s->answer_open = last > 0;
     return h->c->e.code;
 }
-
 
 /* Says TEXT and prints the answer. An answer that Ctrl-C stopped stays in the conversation as far
  * as it came; if no token came, the message is taken back, too. */
@@ -11481,8 +11462,6 @@ static int tokenize_command(command *c) {
     return print_ids_or_pieces(c, &c->ids);
 }
 
-
-
 static int detokenize_command(command *c) {
     if (open_tokenizer(c)) return c->e.code;
     bool from_stdin = !c->n_rest || (c->n_rest == 1 && !strcmp(c->rest[0], "-"));
@@ -11520,7 +11499,6 @@ static int render_command(command *c) {
     return ids ? print_ids_or_pieces(c, &c->ids) : print_text(c, &c->ids);
 }
 
-
 /* Feeds the ids, with --all in parts whose passes give a row of logits for each of them. Without F
  * nothing is written. */
 static int write_logits(command *c, FILE *f) {
@@ -11549,7 +11527,6 @@ static int print_top(command *c) {
     }
     return flush_stdout(c);
 }
-
 
 /* With --all each token of a pass has a row of logits, which takes memory: so fewer go into one. */
 static int logits_command(command *c) {
@@ -11658,7 +11635,6 @@ static int unknown_command(command *c, const char *name) {
     return unknown(c, "command", name, "", names, (size_t)c->p->n_commands, help);
 }
 
-
 static int help_command(command *c) {
     if (!c->n_rest) return help_all(c->p, stdout);
     int which = find_command(c->p, c->rest[0]);
@@ -11727,7 +11703,6 @@ static int check_rest(command *c, bool named) {
     return fail(&c->e, MEDRUN_USAGE, "%s: found \"%s\" too many; a text with spaces needs quotes",
                 c->row->name, c->rest[most]);
 }
-
 
 /* Finds the command, reads its options and runs it. */
 static int run_line(command *c, int argc, char **argv) {

@@ -14,6 +14,9 @@ long=$(awk 'length($0) > 100 { print FILENAME ":" FNR }' medrun.c tools/*.c \
 tabs=$(grep -nP '\t| +$' $sources | head -5)
 [ -z "$tabs" ] && ok || bad "tabs or trailing blanks: $tabs"
 
+empty=$(awk 'FNR > 1 && $0 == "" && before == "" { print FILENAME ":" FNR } { before = $0 }' medrun.c tools/*.c tests/*.c | head -5)
+[ -z "$empty" ] && ok || bad "two empty lines together: $empty"
+
 # A function starts in column 1 with its name and ends with a brace in column 1.
 for file in medrun.c tools/*.c; do
     most=100; [ "$file" = medrun.c ] && most=60
@@ -41,12 +44,12 @@ budgets="
 11:520:674
 12:450:529
 13:420:456
-14:100:200
+14:100:224
 15:720:960
-16:1410:2648"
+16:1410:2616"
 budgets=$(echo $budgets)                  # on one line
-most_lines=11876                            # the goals: 9000, 450000, 15
-most_bytes=591779
+most_lines=11868                            # the goals: 9000, 450000, 15
+most_bytes=592466
 least_comments=12.9
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
