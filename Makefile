@@ -26,7 +26,7 @@ FIXTURES = llama-plain llama-tied llama-sharded llama-grouped mistral-window mis
 MODELS   = $(foreach f,$(FIXTURES),$(addprefix $(BUILD)/$(f)-,bf16.mdr int8.mdr int4.mdr)) \
            $(BUILD)/arcee-ratio-bf16.mdr
 
-EXPORT   = $(wildcard tools/export_*.c) tools/options.c tools/files.c tools/write.c
+EXPORT   = $(wildcard tools/export_*.c) tools/options.c tools/files.c tools/read.c tools/write.c
 EVAL     = $(wildcard tools/eval_*.c) tools/options.c tools/files.c tools/write.c
 EXPLAIN  = $(wildcard tools/explain_*.c) tools/explain_page.h tools/eval.c $(EVAL)
 

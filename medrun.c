@@ -1050,9 +1050,10 @@ static FILE *open_stream(const char *path, int how) {
     return f;
 }
 
-/* Are A and B, which exist, one file? */
-static bool same_file(const file_facts *a, const file_facts *b) {
-    return a->device == b->device && a->inode == b->inode;
+/* Is the file at PATH the one of which F tells? */
+static bool same_file(const char *path, const file_facts *f) {
+    file_facts there;
+    return !get_facts(path, -1, &there) && there.device == f->device && there.inode == f->inode;
 }
 
 /* Since some start; never steps back, as the time of day does when it is set. */
@@ -1178,6 +1179,17 @@ static int fail(medrun_error *e, int code, const char *format, ...) {
     return code;
 }
 
+/* As fail, of a file at PATH that is not as it must be. */
+MEDRUN_PRINTF_LIKE(3, 4)
+static int bad_file(medrun_error *e, const char *path, const char *format, ...) {
+    char text[sizeof e->text];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    return fail(e, MEDRUN_BAD_FILE, "%s: %s", path, text);
+}
+
 /* It has a code of its own, as the way out differs from that of all other failures. */
 static int out_of_memory(medrun_error *e, size_t bytes) {
     return fail(e, MEDRUN_NO_MEMORY, "out of memory: %zu bytes were not to be had", bytes);
@@ -1248,32 +1260,6 @@ static void buffer_free(buffer *b) {
     free(b->data);
     *b = (buffer){0};
 }
-
-/* ---- little-endian bytes with bounds ------------------------------------------------------- */
-
-/* Reads past the end give zeros and set `failed`. */
-typedef struct {
-    const uint8_t *data;
-    size_t n, at;
-    bool failed;
-} reader;
-
-/* The next N bytes, NULL past the end. */
-static const uint8_t *read_bytes(reader *r, size_t n) {
-    if (r->failed || n > r->n - r->at) return r->failed = true, NULL;
-    r->at += n;
-    return r->data + r->at - n;
-}
-
-/* A number of N bytes, the lowest first. */
-static uint64_t read_le(reader *r, size_t n) {
-    const uint8_t *p = read_bytes(r, n);
-    uint64_t v = 0;
-    for (size_t i = 0; p && i < n; i++) v |= (uint64_t)p[i] << 8 * i;
-    return v;
-}
-
-static uint64_t read_u64(reader *r) { return read_le(r, 8); }
 
 /* ---- a heap -------------------------------------------------------------------------------- */
 
@@ -5119,29 +5105,27 @@ typedef struct {
 /* Opening never waits: a pipe nobody writes to is refused, not read. The mapping lives on when the
  * descriptor is closed. */
 static int map_file(const char *path, file_map *map, medrun_error *e) {
-    *map = (file_map){0};
-    int code = check_machine(e);
-    if (code) return code;
-    int fd = open_file(path, TO_MAP);
-    if (fd < 0) return fail(e, MEDRUN_BAD_FILE, "%s: cannot open: %s", path, strerror(errno));
     file_facts f = {0};
-    const void *p = NULL;
-    const char *why = NULL;
-    if (get_facts(NULL, fd, &f)) why = strerror(errno);
-    else if (f.folder) why = "is a folder, wanted a file";
-    else if (!f.regular) why = "is not a regular file but a pipe or a device, so it "
-                                "cannot be mapped";
-    else if (!f.bytes) why = "is empty";
-    else if (f.bytes > SIZE_MAX) why = "a program of 32 bits can address 4294967295";
-    else if (!(p = map_bytes(fd, (size_t)f.bytes))) why = strerror(errno);
-    bool no_room = why && errno == ENOMEM;
+    *map = (file_map){0};
+    if (check_machine(e)) return e->code;
+    int fd = open_file(path, TO_MAP);
+    if (fd < 0) return bad_file(e, path, "cannot open: %s", strerror(errno));
+    get_facts(NULL, fd, &f);
+    bool too_large = f.bytes > SIZE_MAX;
+    size_t n = (size_t)f.bytes;
+    const void *p = f.regular && n && !too_large ? map_bytes(fd, n) : NULL;
+    if (f.folder) bad_file(e, path, "is a folder, wanted a file");
+    else if (!f.regular)
+        bad_file(e, path, "is not a regular file but a pipe or a device, so it cannot be mapped");
+    else if (!f.bytes) bad_file(e, path, "is empty");
+    else if (!p)
+        fail(e, errno == ENOMEM ? MEDRUN_NO_MEMORY : MEDRUN_BAD_FILE,
+             "%s: cannot map its %llu bytes: %s", path, (unsigned long long)f.bytes,
+             too_large ? "a program of 32 bits can address 4294967295" : strerror(errno));
     close(fd);
-    if (why && f.regular && f.bytes)
-        return fail(e, no_room ? MEDRUN_NO_MEMORY : MEDRUN_BAD_FILE,
-                    "%s: cannot map its %llu bytes: %s", path, (unsigned long long)f.bytes, why);
-    if (why) return fail(e, MEDRUN_BAD_FILE, "%s: %s", path, why);
-    want_large_pages(p, (size_t)f.bytes);
-    *map = (file_map){p, (size_t)f.bytes};
+    if (!p) return e->code;
+    want_large_pages(p, n);
+    *map = (file_map){p, n};
     return MEDRUN_OK;
 }
 
@@ -5181,16 +5165,16 @@ typedef struct {
     buffer partial;                 /* the name beside it; empty for a stream                   */
 } file_writer;
 
-static int write_failed(const char *path, medrun_error *e) {
-    return fail(e, MEDRUN_FAILED, "%s: cannot write: %s", path, strerror(errno));
+static int write_failed(const char *path, const char *why, medrun_error *e) {
+    return fail(e, MEDRUN_FAILED, "%s: cannot write: %s", path, why);
 }
 
 /* Refuses PATH where it is one of the N files INPUTS, which the caller reads; NULL is none. */
 static int check_inputs(const char *path, const char *const *inputs, size_t n, medrun_error *e) {
-    file_facts out, in;
+    file_facts out;
     if (e->code || get_facts(path, -1, &out) || !out.regular) return e->code;
     for (size_t i = 0; i < n && !e->code; i++)
-        if (inputs[i] && !get_facts(inputs[i], -1, &in) && same_file(&in, &out))
+        if (inputs[i] && same_file(inputs[i], &out))
             fail(e, MEDRUN_USAGE, "%s: is read by the same command; choose another name", path);
     return e->code;
 }
@@ -5208,20 +5192,18 @@ static int check_place(const char *path, const file_kind *kind, bool force, bool
              "is one)", path, kind->name);
     if (e->code || *stream) return e->code;
     int fd = open_file(path, TO_LOOK);
-    if (fd < 0 && errno == ENOENT) return MEDRUN_OK;
-    if (fd < 0 && (errno == ELOOP || errno == EMLINK))          /* EMLINK: BSD's                 */
-        return force ? MEDRUN_OK
-                     : fail(e, MEDRUN_USAGE, "%s is a symbolic link: name the file itself", path);
-    if (fd < 0) return write_failed(path, e);
-    bool known = !get_facts(NULL, fd, &there);
+    bool link = fd < 0 && (errno == ELOOP || errno == EMLINK);  /* EMLINK: BSD's                 */
+    if (link && !force)
+        return fail(e, MEDRUN_USAGE, "%s is a symbolic link: name the file itself", path);
+    if (link || (fd < 0 && errno == ENOENT)) return MEDRUN_OK;
+    if (fd < 0 || get_facts(NULL, fd, &there)) return write_failed(path, strerror(errno), e);
     bool ours = !there.bytes || (kind->unit && there.bytes % kind->unit == 0) ||
                 (n && read(fd, start, (unsigned)n) == (ssize_t)n && !memcmp(start, kind->mark, n));
     close(fd);
     *stream = there.stream && kind->streams;
-    if (there.folder) return fail(e, MEDRUN_FAILED, "%s: cannot write: found a folder", path);
-    if (!known || (!there.regular && !*stream))
-        return fail(e, MEDRUN_FAILED, "%s: cannot write: found a device or a pipe, which is not a "
-                    "regular file", path);
+    if (there.folder) return write_failed(path, "found a folder", e);
+    if (!there.regular && !*stream)
+        return write_failed(path, "found a device or a pipe, which is not a regular file", e);
     if (ours || force || *stream) return MEDRUN_OK;
     return fail(e, MEDRUN_USAGE, "%s exists and is not %s; --force replaces it", path, kind->name);
 }
@@ -5244,27 +5226,27 @@ static bool is_written(const char *name) {
 }
 
 /* The file beside W's path must be new, so two writers of one name never share it. One that is
- * there belongs to a program that has its lock, or is left from one that was killed. */
+ * there belongs to a program that has its lock, or is left from one that was killed. Whoever found
+ * ours before it was locked may have removed it: then the name is another's. */
 static int open_partial(file_writer *w, const file_kind *kind, bool force, medrun_error *e) {
-    file_facts mine, there;
+    int how = kind->is_private ? TO_CREATE : TO_WRITE;
+    file_facts mine;
     buffer_printf(&w->partial, "%s.partial", w->path);
     if (w->partial.failed) return out_of_memory(e, strlen(w->path));
     const char *name = (const char *)w->partial.data;
-    int how = kind->is_private ? TO_CREATE : TO_WRITE;
     w->f = open_stream(name, how);
     bool is_there = !w->f && errno == EEXIST, busy = is_there && is_written(name);
     if (is_there && !busy && force && !remove_file(name)) w->f = open_stream(name, how);
-    if (w->f)           /* whoever found it before it was locked may have removed it             */
-        busy = !lock_file(fileno(w->f)) || get_facts(NULL, fileno(w->f), &mine) ||
-               get_facts(name, -1, &there) || !same_file(&mine, &there);
+    if (w->f) busy = !lock_file(fileno(w->f)) || get_facts(NULL, fileno(w->f), &mine) ||
+                     !same_file(name, &mine);
+    if (w->f && !busy) return MEDRUN_OK;
     if (busy)
         fail(e, MEDRUN_FAILED, "%s: cannot write: another program is writing %s", w->path, name);
-    else if (is_there && !w->f)
+    else if (is_there)
         fail(e, MEDRUN_FAILED, "%s: cannot write: %s is left from a run that was stopped; remove "
              "it, or let --force do it", w->path, name);
-    else if (!w->f)
-        write_failed(w->path, e);
-    if (!e->code) return MEDRUN_OK;
+    else
+        write_failed(w->path, strerror(errno), e);
     w->partial.n = 0;                                   /* it is not ours                        */
     writer_drop(w);
     return e->code;
@@ -5279,9 +5261,8 @@ static int writer_open(file_writer *w, const char *path, const file_kind *kind, 
     if (!stream) return open_partial(w, kind, force, e);
     w->f = open_stream(path, TO_STREAM);
     if (w->f) return MEDRUN_OK;
-    if (errno != ENXIO) return write_failed(path, e);
-    return fail(e, MEDRUN_FAILED, "%s: cannot write: is not a regular file but a pipe that nobody "
-                "reads", path);
+    return write_failed(path, errno != ENXIO ? strerror(errno)
+                        : "is not a regular file but a pipe that nobody reads", e);
 }
 
 /* As writer_open, but only to see if that works, before the work that will be written is done. */
@@ -5308,7 +5289,7 @@ static int writer_done(file_writer *w, medrun_error *e) {
     if (w->f && !e->code &&
         (fflush(w->f) || ferror(w->f) ||
          (name && (sync_file(fileno(w->f)) || rename_file(name, w->path)))))
-        write_failed(w->path, e);
+        write_failed(w->path, strerror(errno), e);
     if (!e->code) w->partial.n = 0;                     /* there is nothing to take back         */
     if (!e->code && name) sync_folder_of(name);
     writer_drop(w);
@@ -5340,48 +5321,24 @@ static bool all_zero(const uint8_t *p, size_t n) {
 static int take_section(model_file *f, uint32_t v, const char *what, const uint8_t **data,
                         size_t *bytes, uint8_t digest[32], medrun_error *e) {
     char hex[65] = "";
+    size_t wanted = round_up(f->at, FILE_ALIGN), n = f->map.n;
     int64_t offset = json_int(&f->header, v, f->path, "offset", 0, 1ll << 52, e);
     int64_t length = json_int(&f->header, v, f->path, "bytes", 1, 1ll << 52, e);
     json_text(&f->header, v, f->path, "sha256", hex, sizeof hex, e);
     if (e->code) return e->code;
     if (!parse_hex(hex, digest))
-        return fail(e, MEDRUN_BAD_FILE, "%s: %s: sha256 is not 64 hex digits", f->path, what);
-    size_t wanted = round_up(f->at, FILE_ALIGN);
+        return bad_file(e, f->path, "%s: sha256 is not 64 hex digits", what);
     if ((uint64_t)offset != wanted)
-        return fail(e, MEDRUN_BAD_FILE, "%s: %s: found offset %lld, wanted %zu", f->path, what,
-                    (long long)offset, wanted);
-    if (wanted > f->map.n || (uint64_t)length > f->map.n - wanted)
-        return fail(e, MEDRUN_BAD_FILE, "%s: %s: ends at byte %llu but the file has %zu; it was "
-                    "cut short, copy it again", f->path, what,
-                    (unsigned long long)wanted + (unsigned long long)length, f->map.n);
+        return bad_file(e, f->path, "%s: found offset %lld, wanted %zu", what, (long long)offset,
+                        wanted);
+    if (wanted > n || (uint64_t)length > n - wanted)
+        return bad_file(e, f->path, "%s: ends at byte %lld but the file has %zu; it was cut short, "
+                        "copy it again", what, (long long)(offset + length), n);
     if (!all_zero(f->map.data + f->at, wanted - f->at))
-        return fail(e, MEDRUN_BAD_FILE, "%s: %s: the padding before it is not zero", f->path, what);
+        return bad_file(e, f->path, "%s: the padding before it is not zero", what);
     *data = f->map.data + wanted;
     *bytes = (size_t)length;
-    f->at = wanted + (size_t)length;
-    return MEDRUN_OK;
-}
-
-/* The 16 bytes before the header: what the file is, its version, and the header's length. */
-static int check_preamble(model_file *f, size_t *header_bytes, medrun_error *e) {
-    reader r = {f->map.data, f->map.n, 0, false};
-    const uint8_t *magic = read_bytes(&r, 8);
-    uint64_t n = read_u64(&r);
-    if (!magic || memcmp(magic, "MEDRUN", 6))
-        return fail(e, MEDRUN_BAD_FILE, "%s: not a medrun checkpoint (it does not begin with "
-                    "MEDRUN02); medrun-export makes one", f->path);
-    if (!memcmp(magic, "MEDRUN01", 8))
-        return fail(e, MEDRUN_BAD_FILE, "%s: format version: found \"01\", wanted \"02\"; make it "
-                    "anew from what it was made of: medrun-export SOURCE %s", f->path, f->path);
-    if (memcmp(magic, "MEDRUN02", 8))
-        return fail(e, MEDRUN_BAD_FILE, "%s: format version: found \"%c%c\", wanted \"02\"; use a "
-                    "newer medrun", f->path, isprint(magic[6]) ? magic[6] : '?',
-                    isprint(magic[7]) ? magic[7] : '?');
-    if (r.failed || n > MAX_HEADER || n + PREAMBLE + 32 > f->map.n)
-        return fail(e, MEDRUN_BAD_FILE, "%s: header length: found %llu in a file of %zu bytes; it "
-                    "was cut short or damaged, copy it again", f->path, (unsigned long long)n,
-                    f->map.n);
-    *header_bytes = (size_t)n;
+    f->at = wanted + *bytes;
     return MEDRUN_OK;
 }
 
@@ -5390,29 +5347,45 @@ static void file_close(model_file *f) {
     unmap_file(&f->map);
 }
 
-/* Checks the hash of the header's N bytes, then reads it as JSON: so a file that was damaged on its
- * way is called damaged, not wrong in some field. */
-static int read_header(model_file *f, size_t n, medrun_error *e) {
+/* The 16 bytes before the header say what the file is, its version, and the header's length N. The
+ * hash is checked before the header is read as JSON: so a file that was damaged on its way is
+ * called damaged, not wrong in some field. */
+static int read_header(model_file *f, medrun_error *e) {
+    const uint8_t *p = f->map.data;
+    uint64_t n = 0;
     medrun_error why = {0};
-    sha256_of(f->map.data, PREAMBLE + n, f->hash);
-    if (memcmp(f->hash, f->map.data + PREAMBLE + n, 32))
-        return fail(e, MEDRUN_BAD_FILE, "%s: the header's SHA-256 differs: the file is damaged, "
-                    "copy it again", f->path);
-    if (json_parse(&f->header, (const char *)f->map.data + PREAMBLE, n, &why))
+    if (f->map.n >= PREAMBLE) memcpy(&n, p + 8, 8);
+    if (f->map.n < 8 || memcmp(p, "MEDRUN", 6))
+        return bad_file(e, f->path, "not a medrun checkpoint (it does not begin with MEDRUN02); "
+                        "medrun-export makes one");
+    if (!memcmp(p, "MEDRUN01", 8))
+        return bad_file(e, f->path, "format version: found \"01\", wanted \"02\"; make it anew from "
+                        "what it was made of: medrun-export SOURCE %s", f->path);
+    if (memcmp(p, "MEDRUN02", 8))
+        return bad_file(e, f->path, "format version: found \"%c%c\", wanted \"02\"; use a newer "
+                        "medrun", isprint(p[6]) ? p[6] : '?', isprint(p[7]) ? p[7] : '?');
+    if (n > MAX_HEADER || n + PREAMBLE + 32 > f->map.n)
+        return bad_file(e, f->path, "header length: found %llu in a file of %zu bytes; it was cut "
+                        "short or damaged, copy it again", (unsigned long long)n, f->map.n);
+    f->at = PREAMBLE + (size_t)n;
+    sha256_of(p, f->at, f->hash);
+    if (memcmp(f->hash, p + f->at, 32))
+        return bad_file(e, f->path, "the header's SHA-256 differs: the file is damaged, copy it "
+                        "again");
+    if (json_parse(&f->header, (const char *)p + PREAMBLE, (size_t)n, &why))
         return fail(e, why.code, "%s: header: %s", f->path, why.text);
     json_int(&f->header, 0, f->path, "format", 1, 1, e);
     f->tensors = json_field(&f->header, 0, f->path, "tensors", JSON_ARRAY, "an array", e);
     f->tokenizer = json_get(&f->header, 0, "tokenizer");
-    f->at = PREAMBLE + n + 32;
+    f->at += 32;
     return e->code;
 }
 
-/* Maps PATH and checks preamble and header. On failure nothing stays open. */
+/* Maps PATH and reads its header. On failure nothing stays open. */
 static int file_open(model_file *f, const char *path, bool load, medrun_error *e) {
-    size_t n = 0;
     *f = (model_file){.path = path};
-    if (map_file(path, &f->map, e) || (load && load_map(&f->map, path, e)) ||
-        check_preamble(f, &n, e) || read_header(f, n, e)) file_close(f);
+    if (map_file(path, &f->map, e) || (load && load_map(&f->map, path, e)) || read_header(f, e))
+        file_close(f);
     return e->code;
 }
 /* ============================================================================================
@@ -7212,13 +7185,6 @@ static void rope_frequencies(const model_config *c, float *out) {
 
 /* ---- the config ---------------------------------------------------------------------------- */
 
-/* How a reader refuses a name: with what it found and what it wanted. */
-static int wrong_value(const model_file *f, const char *field, const char *found,
-                       const char *wanted, medrun_error *e) {
-    return fail(e, MEDRUN_BAD_FILE, "%s: field %s: found \"%s\", wanted %s", f->path, field, found,
-                wanted);
-}
-
 /* The number of NAME in NAMES[0 .. n), or -1. */
 static int name_index(const char *const *names, int n, const char *name) {
     for (int i = 0; i < n; i++) if (!strcmp(names[i], name)) return i;
@@ -7232,7 +7198,7 @@ static int read_name(const model_file *f, uint32_t v, const char *key, const cha
     char name[32];
     if (json_text(&f->header, v, f->path, key, name, sizeof name, e)) return 0;
     int i = name_index(names, n, name);
-    if (i < 0) wrong_value(f, field, name, wanted, e);
+    if (i < 0) bad_file(e, f->path, "field %s: found \"%s\", wanted %s", field, name, wanted);
     return i < 0 ? 0 : i;
 }
 
@@ -7270,7 +7236,7 @@ static int read_fields(const model_file *f, uint32_t v, const header_field *d, v
         else if (json_is_type(j, value, JSON_TRUE) || json_is_type(j, value, JSON_FALSE))
             *(bool *)to = json_typeof(j, value) == JSON_TRUE;
         else
-            fail(e, MEDRUN_BAD_FILE, "%s: field %s: wanted true or false", f->path, d->key);
+            bad_file(e, f->path, "field %s: wanted true or false", d->key);
     }
     return e->code;
 }
@@ -7317,19 +7283,26 @@ static const header_field sampling_fields[] = {
     {"repeat_penalty", FIELD_FLOAT, 0.01, 100, offsetof(medrun_sampling, repeat_penalty)},
     {0}};
 
+/* The list V of at most MOST numbers from MIN to MAX: how many there are, or -1 if it is none. */
+static int read_list(const json *j, uint32_t v, double min, double max, int most, double *out) {
+    int n = json_is_type(j, v, JSON_ARRAY) ? (int)j->nodes[v].count : -1;
+    v++;
+    for (int i = 0; i < n && n <= most; i++, v = j->nodes[v].next) {
+        out[i] = json_typeof(j, v) == JSON_NUMBER ? json_number(j, v) : (double)NAN;
+        if (!(out[i] >= min && out[i] <= max)) return -1;
+    }
+    return n <= most ? n : -1;
+}
+
 /* Some GGUF files state the scaling as a divisor for each frequency: (head_dim / 2) numbers. */
 static int read_divisors(const model_file *f, uint32_t s, model_config *c, medrun_error *e) {
-    const json *j = &f->header;
-    uint32_t list = json_get(j, s, "divisors"), n = (uint32_t)c->head_dim / 2;
-    bool good = json_is_type(j, list, JSON_ARRAY) && j->nodes[list].count == n;
-    for (uint32_t i = 0, v = list + 1; good && i < n; i++, v = j->nodes[v].next) {
-        double d = json_typeof(j, v) == JSON_NUMBER ? json_number(j, v) : 0;
-        good = d >= 1e-6 && d <= 1e6;
-        if (good) c->rope_divisors[i] = (float)d;
-    }
-    if (good) return MEDRUN_OK;
-    return fail(e, MEDRUN_BAD_FILE, "%s: field rope_scaling.divisors: wanted %u numbers from 1e-6 "
-                "to 1e6", f->path, n);
+    double all[MAX_HEAD_DIM / 2];
+    int n = c->head_dim / 2;
+    if (read_list(&f->header, json_get(&f->header, s, "divisors"), 1e-6, 1e6, n, all) != n)
+        return bad_file(e, f->path, "field rope_scaling.divisors: wanted %d numbers from 1e-6 to "
+                        "1e6", n);
+    for (int i = 0; i < n; i++) c->rope_divisors[i] = (float)all[i];
+    return MEDRUN_OK;
 }
 
 /* "rope_scaling". high_freq_factor must be the larger, or the blend would divide by zero. */
@@ -7339,8 +7312,8 @@ static int read_rope(const model_file *f, uint32_t v, model_config *c, medrun_er
                              "none, llama3, yarn or divisors", e);
     if (read_fields(f, s, scaling_fields[c->rope_type], c, e)) return e->code;
     if (c->rope_type == ROPE_LLAMA3 && c->rope_high <= c->rope_low)
-        return fail(e, MEDRUN_BAD_FILE, "%s: field rope_scaling: found high_freq_factor %g, wanted "
-                    "more than low_freq_factor %g", f->path, c->rope_high, c->rope_low);
+        return bad_file(e, f->path, "field rope_scaling: found high_freq_factor %g, wanted more "
+                        "than low_freq_factor %g", c->rope_high, c->rope_low);
     return c->rope_type == ROPE_DIVISORS ? read_divisors(f, s, c, e) : MEDRUN_OK;
 }
 
@@ -7353,12 +7326,11 @@ static int read_config(const model_file *f, model_config *c, medrun_error *e) {
                               "silu, relu2 or xielu", e);
     if (e->code) return e->code;
     if (c->n_heads % c->n_kv_heads)
-        return fail(e, MEDRUN_BAD_FILE, "%s: field n_heads: found %d, wanted a multiple of "
-                    "n_kv_heads %d", f->path, c->n_heads, c->n_kv_heads);
+        return bad_file(e, f->path, "field n_heads: found %d, wanted a multiple of n_kv_heads %d",
+                        c->n_heads, c->n_kv_heads);
     if (c->hidden_size % 16 || c->head_dim % 16 || c->ffn_size % 16)
-        return fail(e, MEDRUN_BAD_FILE, "%s: config: found hidden_size %d, head_dim %d, ffn_size "
-                    "%d, wanted multiples of 16", f->path, c->hidden_size, c->head_dim,
-                    c->ffn_size);
+        return bad_file(e, f->path, "config: found hidden_size %d, head_dim %d, ffn_size %d, wanted "
+                        "multiples of 16", c->hidden_size, c->head_dim, c->ffn_size);
     return read_rope(f, v, c, e);
 }
 
@@ -7411,7 +7383,7 @@ static void bind(binder *b, const char *name, int rows, int cols, void *to, medr
     if (b->layer < 0) snprintf(wanted, sizeof wanted, "%s", name);
     else snprintf(wanted, sizeof wanted, "layers.%d.%s", b->layer, name);
     if (!b->left) {
-        fail(e, MEDRUN_BAD_FILE, "%s: tensor %s is missing", f->path, wanted);
+        bad_file(e, f->path, "tensor %s is missing", wanted);
         return;
     }
     json_text(&f->header, b->entry, f->path, "name", found, sizeof found, e);
@@ -7420,13 +7392,12 @@ static void bind(binder *b, const char *name, int rows, int cols, void *to, medr
     int64_t c = json_int(&f->header, b->entry, f->path, "cols", 1, 1 << 24, e);
     if (strcmp(found, wanted) || strcmp(found_type, type_names[t.type]) || r != (int64_t)t.rows ||
         c != cols)
-        fail(e, MEDRUN_BAD_FILE, "%s: tensor: found %s %s (%lld, %lld), wanted %s %s (%zu, %d)",
-             f->path, found, found_type, (long long)r, (long long)c, wanted, type_names[t.type],
-             t.rows, cols);
+        bad_file(e, f->path, "tensor: found %s %s (%lld, %lld), wanted %s %s (%zu, %d)", found,
+                 found_type, (long long)r, (long long)c, wanted, type_names[t.type], t.rows, cols);
     if (e->code || take_section(f, b->entry, wanted, &t.data, &bytes, digest, e)) return;
     if (bytes != all)
-        fail(e, MEDRUN_BAD_FILE, "%s: tensor %s: found %zu bytes, wanted %llu", f->path, wanted,
-             bytes, (unsigned long long)all);
+        bad_file(e, f->path, "tensor %s: found %zu bytes, wanted %llu", wanted, bytes,
+                 (unsigned long long)all);
     if (rows) *(tensor *)to = t;
     else *(const float **)to = (const void *)t.data;
     b->m->parameters += (uint64_t)t.rows * t.cols;
@@ -7445,11 +7416,11 @@ static int read_xielu(const char *path, int layer, const float *stored, xielu_nu
     if (e->code) return e->code;
     for (int i = 0; i < 4; i++)
         if (!(fabsf(stored[i]) <= 500))
-            return fail(e, MEDRUN_BAD_FILE, "%s: tensor layers.%d.xielu: found %g, wanted numbers "
-                        "from -500 to 500", path, layer, (double)stored[i]);
+            return bad_file(e, path, "tensor layers.%d.xielu: found %g, wanted numbers from -500 to "
+                            "500", layer, (double)stored[i]);
     if (stored[3] > 0)
-        return fail(e, MEDRUN_BAD_FILE, "%s: tensor layers.%d.xielu: found eps %g, wanted at most "
-                    "0", path, layer, (double)stored[3]);
+        return bad_file(e, path, "tensor layers.%d.xielu: found eps %g, wanted at most 0", layer,
+                        (double)stored[3]);
     *out = (xielu_numbers){(float)softplus((double)stored[0]), 0, stored[2], stored[3]};
     out->negative = stored[2] + (float)softplus((double)stored[1]);
     return MEDRUN_OK;
@@ -7496,8 +7467,7 @@ static int bind_all(medrun_model *m, medrun_error *e) {
     bind(&b, "final_norm", 0, c->hidden_size, &m->final_norm, e);
     if (c->tied) m->output = m->embed;
     else bind(&b, "output", c->vocab_size, c->hidden_size, &m->output, e);
-    if (b.left) fail(e, MEDRUN_BAD_FILE, "%s: %u tensors more than the config needs", m->file.path,
-                     b.left);
+    if (b.left) bad_file(e, m->path, "%u tensors more than the config needs", b.left);
     return e->code;
 }
 
@@ -7509,20 +7479,18 @@ static int read_tokenizer(medrun_model *m, medrun_error *e) {
     const uint8_t *data = NULL;
     size_t n = 0;
     uint8_t found[32];
-    if (f->tokenizer == JSON_NONE)
-        return fail(e, MEDRUN_BAD_FILE, "%s: field tokenizer is missing", f->path);
+    if (f->tokenizer == JSON_NONE) return bad_file(e, m->path, "field tokenizer is missing");
     if (take_section(f, f->tokenizer, "tokenizer", &data, &n, m->vocabulary, e)) return e->code;
     if (f->at != f->map.n)
-        return fail(e, MEDRUN_BAD_FILE, "%s: %zu bytes follow the last section", f->path,
-                    f->map.n - f->at);
+        return bad_file(e, m->path, "%zu bytes follow the last section", f->map.n - f->at);
     sha256_of(data, n, found);
     if (memcmp(found, m->vocabulary, 32))
-        return fail(e, MEDRUN_BAD_FILE, "%s: tokenizer: its SHA-256 differs: the file is damaged, "
-                    "copy it again", f->path);
+        return bad_file(e, m->path, "tokenizer: its SHA-256 differs: the file is damaged, copy it "
+                        "again");
     if (tokenizer_open(&m->tokenizer, data, n, f->path, e)) return e->code;
     if (m->tokenizer.vocab_size != m->config.vocab_size)
-        return fail(e, MEDRUN_BAD_FILE, "%s: tokenizer: found %d pieces, wanted vocab_size %d",
-                    f->path, m->tokenizer.vocab_size, m->config.vocab_size);
+        return bad_file(e, m->path, "tokenizer: found %d pieces, wanted vocab_size %d",
+                        m->tokenizer.vocab_size, m->config.vocab_size);
     for (int32_t id = 0; id < m->config.vocab_size; id++) {
         tokenizer_piece(&m->tokenizer, id, &n);
         if (n > m->longest_piece) m->longest_piece = n;
@@ -7532,19 +7500,15 @@ static int read_tokenizer(medrun_model *m, medrun_error *e) {
 
 /* The ids that end an answer. */
 static int read_stops(medrun_model *m, uint32_t chat, medrun_error *e) {
-    const model_file *f = &m->file;
-    const json *j = &f->header;
-    uint32_t stops = json_get(j, chat, "stop_ids");
-    uint32_t n = json_is_type(j, stops, JSON_ARRAY) ? j->nodes[stops].count : UINT32_MAX;
-    bool good = n <= MEDRUN_MAX_STOPS;
-    for (uint32_t i = 0, c = stops + 1; good && i < n; i++, c = j->nodes[c].next) {
-        double id = json_typeof(j, c) == JSON_NUMBER ? json_number(j, c) : -1;
-        good = id >= 0 && id < m->config.vocab_size && id == floor(id);
-        if (good) m->stops[m->n_stops++] = (int)id;
-    }
-    if (good) return MEDRUN_OK;
-    return fail(e, MEDRUN_BAD_FILE, "%s: field chat.stop_ids: wanted an array of at most %d ids "
-                "below %d", f->path, MEDRUN_MAX_STOPS, m->config.vocab_size);
+    const json *j = &m->file.header;
+    double ids[MEDRUN_MAX_STOPS];
+    int i = 0, most = MEDRUN_MAX_STOPS, vocab = m->config.vocab_size;
+    int n = read_list(j, json_get(j, chat, "stop_ids"), 0, vocab - 1, most, ids);
+    for (; i < n && floor(ids[i]) >= ids[i]; i++) m->stops[i] = (int)ids[i];
+    m->n_stops = i;
+    if (i == n) return MEDRUN_OK;
+    return bad_file(e, m->path, "field chat.stop_ids: wanted an array of at most %d ids below %d",
+                    most, vocab);
 }
 
 /* The template by its name, and what the model's own Jinja template does otherwise: another BOS
@@ -7559,14 +7523,15 @@ static int read_chat(medrun_model *m, medrun_error *e) {
         return e->code;
     const chat_template *row = chat_find(m->template_name);
     if (!row && strcmp(m->template_name, MEDRUN_UNKNOWN))       /* nor to the exporter           */
-        return wrong_value(f, "chat.template", m->template_name, MEDRUN_TEMPLATES, e);
+        return bad_file(e, m->path, "field chat.template: found \"%s\", wanted %s",
+                        m->template_name, MEDRUN_TEMPLATES);
     if (row) m->own_chat = *row, m->chat = &m->own_chat;
     if (json_get(j, v, "bos") != JSON_NONE &&
         !json_text(j, v, f->path, "bos", m->bos, sizeof m->bos, e))
         m->own_chat.bos = *m->bos ? m->bos : NULL;
     read_fields(f, v, own_fields, &m->own_chat, e);
     if (!json_is_type(j, system, JSON_STRING))
-        return fail(e, MEDRUN_BAD_FILE, "%s: field chat.system: wanted a string", f->path);
+        return bad_file(e, m->path, "field chat.system: wanted a string");
     buffer b = {0};
     json_unescape(j, system, &b);
     buffer_add(&b, "", 1);

@@ -1,6 +1,7 @@
 /* Tests of sections 2 and 3: errors, memory, bounded reading, UTF-8, SHA-256, JSON. */
 #define MEDRUN_NO_MAIN
 #include "../medrun.c"
+#include "../tools/read.c"
 #include "../tools/write.c"
 #include "test.h"
 #include <dirent.h>

@@ -6,6 +6,7 @@
 #include <stddef.h>
 static void *limited_realloc(void *p, size_t n);
 #include "../medrun.c"
+#include "../tools/read.c"
 #include "../tools/write.c"
 #include "test.h"
 

@@ -860,9 +860,8 @@ static int resume_results(evaluation *v, buffer *text, medrun_error *e) {
 /* Is what stands at the path still the file that is open? Another process may have renamed it, or
  * put its own there, before this one had the lock. */
 static bool is_in_place(const evaluation *v) {
-    file_facts mine, there;
-    return !get_facts(NULL, v->fd, &mine) && !get_facts(v->o.out, -1, &there) &&
-           same_file(&mine, &there);
+    file_facts mine;
+    return !get_facts(NULL, v->fd, &mine) && same_file(v->o.out, &mine);
 }
 
 /* A run that ended before its first result, such as on a full disk, leaves no file. */

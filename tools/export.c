@@ -35,6 +35,7 @@
 #endif
 #include "options.c"
 #include "files.c"
+#include "read.c"
 #include "write.c"
 #include "export_int4.c"
 
