@@ -481,11 +481,10 @@ typedef struct {
     bool of_group;                  /* its control group has less memory than the machine       */
 } machine_limits;
 
-/* TO_MAP does not wait for the other end of a pipe, TO_LOOK follows no link either. TO_WRITE and
- * TO_CREATE want a new name, TO_UPDATE keeps what is there; only its owner may read what the last
- * two make. TO_STREAM writes to a device or to a pipe that somebody reads. None of these follows a
- * link. */
-enum { TO_READ, TO_MAP, TO_LOOK, TO_WRITE, TO_CREATE, TO_UPDATE, TO_STREAM };
+/* TO_MAP does not wait for the other end of a pipe. All below it follow no link: TO_WRITE and
+ * TO_CREATE want a new name, and only its owner may read what TO_CREATE makes; TO_STREAM writes to a
+ * device or to a pipe that somebody reads. */
+enum { TO_READ, TO_MAP, TO_LOOK, TO_WRITE, TO_CREATE, TO_STREAM };
 
 typedef void signal_handler(int number);
 
@@ -497,7 +496,6 @@ static int open_file(const char *path, int how) {
         [TO_LOOK] = O_RDONLY | O_NONBLOCK | O_NOFOLLOW,
         [TO_WRITE] = O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW,
         [TO_CREATE] = O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW,
-        [TO_UPDATE] = O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK,
         [TO_STREAM] = O_WRONLY | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY,
     };
     int fd;
@@ -595,18 +593,6 @@ static int this_processor(void) {
 #endif
 }
 
-/* Bytes of a core's second cache, 0 where the system does not say; at most 4 MiB, for a larger one
- * is shared by several cores. */
-static size_t second_cache(void) {
-    long n = 0;
-#ifdef _SC_LEVEL2_CACHE_SIZE
-    n = sysconf(_SC_LEVEL2_CACHE_SIZE);
-#elif defined __APPLE__
-    n = (long)sysctl_number("hw.l2cachesize");
-#endif
-    return n < 64 << 10 ? 0 : n > 4 << 20 ? 4 << 20 : (size_t)n;
-}
-
 /* The number behind KEY in the file NAME of FOLDER, or where two stand there the first divided by
  * the second; -1: there is none. */
 static double read_limit(const char *folder, const char *name, const char *key) {
@@ -653,11 +639,7 @@ static void lower_limits(const char *folder, machine_limits *l) {
  * no controllers. */
 static machine_limits limits_of_machine(void) {
     char line[1024], folder[2048];
-#ifdef __APPLE__
-    double memory = (double)sysctl_number("hw.memsize");
-#else
     double memory = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
-#endif
     double free_now = 1024 * read_limit("/proc", "meminfo", "MemAvailable:");
     machine_limits l = {processors(), memory, free_now < 0 ? memory : free_now, false};
     FILE *f = fopen("/proc/self/cgroup", "r");
@@ -741,8 +723,6 @@ static bool more_is_typed(void) {
     return waiting > 0;
 }
 
-static void local_time(time_t when, struct tm *t) { localtime_r(&when, t); }
-
 /* The *N paths that PATTERN means, in order, folders with / at the end; until the next call. */
 static char **find_paths(const char *pattern, size_t *n) {
     static glob_t found;
@@ -816,20 +796,19 @@ static bool make_private(SECURITY_DESCRIPTOR *d, ACL **list) {
 
 /* Opens folders, too (BACKUP_SEMANTICS), so that messages can say what they are. Files may be
  * renamed and removed while they are open, as elsewhere. TO_WRITE is private too, for umask does
- * nothing here; TO_UPDATE has one writer; TO_LOOK follows a link, as only administrators make
- * them. */
+ * nothing here; TO_LOOK follows a link, as only administrators make them. */
 static int open_file(const char *path, int how) {
-    bool is_new = how == TO_WRITE || how == TO_CREATE, update = how == TO_UPDATE;
-    DWORD access = update || is_new ? GENERIC_READ | GENERIC_WRITE : GENERIC_READ;
-    DWORD share = FILE_SHARE_READ | FILE_SHARE_DELETE | (update ? 0 : FILE_SHARE_WRITE);
-    DWORD create = update ? OPEN_ALWAYS : is_new ? CREATE_NEW : OPEN_EXISTING;
+    bool is_new = how == TO_WRITE || how == TO_CREATE;
+    DWORD access = is_new ? GENERIC_READ | GENERIC_WRITE : GENERIC_READ;
+    DWORD share = FILE_SHARE_READ | FILE_SHARE_DELETE | FILE_SHARE_WRITE;
     wchar_t room[WIDE_PATH], *name = wide_path(path, room);
     SECURITY_DESCRIPTOR owner_only;
     SECURITY_ATTRIBUTES who = {sizeof who, is_new ? &owner_only : NULL, FALSE};
     ACL *list = NULL;
     if (!name) return -1;
     if (is_new && !make_private(&owner_only, &list)) return windows_failed();
-    HANDLE h = CreateFileW(name, access, share, &who, create, FILE_FLAG_BACKUP_SEMANTICS, NULL);
+    HANDLE h = CreateFileW(name, access, share, &who, is_new ? CREATE_NEW : OPEN_EXISTING,
+                           FILE_FLAG_BACKUP_SEMANTICS, NULL);
     int fd = h == INVALID_HANDLE_VALUE ? windows_failed() : _open_osfhandle((intptr_t)h, _O_BINARY);
     LocalFree(list);
     return fd;
@@ -897,16 +876,6 @@ static int processors(void) {
 
 static int this_processor(void) { return (int)GetCurrentProcessorNumber(); }
 
-static size_t second_cache(void) {
-    SYSTEM_LOGICAL_PROCESSOR_INFORMATION row[512];
-    DWORD n = sizeof row;
-    if (!GetLogicalProcessorInformation(row, &n)) return 0;
-    for (size_t i = 0; i < n / sizeof *row; i++)
-        if (row[i].Relationship == RelationCache && row[i].Cache.Level == 2)
-            return row[i].Cache.Size > 4 << 20 ? 4 << 20 : row[i].Cache.Size;
-    return 0;
-}
-
 /* Memory is free where a process may have it, too: the paging file counts. */
 static machine_limits limits_of_machine(void) {
     MEMORYSTATUSEX m = {.dwLength = sizeof m};
@@ -952,7 +921,7 @@ static bool terminal_draws(const char *term) {
 static int terminal_columns(void) { return 0; }
 static bool set_raw(bool raw) { return (void)raw, false; }
 static bool more_is_typed(void) { return false; }
-static void local_time(time_t when, struct tm *t) { localtime_s(t, &when); }
+#define localtime_r(when, t) localtime_s(t, when)
 
 static char **find_paths(const char *pattern, size_t *n) { return (void)pattern, *n = 0, NULL; }
 static void suspend_program(void) {}
@@ -1028,6 +997,19 @@ static void *memmem(const void *in, size_t n, const void *what, size_t k) {
 
 /* ---- on all systems ------------------------------------------------------------------------ */
 
+/* Bytes of a core's second cache, 0 where the machine does not say; at most 4 MiB, for a larger one
+ * is shared by several cores. */
+static size_t second_cache(void) {
+    uint64_t n = 0;
+#ifdef MEDRUN_X86
+    unsigned a, b, c, d;
+    if (__get_cpuid(0x80000006, &a, &b, &c, &d)) n = (uint64_t)(c >> 16) << 10;
+#elif defined __APPLE__
+    n = sysctl_number("hw.l2cachesize");
+#endif
+    return n < 64 << 10 ? 0 : n > 4 << 20 ? 4 << 20 : (size_t)n;
+}
+
 /* The threads worth having: one for each processor, or for each whole one that a quota pays for. */
 static int default_threads(void) {
     return (int)fmax(1, limits_of_machine().processors);
@@ -1077,8 +1059,8 @@ static void want_large_pages(const void *p, size_t n) {
 static uint64_t random_bits(void) {
     struct timespec t;
     clock_gettime(CLOCK_REALTIME, &t);
-    uint64_t bits = (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-    bits = (bits ^ (uint64_t)getpid() << 40) * 0x9E3779B97F4A7C15u;
+    uint64_t now = (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+    uint64_t bits = (now ^ (uint64_t)getpid() << 40) * 0x9E3779B97F4A7C15u;
     return bits ^ bits >> 32;
 }
 /* ============================================================================================
@@ -6674,7 +6656,7 @@ static const chat_template *chat_find(const char *name) {
 /* Today where this machine is, YYYY-MM-DD. */
 static void date_today(char date[11]) {
     struct tm t = {0};
-    local_time(time(NULL), &t);
+    localtime_r(&(time_t){time(NULL)}, &t);
     strftime(date, 11, "%Y-%m-%d", &t);
 }
 

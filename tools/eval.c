@@ -903,7 +903,7 @@ static int open_results(evaluation *v, medrun_error *e) {
     bool stream = false, anew = v->o.force && !v->o.resume;
     if (!v->o.out || check_place(v->o.out, &result_file, anew || v->o.resume, &stream, e))
         return e->code;
-    v->fd = open_file(v->o.out, TO_UPDATE);
+    v->fd = open_update(v->o.out);
     if (v->fd < 0 || get_facts(NULL, v->fd, &f))
         return fail(e, MEDRUN_FAILED, "%s: cannot open: %s", v->o.out, strerror(errno));
     if (!lock_file(v->fd))
