@@ -481,9 +481,10 @@ typedef struct {
     bool of_group;                  /* its control group has less memory than the machine       */
 } machine_limits;
 
-/* TO_MAP does not wait for the other end of a pipe. All below it follow no link: TO_WRITE and
- * TO_CREATE want a new name, and only its owner may read what TO_CREATE makes; TO_STREAM writes to a
- * device or to a pipe that somebody reads. */
+/* TO_MAP does not wait for the other end of a pipe. Those behind it follow no link, which another
+ * user may have laid. TO_LOOK only looks. TO_WRITE and TO_CREATE want a new name, and only its
+ * owner may read what TO_CREATE makes. TO_STREAM writes to a device, or to a pipe that somebody
+ * reads. */
 enum { TO_READ, TO_MAP, TO_LOOK, TO_WRITE, TO_CREATE, TO_STREAM };
 
 typedef void signal_handler(int number);
@@ -998,7 +999,8 @@ static void *memmem(const void *in, size_t n, const void *what, size_t k) {
 /* ---- on all systems ------------------------------------------------------------------------ */
 
 /* Bytes of a core's second cache, 0 where the machine does not say; at most 4 MiB, for a larger one
- * is shared by several cores. */
+ * is shared by several cores. Intel's processors answer AMD's question, too, so no operating system
+ * is asked. */
 static size_t second_cache(void) {
     uint64_t n = 0;
 #ifdef MEDRUN_X86
@@ -5341,8 +5343,8 @@ static int read_header(model_file *f, medrun_error *e) {
         return bad_file(e, f->path, "not a medrun checkpoint (it does not begin with MEDRUN02); "
                         "medrun-export makes one");
     if (!memcmp(p, "MEDRUN01", 8))
-        return bad_file(e, f->path, "format version: found \"01\", wanted \"02\"; make it anew from "
-                        "what it was made of: medrun-export SOURCE %s", f->path);
+        return bad_file(e, f->path, "format version: found \"01\", wanted \"02\"; make it anew "
+                        "from what it was made of: medrun-export SOURCE %s", f->path);
     if (memcmp(p, "MEDRUN02", 8))
         return bad_file(e, f->path, "format version: found \"%c%c\", wanted \"02\"; use a newer "
                         "medrun", isprint(p[6]) ? p[6] : '?', isprint(p[7]) ? p[7] : '?');
@@ -7265,7 +7267,8 @@ static const header_field sampling_fields[] = {
     {"repeat_penalty", FIELD_FLOAT, 0.01, 100, offsetof(medrun_sampling, repeat_penalty)},
     {0}};
 
-/* The list V of at most MOST numbers from MIN to MAX: how many there are, or -1 if it is none. */
+/* The list V of at most MOST numbers from MIN to MAX: how many there are, or -1 if it is none. The
+ * caller knows the name of the field and what it wanted, so the message is its own. */
 static int read_list(const json *j, uint32_t v, double min, double max, int most, double *out) {
     int n = json_is_type(j, v, JSON_ARRAY) ? (int)j->nodes[v].count : -1;
     v++;
@@ -7311,8 +7314,8 @@ static int read_config(const model_file *f, model_config *c, medrun_error *e) {
         return bad_file(e, f->path, "field n_heads: found %d, wanted a multiple of n_kv_heads %d",
                         c->n_heads, c->n_kv_heads);
     if (c->hidden_size % 16 || c->head_dim % 16 || c->ffn_size % 16)
-        return bad_file(e, f->path, "config: found hidden_size %d, head_dim %d, ffn_size %d, wanted "
-                        "multiples of 16", c->hidden_size, c->head_dim, c->ffn_size);
+        return bad_file(e, f->path, "config: found hidden_size %d, head_dim %d, ffn_size %d, "
+                        "wanted multiples of 16", c->hidden_size, c->head_dim, c->ffn_size);
     return read_rope(f, v, c, e);
 }
 
@@ -7398,8 +7401,8 @@ static int read_xielu(const char *path, int layer, const float *stored, xielu_nu
     if (e->code) return e->code;
     for (int i = 0; i < 4; i++)
         if (!(fabsf(stored[i]) <= 500))
-            return bad_file(e, path, "tensor layers.%d.xielu: found %g, wanted numbers from -500 to "
-                            "500", layer, (double)stored[i]);
+            return bad_file(e, path, "tensor layers.%d.xielu: found %g, wanted numbers from -500 "
+                            "to 500", layer, (double)stored[i]);
     if (stored[3] > 0)
         return bad_file(e, path, "tensor layers.%d.xielu: found eps %g, wanted at most 0", layer,
                         (double)stored[3]);

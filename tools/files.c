@@ -22,7 +22,8 @@ __attribute__((unused)) static int open_update(const char *path) {
     wchar_t room[WIDE_PATH], *name = wide_path(path, room);
     DWORD access = GENERIC_READ | GENERIC_WRITE, share = FILE_SHARE_READ | FILE_SHARE_DELETE;
     if (!name) return -1;
-    HANDLE h = CreateFileW(name, access, share, NULL, OPEN_ALWAYS, FILE_FLAG_BACKUP_SEMANTICS, NULL);
+    HANDLE h = CreateFileW(name, access, share, NULL, OPEN_ALWAYS, FILE_FLAG_BACKUP_SEMANTICS,
+                           NULL);
     return h == INVALID_HANDLE_VALUE ? windows_failed() : _open_osfhandle((intptr_t)h, _O_BINARY);
 }
 

@@ -1,5 +1,6 @@
 /* What tools read of foreign files: bytes with bounds. medrun's own files need no such reader, as
- * they are checked and mapped. A tool includes this file after medrun.c. MIT licence, see LICENSE. */
+ * they are checked and mapped. A tool includes this file after medrun.c.
+ * MIT licence, see LICENSE. */
 #ifndef MEDRUN_READ             /* programs of several parts may include it twice               */
 #define MEDRUN_READ
 
