@@ -2924,7 +2924,7 @@ ALWAYS_INLINE vec vload_f16(const uint16_t *p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)p));
 }
 ALWAYS_INLINE void vstore_f16(uint16_t *p, vec x) {
-    _mm256_storeu_si256((void *)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+    _mm256_storeu_si256((void *)p, _mm512_maskz_cvtps_ph(0xFFFF, x, _MM_FROUND_TO_NEAREST_INT));
 }
 ALWAYS_INLINE vec vload_int4(const uint8_t *p) {
     __m256i mask = _mm256_set1_epi16((int16_t)(0xFFFF - SHIFT_MASK));
