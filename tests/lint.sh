@@ -49,7 +49,7 @@ budgets="
 16:1410:2616"
 budgets=$(echo $budgets)                  # on one line
 most_lines=11818                            # the goals: 9000, 450000, 15
-most_bytes=590230
+most_bytes=590244
 least_comments=13.0
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
