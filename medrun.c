@@ -8504,7 +8504,7 @@ static int check_fit(const medrun_session *s, size_t at, const int32_t *ids, siz
 /* All of the ids or none. */
 static int append_ids(medrun_session *s, const int32_t *ids, size_t n, medrun_error *e) {
     if (check_fit(s, s->n_tokens, ids, n, e)) return e->code;
-    if (n) memcpy(s->tokens + s->n_tokens, ids, n * sizeof *ids);
+    if (n) memmove(s->tokens + s->n_tokens, ids, n * sizeof *ids);      /* perhaps its own       */
     s->n_tokens += n;
     s->starting = true;
     return MEDRUN_OK;
@@ -9387,7 +9387,6 @@ typedef struct {
     text_line line;
     bool ended, mid_line;
     size_t n_prompt, n_answer;  /* tokens                                                      */
-    uint64_t guessed, right;    /* tokens, see medrun_guesses                                  */
     double prompt_time, answer_time;
 } answer;
 
@@ -9414,7 +9413,6 @@ typedef struct command {
     medrun_sampling sampling;
     int (*piece)(struct command *c, int32_t id, const char *text, size_t n);    /* or NULL       */
     answer answer;                              /* the last one                                 */
-    bool prefix_saved, prefix_unfit;            /* --save-prefix is done, --load-prefix failed  */
     buffer input, ids, output;                  /* what was read, its tokens, what is printed   */
     medrun_error e;
 } command;
@@ -9698,12 +9696,6 @@ static void note(const command *c, const char *format, ...) {
 
 /* Ends the command with this exit code and without a message, unless it has failed before. */
 static int quit(command *c, int code) { return fail(&c->e, code, "%s", ""), c->e.code; }
-
-/* Ctrl-C was pressed: whatever it has cut short, the command ends without a message. */
-static int interrupt(command *c) {
-    c->e = (medrun_error){0};
-    return quit(c, MEDRUN_INTERRUPTED);
-}
 
 /* Nobody is told when the program that read stdout has left. */
 static int flush_stdout(command *c) {
@@ -10041,43 +10033,31 @@ static size_t context_of(const command *c) { return (size_t)c->s->options.contex
 
 /* ---- answering ----------------------------------------------------------------------------- */
 
-static volatile sig_atomic_t interrupted;
 static medrun_session *volatile answering;      /* whose step Ctrl-C ends between two layers     */
 
 static void on_interrupt(int signal_number) {
     (void)signal_number;
-    interrupted = 1;
     if (answering) medrun_interrupt(answering);
 }
 
-/* Is a stop text in what is held? *AT: where the first one begins, else the end. *HOLD: how many
- * bytes at the end may be the beginning of one. */
-static bool find_stop(const command *c, const buffer *held, size_t *at, size_t *hold) {
-    *at = held->n, *hold = 0;
-    for (size_t i = 0; i < c->n_stops && held->n; i++) {
-        size_t n = strlen(c->stops[i]), k = n - 1 < held->n ? n - 1 : held->n;
-        const uint8_t *p = memmem(held->data, held->n, c->stops[i], n);
-        if (p && (size_t)(p - held->data) < *at) *at = (size_t)(p - held->data);
-        while (k && memcmp(held->data + held->n - k, c->stops[i], k)) k--;
-        if (k > *hold) *hold = k;
-    }
-    return *at < held->n;
-}
-
 /* Prints what can no longer become part of a stop text, or all that is left when the answer is
- * OVER. On a terminal lines are broken between words, so the last word waits for its end; and
- * control characters that the model made do not reach it. */
+ * OVER; a stop text ends it. On a terminal lines are broken between words, so the last word waits
+ * for its end; and control characters that the model made do not reach it. */
 static int print_held(command *c, bool over) {
     answer *a = &c->answer;
-    size_t n, hold;
-    bool terminal = is_terminal(STDOUT_FILENO);
-    if (find_stop(c, &a->held, &n, &hold)) a->ended = true;
-    else if (!over) n -= hold;
     const char *text = chars(&a->held);
+    size_t n = a->held.n, safe = n;             /* up to a stop text, or what may become one     */
+    for (size_t at = n; at-- > 0;)
+        for (size_t i = 0; i < c->n_stops; i++) {
+            size_t len = strlen(c->stops[i]), left = a->held.n - at;
+            if (memcmp(text + at, c->stops[i], len < left ? len : left)) continue;
+            if (len <= left) n = at, a->ended = true;
+            else safe = at;
+        }
     a->line.width = width_of(STDOUT_FILENO);
-    if (a->line.width && !over && !a->ended) n = whole_words(text, n, a->line.width);
+    if (!over && !a->ended) n = a->line.width ? whole_words(text, safe, a->line.width) : safe;
     if (!n) return MEDRUN_OK;
-    if (terminal) print_words(stdout, &a->line, text, n);
+    if (is_terminal(STDOUT_FILENO)) print_words(stdout, &a->line, text, n);
     else fwrite(text, 1, n, stdout);
     a->mid_line = text[n - 1] != '\n';
     a->held.n -= n;
@@ -10093,16 +10073,16 @@ static int process_prompt(command *c) {
     double start = seconds(), next = start + (terminal ? 2 : 10);
     int drawn = 0;
     while (!c->e.code && (left = medrun_pending(c->s))) {
-        double now = seconds(), rate = (double)(n - left) / (now - start + 1e-9);
+        double now = seconds();
         if (now >= next && !flag(c, O_QUIET)) {
-            int wait = rate > 0 ? (int)((double)left / rate) : 0;
+            int wait = (int)((now - start) * (double)left / (double)(n - left + 1));
             drawn = fprintf(stderr, terminal ? "\r%zu/%zu tokens, %d:%02d left "
                                              : "prompt: %zu of %zu tokens, %d:%02d left\n",
                             n - left, n, wait / 60, wait % 60);
             fflush(stderr);
             next = now + (terminal ? 0.2 : 10);
         }
-        if (interrupted || medrun_step(&c->s, 1, &c->e) == MEDRUN_INTERRUPTED) interrupt(c);
+        medrun_step(&c->s, 1, &c->e);
     }
     if (drawn && terminal) fprintf(stderr, "\r%*s\r", drawn, "");
     return c->e.code;
@@ -10122,46 +10102,27 @@ static int check_prefix(command *c) {
     return path ? check_output(c, path, &session_file) : c->e.code;
 }
 
-/* Writes the prompt that was processed, the first of a chat. */
+/* Writes the prompt that was processed, the first of a chat and no other. */
 static int save_prefix(command *c) {
     const char *path = c->text[O_SAVE_PREFIX];
-    if (c->e.code || !path || c->prefix_saved) return c->e.code;
-    c->prefix_saved = true;
+    if (c->e.code || !path) return c->e.code;
+    c->text[O_SAVE_PREFIX] = NULL;
     if (!save_session(c->s, path, flag(c, O_FORCE), &c->e))
         note(c, "prefix: %zu tokens written to %s", medrun_length(c->s), path);
     return c->e.code;
 }
 
-/* Puts a prompt on the timeline. A first prompt may begin as the file of --load-prefix does. */
+/* Puts a prompt on the timeline. A first prompt may begin as the file of --load-prefix does; where
+ * that cannot be read, a chat goes on without it. */
 static int feed_prompt(command *c, const int32_t *ids, size_t n) {
     const char *path = c->text[O_LOAD_PREFIX];
     size_t taken;
     if (c->e.code) return c->e.code;
-    if (!path || c->prefix_unfit || medrun_length(c->s)) return medrun_feed(c->s, ids, n, &c->e);
-    c->prefix_unfit = medrun_feed_saved(c->s, ids, n, path, &taken, &c->e);
-    if (c->prefix_unfit) return c->e.code;              /* a chat goes on without it             */
-    if (taken) note(c, "prefix: %zu of %zu tokens taken from %s", taken, n, path);
+    if (!path || medrun_length(c->s)) return medrun_feed(c->s, ids, n, &c->e);
+    if (medrun_feed_saved(c->s, ids, n, path, &taken, &c->e)) c->text[O_LOAD_PREFIX] = NULL;
+    else if (taken) note(c, "prefix: %zu of %zu tokens taken from %s", taken, n, path);
     else note(c, "prefix: the prompt shares fewer than 16 tokens with %s", path);
-    return MEDRUN_OK;
-}
-
-/* One of the likeliest tokens after a timeline. */
-typedef struct {
-    int32_t id;
-    float logit;
-    double probability;                         /* the softmax of the logits, at temperature 1  */
-} choice;
-
-/* Fills OUT with the N likeliest tokens, best first, and with ALSO behind them unless it is < 0.
- * Gives N, or the vocabulary's size where that is less. */
-static int find_choices(const command *c, const float *logits, int n, int32_t also, choice *out) {
-    int32_t ids[MOST_CHOICES + 1];
-    size_t vocab = (size_t)c->t->vocab_size, found = largest_logits(logits, vocab, (size_t)n, ids);
-    double sum = log_sum(logits, vocab);
-    ids[found] = also;
-    for (size_t i = 0; i < found + (also >= 0); i++)
-        out[i] = (choice){ids[i], logits[ids[i]], exp((double)logits[ids[i]] - sum)};
-    return (int)found;
+    return c->e.code;
 }
 
 /* Prints the piece with escapes, and blanks up to WIDTH columns. */
@@ -10175,17 +10136,19 @@ static void print_piece(const command *c, int32_t id, size_t width) {
     buffer_free(&b);
 }
 
-/* The token that was chosen, with --top, and under it what else was likely. */
+/* With --top: the token that was chosen, and under it what else was likely. The softmax of the
+ * logits makes the probabilities, as at temperature 1. */
 static int print_choices(command *c, int32_t id) {
-    choice all[MOST_CHOICES + 1] = {{0}};
-    int n = find_choices(c, c->s->logits, whole(c, O_TOP), id, all);
-    print_piece(c, id, 20);
-    printf(" %.4f\n", all[n].probability);
-    for (int i = 0; i < n; i++) {
-        if (all[i].id == id) continue;
-        fputs("    ", stdout);
-        print_piece(c, all[i].id, 16);
-        printf(" %.4f\n", all[i].probability);
+    const float *logits = c->s->logits;
+    int32_t ids[1 + MOST_CHOICES] = {id};
+    size_t vocab = (size_t)c->t->vocab_size;
+    size_t n = 1 + largest_logits(logits, vocab, (size_t)whole(c, O_TOP), ids + 1);
+    double sum = log_sum(logits, vocab);
+    for (size_t i = 0; i < n; i++) {
+        if (i && ids[i] == id) continue;
+        if (i) fputs("    ", stdout);
+        print_piece(c, ids[i], i ? 16 : 20);
+        printf(" %.4f\n", exp((double)logits[ids[i]] - sum));
     }
     return flush_stdout(c);
 }
@@ -10197,15 +10160,12 @@ static int next_piece(command *c) {
     int32_t id;
     const char *text;
     size_t n;
-    bool top = given(c, O_TOP);
-    if (interrupted) return interrupt(c);
-    if (top) process_prompt(c);                         /* then the logits of the choice stay    */
-    if (!c->e.code && medrun_next(c->s, &id, &text, &n, &c->e) == MEDRUN_INTERRUPTED) interrupt(c);
-    if (c->e.code) return c->e.code;
+    if (given(c, O_TOP) && process_prompt(c)) return c->e.code;     /* keeps the choice's logits */
+    if (medrun_next(c->s, &id, &text, &n, &c->e)) return c->e.code;
     a->n_answer++;
     a->ended = medrun_is_stop(c->m, id);
     if (c->piece) return c->piece(c, id, text, n);
-    if (top) return print_choices(c, id);
+    if (given(c, O_TOP)) return print_choices(c, id);
     buffer_add(&a->held, text, n);
     return check_buffer(c, &a->held) ? c->e.code : print_held(c, a->ended);
 }
@@ -10220,17 +10180,16 @@ static const char *way_out(const command *c) {
  * batch in each pass (process_prompt). Then each step computes the pass that is pending, samples
  * one token from its logits and prints the piece (next_piece), until the model ends its turn, a
  * stop text comes, or -n tokens were made. What may be the beginning of a stop text is held back,
- * so no part of one is printed; it follows when the answer ends without it. The handler of Ctrl-C
- * only sets a flag, and the loop asks for the flag between two passes: so the timeline never holds
- * half a pass, and a chat can go on. A full context cuts the answer: MEDRUN_TOO_LONG. */
+ * so no part of one is printed; it follows when the answer ends without it. Ctrl-C ends a step
+ * before its next layer, and leaves pending what was: so the timeline never holds half a pass, and
+ * a chat can go on. A full context cuts the answer: MEDRUN_TOO_LONG. */
 static int print_reply(command *c) {
     answer *a = &c->answer;
     size_t most = c->number[O_PREDICT] < 0 ? SIZE_MAX : (size_t)c->number[O_PREDICT];
-    uint64_t guessed, right;
     if (c->e.code) return c->e.code;
     *a = (answer){.n_prompt = medrun_pending(c->s)};
-    medrun_guesses(c->s, &guessed, &right);
-    interrupted = 0, answering = c->s;
+    c->s->lookup.guessed = c->s->lookup.right = 0;      /* this answer's                         */
+    answering = c->s;
     signal_handler *before = on_signal(SIGINT, on_interrupt);
     double start = seconds();
     process_prompt(c);
@@ -10245,13 +10204,12 @@ static int print_reply(command *c) {
     on_signal(SIGINT, before);
     answering = NULL;
     c->s->pass.stop = false;                            /* Ctrl-C may have come between steps    */
-    medrun_guesses(c->s, &a->guessed, &a->right);
-    a->guessed -= guessed, a->right -= right;
     buffer_free(&a->held);
-    if (c->e.code != MEDRUN_TOO_LONG) return c->e.code;
-    c->e = (medrun_error){0};
-    return fail(&c->e, MEDRUN_TOO_LONG, "the answer is cut: the context of %zu tokens is full; %s",
-                context_of(c), way_out(c));
+    bool full = c->e.code == MEDRUN_TOO_LONG, stopped = c->e.code == MEDRUN_INTERRUPTED;
+    if (full || stopped) c->e = (medrun_error){0};
+    if (full) fail(&c->e, MEDRUN_TOO_LONG, "the answer is cut: the context of %zu tokens is full; "
+                   "%s", context_of(c), way_out(c));
+    return stopped ? quit(c, MEDRUN_INTERRUPTED) : c->e.code;
 }
 
 /* The first token of an answer comes out of the prompt's last pass. */
@@ -10261,7 +10219,7 @@ static void print_stats(const command *c) {
     char guesses[80] = "";
     if (whole(c, O_LOOKUP) > 0 || c->draft)
         snprintf(guesses, sizeof guesses, "; guessed %llu tokens, %llu right",
-                 (unsigned long long)a->guessed, (unsigned long long)a->right);
+                 (unsigned long long)c->s->lookup.guessed, (unsigned long long)c->s->lookup.right);
     note(NULL, "prompt %zu tokens, %.1f tokens/s; answer %zu tokens, %.1f tokens/s; context %zu of "
          "%zu%s", a->n_prompt, (double)a->n_prompt / (a->prompt_time + 1e-9), a->n_answer,
          steps / (a->answer_time + 1e-9), medrun_length(c->s), context_of(c), guesses);
@@ -10500,17 +10458,16 @@ static int show_command(command *c) {
 /* One line of text, drawn on stderr because stdout is for the answers. It stays on one row of the
  * terminal: a long line is seen through a window that follows the cursor. So a redraw touches no
  * other row, however long the line is. A pasted line end belongs to the text and shows as an arrow.
- * Windows edits its lines itself (plain_line). Tests: tests/16_commands.sh, on a pty. */
+ * Windows edits its lines itself. Tests: tests/16_commands.sh, on a pty. */
 enum { HISTORY = 100 };
-enum { LINE, LINE_INTERRUPTED, LINE_END };      /* what reading a line came to                  */
 
 typedef struct {
-    buffer line;
-    size_t at;                                  /* the cursor, a byte of the line               */
-    char *history[HISTORY];                     /* a ring in memory, never written to a file    */
-    int n_history, place;                       /* place: the one that is shown, n: a new line  */
-    bool plain, colour;                         /* plain: nothing that can be drawn on          */
-    const char *commands[24];                   /* what Tab completes at the start of a line    */
+    buffer lines[HISTORY + 1];  /* the line, and those before it; they are never in a file      */
+    size_t at;                  /* the cursor, a byte of the line                               */
+    int shown;                  /* which of the lines it was copied from                        */
+    const char *prompt;
+    bool plain, colour;         /* plain: nothing can be drawn here                             */
+    const char *commands[24];   /* what Tab completes at the start of a line                    */
     size_t n_commands;
 } editor;
 
@@ -10528,131 +10485,76 @@ static void on_fatal_signal(int signal_number) {
 /* Takes the editing from the terminal, which shall put marks around what is pasted. */
 static bool make_raw(void) { return set_raw(true) && fputs("\x1b[?2004h", stderr) >= 0; }
 
-static void prepare_editor(editor *ed) {
-    static const int fatal[] = {SIGTERM, SIGHUP, SIGQUIT, SIGINT};
-    const char *no_colour = getenv("NO_COLOR");
-    ed->plain = !terminal_draws(getenv("TERM"));
-    ed->colour = !ed->plain && !(no_colour && *no_colour);
-    atexit(restore_terminal);
-    for (size_t i = 0; i < sizeof fatal / sizeof *fatal; i++)
-        on_signal(fatal[i], on_fatal_signal);
-}
+/* A key is a byte or EOF; CTRL + 'A' is a byte, too. But arrows and the like send ESC [ or ESC O,
+ * numbers, and a letter (here LETTER + 'A') or ~ (NUMBERED + 3). */
+enum { CTRL = -'@', LETTER = 256, NUMBERED = 512, PASTE = NUMBERED + 200, PASTED };
 
-static void close_editor(editor *ed) {
-    for (int i = 0; i < HISTORY; i++) free(ed->history[i]);
-    buffer_free(&ed->line);
-}
-
-/* What a key sends: a byte, or one of these. The first six stand in the order of ABCDHF. */
-enum { KEY_UP = 256, KEY_DOWN, KEY_RIGHT, KEY_LEFT, KEY_END, KEY_HOME, KEY_DELETE, KEY_PASTE,
-       KEY_PASTED, KEY_OTHER };
-
-/* A byte, a KEY_, or EOF. A key that is no character sends ESC [ numbers letter, ESC [ number ~ or
- * ESC O letter. Only the last number counts: Ctrl-Left, ESC [1;5D, is Left. */
+/* Of several numbers only the last counts: so Ctrl-Left, ESC [1;5D, is Left. */
 static int read_key(void) {
-    static const char letters[] = "ABCDFH";
-    static const struct { int number, key; } numbered[] = {
-        {1, KEY_HOME}, {7, KEY_HOME}, {4, KEY_END}, {8, KEY_END}, {3, KEY_DELETE},
-        {200, KEY_PASTE}, {201, KEY_PASTED}};
     int c = typed_byte(), number = 0;
     if (c != 27) return c;
     c = typed_byte();
-    if (c != '[' && c != 'O') return c == EOF ? EOF : KEY_OTHER;
+    if (c != '[' && c != 'O') return c == EOF ? EOF : LETTER;           /* which is no key       */
     while ((c = typed_byte()) != EOF && c < 0x40)
         number = isdigit(c) ? (number * 10 + c - '0') % 1000 : 0;
-    if (c == EOF) return EOF;
-    const char *letter = strchr(letters, c);
-    if (letter) return KEY_UP + (int)(letter - letters);
-    for (size_t i = 0; c == '~' && i < sizeof numbered / sizeof *numbered; i++)
-        if (number == numbered[i].number) return numbered[i].key;
-    return KEY_OTHER;
+    return c == EOF ? EOF : c == '~' ? NUMBERED + number : LETTER + c;
 }
 
 /* From byte I of the line one character on (STEP 1) or back (STEP -1). */
-static size_t next_char(const editor *ed, size_t i, int step) {
-    size_t end = step > 0 ? ed->line.n : 0;
+static size_t next_char(const buffer *line, size_t i, int step) {
+    size_t end = step > 0 ? line->n : 0;
     if (i == end) return i;
-    do i += (size_t)step; while (i != end && (ed->line.data[i] & 0xC0) == 0x80);
+    do i += (size_t)step; while (i != end && (line->data[i] & 0xC0) == 0x80);
     return i;
 }
 
-/* The columns that the character in bytes I to END takes. OUT, if there is one, gets what is shown
- * for it: a hostile character shows as '?', a line end as an arrow. */
-static size_t show_char(const editor *ed, size_t i, size_t end, buffer *out) {
-    const uint8_t *text = ed->line.data + i;
-    uint32_t code = 0;
-    bool safe = utf8_decode(text, end - i, &code) == end - i && !is_hostile(code);
-    if (out && safe) buffer_add(out, text, end - i);
-    else if (out) buffer_text(out, code == '\n' ? "\xE2\x86\xB5" : "?");
-    return safe ? columns_of(code) : 1;
-}
-
-/* Draws the window on the line, or all of the line when it is DONE. What stands before the cursor
- * fills at most three quarters of the window, so that some of what follows is seen, too. */
-static void draw_line(const editor *ed, const char *prompt, bool done) {
+/* Draws what the window shows of the line, or all of it when it is DONE. What stands before the
+ * cursor fills at most three quarters, so that some of what follows is seen, too. */
+static void draw_line(const editor *ed, bool done) {
+    const char *text = chars(ed->lines);
     int width = terminal_columns();
-    size_t room = (width > 10 ? (size_t)width : 80) - strlen(prompt) - 1, cursor = 0, used = 0;
-    size_t start = ed->at;
+    size_t n = ed->lines->n, left = strlen(ed->prompt), start = 0, used = 0, before = 0, columns;
+    size_t room = done ? SIZE_MAX : (width > 10 ? (size_t)width : 80) - left - 1;
     buffer out = {0};
-    while (start) {
-        size_t before = next_char(ed, start, -1), columns = show_char(ed, before, start, NULL);
-        if (cursor + columns > room * 3 / 4) break;
-        cursor += columns;
-        start = before;
-    }
-    if (done) start = 0;
-    buffer_printf(&out, ed->colour ? "\r\x1b[1m%s\x1b[0m" : "\r%s", prompt);
-    for (size_t i = start, end; i < ed->line.n; i = end) {
-        end = next_char(ed, i, 1);
-        used += show_char(ed, i, end, NULL);
-        if (used > room && !done) break;
-        show_char(ed, i, end, &out);
+    for (size_t i = 0; i < ed->at; before += columns) i += measure(text + i, n - i, &columns);
+    for (; before > room / 4 * 3; before -= columns)
+        start += measure(text + start, n - start, &columns);
+    buffer_printf(&out, ed->colour ? "\r\x1b[1m%s\x1b[0m" : "\r%s", ed->prompt);
+    for (size_t i = start, len; i < n; i += len) {
+        char shown[8] = "\xE2\x86\xB5";
+        len = measure(text + i, n - i, &columns);
+        used += columns;
+        if (used > room) break;
+        if (text[i] != '\n') memcpy(shown, text + i, len), shown[len] = 0, make_safe(shown);
+        buffer_text(&out, shown);
     }
     if (done) buffer_text(&out, "\x1b[K\n");
-    else buffer_printf(&out, "\x1b[K\r\x1b[%zuC", strlen(prompt) + cursor);
+    else buffer_printf(&out, "\x1b[K\r\x1b[%zuC", left + before);
     fwrite(chars(&out), 1, out.n, stderr);
     buffer_free(&out);
 }
 
-static void insert(editor *ed, const char *bytes, size_t n) {
-    if (!buffer_room(&ed->line, n)) return;             /* read_message sees that it failed      */
-    memmove(ed->line.data + ed->at + n, ed->line.data + ed->at, ed->line.n - ed->at);
-    memcpy(ed->line.data + ed->at, bytes, n);
-    ed->at += n;
-    ed->line.n += n;
+/* Puts N bytes in the place of those from FROM to TO, and the cursor behind them. */
+static void replace(editor *ed, size_t from, size_t to, const char *bytes, size_t n) {
+    buffer *line = ed->lines;
+    if (!buffer_room(line, n)) return;                  /* read_message sees that it failed      */
+    memmove(line->data + from + n, line->data + to, line->n - to);
+    memcpy(line->data + from, bytes, n);
+    line->n += n - (to - from);
+    line->data[line->n] = 0;
+    ed->at = from + n;
 }
 
-static void cut(editor *ed, size_t from, size_t to) {
-    if (from < to) memmove(ed->line.data + from, ed->line.data + to, ed->line.n - to);
-    ed->line.n -= to - from;
-    ed->at = from;
+static void insert(editor *ed, int byte) {
+    replace(ed, ed->at, ed->at, &(char){(char)byte}, 1);
 }
 
-static void cut_word(editor *ed) {
-    size_t from = ed->at;
-    while (from && isspace(ed->line.data[from - 1])) from--;
-    while (from && !isspace(ed->line.data[from - 1])) from--;
-    cut(ed, from, ed->at);
-}
-
-/* The newest line takes the place of the oldest in the ring. */
-static void remember(editor *ed) {
-    char *line = ed->line.n ? new_array(ed->line.n + 1, 1) : NULL;
-    if (!line) return;
-    memcpy(line, ed->line.data, ed->line.n);
-    char **place = &ed->history[ed->n_history++ % HISTORY];
-    free(*place);
-    *place = line;
-}
-
-/* Shows the line before (STEP -1) or after the one that is shown, as far as the ring goes back. */
+/* Shows an older line (STEP 1) or a newer one; behind the newest is an empty one. */
 static void recall(editor *ed, int step) {
-    int place = ed->place + step;
-    if (place < 0 || place < ed->n_history - HISTORY || place > ed->n_history) return;
-    const char *line = place < ed->n_history ? ed->history[place % HISTORY] : "";
-    ed->place = place;
-    cut(ed, 0, ed->line.n);
-    insert(ed, line, strlen(line));
+    int place = ed->shown + step;
+    if (place < 0 || place > HISTORY || (place && !ed->lines[place].n)) return;
+    replace(ed, 0, ed->lines->n, chars(&ed->lines[place]), place ? ed->lines[place].n : 0);
+    ed->shown = place;
 }
 
 /* A path of N bytes as a person types it: ~ is the home folder. */
@@ -10665,121 +10567,116 @@ static void expand_path(const char *path, size_t n, buffer *out) {
 
 /* What the line holds before the cursor: in a command, its name or, behind a blank, a path. Tab
  * completes it as far as all that begin so agree; where that is no further, it lists them. */
-static void complete(editor *ed, const char *prompt) {
-    const char *blank = ed->line.n ? memchr(ed->line.data, ' ', ed->at) : NULL, *first = NULL;
+static void complete(editor *ed) {
+    const char *line = chars(ed->lines), *blank = memchr(line, ' ', ed->at), *first = NULL;
     const char *const *all = ed->commands;
-    size_t start = blank ? (size_t)(blank + 1 - chars(&ed->line)) : 0, n_all = ed->n_commands;
+    size_t start = blank ? (size_t)(blank + 1 - line) : 0, n_all = ed->n_commands;
     size_t n = 0, shared = 0;
-    buffer word = {0}, pattern = {0};
-    if (!ed->line.n || ed->line.data[0] != '/') return;
-    expand_path(chars(&ed->line) + start, ed->at - start, &word);
-    for (size_t i = 0; i < word.n; i++)
-        buffer_printf(&pattern, strchr("*?[\\", word.data[i]) ? "\\%c" : "%c", word.data[i]);
-    buffer_text(&pattern, "*");
+    buffer word = {0}, pattern = {0}, list = {0};
+    if (*line != '/') return;
+    expand_path(line + start, ed->at - start, &word);
+    buffer_printf(&pattern, "%s*", chars(&word));
+    for (size_t i = 0; i + 1 < pattern.n; i++)          /* ? means any character, so no less     */
+        if (strchr("*[\\", pattern.data[i])) pattern.data[i] = '?';
     if (blank) all = (const char *const *)find_paths(chars(&pattern), &n_all);
     for (size_t i = 0; i < n_all; i++) {
         if (strncmp(all[i], chars(&word), word.n)) continue;
         if (!n++) first = all[i], shared = strlen(first);
         while (strncmp(all[i], first, shared)) shared--;
+        buffer_printf(&list, "%s  ", all[i]);
     }
-    if (n && (n == 1 || shared > word.n)) {
-        cut(ed, start, ed->at);
-        insert(ed, first, shared);
-        if (n == 1 && !blank) insert(ed, " ", 1);
+    if (n == 1 || shared > word.n) {
+        replace(ed, start, ed->at, first, shared);
+        if (n == 1 && !blank) insert(ed, ' ');
     } else if (n) {
-        text_line l = {.width = width_of(STDERR_FILENO)};
-        draw_line(ed, prompt, true);
-        for (size_t i = 0; i < n_all; i++) {
-            if (strncmp(all[i], chars(&word), word.n)) continue;
-            print_words(stderr, &l, all[i], strlen(all[i]));
-            print_words(stderr, &l, "  ", 2);
-        }
+        draw_line(ed, true);
+        print_words(stderr, &(text_line){.width = width_of(STDERR_FILENO)}, chars(&list), list.n);
         fputc('\n', stderr);
     }
-    buffer_free(&word), buffer_free(&pattern);
+    buffer_free(&word), buffer_free(&pattern), buffer_free(&list);
 }
-
-#define CTRL_KEY(letter) ((letter) - 'A' + 1)
 
 /* The keys of Emacs, as in a shell. A character of several bytes comes as so many keys. */
 static void edit(editor *ed, int key) {
+    const buffer *line = ed->lines;
+    size_t n = line->n, at = ed->at, word = at;
+    size_t back = next_char(line, at, -1), on = next_char(line, at, 1);
+    while (word && isspace(line->data[word - 1])) word--;
+    while (word && !isspace(line->data[word - 1])) word--;
     switch (key) {
-        case KEY_LEFT: case CTRL_KEY('B'): ed->at = next_char(ed, ed->at, -1); break;
-        case KEY_RIGHT: case CTRL_KEY('F'): ed->at = next_char(ed, ed->at, 1); break;
-        case KEY_HOME: case CTRL_KEY('A'): ed->at = 0; break;
-        case KEY_END: case CTRL_KEY('E'): ed->at = ed->line.n; break;
-        case KEY_UP: case CTRL_KEY('P'): recall(ed, -1); break;
-        case KEY_DOWN: case CTRL_KEY('N'): recall(ed, 1); break;
-        case KEY_DELETE: case CTRL_KEY('D'): cut(ed, ed->at, next_char(ed, ed->at, 1)); break;
-        case 127: case CTRL_KEY('H'): cut(ed, next_char(ed, ed->at, -1), ed->at); break;
-        case CTRL_KEY('K'): cut(ed, ed->at, ed->line.n); break;
-        case CTRL_KEY('U'): cut(ed, 0, ed->at); break;
-        case CTRL_KEY('W'): cut_word(ed); break;
-        default: if (key >= 32 && key < 256) insert(ed, &(char){(char)key}, 1);
+        case LETTER + 'D': case CTRL + 'B': ed->at = back; break;
+        case LETTER + 'C': case CTRL + 'F': ed->at = on; break;
+        case LETTER + 'H': case NUMBERED + 1: case NUMBERED + 7: case CTRL + 'A': ed->at = 0; break;
+        case LETTER + 'F': case NUMBERED + 4: case NUMBERED + 8: case CTRL + 'E': ed->at = n; break;
+        case LETTER + 'A': case CTRL + 'P': recall(ed, 1); break;
+        case LETTER + 'B': case CTRL + 'N': recall(ed, -1); break;
+        case NUMBERED + 3: case CTRL + 'D': replace(ed, at, on, "", 0); break;
+        case 127: case CTRL + 'H': replace(ed, back, at, "", 0); break;
+        case CTRL + 'K': replace(ed, at, n, "", 0); break;
+        case CTRL + 'U': replace(ed, 0, at, "", 0); break;
+        case CTRL + 'W': replace(ed, word, at, "", 0); break;
+        case CTRL + 'L': fputs("\x1b[H\x1b[2J", stderr); break;
+        case CTRL + 'Z': restore_terminal(), suspend_program(), make_raw(); break;
+        case '\t': complete(ed); break;
+        default: if (key >= ' ' && key < LETTER) insert(ed, key);
     }
 }
 
-/* Reads keys until the line is entered. Draws only when no more waits: a paste is drawn once. */
-static int edit_line(editor *ed, const char *prompt) {
-    bool pasting = false;
-    ed->line.n = ed->at = 0;
-    ed->place = ed->n_history;
-    for (;;) {
-        if (!more_is_typed()) draw_line(ed, prompt, false);
+/* Reads keys until the line is entered ('\r') or given up (Ctrl-C), or nothing more will come (EOF;
+ * Ctrl-D in an empty line); gives that key. Draws when no more waits: so a paste is drawn once. */
+static int edit_line(editor *ed) {
+    for (bool pasting = false;;) {
+        if (!more_is_typed()) draw_line(ed, false);
         int key = read_key();
-        bool leaves = key == CTRL_KEY('D') && !ed->line.n;
-        if (key == EOF) return LINE_END;
-        if (key == CTRL_KEY('Z')) restore_terminal(), suspend_program(), make_raw();
-        else if (key == CTRL_KEY('L')) fputs("\x1b[H\x1b[2J", stderr);
-        else if (key == '\t' && !pasting) complete(ed, prompt);
-        else if (key == KEY_PASTE || key == KEY_PASTED) pasting = key == KEY_PASTE;
-        else if (pasting && key < 256) insert(ed, &(char){(char)(key == '\r' ? '\n' : key)}, 1);
-        else if (key == '\r' || key == '\n' || key == CTRL_KEY('C') || leaves) {
-            draw_line(ed, prompt, true);
-            if (key == CTRL_KEY('C') || leaves) return leaves ? LINE_END : LINE_INTERRUPTED;
-            return remember(ed), LINE;
+        if (key == CTRL + 'D' && !ed->lines->n) key = EOF;
+        if (key == PASTE || key == PASTED) pasting = key == PASTE;
+        else if (pasting && key > 0 && key < LETTER) insert(ed, key == '\r' ? '\n' : key);
+        else if (key == '\r' || key == '\n' || key == CTRL + 'C' || key == EOF) {
+            draw_line(ed, true);
+            return key == '\n' ? '\r' : key;
         } else edit(ed, key);
     }
 }
 
-/* Where nothing can be drawn (a pipe, TERM=dumb, Windows) the terminal's own editing must do. */
-static int plain_line(editor *ed, const char *prompt) {
-    int c;
-    fputs(prompt, stderr);
-    ed->line.n = 0;
-    while ((c = typed_byte()) != EOF && c != '\n') buffer_add(&ed->line, &(char){(char)c}, 1);
-    drop_line_end(&ed->line);
-    return c == EOF && !ed->line.n ? LINE_END : LINE;
-}
-
-/* The terminal is raw only while a line is edited, so an answer can be stopped with Ctrl-C. */
+/* The terminal is raw only while a line is edited, so an answer can be stopped with Ctrl-C. Where
+ * nothing can be drawn (TERM=dumb, Windows) the terminal's own editing must do. */
 static int read_line(editor *ed, const char *prompt) {
-    if (ed->plain || !make_raw()) return plain_line(ed, prompt);
-    int got = edit_line(ed, prompt);
-    restore_terminal();
-    return got;
+    buffer *line = ed->lines;
+    int key;
+    if (line->n || line->failed) {                      /* the last one becomes history          */
+        buffer_free(&ed->lines[HISTORY]);
+        memmove(line + 1, line, HISTORY * sizeof *line);
+        *line = (buffer){0};
+    }
+    ed->at = 0, ed->shown = 0, ed->prompt = prompt;
+    if (!ed->plain && make_raw()) {
+        key = edit_line(ed);
+        restore_terminal();
+        if (key != '\r') line->n = 0;
+        return key;
+    }
+    fputs(prompt, stderr);
+    while ((key = typed_byte()) != EOF && key != '\n') buffer_add(line, &(char){(char)key}, 1);
+    drop_line_end(line);
+    return key == EOF && !line->n ? EOF : '\r';
 }
 
-/* Reads a message: a line, or several lines from """ to """. */
+/* Reads a message: a line, or several lines from """ to """. Gives the key that ended it. */
 static int read_message(editor *ed, buffer *m) {
     static const char quotes[] = "\"\"\"";
     m->n = 0;
     for (bool several = false, over = false; !over;) {
-        int got = read_line(ed, several ? ". " : "> ");
-        const char *line = chars(&ed->line);
-        size_t n = ed->line.n;
-        if (ed->line.failed) {                          /* what was typed is not whole           */
-            buffer_free(&ed->line);
-            m->failed = true;
-            return LINE;
-        }
-        if (got != LINE) return got;
+        int key = read_line(ed, several ? ". " : "> ");
+        const char *line = chars(ed->lines);
+        size_t n = ed->lines->n;
+        if (key != '\r') return key;
         if (several) buffer_text(m, m->n ? "\n" : "");
         else if (n >= 3 && !memcmp(line, quotes, 3)) several = true, line += 3, n -= 3;
         over = !several || (n >= 3 && !memcmp(line + n - 3, quotes, 3));
         buffer_add(m, line, over && several ? n - 3 : n);
+        m->failed |= ed->lines->failed;                 /* what was typed is not whole           */
     }
-    return LINE;
+    return '\r';
 }
 
 /* ---- chat ---------------------------------------------------------------------------------- */
@@ -10788,30 +10685,37 @@ static const char not_a_clinician[] = "For research and education. Not a clinici
                                       "to decide about anyone's care.";
 
 /* A conversation is one timeline of tokens: the system text, then a person's turn and the answer in
- * turn. Only new tokens are computed; the key-value cache keeps the rest. So that turns can be
- * forgotten, the chat keeps where each began. */
-typedef struct chat {
+ * turn. Only new tokens are computed; the key-value cache keeps the rest. To take a turn back is to
+ * keep those before it, so a chat knows of the past only where each turn begins. */
+typedef struct {
     command *c;
     editor ed;
-    bool has_system;            /* the next conversation has a system text, perhaps empty      */
-    buffer system;
-    buffer last;                /* the last message, for /retry                                */
-    buffer starts;              /* size_t: where on the timeline each person's turn begins     */
-    int interrupts;             /* Ctrl-C since the last message                               */
+    buffer system;              /* what /system said                                            */
+    size_t *starts, n_turns;    /* where on the timeline each person's turn begins              */
+    size_t answer;              /* where the last answer begins; 0: there is none to make again */
+    int interrupts;             /* Ctrl-C since the last message                                */
     bool leave;
+    char *text;                 /* what stands behind the command that is carried out           */
 } chat;
 
-static size_t n_turns(const chat *h) { return h->starts.n / sizeof(size_t); }
-static size_t *starts_of(const chat *h) { return (size_t *)(void *)h->starts.data; }
+enum { WHEN_FULL_REFUSE, WHEN_FULL_DROP };      /* the words of --overflow, in their order      */
+static const char conversation_full[] = "the conversation is full: /clear begins a new one, "
+                                        "--overflow drop forgets the oldest turns";
+
+static bool may_drop(const chat *h) { return whole(h->c, O_OVERFLOW) == WHEN_FULL_DROP; }
 
 /* Where turn I begins; after the last: the end of the timeline. */
 static size_t turn_start(const chat *h, size_t i) {
-    return i < n_turns(h) ? starts_of(h)[i] : medrun_length(h->c->s);
+    return i < h->n_turns ? h->starts[i] : medrun_length(h->c->s);
 }
 
-static int add_turn(chat *h, size_t start) {
-    buffer_add(&h->starts, &start, sizeof start);
-    return check_buffer(h->c, &h->starts);
+/* Forgets all but the first N turns; without a turn the next message says the system text again. */
+static int keep_turns(chat *h, size_t n) {
+    medrun_rewind(h->c->s, n ? turn_start(h, n) : 0, &h->c->e);
+    h->c->s->answer_open = n > 0;
+    h->n_turns = n;
+    h->answer = 0;
+    return h->c->e.code;
 }
 
 /* Forgets the oldest K turns; what stood before the first of them, the system text, stays. What
@@ -10819,144 +10723,110 @@ static int add_turn(chat *h, size_t start) {
  * tokens are fed again. */
 static int drop_turns(chat *h, size_t k) {
     command *c = h->c;
-    size_t from = turn_start(h, k), gone = from - turn_start(h, 0), left = n_turns(h) - k;
-    buffer keep = {0};
-    buffer_add(&keep, medrun_tokens(c->s) + from, (medrun_length(c->s) - from) * sizeof(int32_t));
-    if (check_buffer(c, &keep)) return c->e.code;
+    size_t first = turn_start(h, 0), from = turn_start(h, k), gone = from - first;
+    size_t n = medrun_length(c->s) - from;
     note(NULL, "(forgot %zu of the oldest turns, %zu tokens)", k, gone);
-    if (!medrun_rewind(c->s, from - gone, &c->e))
-        medrun_feed(c->s, ids_of(&keep), n_ids(&keep), &c->e);
-    for (size_t i = 0; i < left; i++) starts_of(h)[i] = starts_of(h)[i + k] - gone;
-    h->starts.n = left * sizeof(size_t);
-    buffer_free(&keep);
-    return c->e.code;
+    h->n_turns -= k;
+    for (size_t i = 0; i < h->n_turns; i++) h->starts[i] = h->starts[i + k] - gone;
+    medrun_rewind(c->s, first, &c->e);
+    return medrun_feed(c->s, medrun_tokens(c->s) + from, n, &c->e);
 }
-
-enum { WHEN_FULL_REFUSE, WHEN_FULL_DROP };      /* the words of --overflow, in their order      */
-static const char conversation_full[] = "the conversation is full: /clear begins a new one, "
-                                        "--overflow drop forgets the oldest turns";
 
 /* Makes room for NEED tokens and an answer. After a drop all tokens that moved are computed again;
  * so enough turns go to leave a quarter of the context, not a few tokens. */
 static int make_room(chat *h, size_t need) {
-    if (h->c->e.code) return h->c->e.code;
-    size_t context = context_of(h->c), length = medrun_length(h->c->s), k = 0, gone = 0;
-    bool drop = whole(h->c, O_OVERFLOW) == WHEN_FULL_DROP;
-    while (drop && k < n_turns(h) && length - gone + need > context - context / 4)
-        gone = turn_start(h, ++k) - turn_start(h, 0);
-    if (!drop && n_turns(h) && turn_start(h, 0) + need < context)
-        return length + need < context ? MEDRUN_OK
-                                       : fail(&h->c->e, MEDRUN_TOO_LONG, "%s", conversation_full);
-    if (length - gone + need >= context) return too_long(h->c, length - gone + need);
-    return k ? drop_turns(h, k) : MEDRUN_OK;
+    size_t context = context_of(h->c), first = turn_start(h, 0), k = 0, gone = 0;
+    size_t all = medrun_length(h->c->s) + need;
+    while (may_drop(h) && k < h->n_turns && all - gone > context - context / 4)
+        gone = turn_start(h, ++k) - first;
+    if (all - gone < context) return k ? drop_turns(h, k) : MEDRUN_OK;
+    if (first + need >= context) return too_long(h->c, first + need);
+    return fail(&h->c->e, MEDRUN_TOO_LONG, "%s", conversation_full);
 }
 
-/* Puts a person's turn on the timeline, as medrun_say does. It begins with what the template writes
- * after an answer, in the place of the answer's stop token. Before it is fed, old turns may have to
- * go. If one of them was the answer that the turn closes, nothing is left to close. */
-static int chat_feed(chat *h, const char *text, size_t n) {
+/* Answers what was fed. An answer that Ctrl-C stopped stays in the conversation as far as it came;
+ * if no token came, the message is taken back, too. */
+static int answer_turn(chat *h) {
     command *c = h->c;
-    new_turn t;
-    bool first = !n_turns(h);
-    const medrun_message said = {"user", text, n};
-    const medrun_message system = {"system", chars(&h->system), h->system.n};
-    conversation how = {c->chat, &c->chat_options, h->has_system ? &system : NULL, true};
-    warn_of_marks(c, text, n);
-    if (!render_turn(c->s, &how, &said, &t, &c->e) && t.keep < medrun_length(c->s)) {
-        medrun_rewind(c->s, t.keep, &c->e);
-        c->s->answer_open = true;                       /* until the turn is fed                 */
-    }
-    make_room(h, n_ids(&t.ids));
-    size_t skip = first || n_turns(h) ? 0 : t.n_close;
-    const int32_t *ids = ids_of(&t.ids) + skip;
-    if (!c->e.code && !add_turn(h, medrun_length(c->s) + t.n_open)) {
-        show_prompt(c, ids, n_ids(&t.ids) - skip);
-        if (feed_prompt(c, ids, n_ids(&t.ids) - skip))
-            h->starts.n -= sizeof(size_t);              /* nothing was said                      */
-    }
-    buffer_free(&t.ids);
-    return c->e.code;
-}
-
-/* Takes the last message back, as if it had never been said. */
-static int unsay(chat *h) {
-    size_t last = n_turns(h) - 1;
-    medrun_rewind(h->c->s, last ? turn_start(h, last) : 0, &h->c->e);
-    h->starts.n -= sizeof(size_t);
-    h->last.n = 0;
-    h->c->s->answer_open = last > 0;
-    return h->c->e.code;
-}
-
-/* Says TEXT and prints the answer. An answer that Ctrl-C stopped stays in the conversation as far
- * as it came; if no token came, the message is taken back, too. */
-static int chat_answer(chat *h, const char *text, size_t n) {
-    command *c = h->c;
-    if (c->e.code || chat_feed(h, text, n)) return c->e.code;
-    h->last.n = 0;
-    buffer_add(&h->last, text, n);
+    h->answer = medrun_length(c->s);
     print_reply(c);
     c->s->answer_open = true;
     if (flag(c, O_STATS)) print_stats(c);
-    if (c->e.code == MEDRUN_TOO_LONG && whole(c, O_OVERFLOW) != WHEN_FULL_DROP)
+    if (c->e.code == MEDRUN_TOO_LONG && !may_drop(h))
         snprintf(c->e.text, sizeof c->e.text, "the answer is cut: %s", conversation_full);
     if (c->e.code != MEDRUN_INTERRUPTED) return c->e.code;
     c->e = (medrun_error){0};
     h->interrupts = 1;
     note(NULL, "(stopped%s)", c->answer.n_answer ? "" : "; your message is forgotten");
-    return c->answer.n_answer ? MEDRUN_OK : unsay(h);
+    return c->answer.n_answer ? MEDRUN_OK : keep_turns(h, h->n_turns - 1);
+}
+
+/* Puts a person's turn on the timeline, as medrun_say does, and answers it. It begins with what the
+ * template writes after an answer, in the place of the answer's stop token. Before it is fed, old
+ * turns may have to go. If the answer that the turn closes went with them, nothing is to close. */
+static int say(chat *h, const buffer *text) {
+    command *c = h->c;
+    const char *own = c->text[O_SYSTEM];
+    const medrun_message said = {"user", chars(text), text->n};
+    const medrun_message system = {"system", own, own ? strlen(own) : 0};
+    conversation how = {c->chat, &c->chat_options, own ? &system : NULL, true};
+    new_turn t = {0};
+    if (c->e.code || check_buffer(c, text)) return c->e.code;
+    warn_of_marks(c, chars(text), text->n);
+    if (!render_turn(c->s, &how, &said, &t, &c->e) && t.keep < medrun_length(c->s)) {
+        medrun_rewind(c->s, t.keep, &c->e);
+        c->s->answer_open = true;                       /* until the turn is fed                 */
+    }
+    if (!c->e.code && !make_room(h, n_ids(&t.ids))) {
+        size_t skip = h->n_turns ? 0 : t.n_close, n = n_ids(&t.ids) - skip;
+        h->starts[h->n_turns] = medrun_length(c->s) + t.n_open;
+        show_prompt(c, ids_of(&t.ids) + skip, n);
+        if (!feed_prompt(c, ids_of(&t.ids) + skip, n)) h->n_turns++;
+    }
+    buffer_free(&t.ids);
+    return c->e.code ? c->e.code : answer_turn(h);
 }
 
 /* ---- what is typed with / ------------------------------------------------------------------ */
 
-static int chat_bye(chat *h, char *text) { return h->leave = !*text, MEDRUN_OK; }
+static int chat_bye(chat *h) { return h->leave = true, MEDRUN_OK; }
 
-/* Forgets the conversation; the next message says the system text again. */
-static int chat_clear(chat *h, char *text) {
-    h->starts.n = h->last.n = 0;
-    if (!medrun_rewind(h->c->s, 0, &h->c->e))
-        note(NULL, "the conversation is empty now%s", *text ? ", its system text is new" : "");
-    return h->c->e.code;
+static int chat_clear(chat *h) {
+    note(NULL, "the conversation is empty now%s", *h->text ? ", its system text is new" : "");
+    return keep_turns(h, 0);
 }
 
 /* The system text of the next conversation, which begins now. */
-static int chat_system(chat *h, char *text) {
+static int chat_system(chat *h) {
     buffer fresh = {0};
-    buffer_text(&fresh, text);
+    buffer_text(&fresh, h->text);
     if (check_buffer(h->c, &fresh)) return h->c->e.code;                /* the old one stays     */
     buffer_free(&h->system);
     h->system = fresh;
-    h->has_system = *text != 0;
-    return chat_clear(h, text);
+    h->c->text[O_SYSTEM] = fresh.n ? chars(&h->system) : NULL;
+    return chat_clear(h);
 }
 
-static int chat_undo(chat *h, char *text) {
-    (void)text;
-    if (!n_turns(h)) return fail(&h->c->e, MEDRUN_USAGE, "/undo: nothing was said");
-    if (!unsay(h))
-        note(NULL, "took back the last message and its answer; %zu tokens are left",
-             medrun_length(h->c->s));
+static int chat_undo(chat *h) {
+    if (!h->n_turns) return fail(&h->c->e, MEDRUN_USAGE, "/undo: nothing was said");
+    keep_turns(h, h->n_turns - 1);
+    note(NULL, "took back the last message and its answer; %zu tokens are left",
+         medrun_length(h->c->s));
     return h->c->e.code;
 }
 
-static int chat_retry(chat *h, char *text) {
-    buffer said = h->last;
-    (void)text;
-    if (!said.n) return fail(&h->c->e, MEDRUN_USAGE, "/retry: nothing was said");
-    h->last = (buffer){0};
-    if (!unsay(h)) chat_answer(h, chars(&said), said.n);
-    buffer_free(&said);
-    return h->c->e.code;
+static int chat_retry(chat *h) {
+    if (!h->answer) return fail(&h->c->e, MEDRUN_USAGE, "/retry: nothing was said");
+    return medrun_rewind(h->c->s, h->answer, &h->c->e) ? h->c->e.code : answer_turn(h);
 }
 
 /* NAME VALUE: one of the options from --predict to --seed. */
-static int chat_set(chat *h, char *text) {
+static int chat_set(chat *h) {
     command *c = h->c;
-    text += strspn(text, "-");
-    size_t n = strcspn(text, " =");
+    char *text = h->text + strspn(h->text, "-"), name[48];
+    int n = (int)strcspn(text, " =");
     const char *value = text + n + strspn(text + n, " =");
-    char name[48];
-    snprintf(name, sizeof name, "--%.*s", (int)n, text);
+    snprintf(name, sizeof name, "--%.*s", n, text);
     int id = find_option(c->p, name, strlen(name), own_bit(c));
     if (id < O_PREDICT || id > O_SEED || !*value)
         return fail(&c->e, MEDRUN_USAGE, "/set: wanted predict, temp, top-k, top-p, min-p, "
@@ -10970,111 +10840,99 @@ static int chat_set(chat *h, char *text) {
     return MEDRUN_OK;
 }
 
-/* The bytes up to the first stop token that the text spells out, or all N. */
-static size_t before_stop(const command *c, const char *text, size_t n) {
-    for (int i = 0; i < c->m->n_stops; i++) {
-        size_t len;
-        const char *piece = tokenizer_piece(c->t, c->m->stops[i], &len);
-        const char *at = len ? memmem(text, n, piece, len) : NULL;
-        if (at) n = (size_t)(at - text);
-    }
-    return n;
+/* Cuts TEXT before the WORD of N bytes. Gives what stands behind the word, or NULL without one. */
+static char *cut_at(char *text, const char *word, size_t n) {
+    char *at = text && n ? memmem(text, strlen(text), word, n) : NULL;
+    if (!at) return NULL;
+    *at = 0;
+    return at + n;
 }
 
 /* Prints the conversation as people read it, or only its LAST turn. Who says what is seen from the
- * template's words around a message, as it stands on the timeline also after /load. */
+ * template's words around a message, as it stands on the timeline also after /load. An answer ends
+ * before the first stop token. */
 static int print_talk(chat *h, FILE *f, bool last) {
     static const char mark[] = "MESSAGE";
     command *c = h->c;
-    text_line l = {.width = width_of(fileno(f))};
-    buffer all = {0}, around = {0}, turns = {0};
-    chat_writer w = {c->chat, c->t, &c->chat_options, true, .out = &around, .e = &c->e};
+    buffer all = {0}, words = {0}, talk = {0};
+    chat_writer w = {c->chat, c->t, &c->chat_options, true, .out = &words, .e = &c->e};
     chat_turn(&w, &(medrun_message){"user", mark, sizeof mark - 1}, false, true);
     tokenizer_decode(c->t, medrun_tokens(c->s), medrun_length(c->s), true, &all);
-    const char *open = chars(&around), *shut = strstr(open, mark), *end = chars(&all) + all.n;
-    size_t n_open = shut ? (size_t)(shut - open) : 0, n_shut = 0;
-    if (shut) n_shut = strlen(shut += sizeof mark - 1);
-    const char *p = n_open && n_shut ? memmem(chars(&all), all.n, open, n_open) : NULL, *next;
-    for (const char *text, *reply; p; p = next) {
-        text = p + n_open;
-        reply = memmem(text, (size_t)(end - text), shut, n_shut);
-        if (!reply) break;
-        next = memmem(reply, (size_t)(end - reply), open, n_open);
-        if (last) turns.n = 0;
-        buffer_text(&turns, "You: ");
-        buffer_add(&turns, text, (size_t)(reply - text));
-        buffer_text(&turns, "\n\nModel: ");
-        reply += n_shut;
-        buffer_add(&turns, reply, before_stop(c, reply, (size_t)((next ? next : end) - reply)));
-        buffer_text(&turns, "\n\n");
+    for (size_t i = 0; i < all.n; i++) if (!all.data[i]) all.data[i] = '?';     /* as it prints  */
+    char *open = (char *)words.data, *shut = cut_at(open, mark, sizeof mark - 1), *reply, *next;
+    char *said = shut ? cut_at((char *)all.data, open, strlen(open)) : NULL;
+    for (; said && (reply = cut_at(said, shut, strlen(shut))); said = next) {
+        next = cut_at(reply, open, strlen(open));
+        for (int i = 0; i < c->m->n_stops; i++) {
+            size_t n;
+            const char *piece = tokenizer_piece(c->t, c->m->stops[i], &n);
+            cut_at(reply, piece, n);
+        }
+        if (last) talk.n = 0;
+        buffer_printf(&talk, "You: %s\n\nModel: %s\n\n", said, reply);
     }
-    if (!turns.n) buffer_add(&turns, chars(&all), all.n);   /* a template without such words     */
-    if (!check_buffer(c, &all) && !check_buffer(c, &turns))
-        print_words(f, &l, chars(&turns), turns.n);
-    buffer_free(&all), buffer_free(&around), buffer_free(&turns);
+    if (!talk.n) buffer_text(&talk, chars(&all));       /* a template without such words         */
+    if (!check_buffer(c, &all) && !check_buffer(c, &talk))
+        print_words(f, &(text_line){.width = width_of(fileno(f))}, chars(&talk), talk.n);
+    buffer_free(&all), buffer_free(&words), buffer_free(&talk);
     return c->e.code;
 }
 
-static int chat_text(chat *h, char *path) {
+static int chat_text(chat *h) {
     static const file_kind kind = {"a talk that /text wrote", "medrun: a talk w", true, false, 0};
     command *c = h->c;
     file_writer w;
-    if (check_output(c, path, &kind) ||
-        writer_open(&w, path, &kind, flag(c, O_FORCE), &c->e)) return c->e.code;
+    if (check_output(c, h->text, &kind) ||
+        writer_open(&w, h->text, &kind, flag(c, O_FORCE), &c->e)) return c->e.code;
     fprintf(w.f, "medrun: a talk with %s. For research and education.\n\n", c->m->name);
     print_talk(h, w.f, false);
-    if (!writer_done(&w, &c->e)) note(NULL, "wrote the conversation to %s", path);
+    if (!writer_done(&w, &c->e)) note(NULL, "wrote the conversation to %s", h->text);
     return c->e.code;
 }
 
-static int chat_save(chat *h, char *path) {
+static int chat_save(chat *h) {
     command *c = h->c;
-    if (check_output(c, path, &session_file)) return c->e.code;
-    if (!save_session(c->s, path, flag(c, O_FORCE), &c->e))
-        note(NULL, "saved %zu tokens to %s", medrun_length(c->s), path);
+    if (!check_output(c, h->text, &session_file) &&
+        !save_session(c->s, h->text, flag(c, O_FORCE), &c->e))
+        note(NULL, "saved %zu tokens to %s", medrun_length(c->s), h->text);
     return c->e.code;
 }
 
 /* Nobody knows where the turns of a loaded conversation begin: all of it counts as one. */
-static int chat_load(chat *h, char *path) {
+static int chat_load(chat *h) {
     command *c = h->c;
-    h->starts.n = h->last.n = 0;
-    if (medrun_restore(c->s, path, &c->e)) return c->e.code;
-    note(NULL, "loaded %zu tokens from %s", medrun_length(c->s), path);
-    if (!medrun_length(c->s) || print_talk(h, stderr, true)) return c->e.code;
-    return add_turn(h, medrun_tokens(c->s)[0] == c->t->bos);
+    keep_turns(h, 0);
+    if (medrun_restore(c->s, h->text, &c->e)) return c->e.code;
+    note(NULL, "loaded %zu tokens from %s", medrun_length(c->s), h->text);
+    if (!medrun_length(c->s)) return MEDRUN_OK;
+    h->starts[h->n_turns++] = medrun_tokens(c->s)[0] == c->t->bos;
+    return print_talk(h, stderr, true);
 }
 
 /* FILE, whose name may hold blanks, and behind it a question about it, which is said first. */
-static int chat_read(chat *h, char *path) {
+static int chat_read(chat *h) {
+    char *path = h->text, *end = path + strlen(path), *blank;
     buffer said = {0};
     file_facts f;
-    size_t n = strlen(path), end = n;
-    while (end && get_facts(path, -1, &f)) {            /* the longest that is a file's name     */
-        while (end < n && !path[end]) path[end] = ' ';
-        while (end && path[end - 1] != ' ') end--;
-        while (end && path[end - 1] == ' ') end--;
-        if (end) path[end] = 0;
-    }
-    if (!end) path[strcspn(path, " ")] = 0;             /* none is: its first word is reported   */
-    if (end && end < n) buffer_printf(&said, "%s\n\n", path + end + 1);
+    while (get_facts(path, -1, &f) && (blank = strrchr(path, ' '))) *blank = 0;
+    char *question = path + strlen(path);               /* behind the longest that is a file     */
+    for (char *p = question + 1; p < end; p++) if (!*p) *p = ' ';
+    if (question < end) buffer_printf(&said, "%s\n\n", question + 1);
     read_text(h->c, path, most_prompt(h->c), &said);
     drop_line_end(&said);
-    chat_answer(h, chars(&said), said.n);
+    say(h, &said);
     buffer_free(&said);
     return h->c->e.code;
 }
 
-static int chat_stats(chat *h, char *text) { return (void)text, print_stats(h->c), MEDRUN_OK; }
+static int chat_stats(chat *h) { return print_stats(h->c), MEDRUN_OK; }
+static int chat_show(chat *h) { return show_model(stderr, h->c, (int)context_of(h->c)); }
 
-static int chat_show(chat *h, char *text) {
-    return (void)text, show_model(stderr, h->c, (int)context_of(h->c));
-}
-
-/* What takes a FILE gets its path with ~ replaced; an argument in brackets may be left out. */
+/* What can be typed, and what becomes of it. A FILE comes with its ~ replaced; an argument in
+ * brackets may be left out. Rows without a function are for /help alone, which prints them all. */
 static const struct {
     const char *name, *also, *argument;
-    int (*run)(chat *h, char *text);
+    int (*run)(chat *h);
     const char *help;
 } chat_rows[] = {
     {"/help", "/?", NULL, NULL, "this list"},
@@ -11090,7 +10948,10 @@ static const struct {
     {"/load", NULL, "FILE", chat_load, "go on with one that was saved"},
     {"/text", NULL, "FILE", chat_text, "write the conversation as plain text"},
     {"/stats", NULL, NULL, chat_stats, "speeds, and how full the context is"},
-    {"/show", NULL, NULL, chat_show, "the model and what it needs"}};
+    {"/show", NULL, NULL, chat_show, "the model and what it needs"},
+    {"\"\"\"", NULL, NULL, NULL, "begins and ends a message of several lines"},
+    {"Tab", NULL, NULL, NULL, "completes commands and paths"},
+    {"Ctrl-C", NULL, NULL, NULL, "stops the answer; twice: leave"}};
 enum { N_CHAT_ROWS = sizeof chat_rows / sizeof *chat_rows };
 
 static int chat_help(void) {
@@ -11100,105 +10961,88 @@ static int chat_help(void) {
                  chat_rows[i].argument ? chat_rows[i].argument : "");
         print_help(stderr, left, 24, chat_rows[i].help);
     }
-    print_help(stderr, "\"\"\"", 24, "begins and ends a message of several lines");
-    print_help(stderr, "Tab", 24, "completes commands and paths");
-    print_help(stderr, "Ctrl-C", 24, "stops the answer; twice: leave");
     print_help(stderr, "", 0, "A message that begins with / needs a space before it.");
     return MEDRUN_OK;
 }
 
 /* Does what LINE says, which begins with /. */
 static int chat_command(chat *h, char *line) {
-    medrun_error *e = &h->c->e;
+    command *c = h->c;
     size_t n = strcspn(line, " \t\n"), end = strlen(line), i = 0;
-    char *text = line + n + (line[n] != 0);
     buffer path = {0};
     while (end > n && isspace((uint8_t)line[end - 1])) line[--end] = 0;
+    h->text = line + n + (line[n] != 0);
     line[n] = 0;
     while (i < N_CHAT_ROWS && strcmp(line, chat_rows[i].name) &&
            place_in(chat_rows[i].also, line) < 0) i++;
     if (i == N_CHAT_ROWS)
-        return unknown(h->c, "command", line, "", h->ed.commands, h->ed.n_commands, "/help");
+        return unknown(c, "command", line, "", h->ed.commands, h->ed.n_commands, "/help");
     const char *wanted = chat_rows[i].argument;
-    if (*text ? !wanted : wanted && *wanted != '[')
-        return fail(e, MEDRUN_USAGE, "%s: wanted %s", line, wanted ? wanted : "no more");
+    if (*h->text ? !wanted : wanted && *wanted != '[')
+        return fail(&c->e, MEDRUN_USAGE, "%s: wanted %s", line, wanted ? wanted : "no more");
     if (!chat_rows[i].run) return chat_help();
-    if (!wanted || strncmp(wanted, "FILE", 4)) return chat_rows[i].run(h, text);
-    expand_path(text, strlen(text), &path);
-    if (!check_buffer(h->c, &path)) chat_rows[i].run(h, (char *)path.data);
+    if (wanted && *wanted == 'F') {
+        expand_path(h->text, strlen(h->text), &path);
+        h->text = (char *)path.data;
+    }
+    if (!check_buffer(c, &path)) chat_rows[i].run(h);
     buffer_free(&path);
-    return e->code;
-}
-
-/* A message is a command, or something to answer. */
-static int chat_message(chat *h) {
-    buffer *m = &h->c->input;
-    if (m->failed) {
-        buffer_free(m);
-        return fail(&h->c->e, MEDRUN_NO_MEMORY, "out of memory: the message was not taken");
-    }
-    if (m->n && m->data[0] == '/') return chat_command(h, (char *)m->data);
-    if (place_in("exit|quit", chars(m)) >= 0) return h->leave = true, MEDRUN_OK;
-    return m->n ? chat_answer(h, chars(m), m->n) : MEDRUN_OK;
-}
-
-/* Answers messages until the person leaves. What fails is said, and the conversation goes on; a
- * failure without a text is that stdout is gone. */
-static int chat_loop(chat *h) {
-    medrun_error *e = &h->c->e;
-    while (!h->leave && !e->code) {
-        int got = read_message(&h->ed, &h->c->input);
-        if (got == LINE_END) return MEDRUN_OK;
-        h->interrupts = got == LINE_INTERRUPTED ? h->interrupts + 1 : 0;
-        if (h->interrupts > 1) return quit(h->c, MEDRUN_INTERRUPTED);
-        if (h->interrupts) note(NULL, "(Ctrl-C once more, or Ctrl-D, leaves)");
-        else if (chat_message(h) && *e->text) {
-            note(NULL, "%s", e->text);
-            *e = (medrun_error){0};
-        }
-    }
-    return e->code;
-}
-
-/* Reads the file of --load-prefix with the opening of the conversation, all that is known of it, so
- * that a bad file is refused before the person types. */
-static int try_prefix(chat *h) {
-    command *c = h->c;
-    const medrun_message system = {"system", chars(&h->system), h->system.n};
-    buffer ids = {0};
-    size_t taken;
-    chat_writer w = {c->chat, c->t, &c->chat_options, .out = &ids, .e = &c->e};
-    if (check_prefix(c) || !given(c, O_LOAD_PREFIX)) return c->e.code;
-    if (!chat_turn(&w, h->has_system ? &system : NULL, true, false) &&
-        !medrun_feed_saved(c->s, ids_of(&ids), n_ids(&ids), c->text[O_LOAD_PREFIX], &taken, &c->e))
-        medrun_rewind(c->s, 0, &c->e);
-    buffer_free(&ids);
     return c->e.code;
 }
 
-/* The chat command. If nobody types, it answers what is on stdin. */
+/* Does what each message says until the person leaves. What fails is said, and the conversation
+ * goes on; a failure without a text is that stdout is gone. */
+static int chat_loop(chat *h) {
+    command *c = h->c;
+    buffer *m = &c->input;
+    while (!h->leave && !c->e.code) {
+        int key = read_message(&h->ed, m);
+        h->interrupts = key == CTRL + 'C' ? h->interrupts + 1 : 0;
+        if (key == EOF) break;
+        if (h->interrupts > 1) return quit(c, MEDRUN_INTERRUPTED);
+        if (h->interrupts) note(NULL, "(Ctrl-C once more, or Ctrl-D, leaves)");
+        else if (m->failed)
+            fail(&c->e, MEDRUN_NO_MEMORY, "out of memory: the message was not taken");
+        else if (m->n && m->data[0] == '/') chat_command(h, (char *)m->data);
+        else if (m->n && place_in("exit|quit", chars(m)) >= 0) h->leave = true;
+        else if (m->n) say(h, m);
+        if (m->failed) buffer_free(m);
+        if (!*c->e.text) continue;
+        note(NULL, "%s", c->e.text);
+        c->e = (medrun_error){0};
+    }
+    return c->e.code;
+}
+
+/* The chat command. If nobody types, it answers what is on stdin. A bad file of --load-prefix is
+ * refused before the person types. */
 static int converse_command(command *c) {
-    chat h = {.c = c};
+    static const int fatal[] = {SIGTERM, SIGHUP, SIGQUIT, SIGINT};
+    chat h = {.c = c, .ed.plain = !terminal_draws(getenv("TERM"))};
+    const char *no_colour = getenv("NO_COLOR"), *prefix = c->text[O_LOAD_PREFIX];
+    bool colour = h.ed.colour = !h.ed.plain && !(no_colour && *no_colour);
+    size_t taken;
     if (!is_terminal(STDIN_FILENO)) return run_command(c);
     open_model(c);
     choose_chat(c);
     if (start_session(c)) return c->e.code;
-    prepare_editor(&h.ed);
-    for (int i = 0; i < N_CHAT_ROWS; i++) h.ed.commands[h.ed.n_commands++] = chat_rows[i].name;
-    if (h.ed.colour) fputs("\x1b[33m", stderr);
+    h.starts = new_array(context_of(c), sizeof *h.starts);
+    if (!h.starts) return out_of_memory(&c->e, context_of(c) * sizeof *h.starts);
+    atexit(restore_terminal);
+    for (size_t i = 0; i < sizeof fatal / sizeof *fatal; i++) on_signal(fatal[i], on_fatal_signal);
+    for (int i = 0; *chat_rows[i].name == '/'; i++)
+        h.ed.commands[h.ed.n_commands++] = chat_rows[i].name;
+    if (colour) fputs("\x1b[33m", stderr);
     note(NULL, "%s", not_a_clinician);
-    if (h.ed.colour) fputs("\x1b[0m", stderr);
+    if (colour) fputs("\x1b[0m", stderr);
     note(c, "/help lists what can be typed.");
-    if ((h.has_system = given(c, O_SYSTEM))) buffer_text(&h.system, c->text[O_SYSTEM]);
-    check_buffer(c, &h.system);
-    try_prefix(&h);
+    if (!check_prefix(c) && prefix) medrun_feed_saved(c->s, NULL, 0, prefix, &taken, &c->e);
     if (given(c, O_PROMPT) || given(c, O_FILE)) read_prompt(c);
-    if (c->input.n) chat_answer(&h, chars(&c->input), c->input.n);
+    if (c->input.n) say(&h, &c->input);
     chat_loop(&h);
+    for (int i = 0; i <= HISTORY; i++) buffer_free(&h.ed.lines[i]);
     buffer_free(&h.system);
-    buffer_free(&h.starts);
-    buffer_free(&h.last);
-    close_editor(&h.ed);
+    free(h.starts);
     return c->e.code;
 }
 
@@ -11467,13 +11311,17 @@ static int write_logits(command *c, FILE *f) {
 
 /* Rank, id, piece, logit and probability of the N likeliest tokens that may come next. */
 static int print_top(command *c) {
-    choice all[MOST_CHOICES + 1];
-    int n = find_choices(c, medrun_logits(c->s, 0), whole(c, O_TOP), -1, all);
+    const float *logits = medrun_logits(c->s, 0);
+    int32_t ids[MOST_CHOICES];
+    size_t vocab = (size_t)c->t->vocab_size;
+    size_t n = largest_logits(logits, vocab, (size_t)whole(c, O_TOP), ids);
+    double sum = log_sum(logits, vocab);
     printf("rank       id  %-20s     logit  probability\n", "piece");
-    for (int i = 0; i < n; i++) {
-        printf("%4d %8d  ", i + 1, all[i].id);
-        print_piece(c, all[i].id, 20);
-        printf(" %9.4f %12.6f\n", (double)all[i].logit, all[i].probability);
+    for (size_t i = 0; i < n; i++) {
+        double logit = (double)logits[ids[i]];
+        printf("%4zu %8d  ", i + 1, ids[i]);
+        print_piece(c, ids[i], 20);
+        printf(" %9.4f %12.6f\n", logit, exp(logit - sum));
     }
     return flush_stdout(c);
 }
