@@ -46,11 +46,11 @@ budgets="
 13:420:456
 14:100:224
 15:720:960
-16:1410:2616"
+16:1410:2464"
 budgets=$(echo $budgets)                  # on one line
-most_lines=11818                            # the goals: 9000, 450000, 15
-most_bytes=590244
-least_comments=13.0
+most_lines=11666                            # the goals: 9000, 450000, 15
+most_bytes=584884
+least_comments=13.1
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
     function said(limit, budget) { return limit ? "  OVER ITS LIMIT" : budget ? "  over" : "" }
