@@ -1429,27 +1429,45 @@ static uint32_t json_add(json_parser *s, json_type type) {
     return (uint32_t)j->n++;
 }
 
+/* Takes what stands at *AT in a string, a character or an escape, to OUT and returns the number of
+ * bytes there; 0 and *WHY where JSON knows no such thing. Two \u that are a surrogate pair are one
+ * character, a lone one is U+FFFD. */
+static size_t json_decode(const uint8_t **at, const uint8_t *end, uint8_t out[4],
+                          const char **why) {
+    static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
+    const uint8_t *p = *at;
+    size_t left = (size_t)(end - p), len;
+    uint32_t code;
+    *why = *p < 0x20 ? "control character in a string" : "invalid UTF-8";
+    if (*p != '\\') {
+        len = *p < 0x20 ? 0 : utf8_decode(p, left, &code);
+        memcpy(out, p, len);
+        return *at += len, len;
+    }
+    const char *short_form = left > 1 && p[1] ? strchr(from, p[1]) : NULL;
+    if (short_form) return out[0] = (uint8_t)to[short_form - from], *at += 2, 1;
+    if (left < 2 || p[1] != 'u') return *why = "unknown escape", 0;
+    int high = left < 6 ? -1 : hex_number(p + 2, 4), low = 0;
+    if (high < 0) return *why = "\\u without four hex digits", 0;
+    code = (uint32_t)high;
+    if (code >= 0xD800 && code < 0xDC00 && left >= 12 && p[6] == '\\' && p[7] == 'u')
+        low = hex_number(p + 8, 4);
+    bool pair = low >= 0xDC00 && low < 0xE000;
+    if (pair) code = 0x10000 + ((code - 0xD800) << 10) + ((uint32_t)low - 0xDC00);
+    *at += pair ? 12 : 6;
+    return utf8_encode(code >= 0xD800 && code < 0xE000 ? 0xFFFD : code, out);
+}
+
 /* Checks each character, so that whoever decodes the string later need not. */
 static int json_string_node(json_parser *s) {
-    s->at++;
-    uint32_t v = json_add(s, JSON_STRING), code;
+    const uint8_t *p = s->p + ++s->at, *end = s->p + s->n;
+    uint32_t v = json_add(s, JSON_STRING);
+    uint8_t bytes[4];
+    const char *why = "unfinished string";
     if (v == JSON_NONE) return MEDRUN_NO_MEMORY;
-    for (size_t len; s->at < s->n && s->p[s->at] != '"'; s->at += len) {
-        const uint8_t *p = s->p + s->at;
-        size_t left = s->n - s->at;
-        if (*p < 0x20) return json_wrong(s, "control character in a string");
-        if (*p != '\\') {
-            len = utf8_decode(p, left, &code);
-            if (!len) return json_wrong(s, "invalid UTF-8");
-            continue;
-        }
-        if (left < 2 || !p[1] || !strchr("\"\\/bfnrtu", p[1]))
-            return json_wrong(s, "unknown escape");
-        len = p[1] == 'u' ? 6 : 2;
-        if (len == 6 && (left < 6 || hex_number(p + 2, 4) < 0))
-            return json_wrong(s, "\\u without four hex digits");
-    }
-    if (s->at == s->n) return json_wrong(s, "unfinished string");
+    while (p < end && *p != '"' && json_decode(&p, end, bytes, &why)) s->at = (size_t)(p - s->p);
+    if (p == end) return json_wrong(s, "unfinished string");
+    if (*p != '"') return json_wrong(s, why);
     s->j->nodes[v].end = (uint32_t)s->at++;
     return MEDRUN_OK;
 }
@@ -1544,34 +1562,12 @@ static bool json_is_type(const json *j, uint32_t v, json_type type) {
     return v != JSON_NONE && json_typeof(j, v) == type;
 }
 
-/* Decodes what stands at *AT in a string that was parsed, a byte or an escape, and moves *AT behind
- * it. Returns the number of bytes in OUT. Two \u that are a surrogate pair are one character, a
- * lone one is U+FFFD. */
-static size_t json_decode(const uint8_t **at, const uint8_t *end, uint8_t out[4]) {
-    static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
-    const uint8_t *p = *at;
-    uint32_t code, low;
-    if (*p != '\\' || p[1] != 'u') {
-        out[0] = *p != '\\' ? *p : (uint8_t)to[strchr(from, p[1]) - from];
-        *at += *p != '\\' ? 1 : 2;
-        return 1;
-    }
-    code = (uint32_t)hex_number(p + 2, 4);
-    p += 6;
-    if (code >= 0xD800 && code < 0xDC00 && end - p >= 6 && p[0] == '\\' && p[1] == 'u' &&
-        (low = (uint32_t)hex_number(p + 2, 4)) >= 0xDC00 && low < 0xE000) {
-        code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
-        p += 6;
-    }
-    *at = p;
-    return utf8_encode(code >= 0xD800 && code < 0xE000 ? 0xFFFD : code, out);
-}
-
 /* Appends a string's characters to OUT. */
 static void json_unescape(const json *j, uint32_t v, buffer *out) {
     const uint8_t *p = (const uint8_t *)j->text + j->nodes[v].start;
     const uint8_t *end = (const uint8_t *)j->text + j->nodes[v].end;
-    for (uint8_t bytes[4]; p < end;) buffer_add(out, bytes, json_decode(&p, end, bytes));
+    const char *why;
+    for (uint8_t bytes[4]; p < end;) buffer_add(out, bytes, json_decode(&p, end, bytes, &why));
 }
 
 /* Is node V the string TEXT? It takes no memory: a lack of it must not look like a missing key. */
@@ -1582,7 +1578,8 @@ static bool json_is(const json *j, uint32_t v, const char *text) {
     size_t left = strlen(text);
     while (p < end) {
         uint8_t bytes[4];
-        size_t n = json_decode(&p, end, bytes);
+        const char *why;
+        size_t n = json_decode(&p, end, bytes, &why);
         if (n > left || memcmp(text, bytes, n)) return false;
         text += n;
         left -= n;
@@ -1709,14 +1706,11 @@ static size_t edit_distance(const char *a, const char *b) {
 /* ============================================================================================
  * 4 Threads: one pool
  *
- * Every loop of the engine that is worth sharing goes through parallel_for. It cuts the loop's
- * items into ranges and lets the threads of a pool, made once when a model is opened, take them.
- * May use sections 2 and 3. Tests: tests/04_threads.c, also built with -fsanitize=thread.
- *
- * A result never depends on the number of threads or on which thread computed what: an item (a
- * panel of 16 output rows, a block of keys) is computed whole by one thread, in the same order
- * whoever that is, and is written to a place of its own. No thread adds to the sum of another.
- * So threads race for work, but never for memory.
+ * Every loop that is worth sharing goes through parallel_for, which cuts its items into ranges for
+ * the threads of a pool to take. A result never depends on the number of threads: an item (a panel
+ * of 16 output rows, a block of keys) is computed whole by one thread, in the same order whoever
+ * that is, and written to a place of its own. So threads race for work, but never for memory.
+ * Tests: tests/04_threads.c, also built with -fsanitize=thread.
  * ============================================================================================ */
 
 /* Work on items [begin, end); THREAD (0 .. threads-1) names scratch that no one else uses. */
@@ -1736,8 +1730,7 @@ typedef struct {
 
 /* A job is one call of parallel_for: N items in pieces of GRAIN. LEFT holds which job it is (upper
  * 32 bits) and how many of its pieces nobody has taken. The caller writes the plain fields before
- * it sets LEFT, and a thread reads them after it took a piece. They stay as they are until that
- * piece is reported in FINISHED, for the caller waits for all pieces. */
+ * it sets LEFT. A thread that took a piece may read them until it reports the piece in FINISHED. */
 typedef struct thread_pool {
     int threads;                            /* with the caller, who is thread 0                 */
     worker workers[MAX_THREADS];
@@ -1778,16 +1771,8 @@ static size_t take_pieces(thread_pool *pool, int thread) {
 /* ---- waiting ------------------------------------------------------------------------------- */
 
 /* How often a thread that waits looks again before it sleeps: 20 microseconds in all on a Xeon of
- * 2023. The next job of a pass mostly comes sooner, and to wake a thread that sleeps would cost a
- * system call and a task switch for each of the hundreds of jobs of a pass. */
+ * 2023. The next of a pass's hundreds of jobs mostly comes sooner, and waking costs as much. */
 enum { SPINS = 2000 };
-
-/* Tells the core that this is a waiting loop: it leaves more to its other hardware thread. */
-ALWAYS_INLINE void pause_briefly(void) {
-#ifdef MEDRUN_X86
-    _mm_pause();
-#endif
-}
 
 static bool is_work(thread_pool *pool) {
     return (uint32_t)atomic_load(&pool->left) || atomic_load(&pool->quit);
@@ -1795,24 +1780,22 @@ static bool is_work(thread_pool *pool) {
 
 static bool is_done(thread_pool *pool) { return atomic_load(&pool->finished) == pool->pieces; }
 
-/* Does this worker run on the caller's processor? False where the system does not say. */
-static bool beside_caller(thread_pool *pool) {
-    int here = this_processor();
-    return here >= 0 && here == atomic_load(&pool->caller_runs_on);
-}
-
 /* First spins, then sleeps, because nobody wants a fan to run while a person types. No thread can
  * miss what it waits for and sleep on: it says that it sleeps before it looks for the last time,
  * and the one that makes it READY does so before it looks who sleeps. Both do it by an exchange:
- * qemu lets a mere store pass a later load, and then each could miss the other. On a busy machine
- * the system may wake a worker on the caller's own processor, in whose place it would spin: such a
- * worker sleeps at once. */
+ * qemu lets a mere store pass a later load. A worker that the system woke on the caller's own
+ * processor would spin in its place, so it sleeps at once. */
 static void wait_until(thread_pool *pool, bool ready(thread_pool *), sleeper *me) {
     bool beside = false;
     for (int i = 0; i < SPINS && !beside; i++) {
         if (ready(pool)) return;
-        if (me == &pool->idle && i % 64 == 0) beside = beside_caller(pool);
-        pause_briefly();
+        if (me == &pool->idle && i % 64 == 0) {
+            int here = this_processor();
+            beside = here >= 0 && here == atomic_load(&pool->caller_runs_on);
+        }
+#ifdef MEDRUN_X86
+        _mm_pause();                        /* leaves more to the core's other hardware thread  */
+#endif
     }
     if (beside) atomic_store(&pool->crowded, true);
     pthread_mutex_lock(&pool->lock);
@@ -1841,12 +1824,10 @@ static void *worker_main(void *context) {
 
 /* On a busy machine workers can cost more than they do: the system stops one for milliseconds in
  * the middle of a piece, or wakes it on the caller's processor. Then the caller works alone for a
- * TIME in seconds, twice as long as before where the last such time has just ended. Little is lost
- * by that: where two programs share a processor with each thread, the caller runs half of the time,
- * and a single thread may already read weights as fast as memory gives them. */
+ * TIME in seconds, twice as long as before where the last such time has just ended. Little is lost,
+ * for a single thread may already read weights as fast as memory gives them. */
 static void rest_workers(thread_pool *pool, double time, double now) {
-    pool->rest = now - pool->alone_until < pool->rest ? 2 * pool->rest : time;
-    if (pool->rest > 1) pool->rest = 1;
+    pool->rest = fmin(1, now - pool->alone_until < pool->rest ? 2 * pool->rest : time);
     pool->alone_until = now + pool->rest;
 }
 
@@ -1912,15 +1893,13 @@ static int pool_start(thread_pool *pool, int threads, medrun_error *e) {
     pthread_attr_setstacksize(&small, THREAD_STACK);
     pool->threads = threads ? threads : default_threads();
     atomic_store(&pool->caller_runs_on, -1);
-    int failed = 0;
-    for (int i = 1; i < pool->threads && !failed; i++) {
+    for (; pool->started + 1 < pool->threads; pool->started++) {
         worker *w = &pool->workers[pool->started];
-        *w = (worker){.pool = pool, .index = i};
-        failed = pthread_create(&w->id, &small, worker_main, w);
-        if (!failed) pool->started++;
+        *w = (worker){.pool = pool, .index = pool->started + 1};
+        if (pthread_create(&w->id, &small, worker_main, w)) break;
     }
     pthread_attr_destroy(&small);
-    if (!failed) return MEDRUN_OK;
+    if (pool->started + 1 == pool->threads) return MEDRUN_OK;
     fail(e, MEDRUN_NO_MEMORY, "cannot start thread %d of %d", pool->started + 2, pool->threads);
     return pool_stop(pool), MEDRUN_NO_MEMORY;
 }
@@ -4629,15 +4608,14 @@ static const char opencl_library[] = "libOpenCL.so.1";
 
 /* First what cannot stand inside TEXT_OF, which makes text of code. MATMUL makes a kernel: a
  * work-item multiplies one row of W, panels of SIZE bytes with N groups, by a tile of up to 8 of
- * the TOKENS of A, packed activations of WORDS words each; out[at ..] gets the products (TOKENS,
- * STRIDE). Sixteen neighbours read the 64 bytes of a step. MOST is 1 or 8, so that the loops over
- * tokens unroll. */
+ * the TOKENS of A, packed activations of WORDS words each, and writes OUT (TOKENS, STRIDE). Sixteen
+ * neighbours read the 64 bytes of a step. MOST is 1 or 8, so that the loops over tokens unroll. */
 static const char device_macros[] =
     "#pragma OPENCL FP_CONTRACT OFF\n"
     "#define EACH_TOKEN _Pragma(\"unroll\") for (int t = 0; t < nt; t++)\n"
     "#define MATMUL(type, most) \\\n"
     "    kernel void type##_##most(stored w, ulong size, int n, packed a, ulong words, \\\n"
-    "                              int tokens, global float *out, ulong at, int stride) { \\\n"
+    "                              int tokens, global float *out, int stride) { \\\n"
     "        int row = get_global_id(0), first = get_global_id(1) * 8; \\\n"
     "        int live = min(tokens - first, 8), width = live > 4 ? 8 : live > 2 ? 4 : live; \\\n"
     "        const int nt = most; \\\n"
@@ -4645,7 +4623,7 @@ static const char device_macros[] =
     "        EACH_TOKEN sum[t] = 0; \\\n"
     "        add_##type(nt, sum, w + row / 16 * size, row % 16, n, a + first * words, width); \\\n"
     "        for (int t = 0; t < nt && t < live; t++) \\\n"
-    "            out[at + (ulong)(first + t) * stride + row] = sum[t]; \\\n"
+    "            out[(ulong)(first + t) * stride + row] = sum[t]; \\\n"
     "    }\n";
 
 #define TEXT_OF(...) #__VA_ARGS__
@@ -4693,9 +4671,8 @@ void add_int8(int nt, float *sum, stored w, int lane, int n, packed a, int width
 
 /* The scale of an int4 group: the upper ten bits of an f16, times 2^-13. */
 float scale_int4(uint bits) {
-    uint sign = (bits & 0x8000) << 16, rest = bits & 0x7FC0;
-    uint small = as_uint((float)rest * 0x1p-24f), usual = (rest << 13) + 0x38000000;
-    return as_float(sign | (rest < 0x400 ? small : usual)) * 0x1p-13f;
+    ushort upper = bits & 0xFFC0;
+    return vload_half(0, (const half *)&upper) * 0x1p-13f;
 }
 
 /* Groups of int4 are half as long: H counts the two that share the activations' scale. */
@@ -4741,7 +4718,8 @@ static const char *const opencl_calls[] = {DEVICE_CALLS(NAME)};
 #undef NAME
 #undef DEVICE_CALLS
 
-/* What a device says of itself. */
+/* What a device says of itself: enough to choose one, to refuse one that would compute other bits,
+ * and for `medrun-lab doctor`. */
 typedef struct {
     cl_device_id id;
     char name[sizeof((device *)0)->name];
@@ -4751,11 +4729,17 @@ typedef struct {
     cl_bool little, shared;         /* little-endian; its memory is the processor's             */
 } device_facts;
 
-/* A pass of many tokens goes in chunks: of at most DEVICE_ROWS tokens and DEVICE_OUT products (64
- * MB), so that a device needs the same room for every pass. */
+/* A pass of many tokens goes in chunks: of at most DEVICE_ROWS tokens and, for the matrix with the
+ * most rows, DEVICE_OUT products (64 MB), so that a device needs the same room for every pass. */
 enum { MAX_DEVICES = 16, DEVICE_ROWS = 512, DEVICE_OUT = 16 << 20 };
 
-/* A device in use. */
+/* The bytes of a matrix, and the device's copy of them. */
+typedef struct {
+    const tensor *w;
+    cl_mem bytes;
+} device_copy;
+
+/* A device in use. What is NULL in a device that is half open is not released. */
 typedef struct {
     device base;                    /* what section 7 knows; must stand first                   */
     opencl cl;
@@ -4766,11 +4750,12 @@ typedef struct {
     cl_kernel kernels[N_TYPES][2];  /* for one token, for more; none for f32                    */
     uint64_t room;                  /* bytes that may still be taken                            */
     cl_mem packed, products;        /* (DEVICE_ROWS, most cols) activations; (DEVICE_OUT) floats*/
-    const tensor **tensors;         /* (base.loaded) and the device's copy of their bytes       */
-    cl_mem *copies;
+    device_copy *copies;            /* (base.loaded)                                            */
+    size_t most_rows;               /* of any of these, in whole panels                         */
 } opencl_device;
 
-/* PATH: the library, which is never closed; NULL or "": where the system has it. */
+/* PATH: the library; NULL or "": where the system has it. It is never closed, for drivers leave
+ * threads and handlers of their own behind. */
 static int opencl_open(opencl *cl, const char *path, medrun_error *e) {
     if (!path || !*path) path = opencl_library;
     void *library = OPEN_LIBRARY(path);
@@ -4835,26 +4820,25 @@ static int choose_device(opencl_device *d, const char *which, medrun_error *e) {
                 f->little ? "takes the smallest numbers for 0" : "is big-endian");
 }
 
-/* Compiles the kernels for activations of KIND, with the geometry of panels (section 5) put before
- * the source. LOG gets what the device's compiler says when it fails. */
+/* Compiles the kernels for activations of KIND, with the geometry of panels (section 5) as macros.
+ * LOG gets what the device's compiler says when it fails. */
 static int build_kernels(opencl_device *d, const char *more, int kind, buffer *log,
                          medrun_error *e) {
+    const char *sources[] = {device_macros, device_source};
     const size_t most = 64 << 10;
-    char options[256], numbers[256], name[16];
-    const char *sources[] = {numbers, device_macros, device_source};
+    char options[512], name[16];
     cl_int why;
     if (e->code) return e->code;
-    int n = snprintf(numbers, sizeof numbers, "#define PAIRS %d\n#define WORDS %zu\n"
-                     "#define LINE_INT8 %zu\n#define LINE_INT4 %zu\n#define LEVELS 0",
-                     kind == PACK_INT16, pack_bytes(kind, GROUP, 1) / 4,
-                     group_scales(TYPE_INT8, 2), group_scales(TYPE_INT4, 2));
+    int n = snprintf(options, sizeof options, "-cl-std=CL1.2 -DPAIRS=%d -DWORDS=%zu "
+                     "-DLINE_INT8=%zu -DLINE_INT4=%zu -DLEVELS=0", kind == PACK_INT16,
+                     pack_bytes(kind, GROUP, 1) / 4, group_scales(TYPE_INT8, 2),
+                     group_scales(TYPE_INT4, 2));
     for (int i = 1; i < 16; i++)
-        n += snprintf(numbers + n, sizeof numbers - (size_t)n, ",%d", int4_levels[i]);
-    snprintf(numbers + n, sizeof numbers - (size_t)n, "\n");
-    snprintf(options, sizeof options, "-cl-std=CL1.2 %s", more ? more : "");
+        n += snprintf(options + n, sizeof options - (size_t)n, ",%d", int4_levels[i]);
+    snprintf(options + n, sizeof options - (size_t)n, " %s", more ? more : "");
     d->context = d->cl.clCreateContext(NULL, 1, &d->facts.id, NULL, NULL, &why);
     if (!why) d->queue = d->cl.clCreateCommandQueue(d->context, d->facts.id, 0, &why);
-    if (!why) d->program = d->cl.clCreateProgramWithSource(d->context, 3, sources, NULL, &why);
+    if (!why) d->program = d->cl.clCreateProgramWithSource(d->context, 2, sources, NULL, &why);
     if (!why) why = d->cl.clBuildProgram(d->program, 1, &d->facts.id, options, NULL, NULL);
     for (int k = 2 * TYPE_BF16; k < 2 * N_TYPES && !why; k++) {
         snprintf(name, sizeof name, "%s_%d", type_names[k / 2], k % 2 ? TILE : 1);
@@ -4898,60 +4882,53 @@ static bool device_ok(opencl_device *d, cl_int why, const char *call) {
 /* Makes a call, unless one has failed. */
 #define CALL(d, call, ...) device_ok(d, d->base.failed ? 0 : d->cl.call(__VA_ARGS__), #call)
 
-/* The device's copy of W, or NULL. */
+/* The device's copy of W, or NULL. Matrices are known by where their bytes are: a tied output matrix
+ * is the embedding. */
 static const cl_mem *copy_of(const opencl_device *d, const tensor *w) {
     for (size_t i = 0; i < d->base.loaded; i++)
-        if (d->tensors[i]->data == w->data) return &d->copies[i];
+        if (d->copies[i].w->data == w->data) return &d->copies[i].bytes;
     return NULL;
 }
 
-/* P's products for TOKENS of the activations X, which the device has, to OUT, by way of the
- * device's d->products[at ..]. */
+/* P's products for TOKENS of the activations X, which the device has, to OUT. */
 static void device_product(opencl_device *d, const product *p, const packed *x, size_t tokens,
-                           size_t at, float *out) {
+                           float *out) {
     int type = p->w->type;
     cl_kernel kernel = d->kernels[type][tokens > 1];
     size_t rows = tensor_panels(p->w) * LANES, row = rows * sizeof(float);
-    size_t groups = type == TYPE_BF16 ? (x->cols + 1) / 2 : (x->cols + GROUP - 1) / GROUP;
     cl_ulong size = panel_bytes(type, x->cols), words = pack_bytes(x->kind, x->cols, 1) / 4;
-    cl_ulong first = at;
-    cl_int n = (cl_int)groups, live = (cl_int)tokens, stride = (cl_int)rows;
+    cl_int groups = (cl_int)(type == TYPE_BF16 ? (x->cols + 1) / 2 : (x->cols + GROUP - 1) / GROUP);
+    cl_int live = (cl_int)tokens, stride = (cl_int)rows;
     const struct { size_t bytes; const void *value; } arguments[] = {
-        {sizeof(cl_mem), copy_of(d, p->w)}, {sizeof size, &size}, {sizeof n, &n},
+        {sizeof(cl_mem), copy_of(d, p->w)}, {sizeof size, &size}, {sizeof groups, &groups},
         {sizeof(cl_mem), &d->packed}, {sizeof words, &words}, {sizeof live, &live},
-        {sizeof(cl_mem), &d->products}, {sizeof first, &first}, {sizeof stride, &stride}};
-    const size_t items[2] = {rows, (tokens + TILE - 1) / TILE}, there[3] = {at * sizeof(float)};
-    const size_t here[3] = {0}, region[3] = {row, tokens, 1};
+        {sizeof(cl_mem), &d->products}, {sizeof stride, &stride}};
+    const size_t items[2] = {rows, (tokens + TILE - 1) / TILE}, from[3] = {0};
+    const size_t region[3] = {row, tokens, 1};
     for (cl_uint i = 0; i < sizeof arguments / sizeof *arguments; i++)
         CALL(d, clSetKernelArg, kernel, i, arguments[i].bytes, arguments[i].value);
     CALL(d, clEnqueueNDRangeKernel, d->queue, kernel, 2, NULL, items, NULL, 0, NULL, NULL);
-    CALL(d, clEnqueueReadBufferRect, d->queue, d->products, CL_FALSE, there, here, region, row, 0,
+    CALL(d, clEnqueueReadBufferRect, d->queue, d->products, CL_FALSE, from, from, region, row, 0,
          p->stride * sizeof(float), 0, out, 0, NULL, NULL);
 }
 
-/* See `device`. The queue runs in order, so one wait is enough for all products of a chunk; after a
- * failure, too, for what was asked before may still be under way. A single token goes there as
- * well: reading weights is what takes time, and the device has them. */
+/* See `device`. The queue runs in order, so all products use one place there, and one wait is
+ * enough for those of a chunk; after a failure, too, for what was asked before may still be under
+ * way. A single token goes there as well: reading weights takes the time, and the device has them.
+ * The caller's rows may lie apart, so each product is read to its place as a rectangle. */
 static bool device_multiply(device *base, const product *products, size_t n, const packed *x) {
     opencl_device *d = (opencl_device *)base;
-    size_t floats = 0;
     if (base->failed || x->kind == PACK_BF16) return false;
-    for (size_t i = 0; i < n; i++) {
-        if (!copy_of(d, products[i].w)) return false;
-        floats += tensor_panels(products[i].w) * LANES;
-    }
-    if (floats > DEVICE_OUT / TILE) return false;
-    size_t chunk = DEVICE_OUT / floats / TILE * TILE;
+    for (size_t i = 0; i < n; i++) if (!copy_of(d, products[i].w)) return false;
+    size_t chunk = DEVICE_OUT / d->most_rows / TILE * TILE;
     if (chunk > DEVICE_ROWS) chunk = DEVICE_ROWS;
     for (size_t t = 0; t < x->tokens && !base->failed; t += chunk) {
-        size_t tokens = x->tokens - t < chunk ? x->tokens - t : chunk, at = 0;
+        size_t tokens = x->tokens - t < chunk ? x->tokens - t : chunk;
         CALL(d, clEnqueueWriteBuffer, d->queue, d->packed, CL_FALSE, 0,
              pack_bytes(x->kind, x->cols, tokens), x->data + pack_bytes(x->kind, x->cols, t), 0,
              NULL, NULL);
-        for (const product *p = products; p < products + n; p++) {
-            device_product(d, p, x, tokens, at, p->out + t * p->stride);
-            at += tokens * tensor_panels(p->w) * LANES;
-        }
+        for (const product *p = products; p < products + n; p++)
+            device_product(d, p, x, tokens, p->out + t * p->stride);
         device_ok(d, d->cl.clFinish(d->queue), "clFinish");
     }
     return !base->failed;
@@ -4964,9 +4941,8 @@ static int load_weights(opencl_device *d, int kind, const tensor *const *all, si
     uint64_t had = d->room, layer = 0;
     size_t most_cols = 0, *loaded = &d->base.loaded;
     if (e->code) return e->code;
-    d->tensors = new_array(n, sizeof *d->tensors);
     d->copies = new_array(n, sizeof *d->copies);
-    if (!d->tensors || !d->copies) return out_of_memory(e, n * sizeof *d->tensors);
+    if (!d->copies) return out_of_memory(e, n * sizeof *d->copies);
     for (size_t i = 0; i < n; i++) {
         if (all[i]->cols > most_cols) most_cols = all[i]->cols;
         if (i < least) layer += tensor_bytes(all[i]->type, all[i]->rows, all[i]->cols);
@@ -4974,9 +4950,13 @@ static int load_weights(opencl_device *d, int kind, const tensor *const *all, si
     d->packed = device_bytes(d, NULL, pack_bytes(kind, most_cols, DEVICE_ROWS));
     d->products = device_bytes(d, NULL, DEVICE_OUT * sizeof(float));
     for (; d->packed && d->products && *loaded < n; ++*loaded) {
-        const tensor *w = d->tensors[*loaded] = all[*loaded];
-        d->copies[*loaded] = device_bytes(d, w->data, tensor_bytes(w->type, w->rows, w->cols));
-        if (!d->copies[*loaded]) break;
+        const tensor *w = all[*loaded];
+        size_t rows = tensor_panels(w) * LANES;
+        cl_mem copy = rows > DEVICE_OUT / TILE ? NULL :
+                      device_bytes(d, w->data, tensor_bytes(w->type, w->rows, w->cols));
+        if (!copy) break;
+        d->copies[*loaded] = (device_copy){w, copy};
+        if (rows > d->most_rows) d->most_rows = rows;
     }
     if (*loaded >= least) return MEDRUN_OK;
     return fail(e, MEDRUN_NO_MEMORY, "device %s: %llu MB are not enough for a layer of %llu MB and "
@@ -5010,7 +4990,7 @@ static int device_agrees(opencl_device *d, const engine *eng, const tensor *w, s
 static void device_close(device *base) {
     opencl_device *d = (opencl_device *)base;
     if (!d) return;
-    for (size_t i = 0; i < base->loaded; i++) d->cl.clReleaseMemObject(d->copies[i]);
+    for (size_t i = 0; i < base->loaded; i++) d->cl.clReleaseMemObject(d->copies[i].bytes);
     if (d->packed) d->cl.clReleaseMemObject(d->packed);
     if (d->products) d->cl.clReleaseMemObject(d->products);
     for (int k = 0; k < 2 * N_TYPES; k++)
@@ -5018,7 +4998,6 @@ static void device_close(device *base) {
     if (d->program) d->cl.clReleaseProgram(d->program);
     if (d->queue) d->cl.clReleaseCommandQueue(d->queue);
     if (d->context) d->cl.clReleaseContext(d->context);
-    free(d->tensors);
     free(d->copies);
     free(d);
 }

@@ -357,7 +357,7 @@ static void test_memory(void) {
     uint64_t all = d->facts.memory - d->facts.memory / 16, used = all - d->room;
     size_t matrices = m->device->loaded, layers = (size_t)m->config.n_layers;
     for (size_t kept = matrices; kept-- > matrices / layers;) {
-        const tensor *w = d->tensors[kept];
+        const tensor *w = d->copies[kept].w;
         char says[64];
         medrun_model *part = open_model("llama-sharded", "int8", false, 0);
         used -= tensor_bytes(w->type, w->rows, w->cols);
