@@ -33,8 +33,8 @@ done
 budgets="
 1:330:336
 2:450:731
-3:540:641
-4:200:218
+3:540:638
+4:200:200
 5:310:317
 6:1940:2198
 7:130:138
@@ -48,8 +48,8 @@ budgets="
 15:720:960
 16:1410:2464"
 budgets=$(echo $budgets)                  # on one line
-most_lines=11666                            # the goals: 9000, 450000, 15
-most_bytes=584884
+most_lines=11645                            # the goals: 9000, 450000, 15
+most_bytes=584371
 least_comments=13.1
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
