@@ -4882,8 +4882,8 @@ static bool device_ok(opencl_device *d, cl_int why, const char *call) {
 /* Makes a call, unless one has failed. */
 #define CALL(d, call, ...) device_ok(d, d->base.failed ? 0 : d->cl.call(__VA_ARGS__), #call)
 
-/* The device's copy of W, or NULL. Matrices are known by where their bytes are: a tied output matrix
- * is the embedding. */
+/* The device's copy of W, or NULL. Matrices are known by where their bytes are: a tied output
+ * matrix is the embedding. */
 static const cl_mem *copy_of(const opencl_device *d, const tensor *w) {
     for (size_t i = 0; i < d->base.loaded; i++)
         if (d->copies[i].w->data == w->data) return &d->copies[i].bytes;
