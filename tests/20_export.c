@@ -1658,6 +1658,10 @@ static void test_spellings(void) {
          "chatml-bare"},
         {"{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content.strip() + '<|im_end|>\n' "
          "}}{% endfor %}" TURN, "chatml-bare trims"},
+        /* a macro writes the turns */
+        {"{% macro turn(role, text, end='<|im_end|>') %}{{ '<|im_start|>' ~ role ~ '\n' ~ text ~ end ~ '\n' "
+         "}}{% endmacro %}{% for m in messages %}{{ turn(m.role, text=m.content) }}{% endfor %}" TURN,
+         "chatml-bare"},
         /* the system text looked up, by a namespace and by a filter */
         {"{% set ns = namespace(text='') %}{% for m in messages %}{% if m.role == 'system' %}{% set ns.text "
          "= m.content %}{% endif %}{% endfor %}{% if ns.text %}{{ '<|im_start|>system\n' + ns.text + "
@@ -1680,6 +1684,8 @@ static void test_spellings(void) {
         /* what is not understood is not guessed */
         {"{% macro turn(m) %}{{ m.content }}{% endmacro %}{% for m in messages %}{{ turn(m) }}{% endfor %}",
          "unknown"},
+        {"{% macro turn(m) %}{{ " ONE "'<|im_end|>\n' }}{% endmacro %}{% for message in messages %}{{ "
+         "turn(message) }}{% endfor %}" TURN, "unknown"},
         {"{% for message in messages %}{{ " ONE "'<|im_end|>\n' | shuffle }}{% endfor %}" TURN, "unknown"},
         {"{% for message in messages %}{{ " ONE "'<|im_end|>\n' }}" TURN, "unknown"},
         {"{{ ((((((((((((((((((((((((((((((((((((((((((((1)))))))))))))))))))))))))))))))))))))))))))) }}",
@@ -1741,6 +1747,58 @@ static void test_spellings(void) {
 #undef ASKS
 #undef ONE
 #undef TURN
+}
+
+/* How many conversations of a template end in another way than EXPECTED says; a null there: a
+ * refusal. MAY_LOSE: it may be one that is not understood. */
+static int wrong_renderings(const json *j, uint32_t template, uint32_t expected, bool may_lose) {
+    buffer text = {0}, lines = {0}, out = {0}, wanted = {0};
+    jinja_reader r = {0};
+    int wrong = 0;
+    json_unescape(j, template, &text);
+    size_t n = 0;
+    bool good = jinja_tokens(&r, &lines, (const char *)text.data, text.n);
+    jinja_token *tokens = good ? jinja_list_tokens(&r, &n) : NULL;
+    uint32_t conversation = json_get(j, 0, "conversations") + 1;
+    for EACH(j, expected, e) {
+        medrun_message *m = NULL;
+        size_t count = 0;
+        buffer words = {0};
+        medrun_error error = {0};
+        CHECK(!chat_messages(chat_find("none"), j, conversation, "jinja", &m, &count, &words, &error));
+        out.n = wanted.n = 0;
+        int state = tokens ? jinja_render(tokens, n, m, count, count != 2, "<s>", "</s>", &out) :
+                             JINJA_LOST;
+        bool refuses = !json_is_type(j, e, JSON_STRING);
+        if (!refuses) json_unescape(j, e, &wanted);
+        bool same = refuses ? state == JINJA_REFUSES : !state && same_text_in(&wanted, &out);
+        wrong += !same && !(may_lose && state == JINJA_LOST);
+        conversation = j->nodes[conversation].next;
+        buffer_free(&words);
+        free(m);
+    }
+    if (wrong) printf("    %.*s\n", (int)text.n, (const char *)text.data);
+    buffer_free(&text), buffer_free(&out), buffer_free(&wanted);
+    buffer_free(&lines), buffer_free(&r.out), buffer_free(&r.text), free(tokens);
+    return wrong;
+}
+
+/* What jinja2 makes of small templates: tools/reference/jinja_cases.py. */
+static void test_jinja(void) {
+    buffer b = {0};
+    json j;
+    read_file("tests/fixtures/jinja.json", &b);
+    if (!CHECK(b.n && !json_parse(&j, (const char *)b.data, b.n, NULL))) return;
+    int found = 0;
+    for (int lost = 0; lost < 2; lost++) {
+        for EACH(&j, json_get(&j, 0, lost ? "lost" : "known"), c) {
+            CHECK_EQ(wrong_renderings(&j, c + 1, j.nodes[c + 1].next, lost), 0);
+            found++;
+        }
+    }
+    CHECK(found > 90);
+    json_free(&j);
+    buffer_free(&b);
 }
 
 /* What the checkpoint of the folder in src says, with M to be closed. */
@@ -2323,6 +2381,7 @@ int main(void) {
     test_smollm();
     test_chatml();
     test_spellings();
+    test_jinja();
     test_forms();
     test_model();
     test_spaced_edits();

@@ -1,8 +1,8 @@
 /* fuzz.c - what a stranger's file can do to medrun, for clang's libFuzzer: see `make fuzz`.
  *
  * MEDRUN_FUZZ names what is read: header (of the checkpoint MEDRUN_FUZZ_BASE; its length and hash
- * are made right, or nothing behind them would be reached), tokenizer, json, messages, state, gguf,
- * and of the Hugging Face folder MEDRUN_FUZZ_BASE one file: config.json, tokenizer.json,
+ * are made right, or nothing behind them would be reached), tokenizer, json, jinja, messages, state,
+ * gguf, and of the Hugging Face folder MEDRUN_FUZZ_BASE one file: config.json, tokenizer.json,
  * tokenizer_config.json, generation_config.json, model.safetensors. Files are made in the working
  * folder, first what is valid, corpus/seed. An error is fine; the sanitizers and libFuzzer's
  * limits of time and memory say what is not. */
@@ -129,6 +129,42 @@ static void try_messages(const uint8_t *input, size_t n) {
     json_free(&j);
 }
 
+/* A chat template: what it makes of every conversation, and which row of the table it is. */
+static void try_jinja(const uint8_t *input, size_t n) {
+    jinja_reader r = {0};
+    buffer lines = {0}, out = {0}, system = {0};
+    size_t n_tokens = 0;
+    bool good = jinja_tokens(&r, &lines, (const char *)input, n);
+    jinja_token *tokens = good ? jinja_list_tokens(&r, &n_tokens) : NULL;
+    for (size_t i = 0; tokens && i < N_PROBES; i++) {
+        medrun_message m[MOST_TURNS];
+        size_t count = probe_messages(i, (int)(i % N_VARIANTS), m);
+        out.n = 0;
+        jinja_render(tokens, n_tokens, m, count, i & 1, "<s>", i & 2 ? "</s>" : NULL, &out);
+    }
+    free(tokens), buffer_free(&lines), buffer_free(&out), buffer_free(&r.out), buffer_free(&r.text);
+    fit_template((const char *)input, n, "<s>", "</s>", &system);
+    buffer_free(&system);
+}
+
+/* The templates of tests/fixtures/jinja.json. */
+static void make_templates(void) {
+    json j;
+    must(!json_parse(&j, (const char *)original.data, original.n, NULL), "not JSON");
+    for (int lost = 0; lost < 2; lost++) {
+        uint32_t all = json_get(&j, 0, lost ? "lost" : "known"), c = all + 1;
+        for (uint32_t i = 0; i < j.nodes[all].count; i++, c = j.nodes[c].next) {
+            char path[64];
+            buffer text = {0};
+            json_unescape(&j, c + 1, &text);
+            snprintf(path, sizeof path, "corpus/seed-%s-%u", lost ? "lost" : "known", i);
+            put_file(path, text.data, text.n, NULL, 0);
+            buffer_free(&text);
+        }
+    }
+    json_free(&j);
+}
+
 /* The sums of the head and of the ids in a file without panels are made right. */
 static void try_state(const uint8_t *input, size_t n) {
     buffer b = {0};
@@ -188,6 +224,8 @@ static void make_seed(void) {
              !medrun_feed(s, (const int32_t[20]){1, 2, 3, 4}, 20, NULL) &&
              !medrun_step(&s, 1, NULL) && !medrun_save(s, "corpus/seed", NULL), "seed");
         medrun_stop(s);
+    } else if (!strcmp(target, "jinja")) {
+        make_templates();
     } else if (!strcmp(target, "json") || !strcmp(target, "messages")) {
         static const char text[] = "{\"role\": \"user\", \"content\": [{\"type\": \"text\", \"text\": "
                                    "\"\\u00b5\\ud83d\\ude00\"}, 1e-3, null, true, [-0.5]]}";
@@ -217,7 +255,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *input, size_t n) {
         const char *name;
         void (*run)(const uint8_t *input, size_t n);
     } all[] = {{"header", try_header}, {"tokenizer", try_tokenizer}, {"json", try_json},
-               {"messages", try_messages}, {"state", try_state}, {"gguf", try_gguf}};
+               {"jinja", try_jinja}, {"messages", try_messages}, {"state", try_state}, {"gguf", try_gguf}};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         if (!strcmp(target, all[i].name)) return all[i].run(input, n), 0;
     try_folder(input, n);

@@ -4,7 +4,7 @@
 program=$(realpath "$1") seconds=$2
 shift 2
 root=$PWD
-[ $# -gt 0 ] || set -- header tokenizer json messages state gguf config.json tokenizer.json \
+[ $# -gt 0 ] || set -- header tokenizer json jinja messages state gguf config.json tokenizer.json \
     tokenizer_config.json generation_config.json model.safetensors
 passed=0 failed=0
 for reader in "$@"; do
@@ -13,6 +13,7 @@ for reader in "$@"; do
     case $reader in
         header) base=build/llama-grouped-int8.mdr ;;
         tokenizer) base=build/tokenizer.bin ;;
+        jinja) base=tests/fixtures/jinja.json ;;
         gguf) base=tests/fixtures/gguf/llama-small-bf16.gguf ;;
         *.*) base=tests/fixtures/llama-small/$reader; cp -r tests/fixtures/llama-small "$dir/folder" ;;
         *) base=build/llama-plain-int8.mdr ;;

@@ -41,16 +41,19 @@ static const struct { const char *turns, *what; } probes[] = {
     {"ut", "with a tool's turn"}, {"uatau", "with a tool's turn"},
 };
 
-enum { N_PROBES = sizeof probes / sizeof *probes, MOST_TURNS = 6, N_VARIANTS = 3, EMPTY = 2 };
+enum { N_PROBES = sizeof probes / sizeof *probes, MOST_TURNS = 6, N_VARIANTS = 4, EMPTY = 2,
+       THOUGHTS = 3 };
 
 /* What the turns say: plain text; white space around it, and signs that a template could change;
- * nothing. The last is not among what must be the same. */
+ * nothing; what a model has thought, which some templates leave out of earlier answers. The last
+ * two are not among what must be the same. */
 static size_t probe_messages(size_t probe, int variant, medrun_message m[MOST_TURNS]) {
     static const char *const texts[N_VARIANTS][4] = {
         {"Be brief.", "Is 38.5 a fever?", "Yes.", "And \xC2\xB5g?"},
         {" \n Be \"kind\".\n", "\tIs it\twarm, or 'hot'?\n\n", "\n<b>Yes</b> & no. ",
          " {x} \\n $y `z` "},
-        {"", "", "", ""}};
+        {"", "", "", ""},
+        {"Be brief.", "Is 38.5 a fever?", "<think>\nHm.\n</think>\n\nYes.", "And \xC2\xB5g?"}};
     size_t n = strlen(probes[probe].turns);
     for (size_t i = 0; i < n; i++) {
         char who = probes[probe].turns[i];
@@ -122,6 +125,7 @@ static bool compare_all(const file_template *f, fitted_template *fit, bool *lost
             int variant = k % N_VARIANTS;
             const char *what = probes[i].what;
             if (!what) what = variant == EMPTY ? "with empty texts" :
+                              variant == THOUGHTS ? "with <think> in an answer" :
                               k >= N_VARIANTS ? "without the opening of an answer" : NULL;
             int same = compare_probe(f, &fit->chat, i, variant, k < N_VARIANTS, &wanted, &found);
             *lost |= same < 0;

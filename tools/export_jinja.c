@@ -2,11 +2,11 @@
  * compare them with what medrun's templates write. Included by export.c.
  *
  * Only what chat templates use of Jinja is here, with transformers' settings: text, {{ }}, set, if,
- * for; texts, whole numbers, lists and dictionaries; the filters, tests and methods of the lists
- * below. There are three ends: the text, a refusal (raise_exception, or an error that Python would
- * raise), or "not understood", after which nothing is known of the template. A template is a
- * stranger's: steps, depth and memory are limited. Tests: tests/20_export.c, and
- * tools/reference/templates.py, which compares with jinja2. */
+ * for, macro; texts, whole numbers, lists and dictionaries; the filters, tests and methods of the
+ * lists below. There are three ends: the text, a refusal (raise_exception, or an error that Python
+ * would raise), or "not understood", after which nothing is known of the template. A template is a
+ * stranger's: steps, depth and memory are limited. Tests: tests/20_export.c, with what jinja2 wrote
+ * for tools/reference/jinja_cases.py. */
 
 /* ---- Jinja's tokens ------------------------------------------------------------------------ */
 
@@ -171,11 +171,12 @@ static bool jinja_tokens(jinja_reader *r, buffer *lines, const char *text, size_
 /* ---- values -------------------------------------------------------------------------------- */
 
 enum { JINJA_UNDEFINED, JINJA_NONE, JINJA_BOOL, JINJA_NUMBER, JINJA_TEXT, JINJA_LIST, JINJA_DICT,
-       JINJA_NAMESPACE };
+       JINJA_NAMESPACE, JINJA_MACRO };
 
 typedef struct jinja_value {
     int type;
-    int64_t number;             /* of a bool, too; a namespace's own; how many items there are   */
+    int64_t number;             /* of a bool, too; a namespace's own; how many items there are;   */
+                                /* a macro's: the token at which its parameters begin            */
     span text;
     const struct jinja_value *items;            /* of a dictionary: key, value, key, value, ...  */
 } jinja_value;
@@ -195,7 +196,7 @@ typedef struct {
     span text;
 } jinja_token;
 
-enum { JINJA_NAMES = 256, JINJA_ARGS = 4, JINJA_DEPTH = 40, JINJA_STEPS = 1 << 20,
+enum { JINJA_NAMES = 256, JINJA_ARGS = 8, JINJA_DEPTH = 40, JINJA_STEPS = 1 << 20,
        JINJA_MEMORY = 1 << 24 };
 enum { JINJA_RUNS, JINJA_BREAKS, JINJA_CONTINUES, JINJA_REFUSES, JINJA_LOST };
 
@@ -208,6 +209,7 @@ typedef struct {
     bool dead;                  /* an expression is only read over, for one that is not used     */
     jinja_name names[JINJA_NAMES];
     size_t n_names, scope;      /* scope: where the names of this turn of the loop begin         */
+    size_t global, hidden;      /* a macro sees the first GLOBAL names, and those from HIDDEN on  */
     int64_t namespaces;
     jinja_block *blocks;
     buffer *out;
@@ -303,8 +305,10 @@ static jinja_value jinja_get(jinja_value dict, span key) {
 }
 
 static jinja_name *jinja_find(jinja_program *j, int64_t owner, span name) {
-    for (size_t i = j->n_names; i-- > 0;)
+    for (size_t i = j->n_names; i-- > 0;) {
+        if (!owner && i >= j->global && i < j->hidden) continue;
         if (j->names[i].owner == owner && same_span(j->names[i].name, name)) return &j->names[i];
+    }
     return NULL;
 }
 
@@ -316,6 +320,26 @@ static void jinja_set(jinja_program *j, int64_t owner, span name, jinja_value v)
     if (old && (owner || old >= j->names + j->scope)) old->value = v;
     else if (j->n_names == JINJA_NAMES) jinja_lost(j);
     else j->names[j->n_names++] = (jinja_name){owner, name, v};
+}
+
+/* Begins a part that has names of its own; the result is for leave_scope. */
+static size_t enter_scope(jinja_program *j) {
+    size_t was = j->scope;
+    if (!was) j->global = j->n_names;
+    j->scope = j->n_names;
+    return was;
+}
+
+/* Drops the names from MARK on, but not what namespaces hold. */
+static size_t drop_names(jinja_program *j, size_t mark) {
+    for (size_t k = mark; k < j->n_names; k++)
+        if (j->names[k].owner) j->names[mark++] = j->names[k];
+    return j->n_names = mark;
+}
+
+static void leave_scope(jinja_program *j, size_t was) {
+    drop_names(j, j->scope);
+    j->scope = was;
 }
 
 /* ---- lists and texts ----------------------------------------------------------------------- */
@@ -350,8 +374,9 @@ static int64_t jinja_length(jinja_program *j, jinja_value v) {
     if (v.type == JINJA_TEXT && !is_ascii(v.text)) jinja_lost(j);
     if (v.type == JINJA_TEXT) return (int64_t)v.text.n;
     if (v.type == JINJA_UNDEFINED) return 0;
-    if (v.type < JINJA_LIST) jinja_stop(j, JINJA_REFUSES);
-    return v.number;
+    if (v.type == JINJA_LIST || v.type == JINJA_DICT) return v.number;
+    jinja_stop(j, JINJA_REFUSES);
+    return 0;
 }
 
 /* V[FROM:TO:STEP], STEP 1 or -1; what is undefined was not said. */
@@ -379,6 +404,7 @@ static jinja_value jinja_slice(jinja_program *j, jinja_value v, jinja_value from
 /* V[KEY] and V.KEY. */
 static jinja_value jinja_index(jinja_program *j, jinja_value v, jinja_value key) {
     if (v.type == JINJA_UNDEFINED) return jinja_stop(j, JINJA_REFUSES);
+    if (v.type == JINJA_MACRO) return jinja_lost(j);
     if (v.type == JINJA_NAMESPACE) {
         jinja_name *name = jinja_find(j, v.number, key.text);
         return name ? name->value : jinja_undefined;
@@ -528,9 +554,9 @@ static jinja_value jinja_method(jinja_program *j, jinja_value v, span name, cons
 
 static bool jinja_test(jinja_program *j, jinja_value v, span name, jinja_value arg);
 
-/* selectattr(key[, test, value]) and rejectattr. */
+/* selectattr(key[, test, value]) and rejectattr; of what is false nothing is taken. */
 static jinja_value jinja_select(jinja_program *j, jinja_value v, const jinja_args *a, bool wanted) {
-    jinja_value all = jinja_items(j, v);
+    jinja_value all = jinja_true(v) ? jinja_items(j, v) : (jinja_value){.type = JINJA_LIST};
     jinja_value *some = jinja_room(j, (size_t)all.number * sizeof *some);
     int64_t n = 0;
     for (int64_t i = 0; some && i < all.number; i++) {
@@ -646,6 +672,7 @@ static span jinja_take_name(jinja_program *j) {
 
 static jinja_value jinja_expression(jinja_program *j);
 static jinja_value jinja_unary(jinja_program *j, bool filters);
+static jinja_value call_macro(jinja_program *j, jinja_value macro, const jinja_args *a);
 
 /* Up to the closing bracket. */
 static jinja_args jinja_read_args(jinja_program *j) {
@@ -682,10 +709,12 @@ static jinja_value jinja_read_string(jinja_program *j) {
     return jinja_keep(j, &b);
 }
 
-/* A variable, or a call of a function. */
+/* A variable, or a call of a function. Some names have a value in Python that we do not know. */
 static jinja_value jinja_read_name(jinja_program *j) {
-    static const char *const functions[] = {"raise_exception", "namespace", "range",
-                                            "strftime_now"};
+    static const char *const unknown[] = {
+        "raise_exception", "namespace", "range", "strftime_now", "dict", "lipsum", "cycler",
+        "joiner", "varargs", "kwargs", "caller", "unk_token", "pad_token", "sep_token", "cls_token",
+        "mask_token", "additional_special_tokens"};
     static const struct { const char *name; int type, number; } constants[] = {
         {"true", JINJA_BOOL, 1}, {"True", JINJA_BOOL, 1}, {"false", JINJA_BOOL, 0},
         {"False", JINJA_BOOL, 0}, {"none", JINJA_NONE, 0}, {"None", JINJA_NONE, 0}};
@@ -694,12 +723,14 @@ static jinja_value jinja_read_name(jinja_program *j) {
         if (span_is(name, constants[i].name))
             return (jinja_value){.type = constants[i].type, .number = constants[i].number};
     jinja_name *found = jinja_find(j, 0, name);
-    if (found) return found->value;
+    if (found && (found->value.type != JINJA_MACRO || !jinja_at(j, 0, "("))) return found->value;
     if (jinja_take(j, "(")) {
+        jinja_value macro = found ? found->value : jinja_undefined;     /* names may move         */
         jinja_args a = jinja_read_args(j);
-        return jinja_call(j, name, &a);
+        return found ? call_macro(j, macro, &a) : jinja_call(j, name, &a);
     }
-    for (size_t i = 0; i < 4; i++) if (span_is(name, functions[i])) return jinja_lost(j);
+    for (size_t i = 0; i < sizeof unknown / sizeof *unknown; i++)
+        if (span_is(name, unknown[i])) return jinja_lost(j);
     return jinja_undefined;
 }
 
@@ -993,7 +1024,7 @@ static void set_targets(jinja_program *j, const span *targets, size_t n, jinja_v
 /* for x[, y] in items [if condition]. */
 static void run_for(jinja_program *j) {
     span targets[2] = {jinja_take_name(j)};
-    size_t n_targets = 1, mark = j->n_names, scope = j->scope, n = 0;
+    size_t n_targets = 1, mark = j->n_names, n = 0, scope = enter_scope(j);
     if (jinja_take(j, ",")) targets[n_targets++] = jinja_take_name(j);
     jinja_need(j, "in");
     jinja_value all = jinja_items(j, jinja_logic(j, true));
@@ -1015,14 +1046,10 @@ static void run_for(jinja_program *j) {
         jinja_set(j, 0, jinja_span("loop"), jinja_loop(j, items, (int64_t)i, (int64_t)n));
         set_targets(j, targets, n_targets, items[i]);
         jinja_run(j);
-        size_t kept = mark;                             /* what namespaces hold stays            */
-        for (size_t k = mark; k < j->n_names; k++)
-            if (j->names[k].owner) j->names[kept++] = j->names[k];
-        mark = j->n_names = kept;
+        mark = drop_names(j, mark);
         if (j->state == JINJA_CONTINUES) j->state = JINJA_RUNS;
     }
     if (j->state == JINJA_BREAKS) j->state = JINJA_RUNS;
-    j->scope = scope;
     j->at = body;
     skip_part(j);
     if (jinja_at(j, 1, "else")) {
@@ -1030,6 +1057,7 @@ static void run_for(jinja_program *j) {
         if (!n) jinja_run(j);
         else skip_part(j);
     }
+    leave_scope(j, scope);
     if (j->state != JINJA_RUNS) return;
     j->at++;
     jinja_need(j, "endfor");
@@ -1055,13 +1083,74 @@ static void run_set(jinja_program *j) {
     }
     buffer text = {0}, *out = j->out;
     close_tag(j);
+    size_t scope = enter_scope(j);
     j->out = &text;
     jinja_run(j);
     j->out = out;
+    leave_scope(j, scope);
     jinja_set(j, owner, name, jinja_keep(j, &text));
     j->at++;
     jinja_need(j, "endset");
     close_tag(j);
+}
+
+/* macro NAME(a, b=value). Where it would keep names of a loop or of another macro, it is not
+ * known. */
+static void run_macro(jinja_program *j) {
+    span name = jinja_take_name(j);
+    if (j->scope) jinja_lost(j);
+    jinja_set(j, 0, name, (jinja_value){.type = JINJA_MACRO, .number = (int64_t)j->at});
+    skip_tag(j);
+    skip_part(j);
+    j->at++;
+    jinja_need(j, "endmacro");
+    close_tag(j);
+}
+
+/* The parameters of a macro, with what A says or with their defaults. */
+static void set_parameters(jinja_program *j, const jinja_args *a) {
+    size_t used = 0;
+    jinja_need(j, "(");
+    for (size_t i = 0; !jinja_take(j, ")") && j->state == JINJA_RUNS; i++) {
+        span name = jinja_take_name(j);
+        size_t given = i < a->n && !a->names[i].n ? i : a->n;
+        for (size_t k = 0; k < a->n; k++) {
+            if (!a->names[k].n || !same_span(a->names[k], name)) continue;
+            if (given < a->n) jinja_stop(j, JINJA_REFUSES);
+            given = k;
+        }
+        jinja_value v = given < a->n ? a->values[given] : jinja_undefined;
+        used += given < a->n;
+        if (jinja_take(j, "=")) {
+            j->dead = given < a->n;
+            jinja_value usual = jinja_expression(j);
+            j->dead = false;
+            if (given == a->n) v = usual;
+        }
+        jinja_set(j, 0, name, v);
+        if (!jinja_take(j, ",") && !jinja_at(j, 0, ")")) jinja_lost(j);
+    }
+    if (used < a->n) jinja_lost(j);                     /* the macro may have varargs            */
+    close_tag(j);
+}
+
+/* What a macro writes. */
+static jinja_value call_macro(jinja_program *j, jinja_value macro, const jinja_args *a) {
+    if (j->dead || j->state != JINJA_RUNS) return jinja_undefined;
+    buffer text = {0}, *out = j->out;
+    size_t back = j->at, scope = enter_scope(j), hidden = j->hidden;
+    j->hidden = j->n_names;
+    j->at = (size_t)macro.number;
+    j->out = &text;
+    set_parameters(j, a);
+    jinja_run(j);
+    if (j->state < JINJA_REFUSES && (j->state != JINJA_RUNS || !jinja_at(j, 1, "endmacro")))
+        jinja_lost(j);
+    j->out = out;
+    j->at = back;
+    leave_scope(j, scope);
+    j->hidden = hidden;
+    return jinja_keep(j, &text);
 }
 
 static void run_tag(jinja_program *j) {
@@ -1071,11 +1160,8 @@ static void run_tag(jinja_program *j) {
     else if (jinja_take(j, "break")) j->state = JINJA_BREAKS;
     else if (jinja_take(j, "continue")) j->state = JINJA_CONTINUES;
     else if (jinja_take(j, "generation") || jinja_take(j, "endgeneration")) close_tag(j);
-    else if (jinja_take(j, "macro")) {                   /* its call is a function that we lack   */
-        skip_tag(j);
-        skip_part(j);
-        skip_tag(j);
-    } else jinja_lost(j);
+    else if (jinja_take(j, "macro")) run_macro(j);
+    else jinja_lost(j);
 }
 
 /* Runs up to the tag that ends this part, or the end. */
