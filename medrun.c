@@ -8275,14 +8275,14 @@ void medrun_describe(const medrun_model *m, medrun_info *info) {
     const model_config *c = &m->config;
     *info = (medrun_info){
         .name = m->name, .architecture = m->architecture, .type = type_names[m->type],
-        .chat_template = m->template_name, .system = m->system, .kernels = m->kernels->name,
-        .licence = m->licence, .notice = m->notice, .vocab_size = c->vocab_size,
-        .hidden_size = c->hidden_size, .n_layers = c->n_layers, .n_heads = c->n_heads,
-        .n_kv_heads = c->n_kv_heads, .head_dim = c->head_dim, .ffn_size = c->ffn_size,
-        .max_positions = c->max_positions, .threads = m->pool->threads, .bos = m->tokenizer.bos,
-        .n_stops = m->n_stops, .parameters = m->parameters, .file_bytes = m->file.map.n,
-        .weight_bytes = m->weight_bytes, .sampling = m->sampling,
-        .device = m->device ? m->device->says : "",
+        .chat_template = m->template_name, .kernels = m->kernels->name, .licence = m->licence,
+        .system = m->own_chat.system ? m->own_chat.system : "", .notice = m->notice,
+        .vocab_size = c->vocab_size, .hidden_size = c->hidden_size,
+        .n_layers = c->n_layers, .n_heads = c->n_heads, .n_kv_heads = c->n_kv_heads,
+        .head_dim = c->head_dim, .ffn_size = c->ffn_size, .max_positions = c->max_positions,
+        .threads = m->pool->threads, .bos = m->tokenizer.bos, .n_stops = m->n_stops,
+        .parameters = m->parameters, .file_bytes = m->file.map.n, .sampling = m->sampling,
+        .weight_bytes = m->weight_bytes, .device = m->device ? m->device->says : "",
         .device_log = m->device_log.n ? (const char *)m->device_log.data : ""};
     memcpy(info->stops, m->stops, sizeof info->stops);
     memcpy(info->hash, m->file.hash, 32);
@@ -10347,7 +10347,7 @@ static void show_chat(FILE *f, const medrun_model *m) {
         buffer_printf(&stops, "%s%d %.*s", i ? ", " : "", m->stops[i], (int)n, piece);
     }
     show(f, "template", "%s", m->template_name);
-    show(f, "system", "%s", m->system);
+    show(f, "system", "%s", m->own_chat.system ? m->own_chat.system : "");
     show(f, "stops", "%s", chars(&stops));
     show(f, "sampling", "temperature %g, top-k %d, top-p %g, min-p %g, repeat-penalty %g",
          (double)s->temperature, s->top_k, (double)s->top_p, (double)s->min_p,

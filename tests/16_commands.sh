@@ -411,6 +411,10 @@ code 0 run "$model" hello -n 12 --temp 1.5 -s 7 --top 1 -q; check 'the same toke
 
 # ---- show, verify, doctor ----
 code 0 show "$model"; out_has '^licence'; out_has 'key-value cache'
+export=$(dirname "$medrun")/medrun-export
+if "$export" tests/fixtures/arcee-yarn "$T/afm.mdr" --template afm >"$T/err" 2>&1; then
+    code 0 show "$T/afm.mdr"; out_has '^system  *The assistant is AFM-4.5B'    # the template's own
+fi
 check 'show is one screen' [ "$(wc -l <"$T/out")" -le 23 ]; check 'and has no hashes' [ -z "$(grep '[0-9a-f]\{64\}' "$T/out")" ]
 code 0 show "$model" -v; out_has '^hash  *[0-9a-f]*$'; out_has '^sources'
 code 0 show "$model" -c 32; out_has 'context 32, f16 (with --kv int8'

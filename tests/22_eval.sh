@@ -43,12 +43,12 @@ code 3 "$model" medqa "$data/pubmedqa.json"; err_has 'fields missing'; one_line
 code 3 "$model" mmlu "$data/anatomy_test.csv" --fewshot 4 "$data/anatomy_dev.csv"; err_has 'only 3 of 4'
 code 3 "$model" mmlu "$data/anatomy_test.csv" --fewshot 1 "$data/college_biology_test.csv"; err_has 'about anatomy'
 code 7 "$model" medqa "$data/medqa.jsonl" --require 0.99 -q; err_has 'accuracy'
-code 0 "$model" medqa "$data/medqa.jsonl" --require 0.01 --limit 4; out_has '| medqa |  | 4 |'; err_has 'were saved'
+code 0 "$model" medqa "$data/medqa.jsonl" --require 0.01 --limit 4; out_has '| medqa | all | 4 |'; err_has 'were saved'
 MEDRUN_LIMIT=3 MEDRUN_FEWSHOT=; export MEDRUN_LIMIT; unset MEDRUN_FEWSHOT
-code 0 "$model" medqa "$data/medqa.jsonl" -q; out_has '| medqa |  | 3 |'; unset MEDRUN_LIMIT
+code 0 "$model" medqa "$data/medqa.jsonl" -q; out_has '| medqa | all | 3 |'; unset MEDRUN_LIMIT
 MEDRUN_LIMIT= MEDRUN_REQUIRE=0x1 MEDRUN_QUIET=on; export MEDRUN_LIMIT MEDRUN_REQUIRE MEDRUN_QUIET
 code 2 "$other" medqa "$data/medqa.jsonl"; err_has 'require'; one_line; unset MEDRUN_REQUIRE
-code 0 "$other" medqa "$data/medqa.jsonl"; out_has '| medqa |  | 13 |'; unset MEDRUN_LIMIT
+code 0 "$other" medqa "$data/medqa.jsonl"; out_has '| medqa | all | 13 |'; unset MEDRUN_LIMIT
 MEDRUN_VERSION=1.0; export MEDRUN_VERSION; code 0 "$other" medqa "$data/medqa.jsonl"; unset MEDRUN_VERSION
 MEDRUN_QUIET=loud; code 2 "$other" medqa "$data/medqa.jsonl"; err_has 'MEDRUN_QUIET: found "loud", wanted 0|1'; unset MEDRUN_QUIET
 
@@ -178,10 +178,10 @@ for t in 'medqa medqa.jsonl' 'medmcqa medmcqa.jsonl' 'pubmedqa pubmedqa.json'; d
 done
 code 0 --merge "$T"/task_*.jsonl --html "$T/page.html"
 out_has "^medrun demo (int8) on mmlu, medmcqa, medqa, pubmedqa, .*$(date +%Y-)"
-out_has '| acc | chance |'; out_has '^| medqa |  | 13 | 0[.0-9]* | 0.2500 |'; out_has '^| pubmedqa |  | 4 | 0[.0-9]* | 0.3333 |'
+out_has '| acc | chance |'; out_has '^| medqa | all | 13 | 0[.0-9]* | 0.2500 |'; out_has '^| pubmedqa | all | 4 | 0[.0-9]* | 0.3333 |'
 out_has 'medqa: these choices are noise: together they hold [0-9.]*e-[0-9]* of the probability (median)'
 out_has '^acc: .*acc_norm: each log-likelihood is divided'
-out_has '^| mmlu |  | 15 |'; out_has '^| mmlu | anatomy | 10 |'; out_has '^| pubmedqa |  | 4 |'
+out_has "^| mmlu | all | 15 |"; out_has '^| mmlu | anatomy | 10 |'; out_has '^| pubmedqa | all | 4 |'
 check 'no group of nine yet' [ "$(grep -c multimedqa "$T/out")" = 0 ]
 for f in clinical_knowledge college_medicine medical_genetics professional_medicine; do
     cp "$data/college_biology_test.csv" "$T/${f}_test.csv"

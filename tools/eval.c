@@ -1479,7 +1479,7 @@ static void add_accuracy(const results *all, const tally *t, buffer *b) {
     buffer_text(b, "| ");
     add_plain(b, t->task);
     buffer_text(b, " | ");
-    add_plain(b, t->subject);
+    add_plain(b, *t->subject ? t->subject : "all");
     if (all->n_runs > 1) buffer_text(b, " | "), add_plain(b, all->runs[t->run].settings);
     buffer_printf(b, " | %zu | %.4f | %.4f | %.4f | %.4f to %.4f | ", t->n, share(t->right, t->n),
                   chance_of(t), error_of(t), interval[0], interval[1]);
