@@ -49,7 +49,7 @@ budgets="
 16:1410:2464"
 budgets=$(echo $budgets)                  # on one line
 most_lines=11645                            # the goals: 9000, 450000, 15
-most_bytes=584371
+most_bytes=584441
 least_comments=13.1
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
