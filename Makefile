@@ -127,7 +127,7 @@ PROGRAMS = all $(MODELS) $(REAL) $(BUILD)/tokenizer.bin $(UNITS:%=$(BUILD)/test_
 programs: $(PROGRAMS)
 test:
 	@$(MAKE) --no-print-directory $(if $(filter -j% --jobserver%,$(MAKEFLAGS)),,-j$(JOBS)) programs
-	@SCRIPTS="$(SCRIPTS)" CC="$(CC)" sh tests/run.sh "$(BIN)" "$(BUILD)" $(UNITS)
+	@SCRIPTS="$(SCRIPTS)" JOBS="$(JOBS)" CC="$(CC)" sh tests/run.sh "$(BIN)" "$(BUILD)" $(UNITS)
 # Loops that try everything where `make test` tries a part, and programs for other systems.
 test-all:
 	@MEDRUN_TEST_ALL=1 $(MAKE) --no-print-directory test

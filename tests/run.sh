@@ -1,39 +1,49 @@
 #!/bin/sh
-# run.sh BIN BUILD UNIT...: runs the test programs BUILD/test_UNIT, then the tests of the commands
-# (SCRIPTS: only those, or none), and adds up. Every program ends with a line "N passed, N failed,
-# N skipped". Behind each line stand the seconds that processors
-# worked for it.
+# run.sh BIN BUILD UNIT...: runs the test programs BUILD/test_UNIT and the tests of the commands
+# (SCRIPTS: only those, or none), as many at once as JOBS says, and adds up. Every program ends with
+# a line "N passed, N failed, N skipped". Behind each line stand the seconds that processors worked
+# for it.
+
+# one BIN BUILD ITEM: runs a unit or a script; its line and what it said goes to stdout in one piece,
+# its three numbers to BUILD/test.counts.
+one() {
+    bin=$1 build=$2
+    name=$(basename "$3" .sh)
+    log="$build/test-$name.log"
+    case $3 in *.sh) sh "$3" "$bin" "$build" ;; *) "$build/test_$3" ;; esac > "$log" 2>&1
+    status=$?
+    line=$(grep -E '^[0-9]+ passed, [0-9]+ failed, [0-9]+ skipped$' "$log" | tail -n 1)
+    # shellcheck disable=SC2086
+    set -- $line
+    if [ $# -ne 6 ]; then
+        echo "0 1 0" >> "$build/test.counts"
+        printf '%s\n' "$name: ended without its closing line (status $status)
+$(tail -n 20 "$log")"
+        return
+    fi
+    failed=$3
+    [ "$status" -ne 0 ] && [ "$failed" -eq 0 ] && failed=1
+    echo "$1 $failed $5" >> "$build/test.counts"
+    said=$(if [ "$failed" -ne 0 ]; then grep -v ' passed, ' "$log" | tail -n 40; fi
+           grep -i '^skip' "$log")
+    times > "$log.times"        # not in a subshell, which would have no children
+    used=$(awk 'NR == 2 { for (i = 1; i < 3; i++) { split($i, t, "m"); n += 60 * t[1] + t[2] }
+                          print int(n) }' "$log.times")
+    rm -f "$log.times"
+    printf '%s%-16s %s passed, %s failed, %s skipped (%s s)\n' "$said${said:+
+}" "$name" "$1" "$failed" "$5" "$used"
+}
+if [ "$1" = --one ]; then shift; one "$@"; exit 0; fi
+
 bin=$1 build=$2
 shift 2
 export MEDRUN_TEST_BIN="$bin" MEDRUN_TEST_BUILD="$build"
-passed=0 failed=0 skipped=0 log="$build/test.log" used=0
-
-count() { # NAME STATUS: reads the program's last line from the log
-    line=$(grep -E '^[0-9]+ passed, [0-9]+ failed, [0-9]+ skipped$' "$log" | tail -n 1)
-    # shellcheck disable=SC2086
-    set -- "$1" "$2" $line
-    if [ $# -ne 8 ]; then
-        echo "$1: ended without its closing line (status $2)"; tail -n 20 "$log"
-        failed=$((failed + 1)); return
-    fi
-    passed=$((passed + $3)) failed=$((failed + $5)) skipped=$((skipped + $7))
-    [ "$2" -ne 0 ] && [ "$5" -eq 0 ] && failed=$((failed + 1))
-    if [ "$2" -ne 0 ] || [ "$5" -ne 0 ]; then grep -v ' passed, ' "$log" | tail -n 40; fi
-    grep -i '^skip' "$log"
-    times > "$log"              # not in a subshell, which would have no children
-    until_now=$(awk 'NR == 2 { for (i = 1; i < 3; i++) { split($i, t, "m"); n += 60 * t[1] + t[2] }
-                               print int(n) }' "$log")
-    printf '%-16s %s passed, %s failed, %s skipped (%s s)\n' "$1" "$3" "$5" "$7" $((until_now - used))
-    used=$until_now
-}
-
-for unit in "$@"; do
-    "$build/test_$unit" > "$log" 2>&1
-    count "$unit" $?
-done
-[ "$SCRIPTS" = none ] || for script in ${SCRIPTS:-tests/[0-9][0-9]_*.sh}; do
-    sh "$script" "$bin" "$build" > "$log" 2>&1
-    count "$(basename "$script" .sh)" $?
-done
-echo "$passed passed, $failed failed, $skipped skipped"
-[ "$failed" -eq 0 ]
+# shellcheck disable=SC2086
+[ "$SCRIPTS" = none ] || set -- "$@" ${SCRIPTS:-tests/[0-9][0-9]_*.sh}
+: > "$build/test.counts"
+printf '%s\n' "$@" | xargs -P "${JOBS:-1}" -n 1 sh "$0" --one "$bin" "$build"
+awk -v wanted=$# '
+    { passed += $1; failed += $2; skipped += $3 }
+    END { if (NR != wanted) print NR " of " wanted " have ended"; failed += NR != wanted
+          printf "%d passed, %d failed, %d skipped\n", passed, failed, skipped
+          exit failed > 0 }' "$build/test.counts"
