@@ -50,4 +50,14 @@ for n in 01 02 03 04 05 06 07 08 09 10; do
     done < "$T/mistakes"
     check "$n: each mistake has a hint of its own" [ "$(sed 's/[0-9.]*//g' "$T/hints" | sort -u | wc -l)" = 3 ]
 done
+
+# The page of a lesson: its question, its own run; another prompt keeps the question.
+explain=$bin/medrun-explain
+"$explain" $demo --lesson 9 -n 0 --why last --neurons 0 -q -o "$T/9.html" --force && ok || bad "--lesson 9"
+check "the lesson's question" grep -q '"question":"Can it tell me why it said that?"' "$T/9.html"
+check "its change" grep -q '"old":"diabetes","new":"asthma"' "$T/9.html"
+"$explain" $demo --lesson 9 -p "What is gout?" -n 0 --neurons 0 -q -o "$T/9.html" && ok || bad "--lesson 9 -p"
+check "another prompt is not changed" [ "$(grep -c '"what_if":' "$T/9.html")" = 0 ]
+"$explain" $demo --lesson 11 -q -o "$T/11.html" 2> "$T/said"
+[ $? = 2 ] && grep -q 'found 11, wanted 1 to 10' "$T/said" && ok || bad "lesson 11: $(cat "$T/said")"
 finish

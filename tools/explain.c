@@ -12,6 +12,7 @@
  *  2 Quantities    (explain_facts.c, explain_lens.c) lens, contributions, attention, neurons
  *  3 More passes   (explain_more.c) what if, leaving out, ablation, patching, another checkpoint
  *  4 The page      (explain_write.c, explain_page.h) blocks of numbers, JSON, HTML
+ *    Lessons       (explain_lessons.c) what the course asks, and what to look at
  *
  * A question of a data set is asked by the code of medrun-eval, which is included whole.
  * Tests: tests/43_explain.c, tests/43_explain.sh, tests/43_explain_page.py. */
@@ -22,6 +23,7 @@
 #include "explain_write.c"
 #include "explain_run.c"
 #include "explain_facts.c"
+#include "explain_lessons.c"
 #include "explain_more.c"
 
 /* ============================================================================================
@@ -57,6 +59,7 @@ static const tool_option explain_table[] = {
     {"--patch", NULL, "OLD=>NEW", AT(patch), "carry rows from a changed prompt to this one"},
     {"--compare", NULL, "OTHER", AT(compare), "the same tokens through another checkpoint"},
     {"--budget", NULL, "MB", AT(budget), "the largest page (5)"},
+    {"--lesson", NULL, "N", AT(lesson), "lesson N of the course: its question, what to look at"},
     {"--dry-run", NULL, NULL, AT(dry_run), "say time, memory and size, and run nothing"},
     {"--system", "-sys", "TEXT", AT(system), "what the model is told first"},
     {"--template", NULL, "NAME", AT(template_name), "the chat template (the checkpoint's)"},
@@ -89,7 +92,9 @@ static void print_explain_help(const tool_line *l) {
 /* All that follows from the options and one run. */
 static int explain_all(explain *x, medrun_error *e) {
     x->start = seconds();
-    if (open_explained(x, e) || plan_page(x, e) || check_edits(x, e) || read_ablations(x, e))
+    if (open_explained(x, e)) return e->code;
+    take_lessons_place(x);
+    if (plan_page(x, e) || check_edits(x, e) || read_ablations(x, e))
         return e->code;
     if (x->o.dry_run) return print_plan(x, e);
     if (run_watched(x, e)) return e->code;
@@ -145,7 +150,7 @@ static int explain_main(int argc, char **argv) {
     else if (!e.code && line.n_words != 1)
         fail(&e, MEDRUN_USAGE, "wanted MODEL.mdr and options, found %zu words; see --help",
              line.n_words);
-    else if (!e.code && !gather_edits(&x, argc, argv, &e)) {
+    else if (!e.code && !gather_edits(&x, argc, argv, &e) && !take_lesson(&x, &e)) {
         x.model = words[0];
         keep_line(&x, argc, argv);
         explain_all(&x, &e);

@@ -697,6 +697,7 @@ static void write_meta(explain *x, buffer *to) {
         buffer_text(to, ",\n\"question\":");
         json_quote(to, x->q->text, strlen(x->q->text));
     }
+    write_lesson(x, to);
     buffer_add(to, x->more.data, x->more.n);
     write_tokens(x, to);
     write_times(x, to);

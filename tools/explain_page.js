@@ -780,6 +780,13 @@ const limits = {
   9: "One run on one machine, watched; other programs that ran meanwhile are in these times.",
   10: "Two runs of the same tokens. What each would have written by itself may part earlier.",
 };
+const toView = v => el("a", {href: "#v" + v.n, on: {click: e => { e.preventDefault(); state.view = v.n; v.section.scrollIntoView(); v.section.querySelector("button").focus({preventScroll: true}); }}}, v.n + " " + v.title);
+/* What a lesson of the course asks its students to look at. */
+function lessonBox(lesson) {
+  document.title = "Lesson " + lesson.n + ": " + lesson.title;
+  return el("section", {class: "lesson", "aria-labelledby": "lesson"}, el("h2", {id: "lesson"}, "Lesson " + lesson.n + ": " + lesson.title), el("p", {class: "reading"}, lesson.question),
+    el("ol", {}, lesson.looks.map(([n, what]) => el("li", {}, toView(views[n - 1]), ": ", what))));
+}
 function head() {
   const [a] = pairName(0), t = meta.at + 1;
   document.title = "How " + meta.model + " came to " + a;
@@ -788,10 +795,11 @@ function head() {
   if (meta.options.list.length && (meta.options.mass < .5 || !meta.options.likeliest_is_one))
     top.push(el("p", {class: "warning", role: "note"}, "The options hold " + percent(meta.options.mass) + " of the probability. The model would not answer with one of them."));
   top.push(el("p", {}, "Explained: the token at position " + t + (t < meta.tokens.length ? ", " + a : ", which would come next") + ". " + (meta.notice || "For research and teaching; not for clinical use.")));
+  if (meta.lesson) top.push(lessonBox(meta.lesson));
   $("top").replaceChildren(...top);
   $("run").textContent = meta.engine + "; checkpoint " + meta.hash.slice(0, 16) + "…, " + meta.type + ", " + meta.shape.layers + " layers of " + meta.shape.heads + " heads (" + meta.shape.kv_heads + " of keys), hidden " + meta.shape.hidden + "; " + meta.time.kernels + " kernels, cache " + meta.kv + (meta.strict ? ", strict" : "") + ", template " + meta.template + ", temperature " + meta.temperature + ", seed " + meta.seed + "; " + meta.n_prompt + " + " + (meta.tokens.length - meta.n_prompt) + " tokens.";
   $("command").textContent = meta.time.command;
-  $("contents").replaceChildren(...views.map(v => el("li", {}, el("a", {href: "#v" + v.n, on: {click: e => { e.preventDefault(); state.view = v.n; v.section.scrollIntoView(); v.section.querySelector("button").focus({preventScroll: true}); }}}, v.n + " " + v.title))));
+  $("contents").replaceChildren(...views.map(v => el("li", {}, toView(v))));
 }
 function begin() {
   meta = JSON.parse($("meta").textContent);

@@ -11,7 +11,7 @@ typedef struct {
     const char *prompt, *file, *chat, *ids, *mcq, *task, *out, *json, *predict, *answer, *options;
     const char *why, *versus, *lens, *attention, *neurons, *what_if, *leave_out, *ablate, *fill;
     const char *patch, *compare, *budget, *system, *template_name, *date, *temperature, *seed;
-    const char *threads, *batch, *kv;
+    const char *threads, *batch, *kv, *lesson;
     bool raw, force, rotate, mid, dry_run, strict, quiet, help, version;
 } explain_options;
 
@@ -33,6 +33,8 @@ typedef struct {
     evaluation v;                       /* model, template and question, as medrun-eval has them */
     const char *edits[MAX_EDITS];
     size_t n_edits;
+    int lesson;                         /* of the course; 0: none                              */
+    bool own_prompt;                    /* the lesson's                                         */
     buffer line;                        /* of the command                                       */
     bool is_mcq;
     const question *q;                  /* of --mcq                                             */
