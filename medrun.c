@@ -452,16 +452,6 @@ __asm__(".irp kind, ps, pd\n.macro vmova\\kind operands:vararg\n"
         "vmovdqu\\kind \\operands\n.endm\n.endr");
 #endif
 
-/* Why this thread's arithmetic would not give medrun's bits, or NULL. A host may have asked its
- * processor to take numbers below 1.2e-38 for zero (linking with -ffast-math is enough for that) or
- * to round in another direction. `volatile`: the processor must answer, not the compiler. */
-static const char *arithmetic_fault(void) {
-    volatile float least = FLT_MIN, one = 1, step = FLT_EPSILON;
-    volatile float half = least / 2, up = one + step * 0.75f, down = one + step * 0.25f;
-    if (half == 0) return "takes tiny numbers for zero (was a part linked with -ffast-math?)";
-    return up > one && down == one ? NULL : "does not round to the nearest number";
-}
-
 /* ---- the system, in the words of POSIX ----------------------------------------------------- */
 
 /* The calls that the rest of the file uses, and once more below for Windows. A call that fails
@@ -741,10 +731,7 @@ static char **start_program(int *count, char **arguments) {
             return NULL;
     signal(SIGPIPE, SIG_IGN);
     signal(SIGXFSZ, SIG_IGN);
-    struct rlimit core = {0};           /* a core dump would keep people's words                 */
-    getrlimit(RLIMIT_CORE, &core);
-    core.rlim_cur = 0;
-    setrlimit(RLIMIT_CORE, &core);
+    setrlimit(RLIMIT_CORE, &(struct rlimit){0});        /* a core dump would keep people's words */
     return arguments;
 }
 #else
@@ -4854,17 +4841,18 @@ static int build_kernels(opencl_device *d, const char *more, int kind, buffer *l
 }
 
 /* N bytes on the device, with DATA unless that is NULL. DATA must stay where it is: a device that
- * shares the processor's memory may use it there. NULL: the device has no room. */
+ * shares the processor's memory may use it there, though some will not use what cannot be written.
+ * NULL: the device has no room. */
 static cl_mem device_bytes(opencl_device *d, const void *data, size_t n) {
-    const cl_mem_flags flags[] = {CL_MEM_READ_ONLY | CL_MEM_USE_HOST_PTR,
-                                  CL_MEM_READ_ONLY | CL_MEM_COPY_HOST_PTR, CL_MEM_READ_WRITE};
-    cl_int why = CL_INVALID_VALUE;
+    const cl_mem_flags copied = CL_MEM_READ_ONLY | CL_MEM_COPY_HOST_PTR;
+    const cl_mem_flags used = CL_MEM_READ_ONLY | CL_MEM_USE_HOST_PTR;
+    void *from = (void *)(uintptr_t)data;
     cl_mem made = NULL;
     if (n > d->room || n > d->facts.largest) return NULL;
-    for (int i = !data ? 2 : d->facts.shared ? 0 : 1; why && i < (data ? 2 : 3); i++)
-        made = d->cl.clCreateBuffer(d->context, flags[i], n, (void *)(uintptr_t)data, &why);
-    if (why) return NULL;
-    d->room -= n;
+    if (!data) made = d->cl.clCreateBuffer(d->context, CL_MEM_READ_WRITE, n, NULL, NULL);
+    else if (d->facts.shared) made = d->cl.clCreateBuffer(d->context, used, n, from, NULL);
+    if (data && !made) made = d->cl.clCreateBuffer(d->context, copied, n, from, NULL);
+    if (made) d->room -= n;
     return made;
 }
 
@@ -5043,10 +5031,15 @@ static void device_close(device *d) { (void)d; }
 
 /* ---- mapped files -------------------------------------------------------------------------- */
 
-/* Refuses a machine that cannot use checkpoints as they are mapped, or not with the same bits, and
- * a program that set its processor so. Threads of the pool inherit what the one that opens has. */
+/* Refuses a machine that cannot use checkpoints as they are mapped, or not with the same bits. A
+ * host may have asked its processor to take numbers below 1.2e-38 for zero (linking with
+ * -ffast-math is enough) or to round in another direction; threads of the pool inherit it.
+ * `volatile`: the processor must answer, not the compiler. */
 static int check_machine(medrun_error *e) {
-    const char *why = arithmetic_fault();
+    volatile float least = FLT_MIN, one = 1, step = FLT_EPSILON;
+    volatile float half = least / 2, up = one + step * 0.75f, down = one + step * 0.25f;
+    const char *why = up > one && down == one ? NULL : "does not round to the nearest number";
+    if (half == 0) why = "takes tiny numbers for zero (was a part linked with -ffast-math?)";
     if (why) return fail(e, MEDRUN_FAILED, "this program's arithmetic %s: medrun would compute "
                          "other numbers", why);
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
@@ -5074,17 +5067,16 @@ static int map_file(const char *path, file_map *map, medrun_error *e) {
     int fd = open_file(path, TO_MAP);
     if (fd < 0) return bad_file(e, path, "cannot open: %s", strerror(errno));
     get_facts(NULL, fd, &f);
-    bool too_large = f.bytes > SIZE_MAX;
-    size_t n = (size_t)f.bytes;
-    const void *p = f.regular && n && !too_large ? map_bytes(fd, n) : NULL;
+    size_t n = f.bytes > SIZE_MAX ? 0 : (size_t)f.bytes;
+    const void *p = f.regular && n ? map_bytes(fd, n) : NULL;
     if (f.folder) bad_file(e, path, "is a folder, wanted a file");
     else if (!f.regular)
         bad_file(e, path, "is not a regular file but a pipe or a device, so it cannot be mapped");
     else if (!f.bytes) bad_file(e, path, "is empty");
     else if (!p)
-        fail(e, errno == ENOMEM ? MEDRUN_NO_MEMORY : MEDRUN_BAD_FILE,
+        fail(e, n && errno == ENOMEM ? MEDRUN_NO_MEMORY : MEDRUN_BAD_FILE,
              "%s: cannot map its %llu bytes: %s", path, (unsigned long long)f.bytes,
-             too_large ? "a program of 32 bits can address 4294967295" : strerror(errno));
+             n ? strerror(errno) : "a program of 32 bits can address 4294967295");
     close(fd);
     if (!p) return e->code;
     want_large_pages(p, n);
@@ -5272,11 +5264,6 @@ typedef struct {
     size_t at;                      /* end of the last section that was taken                   */
 } model_file;
 
-static bool all_zero(const uint8_t *p, size_t n) {
-    for (size_t i = 0; i < n; i++) if (p[i]) return false;
-    return true;
-}
-
 /* Takes the next section, which entry V of the header describes: it must stand where the one
  * before it ended, rounded up, and lie within the file. So no two can overlap, no byte between them
  * escapes a check, and the same tensors always give the same file. DATA then points into the
@@ -5297,7 +5284,8 @@ static int take_section(model_file *f, uint32_t v, const char *what, const uint8
     if (wanted > n || (uint64_t)length > n - wanted)
         return bad_file(e, f->path, "%s: ends at byte %lld but the file has %zu; it was cut short, "
                         "copy it again", what, (long long)(offset + length), n);
-    if (!all_zero(f->map.data + f->at, wanted - f->at))
+    while (f->at < wanted && !f->map.data[f->at]) f->at++;
+    if (f->at < wanted)
         return bad_file(e, f->path, "%s: the padding before it is not zero", what);
     *data = f->map.data + wanted;
     *bytes = (size_t)length;
@@ -7088,7 +7076,6 @@ struct medrun_model {
     medrun_sampling sampling;
     thread_pool *pool;
     const kernel_set *kernels;
-    size_t cache;                               /* bytes of the second cache                    */
     uint64_t parameters, weight_bytes;
     size_t longest_piece;                       /* bytes                                        */
     device *device;                             /* NULL: none                                   */
@@ -7337,37 +7324,37 @@ typedef struct {
  * The weights are not copied: what TO gets points into the mapping. */
 static void bind(binder *b, const char *name, int rows, int cols, void *to, medrun_error *e) {
     model_file *f = &b->m->file;
-    char wanted[64], found[64], found_type[16];
+    const json *j = &f->header;
+    char full[64], their_name[64], their_type[16], found[128], wanted[128];
     uint8_t digest[32];
     size_t bytes = 0;
     tensor t = {.type = !rows ? TYPE_F32 : b->layer < 0 ? rows_type(b->m->type) : b->m->type,
                 .rows = rows ? (size_t)rows : 1, .cols = (size_t)cols};
     uint64_t all = tensor_bytes(t.type, t.rows, t.cols);
     if (e->code) return;
-    if (b->layer < 0) snprintf(wanted, sizeof wanted, "%s", name);
-    else snprintf(wanted, sizeof wanted, "layers.%d.%s", b->layer, name);
-    if (!b->left) {
-        bad_file(e, f->path, "tensor %s is missing", wanted);
+    if (b->layer < 0) snprintf(full, sizeof full, "%s", name);
+    else snprintf(full, sizeof full, "layers.%d.%s", b->layer, name);
+    if (!b->left--) {
+        bad_file(e, f->path, "tensor %s is missing", full);
         return;
     }
-    json_text(&f->header, b->entry, f->path, "name", found, sizeof found, e);
-    json_text(&f->header, b->entry, f->path, "type", found_type, sizeof found_type, e);
-    int64_t r = json_int(&f->header, b->entry, f->path, "rows", 1, 1 << 24, e);
-    int64_t c = json_int(&f->header, b->entry, f->path, "cols", 1, 1 << 24, e);
-    if (strcmp(found, wanted) || strcmp(found_type, type_names[t.type]) || r != (int64_t)t.rows ||
-        c != cols)
-        bad_file(e, f->path, "tensor: found %s %s (%lld, %lld), wanted %s %s (%zu, %d)", found,
-                 found_type, (long long)r, (long long)c, wanted, type_names[t.type], t.rows, cols);
-    if (e->code || take_section(f, b->entry, wanted, &t.data, &bytes, digest, e)) return;
+    json_text(j, b->entry, f->path, "name", their_name, sizeof their_name, e);
+    json_text(j, b->entry, f->path, "type", their_type, sizeof their_type, e);
+    int64_t r = json_int(j, b->entry, f->path, "rows", 1, 1 << 24, e);
+    int64_t c = json_int(j, b->entry, f->path, "cols", 1, 1 << 24, e);
+    snprintf(found, sizeof found, "%s %s (%d, %d)", their_name, their_type, (int)r, (int)c);
+    snprintf(wanted, sizeof wanted, "%s %s (%zu, %d)", full, type_names[t.type], t.rows, cols);
+    if (strcmp(found, wanted))
+        bad_file(e, f->path, "tensor: found %s, wanted %s", found, wanted);
+    if (e->code || take_section(f, b->entry, full, &t.data, &bytes, digest, e)) return;
     if (bytes != all)
-        bad_file(e, f->path, "tensor %s: found %zu bytes, wanted %llu", wanted, bytes,
+        bad_file(e, f->path, "tensor %s: found %zu bytes, wanted %llu", full, bytes,
                  (unsigned long long)all);
     if (rows) *(tensor *)to = t;
     else *(const float **)to = (const void *)t.data;
     b->m->parameters += (uint64_t)t.rows * t.cols;
     b->m->weight_bytes += bytes;
-    b->entry = f->header.nodes[b->entry].next;
-    b->left--;
+    b->entry = j->nodes[b->entry].next;
 }
 
 /* ln(1 + e^x), which for large x is x; by section 5's own functions, not libm's. */
@@ -7534,7 +7521,6 @@ static int load_model(medrun_model *m, const medrun_options *options, medrun_err
     m->rope_scale = m->config.rope_type == ROPE_YARN ? (float)m->config.rope_attention : 1;
     if (bind_all(m, e) || read_tokenizer(m, e) || read_chat(m, e) ||
         choose_kernels(&m->kernels, options ? options->kernels : NULL, e)) return e->code;
-    m->cache = second_cache();
     int threads = options ? options->threads : 0, most = processors();
     if (threads > most && threads <= MAX_THREADS) threads = most;   /* more would only take turns */
     return pool_start(m->pool, threads, e);
@@ -7649,7 +7635,7 @@ static void layout_pass(pass *p, const medrun_model *m, thread_pool *pool, int r
                 .kv = kv_heads * dim, .ffn = (size_t)c->ffn_size,
                 .vocab = round_up((size_t)c->vocab_size, LANES)};
     p->eng = (engine){.pool = pool, .k = m->kernels, .strict = strict, .device = m->device,
-                      .cache = m->cache};
+                      .cache = second_cache()};
     size_t widest = p->ffn > p->heads ? p->ffn : p->heads;
     if (p->hidden > widest) widest = p->hidden;
     p->segments = arena_take(a, n, sizeof *p->segments);
@@ -8675,7 +8661,7 @@ static int check_company(medrun_session *const *sessions, size_t n, medrun_error
 int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *error) {
     medrun_error own, *e = fresh_error(error, &own);
     if (!n) return MEDRUN_OK;
-    if (arithmetic_fault()) return check_machine(e);
+    if (check_machine(e)) return e->code;
     if (check_company(sessions, n, e)) return e->code;
     pass *p = &sessions[0]->pass;
     if (pthread_mutex_lock(&sessions[0]->pool->turn))
@@ -9155,7 +9141,7 @@ static size_t list_matrices(const medrun_model *m, size_t layers, const tensor *
 static int attach_device(medrun_model *m, const device_request *r, int layers, medrun_error *e) {
     size_t most = (size_t)m->config.n_layers, each = m->layers[0].gate.rows ? 7 : 6;
     size_t room = most * each + 1;
-    engine eng = {.pool = m->pool, .k = m->kernels, .strict = true, .cache = m->cache};
+    engine eng = {.pool = m->pool, .k = m->kernels, .strict = true, .cache = second_cache()};
     medrun_error why = {0};
     if (m->device) return fail(e, MEDRUN_USAGE, "device: this model has one");
     if (!layers) return fail(e, MEDRUN_USAGE, "device: found 0 layers, wanted 1 or more, or -1");
