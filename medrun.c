@@ -4958,11 +4958,10 @@ static int device_agrees(opencl_device *d, const engine *eng, const tensor *w, s
                          medrun_error *e) {
     size_t rows = tensor_panels(w) * LANES, numbers = n * (w->cols + 2 * rows);
     size_t bytes = numbers * sizeof(float) + pack_bytes(pack_kind(eng, w->type), w->cols, n);
-    float *x = new_array(bytes, 1), *here, *there;
+    float *x = new_array(bytes, 1);
     if (!x) return out_of_memory(e, bytes);
+    float *here = x + n * w->cols, *there = here + n * rows;
     packed a = {.data = (uint8_t *)(x + numbers)};
-    here = x + n * w->cols;
-    there = here + n * rows;
     for (size_t i = 0; i < n * w->cols; i++) x[i] = (float)(i * 37 % 101) / 17 - 3;
     pack_activations(eng, &a, w->type, x, w->cols, w->cols, n);
     matmul(eng, &(product){w, here, rows}, 1, &a);
