@@ -32,7 +32,7 @@ done
 # above its limit, which is what it has now: limits only ever shrink, until they are the budgets.
 budgets="
 1:330:336
-2:450:731
+2:450:718
 3:540:638
 4:200:200
 5:310:317
@@ -42,14 +42,14 @@ budgets="
 9:180:320
 10:950:992
 11:520:674
-12:450:522
+12:450:520
 13:420:456
 14:100:224
 15:720:960
 16:1410:2464"
 budgets=$(echo $budgets)                  # on one line
-most_lines=11645                            # the goals: 9000, 450000, 15
-most_bytes=584441
+most_lines=11630                            # the goals: 9000, 450000, 15
+most_bytes=583933
 least_comments=13.1
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
