@@ -7134,26 +7134,20 @@ static void rope_frequencies(const model_config *c, float *out) {
 
 /* ---- the config ---------------------------------------------------------------------------- */
 
-/* The number of NAME in NAMES[0 .. n), or -1. */
-static int name_index(const char *const *names, int n, const char *name) {
-    for (int i = 0; i < n; i++) if (!strcmp(names[i], name)) return i;
-    return -1;
-}
-
 /* Field KEY of object V is one of the N NAMES: its number, or 0 after a failure. FIELD and WANTED
  * are for the message. */
 static int read_name(const model_file *f, uint32_t v, const char *key, const char *field,
                      const char *const *names, int n, const char *wanted, medrun_error *e) {
     char name[32];
     if (json_text(&f->header, v, f->path, key, name, sizeof name, e)) return 0;
-    int i = name_index(names, n, name);
-    if (i < 0) bad_file(e, f->path, "field %s: found \"%s\", wanted %s", field, name, wanted);
-    return i < 0 ? 0 : i;
+    for (int i = 0; i < n; i++) if (!strcmp(names[i], name)) return i;
+    bad_file(e, f->path, "field %s: found \"%s\", wanted %s", field, name, wanted);
+    return 0;
 }
 
 /* Most of the header is read by tables: a row is a field, its range, and where in a struct its
  * value goes. A MAY_MISS field may be missing: then the value stays as it is. A table ends with a
- * row without a key. */
+ * row without a key. The exporter writes headers by the same tables. */
 enum { FIELD_INT, FIELD_FLOAT, FIELD_DOUBLE, FIELD_FLAG, MAY_MISS = 8 };
 
 typedef struct {
@@ -7163,16 +7157,13 @@ typedef struct {
     size_t at;
 } header_field;
 
-/* Where a field lies in the struct at BASE; the exporter writes headers by the same tables. */
-static void *field_at(void *base, const header_field *d) { return (char *)base + d->at; }
-
 /* Reads the fields of object V into the struct at BASE. A flag is true or false: 1 or "yes" is
  * refused. */
 static int read_fields(const model_file *f, uint32_t v, const header_field *d, void *base,
                        medrun_error *e) {
     const json *j = &f->header;
     for (; d->key && !e->code; d++) {
-        void *to = field_at(base, d);
+        void *to = (char *)base + d->at;
         int kind = d->kind & ~MAY_MISS;
         uint32_t value = json_get(j, v, d->key);
         if (kind != d->kind && value == JSON_NONE) continue;

@@ -1424,9 +1424,10 @@ static void put_digest(buffer *b, const uint8_t digest[32]) {
 static void put_scaling(buffer *b, model_config *c) {
     buffer_printf(b, ",\"rope_scaling\":{\"type\":\"%s\"", rope_names[c->rope_type]);
     for (const header_field *d = scaling_fields[c->rope_type]; d->key; d++) {
+        const void *from = (const char *)c + d->at;
         buffer_text(b, ",");
-        if (d->kind == FIELD_DOUBLE) put_real(b, d->key, *(double *)field_at(c, d), false);
-        else buffer_printf(b, "\"%s\":%s", d->key, *(bool *)field_at(c, d) ? "true" : "false");
+        if (d->kind == FIELD_DOUBLE) put_real(b, d->key, *(const double *)from, false);
+        else buffer_printf(b, "\"%s\":%s", d->key, *(const bool *)from ? "true" : "false");
     }
     if (c->rope_type == ROPE_DIVISORS) {
         buffer_text(b, ",\"divisors\":[");

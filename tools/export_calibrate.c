@@ -87,8 +87,9 @@ static int plan_calibration(exporter *x, medrun_error *e) {
 static void see_inputs(void *user, const char *stage, int layer, size_t rows, size_t cols,
                        size_t stride, const float *data) {
     calibration *c = user;
-    int input = name_index(input_stages, N_INPUTS, stage);
-    if (layer < 0 || input < 0) return;
+    int input = 0;
+    while (input < N_INPUTS && strcmp(input_stages[input], stage)) input++;
+    if (layer < 0 || input == N_INPUTS) return;
     double *squares = c->squares + (size_t)layer * c->at[N_INPUTS] + c->at[input];
     for (size_t r = c->opening; r < rows; r++)
         for (size_t k = 0; k < cols; k++)
