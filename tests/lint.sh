@@ -42,14 +42,14 @@ budgets="
 9:180:320
 10:950:992
 11:520:674
-12:450:520
+12:450:511
 13:420:456
 14:100:224
 15:720:960
 16:1410:2464"
 budgets=$(echo $budgets)                  # on one line
-most_lines=11630                            # the goals: 9000, 450000, 15
-most_bytes=583933
+most_lines=11621                            # the goals: 9000, 450000, 15
+most_bytes=583591
 least_comments=13.1
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
