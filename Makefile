@@ -26,7 +26,7 @@ FIXTURES = llama-plain llama-tied llama-sharded llama-grouped mistral-window mis
 MODELS   = $(foreach f,$(FIXTURES),$(addprefix $(BUILD)/$(f)-,bf16.mdr int8.mdr int4.mdr)) \
            $(BUILD)/arcee-ratio-bf16.mdr
 
-EXPORT   = $(wildcard tools/export_*.c) tools/options.c tools/files.c tools/read.c tools/write.c
+EXPORT   = $(wildcard tools/export_*.c) tools/options.c tools/files.c tools/read.c tools/write.c tools/store.c
 EVAL     = $(wildcard tools/eval_*.c) tools/options.c tools/files.c tools/write.c
 EXPLAIN  = $(wildcard tools/explain_*.c) tools/explain_page.h tools/eval.c $(EVAL)
 
@@ -46,7 +46,7 @@ $(BIN)/medrun-export$(EXE): tools/export.c $(EXPORT) medrun.c
 $(BIN)/medrun-eval$(EXE): tools/eval.c $(EVAL) medrun.c
 	$(CC) $(CFLAGS) $(WARN) -o $@ tools/eval.c $(LIBS)
 
-$(BIN)/medrun-lab$(EXE): tools/lab.c tools/tool_calls.c tools/write.c tools/explain_lens.c \
+$(BIN)/medrun-lab$(EXE): tools/lab.c tools/tool_calls.c tools/write.c tools/store.c tools/explain_lens.c \
                          tools/explain_top.c medrun.c
 	$(CC) $(CFLAGS) $(WARN) $(CL) -o $@ tools/lab.c $(LIBS)
 

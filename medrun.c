@@ -1896,7 +1896,8 @@ static int pool_start(thread_pool *pool, int threads, medrun_error *e) {
  * A weight matrix (rows = outputs, cols = inputs K) is stored in panels of 16 rows: lane r of a
  * panel is row 16p + r, and K is walked in steps of 64 bytes, 4 bytes a row. So one 64-byte load
  * holds the next few weights of 16 outputs, a lane adds up one output in the order of K, and no
- * sum ever crosses lanes. The bytes in the file are the bytes of the computation.
+ * sum ever crosses lanes. The bytes in the file are the bytes of the computation; tools/store.c
+ * writes them.
  *
  *   bf16  a step is 2 consecutive k.  K is padded to 2 with zeros.
  *   int8  a step is 4 consecutive k, stored as q + 128 (1..255), w = q * scale. A group is 64 k of
@@ -1922,11 +1923,6 @@ enum { LANES = 16, GROUP = 64, STEP_BYTES = 64, GROUP_BYTES = GROUP / 4 * STEP_B
 enum { GROUP4 = 32, GROUP4_BYTES = GROUP4 / 8 * STEP_BYTES };
 
 static const char *const type_names[N_TYPES] = {"f32", "bf16", "int8", "int4"};
-
-MAYBE_UNUSED static int type_find(const char *name) {
-    for (int t = 0; t < N_TYPES; t++) if (!strcmp(name, type_names[t])) return t;
-    return -1;
-}
 
 /* The embedding and the output matrix of an int4 checkpoint are int8: they are a small share of the
  * bytes that a token reads, and errors there are felt most. */
@@ -2013,19 +2009,14 @@ static void sin_cos(double x, double *sine, double *cosine) {
     for (int i = 17; i >= 3; i -= 2) s = (1 - s) * r2 / (i * (i - 1));
     for (int i = 18; i >= 2; i -= 2) c = (1 - c) * r2 / (i * (i - 1));
     s = r * (1 - s), c = 1 - c;
-    switch ((int64_t)n & 3) {
-        case 0: *sine = s, *cosine = c; break;
-        case 1: *sine = c, *cosine = -s; break;
-        case 2: *sine = -s, *cosine = -c; break;
-        default: *sine = -c, *cosine = s; break;
-    }
+    const double quarter[4] = {s, c, -s, -c};
+    *sine = quarter[(int64_t)n & 3], *cosine = quarter[((int64_t)n + 1) & 3];
 }
 
 /* ---- panels -------------------------------------------------------------------------------- */
 
 /* A Walsh-Hadamard transform: sums and differences of the halves of X, then of their halves, and so
- * on; by the factor, which is exact, it is its own inverse. Fewer than 64 numbers stay as they
- * are. */
+ * on. Its factor, which is exact, makes it its own inverse. Fewer than 64 stay as they are. */
 static void turn_group(float *x, size_t n) {
     for (size_t i = 0; i < n && n == GROUP; i++) x[i] *= 0.125f;
     for (size_t half = GROUP / 2; half && n == GROUP; half /= 2)
@@ -2040,15 +2031,12 @@ static void turn_group(float *x, size_t n) {
 static size_t group_cols(int type) { return type == TYPE_INT4 ? GROUP4 : GROUP; }
 static size_t group_bytes(int type) { return type == TYPE_INT4 ? GROUP4_BYTES : GROUP_BYTES; }
 
-/* Where group G of an int8 or int4 panel has its 16 scales (of int4 with shifts) ... */
+/* Where group G of an int8 or int4 panel has its 16 scales (of int4 with shifts), and its steps. */
 static size_t group_scales(int type, size_t g) {
     return g / 2 * (STEP_BYTES + 2 * group_bytes(type)) + g % 2 * (STEP_BYTES / 2);
 }
-
-/* ... and its steps. */
 static size_t group_steps(int type, size_t g) {
-    size_t pair = g / 2 * (STEP_BYTES + 2 * group_bytes(type));
-    return pair + STEP_BYTES + g % 2 * group_bytes(type);
+    return group_scales(type, g - g % 2) + STEP_BYTES + g % 2 * group_bytes(type);
 }
 
 /* The levels of int4, plus 96: found by Lloyd's method (1982) on groups of 32 normal, Laplace and
@@ -2074,51 +2062,6 @@ static uint64_t tensor_bytes(int type, uint64_t rows, size_t cols) {
     if (type == TYPE_F32) return rows * cols * sizeof(float);
     return (rows + LANES - 1) / LANES * panel_bytes(type, cols);
 }
-
-static void store_bf16_row(const float *row, size_t cols, size_t lane, uint8_t *out) {
-    for (size_t k = 0; k < cols; k++) {
-        uint16_t h = f32_to_bf16(row[k]);
-        memcpy(out + k / 2 * STEP_BYTES + 4 * lane + k % 2 * 2, &h, 2);
-    }
-}
-
-/* One group of one row: the scale is the largest magnitude / 127, rounded up to a bf16, and the
- * weights are rounded with that scale, so that what is stored is what is meant. */
-static void store_int8_group(const float *from, size_t n, size_t lane, uint8_t *scales,
-                            uint8_t *steps) {
-    float row[GROUP], largest = 0;
-    memcpy(row, from, n * sizeof *row);
-    turn_group(row, n);
-    for (size_t k = 0; k < n; k++) largest = fmaxf(largest, fabsf(row[k]));
-    uint16_t scale = largest < 1e-30f ? 0 : f32_to_bf16_up(largest / 127.0f);
-    memcpy(scales + 2 * lane, &scale, 2);
-    float d = bf16_to_f32(scale);
-    for (size_t k = 0; k < GROUP; k++) {
-        int32_t q = k < n && scale ? round_even(row[k] / d) : 0;
-        steps[k / 4 * STEP_BYTES + 4 * lane + k % 4] = (uint8_t)(q + 128);
-    }
-}
-
-/* ROWS (n_rows <= 16, cols), row-major floats -> one panel of bf16 or int8; missing rows become
- * zeros. int4 is stored by tools/export_int4.c, which searches for the scales. */
-MAYBE_UNUSED static void store_panel(int type, const float *rows, size_t n_rows, size_t cols,
-                                    uint8_t *out) {
-    size_t groups = (cols + GROUP - 1) / GROUP;
-    memset(out, 0, panel_bytes(type, cols));
-    if (type == TYPE_BF16) {
-        for (size_t r = 0; r < n_rows; r++) store_bf16_row(rows + r * cols, cols, r, out);
-        return;
-    }
-    for (size_t g = 0; g < groups; g++)
-        for (size_t r = 0; r < LANES; r++) {
-            size_t n = r >= n_rows ? 0 : cols - g * GROUP < GROUP ? cols - g * GROUP : GROUP;
-            const float *from = n ? rows + r * cols + g * GROUP : rows;
-            store_int8_group(from, n, r, out + group_scales(TYPE_INT8, g),
-                             out + group_steps(TYPE_INT8, g));
-        }
-}
-
-/* ---- reading them back --------------------------------------------------------------------- */
 
 static uint16_t load_16(const uint8_t *p) {
     uint16_t h;

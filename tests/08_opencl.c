@@ -9,6 +9,7 @@
 #endif
 #define MEDRUN_NO_MAIN
 #include "../medrun.c"
+#include "../tools/store.c"
 #include "test.h"
 
 #ifdef MEDRUN_OPENCL

@@ -3,6 +3,7 @@
  * this file after medrun.c. MIT licence, see LICENSE. */
 #ifndef MEDRUN_EXPORT_INT4
 #define MEDRUN_EXPORT_INT4
+#include "store.c"
 
 /* Packs 16 rows of one int4 panel; IMPORTANCE (cols) says how much an error of each column counts,
  * NULL: all the same. */

@@ -15,6 +15,7 @@
 #include "../medrun.c"
 #include "tool_calls.c"
 #include "write.c"
+#include "store.c"
 #include "explain_lens.c"
 #include "explain_top.c"
 
