@@ -2273,7 +2273,7 @@ enum { BLOCK_BYTES = 4 * (LANES + 2) };
     X(KERNEL_SUFFIX) X(KERNEL_BASE) X(KERNEL_NAME) X(BF16_NAME) X(PARTIAL) X(INT_PACK) X(SIGN)  \
     X(READY_TYPES) X(LANE_LOOPS) X(TILE_PANELS) X(INT_PANELS) X(TILE_TOKENS) X(FEW_TOKENS)      \
     X(TILED) X(UNROLLED) X(OWN_NUMBERS) X(OWN_BYTES) X(OWN_STEPS) X(OWN_READY) X(MORE_KERNELS)  \
-    X(EACH) X(BOTH) X(ALL1) X(ALL2) X(ALL_BY_LANE) X(ALL_LEVELS) X(BY_LANE) X(PICK) X(PICK4)    \
+    X(EACH) X(ALL1) X(ALL2) X(ALL_BY_LANE) X(ALL_LEVELS) X(BY_LANE) X(PICK) X(PICK4)    \
     X(IDOT2_LANE) X(IDOT2) X(DUP) X(PRODUCTS) X(KERNEL_ENTRY) X(KERNEL_ROW)
 #define PASS_NAMES(X)                                                                           \
     X(KERNELS) X(KERNEL_FIELD) X(KERNEL_JOIN2) X(KERNEL_JOIN) X(K) X(B) X(X_BYTES) X(X_GROUP)   \
@@ -2617,7 +2617,8 @@ ALWAYS_INLINE ivec idot2(ivec acc, wvec w, pvec x) {
 typedef struct { __m256 a, b; } vec;
 typedef struct { __m256i a, b; } ivec;
 typedef struct { __m256i a, b; } wvec;
-#define BOTH(f) (vec){f(x.a, y.a), f(x.b, y.b)}
+#define ALL1(f) {f(x.a), f(x.b)}
+#define ALL2(f) {f(x.a, y.a), f(x.b, y.b)}
 
 ALWAYS_INLINE vec vload(const float *p) {
     return (vec){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)};
@@ -2653,11 +2654,11 @@ ALWAYS_INLINE vec vload_int4(const uint8_t *p) {
     return vload_f16(h);
 }
 ALWAYS_INLINE vec vsplat(float x) { return (vec){_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
-ALWAYS_INLINE vec vadd(vec x, vec y) { return BOTH(_mm256_add_ps); }
-ALWAYS_INLINE vec vsub(vec x, vec y) { return BOTH(_mm256_sub_ps); }
-ALWAYS_INLINE vec vmul(vec x, vec y) { return BOTH(_mm256_mul_ps); }
-ALWAYS_INLINE vec vdiv(vec x, vec y) { return BOTH(_mm256_div_ps); }
-ALWAYS_INLINE vec vmax(vec x, vec y) { return BOTH(_mm256_max_ps); }
+ALWAYS_INLINE vec vadd(vec x, vec y) { return (vec)ALL2(_mm256_add_ps); }
+ALWAYS_INLINE vec vsub(vec x, vec y) { return (vec)ALL2(_mm256_sub_ps); }
+ALWAYS_INLINE vec vmul(vec x, vec y) { return (vec)ALL2(_mm256_mul_ps); }
+ALWAYS_INLINE vec vdiv(vec x, vec y) { return (vec)ALL2(_mm256_div_ps); }
+ALWAYS_INLINE vec vmax(vec x, vec y) { return (vec)ALL2(_mm256_max_ps); }
 ALWAYS_INLINE vec vfma(vec x, vec y, vec c) {
     return (vec){_mm256_fmadd_ps(x.a, y.a, c.a), _mm256_fmadd_ps(x.b, y.b, c.b)};
 }
@@ -2665,18 +2666,12 @@ ALWAYS_INLINE vec vless(vec a, vec b, vec x, vec y) {
     return (vec){_mm256_blendv_ps(y.a, x.a, _mm256_cmp_ps(a.a, b.a, _CMP_LT_OQ)),
                  _mm256_blendv_ps(y.b, x.b, _mm256_cmp_ps(a.b, b.b, _CMP_LT_OQ))};
 }
-ALWAYS_INLINE ivec vround(vec x) {
-    return (ivec){_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)};
-}
-ALWAYS_INLINE vec vfloat(ivec x) {
-    return (vec){_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)};
-}
+ALWAYS_INLINE ivec vround(vec x) { return (ivec)ALL1(_mm256_cvtps_epi32); }
+ALWAYS_INLINE vec vfloat(ivec x) { return (vec)ALL1(_mm256_cvtepi32_ps); }
 ALWAYS_INLINE __m256 K(scale2_half)(__m256 x, __m256i n) {
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), _mm256_slli_epi32(n, 23)));
 }
-ALWAYS_INLINE vec vscale2(vec x, ivec n) {
-    return (vec){K(scale2_half)(x.a, n.a), K(scale2_half)(x.b, n.b)};
-}
+ALWAYS_INLINE vec vscale2(vec x, ivec y) { return (vec)ALL2(K(scale2_half)); }
 ALWAYS_INLINE float vsum(vec x) {
     __m256 s = _mm256_add_ps(x.a, x.b);
     __m128 h = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
@@ -2690,9 +2685,7 @@ ALWAYS_INLINE float vlargest(vec x) {
     return _mm_cvtss_f32(_mm_max_ss(h, _mm_movehdup_ps(h)));
 }
 ALWAYS_INLINE ivec isplat(int32_t x) { return (ivec){_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
-ALWAYS_INLINE ivec iadd(ivec x, ivec y) {
-    return (ivec){_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)};
-}
+ALWAYS_INLINE ivec iadd(ivec x, ivec y) { return (ivec)ALL2(_mm256_add_epi32); }
 ALWAYS_INLINE void istore8(int8_t *p, ivec x) {
     __m256i h = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xD8);
     __m128i q = _mm_packs_epi16(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
@@ -2854,18 +2847,11 @@ ALWAYS_INLINE vec vfloat(ivec x) { return _mm512_cvtepi32_ps(x); }
 ALWAYS_INLINE vec vscale2(vec x, ivec n) {
     return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x), _mm512_slli_epi32(n, 23)));
 }
-ALWAYS_INLINE float vsum(vec x) {
-    __m256 s = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
-    __m128 h = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
-    h = _mm_add_ps(h, _mm_movehl_ps(h, h));
-    return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
+ALWAYS_INLINE vec_avx2 K(halves)(vec x) {
+    return (vec_avx2){_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)};
 }
-ALWAYS_INLINE float vlargest(vec x) {
-    __m256 s = _mm256_max_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
-    __m128 h = _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
-    h = _mm_max_ps(h, _mm_movehl_ps(h, h));
-    return _mm_cvtss_f32(_mm_max_ss(h, _mm_movehdup_ps(h)));
-}
+ALWAYS_INLINE float vsum(vec x) { return vsum_avx2(K(halves)(x)); }
+ALWAYS_INLINE float vlargest(vec x) { return vlargest_avx2(K(halves)(x)); }
 ALWAYS_INLINE ivec isplat(int32_t x) { return _mm512_set1_epi32(x); }
 ALWAYS_INLINE ivec iadd(ivec x, ivec y) { return _mm512_add_epi32(x, y); }
 ALWAYS_INLINE void istore8(int8_t *p, ivec x) {
