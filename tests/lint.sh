@@ -35,8 +35,8 @@ budgets="
 2:450:718
 3:540:638
 4:200:200
-5:310:317
-6:1940:2198
+5:310:260
+6:1940:2184
 7:130:138
 8:350:475
 9:180:320
@@ -48,8 +48,8 @@ budgets="
 15:720:960
 16:1410:2464"
 budgets=$(echo $budgets)                  # on one line
-most_lines=11621                            # the goals: 9000, 450000, 15
-most_bytes=583591
+most_lines=11550                            # the goals: 9000, 450000, 15
+most_bytes=580704
 least_comments=13.1
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
