@@ -1563,9 +1563,9 @@ static bool json_is(const json *j, uint32_t v, const char *text) {
     const uint8_t *p = (const uint8_t *)j->text + j->nodes[v].start;
     const uint8_t *end = (const uint8_t *)j->text + j->nodes[v].end;
     size_t left = strlen(text);
+    const char *why;
     while (p < end) {
         uint8_t bytes[4];
-        const char *why;
         size_t n = json_decode(&p, end, bytes, &why);
         if (n > left || memcmp(text, bytes, n)) return false;
         text += n;
@@ -1622,31 +1622,28 @@ static uint32_t json_field(const json *j, uint32_t v, const char *what, const ch
                            const char *wanted, medrun_error *e) {
     uint32_t f = json_get(j, v, key);
     if (!json_is_type(j, f, (json_type)type))
-        fail(e, MEDRUN_BAD_FILE, "%s: field %s: found %s, wanted %s", what, key,
-             f == JSON_NONE ? "nothing" : "another type", wanted);
+        bad_file(e, what, "field %s: found %s, wanted %s", key,
+                 f == JSON_NONE ? "nothing" : "another type", wanted);
     return f;
 }
 
 /* A whole number may be written as 3, 3.0 or 3e0: JSON knows one kind of number. */
-static int64_t json_int(const json *j, uint32_t v, const char *what, const char *key, int64_t min,
-                        int64_t max, medrun_error *e) {
-    uint32_t f = json_field(j, v, what, key, JSON_NUMBER, "a whole number", e);
+static double json_real(const json *j, uint32_t v, const char *what, const char *key, double min,
+                        double max, bool whole, medrun_error *e) {
+    const char *wanted = whole ? "a whole number" : "a number";
+    uint32_t f = json_field(j, v, what, key, JSON_NUMBER, wanted, e);
     if (e->code) return 0;
     double d = json_number(j, f);
-    if (d >= (double)min && d <= (double)max && d == floor(d)) return (int64_t)d;
-    fail(e, MEDRUN_BAD_FILE, "%s: field %s: found %.17g, wanted a whole number from %lld to %lld",
-         what, key, d, (long long)min, (long long)max);
+    if (d >= min && d <= max && (!whole || floor(d) >= d)) return d;
+    int digits = whole ? 17 : 6;
+    bad_file(e, what, "field %s: found %.17g, wanted %s%.*g to %.*g", key, d,
+             whole ? "a whole number from " : "", digits, min, digits, max);
     return 0;
 }
 
-static double json_real(const json *j, uint32_t v, const char *what, const char *key, double min,
-                        double max, medrun_error *e) {
-    uint32_t f = json_field(j, v, what, key, JSON_NUMBER, "a number", e);
-    if (e->code) return 0;
-    double d = json_number(j, f);
-    if (d >= min && d <= max) return d;
-    fail(e, MEDRUN_BAD_FILE, "%s: field %s: found %.17g, wanted %g to %g", what, key, d, min, max);
-    return 0;
+static int64_t json_int(const json *j, uint32_t v, const char *what, const char *key, int64_t min,
+                        int64_t max, medrun_error *e) {
+    return (int64_t)json_real(j, v, what, key, (double)min, (double)max, true, e);
 }
 
 /* Copies a string into OUT[CAP] with a NUL; refuses a longer one or one with a NUL. */
@@ -1659,8 +1656,7 @@ static int json_text(const json *j, uint32_t v, const char *what, const char *ke
     json_unescape(j, f, &b);
     if (b.failed) out_of_memory(e, cap);
     else if (b.n >= cap || (b.n && memchr(b.data, 0, b.n)))
-        fail(e, MEDRUN_BAD_FILE, "%s: field %s: found a string that does not fit %zu bytes", what,
-             key, cap - 1);
+        bad_file(e, what, "field %s: found a string that does not fit %zu bytes", key, cap - 1);
     else if (b.n) memcpy(out, b.data, b.n + 1);
     buffer_free(&b);
     return e->code;
@@ -7095,13 +7091,13 @@ static int read_fields(const model_file *f, uint32_t v, const header_field *d, v
         void *to = (char *)base + d->at;
         int kind = d->kind & ~MAY_MISS;
         uint32_t value = json_get(j, v, d->key);
+        double number = 0;
         if (kind != d->kind && value == JSON_NONE) continue;
-        if (kind == FIELD_INT)
-            *(int *)to = (int)json_int(j, v, f->path, d->key, (int64_t)d->min, (int64_t)d->max, e);
-        else if (kind == FIELD_FLOAT)
-            *(float *)to = (float)json_real(j, v, f->path, d->key, d->min, d->max, e);
-        else if (kind == FIELD_DOUBLE)
-            *(double *)to = json_real(j, v, f->path, d->key, d->min, d->max, e);
+        if (kind != FIELD_FLAG)
+            number = json_real(j, v, f->path, d->key, d->min, d->max, kind == FIELD_INT, e);
+        if (kind == FIELD_INT) *(int *)to = (int)number;
+        else if (kind == FIELD_FLOAT) *(float *)to = (float)number;
+        else if (kind == FIELD_DOUBLE) *(double *)to = number;
         else if (json_is_type(j, value, JSON_TRUE) || json_is_type(j, value, JSON_FALSE))
             *(bool *)to = json_typeof(j, value) == JSON_TRUE;
         else

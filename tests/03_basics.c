@@ -678,7 +678,7 @@ static void test_json_fields(void) {
     char s[8];
     CHECK_EQ(json_parse(&j, text, strlen(text), &e), MEDRUN_OK);
 #define INT(key, min, max) (e = (medrun_error){0}, json_int(&j, 0, "f.mdr", key, min, max, &e))
-#define REAL(key, min, max) (e = (medrun_error){0}, json_real(&j, 0, "f.mdr", key, min, max, &e))
+#define REAL(key, min, max) (e = (medrun_error){0}, json_real(&j, 0, "f.mdr", key, min, max, false, &e))
 #define STRING(key) (e = (medrun_error){0}, json_text(&j, 0, "f.mdr", key, s, sizeof s, &e))
 #define BAD(value) (!(value) && e.code == MEDRUN_BAD_FILE)     /* they give 0 after a failure  */
     CHECK(INT("n", 5, 5) == 5 && !e.code);
@@ -710,7 +710,7 @@ static void test_json_fields(void) {
     /* the first failure is kept, and what follows gives nothing */
     char first[256];
     memcpy(first, e.text, sizeof first);
-    CHECK(!json_int(&j, 0, "f.mdr", "n", 0, 9, &e) && !(json_real(&j, 0, "f.mdr", "n", 0, 9, &e) > 0));
+    CHECK(!json_int(&j, 0, "f.mdr", "n", 0, 9, &e) && !(json_real(&j, 0, "f.mdr", "n", 0, 9, false, &e) > 0));
     s[0] = 'y';
     CHECK(json_text(&j, 0, "f.mdr", "s", s, sizeof s, &e) == MEDRUN_BAD_FILE && !s[0]);
     CHECK(!strcmp(e.text, first));

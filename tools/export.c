@@ -319,7 +319,7 @@ static int read_bool(const json_file *f, uint32_t v, const char *key, bool *out,
 static int read_real(const json_file *f, uint32_t v, const char *key, double min, double max,
                      double *out, medrun_error *e) {
     if (given(&f->j, v, key) == JSON_NONE || e->code) return e->code;
-    double value = json_real(&f->j, v, f->path, key, min, max, e);
+    double value = json_real(&f->j, v, f->path, key, min, max, false, e);
     if (!e->code) *out = value;
     return e->code;
 }
@@ -730,7 +730,7 @@ static int read_hf_config(source *s, const json_file *f, medrun_error *e) {
     if (check_architecture(s, f, e) || check_unsupported(f, e) || read_sizes(f, c, e) ||
         read_bool(f, 0, "tie_word_embeddings", &c->tied, e) || read_both_ropes(f, &r, e) ||
         default_rope(s, f, &r, e)) return e->code;
-    c->norm_eps = (float)json_real(&f->j, 0, f->path, "rms_norm_eps", 1e-12, 1, e);
+    c->norm_eps = (float)json_real(&f->j, 0, f->path, "rms_norm_eps", 1e-12, 1, false, e);
     if (e->code || check_multiples(c, f->path, e)) return e->code;
     if (s->yarn_factor > 0 && r.type != ROPE_YARN)
         return fail(e, MEDRUN_USAGE, "--yarn-factor: %s has no yarn scaling", f->path);
