@@ -33,7 +33,7 @@ done
 budgets="
 1:330:336
 2:450:718
-3:540:638
+3:540:634
 4:200:200
 5:310:260
 6:1940:2184
@@ -48,8 +48,8 @@ budgets="
 15:720:960
 16:1410:2464"
 budgets=$(echo $budgets)                  # on one line
-most_lines=11550                            # the goals: 9000, 450000, 15
-most_bytes=580704
+most_lines=11546                            # the goals: 9000, 450000, 15
+most_bytes=580501
 least_comments=13.1
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
