@@ -7897,7 +7897,7 @@ static void output(pass *p) {
                            p->vocab, s->logits);
 }
 /* ============================================================================================
- * 14 Sampler: from logits to the next id, and guesses at those behind it
+ * 14 Sampler: from logits to the next id
  *
  * In transformers' order: repeat penalty, temperature, top-k, top-p (Holtzman et al. 2020), min-p
  * (Nguyen et al. 2024), then one random number. All in doubles without libm, so the same seed
@@ -8015,111 +8015,6 @@ static int32_t sample_token(uint64_t *list, const float *logits, size_t vocab, c
     }
     return (int32_t)(uint32_t)list[vocab - i];
 }
-
-/* ---- guesses at what comes ------------------------------------------------------------------ */
-
-/* Prompt lookup (Saxena 2023): what stood behind the last tokens when they occurred before is a
- * good guess of what comes now, above all in summaries and quotations. Several guessed tokens are
- * processed in one pass, which costs little more than one token does, and those that come true are
- * kept: each is still chosen from its own logits, so the text is the one without guesses. */
-enum { MAX_LOOKUP = 31, MAX_DRAFT = 7, MAX_MATCH = 16, MAX_SEARCH = 32, N_WIDTHS = 6 };
-
-/* How long a match is says how good its guesses are, and the time of passes how many pay. A time is
- * kept for passes of 1, 2, 4, ... rows, whole tiles, as rows between cost as much.
- *
- * Where no match pays, a small model of the same vocabulary may guess (a draft: Leviathan et al.
- * 2023). Its guesses cost time, so it has a budget: the time of two passes, a 64th of the time of
- * prompts, half as much of answers, and what its guesses have saved. It spends no more than it has,
- * so one that is no good costs less than 3 % of an answer of 100 tokens. */
-typedef struct lookup {
-    size_t at, length;                          /* the match: as many tokens before place AT end
-                                                   the timeline; 0: there is none               */
-    float hits[MAX_MATCH + 1];                  /* share of matches of a length that came true;
-                                                   [0]: of a draft's guesses                    */
-    double times[N_WIDTHS];                     /* seconds of a pass of 2^i rows; 0: not known  */
-    double budget;                              /* seconds that a draft may cost                */
-    double each;                                /* that it takes for a guess; 0: not known      */
-    double wide;                                /* and for a row of the last wide pass          */
-    bool drafted;                               /* the guesses that wait are a draft's          */
-    uint64_t guessed, right;
-} lookup;
-
-/* At first we believe that 1 in 10 come true after one token and 9 in 10 after sixteen, and 3 in 4
- * of a draft's; learning corrects that. */
-static void start_lookup(lookup *look) {
-    look->hits[0] = 0.75f;
-    for (int i = 1; i <= MAX_MATCH; i++) look->hits[i] = 1 - 1.8f / (float)(i + 1);
-}
-
-/* Finds the place with the longest match; of equal ones it takes the latest. A place counts if its
- * last token is the timeline's. It compares the MAX_SEARCH latest of them only, so that a long text
- * full of one word costs no more. An index of places would save little: to walk through 100,000
- * tokens takes a tenth of a millisecond, and a pass over so many keys a hundred times that. A match
- * that was right last time stays unless there is a longer one. */
-static void find_match(lookup *look, const int32_t *tokens, size_t n) {
-    int found = 0;
-    for (size_t at = n - 1; at && found < MAX_SEARCH && look->length < MAX_MATCH; at--) {
-        size_t length = 0, most = at < MAX_MATCH ? at : MAX_MATCH;
-        while (length < most && tokens[at - 1 - length] == tokens[n - 1 - length]) length++;
-        found += length > 0;
-        if (length > look->length) {
-            look->length = length;
-            look->at = at;
-        }
-    }
-}
-
-/* Did the token come that the match foretold? We also ask this of guesses that nobody checked, so
- * that learning costs nothing. Then the match moves on, or is none. */
-static void learn_match(lookup *look, bool right) {
-    if (!look->length) return;
-    look->hits[look->length] += ((right ? 1.0f : 0.0f) - look->hits[look->length]) / 16;
-    look->at++;
-    if (!right) look->length = 0;
-    else if (look->length < MAX_MATCH) look->length++;
-}
-
-/* A guess that comes true saves a pass of one row. */
-static void learn_draft(lookup *look, bool right) {
-    look->hits[0] += ((right ? 1.0f : 0.0f) - look->hits[0]) / 16;
-    if (right) look->budget += look->times[0];
-}
-
-/* One that was never tried counts as a quarter slower than the one half as wide. */
-static double pass_time(const lookup *look, size_t rows) {
-    double time = look->times[0];
-    for (int i = 1; i < N_WIDTHS && rows > (size_t)1 << (i - 1); i++)
-        time = look->times[i] > 0 ? look->times[i] : time * 1.25;
-    return time;
-}
-
-/* How many rows, at most MOST, give the most tokens a second: the last token and guesses behind it,
- * by a match of LENGTH, or 0, by a draft that takes EACH seconds for one. A guess comes if all
- * before it do. One row wins ties: 5 % is what the measurements are good for. */
-static size_t choose_rows(const lookup *look, size_t length, double each, size_t most) {
-    double tokens = 1, chance = 1, best = 1.05 / (look->times[0] + 1e-9);
-    size_t choice = 1;
-    for (size_t rows = 2; rows <= most && look->times[0] > 0; rows++, length += length > 0) {
-        chance *= (double)look->hits[length < MAX_MATCH ? length : MAX_MATCH];
-        tokens += chance;
-        double rate = tokens / (pass_time(look, rows) + each * (double)(rows - 1));
-        if (rate <= best) continue;
-        best = rate;
-        choice = rows;
-    }
-    return choice;
-}
-
-/* A faster pass is believed at once, a slower one by and by: other programs may have been in the
- * way. While nothing is guessed old times fade, so that a bad one does not rule for ever. */
-static void learn_time(lookup *look, size_t rows, double time) {
-    int i = 0;
-    while ((size_t)1 << i < rows) i++;
-    if (look->times[i] > 0 && time > look->times[i])
-        time = look->times[i] + (time - look->times[i]) / 4;
-    look->times[i] = time;
-    for (int k = 1; i == 0 && k < N_WIDTHS; k++) look->times[k] *= 0.99;
-}
 /* ============================================================================================
  * 15 Session: the bodies of the API
  *
@@ -8190,6 +8085,19 @@ void medrun_describe(const medrun_model *m, medrun_info *info) {
 }
 
 /* ---- starting and stopping ------------------------------------------------------------------ */
+
+/* What a session has learned about guesses at its next tokens: see "guessing ahead" below. A match
+ * is a place AT, before which LENGTH tokens are those that end the timeline (0: none). HITS are the
+ * shares of matches of each length that came true, [0] that of a draft's guesses. Times are
+ * in seconds, 0 while not known: a pass of one row takes ONCE, each row MORE takes so much more, a
+ * draft's guess EACH, a row in the last WIDE pass so much. A draft may take its BUDGET. */
+enum { MAX_LOOKUP = 31, MAX_DRAFT = 7, MAX_MATCH = 16, MAX_SEARCH = 32 };
+typedef struct lookup {
+    size_t at, length;
+    double hits[MAX_MATCH + 1], once, more, each, wide, budget;
+    bool drafted;                               /* the guesses that wait are a draft's          */
+    uint64_t guessed, right;
+} lookup;
 
 /* One timeline, and what was computed of it. */
 struct medrun_session {
@@ -8296,7 +8204,8 @@ static uint64_t plan_session(medrun_session *s, const medrun_model *model,
     if (resolve_options(model, options, &s->options, e)) return 0;
     s->random = s->options.sampling.seed;
     s->n_wanted = (size_t)s->options.logit_rows;
-    start_lookup(&s->lookup);
+    s->lookup.hits[0] = 0.75;                   /* until learning corrects that                 */
+    for (int i = 1; i <= MAX_MATCH; i++) s->lookup.hits[i] = 1 - 1.8 / (i + 1);
     arena counts = {NULL, round_up(sizeof *s, 64)};
     layout_session(s, &counts);
     return counts.at;
@@ -8624,28 +8533,80 @@ int medrun_sample(medrun_session *s, int32_t *id, medrun_error *error) {
     return MEDRUN_OK;
 }
 
-/* Gives the draft the timeline behind which it is to guess K tokens: all of it, or where that is
- * dear, its first token and the last ones, as many as are PAID for. It keeps what it has of that,
- * begins anew where too much is missing, and takes twice as many when they are a small sum. False:
- * there is not enough to guess from. */
-static bool draft_follows(medrun_session *s, size_t k, double paid, medrun_error *e) {
+/* ---- guessing ahead ------------------------------------------------------------------------ */
+
+/* Prompt lookup (Saxena 2023): what stood behind the last tokens when they occurred before is a
+ * good guess of what comes now, above all in summaries and quotations. Where no such match pays, a
+ * small model of the same vocabulary may guess (a draft: Leviathan et al. 2023). Guesses are
+ * processed in one pass with the last token, which takes little longer than a pass for one, and
+ * those that come true are kept: each is still chosen from its own logits, so the text is the one
+ * without guesses.
+ *
+ * A draft takes time of its own, so it has a budget: the time of two passes, a 64th of that of
+ * prompts, half as much of that of answers, and what its guesses have saved. It spends no more than
+ * it has, so one that is no good costs less than 3 % of an answer of 100 tokens. */
+
+/* Finds the place with the longest match; of equal ones it takes the latest. A place counts if its
+ * last token is the timeline's. It compares the MAX_SEARCH latest of them only, so that a long text
+ * full of one word costs no more. An index of places would save little: to walk through 100,000
+ * tokens takes a tenth of a millisecond, and a pass over so many keys a hundred times that. A match
+ * that was right last time stays unless there is a longer one. */
+static void find_match(lookup *look, const int32_t *tokens, size_t n) {
+    int found = 0;
+    for (size_t at = n - 1; at && found < MAX_SEARCH && look->length < MAX_MATCH; at--) {
+        size_t length = 0, most = at < MAX_MATCH ? at : MAX_MATCH;
+        while (length < most && tokens[at - 1 - length] == tokens[n - 1 - length]) length++;
+        found += length > 0;
+        if (length > look->length) {
+            look->length = length;
+            look->at = at;
+        }
+    }
+}
+
+/* An average, in which what was FOUND last counts one part in SHARE. */
+static void learn(double *known, double found, double share) {
+    *known += (found - *known) / share;
+}
+
+/* A faster pass is believed at once, a slower one by and by: other programs may have been in the
+ * way. */
+static void learn_time(double *known, double time) {
+    learn(known, time, *known > 0 && time > *known ? 4 : 1);
+}
+
+/* How many guesses, at most MOST, give the most tokens a second, where each takes COST seconds: one
+ * more pays while it adds to them a larger share than to the time. A guess comes if all before it
+ * do. LENGTH is that of the match, 0 for a draft. */
+static size_t worth_guessing(const lookup *look, size_t length, double cost, size_t most) {
+    double tokens = 1, chance = 1, time = look->once;
+    size_t n = 0;
+    for (; n < most && time > 0; n++, tokens += chance, time += cost) {
+        chance *= look->hits[length];
+        if (chance * time <= 1.05 * cost * tokens) break;       /* times are good for 5 %        */
+        length += length > 0 && length < MAX_MATCH;
+    }
+    return n;
+}
+
+/* Gives the draft the timeline behind which it is to guess K tokens: its first token and the last
+ * ones. It keeps what it has of that, and begins anew where that would cost more than the PAID
+ * tokens, or these are four times what it sees. False: there is not enough to guess from. */
+static bool draft_follows(medrun_session *s, size_t k, size_t paid, medrun_error *e) {
     medrun_session *d = s->draft;
-    size_t n = s->n_tokens, from = s->draft_from, same = 0, length = n - from;
-    size_t rows = paid < 1e9 ? (size_t)paid : (size_t)1e9;
+    size_t n = s->n_tokens, room = (size_t)d->options.context - k, from = s->draft_from, same = 0;
     while (same < d->n_tokens && from + same < n &&
            d->tokens[same] == s->tokens[same ? from + same : 0]) same++;
-    bool fits = from < n && length + k <= (size_t)d->options.context;
-    bool longer = fits && from && rows > 4 * length;
-    if (!fits || longer || length - same > rows + TILE) {
-        length = longer ? 2 * length : rows;
-        if (length > n) length = n;
-        if (length + k > (size_t)d->options.context) length = (size_t)d->options.context / 2;
-        if (length < n && length < 16) return false;
-        from = s->draft_from = n - length, same = 0;
+    if (from >= n || n - from > room || n - from - same > paid + TILE ||
+        (from && paid / 4 > n - from)) {
+        if (n > room) room /= 2;                /* else it would begin anew for each guess       */
+        if (paid < room) room = paid;
+        from = s->draft_from = n > room ? n - room : 0, same = 0;
+        if (from && room < 16) return false;
     }
     rewind_to(d, same);
     if (!same) append_ids(d, s->tokens, 1, e), same = 1;
-    return !append_ids(d, s->tokens + from + same, length - same, e);
+    return !append_ids(d, s->tokens + from + same, n - from - same, e);
 }
 
 /* Puts the draft's guesses, at most MOST, behind the timeline, and learns what they cost. Where
@@ -8653,24 +8614,14 @@ static bool draft_follows(medrun_session *s, size_t k, double paid, medrun_error
 static size_t draft_ahead(medrun_session *s, size_t most, medrun_error *e) {
     medrun_session *d = s->draft;
     lookup *look = &s->lookup;
-    double start = seconds(), once = look->times[0];
-    size_t n = s->n_tokens, half = (size_t)d->options.context / 2, k = 0;
-    if (once <= 0) return 0;
-    if (look->each <= 0) {
-        look->each = once * (double)d->model->weight_bytes / (double)s->model->weight_bytes;
-        look->budget += 2 * once;
-    }
-    double smaller = (double)d->model->parameters / (double)s->model->parameters;
-    double row = d->lookup.wide > 0 ? d->lookup.wide
-                 : look->wide > 0 ? look->wide * sqrt(smaller * look->each / once) : look->each;
-    size_t guesses = choose_rows(look, 0, look->each, (most < half ? most : half) + 1) - 1;
-    if (!guesses && n % 16 == 0 && most && half) guesses = 1;
-    double spare = -1;
-    for (; guesses; guesses--) {
-        spare = look->budget - look->each * (double)guesses - pass_time(look, guesses + 1) + once;
-        if (spare >= 0) break;
-    }
-    if (spare < 0 || !draft_follows(s, guesses, spare / row, e)) return 0;
+    double start = seconds(), cost = look->each + look->more;
+    size_t n = s->n_tokens, k = 0, guesses = worth_guessing(look, 0, cost, most);
+    if (!guesses && n % 16 == 0 && most) guesses = 1;
+    while (guesses && cost * (double)guesses > look->budget) guesses--;
+    if (!guesses) return 0;
+    double row = d->lookup.wide > 0 ? d->lookup.wide : look->each;
+    double paid = (look->budget - cost * (double)guesses) / row;
+    if (!draft_follows(s, guesses, paid < 1e9 ? (size_t)paid : (size_t)1e9, e)) return 0;
     size_t before = medrun_pending(d);
     for (int32_t *id = s->tokens + n; k < guesses; k++, id++) {
         if (k && append_ids(d, id - 1, 1, e)) break;
@@ -8678,10 +8629,27 @@ static size_t draft_ahead(medrun_session *s, size_t most, medrun_error *e) {
         if (e->code || medrun_sample(d, id, e) || medrun_is_stop(s->model, *id)) break;
     }
     double time = seconds() - start;
-    if (k && before <= TILE) look->each += (time / (double)k - look->each) / 4;
+    if (k && before <= TILE) learn(&look->each, time / (double)k, 4);
     look->budget -= time;
     look->drafted = k > 0;
     return k;
+}
+
+/* Learns from a pass with K guesses. Until it is known, a row more takes an eighth of a pass. While
+ * nothing is guessed that falls, so that one bad pass does not rule for ever. */
+static void learn_pass(medrun_session *s, size_t k, double time) {
+    lookup *look = &s->lookup;
+    bool known = look->once > 0;
+    if (look->drafted) look->budget -= time - look->once;
+    if (k) {
+        learn_time(&look->more, time > look->once ? (time - look->once) / (double)k : 0);
+        return;
+    }
+    learn_time(&look->once, time);
+    look->more = known ? look->more * 0.99 : time / 8;
+    if (known || !s->draft) return;
+    look->each = time * (double)s->draft->model->weight_bytes / (double)s->model->weight_bytes;
+    look->budget += 2 * time;
 }
 
 /* One pass for the last token, the only one pending, and for what is guessed to come behind it. The
@@ -8689,27 +8657,26 @@ static size_t draft_ahead(medrun_session *s, size_t most, medrun_error *e) {
  * believe that they belong to it. Nothing is worth guessing behind a guessed stop. */
 static int step_ahead(medrun_session *s, medrun_error *e) {
     lookup *look = &s->lookup;
-    size_t n = s->n_tokens, room = (size_t)s->options.context - n, k = 0, rows = 1;
-    if (room >= (size_t)s->options.batch) room = (size_t)s->options.batch - 1;
-    size_t most = (size_t)s->options.lookup < room ? (size_t)s->options.lookup : room;
+    const medrun_session_options *o = &s->options;
+    size_t n = s->n_tokens, most = (size_t)o->context - n, guesses = 0, k = 0;
+    if (most >= (size_t)o->batch) most = (size_t)o->batch - 1;
+    if (is_watched(s) || look->once <= 0) most = 0;
     find_match(look, s->tokens, n);
-    look->drafted = false;
-    if (look->length && !is_watched(s)) rows = choose_rows(look, look->length, 0, most + 1);
-    for (; k + 1 < rows && !medrun_is_stop(s->model, s->tokens[look->at + k]); k++)
+    if (look->length) guesses = worth_guessing(look, look->length, look->more, most);
+    if (guesses > (size_t)o->lookup) guesses = (size_t)o->lookup;
+    for (; k < guesses && !medrun_is_stop(s->model, s->tokens[look->at + k]); k++)
         s->tokens[n + k] = s->tokens[look->at + k];     /* may read what it just wrote           */
-    if (!k && s->draft && !is_watched(s))
-        k = draft_ahead(s, room < MAX_DRAFT ? room : MAX_DRAFT, e);
+    look->drafted = false;
+    if (!k && s->draft) k = draft_ahead(s, most < MAX_DRAFT ? most : MAX_DRAFT, e);
     if (e->code) return e->code;
     s->n_tokens = n + k;
     s->n_wanted = k + 1;
     double start = seconds();
     medrun_step(&s, 1, e);
-    double time = seconds() - start;
-    learn_time(look, k + 1, time);
-    if (look->drafted) look->budget -= time - look->times[0];
     s->n_tokens = n;
-    s->n_wanted = (size_t)s->options.logit_rows;
+    s->n_wanted = (size_t)o->logit_rows;
     if (e->code) return e->code;
+    learn_pass(s, k, seconds() - start);
     s->n_done = n;
     s->n_ready = k + 1;
     look->guessed += k;
@@ -8717,8 +8684,10 @@ static int step_ahead(medrun_session *s, medrun_error *e) {
 }
 
 /* Brings the timeline's end to its logits, chooses the next id from them as without guesses, and
- * appends it. If it is the guess, its own logits stand in the row behind. */
+ * appends it. If it is the guess, its own logits stand in the row behind, and a pass is saved. What
+ * a match foretold is compared with it whether it was guessed or not, so that learning is free. */
 static int next_id(medrun_session *s, int32_t *id, medrun_error *e) {
+    lookup *look = &s->lookup;
     if (s->n_ready) s->n_done = s->n_tokens;            /* guessed, and so in the cache          */
     while (!e->code && medrun_pending(s)) {
         bool guesses = s->options.lookup || s->draft;
@@ -8729,11 +8698,14 @@ static int next_id(medrun_session *s, int32_t *id, medrun_error *e) {
     if (!s->n_ready && medrun_sample(s, id, e)) return e->code;
     if (s->n_ready) *id = sample_row(s, s->logits + (s->n_logits - s->n_ready) * s->pass.vocab);
     bool right = s->n_ready > 1 && s->tokens[s->n_tokens] == *id;
-    if (s->n_ready > 1 && s->lookup.drafted) learn_draft(&s->lookup, right);
+    if (s->n_ready > 1 && look->drafted) learn(&look->hits[0], right, 16);
+    if (right && look->drafted) look->budget += look->once;
+    look->right += right;
     s->n_ready = right ? s->n_ready - 1 : 0;
-    if (append_ids(s, id, 1, e)) return e->code;
-    learn_match(&s->lookup, *id == s->tokens[s->lookup.at]);
-    s->lookup.right += right;
+    if (append_ids(s, id, 1, e) || !look->length) return e->code;
+    right = *id == s->tokens[look->at++];
+    learn(&look->hits[look->length], right, 16);
+    look->length = !right ? 0 : look->length < MAX_MATCH ? look->length + 1 : MAX_MATCH;
     return MEDRUN_OK;
 }
 
