@@ -5395,62 +5395,36 @@ static bool is_line_end(uint8_t c) { return c == '\r' || c == '\n'; }
 
 /* ---- pre-tokenizers ------------------------------------------------------------------------ */
 
-/* A pre-tokenizer's pattern is a list of alternatives; the first that matches at P wins. Its
- * function takes N > 0 bytes and gives the length of the first piece, at least 1. Each alternative
- * of a pattern says in a comment what it realises. */
+/* A pre-tokenizer's pattern is a list of alternatives; the first that matches gives the next word.
+ * Llama 3's: (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|
+ *     " ?[^\s\p{L}\p{N}]+[\r\n]*"|\s*[\r\n]+|\s+(?!\S)|\s+      (the quotes stand for the space)
+ * Tekken's: [^\r\n\p{L}\p{N}]?[U]*[W]+|[^\r\n\p{L}\p{N}]?[U]+[W]*|\p{N}|
+ *     " ?[^\s\p{L}\p{N}]+[\r\n/]*"|\s*[\r\n]+|\s+(?!\S)|\s+     (U and W: see cased_word)
+ * SmolLM's is two, one after the other: each \p{N} is a piece, and between them GPT-2's
+ *     's|'t|'re|'ve|'m|'ll|'d|" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"|\s+(?!\S)|\s+ */
+typedef struct {
+    const char *name;           /* in tokenizer.bin; an unknown one is refused, never guessed  */
+    int digits;                 /* at most so many in a word; 0: SentencePiece has no pattern  */
+    const char *tail;           /* of these as many as come end a word of marks                */
+    bool cased;                 /* Tekken's words, and no contractions                         */
+    bool gpt2;                  /* contractions as they are written here, only a space before
+                                   letters, and no word for the ends of lines                  */
+} pretokenizer;
 
-/* From I on: the end of the letters. */
-static size_t skip_letters(const uint8_t *p, size_t n, size_t i) {
-    for (size_t len; is_letter(class_at(p + i, n - i, &len));) i += len;
-    return i;
-}
+static const pretokenizer pretokenizers[] = {
+    {.name = ""},
+    {.name = "llama3", .digits = 3, .tail = "\r\n"},
+    {.name = "tekken", .digits = 1, .tail = "\r\n/", .cased = true},
+    {.name = "smollm", .digits = 1, .tail = "", .gpt2 = true},
+};
 
 /* (?i:'s|'t|'re|'ve|'m|'ll|'d), P at the apostrophe: its length, or 0. Ignoring the case, the
  * reference also takes the long s (U+017F) for an s, and no other letter for another. */
-static size_t contraction(const uint8_t *p, size_t n) {
-    if (n >= 3 && p[1] == 0xC5 && p[2] == 0xBF) return 3;
-    int a = n >= 2 ? p[1] | 0x20 : 0, b = n >= 3 ? p[2] | 0x20 : 0;
+static size_t contraction(const pretokenizer *t, const uint8_t *p, size_t n) {
+    if (n >= 3 && p[1] == 0xC5 && p[2] == 0xBF) return t->gpt2 ? 0 : 3;
+    int lower = t->gpt2 ? 0 : 0x20, a = n >= 2 ? p[1] | lower : 0, b = n >= 3 ? p[2] | lower : 0;
     if (a == 's' || a == 't' || a == 'm' || a == 'd') return 2;
     return (a == 'l' && b == 'l') || ((a == 'r' || a == 'v') && b == 'e') ? 3 : 0;
-}
-
-/* \s*[\r\n]+ | \s+(?!\S) | \s+, P at white space: up to the last line end of the run if it has
- * one; else all of it, but for its last character when something follows (it belongs to the next
- * word). What is left of the run is white space again and is looked at once more, not oftener. */
-static size_t white_space(const uint8_t *p, size_t n) {
-    size_t i = 0, last = 0, line = 0, len;
-    for (; class_at(p + i, n - i, &len) == CLASS_SPACE; i += len) {
-        last = i;
-        if (is_line_end(p[i])) line = i + 1;
-    }
-    if (line) return line;
-    return i < n && last > 0 ? last : i;
-}
-
-/* Llama 3's: (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|
- * " ?[^\s\p{L}\p{N}]+[\r\n]*"|\s*[\r\n]+|\s+(?!\S)|\s+ (the quotes stand for the space). */
-static size_t next_llama3(const uint8_t *p, size_t n) {
-    size_t first, second, len;
-    if (p[0] == '\'' && (len = contraction(p, n))) return len;
-    int class = class_at(p, n, &first), next = class_at(p + first, n - first, &second);
-    /* [^\r\n\p{L}\p{N}]?\p{L}+ */
-    if (is_letter(class)) return skip_letters(p, n, first);
-    if (class != CLASS_N && !is_line_end(p[0]) && is_letter(next))
-        return skip_letters(p, n, first + second);
-    /* \p{N}{1,3} */
-    if (class == CLASS_N) {
-        if (next != CLASS_N) return first;
-        next = class_at(p + first + second, n - first - second, &len);
-        return first + second + (next == CLASS_N ? len : 0);
-    }
-    /* " ?[^\s\p{L}\p{N}]+[\r\n]*" */
-    if (is_mark(class) || (p[0] == ' ' && is_mark(next))) {
-        size_t i = first;
-        while (is_mark(class_at(p + i, n - i, &len))) i += len;
-        while (i < n && is_line_end(p[i])) i++;
-        return i;
-    }
-    return white_space(p, n);
 }
 
 /* Tekken's words are [U]*[W]+|[U]+[W]*, [U] = [\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}] and [W] =
@@ -5458,7 +5432,7 @@ static size_t next_llama3(const uint8_t *p, size_t n) {
  * lower case after the run of [U], the first alternative gives back up to the last character that
  * [W] has too; only if there is none, the second takes the whole run. This is linear: what is left
  * of a run is upper case, all of which is the next word. The end of the word from START, or 0. */
-static size_t tekken_word(const uint8_t *p, size_t n, size_t start) {
+static size_t cased_word(const uint8_t *p, size_t n, size_t start) {
     size_t i = start, both = 0, len;
     int class = class_at(p + i, n - i, &len);
     for (; class == CLASS_M || (is_letter(class) && class != CLASS_LL);
@@ -5472,60 +5446,48 @@ static size_t tekken_word(const uint8_t *p, size_t n, size_t start) {
     return i;
 }
 
-/* Tekken's: [^\r\n\p{L}\p{N}]?[U]*[W]+|[^\r\n\p{L}\p{N}]?[U]+[W]*|\p{N}|
- * " ?[^\s\p{L}\p{N}]+[\r\n/]*"|\s*[\r\n]+|\s+(?!\S)|\s+ (the quotes stand for the space). */
-static size_t next_tekken(const uint8_t *p, size_t n) {
-    size_t first, len, end;
-    int class = class_at(p, n, &first);
-    if (class == CLASS_N) return first;
-    /* a mark may be the character before a word or its first: the word ends at the same place */
-    if (is_letter(class) || class == CLASS_M) return tekken_word(p, n, 0);
-    if (!is_line_end(p[0]) && (end = tekken_word(p, n, first))) return end;
-    /* " ?[^\s\p{L}\p{N}]+[\r\n/]*" */
-    if (class == CLASS_SPACE &&
-        (p[0] != ' ' || class_at(p + first, n - first, &len) != CLASS_OTHER))
-        return white_space(p, n);
-    size_t i = first;
-    while (is_mark(class_at(p + i, n - i, &len))) i += len;
-    while (i < n && (is_line_end(p[i]) || p[i] == '/')) i++;
-    return i;
+/* The end of the letters from START, or 0 where there are none. */
+static size_t letters(const pretokenizer *t, const uint8_t *p, size_t n, size_t start) {
+    size_t i = start, len;
+    if (t->cased) return cased_word(p, n, start);
+    while (is_letter(class_at(p + i, n - i, &len))) i += len;
+    return i > start ? i : 0;
 }
 
-/* SmolLM's is two, one after the other: each \p{N} is a piece, and between them GPT-2's
- * 's|'t|'re|'ve|'m|'ll|'d|" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"|\s+(?!\S)|\s+ (the quotes stand
- * for the space). White space before a number is at the end of what the second one sees. */
-static size_t next_smollm(const uint8_t *p, size_t n) {
-    size_t first, len, i = 0, last = 0;
+/* \s*[\r\n]+ | \s+(?!\S) | \s+, P at white space: up to the last line end of the run if it has
+ * one; else all of it, but for its last character when something follows (it belongs to the next
+ * word). What is left of the run is white space again and is looked at once more, not oftener.
+ * GPT-2's has no line ends, and sees no number, as those were cut out before. */
+static size_t white_space(const pretokenizer *t, const uint8_t *p, size_t n) {
+    size_t i = 0, last = 0, line = 0, len;
+    int class;
+    for (; (class = class_at(p + i, n - i, &len)) == CLASS_SPACE; i += len) {
+        last = i;
+        if (!t->gpt2 && is_line_end(p[i])) line = i + 1;
+    }
+    if (line) return line;
+    return class == CLASS_END || !last || (t->gpt2 && class == CLASS_N) ? i : last;
+}
+
+/* The length of the first word in N > 0 bytes, at least 1. */
+static size_t next_word(const pretokenizer *t, const uint8_t *p, size_t n) {
+    size_t first, len, i;
     int class = class_at(p, n, &first);
-    if (class == CLASS_N) return first;
-    /* 's|'t|'re|'ve|'m|'ll|'d, only as they are written here */
-    if (p[0] == '\'' && (len = contraction(p, n)) && p[1] >= 'a' && p[1] <= 'z' &&
-        (len == 2 || (p[2] >= 'a' && p[2] <= 'z'))) return len;
-    /* " ?\p{L}+| ?[^\s\p{L}\p{N}]+" */
-    size_t start = p[0] == ' ' ? 1 : 0;
-    class = class_at(p + start, n - start, &len);
-    if (is_letter(class)) return skip_letters(p, n, start + len);
-    if (is_mark(class)) {
-        for (i = start; is_mark(class_at(p + i, n - i, &len));) i += len;
+    bool space = p[0] == ' ', before = t->gpt2 ? space : !is_letter(class) && !is_line_end(p[0]);
+    if (class == CLASS_N) {                             /* \p{N}{1,3}                            */
+        i = first;
+        for (int k = 1; k < t->digits && class_at(p + i, n - i, &len) == CLASS_N; k++) i += len;
         return i;
     }
-    /* \s+(?!\S)|\s+ */
-    for (; (class = class_at(p + i, n - i, &len)) == CLASS_SPACE; i += len) last = i;
-    return class == CLASS_N || class == CLASS_END || !last ? i : last;
+    if (p[0] == '\'' && !t->cased && (len = contraction(t, p, n))) return len;
+    if ((i = letters(t, p, n, 0))) return i;            /* [^\r\n\p{L}\p{N}]?\p{L}+              */
+    if (before && (i = letters(t, p, n, first))) return i;
+    i = space ? first : 0;                              /* " ?[^\s\p{L}\p{N}]+[\r\n]*"           */
+    if (!is_mark(class_at(p + i, n - i, &len))) return white_space(t, p, n);
+    while (is_mark(class_at(p + i, n - i, &len))) i += len;
+    while (i < n && p[i] && strchr(t->tail, p[i])) i++;
+    return i;
 }
-
-/* The name is what tokenizer.bin has; an unknown one is refused, never guessed. */
-typedef struct {
-    const char *name;
-    size_t (*next)(const uint8_t *p, size_t n);
-} pretokenizer;
-
-static const pretokenizer pretokenizers[] = {
-    {"", NULL},                                         /* of kind 2                             */
-    {"llama3", next_llama3},
-    {"tekken", next_tekken},
-    {"smollm", next_smollm},
-};
 
 /* ---- the tokenizer and its tables ---------------------------------------------------------- */
 
@@ -5590,8 +5552,7 @@ typedef struct {
     int kind, vocab_size, bos;  /* bos: id, or -1                                              */
     uint32_t flags;
     bool add_bos, ignore_merges, has_user_tokens, has_unused;
-    const char *pretokenizer;
-    size_t (*next_piece)(const uint8_t *p, size_t n);           /* NULL for kind 2             */
+    const pretokenizer *pretokenizer;
     const uint8_t *piece_end, *piece_type, *merges, *scores, *text; /* in the file's bytes     */
     size_t n_merges, longest;   /* longest: bytes of the longest normal piece                  */
     piece_slot *pieces;         /* open addressing: text -> id, normal pieces only             */
@@ -5746,6 +5707,11 @@ static int open_head(tokenizer *t, const uint8_t *bytes, size_t n, const char *w
     t->piece_end = bytes + TOKENIZER_HEAD, t->piece_type = t->piece_end + 4ull * vocab;
     t->merges = t->piece_type + n_types, t->scores = t->merges + 8ull * n_merges;
     t->text = t->scores + 4ull * n_scores;
+    uint8_t digest[32];
+    sha256_of(bytes + 40, n - 40, digest);
+    if (memcmp(digest, bytes + 8, 32))
+        return fail(e, MEDRUN_BAD_FILE, "%s: tokenizer: not the SHA-256 that its head says: the "
+                    "file is damaged, copy it again", what);
     return MEDRUN_OK;
 }
 
@@ -5756,9 +5722,9 @@ static int open_pretokenizer(tokenizer *t, const uint8_t *bytes, const char *wha
         const pretokenizer *p = &pretokenizers[i];
         char field[24] = {0};
         memcpy(field, p->name, strlen(p->name));
-        if (memcmp(field, bytes + 72, 24) || (t->kind == TOKENIZER_BYTE_LEVEL) != (p->next != NULL))
+        if (memcmp(field, bytes + 72, 24) || (t->kind == TOKENIZER_BYTE_LEVEL) != (p->digits > 0))
             continue;
-        t->pretokenizer = p->name, t->next_piece = p->next;
+        t->pretokenizer = p;
         return MEDRUN_OK;
     }
     return fail(e, MEDRUN_BAD_FILE, "%s: tokenizer: pretokenizer: found \"%.24s\", wanted "
@@ -5969,19 +5935,14 @@ static void tokenizer_close(tokenizer *t) {
 static int tokenizer_open(tokenizer *t, const uint8_t *bytes, size_t n, const char *what,
                           medrun_error *e) {
     *t = (tokenizer){.bos = -1};
-    uint8_t digest[32];
     int code = open_head(t, bytes, n, what, e);
-    if (!code) {
-        sha256_of(bytes + 40, n - 40, digest);
-        if (memcmp(digest, bytes + 8, 32))
-            code = fail(e, MEDRUN_BAD_FILE, "%s: tokenizer: not the SHA-256 that its head says: "
-                        "the file is damaged, copy it again", what);
-    }
-    if (code || (code = open_pretokenizer(t, bytes, what, e)) ||
-        (code = check_pieces(t, u32_at(bytes, 16), what, e)) ||
-        (code = index_pieces(t, what, e)) || (code = index_bytes(t, what, e)) ||
-        (code = index_added(t, what, e)) || (code = index_merges(t, what, e)))
-        tokenizer_close(t);
+    if (!code) code = open_pretokenizer(t, bytes, what, e);
+    if (!code) code = check_pieces(t, u32_at(bytes, 16), what, e);
+    if (!code) code = index_pieces(t, what, e);
+    if (!code) code = index_bytes(t, what, e);
+    if (!code) code = index_added(t, what, e);
+    if (!code) code = index_merges(t, what, e);
+    if (code) tokenizer_close(t);
     return code;
 }
 
@@ -6120,7 +6081,7 @@ static int encode_run(encoder *x, const uint8_t *p, size_t n, bool start) {
     const tokenizer *t = x->t;
     (void)start;
     for (size_t len; n; p += len, n -= len) {
-        len = t->next_piece ? t->next_piece(p, n) : next_joined(t, p, n);
+        len = t->pretokenizer->digits ? next_word(t->pretokenizer, p, n) : next_joined(t, p, n);
         /* most words are pieces; with ignore_merges that is so even if no merges lead there */
         if (t->ignore_merges && len <= t->longest) {
             uint32_t id = find_piece(t, p, len, "", 0);

@@ -1122,7 +1122,7 @@ static void test_pretokenizers(void) {
         write_file(model_path, b.data, b.n);
         if (!CHECK(!tokenizer_of(model_path, &bin)) ||
             !CHECK(!tokenizer_open(&t, bin.data, bin.n, "t.bin", NULL))) continue;
-        CHECK(!strcmp(t.pretokenizer, cases[i].name));
+        CHECK(!strcmp(t.pretokenizer->name, cases[i].name));
         CHECK(t.ignore_merges == cases[i].ignore_merges && t.add_bos == cases[i].add_bos);
         tokenizer_close(&t);
     }
