@@ -5787,13 +5787,9 @@ static int index_pieces(tokenizer *t, const char *what, medrun_error *e) {
     return MEDRUN_OK;
 }
 
-/* May a vocabulary lack this byte? Hugging Face leaves such a byte out of the ids. The vocabularies
- * that are like that have met no such byte in all their texts; without ASCII they were damaged. */
-static bool may_lack(const tokenizer *t, int b) {
-    return t->kind == TOKENIZER_BYTE_LEVEL && (b < ' ' || b > '~') && b != '\n';
-}
-
-/* The ids of single bytes, and which bytes stand together in a piece. */
+/* The ids of single bytes, and which bytes stand together in a piece. Hugging Face leaves a byte
+ * that a byte-level vocabulary lacks out of the ids. Some lack those that none of their texts had;
+ * without a byte of ASCII they were damaged. */
 static int index_bytes(tokenizer *t, const char *what, medrun_error *e) {
     memset(t->byte_id, 0xFF, sizeof t->byte_id);
     for (int32_t id = 0; id < t->vocab_size; id++) {
@@ -5809,8 +5805,9 @@ static int index_bytes(tokenizer *t, const char *what, medrun_error *e) {
     for (int b = 0; b < 256; b++) {
         bool whole = t->kind == TOKENIZER_BYTE_LEVEL || b < 0x80;       /* a character by itself */
         uint32_t id = whole ? find_piece(t, &(uint8_t){(uint8_t)b}, 1, "", 0) : NO_ID;
+        bool ascii = (b >= ' ' && b <= '~') || b == '\n';
         if (id != NO_ID) t->byte_id[b] = id;
-        if (t->byte_id[b] == NO_ID && !may_lack(t, b))
+        if (t->byte_id[b] == NO_ID && (ascii || t->kind != TOKENIZER_BYTE_LEVEL))
             return fail(e, MEDRUN_BAD_FILE, "%s: tokenizer: byte 0x%02x is no piece, so some text "
                         "could not be encoded; export it again", what, (unsigned)b);
     }
@@ -5961,31 +5958,15 @@ typedef struct {
     const tokenizer *t;
     bool continues;             /* the text does                                               */
     buffer *ids, run;           /* run: of kind 2, text with its space before it               */
-    bpe_symbol *symbols;        /* the list and the heap are kept from piece to piece          */
+    bpe_symbol *symbols;        /* of the long piece that is merged now                        */
     uint64_t *heap;             /* rank << 32 | position of the left symbol; smallest first    */
-    size_t n_heap, room;        /* room: symbols there is memory for                           */
+    size_t n_heap;
     medrun_error *e;
 } encoder;
 
 enum { BPE_SHORT = 32, MAX_TEXT = 1 << 30 };
 
 static void put_id(encoder *x, uint32_t id) { buffer_add(x->ids, &id, sizeof id); }
-
-/* Memory for a piece of N symbols. Each merge takes one key and brings at most two, so there are
- * never more than 2 n keys. */
-static int encoder_room(encoder *x, size_t n) {
-    if (n <= x->room) return MEDRUN_OK;
-    size_t room = n < 1024 ? 1024 : n, each = sizeof *x->symbols + 2 * sizeof *x->heap;
-    free(x->symbols);
-    free(x->heap);
-    x->room = 0;
-    x->symbols = new_array(room, sizeof *x->symbols);
-    x->heap = new_array(room, 2 * sizeof *x->heap);
-    if (!x->symbols || !x->heap)
-        return out_of_memory(x->e, mul_overflows(room, each) ? SIZE_MAX : room * each);
-    x->room = room;
-    return MEDRUN_OK;
-}
 
 /* Puts the pair at symbol I on the heap if it merges. */
 static void offer_pair(encoder *x, uint32_t i) {
@@ -6015,15 +5996,12 @@ static size_t first_symbols(const tokenizer *t, const uint8_t *p, size_t n, uint
     return n_ids;
 }
 
-/* Merges N bytes in n log n: the heap gives the lowest rank, the leftmost of equals. A key whose
- * pair has changed since is dropped: the rank of what stands there now differs. */
-static int bpe_long(encoder *x, const uint8_t *p, size_t n) {
-    int code = encoder_room(x, n);
-    if (code) return code;
+/* Merges the symbols of N bytes: the heap gives the lowest rank, the leftmost of equals. A key of
+ * which the pair has changed since is dropped: the rank of what stands there now differs. */
+static void merge_symbols(encoder *x, const uint8_t *p, size_t n) {
     bpe_symbol *symbols = x->symbols;
     uint32_t *ids = (uint32_t *)x->heap;                /* which is not in use yet               */
     n = first_symbols(x->t, p, n, ids);
-    if (!n) return MEDRUN_OK;
     for (uint32_t i = 0; i < n; i++)                    /* before the first: 0 - 1 is NO_ID      */
         symbols[i] = (bpe_symbol){ids[i], i - 1, i + 1 < n ? i + 1 : NO_ID};
     x->n_heap = 0;
@@ -6041,8 +6019,20 @@ static int bpe_long(encoder *x, const uint8_t *p, size_t n) {
         offer_pair(x, left->previous);
         offer_pair(x, (uint32_t)key);
     }
-    for (uint32_t i = 0; i != NO_ID; i = symbols[i].next) put_id(x, symbols[i].id);
-    return MEDRUN_OK;
+    for (uint32_t i = n ? 0 : NO_ID; i != NO_ID; i = symbols[i].next) put_id(x, symbols[i].id);
+}
+
+/* Merges N bytes in n log n. Each merge takes one key and brings at most two, so there are never
+ * more than 2 n keys. */
+static int bpe_long(encoder *x, const uint8_t *p, size_t n) {
+    size_t each = sizeof *x->symbols + 2 * sizeof *x->heap;
+    x->symbols = new_array(n, sizeof *x->symbols);
+    x->heap = new_array(n, 2 * sizeof *x->heap);
+    bool good = x->symbols && x->heap;
+    if (good) merge_symbols(x, p, n);
+    free(x->symbols);
+    free(x->heap);
+    return good ? MEDRUN_OK : out_of_memory(x->e, mul_overflows(n, each) ? SIZE_MAX : n * each);
 }
 
 /* The same for at most BPE_SHORT bytes, on the stack: what is left is looked through for each
@@ -6186,8 +6176,6 @@ static int tokenizer_encode(const tokenizer *t, const char *text, size_t n, int 
         code = encode_text(&x, (const uint8_t *)text, n, types,
                            t->kind == TOKENIZER_BYTE_LEVEL ? encode_run : encode_spaced);
     buffer_free(&x.run);
-    free(x.symbols);
-    free(x.heap);
     if (!code && ids->failed) code = out_of_memory(e, ids->n);
     return code;
 }
