@@ -7417,6 +7417,8 @@ static void *arena_take(arena *a, uint64_t n, uint64_t size) {
     return a->base ? a->base + at : NULL;
 }
 
+static const char *const kv_names[] = {"f16", "f32", "int8"};   /* MEDRUN_KV_F16, ...           */
+
 /* Keys and values of one timeline. The panels of a layer's key-value head (cache_panel, section 6)
  * stand together, so that attention reads one stream of bytes. */
 typedef struct {
@@ -7595,9 +7597,12 @@ static void multiply(pass *p, const tensor *w, float *out, size_t stride) {
     matmul(&p->eng, &(product){w, out, stride}, 1, &p->packed);
 }
 
-/* Rotary position embedding: turns the pair (x[i], x[i + half]) by the position's angle i. Then the
- * score of a query and a key depends on the distance of their positions alone. */
-static void rotate(float *x, const float *rotation, size_t half) {
+/* One head of q or k: its norm, where the model has one (WEIGHT), then the rotary position
+ * embedding, which turns the pair (x[i], x[i + half]) by the position's angle i. So the score of a
+ * query and a key depends on how far apart they are, and on nothing else about their places. */
+static void place_head(const pass *p, float *x, const float *weight, const float *rotation) {
+    size_t half = p->dim / 2;
+    if (weight) p->eng.k->norm(x, x, weight, p->dim, p->config->norm_eps);
     for (size_t i = 0; i < half; i++) {
         float a = x[i], b = x[i + half], cosine = rotation[2 * i], sine = rotation[2 * i + 1];
         x[i] = a * cosine - b * sine;
@@ -7605,54 +7610,43 @@ static void rotate(float *x, const float *rotation, size_t half) {
     }
 }
 
-/* x (dim) of one position to int8 panels: keys (dim / 2, 16, 2), values (8, dim, 2), and then the
- * scales of its groups, see cache_panel. */
-static void store_int8(const pass *p, const float *x, uint8_t *panel, size_t lane, bool keys) {
-    int8_t q[MAX_HEAD_DIM];
+/* x (dim) of one position to its lane of a panel, see cache_panel. A key becomes a column, as
+ * attention walks along dim for 16 keys at once. A value stays a row; of int8 values two rows stand
+ * together. Two int8 numbers of a key are one column, like one f16. */
+static void store_head(const pass *p, int kv, const float *x, uint8_t *panel, size_t lane,
+                       bool key) {
+    union { uint16_t f16[MAX_HEAD_DIM]; int8_t int8[MAX_HEAD_DIM]; } to;
     uint16_t scales[MAX_HEAD_DIM / GROUP + 1];
-    uint8_t *to = panel + (keys ? 2 * lane : lane / 2 * 2 * p->dim + lane % 2);
-    p->eng.k->to_int8(q, scales, x, p->dim);
-    if (keys) for (size_t d = 0; d < p->dim; d += 2) memcpy(to + 16 * d, q + d, 2);
-    else for (size_t d = 0; d < p->dim; d++) to[2 * d] = (uint8_t)q[d];
-    for (size_t g = 0; g * GROUP < p->dim; g++)
-        memcpy(panel + 16 * p->dim + 2 * (16 * g + lane), scales + g, 2);
+    size_t dim = p->dim, columns = kv == MEDRUN_KV_INT8 ? dim / 2 : dim;
+    bool f32 = kv == MEDRUN_KV_F32;
+    if (kv == MEDRUN_KV_F16) p->eng.k->to_half(to.f16, x, dim);
+    if (kv == MEDRUN_KV_INT8) {
+        p->eng.k->to_int8(to.int8, scales, x, dim);
+        for (size_t g = 0; g * GROUP < dim; g++)
+            memcpy(panel + 16 * dim + 2 * (16 * g + lane), scales + g, 2);
+    }
+    if (key && f32) for (size_t d = 0; d < dim; d++) memcpy(panel + 4 * (16 * d + lane), x + d, 4);
+    else if (key)
+        for (size_t d = 0; d < columns; d++) memcpy(panel + 2 * (16 * d + lane), to.f16 + d, 2);
+    else if (kv == MEDRUN_KV_INT8)
+        for (size_t d = 0; d < dim; d++)
+            panel[2 * (lane / 2 * dim + d) + lane % 2] = (uint8_t)to.int8[d];
+    else if (f32) memcpy(panel + 4 * lane * dim, x, 4 * dim);
+    else memcpy(panel + 2 * lane * dim, to.f16, 2 * dim);
 }
 
-/* The key and the value of one row and head to the cache: the key becomes a column of its panel
- * (dim, 16), as attention walks along dim for 16 keys at once; the value stays a row. */
-static void store_row(const pass *p, size_t r, size_t head) {
+/* Gives a row's keys their position; they and the values go to the cache. */
+static void place_key(pass *p, size_t r) {
     const segment *s = p->owner[r];
     const kv_cache *cache = s->cache;
-    size_t dim = p->dim, at = s->position + r - s->first, lane = at % 16;
-    size_t place = cache_place(cache, p->layer, head) + at / 16 * cache_panel(cache->kv, dim);
-    const float *k = p->k + r * p->kv + head * dim, *v = p->v + r * p->kv + head * dim;
-    uint8_t *keys = cache->keys + place, *values = cache->values + place;
-    if (cache->kv == MEDRUN_KV_INT8) {
-        store_int8(p, k, keys, lane, true);
-        store_int8(p, v, values, lane, false);
-    } else if (cache->kv == MEDRUN_KV_F32) {
-        for (size_t d = 0; d < dim; d++) memcpy(keys + 4 * (16 * d + lane), k + d, 4);
-        memcpy(values + 4 * lane * dim, v, 4 * dim);
-    } else {
-        uint16_t half[MAX_HEAD_DIM];
-        p->eng.k->to_half(half, k, dim);
-        for (size_t d = 0; d < dim; d++) memcpy(keys + 2 * (16 * d + lane), half + d, 2);
-        p->eng.k->to_half((uint16_t *)(void *)values + lane * dim, v, dim);
-    }
-}
-
-/* One head of q or k: its norm, where the model has one (WEIGHT), then the rotation. */
-static void place_head(const pass *p, float *x, const float *weight, const float *rotation) {
-    if (weight) p->eng.k->norm(x, x, weight, p->dim, p->config->norm_eps);
-    rotate(x, rotation, p->dim / 2);
-}
-
-/* Gives keys their position; they and the values go to the cache. */
-static void place_key(pass *p, size_t r) {
-    const model_layer *layer = &p->model->layers[p->layer];
+    size_t at = s->position + r - s->first;
     for (size_t head = 0; head * p->dim < p->kv; head++) {
-        place_head(p, p->k + r * p->kv + head * p->dim, layer->k_norm, p->rotation + r * p->dim);
-        store_row(p, r, head);
+        float *k = p->k + r * p->kv + head * p->dim, *v = p->v + r * p->kv + head * p->dim;
+        size_t panel = at / 16 * cache_panel(cache->kv, p->dim);
+        panel += cache_place(cache, p->layer, head);
+        place_head(p, k, p->model->layers[p->layer].k_norm, p->rotation + r * p->dim);
+        store_head(p, cache->kv, k, cache->keys + panel, at % 16, true);
+        store_head(p, cache->kv, v, cache->values + panel, at % 16, false);
     }
 }
 
@@ -8317,12 +8311,6 @@ static void add_stops(medrun_model *m, const chat_template *c) {
     }
 }
 
-/* Does this stop leave the timeline when the template closes the answer? llama3 writes <|eot_id|>
- * itself; the end of a tool call is a part of the answer. */
-static bool stop_goes(const chat_template *c, const medrun_model *m, int32_t id) {
-    return medrun_is_stop(m, id) && !chat_keeps(c, &m->tokenizer, id);
-}
-
 static int check_template(const chat_template *c, medrun_error *e) {
     return c ? MEDRUN_OK : fail(e, MEDRUN_USAGE, "this checkpoint's chat template is unknown to "
                                 "medrun: name the right one with --template ("
@@ -8350,7 +8338,8 @@ typedef struct {
 } new_turn;
 
 /* Renders what is SAID next, and leaves the session as it is. The model ends its answer by a stop
- * token, but the next turn must follow what the template writes after an answer. */
+ * token, but the next turn must follow what the template writes after an answer: llama3 writes
+ * <|eot_id|> itself. The end of a tool call is a part of the answer. */
 static int render_turn(const medrun_session *s, const conversation *how, const medrun_message *said,
                        new_turn *t, medrun_error *e) {
     const medrun_model *m = s->model;
@@ -8358,7 +8347,8 @@ static int render_turn(const medrun_session *s, const conversation *how, const m
     bool first = !s->n_tokens;
     *t = (new_turn){.keep = s->n_tokens};
     if (s->answer_open) {
-        if (stop_goes(how->chat, m, s->tokens[t->keep - 1])) t->keep--;
+        int32_t last = s->tokens[t->keep - 1];
+        if (medrun_is_stop(m, last) && !chat_keeps(how->chat, &m->tokenizer, last)) t->keep--;
         chat_close(&w);
         t->n_close = t->ids.n / sizeof(int32_t);
     }
@@ -8586,7 +8576,7 @@ static size_t draft_ahead(medrun_session *s, size_t most, medrun_error *e) {
 
 /* Learns from a pass with K guesses. Until it is known, a row more takes an eighth of a pass. While
  * nothing is guessed that falls, so that one bad pass does not rule for ever. */
-static void learn_pass(medrun_session *s, size_t k, double time) {
+static void learn_cost(medrun_session *s, size_t k, double time) {
     lookup *look = &s->lookup;
     bool known = look->once > 0;
     if (look->drafted) look->budget -= time - look->once;
@@ -8625,7 +8615,7 @@ static int step_ahead(medrun_session *s, medrun_error *e) {
     s->n_tokens = n;
     s->n_wanted = (size_t)o->logit_rows;
     if (e->code) return e->code;
-    learn_pass(s, k, seconds() - start);
+    learn_cost(s, k, seconds() - start);
     s->n_done = n;
     s->n_ready = k + 1;
     look->guessed += k;
@@ -8803,22 +8793,11 @@ static void walk_sum(state_io *io) {
     io->sum = sum;
 }
 
-/* The keys and values of the block at position AT. */
-static void walk_panels(state_io *io, const medrun_session *s, size_t at) {
-    size_t panel = cache_panel(s->options.kv, (size_t)s->model->config.head_dim);
-    for (int l = 0; l < s->model->config.n_layers; l++)
-        for (size_t h = 0; h < s->cache.heads; h++) {
-            size_t place = cache_place(&s->cache, l, h) + at / STATE_BLOCK * panel;
-            walk_bytes(io, s->cache.keys + place, panel);
-            walk_bytes(io, s->cache.values + place, panel);
-        }
-    walk_sum(io);
-}
-
 /* The blocks of N tokens, of which DONE are processed; taking, only those before the first that has
  * other ids than S. Returns how many positions had panels. */
 static size_t walk_blocks(state_io *io, const medrun_session *s, size_t n, size_t done) {
-    size_t at = 0;
+    size_t panel = cache_panel(s->options.kv, (size_t)s->model->config.head_dim), at = 0;
+    size_t heads = (size_t)s->model->config.n_layers * s->cache.heads;
     for (; at < n && !io->failed; at += STATE_BLOCK) {
         int32_t ids[STATE_BLOCK] = {0}, *own = s->tokens + at;
         size_t few = n - at < STATE_BLOCK ? n - at : STATE_BLOCK, bytes = few * sizeof *ids;
@@ -8828,7 +8807,13 @@ static size_t walk_blocks(state_io *io, const medrun_session *s, size_t n, size_
         if (io->mode == STATE_TAKE && memcmp(ids, own, bytes)) break;
         if (check_ids(s->model, ids, few, NULL)) io->failed = true;
         else if (io->mode == STATE_RESTORE) memcpy(own, ids, bytes);
-        if (at < done) walk_panels(io, s, at);
+        if (at >= done) continue;
+        for (size_t h = 0; h < heads; h++) {            /* of all layers, one behind the other   */
+            size_t place = cache_place(&s->cache, 0, h) + at / STATE_BLOCK * panel;
+            walk_bytes(io, s->cache.keys + place, panel);
+            walk_bytes(io, s->cache.values + place, panel);
+        }
+        walk_sum(io);
     }
     return at < done ? at : done;
 }
@@ -8873,7 +8858,6 @@ int medrun_save(const medrun_session *s, const char *path, medrun_error *error) 
  * of the file must fit the session. */
 static int check_head(const medrun_session *s, const state_head *h, uint64_t size, bool whole,
                       const char *path, medrun_error *e) {
-    static const char *const kv[] = {"f16", "f32", "int8"};
     const state_head own = head_of(s);
     uint64_t panel = cache_panel(s->options.kv, (size_t)s->model->config.head_dim);
     uint64_t panels = 2 * (uint64_t)s->model->config.n_layers * s->cache.heads * panel + 8;
@@ -8885,8 +8869,8 @@ static int check_head(const medrun_session *s, const state_head *h, uint64_t siz
         return fail(e, MEDRUN_BAD_FILE, "%s: was saved from another checkpoint", path);
     if (h->kv != own.kv || h->strict != own.strict)
         return fail(e, MEDRUN_BAD_FILE, "%s: was saved with --kv %s%s, this session has --kv %s%s",
-                    path, h->kv < 3 ? kv[h->kv] : "?", h->strict ? " --strict" : "", kv[own.kv],
-                    own.strict ? " --strict" : "");
+                    path, h->kv < 3 ? kv_names[h->kv] : "?", h->strict ? " --strict" : "",
+                    kv_names[own.kv], own.strict ? " --strict" : "");
     if (memcmp(h->numbers, own.numbers, sizeof own.numbers))
         return fail(e, MEDRUN_BAD_FILE, "%s: its numbers are \"%.24s\", here they are \"%s\" "
                     "(version, kernels); save it here, or use int8 or --strict", path, h->numbers,
@@ -9774,8 +9758,6 @@ static void note_sampling(const command *c) {
              origin(c, O_MIN_P), (double)s->repeat_penalty, origin(c, O_REPEAT),
              (unsigned long long)s->seed, c->number[O_SEED] < 0 ? "new" : "given");
 }
-
-static const char *const kv_names[] = {"f16", "f32", "int8"};      /* MEDRUN_KV_F16, ...          */
 
 /* Strict means to the last bits of float32, so the cache follows unless --kv says otherwise. */
 static int cache_type(const command *c) {

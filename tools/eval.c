@@ -659,7 +659,7 @@ static void write_scored_shots(const evaluation *v, buffer *b) {
 
 /* Rows of one table are of one `run`, or say how theirs differ; `data` names the data set. */
 static void write_header(evaluation *v) {
-    static const char *const kv[] = {"f16", "f32", "int8"}, *const bos[] = {"auto", "on", "off"};
+    static const char *const bos[] = {"auto", "on", "off"};
     buffer *b = &v->header;
     engine g = {.k = v->m->kernels, .strict = v->o.strict};
     buffer_text(b, "{\"medrun-eval\":1,\"run\":{");
@@ -670,7 +670,7 @@ static void write_header(evaluation *v) {
     add_string(b, "type", type_names[v->m->type]);
     bool exact = pack_kind(&g, v->m->type) != PACK_BF16;
     add_string(b, "numbers", exact ? "exact" : v->m->kernels->name);
-    add_string(b, "kv", kv[v->kv]);
+    add_string(b, "kv", kv_names[v->kv]);
     add_string(b, "mode", mode_names[v->mode]);
     add_string(b, "template", v->chat ? v->chat->name : NULL);
     add_string(b, "bos", bos[v->bos]);
@@ -1637,12 +1637,12 @@ static int read_shard(evaluation *v, medrun_error *e) {
 }
 
 static int check_options(evaluation *v, medrun_error *e) {
-    static const char *const kv[] = {"f16", "f32", "int8"}, *const bos[] = {"auto", "on", "off"};
+    static const char *const bos[] = {"auto", "on", "off"};
     static const char *const overflow[] = {"error", "skip"}, *const summary[] = {"md", "json"};
     const eval_options *o = &v->o;
     int limit = 0, batch = 512, parallel = 16, context = 0;
     v->mode = choose_word("--mode", o->mode, mode_names, N_MODES, LETTER, e);
-    v->kv = choose_word("--kv", o->kv, kv, 3, o->strict, e);
+    v->kv = choose_word("--kv", o->kv, kv_names, 3, o->strict, e);
     v->bos = choose_word("--bos", o->bos, bos, 3, MEDRUN_BOS_AUTO, e);
     choose_word("--overflow", o->overflow, overflow, 2, 0, e);
     choose_word("--summary", o->summary, summary, 2, 0, e);

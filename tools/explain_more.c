@@ -671,7 +671,6 @@ static void write_times(const explain *x, buffer *to) {
 }
 
 static void write_meta(explain *x, buffer *to) {
-    static const char *const kv[] = {"f16", "f32", "int8"};
     const medrun_model *m = x->v.m;
     const medrun_sampling *s = &x->s->options.sampling;
     char hash[65];
@@ -681,7 +680,7 @@ static void write_meta(explain *x, buffer *to) {
     buffer_printf(to, ",\"hash\":\"%s\",\"type\":\"%s\",\"kv\":\"%s\",\"strict\":%s,"
                   "\"template\":\"%s\",\"temperature\":%.6g,\"top_k\":%d,\"top_p\":%.6g,"
                   "\"min_p\":%.6g,\"repeat_penalty\":%.6g,\"seed\":%llu,\n\"notice\":", hash,
-                  type_names[m->type], kv[x->session.kv], bool_text(x->s->options.strict),
+                  type_names[m->type], kv_names[x->session.kv], bool_text(x->s->options.strict),
                   x->v.chat ? x->v.chat->name : "none", (double)s->temperature, s->top_k,
                   (double)s->top_p, (double)s->min_p, (double)s->repeat_penalty,
                   (unsigned long long)s->seed);

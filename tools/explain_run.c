@@ -293,7 +293,7 @@ static int read_options(explain *x, medrun_error *e) {
 }
 
 static int check_explain_options(explain *x, medrun_error *e) {
-    static const char *const kv[] = {"f16", "f32", "int8"}, *const fill[] = {"mean", "zero"};
+    static const char *const fill[] = {"mean", "zero"};
     static const char *const parts[] = {"sentences", "clauses"};
     explain_options *o = &x->o;
     int sources = !!o->chat + !!o->ids + !!o->mcq + (o->prompt || o->file);
@@ -302,7 +302,7 @@ static int check_explain_options(explain *x, medrun_error *e) {
                     sources);
     if (!o->out && !o->json && !o->dry_run)
         return fail(e, MEDRUN_USAGE, "wanted -o PAGE.html, where the page goes");
-    x->v.kv = choose_word("--kv", o->kv, kv, 3, o->strict, e);
+    x->v.kv = choose_word("--kv", o->kv, kv_names, 3, o->strict, e);
     choose_word("--fill", o->fill, fill, 2, 0, e);
     choose_word("--leave-out", o->leave_out, parts, 2, 0, e);
     x->is_mcq = o->mcq != NULL;

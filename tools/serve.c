@@ -1294,7 +1294,7 @@ static int load(server *sv, const char *path, const serve_options *o, int thread
     snprintf(sv->name, sizeof sv->name, "%s", o->alias ? o->alias : sv->info.name);
     hex_of(sv->info.hash, sv->hash);
     snprintf(sv->fingerprint, sizeof sv->fingerprint, "b%s-%.8s-%s-%s-%s%s", MEDRUN_VERSION,
-             sv->hash, sv->info.type, kv_words[sv->kv], sv->info.kernels,
+             sv->hash, sv->info.type, kv_names[sv->kv], sv->info.kernels,
              sv->strict ? "-strict" : "");
     sv->started = (long long)time(NULL);
     return e->code;

@@ -1295,8 +1295,6 @@ static void post_input_tokens(call *k) {
     buffer_free(&ids);
 }
 
-static const char *const kv_words[] = {"f16", "f32", "int8"};
-
 static void get_props(call *k) {
     const server *sv = k->sv;
     params p = standard_params(sv, API_CHAT);
@@ -1309,7 +1307,7 @@ static void get_props(call *k) {
     buffer_printf(k->out, ",\"chat_template\":\"%s\",\"build_info\":\"medrun %s\","
                   "\"checkpoint_sha256\":\"%s\",\"kernels\":\"%s\",\"kv\":\"%s\",\"strict\":%s,"
                   "\"tools\":%s,\"model\":", sv->chat ? sv->chat->name : MEDRUN_UNKNOWN,
-                  MEDRUN_VERSION, sv->hash, sv->info.kernels, kv_words[sv->kv],
+                  MEDRUN_VERSION, sv->hash, sv->info.kernels, kv_names[sv->kv],
                   sv->strict ? "true" : "false",
                   sv->chat && sv->chat->takes_tools ? "true" : "false");
     quote_text(k->out, sv->name);
