@@ -6620,20 +6620,21 @@ static void chat_date(const chat_writer *w, buffer *to) {
 static void chat_fill(chat_writer *w, const char *name, size_t n, const medrun_message *said) {
     static const char *const names[] = {"text", "stripped", "quoted", "role", "tools", "below",
                                         "date"};
+    enum { TEXT, STRIPPED, QUOTED, ROLE, TOOLS, BELOW, DATE };
     buffer *to = w->as_text ? w->out : &w->run;
     const char *text = said->text;
     size_t i = 0, n_text = text ? said->n_bytes : 0;
-    while (i < 6 && (strlen(names[i]) != n || memcmp(name, names[i], n))) i++;
-    if (i == 1 || i == 5 || (!i && w->c->trims)) trim(&text, &n_text);
-    if (i <= 1) buffer_add(to, text, n_text);
-    if (i == 2) python_quote(to, text, n_text);
-    if (i == 3) buffer_text(to, said->role);
-    if (i == 4) buffer_add(to, w->o->tools, w->o->n_tools);
-    if (i == 5 && n_text) {                             /* white space before it stays           */
+    while (i < DATE && (strlen(names[i]) != n || memcmp(name, names[i], n))) i++;
+    if (i == STRIPPED || i == BELOW || (i == TEXT && w->c->trims)) trim(&text, &n_text);
+    if (i == TEXT || i == STRIPPED) buffer_add(to, text, n_text);
+    if (i == QUOTED) python_quote(to, text, n_text);
+    if (i == ROLE) buffer_text(to, said->role);
+    if (i == TOOLS) buffer_add(to, w->o->tools, w->o->n_tools);
+    if (i == DATE) chat_date(w, to);
+    if (i == BELOW && n_text) {                           /* white space before it stays           */
         buffer_text(to, "\n\n");
         buffer_add(to, said->text, (size_t)(text - said->text) + n_text);
     }
-    if (i == 6) chat_date(w, to);
 }
 
 /* The walker: writes a list of parts (NULL: an empty one) for the turn SAID (NULL: none). Every
@@ -6743,18 +6744,19 @@ static int chat_messages(const chat_template *c, const json *j, uint32_t v, cons
 
 /* The parts of a turn of this kind; NULL: there is no such role, or no place for it. */
 static const chat_part *chat_turn_of(chat_writer *w, const char *role) {
-    bool known = false;
-    for (int i = 0; role && i < 2; i++)
+    size_t known = 0;
+    if (!role) role = "";
+    for (int i = 0; i < 2; i++)
         for (const chat_kind *k = i ? w->more : w->c->turns; k && k->role; k++)
             if (!strcmp(k->role, role)) return k->parts;
-    for (size_t i = 0; role && chat_roles[i]; i++) known |= !strcmp(role, chat_roles[i]);
-    if (known && w->c->said) return w->c->said;
-    if (known)
+    while (chat_roles[known] && strcmp(role, chat_roles[known])) known++;
+    if (!chat_roles[known])
+        fail(w->e, MEDRUN_USAGE, "role: found \"%.40s\", wanted system, user, assistant or tool",
+             role);
+    else if (!w->c->said)
         fail(w->e, MEDRUN_USAGE, "messages: template %s has no place for role %s here", w->c->name,
              role);
-    else fail(w->e, MEDRUN_USAGE, "role: found \"%.40s\", wanted system, user, assistant or tool",
-              role ? role : "");
-    return NULL;
+    return chat_roles[known] ? w->c->said : NULL;
 }
 
 /* Writes a turn. */
@@ -6800,23 +6802,24 @@ static int chat_end(chat_writer *w, size_t n_before) {
     return w->e->code;
 }
 
-/* Does M go into the opening? Its role is then no turn of the template's. */
-static bool chat_opens(const chat_template *c, const medrun_message *m) {
-    return c->opening && m->role && !strcmp(m->role, "system");
-}
-
-/* A whole conversation; its last run of text is left in W->run. Roles are looked at first, so that
- * a wrong one costs nothing. */
-static int chat_conversation(chat_writer *w, const medrun_message *m, size_t n, bool answer) {
-    bool late = false;
-    if (!n) return fail(w->e, MEDRUN_USAGE, "messages: found none, wanted one or more");
-    size_t opening = chat_opens(w->c, &m[0]);
+/* N turns. FIRST: nothing is before them, so the first may go into the template's opening. Roles are
+ * looked at before anything is written, so that a wrong one costs nothing. */
+static int chat_turns(chat_writer *w, const medrun_message *m, size_t n, bool first) {
+    bool system = first && n && m->role && !strcmp(m->role, "system"), late = false;
+    size_t opening = system && w->c->opening;
     for (size_t i = opening; i < n; i++) {
         if (!chat_turn_of(w, m[i].role)) return w->e->code;
         late |= i && !strcmp(m[i].role, "system");
     }
-    chat_start(w, !strcmp(m[0].role, "system") ? &m[0] : NULL, late);
+    if (first) chat_start(w, system ? m : NULL, late);
     for (size_t i = opening; i < n; i++) chat_say(w, &m[i]);
+    return w->e->code;
+}
+
+/* A whole conversation; its last run of text is left in W->run. */
+static int chat_conversation(chat_writer *w, const medrun_message *m, size_t n, bool answer) {
+    if (!n) return fail(w->e, MEDRUN_USAGE, "messages: found none, wanted one or more");
+    chat_turns(w, m, n, true);
     if (!w->e->code && w->c->first && (w->state & (HAS_TOOLS | STARTED)) == HAS_TOOLS)
         fail(w->e, MEDRUN_USAGE, "messages: tools: wanted a turn after the system's");
     chat_parts(w, w->c->end, NULL);
@@ -6845,18 +6848,14 @@ static int chat_render(chat_writer *w, const medrun_message *m, size_t n, bool a
  * token may have been another one had the empty line followed it. */
 static int chat_turn(chat_writer *w, const medrun_message *m, bool first, bool answer) {
     size_t n_before = w->out->n;
-    bool opening = first && m && chat_opens(w->c, m);
-    if (m && !opening && !chat_turn_of(w, m->role)) return w->e->code;
-    bool system = m && !strcmp(m->role, "system");
     if (first && w->o && w->o->tools && w->c->first)
         fail(w->e, MEDRUN_USAGE, "template %s has its tools in the first turn: render the whole "
              "conversation", w->c->name);
-    if (first) chat_start(w, system ? m : NULL, false);
-    else w->flags = TOKENIZE_CONTINUES;
+    if (!first) w->flags = TOKENIZE_CONTINUES;
     if (!first && !(w->state & BEGUN))                  /* turns that another call has written   */
-        w->state |= m && !strcmp(m->role, "assistant") ? ASKED : ANSWERED;
+        w->state |= m && m->role && !strcmp(m->role, "assistant") ? ASKED : ANSWERED;
     w->state |= BEGUN;
-    if (m && !opening) chat_say(w, m);
+    chat_turns(w, m, m != NULL, first);
     if (w->state & IN_ASSISTANT) chat_parts(w, w->c->close, NULL);
     if (answer) chat_parts(w, w->c->answer, NULL);
     return chat_end(w, n_before);
@@ -7918,23 +7917,22 @@ static uint64_t rank_next(uint64_t *list, size_t *left) {
  * which keeps the ties of the k-th, ranks its own first, as top-p is a share of their weights. */
 static size_t select_candidates(uint64_t *list, size_t vocab, uint64_t best,
                                 const medrun_sampling *s, double *sum) {
-    bool by_rank = s->top_k > 0 && (size_t)s->top_k < vocab;
-    size_t left = vocab, most = vocab, n = 0;
-    double all = 0, share = 0;
+    size_t left = vocab, most = vocab, k = s->top_k > 0 ? (size_t)s->top_k : vocab, n = 0;
+    double all = 0;
     for (size_t i = vocab / 2; i-- > 0;) heap_sink(list, vocab, i);
-    for (size_t i = 0; !by_rank && i < vocab; i++) all += weight_of(list[i], best, s->temperature);
-    while (by_rank && left && (vocab - left < (size_t)s->top_k ||
-                               logit_of(list[0]) == logit_of(list[left])))
-        all += weight_of(rank_next(list, &left), best, s->temperature);
-    if (by_rank) most = vocab - left;
-    for (; n < most; n++) {
-        if (n && s->top_p < 1 && share >= (double)s->top_p * all) break;
-        uint64_t next = by_rank ? list[vocab - 1 - n] : rank_next(list, &left);
-        double w = weight_of(next, best, s->temperature);
+    if (k < vocab) {
+        while (left && (vocab - left < k || logit_of(list[0]) == logit_of(list[left])))
+            all += weight_of(rank_next(list, &left), best, s->temperature);
+        most = vocab - left;
+    } else if (s->top_p < 1)
+        for (size_t i = 0; i < vocab; i++) all += weight_of(list[i], best, s->temperature);
+    for (*sum = 0; n < most; n++) {
+        if (n && s->top_p < 1 && *sum >= (double)s->top_p * all) break;
+        if (n == vocab - left) rank_next(list, &left);
+        double w = weight_of(list[vocab - 1 - n], best, s->temperature);
         if (n && (w == 0 || w < (double)s->min_p)) break;
-        share += w;
+        *sum += w;
     }
-    *sum = share;
     return n;
 }
 
