@@ -6631,7 +6631,7 @@ static void chat_fill(chat_writer *w, const char *name, size_t n, const medrun_m
     if (i == ROLE) buffer_text(to, said->role);
     if (i == TOOLS) buffer_add(to, w->o->tools, w->o->n_tools);
     if (i == DATE) chat_date(w, to);
-    if (i == BELOW && n_text) {                           /* white space before it stays           */
+    if (i == BELOW && n_text) {                           /* white space before it stays         */
         buffer_text(to, "\n\n");
         buffer_add(to, said->text, (size_t)(text - said->text) + n_text);
     }
