@@ -6802,8 +6802,8 @@ static int chat_end(chat_writer *w, size_t n_before) {
     return w->e->code;
 }
 
-/* N turns. FIRST: nothing is before them, so the first may go into the template's opening. Roles are
- * looked at before anything is written, so that a wrong one costs nothing. */
+/* N turns. FIRST: nothing is before them, so the first may go into the opening. Roles are looked at
+ * before anything is written, so that a wrong one costs nothing. */
 static int chat_turns(chat_writer *w, const medrun_message *m, size_t n, bool first) {
     bool system = first && n && m->role && !strcmp(m->role, "system"), late = false;
     size_t opening = system && w->c->opening;
