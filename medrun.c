@@ -6301,11 +6301,9 @@ typedef struct {
     .said = SAYS(LLAMA3_HEAD("$role") "$text`<|eot_id|>`"), \
     .answer = SAYS(LLAMA3_HEAD("assistant")), .close = SAYS("`<|eot_id|>`")
 
-/* `system` is what a conversation without any gets. */
 #define CHATML \
     .said = SAYS("`<|im_start|>`$role\n$text`<|im_end|>`\n"), \
     .answer = SAYS("`<|im_start|>`assistant\n"), .close = SAYS("`<|im_end|>`\n")
-#define CHATML_SYSTEM CHATML, .opening = SAYS("`<|im_start|>`system\n$text`<|im_end|>`\n")
 
 /* Apertus. All that assistant and tools say up to the next person's turn stands in one assistant's
  * turn. Calls stand between tools tokens in it, and results in a list in brackets; so what a part
@@ -6391,8 +6389,8 @@ static const chat_template chat_templates[] = {
     },
     /* Arcee's AFM: ChatML with a persona. */
     {
-        .name = "afm", CHATML_SYSTEM, .opens_by_role = true,
-        .stops = {"<|im_end|>", "<|end_of_text|>"},
+        .name = "afm", CHATML, .opens_by_role = true, .stops = {"<|im_end|>", "<|end_of_text|>"},
+        .opening = SAYS("`<|im_start|>`system\n$text`<|im_end|>`\n"),
         .system = "The assistant is AFM-4.5B, trained by Arcee AI, with 4.5 billion parameters. "
             "AFM is a deeply thoughtful, helpful assistant. The assistant is having a conversation "
             "with the user. The assistant's responses are calm, intelligent, and personable, "
@@ -6408,7 +6406,8 @@ static const chat_template chat_templates[] = {
     /* SmolLM2-Instruct: ChatML; a conversation that does not begin with a system message gets this
      * one. */
     {
-        .name = "chatml", CHATML_SYSTEM, .stops = {"<|im_end|>", "<|endoftext|>"},
+        .name = "chatml", CHATML, .stops = {"<|im_end|>", "<|endoftext|>"},
+        .opening = SAYS("`<|im_start|>`system\n$text`<|im_end|>`\n"),
         .system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
     },
     /* ChatML as most have it: a system text only where one is given. */
@@ -6474,7 +6473,6 @@ static const chat_template chat_templates[] = {
 #undef LLAMA3_HEAD
 #undef LLAMA3
 #undef CHATML
-#undef CHATML_SYSTEM
 #undef APERTUS
 #undef MISTRAL
 
@@ -7455,6 +7453,7 @@ typedef struct {
     size_t position;                            /* of the first, in the timeline                */
     kv_cache *cache;                            /* has all positions before, and gets these     */
     size_t n_wanted;                            /* rows whose logits are wanted, the last ones  */
+    size_t tiles;                               /* of QUERIES of one key-value head             */
     float *logits;                              /* (n_wanted, vocab)                            */
     watcher watcher;
 } segment;
@@ -7704,22 +7703,17 @@ static void attend_queries(const pass *p, const segment *s, size_t head, size_t 
     p->eng.k->attend(&a);
 }
 
-/* A segment's queries of one key-value head, QUERIES at a time. */
-static size_t segment_tiles(const pass *p, const segment *s) {
-    return (s->n * p->group + QUERIES - 1) / QUERIES;
-}
-
 /* Items are numbered through segments, their key-value heads, tiles of queries, pieces. */
 static void attend_task(void *context, size_t begin, size_t end, int thread) {
     pass *p = context;
     size_t kv_heads = (size_t)p->config->n_kv_heads, at = 0;
     float *scratch = p->scores + (size_t)thread * attend_scratch(p->dim);
     for (const segment *s = p->segments; s < p->segments + p->n_segments; s++) {
-        size_t tiles = segment_tiles(p, s), items = kv_heads * tiles * p->pieces;
+        size_t items = kv_heads * s->tiles * p->pieces;
         for (size_t i = begin > at ? begin - at : 0; i < items && at + i < end; i++) {
-            size_t item = i / p->pieces, first = item % tiles * QUERIES, last = first + QUERIES;
+            size_t item = i / p->pieces, first = item % s->tiles * QUERIES, last = first + QUERIES;
             if (last > s->n * p->group) last = s->n * p->group;
-            attend_queries(p, s, item / tiles, first, last, i % p->pieces, scratch);
+            attend_queries(p, s, item / s->tiles, first, last, i % p->pieces, scratch);
         }
         at += items;
     }
@@ -7737,8 +7731,9 @@ static void merge_row(pass *p, size_t r) {
  * always joined in order (section 6). */
 static void attend_rows(pass *p) {
     size_t items = 0, longest = 0, heads = (size_t)p->config->n_heads;
-    for (const segment *s = p->segments; s < p->segments + p->n_segments; s++) {
-        items += segment_tiles(p, s) * (size_t)p->config->n_kv_heads;
+    for (segment *s = p->segments; s < p->segments + p->n_segments; s++) {
+        s->tiles = (s->n * p->group + QUERIES - 1) / QUERIES;
+        items += s->tiles * (size_t)p->config->n_kv_heads;
         if (s->position + s->n > longest) longest = s->position + s->n;
     }
     p->pieces = (longest + KEY_BLOCK - 1) / KEY_BLOCK;
@@ -8506,12 +8501,6 @@ static void learn(double *known, double found, double share) {
     *known += (found - *known) / share;
 }
 
-/* A faster pass is believed at once, a slower one by and by: other programs may have been in the
- * way. */
-static void learn_time(double *known, double time) {
-    learn(known, time, *known > 0 && time > *known ? 4 : 1);
-}
-
 /* How many guesses, at most MOST, give the most tokens a second, where each takes COST seconds: one
  * more pays while it adds to them a larger share than to the time. A guess comes if all before it
  * do. LENGTH is that of the match, 0 for a draft. */
@@ -8572,21 +8561,25 @@ static size_t draft_ahead(medrun_session *s, size_t most, medrun_error *e) {
     return k;
 }
 
-/* Learns from a pass with K guesses. Until it is known, a row more takes an eighth of a pass. While
+/* Learns from a pass with K guesses. A faster one is believed at once, a slower one by and by: other
+ * programs may have been in the way. Until it is known, a row more takes an eighth of a pass. While
  * nothing is guessed that falls, so that one bad pass does not rule for ever. */
 static void learn_cost(medrun_session *s, size_t k, double time) {
     lookup *look = &s->lookup;
-    bool known = look->once > 0;
-    if (look->drafted) look->budget -= time - look->once;
-    if (k) {
-        learn_time(&look->more, time > look->once ? (time - look->once) / (double)k : 0);
-        return;
+    double more = time - look->once;
+    if (look->drafted) look->budget -= more;
+    if (k && more > look->more * (double)k) learn(&look->more, more / (double)k, 4);
+    else if (k) look->more = more > 0 ? more / (double)k : 0;
+    else if (look->once > 0) {
+        learn(&look->once, time, more > 0 ? 4 : 1);
+        look->more *= 0.99;
+    } else {
+        look->once = time;
+        look->more = time / 8;
+        if (!s->draft) return;
+        look->each = time * (double)s->draft->model->weight_bytes / (double)s->model->weight_bytes;
+        look->budget += 2 * time;
     }
-    learn_time(&look->once, time);
-    look->more = known ? look->more * 0.99 : time / 8;
-    if (known || !s->draft) return;
-    look->each = time * (double)s->draft->model->weight_bytes / (double)s->model->weight_bytes;
-    look->budget += 2 * time;
 }
 
 /* One pass for the last token, the only one pending, and for what is guessed to come behind it. The
