@@ -5539,6 +5539,7 @@ typedef struct {
     uint32_t hash, id;
 } piece_slot;
 
+/* It has the result, too, so that a merge costs one look. */
 typedef struct {
     uint32_t left, right, result, rank;
 } pair_slot;
@@ -5645,7 +5646,8 @@ static int bad_tokenizer(const char *what, medrun_error *e, const char *field, s
                 what, field, found, wanted);
 }
 
-/* Slots for N entries, at most two thirds of them full. */
+/* Slots for N entries, at most two thirds of them full, as an open table gets slow near its
+ * end. The number is a power of two, so that a mask does for a division. */
 static size_t table_size(size_t n) {
     size_t size = 16;
     while (size < n + n / 2) size *= 2;
@@ -5849,6 +5851,7 @@ static uint32_t joined(const tokenizer *t, uint32_t left, uint32_t right, uint32
     return find_piece(t, a, na, b, nb);
 }
 
+/* A merge in the file is a stranger's number until this was asked. */
 static bool is_normal(const tokenizer *t, uint32_t id) {
     return id < (uint32_t)t->vocab_size && tokenizer_type(t, (int32_t)id) == PIECE_NORMAL;
 }
@@ -5911,6 +5914,7 @@ static int find_scored(const tokenizer *t, buffer *found, const char *what, medr
     return MEDRUN_OK;
 }
 
+/* Whichever way the file has them, encoding finds its merges in one table. */
 static int index_merges(tokenizer *t, const char *what, medrun_error *e) {
     buffer found = {0};
     bool scores = t->flags & TOKENIZER_SCORES;
@@ -5920,6 +5924,7 @@ static int index_merges(tokenizer *t, const char *what, medrun_error *e) {
     return code;
 }
 
+/* What the file has stays: it belongs to whoever opened that. */
 static void tokenizer_close(tokenizer *t) {
     free(t->pieces);
     free(t->pairs);
@@ -5968,7 +5973,8 @@ enum { BPE_SHORT = 32, MAX_TEXT = 1 << 30 };
 
 static void put_id(encoder *x, uint32_t id) { buffer_add(x->ids, &id, sizeof id); }
 
-/* Puts the pair at symbol I on the heap if it merges. */
+/* Puts the pair at symbol I on the heap if it merges. The key has the position behind the rank: of
+ * equal ranks the leftmost comes first, as in the reference. */
 static void offer_pair(encoder *x, uint32_t i) {
     uint32_t next = i == NO_ID ? NO_ID : x->symbols[i].next;
     if (next == NO_ID) return;
@@ -7571,6 +7577,7 @@ static void embed_row(pass *p, size_t r) {
     }
 }
 
+/* Out of place: the residual stream must stay as it is, for what a block finds is added to it. */
 static void norm_row(pass *p, size_t r) {
     p->eng.k->norm(p->h + r * p->hidden, p->x + r * p->hidden, p->norm_weight, p->hidden,
                    p->config->norm_eps);
@@ -7648,6 +7655,7 @@ static void place_key(pass *p, size_t r) {
     }
 }
 
+/* Queries are used at once and need no cache. */
 static void place_query(pass *p, size_t r) {
     const model_layer *layer = &p->model->layers[p->layer];
     for (size_t d = 0; d < p->heads; d += p->dim)
@@ -7776,7 +7784,7 @@ static void widen_rows(pass *p, const model_layer *layer) {
     each_row(p, activate_row);
 }
 
-/* x += h: a block adds what it found to the residual stream. */
+/* x += h: a block adds what it found to the residual stream, from which all later ones read. */
 static void add_row(pass *p, size_t r) {
     p->eng.k->add(p->x + r * p->hidden, p->h + r * p->hidden, p->hidden);
 }
@@ -8147,6 +8155,7 @@ static uint64_t plan_session(medrun_session *s, const medrun_model *model,
     return counts.at;
 }
 
+/* In 64 bits on every machine: `show` says what a session needs even where it cannot have that. */
 static uint64_t session_needs(const medrun_model *model, const medrun_session_options *options) {
     return plan_session(&(medrun_session){0}, model, options, &(medrun_error){0});
 }
@@ -8286,10 +8295,12 @@ void medrun_edit(medrun_session *s, medrun_editor *editor, void *user) {
     s->n_ready = 0;
 }
 
+/* Guessed rows are wrong for whoever takes each row for a part of the timeline. */
 static bool is_watched(const medrun_session *s) { return s->watcher.see || s->watcher.edit; }
 
 /* ---- turns --------------------------------------------------------------------------------- */
 
+/* There are a few at most, so a walk beats any table. */
 bool medrun_is_stop(const medrun_model *m, int32_t id) {
     for (int i = 0; i < m->n_stops; i++) if (m->stops[i] == id) return true;
     return false;
@@ -8304,6 +8315,7 @@ static void add_stops(medrun_model *m, const chat_template *c) {
     }
 }
 
+/* A guessed template would give wrong answers that look right, so an unknown one is an error. */
 static int check_template(const chat_template *c, medrun_error *e) {
     return c ? MEDRUN_OK : fail(e, MEDRUN_USAGE, "this checkpoint's chat template is unknown to "
                                 "medrun: name the right one with --template ("
@@ -8445,6 +8457,8 @@ int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *error) 
     return stopped ? fail(e, MEDRUN_INTERRUPTED, "step: interrupted") : MEDRUN_OK;
 }
 
+/* A signal handler may touch no more than this one atomic number; `forward` reads it before
+ * each layer. */
 void medrun_interrupt(medrun_session *s) { s->pass.stop = true; }
 
 /* Chooses an id from one row of logits. Each choice by chance takes one random number, which is why
@@ -8456,6 +8470,7 @@ static int32_t sample_row(medrun_session *s, const float *logits) {
                         s->tokens, s->n_tokens);
 }
 
+/* While tokens are pending, the logits there are those of an older end of the timeline. */
 int medrun_sample(medrun_session *s, int32_t *id, medrun_error *error) {
     medrun_error own, *e = fresh_error(error, &own);
     const float *logits = medrun_logits(s, 0);
@@ -8561,9 +8576,9 @@ static size_t draft_ahead(medrun_session *s, size_t most, medrun_error *e) {
     return k;
 }
 
-/* Learns from a pass with K guesses. A faster one is believed at once, a slower one by and by: other
- * programs may have been in the way. Until it is known, a row more takes an eighth of a pass. While
- * nothing is guessed that falls, so that one bad pass does not rule for ever. */
+/* Learns from a pass with K guesses. A faster one is believed at once, a slower one by and by:
+ * other programs may have been in the way. Until it is known, a row more takes an eighth of a
+ * pass. While nothing is guessed that falls, so that one bad pass does not rule for ever. */
 static void learn_cost(medrun_session *s, size_t k, double time) {
     lookup *look = &s->lookup;
     double more = time - look->once;
@@ -8691,6 +8706,7 @@ int medrun_tokenize(const medrun_model *m, const char *text, size_t n_bytes, int
     return give(&b, sizeof *ids, ids, cap, n, e);
 }
 
+/* Ids come from anywhere, and one past the vocabulary would read past its pieces. */
 int medrun_detokenize(const medrun_model *m, const int32_t *ids, size_t n_ids, bool special,
                       char *bytes, size_t cap, size_t *n, medrun_error *error) {
     medrun_error own, *e = fresh_error(error, &own);
@@ -8838,6 +8854,7 @@ static int save_session(const medrun_session *s, const char *path, bool force, m
     return writer_done(&w, e);
 }
 
+/* What stands at PATH may be somebody's other file, so there is no force here. */
 int medrun_save(const medrun_session *s, const char *path, medrun_error *error) {
     medrun_error own, *e = fresh_error(error, &own);
     return save_session(s, path, false, e);
@@ -8933,24 +8950,12 @@ int medrun_feed_saved(medrun_session *s, const int32_t *ids, size_t n, const cha
 
 /* ---- devices ------------------------------------------------------------------------------- */
 
-/* The matrices in the order of use, so that a device with little memory has the first layers, and
- * the output matrix only after them. A layer without a gate has no rows there, and one matrix less.
- * Returns how many there are. */
-static size_t list_matrices(const medrun_model *m, size_t layers, const tensor **out) {
-    size_t n = 0;
-    for (const model_layer *layer = m->layers; layer < m->layers + layers; layer++) {
-        const tensor *const all[] = {&layer->q, &layer->k, &layer->v, &layer->o, &layer->gate,
-                                     &layer->up, &layer->down};
-        for (size_t i = 0; i < sizeof all / sizeof *all; i++) if (all[i]->rows) out[n++] = all[i];
-    }
-    if (layers == (size_t)m->config.n_layers) out[n++] = &m->output;
-    return n;
-}
-
-/* As medrun_attach, with all that may be asked of a device. The log of an attempt stays until the
- * next one begins, for those who ask why it failed. */
+/* As medrun_attach, with all that may be asked of a device. It gets the matrices in the order
+ * of use, so that one with little memory has the first layers, and the output matrix only after
+ * them. A layer without a gate has no rows there, and one matrix less. The log of an attempt
+ * stays until the next one begins, for those who ask why it failed. */
 static int attach_device(medrun_model *m, const device_request *r, int layers, medrun_error *e) {
-    size_t most = (size_t)m->config.n_layers, each = m->layers[0].gate.rows ? 7 : 6;
+    size_t most = (size_t)m->config.n_layers, each = m->layers[0].gate.rows ? 7 : 6, n = 0;
     size_t room = most * each + 1;
     engine eng = {.pool = m->pool, .k = m->kernels, .strict = true, .cache = second_cache()};
     medrun_error why = {0};
@@ -8959,7 +8964,11 @@ static int attach_device(medrun_model *m, const device_request *r, int layers, m
     const tensor **all = new_array(room, sizeof *all);
     if (!all) return out_of_memory(e, room * sizeof *all);
     if (layers >= 0 && (size_t)layers < most) most = (size_t)layers;
-    size_t n = list_matrices(m, most, all);
+    for (const model_layer *l = m->layers; l < m->layers + most; l++) {
+        const tensor *const own[] = {&l->q, &l->k, &l->v, &l->o, &l->gate, &l->up, &l->down};
+        for (size_t i = 0; i < 7; i++) if (own[i]->rows) all[n++] = own[i];
+    }
+    if (most == (size_t)m->config.n_layers) all[n++] = &m->output;
     buffer_free(&m->device_log);
     device *d = m->device = device_open(r, &eng, all, n, each, &m->device_log, &why);
     free(all);
