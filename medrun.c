@@ -5473,15 +5473,15 @@ static size_t white_space(const pretokenizer *t, const uint8_t *p, size_t n) {
 static size_t next_word(const pretokenizer *t, const uint8_t *p, size_t n) {
     size_t first, len, i;
     int class = class_at(p, n, &first);
-    bool space = p[0] == ' ', before = t->gpt2 ? space : !is_letter(class) && !is_line_end(p[0]);
+    bool space = p[0] == ' ', inside = is_letter(class) || (t->cased && class == CLASS_M);
     if (class == CLASS_N) {                             /* \p{N}{1,3}                            */
         i = first;
         for (int k = 1; k < t->digits && class_at(p + i, n - i, &len) == CLASS_N; k++) i += len;
         return i;
     }
     if (p[0] == '\'' && !t->cased && (len = contraction(t, p, n))) return len;
-    if ((i = letters(t, p, n, 0))) return i;            /* [^\r\n\p{L}\p{N}]?\p{L}+              */
-    if (before && (i = letters(t, p, n, first))) return i;
+    if (inside || (t->gpt2 ? space : !is_line_end(p[0])))       /* [^\r\n\p{L}\p{N}]?\p{L}+      */
+        if ((i = letters(t, p, n, inside ? 0 : first))) return i;
     i = space ? first : 0;                              /* " ?[^\s\p{L}\p{N}]+[\r\n]*"           */
     if (!is_mark(class_at(p + i, n - i, &len))) return white_space(t, p, n);
     while (is_mark(class_at(p + i, n - i, &len))) i += len;
