@@ -40,17 +40,17 @@ budgets="
 7:130:138
 8:350:475
 9:180:320
-10:950:992
-11:520:674
+10:950:947
+11:520:671
 12:450:511
-13:420:456
-14:100:224
-15:720:960
-16:1410:2464"
+13:420:449
+14:100:118
+15:720:1026
+16:1410:2462"
 budgets=$(echo $budgets)                  # on one line
-most_lines=11546                            # the goals: 9000, 450000, 15
-most_bytes=580501
-least_comments=13.1
+most_lines=11449                            # the goals: 9000, 450000, 15
+most_bytes=577957
+least_comments=13.3
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
     function said(limit, budget) { return limit ? "  OVER ITS LIMIT" : budget ? "  over" : "" }
