@@ -5877,7 +5877,8 @@ static int index_pairs(tokenizer *t, const buffer *found, const char *what, medr
     return MEDRUN_OK;
 }
 
-/* The merges of the file. Only normal pieces merge, so no merging makes an added token. */
+/* The merges of the file. Only normal pieces merge, so no merging makes an added token: what people
+ * type cannot put one together. */
 static int find_merges(const tokenizer *t, buffer *found, const char *what, medrun_error *e) {
     buffer_room(found, t->n_merges * sizeof(pair_slot));
     for (uint32_t rank = 0, result = 0; rank < t->n_merges; rank++) {
@@ -7414,6 +7415,7 @@ typedef struct {
     uint64_t at;
 } arena;
 
+/* 64 bytes are the widest vector, and a line of most processors' caches: no two arrays share one. */
 static void *arena_take(arena *a, uint64_t n, uint64_t size) {
     uint64_t at = a->at;
     a->at += (n * size + 63) / 64 * 64;
@@ -7544,7 +7546,8 @@ static void observe(const pass *p, const char *stage, float *data, size_t cols) 
     }
 }
 
-/* What is done for each row by itself. Threads take tiles of rows. */
+/* What is done for each row by itself. Threads take tiles of rows: a single one is little work, and
+ * two threads that write beside each other would wait for each other's memory. */
 typedef void row_fn(pass *p, size_t row);
 typedef struct { pass *p; row_fn *row; } row_job;
 
@@ -8043,7 +8046,9 @@ typedef struct lookup {
     uint64_t guessed, right;
 } lookup;
 
-/* One timeline, and what was computed of it. */
+/* One timeline, and what was computed of it. The first n_done tokens are in the cache, those behind
+ * them are pending. Logits are those of the last rows of the last pass, and count while no token is
+ * pending. A session that guesses keeps more rows: one behind each guess. */
 struct medrun_session {
     const medrun_model *model;
     thread_pool *pool;                          /* the model's; a draft's: of whom it serves    */
