@@ -40,16 +40,16 @@ budgets="
 7:130:138
 8:350:475
 9:180:320
-10:950:947
+10:950:948
 11:520:671
 12:450:511
-13:420:449
+13:420:451
 14:100:118
-15:720:1026
+15:720:1028
 16:1410:2462"
 budgets=$(echo $budgets)                  # on one line
-most_lines=11449                            # the goals: 9000, 450000, 15
-most_bytes=577957
+most_lines=11454                            # the goals: 9000, 450000, 15
+most_bytes=578448
 least_comments=13.3
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
