@@ -7415,7 +7415,7 @@ typedef struct {
     uint64_t at;
 } arena;
 
-/* 64 bytes are the widest vector, and a line of most processors' caches: no two arrays share one. */
+/* 64 bytes are the widest vector, and a line of most processors' caches, which no arrays share. */
 static void *arena_take(arena *a, uint64_t n, uint64_t size) {
     uint64_t at = a->at;
     a->at += (n * size + 63) / 64 * 64;
