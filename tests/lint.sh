@@ -49,7 +49,7 @@ budgets="
 16:1410:2462"
 budgets=$(echo $budgets)                  # on one line
 most_lines=11454                            # the goals: 9000, 450000, 15
-most_bytes=578448
+most_bytes=578446
 least_comments=13.3
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
