@@ -17,9 +17,9 @@ SECONDS = 60
 # What each test program holds is said in tests/README.md. PLAIN are those that have no kernel for a
 # subject: they are compiled without, which is done sooner.
 UNITS    = all_text all_kernels 08_opencl 15_allocation 15_embedding 15_session 16_answers \
-           all_export 22_eval 42_serve 43_explain
+           all_export 22_eval 42_serve 43_explain 44_grammar
 PLAIN    = all_text 03_basics 09_file 10_tokenizer 11_chat 12_model 14_sampler 15_allocation \
-           16_answers 42_serve
+           16_answers 42_serve 44_grammar
 JOBS    := $(shell nproc 2>/dev/null || echo 1)
 FIXTURES = llama-plain llama-tied llama-sharded llama-grouped mistral-window mistral-spm \
            arcee-yarn arcee-yarn5 apertus-plain apertus-grouped

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """serve.py BIN PART...: asks a medrun-serve that it starts itself, with Python's standard library
-alone. Parts: api limits grammar hostile promise. The last line is as in the other tests."""
+alone. Parts: api limits grammar tools hostile promise. The last line is as in the other tests."""
 import atexit, base64, hashlib, http.client, json, os, random, re, signal, socket, subprocess, sys
 import tempfile, threading, time
 
@@ -68,6 +68,10 @@ class Server:
         except ValueError:
             value = text
         return r.status, value, {k.lower(): v for k, v in r.getheaders()}
+
+    def metric(self, name):
+        text = self.ask('GET', '/metrics')[1].decode()
+        return float(re.search('^' + name + r' ([0-9.]+)', text, re.M).group(1))
 
     def post(self, path, **body):
         return self.ask('POST', path, body)
@@ -633,17 +637,32 @@ SCHEMAS = [
                                              kids={'type': 'array', 'maxItems': 2,
                                                    'items': {'$ref': '#/$defs/t'}})}},
     {'type': ['string', 'null'], 'maxLength': 3}, {'allOf': [{'type': 'boolean'}]},
+    {'type': 'string', 'pattern': '^[a-c]+$', 'minLength': 2, 'maxLength': 4},
+    {'type': 'number', 'minimum': 0.5, 'exclusiveMaximum': 2.25, 'multipleOf': 0.25},
+    {'type': 'integer', 'multipleOf': 7, 'minimum': 20, 'maximum': 99},
+    {'type': 'array', 'prefixItems': [{'type': 'boolean'}, {'type': 'null'}], 'items': False,
+     'minItems': 1},
+    {**obj(required=[], a={'type': 'null'}, b={'type': 'null'}, c={'type': 'null'}),
+     'minProperties': 1, 'maxProperties': 2, 'additionalProperties': False},
+    {'type': 'object', 'patternProperties': {'^x[0-9]$': {'type': 'boolean'}},
+     'additionalProperties': False, 'maxProperties': 2},
+    {'allOf': [obj(a={'type': 'boolean'}), obj(b={'type': 'null'})]},
+    {'type': 'object', 'propertyNames': {'enum': ['p', 'q']}, 'additionalProperties':
+     {'type': 'null'}, 'maxProperties': 2},
+    {'oneOf': [obj(t={'const': 'x'}, n={'type': 'null'}), obj(t={'const': 'y'})]},
+    {'enum': ['a', 'abc', 5, 7, None], 'maxLength': 2, 'minimum': 6},
+    {'type': 'string', 'format': 'time'}, {'type': 'string', 'format': 'ipv6'},
+    {'type': 'string', 'format': 'duration'},
 ]
 NOT_COVERED = [     # and where
-    ({'type': 'object', 'minProperties': 1}, '#/minProperties'), ({'not': {}}, '#/not'),
-    ({'type': 'integer', 'multipleOf': 3}, '#/multipleOf'), ({'type': 'king'}, '#/type'),
+    ({'not': {}}, '#/not'), ({'type': 'king'}, '#/type'),
     (obj(a={'type': 'string', 'format': 'king'}), '#/properties/a/format'),
     (obj(a=obj(b={'type': 'string', 'pattern': '(?=x)'})), '#/properties/a/properties/b/pattern'),
     ({'$ref': 'http://x/y'}, '#/$ref'), ({'oneOf': [{}, {}]}, '#/oneOf'),
-    ({'allOf': [{}, {}]}, '#/allOf'), ({'type': 'array', 'items': 5}, '#/items'),
+    ({'allOf': [{}, {'if': {}}]}, '#/allOf/1/if'), ({'type': 'array', 'items': 5}, '#/items'),
     ({'type': 'array', 'uniqueItems': True}, '#/uniqueItems'),
     ({'type': 'array', 'prefixItems': []}, '#/prefixItems'),
-    ({'type': 'object', 'required': ['x']}, '#/required'),
+    ({'type': 'integer', 'multipleOf': 1e9}, '#/multipleOf'), ({'minimun': 1}, '#/minimun'),
 ]
 
 
@@ -686,7 +705,7 @@ def part_grammar():
         check('refused with its place', a[0] == 400 and 'schema: ' + place + ':' in
               a[1]['error']['message'], (schema, a))
     a = s.post(CHAT, messages=ASK, guided_json=obj(a={'$ref': '#'}))
-    check('nothing could fit', a[0] == 400 and 'no value fits' in a[1]['error']['message'], a)
+    check('nothing could fit', a[0] == 400 and 'no text fits' in a[1]['error']['message'], a)
     a = s.post(CHAT, messages=ASK, response_format={'type': 'json_object'}, max_tokens=40)[1]
     check('an object', a['choices'][0]['message']['content'].startswith('{'), a)
     for choice in (['yes', 'no'], ['mild', 'moderate', 'severe', 'severe pain'], ['ä', 'é', '痛み']):
@@ -701,11 +720,111 @@ def part_grammar():
     for r in ('(', '[a', 'a{2', 'a**', '(?<=x)', '\\1', 'a)', '[b-a]', '\\b'):
         check('no expression', s.post('/v1/completions', prompt='x', guided_regex=r)[0] == 400, r)
     check('one shape', s.post(CHAT, messages=ASK, guided_regex='a', guided_choice=['b'])[0] == 400)
-    check('not here', s.post(CHAT, messages=ASK, grammar='root ::= "x"')[0] == 400)
+    for g, r in (('root ::= "yes" | "no " [a-z]{2,4}', 'yes|no [a-z]{2,4}'),
+                 ('root ::= ("a" root "b")? # as many', 'a*b*')):
+        for name in ('grammar', 'guided_grammar'):
+            a = s.post(CHAT, messages=ASK, temperature=2, seed=3, max_tokens=60, **{name: g})[1]
+            c = a['choices'][0] if 'choices' in a else {'finish_reason': str(a)}
+            check('a grammar', c['finish_reason'] == 'length' or
+                  re.fullmatch(r, c['message']['content']), (g, c))
+    a = s.post(CHAT, messages=ASK, grammar='root ::= "x"\nb ::= [')
+    check('no grammar', a[0] == 400 and 'grammar: line 2:' in a[1]['error']['message'], a)
+    open_one = {**obj(a={'type': 'null'}), 'additionalProperties': True}
+    for q in ({'additional': 'spec'}, {}):
+        a = s.post(CHAT, messages=ASK, guided_regex='x', **q)
+        check('additional', a[0] == 200, a)
+    check('additional is a word', s.post(CHAT, messages=ASK, guided_json=open_one,
+                                         additional=5)[0] == 400)
+    # what has only one way on takes no pass of its own, and changes nothing
+    one = obj(**{'a long name that is given': {'enum': ['and a long value, too']}})
+    before = s.metric('llamacpp:n_decode_total')
+    a = s.post(CHAT, messages=ASK, guided_json=one, temperature=1, seed=5)[1]
+    passes = s.metric('llamacpp:n_decode_total') - before
+    with_them = s.post(CHAT, messages=ASK, guided_json=one, temperature=1, seed=5, logprobs=True)[1]
+    check('forced tokens', passes < a['usage']['completion_tokens'] - 9, (passes, a))
+    check('the same bytes', a['choices'][0]['message'] == with_them['choices'][0]['message'] and
+          a['usage']['completion_tokens'] == with_them['usage']['completion_tokens'],
+          (a, with_them))
     many = s.post(CHAT, messages=ASK, n=3, temperature=3, seed=9, guided_json=SCHEMAS[24])[1]
     check('for each choice', all(set(json.loads(c['message']['content'])) == {'a', 'b'}
                                  for c in many['choices']), many)
     check('it ends', s.end() == 0)
+
+
+# ---- calls of functions ---------------------------------------------------------------------------
+
+def function(name, **parameters):
+    return {'type': 'function', 'function': {'name': name, 'description': None,
+                                             'parameters': obj(**parameters)}}
+
+
+TOOLS = [function('dose', drug={'enum': ['a', 'b']}, mg={'type': 'integer', 'minimum': 1,
+                                                         'maximum': 99}),
+         {'type': 'function', 'function': {'name': 'end'}}]
+
+
+def good_call(c):
+    f = c['function']
+    given = json.loads(f['arguments'])
+    if f['name'] == 'end':
+        return isinstance(given, dict)
+    return (f['name'] == 'dose' and set(given) == {'drug', 'mg'} and given['drug'] in ('a', 'b') and
+            1 <= given['mg'] <= 99)
+
+
+def part_tools():
+    models = [(MODEL, 'llama3.1')]
+    fixture = os.path.join(os.environ.get('MEDRUN_TEST_BUILD', 'build'), 'apertus-plain-bf16.mdr')
+    if os.path.exists(fixture):
+        models.append((fixture, 'apertus'))
+    else:
+        skip('no apertus-plain fixture')
+    dose = {'type': 'function', 'function': {'name': 'dose'}}
+    for model, template in models:
+        s = Server('--template', template, '-q', model=model)
+        q = dict(messages=ASK, tools=TOOLS, temperature=1, max_tokens=150)
+        whole = 0
+        for choice in ('required', dose):
+            for seed in range(8 if ALL else 4):
+                q.update(seed=seed, tool_choice=choice, parallel_tool_calls=seed % 2 == 0)
+                status, a, _ = s.post(CHAT, **q)
+                check(f'{template}: a call', status == 200, a)
+                c = a['choices'][0]
+                _, events = s.chunks(CHAT, **q)
+                if c['finish_reason'] == 'length':
+                    continue
+                whole += 1
+                calls = c['message']['tool_calls']
+                check(f'{template}: calls', c['finish_reason'] == 'tool_calls' and
+                      all(good_call(x) for x in calls) and c['message']['content'] is None, c)
+                check('one', seed % 2 == 0 or len(calls) == 1, calls)
+                check('the one that was named', choice == 'required' or
+                      all(x['function']['name'] == 'dose' for x in calls), calls)
+                parts = {}
+                for e in events[:-1]:
+                    for t in e['choices'][0]['delta'].get('tool_calls') or []:
+                        parts[t['index']] = parts.get(t['index'], '') + t['function']['arguments']
+                check('streamed', list(parts.values()) ==
+                      [x['function']['arguments'] for x in calls], (parts, calls))
+        check(f'{template}: most come to their end', whole > 3, whole)
+        q.update(max_tokens=6, tool_choice=dose)
+        c = s.post(CHAT, **q)[1]['choices'][0]
+        check('cut', c['finish_reason'] == 'length' and not c['message'].get('tool_calls'), c)
+        for more, param in ((dict(tool_choice={'type': 'function', 'function': {'name': 'x'}}),
+                             'tool_choice'), (dict(tool_choice='maybe'), 'tool_choice'),
+                            (dict(tools=None, tool_choice='required'), 'tool_choice'),
+                            (dict(parallel_tool_calls=1), 'parallel_tool_calls'),
+                            (dict(guided_regex='x'), 'guided_regex'), (dict(tools=5), 'tools'),
+                            (dict(tools=[function('f', x={'not': {}})], tool_choice='auto'), 'tools')):
+            a = s.post(CHAT, **{**q, **more})
+            check('refused', a[0] == 400 and a[1]['error']['param'] == param, (more, a))
+        check('its place', '#/properties/x/not' in a[1]['error']['message'], a)
+        if template == 'llama3.1':          # a brace opens a call: its arguments fit
+            q.update(tool_choice='auto', max_tokens=150, logit_bias={'{': 100})
+            c = s.post(CHAT, **q)[1]['choices'][0]
+            check('auto', c['finish_reason'] == 'tool_calls' and good_call(
+                c['message']['tool_calls'][0]), c)
+        check('it ends', s.end() == 0)
 
 
 # ---- the promise ---------------------------------------------------------------------------------
@@ -808,7 +927,7 @@ BIN = os.path.join(sys.argv[1], '') + 'medrun-serve'
 if os.path.isfile(sys.argv[1]):
     BIN = sys.argv[1]
 if __name__ == '__main__':
-    for part in sys.argv[2:] or ('api', 'limits', 'grammar', 'hostile', 'promise'):
+    for part in sys.argv[2:] or ('api', 'limits', 'grammar', 'tools', 'hostile', 'promise'):
         started = time.time()
         globals()['part_' + part]()
         print(f'{part}: {time.time() - started:.1f} s')

@@ -59,6 +59,8 @@ static void *wiping_realloc(void *old, size_t n) {
 #include "options.c"
 #include "write.c"
 #include "tool_calls.c"
+#include "serve_grammar.c"
+#include "serve_schema.c"
 
 /* ============================================================================================
  * 1 What the parts share
@@ -88,16 +90,6 @@ typedef struct {
 typedef struct job job;
 typedef struct seq seq;
 typedef struct connection connection;
-typedef struct grammar grammar;
-
-/* All pieces in the order of their bytes, and how many bytes each shares with the one before: a
- * walk over them takes each common beginning once. */
-typedef struct {
-    int32_t *ids;
-    uint16_t *shared;
-    size_t n;
-    bool alone[256];            /* bytes that are a token                                       */
-} piece_order;
 
 /* From the system's generator. */
 static void random_bytes(uint8_t *out, size_t n) {
@@ -138,7 +130,7 @@ struct seq {
     bool started;               /* its session has what others can give                         */
     bool wants;                 /* its logits come with the pass that runs                      */
     size_t scored_from;         /* echo: the next position that has no row                      */
-    int32_t next;               /* to be fed with the next pass, -1: none                       */
+    size_t unfed;               /* of the tokens it wrote, those for the next pass              */
     size_t n_new, max_new;
     uint64_t random;
     double last;                /* when it wrote its last token                                 */
@@ -153,7 +145,7 @@ struct seq {
     const char *stop_word;
     buffer calls;               /* tool calls, as JSON without brackets                         */
     int n_calls;
-    grammar *g;                 /* what it may write, or NULL                                   */
+    grammar *g;                 /* what it may write now, or NULL                               */
     uint32_t state_of_g;
     buffer chunks, steps;       /* streamed: text, and its length at each step (size_t)         */
     size_t chunks_at, steps_at, flushed, n_thoughts;
@@ -172,8 +164,8 @@ struct job {
     seq *seqs;
     buffer stops, stop_ends, stop_ids, bias;    /* bias: bias_row                               */
     size_t longest_stop;
-    grammar *grammar;
-    bool tools;
+    grammar *grammar, *calls;   /* of the answer; of what calls functions                       */
+    bool tools, must_call, one_call;
     uint8_t domain[32];
     const api_key *key;
     char path[32];
@@ -261,14 +253,6 @@ typedef struct {
     piece_order order;          /* for masks, made with the first                               */
 } server;
 
-static const char *chars_of(const buffer *b) { return b->n ? (const char *)b->data : ""; }
-
-/* A piece of somebody else's bytes. */
-typedef struct {
-    const char *text;
-    size_t n;
-} span;
-
 /* What serve_http.c asks of serve_api.c and of the scheduler. */
 static void take_request(server *sv, connection *c, span body);
 static void answer_error(server *sv, connection *c, int status, const char *type, const char *why);
@@ -281,22 +265,43 @@ static const char *submit_job(server *sv, job *j);
  * ============================================================================================ */
 
 #include "serve_http.c"
-static void grammar_free(grammar *g);
-static uint32_t grammar_start(grammar *g);
-
 #include "serve_api.c"
-#include "serve_grammar.c"
+
+/* The functions that may be called, and how: the grammar of a call. */
+static int read_tools(const server *sv, job *g, const json *j, api_error *x) {
+    static const char *const words[] = {"auto", "none", "required", NULL};
+    uint32_t choice = field_of(j, 0, "tool_choice"), tools = field_of(j, 0, "tools");
+    uint32_t many = field_of(j, 0, "parallel_tool_calls"), name = JSON_NONE;
+    medrun_error e = {0};
+    bool chosen = choice != JSON_NONE && json_typeof(j, choice) == JSON_OBJECT;
+    if (chosen) name = json_get(j, json_get(j, choice, "function"), "name");
+    if (chosen ? !json_is_type(j, name, JSON_STRING)
+               : choice != JSON_NONE && one_of(words, j, choice) < 0)
+        return wrong(x, "tool_choice", "tool_choice: wanted \"auto\", \"none\", \"required\" or "
+                     "{\"type\": \"function\", \"function\": {\"name\": ...}}");
+    if (many != JSON_NONE && !json_is_type(j, many, JSON_TRUE) &&
+        !json_is_type(j, many, JSON_FALSE))
+        return wrong(x, "parallel_tool_calls", "parallel_tool_calls: wanted true or false");
+    g->must_call = chosen || json_is(j, choice, "required");
+    g->one_call = json_is_type(j, many, JSON_FALSE);
+    if (g->must_call && !g->tools)
+        return wrong(x, "tool_choice", "tool_choice: needs tools");
+    if (!g->tools || x->e.code) return x->e.code;
+    g->calls = grammar_of_tools(tool_form_of(sv->chat), j, tools, name, !g->one_call, &e);
+    if (e.code == MEDRUN_NO_MEMORY) x->e = e;
+    else if (e.code) wrong(x, chosen && strstr(e.text, "tool_choice") ? "tool_choice" : "tools",
+                           "%s", e.text);
+    return x->e.code;
+}
 
 /* What the answer must look like, if anything is said of that; at most one thing. */
 static int read_shape(const server *sv, job *g, const json *j, api_error *x) {
     static const char *const names[] = {"response_format", "json_schema", "guided_json",
                                         "guided_choice", "guided_regex", "grammar",
                                         "guided_grammar", NULL};
-    uint32_t choice = field_of(j, 0, "tool_choice"), v = JSON_NONE;
+    uint32_t v = JSON_NONE, open = field_of(j, 0, "additional");
     int kind = -1;
-    (void)sv;
-    if (choice != JSON_NONE && !json_is(j, choice, "auto") && !json_is(j, choice, "none"))
-        wrong(x, "tool_choice", "tool_choice: wanted \"auto\" or \"none\"");
+    if (read_tools(sv, g, j, x)) return x->e.code;
     for (int i = 0; names[i]; i++) {
         uint32_t f = field_of(j, 0, names[i]);
         if (f == JSON_NONE || (!i && json_is(j, json_get(j, f, "type"), "text"))) continue;
@@ -304,25 +309,27 @@ static int read_shape(const server *sv, job *g, const json *j, api_error *x) {
         kind = i, v = f;
     }
     if (kind < 0 || x->e.code) return x->e.code;
-    if (kind >= 5) return wrong(x, names[kind], "not supported: %s", names[kind]);
+    if (g->tools) return wrong(x, names[kind], "%s stands beside tools", names[kind]);
     bool object = false;
     if (kind == 0) {
-        uint32_t type = json_get(j, v, "type");
+        uint32_t type = json_get(j, v, "type"), own = json_get(j, v, "json_schema");
+        if (field_of(j, own, "additional") != JSON_NONE) open = field_of(j, own, "additional");
         if (json_is(j, type, "json_schema"))
-            v = json_get(j, json_get(j, v, "json_schema"), "schema");
+            v = json_get(j, own, "schema");
         else if (!json_is(j, type, "json_object"))
             return wrong(x, names[0], "response_format: wanted text, json_object or json_schema");
         else v = field_of(j, v, "schema"), object = v == JSON_NONE;
         if (v == JSON_NONE && !object)
             return wrong(x, names[0], "response_format: wanted json_schema.schema");
     }
+    if (open != JSON_NONE && !json_is(j, open, "spec") && !json_is(j, open, "none"))
+        return wrong(x, "additional", "additional: wanted \"spec\" or \"none\"");
     if (!object && j->nodes[v].end - j->nodes[v].start > 256 << 10)
         return wrong(x, names[kind], "%s: longer than 256 KiB", names[kind]);
-    if (kind == 3 && (json_typeof(j, v) != JSON_ARRAY || !j->nodes[v].count))
-        return wrong(x, names[kind], "guided_choice: wanted a list of texts");
     medrun_error e = {0};
-    g->grammar = kind >= 3 ? grammar_of_text(j, v, kind == 3, &e)
-                           : grammar_of_schema(j, object ? 0 : v, object, &e);
+    int text = kind == 3 ? IS_CHOICES : kind == 4 ? IS_REGEX : IS_GBNF;
+    g->grammar = kind >= 3 ? grammar_of_text(j, v, text, &e)
+                           : grammar_of_schema(j, v, json_is(j, open, "spec"), &e);
     if (e.code == MEDRUN_NO_MEMORY) x->e = e;
     else if (e.code) wrong(x, names[kind], "%s", e.text);
     return x->e.code;
@@ -557,6 +564,37 @@ static float *logits_of(const seq *q, size_t row) {
     return (float *)(uintptr_t)medrun_logits(q->slot->s, row);
 }
 
+/* Does the answer have to open a call now? */
+static bool opens_call(const server *sv, const seq *q) {
+    return q->job->must_call && sv->chat->call_tokens[0] && q->mode != IN_CALL && !q->n_calls;
+}
+
+/* A bit for each token that the grammar allows; NULL: no memory, or it is too much for us. */
+static const uint8_t *mask_of(server *sv, const seq *q) {
+    double start = seconds();
+    if (!sv->order.n && !sort_pieces(&sv->order, sv->t)) return NULL;
+    const uint8_t *mask = grammar_mask(q->g, &sv->order, sv->t, q->state_of_g, q->first);
+    pthread_mutex_lock(&sv->lock);
+    observe_time(sv->metrics.mask, &sv->metrics.mask_sum, seconds() - start);
+    pthread_mutex_unlock(&sv->lock);
+    return mask;
+}
+
+/* The only token that may come, if no logits can change that and nobody asks for them; else -1. */
+static int32_t forced_token(server *sv, const seq *q) {
+    const job *g = q->job;
+    int32_t one = -1;
+    if (!q->g || g->p.top >= 0 || g->bias.n || q->state != WRITES) return -1;
+    const uint8_t *mask = mask_of(sv, q);
+    for (size_t i = 0; mask && i < (size_t)sv->info.vocab_size / 8 + 1; i++) {
+        if (!mask[i]) continue;
+        if (one >= 0 || mask[i] & (mask[i] - 1)) return -1;
+        for (one = (int32_t)i * 8; !(mask[i] >> one % 8 & 1); one++) continue;
+    }
+    if (!mask || !grammar_ends(q->g, q->state_of_g)) return one;
+    return one < 0 && q->mode == IN_CALL ? chat_token(sv->t, sv->chat->call_tokens[1]) : -1;
+}
+
 /* The logits with all that the request asks for, then the engine's own way to a token. -1: nothing
  * is allowed. */
 static int32_t pick_token(server *sv, seq *q) {
@@ -581,27 +619,22 @@ static int32_t pick_token(server *sv, seq *q) {
     for (int i = 0; g->p.ignore_eos && i < sv->info.n_stops; i++)
         logits[sv->info.stops[i]] = -INFINITY;
     const uint8_t *mask = NULL;
-    if (q->g) {
-        double start = seconds();
-        if (!sv->order.n && !sort_pieces(&sv->order, sv->t)) return -1;
-        mask = grammar_mask(q->g, &sv->order, sv->t, q->state_of_g, q->first);
-        if (!mask) return -1;
-        pthread_mutex_lock(&sv->lock);
-        observe_time(sv->metrics.mask, &sv->metrics.mask_sum, seconds() - start);
-        pthread_mutex_unlock(&sv->lock);
-    }
+    if (opens_call(sv, q)) return chat_token(sv->t, sv->chat->call_tokens[0]);
+    if (q->g && !(mask = mask_of(sv, q))) return -1;
     bool may_end = q->g && grammar_ends(q->g, q->state_of_g);
+    int32_t closes = q->mode == IN_CALL ? chat_token(sv->t, sv->chat->call_tokens[1]) : -1;
     list_candidates(list, logits, vocab, how.repeat_penalty, s->tokens, s->n_tokens);
     for (size_t i = 0; i < vocab; i++) {
         bool is_unused = sv->t->has_unused && sv->t->piece_type[i] == PIECE_UNUSED;
         bool fits = !mask || mask[i / 8] >> i % 8 & 1;
-        if (!fits && may_end) fits = medrun_is_stop(sv->m, (int32_t)i);
+        if (!fits && may_end)
+            fits = closes < 0 ? medrun_is_stop(sv->m, (int32_t)i) : (int32_t)i == closes;
         if (fits && !is_unused && logits[i] > -INFINITY) list[n++] = list[i];
     }
     if (!n) return -1;
     best = list[0];
     for (size_t i = 1; i < n; i++) if (list[i] < best) best = list[i];
-    if (how.temperature <= 0) return (int32_t)(uint32_t)best;
+    if (how.temperature <= 0 || (mask && n == 1)) return (int32_t)(uint32_t)best;
     double sum, ticket;
     size_t few = select_candidates(list, n, best, &how, &sum), i = 1;
     ticket = random_uniform(&q->random) * sum;
@@ -713,12 +746,17 @@ static void read_calls(seq *q, const buffer *text, bool list) {
 static bool change_mode(const server *sv, seq *q, int32_t id) {
     const chat_template *c = sv->chat;
     if (q->job->api != API_CHAT || tokenizer_type(sv->t, id) != PIECE_CONTROL) return false;
-    if (id == chat_token(sv->t, c->call_tokens[0])) return q->mode = IN_CALL, true;
+    if (id == chat_token(sv->t, c->call_tokens[0])) {
+        q->mode = IN_CALL, q->call.n = 0;
+        if ((q->g = q->job->calls)) q->state_of_g = grammar_start(q->g);
+        return true;
+    }
     if (id == chat_token(sv->t, "<|inner_prefix|>")) return q->mode = IN_THOUGHTS, true;
     if (id == chat_token(sv->t, "<|inner_suffix|>")) return q->mode = IN_TEXT, true;
     if (q->mode != IN_CALL || id != chat_token(sv->t, c->call_tokens[1])) return false;
     read_calls(q, &q->call, true);
     if (!q->n_calls) buffer_add(&q->text, q->call.data, q->call.n);
+    q->g = NULL;
     return q->mode = IN_TEXT, true;
 }
 
@@ -743,6 +781,20 @@ static void finish_seq(server *sv, seq *q, const char *why) {
     end_seq(sv, q);
 }
 
+/* A text that begins with a brace may be a call. From there on it is one, unless it has begun as
+ * something else. */
+static void hold_call(seq *q) {
+    size_t blank = 0;
+    bool held = q->holds;
+    while (blank < q->text.n && strchr(" \n", q->text.data[blank])) blank++;
+    q->holds = q->text.n > blank && q->text.data[blank] == '{';
+    if (held || !q->holds || q->g) return;
+    uint32_t at = grammar_start(q->job->calls);
+    for (size_t i = blank; i < q->text.n; i++)
+        at = grammar_step(q->job->calls, at, q->text.data[i]);
+    if (at != DEAD) q->g = q->job->calls, q->state_of_g = at;
+}
+
 /* Appends ID to Q's answer, and sees whether that is its end. */
 static void take_token(server *sv, seq *q, int32_t id, double logprob, const ranked *ranks) {
     const job *g = q->job;
@@ -759,14 +811,12 @@ static void take_token(server *sv, seq *q, int32_t id, double logprob, const ran
     buffer_add(&q->made, &id, sizeof id);
     note_token(q, id, stop, start, logprob, ranks);
     q->n_new++;
-    q->next = id;
-    if (g->tools && !sv->chat->call_tokens[0]) {
-        size_t blank = 0;
-        while (blank < q->text.n && strchr(" \n", q->text.data[blank])) blank++;
-        q->holds = q->text.n > blank && q->text.data[blank] == '{';
-    }
+    q->unfed++;
+    if (g->tools && !sv->chat->call_tokens[0]) hold_call(q);
     if (to == &q->text && cut_at_stop(q, start)) finish_seq(sv, q, "stop");
-    else if (stop || (q->g && grammar_only_ends(q->g, q->state_of_g))) finish_seq(sv, q, "stop");
+    else if (stop || (q->g && q->mode != IN_CALL && grammar_only_ends(q->g, q->state_of_g)))
+        finish_seq(sv, q, "stop");
+    else if (mode && q->n_calls && (g->must_call || g->one_call)) finish_seq(sv, q, "stop");
     else if (q->n_new >= q->max_new) finish_seq(sv, q, "length");
 }
 
@@ -827,6 +877,8 @@ static void write_token(server *sv, seq *q) {
     }
     if (kept) logprob = (double)kept[id] - sum;
     take_token(sv, q, id, logprob, ranks);
+    size_t most = (size_t)sv->lead->options.batch / sv->n_slots;
+    while (q->unfed < most && (id = forced_token(sv, q)) >= 0) take_token(sv, q, id, NAN, ranks);
 }
 
 /* Uses what the pass has made for Q: FED tokens of its prompt, or its next token. */
@@ -945,14 +997,14 @@ static bool run_pass(server *sv) {
     size_t fed[MAX_SLOTS] = {0}, n = 0, rows = 0, most = (size_t)sv->lead->options.batch;
     for (slot *s = sv->slots; s < sv->slots + sv->n_slots; s++) {
         seq *q = s->owner;
-        if (!q || q->state != WRITES || q->next < 0 || q->job->held) continue;
-        feed_seq(q, &q->next, 1, 1);
-        q->next = -1;
-        all[n++] = q, rows++;
+        if (!q || q->state != WRITES || !q->unfed || q->job->held) continue;
+        feed_seq(q, (const int32_t *)(void *)q->made.data + q->made.n / 4 - q->unfed, q->unfed, 1);
+        all[n++] = q, rows += q->unfed;
+        q->unfed = 0;
     }
-    size_t writers = n, room = budget(sv, writers);
+    size_t writers = n, written = rows, room = budget(sv, rows);
     if (room > most) room = most;
-    room -= writers < room ? writers : room;
+    room -= rows < room ? rows : room;
     size_t n_readers = list_readers(sv, readers, room), echoed;
     for (size_t i = 0; i < n_readers && room; i++) {
         seq *q = readers[i];
@@ -975,7 +1027,7 @@ static bool run_pass(server *sv) {
     learn_pass(sv, rows, n == writers, time);
     pthread_mutex_lock(&sv->lock);
     metrics *m = &sv->metrics;
-    m->passes++, m->busy += n, m->new_tokens += writers, m->prompt_tokens += rows - writers;
+    m->passes++, m->busy += n, m->new_tokens += written, m->prompt_tokens += rows - written;
     m->last_pass = start + time;
     *(writers ? &m->new_seconds : &m->prompt_seconds) += time;
     pthread_mutex_unlock(&sv->lock);

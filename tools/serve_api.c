@@ -163,18 +163,13 @@ static const char *const own_fields[] = {
     "stream_options", "tools", "tool_choice", "cache_salt", "reasoning_effort",
     "chat_template_kwargs", "parallel_tool_calls", "response_format", "grammar", "json_schema",
     "guided_choice", "guided_regex", "guided_json", "guided_grammar",
-    "add_generation_prompt", NULL};
+    "add_generation_prompt", "additional", NULL};
 static const char *const idle_fields[] = {
     "user", "metadata", "store", "service_tier", "prompt_cache_key", "keep_alive", "options",
     "cache_prompt", "id_slot", "safety_identifier", "add_special_tokens", "modalities", NULL};
 static const char *const refused_fields[] = {
     "best_of", "typical_p", "suffix", "mirostat", "dry_multiplier", "xtc_probability", "n_discard",
     "n_keep", "lora", "audio", "functions", "function_call", "images", "image_data", NULL};
-
-static int place_in(const char *const *list, const json *j, uint32_t key) {
-    for (int i = 0; list[i]; i++) if (json_is(j, key, list[i])) return i;
-    return -1;
-}
 
 /* A field that is there and not null, or JSON_NONE. */
 static uint32_t field_of(const json *j, uint32_t v, const char *name) {
@@ -212,8 +207,8 @@ static int read_fields_of(const server *sv, const json *j, params *p, buffer *ig
         for (size_t k = 0; !f && k < sizeof fields / sizeof *fields; k++)
             if (json_is(j, c, fields[k].name)) f = &fields[k];
         bool null = json_typeof(j, c + 1) == JSON_NULL, skip = !f;
-        int refused = place_in(refused_fields, j, c);
-        if (null || place_in(own_fields, j, c) >= 0) continue;
+        int refused = one_of(refused_fields, j, c);
+        if (null || one_of(own_fields, j, c) >= 0) continue;
         if (refused >= 0) {
             bool one = refused < 2 && json_is_type(j, c + 1, JSON_NUMBER) &&
                        json_number(j, c + 1) <= 1;
@@ -221,7 +216,7 @@ static int read_fields_of(const server *sv, const json *j, params *p, buffer *ig
             if (skip && !sv->lenient)
                 wrong(x, refused_fields[refused], "not supported: %s", refused_fields[refused]);
         } else if (f) read_field(f, j, c + 1, p, x);
-        else if (place_in(idle_fields, j, c) >= 0) skip = false;
+        else if (one_of(idle_fields, j, c) >= 0) skip = false;
         if (skip && is_http_token((span){name, n}) && ignored->n + n < 1000)
             buffer_printf(ignored, "%s%.*s", ignored->n ? ", " : "", (int)n, name);
     }
@@ -532,12 +527,38 @@ static int render_messages(const server *sv, const char *text, size_t n, const b
     return e->code;
 }
 
+/* The functions of list V as JSON. A template that wants a description of each gets an empty one
+ * where there is none: OpenAI's clients leave it out. */
+static void write_tools(const server *sv, buffer *b, const json *j, uint32_t v) {
+    uint32_t c = v + 1;
+    buffer_text(b, "[");
+    for (uint32_t i = 0; i < j->nodes[v].count; i++, c = j->nodes[c].next) {
+        uint32_t f = tool_function(j, c), key = f + 1;
+        bool bare = json_is_type(j, f, JSON_OBJECT) && tool_form_of(sv->chat)->types &&
+                    field_of(j, f, "description") == JSON_NONE;
+        buffer_printf(b, "%s%s", i ? "," : "", bare ? "{\"description\":\"\"" : "");
+        if (!bare) buffer_add(b, j->text + j->nodes[c].start, j->nodes[c].end - j->nodes[c].start);
+        for (uint32_t k = 0; bare && k < j->nodes[f].count; k += 2, key = j->nodes[key + 1].next) {
+            if (json_is(j, key, "description")) continue;
+            buffer_printf(b, ",\"%.*s\":", (int)(j->nodes[key].end - j->nodes[key].start),
+                          j->text + j->nodes[key].start);
+            bool text = json_typeof(j, key + 1) == JSON_STRING;
+            buffer_text(b, text ? "\"" : "");
+            buffer_add(b, j->text + j->nodes[key + 1].start,
+                       j->nodes[key + 1].end - j->nodes[key + 1].start);
+            buffer_text(b, text ? "\"" : "");
+        }
+        buffer_text(b, bare ? "}" : "");
+    }
+    buffer_text(b, "]");
+}
+
 /* The conversation and the functions of request J as ids, or as text. */
 static int render_request(const server *sv, const json *j, params *p, bool as_text, bool *has_tools,
                           buffer *out, api_error *x) {
     uint32_t v = field_of(j, 0, "messages"), tools = field_of(j, 0, "tools"), last = v + 1;
     uint32_t add = field_of(j, 0, "add_generation_prompt"), before = JSON_NONE;
-    buffer text = {0}, shown = {0}, going_on = {0};
+    buffer text = {0}, shown = {0}, going_on = {0}, list = {0};
     if (!json_is_type(j, v, JSON_ARRAY) || !j->nodes[v].count)
         return wrong(x, "messages", "messages: wanted a list of at least one");
     if (!sv->chat) return wrong(x, "messages", "the model's chat template is unknown: start the "
@@ -555,9 +576,12 @@ static int render_request(const server *sv, const json *j, params *p, bool as_te
     if (tools != JSON_NONE && json_is_type(j, tools, JSON_ARRAY) && j->nodes[tools].count > 128)
         wrong(x, "tools", "tools: found %u, wanted at most 128", j->nodes[tools].count);
     *has_tools = tools != JSON_NONE && !none && json_truthy(j, tools);
+    if (*has_tools && json_typeof(j, tools) != JSON_ARRAY)
+        wrong(x, "tools", "tools: wanted a list of functions");
+    if (!x->e.code && *has_tools) write_tools(sv, &list, j, tools);
+    if (list.failed) out_of_memory(&x->e, list.n);
     if (!x->e.code && *has_tools &&
-        tools_text(sv->chat, j->text + j->nodes[tools].start,
-                   j->nodes[tools].end - j->nodes[tools].start, &shown, &x->e))
+        tools_text(sv->chat, chars_of(&list), list.n, &shown, &x->e))
         snprintf(x->param, sizeof x->param, "tools");
     if (!x->e.code) write_messages(sv, &text, j, v, n - continues, x);
     if (!x->e.code && continues) {
@@ -578,6 +602,7 @@ static int render_request(const server *sv, const json *j, params *p, bool as_te
     buffer_free(&text);
     buffer_free(&shown);
     buffer_free(&going_on);
+    buffer_free(&list);
     return x->e.code;
 }
 
@@ -970,6 +995,7 @@ static void free_job(job *g) {
                            &g->headers, &g->head, &g->out};
     for (size_t k = 0; k < sizeof all / sizeof *all; k++) buffer_free(all[k]);
     grammar_free(g->grammar);
+    grammar_free(g->calls);
     free(g->seqs);
     free(g);
 }
@@ -1013,9 +1039,10 @@ static int make_seqs(const server *sv, job *g, api_error *x) {
         if (g->p.max_new >= 0 && g->p.max_new < (double)most) most = (size_t)g->p.max_new;
         *q = (seq){.job = g, .prompt = (int)(k / n), .index = (int)k,
                    .ids = (const int32_t *)(void *)g->ids.data + start, .n_ids = n_ids,
-                   .max_new = most, .next = -1, .first = g->api == API_CHAT || g->p.echo,
+                   .max_new = most, .first = g->api == API_CHAT || g->p.echo,
                    .random = (uint64_t)(int64_t)g->p.seed + k, .scored_from = 1,
                    .g = g->grammar};
+        if (g->must_call && !sv->chat->call_tokens[0]) q->g = g->calls;
         if (q->g) q->state_of_g = grammar_start(q->g);
         if (k % n == 0) g->n_read += n_ids;
     }

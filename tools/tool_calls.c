@@ -379,6 +379,7 @@ __attribute__((unused))
 static const chat_kind *tools_kinds(const chat_template *c) { return tool_form_of(c)->blocks; }
 
 /* Appends what the model is to see of the functions in TEXT, for medrun_chat_options.tools. */
+__attribute__((unused))
 static int tools_text(const chat_template *c, const char *text, size_t n, buffer *out,
                       medrun_error *e) {
     json j = {0};
@@ -410,6 +411,7 @@ typedef struct {
     buffer text;
 } tool_list;
 
+__attribute__((unused))
 static void tool_list_free(tool_list *list) {
     free(list->m);
     buffer_free(&list->text);
@@ -593,6 +595,7 @@ static int tools_message(tool_reader *r, uint32_t v, bool brings_tools) {
 /* Reads node V of J, a list of messages, for template C; WHAT names the file, TOOLS says whether
  * functions are shown. The messages are for chat_render, all at once, with tools_kinds(c) as the
  * writer's `more`. Free LIST with tool_list_free afterwards, also on failure. */
+__attribute__((unused))
 static int tools_messages(const chat_template *c, const json *j, uint32_t v, const char *what,
                           bool tools, tool_list *list, medrun_error *e) {
     tool_reader r = {c, tool_form_of(c), j, list, 0, e};
