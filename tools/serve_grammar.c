@@ -1,5 +1,5 @@
-/* serve_grammar.c: what a text must look like: a JSON schema (serve_schema.c), a grammar as llama.cpp
- * has them, a regular expression or a list of choices as rules over bytes, and for each state of the
+/* serve_grammar.c: what a text must look like: a JSON schema (serve_schema.c), a grammar of llama.cpp's
+ * dialect, a regular expression or a list of choices as rules over bytes, and for each state of the
  * text the tokens that may come next. Included by serve.c and lab.c. MIT licence, see LICENSE.
  *
  * A frame is a node of the rules, how often it was repeated, and the frame behind it: a stack that
