@@ -1,6 +1,7 @@
-/* serve_grammar.c: what a text must look like: a JSON schema (serve_schema.c), a grammar of llama.cpp's
- * dialect, a regular expression or a list of choices as rules over bytes, and for each state of the
- * text the tokens that may come next. Included by serve.c and lab.c. MIT licence, see LICENSE.
+/* serve_grammar.c: what a text must look like: a JSON schema (serve_schema.c), a grammar as
+ * llama.cpp has them, a regular expression or a list of choices as rules over bytes, and for each
+ * state of the text the tokens that may come next. Included by serve.c and lab.c. MIT licence, see
+ * LICENSE.
  *
  * A frame is a node of the rules, how often it was repeated, and the frame behind it: a stack that
  * many texts share. A state is the set of frames whose next byte is awaited, and whether the text
@@ -9,8 +10,8 @@
  * text that is in a state can be finished.
  *
  * Two nodes that a text must both fit (or the first, but not the second) are a node, too: its frame
- * has a pair, a state of each, and both walk together. Nothing but a search knows whether a pair can
- * be finished: it is made once for each. So one of the two should be without rules that call
+ * has a pair, a state of each, and both walk together. Only a search knows whether a pair can be
+ * finished: it is made once for each. So one of the two should be without rules that call
  * themselves. Whatever of a schema is not understood is refused with its place. */
 
 enum { EMPTY_NODE, CLASS_NODE, CAT_NODE, ALT_NODE, REP_NODE, REF_NODE, NO_NODE, BOTH_NODE,
@@ -42,7 +43,13 @@ typedef struct {
 typedef struct { uint32_t kind, a, b, lo, hi; } node;
 typedef struct { uint8_t bits[32]; } byte_class;
 typedef struct { uint32_t node, count, next, seen; } frame;
-typedef struct { uint32_t at, n; bool end; uint8_t goes_on; uint32_t *row; uint8_t *mask; } text_state;
+typedef struct {
+    uint32_t at, n;
+    bool end;
+    uint8_t goes_on;
+    uint32_t *row;
+    uint8_t *mask;
+} text_state;
 
 /* The rules, and all that was met. */
 typedef struct grammar {
@@ -506,7 +513,10 @@ static uint32_t add_gbnf(grammar *g, const char *text, size_t n, buffer *names, 
     }
     const rule_name *all = (const rule_name *)(void *)names->data;
     for (size_t i = 0; !r.wrong && i < names->n / sizeof *all; i++)
-        if (!all[i].given) r.wrong = "no rule has this name", r.p = (const uint8_t *)all[i].name.text;
+        if (!all[i].given) {
+            r.wrong = "no rule has this name";
+            r.p = (const uint8_t *)all[i].name.text;
+        }
     if (!r.wrong && !root.n) r.wrong = "no rule has the name root";
     *why = r.wrong;
     *line = 1;

@@ -1,12 +1,12 @@
 /* serve_schema.c: JSON schemas, and calls of functions, as the rules of serve_grammar.c. Included
  * behind it. MIT licence, see LICENSE.
  *
- * A rule belongs to a set of schemas that a value must fit together: what stands in an allOf, behind
- * a $ref or beside an anyOf is added to the set, and the set is read as one schema. Of what several
- * schemas say about strings, numbers and keys, each is a node, and nodes are schemas. What is made is
- * a part of what the schema allows, never more: an object's keys come in the schema's order, strings
- * have one spelling, numbers at most 17 digits. So oneOf needs care: that no value fits two of its
- * schemas is asked of a set of both, for which what we would leave out is allowed. */
+ * A rule belongs to a set of schemas that a value must fit together: what stands in an allOf,
+ * behind a $ref or beside an anyOf is added to the set, and the set is read as one schema. Of what
+ * several schemas say about strings, numbers and keys, each is a node, and nodes are joined. What is
+ * made is a part of what the schema allows, never more: an object's keys come in the schema's order,
+ * strings have one spelling, numbers at most 17 digits. So oneOf needs care: that no value fits two
+ * of its schemas is asked of a set of both, for which what we would leave out is allowed. */
 
 enum { MOST_JOINED = 128, MOST_PROPERTIES = 1024, MOST_PATTERNS = 5, N_BUCKETS = 1024 };
 enum { ANY_DONE = 1, ONE_DONE = 2, VALUES_DONE = 4, FLAGS = 8 };
@@ -142,7 +142,8 @@ static void leads(schema_reader *r, uint32_t v, int depth) {
     const json *j = r->j;
     if (r->e->code || r->marks[v] == IS_FINE || json_typeof(j, v) != JSON_OBJECT) return;
     if (r->marks[v] == ON_THE_WAY || depth > 200) {
-        schema_refuse(r, v, depth > 200 ? "schemas in schemas in schemas" : "it begins with itself");
+        schema_refuse(r, v, depth > 200 ? "schemas in schemas in schemas"
+                                        : "it begins with itself");
         return;
     }
     r->marks[v] = ON_THE_WAY;
@@ -367,9 +368,9 @@ static uint32_t multiples(schema_reader *r, uint32_t f) {
 static uint32_t number_node(schema_reader *r, const schemas *s, bool whole) {
     static const char *const names[] = {"minimum", "maximum", "exclusiveMinimum",
                                         "exclusiveMaximum"};
-    static const char forms[][64] = {"-?(0|[1-9][0-9]{0,17})(\\.[0-9]{1,17})?([eE][+-]?[0-9]{1,3})?",
-                                     "-?(0|[1-9][0-9]{0,17})(\\.[0-9]{1,17})?",
-                                     "-?(0|[1-9][0-9]{0,17})"};
+    static const char *const forms[] = {
+        "-?(0|[1-9][0-9]{0,17})(\\.[0-9]{1,17})?([eE][+-]?[0-9]{1,3})?",
+        "-?(0|[1-9][0-9]{0,17})(\\.[0-9]{1,17})?", "-?(0|[1-9][0-9]{0,17})"};
     grammar *g = r->g;
     uint32_t all = JSON_NONE;
     const char *why;
@@ -407,9 +408,9 @@ static uint32_t any_char(schema_reader *r) { return written(r->g, 0x20, 0x10FFFF
 
 /* Each a part of what the standard allows. */
 #define YEAR "(000[1-9]|00[1-9][0-9]|0[1-9][0-9]{2}|[1-9][0-9]{3})"
-#define DATE "((" YEAR "-((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|" \
-             "30)|02-(0[1-9]|1[0-9]|2[0-8])))|([0-9]{2}(0[48]|[2468][048]|[13579][26])|" \
-             "(0[48]|[2468][048]|[13579][26])00)-02-29)"
+#define DATE "((" YEAR "-((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|" \
+             "[12][0-9]|30)|02-(0[1-9]|1[0-9]|2[0-8])))|([0-9]{2}(0[48]|[2468][048]|" \
+             "[13579][26])|(0[48]|[2468][048]|[13579][26])00)-02-29)"
 #define TIME "([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\\.[0-9]{1,6})?(Z|[+-]([01][0-9]|2[0-3])" \
              ":[0-5][0-9])"
 #define CLOCK "T([0-9]{1,9}H([0-9]{1,9}M([0-9]{1,9}S)?)?|[0-9]{1,9}M([0-9]{1,9}S)?|[0-9]{1,9}S)"
@@ -497,10 +498,10 @@ static uint32_t list_node(schema_reader *r, const schemas *s, uint32_t mode) {
     for (uint32_t i = 0; i < s->n; i++)
         for (int k = 0; k < 2; k++) {
             uint32_t f = json_get(r->j, value_of(s, i), names[k]);
-            if (!k && f != JSON_NONE && (json_typeof(r->j, f) != JSON_ARRAY || !r->j->nodes[f].count))
+            bool list = json_is_type(r->j, f, JSON_ARRAY);
+            if (!k && f != JSON_NONE && (!list || !r->j->nodes[f].count))
                 return schema_refuse(r, f, "wanted a list of schemas");
-            if (json_is_type(r->j, f, JSON_ARRAY) && r->j->nodes[f].count > n)
-                n = r->j->nodes[f].count;
+            if (list && r->j->nodes[f].count > n) n = r->j->nodes[f].count;
         }
     if (lo > hi) return never(g);
     if (n > 1000) return schema_refuse(r, value_of(s, 0), "more than 1000 places");
@@ -539,7 +540,10 @@ static property *property_at(object_reader *o, uint32_t i) {
 
 static void add_property(object_reader *o, uint32_t key, bool must) {
     size_t from = o->names.n;
-    if (!json_is_type(o->r->j, key, JSON_STRING)) { schema_refuse(o->r, key, "wanted a text"); return; }
+    if (!json_is_type(o->r->j, key, JSON_STRING)) {
+        schema_refuse(o->r, key, "wanted a text");
+        return;
+    }
     json_unescape(o->r->j, key, &o->names);
     buffer_add(&o->names, "", 1);
     o->r->g->failed |= o->names.failed;
@@ -701,7 +705,7 @@ static uint32_t object_node(schema_reader *r, const schemas *s, uint32_t mode) {
 
 /* ---- schemas of any kind -------------------------------------------------------------------- */
 
-/* A value that the schema gives: as Python's json.dumps writes it, a whole number without a point. */
+/* A value that the schema gives: as Python's json.dumps writes it; whole numbers have no point. */
 static uint32_t constant(schema_reader *r, uint32_t v) {
     buffer b = {0};
     double d = json_typeof(r->j, v) == JSON_NUMBER ? json_number(r->j, v) : NAN;
