@@ -6,7 +6,7 @@
  * several schemas say about strings, numbers and keys, each is a node, and nodes are joined. What
  * is made is a part of what the schema allows, never more: an object's keys come in the schema's
  * order, strings have one spelling, numbers at most 17 digits. So oneOf needs care: that no value
- * fits two of its schemas is asked of a set of both, for which what we would leave out is allowed. */
+ * fits two of its schemas is asked of a set of both, for which what we leave out is allowed. */
 
 enum { MOST_JOINED = 128, MOST_PROPERTIES = 1024, MOST_PATTERNS = 5, N_BUCKETS = 1024 };
 enum { ANY_DONE = 1, ONE_DONE = 2, VALUES_DONE = 4, FLAGS = 8 };
