@@ -416,6 +416,7 @@ static uint32_t any_char(schema_reader *r) { return written(r->g, 0x20, 0x10FFFF
 #define CLOCK "T([0-9]{1,9}H([0-9]{1,9}M([0-9]{1,9}S)?)?|[0-9]{1,9}M([0-9]{1,9}S)?|[0-9]{1,9}S)"
 #define LABEL "[A-Za-z0-9](-?[A-Za-z0-9]){0,30}"
 #define HOST_NAME LABEL "(\\." LABEL "){0,3}"
+#define MAIL_WORD "[A-Za-z0-9!#$%&'*+/=?^_{|}~-]{1,30}"
 #define BYTE "(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
 #define HEX "[0-9a-fA-F]"
 #define H16 HEX "{1,4}"
@@ -425,7 +426,7 @@ static const char *const formats[][2] = {
     {"duration", "P([0-9]{1,9}W|([0-9]{1,9}Y([0-9]{1,9}M([0-9]{1,9}D)?)?|[0-9]{1,9}M([0-9]{1,9}D)?|"
                  "[0-9]{1,9}D)(" CLOCK ")?|" CLOCK ")"},
     {"uuid", HEX "{8}-" HEX "{4}-" HEX "{4}-" HEX "{4}-" HEX "{12}"},
-    {"email", "[A-Za-z0-9!#$%&'*+/=?^_{|}~-]{1,30}(\\.[A-Za-z0-9!#$%&'*+/=?^_{|}~-]{1,30})?@" HOST_NAME},
+    {"email", MAIL_WORD "(\\." MAIL_WORD ")?@" HOST_NAME},
     {"hostname", HOST_NAME}, {"ipv4", "(" BYTE "\\.){3}" BYTE},
     {"ipv6", "(" H16 ":){7}" H16 "|(" H16 ":){1,7}:|(" H16 ":){1,6}:" H16 "|(" H16 ":){1,5}(:" H16
              "){1,2}|(" H16 ":){1,4}(:" H16 "){1,3}|(" H16 ":){1,3}(:" H16 "){1,4}|(" H16
