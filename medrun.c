@@ -544,13 +544,10 @@ static void *map_bytes(int fd, size_t n) {
 static void unmap_bytes(const void *p, size_t n) { munmap((void *)(uintptr_t)p, n); }
 #define LOCK_HINT "; see ulimit -l"
 
-/* Keeps the N bytes at P in memory, and where the system can, all that the program will have. */
+/* Keeps the N bytes at P in memory, never in a file of the system's, and where the system can, all
+ * that the program will have, prompts among it. macOS knows only the first of the two calls. */
 static bool lock_bytes(const void *p, size_t n) {
-#ifdef __linux__
-    return !mlock(p, n) && !mlockall(MCL_CURRENT | MCL_FUTURE);
-#else
-    return !mlock(p, n);
-#endif
+    return !mlock(p, n) && (!mlockall(MCL_CURRENT | MCL_FUTURE) || errno == ENOSYS);
 }
 
 #ifdef __APPLE__
@@ -575,14 +572,9 @@ static int processors(void) {
     return n < 1 ? 1 : n > MAX_THREADS ? MAX_THREADS : (int)n;
 }
 
-/* The processor that this thread runs on; -1: the system does not say. */
-static int this_processor(void) {
-#ifdef __linux__
-    return sched_getcpu();
-#else
-    return -1;
+#ifndef __linux__
+#define sched_getcpu() (-1)     /* these systems do not say on which processor a thread runs    */
 #endif
-}
 
 /* The number behind KEY in the file NAME of FOLDER, or where two stand there the first divided by
  * the second; -1: there is none. */
@@ -862,7 +854,7 @@ static int processors(void) {
     return mine ? __builtin_popcountll(mine) : 1;
 }
 
-static int this_processor(void) { return (int)GetCurrentProcessorNumber(); }
+#define sched_getcpu() ((int)GetCurrentProcessorNumber())
 
 /* Memory is free where a process may have it, too: the paging file counts. */
 static machine_limits limits_of_machine(void) {
@@ -1046,9 +1038,7 @@ static void want_large_pages(const void *p, size_t n) {
 
 /* A seed of its own for each run. It has to differ, not to be a secret. */
 static uint64_t random_bits(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_REALTIME, &t);
-    uint64_t now = (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+    uint64_t now = (uint64_t)(seconds() * 1e9) ^ (uint64_t)time(NULL) << 32;
     uint64_t bits = (now ^ (uint64_t)getpid() << 40) * 0x9E3779B97F4A7C15u;
     return bits ^ bits >> 32;
 }
@@ -1773,7 +1763,7 @@ static void wait_until(thread_pool *pool, bool ready(thread_pool *), sleeper *me
     for (int i = 0; i < SPINS && !beside; i++) {
         if (ready(pool)) return;
         if (me == &pool->idle && i % 64 == 0) {
-            int here = this_processor();
+            int here = sched_getcpu();
             beside = here >= 0 && here == atomic_load(&pool->caller_runs_on);
         }
 #ifdef MEDRUN_X86
@@ -1829,7 +1819,7 @@ static void parallel_for(thread_pool *pool, size_t n, size_t grain, task_fn *tas
     pool->task = task, pool->context = context;
     pool->n = n, pool->grain = grain;
     pool->pieces = (n - 1) / grain + 1;
-    atomic_store(&pool->caller_runs_on, this_processor());
+    atomic_store(&pool->caller_runs_on, sched_getcpu());
     atomic_store(&pool->finished, 0);
     uint64_t job = (atomic_load(&pool->left) >> 32) + 1;
     atomic_exchange(&pool->left, job << 32 | pool->pieces);
