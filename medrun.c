@@ -480,6 +480,8 @@ enum { TO_READ, TO_MAP, TO_LOOK, TO_WRITE, TO_CREATE, TO_STREAM };
 typedef void signal_handler(int number);
 
 #ifndef _WIN32
+/* O_NONBLOCK opens a pipe at once though nobody is at its other end, so that whoever asked for a
+ * file can see what it got instead of waiting for ever. */
 static int open_file(const char *path, int how) {
     static const int flags[] = {
         [TO_READ] = O_RDONLY,
@@ -531,7 +533,8 @@ static int sync_file(int fd) {
 }
 
 /* N > 0 bytes of a file for reading; where FD is -1, zeroed memory. The system gives a page when it
- * is first touched: a long context costs nothing before it is used. */
+ * is first touched: a long context costs nothing before it is used. Memory holds what people wrote,
+ * so a core dump of the program that uses medrun leaves it out. */
 static void *map_bytes(int fd, size_t n) {
     void *p = fd < 0 ? mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
                      : mmap(NULL, n, PROT_READ, MAP_SHARED, fd, 0);
@@ -794,6 +797,7 @@ static int open_file(const char *path, int how) {
     return fd;
 }
 
+/* C's own stat takes no long path and cannot tell one file from another. */
 static int get_facts(const char *path, int fd, file_facts *f) {
     BY_HANDLE_FILE_INFORMATION i = {0};
     if (path && (fd = open_file(path, TO_READ)) < 0) return -1;
