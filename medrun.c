@@ -480,8 +480,8 @@ enum { TO_READ, TO_MAP, TO_LOOK, TO_WRITE, TO_CREATE, TO_STREAM };
 typedef void signal_handler(int number);
 
 #ifndef _WIN32
-/* O_NONBLOCK opens a pipe at once though nobody is at its other end, so that whoever asked for a
- * file can see what it got instead of waiting for ever. */
+/* O_NONBLOCK opens a pipe though nobody is at its other end: whoever wanted a file can see what it
+ * got instead of waiting. */
 static int open_file(const char *path, int how) {
     static const int flags[] = {
         [TO_READ] = O_RDONLY,
@@ -533,8 +533,8 @@ static int sync_file(int fd) {
 }
 
 /* N > 0 bytes of a file for reading; where FD is -1, zeroed memory. The system gives a page when it
- * is first touched: a long context costs nothing before it is used. Memory holds what people wrote,
- * so a core dump of the program that uses medrun leaves it out. */
+ * is first touched: a long context costs nothing before it is used. Core dumps leave out what
+ * people wrote. */
 static void *map_bytes(int fd, size_t n) {
     void *p = fd < 0 ? mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
                      : mmap(NULL, n, PROT_READ, MAP_SHARED, fd, 0);
@@ -547,8 +547,8 @@ static void *map_bytes(int fd, size_t n) {
 static void unmap_bytes(const void *p, size_t n) { munmap((void *)(uintptr_t)p, n); }
 #define LOCK_HINT "; see ulimit -l"
 
-/* Keeps the N bytes at P in memory, never in a file of the system's, and where the system can, all
- * that the program will have, prompts among it. macOS knows only the first of the two calls. */
+/* Keeps the N bytes at P in memory and, where the system can (not on a Mac), all that the program
+ * will have, prompts among it. */
 static bool lock_bytes(const void *p, size_t n) {
     return !mlock(p, n) && (!mlockall(MCL_CURRENT | MCL_FUTURE) || errno == ENOSYS);
 }
@@ -576,7 +576,8 @@ static int processors(void) {
 }
 
 #ifndef __linux__
-#define sched_getcpu() (-1)     /* these systems do not say on which processor a thread runs    */
+/* Other systems do not say on which processor a thread runs. */
+#define sched_getcpu() (-1)
 #endif
 
 /* The number behind KEY in the file NAME of FOLDER, or where two stand there the first divided by
@@ -633,10 +634,9 @@ static machine_limits limits_of_machine(void) {
         char *kinds = strchr(line, ':'), *path = kinds ? strchr(kinds + 1, ':') : NULL;
         if (!path) continue;
         *path++ = 0;
-        path[strcspn(path, "\n")] = 0;
-        int root = snprintf(folder, sizeof folder, "/sys/fs/cgroup/%s", kinds + 1);
-        snprintf(folder + root, sizeof folder - (size_t)root, "%s", path);
-        for (char *end = folder + strlen(folder); end; end = strrchr(folder + root, '/')) {
+        snprintf(folder, sizeof folder, "/sys/fs/cgroup/%s%s", kinds + 1, path);
+        char *root = folder + strlen("/sys/fs/cgroup/") + strlen(kinds + 1);
+        for (char *end = folder + strcspn(folder, "\n"); end; end = strrchr(root, '/')) {
             *end = 0;
             lower_limits(folder, &l);
         }
@@ -1668,11 +1668,10 @@ MAYBE_UNUSED static bool parse_number(const char *text, double *out) {
 static size_t edit_distance(const char *a, const char *b) {
     size_t row[40], nb = strlen(b) < 39 ? strlen(b) : 39;
     for (size_t k = 0; k <= nb; k++) row[k] = k;
-    for (size_t i = 0; a[i]; i++) {
-        size_t corner = i;
-        row[0] = i + 1;
+    for (; *a; a++) {
+        size_t corner = row[0]++;
         for (size_t k = 0; k < nb; k++) {
-            size_t best = corner + (a[i] != b[k]);
+            size_t best = corner + (*a != b[k]);
             corner = row[k + 1];
             if (corner + 1 < best) best = corner + 1;
             row[k + 1] = row[k] + 1 < best ? row[k] + 1 : best;
@@ -4404,7 +4403,6 @@ static void pack_activations(const engine *eng, packed *to, int weight_type, con
 typedef struct {
     const engine *eng;
     const product *products;
-    size_t n;
     const packed *x;
     size_t cols_per_block;          /* of a few panels that fit the second cache                */
 } matmul_job;
@@ -4420,7 +4418,7 @@ static size_t tensor_panels(const tensor *w) { return (w->rows + LANES - 1) / LA
 static void matmul_task(void *context, size_t begin, size_t end, int thread) {
     matmul_job *j = context;
     const engine *eng = j->eng;
-    for (const product *p = j->products; p < j->products + j->n && begin < end; p++) {
+    for (const product *p = j->products; begin < end; p++) {
         size_t panels = tensor_panels(p->w), n = panels < end ? panels : end;
         matmul_fn *f = matmul_of(eng->k, p->w->type, j->x->kind);
         uint8_t *block = eng->blocks ? eng->blocks + (size_t)thread * eng->block_bytes : NULL;
@@ -4452,10 +4450,9 @@ static void matmul(const engine *eng, const product *products, size_t n, const p
     if (!x->tokens) return;
     if (eng->device && eng->device->multiply(eng->device, products, n, x)) return;
     size_t tile = products->w->type == TYPE_BF16 ? eng->k->tile_panels : eng->k->int_panels;
-    size_t cols_per_block = block_cols(eng, (tile * bytes + x->cols - 1) / x->cols);
-    if (eng->block_bytes) cols_per_block = block_cols(eng, BLOCK_BYTES);
-    if (x->tokens <= TILE) cols_per_block = x->cols;    /* nothing is used a second time         */
-    matmul_job j = {eng, products, n, x, cols_per_block};
+    size_t each = eng->block_bytes ? BLOCK_BYTES : (tile * bytes + x->cols - 1) / x->cols;
+    matmul_job j = {eng, products, x, block_cols(eng, each)};
+    if (x->tokens <= TILE) j.cols_per_block = x->cols;  /* nothing is used a second time         */
     for (size_t i = 0; i < n; i++) panels += tensor_panels(products[i].w);
     size_t grain = panels / ((size_t)eng->pool->threads * 32);
     if (x->tokens > TILE) grain = round_up(grain ? grain : 1, tile);
