@@ -533,8 +533,7 @@ static int sync_file(int fd) {
 }
 
 /* N > 0 bytes of a file for reading; where FD is -1, zeroed memory. The system gives a page when it
- * is first touched: a long context costs nothing before it is used. Core dumps leave out what
- * people wrote. */
+ * is first touched: a long context costs nothing before it is used. */
 static void *map_bytes(int fd, size_t n) {
     void *p = fd < 0 ? mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
                      : mmap(NULL, n, PROT_READ, MAP_SHARED, fd, 0);
@@ -797,7 +796,6 @@ static int open_file(const char *path, int how) {
     return fd;
 }
 
-/* C's own stat takes no long path and cannot tell one file from another. */
 static int get_facts(const char *path, int fd, file_facts *f) {
     BY_HANDLE_FILE_INFORMATION i = {0};
     if (path && (fd = open_file(path, TO_READ)) < 0) return -1;
