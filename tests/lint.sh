@@ -32,12 +32,12 @@ done
 # above its limit, which is what it has now: limits only ever shrink, until they are the budgets.
 budgets="
 1:330:336
-2:450:718
-3:540:634
+2:450:710
+3:540:633
 4:200:200
 5:310:260
 6:1940:2184
-7:130:138
+7:130:136
 8:350:475
 9:180:320
 10:950:948
@@ -48,8 +48,8 @@ budgets="
 15:720:1028
 16:1410:2462"
 budgets=$(echo $budgets)                  # on one line
-most_lines=11454                            # the goals: 9000, 450000, 15
-most_bytes=578446
+most_lines=11443                            # the goals: 9000, 450000, 15
+most_bytes=578252
 least_comments=13.3
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
