@@ -507,6 +507,24 @@ static void test_memory(void) {
     }
 }
 
+/* A signal ends the pass that runs, and none begins after it. */
+static void test_interrupt(void) {
+    medrun_model *m = NULL;
+    medrun_session *s = NULL;
+    medrun_session_options o = {.context = 8};
+    medrun_error e = {0};
+    if (!CHECK(!medrun_open(&m, model_path, NULL, &e) && !medrun_start(&s, m, &o, NULL, 0, &e))) return;
+    CHECK(!medrun_feed(s, (const int32_t[]){1, 2, 3}, 3, &e));
+    running = s;
+    on_interrupt(SIGTERM);
+    CHECK(interrupted && medrun_step(&s, 1, &e) == MEDRUN_INTERRUPTED && medrun_pending(s) == 3);
+    running = NULL;
+    medrun_stop(s);
+    medrun_close(m);
+    CHECK_EQ(run_with(100000, "letter"), MEDRUN_INTERRUPTED);
+    interrupted = 0;
+}
+
 int main(void) {
     const char *build = getenv("MEDRUN_TEST_BUILD");
     snprintf(model_path, sizeof model_path, "%s/llama-tied-int8.mdr", build ? build : "build");
@@ -520,6 +538,7 @@ int main(void) {
     test_prompts();
     test_scores();
     test_memory();
+    test_interrupt();
     free_data(&loaded);
     free_data(&v.data);
     free_data(&v.shots);

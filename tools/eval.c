@@ -96,10 +96,12 @@ typedef struct {
 } evaluation;
 
 static volatile sig_atomic_t interrupted;
+static medrun_session *volatile running;        /* its pass ends early, for one may take long    */
 
 static void on_interrupt(int number) {
     (void)number;
     interrupted = 1;
+    if (running) medrun_interrupt(running);
 }
 
 /* ============================================================================================
@@ -1692,6 +1694,7 @@ static int make_prompts(evaluation *v, size_t *longest, size_t *rows, medrun_err
     for (size_t i = v->shard; i < v->data.n && !e->code; i += v->n_shards) {
         prompt *p = &v->prompts[i];
         v->n_mine++;
+        if (interrupted) return fail(e, MEDRUN_INTERRUPTED, "interrupted before the first question");
         if (v->done[i]) continue;
         if (make_prompt(v, &v->data.q[i], p, e)) return e->code;
         size_t n = prompt_length(v, p);
@@ -1732,11 +1735,13 @@ static void draw_progress(evaluation *v, bool last) {
 
 static int run_questions(evaluation *v, medrun_error *e) {
     v->start = v->drawn = seconds();
+    running = v->lead;
     v->drawn_at = v->n_done + v->n_mine / 10 + 1;
     while (v->n_done < v->n_mine && !e->code) {
         for (slot *s = v->slots; s < v->slots + v->n_slots; s++)
             if (s->at == NO_QUESTION && !next_question(v, s)) break;
-        if (run_pass(v, e)) break;
+        if (!interrupted && run_pass(v, e) && e->code != MEDRUN_INTERRUPTED) break;
+        if (e->code) *e = (medrun_error){0};            /* the line below says more              */
         for (slot *s = v->slots; s < v->slots + v->n_slots && !e->code; s++) {
             if (!s->finished) continue;
             add_result(v, (size_t)s->at, s, e);
@@ -1848,9 +1853,11 @@ static int merge_results(evaluation *v, const char **words, size_t n, medrun_err
     if (!n) fail(e, MEDRUN_USAGE, "--merge: wanted result files");
     if (!e->code) check_options(v, e);
     check_outputs(v, words, n, e);
-    for (size_t i = 0; i < n && !e->code; i++)
+    for (size_t i = 0; i < n && !e->code; i++) {
         if (!map_text(words[i], MOST_RESULTS, &maps[i], e))
             take_results(&all, words[i], (const char *)maps[i].data, maps[i].n, e);
+        if (interrupted) fail(e, MEDRUN_INTERRUPTED, "interrupted");
+    }
     if (!e->code && !check_results(&all, true, e) &&
         (!v->o.out || !write_merged(&all, v->o.out, v->o.force, e))) report_results(&all, v, &t, e);
     free_results(&all);
@@ -1860,6 +1867,7 @@ static int merge_results(evaluation *v, const char **words, size_t n, medrun_err
 }
 
 static void close_evaluation(evaluation *v) {
+    running = NULL;
     for (size_t i = 0; i < v->n_slots; i++) {
         medrun_stop(v->slots[i].s);
         buffer_free(&v->slots[i].text);

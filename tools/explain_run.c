@@ -671,7 +671,9 @@ static int step_pending(explain *x, medrun_session *s, const char *what, medrun_
     double start = seconds(), next = start + 2;
     while (!e->code && medrun_pending(s)) {
         x->mark = seconds();
-        medrun_step(&s, 1, e);
+        running = s;
+        if (!interrupted) medrun_step(&s, 1, e);
+        running = NULL;
         if (interrupted && !e->code) fail(e, MEDRUN_INTERRUPTED, "interrupted");
         double now = seconds(), done = (double)(all - medrun_pending(s));
         if (x->o.quiet || now < next) continue;
@@ -690,19 +692,21 @@ static int run_watched(explain *x, medrun_error *e) {
     medrun_observe(x->s, watch_stage, x);
     step_pending(x, x->s, "prompt", e);
     double start = seconds(), next = start + 2;
-    for (int i = 0; i < x->n_predict && !e->code; i++) {
+    running = x->s;
+    for (int i = 0; i < x->n_predict && !e->code && !interrupted; i++) {
         int32_t id;
         const char *text;
         size_t n;
         x->mark = seconds();
         if (medrun_next(x->s, &id, &text, &n, e) || medrun_is_stop(x->v.m, id)) break;
-        if (interrupted) fail(e, MEDRUN_INTERRUPTED, "interrupted");
         if (x->o.quiet || seconds() < next) continue;
         next = seconds() + 2;
         fprintf(stderr, "answer: %d of at most %d tokens, %.0f s left\n", i + 1, x->n_predict,
                 (seconds() - start) / (i + 1) * (x->n_predict - i - 1));
     }
+    running = NULL;
     medrun_observe(x->s, NULL, NULL);
+    if (interrupted) fail(e, MEDRUN_INTERRUPTED, "interrupted");
     if (e->code) return e->code;
     x->n = medrun_length(x->s), x->rows = x->s->n_done;
     if (x->at >= x->rows)

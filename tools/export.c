@@ -1841,9 +1841,11 @@ static int plan_proofs(exporter *x, medrun_error *e) {
  * ============================================================================================ */
 
 static volatile sig_atomic_t interrupted;
+static medrun_session *volatile running;        /* its pass ends early, for one may take long    */
 
 static void on_interrupt(int signal_number) {
     interrupted = 1;
+    if (running) medrun_interrupt(running);
     on_signal(signal_number, on_interrupt);
 }
 
@@ -1856,6 +1858,17 @@ static void catch_signals(void) {
 static int check_interrupt(medrun_error *e) {
     return interrupted ? fail(e, MEDRUN_INTERRUPTED, "interrupted; nothing is left behind") :
                          MEDRUN_OK;
+}
+
+/* Processes what is pending. */
+static int step_pending(medrun_session *s, medrun_error *e) {
+    while (!e->code && medrun_pending(s)) {
+        running = s;
+        if (check_interrupt(e) || medrun_step(&s, 1, e) != MEDRUN_INTERRUPTED) continue;
+        *e = (medrun_error){0};                         /* the next turn says more               */
+    }
+    running = NULL;
+    return e->code;
 }
 
 /* On a terminal a bar, else a line for each tenth: a log should not fill with bars. */
@@ -2151,7 +2164,7 @@ static int run_logits(const medrun_model *m, logits_proof *p, medrun_error *e) {
     medrun_session_options o = {.context = (int)p->n, .strict = true, .kv = MEDRUN_KV_F32};
     size_t vocab = (size_t)m->config.vocab_size;
     if (!medrun_start(&s, m, &o, NULL, 0, e)) medrun_feed(s, p->ids, p->n, e);
-    while (!e->code && medrun_pending(s) && !check_interrupt(e)) medrun_step(&s, 1, e);
+    step_pending(s, e);
     const float *row = e->code ? NULL : medrun_logits(s, 0);
     for (size_t i = 0; row && i < vocab; i++)
         if (!(fabsf(row[i]) <= FLT_MAX))

@@ -113,8 +113,7 @@ static int run_windows(exporter *x, medrun_session *s, medrun_error *e) {
         if (medrun_rewind(s, 0, e)) break;
         for (c->opening = 1; !e->code && done < end; c->opening = 0) {
             size_t n = end - done < WINDOW_CHUNK ? end - done : WINDOW_CHUNK;
-            if (check_interrupt(e) || medrun_feed(s, ids + done, n, e)) break;
-            while (!e->code && medrun_pending(s)) medrun_step(&s, 1, e);
+            if (medrun_feed(s, ids + done, n, e) || step_pending(s, e)) break;
             draw_calibration(x, done += n, n);
         }
     }
