@@ -1694,7 +1694,8 @@ static int make_prompts(evaluation *v, size_t *longest, size_t *rows, medrun_err
     for (size_t i = v->shard; i < v->data.n && !e->code; i += v->n_shards) {
         prompt *p = &v->prompts[i];
         v->n_mine++;
-        if (interrupted) return fail(e, MEDRUN_INTERRUPTED, "interrupted before the first question");
+        if (interrupted)
+            return fail(e, MEDRUN_INTERRUPTED, "interrupted before the first question");
         if (v->done[i]) continue;
         if (make_prompt(v, &v->data.q[i], p, e)) return e->code;
         size_t n = prompt_length(v, p);

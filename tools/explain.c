@@ -89,6 +89,17 @@ static void print_explain_help(const tool_line *l) {
            "or malformed, 5 longer than the context, 6 out of memory, 130 interrupted.\n");
 }
 
+/* While nothing is written that could be left half, a signal ends the program at once. */
+static void end_at_once(int number) {
+    (void)number;
+    say_plain("medrun-explain: interrupted\n");
+    _exit(MEDRUN_INTERRUPTED);
+}
+
+static void catch_signals(signal_handler *handler) {
+    on_signal(SIGINT, handler), on_signal(SIGTERM, handler);
+}
+
 /* All that follows from the options and one run. */
 static int explain_all(explain *x, medrun_error *e) {
     x->start = seconds();
@@ -97,10 +108,13 @@ static int explain_all(explain *x, medrun_error *e) {
     if (plan_page(x, e) || check_edits(x, e) || read_ablations(x, e))
         return e->code;
     if (x->o.dry_run) return print_plan(x, e);
+    catch_signals(on_interrupt);
     if (run_watched(x, e)) return e->code;
+    catch_signals(end_at_once);
     x->seconds = seconds() - x->start;
     if (compute_facts(x, e) || run_more(x, e)) return e->code;
     x->explaining = seconds() - x->start - x->seconds;
+    catch_signals(on_interrupt);
     return write_results(x, e);
 }
 
@@ -143,7 +157,7 @@ static int explain_main(int argc, char **argv) {
     if (!(argv = start_program(&argc, argv))) return MEDRUN_FAILED;
     expect_lost_files("medrun-explain");
     umask(077);                         /* pages hold the prompt                                 */
-    on_signal(SIGINT, on_interrupt), on_signal(SIGTERM, on_interrupt);
+    catch_signals(end_at_once);
     parse_options(&line, argc, argv, &e);
     if (!e.code && x.o.help) print_explain_help(&line);
     else if (!e.code && x.o.version) puts("medrun-explain " MEDRUN_VERSION);
