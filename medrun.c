@@ -9011,11 +9011,11 @@ typedef struct {
     const char *argument;       /* what help calls it; a CHOICE's words with | between         */
     option_kind kind;
     unsigned on;                /* the commands that take it                                   */
-    double min, max;            /* of a number                                                 */
     const char *standard;       /* the default, as help shows it; a number is parsed from here */
-    const char *variable;       /* NULL: as its name                                           */
-    const char *help;
+    double min, max;            /* of a number                                                 */
     const char *also;           /* --names of other programs for it, | between them            */
+    const char *help;
+    const char *variable;       /* NULL: as its name                                           */
 } option_row;
 
 enum { MAX_OPTIONS = 64 };
@@ -9054,57 +9054,51 @@ static const option_row option_rows[N_OPTIONS] = {
         .help = "the text; -p may be left out behind the model"},
     [O_FILE] = {"file", "f", "FILE", TEXT, ON_TEXT,
         .help = "a file with the text (- is stdin); with -p: what the text is about"},
-    [O_SYSTEM] = {"system", "sys", "TEXT", TEXT, ON_ANSWER | ON(RENDER),
-        .standard = "the checkpoint's", .also = "system-prompt",
-        .help = "what the model is told before the conversation"},
-    [O_PREDICT] = {"predict", "n", "N", WHOLE, ON_ANSWER, .min = -1, .max = 1 << 24,
-        .standard = "-1", .also = "n-predict|max-tokens|max-new-tokens|num-predict",
-        .help = "maximum tokens in an answer; -1: no limit"},
-    [O_TEMP] = {"temp", NULL, "T", REAL, ON_ANSWER, .max = 100, .standard = "the card's",
-        .also = "temperature", .help = "temperature; 0: always the most likely token"},
-    [O_TOP_K] = {"top-k", NULL, "K", WHOLE, ON_ANSWER, .max = 1 << 24, .standard = "the card's",
+    [O_SYSTEM] = {"system", "sys", "TEXT", TEXT, ON_ANSWER | ON(RENDER), "the checkpoint's",
+        .also = "system-prompt", .help = "what the model is told before the conversation"},
+    [O_PREDICT] = {"predict", "n", "N", WHOLE, ON_ANSWER, "-1", -1, 1 << 24,
+        "n-predict|max-tokens|max-new-tokens|num-predict",
+        "maximum tokens in an answer; -1: no limit"},
+    [O_TEMP] = {"temp", NULL, "T", REAL, ON_ANSWER, "the card's", 0, 100, "temperature",
+        "temperature; 0: always the most likely token"},
+    [O_TOP_K] = {"top-k", NULL, "K", WHOLE, ON_ANSWER, "the card's", 0, 1 << 24,
         .help = "choose from the K most likely tokens; 0: off"},
-    [O_TOP_P] = {"top-p", NULL, "P", REAL, ON_ANSWER, .max = 1, .standard = "the card's",
+    [O_TOP_P] = {"top-p", NULL, "P", REAL, ON_ANSWER, "the card's", 0, 1,
         .help = "choose from the most likely that have probability P together; 1: off"},
-    [O_MIN_P] = {"min-p", NULL, "P", REAL, ON_ANSWER, .max = 1, .standard = "the card's",
+    [O_MIN_P] = {"min-p", NULL, "P", REAL, ON_ANSWER, "the card's", 0, 1,
         .help = "leave out tokens less than P times as likely as the most likely; 0: off"},
-    [O_REPEAT] = {"repeat-penalty", NULL, "R", REAL, ON_ANSWER, .min = 0.01, .max = 100,
-        .standard = "the card's", .also = "repetition-penalty",
-        .help = "make tokens that occurred less likely; 1: off"},
-    [O_SEED] = {"seed", "s", "N", WHOLE, ON_ANSWER, .min = -1, .max = MAX_SEED, .standard = "-1",
+    [O_REPEAT] = {"repeat-penalty", NULL, "R", REAL, ON_ANSWER, "the card's", 0.01, 100,
+        "repetition-penalty", "make tokens that occurred less likely; 1: off"},
+    [O_SEED] = {"seed", "s", "N", WHOLE, ON_ANSWER, "-1", -1, MAX_SEED,
         .help = "seed of the random numbers; -1: a new one, which is printed"},
     [O_STOP] = {"stop", NULL, "TEXT", TEXT, ON_ANSWER, .also = "reverse-prompt",
         .help = "end the answer before this text; up to 8 of them"},
-    [O_CTX] = {"ctx", "c", "N", WHOLE, ON_ANSWER | ON(SHOW), .max = 1 << 24,
-        .standard = "as much of it as memory allows", .also = "ctx-size|num-ctx",
-        .help = "tokens of context; 0: as many as the model was made for"},
-    [O_THREADS] = {"threads", "t", "N", WHOLE, ON_MODEL & ~ON(SHOW), .min = 1, .max = MAX_THREADS,
-        .standard = "one for each processor", .help = "threads; changes no number"},
-    [O_BATCH] = {"batch", "b", "N", WHOLE, ON_SESSION | ON(SHOW), .min = 1, .max = 65536,
-        .standard = "512", .also = "batch-size",
-        .help = "tokens of the prompt in one pass; changes no number"},
-    [O_KV] = {"kv", NULL, "f16|f32|int8", CHOICE, ON_SESSION | ON(SHOW), .standard = "f16",
+    [O_CTX] = {"ctx", "c", "N", WHOLE, ON_ANSWER | ON(SHOW), "as much of it as memory allows",
+        0, 1 << 24, "ctx-size|num-ctx", "tokens of context; 0: as many as the model was made for"},
+    [O_THREADS] = {"threads", "t", "N", WHOLE, ON_MODEL & ~ON(SHOW), "one for each processor",
+        1, MAX_THREADS, .help = "threads; changes no number"},
+    [O_BATCH] = {"batch", "b", "N", WHOLE, ON_SESSION | ON(SHOW), "512", 1, 65536,
+        "batch-size", "tokens of the prompt in one pass; changes no number"},
+    [O_KV] = {"kv", NULL, "f16|f32|int8", CHOICE, ON_SESSION | ON(SHOW), "f16",
         .help = "type of the key-value cache (f32 with --strict); int8 takes half the memory of "
                 "f16 and is less exact"},
-    [O_OVERFLOW] = {"overflow", NULL, "error|drop", CHOICE, ON(CHAT), .standard = "error",
+    [O_OVERFLOW] = {"overflow", NULL, "error|drop", CHOICE, ON(CHAT), "error",
         .help = "when the context is full: refuse, or forget the oldest turns"},
-    [O_LOOKUP] = {"lookup", NULL, "N", WHOLE, ON_ANSWER | ON(SHOW), .max = MAX_LOOKUP,
-        .standard = "0", .help = "guess N tokens ahead from the text so far; changes no token"},
+    [O_LOOKUP] = {"lookup", NULL, "N", WHOLE, ON_ANSWER | ON(SHOW), "0", 0, MAX_LOOKUP,
+        .help = "guess N tokens ahead from the text so far; changes no token"},
     [O_DRAFT] = {"draft", NULL, "SMALL.mdr", TEXT, ON_ANSWER,
         .help = "a small model of the same vocabulary guesses too; changes no token"},
-    [O_TEMPLATE] = {"template", NULL, "NAME", TEXT, ON_ANSWER | ON(RENDER),
-        .standard = "the checkpoint's", .also = "chat-template",
-        .help = "chat template: " MEDRUN_TEMPLATES},
-    [O_DATE] = {"date", NULL, "YYYY-MM-DD", TEXT, ON_ANSWER | ON(RENDER),
-        .standard = "the template's",
+    [O_TEMPLATE] = {"template", NULL, "NAME", TEXT, ON_ANSWER | ON(RENDER), "the checkpoint's",
+        .also = "chat-template", .help = "chat template: " MEDRUN_TEMPLATES},
+    [O_DATE] = {"date", NULL, "YYYY-MM-DD", TEXT, ON_ANSWER | ON(RENDER), "the template's",
         .help = "the date in the system text (apertus: today; llama3.1: 26 Jul 2024)"},
     [O_THINK] = {"think", .on = ON_ANSWER | ON(RENDER),
         .help = "apertus: let the model deliberate first"},
-    [O_CHAT_BOS] = {"bos", NULL, "auto|on|off", CHOICE, ON_ANSWER | ON(RENDER), .standard = "auto",
+    [O_CHAT_BOS] = {"bos", NULL, "auto|on|off", CHOICE, ON_ANSWER | ON(RENDER), "auto",
         .help = "beginning-of-text token first: as the template says, always, never; alpaca and "
                 "afm have none, though their models were probably trained with it"},
     [O_RAW] = {"raw", .on = ON(RUN), .help = "no chat template: continue the text as it is"},
-    [O_TOP] = {"top", NULL, "N", WHOLE, ON(RUN) | ON(LOGITS), .min = 1, .max = MOST_CHOICES,
+    [O_TOP] = {"top", NULL, "N", WHOLE, ON(RUN) | ON(LOGITS), NULL, 1, MOST_CHOICES,
         .help = "print the N most likely tokens, with probabilities at temperature 1"},
     [O_STRICT] = {"strict", .on = ON_SESSION,
         .help = "bf16 weights: the same numbers on every machine, slower on some"},
@@ -9114,14 +9108,13 @@ static const option_row option_rows[N_OPTIONS] = {
         .help = "keep weights, prompt and cache in memory, or fail"},
     [O_DEVICE] = {"device", NULL, "N|NAME|none", TEXT, ON_MODEL & ~ON(SHOW),
 #ifdef MEDRUN_OPENCL
-        .standard = "the first that is not a CPU",
+        "the first that is not a CPU",
 #else
-        .standard = "none, this build has no OpenCL",
+        "none, this build has no OpenCL",
 #endif
         .help = "OpenCL device (medrun-lab doctor lists them)"},
-    [O_GPU_LAYERS] = {"gpu-layers", "ngl", "N", WHOLE, ON_MODEL & ~ON(SHOW), .max = 1 << 16,
-        .standard = "all that fit", .also = "n-gpu-layers",
-        .help = "layers whose matrices the device has; 0: no device"},
+    [O_GPU_LAYERS] = {"gpu-layers", "ngl", "N", WHOLE, ON_MODEL & ~ON(SHOW), "all that fit",
+        0, 1 << 16, "n-gpu-layers", "layers whose matrices the device has; 0: no device"},
     [O_SAVE_PREFIX] = {"save-prefix", NULL, "FILE", TEXT, ON_ANSWER,
         .help = "save the processed prompt; the file holds its text: keep it safe"},
     [O_LOAD_PREFIX] = {"load-prefix", NULL, "FILE", TEXT, ON_ANSWER,
@@ -9216,50 +9209,48 @@ static int place_in(const char *words, const char *word) {
     return -1;
 }
 
-/* The name that WORD is probably meant to be, or NULL: at most two edits away, and more than one
- * only where it begins alike. */
-static const char *nearest(const char *word, const char *const *names, size_t n) {
-    const char *best = NULL;
-    size_t least = strlen(word) < 3 ? strlen(word) : 3;
-    for (size_t i = 0; i < n; i++) {
-        size_t edits = edit_distance(word, names[i]);
-        if (edits < least && (edits < 2 || *word == *names[i])) best = names[i], least = edits;
-    }
-    return best;
-}
-
-/* Says that WORD is unknown, what may have been meant, and what lists all. */
+/* Says that WORD is unknown, what may have been meant, and what lists all. A name is meant that is
+ * at most two edits away; more than one only where it begins alike. NAMES may hold several names,
+ * with | between them. */
 static int unknown(command *c, const char *what, const char *word, const char *dashes,
                    const char *const *names, size_t n, const char *help) {
-    const char *meant = nearest(word + strspn(word, "-"), names, n);
+    const char *plain = word + strspn(word, "-");
+    char name[40], meant[40] = "";
+    size_t least = strlen(plain) < 3 ? strlen(plain) : 3, len, edits;
+    for (size_t i = 0; i < n; i++) {
+        for (const char *w = names[i]; w && *w; w += len + (w[len] == '|')) {
+            len = strcspn(w, "|");
+            snprintf(name, sizeof name, "%.*s", (int)len, w);
+            edits = edit_distance(plain, name);
+            if (edits < least && (edits < 2 || *plain == *name))
+                least = edits, memcpy(meant, name, sizeof name);
+        }
+    }
     return fail(&c->e, MEDRUN_USAGE, "unknown %s %s%s%s%s; %s lists all", what, word,
-                meant ? "; the nearest is " : "", meant ? dashes : "", meant ? meant : "", help);
+                *meant ? "; the nearest is " : "", *meant ? dashes : "", meant, help);
 }
 
-/* The option that ARG (N bytes, with its dashes) names for one of these commands, or -1. */
-static int find_option(const program *p, const char *arg, size_t n, unsigned on) {
-    char name[40] = "";
-    size_t dashes = n > 1 && arg[1] == '-' ? 2 : 1;
-    for (size_t i = dashes; i < n && i < sizeof name; i++)
-        name[i - dashes] = arg[i] == '_' ? '-' : arg[i];
+/* The option that ARG, -n or --predict, names for one of the commands ON; or -1. */
+static int find_option(const program *p, const char *arg, unsigned on) {
+    bool large = arg[1] == '-';
+    char name[40];
+    snprintf(name, sizeof name, "%s", arg + 1 + large);
+    for (char *at = name; (at = strchr(at, '_')); ) *at = '-';
     for (int id = 0; id < p->n_options; id++) {
         const option_row *r = &p->options[id];
-        const char *exact = dashes == 1 ? r->small : r->name;
+        const char *exact = large ? r->name : r->small;
         bool named = exact && !strcmp(name, exact);
-        named |= dashes == 2 && place_in(r->also, name) >= 0;
-        if (named && (r->on & on)) return id;
+        if ((named || (large && place_in(r->also, name) >= 0)) && (r->on & on)) return id;
     }
     return -1;
 }
 
-/* Words that people know from other programs, and what to do instead. */
+/* Words that people know from other programs, and what to do instead. An entry that ends with a
+ * blank is the program that has a command of this name. */
 static const struct { const char *words, *instead; } elsewhere[] = {
-    {"bench", "medrun-lab bench does this"},
-    {"doctor", "medrun-lab doctor does this"},
-    {"record|--record", "medrun-lab record does this"},
-    {"replay", "medrun-lab replay does this"},
-    {"compare", "medrun-lab compare does this"},
-    {"call|--tools", "medrun-lab call does this"},
+    {"bench|doctor|record|replay|compare|call", "medrun-lab "},
+    {"--record", "medrun-lab record does this"},
+    {"--tools", "medrun-lab call does this"},
     {"export|convert|quantize", "medrun-export SOURCE OUT.mdr does this"},
     {"eval|perplexity", "medrun-eval does this"},
     {"serve|server", "medrun-serve does this"},
@@ -9275,19 +9266,23 @@ static const struct { const char *words, *instead; } elsewhere[] = {
 
 /* Says what to do instead of WORD, if it is one of those. */
 static int look_elsewhere(command *c, const char *word) {
-    for (size_t i = 0; i < sizeof elsewhere / sizeof *elsewhere; i++)
+    for (size_t i = 0; i < sizeof elsewhere / sizeof *elsewhere; i++) {
+        const char *instead = elsewhere[i].instead;
+        bool same = instead[strlen(instead) - 1] == ' ';
         if (place_in(elsewhere[i].words, word) >= 0)
-            return fail(&c->e, MEDRUN_USAGE, "%s: %s", word, elsewhere[i].instead);
+            return fail(&c->e, MEDRUN_USAGE, same ? "%s: %s%s does this" : "%s: %s", word, instead,
+                        word);
+    }
     return MEDRUN_OK;
 }
 
 /* Says what may have been meant. */
 static int unknown_option(command *c, const char *arg) {
     const program *p = c->p;
-    const char *names[3 * MAX_OPTIONS];
-    char where[200] = "", help[64], words[1000], *w = words;
-    size_t n_names = 0, len;
-    int id = find_option(p, arg, strlen(arg), ~0u);
+    const char *names[2 * MAX_OPTIONS];
+    char where[200] = "", help[64];
+    size_t n = 0;
+    int id = find_option(p, arg, ~0u);
     for (int k = 0; id >= 0 && k < p->n_commands; k++)
         if (p->options[id].on & ON(k))
             snprintf(where + strlen(where), sizeof where - strlen(where), " %s",
@@ -9296,41 +9291,29 @@ static int unknown_option(command *c, const char *arg) {
         return fail(&c->e, MEDRUN_USAGE, "%s does not go with %s, but with:%s", arg, c->row->name,
                     where);
     if (look_elsewhere(c, arg)) return c->e.code;
-    for (id = 0; id < p->n_options; id++) if (takes(c, id)) names[n_names++] = p->options[id].name;
-    for (id = 0; id < p->n_options; id++) {
-        const char *a = takes(c, id) ? p->options[id].also : NULL;
-        for (; a && *a; a += len + (a[len] == '|')) {
-            len = strcspn(a, "|");
-            if (n_names == 3 * MAX_OPTIONS || w + len >= words + sizeof words) break;
-            names[n_names++] = memcpy(w, a, len);
-            w[len] = 0;
-            w += len + 1;
-        }
-    }
+    for (id = 0; id < p->n_options; id++)
+        if (takes(c, id)) names[n++] = p->options[id].name, names[n++] = p->options[id].also;
     snprintf(help, sizeof help, "%s help %s", p->name, c->row->name);
-    return unknown(c, "option", arg, "--", names, n_names, help);
+    return unknown(c, "option", arg, "--", names, n, help);
 }
 
 /* VALUE was found in NAME, an option or an environment variable. */
 static int set_option(command *c, int id, const char *value, int from, const char *name) {
     const option_row *r = &c->p->options[id];
-    double v = 0;
-    if (r->kind == CHOICE || r->kind == FLAG) {
-        const char *words = r->kind == CHOICE ? r->argument : "0|1|off|on|false|true";
-        int place = place_in(words, value);
-        if (place < 0)
-            return fail(&c->e, MEDRUN_USAGE, "%s: found \"%s\", wanted %s", name, value, words);
-        v = r->kind == CHOICE ? place : place % 2;      /* no and yes stand there by turns       */
-    } else if (r->kind != TEXT && (!parse_number(value, &v) || v < r->min || v > r->max ||
-                                   (r->kind == WHOLE && v != floor(v)))) {
+    const char *words = r->kind == CHOICE ? r->argument : "0|1|off|on|false|true";
+    bool number = r->kind == WHOLE || r->kind == REAL;
+    double v = r->kind == TEXT ? 0 : place_in(words, value);
+    if (number && (!parse_number(value, &v) || v < r->min || v > r->max ||
+                   (r->kind == WHOLE && v != floor(v))))
         return fail(&c->e, MEDRUN_USAGE, "%s: found \"%s\", wanted a %snumber from %.16g to %.16g",
                     name, value, r->kind == WHOLE ? "whole " : "", r->min, r->max);
-    } else if (id == O_STOP) {
-        if (!*value || c->n_stops == MEDRUN_MAX_STOPS)
-            return fail(&c->e, MEDRUN_USAGE, "%s: found %s, wanted 1 to %d texts", name,
-                        *value ? "one more" : "an empty text", MEDRUN_MAX_STOPS);
-        c->stops[c->n_stops++] = value;
-    }
+    if (!number && v < 0)
+        return fail(&c->e, MEDRUN_USAGE, "%s: found \"%s\", wanted %s", name, value, words);
+    if (id == O_STOP && (!*value || c->n_stops == MEDRUN_MAX_STOPS))
+        return fail(&c->e, MEDRUN_USAGE, "%s: found %s, wanted 1 to %d texts", name,
+                    *value ? "one more" : "an empty text", MEDRUN_MAX_STOPS);
+    if (id == O_STOP) c->stops[c->n_stops++] = value;
+    if (r->kind == FLAG) v = fmod(v, 2);                /* no and yes stand there by turns       */
     c->text[id] = value, c->number[id] = v, c->from[id] = from;
     return MEDRUN_OK;
 }
@@ -9589,15 +9572,6 @@ static int read_json(command *c, const char *path, json *j) {
 
 /* ---- opening ------------------------------------------------------------------------------- */
 
-/* The file that -m or the first argument names; the environment only if neither does. */
-static const char *model_path(command *c) {
-    if (c->n_rest && c->from[O_MODEL] != FROM_FLAG) return c->n_rest--, *c->rest++;
-    if (given(c, O_MODEL)) return c->text[O_MODEL];
-    fail(&c->e, MEDRUN_USAGE, "%s: no model; name one (%s help %s)", c->row->name, c->p->name,
-         c->row->name);
-    return NULL;
-}
-
 /* Chooses the template that --template names, else the checkpoint's. */
 static int choose_template(command *c) {
     const chat_template *chosen = given(c, O_TEMPLATE) ? chat_find(c->text[O_TEMPLATE]) : c->chat;
@@ -9680,11 +9654,16 @@ static int suggest_export(command *c, const char *path) {
                 n ? (int)n : 5, n ? name : "model", quote);
 }
 
-/* Opens the checkpoint and takes its tokenizer, template and sampling values into the command. */
-static int open_path(command *c, const char *path) {
+/* Opens the checkpoint, which the line or else the environment names, and takes its tokenizer,
+ * template and sampling values into the command. */
+static int open_model(command *c) {
+    const char *path = c->text[O_MODEL];
     medrun_options o = {.threads = takes(c, O_THREADS) ? whole(c, O_THREADS) : 1,
                         .kernels = getenv("MEDRUN_KERNELS"), .load = flag(c, O_LOAD)};
     double start = seconds();
+    if (!path)
+        return fail(&c->e, MEDRUN_USAGE, "%s: no model; name one (%s help %s)", c->row->name,
+                    c->p->name, c->row->name);
     if (medrun_open(&c->m, path, &o, &c->e)) return suggest_export(c, path);
     if (choose_device_option(c)) return c->e.code;
     o.threads = 1;                              /* a draft computes on the threads of the model  */
@@ -9696,18 +9675,12 @@ static int open_path(command *c, const char *path) {
     return choose_template(c);
 }
 
-static int open_model(command *c) {
-    const char *path = model_path(c);
-    return path ? open_path(c, path) : c->e.code;
-}
-
-/* Opens a checkpoint's tokenizer or a tokenizer.bin. The first bytes tell which file it is. */
+/* Opens a checkpoint or a tokenizer.bin: the first bytes tell which it is. */
 static int open_tokenizer(command *c) {
-    const char *path = model_path(c);
-    if (!path) return c->e.code;
-    if (map_file(path, &c->map, &c->e)) return suggest_export(c, path);
+    const char *path = c->text[O_MODEL];
+    if (path && map_file(path, &c->map, &c->e)) return suggest_export(c, path);
     if (c->map.n < 6 || memcmp(c->map.data, "MEDTOK", 6))
-        return unmap_file(&c->map), open_path(c, path);
+        return unmap_file(&c->map), open_model(c);
     c->t = &c->own;
     if (tokenizer_open(&c->own, c->map.data, c->map.n, path, &c->e)) return c->e.code;
     return choose_template(c);
@@ -9867,8 +9840,7 @@ static int process_prompt(command *c) {
 
 /* Refuses a PATH that cannot be written, or that this command reads, before the work begins. */
 static int check_output(command *c, const char *path, const file_kind *kind) {
-    const char *model = c->m ? c->m->path : c->n_rest ? c->rest[0] : NULL;
-    const char *const inputs[] = {model, c->text[O_MODEL], c->text[O_FILE], c->text[O_LOAD_PREFIX],
+    const char *const inputs[] = {c->text[O_MODEL], c->text[O_FILE], c->text[O_LOAD_PREFIX],
                                   c->text[O_MESSAGES], c->text[O_DRAFT]};
     check_inputs(path, inputs, sizeof inputs / sizeof *inputs, &c->e);
     return writer_check(path, kind, flag(c, O_FORCE), &c->e);
@@ -10604,7 +10576,7 @@ static int chat_set(chat *h) {
     int n = (int)strcspn(text, " =");
     const char *value = text + n + strspn(text + n, " =");
     snprintf(name, sizeof name, "--%.*s", n, text);
-    int id = find_option(c->p, name, strlen(name), own_bit(c));
+    int id = find_option(c->p, name, own_bit(c));
     if (id < O_PREDICT || id > O_SEED || !*value)
         return fail(&c->e, MEDRUN_USAGE, "/set: wanted predict, temp, top-k, top-p, min-p, "
                     "repeat-penalty or seed, and a number");
@@ -11046,7 +11018,7 @@ static int detokenize_command(command *c) {
 
 /* The messages of a file, or a text as a person's message. */
 static int render_command(command *c) {
-    bool file = given(c, O_MODEL) || c->n_rest;
+    bool file = given(c, O_MODEL);
     bool ids = flag(c, O_RENDER_IDS) || flag(c, O_PIECES);
     const char *path = c->text[O_MESSAGES];
     json j = {0};
@@ -11142,13 +11114,17 @@ static int logits_command(command *c) {
  * ============================================================================================ */
 
 static void help_option(const option_row *r) {
-    char left[64], text[400], range[64] = "";
+    char left[64], variable[48] = "", range[64] = "";
+    buffer text = {0};
     snprintf(left, sizeof left, r->small ? "  -%s, --%s %s" : "  %s    --%s %s",
              r->small ? r->small : "", r->name, r->argument ? r->argument : "");
     if (r->max > r->min) snprintf(range, sizeof range, " (%.16g to %.16g)", r->min, r->max);
-    snprintf(text, sizeof text, "%s%s%s%s%s", r->help, range, r->standard ? " [default: " : "",
-             r->standard ? r->standard : "", r->standard ? "]" : "");
-    print_help(stdout, left, 26, text);
+    buffer_printf(&text, "%s%s", r->help, range);
+    if (r->standard) buffer_printf(&text, " [default: %s]", r->standard);
+    if (r->variable) variable_name(r, variable);
+    if (r->variable) buffer_printf(&text, "\n%s is for --%s here", variable, r->name);
+    print_help(stdout, left, 26, chars(&text));
+    buffer_free(&text);
 }
 
 static void help_command_row(FILE *f, const program *p, int which) {
@@ -11161,33 +11137,22 @@ static void help_command_row(FILE *f, const program *p, int which) {
 
 /* The options of one command. */
 static int help_on(const program *p, int which) {
-    char name[48], text[200];
     help_command_row(stdout, p, which);
     puts("");
-    for (const option_row *r = p->options; r < p->options + p->n_options; r++)
-        if (r->on & ON(which)) help_option(r);
-    puts("");
-    print_help(stdout, "", 0, "Options may stand anywhere; --option=value works too, and so do the "
-               "long names of llama.cpp, like --ctx-size. Environment variables, like "
-               "MEDRUN_TOP_K=20, set what the line leaves out.");
-    for (const option_row *r = p->options; r < p->options + p->n_options; r++) {
-        if (!r->variable || !(r->on & ON(which))) continue;
-        variable_name(r, name);
-        snprintf(text, sizeof text, "%s is for --%s, whose name means something else to another "
-                 "command.", name, r->name);
-        print_help(stdout, "", 0, text);
-    }
-    print_help(stdout, "", 0, "MEDRUN_KERNELS=scalar (medrun-lab doctor lists them) chooses the "
-               "instruction set.");
+    for (int id = 0; id < p->n_options; id++)
+        if (p->options[id].on & ON(which)) help_option(&p->options[id]);
+    print_help(stdout, "", 0, "\nOptions may stand anywhere; --option=value works too, and so do "
+               "the long names of llama.cpp, like --ctx-size. Environment variables, like "
+               "MEDRUN_TOP_K=20, set what the line leaves out.\nMEDRUN_KERNELS=scalar (medrun-lab "
+               "doctor lists them) chooses the instruction set.");
     return MEDRUN_OK;
 }
 
 static int help_all(const program *p, FILE *f) {
     char text[400];
-    snprintf(text, sizeof text, "%s " MEDRUN_VERSION ": %s.", p->name, p->about);
+    snprintf(text, sizeof text, "%s " MEDRUN_VERSION ": %s.\n%s\n", p->name, p->about,
+             not_a_clinician);
     print_help(f, "", 0, text);
-    print_help(f, "", 0, not_a_clinician);
-    fputc('\n', f);
     for (int i = 0; i < p->n_commands; i++) help_command_row(f, p, i);
     snprintf(text, sizeof text, "\n%s help COMMAND lists a command's options. Exit codes: 0 ok, 1 "
              "failed while running, 2 usage, 3 file missing, unsupported or malformed, 4 "
@@ -11226,7 +11191,7 @@ static int version_command(command *c) {
 static int command_place(const program *p, int argc, char **argv) {
     for (int i = 1; i < argc && strcmp(argv[i], "--"); i++) {
         const char *arg = argv[i];
-        int id = arg[0] == '-' ? find_option(p, arg, strlen(arg), ~0u) : -1;
+        int id = arg[0] == '-' ? find_option(p, arg, ~0u) : -1;
         if (id >= 0 && p->options[id].kind != FLAG) i++;
         else if (find_command(p, arg) >= 0) return i;
     }
@@ -11238,7 +11203,7 @@ static int read_option(command *c, char **args) {
     const char *equals = strchr(args[0], '='), *value = equals ? equals + 1 : args[1];
     char name[40];
     snprintf(name, sizeof name, "%.*s", equals ? (int)(equals - args[0]) : 39, args[0]);
-    int id = find_option(c->p, name, strlen(name), own_bit(c));
+    int id = find_option(c->p, name, own_bit(c));
     const option_row *r = &c->p->options[id < 0 ? 0 : id];
     if (id < 0) unknown_option(c, name);
     else if (r->kind == FLAG && equals)
@@ -11265,18 +11230,20 @@ static int read_line_of_arguments(command *c, int argc, char **argv, int place) 
     return c->e.code;
 }
 
-/* Without a command's name the first argument is a model, and must look like a file. What stands
- * behind the model is the prompt. */
-static int check_rest(command *c, bool named) {
-    int most = c->row->more + (!c->row->no_model && c->from[O_MODEL] != FROM_FLAG);
+/* Takes the model and the prompt behind it, as far as no option named them. Without a command's
+ * name the first argument is a model, and must look like a file. */
+static int take_rest(command *c, bool named) {
+    int more = c->row->more;
     file_facts there;
     if (!named && c->n_rest && !strpbrk(c->rest[0], "./\\") && get_facts(c->rest[0], -1, &there))
         return unknown_command(c, c->rest[0]);
-    if (c->n_rest <= most) return MEDRUN_OK;
-    bool prompt = takes(c, O_PROMPT) && !given(c, O_PROMPT) && c->n_rest == most + 1;
-    if (prompt) return set_option(c, O_PROMPT, c->rest[--c->n_rest], FROM_FLAG, "prompt");
+    if (c->n_rest && !c->row->no_model && !given(c, O_MODEL))
+        c->n_rest--, set_option(c, O_MODEL, *c->rest++, FROM_FLAG, "model");
+    if (c->n_rest == more + 1 && takes(c, O_PROMPT) && !given(c, O_PROMPT))
+        set_option(c, O_PROMPT, c->rest[--c->n_rest], FROM_FLAG, "prompt");
+    if (c->n_rest <= more) return MEDRUN_OK;
     return fail(&c->e, MEDRUN_USAGE, "%s: found \"%s\" too many; a text with spaces needs quotes",
-                c->row->name, c->rest[most]);
+                c->row->name, c->rest[more]);
 }
 
 /* Finds the command, reads its options and runs it. */
@@ -11294,12 +11261,10 @@ static int run_line(command *c, int argc, char **argv) {
     if (read_line_of_arguments(c, argc, argv, place)) return c->e.code;
     if (flag(c, O_VERSION)) return version_command(c);
     if (flag(c, O_HELP)) return place ? help_on(p, which) : help_all(p, stdout);
-    if (check_rest(c, place) || read_environment(c)) return c->e.code;
-    if (!place && !c->n_rest && !given(c, O_MODEL)) {
-        help_all(p, stderr);
-        return fail(&c->e, MEDRUN_USAGE, p->unnamed < 0 ? "no command" : "no model; name one");
-    }
-    return c->row->run(c);
+    if (take_rest(c, place) || read_environment(c)) return c->e.code;
+    if (place || given(c, O_MODEL)) return c->row->run(c);
+    help_all(p, stderr);
+    return fail(&c->e, MEDRUN_USAGE, p->unnamed < 0 ? "no command" : "no model; name one");
 }
 
 /* A signal handler: a mapped file became shorter, or its disk went away. Nothing can be saved.

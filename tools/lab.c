@@ -65,13 +65,12 @@ static int write_record(command *c, const char *path) {
     return writer_done(&w, &c->e);
 }
 
-/* MODEL OUT.json, or with -m only OUT.json. An answer that was cut or stopped is recorded as well,
- * and ends the command with its own code after that. */
+/* An answer that was cut or stopped is recorded as well, and ends the command with its own code
+ * after that. */
 static int record_command(command *c) {
-    int files = given(c, O_MODEL) && c->from[O_MODEL] == FROM_FLAG ? 1 : 2;
-    if (c->n_rest != files)
+    if (c->n_rest != 1)
         return fail(&c->e, MEDRUN_USAGE, "record: wanted a model, a file to write and a prompt");
-    const char *path = c->rest[--c->n_rest];
+    const char *path = c->rest[0];
     if (check_output(c, path, &record_file)) return c->e.code;
     int code = run_command(c);
     bool cut = code == MEDRUN_INTERRUPTED || code == MEDRUN_TOO_LONG;
@@ -90,12 +89,12 @@ static int replay_options(command *c, const json *j, const char *path) {
         return fail(&c->e, MEDRUN_BAD_FILE, "%s: field options: wanted an object", path);
     for (uint32_t i = 0; i < j->nodes[all].count; i += 2, v = j->nodes[v + 1].next) {
         const json_node *key = &j->nodes[v];
-        const char *name = j->text + key->start;
-        char value[40], known[24];
-        int id = find_option(c->p, name, key->end - key->start, ON(RECORD));
+        char value[40], known[24], name[40];
+        snprintf(name, sizeof name, "%.*s", (int)(key->end - key->start), j->text + key->start);
+        int id = *name == '-' ? find_option(c->p, name, ON(RECORD)) : -1;
         if (id < 0 || c->p->options[id].kind == TEXT)
-            return fail(&c->e, MEDRUN_BAD_FILE, "%s: options: found %.*s, which this medrun cannot "
-                        "replay", path, (int)(key->end - key->start), name);
+            return fail(&c->e, MEDRUN_BAD_FILE, "%s: options: found %s, which this medrun cannot "
+                        "replay", path, name);
         snprintf(known, sizeof known, "--%s", c->p->options[id].name);
         if (json_text(j, all, path, known, value, sizeof value, &c->e)) return c->e.code;
         if (set_option(c, id, value, FROM_FLAG, known)) return c->e.code = MEDRUN_BAD_FILE;
@@ -109,7 +108,8 @@ static int open_recorded(command *c, const json *j, const char *path) {
     char model[1024], hash[65], found[65];
     json_text(j, 0, path, "model", model, sizeof model, &c->e);
     json_text(j, 0, path, "model_hash", hash, sizeof hash, &c->e);
-    if (c->e.code || open_path(c, given(c, O_MODEL) ? c->text[O_MODEL] : model)) return c->e.code;
+    if (!given(c, O_MODEL)) c->text[O_MODEL] = model;
+    if (c->e.code || open_model(c)) return c->e.code;
     hex_of(c->m->file.hash, found);
     if (strcmp(hash, found))
         fail(&c->e, MEDRUN_DIFFERS, "checkpoint: expected %s, found %s", hash, found);
@@ -759,7 +759,7 @@ static int ask(command *c) {
 
 static int call_command(command *c) {
     buffer tools = {0};
-    bool render = flag(c, L_RENDER), model = given(c, O_MODEL) || c->n_rest;
+    bool render = flag(c, L_RENDER), model = given(c, O_MODEL);
     bool as_text = render && !flag(c, O_RENDER_IDS), named = given(c, O_TEMPLATE) && as_text;
     if (!given(c, L_TOOLS) && !given(c, O_MESSAGES))
         return fail(&c->e, MEDRUN_USAGE, "call: wanted --tools FILE.json or --messages FILE.json");
