@@ -9435,9 +9435,6 @@ static void escape(buffer *out, const char *text, size_t n) {
     }
 }
 
-static void print_ids(FILE *f, const int32_t *ids, size_t n) {
-    for (size_t i = 0; i < n; i++) fprintf(f, i ? " %d" : "%d", ids[i]);
-}
 
 /* Prints a line on stderr, which may hold a hostile name: about the run of C, unless -q; where C is
  * NULL, what a chat has to say in any case. */
@@ -9469,6 +9466,15 @@ static int flush_stdout(command *c) {
 static const char *chars(const buffer *b) { return b->data ? (const char *)b->data : ""; }
 static const int32_t *ids_of(const buffer *b) { return (const int32_t *)(const void *)b->data; }
 static size_t n_ids(const buffer *b) { return b->n / sizeof(int32_t); }
+
+/* Replaces ids by a line of text that lists them. */
+static void ids_to_text(buffer *ids) {
+    buffer text = {0};
+    for (size_t i = 0; i < n_ids(ids); i++) buffer_printf(&text, i ? " %d" : "%d", ids_of(ids)[i]);
+    text.failed |= ids->failed;
+    buffer_free(ids);
+    *ids = text;
+}
 
 /* Was there memory for all that was put into the buffer? */
 static int check_buffer(command *c, const buffer *b) {
@@ -9986,7 +9992,7 @@ static void show_prompt(const command *c, const int32_t *ids, size_t n) {
     if (!flag(c, O_VERBOSE)) return;
     tokenizer_decode(c->t, ids, n, true, &text);
     fprintf(stderr, "prompt, %zu tokens: ", n);
-    print_ids(stderr, ids, n);
+    for (size_t i = 0; i < n; i++) fprintf(stderr, i ? " %d" : "%d", ids[i]);
     fputc('\n', stderr);
     print_safe(stderr, chars(&text), text.n, true);
     fputc('\n', stderr);
@@ -10797,31 +10803,21 @@ static int converse_command(command *c) {
 
 /* ---- verify -------------------------------------------------------------------------------- */
 
-/* Prints a comparison that failed, and with -v also one that did not: of two texts, or of ids. */
-static bool report(const command *c, const char *kind, const char *name, const buffer *expected,
-                   const buffer *found, bool texts) {
-    bool same = found->n == expected->n && !memcmp(chars(found), chars(expected), found->n);
-    const buffer *const both[] = {expected, found};
-    if (same && flag(c, O_VERBOSE)) printf("%-10s %s: the same\n", kind, name);
-    if (!same) printf("%-10s %s DIFFERS", kind, name);
-    for (int i = 0; !same && i < 2; i++) {
-        fputs(i ? ", found " : ": expected ", stdout);
-        if (texts) fputs(chars(both[i]), stdout);
-        else print_ids(stdout, ids_of(both[i]), n_ids(both[i]));
-    }
-    if (!same) puts("");
+/* Prints a comparison that failed, and with -v also one that did not. */
+static bool report(const command *c, const char *kind, const char *name, const char *expected,
+                   const char *found) {
+    bool same = !strcmp(expected, found);
+    if (!same) printf("%-10s %s DIFFERS: expected %s, found %s\n", kind, name, expected, found);
+    else if (flag(c, O_VERBOSE)) printf("%-10s %s: the same\n", kind, name);
     return same;
 }
 
-/* A part of the file whose SHA-256 the header states: its entry there, and what was found. */
-typedef struct {
-    uint32_t node;
-    uint8_t found[32];
-} hashed;
+/* A part of the file whose SHA-256 the header states in an entry, node V. */
+typedef struct { uint32_t v; char found[65]; } hashed;
 
 typedef struct {
     const model_file *f;
-    hashed *all;
+    hashed *all;                                /* (n) the tensors, and the tokenizer           */
     size_t n;
     atomic_size_t done;
     bool show;
@@ -10833,61 +10829,47 @@ static void hash_task(void *context, size_t begin, size_t end, int thread) {
     hash_job *j = context;
     const json *header = &j->f->header;
     medrun_error e = {0};
+    uint8_t digest[32];
     for (hashed *h = j->all + begin; h < j->all + end; h++) {
-        int64_t offset = json_int(header, h->node, "", "offset", 0, 1ll << 52, &e);
-        int64_t bytes = json_int(header, h->node, "", "bytes", 0, 1ll << 52, &e);
-        sha256_of(j->f->map.data + offset, (size_t)bytes, h->found);
+        int64_t offset = json_int(header, h->v, "", "offset", 0, 1ll << 52, &e);
+        int64_t bytes = json_int(header, h->v, "", "bytes", 0, 1ll << 52, &e);
+        sha256_of(j->f->map.data + offset, (size_t)bytes, digest);
+        hex_of(digest, h->found);
         size_t done = atomic_fetch_add(&j->done, 1) + 1;
-        if (!j->show || thread) continue;
-        fprintf(stderr, "\rhashing: %zu of %zu ", done, j->n);
-        fflush(stderr);
+        if (j->show && !thread) fprintf(stderr, "\rhashing: %zu of %zu ", done, j->n);
     }
-}
-
-static bool report_hash(const command *c, const hashed *h) {
-    const model_file *f = &c->m->file;
-    bool is_tensor = h->node != f->tokenizer;
-    char wanted[65] = "", found[65], name[64] = "SHA-256";
-    uint8_t digest[32] = {0};
-    medrun_error e = {0};
-    json_text(&f->header, h->node, "", "sha256", wanted, sizeof wanted, &e);
-    if (is_tensor) json_text(&f->header, h->node, "", "name", name, sizeof name, &e);
-    make_safe(name);
-    parse_hex(wanted, digest);                          /* it may be written in capitals         */
-    hex_of(digest, wanted), hex_of(h->found, found);
-    return report(c, is_tensor ? "tensors" : "tokenizer", name,
-                  &(buffer){.data = (uint8_t *)wanted, .n = 64},
-                  &(buffer){.data = (uint8_t *)found, .n = 64}, true);
 }
 
 /* Hashes all tensors and the tokenizer, on all threads. Are they as the header states? */
 static bool verify_hashes(command *c) {
-    if (c->e.code) return false;
     const model_file *f = &c->m->file;
-    size_t n = f->header.nodes[f->tensors].count, good = 0;
+    size_t n = f->header.nodes[f->tensors].count, good[2] = {0};
     uint32_t v = f->tensors + 1;
     hash_job job = {f, new_array(n + 1, sizeof(hashed)), n + 1, 0, is_terminal(STDERR_FILENO)};
     if (!job.all) return out_of_memory(&c->e, (n + 1) * sizeof(hashed)), false;
-    for (size_t i = 0; i < n; i++, v = f->header.nodes[v].next) job.all[i].node = v;
-    job.all[n].node = f->tokenizer;
+    for (size_t i = 0; i < n; i++, v = f->header.nodes[v].next) job.all[i].v = v;
+    job.all[n].v = f->tokenizer;
     parallel_for(c->m->pool, n + 1, 1, hash_task, &job);
     if (job.show) fprintf(stderr, "\r%30s\r", "");
-    for (size_t i = 0; i < n; i++) good += report_hash(c, &job.all[i]);
-    bool last = report_hash(c, &job.all[n]);
+    for (const hashed *h = job.all; h <= job.all + n; h++) {
+        bool last = h == job.all + n;
+        char wanted[65], name[64] = "SHA-256";
+        uint8_t digest[32];
+        json_text(&f->header, h->v, "", "sha256", wanted, sizeof wanted, &c->e);
+        if (!last) json_text(&f->header, h->v, "", "name", name, sizeof name, &c->e);
+        make_safe(name);
+        if (parse_hex(wanted, digest)) hex_of(digest, wanted);          /* from capitals, too    */
+        good[last] += report(c, last ? "tokenizer" : "tensors", name, wanted, h->found);
+    }
     free(job.all);
     if (!flag(c, O_QUIET))
-        printf("tensors    %zu of %zu are as exported\ntokenizer  %d of 1\n", good, n, last);
-    return good == n && last;
+        printf("tensors    %zu of %zu are as exported\ntokenizer  %zu of 1\n", good[0], n, good[1]);
+    return good[0] == n && good[1];
 }
 
 /* A proof is an entry of the header: what goes into the model, and what came out of it where the
- * checkpoint was made. Its kind knows how to compute that again. The ids that it states are in
- * c->ids; what comes out goes into c->output, from where it is compared with them. */
-typedef struct {
-    const char *name;
-    int (*repeat)(command *c, uint32_t node);
-    bool texts;                                 /* both are replaced by texts: digests          */
-} proof_kind;
+ * checkpoint was made. A function for each kind computes that again: it finds the ids of the proof
+ * in c->ids, and puts those that come out into c->output. */
 
 /* A text, and its ids. */
 static int prove_tokens(command *c, uint32_t node) {
@@ -10902,16 +10884,15 @@ static int prove_tokens(command *c, uint32_t node) {
 /* A conversation, perhaps with a date, and the ids of its prompt. */
 static int prove_chats(command *c, uint32_t node) {
     const json *j = &c->m->file.header;
-    uint32_t all = json_get(j, node, "messages");
     medrun_message *messages = NULL;
     size_t n;
     char date[11];
-    bool dated = json_get(j, node, "date") != JSON_NONE;
-    medrun_chat_options o = {.date = dated ? date : NULL};
+    medrun_chat_options o = {.date = json_get(j, node, "date") != JSON_NONE ? date : NULL};
     chat_writer w = {c->m->chat, c->t, &o, .out = &c->output, .e = &c->e};
     if (check_template(w.c, &c->e)) return c->e.code;
-    if (dated) json_text(j, node, "proofs.chats", "date", date, sizeof date, &c->e);
-    if (!chat_messages(w.c, j, all, "proofs.chats", &messages, &n, &c->input, &c->e))
+    if (o.date) json_text(j, node, "proofs.chats", "date", date, sizeof date, &c->e);
+    if (!chat_messages(w.c, j, json_get(j, node, "messages"), "proofs.chats", &messages, &n,
+                       &c->input, &c->e))
         chat_render(&w, messages, n, true);
     free(messages);
     return c->e.code;
@@ -10926,7 +10907,7 @@ static int feed_proof(command *c) {
     return medrun_feed(c->s, ids_of(&c->ids), n, &c->e);
 }
 
-/* The SHA-256 of the logits after the ids. */
+/* Ids, and the SHA-256 of the logits after them. So the two texts that are compared are not ids. */
 static int prove_logits(command *c, uint32_t node) {
     char wanted[65], found[65];
     if (json_text(&c->m->file.header, node, "proofs.logits", "sha256", wanted, sizeof wanted,
@@ -10940,38 +10921,38 @@ static int prove_logits(command *c, uint32_t node) {
 }
 
 /* Computes all proofs of a kind again. Do they come out the same? */
-static bool verify_proofs(command *c, const proof_kind *kind) {
+static bool verify_proofs(command *c, const char *kind, int (*repeat)(command *c, uint32_t node)) {
     if (c->e.code) return false;
     const json *j = &c->m->file.header;
-    uint32_t all = json_get(j, json_get(j, 0, "proofs"), kind->name), v = all + 1;
+    uint32_t all = json_get(j, json_get(j, 0, "proofs"), kind), v = all + 1;
     if (!json_is_type(j, all, JSON_ARRAY))
         return fail(&c->e, MEDRUN_BAD_FILE, "%s: proofs.%s: wanted an array", c->m->path,
-                    kind->name), false;
+                    kind), false;
     size_t n = j->nodes[all].count, good = 0;
     for (size_t i = 0; i < n && !c->e.code; i++, v = j->nodes[v].next) {
         char name[32];
         snprintf(name, sizeof name, "proof %zu", i + 1);
         c->input.n = c->ids.n = c->output.n = 0;
-        if (!json_ids(c, j, json_get(j, v, "ids"), "proofs: ids", &c->ids)) kind->repeat(c, v);
+        if (!json_ids(c, j, json_get(j, v, "ids"), "proofs: ids", &c->ids)) repeat(c, v);
+        if (repeat != prove_logits) ids_to_text(&c->ids), ids_to_text(&c->output);
         if (c->e.code == MEDRUN_USAGE || c->e.code == MEDRUN_TOO_LONG)
             c->e.code = MEDRUN_BAD_FILE;                /* the file asked, and not the user      */
-        if (c->e.code || check_buffer(c, &c->ids) || check_buffer(c, &c->output)) break;
-        good += report(c, kind->name, name, &c->ids, &c->output, kind->texts);
+        if (!check_buffer(c, &c->ids) && !check_buffer(c, &c->output))
+            good += report(c, kind, name, chars(&c->ids), chars(&c->output));
     }
     if (!flag(c, O_QUIET) && !c->e.code)
-        printf("%-10s %zu of %zu come out the same\n", kind->name, good, n);
+        printf("%-10s %zu of %zu come out the same\n", kind, good, n);
     flush_stdout(c);
     return good == n;
 }
 
 /* All hashes and proofs are looked at, also after one that differs. */
 static int verify_command(command *c) {
-    static const proof_kind kinds[] = {
-        {"tokens", prove_tokens, false}, {"chats", prove_chats, false},
-        {"logits", prove_logits, true}};
-    open_model(c);
+    if (open_model(c)) return c->e.code;
     bool same = verify_hashes(c);
-    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) same &= verify_proofs(c, &kinds[i]);
+    same &= verify_proofs(c, "tokens", prove_tokens);
+    same &= verify_proofs(c, "chats", prove_chats);
+    same &= verify_proofs(c, "logits", prove_logits);
     return same ? c->e.code : quit(c, MEDRUN_DIFFERS);
 }
 
@@ -10983,15 +10964,18 @@ static int print_text(command *c, const buffer *b) {
 }
 
 /* On one line, or with --pieces a line for each id. */
-static int print_ids_or_pieces(command *c, const buffer *ids) {
+static int print_ids(command *c) {
+    buffer *ids = &c->ids;
     if (check_buffer(c, ids)) return c->e.code;
-    if (!flag(c, O_PIECES)) print_ids(stdout, ids_of(ids), n_ids(ids)), puts("");
     for (size_t i = 0; flag(c, O_PIECES) && i < n_ids(ids); i++) {
         printf("%d\t", ids_of(ids)[i]);
         print_piece(c, ids_of(ids)[i], 0);
         puts("");
     }
-    return MEDRUN_OK;
+    if (flag(c, O_PIECES)) return MEDRUN_OK;
+    ids_to_text(ids);
+    buffer_text(ids, "\n");
+    return print_text(c, ids);
 }
 
 static int tokenize_command(command *c) {
@@ -11002,7 +10986,7 @@ static int tokenize_command(command *c) {
         return fail(&c->e, MEDRUN_USAGE, "--bos: this tokenizer has no such token");
     if (!read_prompt(c))
         tokenizer_encode(c->t, chars(&c->input), c->input.n, flags, &c->ids, &c->e);
-    return print_ids_or_pieces(c, &c->ids);
+    return print_ids(c);
 }
 
 static int detokenize_command(command *c) {
@@ -11039,7 +11023,7 @@ static int render_command(command *c) {
     free(m);
     buffer_free(&text);
     json_free(&j);
-    return ids ? print_ids_or_pieces(c, &c->ids) : print_text(c, &c->ids);
+    return ids ? print_ids(c) : print_text(c, &c->ids);
 }
 
 /* Feeds the ids, with --all in parts whose passes give a row of logits for each of them. Without F

@@ -776,7 +776,7 @@ static int call_command(command *c) {
     if (given(c, O_MESSAGES)) render_conversation(c, as_text);
     else read_prompt(c), make_prompt(c, false);
     if (render && as_text) print_text(c, &c->ids);
-    else if (render) print_ids_or_pieces(c, &c->ids);
+    else if (render) print_ids(c);
     else ask(c);
     buffer_free(&tools);
     return c->e.code;
