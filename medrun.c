@@ -9489,31 +9489,29 @@ enum { MOST_INPUT = 16 << 20 };
 
 /* The bytes that can fit into the context at most, whatever the text says. */
 static size_t most_prompt(const command *c) {
-    size_t n = (size_t)c->m->config.max_positions * c->m->longest_piece;
+    size_t n = c->m ? (size_t)c->m->config.max_positions * c->m->longest_piece : MOST_INPUT;
     return n < MOST_INPUT ? n : MOST_INPUT;
 }
 
 /* Appends all of PATH (- is stdin) to OUT, and refuses more than MOST bytes. */
 static int read_file(command *c, const char *path, size_t most, buffer *out) {
     bool standard = !strcmp(path, "-");
-    bool over = false;
     if (c->e.code) return c->e.code;
     if (standard) path = "stdin";
     FILE *f = standard ? stdin : open_stream(path, TO_READ);
     if (!f) return fail(&c->e, MEDRUN_BAD_FILE, "%s: cannot open: %s", path, strerror(errno));
-    for (size_t n = 1; n && !over && buffer_room(out, 65536); over = out->n > most) {
+    for (size_t n = 1; n && out->n <= most && buffer_room(out, 65536);) {
         n = fread(out->data + out->n, 1, 65536, f);
         out->n += n, out->data[out->n] = 0;
     }
-    if (over && most < MOST_INPUT)
-        fail(&c->e, MEDRUN_TOO_LONG, "%s: over %zu bytes are more than a context of %d tokens "
-             "holds", path, most, c->m->config.max_positions);
-    else if (over) fail(&c->e, MEDRUN_BAD_FILE, "%s: found over %zu bytes, the most that is read",
-                        path, most);
-    check_buffer(c, out);
     if (ferror(f)) fail(&c->e, MEDRUN_BAD_FILE, "%s: cannot read: %s", path, strerror(errno));
     if (!standard) fclose(f);
-    return c->e.code;
+    if (out->n <= most) return check_buffer(c, out);
+    return most < MOST_INPUT
+        ? fail(&c->e, MEDRUN_TOO_LONG, "%s: over %zu bytes are more than a context of %d tokens "
+               "holds", path, most, c->m->config.max_positions)
+        : fail(&c->e, MEDRUN_BAD_FILE, "%s: found over %zu bytes, the most that is read", path,
+               most);
 }
 
 /* The same for text: refuses what is not UTF-8, with its place, and drops a byte order mark. */
@@ -9534,37 +9532,31 @@ static int read_text(command *c, const char *path, size_t most, buffer *out) {
     return out->data[out->n] = 0, MEDRUN_OK;
 }
 
-static int add_id(command *c, buffer *ids, double id, const char *what) {
-    if (!(id >= 0 && id < c->t->vocab_size) || id != floor(id))
-        return fail(&c->e, MEDRUN_BAD_FILE, "%s: wanted token ids, whole numbers below %d", what,
-                    c->t->vocab_size);
-    buffer_add(ids, &(int32_t){(int32_t)id}, sizeof(int32_t));
+/* Appends ids that stand in a text with white space between them. */
+static int parse_ids(command *c, const char *text, size_t n, buffer *ids) {
+    for (const char *at = text, *word; at < text + n; at++) {
+        double id = 0;
+        for (word = at; isdigit((uint8_t)*at); at++) id = id * 10 + (*at - '0');
+        if ((at < text + n && !isspace((uint8_t)*at)) || id >= c->t->vocab_size)
+            return fail(&c->e, MEDRUN_USAGE, "ids: found \"%.12s\", wanted whole numbers below %d",
+                        word, c->t->vocab_size);
+        if (at > word) buffer_add(ids, &(int32_t){(int32_t)id}, sizeof(int32_t));
+    }
     return check_buffer(c, ids);
 }
 
-/* Parses ids with white space between them. */
-static int parse_ids(command *c, const char *text, size_t n, buffer *ids) {
-    for (size_t i = 0; i < n && !c->e.code; i++) {
-        size_t start = i;
-        int64_t id = 0;
-        for (; i < n && isdigit((uint8_t)text[i]) && id < c->t->vocab_size; i++)
-            id = id * 10 + (text[i] - '0');
-        bool end = i == n || isspace((uint8_t)text[i]);
-        if (!end || id >= c->t->vocab_size)
-            return fail(&c->e, MEDRUN_USAGE, "ids: found \"%.12s\", wanted whole numbers below %d",
-                        text + start, c->t->vocab_size);
-        if (i > start) add_id(c, ids, (double)id, "ids");
-    }
-    return c->e.code;
-}
-
-/* The same from an array in JSON. What is no array, and what is no number, is refused as an id. */
+/* The same from an array in JSON, node V, which may be missing. */
 static int json_ids(command *c, const json *j, uint32_t v, const char *what, buffer *ids) {
-    uint32_t x = v + 1;
-    if (!json_is_type(j, v, JSON_ARRAY)) return add_id(c, ids, -1, what);
-    for (uint32_t i = 0; !c->e.code && i < j->nodes[v].count; i++, x = j->nodes[x].next)
-        add_id(c, ids, json_typeof(j, x) == JSON_NUMBER ? json_number(j, x) : -1, what);
-    return c->e.code;
+    bool good = json_is_type(j, v, JSON_ARRAY);
+    uint32_t n = good ? j->nodes[v].count : 0, x = v + 1;
+    for (uint32_t i = 0; good && i < n; i++, x = j->nodes[x].next) {
+        double id = json_typeof(j, x) == JSON_NUMBER ? json_number(j, x) : -1;
+        good = id >= 0 && id < c->t->vocab_size && id == floor(id);
+        if (good) buffer_add(ids, &(int32_t){(int32_t)id}, sizeof(int32_t));
+    }
+    if (good) return check_buffer(c, ids);
+    return fail(&c->e, MEDRUN_BAD_FILE, "%s: wanted token ids, whole numbers below %d", what,
+                c->t->vocab_size);
 }
 
 /* Parses the JSON file that is read into c->input; free J afterwards, also after a failure. */
@@ -9607,26 +9599,24 @@ static int choose_chat(command *c) {
     return MEDRUN_OK;
 }
 
-/* Lets a device multiply. If no device can, and nobody asked for one, the processor computes. */
+/* Lets a device multiply. If no device can, and nobody asked for one, the processor computes; a
+ * build without OpenCL does not say so. */
 static int choose_device_option(command *c) {
     bool asked = given(c, O_DEVICE) || given(c, O_GPU_LAYERS);
-    const char *name = given(c, O_DEVICE) ? c->text[O_DEVICE] : "auto";
     const char *memory = getenv("MEDRUN_DEVICE_MEMORY");                /* in MB                 */
-    int layers = given(c, O_GPU_LAYERS) ? whole(c, O_GPU_LAYERS) : -1;
-    device_request r = {name, getenv("MEDRUN_OPENCL_LIBRARY"), getenv("MEDRUN_OPENCL_OPTIONS"),
+    device_request r = {c->text[O_DEVICE] ? c->text[O_DEVICE] : "auto",
+                        getenv("MEDRUN_OPENCL_LIBRARY"), getenv("MEDRUN_OPENCL_OPTIONS"),
                         memory ? strtoull(memory, NULL, 10) << 20 : 0};
+    int layers = given(c, O_GPU_LAYERS) ? whole(c, O_GPU_LAYERS) : -1;
     medrun_info info;
     medrun_error e = {0};
-#ifndef MEDRUN_OPENCL
-    if (!asked) return MEDRUN_OK;
-#endif
-    if (!takes(c, O_DEVICE) || !layers || !strcmp(name, "none")) return MEDRUN_OK;
-    int code = attach_device(c->m, &r, layers, &e);
+    if (!takes(c, O_DEVICE) || !layers || !strcmp(r.name, "none")) return MEDRUN_OK;
+    attach_device(c->m, &r, layers, &e);
     medrun_describe(c->m, &info);
-    if (code) print_safe(stderr, info.device_log, strlen(info.device_log), true);
-    if (code && asked) return fail(&c->e, MEDRUN_NO_MEMORY, "%s", e.text);
-    if (!code) note(c, "device: %s", info.device);
-    else if (code != MEDRUN_USAGE) note(c, "%s; the processor computes", e.text);
+    if (!e.code) note(c, "device: %s", info.device);
+    else print_safe(stderr, info.device_log, strlen(info.device_log), true);
+    if (e.code && asked) return fail(&c->e, MEDRUN_NO_MEMORY, "%s", e.text);
+    if (e.code && e.code != MEDRUN_USAGE) note(c, "%s; the processor computes", e.text);
     return MEDRUN_OK;
 }
 
@@ -9638,26 +9628,24 @@ static int lock(command *c, const void *p, size_t n) {
 
 /* PATH cannot be opened. Where it is a model in another form, says how to make a checkpoint. */
 static int suggest_export(command *c, const char *path) {
-    char start[4] = "", config[1024];
+    char start[4] = "", config[1024], name[256];
     size_t n = strlen(path);
     file_facts f;
-    snprintf(config, sizeof config, "%s/config.json", path);
     FILE *file = open_stream(path, TO_MAP);
     bool gguf = file && fread(start, 1, 4, file) == 4 && !memcmp(start, "GGUF", 4);
     if (file) fclose(file);
+    snprintf(config, sizeof config, "%s/config.json", path);
     if (c->e.code != MEDRUN_BAD_FILE || (!gguf && get_facts(config, -1, &f))) return c->e.code;
-    while (n && (path[n - 1] == '/' || path[n - 1] == '.')) n--;
-    const char *beside = strrchr(c->self, '/'), *name = path + n;
-    const char *quote = strpbrk(path, " ()'&;") ? "\"" : "";
-    while (name > path && name[-1] != '/') name--;
-    n -= (size_t)(name - path);
-    if (gguf && n > 5 && !strncmp(name + n - 5, ".gguf", 5)) n -= 5;
+    while (n && strchr("/.", path[n - 1])) n--;
+    size_t from = n, end = gguf && n > 5 && !memcmp(path + n - 5, ".gguf", 5) ? n - 5 : n;
+    while (from && path[from - 1] != '/') from--;
+    snprintf(name, sizeof name, "%.*s", (int)(end - from), path + from);
+    const char *slash = strrchr(c->self, '/'), *quote = strpbrk(path, " ()'&;") ? "\"" : "";
     c->e = (medrun_error){0};
     return fail(&c->e, MEDRUN_BAD_FILE, "%s is %s and no checkpoint yet; this makes one: "
-                "%.*smedrun-export %s%s%s %s%.*s-int8.mdr%s --type int8", path,
-                gguf ? "a GGUF file" : "a model's folder",
-                beside ? (int)(beside - c->self) + 1 : 0, c->self, quote, path, quote, quote,
-                n ? (int)n : 5, n ? name : "model", quote);
+                "%.*smedrun-export %s%s%s %s%s-int8.mdr%s --type int8", path,
+                gguf ? "a GGUF file" : "a model's folder", slash ? (int)(slash - c->self) + 1 : 0,
+                c->self, quote, path, quote, quote, *name ? name : "model", quote);
 }
 
 /* Opens the checkpoint, which the line or else the environment names, and takes its tokenizer,
@@ -9848,13 +9836,9 @@ static int process_prompt(command *c) {
 static int check_output(command *c, const char *path, const file_kind *kind) {
     const char *const inputs[] = {c->text[O_MODEL], c->text[O_FILE], c->text[O_LOAD_PREFIX],
                                   c->text[O_MESSAGES], c->text[O_DRAFT]};
+    if (!path) return c->e.code;
     check_inputs(path, inputs, sizeof inputs / sizeof *inputs, &c->e);
     return writer_check(path, kind, flag(c, O_FORCE), &c->e);
-}
-
-static int check_prefix(command *c) {
-    const char *path = c->text[O_SAVE_PREFIX];
-    return path ? check_output(c, path, &session_file) : c->e.code;
 }
 
 /* Writes the prompt that was processed, the first of a chat and no other. */
@@ -10004,16 +9988,18 @@ static void drop_line_end(buffer *b) {
     if (b->n && b->data[b->n - 1] == '\r') b->n--;
 }
 
-/* Where the text comes from, -p or -f: a flag beats the environment, here and where ids or messages
- * take its place. */
-static int prompt_from(const command *c) {
-    return c->from[O_PROMPT] > c->from[O_FILE] ? c->from[O_PROMPT] : c->from[O_FILE];
+/* Does this option say what goes into the model? A flag beats the environment; of -p and -f, or of
+ * two variables, both do. */
+static bool is_source(const command *c, int id) {
+    static const int all[] = {O_PROMPT, O_FILE, O_MESSAGES, O_IDS};
+    int best = FROM_ENVIRONMENT;
+    for (int i = 0; i < 4; i++) if (c->from[all[i]] > best) best = c->from[all[i]];
+    return c->from[id] == best;
 }
 
 /* Reads -p, -f or both, the text before the file, or stdin into c->input. */
 static int read_prompt(command *c) {
-    bool text = given(c, O_PROMPT) && c->from[O_PROMPT] == prompt_from(c);
-    bool file = given(c, O_FILE) && c->from[O_FILE] == prompt_from(c);
+    bool text = is_source(c, O_PROMPT), file = is_source(c, O_FILE);
     const char *path = file ? c->text[O_FILE] : "-";
     if (c->e.code) return c->e.code;
     if (text) buffer_text(&c->input, c->text[O_PROMPT]);
@@ -10022,7 +10008,7 @@ static int read_prompt(command *c) {
     if (text && !file) return check_buffer(c, &c->input);
     if (c->row->exact_text) return read_file(c, path, MOST_INPUT, &c->input);
     if (text) buffer_text(&c->input, "\n\n");
-    read_text(c, path, c->m ? most_prompt(c) : MOST_INPUT, &c->input);
+    read_text(c, path, most_prompt(c), &c->input);
     drop_line_end(&c->input);
     return c->e.code;
 }
@@ -10038,15 +10024,33 @@ static void warn_of_marks(const command *c, const char *text, size_t n) {
 
 /* ---- run ----------------------------------------------------------------------------------- */
 
-/* The ids of the whole prompt: c->ids, from the text in c->input; or, to show, its text AS_TEXT. */
+/* Renders the file of --messages. */
+static int render_messages(command *c, chat_writer *w) {
+    const char *path = c->text[O_MESSAGES];
+    json j = {0};
+    medrun_message *m = NULL;
+    size_t n;
+    if (!read_json(c, path, &j) &&
+        !chat_messages(c->chat, &j, 0, path, &m, &n, &c->output, &c->e))
+        chat_render(w, m, n, !flag(c, O_NO_OPENING));
+    free(m);
+    json_free(&j);
+    return c->e.code;
+}
+
+/* The ids of the whole prompt, as the options say, in c->ids; or its text, which people want to
+ * see, AS_TEXT. */
 static int make_prompt(command *c, bool as_text) {
-    if (c->e.code) return c->e.code;
-    const char *system = given(c, O_SYSTEM) ? c->text[O_SYSTEM] : "";
+    const char *system = given(c, O_SYSTEM) ? c->text[O_SYSTEM] : "", *ids = c->text[O_IDS];
     const buffer *text = &c->input;
+    chat_writer w = {c->chat, c->t, &c->chat_options, as_text, .out = &c->ids, .e = &c->e};
+    if (c->e.code) return c->e.code;
+    if (is_source(c, O_IDS)) return parse_ids(c, ids, strlen(ids), &c->ids);
+    if (is_source(c, O_MESSAGES)) return render_messages(c, &w);
+    if (read_prompt(c)) return c->e.code;
+    if (!text->n) return fail(&c->e, MEDRUN_USAGE, "the prompt is empty");
     medrun_message all[] = {{"system", system, strlen(system)}, {"user", chars(text), text->n}};
     size_t skip = given(c, O_SYSTEM) ? 0 : 1;           /* "" is an empty system text, not none  */
-    if (!text->n) return fail(&c->e, MEDRUN_USAGE, "the prompt is empty");
-    chat_writer w = {c->chat, c->t, &c->chat_options, as_text, .out = &c->ids, .e = &c->e};
     if (!flag(c, O_RAW)) {
         warn_of_marks(c, chars(text), text->n);
         return chat_render(&w, all + skip, 2 - skip, !flag(c, O_NO_OPENING));
@@ -10059,8 +10063,7 @@ static int make_prompt(command *c, bool as_text) {
 /* SHA-256 of the logits after the whole timeline. */
 static int hash_logits(command *c, char hex[65]) {
     uint8_t digest[32];
-    if (c->e.code) return c->e.code;
-    while (medrun_pending(c->s)) if (medrun_step(&c->s, 1, &c->e)) return c->e.code;
+    if (c->e.code || process_prompt(c)) return c->e.code;
     sha256_of(medrun_logits(c->s, 0), (size_t)c->t->vocab_size * sizeof(float), digest);
     return hex_of(digest, hex), MEDRUN_OK;
 }
@@ -10071,7 +10074,7 @@ static int answer_ids(command *c) {
     if (c->e.code) return c->e.code;
     if (n >= context_of(c)) return too_long(c, n);
     show_prompt(c, ids_of(&c->ids), n);
-    check_prefix(c);
+    check_output(c, c->text[O_SAVE_PREFIX], &session_file);
     if (feed_prompt(c, ids_of(&c->ids), n)) return c->e.code;
     int code = print_reply(c);
     bool told = !code || code == MEDRUN_INTERRUPTED || code == MEDRUN_TOO_LONG;
@@ -10082,7 +10085,6 @@ static int answer_ids(command *c) {
 static int run_command(command *c) {
     open_model(c);
     choose_chat(c);
-    read_prompt(c);
     make_prompt(c, false);
     start_session(c);
     return answer_ids(c);
@@ -10791,7 +10793,8 @@ static int converse_command(command *c) {
     note(NULL, "%s", not_a_clinician);
     if (colour) fputs("\x1b[0m", stderr);
     note(c, "/help lists what can be typed.");
-    if (!check_prefix(c) && prefix) medrun_feed_saved(c->s, NULL, 0, prefix, &taken, &c->e);
+    check_output(c, c->text[O_SAVE_PREFIX], &session_file);
+    if (!c->e.code && prefix) medrun_feed_saved(c->s, NULL, 0, prefix, &taken, &c->e);
     if (given(c, O_PROMPT) || given(c, O_FILE)) read_prompt(c);
     if (c->input.n) say(&h, &c->input);
     chat_loop(&h);
@@ -11002,27 +11005,15 @@ static int detokenize_command(command *c) {
 
 /* The messages of a file, or a text as a person's message. */
 static int render_command(command *c) {
-    bool file = given(c, O_MODEL);
-    bool ids = flag(c, O_RENDER_IDS) || flag(c, O_PIECES);
-    const char *path = c->text[O_MESSAGES];
-    json j = {0};
-    buffer text = {0};
-    medrun_message *m = NULL;
-    size_t n = 0;
+    bool file = given(c, O_MODEL), ids = flag(c, O_RENDER_IDS) || flag(c, O_PIECES);
     if (!file && (!given(c, O_TEMPLATE) || ids))
         return fail(&c->e, MEDRUN_USAGE, "render: wanted a model; --template NAME does without "
                     "one, but not with --ids or --pieces");
     if (file ? open_tokenizer(c) : choose_template(c)) return c->e.code;
     if (!c->chat && !c->m)
         return fail(&c->e, MEDRUN_USAGE, "render: a tokenizer.bin has no template: add --template");
-    if (choose_chat(c)) return c->e.code;
-    chat_writer w = {c->chat, c->t, &c->chat_options, !ids, .out = &c->ids, .e = &c->e};
-    if (!path || c->from[O_MESSAGES] < prompt_from(c)) read_prompt(c), make_prompt(c, !ids);
-    else if (!read_json(c, path, &j) && !chat_messages(c->chat, &j, 0, path, &m, &n, &text, &c->e))
-        chat_render(&w, m, n, !flag(c, O_NO_OPENING));
-    free(m);
-    buffer_free(&text);
-    json_free(&j);
+    choose_chat(c);
+    make_prompt(c, !ids);
     return ids ? print_ids(c) : print_text(c, &c->ids);
 }
 
@@ -11031,15 +11022,13 @@ static int render_command(command *c) {
 static int write_logits(command *c, FILE *f) {
     size_t n = n_ids(&c->ids), vocab = (size_t)c->t->vocab_size;
     size_t part = flag(c, O_ALL) ? (size_t)c->s->options.batch : n;
-    for (size_t at = 0; at < n; at += part) {
-        size_t now = n - at < part ? n - at : part;
-        medrun_feed(c->s, ids_of(&c->ids) + at, now, &c->e);
-        while (!c->e.code && medrun_pending(c->s)) medrun_step(&c->s, 1, &c->e);
-        if (c->e.code) return c->e.code;
+    for (size_t at = 0, now; at < n; at += now) {
+        now = n - at < part ? n - at : part;
+        if (medrun_feed(c->s, ids_of(&c->ids) + at, now, &c->e) || process_prompt(c)) break;
         for (size_t row = !f ? 0 : flag(c, O_ALL) ? now : 1; row-- > 0;)
             fwrite(medrun_logits(c->s, row), sizeof(float), vocab, f);
     }
-    return MEDRUN_OK;
+    return c->e.code;
 }
 
 /* Rank, id, piece, logit and probability of the N likeliest tokens that may come next. */
@@ -11062,25 +11051,20 @@ static int print_top(command *c) {
 /* With --all each token of a pass has a row of logits, which takes memory: so fewer go into one. */
 static int logits_command(command *c) {
     file_writer w = {0};
-    bool file = given(c, O_OUT), text = c->from[O_IDS] <= prompt_from(c);
+    bool file = given(c, O_OUT), text = is_source(c, O_PROMPT) || is_source(c, O_FILE);
     if (!file && (!given(c, O_TOP) || flag(c, O_ALL)))
         return fail(&c->e, MEDRUN_USAGE, "logits: wanted --top N or -o OUT.f32");
-    if (text && given(c, O_IDS) && c->from[O_IDS] == prompt_from(c))
+    if (text && is_source(c, O_IDS))
         return fail(&c->e, MEDRUN_USAGE, "logits: found both --ids and a text, wanted one");
-    if (open_model(c)) return c->e.code;
     c->number[O_RAW] = 1;                               /* a text is continued as it is          */
-    if (text) read_prompt(c), make_prompt(c, false);
-    else parse_ids(c, c->text[O_IDS], strlen(c->text[O_IDS]), &c->ids);
-    if (c->e.code) return c->e.code;
-    size_t n = n_ids(&c->ids);
+    if (open_model(c) || make_prompt(c, false)) return c->e.code;
+    size_t n = n_ids(&c->ids), most = (size_t)c->m->config.max_positions;
     if (!n) return fail(&c->e, MEDRUN_USAGE, "--ids: found none");
-    if (n > (size_t)c->m->config.max_positions)
-        return fail(&c->e, MEDRUN_TOO_LONG, "prompt %zu tokens > context %d, the model's", n,
-                    c->m->config.max_positions);
-    medrun_session_options o = session_options(c, (int)n);
+    medrun_session_options o = session_options(c, (int)(n < most ? n : most));
     if (flag(c, O_ALL) && !given(c, O_BATCH)) o.batch = 32;     /* a row may take 0.5 MB         */
     if (flag(c, O_ALL)) o.logit_rows = o.batch;
     if (medrun_start(&c->s, c->m, &o, NULL, 0, &c->e)) return c->e.code;
+    if (n > most) return too_long(c, n);
     file_kind kind = {"logits of this model", NULL, false, true,
                       sizeof(float) * (size_t)c->t->vocab_size};
     if (file && (check_output(c, c->text[O_OUT], &kind) ||

@@ -68,7 +68,7 @@ static int top_command(command *c) {
     side b = {0};
     int most = TOP_ANSWER;
     if (given(c, O_PREDICT) && whole(c, O_PREDICT) >= 0) most = whole(c, O_PREDICT);
-    open_model(c), choose_chat(c), read_prompt(c), make_prompt(c, false);
+    open_model(c), choose_chat(c), make_prompt(c, false);
     if (start_session(c)) return c->e.code;
     top_watch w = {.s = c->s, .rows = (size_t)c->m->config.n_layers + 1,
                    .hidden = (size_t)c->m->config.hidden_size};

@@ -774,7 +774,7 @@ static int call_command(command *c) {
     choose_chat(c);
     read_tools(c, &tools);
     if (given(c, O_MESSAGES)) render_conversation(c, as_text);
-    else read_prompt(c), make_prompt(c, false);
+    else make_prompt(c, false);
     if (render && as_text) print_text(c, &c->ids);
     else if (render) print_ids(c);
     else ask(c);
