@@ -10107,50 +10107,25 @@ static void show(FILE *f, const char *label, const char *format, ...) {
     fputs(text[n] ? "\n" : "-\n", f);
 }
 
-/* The bytes that the vocabulary lacks, which are left out of every text. */
-static void show_lacking(FILE *f, const tokenizer *t) {
-    buffer list = {0};
-    for (int b = 0; b < 256; b++)
-        if (t->byte_id[b] == NO_ID) buffer_printf(&list, "%02x ", (unsigned)b);
-    if (list.n) show(f, "lacks bytes", "%s(hexadecimal; left out of texts)", chars(&list));
-    buffer_free(&list);
-}
-
-static void show_chat(FILE *f, const medrun_model *m) {
-    const medrun_sampling *s = &m->sampling;
-    buffer stops = {0};
-    for (int i = 0; i < m->n_stops; i++) {
-        size_t n;
-        const char *piece = tokenizer_piece(&m->tokenizer, m->stops[i], &n);
-        buffer_printf(&stops, "%s%d %.*s", i ? ", " : "", m->stops[i], (int)n, piece);
-    }
-    show(f, "template", "%s", m->template_name);
-    show(f, "system", "%s", m->own_chat.system ? m->own_chat.system : "");
-    show(f, "stops", "%s", chars(&stops));
-    show(f, "sampling", "temperature %g, top-k %d, top-p %g, min-p %g, repeat-penalty %g",
-         (double)s->temperature, s->top_k, (double)s->top_p, (double)s->min_p,
-         (double)s->repeat_penalty);
-    buffer_free(&stops);
-}
-
-/* The files that the checkpoint was made from. Nothing depends on these lines, so an entry that is
- * malformed is left out. */
+/* The files that the checkpoint was made from, and its own hash. Nothing depends on these lines, so
+ * an entry that is malformed is left out. */
 static void show_sources(FILE *f, const medrun_model *m) {
     const json *j = &m->file.header;
     uint32_t from = json_get(j, 0, "provenance"), all = json_get(j, from, "sources"), v = all + 1;
-    char precision[256];
-    bool array = json_is_type(j, all, JSON_ARRAY);
-    for (uint32_t i = 0; array && i < j->nodes[all].count; i++, v = j->nodes[v].next) {
-        char file[256], hash[65];
+    uint32_t n = json_is_type(j, all, JSON_ARRAY) ? j->nodes[all].count : 0;
+    char text[256], hash[65];
+    for (uint32_t i = 0; i < n; i++, v = j->nodes[v].next) {
         medrun_error e = {0};
-        json_text(j, v, "", "file", file, sizeof file, &e);
+        json_text(j, v, "", "file", text, sizeof text, &e);
         json_text(j, v, "", "sha256", hash, sizeof hash, &e);
         int64_t bytes = json_int(j, v, "", "bytes", 0, 1ll << 52, &e);
-        if (e.code) continue;
-        show(f, i ? "" : "sources", "%s, %lld bytes, %s", file, (long long)bytes, hash);
+        if (!e.code)
+            show(f, i ? "" : "sources", "%s, %lld bytes, %s", text, (long long)bytes, hash);
     }
-    if (!json_text(j, from, "", "precision", precision, sizeof precision, &(medrun_error){0}))
-        show(f, "made from", "%s", precision);
+    if (!json_text(j, from, "", "precision", text, sizeof text, &(medrun_error){0}))
+        show(f, "made from", "%s", text);
+    hex_of(m->file.hash, hash);
+    show(f, "hash", "%s", hash);
 }
 
 static double mb(uint64_t bytes) { return (double)bytes / 0x1p20; }
@@ -10164,45 +10139,54 @@ static uint64_t cache_size(const medrun_model *m, int context, int kv) {
 }
 
 /* Prints the memory that a session with these options needs, and what the machine has. */
-static void show_memory(FILE *f, const command *c, const medrun_session_options *o) {
+static void show_memory(FILE *f, const medrun_model *m, const medrun_session_options *o) {
     machine_limits l = limits_of_machine();
     uint64_t total = (uint64_t)l.memory, available = (uint64_t)l.available;
-    uint64_t weights = c->m->file.map.n, session = session_needs(c->m, o);
-    uint64_t cache = cache_size(c->m, o->context, o->kv), all = weights + session;
+    uint64_t weights = m->file.map.n, session = session_needs(m, o);
+    uint64_t cache = cache_size(m, o->context, o->kv), all = weights + session;
     int other = o->kv == MEDRUN_KV_INT8 ? MEDRUN_KV_F16 : MEDRUN_KV_INT8;
-    const char *of_group = l.of_group ? " (the control group's limit)" : "";
     const char *verdict = all <= available ? "it fits" :
         all <= total ? "it fits when other programs leave" :
         session <= total ? "the weights do not fit and would be read again for each token" :
         "it does not fit; ask for a smaller context (-c)";
     show(f, "memory", "%9.1f MB weights, mapped from the file", mb(weights));
     show(f, "", "%9.1f MB key-value cache, context %d, %s (with --kv %s %.1f MB)", mb(cache),
-         o->context, kv_names[o->kv], kv_names[other], mb(cache_size(c->m, o->context, other)));
+         o->context, kv_names[o->kv], kv_names[other], mb(cache_size(m, o->context, other)));
     show(f, "", "%9.1f MB scratch", mb(session - cache));
-    show(f, "", "%9.1f MB in all, of %.1f MB%s; %.1f MB are free: %s", mb(all), mb(total), of_group,
-         mb(available), verdict);
+    show(f, "", "%9.1f MB in all, of %.1f MB%s; %.1f MB are free: %s", mb(all), mb(total),
+         l.of_group ? " (the control group's limit)" : "", mb(available), verdict);
 }
 
 static int show_model(FILE *f, command *c, int context) {
     const medrun_model *m = c->m;
+    const medrun_sampling *s = &m->sampling;
     medrun_session_options wanted = session_options(c, context), o;
-    char hash[65];
-    buffer config = {0};
+    buffer config = {0}, lacks = {0}, stops = {0};
     if (resolve_options(m, &wanted, &o, &c->e)) return c->e.code;
-    hex_of(m->file.hash, hash);
+    describe_config(&config, &m->config, m->architecture, type_names[m->type], m->parameters, 13);
+    for (int b = 0; b < 256; b++)
+        if (m->tokenizer.byte_id[b] == NO_ID) buffer_printf(&lacks, "%02x ", (unsigned)b);
+    for (int i = 0; i < m->n_stops; i++) {
+        size_t n;
+        const char *piece = tokenizer_piece(&m->tokenizer, m->stops[i], &n);
+        buffer_printf(&stops, "%s%d %.*s", i ? ", " : "", m->stops[i], (int)n, piece);
+    }
     show(f, "file", "%s", m->path);
     show(f, "name", "%s", m->name);
-    describe_config(&config, &m->config, m->architecture, type_names[m->type], m->parameters, 13);
-    for (char *line = (char *)config.data, *end; line && (end = strchr(line, '\n')); line = end + 1)
+    for (const char *line = chars(&config), *end; (end = strchr(line, '\n')); line = end + 1)
         show(f, NULL, "%.*s", (int)(end - line), line);
-    buffer_free(&config);
-    show_lacking(f, &m->tokenizer);
-    show_chat(f, m);
+    if (lacks.n) show(f, "lacks bytes", "%s(hexadecimal; left out of texts)", chars(&lacks));
+    show(f, "template", "%s", m->template_name);
+    show(f, "system", "%s", m->own_chat.system ? m->own_chat.system : "");
+    show(f, "stops", "%s", chars(&stops));
+    show(f, "sampling", "temperature %g, top-k %d, top-p %g, min-p %g, repeat-penalty %g",
+         (double)s->temperature, s->top_k, (double)s->top_p, (double)s->min_p,
+         (double)s->repeat_penalty);
     show(f, "licence", "%s", m->licence);
     show(f, "notice", "%s", m->notice);
     if (flag(c, O_VERBOSE)) show_sources(f, m);
-    if (flag(c, O_VERBOSE)) show(f, "hash", "%s", hash);
-    show_memory(f, c, &o);
+    show_memory(f, m, &o);
+    buffer_free(&config), buffer_free(&lacks), buffer_free(&stops);
     return MEDRUN_OK;
 }
 
