@@ -10060,10 +10060,11 @@ static int make_prompt(command *c, bool as_text) {
     return tokenizer_encode(c->t, chars(text), text->n, add ? MEDRUN_ADD_BOS : 0, &c->ids, &c->e);
 }
 
-/* SHA-256 of the logits after the whole timeline. */
+/* SHA-256 of the logits after the whole timeline, also of one that Ctrl-C ended. */
 static int hash_logits(command *c, char hex[65]) {
     uint8_t digest[32];
-    if (c->e.code || process_prompt(c)) return c->e.code;
+    while (!c->e.code && medrun_pending(c->s)) medrun_step(&c->s, 1, &c->e);
+    if (c->e.code) return c->e.code;
     sha256_of(medrun_logits(c->s, 0), (size_t)c->t->vocab_size * sizeof(float), digest);
     return hex_of(digest, hex), MEDRUN_OK;
 }
