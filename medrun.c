@@ -9023,8 +9023,9 @@ enum { MAX_OPTIONS = 64 };
 struct command;
 
 typedef struct {
-    const char *name, *arguments, *help;
+    const char *name;
     int (*run)(struct command *c);
+    const char *arguments, *help;
     int more;                   /* arguments beside model, prompt and options, at most          */
     bool no_model;              /* else the first argument is the model, unless -m names it     */
     bool exact_text;            /* a line end at the end of a text counts                       */
@@ -9276,18 +9277,17 @@ static int look_elsewhere(command *c, const char *word) {
     return MEDRUN_OK;
 }
 
-/* Says what may have been meant. */
+/* Says which commands take the option, or else what may have been meant. */
 static int unknown_option(command *c, const char *arg) {
     const program *p = c->p;
     const char *names[2 * MAX_OPTIONS];
     char where[200] = "", help[64];
-    size_t n = 0;
+    size_t n = 0, at = 0;
     int id = find_option(p, arg, ~0u);
-    for (int k = 0; id >= 0 && k < p->n_commands; k++)
+    for (int k = 0; id >= 0 && k < p->n_commands && at < sizeof where; k++)
         if (p->options[id].on & ON(k))
-            snprintf(where + strlen(where), sizeof where - strlen(where), " %s",
-                     p->commands[k].name);
-    if (*where)
+            at += (size_t)snprintf(where + at, sizeof where - at, " %s", p->commands[k].name);
+    if (at)
         return fail(&c->e, MEDRUN_USAGE, "%s does not go with %s, but with:%s", arg, c->row->name,
                     where);
     if (look_elsewhere(c, arg)) return c->e.code;
@@ -9338,12 +9338,12 @@ static int read_environment(command *c) {
 
 /* ---- printing ------------------------------------------------------------------------------ */
 
-/* Prints TEXT for people: '?' for what is hostile or not UTF-8. LINES keeps line ends and tabs. */
-static void print_safe(FILE *f, const char *text, size_t n, bool lines) {
+/* Prints TEXT for people, in lines: '?' for what else is hostile or not UTF-8. */
+static void print_safe(FILE *f, const char *text, size_t n) {
     for (size_t i = 0, len; i < n; i += len ? len : 1) {
         uint32_t code = 0;
         len = utf8_decode((const uint8_t *)text + i, n - i, &code);
-        bool keep = len && (!is_hostile(code) || (lines && (code == '\n' || code == '\t')));
+        bool keep = len && (!is_hostile(code) || code == '\n' || code == '\t');
         fwrite(keep ? text + i : "?", 1, keep ? len : 1, f);
     }
 }
@@ -9385,7 +9385,8 @@ static size_t whole_words(const char *text, size_t n, size_t width) {
     return n - end < width ? end : n;
 }
 
-/* Prints for people, word by word. The terminal itself breaks a word that is longer than a line. */
+/* Prints for people, word by word. The blanks before a word go with it, or are left out where it
+ * begins a line. The terminal itself breaks a word that is longer than a line. */
 static void print_words(FILE *f, text_line *l, const char *text, size_t n) {
     for (size_t end; n; text += end, n -= end) {
         size_t blanks = 0, columns = 0, k = 0, len;
@@ -9395,17 +9396,13 @@ static void print_words(FILE *f, text_line *l, const char *text, size_t n) {
             if (k == 2 && columns) break;
             columns += k;
         }
-        if (l->width && l->at > l->indent && l->at + blanks + columns > l->width) {
-            fprintf(f, "\n%*s", (int)(l->at = l->indent), "");
-            print_safe(f, text + blanks, end - blanks, true);
-        } else {
-            print_safe(f, text, end, true);
-            l->at += blanks;
-        }
-        l->at += columns;
+        bool full = l->width && l->at > l->indent && l->at + blanks + columns > l->width;
+        bool ends = !full && end < n && text[end] == '\n';
+        if (full) end = blanks;                         /* the word is next, without them        */
+        else print_safe(f, text, end), l->at += blanks + columns;
         if (l->width && l->at > l->width) l->at %= l->width;
-        if (end == n || text[end] != '\n') continue;
-        end++, l->at = l->indent;
+        if (!full && !ends) continue;
+        end += ends, l->at = l->indent;
         fprintf(f, "\n%*s", (int)l->indent, "");
     }
 }
@@ -9434,7 +9431,6 @@ static void escape(buffer *out, const char *text, size_t n) {
         if (!len || is_hostile(code)) len = 1;
     }
 }
-
 
 /* Prints a line on stderr, which may hold a hostile name: about the run of C, unless -q; where C is
  * NULL, what a chat has to say in any case. */
@@ -9614,7 +9610,7 @@ static int choose_device_option(command *c) {
     attach_device(c->m, &r, layers, &e);
     medrun_describe(c->m, &info);
     if (!e.code) note(c, "device: %s", info.device);
-    else print_safe(stderr, info.device_log, strlen(info.device_log), true);
+    else print_safe(stderr, info.device_log, strlen(info.device_log));
     if (e.code && asked) return fail(&c->e, MEDRUN_NO_MEMORY, "%s", e.text);
     if (e.code && e.code != MEDRUN_USAGE) note(c, "%s; the processor computes", e.text);
     return MEDRUN_OK;
@@ -9736,25 +9732,21 @@ static medrun_session_options session_options(const command *c, int context) {
                                                      : c->chat ? c->chat->name : NULL};
 }
 
-/* Does a session with a context of N tokens fit three quarters of what is free? */
-static bool context_fits(const command *c, int n, uint64_t available) {
-    medrun_session_options o = session_options(c, n);
-    return session_needs(c->m, &o) <= available / 4 * 3;
-}
-
-/* The context of -c, else the model's. If nobody asked and the model's does not fit, the largest
- * power of two that fits. */
+/* The context of -c, else the model's. If nobody asked and a session with the model's takes more
+ * than three quarters of what is free, the largest power of two that does not. */
 static int choose_context(const command *c) {
     uint64_t available = (uint64_t)limits_of_machine().available;
-    int most = c->m->config.max_positions, context = 1;
+    int most = c->m->config.max_positions, power = 1;
     if (given(c, O_CTX)) return whole(c, O_CTX) ? whole(c, O_CTX) : most;
     if (available > SIZE_MAX / 3) available = SIZE_MAX / 3;     /* a model is mapped beside it   */
-    if (context_fits(c, most, available)) return most;
-    while (context <= most / 2) context *= 2;
-    while (context > 256 && !context_fits(c, context, available)) context /= 2;
-    note(c, "context: %d of the model's %d tokens, as this machine has %llu MB free; -c asks for "
-         "another", context, most, (unsigned long long)available >> 20);
-    return context;
+    while (power <= most / 2) power *= 2;
+    medrun_session_options o = session_options(c, most);
+    for (; o.context > 256 && session_needs(c->m, &o) > available / 4 * 3; power /= 2)
+        o.context = power;
+    if (o.context < most)
+        note(c, "context: %d of the model's %d tokens, as this machine has %llu MB free; -c asks "
+             "for another", o.context, most, (unsigned long long)available >> 20);
+    return o.context;
 }
 
 /* Starts the session, and prints what it computes with. */
@@ -9978,7 +9970,7 @@ static void show_prompt(const command *c, const int32_t *ids, size_t n) {
     fprintf(stderr, "prompt, %zu tokens: ", n);
     for (size_t i = 0; i < n; i++) fprintf(stderr, i ? " %d" : "%d", ids[i]);
     fputc('\n', stderr);
-    print_safe(stderr, chars(&text), text.n, true);
+    print_safe(stderr, chars(&text), text.n);
     fputc('\n', stderr);
     buffer_free(&text);
 }
@@ -10024,36 +10016,39 @@ static void warn_of_marks(const command *c, const char *text, size_t n) {
 
 /* ---- run ----------------------------------------------------------------------------------- */
 
-/* Renders the file of --messages. */
-static int render_messages(command *c, chat_writer *w) {
-    const char *path = c->text[O_MESSAGES];
-    json j = {0};
+/* Renders the messages in node V of J, which came from WHAT; OPEN: with the opening of an answer. */
+static int render_json(chat_writer *w, const json *j, uint32_t v, const char *what, bool open) {
     medrun_message *m = NULL;
     size_t n;
-    if (!read_json(c, path, &j) &&
-        !chat_messages(c->chat, &j, 0, path, &m, &n, &c->output, &c->e))
-        chat_render(w, m, n, !flag(c, O_NO_OPENING));
+    buffer text = {0};
+    if (!chat_messages(w->c, j, v, what, &m, &n, &text, w->e)) chat_render(w, m, n, open);
     free(m);
-    json_free(&j);
-    return c->e.code;
+    buffer_free(&text);
+    return w->e->code;
 }
 
 /* The ids of the whole prompt, as the options say, in c->ids; or its text, which people want to
  * see, AS_TEXT. */
 static int make_prompt(command *c, bool as_text) {
     const char *system = given(c, O_SYSTEM) ? c->text[O_SYSTEM] : "", *ids = c->text[O_IDS];
+    bool open = !flag(c, O_NO_OPENING);                 /* an answer is to follow                */
     const buffer *text = &c->input;
+    json j = {0};
     chat_writer w = {c->chat, c->t, &c->chat_options, as_text, .out = &c->ids, .e = &c->e};
     if (c->e.code) return c->e.code;
     if (is_source(c, O_IDS)) return parse_ids(c, ids, strlen(ids), &c->ids);
-    if (is_source(c, O_MESSAGES)) return render_messages(c, &w);
+    if (is_source(c, O_MESSAGES)) {
+        if (!read_json(c, c->text[O_MESSAGES], &j))
+            render_json(&w, &j, 0, c->text[O_MESSAGES], open);
+        return json_free(&j), c->e.code;
+    }
     if (read_prompt(c)) return c->e.code;
     if (!text->n) return fail(&c->e, MEDRUN_USAGE, "the prompt is empty");
     medrun_message all[] = {{"system", system, strlen(system)}, {"user", chars(text), text->n}};
     size_t skip = given(c, O_SYSTEM) ? 0 : 1;           /* "" is an empty system text, not none  */
     if (!flag(c, O_RAW)) {
         warn_of_marks(c, chars(text), text->n);
-        return chat_render(&w, all + skip, 2 - skip, !flag(c, O_NO_OPENING));
+        return chat_render(&w, all + skip, 2 - skip, open);
     }
     int bos = c->chat_options.bos;
     bool add = bos == MEDRUN_BOS_AUTO ? c->t->add_bos : bos == MEDRUN_BOS_ON;
@@ -10872,18 +10867,12 @@ static int prove_tokens(command *c, uint32_t node) {
 /* A conversation, perhaps with a date, and the ids of its prompt. */
 static int prove_chats(command *c, uint32_t node) {
     const json *j = &c->m->file.header;
-    medrun_message *messages = NULL;
-    size_t n;
     char date[11];
     medrun_chat_options o = {.date = json_get(j, node, "date") != JSON_NONE ? date : NULL};
     chat_writer w = {c->m->chat, c->t, &o, .out = &c->output, .e = &c->e};
     if (check_template(w.c, &c->e)) return c->e.code;
     if (o.date) json_text(j, node, "proofs.chats", "date", date, sizeof date, &c->e);
-    if (!chat_messages(w.c, j, json_get(j, node, "messages"), "proofs.chats", &messages, &n,
-                       &c->input, &c->e))
-        chat_render(&w, messages, n, true);
-    free(messages);
-    return c->e.code;
+    return render_json(&w, j, json_get(j, node, "messages"), "proofs.chats", true);
 }
 
 /* Feeds the ids of a proof to a session that computes as where the proof was made. */
@@ -11296,28 +11285,27 @@ static int completion_command(command *c) {
 }
 
 static const command_row medrun_commands[N_COMMANDS] = {
-    [CHAT] = {"chat", "MODEL.mdr [\"TEXT\"]", "a conversation; with piped input, answers once",
-        .run = converse_command},
-    [RUN] = {"run", "MODEL.mdr \"TEXT\" | -f FILE", "one answer", .run = run_command},
-    [SHOW] = {"show", "MODEL.mdr",
-        "what is in the file, and whether this machine has memory for it", .run = show_command},
-    [VERIFY] = {"verify", "MODEL.mdr",
-        "computes the file's hashes and proofs again; exit 4 if one differs",
-        .run = verify_command},
-    [TOKENIZE] = {"tokenize", "FILE \"TEXT\" | -f FILE",
-        "text to ids, by a .mdr or a tokenizer.bin", .run = tokenize_command, .exact_text = true},
-    [DETOKENIZE] = {"detokenize", "FILE IDS... | -", "ids to the exact bytes",
-        .run = detokenize_command, .more = INT_MAX - 1},
-    [RENDER] = {"render", "FILE \"TEXT\" | --messages FILE.json",
-        "the prompt that the model sees; --template NAME does without FILE",
-        .run = render_command},
-    [LOGITS] = {"logits", "MODEL.mdr \"TEXT\" | --ids \"1 2 3\" --top N | -o OUT.f32",
-        "what may come next, as a table; or all logits, as numbers", .run = logits_command},
-    [COMPLETION] = {"completion", "bash|zsh|fish", "a script for the shell: Tab completes then",
-        .run = completion_command, .no_model = true, .more = 1},
-    [HELP] = {"help", "[COMMAND]", "all commands, or the options of one", .run = help_command,
+    [CHAT] = {"chat", converse_command, "MODEL.mdr [\"TEXT\"]",
+        "a conversation; with piped input, answers once"},
+    [RUN] = {"run", run_command, "MODEL.mdr \"TEXT\" | -f FILE", "one answer"},
+    [SHOW] = {"show", show_command, "MODEL.mdr",
+        "what is in the file, and whether this machine has memory for it"},
+    [VERIFY] = {"verify", verify_command, "MODEL.mdr",
+        "computes the file's hashes and proofs again; exit 4 if one differs"},
+    [TOKENIZE] = {"tokenize", tokenize_command, "FILE \"TEXT\" | -f FILE",
+        "text to ids, by a .mdr or a tokenizer.bin", .exact_text = true},
+    [DETOKENIZE] = {"detokenize", detokenize_command, "FILE IDS... | -", "ids to the exact bytes",
+        .more = INT_MAX - 1},
+    [RENDER] = {"render", render_command, "FILE \"TEXT\" | --messages FILE.json",
+        "the prompt that the model sees; --template NAME does without FILE"},
+    [LOGITS] = {"logits", logits_command,
+        "MODEL.mdr \"TEXT\" | --ids \"1 2 3\" --top N | -o OUT.f32",
+        "what may come next, as a table; or all logits, as numbers"},
+    [COMPLETION] = {"completion", completion_command, "bash|zsh|fish",
+        "a script for the shell: Tab completes then", .no_model = true, .more = 1},
+    [HELP] = {"help", help_command, "[COMMAND]", "all commands, or the options of one",
         .no_model = true, .more = 1},
-    [VERSION] = {"version", "", "prints the version", .run = version_command, .no_model = true},
+    [VERSION] = {"version", version_command, "", "prints the version", .no_model = true},
 };
 
 static const program medrun_program = {

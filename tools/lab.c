@@ -221,8 +221,8 @@ static int report_reference(command *c, uint32_t proof, int number) {
         fail(&c->e, MEDRUN_BAD_FILE, "%s: values: wanted a finite number for each id", what);
     if (c->e.code) return c->e.code;
     printf("proof %d: relative L2 %.1e to ", number, distance);
-    print_safe(stdout, source, strlen(source), false);
-    printf("; the largest is %s\n", same ? "the same" : "another");
+    make_safe(source);
+    printf("%s; the largest is %s\n", source, same ? "the same" : "another");
     medrun_stop(c->s);
     c->s = NULL;
     return MEDRUN_OK;
@@ -785,28 +785,24 @@ static int call_command(command *c) {
 /* ---- the program --------------------------------------------------------------------------- */
 
 static const command_row lab_commands[N_LAB_COMMANDS] = {
-    [BENCH] = {"bench", "MODEL.mdr",
-        "speed of a prompt and of generation, beside what this machine can do",
-        .run = bench_command},
-    [DOCTOR] = {"doctor", "", "what this machine has, and whether its kernels agree",
-        .run = doctor_command, .no_model = true},
-    [RECORD] = {"record", "MODEL.mdr OUT.json -p TEXT | -f FILE",
-        "answers as medrun run does, and writes what replay needs; the file holds prompt and "
-        "answer, as ids: keep it safe", .run = record_command, .more = 1},
-    [REPLAY] = {"replay", "RUN.json", "repeats what record wrote; exit 4 at the first difference",
-        .run = replay_command, .no_model = true, .more = 1},
-    [COMPARE] = {"compare", "MODEL.mdr",
-        "how far the logits of the proofs are from those of another implementation",
-        .run = compare_command},
-    [CALL] = {"call", "MODEL.mdr --tools FILE.json -p TEXT | --messages FILE.json",
-        "shows a model functions, and prints the call it makes as JSON", .run = call_command},
-    [LENS] = {"top", "MODEL.mdr -p TEXT | -f FILE",
-        "what each layer would say, where the prompt ends and the answer begins",
-        .run = top_command},
-    [LAB_HELP] = {"help", "[COMMAND]", "all commands, or the options of one", .run = help_command,
-        .no_model = true, .more = 1},
-    [LAB_VERSION] = {"version", "", "prints the version", .run = version_command,
+    [BENCH] = {"bench", bench_command, "MODEL.mdr",
+        "speed of a prompt and of generation, beside what this machine can do"},
+    [DOCTOR] = {"doctor", doctor_command, "", "what this machine has, and whether its kernels agree",
         .no_model = true},
+    [RECORD] = {"record", record_command, "MODEL.mdr OUT.json -p TEXT | -f FILE",
+        "answers as medrun run does, and writes what replay needs; the file holds prompt and "
+        "answer, as ids: keep it safe", .more = 1},
+    [REPLAY] = {"replay", replay_command, "RUN.json", "repeats what record wrote; exit 4 at the first "
+        "difference", .no_model = true, .more = 1},
+    [COMPARE] = {"compare", compare_command, "MODEL.mdr",
+        "how far the logits of the proofs are from those of another implementation"},
+    [CALL] = {"call", call_command, "MODEL.mdr --tools FILE.json -p TEXT | --messages FILE.json",
+        "shows a model functions, and prints the call it makes as JSON"},
+    [LENS] = {"top", top_command, "MODEL.mdr -p TEXT | -f FILE",
+        "what each layer would say, where the prompt ends and the answer begins"},
+    [LAB_HELP] = {"help", help_command, "[COMMAND]", "all commands, or the options of one",
+        .no_model = true, .more = 1},
+    [LAB_VERSION] = {"version", version_command, "", "prints the version", .no_model = true},
 };
 
 static option_row lab_options[N_LAB_OPTIONS] = {
