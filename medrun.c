@@ -10016,7 +10016,7 @@ static void warn_of_marks(const command *c, const char *text, size_t n) {
 
 /* ---- run ----------------------------------------------------------------------------------- */
 
-/* Renders the messages in node V of J, which came from WHAT; OPEN: with the opening of an answer. */
+/* Renders the messages in node V of J, which came from WHAT; where OPEN, an answer is to follow. */
 static int render_json(chat_writer *w, const json *j, uint32_t v, const char *what, bool open) {
     medrun_message *m = NULL;
     size_t n;

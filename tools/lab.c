@@ -787,13 +787,13 @@ static int call_command(command *c) {
 static const command_row lab_commands[N_LAB_COMMANDS] = {
     [BENCH] = {"bench", bench_command, "MODEL.mdr",
         "speed of a prompt and of generation, beside what this machine can do"},
-    [DOCTOR] = {"doctor", doctor_command, "", "what this machine has, and whether its kernels agree",
-        .no_model = true},
+    [DOCTOR] = {"doctor", doctor_command, "",
+        "what this machine has, and whether its kernels agree", .no_model = true},
     [RECORD] = {"record", record_command, "MODEL.mdr OUT.json -p TEXT | -f FILE",
         "answers as medrun run does, and writes what replay needs; the file holds prompt and "
         "answer, as ids: keep it safe", .more = 1},
-    [REPLAY] = {"replay", replay_command, "RUN.json", "repeats what record wrote; exit 4 at the first "
-        "difference", .no_model = true, .more = 1},
+    [REPLAY] = {"replay", replay_command, "RUN.json",
+        "repeats what record wrote; exit 4 at the first difference", .no_model = true, .more = 1},
     [COMPARE] = {"compare", compare_command, "MODEL.mdr",
         "how far the logits of the proofs are from those of another implementation"},
     [CALL] = {"call", call_command, "MODEL.mdr --tools FILE.json -p TEXT | --messages FILE.json",
