@@ -65,9 +65,8 @@
  * medrun_start, medrun_say, then medrun_next until medrun_is_stop. Stop each session before you
  * close its model. Text is UTF-8 with a length in bytes; logits are float32, vocab_size a position.
  *
- * Errors: a call that can fail returns a code (MEDRUN_OK is 0). It clears the caller's medrun_error
- * (NULL is fine), then keeps there the first failure within this call. Library code never prints,
- * never exits, and reads no environment variable.
+ * Errors: a call that can fail returns a code (0: MEDRUN_OK), clears your medrun_error (NULL is
+ * fine) and keeps its first failure there. Nothing here prints, exits or reads the environment.
  *
  * Threads may share a model; a session belongs to one thread at a time. Steps of sessions of one
  * model take turns on its thread pool. fork leaves the pool behind: a child opens its own models,
@@ -244,30 +243,26 @@ void medrun_stop(medrun_session *session);                  /* NULL is fine; mod
 /* Appends all of the ids or none. Errors: MEDRUN_TOO_LONG, MEDRUN_USAGE (an id out of range). */
 int medrun_feed(medrun_session *session, const int32_t *ids, size_t n, medrun_error *error);
 
-/* Appends one turn by the checkpoint's template (BOS first on an empty timeline); a "user" turn is
- * followed by the opening of the answer. Results of tools do not go this way: render and feed the
- * whole conversation. Errors, after which the timeline is as it was: those of medrun_render and
- * medrun_feed, MEDRUN_USAGE also for no role. */
+/* Appends one turn by the checkpoint's template (BOS first on an empty timeline); after a "user"
+ * turn the opening of the answer. For tools' results render and feed the whole conversation. Errors
+ * leave the timeline as it was: as medrun_render and medrun_feed, MEDRUN_USAGE also for no role. */
 int medrun_say(medrun_session *session, const char *role, const char *text, size_t n_bytes,
                medrun_error *error);
 
 /* One pass over the weights: takes what is pending in the N sessions, in the order given, at most
- * `batch` tokens of the first, which leads. All must be of one model, with equal kv and strict.
- * Errors, after which all is pending that was: MEDRUN_USAGE, MEDRUN_FAILED (this thread rounds or
- * flushes otherwise), MEDRUN_INTERRUPTED. */
+ * `batch` tokens of the first, which leads. All are of one model, with equal kv and strict. Errors (all
+ * stays pending): MEDRUN_USAGE, _INTERRUPTED, _FAILED (the thread rounds or flushes otherwise). */
 int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *error);
 
-/* Ends the step that SESSION leads, or else its next one, before its next layer. Any thread, signal
- * handler or observer may call it. */
+/* Any thread, signal handler or observer: ends the step SESSION leads or its next before a layer. */
 void medrun_interrupt(medrun_session *session);
 
 size_t medrun_pending(const medrun_session *session);       /* fed and not yet processed       */
 size_t medrun_length(const medrun_session *session);        /* the whole timeline              */
 const int32_t *medrun_tokens(const medrun_session *session);/* its ids; lives until medrun_stop */
 
-/* Logits after the last token: vocab_size floats, valid until the next step; NULL while tokens are
- * pending. The last row comes first: with logit_rows > 1, ROW 1 is the token before the last, ...,
- * as far as the last pass reached. */
+/* vocab_size logits after the last token, valid until the next step; NULL while tokens are pending.
+ * With logit_rows > 1, ROW 1 is the token before the last, ..., as far as the last pass reached. */
 const float *medrun_logits(const medrun_session *session, size_t row);
 
 /* Picks the next id from the logits by the session's sampling and random state; does not feed it.
@@ -292,10 +287,9 @@ int medrun_rewind(medrun_session *session, size_t n, medrun_error *error);
  * only; reads it back into a session of the same checkpoint, template, kv and strict (any context
  * that is long enough), with plain bf16 weights of the same kernels. It goes on with the same bits;
  * the last tokens, at most 16, are pending then. Sums find damage, not forgery: trust a file as you
- * trust a checkpoint. PATH may be new, empty or a saved session, but no link and no other file. A
- * save that fails leaves what stood there, a restore that fails an empty session. Errors:
- * MEDRUN_USAGE (PATH is something else), _FAILED (writing), _BAD_FILE (of another model, cut,
- * damaged), _TOO_LONG, _NO_MEMORY. */
+ * trust a checkpoint. PATH may be new, empty or a saved session, no link or other file. A failed
+ * save leaves what stood there, a failed restore an empty session. Errors: MEDRUN_USAGE (PATH),
+ * _FAILED (writing), _BAD_FILE (of another model, cut, damaged), _TOO_LONG, _NO_MEMORY. */
 int medrun_save(const medrun_session *session, const char *path, medrun_error *error);
 int medrun_restore(medrun_session *session, const char *path, medrun_error *error);
 
