@@ -250,11 +250,11 @@ int medrun_say(medrun_session *session, const char *role, const char *text, size
                medrun_error *error);
 
 /* One pass over the weights: takes what is pending in the N sessions, in the order given, at most
- * `batch` tokens of the first, which leads. All are of one model, with equal kv and strict. Errors (all
- * stays pending): MEDRUN_USAGE, _INTERRUPTED, _FAILED (the thread rounds or flushes otherwise). */
+ * `batch` tokens of the first, which leads. All are of one model, with equal kv and strict. Errors,
+ * nothing taken: MEDRUN_USAGE, _INTERRUPTED, _FAILED (this thread rounds or flushes otherwise). */
 int medrun_step(medrun_session *const *sessions, size_t n, medrun_error *error);
 
-/* Any thread, signal handler or observer: ends the step SESSION leads or its next before a layer. */
+/* Any thread, signal handler, observer: ends the step SESSION leads or its next before a layer. */
 void medrun_interrupt(medrun_session *session);
 
 size_t medrun_pending(const medrun_session *session);       /* fed and not yet processed       */
