@@ -9489,19 +9489,19 @@ static int read_file(command *c, const char *path, size_t most, buffer *out) {
     if (c->e.code) return c->e.code;
     if (standard) path = "stdin";
     FILE *f = standard ? stdin : open_stream(path, TO_READ);
-    if (!f) return fail(&c->e, MEDRUN_BAD_FILE, "%s: cannot open: %s", path, strerror(errno));
+    if (!f) return bad_file(&c->e, path, "cannot open: %s", strerror(errno));
     for (size_t n = 1; n && out->n <= most && buffer_room(out, 65536);) {
         n = fread(out->data + out->n, 1, 65536, f);
         out->n += n, out->data[out->n] = 0;
     }
-    if (ferror(f)) fail(&c->e, MEDRUN_BAD_FILE, "%s: cannot read: %s", path, strerror(errno));
+    if (ferror(f)) bad_file(&c->e, path, "cannot read: %s", strerror(errno));
     if (!standard) fclose(f);
-    if (out->n <= most) return check_buffer(c, out);
-    return most < MOST_INPUT
-        ? fail(&c->e, MEDRUN_TOO_LONG, "%s: over %zu bytes are more than a context of %d tokens "
-               "holds", path, most, c->m->config.max_positions)
-        : fail(&c->e, MEDRUN_BAD_FILE, "%s: found over %zu bytes, the most that is read", path,
-               most);
+    if (out->n > most && most == MOST_INPUT)
+        bad_file(&c->e, path, "found over %zu bytes, the most that is read", most);
+    if (out->n > most)
+        fail(&c->e, MEDRUN_TOO_LONG, "%s: over %zu bytes are more than a context of %d tokens "
+             "holds", path, most, c->m->config.max_positions);
+    return check_buffer(c, out);
 }
 
 /* The same for text: refuses what is not UTF-8, with its place, and drops a byte order mark. */
@@ -9513,9 +9513,9 @@ static int read_text(command *c, const char *path, size_t most, buffer *out) {
     for (size_t i = first; i < at; i++) line += out->data[i] == '\n';
     bool utf16 = !strncmp(start, "\xFF\xFE", 2) || !strncmp(start, "\xFE\xFF", 2);
     if (at < out->n)
-        return fail(&c->e, MEDRUN_BAD_FILE, "%s: line %zu, byte %zu: found %s, wanted UTF-8 text; "
-                    "save it as UTF-8", strcmp(path, "-") ? path : "stdin", line, at - first,
-                    utf16 ? "UTF-16" : "what is no character");
+        return bad_file(&c->e, strcmp(path, "-") ? path : "stdin", "line %zu, byte %zu: found %s, "
+                        "wanted UTF-8 text; save it as UTF-8", line, at - first,
+                        utf16 ? "UTF-16" : "what is no character");
     if (strncmp(start, "\xEF\xBB\xBF", 3)) return MEDRUN_OK;
     out->n -= 3;
     memmove(out->data + first, start + 3, out->n - first);
@@ -9544,9 +9544,9 @@ static int json_ids(command *c, const json *j, uint32_t v, const char *what, buf
         good = id >= 0 && id < c->t->vocab_size && id == floor(id);
         if (good) buffer_add(ids, &(int32_t){(int32_t)id}, sizeof(int32_t));
     }
-    if (good) return check_buffer(c, ids);
-    return fail(&c->e, MEDRUN_BAD_FILE, "%s: wanted token ids, whole numbers below %d", what,
-                c->t->vocab_size);
+    if (!good)
+        bad_file(&c->e, what, "wanted token ids, whole numbers below %d", c->t->vocab_size);
+    return check_buffer(c, ids);
 }
 
 /* Parses the JSON file that is read into c->input; free J afterwards, also after a failure. */
@@ -10052,8 +10052,7 @@ static int make_prompt(command *c, bool as_text) {
 /* SHA-256 of the logits after the whole timeline, also of one that Ctrl-C ended. */
 static int hash_logits(command *c, char hex[65]) {
     uint8_t digest[32];
-    while (!c->e.code && medrun_pending(c->s)) medrun_step(&c->s, 1, &c->e);
-    if (c->e.code) return c->e.code;
+    if (c->e.code || process_prompt(c)) return c->e.code;
     sha256_of(medrun_logits(c->s, 0), (size_t)c->t->vocab_size * sizeof(float), digest);
     return hex_of(digest, hex), MEDRUN_OK;
 }
@@ -10851,9 +10850,8 @@ static bool verify_hashes(command *c) {
 /* A text, and its ids. */
 static int prove_tokens(command *c, uint32_t node) {
     const json *j = &c->m->file.header;
-    uint32_t text = json_get(j, node, "text");
-    if (!json_is_type(j, text, JSON_STRING))
-        return fail(&c->e, MEDRUN_BAD_FILE, "proofs.tokens: text: found none");
+    uint32_t text = json_field(j, node, "proofs.tokens", "text", JSON_STRING, "a string", &c->e);
+    if (c->e.code) return c->e.code;
     json_unescape(j, text, &c->input);
     return tokenizer_encode(c->t, chars(&c->input), c->input.n, 0, &c->output, &c->e);
 }
@@ -10893,12 +10891,10 @@ static int prove_logits(command *c, uint32_t node) {
 
 /* Computes all proofs of a kind again. Do they come out the same? */
 static bool verify_proofs(command *c, const char *kind, int (*repeat)(command *c, uint32_t node)) {
-    if (c->e.code) return false;
     const json *j = &c->m->file.header;
-    uint32_t all = json_get(j, json_get(j, 0, "proofs"), kind), v = all + 1;
-    if (!json_is_type(j, all, JSON_ARRAY))
-        return fail(&c->e, MEDRUN_BAD_FILE, "%s: proofs.%s: wanted an array", c->m->path,
-                    kind), false;
+    uint32_t all = json_field(j, json_get(j, 0, "proofs"), c->m->path, kind, JSON_ARRAY,
+                              "an array", &c->e), v = all + 1;
+    if (c->e.code) return false;
     size_t n = j->nodes[all].count, good = 0;
     for (size_t i = 0; i < n && !c->e.code; i++, v = j->nodes[v].next) {
         char name[32];
