@@ -9240,12 +9240,14 @@ static int find_option(const program *p, const char *arg, unsigned on) {
     return -1;
 }
 
-/* Words that people know from other programs, and what to do instead. An entry that ends with a
- * blank is the program that has a command of this name. */
+/* Words that people know from other programs, and what to do instead. */
 static const struct { const char *words, *instead; } elsewhere[] = {
-    {"bench|doctor|record|replay|compare|call", "medrun-lab "},
-    {"--record", "medrun-lab record does this"},
-    {"--tools", "medrun-lab call does this"},
+    {"bench", "medrun-lab bench does this"},
+    {"doctor", "medrun-lab doctor does this"},
+    {"record|--record", "medrun-lab record does this"},
+    {"replay", "medrun-lab replay does this"},
+    {"compare", "medrun-lab compare does this"},
+    {"call|--tools", "medrun-lab call does this"},
     {"export|convert|quantize", "medrun-export SOURCE OUT.mdr does this"},
     {"eval|perplexity", "medrun-eval does this"},
     {"serve|server", "medrun-serve does this"},
@@ -9261,13 +9263,9 @@ static const struct { const char *words, *instead; } elsewhere[] = {
 
 /* Says what to do instead of WORD, if it is one of those. */
 static int look_elsewhere(command *c, const char *word) {
-    for (size_t i = 0; i < sizeof elsewhere / sizeof *elsewhere; i++) {
-        const char *instead = elsewhere[i].instead;
-        bool same = instead[strlen(instead) - 1] == ' ';
+    for (size_t i = 0; i < sizeof elsewhere / sizeof *elsewhere; i++)
         if (place_in(elsewhere[i].words, word) >= 0)
-            return fail(&c->e, MEDRUN_USAGE, same ? "%s: %s%s does this" : "%s: %s", word, instead,
-                        word);
-    }
+            return fail(&c->e, MEDRUN_USAGE, "%s: %s", word, elsewhere[i].instead);
     return MEDRUN_OK;
 }
 
