@@ -9043,6 +9043,7 @@ enum { O_MODEL, O_PROMPT, O_FILE, O_SYSTEM, O_PREDICT, O_TEMP, O_TOP_K, O_TOP_P,
        N_OPTIONS };
 
 static const option_row option_rows[N_OPTIONS] = {
+    /* What goes into the model. */
     [O_MODEL] = {"model", "m", "FILE", TEXT, ON_MODEL | ON_FILE,
         .help = "the checkpoint; -m may be left out"},
     [O_PROMPT] = {"prompt", "p", "TEXT", TEXT, ON_TEXT,
@@ -9051,6 +9052,8 @@ static const option_row option_rows[N_OPTIONS] = {
         .help = "a file with the text (- is stdin); with -p: what the text is about"},
     [O_SYSTEM] = {"system", "sys", "TEXT", TEXT, ON_ANSWER | ON(RENDER), "the checkpoint's",
         .also = "system-prompt", .help = "what the model is told before the conversation"},
+
+    /* How an answer is made: from its first token to its end. */
     [O_PREDICT] = {"predict", "n", "N", WHOLE, ON_ANSWER, "-1", -1, 1 << 24,
         "n-predict|max-tokens|max-new-tokens|num-predict",
         "maximum tokens in an answer; -1: no limit"},
@@ -9068,6 +9071,8 @@ static const option_row option_rows[N_OPTIONS] = {
         .help = "seed of the random numbers; -1: a new one, which is printed"},
     [O_STOP] = {"stop", NULL, "TEXT", TEXT, ON_ANSWER, .also = "reverse-prompt",
         .help = "end the answer before this text; up to 8 of them"},
+
+    /* The session: its size and its speed. Of these only --kv changes a logit. */
     [O_CTX] = {"ctx", "c", "N", WHOLE, ON_ANSWER | ON(SHOW), "as much of it as memory allows",
         0, 1 << 24, "ctx-size|num-ctx", "tokens of context; 0: as many as the model was made for"},
     [O_THREADS] = {"threads", "t", "N", WHOLE, ON_MODEL & ~ON(SHOW), "one for each processor",
@@ -9083,6 +9088,8 @@ static const option_row option_rows[N_OPTIONS] = {
         .help = "guess N tokens ahead from the text so far; changes no token"},
     [O_DRAFT] = {"draft", NULL, "SMALL.mdr", TEXT, ON_ANSWER,
         .help = "a small model of the same vocabulary guesses too; changes no token"},
+
+    /* How the prompt is written. */
     [O_TEMPLATE] = {"template", NULL, "NAME", TEXT, ON_ANSWER | ON(RENDER), "the checkpoint's",
         .also = "chat-template", .help = "chat template: " MEDRUN_TEMPLATES},
     [O_DATE] = {"date", NULL, "YYYY-MM-DD", TEXT, ON_ANSWER | ON(RENDER), "the template's",
@@ -9093,6 +9100,8 @@ static const option_row option_rows[N_OPTIONS] = {
         .help = "beginning-of-text token first: as the template says, always, never; alpaca and "
                 "afm have none, though their models were probably trained with it"},
     [O_RAW] = {"raw", .on = ON(RUN), .help = "no chat template: continue the text as it is"},
+
+    /* What is printed, and what the machine does for it. */
     [O_TOP] = {"top", NULL, "N", WHOLE, ON(RUN) | ON(LOGITS), NULL, 1, MOST_CHOICES,
         .help = "print the N most likely tokens, with probabilities at temperature 1"},
     [O_STRICT] = {"strict", .on = ON_SESSION,
@@ -9110,6 +9119,8 @@ static const option_row option_rows[N_OPTIONS] = {
         .help = "OpenCL device (medrun-lab doctor lists them)"},
     [O_GPU_LAYERS] = {"gpu-layers", "ngl", "N", WHOLE, ON_MODEL & ~ON(SHOW), "all that fit",
         0, 1 << 16, "n-gpu-layers", "layers whose matrices the device has; 0: no device"},
+
+    /* Files, and what single commands take. */
     [O_SAVE_PREFIX] = {"save-prefix", NULL, "FILE", TEXT, ON_ANSWER,
         .help = "save the processed prompt; the file holds its text: keep it safe"},
     [O_LOAD_PREFIX] = {"load-prefix", NULL, "FILE", TEXT, ON_ANSWER,
@@ -9184,6 +9195,7 @@ typedef struct command {
     medrun_error e;
 } command;
 
+/* What stands in an option. Before the line is read that is its default, 0 where there is none. */
 static bool given(const command *c, int id) { return c->from[id] != FROM_DEFAULT; }
 static bool flag(const command *c, int id) { return c->number[id] != 0; }
 static int whole(const command *c, int id) { return (int)c->number[id]; }
@@ -9361,6 +9373,8 @@ static size_t measure(const char *text, size_t n, size_t *columns) {
     return len ? len : 1;
 }
 
+/* The columns that a line may have; 0: nobody looks at it, so that it is not broken. Eyes lose the
+ * way back to the beginning of a line that is longer than 200. */
 static size_t width_of(int fd) {
     int n = is_terminal(fd) ? terminal_columns() : 0;
     return n > 200 ? 200 : n > 0 ? (size_t)n : 0;
@@ -9451,6 +9465,7 @@ static int flush_stdout(command *c) {
     return fail(&c->e, MEDRUN_FAILED, "stdout: cannot write: %s", strerror(errno));
 }
 
+/* A buffer as a text, or as ids, which are as wide as they are in the API. */
 static const char *chars(const buffer *b) { return b->data ? (const char *)b->data : ""; }
 static const int32_t *ids_of(const buffer *b) { return (const int32_t *)(const void *)b->data; }
 static size_t n_ids(const buffer *b) { return b->n / sizeof(int32_t); }
@@ -9502,7 +9517,8 @@ static int read_file(command *c, const char *path, size_t most, buffer *out) {
     return check_buffer(c, out);
 }
 
-/* The same for text: refuses what is not UTF-8, with its place, and drops a byte order mark. */
+/* The same for text: refuses what is not UTF-8, with its place, and drops a byte order mark. Some
+ * programs write UTF-16 unasked, and a model would take its bytes for words that nobody wrote. */
 static int read_text(command *c, const char *path, size_t most, buffer *out) {
     size_t first = out->n, line = 1;
     if (read_file(c, path, most, out)) return c->e.code;
@@ -9533,7 +9549,7 @@ static int parse_ids(command *c, const char *text, size_t n, buffer *ids) {
     return check_buffer(c, ids);
 }
 
-/* The same from an array in JSON, node V, which may be missing. */
+/* The same from an array in JSON, node V, which may be missing or hold anything. */
 static int json_ids(command *c, const json *j, uint32_t v, const char *what, buffer *ids) {
     bool good = json_is_type(j, v, JSON_ARRAY);
     uint32_t n = good ? j->nodes[v].count : 0, x = v + 1;
@@ -9608,6 +9624,7 @@ static int choose_device_option(command *c) {
     return MEDRUN_OK;
 }
 
+/* What is locked is never written to swap: neither slow, nor a prompt on a disk. */
 static int lock(command *c, const void *p, size_t n) {
     if (lock_bytes(p, n)) return MEDRUN_OK;
     return fail(&c->e, MEDRUN_FAILED, "--mlock: %zu MB cannot be locked: %s" LOCK_HINT, n >> 20,
@@ -9668,6 +9685,7 @@ static int open_tokenizer(command *c) {
     return choose_template(c);
 }
 
+/* Sessions go before their models. */
 static void close_command(command *c) {
     const device *d = c->m ? c->m->device : NULL;
     if (d && d->failed) note(c, "device %s; the processor computed the rest", d->says);
@@ -9695,6 +9713,8 @@ static void choose_sampling(command *c) {
     s->seed = random ? random_bits() & MAX_SEED : (uint64_t)c->number[O_SEED];
 }
 
+/* Says where each value is from: the same command line answers otherwise with another card. A seed
+ * that was drawn is told, too, so that any answer can be had again. */
 static void note_sampling(const command *c) {
     const medrun_sampling *s = &c->sampling;
     if (s->temperature <= 0)
@@ -9714,6 +9734,7 @@ static int cache_type(const command *c) {
     return flag(c, O_STRICT) ? MEDRUN_KV_F32 : MEDRUN_KV_F16;
 }
 
+/* Everything that a session is told. The sampling is the command's, which began as the card's. */
 static medrun_session_options session_options(const command *c, int context) {
     return (medrun_session_options){.context = context, .batch = whole(c, O_BATCH),
                                     .lookup = whole(c, O_LOOKUP), .kv = cache_type(c),
@@ -9725,7 +9746,8 @@ static medrun_session_options session_options(const command *c, int context) {
 }
 
 /* The context of -c, else the model's. If nobody asked and a session with the model's takes more
- * than three quarters of what is free, the largest power of two that does not. */
+ * than three quarters of what is free, the largest power of two that does not: the pages of the
+ * weights, which are read again for each token, need room beside it. */
 static int choose_context(const command *c) {
     uint64_t available = (uint64_t)limits_of_machine().available;
     int most = c->m->config.max_positions, power = 1;
@@ -9816,7 +9838,8 @@ static int process_prompt(command *c) {
     return c->e.code;
 }
 
-/* Refuses a PATH that cannot be written, or that this command reads, before the work begins. */
+/* Refuses a PATH that cannot be written, or that this command reads, before the work begins: an
+ * answer may have taken an hour when a mistyped folder shows. NULL: no file is asked for. */
 static int check_output(command *c, const char *path, const file_kind *kind) {
     const char *const inputs[] = {c->text[O_MODEL], c->text[O_FILE], c->text[O_LOAD_PREFIX],
                                   c->text[O_MESSAGES], c->text[O_DRAFT]};
@@ -9954,7 +9977,8 @@ static int too_long(command *c, size_t n) {
                 n, context_of(c), n > context_of(c) ? "" : " less one for the answer", way_out(c));
 }
 
-/* With -v, prints the prompt as the model sees it: ids, and text with its control tokens. */
+/* With -v, prints the prompt as the model sees it: ids, and text with its control tokens. Most
+ * strange answers come from a prompt that is not what one thought. */
 static void show_prompt(const command *c, const int32_t *ids, size_t n) {
     buffer text = {0};
     if (!flag(c, O_VERBOSE)) return;
@@ -9967,6 +9991,7 @@ static void show_prompt(const command *c, const int32_t *ids, size_t n) {
     buffer_free(&text);
 }
 
+/* An editor ends each file with a line end, which nobody meant to say. */
 static void drop_line_end(buffer *b) {
     if (b->n && b->data[b->n - 1] == '\n') b->n--;
     if (b->n && b->data[b->n - 1] == '\r') b->n--;
@@ -10125,7 +10150,9 @@ static uint64_t cache_size(const medrun_model *m, int context, int kv) {
     return a.at;
 }
 
-/* Prints the memory that a session with these options needs, and what the machine has. */
+/* Prints the memory that a session with these options needs, and what the machine has. Weights are
+ * pages of a file: they can be dropped and read again. A session has no other place, so it must fit
+ * all by itself. */
 static void show_memory(FILE *f, const medrun_model *m, const medrun_session_options *o) {
     machine_limits l = limits_of_machine();
     uint64_t total = (uint64_t)l.memory, available = (uint64_t)l.available;
@@ -10144,6 +10171,7 @@ static void show_memory(FILE *f, const medrun_model *m, const medrun_session_opt
          l.of_group ? " (the control group's limit)" : "", mb(available), verdict);
 }
 
+/* One screen, so that it can be read at once; what only a script compares needs -v. */
 static int show_model(FILE *f, command *c, int context) {
     const medrun_model *m = c->m;
     const medrun_sampling *s = &m->sampling;
@@ -10943,6 +10971,7 @@ static int print_ids(command *c) {
     return print_text(c, ids);
 }
 
+/* Files are taken to the last byte here: what people look at may be the line end. */
 static int tokenize_command(command *c) {
     int flags = (flag(c, O_BOS) ? MEDRUN_ADD_BOS : 0) |
                 (flag(c, O_SPECIAL) ? MEDRUN_PARSE_SPECIAL : 0);
@@ -10954,6 +10983,7 @@ static int tokenize_command(command *c) {
     return print_ids(c);
 }
 
+/* Takes what tokenize prints, also through a pipe. */
 static int detokenize_command(command *c) {
     if (open_tokenizer(c)) return c->e.code;
     bool from_stdin = !c->n_rest || (c->n_rest == 1 && !strcmp(c->rest[0], "-"));
@@ -11043,6 +11073,7 @@ static int logits_command(command *c) {
  * Tests: tests/16_commands.sh.
  * ============================================================================================ */
 
+/* All of a row, so that help cannot lag behind what the line is read by. */
 static void help_option(const option_row *r) {
     char left[64], variable[48] = "", range[64] = "";
     buffer text = {0};
@@ -11078,6 +11109,7 @@ static int help_on(const program *p, int which) {
     return MEDRUN_OK;
 }
 
+/* What a person sees first: it must fit a screen, so options wait for `help COMMAND`. */
 static int help_all(const program *p, FILE *f) {
     char text[400];
     snprintf(text, sizeof text, "%s " MEDRUN_VERSION ": %s.\n%s\n", p->name, p->about,
@@ -11117,7 +11149,8 @@ static int version_command(command *c) {
     return MEDRUN_OK;
 }
 
-/* The place of the command's name: the first argument that is one and no option's value. */
+/* The place of the command's name: the first argument that is one and no option's value. It comes
+ * before all else, as the same --name may be an option with a value there and a flag elsewhere. */
 static int command_place(const program *p, int argc, char **argv) {
     for (int i = 1; i < argc && strcmp(argv[i], "--"); i++) {
         const char *arg = argv[i];
