@@ -11083,7 +11083,7 @@ static void help_option(const option_row *r) {
     buffer_printf(&text, "%s%s", r->help, range);
     if (r->standard) buffer_printf(&text, " [default: %s]", r->standard);
     if (r->variable) variable_name(r, variable);
-    if (r->variable) buffer_printf(&text, "\n%s is for --%s here", variable, r->name);
+    if (r->variable) buffer_printf(&text, ";\n%s is for --%s here", variable, r->name);
     print_help(stdout, left, 26, chars(&text));
     buffer_free(&text);
 }
