@@ -31,7 +31,7 @@ done
 # stands before section 1 counts to it, and 17 to 16. A section over its budget is named, and fails
 # above its limit, which is what it has now: limits only ever shrink, until they are the budgets.
 budgets="
-1:330:336
+1:330:330
 2:450:710
 3:540:633
 4:200:200
@@ -46,11 +46,11 @@ budgets="
 13:420:451
 14:100:118
 15:720:1028
-16:1410:2462"
+16:1410:2395"
 budgets=$(echo $budgets)                  # on one line
-most_lines=11443                            # the goals: 9000, 450000, 15
-most_bytes=578252
-least_comments=13.3
+most_lines=11370                            # the goals: 9000, 450000, 15
+most_bytes=576573
+least_comments=13.6
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
     function said(limit, budget) { return limit ? "  OVER ITS LIMIT" : budget ? "  over" : "" }
