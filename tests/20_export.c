@@ -1348,6 +1348,20 @@ static const struct { const char *fixture, *file, *text, *gone, *needle; } forei
      ": {\"quant_method\": \"awq\"}}", NULL, "quantization_config: found a model quantised by awq"},
     {"llama-plain", "config.json", "{\"architectures\": [\"LlamaForCausalLM\"], \"quantization\": "
      "{\"bits\": 4}}", NULL, "quantised by MLX"},
+    {"llama-plain", "zero_to_fp32.py", "x", "model.safetensors", "zero_to_fp32.py FOLDER OUT"},
+    {"llama-plain", "pytorch_model_fsdp_0", "x", "model.safetensors", "accelerate merge-weights"},
+    {"llama-plain", "openvino_model.xml", "x", "model.safetensors", "OpenVINO's form"},
+    {"llama-plain", "optimizer.pt", "x", "model.safetensors", "the state of a training"},
+    {"llama-plain", "rank0.engine", "x", "model.safetensors", "TensorRT's form"},
+    {"llama-plain", "model.safetensors.incomplete", "x", "model.safetensors", "hf download goes on"},
+    {"llama-plain", "vocab.json", "{}", "tokenizer.json", "found only vocab.json, wanted tokenizer"},
+    {"llama-plain", "tekken.json", "{}", "tokenizer.json", "save_pretrained(FOLDER)"},
+    {"llama-plain", "notes", "x", "tokenizer.json", "take that of the model this one was made from"},
+    {"mistral-spm", "tokenizer.model", "IQ== 0\nIg== 1\n", NULL, "the ranks of tiktoken"},
+    {"llama-plain", "config.json", "Entry not found", NULL, "the hub's word that there is none"},
+    {"llama-plain", "config.json", "Access to model a/b is restricted", NULL, "hf auth login"},
+    {"llama-plain", "model.safetensors", "{\"error\":\"Repository not found\"}", NULL, "the hub's refusal"},
+    {"llama-plain", "model.safetensors", "# xet version 0\n", NULL, "a pointer of Git Xet"},
 };
 
 /* Files that are given as the source. */
@@ -1357,7 +1371,14 @@ static const struct { const char *name, *text, *needle; } foreign_sources[] = {
     {"m.bin", "tjgg\3", "GGML"}, {"m.onnx", "x", "found ONNX"},
     {"config.json", "{}", "the folder that it lies in"},
     {"m.gguf-split-b", "x", "cat all pieces"}, {"m.gguf.part2of2", "x", "cat all pieces"},
-    {"m", "", "does not begin with GGUF"},
+    {"m", "", "found an empty file"}, {"m", "x", "does not begin with GGUF"},
+    {"m.tgz", "\x1F\x8B\x08", "unpack it first"}, {"m", "7z\xBC\xAF", "unpack it first"},
+    {"m", "\xFD" "7zXZ", "unpack it first"}, {"m", "BZh91", "unpack it first"},
+    {"m", "Rar!", "unpack it first"}, {"m", "\x28\xB5\x2F\xFD", "unpack it first"},
+    {"m.pt", "\x80\2}q", "PyTorch's own form"}, {"m.h5", "\x89HDF\r", "Keras"},
+    {"m", "MZqFpD", "a llamafile"}, {"Modelfile", "FROM ./m.gguf\n", "a Modelfile of Ollama"},
+    {"m", "{\"schemaVersion\":2}", "a manifest of Ollama"},
+    {"tokenizer.model", "\n\x0E", "the folder that it lies in"},
 };
 
 static void test_foreign(void) {
@@ -1375,6 +1396,21 @@ static void test_foreign(void) {
     copy_fixture("llama-plain");
     edit_header("model.safetensors", "0.self_attn.q_proj.weight", "0.self_attn.q_proj.qweight");
     expect(EXPORT(NULL), 3, "quantised by GPTQ or AWQ", "a quantised tensor");
+    copy_fixture("llama-plain");
+    edit_header("model.safetensors", "model.embed_tokens.weight", "m.model.embed_tokens.weight");
+    expect(EXPORT(NULL), 3, "saved from within another model", "a wrapped model");
+    copy_fixture("llama-plain");
+    edit_header("model.safetensors", "0.self_attn.q_proj.weight", "0.self_attn.q_proj.lora_A.weight");
+    expect(EXPORT(NULL), 3, "q_proj.weight: found nothing", "an adapter's names");
+    copy_fixture("llama-plain");
+    remove(in_work("src/config.json"));
+    if (!symlink("gone", in_work("src/config.json")))
+        expect(EXPORT(NULL), 3, "hf download goes on", "a link to nothing");
+    remove(in_work("src/config.json"));
+    copy_fixture("llama-plain");
+    write_file(in_work("src/adapter_config.json"), "{}", 2);
+    expect(EXPORT(NULL), 0, "", "an adapter beside the weights");
+    CHECK(errors.n && strstr((char *)errors.data, "an adapter lies beside the weights"));
     clear_folder("src");
     for (size_t i = 0; i < sizeof foreign_sources / sizeof *foreign_sources; i++) {
         size_t n = strlen(foreign_sources[i].text);

@@ -402,18 +402,30 @@ static void close_json(json_file *f) {
     unmap_file(&f->map);
 }
 
-/* Files that stand where others should: git without its large files, a page that says "log in". */
+/* Files that stand where others should: git without its large files, what the hub says to those
+ * who may not have the file. */
+#define GET_IT "fetch it with hf download, or by a link with /resolve/ in it, not /blob/"
+#define LOG_IN "accept the model's conditions on its page, then hf auth login and hf download"
+static const struct { const char *begin, *what, *way; } not_the_file[] = {
+    {"version https://git-lfs.github.com/spec/", "a Git LFS pointer", "the folder was cloned "
+     "without its large files; `git lfs install` and `git lfs pull` in it fetch them"},
+    {"# xet version", "a pointer of Git Xet", "hf download fetches the file itself"},
+    {"<!DOCTYPE", "a web page", GET_IT}, {"<!doctype", "a web page", GET_IT},
+    {"<html", "a web page", GET_IT}, {"<HTML", "a web page", GET_IT},
+    {"Entry not found", "the hub's word that there is none", "look at the model's page for it"},
+    {"Repository not found", "the hub's word that there is no such model", LOG_IN},
+    {"Access to model", "the hub's refusal", LOG_IN},
+    {"Invalid username or password", "the hub's refusal", LOG_IN},
+    {"{\"error\":", "the hub's refusal", LOG_IN},
+};
+
 static int check_content(const char *path, const uint8_t *p, size_t n, medrun_error *e) {
-    static const char pointer[] = "version https://git-lfs.github.com/spec/";
-    static const char *const pages[] = {"<!DOCTYPE", "<!doctype", "<html", "<HTML"};
-    if (n >= sizeof pointer - 1 && !memcmp(p, pointer, sizeof pointer - 1))
-        return refuse(e, "%s: found a Git LFS pointer in place of the file: the folder was cloned "
-                      "without its large files; `git lfs install` and `git lfs pull` in it fetch "
-                      "them", path);
-    for (size_t i = 0; i < 4; i++)
-        if (n >= strlen(pages[i]) && !memcmp(p, pages[i], strlen(pages[i])))
-            return refuse(e, "%s: found a web page in place of the file; fetch it with hf "
-                          "download, or by a link with /resolve/ in it, not /blob/", path);
+    for (size_t i = 0; i < sizeof not_the_file / sizeof *not_the_file; i++) {
+        size_t length = strlen(not_the_file[i].begin);
+        if (n >= length && !memcmp(p, not_the_file[i].begin, length))
+            return refuse(e, "%s: found %s in place of the file; %s", path, not_the_file[i].what,
+                          not_the_file[i].way);
+    }
     return MEDRUN_OK;
 }
 
@@ -1202,13 +1214,22 @@ static shape_text show_shape(int rank, uint64_t rows, uint64_t cols) {
     return s;
 }
 
-/* GPTQ and AWQ have q_proj.qweight where others have q_proj.weight. */
+/* GPTQ and AWQ have q_proj.qweight where others have q_proj.weight; who wraps a model puts words
+ * before its names. */
 static int missing_tensor(const source *s, const char *name, shape_text shape, medrun_error *e) {
     char quantised[128];
     size_t n = strlen(name);
     snprintf(quantised, sizeof quantised, "%.*sqweight", n > 6 ? (int)n - 6 : 0, name);
     if (find_tensor(s, quantised))
         return refuse_quantised(s->folder, ": tensor ", quantised, "GPTQ or AWQ", e);
+    for (size_t i = 0; i < s->n_tensors; i++) {
+        const char *other = s->tensors[i].name;
+        size_t length = strlen(other);
+        if (length > n + 1 && other[length - n - 1] == '.' && !strcmp(other + length - n, name))
+            return refuse(e, "%s: tensor %s: found %s in its place: this was saved from within "
+                          "another model (peft, torch.compile, an image model); save the language "
+                          "model itself", s->folder, name, other);
+    }
     return refuse(e, "%s: tensor %s: found nothing, wanted shape %s; the weights are not complete",
                   s->folder, name, shape.text);
 }
@@ -1224,7 +1245,8 @@ static int plan_tensor(exporter *x, const char *name, const char *from, int rows
     if (!t) return missing_tensor(s, from, show_shape(rank, first, second), e);
     const char *file = s->files[t->file].name;
     if (t->dtype >= N_WEIGHT_TYPES)
-        return refuse(e, "%s/%s: tensor %s: dtype: found %s, wanted BF16, F16 or F32", s->folder,
+        return refuse(e, "%s/%s: tensor %s: dtype: found %s, wanted BF16, F16 or F32, as in the "
+                      "model that a quantised one was made from", s->folder,
                       file, from, source_types[t->dtype].name);
     if (t->rank != rank || t->shape[0] != first || t->shape[1] != second)
         return refuse(e, "%s/%s: tensor %s: shape: found %s, wanted %s, as %s says", s->folder,
@@ -1347,6 +1369,10 @@ static int check_leftover(exporter *x, const source_tensor *t, medrun_error *e) 
     bool ignored = n >= len && !strcmp(t->name + n - len, harmless);
     if (output && same_bytes(&x->source, t, embed, &ignored, e)) return e->code;
     if (ignored) return MEDRUN_OK;
+    if (strstr(t->name, ".lora_"))
+        return refuse(e, "%s/%s: tensor %s: found an adapter within the weights, wanted a merged "
+                      "model: merge_and_unload().save_pretrained(FOLDER)", x->source.folder,
+                      x->source.files[t->file].name, t->name);
     return refuse(e, "%s/%s: tensor %s: found a tensor that %s", x->source.folder,
                   x->source.files[t->file].name, t->name, output ?
                   "differs from model.embed_tokens.weight, though tie_word_embeddings is true" :

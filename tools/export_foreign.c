@@ -8,7 +8,17 @@
 
 static const struct { const char *begin, *what, *way; } foreign_files[] = {
     {"MEDRUN0", "a checkpoint of medrun", "medrun runs it as it is"},
-    {"PK\3\4", "PyTorch's own form of weights", "give a folder with safetensors"},
+    {"PK\3\4", "PyTorch's own form of weights, or a zip archive", "give a folder with safetensors"},
+    {"\x80\2", "PyTorch's own form of weights", "give a folder with safetensors"},
+    {"\x89HDF", "weights of Keras or TensorFlow", "give a folder with safetensors"},
+    {"MZqFpD", "a llamafile", "take the GGUF file that it was made from, or unzip it from there"},
+    {"\x1F\x8B", "an archive", "unpack it first"}, {"7z\xBC\xAF", "an archive", "unpack it first"},
+    {"\xFD" "7zXZ", "an archive", "unpack it first"}, {"BZh", "an archive", "unpack it first"},
+    {"\x28\xB5\x2F\xFD", "an archive", "unpack it first"},
+    {"Rar!", "an archive", "unpack it first"},
+    {"FROM ", "a Modelfile of Ollama", "give the GGUF file that it names"},
+    {"{\"schemaVersion\"", "a manifest of Ollama",
+     "give the largest blob that it names, sha256-..."},
     {"tjgg", "GGML, which was before GGUF", "take the model's GGUF file"},
     {"lmgg", "GGML, which was before GGUF", "take the model's GGUF file"},
     {"fmgg", "GGML, which was before GGUF", "take the model's GGUF file"},
@@ -22,12 +32,16 @@ static int name_file(const char *path, medrun_error *e) {
     if (fd >= 0) close(fd);
     size_t n = got > 0 ? (size_t)got : 0, length = strlen(path);
     if (check_content(path, head, n, e)) return e->code;
+    if (!n)
+        return refuse(e, "%s: found an empty file, wanted a GGUF file or a Hugging Face folder; "
+                      "download it again", path);
     for (size_t i = 0; i < sizeof foreign_files / sizeof *foreign_files; i++)
         if (!memcmp(head, foreign_files[i].begin, strlen(foreign_files[i].begin)))
             return refuse(e, "%s: found %s, wanted a GGUF file or a Hugging Face folder; %s", path,
                           foreign_files[i].what, foreign_files[i].way);
     bool safetensors = n > 8 && head[8] == '{' && !head[5] && !head[6] && !head[7];
-    if (safetensors || (length > 5 && !strcmp(path + length - 5, ".json")))
+    if (safetensors || (length > 5 && !strcmp(path + length - 5, ".json")) ||
+        (length > 6 && !strcmp(path + length - 6, ".model")))
         return refuse(e, "%s: found one file of a Hugging Face folder, wanted the folder that it "
                       "lies in", path);
     if (length > 5 && !strcmp(path + length - 5, ".onnx"))
@@ -77,6 +91,23 @@ static const struct { const char *begin, *end, *what, *way; } foreign_weights[] 
     {"", ".gguf", "a GGUF file", "give its own path instead of the folder's"},
     {"model-", ".safetensors", "a part of the weights but no model.safetensors.index.json",
      "fetch that file, too"},
+    {"model.safetensors", "", "a link to a file that is not there, or not yet the file",
+     "hf download goes on with what was not downloaded to its end"},
+    {"adapter_model", "", "an adapter without its adapter_config.json", "fetch that file, too, and "
+     "merge it into the model that it is for"},
+    {"zero_to_fp32", ".py", "DeepSpeed's form",
+     "python zero_to_fp32.py FOLDER OUT --safe_serialization makes them of it"},
+    {"pytorch_model_fsdp", "", "FSDP's form", "accelerate merge-weights makes them of it"},
+    {"openvino_model", ".xml", "OpenVINO's form", "take the model that it was made from"},
+    {"", ".engine", "TensorRT's form", "take the model that it was made from"},
+    {"", ".nemo", "NeMo's form", "take the model in transformers' form"},
+    {"", ".mlpackage", "Core ML's form", "take the model that it was made from"},
+    {"optimizer", ".pt", "the state of a training and no model",
+     "take the folder that the model was saved to"},
+    {"checkpoint-", "", "the folders of a training", "give the one that is meant"},
+    {"model_index", ".json", "a model that draws images", "medrun runs language models only"},
+    {"modules", ".json", "a model of embeddings (sentence-transformers)",
+     "medrun runs language models only"},
 };
 
 /* The name of the model that README.md says this one was made from, or "". */
@@ -142,6 +173,9 @@ static int check_folder(source *s, medrun_error *e) {
                       "fetches a model", s->folder, strerror(errno));
     if (file_exists(s->folder, "adapter_config.json") && !has_weights(s->folder))
         return name_adapter(s, e);
+    if (file_exists(s->folder, "adapter_config.json"))
+        add_note(s, "an adapter lies beside the weights (adapter_config.json): it is not used; if "
+                 "it was not merged into them, merge_and_unload() of peft does that");
     for (size_t i = 0; i < 2; i++)
         if (file_exists(s->folder, quantised[i][0]))
             return refuse_quantised(s->folder, "/", quantised[i][0], quantised[i][1], e);
@@ -150,6 +184,14 @@ static int check_folder(source *s, medrun_error *e) {
     if (find_names(s->folder, "models--", "", name))
         return refuse(e, "%s: found the hub's cache, wanted one model of it, such as %s/%s",
                       s->folder, s->folder, name);
+    if (find_names(s->folder, "config.json", "", name))
+        return refuse(e, "%s/%s: found a link to a file that is not there, or not yet the file; hf "
+                      "download goes on with what was not downloaded to its end", s->folder, name);
+    size_t n = strlen(s->folder);
+    if ((n > 10 && !strcmp(s->folder + n - 10, "/snapshots")) ||
+        (n > 6 && !strcmp(s->folder + n - 6, "/blobs")))
+        return refuse(e, "%s: found a part of the hub's cache, wanted one model of it; give the "
+                      "folder above", s->folder);
     return refuse(e, "%s: found no config.json, wanted a Hugging Face folder with config.json, "
                   "tokenizer and safetensors, or a GGUF file", s->folder);
 }

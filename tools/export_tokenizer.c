@@ -551,7 +551,8 @@ static int check_model(const source_tokenizer *t, uint32_t model, medrun_error *
                                         "end_of_word_suffix", "unk_token"};
     const json *j = &t->file.j;
     bool spaced = t->kind == TOKENIZER_SENTENCEPIECE;   /* then bytes stand for what is unknown  */
-    WANT(is_part(j, model, "BPE"), &t->file, "model.type", json_get(j, model, "type"), "BPE");
+    WANT(is_part(j, model, "BPE"), &t->file, "model.type", json_get(j, model, "type"),
+         "BPE; this medrun knows no other");
     for (size_t i = 0; i < (spaced ? 3 : 4); i++) {
         uint32_t v = given(j, model, empty[i]);
         WANT(v == JSON_NONE || json_is(j, v, ""), &t->file, empty[i], v, "nothing");
@@ -571,7 +572,8 @@ static int read_program(source_tokenizer *t, uint32_t model, medrun_error *e) {
     if (check_model(t, model, e)) return e->code;
     if (spaced) return read_spaces(t, e);
     uint32_t normalizer = given(j, 0, "normalizer"), decoder = given(j, 0, "decoder");
-    WANT(normalizer == JSON_NONE, &t->file, "normalizer", normalizer, "null");
+    WANT(normalizer == JSON_NONE, &t->file, "normalizer", normalizer,
+         "null; this medrun knows no other for this kind of vocabulary");
     WANT(is_part(j, decoder, "ByteLevel"), &t->file, "decoder", decoder, "ByteLevel");
     return read_pretokenizer(t, e);
 }
@@ -633,6 +635,13 @@ static bool next_item(reader *r, pb_item *item) {
 static reader reader_of(span bytes) { return (reader){.data = bytes.p, .n = bytes.n}; }
 
 static int no_model(const source_tokenizer *t, medrun_error *e) {
+    const uint8_t *p = t->file.map.data;
+    size_t n = t->file.map.n, i = 0;
+    while (i < n && i < 64 && (isalnum(p[i]) || memchr("+/=", p[i], 3))) i++;
+    if (i > 1 && i + 1 < n && p[i] == ' ' && isdigit(p[i + 1]))
+        return refuse(e, "%s: found the ranks of tiktoken, Meta's own form, wanted SentencePiece; "
+                      "take tokenizer.json of the model's folder in transformers' form",
+                      t->file.path);
     return refuse(e, "%s: this is no tokenizer.model of SentencePiece, or it was cut or damaged; "
                   "download it again", t->file.path);
 }
@@ -1111,8 +1120,17 @@ static void write_tokenizer(const source_tokenizer *t, buffer *out) {
 
 /* Opens tokenizer.json, or tokenizer.model where there is none, and tokenizer_config.json. */
 static int open_tokenizer(source *s, source_tokenizer *t, medrun_error *e) {
-    const char *model = "tokenizer.model";
-    t->is_model = !file_exists(s->folder, "tokenizer.json") && file_exists(s->folder, model);
+    static const char *const forms[] = {"vocab.json", "tekken.json", "spiece.model", "vocab.txt"};
+    const char *model = "tokenizer.model", *other = NULL;
+    bool fast = file_exists(s->folder, "tokenizer.json");
+    t->is_model = !fast && file_exists(s->folder, model);
+    for (size_t i = 0; i < 4 && !other; i++)
+        if (file_exists(s->folder, forms[i])) other = forms[i];
+    if (!fast && !t->is_model)
+        return refuse(e, "%s: found %s%s, wanted tokenizer.json; %s", s->folder, other ? "only " :
+                      "no tokenizer", other ? other : "", other ?
+                      "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of "
+                      "transformers writes it" : "take that of the model this one was made from");
     if (!t->is_model) open_json(s, "tokenizer.json", false, &t->file, e);
     else if (!join_path(t->file.path, s->folder, model, e) &&
              !map_file(t->file.path, &t->file.map, e) &&
