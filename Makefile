@@ -47,7 +47,8 @@ $(BIN)/medrun-eval$(EXE): tools/eval.c $(EVAL) medrun.c
 	$(CC) $(CFLAGS) $(WARN) -o $@ tools/eval.c $(LIBS)
 
 $(BIN)/medrun-lab$(EXE): tools/lab.c tools/tool_calls.c tools/write.c tools/store.c tools/explain_lens.c \
-                         tools/explain_top.c medrun.c
+                         tools/explain_top.c tools/serve_grammar.c tools/serve_schema.c \
+                         tools/lab_constrain.c medrun.c
 	$(CC) $(CFLAGS) $(WARN) $(CL) -o $@ tools/lab.c $(LIBS)
 
 # The page is a part of the program, as numbers, for xxd is not everywhere.
@@ -113,7 +114,7 @@ $(REAL): $(BUILD)/%.tokenizer.bin: $(BIN)/medrun-export
 	$(BIN)/medrun-export --tokenizer-only $(MEDRUN_TEST_DATA)/tokenizers/$(REAL_$*) $@
 endif
 $(BUILD)/test_%: tests/%.c tests/test.h medrun.c tools/export.c $(EXPORT) tools/eval.c $(EVAL) \
-                 tools/lab.c tools/tool_calls.c tools/serve.c $(SERVE) \
+                 tools/lab.c tools/lab_constrain.c tools/tool_calls.c tools/serve.c $(SERVE) \
                  tools/explain.c $(EXPLAIN)
 	@mkdir -p $(BUILD)
 	$(CC) $(CFLAGS) $(WARN) $(if $(filter $*,$(PLAIN)),-DMEDRUN_SCALAR) -o $@ $< $(LIBS)

@@ -353,6 +353,16 @@ lab 0 $l apertus --tools "$T/t.json"; out_has '^type lab = (_: {$'; out_has '^te
 lab 2 $l afm --tools "$T/t.json"; err_has 'no place for tools'; err_lines 1; no_out
 lab 2 call "$model" -p x; err_has 'wanted --tools'; lab 2 call --render --messages "$T/m.json"; err_has 'a model'
 lab 2 $l apertus --ids; err_has 'not with --ids'
+d=tools/demo/demo.mdr
+printf '{"properties":{"n":{"type":"integer","minimum":10,"maximum":12}},"required":["n"]}' >"$T/s.json"
+printf 'root ::= "Yes, " [a-z]{3} "."' >"$T/g.gbnf"; printf '{"properties":{"a/b":{"not":{}}}}' >"$T/not.json"
+lab 0 constrain $d -q --schema "$T/s.json" 'What is gout?'; out_has '"n": *1[0-2]'
+lab 0 constrain $d -q --grammar "$T/g.gbnf" 'What is gout?'; out_has '^Yes, [a-z]*\.$'
+lab 0 constrain $d -q --choices 'mild,severe pain' 'What is gout?'; out_has '^mild$\|^severe pain$'
+lab 0 constrain $d -q --regex '[A-C]{2}' -p x; out_has '^[A-C][A-C]$'
+lab 2 constrain $d -q --schema "$T/not.json" -p x; err_has '#/properties/a~1b/not: '; err_lines 1; no_out
+lab 2 constrain $d -q -p x; err_has 'wanted one of'; lab 2 constrain $d -q --regex a --choices b x; err_has 'wanted one of'
+lab 2 constrain $d -q --regex '(' -p x; err_has 'regular expression: '; lab 3 constrain $d -q --schema "$T/none" -p x; no_out
 lab 0 call --render --messages "$T/m.json" "$model"; cp "$T/out" "$T/lab"
 code 0 render "$model" --messages "$T/m.json"; out_is "$T/lab"
 lab 0 $l llama3 "$tok" --ids; cp "$T/out" "$T/lab"; code 0 $r llama3 "$tok" --ids; out_is "$T/lab"

@@ -5,7 +5,8 @@
  * bench times prompts and generation beside what the machine can do at most; doctor says what the
  * machine has and whether its kernels agree; record writes a run with all that is needed to repeat
  * it, and replay repeats it; compare says how far a checkpoint's logits are from those of another
- * implementation; call shows a model functions and prints the call that it makes; top shows what
+ * implementation; call shows a model functions and prints the call that it makes; constrain lets it
+ * write only what fits a JSON schema, a grammar, an expression or a choice; top shows what
  * each layer would say.
  * Options are read as medrun reads them (sections 16 and 17 of medrun.c). MIT licence, see
  * LICENSE. */
@@ -18,11 +19,15 @@
 #include "store.c"
 #include "explain_lens.c"
 #include "explain_top.c"
+#include "serve_grammar.c"
+#include "serve_schema.c"
 
-enum { BENCH, DOCTOR, RECORD, REPLAY, COMPARE, CALL, LENS, LAB_HELP, LAB_VERSION, N_LAB_COMMANDS };
+enum { BENCH, DOCTOR, RECORD, REPLAY, COMPARE, CALL, CONSTRAIN, LENS, LAB_HELP, LAB_VERSION,
+       N_LAB_COMMANDS };
 
 /* Options that medrun has not. */
 enum { L_PROMPT = N_OPTIONS, L_PREDICT, L_DEPTH, L_REPETITIONS, L_FORMAT, L_TOOLS, L_RENDER,
+       L_SCHEMA, L_GRAMMAR, L_REGEX, L_CHOICES, L_ADDITIONAL,
        N_LAB_OPTIONS };
 enum { AS_TABLE, AS_CSV, AS_JSON };     /* the words of bench --output, in their order        */
 
@@ -782,6 +787,8 @@ static int call_command(command *c) {
     return c->e.code;
 }
 
+#include "lab_constrain.c"
+
 /* ---- the program --------------------------------------------------------------------------- */
 
 static const command_row lab_commands[N_LAB_COMMANDS] = {
@@ -798,6 +805,9 @@ static const command_row lab_commands[N_LAB_COMMANDS] = {
         "how far the logits of the proofs are from those of another implementation"},
     [CALL] = {"call", call_command, "MODEL.mdr --tools FILE.json -p TEXT | --messages FILE.json",
         "shows a model functions, and prints the call it makes as JSON"},
+    [CONSTRAIN] = {"constrain", constrain_command,
+        "MODEL.mdr --schema FILE | --grammar FILE | ... -p TEXT",
+        "answers so that the answer fits a JSON schema, a grammar, an expression or a choice"},
     [LENS] = {"top", top_command, "MODEL.mdr -p TEXT | -f FILE",
         "what each layer would say, where the prompt ends and the answer begins"},
     [LAB_HELP] = {"help", help_command, "[COMMAND]", "all commands, or the options of one",
@@ -818,6 +828,14 @@ static option_row lab_options[N_LAB_OPTIONS] = {
         .help = "functions, [{\"type\": \"function\", \"function\": ...}] (apertus, llama3.1)"},
     [L_RENDER] = {"render", .on = ON(CALL),
         .help = "print the prompt instead of asking; --template NAME does without a model"},
+    [L_SCHEMA] = {"schema", NULL, "FILE.json", TEXT, ON(CONSTRAIN), .help = "a JSON schema"},
+    [L_GRAMMAR] = {"grammar", NULL, "FILE.gbnf", TEXT, ON(CONSTRAIN),
+        .help = "a grammar as llama.cpp has them"},
+    [L_REGEX] = {"regex", NULL, "TEXT", TEXT, ON(CONSTRAIN),
+        .help = "a regular expression for the whole answer"},
+    [L_CHOICES] = {"choices", NULL, "A,B,...", TEXT, ON(CONSTRAIN), .help = "one of these texts"},
+    [L_ADDITIONAL] = {"additional", NULL, "none|spec", CHOICE, ON(CONSTRAIN), .standard = "none",
+        .help = "where a schema names properties, others too, as the standard says"},
     [L_FORMAT] = {"output", "o", "md|csv|json", CHOICE, ON(BENCH), .standard = "md",
         .help = "a table, values with commas between, or a line for each depth"},
 };
@@ -831,7 +849,8 @@ static void take_options(void) {
     const int call[] = {O_MESSAGES, O_RENDER_IDS, O_NO_OPENING};
     for (int id = 0; id < N_OPTIONS; id++) {
         lab_options[id] = option_rows[id];
-        lab_options[id].on = option_rows[id].on & ON(RUN) ? ON(RECORD) | ON(CALL) | ON(LENS) : 0;
+        lab_options[id].on = option_rows[id].on & ON(RUN)
+            ? ON(RECORD) | ON(CALL) | ON(LENS) | ON(CONSTRAIN) : 0;
     }
     for (size_t i = 0; i < sizeof bench / sizeof *bench; i++)
         lab_options[bench[i]].on |= ON(BENCH);

@@ -40,7 +40,7 @@ typedef struct {
 } piece_order;
 
 /* Of a BOTH_NODE and a LESS_NODE, LO is the pair with which it begins. */
-typedef struct { uint32_t kind, a, b, lo, hi; } node;
+typedef struct { uint32_t kind, a, b, lo, hi; } rule_node;
 typedef struct { uint8_t bits[32]; } byte_class;
 typedef struct { uint32_t node, count, next, seen; } frame;
 typedef struct {
@@ -62,7 +62,7 @@ typedef struct grammar {
     bool failed;
 } grammar;
 
-#define NODE(g, i) ((node *)(void *)(g)->nodes.data)[i]
+#define NODE(g, i) ((rule_node *)(void *)(g)->nodes.data)[i]
 #define FRAME(g, i) ((frame *)(void *)(g)->frames.data)[i]
 #define STATE(g, i) ((text_state *)(void *)(g)->states.data)[i]
 
@@ -92,7 +92,7 @@ static void grammar_free(grammar *g) {
 /* ---- building ------------------------------------------------------------------------------- */
 
 static uint32_t add_node(grammar *g, uint32_t kind, uint32_t a, uint32_t b) {
-    node n = {kind, a, b, 0, 0};
+    rule_node n = {kind, a, b, 0, 0};
     if (g->nodes.n / sizeof n >= MOST_NODES) g->failed = true;
     else buffer_add(&g->nodes, &n, sizeof n);
     g->failed |= g->nodes.failed;
@@ -652,7 +652,7 @@ static uint32_t state_at(grammar *g, uint32_t at);
 
 /* The pair with which node I of two begins. */
 static uint32_t first_pair(grammar *g, uint32_t i) {
-    const node n = NODE(g, i);
+    const rule_node n = NODE(g, i);
     if (n.lo) return n.lo;
     uint32_t x = state_at(g, n.a), y = state_at(g, n.b);
     return NODE(g, i).lo = pair_of(g, n.kind, x, y);
@@ -670,7 +670,7 @@ static uint32_t close_state(grammar *g, size_t base) {
         if (FRAME(g, f).seen == round) continue;
         FRAME(g, f).seen = round;
         const frame x = FRAME(g, f);
-        const node n = NODE(g, x.node);
+        const rule_node n = NODE(g, x.node);
         bool ends = n.kind == REP_NODE && x.count >= n.lo, waits = n.kind == CLASS_NODE;
         if (ends || n.kind == EMPTY_NODE) push(g, x.next);
         if (!(g->good[x.node] & CAN_END)) continue;
@@ -722,7 +722,7 @@ static uint32_t grammar_step(grammar *g, uint32_t at, uint8_t byte) {
 static uint32_t grammar_start(grammar *g) { return state_at(g, g->root); }
 
 /* Of node X: can it come to an end, and without a byte? */
-static uint8_t ends_of(const grammar *g, const node *x) {
+static uint8_t ends_of(const grammar *g, const rule_node *x) {
     const uint8_t *good = g->good;
     switch (x->kind) {
         case EMPTY_NODE: return CAN_END | CAN_BE_EMPTY;
@@ -737,7 +737,7 @@ static uint8_t ends_of(const grammar *g, const node *x) {
 
 /* Does node X not begin with itself? Of the parts, only those that can be met matter. */
 static bool begins(const grammar *g, uint32_t i) {
-    const node x = NODE(g, i);
+    const rule_node x = NODE(g, i);
     const uint8_t *good = g->good;
 #define FINE(k) (good[k] & HAS_A_BEGINNING || !(good[k] & CAN_END))
     switch (x.kind) {
@@ -751,7 +751,7 @@ static bool begins(const grammar *g, uint32_t i) {
 }
 
 static void learn_nodes(grammar *g, bool beginnings) {
-    size_t n = g->nodes.n / sizeof(node);
+    size_t n = g->nodes.n / sizeof(rule_node);
     for (bool more = true; more;) {
         more = false;
         for (size_t i = 0; i < n; i++) {
@@ -771,7 +771,7 @@ static void begin_tables(grammar *g) {
     buffer_add(&g->frames, &end, sizeof end);
     for (int i = 0; i < 2; i++) buffer_add(&g->states, &none, sizeof none);
     g->failed |= g->frames.failed || g->states.failed;
-    for (size_t i = 0; !g->failed && i < g->nodes.n / sizeof(node); i++)
+    for (size_t i = 0; !g->failed && i < g->nodes.n / sizeof(rule_node); i++)
         if (NODE(g, i).kind >= BOTH_NODE) NODE(g, i).lo = 0;
 }
 
@@ -781,8 +781,8 @@ static void try_pairs(grammar *g) {
     for (bool more = true; more && !g->failed;) {
         more = false;
         begin_tables(g);
-        for (uint32_t i = 0; !g->failed && i < g->nodes.n / sizeof(node); i++) {
-            const node x = NODE(g, i);
+        for (uint32_t i = 0; !g->failed && i < g->nodes.n / sizeof(rule_node); i++) {
+            const rule_node x = NODE(g, i);
             bool can = x.kind >= BOTH_NODE && g->good[x.a] & CAN_END &&
                        (x.kind == LESS_NODE || g->good[x.b] & CAN_END);
             if (!can || g->good[i] & CAN_END) continue;
@@ -800,7 +800,7 @@ static void try_pairs(grammar *g) {
  * NULL: memory is not looked at here. */
 static const char *grammar_ready(grammar *g, uint32_t root) {
     g->root = root;
-    g->good = g->failed ? NULL : new_array(g->nodes.n / sizeof(node), 1);
+    g->good = g->failed ? NULL : new_array(g->nodes.n / sizeof(rule_node), 1);
     if (!g->good) return g->failed = true, "too large";
     learn_nodes(g, false);
     try_pairs(g);

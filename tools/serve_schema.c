@@ -912,6 +912,7 @@ static grammar *grammar_of_schema(const json *j, uint32_t v, bool open, medrun_e
 
 /* The grammar of calls of the functions in list V, of which only the one called NAME if that is
  * given: [call, ...] where the template has a list of them, at most one unless MANY; else one. */
+__attribute__((unused))
 static grammar *grammar_of_tools(const tool_form *form, const json *j, uint32_t v, uint32_t name,
                                  bool many, medrun_error *e) {
     schema_reader *r = reader_new(j, false, e);
