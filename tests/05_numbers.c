@@ -186,7 +186,7 @@ static float *random_matrix(int type, size_t rows, size_t cols, int style, uint8
     memset(out, 0xAA, tensor_bytes(type, rows, cols));
     for (size_t i = 0; i < rows * cols; i++) w[i] = random_weight(style);
     for (size_t r = 0; r < rows; r += LANES)
-        store_rows(packer, type, w + r * cols, rows - r < LANES ? rows - r : LANES, cols, NULL,
+        store_rows(packer, type, w + r * cols, rows - r < LANES ? rows - r : LANES, cols,
                    out + r / LANES * panel_bytes(type, cols));
     return *packed_rows = out, w;
 }
@@ -454,7 +454,7 @@ static double group_error(const float *v, uint16_t *bits) {
     uint8_t panel[576];
     float row[32];
     double off = 0, largest = 0;
-    store_rows(packer, TYPE_INT4, v, 1, 32, NULL, panel);
+    store_rows(packer, TYPE_INT4, v, 1, 32, panel);
     panel_unpack_row(TYPE_INT4, panel, 0, 32, row);
     for (size_t i = 0; i < 32; i++) {
         double d = fabs((double)row[i] - (double)v[i]);
@@ -549,7 +549,7 @@ static void test_int4_error(void) {
             w[k] = (float)(0.02 * (freedom > 0 ? student(freedom) : freedom ? laplace : normal()));
         }
         for (size_t r = 0; r < ROWS; r++) {
-            if (r % 16 == 0) store_rows(packer, TYPE_INT4, w + r * COLS, 16, COLS, NULL, panel);
+            if (r % 16 == 0) store_rows(packer, TYPE_INT4, w + r * COLS, 16, COLS, panel);
             panel_unpack_row(TYPE_INT4, panel, r % 16, COLS, row);
             for (size_t k = 0; k < COLS; k++) {
                 double x = (double)w[r * COLS + k], d = (double)row[k] - x;

@@ -81,7 +81,7 @@ static problem make_problem(int kind, int type, size_t tokens, size_t panels, si
             rows[i] = (style == 8 ? -1.0f : 1.0f) * random_value(w_style == 4 ? 1 : w_style, i % cols);
         for (size_t i = 0; type == TYPE_INT4 && i < 16 * cols; i++)
             rows[i] = fmaxf(-INT4_LARGEST, fminf(INT4_LARGEST, rows[i]));
-        store_rows(sets[0], m.type, rows, 16, cols, NULL, m.w + p * bytes);
+        store_rows(sets[0], m.type, rows, 16, cols, m.w + p * bytes);
     }
     free(rows);
     return m;

@@ -15,7 +15,7 @@ static tensor random_tensor(int type, size_t rows, size_t cols) {
     for (size_t i = 0; i < rows * cols; i++) w[i] = uniform();
     for (size_t r = 0; r < rows; r += LANES)
         store_rows(&kernel_row_scalar, type, w + r * cols, rows - r < LANES ? rows - r : LANES, cols,
-                   NULL, data + r / LANES * panel_bytes(type, cols));
+                   data + r / LANES * panel_bytes(type, cols));
     free(w);
     return (tensor){type, rows, cols, data};
 }

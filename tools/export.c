@@ -1113,7 +1113,6 @@ typedef struct {
     size_t paired;              /* head_dim, where the rows of a head stand in pairs; else 0   */
     const float *values;        /* (rows, cols) that are known already                         */
     size_t layer, input;        /* of a layer's matrix: the stage it is multiplied by          */
-    const float *importance;    /* (cols) how much an error counts; NULL: all the same         */
     uint64_t offset, bytes;
     uint8_t digest[32];
 } section;
@@ -1140,14 +1139,26 @@ typedef struct {
 
 enum { N_INPUTS = 4, MAX_WINDOWS = 32 };
 
-/* What --calibrate's text shows: section 10. */
+/* What --calibrate's text shows, and what is computed from it: section 10. */
+typedef struct {
+    size_t cols, width, n;      /* of all, of a block, blocks: the last one may be wider than COLS */
+    float *sums;                /* (n, width, width) products of two columns, below the diagonals */
+} moments;
+
 typedef struct {
     buffer ids;                             /* int32_t, window after window                    */
     size_t window[MAX_WINDOWS], n_windows;  /* tokens of each                                  */
-    size_t at[N_INPUTS + 1];                /* where a stage's columns begin in a layer's      */
-    double *squares;                        /* (n_layers, all columns) added up over tokens    */
-    float *importance;                      /* the same shape                                  */
-    size_t opening;                         /* 1: the next row is the first of its window      */
+    size_t hidden, widest;                  /* columns; those of all blocks of any stage       */
+    float *stream;                          /* (ids, hidden) what the layer that runs reads    */
+    float *rows;                            /* (WINDOW_CHUNK, widest) of a stage               */
+    moments seen[N_INPUTS];
+    float *chain;                           /* (widest block, the same) couplings              */
+    size_t *order;                          /* (widest block) its columns as they are rounded  */
+    float *loss, *size;                     /* (widest block) of an error that is left there   */
+    thread_pool *pool;                      /* of the model that runs, and its kernels         */
+    const struct more_kernels *more;
+    size_t layer, first, opening;           /* which looks on, counted in the run; the row of
+                                             * STREAM that comes first; 1: it opens a window   */
 } calibration;
 
 typedef struct {
@@ -1990,7 +2001,7 @@ static int write_section(exporter *x, section *t, const scratch *m, medrun_error
                                   "%g; use --type %s", x->source.folder, file->name, from->name,
                                   (double)m->rows[i], type_names[t->type], (double)most,
                                   t->type == TYPE_INT4 ? "int8" : "bf16");
-            store_rows(x->kernels, t->type, m->rows, n, t->cols, t->importance, m->out);
+            store_rows(x->kernels, t->type, m->rows, n, t->cols, m->out);
             out = m->out, n_out = panel_bytes(t->type, t->cols);
         }
         sha256_add(&sum, out, n_out);

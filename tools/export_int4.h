@@ -3,11 +3,33 @@
  * licence, see LICENSE. */
 
 #if MEDRUN_PASS == 1
+/* 16 groups of int4 whose errors are made good in the columns behind them. COUPLING (32, 32) says
+ * by how much, above its diagonal; LOSS (32) what an error that is left in a column counts. */
+typedef struct {
+    const float *w, *v;             /* (32, 16): the weights, and with what earlier errors want  */
+    const float *coupling;
+    size_t stride;                  /* of COUPLING                                               */
+    const float *loss;
+} int4_chain;
+
+typedef struct {
+    float *c;
+    const float *a, *b;
+    size_t c_stride, a_stride, b_stride, rows, cols, depth;
+} matrix_sum;
+
 struct more_kernels {
     /* 16 groups of int4: V (32, 16) -> their scales and shifts, and the nibbles (32, 16). The sum
      * of the squared errors, weighted by the (32) importances, is made small; one of them is more
      * than 0, and what is has a size near 1. */
     void (*fit_int4)(const float *v, const float *importance, uint16_t *bits, uint8_t *q);
+    /* Rounds the groups of a chain one column after the other. BITS is where the search for scales
+     * and shifts begins, and what it finds; the nibbles (32, 16); the errors (32, 16), what is left
+     * of the chain's weights; LOSS (16) grows by that of these columns. */
+    void (*chain_int4)(const int4_chain *c, uint16_t *bits, uint8_t *q, float *error, float *loss);
+    /* C (rows, cols) += A^T B for A (depth, rows) and B (depth, cols); cols a multiple of 16. Each
+     * sum is taken in the order of depth. */
+    void (*sum_products)(const matrix_sum *s);
 };
 #endif
 
@@ -20,6 +42,11 @@ struct more_kernels {
 #define round_int4 K(round_int4)
 #define start_int4 K(start_int4)
 #define fit_int4 B(fit_int4)
+#define run_chain K(run_chain)
+#define try_chain K(try_chain)
+#define chain_int4 B(chain_int4)
+#define add_tile K(add_tile)
+#define sum_products B(sum_products)
 
 #ifndef PARTIAL                 /* such passes use those of the pass they are based on           */
 /* 16 groups, a lane each, and the best scale and shift so far. */
@@ -174,9 +201,97 @@ static void fit_int4(const float *v, const float *importance, uint16_t *bits, ui
         for (size_t i = 0; i < 16; i++) q[16 * k + i] = (uint8_t)index[i];
     }
 }
+
+/* ---- feeding errors on ------------------------------------------------------------------------ */
+
+/* The loss with this scale and shift, 0: a group of zeros; leaves the errors and nibbles if wanted. */
+NEVER_INLINE vec run_chain(const int4_chain *c, vec scale, vec shift, float *error, uint8_t *q) {
+    vec v[GROUP4], zero = vsplat(0), loss = zero, used = vmul(scale, scale);
+    vec inverse = vdiv(vsplat(1), vless(zero, used, scale, vsplat(1))), back = vsub(zero, shift);
+    for (size_t k = 0; k < GROUP4; k++) v[k] = vload(c->v + 16 * k);
+    for (size_t k = 0; k < GROUP4; k++) {
+        const float *coupling = c->coupling + k * c->stride;
+        vec at = vfma(v[k], inverse, back);
+        vec stored = vmul(vadd(level_of(at, false), shift), scale);
+        vec off = vsub(v[k], stored), left = vsub(vload(c->w + 16 * k), stored);
+        loss = vfma(vmul(off, off), vsplat(c->loss[k]), loss);
+        for (size_t j = k + 1; j < GROUP4; j++) v[j] = vfma(left, vsplat(coupling[j]), v[j]);
+        if (!error) continue;
+        float index[16];
+        vstore(index, vless(zero, used, level_of(at, true), zero));
+        for (size_t i = 0; i < 16; i++) q[16 * k + i] = (uint8_t)index[i];
+        vstore(error + 16 * k, left);
+    }
+    return loss;
+}
+
+/* The scale of BITS is one of MORE steps away, the shift one of UP; but not beyond their ends. */
+static void try_chain(const uint16_t *bits, int more, int up, uint16_t *to) {
+    for (int i = 0; i < 16; i++) {
+        int from = bits[i] & (0x7FFF - SHIFT_MASK), size = from + more * (SHIFT_MASK + 1);
+        int shift = (bits[i] & SHIFT_MASK) + up;
+        bool fits = from && size > SHIFT_MASK && size < 0x7B00 && shift >= 0 && shift <= SHIFT_MASK;
+        to[i] = fits ? (uint16_t)((bits[i] & 0x8000) | size | shift) : bits[i];
+    }
+}
+
+/* What suits columns that are rounded by themselves is near what suits a chain: its neighbours are
+ * tried, and those of the best. */
+static void chain_int4(const int4_chain *c, uint16_t *bits, uint8_t *q, float *error, float *loss) {
+    vec factor = vsplat(0x1p-13f);
+    float shifts[16], least[16], found[16];
+    uint16_t center[16], near[16];
+    for (int round = 0; round < 2; round++) {
+        memcpy(center, bits, sizeof center);
+        for (int t = round; t < 9; t++) {                   /* 0: what it begins with             */
+            int other = t == 4 ? 0 : t;
+            try_chain(center, t ? other % 3 - 1 : 0, t ? other / 3 - 1 : 0, near);
+            for (int i = 0; i < 16; i++) shifts[i] = (float)((near[i] & SHIFT_MASK) - SHIFT_ZERO);
+            vec scale = vmul(vload_int4((const uint8_t *)near), factor);
+            vstore(found, run_chain(c, scale, vload(shifts), NULL, NULL));
+            for (int i = 0; i < 16; i++)
+                if ((!round && !t) || found[i] < least[i]) least[i] = found[i], bits[i] = near[i];
+        }
+    }
+    for (int i = 0; i < 16; i++) shifts[i] = (float)((bits[i] & SHIFT_MASK) - SHIFT_ZERO);
+    vec scale = vmul(vload_int4((const uint8_t *)bits), factor);
+    run_chain(c, scale, vload(shifts), error, q);
+    for (int i = 0; i < 16; i++) loss[i] += least[i];
+}
+
+/* ROWS <= 4 rows and 32 or 16 columns at once, which stay in registers. */
+ALWAYS_INLINE void add_tile(const matrix_sum *s, size_t row, size_t col, size_t rows, size_t vecs) {
+    vec sum[4][2];
+    UNROLLED for (size_t i = 0; i < rows; i++)
+        UNROLLED for (size_t k = 0; k < vecs; k++)
+            sum[i][k] = vload(s->c + (row + i) * s->c_stride + col + 16 * k);
+    for (size_t d = 0; d < s->depth; d++) {
+        const float *a = s->a + d * s->a_stride + row, *b = s->b + d * s->b_stride + col;
+        vec right[2];
+        UNROLLED for (size_t k = 0; k < vecs; k++) right[k] = vload(b + 16 * k);
+        UNROLLED for (size_t i = 0; i < rows; i++)
+            UNROLLED for (size_t k = 0; k < vecs; k++)
+                sum[i][k] = vfma(vsplat(a[i]), right[k], sum[i][k]);
+    }
+    UNROLLED for (size_t i = 0; i < rows; i++)
+        UNROLLED for (size_t k = 0; k < vecs; k++)
+            vstore(s->c + (row + i) * s->c_stride + col + 16 * k, sum[i][k]);
+}
+
+static void sum_products(const matrix_sum *s) {
+    for (size_t col = 0; col < s->cols; col += 32) {
+        size_t row = 0, vecs = s->cols - col < 32 ? 1 : 2;
+        for (; row + 4 <= s->rows; row += 4)
+            if (vecs == 2) add_tile(s, row, col, 4, 2);
+            else add_tile(s, row, col, 4, 1);
+        for (; row < s->rows; row++)
+            if (vecs == 2) add_tile(s, row, col, 1, 2);
+            else add_tile(s, row, col, 1, 1);
+    }
+}
 #endif
 
-static const struct more_kernels K(more_kernels) = {fit_int4};
+static const struct more_kernels K(more_kernels) = {fit_int4, chain_int4, sum_products};
 
 #undef level_of
 #undef shift_near
@@ -187,3 +302,8 @@ static const struct more_kernels K(more_kernels) = {fit_int4};
 #undef round_int4
 #undef start_int4
 #undef fit_int4
+#undef run_chain
+#undef try_chain
+#undef chain_int4
+#undef add_tile
+#undef sum_products
