@@ -964,6 +964,97 @@ static void test_fit_near_best(void) {
     CHECK(worst < 3);
 }
 
+/* The loss of a lane's chain with the scale and shift of BITS, each column to its nearest level. */
+static double chain_loss(const float *w, const float *v, const float *coupling, const float *loss,
+                         const uint16_t *bits, int lane) {
+    double scale = (double)int4_scale(bits[lane]) / 8192, left[32], lost = 0;
+    int shift = (bits[lane] & SHIFT_MASK) - SHIFT_ZERO;
+    for (int k = 0; k < 32; k++) {
+        double at = (double)v[16 * k + lane], best = 0;
+        for (int j = 0; j < k; j++) at += left[j] * (double)coupling[j * 40 + k];
+        for (int i = 0; i < 16; i++) {
+            double stored = (int4_levels[i] - INT4_ZERO + shift) * scale;
+            if (!i || fabs(at - stored) < fabs(at - best)) best = stored;
+        }
+        left[k] = (double)w[16 * k + lane] - best;
+        lost += (at - best) * (at - best) * (double)loss[k];
+    }
+    return lost;
+}
+
+/* All sets feed errors on with the same bits; what is left and lost is what the nibbles say; and the
+ * search keeps nothing worse than what it began with. */
+static void test_chain(void) {
+    int wrong[N_KERNEL_SETS] = {0}, off = 0;
+    double fed = 0, plain = 0;
+    for (int run = 0; run < FIT_STYLES * 10; run++) {
+        float w[512], v[512], coupling[32 * 40], loss[32], sum[2][16] = {{0}}, left[2][512];
+        uint16_t bits[2][16], from[16];
+        uint8_t q[2][512];
+        fill_groups(w, run % FIT_STYLES), fill_importance(loss, run / FIT_STYLES % 2 ? 4 : 0);
+        for (int i = 0; i < 512; i++) v[i] = w[i] * (run % 3 ? 1.0f : 1.125f);
+        for (int i = 0; i < 32 * 40; i++) coupling[i] = uniform() - 0.25f;
+        scalar->more->fit_int4(v, loss, from, q[0]);
+        for (int i = 0; i < n_sets; i++) {
+            float *to = sum[i > 0];
+            memcpy(bits[i > 0], from, sizeof from);
+            memset(to, 0, sizeof sum[0]), memset(q[i > 0], 0xAA, sizeof q[0]);
+            sets[i]->more->chain_int4(&(int4_chain){w, v, coupling, 40, loss}, bits[i > 0],
+                                      q[i > 0], left[i > 0], to);
+            wrong[i] += i && (memcmp(bits[0], bits[1], sizeof from) || memcmp(q[0], q[1], 512) ||
+                              memcmp(left[0], left[1], sizeof left[0]) ||
+                              memcmp(sum[0], sum[1], sizeof sum[0]));
+        }
+        for (int lane = 0; lane < 16; lane++) {
+            double scale = (double)int4_scale(bits[0][lane]) / 8192, lost = 0;
+            for (int k = 0; k < 32; k++) {
+                int level = int4_levels[q[0][16 * k + lane]] - INT4_ZERO +
+                            (bits[0][lane] & SHIFT_MASK) - SHIFT_ZERO;
+                double at = (double)v[16 * k + lane];
+                for (int j = 0; j < k; j++)
+                    at += (double)left[0][16 * j + lane] * (double)coupling[j * 40 + k];
+                at -= level * scale, lost += at * at * (double)loss[k];
+                double error = (double)w[16 * k + lane] - level * scale;
+                off += fabs(error - (double)left[0][16 * k + lane]) > 1e-5 * fabs(level * scale) + 1e-30;
+            }
+            off += fabs(lost - (double)sum[0][lane]) > 1e-3 * lost + 1e-30;
+            if (run % FIT_STYLES < 2) fed += lost;
+        }
+        for (int lane = 0; run % FIT_STYLES < 2 && lane < 16; lane++)
+            plain += chain_loss(w, v, coupling, loss, from, lane);
+    }
+    for (int i = 0; i < n_sets; i++) if (!CHECK_EQ(wrong[i], 0)) printf("    %s\n", sets[i]->name);
+    CHECK_EQ(off, 0);
+    printf("int4: searching where errors are fed on leaves %.3f of the loss\n", fed / plain);
+    CHECK(fed < plain * 0.97);
+}
+
+/* Sums of products as in double, and the same bits from all sets. */
+static void test_sum_products(void) {
+    int wrong = 0, off = 0;
+    for (int run = 0; run < 40; run++) {
+        size_t rows = 1 + (size_t)run % 19, cols = 16 * (1 + (size_t)run % 5), depth = (size_t)run;
+        float a[64 * 20], b[64 * 96], c[2][20 * 96];
+        for (size_t i = 0; i < 64 * 20; i++) a[i] = uniform();
+        for (size_t i = 0; i < 64 * 96; i++) b[i] = uniform();
+        for (int i = 0; i < n_sets; i++) {
+            float *to = c[i > 0];
+            for (size_t k = 0; k < 20 * 96; k++) to[k] = (float)k;
+            sets[i]->more->sum_products(&(matrix_sum){to, a, b, 96, 20, 96, rows, cols, depth});
+            wrong += i && memcmp(c[0], c[1], sizeof c[0]);
+        }
+        for (size_t r = 0; r < 20; r++)
+            for (size_t k = 0; k < 96; k++) {
+                double sum = (double)(r * 96 + k);
+                for (size_t d = 0; d < depth && r < rows && k < cols; d++)
+                    sum += (double)a[d * 20 + r] * (double)b[d * 96 + k];
+                off += fabs(sum - (double)c[0][r * 96 + k]) > 1e-3;
+            }
+    }
+    CHECK_EQ(wrong, 0);
+    CHECK_EQ(off, 0);
+}
+
 /* Importances make the error smaller that they weigh; what a column of none holds changes nothing,
  * and neither does a power of two that all have in common. */
 static void test_importance(void) {
@@ -1032,6 +1123,8 @@ int main(void) {
     test_fit();
     test_fit_near_best();
     test_importance();
+    test_chain();
+    test_sum_products();
     test_norm();
     test_exp();
     test_silu_mul();

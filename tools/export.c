@@ -19,7 +19,7 @@
  *  7 Plan          which tensor of the source becomes which section; the header
  *  8 Proofs        texts, conversations and prompts with what they must give
  *  9 Writing       sections on all threads, progress, Ctrl-C
- * 10 Calibration   which columns of a matrix count, seen on a text
+ * 10 Calibration   int4's errors made good, by what is seen on a text
  * 11 Finishing     proofs, reading again, the name
  * 12 Commands      options, --dry-run, main
  *
@@ -2286,7 +2286,7 @@ static const tool_option option_table[] = {
     {"--name", NULL, "TEXT", AT(name), "the checkpoint's name (default: the folder's)"},
     {"--proof", NULL, "FILE", AT(proof), "JSON with more proofs: tokens, chats, logits"},
     {"--threads", "-t", "N", AT(threads), "threads (default: all processors)"},
-    {"--calibrate", NULL, "FILE", AT(calibrate), "text that int4's scales are fitted to (advised)"},
+    {"--calibrate", NULL, "FILE", AT(calibrate), "text that int4's weights are fitted to (advised)"},
     {"--yarn-factor", NULL, "F", AT(yarn_factor), "YaRN's factor, if not the config's"},
     {"--sliding-window", NULL, "N", AT(window), "keys a token sees, 0: all; for GGUF"},
     {"--pre", NULL, "NAME", AT(pre), "the pre-tokenizer, if not the file's; for GGUF"},

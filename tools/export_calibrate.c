@@ -489,13 +489,21 @@ static uint64_t plan_moments(calibration *c, const size_t columns[N_INPUTS], siz
     return sizeof(float) * (floats + (uint64_t)block * block + WINDOW_CHUNK * c->widest);
 }
 
+/* The widest blocks that there is memory for. */
+static uint64_t plan_blocks(calibration *c, const size_t columns[N_INPUTS]) {
+    size_t most = WIDEST_BLOCK;
+    uint64_t bytes;
+    while ((bytes = plan_moments(c, columns, most)) > MOST_MOMENTS && most > LEAST_BLOCK) most /= 2;
+    return bytes;
+}
+
 static int start_calibration(exporter *x, medrun_error *e) {
     calibration *c = &x->calibration;
     const model_config *k = &x->source.config;
-    size_t hidden = c->hidden = (size_t)k->hidden_size, most = WIDEST_BLOCK, block = 0;
+    size_t hidden = c->hidden = (size_t)k->hidden_size, block = 0;
     size_t heads = (size_t)k->n_heads * (size_t)k->head_dim;
     const size_t columns[N_INPUTS] = {hidden, heads, hidden, (size_t)k->ffn_size};
-    while (plan_moments(c, columns, most) > MOST_MOMENTS && most > LEAST_BLOCK) most /= 2;
+    uint64_t bytes = plan_blocks(c, columns);
     bool failed = false;
     for (size_t i = 0; i < N_INPUTS; i++) {
         moments *m = &c->seen[i];
@@ -510,7 +518,7 @@ static int start_calibration(exporter *x, medrun_error *e) {
     c->loss = new_array(block, sizeof *c->loss);
     c->size = new_array(block, sizeof *c->size);
     if (failed || !c->stream || !c->rows || !c->chain || !c->order || !c->loss || !c->size)
-        return out_of_memory(e, plan_moments(c, columns, most));
+        return out_of_memory(e, bytes);
     return MEDRUN_OK;
 }
 
