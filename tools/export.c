@@ -1141,7 +1141,7 @@ enum { N_INPUTS = 4, MAX_WINDOWS = 32 };
 
 /* What --calibrate's text shows, and what is computed from it: section 10. */
 typedef struct {
-    size_t cols, width, n;      /* of all, of a block, blocks: the last one may be wider than COLS */
+    size_t cols, width, n;      /* of all, of a block; blocks, the last may go beyond COLS     */
     float *sums;                /* (n, width, width) products of two columns, below the diagonals */
 } moments;
 
