@@ -2286,7 +2286,7 @@ static const tool_option option_table[] = {
     {"--name", NULL, "TEXT", AT(name), "the checkpoint's name (default: the folder's)"},
     {"--proof", NULL, "FILE", AT(proof), "JSON with more proofs: tokens, chats, logits"},
     {"--threads", "-t", "N", AT(threads), "threads (default: all processors)"},
-    {"--calibrate", NULL, "FILE", AT(calibrate), "text that int4's weights are fitted to (advised)"},
+    {"--calibrate", NULL, "FILE", AT(calibrate), "text that int4 is fitted to (advised)"},
     {"--yarn-factor", NULL, "F", AT(yarn_factor), "YaRN's factor, if not the config's"},
     {"--sliding-window", NULL, "N", AT(window), "keys a token sees, 0: all; for GGUF"},
     {"--pre", NULL, "NAME", AT(pre), "the pre-tokenizer, if not the file's; for GGUF"},

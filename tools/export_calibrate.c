@@ -7,14 +7,14 @@
  * error of a weight that was rounded can be made good in the columns behind it, as far as they go
  * together with its own (GPTQ, Frantar et al. 2023). How far that is says the matrix of second
  * moments H, the products of two columns added up over a text: the error of an output is e^T H e.
- * With H = R R^T for an upper triangular R, column j takes the share R[k][j] / R[j][j] of each error
- * that columns k < j have left, and then the loss is the sum of (R[j][j] * what was rounded off)^2
- * (LDLQ, Chee et al. 2023).
+ * With H = R R^T for an upper triangular R, column j takes the share R[k][j] / R[j][j] of each
+ * error that columns k < j have left, and then the loss is the sum of (R[j][j] * what was rounded
+ * off)^2 (LDLQ, Chee et al. 2023).
  *
  * The layers are done in their order. The engine runs the text through the layer before, which is
- * done, and the next as it was packed first; an observer adds up H; the layer's matrices are rounded
- * again. Thus each layer is fitted to what those before it really give. Two layers run at a time,
- * with the residual stream of the whole text in memory between them. int4 gives the same bits on
+ * done, and the next as it was packed first; an observer adds up H; the layer's matrices are
+ * rounded again. Thus each layer is fitted to what those before it really give. Two layers run at
+ * a time, and the residual stream of the whole text is in memory. int4 gives the same bits on
  * every machine and for any number of threads, and each sum here has one order: so the file is the
  * same everywhere.
  * ============================================================================================ */

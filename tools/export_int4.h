@@ -202,9 +202,9 @@ static void fit_int4(const float *v, const float *importance, uint16_t *bits, ui
     }
 }
 
-/* ---- feeding errors on ------------------------------------------------------------------------ */
+/* ---- feeding errors on --------------------------------------------------------------------- */
 
-/* The loss with this scale and shift, 0: a group of zeros; leaves the errors and nibbles if wanted. */
+/* The loss with this scale and shift, 0: a group of zeros; leaves errors and nibbles if wanted. */
 NEVER_INLINE vec run_chain(const int4_chain *c, vec scale, vec shift, float *error, uint8_t *q) {
     vec v[GROUP4], zero = vsplat(0), loss = zero, used = vmul(scale, scale);
     vec inverse = vdiv(vsplat(1), vless(zero, used, scale, vsplat(1))), back = vsub(zero, shift);
