@@ -79,6 +79,20 @@ explain: $(BIN)/medrun-explain
 	    --what-if 'diabetes=>asthma' --ablate auto -o $(BUILD)/explain.html
 	@echo "open $(BUILD)/explain.html in a browser"
 
+# The course in one folder for a room without a network. Programs with no library beside them, if
+# there is a compiler for that.
+COURSE = $(BUILD)/course
+CLASS  = $(if $(shell command -v $(STATIC_CC)),static,all)
+$(COURSE)/engine.o: tools/course/engine.c tools/course/course.h medrun.c
+	@mkdir -p $(COURSE)
+	$(CC) $(CFLAGS) $(WARN) -DMEDRUN_SCALAR -I. -Itools/course -c -o $@ $<
+$(COURSE)/pages: tools/course/pages.c $(COURSE)/engine.o
+	$(CC) $(CFLAGS) $(WARN) -I. -Itools/course -o $@ $^ $(LIBS)
+class: $(COURSE)/pages
+	$(MAKE) $(CLASS)
+	sh tools/course/class.sh $(if $(filter static,$(CLASS)),$(BUILD)/static,$(BIN)) $(COURSE)/pages \
+	    $(COURSE)/work $(BUILD)/class
+
 run: $(BIN)/medrun
 	$(BIN)/medrun run $(DEMO) -p "What are the symptoms of diabetes?"
 
@@ -223,6 +237,7 @@ help:
 	@echo "make run        asks the demo model a question"
 	@echo "make serve      serves the demo model on http://127.0.0.1:8080"
 	@echo "make explain    writes a page that shows how it came to its answer"
+	@echo "make class      the course for a room without a network, in one folder: build/class"
 	@echo "make lib        libmedrun.a, libmedrun.so, medrun.h in build/lib; make install-lib"
 	@echo "make dist       archives of the last commit, programs and source, in build/dist"
 	@echo "make test       runs the tests; with MEDRUN_TEST_DATA also those on real vocabularies"
@@ -240,5 +255,5 @@ help:
 	@echo "                make uninstall; tools/packaging has packages for Debian, Homebrew and pip"
 	@echo "make bench, make man, make clean"
 
-.PHONY: all static windows run explain programs test test-all real lint debug threads fuzz bench targets size man \
+.PHONY: all static windows run explain class programs test test-all real lint debug threads fuzz bench targets size man \
         install install-programs uninstall clean help

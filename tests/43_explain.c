@@ -111,8 +111,8 @@ static int explain_ids(explain *x, const char *folder, const char *type, int n, 
     x->o = (explain_options){.ids = ids, .json = "-", .quiet = true, .kv = kv, .threads = threads,
                              .batch = batch, .predict = "0", .attention = "all", .budget = "50",
                              .strict = !strcmp(type, "bf16"), .ablate = "auto", .mid = true};
-    if (open_explained(x, &e) || plan_page(x, &e) || run_watched(x, &e) || compute_facts(x, &e) ||
-        run_more(x, &e)) printf("%s: %s\n", path, e.text);
+    if (open_explained(x, &e) || choose_place(x, &e) || plan_page(x, &e) || run_watched(x, &e) ||
+        compute_facts(x, &e) || run_more(x, &e)) printf("%s: %s\n", path, e.text);
     return e.code;
 }
 

@@ -105,7 +105,7 @@ static int explain_all(explain *x, medrun_error *e) {
     x->start = seconds();
     if (open_explained(x, e)) return e->code;
     take_lessons_place(x);
-    if (plan_page(x, e) || check_edits(x, e) || read_ablations(x, e))
+    if (choose_place(x, e) || plan_page(x, e) || check_edits(x, e) || read_ablations(x, e))
         return e->code;
     if (x->o.dry_run) return print_plan(x, e);
     catch_signals(on_interrupt);

@@ -429,8 +429,8 @@ static int open_explained(explain *x, medrun_error *e) {
     buffer_add(&x->tokens, p.ids.data, p.n * sizeof(int32_t));
     x->n_prompt = p.n;
     buffer_free(&p.ids);
-    if (x->o.answer && take_given(x, e)) return e->code;
-    return choose_place(x, e);
+    if (x->o.answer) take_given(x, e);
+    return e->code;
 }
 
 /* ---- what the observer keeps --------------------------------------------------------------- */

@@ -114,8 +114,8 @@ const float *weights_norm(int which, int layer);
 float weights_eps(void);
 void weights_output(int32_t id, float *row);
 void weights_columns(int layer, float *columns);        /* of down: (ffn, hidden)                */
-void weights_group(int layer, float *values, int8_t *q, float *scale);
 void weights_coarser(int step);
+bool weights_write_coarser(const char *path, int step);
 
 /* The harness: hints end the program. */
 _Noreturn void hint(const char *text, ...) __attribute__((format(printf, 1, 2)));

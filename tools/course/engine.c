@@ -205,16 +205,6 @@ void weights_columns(int layer, float *columns) {
     free(row);
 }
 
-/* The first 64 weights of the first row of q: as they are meant, and as the file has them. */
-void weights_group(int layer, float *values, int8_t *q, float *scale) {
-    const tensor *w = &demo->layers[layer].q;
-    for (size_t k = 0; k < GROUP; k++) {
-        q[k] = (int8_t)stored_int(w->type, w->data, 0, k);
-        values[k] = (float)q[k] * stored_scale(w->type, w->data, 0, k);
-    }
-    *scale = stored_scale(w->type, w->data, 0, 0);
-}
-
 /* The model must have been opened with medrun_options.load: then its weights are this process's
  * own. Every second line of 64 bytes from group_steps on holds whole numbers. */
 static void coarsen(const tensor *w, const uint8_t *from, int step) {
@@ -244,4 +234,15 @@ void weights_coarser(int step) {
             coarsen(all[i], kept[n], step);
         }
     }
+}
+
+/* A copy of the checkpoint whose whole numbers are multiples of STEP, for medrun-explain --compare.
+ * `medrun verify` says of it that it is not what its header promises: it is not. */
+bool weights_write_coarser(const char *path, int step) {
+    FILE *f = fopen(path, "wb");
+    weights_coarser(step);
+    const file_map *map = &demo->file.map;
+    bool ok = f && fwrite(map->data, 1, map->n, f) == map->n;
+    weights_coarser(1);
+    return f && !fclose(f) && ok;
 }

@@ -1,0 +1,63 @@
+"""44_course_pages.py CLASS - the course's pages in Chromium, without a network: one request each,
+nothing on the console, no sideways scrolling from 320 pixels on, every answer by keyboard; axe in
+light and dark where axe_playwright_python is installed."""
+import glob
+import os
+import sys
+
+from playwright.sync_api import sync_playwright
+
+try:
+    from axe_playwright_python.sync_playwright import Axe
+except ImportError:
+    Axe = None
+    print("skipped: axe: no axe_playwright_python")
+
+passed = failed = 0
+
+
+def check(what, ok):
+    global passed, failed
+    passed += bool(ok)
+    failed += not ok
+    if not ok:
+        print("FAILED:", what)
+
+
+def open_page(browser, path, width, scheme):
+    page = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True).new_page()
+    page.requests, page.errors = [], []
+    page.on("request", lambda r: page.requests.append(r.url))
+    page.on("console", lambda m: page.errors.append(m.text) if m.type in ("error", "warning") else 0)
+    page.goto("file://" + path)
+    return page
+
+
+with sync_playwright() as p:
+    chromium = p.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
+    top = os.path.abspath(sys.argv[1])
+    paths = [top + "/index.html", top + "/teacher/teacher.html"] + sorted(glob.glob(top + "/lesson-*.html"))
+    check("twelve pages: %d" % len(paths), len(paths) == 12)
+    for path in paths:
+        name = os.path.basename(path)
+        for width, scheme in ((1200, "light"), (400, "dark"), (320, "light")):
+            page = open_page(chromium, path, width, scheme)
+            files = [r for r in page.requests if not r.startswith("data:")]
+            check("%s: one request, not %s" % (name, files), len(files) == 1)
+            check("%s: nothing on the console: %s" % (name, page.errors), not page.errors)
+            page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+            wide = page.evaluate("document.documentElement.scrollWidth")
+            check("%s: %d pixels without sideways scrolling: %d" % (name, width, wide), wide <= width)
+            if Axe and width > 320:
+                found = Axe().run(page).response["violations"]
+                check("%s: axe, %s: %s" % (name, scheme, [(v["id"], v["nodes"][0]["html"][:90]) for v in found]), not found)
+            page.context.close()
+    page = open_page(chromium, top + "/lesson-05.html", 1200, "light")
+    page.focus("summary")
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.querySelector('details').open")
+    check("an answer opens by keyboard", page.inner_text("details p").startswith(("Right.", "Not quite.")))
+    page.context.close()
+    chromium.close()
+print("%d passed, %d failed" % (passed, failed))
+sys.exit(failed != 0)
