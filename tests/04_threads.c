@@ -359,6 +359,8 @@ static void test_machine(void) {
     CHECK_EQ(processors(), MAX_THREADS);
     many_processors = false;
 #endif
+    size_t cache = second_cache();                      /* 0: not known                          */
+    CHECK(!cache || (cache >= 64 << 10 && cache <= 4 << 20 && cache % 1024 == 0));
     machine_limits l = limits_of_machine();
     CHECK(l.memory >= 16u << 20 && l.available > 0 && l.available <= l.memory);
 
