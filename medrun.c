@@ -4450,7 +4450,6 @@ static void matmul(const engine *eng, const product *products, size_t n, const p
     if (x->tokens > TILE) grain = round_up(grain ? grain : 1, tile);
     parallel_for(eng->pool, panels, grain, matmul_task, &j);
 }
-
 /* ============================================================================================
  * 8 OpenCL: a device that multiplies, optional (make OPENCL=1)
  *
