@@ -569,8 +569,7 @@ static int processors(void) {
 }
 
 #ifndef __linux__
-/* Other systems do not say on which processor a thread runs. */
-#define sched_getcpu() (-1)
+#define sched_getcpu() (-1)     /* they do not say on which processor a thread runs */
 #endif
 
 /* The number behind KEY in the file NAME of FOLDER, or where two stand there the first divided by
