@@ -32,12 +32,12 @@ done
 # above its limit, which is what it has now: limits only ever shrink, until they are the budgets.
 budgets="
 1:330:330
-2:450:710
+2:450:709
 3:540:633
 4:200:200
 5:310:260
 6:1940:2184
-7:130:136
+7:130:135
 8:350:475
 9:180:320
 10:950:948
@@ -48,8 +48,8 @@ budgets="
 15:720:1028
 16:1410:2395"
 budgets=$(echo $budgets)                  # on one line
-most_lines=11370                            # the goals: 9000, 450000, 15
-most_bytes=576573
+most_lines=11368                            # the goals: 9000, 450000, 15
+most_bytes=576566
 least_comments=13.6
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
