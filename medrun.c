@@ -670,20 +670,19 @@ static int terminal_columns(void) {
 static struct termios cooked_terminal;
 static volatile sig_atomic_t terminal_is_raw;
 
-/* RAW: the keys of stdin come one by one and as they are, Ctrl-C too; else as before that. A signal
- * handler may call it: it sets the terminal back when the program is ended. */
+/* RAW: the keys of stdin come one by one and as they are, Ctrl-C too, and what is pasted between
+ * marks: without these a pasted line end could not be told from Enter. Else as before that. A
+ * signal handler may call it, so it has no stdio: it sets the terminal back when the program is
+ * ended. */
 static bool set_raw(bool raw) {
-    if (!raw && !terminal_is_raw) return false;
-    terminal_is_raw = 0;
-    if (!raw) return !tcsetattr(STDIN_FILENO, TCSADRAIN, &cooked_terminal);
-    if (tcgetattr(STDIN_FILENO, &cooked_terminal)) return false;
+    if (raw ? tcgetattr(STDIN_FILENO, &cooked_terminal) : !terminal_is_raw) return false;
     struct termios t = cooked_terminal;
-    t.c_lflag &= ~(tcflag_t)(ECHO | ICANON | ISIG | IEXTEN);
-    t.c_iflag &= ~(tcflag_t)(IXON | ICRNL | INLCR | ISTRIP);
-    t.c_cc[VMIN] = 1;
-    t.c_cc[VTIME] = 0;
-    terminal_is_raw = 1;
-    return !tcsetattr(STDIN_FILENO, TCSADRAIN, &t) || (terminal_is_raw = 0);
+    if (raw) cfmakeraw(&t);
+    t.c_oflag = cooked_terminal.c_oflag;        /* what is printed looks as before               */
+    terminal_is_raw = true;                     /* for a signal that comes now                   */
+    bool done = !tcsetattr(STDIN_FILENO, TCSADRAIN, &t);
+    terminal_is_raw = raw && done;
+    return done && write(STDERR_FILENO, raw ? "\x1b[?2004h" : "\x1b[?2004l", 8) > 0;
 }
 
 /* The next byte of what is typed, or EOF; whether there is more. Not by stdio, whose buffer would
@@ -9761,11 +9760,22 @@ static int choose_context(const command *c) {
     return o.context;
 }
 
+/* Refuses a PATH that cannot be written, or that this command reads, before the work begins: an
+ * answer may have taken an hour when a mistyped folder shows. NULL: no file is asked for. */
+static int check_output(command *c, const char *path, const file_kind *kind) {
+    const char *const inputs[] = {c->text[O_MODEL], c->text[O_FILE], c->text[O_LOAD_PREFIX],
+                                  c->text[O_MESSAGES], c->text[O_DRAFT]};
+    if (!path) return c->e.code;
+    check_inputs(path, inputs, sizeof inputs / sizeof *inputs, &c->e);
+    return writer_check(path, kind, flag(c, O_FORCE), &c->e);
+}
+
 /* Starts the session, and prints what it computes with. */
 static int start_session(command *c) {
     if (c->e.code) return c->e.code;
     int context = choose_context(c);
     const char *plain = plain_only();
+    if (check_output(c, c->text[O_SAVE_PREFIX], &session_file)) return c->e.code;
     note(c, "medrun " MEDRUN_VERSION ": %s, %s, %s kernels, %d thread%s, context %d, kv %s%s%s%s",
          c->m->name, type_names[c->m->type], c->m->kernels->name, c->m->pool->threads,
          c->m->pool->threads == 1 ? "" : "s", context, kv_names[cache_type(c)],
@@ -9781,7 +9791,9 @@ static size_t context_of(const command *c) { return (size_t)c->s->options.contex
 
 /* ---- answering ----------------------------------------------------------------------------- */
 
-static medrun_session *volatile answering;      /* whose step Ctrl-C ends between two layers     */
+/* Whose step Ctrl-C ends between two layers. The handler is for one signal: a second Ctrl-C ends
+ * the program, should the first one not be heard. */
+static medrun_session *volatile answering;
 
 static void on_interrupt(int signal_number) {
     (void)signal_number;
@@ -9794,7 +9806,8 @@ static void on_interrupt(int signal_number) {
 static int print_held(command *c, bool over) {
     answer *a = &c->answer;
     const char *text = chars(&a->held);
-    size_t n = a->held.n, safe = n;             /* up to a stop text, or what may become one     */
+    /* N and SAFE: up to the first stop text, and up to the first beginning of one at the end. */
+    size_t n = a->held.n, safe = n;
     for (size_t at = n; at-- > 0;)
         for (size_t i = 0; i < c->n_stops; i++) {
             size_t len = strlen(c->stops[i]), left = a->held.n - at;
@@ -9827,32 +9840,11 @@ static int process_prompt(command *c) {
             drawn = fprintf(stderr, terminal ? "\r%zu/%zu tokens, %d:%02d left "
                                              : "prompt: %zu of %zu tokens, %d:%02d left\n",
                             n - left, n, wait / 60, wait % 60);
-            fflush(stderr);
             next = now + (terminal ? 0.2 : 10);
         }
         medrun_step(&c->s, 1, &c->e);
     }
     if (drawn && terminal) fprintf(stderr, "\r%*s\r", drawn, "");
-    return c->e.code;
-}
-
-/* Refuses a PATH that cannot be written, or that this command reads, before the work begins: an
- * answer may have taken an hour when a mistyped folder shows. NULL: no file is asked for. */
-static int check_output(command *c, const char *path, const file_kind *kind) {
-    const char *const inputs[] = {c->text[O_MODEL], c->text[O_FILE], c->text[O_LOAD_PREFIX],
-                                  c->text[O_MESSAGES], c->text[O_DRAFT]};
-    if (!path) return c->e.code;
-    check_inputs(path, inputs, sizeof inputs / sizeof *inputs, &c->e);
-    return writer_check(path, kind, flag(c, O_FORCE), &c->e);
-}
-
-/* Writes the prompt that was processed, the first of a chat and no other. */
-static int save_prefix(command *c) {
-    const char *path = c->text[O_SAVE_PREFIX];
-    if (c->e.code || !path) return c->e.code;
-    c->text[O_SAVE_PREFIX] = NULL;
-    if (!save_session(c->s, path, flag(c, O_FORCE), &c->e))
-        note(c, "prefix: %zu tokens written to %s", medrun_length(c->s), path);
     return c->e.code;
 }
 
@@ -9869,7 +9861,7 @@ static int feed_prompt(command *c, const int32_t *ids, size_t n) {
     return c->e.code;
 }
 
-/* Prints the piece with escapes, and blanks up to WIDTH columns. */
+/* Prints the piece with escapes, on one line, and blanks up to WIDTH columns. */
 static void print_piece(const command *c, int32_t id, size_t width) {
     size_t n, columns = 0, k;
     buffer b = {0};
@@ -9904,7 +9896,8 @@ static int next_piece(command *c) {
     int32_t id;
     const char *text;
     size_t n;
-    if (given(c, O_TOP) && process_prompt(c)) return c->e.code;     /* keeps the choice's logits */
+    /* With --top a pass without guesses, which leaves the logits of the choice where they are. */
+    if (given(c, O_TOP) && process_prompt(c)) return c->e.code;
     if (medrun_next(c->s, &id, &text, &n, &c->e)) return c->e.code;
     a->n_answer++;
     a->ended = medrun_is_stop(c->m, id);
@@ -9926,47 +9919,55 @@ static const char *way_out(const command *c) {
  * stop text comes, or -n tokens were made. What may be the beginning of a stop text is held back,
  * so no part of one is printed; it follows when the answer ends without it. Ctrl-C ends a step
  * before its next layer, and leaves pending what was: so the timeline never holds half a pass, and
- * a chat can go on. A full context cuts the answer: MEDRUN_TOO_LONG. */
+ * a chat can go on. Who pressed it needs no message; and it may come between steps, where it must
+ * not stop the next answer. A full context cuts the answer: MEDRUN_TOO_LONG. An answer ends its
+ * line, in a pipe, too. Of a chat --save-prefix has the first prompt. */
 static int print_reply(command *c) {
     answer *a = &c->answer;
     size_t most = c->number[O_PREDICT] < 0 ? SIZE_MAX : (size_t)c->number[O_PREDICT];
+    const char *prefix = c->text[O_SAVE_PREFIX];
     if (c->e.code) return c->e.code;
     *a = (answer){.n_prompt = medrun_pending(c->s)};
-    c->s->lookup.guessed = c->s->lookup.right = 0;      /* this answer's                         */
+    c->s->lookup.guessed = c->s->lookup.right = 0;
     answering = c->s;
     signal_handler *before = on_signal(SIGINT, on_interrupt);
     double start = seconds();
     process_prompt(c);
+    a->n_prompt -= medrun_pending(c->s);
     a->prompt_time = seconds() - start;
-    save_prefix(c);
+    if (!c->e.code && prefix) {
+        c->text[O_SAVE_PREFIX] = NULL;
+        if (!save_session(c->s, prefix, flag(c, O_FORCE), &c->e))
+            note(c, "prefix: %zu tokens written to %s", medrun_length(c->s), prefix);
+    }
     start = seconds();
     while (!c->e.code && !a->ended && a->n_answer < most) next_piece(c);
     if (!a->ended) print_held(c, true);
-    if (a->mid_line) puts("");                          /* an answer ends its line, in a pipe too */
+    if (a->mid_line) puts("");
     a->mid_line = false;
     a->answer_time = seconds() - start;
     on_signal(SIGINT, before);
     answering = NULL;
-    c->s->pass.stop = false;                            /* Ctrl-C may have come between steps    */
+    c->s->pass.stop = false;
     buffer_free(&a->held);
-    bool full = c->e.code == MEDRUN_TOO_LONG, stopped = c->e.code == MEDRUN_INTERRUPTED;
-    if (full || stopped) c->e = (medrun_error){0};
-    if (full) fail(&c->e, MEDRUN_TOO_LONG, "the answer is cut: the context of %zu tokens is full; "
-                   "%s", context_of(c), way_out(c));
-    return stopped ? quit(c, MEDRUN_INTERRUPTED) : c->e.code;
+    if (c->e.code == MEDRUN_INTERRUPTED) *c->e.text = 0;
+    if (c->e.code == MEDRUN_TOO_LONG)
+        snprintf(c->e.text, sizeof c->e.text, "the answer is cut: the context of %zu tokens is "
+                 "full; %s", context_of(c), way_out(c));
+    return c->e.code;
 }
 
 /* The first token of an answer comes out of the prompt's last pass. */
 static void print_stats(const command *c) {
     const answer *a = &c->answer;
-    double steps = a->n_answer > 1 ? (double)(a->n_answer - 1) : 0;
     char guesses[80] = "";
     if (whole(c, O_LOOKUP) > 0 || c->draft)
-        snprintf(guesses, sizeof guesses, "; guessed %llu tokens, %llu right",
-                 (unsigned long long)c->s->lookup.guessed, (unsigned long long)c->s->lookup.right);
+        snprintf(guesses, sizeof guesses, "; guessed %zu tokens, %zu right",
+                 (size_t)c->s->lookup.guessed, (size_t)c->s->lookup.right);
     note(NULL, "prompt %zu tokens, %.1f tokens/s; answer %zu tokens, %.1f tokens/s; context %zu of "
          "%zu%s", a->n_prompt, (double)a->n_prompt / (a->prompt_time + 1e-9), a->n_answer,
-         steps / (a->answer_time + 1e-9), medrun_length(c->s), context_of(c), guesses);
+         (double)(a->n_answer - (a->n_answer > 0)) / (a->answer_time + 1e-9), medrun_length(c->s),
+         context_of(c), guesses);
 }
 
 /* Refuses a prompt of N tokens that leaves no place for an answer. */
@@ -10084,7 +10085,6 @@ static int answer_ids(command *c) {
     if (c->e.code) return c->e.code;
     if (n >= context_of(c)) return too_long(c, n);
     show_prompt(c, ids_of(&c->ids), n);
-    check_output(c, c->text[O_SAVE_PREFIX], &session_file);
     if (feed_prompt(c, ids_of(&c->ids), n)) return c->e.code;
     int code = print_reply(c);
     bool told = !code || code == MEDRUN_INTERRUPTED || code == MEDRUN_TOO_LONG;
@@ -10211,65 +10211,58 @@ static int show_command(command *c) {
 
 /* One line of text, drawn on stderr because stdout is for the answers. It stays on one row of the
  * terminal: a long line is seen through a window that follows the cursor. So a redraw touches no
- * other row, however long the line is. A pasted line end belongs to the text and shows as an arrow.
- * Windows edits its lines itself. Tests: tests/16_commands.sh, on a pty. */
+ * other row, however long the line is. Each key redraws all of it: what is seen cannot differ from
+ * what is kept. Windows edits lines itself. */
 enum { HISTORY = 100 };
 
+/* The first of the lines is the one that is typed, with the cursor at a byte of it; behind it stand
+ * those before it, from which it may be copied: from the one that is shown. They are never written
+ * to a file, for they hold what patients said. At the start of a line Tab completes the commands.
+ * On a plain terminal nothing can be drawn. */
 typedef struct {
-    buffer lines[HISTORY + 1];  /* the line, and those before it; they are never in a file      */
-    size_t at;                  /* the cursor, a byte of the line                               */
-    int shown;                  /* which of the lines it was copied from                        */
+    buffer lines[HISTORY + 1];
+    size_t at;
+    int shown;
     const char *prompt;
-    bool plain, colour;         /* plain: nothing can be drawn here                             */
-    const char *commands[24];   /* what Tab completes at the start of a line                    */
+    bool plain, colour;
+    const char *commands[24];
     size_t n_commands;
 } editor;
 
-/* Gives the terminal back its own editing, and takes the marks around pasted text away. */
-static void restore_terminal(void) {
-    if (set_raw(false) && write(STDERR_FILENO, "\x1b[?2004l", 8) < 0) return;   /* no more to do */
-}
-
-/* A program that a signal ends must not leave the terminal raw. */
+/* A program that a signal ends must not leave the terminal raw. The signal has its default effect
+ * by now: raised again it ends the program, and whoever started it sees by what. */
 static void on_fatal_signal(int signal_number) {
-    restore_terminal();
-    raise(signal_number);                               /* now with its default effect           */
+    set_raw(false);
+    raise(signal_number);
 }
-
-/* Takes the editing from the terminal, which shall put marks around what is pasted. */
-static bool make_raw(void) { return set_raw(true) && fputs("\x1b[?2004h", stderr) >= 0; }
 
 /* A key is a byte or EOF; CTRL + 'A' is a byte, too. But arrows and the like send ESC [ or ESC O,
- * numbers, and a letter (here LETTER + 'A') or ~ (NUMBERED + 3). */
-enum { CTRL = -'@', LETTER = 256, NUMBERED = 512, PASTE = NUMBERED + 200, PASTED };
+ * numbers, and a letter (here ESC + 'A') or ~ (TILDE + 3). */
+enum { CTRL = -'@', ESC = 256, TILDE = 512, PASTE = TILDE + 200, PASTED };
 
-/* Of several numbers only the last counts: so Ctrl-Left, ESC [1;5D, is Left. */
+/* Of several numbers only the last counts: so Ctrl-Left, ESC [1;5D, is Left. Any other
+ * ESC gives ESC alone: no key. */
 static int read_key(void) {
     int c = typed_byte(), number = 0;
     if (c != 27) return c;
     c = typed_byte();
-    if (c != '[' && c != 'O') return c == EOF ? EOF : LETTER;           /* which is no key       */
+    if (c != '[' && c != 'O') return c == EOF ? EOF : ESC;
     while ((c = typed_byte()) != EOF && c < 0x40)
         number = isdigit(c) ? (number * 10 + c - '0') % 1000 : 0;
-    return c == EOF ? EOF : c == '~' ? NUMBERED + number : LETTER + c;
-}
-
-/* From byte I of the line one character on (STEP 1) or back (STEP -1). */
-static size_t next_char(const buffer *line, size_t i, int step) {
-    size_t end = step > 0 ? line->n : 0;
-    if (i == end) return i;
-    do i += (size_t)step; while (i != end && (line->data[i] & 0xC0) == 0x80);
-    return i;
+    return c == EOF ? EOF : c == '~' ? TILDE + number : ESC + c;
 }
 
 /* Draws what the window shows of the line, or all of it when it is DONE. What stands before the
- * cursor fills at most three quarters, so that some of what follows is seen, too. */
+ * cursor fills at most three quarters, so that some of what follows is seen, too. A pasted line end
+ * belongs to the text and shows as an arrow, a hostile character as ?. All goes out
+ * in one write: so nothing flickers. */
 static void draw_line(const editor *ed, bool done) {
     const char *text = chars(ed->lines);
     int width = terminal_columns();
     size_t n = ed->lines->n, left = strlen(ed->prompt), start = 0, used = 0, before = 0, columns;
     size_t room = done ? SIZE_MAX : (width > 10 ? (size_t)width : 80) - left - 1;
     buffer out = {0};
+    /* The columns before the cursor; then the window begins further right, till they are few. */
     for (size_t i = 0; i < ed->at; before += columns) i += measure(text + i, n - i, &columns);
     for (; before > room / 4 * 3; before -= columns)
         start += measure(text + start, n - start, &columns);
@@ -10277,8 +10270,7 @@ static void draw_line(const editor *ed, bool done) {
     for (size_t i = start, len; i < n; i += len) {
         char shown[8] = "\xE2\x86\xB5";
         len = measure(text + i, n - i, &columns);
-        used += columns;
-        if (used > room) break;
+        if ((used += columns) > room) break;
         if (text[i] != '\n') memcpy(shown, text + i, len), shown[len] = 0, make_safe(shown);
         buffer_text(&out, shown);
     }
@@ -10288,10 +10280,11 @@ static void draw_line(const editor *ed, bool done) {
     buffer_free(&out);
 }
 
-/* Puts N bytes in the place of those from FROM to TO, and the cursor behind them. */
+/* All editing: N bytes take the place of those from FROM to TO, the cursor stands behind them. Of
+ * a failure read_message tells. */
 static void replace(editor *ed, size_t from, size_t to, const char *bytes, size_t n) {
     buffer *line = ed->lines;
-    if (!buffer_room(line, n)) return;                  /* read_message sees that it failed      */
+    if (!buffer_room(line, n)) return;
     memmove(line->data + from + n, line->data + to, line->n - to);
     memcpy(line->data + from, bytes, n);
     line->n += n - (to - from);
@@ -10299,11 +10292,8 @@ static void replace(editor *ed, size_t from, size_t to, const char *bytes, size_
     ed->at = from + n;
 }
 
-static void insert(editor *ed, int byte) {
-    replace(ed, ed->at, ed->at, &(char){(char)byte}, 1);
-}
-
-/* Shows an older line (STEP 1) or a newer one; behind the newest is an empty one. */
+/* Shows an older line (STEP 1) or a newer one (STEP -1); behind the newest is an empty one. It is a
+ * copy that can be edited: the history stays as it was typed. */
 static void recall(editor *ed, int step) {
     int place = ed->shown + step;
     if (place < 0 || place > HISTORY || (place && !ed->lines[place].n)) return;
@@ -10311,7 +10301,7 @@ static void recall(editor *ed, int step) {
     ed->shown = place;
 }
 
-/* A path of N bytes as a person types it: ~ is the home folder. */
+/* A path of N bytes as a person types it: ~ is the home folder, which no shell has put there. */
 static void expand_path(const char *path, size_t n, buffer *out) {
     const char *home = getenv("HOME");
     bool tilde = home && n && path[0] == '~' && (n == 1 || path[1] == '/');
@@ -10320,7 +10310,9 @@ static void expand_path(const char *path, size_t n, buffer *out) {
 }
 
 /* What the line holds before the cursor: in a command, its name or, behind a blank, a path. Tab
- * completes it as far as all that begin so agree; where that is no further, it lists them. */
+ * completes it as far as all that begin so agree; where that is no further, it lists them. In the
+ * pattern ? stands for what would have a meaning there, so it finds no path too few; those too many
+ * are left out as other commands are. */
 static void complete(editor *ed) {
     const char *line = chars(ed->lines), *blank = memchr(line, ' ', ed->at), *first = NULL;
     const char *const *all = ed->commands;
@@ -10330,9 +10322,10 @@ static void complete(editor *ed) {
     if (*line != '/') return;
     expand_path(line + start, ed->at - start, &word);
     buffer_printf(&pattern, "%s*", chars(&word));
-    for (size_t i = 0; i + 1 < pattern.n; i++)          /* ? means any character, so no less     */
+    for (size_t i = 0; i + 1 < pattern.n; i++)
         if (strchr("*[\\", pattern.data[i])) pattern.data[i] = '?';
     if (blank) all = (const char *const *)find_paths(chars(&pattern), &n_all);
+    /* SHARED: as far as all agree. */
     for (size_t i = 0; i < n_all; i++) {
         if (strncmp(all[i], chars(&word), word.n)) continue;
         if (!n++) first = all[i], shared = strlen(first);
@@ -10341,7 +10334,7 @@ static void complete(editor *ed) {
     }
     if (n == 1 || shared > word.n) {
         replace(ed, start, ed->at, first, shared);
-        if (n == 1 && !blank) insert(ed, ' ');
+        if (n == 1 && !blank) replace(ed, ed->at, ed->at, " ", 1);
     } else if (n) {
         draw_line(ed, true);
         print_words(stderr, &(text_line){.width = width_of(STDERR_FILENO)}, chars(&list), list.n);
@@ -10350,72 +10343,79 @@ static void complete(editor *ed) {
     buffer_free(&word), buffer_free(&pattern), buffer_free(&list);
 }
 
-/* The keys of Emacs, as in a shell. A character of several bytes comes as so many keys. */
+/* The keys of Emacs, as in a shell, and those with names. BACK, ON and WORD are where a character
+ * before or behind the cursor and a word before it end: in UTF-8 all bytes of a character but the
+ * first are 10xxxxxx. One of several bytes is typed as so many keys. */
 static void edit(editor *ed, int key) {
-    const buffer *line = ed->lines;
-    size_t n = line->n, at = ed->at, word = at;
-    size_t back = next_char(line, at, -1), on = next_char(line, at, 1);
-    while (word && isspace(line->data[word - 1])) word--;
-    while (word && !isspace(line->data[word - 1])) word--;
+    const uint8_t *line = ed->lines->data;
+    size_t n = ed->lines->n, at = ed->at, back = at, on = at, word = at;
+    if (back) do back--; while (back && (line[back] & 0xC0) == 0x80);
+    if (on < n) do on++; while (on < n && (line[on] & 0xC0) == 0x80);
+    while (word && isspace(line[word - 1])) word--;
+    while (word && !isspace(line[word - 1])) word--;
     switch (key) {
-        case LETTER + 'D': case CTRL + 'B': ed->at = back; break;
-        case LETTER + 'C': case CTRL + 'F': ed->at = on; break;
-        case LETTER + 'H': case NUMBERED + 1: case NUMBERED + 7: case CTRL + 'A': ed->at = 0; break;
-        case LETTER + 'F': case NUMBERED + 4: case NUMBERED + 8: case CTRL + 'E': ed->at = n; break;
-        case LETTER + 'A': case CTRL + 'P': recall(ed, 1); break;
-        case LETTER + 'B': case CTRL + 'N': recall(ed, -1); break;
-        case NUMBERED + 3: case CTRL + 'D': replace(ed, at, on, "", 0); break;
+        case ESC + 'D': case CTRL + 'B': ed->at = back; break;
+        case ESC + 'C': case CTRL + 'F': ed->at = on; break;
+        case ESC + 'H': case TILDE + 1: case TILDE + 7: case CTRL + 'A': ed->at = 0; break;
+        case ESC + 'F': case TILDE + 4: case TILDE + 8: case CTRL + 'E': ed->at = n; break;
+        case ESC + 'A': case CTRL + 'P': recall(ed, 1); break;
+        case ESC + 'B': case CTRL + 'N': recall(ed, -1); break;
+        case TILDE + 3: case CTRL + 'D': replace(ed, at, on, "", 0); break;
         case 127: case CTRL + 'H': replace(ed, back, at, "", 0); break;
         case CTRL + 'K': replace(ed, at, n, "", 0); break;
         case CTRL + 'U': replace(ed, 0, at, "", 0); break;
         case CTRL + 'W': replace(ed, word, at, "", 0); break;
         case CTRL + 'L': fputs("\x1b[H\x1b[2J", stderr); break;
-        case CTRL + 'Z': restore_terminal(), suspend_program(), make_raw(); break;
+        case CTRL + 'Z': set_raw(false), suspend_program(), set_raw(true); break;
         case '\t': complete(ed); break;
-        default: if (key >= ' ' && key < LETTER) insert(ed, key);
+        default: if (key >= ' ' && key < ESC) replace(ed, at, at, &(char){(char)key}, 1);
     }
 }
 
-/* Reads keys until the line is entered ('\r') or given up (Ctrl-C), or nothing more will come (EOF;
- * Ctrl-D in an empty line); gives that key. Draws when no more waits: so a paste is drawn once. */
+/* Reads keys until the line is entered or given up (Ctrl-C), or nothing more will come (EOF; Ctrl-D
+ * in an empty line); gives that key. Draws when no more waits: so a paste is drawn once. */
 static int edit_line(editor *ed) {
     for (bool pasting = false;;) {
         if (!more_is_typed()) draw_line(ed, false);
         int key = read_key();
         if (key == CTRL + 'D' && !ed->lines->n) key = EOF;
         if (key == PASTE || key == PASTED) pasting = key == PASTE;
-        else if (pasting && key > 0 && key < LETTER) insert(ed, key == '\r' ? '\n' : key);
+        else if (pasting && key > 0 && key < ESC)
+            replace(ed, ed->at, ed->at, &(char){(char)(key == '\r' ? '\n' : key)}, 1);
         else if (key == '\r' || key == '\n' || key == CTRL + 'C' || key == EOF) {
             draw_line(ed, true);
-            return key == '\n' ? '\r' : key;
+            return key;
         } else edit(ed, key);
     }
 }
 
-/* The terminal is raw only while a line is edited, so an answer can be stopped with Ctrl-C. Where
- * nothing can be drawn (TERM=dumb, Windows) the terminal's own editing must do. */
+/* Reads a line; the one before becomes history. The terminal is raw only meanwhile, so an answer
+ * can be stopped with Ctrl-C. Where nothing can be drawn (TERM=dumb, Windows) the terminal's own
+ * editing must do. */
 static int read_line(editor *ed, const char *prompt) {
     buffer *line = ed->lines;
     int key;
-    if (line->n || line->failed) {                      /* the last one becomes history          */
+    if (line->n || line->failed) {
         buffer_free(&ed->lines[HISTORY]);
         memmove(line + 1, line, HISTORY * sizeof *line);
         *line = (buffer){0};
     }
     ed->at = 0, ed->shown = 0, ed->prompt = prompt;
-    if (!ed->plain && make_raw()) {
+    if (!ed->plain && set_raw(true)) {
         key = edit_line(ed);
-        restore_terminal();
-        if (key != '\r') line->n = 0;
+        set_raw(false);
+        if (key == CTRL + 'C') line->n = 0;
         return key;
     }
+    /* Here a line comes whole. */
     fputs(prompt, stderr);
     while ((key = typed_byte()) != EOF && key != '\n') buffer_add(line, &(char){(char)key}, 1);
     drop_line_end(line);
-    return key == EOF && !line->n ? EOF : '\r';
+    return line->n ? '\n' : key;
 }
 
-/* Reads a message: a line, or several lines from """ to """. Gives the key that ended it. */
+/* Reads a message: a line, or several lines from """ to """. Gives the key that ended it. If a line
+ * failed, so did the message: what was typed is not whole. */
 static int read_message(editor *ed, buffer *m) {
     static const char quotes[] = "\"\"\"";
     m->n = 0;
@@ -10423,14 +10423,14 @@ static int read_message(editor *ed, buffer *m) {
         int key = read_line(ed, several ? ". " : "> ");
         const char *line = chars(ed->lines);
         size_t n = ed->lines->n;
-        if (key != '\r') return key;
+        if (key == EOF || key == CTRL + 'C') return key;
         if (several) buffer_text(m, m->n ? "\n" : "");
         else if (n >= 3 && !memcmp(line, quotes, 3)) several = true, line += 3, n -= 3;
         over = !several || (n >= 3 && !memcmp(line + n - 3, quotes, 3));
         buffer_add(m, line, over && several ? n - 3 : n);
-        m->failed |= ed->lines->failed;                 /* what was typed is not whole           */
+        m->failed |= ed->lines->failed;
     }
-    return '\r';
+    return '\n';
 }
 
 /* ---- chat ---------------------------------------------------------------------------------- */
@@ -10440,74 +10440,66 @@ static const char not_a_clinician[] = "For research and education. Not a clinici
 
 /* A conversation is one timeline of tokens: the system text, then a person's turn and the answer in
  * turn. Only new tokens are computed; the key-value cache keeps the rest. To take a turn back is to
- * keep those before it, so a chat knows of the past only where each turn begins. */
+ * keep those before it, and to answer again is to keep what stands before the answer: so of the
+ * past a chat knows only where each person's turn starts, behind the last of them the end, and
+ * where the last answer does (0: there is none to make again). It counts Ctrl-C since the last
+ * message. The text is what stands behind the command that is carried out. */
 typedef struct {
     command *c;
     editor ed;
-    buffer system;              /* what /system said                                            */
-    size_t *starts, n_turns;    /* where on the timeline each person's turn begins              */
-    size_t answer;              /* where the last answer begins; 0: there is none to make again */
-    int interrupts;             /* Ctrl-C since the last message                                */
+    buffer system;
+    size_t *starts, n_turns, answer;
+    int interrupts;
     bool leave;
-    char *text;                 /* what stands behind the command that is carried out           */
+    char *text;
 } chat;
 
-enum { WHEN_FULL_REFUSE, WHEN_FULL_DROP };      /* the words of --overflow, in their order      */
-static const char conversation_full[] = "the conversation is full: /clear begins a new one, "
+static const char chat_full[] = "the conversation is full: /clear begins a new one, "
                                         "--overflow drop forgets the oldest turns";
 
-static bool may_drop(const chat *h) { return whole(h->c, O_OVERFLOW) == WHEN_FULL_DROP; }
-
-/* Where turn I begins; after the last: the end of the timeline. */
-static size_t turn_start(const chat *h, size_t i) {
-    return i < h->n_turns ? h->starts[i] : medrun_length(h->c->s);
-}
-
-/* Forgets all but the first N turns; without a turn the next message says the system text again. */
+/* Forgets all but the first N turns; without a turn the next message says the system text again.
+ * What stays ends with an answer whose stop token is gone, which the next turn will close. */
 static int keep_turns(chat *h, size_t n) {
-    medrun_rewind(h->c->s, n ? turn_start(h, n) : 0, &h->c->e);
+    rewind_to(h->c->s, n ? h->starts[n] : 0);
     h->c->s->answer_open = n > 0;
     h->n_turns = n;
     h->answer = 0;
-    return h->c->e.code;
+    return MEDRUN_OK;
 }
 
-/* Forgets the oldest K turns; what stood before the first of them, the system text, stays. What
- * followed them moves to other positions, and a key holds its position (rotary embedding): so those
- * tokens are fed again. */
-static int drop_turns(chat *h, size_t k) {
+/* Makes room for NEED tokens and an answer, with --overflow drop by forgetting the oldest turns;
+ * what stands before them, the system text, stays. What follows them moves to other positions, and
+ * a key holds its position (rotary embedding): so those tokens are fed again. As that takes its
+ * time, enough turns go to leave a quarter of the context, not a few tokens. */
+static int make_room(chat *h, size_t need) {
     command *c = h->c;
-    size_t first = turn_start(h, 0), from = turn_start(h, k), gone = from - first;
-    size_t n = medrun_length(c->s) - from;
+    size_t context = context_of(c), length = medrun_length(c->s), *starts = h->starts;
+    size_t first = h->n_turns ? starts[0] : length, gone = 0, k = 0;
+    starts[h->n_turns] = length;
+    while (flag(c, O_OVERFLOW) && k < h->n_turns && length - gone + need > context - context / 4)
+        gone = starts[++k] - first;
+    if (first + need >= context) return too_long(c, first + need);
+    if (length - gone + need >= context)
+        return fail(&c->e, MEDRUN_TOO_LONG, "%s", chat_full);
+    if (!k) return MEDRUN_OK;
     note(NULL, "(forgot %zu of the oldest turns, %zu tokens)", k, gone);
     h->n_turns -= k;
-    for (size_t i = 0; i < h->n_turns; i++) h->starts[i] = h->starts[i + k] - gone;
-    medrun_rewind(c->s, first, &c->e);
-    return medrun_feed(c->s, medrun_tokens(c->s) + from, n, &c->e);
-}
-
-/* Makes room for NEED tokens and an answer. After a drop all tokens that moved are computed again;
- * so enough turns go to leave a quarter of the context, not a few tokens. */
-static int make_room(chat *h, size_t need) {
-    size_t context = context_of(h->c), first = turn_start(h, 0), k = 0, gone = 0;
-    size_t all = medrun_length(h->c->s) + need;
-    while (may_drop(h) && k < h->n_turns && all - gone > context - context / 4)
-        gone = turn_start(h, ++k) - first;
-    if (all - gone < context) return k ? drop_turns(h, k) : MEDRUN_OK;
-    if (first + need >= context) return too_long(h->c, first + need);
-    return fail(&h->c->e, MEDRUN_TOO_LONG, "%s", conversation_full);
+    for (size_t i = 0; i < h->n_turns; i++) starts[i] = starts[i + k] - gone;
+    rewind_to(c->s, first);
+    return medrun_feed(c->s, medrun_tokens(c->s) + first + gone, length - first - gone, &c->e);
 }
 
 /* Answers what was fed. An answer that Ctrl-C stopped stays in the conversation as far as it came;
- * if no token came, the message is taken back, too. */
+ * if no token came, the message is taken back, too. However an answer ended, the next turn closes
+ * it. Another Ctrl-C leaves: who presses it twice wants to. */
 static int answer_turn(chat *h) {
     command *c = h->c;
     h->answer = medrun_length(c->s);
     print_reply(c);
     c->s->answer_open = true;
     if (flag(c, O_STATS)) print_stats(c);
-    if (c->e.code == MEDRUN_TOO_LONG && !may_drop(h))
-        snprintf(c->e.text, sizeof c->e.text, "the answer is cut: %s", conversation_full);
+    if (c->e.code == MEDRUN_TOO_LONG && !flag(c, O_OVERFLOW))
+        snprintf(c->e.text, sizeof c->e.text, "the answer is cut: %s", chat_full);
     if (c->e.code != MEDRUN_INTERRUPTED) return c->e.code;
     c->e = (medrun_error){0};
     h->interrupts = 1;
@@ -10517,7 +10509,8 @@ static int answer_turn(chat *h) {
 
 /* Puts a person's turn on the timeline, as medrun_say does, and answers it. It begins with what the
  * template writes after an answer, in the place of the answer's stop token. Before it is fed, old
- * turns may have to go. If the answer that the turn closes went with them, nothing is to close. */
+ * turns may have to go. If the answer that the turn closes went with them, nothing is to close. All
+ * checks come before the stop token goes: what cannot be said leaves everything as it was. */
 static int say(chat *h, const buffer *text) {
     command *c = h->c;
     const char *own = c->text[O_SYSTEM];
@@ -10525,14 +10518,13 @@ static int say(chat *h, const buffer *text) {
     const medrun_message system = {"system", own, own ? strlen(own) : 0};
     conversation how = {c->chat, &c->chat_options, own ? &system : NULL, true};
     new_turn t = {0};
-    if (c->e.code || check_buffer(c, text)) return c->e.code;
+    if (check_buffer(c, text)) return c->e.code;
     warn_of_marks(c, chars(text), text->n);
-    if (!render_turn(c->s, &how, &said, &t, &c->e) && t.keep < medrun_length(c->s)) {
-        medrun_rewind(c->s, t.keep, &c->e);
-        c->s->answer_open = true;                       /* until the turn is fed                 */
-    }
+    render_turn(c->s, &how, &said, &t, &c->e);
+    bool stop = t.keep < medrun_length(c->s);
     if (!c->e.code && !make_room(h, n_ids(&t.ids))) {
         size_t skip = h->n_turns ? 0 : t.n_close, n = n_ids(&t.ids) - skip;
+        if (stop && h->n_turns) rewind_to(c->s, medrun_length(c->s) - 1);
         h->starts[h->n_turns] = medrun_length(c->s) + t.n_open;
         show_prompt(c, ids_of(&t.ids) + skip, n);
         if (!feed_prompt(c, ids_of(&t.ids) + skip, n)) h->n_turns++;
@@ -10543,18 +10535,20 @@ static int say(chat *h, const buffer *text) {
 
 /* ---- what is typed with / ------------------------------------------------------------------ */
 
+/* Each gives the code in c->e, where also what failed within stays; chat_loop says it. */
 static int chat_bye(chat *h) { return h->leave = true, MEDRUN_OK; }
 
+/* For /system, too, whose text is in h->text. */
 static int chat_clear(chat *h) {
     note(NULL, "the conversation is empty now%s", *h->text ? ", its system text is new" : "");
     return keep_turns(h, 0);
 }
 
-/* The system text of the next conversation, which begins now. */
+/* The system text of the next conversation, which begins now. Without memory the old one stays. */
 static int chat_system(chat *h) {
     buffer fresh = {0};
     buffer_text(&fresh, h->text);
-    if (check_buffer(h->c, &fresh)) return h->c->e.code;                /* the old one stays     */
+    if (check_buffer(h->c, &fresh)) return h->c->e.code;
     buffer_free(&h->system);
     h->system = fresh;
     h->c->text[O_SYSTEM] = fresh.n ? chars(&h->system) : NULL;
@@ -10566,15 +10560,18 @@ static int chat_undo(chat *h) {
     keep_turns(h, h->n_turns - 1);
     note(NULL, "took back the last message and its answer; %zu tokens are left",
          medrun_length(h->c->s));
-    return h->c->e.code;
+    return MEDRUN_OK;
 }
 
+/* The prompt is in the cache: only its last token is computed again, for the logits. */
 static int chat_retry(chat *h) {
     if (!h->answer) return fail(&h->c->e, MEDRUN_USAGE, "/retry: nothing was said");
-    return medrun_rewind(h->c->s, h->answer, &h->c->e) ? h->c->e.code : answer_turn(h);
+    rewind_to(h->c->s, h->answer);
+    return answer_turn(h);
 }
 
-/* NAME VALUE: one of the options from --predict to --seed. */
+/* NAME VALUE, also with = or dashes: one of the options from --predict to --seed. The number is
+ * kept, its text is not: that ends with the line. */
 static int chat_set(chat *h) {
     command *c = h->c;
     char *text = h->text + strspn(h->text, "-"), name[48];
@@ -10587,7 +10584,7 @@ static int chat_set(chat *h) {
                     "repeat-penalty or seed, and a number");
     if (set_option(c, id, value, FROM_FLAG, name)) return c->e.code;
     note(NULL, "%s is %s now", c->p->options[id].name, value);
-    c->text[id] = NULL;                                 /* the number is kept; `value` ends here */
+    c->text[id] = NULL;
     choose_sampling(c);
     c->s->options.sampling = c->sampling;
     if (id == O_SEED) c->s->random = c->sampling.seed;
@@ -10604,7 +10601,8 @@ static char *cut_at(char *text, const char *word, size_t n) {
 
 /* Prints the conversation as people read it, or only its LAST turn. Who says what is seen from the
  * template's words around a message, as it stands on the timeline also after /load. An answer ends
- * before the first stop token. */
+ * before the first stop token. A template without such words has its talk printed as it stands. NUL
+ * prints as ? anyway. */
 static int print_talk(chat *h, FILE *f, bool last) {
     static const char mark[] = "MESSAGE";
     command *c = h->c;
@@ -10612,9 +10610,10 @@ static int print_talk(chat *h, FILE *f, bool last) {
     chat_writer w = {c->chat, c->t, &c->chat_options, true, .out = &words, .e = &c->e};
     chat_turn(&w, &(medrun_message){"user", mark, sizeof mark - 1}, false, true);
     tokenizer_decode(c->t, medrun_tokens(c->s), medrun_length(c->s), true, &all);
-    for (size_t i = 0; i < all.n; i++) if (!all.data[i]) all.data[i] = '?';     /* as it prints  */
+    for (size_t i = 0; i < all.n; i++) if (!all.data[i]) all.data[i] = '?';
     char *open = (char *)words.data, *shut = cut_at(open, mark, sizeof mark - 1), *reply, *next;
     char *said = shut ? cut_at((char *)all.data, open, strlen(open)) : NULL;
+    /* Words, message, words, answer. */
     for (; said && (reply = cut_at(said, shut, strlen(shut))); said = next) {
         next = cut_at(reply, open, strlen(open));
         for (int i = 0; i < c->m->n_stops; i++) {
@@ -10625,13 +10624,14 @@ static int print_talk(chat *h, FILE *f, bool last) {
         if (last) talk.n = 0;
         buffer_printf(&talk, "You: %s\n\nModel: %s\n\n", said, reply);
     }
-    if (!talk.n) buffer_text(&talk, chars(&all));       /* a template without such words         */
+    if (!talk.n) buffer_text(&talk, chars(&all));
     if (!check_buffer(c, &all) && !check_buffer(c, &talk))
         print_words(f, &(text_line){.width = width_of(fileno(f))}, chars(&talk), talk.n);
     buffer_free(&all), buffer_free(&words), buffer_free(&talk);
     return c->e.code;
 }
 
+/* Its first line tells a file of /text from a stranger's, which is not written over. */
 static int chat_text(chat *h) {
     static const file_kind kind = {"a talk that /text wrote", "medrun: a talk w", true, false, 0};
     command *c = h->c;
@@ -10644,6 +10644,7 @@ static int chat_text(chat *h) {
     return c->e.code;
 }
 
+/* For /load: tokens, cache, the sampler's state. */
 static int chat_save(chat *h) {
     command *c = h->c;
     if (!check_output(c, h->text, &session_file) &&
@@ -10658,18 +10659,20 @@ static int chat_load(chat *h) {
     keep_turns(h, 0);
     if (medrun_restore(c->s, h->text, &c->e)) return c->e.code;
     note(NULL, "loaded %zu tokens from %s", medrun_length(c->s), h->text);
-    if (!medrun_length(c->s)) return MEDRUN_OK;
-    h->starts[h->n_turns++] = medrun_tokens(c->s)[0] == c->t->bos;
+    h->n_turns = medrun_length(c->s) > 0;
+    h->starts[0] = medrun_tokens(c->s)[0] == c->t->bos;
     return print_talk(h, stderr, true);
 }
 
-/* FILE, whose name may hold blanks, and behind it a question about it, which is said first. */
+/* FILE, whose name may hold blanks, and behind it a question about it, which is said first. The
+ * name is the longest beginning that is a file's; if none is, its first word is what cannot be
+ * opened. */
 static int chat_read(chat *h) {
     char *path = h->text, *end = path + strlen(path), *blank;
     buffer said = {0};
     file_facts f;
     while (get_facts(path, -1, &f) && (blank = strrchr(path, ' '))) *blank = 0;
-    char *question = path + strlen(path);               /* behind the longest that is a file     */
+    char *question = path + strlen(path);
     for (char *p = question + 1; p < end; p++) if (!*p) *p = ' ';
     if (question < end) buffer_printf(&said, "%s\n\n", question + 1);
     read_text(h->c, path, most_prompt(h->c), &said);
@@ -10683,69 +10686,71 @@ static int chat_stats(chat *h) { return print_stats(h->c), MEDRUN_OK; }
 static int chat_show(chat *h) { return show_model(stderr, h->c, (int)context_of(h->c)); }
 
 /* What can be typed, and what becomes of it. A FILE comes with its ~ replaced; an argument in
- * brackets may be left out. Rows without a function are for /help alone, which prints them all. */
-static const struct {
-    const char *name, *also, *argument;
+ * brackets may be left out. Rows without a function are for /help alone, which prints them all;
+ * those with / come first, for Tab and the hint. */
+typedef struct {
+    const char *name, *argument;
     int (*run)(chat *h);
-    const char *help;
-} chat_rows[] = {
-    {"/help", "/?", NULL, NULL, "this list"},
-    {"/bye", "/quit|/exit|/q", NULL, chat_bye, "leave, as Ctrl-D or the word exit"},
-    {"/clear", NULL, NULL, chat_clear, "forget the conversation"},
-    {"/undo", NULL, NULL, chat_undo, "take back the last message and its answer"},
-    {"/retry", NULL, NULL, chat_retry, "answer the last message again"},
-    {"/read", NULL, "FILE [QUESTION]", chat_read, "say the question and what stands in the file"},
-    {"/system", NULL, "[TEXT]", chat_system, "begin a new conversation with this system text"},
-    {"/set", NULL, "NAME VALUE", chat_set,
-        "change temp, top-k, top-p, min-p, repeat-penalty, seed or predict"},
-    {"/save", NULL, "FILE", chat_save, "write the conversation, with all that was said in it"},
-    {"/load", NULL, "FILE", chat_load, "go on with one that was saved"},
-    {"/text", NULL, "FILE", chat_text, "write the conversation as plain text"},
-    {"/stats", NULL, NULL, chat_stats, "speeds, and how full the context is"},
-    {"/show", NULL, NULL, chat_show, "the model and what it needs"},
-    {"\"\"\"", NULL, NULL, NULL, "begins and ends a message of several lines"},
-    {"Tab", NULL, NULL, NULL, "completes commands and paths"},
-    {"Ctrl-C", NULL, NULL, NULL, "stops the answer; twice: leave"}};
-enum { N_CHAT_ROWS = sizeof chat_rows / sizeof *chat_rows };
+    const char *help, *also;
+} chat_row;
 
-static int chat_help(void) {
-    for (int i = 0; i < N_CHAT_ROWS; i++) {
+static const chat_row chat_rows[] = {
+    {"/help", "", NULL, "this list", "/?"},
+    {"/bye", "", chat_bye, "leave, as Ctrl-D or the word exit", "/quit|/exit|/q"},
+    {"/clear", "", chat_clear, "forget the conversation", NULL},
+    {"/undo", "", chat_undo, "take back the last message and its answer", NULL},
+    {"/retry", "", chat_retry, "answer the last message again", NULL},
+    {"/read", "FILE [QUESTION]", chat_read, "say the question and what stands in the file", NULL},
+    {"/system", "[TEXT]", chat_system, "begin a new conversation with this system text", NULL},
+    {"/set", "NAME VALUE", chat_set,
+        "change temp, top-k, top-p, min-p, repeat-penalty, seed or predict", NULL},
+    {"/save", "FILE", chat_save, "write the conversation, with all that was said in it", NULL},
+    {"/load", "FILE", chat_load, "go on with one that was saved", NULL},
+    {"/text", "FILE", chat_text, "write the conversation as plain text", NULL},
+    {"/stats", "", chat_stats, "speeds, and how full the context is", NULL},
+    {"/show", "", chat_show, "the model and what it needs", NULL},
+    {"\"\"\"", "", NULL, "begins and ends a message of several lines", NULL},
+    {"Tab", "", NULL, "completes commands and paths", NULL},
+    {"Ctrl-C", "", NULL, "stops the answer; twice: leave", NULL}, {0}};
+
+static void chat_help(void) {
+    for (const chat_row *r = chat_rows; r->name; r++) {
         char left[40];
-        snprintf(left, sizeof left, "%s %s", chat_rows[i].name,
-                 chat_rows[i].argument ? chat_rows[i].argument : "");
-        print_help(stderr, left, 24, chat_rows[i].help);
+        snprintf(left, sizeof left, "%s %s", r->name, r->argument);
+        print_help(stderr, left, 24, r->help);
     }
     print_help(stderr, "", 0, "A message that begins with / needs a space before it.");
-    return MEDRUN_OK;
 }
 
-/* Does what LINE says, which begins with /. */
+/* Does what LINE says, which begins with /. A word that nobody knows gets the nearest one as a
+ * hint, so that no slip of the fingers is said to the model. */
 static int chat_command(chat *h, char *line) {
     command *c = h->c;
-    size_t n = strcspn(line, " \t\n"), end = strlen(line), i = 0;
+    const chat_row *r = chat_rows;
+    size_t n = strcspn(line, " \t\n"), end = strlen(line);
     buffer path = {0};
     while (end > n && isspace((uint8_t)line[end - 1])) line[--end] = 0;
     h->text = line + n + (line[n] != 0);
     line[n] = 0;
-    while (i < N_CHAT_ROWS && strcmp(line, chat_rows[i].name) &&
-           place_in(chat_rows[i].also, line) < 0) i++;
-    if (i == N_CHAT_ROWS)
+    while (r->name && strcmp(line, r->name) && place_in(r->also, line) < 0) r++;
+    if (!r->name)
         return unknown(c, "command", line, "", h->ed.commands, h->ed.n_commands, "/help");
-    const char *wanted = chat_rows[i].argument;
-    if (*h->text ? !wanted : wanted && *wanted != '[')
-        return fail(&c->e, MEDRUN_USAGE, "%s: wanted %s", line, wanted ? wanted : "no more");
-    if (!chat_rows[i].run) return chat_help();
-    if (wanted && *wanted == 'F') {
+    const char *wanted = r->argument;
+    if (*h->text ? !*wanted : *wanted && *wanted != '[')
+        return fail(&c->e, MEDRUN_USAGE, "%s: wanted %s", line, *wanted ? wanted : "no more");
+    if (!r->run) return chat_help(), MEDRUN_OK;
+    if (*wanted == 'F') {
         expand_path(h->text, strlen(h->text), &path);
         h->text = (char *)path.data;
     }
-    if (!check_buffer(c, &path)) chat_rows[i].run(h);
+    if (!check_buffer(c, &path)) r->run(h);
     buffer_free(&path);
     return c->e.code;
 }
 
 /* Does what each message says until the person leaves. What fails is said, and the conversation
- * goes on; a failure without a text is that stdout is gone. */
+ * goes on: it must not end with a mistyped path. A failure without a text is that stdout is
+ * gone. */
 static int chat_loop(chat *h) {
     command *c = h->c;
     buffer *m = &c->input;
@@ -10769,29 +10774,28 @@ static int chat_loop(chat *h) {
 }
 
 /* The chat command. If nobody types, it answers what is on stdin. A bad file of --load-prefix is
- * refused before the person types. */
+ * refused before the person types: no token is taken, but its head is read and checked. */
 static int converse_command(command *c) {
     static const int fatal[] = {SIGTERM, SIGHUP, SIGQUIT, SIGINT};
-    chat h = {.c = c, .ed.plain = !terminal_draws(getenv("TERM"))};
     const char *no_colour = getenv("NO_COLOR"), *prefix = c->text[O_LOAD_PREFIX];
-    bool colour = h.ed.colour = !h.ed.plain && !(no_colour && *no_colour);
-    size_t taken;
+    bool draws = terminal_draws(getenv("TERM")), colour = draws && !(no_colour && *no_colour);
+    chat h = {.c = c, .ed = {.plain = !draws, .colour = colour}};
     if (!is_terminal(STDIN_FILENO)) return run_command(c);
     open_model(c);
     choose_chat(c);
     if (start_session(c)) return c->e.code;
-    h.starts = new_array(context_of(c), sizeof *h.starts);
-    if (!h.starts) return out_of_memory(&c->e, context_of(c) * sizeof *h.starts);
-    atexit(restore_terminal);
+    size_t room = context_of(c) + 1, taken;
+    h.starts = new_array(room, sizeof *h.starts);
+    if (!h.starts) return out_of_memory(&c->e, room * sizeof *h.starts);
+    /* From here on the terminal may be raw. */
     for (size_t i = 0; i < sizeof fatal / sizeof *fatal; i++) on_signal(fatal[i], on_fatal_signal);
-    for (int i = 0; *chat_rows[i].name == '/'; i++)
-        h.ed.commands[h.ed.n_commands++] = chat_rows[i].name;
+    for (const chat_row *r = chat_rows; *r->name == '/'; r++)
+        h.ed.commands[h.ed.n_commands++] = r->name;
     if (colour) fputs("\x1b[33m", stderr);
     note(NULL, "%s", not_a_clinician);
     if (colour) fputs("\x1b[0m", stderr);
     note(c, "/help lists what can be typed.");
-    check_output(c, c->text[O_SAVE_PREFIX], &session_file);
-    if (!c->e.code && prefix) medrun_feed_saved(c->s, NULL, 0, prefix, &taken, &c->e);
+    if (prefix) medrun_feed_saved(c->s, NULL, 0, prefix, &taken, &c->e);
     if (given(c, O_PROMPT) || given(c, O_FILE)) read_prompt(c);
     if (c->input.n) say(&h, &c->input);
     chat_loop(&h);
@@ -11236,7 +11240,7 @@ static void on_lost_file(int signal_number) {
     static atomic_flag found = ATOMIC_FLAG_INIT;
     (void)signal_number;
     while (atomic_flag_test_and_set(&found)) sleep(1);
-    restore_terminal();
+    set_raw(false);
     if (write(STDERR_FILENO, said, sizeof said - 1) < 0) _exit(MEDRUN_BAD_FILE);
     _exit(MEDRUN_BAD_FILE);
 }

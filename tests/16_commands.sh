@@ -858,6 +858,15 @@ if stopped:
     ended_well('after it', c.end(b'\x04'), 0)
 else: skipped += 1; print('skipped: Ctrl-C in an answer: all were over first')
 
+# nor does it wait for the end of a long message; /stats counts what was read of it
+open(T + '/long', 'w').write('The patient has fever and a cough. ' * 100)
+c = Chat('-t', '1', '-b', '8', env={'MEDRUN_KERNELS': 'scalar'}, model=demo)
+os.write(c.fd, b'/read %s/long\r' % T.encode()); c.read(lambda x: x.count(b'\n') > 0); time.sleep(0.2); os.write(c.fd, b'\x03')
+if b'your message is forgotten' in unbroken(c.drawn()):
+    out = c.say(b'/stats\r'); check('what was read of a message', figures(out)[0] < 800 and figures(out)[2] == 0, out)
+else: skipped += 1; print('skipped: Ctrl-C in a long message: it was over first')
+c.end(b'\x15\x04')
+
 # Ctrl-C during a long prompt does not wait for the end of the pass
 open(T + '/long', 'w').write('The patient has fever and a cough. ' * 25)
 line = [medrun, 'run', demo, '-f', T + '/long', '-n', '1', '-q', '-b', '2048', '-t', '1']
