@@ -9797,7 +9797,7 @@ static medrun_session *volatile answering;
 
 static void on_interrupt(int signal_number) {
     (void)signal_number;
-    if (answering) medrun_interrupt(answering);
+    medrun_interrupt(answering);
 }
 
 /* Prints what can no longer become part of a stop text, or all that is left when the answer is
@@ -9853,7 +9853,6 @@ static int process_prompt(command *c) {
 static int feed_prompt(command *c, const int32_t *ids, size_t n) {
     const char *path = c->text[O_LOAD_PREFIX];
     size_t taken;
-    if (c->e.code) return c->e.code;
     if (!path || medrun_length(c->s)) return medrun_feed(c->s, ids, n, &c->e);
     if (medrun_feed_saved(c->s, ids, n, path, &taken, &c->e)) c->text[O_LOAD_PREFIX] = NULL;
     else if (taken) note(c, "prefix: %zu of %zu tokens taken from %s", taken, n, path);
@@ -9926,7 +9925,6 @@ static int print_reply(command *c) {
     answer *a = &c->answer;
     size_t most = c->number[O_PREDICT] < 0 ? SIZE_MAX : (size_t)c->number[O_PREDICT];
     const char *prefix = c->text[O_SAVE_PREFIX];
-    if (c->e.code) return c->e.code;
     *a = (answer){.n_prompt = medrun_pending(c->s)};
     c->s->lookup.guessed = c->s->lookup.right = 0;
     answering = c->s;
@@ -9947,7 +9945,6 @@ static int print_reply(command *c) {
     a->mid_line = false;
     a->answer_time = seconds() - start;
     on_signal(SIGINT, before);
-    answering = NULL;
     c->s->pass.stop = false;
     buffer_free(&a->held);
     if (c->e.code == MEDRUN_INTERRUPTED) *c->e.text = 0;
@@ -10479,8 +10476,7 @@ static int make_room(chat *h, size_t need) {
     while (flag(c, O_OVERFLOW) && k < h->n_turns && length - gone + need > context - context / 4)
         gone = starts[++k] - first;
     if (first + need >= context) return too_long(c, first + need);
-    if (length - gone + need >= context)
-        return fail(&c->e, MEDRUN_TOO_LONG, "%s", chat_full);
+    if (length - gone + need >= context) return fail(&c->e, MEDRUN_TOO_LONG, "%s", chat_full);
     if (!k) return MEDRUN_OK;
     note(NULL, "(forgot %zu of the oldest turns, %zu tokens)", k, gone);
     h->n_turns -= k;
@@ -10754,10 +10750,9 @@ static int chat_command(chat *h, char *line) {
 static int chat_loop(chat *h) {
     command *c = h->c;
     buffer *m = &c->input;
-    while (!h->leave && !c->e.code) {
-        int key = read_message(&h->ed, m);
+    int key;
+    while (!h->leave && !c->e.code && (key = read_message(&h->ed, m)) != EOF) {
         h->interrupts = key == CTRL + 'C' ? h->interrupts + 1 : 0;
-        if (key == EOF) break;
         if (h->interrupts > 1) return quit(c, MEDRUN_INTERRUPTED);
         if (h->interrupts) note(NULL, "(Ctrl-C once more, or Ctrl-D, leaves)");
         else if (m->failed)
