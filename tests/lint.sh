@@ -32,7 +32,7 @@ done
 # above its limit, which is what it has now: limits only ever shrink, until they are the budgets.
 budgets="
 1:330:330
-2:450:709
+2:450:708
 3:540:633
 4:200:200
 5:310:260
@@ -48,9 +48,9 @@ budgets="
 15:720:1028
 16:1410:2395"
 budgets=$(echo $budgets)                  # on one line
-most_lines=11368                            # the goals: 9000, 450000, 15
-most_bytes=576566
-least_comments=13.6
+most_lines=11367                            # the goals: 9000, 450000, 15
+most_bytes=576484
+least_comments=14.0
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
     function said(limit, budget) { return limit ? "  OVER ITS LIMIT" : budget ? "  over" : "" }
