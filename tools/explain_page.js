@@ -120,7 +120,7 @@ function toggle(v) {
 
 /* VALUE(t) is a share 0 to 1 with a sign, or null; CHOOSE(t) when a token is clicked. */
 function textOf(label, value, choose, options = {}) {
-  const box = el("div", {class: "text", role: "group", "aria-label": label});
+  const box = el("div", {class: state.spaces ? "text cut" : "text", role: "group", "aria-label": label});
   const last = options.to === undefined ? meta.tokens.length - 1 : options.to;
   for (let t = 0; t <= last; t++) {
     const [id, role] = meta.tokens[t];
@@ -189,7 +189,7 @@ function buildText(v) {
   const hover = t => slot.replaceChildren(card(t === null ? state.token : t));
   v.body.replaceChildren(
     el("p", {class: "legend dim"}, "Colour and underline: surprise, ", (() => { const i = el("i", {}); i.style.opacity = .06; return i; })(), "0 ", ...[4, 8, 12].flatMap(b => { const i = el("i", {}); i.style.opacity = b / 12; return [i, b + " "]; }), "bits. Dashed: control tokens. Choose a token with the mouse or ← → and Enter."),
-    el("div", {class: "controls"}, el("label", {}, el("input", {type: "checkbox", checked: state.spaces, on: {change: e => { state.spaces = e.target.checked; show(); }}}), "show blanks and line ends")),
+    el("div", {class: "controls"}, el("label", {}, el("input", {type: "checkbox", checked: state.spaces, on: {change: e => { state.spaces = e.target.checked; show(); }}}), "show pieces, blanks and line ends")),
     textOf("The text, token by token", t => t ? Math.min(1, surprise(t) / 12) : 0, pin, {hover, note: t => t ? surprise(t).toFixed(2) + " bits" : "first token"}), slot);
 }
 const tableText = () => ({head: ["position", "token", "id", "bits", "rank", "likeliest", "its probability"], rows: meta.tokens.map(([id], t) => [t, piece(id, true), id,

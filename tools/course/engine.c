@@ -10,7 +10,7 @@ medrun_info facts;
 /* ---- lessons 1, 2, 8: pieces, control tokens, candidates ------------------------------------- */
 
 size_t demo_word(const char *text, size_t n) {
-    return n ? demo->tokenizer.next_piece((const uint8_t *)text, n) : 0;
+    return n ? next_word(demo->tokenizer.pretokenizer, (const uint8_t *)text, n) : 0;
 }
 
 size_t demo_bytes(const char *text, size_t n, int32_t *ids) {
