@@ -5622,8 +5622,8 @@ static int32_t tokenizer_find(const tokenizer *t, const char *text, size_t n) {
 /* All refusals of a field read the same. */
 static int bad_tokenizer(const char *what, medrun_error *e, const char *field, size_t found,
                          const char *wanted) {
-    return fail(e, MEDRUN_BAD_FILE, "%s: tokenizer: %s: found %zu, wanted %s; export it again",
-                what, field, found, wanted);
+    return bad_file(e, what, "tokenizer: %s: found %zu, wanted %s; export it again", field, found,
+                    wanted);
 }
 
 /* Slots for N entries, at most two thirds of them full, as an open table gets slow near its
@@ -5660,8 +5660,8 @@ static int check_flags(uint32_t kind, uint32_t flags, uint32_t n_merges, const c
 static int open_head(tokenizer *t, const uint8_t *bytes, size_t n, const char *what,
                      medrun_error *e) {
     if (n < TOKENIZER_HEAD || memcmp(bytes, "MEDTOK01", 8))
-        return fail(e, MEDRUN_BAD_FILE, "%s: tokenizer: this is not a medrun tokenizer (no "
-                    "MEDTOK01 at its start); make one with medrun-export", what);
+        return bad_file(e, what, "tokenizer: this is not a medrun tokenizer (no MEDTOK01 at its "
+                        "start); make one with medrun-export");
     const uint8_t *head = bytes + 40;
     uint32_t flags = u32_at(head, 2), vocab = u32_at(head, 3), n_merges = u32_at(head, 4);
     uint32_t bos = u32_at(head, 5), n_text = u32_at(head, 6);
@@ -5677,8 +5677,8 @@ static int open_head(tokenizer *t, const uint8_t *bytes, size_t n, const char *w
     uint64_t wanted = (uint64_t)TOKENIZER_HEAD + 4ull * vocab + n_types + 8ull * n_merges +
                       4ull * n_scores + n_text;
     if (wanted != n)
-        return fail(e, MEDRUN_BAD_FILE, "%s: tokenizer: found %zu bytes, its head wants %llu; the "
-                    "file was cut, copy it again", what, n, (unsigned long long)wanted);
+        return bad_file(e, what, "tokenizer: found %zu bytes, its head wants %llu; the file was "
+                        "cut, copy it again", n, (unsigned long long)wanted);
     if (bos != NO_ID && bos >= vocab)
         return bad_tokenizer(what, e, "bos_id", bos, "an id of the vocabulary");
     if (bos == NO_ID && flags & TOKENIZER_ADD_BOS)
@@ -5692,8 +5692,8 @@ static int open_head(tokenizer *t, const uint8_t *bytes, size_t n, const char *w
     uint8_t digest[32];
     sha256_of(bytes + 40, n - 40, digest);
     if (memcmp(digest, bytes + 8, 32))
-        return fail(e, MEDRUN_BAD_FILE, "%s: tokenizer: not the SHA-256 that its head says: the "
-                    "file is damaged, copy it again", what);
+        return bad_file(e, what, "tokenizer: not the SHA-256 that its head says: the file is "
+                        "damaged, copy it again");
     return MEDRUN_OK;
 }
 
@@ -5709,9 +5709,9 @@ static int open_pretokenizer(tokenizer *t, const uint8_t *bytes, const char *wha
         t->pretokenizer = p;
         return MEDRUN_OK;
     }
-    return fail(e, MEDRUN_BAD_FILE, "%s: tokenizer: pretokenizer: found \"%.24s\", wanted "
-                "\"llama3\", \"tekken\" or \"smollm\", or none for SentencePiece; this medrun does "
-                "not know that pattern", what, (const char *)bytes + 72);
+    return bad_file(e, what, "tokenizer: pretokenizer: found \"%.24s\", wanted \"llama3\", "
+                    "\"tekken\" or \"smollm\", or none for SentencePiece; this medrun does not "
+                    "know that pattern", (const char *)bytes + 72);
 }
 
 /* Each piece's end and type; counts what the tables will hold. After this tokenizer_piece is safe
@@ -5790,8 +5790,8 @@ static int index_bytes(tokenizer *t, const char *what, medrun_error *e) {
         bool ascii = (b >= ' ' && b <= '~') || b == '\n';
         if (id != NO_ID) t->byte_id[b] = id;
         if (t->byte_id[b] == NO_ID && (ascii || t->kind != TOKENIZER_BYTE_LEVEL))
-            return fail(e, MEDRUN_BAD_FILE, "%s: tokenizer: byte 0x%02x is no piece, so some text "
-                        "could not be encoded; export it again", what, (unsigned)b);
+            return bad_file(e, what, "tokenizer: byte 0x%02x is no piece, so some text could not "
+                            "be encoded; export it again", (unsigned)b);
     }
     return MEDRUN_OK;
 }
@@ -6660,7 +6660,7 @@ static int json_check_keys(const json *j, uint32_t v, const char *what, medrun_e
         uint32_t count = j->nodes[v].count, c = v + 1;
         if (json_typeof(j, v) != JSON_OBJECT) continue;
         if (count > 2 * MOST)
-            fail(e, MEDRUN_BAD_FILE, "%s: an object has more than %d keys", what, MOST);
+            bad_file(e, what, "an object has more than %d keys", MOST);
         for (uint32_t i = 0; !e->code && i < count; i += 2, c = j->nodes[c + 1].next) {
             key.n = 0;
             json_unescape(j, c, &key);
@@ -6668,10 +6668,9 @@ static int json_check_keys(const json *j, uint32_t v, const char *what, medrun_e
             const char *name = (const char *)key.data;
             if (key.failed) out_of_memory(e, key.n);
             else if (strlen(name) + 1 < key.n)
-                fail(e, MEDRUN_BAD_FILE, "%s: the key \"%.80s\" holds a NUL", what, name);
+                bad_file(e, what, "the key \"%.80s\" holds a NUL", name);
             else if (json_get(j, v, name) != c + 1)     /* the first one of this name            */
-                fail(e, MEDRUN_BAD_FILE, "%s: the key \"%.80s\" stands twice in one object", what,
-                     name);
+                bad_file(e, what, "the key \"%.80s\" stands twice in one object", name);
         }
     }
     buffer_free(&key);
@@ -6704,8 +6703,7 @@ static int chat_messages(const chat_template *c, const json *j, uint32_t v, cons
     *m = NULL;
     *n = good ? j->nodes[v].count : 0;
     if (!good)
-        return fail(e, MEDRUN_BAD_FILE, "%s: wanted [{\"role\": \"...\", \"content\": \"...\"}, "
-                    "...]", what);
+        return bad_file(e, what, "wanted [{\"role\": \"...\", \"content\": \"...\"}, ...]");
     json_check_keys(j, v, "messages", e);
     *m = new_array(*n, sizeof **m);
     if (!*m || !buffer_room(text, j->nodes[v].end - j->nodes[v].start))     /* none will move    */
@@ -8856,26 +8854,25 @@ static int check_head(const medrun_session *s, const state_head *h, uint64_t siz
     uint64_t panels = 2 * (uint64_t)s->model->config.n_layers * s->cache.heads * panel + 8;
     uint64_t ids = STATE_BLOCK * sizeof *s->tokens + 8;
     if (memcmp(h->mark, own.mark, sizeof own.mark))
-        return fail(e, MEDRUN_BAD_FILE, "%s: not a session or prefix that this medrun can read; "
-                    "save it again with this version", path);
+        return bad_file(e, path, "not a session or prefix that this medrun can read; save it again "
+                        "with this version");
     if (memcmp(h->hash, own.hash, sizeof own.hash))
-        return fail(e, MEDRUN_BAD_FILE, "%s: was saved from another checkpoint", path);
+        return bad_file(e, path, "was saved from another checkpoint");
     if (h->kv != own.kv || h->strict != own.strict)
-        return fail(e, MEDRUN_BAD_FILE, "%s: was saved with --kv %s%s, this session has --kv %s%s",
-                    path, h->kv < 3 ? kv_names[h->kv] : "?", h->strict ? " --strict" : "",
-                    kv_names[own.kv], own.strict ? " --strict" : "");
+        return bad_file(e, path, "was saved with --kv %s%s, this session has --kv %s%s",
+                        h->kv < 3 ? kv_names[h->kv] : "?", h->strict ? " --strict" : "",
+                        kv_names[own.kv], own.strict ? " --strict" : "");
     if (memcmp(h->numbers, own.numbers, sizeof own.numbers))
-        return fail(e, MEDRUN_BAD_FILE, "%s: its numbers are \"%.24s\", here they are \"%s\" "
-                    "(version, kernels); save it here, or use int8 or --strict", path, h->numbers,
-                    own.numbers);
+        return bad_file(e, path, "its numbers are \"%.24s\", here they are \"%s\" (version, "
+                        "kernels); save it here, or use int8 or --strict", h->numbers, own.numbers);
     if (memcmp(h->chat, own.chat, sizeof own.chat))
-        return fail(e, MEDRUN_BAD_FILE, "%s: was saved with the template %.32s, this session has "
-                    "%s", path, h->chat, own.chat);
+        return bad_file(e, path, "was saved with the template %.32s, this session has %s", h->chat,
+                        own.chat);
     if (h->n > size / 4 || h->done > h->n || h->done % STATE_BLOCK ||
         h->done / STATE_BLOCK > size / panels ||
         size != sizeof *h + 8 + (h->n + STATE_BLOCK - 1) / STATE_BLOCK * ids +
                 h->done / STATE_BLOCK * panels)
-        return fail(e, MEDRUN_BAD_FILE, "%s: is cut short or damaged", path);
+        return bad_file(e, path, "is cut short or damaged");
     if (whole && h->n > (uint64_t)s->options.context)
         return fail(e, MEDRUN_TOO_LONG, "%s: %llu tokens do not fit the context of %d", path,
                     (unsigned long long)h->n, s->options.context);
@@ -8890,9 +8887,9 @@ static int read_state(medrun_session *s, int mode, const char *path, medrun_erro
     state_io io = {.f = open_stream(path, TO_MAP), .mode = mode};
     bool whole = mode == STATE_RESTORE;
     if (!io.f || get_facts(NULL, fileno(io.f), &there))
-        fail(e, MEDRUN_BAD_FILE, "%s: cannot open: %s", path, strerror(errno));
+        bad_file(e, path, "cannot open: %s", strerror(errno));
     else if (!there.regular)
-        fail(e, MEDRUN_BAD_FILE, "%s: is not a regular file", path);
+        bad_file(e, path, "is not a regular file");
     else {
         walk_bytes(&io, &h, sizeof h);
         check_head(s, &h, there.bytes, whole, path, e);
@@ -8908,7 +8905,7 @@ static int read_state(medrun_session *s, int mode, const char *path, medrun_erro
             s->answer_open = h.open && n;
         }
         if (s->n_done && s->n_done == s->n_tokens) s->n_done--;         /* for its logits        */
-        if (io.failed) fail(e, MEDRUN_BAD_FILE, "%s: is cut short or damaged", path);
+        if (io.failed) bad_file(e, path, "is cut short or damaged");
     }
     if (io.f) fclose(io.f);
     if (e->code) rewind_to(s, 0);
