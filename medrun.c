@@ -6909,7 +6909,8 @@ typedef struct {
     xielu_numbers xielu;                        /* only with xielu                              */
 } model_layer;
 
-/* Read-only once it is open, so threads and sessions share it. */
+/* Read-only once it is open, so threads and sessions share it. Weights, norms and the tokenizer's
+ * pieces are places in the mapped file: two programs with one model have them in memory once. */
 struct medrun_model {
     model_file file;
     char *path;
@@ -7091,27 +7092,25 @@ static int read_list(const json *j, uint32_t v, double min, double max, int most
     return n <= most ? n : -1;
 }
 
-/* Some GGUF files state the scaling as a divisor for each frequency: (head_dim / 2) numbers. */
-static int read_divisors(const model_file *f, uint32_t s, model_config *c, medrun_error *e) {
+/* "rope_scaling". high_freq_factor must be the larger, or the blend would divide by zero. Some GGUF
+ * files state the scaling as a divisor for each frequency: (head_dim / 2) numbers. */
+static int read_rope(const model_file *f, uint32_t v, model_config *c, medrun_error *e) {
+    const json *j = &f->header;
+    uint32_t s = json_get(j, v, "rope_scaling");
     double all[MAX_HEAD_DIM / 2];
     int n = c->head_dim / 2;
-    if (read_list(&f->header, json_get(&f->header, s, "divisors"), 1e-6, 1e6, n, all) != n)
-        return bad_file(e, f->path, "field rope_scaling.divisors: wanted %d numbers from 1e-6 to "
-                        "1e6", n);
-    for (int i = 0; i < n; i++) c->rope_divisors[i] = (float)all[i];
-    return MEDRUN_OK;
-}
-
-/* "rope_scaling". high_freq_factor must be the larger, or the blend would divide by zero. */
-static int read_rope(const model_file *f, uint32_t v, model_config *c, medrun_error *e) {
-    uint32_t s = json_get(&f->header, v, "rope_scaling");
     c->rope_type = read_name(f, s, "type", "rope_scaling.type", rope_names, N_ROPES,
                              "none, llama3, yarn or divisors", e);
     if (read_fields(f, s, scaling_fields[c->rope_type], c, e)) return e->code;
     if (c->rope_type == ROPE_LLAMA3 && c->rope_high <= c->rope_low)
         return bad_file(e, f->path, "field rope_scaling: found high_freq_factor %g, wanted more "
                         "than low_freq_factor %g", c->rope_high, c->rope_low);
-    return c->rope_type == ROPE_DIVISORS ? read_divisors(f, s, c, e) : MEDRUN_OK;
+    if (c->rope_type != ROPE_DIVISORS) return MEDRUN_OK;
+    if (read_list(j, json_get(j, s, "divisors"), 1e-6, 1e6, n, all) != n)
+        return bad_file(e, f->path, "field rope_scaling.divisors: wanted %d numbers from 1e-6 to "
+                        "1e6", n);
+    for (int i = 0; i < n; i++) c->rope_divisors[i] = (float)all[i];
+    return MEDRUN_OK;
 }
 
 /* Reads the header's config and checks that its numbers make sense together: kernels work on 16
