@@ -6910,7 +6910,7 @@ typedef struct {
 } model_layer;
 
 /* Read-only once it is open, so threads and sessions share it. Weights, norms and the tokenizer's
- * pieces are places in the mapped file: two programs with one model have them in memory once. */
+ * pieces are places in the mapped file: two programs with one model hold them once. */
 struct medrun_model {
     model_file file;
     char *path;
