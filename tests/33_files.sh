@@ -255,6 +255,8 @@ if ln -s chat_template.jinja "$T/looped/chat_template.jinja" 2>"$T/err"; then
     check "a link to itself: exit $rc: $(cat "$T/err")" [ $rc = 3 ]
     check 'names it' grep -q 'chat_template.jinja: cannot open' "$T/err"
     check 'and leaves nothing' [ ! -e "$T/unread.mdr" ]
+    rm -f "$T/looped/chat_template.jinja" "$T/looped/README.md"; ln -s README.md "$T/looped/README.md"
+    tries 0 'the licence is not known: .*README.md: cannot open' "$bin/medrun-export" "$T/looped" "$T/unread.mdr"
 fi
 
 finish

@@ -368,8 +368,11 @@ static void front_matter(const char *text, const char *key, char *out, size_t ca
  * "other" and a license_name. */
 static void read_licence(source *s) {
     buffer b = {0};
+    medrun_error e = {0};
     char name[sizeof s->licence];
-    if (!read_text(s, "README.md", &b, &(medrun_error){0})) {
+    if (!file_exists(s->folder, "README.md")) return;
+    if (read_text(s, "README.md", &b, &e)) add_note(s, "the licence is not known: %s", e.text);
+    else {
         front_matter((const char *)b.data, "license", s->licence, sizeof s->licence);
         front_matter((const char *)b.data, "license_name", name, sizeof name);
         if (!strcmp(s->licence, "other") && name[0]) memcpy(s->licence, name, sizeof name);
