@@ -8565,7 +8565,8 @@ static void learn_cost(medrun_session *s, size_t k, double time) {
     lookup *look = &s->lookup;
     double more = time - look->once;
     if (look->drafted) look->budget -= more;
-    if (k && more > look->more * (double)k) learn(&look->more, more / (double)k, 4);
+    if (k && more > look->more * (double)k)
+        learn(&look->more, more / (double)k, look->guessed ? 4 : 1);
     else if (k) look->more = more > 0 ? more / (double)k : 0;
     else if (look->once > 0) {
         learn(&look->once, time, more > 0 ? 4 : 1);

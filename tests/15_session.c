@@ -1016,11 +1016,11 @@ static void draft_norm(float *out, const float *x, const float *weight, size_t n
     if (!first_row || out == first_draft_row) test_time += draft_norm_time;
 }
 
-/* What an answer behind a prompt takes, and which: with DRAFT or without. */
-static uint64_t time_of_answer(outcome *r, const medrun_model *draft, int kind, bool wide_is_free,
-                               size_t prompt) {
-    medrun_session_options o = {.context = ROOM, .draft = draft, .custom_sampling = true,
-                                .sampling = kinds[kind]};
+/* What an answer behind a prompt takes, and which: with DRAFT or without, with so many guesses. */
+static uint64_t time_of_answer(outcome *r, const medrun_model *draft, int guesses, int kind,
+                               bool wide_is_free, size_t prompt) {
+    medrun_session_options o = {.context = ROOM, .draft = draft, .lookup = guesses,
+                                .custom_sampling = true, .sampling = kinds[kind]};
     medrun_session *s = start(o);
     int32_t ids[ROOM], id;
     const char *piece;
@@ -1062,8 +1062,8 @@ static void test_draft_time(const char *build) {
     for (int kind = 0; kind < N_KINDS; kind += 3)
         for (size_t prompt = 1; prompt < 90; prompt += 49) {
             draft_norm_time = 1;
-            uint64_t alone = time_of_answer(&plain, NULL, kind, true, prompt);
-            uint64_t together = time_of_answer(&ahead, own, kind, true, prompt);
+            uint64_t alone = time_of_answer(&plain, NULL, 0, kind, true, prompt);
+            uint64_t together = time_of_answer(&ahead, own, 0, kind, true, prompt);
             bool same = ahead.n == plain.n && ahead.random == plain.random &&
                         !memcmp(ahead.ids, plain.ids, plain.n * sizeof *plain.ids);
             same = same && (kind || prompt > 1 ||
@@ -1074,13 +1074,21 @@ static void test_draft_time(const char *build) {
                        (unsigned long long)together, (unsigned long long)ahead.guessed,
                        (unsigned long long)ahead.right);
             for (draft_norm_time = 1; draft_norm_time < 8; draft_norm_time += 6) {
-                alone = time_of_answer(&plain, NULL, kind, draft_norm_time == 7, prompt);
-                together = time_of_answer(&ahead, other, kind, draft_norm_time == 7, prompt);
+                alone = time_of_answer(&plain, NULL, 0, kind, draft_norm_time == 7, prompt);
+                together = time_of_answer(&ahead, other, 0, kind, draft_norm_time == 7, prompt);
                 same = ahead.n == plain.n && ahead.random == plain.random &&
                        !memcmp(ahead.ids, plain.ids, plain.n * sizeof *plain.ids);
                 if (!CHECK(same && together * 100 <= alone * 103))
                     printf("    a bad draft: sampling %d, prompt %zu: %llu and with draft %llu\n",
                            kind, prompt, (unsigned long long)alone, (unsigned long long)together);
+            }
+            /* where each row takes as long as a pass, the guesses of a match must soon end */
+            alone = time_of_answer(&plain, NULL, 0, kind, false, prompt);
+            for (int guesses = 8; guesses < 32; guesses += 23) {
+                together = time_of_answer(&ahead, NULL, guesses, kind, false, prompt);
+                if (!CHECK(ahead.n == plain.n && together * 100 <= alone * 103))
+                    printf("    lookup %d, sampling %d, prompt %zu: %llu, alone %llu\n", guesses,
+                           kind, prompt, (unsigned long long)together, (unsigned long long)alone);
             }
         }
     longest_tick = 1;
