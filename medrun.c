@@ -8563,11 +8563,9 @@ static size_t draft_ahead(medrun_session *s, size_t most, medrun_error *e) {
  * pass. While nothing is guessed that falls, so that one bad pass does not rule for ever. */
 static void learn_cost(medrun_session *s, size_t k, double time) {
     lookup *look = &s->lookup;
-    double more = time - look->once;
+    double more = time - look->once, row = k && more > 0 ? more / (double)k : 0;
     if (look->drafted) look->budget -= more;
-    if (k && more > look->more * (double)k)
-        learn(&look->more, more / (double)k, look->guessed ? 4 : 1);
-    else if (k) look->more = more > 0 ? more / (double)k : 0;
+    if (k) learn(&look->more, row, row > look->more && look->guessed ? 4 : 1);
     else if (look->once > 0) {
         learn(&look->once, time, more > 0 ? 4 : 1);
         look->more *= 0.99;
