@@ -45,11 +45,11 @@ budgets="
 12:450:510
 13:420:451
 14:100:118
-15:720:1027
+15:720:1026
 16:1410:2395"
 budgets=$(echo $budgets)                  # on one line
-most_lines=11363                            # the goals: 9000, 450000, 15
-most_bytes=576142
+most_lines=11362                            # the goals: 9000, 450000, 15
+most_bytes=576118
 least_comments=14.0
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
