@@ -2100,7 +2100,7 @@ static void test_calibration(void) {
 /* The chain of a matrix whose factor is known, and one that is none. */
 static void test_factor(void) {
     enum { N = 64 };
-    static float chain[N * N], pivots[32 * N], loss[N];
+    static float chain[N * (N + 16)], pivots[32 * (N + 16)], loss[N];
     static double r[N][N];
     const kernel_set *sets[N_KERNEL_SETS];
     calibration c = {0};
@@ -2116,18 +2116,18 @@ static void test_factor(void) {
         for (int j = 0; j <= i; j++) {
             double sum = 0;
             for (int k = i; k < N; k++) sum += r[i][k] * r[j][k];
-            chain[i * N + j] = (float)sum;
+            chain[(size_t)i * spread(N) + (size_t)j] = (float)sum;
         }
     CHECK(factor(&c, &pool, chain, loss, N, pivots));
     turn_over(chain, N);
     for (int k = 0; k < N; k++) {
         worst = fmax(worst, fabs((double)loss[k] - r[k][k] * r[k][k]));
         for (int j = 0; j < N; j++)
-            worst = fmax(worst, fabs((double)chain[k * N + j] - (j > k ? r[k][j] / r[j][j] : 0)));
+            worst = fmax(worst, fabs((double)chain[k * (int)spread(N) + j] - (j > k ? r[k][j] / r[j][j] : 0)));
     }
     CHECK(worst < 1e-4);
     memset(chain, 0, sizeof chain);
-    for (int i = 0; i < N; i++) chain[i * N + i] = i == 20 ? -1 : 1;
+    for (int i = 0; i < N; i++) chain[(size_t)i * (spread(N) + 1)] = i == 20 ? -1 : 1;
     CHECK(!factor(&c, &pool, chain, loss, N, pivots));
     pool_stop(&pool);
 }

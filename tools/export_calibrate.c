@@ -97,12 +97,16 @@ static int plan_calibration(exporter *x, medrun_error *e) {
 
 /* ---- running the text ---------------------------------------------------------------------- */
 
+/* From row to row of what sums read down a column: rows a power of two apart would share few places
+ * of a cache. */
+static size_t spread(size_t cols) { return cols + 16; }
+
 typedef struct { const calibration *c; const moments *m; size_t n; } sum_job;
 
 /* Items are numbered through blocks and their tiles of 16 rows. */
 static void sum_task(void *context, size_t begin, size_t end, int thread) {
     const sum_job *j = context;
-    size_t width = j->m->width, stride = j->m->n * width, tiles = width / 16;
+    size_t width = j->m->width, stride = spread(j->m->n * width), tiles = width / 16;
     (void)thread;
     for (size_t i = begin; i < end; i++) {
         size_t row = i % tiles * 16, at = i / tiles * width;
@@ -128,8 +132,9 @@ static void see_inputs(void *user, const char *stage, int layer, size_t rows, si
     const moments *m = &c->seen[input];
     size_t wide = m->n * m->width;
     for (size_t r = 0; r < rows; r++) {
-        memcpy(c->rows + r * wide, data + r * stride, cols * sizeof *data);
-        memset(c->rows + r * wide + cols, 0, (wide - cols) * sizeof *data);
+        float *to = c->rows + r * spread(wide);
+        memcpy(to, data + r * stride, cols * sizeof *data);
+        memset(to + cols, 0, (wide - cols) * sizeof *data);
     }
     parallel_for(c->pool, wide / 16, 1, sum_task, &(sum_job){c, m, rows});
 }
@@ -228,8 +233,8 @@ static void order_columns(calibration *c, const moments *m, const float *sums) {
 
 typedef struct {
     const calibration *c;
-    float *chain, *minus, *shares;          /* the block; (16, width) of the pivots             */
-    size_t width, pivot;                    /* the first of 16                                  */
+    float *chain, *minus, *shares;          /* the block; (16, stride) of the pivots            */
+    size_t stride, pivot;                   /* the first of 16                                  */
 } factor_job;
 
 /* What 16 pivots take from the rows above them, 16 at a time. */
@@ -237,8 +242,8 @@ static void factor_task(void *context, size_t begin, size_t end, int thread) {
     const factor_job *j = context;
     (void)thread;
     for (size_t row = begin * 16; row < end * 16; row += 16)
-        j->c->more->sum_products(&(matrix_sum){j->chain + row * j->width, j->minus + row,
-                                              j->shares, j->width, j->width, j->width, 16,
+        j->c->more->sum_products(&(matrix_sum){j->chain + row * j->stride, j->minus + row,
+                                              j->shares, j->stride, j->stride, j->stride, 16,
                                               row + 16, 16});
 }
 
@@ -246,23 +251,24 @@ static void factor_task(void *context, size_t begin, size_t end, int thread) {
  * the diagonal the shares. False: this is no positive matrix, as far as floats can say. */
 static bool factor(const calibration *c, thread_pool *pool, float *chain, float *loss,
                    size_t width, float *pivots) {
-    factor_job j = {c, chain, pivots, pivots + 16 * width, width, width};
+    size_t stride = spread(width);
+    factor_job j = {c, chain, pivots, pivots + 16 * stride, stride, width};
     while (j.pivot) {
         j.pivot -= 16;
         for (size_t p = 16; p-- > 0;) {
             size_t k = j.pivot + p;
-            float *row = chain + k * width;
-            c->more->sum_products(&(matrix_sum){row, j.minus + (p + 1) * width + k,
-                                               j.shares + (p + 1) * width, width, width, width,
+            float *row = chain + k * stride;
+            c->more->sum_products(&(matrix_sum){row, j.minus + (p + 1) * stride + k,
+                                               j.shares + (p + 1) * stride, stride, stride, stride,
                                                1, j.pivot + 16, 15 - p});
             loss[k] = row[k];
             if (!(row[k] > 0 && row[k] <= FLT_MAX)) return false;
             for (size_t i = 0; i < k; i++) {
-                j.minus[p * width + i] = -row[i];
-                j.shares[p * width + i] = row[i] = row[i] / loss[k];
+                j.minus[p * stride + i] = -row[i];
+                j.shares[p * stride + i] = row[i] = row[i] / loss[k];
             }
             for (size_t i = k; i < j.pivot + 16; i++)
-                j.minus[p * width + i] = j.shares[p * width + i] = 0;
+                j.minus[p * stride + i] = j.shares[p * stride + i] = 0;
         }
         parallel_for(pool, j.pivot / 16, 1, factor_task, &j);
     }
@@ -271,11 +277,12 @@ static bool factor(const calibration *c, thread_pool *pool, float *chain, float 
 
 /* The shares, to where chain[k][j] is that of column k's error that column j takes. */
 static void turn_over(float *chain, size_t width) {
+    size_t stride = spread(width);
     for (size_t k = 0; k < width; k++) {
-        chain[k * width + k] = 0;
+        chain[k * stride + k] = 0;
         for (size_t j = 0; j < k; j++) {
-            chain[j * width + k] = chain[k * width + j];
-            chain[k * width + j] = 0;
+            chain[j * stride + k] = chain[k * stride + j];
+            chain[k * stride + j] = 0;
         }
     }
 }
@@ -293,13 +300,12 @@ static int prepare_block(exporter *x, const moments *m, size_t b, medrun_error *
     order_columns(c, m, sums);
     for (float damping = DAMPING; ; damping *= 10) {
         for (size_t i = 0; i < width; i++) {
+            float *to = c->chain + i * spread(width);
             for (size_t j = 0; j <= i; j++) {
                 size_t row = c->order[i], col = c->order[j];
-                c->chain[i * width + j] = row > col ? sums[row * width + col]
-                                                    : sums[col * width + row];
+                to[j] = row > col ? sums[row * width + col] : sums[col * width + row];
             }
-            c->chain[i * width + i] += damping * (float)mean;
-            c->size[i] = c->chain[i * width + i];
+            c->size[i] = to[i] += damping * (float)mean;
         }
         if (factor(c, &x->pool, c->chain, c->loss, width, c->rows)) break;
         if (damping > 1e6f)
@@ -341,7 +347,7 @@ static void weigh(const calibration *c, const float *sizes, size_t first, float 
 static void round_group(const round_job *j, unit *u, size_t first, size_t lane, bool plain) {
     const calibration *c = &j->x->calibration;
     const struct more_kernels *more = j->x->kernels->more;
-    size_t to = lane + (plain ? UNIT : 0), width = j->m->width;
+    size_t to = lane + (plain ? UNIT : 0), stride = spread(j->m->width);
     float w[GROUP4 * LANES], v[GROUP4 * LANES], left[GROUP4 * LANES], importance[GROUP4];
     uint8_t q[GROUP4 * LANES];
     uint16_t *bits = u->bits + first / GROUP4 * UNIT_LANES + to;
@@ -352,7 +358,7 @@ static void round_group(const round_job *j, unit *u, size_t first, size_t lane, 
     weigh(c, plain ? c->size : c->loss, first, importance);
     more->fit_int4(plain ? w : v, importance, bits, q);
     if (!plain)
-        more->chain_int4(&(int4_chain){w, v, c->chain + first * width + first, width,
+        more->chain_int4(&(int4_chain){w, v, c->chain + first * stride + first, stride,
                                        c->loss + first}, bits, q, left, u->loss + to);
     for (size_t i = 0; i < GROUP4; i++)
         for (size_t r = 0; r < LANES; r++) {
@@ -368,7 +374,7 @@ static void round_group(const round_job *j, unit *u, size_t first, size_t lane, 
  * their part of the loss. */
 static void round_block(const round_job *j, unit *u) {
     const calibration *c = &j->x->calibration;
-    size_t width = j->m->width;
+    size_t width = j->m->width, stride = spread(width);
     memset(u->loss, 0, sizeof u->loss);
     for (size_t first = 0; first < width; first += GROUP4) {
         if (!(c->loss[first] > 0)) {            /* columns that there are come first              */
@@ -381,8 +387,8 @@ static void round_block(const round_job *j, unit *u) {
             round_group(j, u, first, lane, true);
         }
         j->x->kernels->more->sum_products(&(matrix_sum){
-            u->v + first * UNIT_LANES, c->chain + first * width + first, u->error, UNIT_LANES,
-            width, UNIT_LANES, width - first, UNIT_LANES, GROUP4});
+            u->v + first * UNIT_LANES, c->chain + first * stride + first, u->error, UNIT_LANES,
+            stride, UNIT_LANES, width - first, UNIT_LANES, GROUP4});
         for (size_t i = 0; i < GROUP4; i++)
             for (size_t lane = UNIT; lane < UNIT_LANES; lane++) {
                 float off = u->error[i * UNIT_LANES + lane] +
@@ -486,7 +492,8 @@ static uint64_t plan_moments(calibration *c, const size_t columns[N_INPUTS], siz
         if (m->n * m->width > c->widest) c->widest = m->n * m->width;
         if (m->width > block) block = m->width;
     }
-    return sizeof(float) * (floats + (uint64_t)block * block + WINDOW_CHUNK * c->widest);
+    return sizeof(float) * (floats + (uint64_t)block * spread(block) +
+                            WINDOW_CHUNK * spread(c->widest));
 }
 
 /* The widest blocks that there is memory for. */
@@ -512,8 +519,8 @@ static int start_calibration(exporter *x, medrun_error *e) {
         if (m->width > block) block = m->width;
     }
     c->stream = new_array(c->ids.n / 4 * hidden, sizeof *c->stream);
-    c->rows = new_array(WINDOW_CHUNK * c->widest, sizeof *c->rows);
-    c->chain = new_array(block * block, sizeof *c->chain);
+    c->rows = new_array(WINDOW_CHUNK * spread(c->widest), sizeof *c->rows);
+    c->chain = new_array(block * spread(block), sizeof *c->chain);
     c->order = new_array(block, sizeof *c->order);
     c->loss = new_array(block, sizeof *c->loss);
     c->size = new_array(block, sizeof *c->size);
