@@ -7056,7 +7056,7 @@ static const header_field config_fields[] = {
     {"rope_theta", FIELD_DOUBLE, 1.001, 1e12, offsetof(model_config, rope_theta)},
     {0}};
 
-/* What "rope_scaling" holds, for each type; divisors are a list and read_divisors' matter. */
+/* What "rope_scaling" holds, for each type; divisors are a list, which read_rope reads. */
 static const header_field scaling_fields[N_ROPES][7] = {
     [ROPE_LLAMA3] = {
         {"factor", FIELD_DOUBLE, 1, 1e6, offsetof(model_config, rope_factor)},
