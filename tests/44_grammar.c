@@ -2,9 +2,10 @@
  * expression, and where what is not covered is refused. Run in the repository root.
  *
  * With MEDRUN_GRAMMAR_CASES=FILE it answers tests/grammar.py instead: each line of FILE is
- * {"schema" | "grammar" | "regex" | "choices": ..., "open": bool, "texts": [...], "walks": n}, each
- * line of the answer {"error": ...} or {"fits": [...], "walks": [...]}: which of the texts fit, and
- * texts that were made by chance. */
+ * {"schema" | "grammar" | "regex" | "choices": ..., "open": bool, "texts": [...], "next": [...],
+ * "walks": n}, each line of the answer {"error": ...} or {"fits": [...], "next": [...], "walks":
+ * [...]}: which of the texts fit, which bytes may follow others, and texts that were made by
+ * chance. */
 
 #define _GNU_SOURCE
 #include <stdint.h>
@@ -58,6 +59,16 @@ static bool walk(grammar *g, size_t most, buffer *out) {
     return grammar_ends(g, at);
 }
 
+/* The bytes that may come behind TEXT, and whether it may end, in hex digits. */
+static void print_next(grammar *g, const char *text, size_t n, buffer *out) {
+    uint32_t at = grammar_start(g);
+    for (size_t i = 0; i < n; i++) at = grammar_step(g, at, (uint8_t)text[i]);
+    buffer_text(out, "\"");
+    for (int byte = 0; byte < 256; byte++)
+        if (grammar_step(g, at, (uint8_t)byte) != DEAD) buffer_printf(out, "%02x", (unsigned)byte);
+    buffer_text(out, grammar_ends(g, at) ? ".\"" : "\"");
+}
+
 static void answer_case(const char *line, size_t length) {
     json j = {0};
     medrun_error e = {0};
@@ -67,15 +78,20 @@ static void answer_case(const char *line, size_t length) {
         buffer_text(&b, "{\"error\": ");
         python_quote(&b, e.text, strlen(e.text));
     } else {
-        uint32_t texts = json_get(&j, 0, "texts"), c = texts + 1, walks = json_get(&j, 0, "walks");
-        buffer_text(&b, "{\"fits\": [");
-        for (uint32_t i = 0; texts != JSON_NONE && i < j.nodes[texts].count; i++) {
-            buffer text = {0};
-            json_unescape(&j, c, &text);
-            buffer_printf(&b, "%s%s", i ? ", " : "", fits(g, chars_of(&text), text.n) ? "true"
-                          : "false");
-            buffer_free(&text);
-            c = j.nodes[c].next;
+        static const char *const asked_for[] = {"texts", "next"};
+        uint32_t walks = json_get(&j, 0, "walks");
+        for (int k = 0; k < 2; k++) {
+            uint32_t list = json_get(&j, 0, asked_for[k]), c = list + 1;
+            buffer_text(&b, k ? "], \"next\": [" : "{\"fits\": [");
+            for (uint32_t i = 0; list != JSON_NONE && i < j.nodes[list].count; i++) {
+                buffer text = {0};
+                json_unescape(&j, c, &text);
+                if (i) buffer_text(&b, ", ");
+                if (k) print_next(g, chars_of(&text), text.n, &b);
+                else buffer_text(&b, fits(g, chars_of(&text), text.n) ? "true" : "false");
+                buffer_free(&text);
+                c = j.nodes[c].next;
+            }
         }
         buffer_text(&b, "], \"walks\": [");
         int n = walks == JSON_NONE ? 0 : (int)json_number(&j, walks);

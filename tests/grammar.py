@@ -4,19 +4,21 @@ medrun-serve makes of them; PROGRAM is tests/44_grammar.c. WHAT:
 
     suite FOLDER    tests/draft2020-12 of github.com/json-schema-org/JSON-Schema-Test-Suite
     mask FOLDER     maskbench/data of github.com/guidance-ai/jsonschemabench
+    walks N         texts made by chance from N random schemas are valid for Python's jsonschema
+    next N          what may follow the beginnings of such texts, beside what llguidance lets follow
 
 A schema passes where it is taken, and all its valid texts fit, and none that is not valid. Of what is
 not valid nothing may ever fit: a failure. How many pass is a ratchet: fewer are a failure."""
-import collections, glob, json, os, re, subprocess, sys, tempfile
+import collections, glob, json, os, random, re, subprocess, sys, tempfile
 
-PASS = {'suite': 149, 'mask': 9619}     # the ratchet: at least as many
+PASS = {'suite': 149, 'mask': 9639}     # the ratchet: at least as many
 counts = {'passed': 0, 'failed': 0, 'skipped': 0}
 
 
 def check(what, good, shown=''):
     counts['passed' if good else 'failed'] += 1
     if not good:
-        print('FAILED:', what, str(shown)[:600])
+        print('FAILED:', what, str(shown)[-600:])
 
 
 def ask(program, lines):
@@ -28,7 +30,7 @@ def ask(program, lines):
             f.flush()
             p = subprocess.run([program], env={**os.environ, 'MEDRUN_GRAMMAR_CASES': f.name},
                                stdout=subprocess.PIPE)
-        answers += [json.loads(x) for x in p.stdout.decode('utf-8', 'replace').splitlines()]
+        answers += [json.loads(x) for x in p.stdout.decode('utf-8', 'replace').split('\n')[:-1]]
         if p.returncode:
             answers.append(None)
     return answers[:len(lines)]
@@ -81,10 +83,136 @@ def mask(program, folder):
     judge(program, 'mask', groups)
 
 
+# ---- schemas made by chance ----------------------------------------------------------------------
+
+def some_schema(rng, depth, plain):
+    """PLAIN: only what llguidance reads as we do, to the byte."""
+    kind = rng.choice(('null', 'boolean', 'integer', 'string', 'string', 'enum', 'number') +
+                      ('object', 'object', 'array', 'any') * (depth > 0))
+    s = {'type': kind}
+    lo = rng.randrange(-200, 1000)
+    if kind == 'integer' and rng.random() < 0.7:
+        lo = abs(lo) + 1 if plain else lo
+        s.update(minimum=lo, maximum=lo + rng.choice((0, 3, 90, 5000)))
+        if not plain and rng.random() < 0.4:
+            s.update(multipleOf=rng.choice((1, 3, 7, 10)), maximum=lo + 500)
+    elif kind == 'number':
+        if plain:
+            return {'type': 'boolean'}
+        s.update({rng.choice(('minimum', 'exclusiveMinimum')): lo / 8, 'maximum': lo / 8 + 9.375})
+    elif kind == 'string':
+        if rng.random() < 0.5:
+            s['pattern'] = rng.choice(('^[a-z]{2,4}$', '^(ab|cd)+e?$', '^[A-Z][0-9]{3}$', '^x*$',
+                                       '^[^a-z"\\\\]{1,3}$', '^[a-c\xe4]+$', '^.{1,3}$'))
+        if rng.random() < 0.5:
+            if not plain or 'pattern' not in s:
+                s.update(minLength=rng.randrange(3), maxLength=rng.randrange(3, 7))
+        elif not plain and rng.random() < 0.4:
+            s['format'] = rng.choice(('date', 'time', 'date-time', 'uuid', 'ipv4', 'ipv6', 'email',
+                                      'hostname', 'uri', 'duration'))
+            s.pop('pattern', None)
+    elif kind == 'enum':
+        s = {'enum': rng.sample(['a', 'ab', 'b c', 'x"y', 'ä', 5, 17, True, None], 4)}
+    elif kind == 'array':
+        s['items'] = some_schema(rng, depth - 1, plain)
+        s.update(minItems=rng.randrange(3), maxItems=rng.randrange(2, 5))
+        if rng.random() < 0.4:
+            s['prefixItems'] = [some_schema(rng, depth - 1, plain) for _ in range(2)]
+            s['items'] = rng.choice((False, s['items']))
+    elif kind == 'object':
+        names = rng.sample(['a', 'b', 'ab', 'long name', 'x1', 'x2'], rng.randrange(1, 4))
+        s['properties'] = {n: some_schema(rng, depth - 1, plain) for n in names}
+        s['required'] = [n for n in names if rng.random() < 0.5]
+        s['additionalProperties'] = False
+        if not plain and rng.random() < 0.5:
+            s['additionalProperties'] = some_schema(rng, 0, plain)
+            if rng.random() < 0.5:
+                s['patternProperties'] = {'^x': some_schema(rng, 0, plain)}
+            if rng.random() < 0.5:
+                s['propertyNames'] = {'maxLength': 9}
+        if not plain and rng.random() < 0.3:
+            s.update(minProperties=1, maxProperties=rng.randrange(1, 4))
+    elif kind == 'any':
+        parts = [some_schema(rng, depth - 1, plain) for _ in range(2)]
+        s = {rng.choice(('anyOf', 'anyOf', 'allOf', 'oneOf')) if not plain else 'anyOf': parts}
+    return s
+
+
+def some_schemas(program, n, plain, **more):
+    rng = random.Random(11)
+    schemas = [some_schema(rng, 3, plain) for _ in range(n)]
+    answers = ask(program, [{'schema': s, 'open': True, **more} for s in schemas])
+    return [(s, a) for s, a in zip(schemas, answers) if check_lives(s, a) and 'error' not in a]
+
+
+def check_lives(schema, a):
+    check('it lives', a is not None, schema)
+    return a is not None
+
+
+def walks(program, n):
+    import jsonschema
+    formats = jsonschema.Draft202012Validator.FORMAT_CHECKER
+    texts = 0
+    taken = some_schemas(program, int(n), False, walks=20)
+    for schema, a in taken:
+        v = jsonschema.Draft202012Validator(schema, format_checker=formats)
+        wrong = []
+        for text in a['walks']:
+            texts += 1
+            try:
+                if not v.is_valid(json.loads(text)):
+                    wrong.append(text)
+            except ValueError as e:
+                wrong.append((text, str(e)))
+        check('texts that were made are valid', not wrong and not a['failed'], (schema, wrong[:3]))
+    print(f'walks: {n} random schemas, {len(taken)} taken, {texts} texts')
+    check('most are taken', len(taken) > int(n) * 0.6)
+
+
+def outside(text):
+    """Is what comes next outside of strings?"""
+    return len(re.sub(r'\\.', '', text).split('"')) % 2 == 1
+
+
+def follow(program, n):
+    import llguidance
+    tokenizer = llguidance.LLTokenizer('byte')
+    rng = random.Random(12)
+    taken = some_schemas(program, int(n), True, walks=4)
+    lines = []
+    for schema, a in taken:
+        cuts = [t[:rng.randrange(len(t) + 1)] for t in a['walks'] for _ in range(3)]
+        cuts = [t for t in cuts if not set(t) & set('\n\x7f')]        # they allow neither here
+        lines.append({'schema': schema, 'open': True, 'next': cuts})
+    pairs = same = 0
+    for line, a in zip(lines, ask(program, lines)):
+        for text, ours in zip(line['next'], a['next']):
+            m = llguidance.LLMatcher(tokenizer, llguidance.LLMatcher.grammar_from_json_schema(
+                line['schema'], overrides={'whitespace_flexible': True}))
+            if m.is_error() or not m.consume_tokens(list(text.encode())) or m.is_error():
+                check('llguidance takes it', False, (line['schema'], text, m.get_error()))
+                continue
+            bits = m.compute_bitmask()
+            theirs = {i for i in range(256) if bits[i // 8] >> i % 8 & 1}
+            if text.endswith('\\'):
+                continue                    # they escape what needs none, too
+            own = set(bytes.fromhex(ours.strip('.'))) - {127}
+            theirs -= {127}
+            if outside(text):               # each has its own blanks
+                theirs -= set(b' \n\r\t')
+                own -= set(b' \n\r\t')
+            pairs += 1
+            same += own == theirs
+            check('the same bytes may follow', own == theirs,
+                  (line['schema'], text, bytes(own - theirs), bytes(theirs - own)))
+    print(f'next: {pairs} beginnings, {same} may be followed by the same bytes as in llguidance')
+
+
 def main():
     program, what = sys.argv[1], sys.argv[2:]
     while what:
-        {'suite': suite, 'mask': mask}[what[0]](program, what[1])
+        {'suite': suite, 'mask': mask, 'walks': walks, 'next': follow}[what[0]](program, what[1])
         what = what[2:]
     print('{passed} passed, {failed} failed, {skipped} skipped'.format(**counts))
     return counts['failed'] > 0

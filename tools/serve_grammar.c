@@ -380,7 +380,7 @@ static uint32_t add_regex(grammar *g, const void *text, size_t n, bool in_json, 
                           const char **why) {
     regex r = {g, text, (const uint8_t *)text + n, in_json, false, NULL, 0, NULL};
     ranges any = {1, {{0, 0x10FFFF}}};
-    uint32_t all = never(g), free_text = repeat(g, of_ranges(&r, &any), 0, ENDLESS);
+    uint32_t all = never(g), free_text = whole ? 0 : repeat(g, of_ranges(&r, &any), 0, ENDLESS);
     if (n > 4096) r.wrong = "longer than 4096 bytes";
     for (bool more = true; more && !r.wrong; r.p++) {       /* ^ and $ belong to one alternative */
         bool from = r.p < r.end && *r.p == '^';

@@ -22,7 +22,7 @@ typedef struct {
     grammar *g;
     const json *j;
     medrun_error *e;
-    uint32_t root, blank, gap, text, any;       /* the schema; nodes that are used often        */
+    uint32_t root, blank, gap, letter, text, any;      /* the schema; nodes that are used often    */
     uint32_t buckets[N_BUCKETS], n_done;
     buffer sets, rows, questions;               /* uint32_t; set_row; question                  */
     uint8_t *marks;                             /* schemas on the way from the root, see leads  */
@@ -404,8 +404,6 @@ static uint32_t quoted(schema_reader *r, uint32_t inner) {
     return cat(r->g, mark, cat(r->g, inner, mark));
 }
 
-static uint32_t any_char(schema_reader *r) { return written(r->g, 0x20, 0x10FFFF, true); }
-
 /* Each a part of what the standard allows. */
 #define YEAR "(000[1-9]|00[1-9][0-9]|0[1-9][0-9]{2}|[1-9][0-9]{3})"
 #define DATE "((" YEAR "-((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|" \
@@ -439,7 +437,7 @@ static const char *const formats[][2] = {
 static uint32_t string_node(schema_reader *r, const schemas *s, uint32_t mode) {
     grammar *g = r->g;
     uint32_t lo = count_of(r, s, "minLength", 0), hi = count_of(r, s, "maxLength", ENDLESS), one;
-    uint32_t all = repeat(g, any_char(r), lo, hi);
+    uint32_t all = repeat(g, r->letter, lo, hi);
     if (lo > hi) return never(g);
     bool free_text = !lo && hi == ENDLESS;
     for (uint32_t i = 0; i < s->n; i++) {
@@ -862,7 +860,8 @@ static schema_reader *reader_new(const json *j, bool open, medrun_error *e) {
     uint32_t rule = new_rule(g), line = cat(g, word(g, "\n"), repeat(g, word(g, " "), 0, 32));
     r->gap = repeat(g, line, 0, 1);
     r->blank = either(g, repeat(g, word(g, " "), 0, 1), line);
-    r->text = quoted(r, repeat(g, any_char(r), 0, ENDLESS));
+    r->letter = written(g, 0, 0x10FFFF, true);
+    r->text = quoted(r, repeat(g, r->letter, 0, ENDLESS));
     r->any = refer(g, rule);
     schemas none = {0};
     uint32_t all = set_node(r, &none, OPEN);
