@@ -22,7 +22,7 @@ typedef struct {
     grammar *g;
     const json *j;
     medrun_error *e;
-    uint32_t root, blank, gap, letter, text, any;      /* the schema; nodes that are used often    */
+    uint32_t root, blank, gap, letter, text, any; /* the schema; nodes that are used often */
     uint32_t buckets[N_BUCKETS], n_done;
     buffer sets, rows, questions;               /* uint32_t; set_row; question                  */
     uint8_t *marks;                             /* schemas on the way from the root, see leads  */
