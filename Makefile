@@ -167,7 +167,8 @@ threads:
 targets:
 	sh tools/targets.sh
 # Each reader of a stranger's bytes under clang's libFuzzer, for SECONDS.
-$(BUILD)/fuzz_readers: tests/fuzz.c tools/export.c $(EXPORT) tools/tool_calls.c medrun.c
+$(BUILD)/fuzz_readers: tests/fuzz.c tools/export.c $(EXPORT) tools/tool_calls.c \
+                       tools/serve_grammar.c tools/serve_schema.c medrun.c
 	@mkdir -p $(BUILD)
 	clang -O1 -g1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -o $@ $< $(LIBS)
 fuzz: $(BUILD)/fuzz_readers $(MODELS) $(BUILD)/tokenizer.bin

@@ -2,14 +2,19 @@
  *
  * MEDRUN_FUZZ names what is read: header (of the checkpoint MEDRUN_FUZZ_BASE; its length and hash
  * are made right, or nothing behind them would be reached), tokenizer, json, jinja, messages, state,
- * gguf, and of the Hugging Face folder MEDRUN_FUZZ_BASE one file: config.json, tokenizer.json,
- * tokenizer_config.json, generation_config.json, model.safetensors. Files are made in the working
- * folder, first what is valid, corpus/seed. An error is fine; the sanitizers and libFuzzer's
- * limits of time and memory say what is not. */
+ * gguf; schema, gbnf, regex (what medrun-serve lets an answer be; its requests are damaged by
+ * 42_serve.c and serve.py); and of the Hugging Face folder MEDRUN_FUZZ_BASE one file: config.json,
+ * tokenizer.json, tokenizer_config.json, generation_config.json, model.safetensors. Files are made
+ * in the working folder, first what is valid, corpus/seed. An error is fine; the sanitizers and
+ * libFuzzer's limits of time and memory say what is not. */
 #define MEDRUN_NO_MAIN
 #define MEDRUN_EXPORT_NO_MAIN
 #include "../tools/export.c"
 #include "../tools/tool_calls.c"
+#define span shape_span         /* export_jinja.c has a span, too                               */
+#include "../tools/serve_grammar.c"
+#include "../tools/serve_schema.c"
+#undef span
 
 static const char *target, *base;
 static buffer original;                 /* the file of which the input replaces a part          */
@@ -184,6 +189,52 @@ static void try_state(const uint8_t *input, size_t n) {
     medrun_stop(s);
 }
 
+/* What is allowed anywhere leads on, and a text that fits is JSON where a schema asked for it. */
+static void walk_grammar(grammar *g, bool is_json) {
+    uint32_t at = grammar_start(g), next = DEAD;
+    buffer text = {0};
+    for (uint32_t i = 0; i < 400 && at != DEAD && !grammar_ends(g, at); i++) {
+        uint32_t from = i * 2654435761u >> 24, k = 0;
+        while (k < 256 && (next = grammar_step(g, at, (uint8_t)(from + k))) == DEAD) k++;
+        must(k < 256 || g->failed, "a state without a way on");
+        if (k == 256) break;
+        uint8_t byte = (uint8_t)(from + k);
+        buffer_add(&text, &byte, 1);
+        at = next;
+    }
+    json j = {0};
+    if (is_json && !g->failed && grammar_ends(g, at))
+        must(!json_parse(&j, (const char *)text.data, text.n, NULL), "a text that is no JSON");
+    json_free(&j);
+    buffer_free(&text);
+    grammar_free(g);
+}
+
+static void try_schema(const uint8_t *input, size_t n) {
+    json j = {0};
+    medrun_error e = {0};
+    if (n && !json_parse(&j, (const char *)input, n, &e)) {
+        grammar *g = grammar_of_schema(&j, 0, j.n & 1, &e);
+        must((g != NULL) == !e.code, "neither a grammar nor an error");
+        if (g) walk_grammar(g, true);
+    }
+    json_free(&j);
+}
+
+static void try_shape(const uint8_t *input, size_t n) {
+    json j = {0};
+    buffer quoted = {0};
+    medrun_error e = {0};
+    python_quote(&quoted, (const char *)input, n);
+    if (!json_parse(&j, (const char *)quoted.data, quoted.n, &e)) {
+        grammar *g = grammar_of_text(&j, 0, *target == 'g' ? IS_GBNF : IS_REGEX, &e);
+        must((g != NULL) == !e.code, "neither a grammar nor an error");
+        if (g) walk_grammar(g, false);
+    }
+    json_free(&j);
+    buffer_free(&quoted);
+}
+
 static void run_export(const char *source) {
     char *line[] = {"medrun-export", (char *)(uintptr_t)source, "out.mdr", "--dry-run", NULL};
     export_main(4, line);
@@ -230,6 +281,21 @@ static void make_seed(void) {
         static const char text[] = "{\"role\": \"user\", \"content\": [{\"type\": \"text\", \"text\": "
                                    "\"\\u00b5\\ud83d\\ude00\"}, 1e-3, null, true, [-0.5]]}";
         put_file("corpus/seed", text, sizeof text - 1, NULL, 0);
+    } else if (!strcmp(target, "schema")) {
+        static const char text[] =
+            "{\"properties\":{\"a\":{\"$ref\":\"#/$defs/x\"},\"b\":{\"oneOf\":[{\"minimum\":"
+            "1.5},{\"type\":\"null\"}]}},\"required\":[\"a\"],\"minProperties\":1,"
+            "\"patternProperties\":{\"^x\":{\"items\":{\"multipleOf\":3,\"maximum\":9}}},"
+            "\"$defs\":{\"x\":{\"allOf\":[{\"pattern\":\"^a+$\"},{\"maxLength\":3},"
+            "{\"enum\":[\"a\",1,{\"b\":[]}]}]}}}";
+        put_file("corpus/seed", text, sizeof text - 1, NULL, 0);
+    } else if (!strcmp(target, "gbnf")) {
+        static const char text[] = "root ::= (a | \"x\"{1,3} [^a-z\\n]+)* # all\n"
+                                   "a ::= \"\\x41\" root?\n";
+        put_file("corpus/seed", text, sizeof text - 1, NULL, 0);
+    } else if (!strcmp(target, "regex")) {
+        static const char text[] = "^(a|[^b-d\\]]{2,4}?)+\\d*\\u00e4.$|(?:x)";
+        put_file("corpus/seed", text, sizeof text - 1, NULL, 0);
     } else {
         put_file("corpus/seed", original.data, original.n, NULL, 0);
     }
@@ -255,7 +321,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *input, size_t n) {
         const char *name;
         void (*run)(const uint8_t *input, size_t n);
     } all[] = {{"header", try_header}, {"tokenizer", try_tokenizer}, {"json", try_json},
-               {"jinja", try_jinja}, {"messages", try_messages}, {"state", try_state}, {"gguf", try_gguf}};
+               {"jinja", try_jinja}, {"messages", try_messages}, {"state", try_state},
+               {"gguf", try_gguf}, {"schema", try_schema}, {"gbnf", try_shape},
+               {"regex", try_shape}};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         if (!strcmp(target, all[i].name)) return all[i].run(input, n), 0;
     try_folder(input, n);

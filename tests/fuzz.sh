@@ -4,8 +4,8 @@
 program=$(realpath "$1") seconds=$2
 shift 2
 root=$PWD
-[ $# -gt 0 ] || set -- header tokenizer json jinja messages state gguf config.json tokenizer.json \
-    tokenizer_config.json generation_config.json model.safetensors
+[ $# -gt 0 ] || set -- header tokenizer json jinja messages state gguf schema gbnf regex \
+    config.json tokenizer.json tokenizer_config.json generation_config.json model.safetensors
 passed=0 failed=0
 for reader in "$@"; do
     dir=build/fuzz/$reader

@@ -624,7 +624,7 @@ static int compare_ids(const void *a, const void *b) {
 /* The state whose frames stand in g->found from FROM on, which are taken off. */
 static uint32_t state_of(grammar *g, size_t from, bool end) {
     size_t n = (g->found.n - from) / 4, size = 2 * MOST_STATES, kept = 0;
-    uint8_t *set = g->found.data + from;
+    uint8_t *set = n ? g->found.data + from : NULL;
     g->found.n = from;
     if (g->failed || (!n && !end)) return DEAD;
     if (n) qsort(set, n, 4, compare_ids);
