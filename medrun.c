@@ -9503,14 +9503,14 @@ static int read_file(command *c, const char *path, size_t most, buffer *out) {
     if (!standard) fclose(f);
     if (out->n > most && most == MOST_INPUT)
         bad_file(&c->e, path, "found over %zu bytes, the most that is read", most);
-    if (out->n > most)
+    else if (out->n > most)
         fail(&c->e, MEDRUN_TOO_LONG, "%s: over %zu bytes are more than a context of %d tokens "
              "holds", path, most, c->m->config.max_positions);
     return check_buffer(c, out);
 }
 
 /* The same for text: refuses what is not UTF-8, with its place, and drops a byte order mark. Some
- * programs write UTF-16 unasked, and a model would take its bytes for words that nobody wrote. */
+ * programs write UTF-16 unasked, and a model would take its bytes for words nobody wrote. */
 static int read_text(command *c, const char *path, size_t most, buffer *out) {
     size_t first = out->n, line = 1;
     if (read_file(c, path, most, out)) return c->e.code;

@@ -83,7 +83,8 @@ check 'nothing is left of the export' [ -z "$(find "$T" -name 'fit.mdr*')" ]
 # The place where help goes is full.
 if [ -e /dev/full ]; then
     for line in "medrun help" "medrun --help" "medrun --version" "medrun-lab help" "medrun-lab --version" \
-        "medrun-export --help" "medrun-export --version" "medrun-eval --help" "medrun-eval --version"; do
+        "medrun-export --help" "medrun-export --version" "medrun-eval --help" "medrun-eval --version" \
+        "medrun-explain --help" "medrun-explain --version" "medrun-serve --help" "medrun-serve --version"; do
         # shellcheck disable=SC2086
         "$bin"/$line >/dev/full 2>"$T/err"; rc=$?
         check "$line >/dev/full: exit $rc, wanted 1" [ $rc = 1 ]
@@ -258,5 +259,10 @@ if ln -s chat_template.jinja "$T/looped/chat_template.jinja" 2>"$T/err"; then
     rm -f "$T/looped/chat_template.jinja" "$T/looped/README.md"; ln -s README.md "$T/looped/README.md"
     tries 0 'the licence is not known: .*README.md: cannot open' "$bin/medrun-export" "$T/looped" "$T/unread.mdr"
 fi
+
+# More than is read of a file, by commands that have no model.
+dd if=/dev/zero of="$T/long" bs=1048576 count=17 2>"$T/err"
+tries 3 'the most that is read' "$bin/medrun-lab" replay "$T/long"
+tries 3 'the most that is read' "$bin/medrun" render --template llama3 --messages "$T/long"
 
 finish

@@ -1453,10 +1453,9 @@ int main(int argc, char **argv) {
     if (!e.code && (o.help || o.version)) {
         if (o.version) printf("medrun-serve %s\n", MEDRUN_VERSION);
         else print_help(&line);
-        return finish_stdout(&e);
-    }
-    if (!e.code && !line.n_words) fail(&e, MEDRUN_USAGE, "wanted MODEL.mdr; see --help");
-    if (!e.code) start_server(&the_server, &o, words[0], &e);
+        finish_stdout(&e);
+    } else if (!e.code && !line.n_words) fail(&e, MEDRUN_USAGE, "wanted MODEL.mdr; see --help");
+    else if (!e.code) start_server(&the_server, &o, words[0], &e);
     if (e.code) fprintf(stderr, "medrun-serve: %s\n", e.text);
     exit(e.code);
 }
