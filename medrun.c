@@ -5326,6 +5326,7 @@ static const struct { uint32_t first; uint16_t at; } unicode_marks[] = {
 
 enum { CLASS_END = 16 };        /* the end of the text, where a class is asked for             */
 
+/* Two characters are left out that mean something in a C string. */
 static uint32_t unicode_digit(char c) { return (uint32_t)(c - '#' - (c > '?') - (c > '\\')); }
 
 /* Finds the mark before CODE by bisection, then walks over the runs behind it, at most 32. */
@@ -5383,7 +5384,7 @@ static bool is_line_end(uint8_t c) { return c == '\r' || c == '\n'; }
  * SmolLM's is two, one after the other: each \p{N} is a piece, and between them GPT-2's
  *     's|'t|'re|'ve|'m|'ll|'d|" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"|\s+(?!\S)|\s+ */
 typedef struct {
-    const char *name;           /* in tokenizer.bin; an unknown one is refused, never guessed  */
+    char name[24];              /* in tokenizer.bin; an unknown one is refused, never guessed  */
     int digits;                 /* at most so many in a word; 0: SentencePiece has no pattern  */
     const char *tail;           /* of these as many as come end a word of marks                */
     bool cased;                 /* Tekken's words, and no contractions                         */
@@ -5560,9 +5561,11 @@ static const char *tokenizer_piece(const tokenizer *t, int32_t id, size_t *n) {
     return (const char *)t->text + start;
 }
 
+/* PIECE_NORMAL and so on; ID must be in range here, too. */
 static int tokenizer_type(const tokenizer *t, int32_t id) { return t->piece_type[id]; }
 
-/* FNV-1a, to be continued over several parts. */
+/* FNV-1a, to be continued over several parts: quick for words, which are short. Pieces that were
+ * made to collide are refused when the file is opened. */
 static uint32_t hash_text(uint32_t h, const uint8_t *p, size_t n) {
     for (size_t i = 0; i < n; i++) h = (h ^ p[i]) * 16777619u;
     return h;
@@ -5641,7 +5644,8 @@ static void *new_table(size_t slots, size_t size, medrun_error *e) {
     return p ? memset(p, 0xFF, slots * size) : NULL;
 }
 
-/* Which flags go with which kind. */
+/* Which flags go with which kind. One that is not known is refused: whoever set it wanted other ids
+ * than this medrun would make. */
 static int check_flags(uint32_t kind, uint32_t flags, uint32_t n_merges, const char *what,
                        medrun_error *e) {
     const uint32_t first = TOKENIZER_IGNORE_MERGES, scores = TOKENIZER_SCORES;
@@ -5656,7 +5660,8 @@ static int check_flags(uint32_t kind, uint32_t flags, uint32_t n_merges, const c
     return MEDRUN_OK;
 }
 
-/* The fixed part of the file; places the arrays after it and checks that they fill the file. */
+/* The fixed part of the file; places the arrays after it and checks that they fill the file: each
+ * count is bounded first, and the sum has 64 bits, so that no file makes it wrap. */
 static int open_head(tokenizer *t, const uint8_t *bytes, size_t n, const char *what,
                      medrun_error *e) {
     if (n < TOKENIZER_HEAD || memcmp(bytes, "MEDTOK01", 8))
@@ -5702,10 +5707,8 @@ static int open_pretokenizer(tokenizer *t, const uint8_t *bytes, const char *wha
                              medrun_error *e) {
     for (size_t i = 0; i < sizeof pretokenizers / sizeof *pretokenizers; i++) {
         const pretokenizer *p = &pretokenizers[i];
-        char field[24] = {0};
-        memcpy(field, p->name, strlen(p->name));
-        if (memcmp(field, bytes + 72, 24) || (t->kind == TOKENIZER_BYTE_LEVEL) != (p->digits > 0))
-            continue;
+        bool byte_level = t->kind == TOKENIZER_BYTE_LEVEL;
+        if (memcmp(p->name, bytes + 72, sizeof p->name) || byte_level != (p->digits > 0)) continue;
         t->pretokenizer = p;
         return MEDRUN_OK;
     }
@@ -5748,7 +5751,8 @@ static int check_pieces(tokenizer *t, size_t n_text, const char *what, medrun_er
     return MEDRUN_OK;
 }
 
-/* The table of normal pieces, which must differ. */
+/* The table of normal pieces, which must differ: of two with one text nobody knows which id was
+ * meant. */
 static int index_pieces(tokenizer *t, const char *what, medrun_error *e) {
     size_t size = table_size((size_t)t->vocab_size);
     if (!(t->pieces = new_table(size, sizeof *t->pieces, e))) return MEDRUN_NO_MEMORY;
@@ -5952,6 +5956,7 @@ typedef struct {
 
 enum { BPE_SHORT = 32, MAX_TEXT = 1 << 30 };
 
+/* Whether there was memory is asked once, at the end. */
 static void put_id(encoder *x, uint32_t id) { buffer_add(x->ids, &id, sizeof id); }
 
 /* Puts the pair at symbol I on the heap if it merges. The key has the position behind the rank: of
@@ -6060,16 +6065,11 @@ static int encode_run(encoder *x, const uint8_t *p, size_t n, bool start) {
     for (size_t len; n; p += len, n -= len) {
         len = t->pretokenizer->digits ? next_word(t->pretokenizer, p, n) : next_joined(t, p, n);
         /* most words are pieces; with ignore_merges that is so even if no merges lead there */
-        if (t->ignore_merges && len <= t->longest) {
-            uint32_t id = find_piece(t, p, len, "", 0);
-            if (id != NO_ID) {
-                put_id(x, id);
-                continue;
-            }
-        }
-        int code = MEDRUN_OK;
-        if (len <= BPE_SHORT) bpe_short(x, p, len);
-        else if ((code = bpe_long(x, p, len))) return code;
+        bool may_be = t->ignore_merges && len <= t->longest;
+        uint32_t id = may_be ? find_piece(t, p, len, "", 0) : NO_ID;
+        if (id != NO_ID) put_id(x, id);
+        else if (len <= BPE_SHORT) bpe_short(x, p, len);
+        else if (bpe_long(x, p, len)) return MEDRUN_NO_MEMORY;
     }
     return MEDRUN_OK;
 }
@@ -6182,7 +6182,7 @@ static const char *tokenizer_text(const tokenizer *t, int32_t id, bool special, 
     return text + strip;
 }
 
-/* Appends the bytes of N ids, which must be in range. */
+/* Appends the bytes of N ids, which must be in range. A piece may end within a character. */
 static void tokenizer_decode(const tokenizer *t, const int32_t *ids, size_t n, bool special,
                              buffer *bytes) {
     bool first = true;
@@ -7424,7 +7424,8 @@ static size_t cache_place(const kv_cache *c, int layer, size_t head) {
     return ((size_t)layer * c->heads + head) * c->head_bytes;
 }
 
-/* Who looks at a session's passes: medrun_observe, medrun_edit. NULL: nobody.                  */
+/* Who looks at a session's passes: medrun_observe, medrun_edit. NULL: nobody. A segment has a copy,
+ * so that the pass needs to know nothing of sessions. */
 typedef struct {
     medrun_observer *see;
     medrun_editor *edit;
