@@ -7535,6 +7535,7 @@ static void rows_task(void *context, size_t begin, size_t end, int thread) {
     for (size_t r = begin * TILE; r < end * TILE && r < j->p->n; r++) j->row(j->p, r);
 }
 
+/* Comes back when all rows are done: the next stage may read any of them, as attention does. */
 static void each_row(pass *p, row_fn *row) {
     row_job j = {p, row};
     parallel_for(p->eng.pool, (p->n + TILE - 1) / TILE, 1, rows_task, &j);
@@ -7570,7 +7571,8 @@ static void pack_rows(pass *p, const float *x, size_t cols) {
     pack_activations(&p->eng, &p->packed, type, x, cols, cols, p->n);
 }
 
-/* h = x / sqrt(mean(x^2) + eps) * weight, packed for the next matmul. */
+/* h = x / sqrt(mean(x^2) + eps) * weight, packed for the next matmul. Who edits h meanwhile edits
+ * what is packed. */
 static void norm_rows(pass *p, const float *weight, const char *stage) {
     p->norm_weight = weight;
     each_row(p, norm_row);
