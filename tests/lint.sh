@@ -43,13 +43,13 @@ budgets="
 10:950:948
 11:520:669
 12:450:510
-13:420:452
+13:420:454
 14:100:118
 15:720:1026
 16:1410:2395"
 budgets=$(echo $budgets)                  # on one line
-most_lines=11363                            # the goals: 9000, 450000, 15
-most_bytes=576635
+most_lines=11365                            # the goals: 9000, 450000, 15
+most_bytes=576779
 least_comments=14.1
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
