@@ -844,6 +844,13 @@ check('one message that is too long', b'> context 96' in out, out)
 check('and it goes on', b'> context' not in c.say(b'short\r'))
 ended_well('dropping', c.end(b'\x04'), 0)
 
+c = Chat('-n', '5', '-c', '192', '--temp', '0', '--overflow', 'drop', env={'HOME': T})
+for i in range(9): c.say(b'message %d of some words\r' % i)
+c.say(b'/text ~/dropped\r'); said = re.findall(r'You: message (\d) of some words\n\nModel: ', open(T + '/dropped').read())
+check('the newest turns are left as they were', 1 < len(said) < 9 and said == [str(i) for i in range(9 - len(said), 9)], repr(said).encode())
+c.say(b'/undo\r'); c.say(b'/text ~/dropped\r'); said = re.findall(r'You: message (\d)', open(T + '/dropped').read())
+check('/undo knows where they begin', said and said[-1] == '7', repr(said).encode()); c.end(b'\x04')
+
 # Ctrl-C stops the answer
 stopped = False
 for seed in range(6):
