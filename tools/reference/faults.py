@@ -32,7 +32,8 @@ import tempfile
 FAULTS = {
     "openat": {"EINTR": {0}, "EMFILE": {1, 3}, "EACCES": {1, 3}, "EIO": {1, 3}, "ENOMEM": {1, 3, 6}},
     "read": {"EINTR": {0}, "EIO": {0, 1, 2, 3}}, "pread64": {"EINTR": {0}, "EIO": {1, 3}},
-    "write": {"EINTR": {0, 1}, "ENOSPC": {1}, "EIO": {1}}, "pwrite64": {"EINTR": {0}, "ENOSPC": {1}, "EIO": {1}},
+    "write": {"EINTR": {0, 1}, "ENOSPC": {1}, "EIO": {1}},
+    "pwrite64": {"EINTR": {0}, "ENOSPC": {1}, "EIO": {1}},
     "fsync": {"EIO": {0, 1}, "ENOSPC": {0, 1}, "EINTR": {0, 1}},     # 0: of the folder, after the renaming
     "fdatasync": {"EIO": {1}},
     "rename": {"EACCES": {1}, "EIO": {1}}, "renameat": {"EACCES": {1}}, "renameat2": {"EACCES": {1}},
@@ -52,14 +53,17 @@ def commands(bin_, model, fixtures, work):
         "logits": ([bin_ / "medrun", "logits", model, "--ids", "1 2 3", "--all", "-o", out, "-t", "1"], True),
         "save": ([bin_ / "medrun", "run", model, "-p", "hello", "-n", "2", "-q", "--temp", "0", "-t", "1",
                   "--save-prefix", out], False),
-        "record": ([bin_ / "medrun-lab", "record", model, out, "-p", "hello", "-n", "2", "-q", "-t", "1"], False),
-        "export": ([bin_ / "medrun-export", fixtures / "llama-tied", out, "--type", "int8", "--threads", "1"], True),
-        "export-gguf": ([bin_ / "medrun-export", fixtures / "gguf/llama-small-bf16.gguf", out, "--type", "int4",
-                         "--threads", "1"], True),
+        "record": ([bin_ / "medrun-lab", "record", model, out, "-p", "hello", "-n", "2", "-q",
+                    "-t", "1"], False),
+        "export": ([bin_ / "medrun-export", fixtures / "llama-tied", out, "--type", "int8",
+                    "--threads", "1"], True),
+        "export-gguf": ([bin_ / "medrun-export", fixtures / "gguf/llama-small-bf16.gguf", out,
+                         "--type", "int4", "--threads", "1"], True),
         "tokenizer": ([bin_ / "medrun-export", "--tokenizer-only", fixtures / "llama-tied", out], True),
         "eval": ([bin_ / "medrun-eval", model, "generic", asked, "-q", "-t", "1", "-o", out], True),
         "page": ([bin_ / "medrun-eval", model, "generic", asked, "-q", "-t", "1", "--html", out], False),
-        "file": ([bin_ / "medrun", "run", model, "-f", text, "-n", "2", "-q", "--temp", "0", "-t", "1"], None),
+        "file": ([bin_ / "medrun", "run", model, "-f", text, "-n", "2", "-q", "--temp", "0",
+                  "-t", "1"], None),
         "verify": ([bin_ / "medrun", "verify", model], None),
         "show": ([bin_ / "medrun", "show", model], None),
     }
@@ -84,6 +88,9 @@ class Campaign:
                               timeout=120, cwd=self.work, preexec_fn=limit, check=False)
         return done.returncode, done.stdout, done.stderr.decode(errors="replace")
 
+    def strace(self, line, injection):
+        return self.run(line, ["strace", "-f", "-o", "/dev/null", "-e", "inject=" + injection])
+
     def complain(self, name, fault, what):
         self.wrong += 1
         print(f"WRONG {name}, {fault}: {what}", flush=True)
@@ -100,7 +107,7 @@ class Campaign:
                 return bool(json.loads(data))
             except ValueError:
                 return False
-        return b"<!-- medrun -->" in data[:200] and data.rstrip().endswith(b"</html>")
+        return data.startswith(b"<!-- medrun -->") and data.rstrip()[-20:] == self.new.rstrip()[-20:]
 
     def judge(self, name, fault, result, old, new, same, codes, killed=False):
         code, stdout, stderr = result
@@ -126,7 +133,7 @@ class Campaign:
             self.counts["kills that left something half written"] += 1
 
     def calls(self, line):
-        """How often the command makes each call, and which openat ask what the machine has, which may fail."""
+        """How often the command makes each call, and which openat ask for what may as well not be there."""
         log = self.work / "trace"
         self.run(line, ["strace", "-f", "-o", log])
         text = log.read_text(errors="replace")
@@ -153,20 +160,21 @@ class Campaign:
         for call, error, n in self.chance.sample(cases, min(len(cases), self.args.runs)):
             self.fresh(name, old)
             fault = f"{call} {n} of {calls[call]}: {error}"
-            result = self.run(line, ["strace", "-f", "-o", "/dev/null", "-e", f"inject={call}:error={error}:when={n}"])
+            result = self.strace(line, f"{call}:error={error}:when={n}")
             self.counts["faults"] += 1
             codes = FAULTS[call][error] | ({0} if call == "openat" and n in asks else set())
             self.judge(name, fault, result, old, new, same, codes)
         places = [(c, n) for c in calls if c in FAULTS for n in range(1, calls[c] + 1)]
         for call, n in self.chance.sample(places, min(len(places), self.args.runs // 4)):
             self.fresh(name, old)
-            result = self.run(line, ["strace", "-f", "-o", "/dev/null", "-e", f"inject={call}:signal=KILL:when={n}"])
+            result = self.strace(line, f"{call}:signal=KILL:when={n}")
             self.counts["kills"] += 1
             self.judge(name, f"killed at {call} {n}", result, old, new, same, {-9, 137, 0}, killed=True)
             if same is not None:
                 code, _, stderr = self.run([*line, "--force"])
                 if code or not self.output():
-                    self.complain(name, f"after a kill at {call} {n}", f"--force: exit {code}: {stderr.strip()}")
+                    self.complain(name, f"after a kill at {call} {n}",
+                                  f"--force: exit {code}: {stderr.strip()}")
         return old, new
 
     def squeeze(self, name, line, same, old, new):
@@ -183,7 +191,8 @@ class Campaign:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bin")
     parser.add_argument("--model", default="build/llama-tied-int8.mdr")
     parser.add_argument("--runs", type=int, default=300, help="faults for each command; a fourth of it kills")
