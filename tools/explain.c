@@ -59,7 +59,7 @@ static const tool_option explain_table[] = {
     {"--patch", NULL, "OLD=>NEW", AT(patch), "carry rows from a changed prompt to this one"},
     {"--compare", NULL, "OTHER", AT(compare), "the same tokens through another checkpoint"},
     {"--budget", NULL, "MB", AT(budget), "the largest page (5)"},
-    {"--lesson", NULL, "N", AT(lesson), "lesson N of the course: its question, what to look at"},
+    {"--lesson", NULL, "N", AT(lesson), "lesson N of the course, and what to look at"},
     {"--dry-run", NULL, NULL, AT(dry_run), "say time, memory and size, and run nothing"},
     {"--system", "-sys", "TEXT", AT(system), "what the model is told first"},
     {"--template", NULL, "NAME", AT(template_name), "the chat template (the checkpoint's)"},

@@ -829,7 +829,7 @@ static option_row lab_options[N_LAB_OPTIONS] = {
     [L_RENDER] = {"render", .on = ON(CALL),
         .help = "print the prompt instead of asking; --template NAME does without a model"},
     [L_SCHEMA] = {"schema", NULL, "FILE.json", TEXT, ON(CONSTRAIN), .help = "a JSON schema"},
-    [L_GRAMMAR] = {"grammar", NULL, "FILE.gbnf", TEXT, ON(CONSTRAIN),
+    [L_GRAMMAR] = {"grammar", NULL, "FILE", TEXT, ON(CONSTRAIN),
         .help = "a grammar as llama.cpp has them"},
     [L_REGEX] = {"regex", NULL, "TEXT", TEXT, ON(CONSTRAIN),
         .help = "a regular expression for the whole answer"},
