@@ -25,6 +25,15 @@ said() {
     "$T/lesson" $demo > "$T/said" 2> "$T/more"
 }
 
+# What an exercise tells to read is there.
+grep -hoE 'Read in [^.]*\.c: .*' $course/*/exercise.c | sed 's/Check:.*//' > "$T/read"
+check "each exercise names what to read" [ "$(wc -l < "$T/read")" = 10 ]
+while read -r _ _ file rest; do
+    for name in $(echo "$rest" | grep -oE '[a-z]+_[a-z_0-9]+'); do
+        grep -qE "^[A-Za-z].*[ *]$name\(" "${file%:}" && ok || bad "${file%:} has no $name"
+    done
+done < "$T/read"
+
 for n in 01 02 03 04 05 06 07 08 09 10; do
     # shellcheck disable=SC2086
     $cc $how -Werror -Wconversion -c -o "$T/check.o" $course/$n/check.c && ok || bad "$n/check.c does not compile"

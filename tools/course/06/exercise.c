@@ -9,7 +9,7 @@
  *    medrun_logits(s, 0) are the logits behind the last token: take the likeliest id, feed it, go
  *    on. No token goes through the model twice. The last id of the answer need not go at all.
  *
- * Read in medrun.c: section 13, store_row; section 15, medrun_rewind. Check: make 6 */
+ * Read in medrun.c: section 13, place_key; section 15, medrun_rewind. Check: make 6 */
 #include "course.h"
 
 double cache_bytes(const medrun_info *m, double tokens, double bytes) {
