@@ -90,6 +90,25 @@ def keyboard(browser, path):
     page.context.close()
 
 
+def several(browser, path):
+    page = open_page(browser, path)
+    weights = lambda: page.evaluate("views[3].table().rows.map(r => r[2])")
+    page.evaluate("pin(9)")
+    one = weights()
+    page.click("#also")
+    page.evaluate("pin(12)")
+    both = weights()
+    page.click("text=only one token")
+    other = weights()
+    mean = [(x + (one[k] if k < len(one) else 0)) / 2 for k, x in enumerate(other)]
+    check("a kept token and a pinned one: their mean", len(both) == len(mean) and
+          max(abs(a - b) for a, b in zip(both, mean)) < 1e-9)
+    page.click("#also")
+    page.keyboard.press("Escape")
+    check("Esc lets kept tokens go", page.evaluate("state.also.length") == 0)
+    page.context.close()
+
+
 def looks(browser, path):
     for scheme in ("light", "dark"):
         page = open_page(browser, path, color_scheme=scheme)
@@ -139,6 +158,7 @@ with sync_playwright() as p:
     for each in sys.argv[1:]:
         look(chromium, each)
     keyboard(chromium, sys.argv[1])
+    several(chromium, sys.argv[1])
     looks(chromium, sys.argv[2])
     broken(chromium, sys.argv[1])
     hostile(chromium, sys.argv[-1])

@@ -60,6 +60,21 @@ for n in 01 02 03 04 05 06 07 08 09 10; do
     check "$n: each mistake has a hint of its own" [ "$(sed 's/[0-9.]*//g' "$T/hints" | sort -u | wc -l)" = 3 ]
 done
 
+# What never ends and what reads nowhere is said, too.
+cat > "$T/wild.c" << 'END'
+#include "course.h"
+size_t merge_pieces(int32_t *ids, size_t n) {
+    int32_t *nowhere = NULL;
+    if (getenv("WILD")) n = (size_t)nowhere[ids[0]];
+    for (volatile int ever = 1; ever;) continue;
+    return n;
+}
+END
+$cc $how -Werror -c -o "$T/check.o" $course/01/check.c
+WILD=1 said "$T/wild.c"
+[ $? = 1 ] && grep -q '^Not yet: it crashed' "$T/said" && ok || bad "a crash: $(cat "$T/said")"
+[ -z "$MEDRUN_TEST_ALL" ] || { said "$T/wild.c"; grep -q '^Not yet: it ran' "$T/said" && ok || bad "a loop without an end: $(cat "$T/said")"; }
+
 # The page of a lesson: its question, its own run; another prompt keeps the question.
 explain=$bin/medrun-explain
 "$explain" $demo --lesson 9 -n 0 --why last --neurons 0 -q -o "$T/9.html" --force && ok || bad "--lesson 9"

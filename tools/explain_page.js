@@ -4,7 +4,7 @@
 const started = performance.now();
 const $ = id => document.getElementById(id);
 let meta, blocks = {};
-const state = {pin: null, token: 1, layer: 0, head: 0, place: 0, hideFirst: false, allHeads: true, spaces: false, view: 1};
+const state = {pin: null, token: 1, layer: 0, head: 0, place: 0, hideFirst: false, also: [], allHeads: true, spaces: false, view: 1};
 
 /* ---- reading the data ---------------------------------------------------------------------- */
 
@@ -128,7 +128,7 @@ function textOf(label, value, choose, options = {}) {
     const raw = meta.pieces[id], shown = role === 1 || Array.isArray(raw) || state.spaces || !/^[^\n\t\u0000-\u001f\u200b-\u200f\u202a-\u202e\u2028\u2029\u2066-\u2069]*$/.test(raw || "");
     const text = shown ? piece(id, true) : raw;
     const note = options.note ? options.note(t) : "";
-    const b = el("button", {class: "token" + (role === 1 ? " control" : "") + (x < 0 ? " less" : x > 0 && options.signed ? " more" : ""), type: "button",
+    const b = el("button", {class: "token" + (role === 1 ? " control" : "") + (x < 0 ? " less" : x > 0 && options.signed ? " more" : "") + (options.also && options.also.includes(t) ? " also" : ""), type: "button",
       tabindex: t === state.token ? 0 : -1, "data-t": t, a: Math.min(1, Math.abs(x || 0)), dir: "auto",
       "aria-label": piece(id, true) + (note ? ", " + note : ""), title: note, "aria-pressed": String(t === state.token),
       on: {click: () => choose(t)}}, text);
@@ -410,6 +410,14 @@ function rowWeights(row) {
   for (let k = 0; k <= row; k++) out.push(share(D("seen")[((t * L + state.layer) * H + state.head) * n + k]));
   return out;
 }
+/* The rows behind the pinned token and those that were added to it; what they look at in the mean. */
+const rowBehind = t => Math.min(Math.max(0, t - 1), meta.rows - 1);
+const rowsShown = () => [...new Set([...state.also, state.token].map(rowBehind))].sort((a, b) => a - b);
+function meanWeights(rows) {
+  const all = rows.map(rowWeights);
+  if (all.some(w => !w)) return null;
+  return all[all.length - 1].map((_, k) => sum(all.map(w => w[k] || 0)) / all.length);
+}
 function drawMap(canvas, i, size) {
   const n = meta.rows, g = canvas.getContext("2d"), image = g.createImageData(n, n), c = colours(), p = paperRGB();
   for (let r = 0; r < n; r++) for (let k = 0; k < n; k++) {
@@ -422,12 +430,12 @@ function drawMap(canvas, i, size) {
 }
 function buildAttention(v) {
   if (!has("seen_at")) { v.reading.textContent = "This page was written without attention (--attention none)."; v.body.replaceChildren(); return; }
-  const G = meta.shape.heads / meta.shape.kv_heads, row = Math.min(Math.max(0, state.token - 1), meta.rows - 1), w = rowWeights(row), i = mapOf(state.layer, state.head);
+  const G = meta.shape.heads / meta.shape.kv_heads, rows = rowsShown(), row = rows[rows.length - 1], w = meanWeights(rows), i = mapOf(state.layer, state.head);
   const choose = (l, h) => { state.layer = l; state.head = h; show(); };
   if (w) {
     let best = state.hideFirst && row > 0 ? 1 : 0;
     for (let k = best; k <= row; k++) if (w[k] > w[best]) best = k;
-    v.reading.textContent = "Layer " + (state.layer + 1) + ", head " + (state.head + 1) + ", on its way from “" + word(row).replace(/^␣/, "") + "” to the next token, looks most at “" + word(best).replace(/^␣/, "") + "” (" + percent(w[best]) + "), and at the first token with " + percent(w[0]) + ".";
+    v.reading.textContent = "Layer " + (state.layer + 1) + ", head " + (state.head + 1) + ", on its way from " + rows.map(r => "“" + word(r).replace(/^␣/, "") + "”").join(", ") + (rows.length > 1 ? " to the " + rows.length + " next tokens, looks in the mean most at “" : " to the next token, looks most at “") + word(best).replace(/^␣/, "") + "” (" + percent(w[best]) + "), and at the first token with " + percent(w[0]) + ".";
   } else v.reading.textContent = "For this token the page has no weights of layer " + (state.layer + 1) + ", head " + (state.head + 1) + "; choose a head that has a map.";
   const first = w ? w[0] : 0, most = w ? Math.max(...w.slice(state.hideFirst ? 1 : 0), 1e-9) : 1;
   const list = el("div", {class: "small", role: "group", "aria-label": "Heads that have a map"});
@@ -446,9 +454,11 @@ function buildAttention(v) {
   v.body.replaceChildren(...[
     el("div", {class: "controls"}, el("button", {class: "act", "aria-pressed": String(state.hideFirst), on: {click: () => { state.hideFirst = !state.hideFirst; show(); }}}, "hide the first token"),
       state.hideFirst ? el("span", {}, "hidden: " + percent(first) + " of this row") : null,
+      el("button", {class: "act", id: "also", "aria-pressed": String(state.also.includes(state.token)), on: {click: () => { state.also = state.also.includes(state.token) ? state.also.filter(t => t !== state.token) : [...state.also, state.token]; show(); }}}, "keep this token"),
+      state.also.length ? el("button", {class: "act", on: {click: () => { state.also = []; show(); }}}, "only one token") : null,
       el("label", {}, "layer", choice(meta.shape.layers, state.layer, 1, x => choose(x, state.head))), el("label", {}, "head", choice(meta.shape.heads, state.head, 1, x => choose(state.layer, x)))),
-    w ? textOf("Where the head looks from the pinned token", t => t > row || (state.hideFirst && t === 0) ? 0 : w[t] / most, pin, {note: t => t <= row ? percent(w[t]) : "later"}) : null,
-    el("p", {class: "dim"}, "Colour: weight, the darkest is " + percent(most) + ". The token in the frame is the one that is explained; the look starts one token before it."),
+    w ? textOf("Where the head looks from the pinned token", t => t > row || (state.hideFirst && t === 0) ? 0 : w[t] / most, pin, {also: state.also, note: t => t <= row ? percent(w[t]) : "later"}) : null,
+    el("p", {class: "dim"}, "Colour: weight, the darkest is " + percent(most) + ". The token in the frame is the one that is explained; the look starts one token before it. “Keep this token”, then choose another: the mean of both."),
     big ? el("figure", {}, el("h3", {}, "Layer " + (state.layer + 1) + ", head " + (state.head + 1)), big, el("p", {id: "maphint", class: "dim"}, "Each row looks at the columns to its left.")) : null,
     maps() ? el("h3", {}, "Heads, by what they contribute") : null, list].filter(x => x));
 }
@@ -459,8 +469,8 @@ function choice(n, now, from, f) {
 }
 function tableAttention() {
   if (!has("seen_at")) return null;
-  const row = Math.min(Math.max(0, state.token - 1), meta.rows - 1), w = rowWeights(row);
-  return w ? {caption: "Layer " + (state.layer + 1) + ", head " + (state.head + 1) + ", from position " + row, head: ["position", "token", "weight"], rows: w.map((x, k) => [k, word(k), x])} : null;
+  const rows = rowsShown(), w = meanWeights(rows);
+  return w ? {caption: "Layer " + (state.layer + 1) + ", head " + (state.head + 1) + ", from position " + rows.join(", "), head: ["position", "token", "weight"], rows: w.map((x, k) => [k, word(k), x])} : null;
 }
 
 /* ---- 5 What each part writes --------------------------------------------------------------- */
@@ -706,6 +716,7 @@ function pin(t) {
 }
 function unpin() {
   state.pin = null;
+  state.also = [];
   Object.assign(state, startState());
   show();
   say("Unpinned: the explained token");
