@@ -36,6 +36,7 @@ if [ -d "$here" ]; then
     found=$(env -i ./medrun run -q tools/demo/demo.mdr -p "What are the symptoms of diabetes?")
     case $found in *thirst*) ok ;; *) bad "the archive's program answers \"$found\"" ;; esac
     env -i ./medrun-export --help > /dev/null 2>&1 && ok || bad "the archive's exporter"
+    env -i ./medrun-explain tools/demo/demo.mdr --lesson 2 -n 0 -q -o - | grep -q 'id="bin"' && ok || bad "the archive's explainer"
     grep -q "$build" medrun medrun-export && bad "a program names the folder of its build" || ok
 else skip "no archive for this machine"
 fi

@@ -39,7 +39,7 @@ programs() { # SYSTEM PACK COMPILER...: with the first compiler there is
     mkdir -p "$work/$name/tools/demo"
     od -An -v -tu1 "$work/$version/tools/serve_page.html" | sed 's/[0-9][0-9]*/&,/g' \
         > "$work/serve_page.inc"
-    for source in medrun tools/export tools/eval tools/lab $([ "$exe" ] || echo tools/serve); do
+    for source in medrun tools/export tools/eval tools/lab tools/explain $([ "$exe" ] || echo tools/serve); do
         (cd "$work/$version" && "$cc" ${CFLAGS:--O2} -static -s -ffile-prefix-map="$work"=. \
             -I"$work" $link -o "$work/program$exe" $source.c -lm -lpthread)
         program=medrun
