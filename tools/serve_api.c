@@ -360,8 +360,10 @@ static int end_prompt(const server *sv, job *g, api_error *x) {
     if (n > sv->n_ctx || (n == sv->n_ctx && g->p.max_new != 0)) {
         x->type = "exceed_context_size_error", x->code = "context_length_exceeded";
         x->n_prompt = n, x->n_ctx = sv->n_ctx;
+        /* the code stands in the words, too: LangChain looks for it there */
         return wrong(x, "prompt", "the prompt of %zu tokens exceeds the available context size of "
-                     "%zu tokens, the answer's first token included", n, sv->n_ctx);
+                     "%zu tokens, the answer's first token included (context_length_exceeded)", n,
+                     sv->n_ctx);
     }
     return MEDRUN_OK;
 }
