@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """serve.py BIN PART...: asks a medrun-serve that it starts itself, with Python's standard library
-alone. Parts: api limits grammar tools hostile promise. The last line is as in the other tests."""
-import atexit, base64, hashlib, http.client, json, os, random, re, signal, socket, subprocess, sys
-import tempfile, threading, time
+alone. Parts: api limits grammar tools refusals hostile promise. The last line is as in the other
+tests."""
+import atexit, base64, hashlib, http.client, json, os, random, re, shutil, signal, socket
+import subprocess, sys, tempfile, threading, time
 
 MODEL = 'tools/demo/demo.mdr'
 ALL = bool(os.environ.get('MEDRUN_TEST_ALL'))
@@ -827,6 +828,93 @@ def part_tools():
         check('it ends', s.end() == 0)
 
 
+# ---- every row of the table of refusals, as curl sees it -----------------------------------------
+
+def part_refusals():
+    curl = shutil.which('curl')
+    if not curl:
+        return skip('no curl')
+    s = Server('--parallel', '1', '--per-key', '1', '--queue', '2', '-q',
+               env={'MEDRUN_API_KEY': 'secret'})
+    key = ['-H', 'Authorization: Bearer secret']
+    as_json = ['-H', 'Content-Type: application/json']
+
+    def ask(path, *more, body=None):
+        data = [] if body is None else ['-d', body if isinstance(body, str) else json.dumps(body)]
+        r = subprocess.run([curl, '-s', '-i', '-m', '20', *more, *data,
+                            f'http://127.0.0.1:{s.port}{path}'], capture_output=True)
+        head, _, text = r.stdout.decode('utf-8', 'replace').rpartition('\r\n\r\n')
+        status = re.findall(r'^HTTP/1.1 (\d+)', head, re.M)
+        try:
+            error = json.loads(text)['error']
+        except (ValueError, KeyError, TypeError):
+            error = {}
+        return int(status[-1]) if status else 0, error, head.lower()
+
+    def row(status, kind, words, got):
+        check(f'{status} {kind} {words}', got[0] == status and got[1].get('type') == kind and
+              words in got[1].get('message', '') and set(got[1]) >= {'message', 'type', 'param',
+                                                                     'code'}, got)
+        check('retry or not', ('x-should-retry: false' in got[2]) == (400 <= status < 500 and
+                                                                      status != 429), got)
+
+    def chat(**fields):
+        return ask(CHAT, *key, *as_json, body={'messages': ASK, **fields})
+
+    def form(schema):
+        return {'type': 'json_schema', 'json_schema': {'name': 'x', 'schema': schema}}
+
+    bad = 'invalid_request_error'
+    row(400, bad, 'byte', ask(CHAT, *key, *as_json, body='{"messages": [}'))
+    row(400, bad, 'temperature', chat(temperature='hot'))
+    row(400, bad, 'no place for tools', chat(tools=TOOLS))
+    row(400, bad, '#/properties/a/not', chat(response_format=form(obj(a={'not': {}}))))
+    row(400, bad, 'grammar: line 2', chat(grammar='root ::= "x"\nb ::= ['))
+    row(400, 'exceed_context_size_error', 'exceeds the available context size',
+        chat(messages=[{'role': 'user', 'content': 'word ' * 3000}]))
+    row(401, 'authentication_error', '', ask('/v1/models'))
+    row(401, 'authentication_error', '', ask('/v1/models', '-H', 'Authorization: Bearer secreT'))
+    row(403, 'permission_error', '', ask('/v1/models', *key, '-H', 'Origin: http://other.example'))
+    row(421, 'permission_error', '', ask('/v1/models', *key, '-H', 'Host: elsewhere.example'))
+    row(404, 'not_found_error', '', ask('/v1/nothing', *key))
+    got = ask(CHAT, *key)
+    row(405, bad, '', got)
+    check('what is allowed', 'allow: post' in got[2], got)
+    row(411, bad, '', ask(CHAT, *key, *as_json, '-H', 'Transfer-Encoding: chunked', body='{}'))
+    row(413, bad, '', ask(CHAT, *key, *as_json, '-H', 'Content-Length: 99999999', body='{}'))
+    row(431, bad, '', ask('/v1/models', *key, '-H', 'X-Long: ' + 'x' * 20000))
+    row(501, 'not_supported_error', '', ask('/v1/embeddings', *key, *as_json, body={'input': 'x'}))
+    late = socket.create_connection(('127.0.0.1', s.port))
+    late.sendall(b'GET /health HTTP/1.1\r\nHost: loc')
+    many = []
+    for _ in range(3):                  # one runs, one waits; a key may have no more than that
+        c = s.connect()
+        c.request('POST', '/v1/completions', json.dumps({'prompt': 'x', 'max_tokens': 1500,
+                                                         'ignore_eos': True}),
+                  {'Content-Type': 'application/json', 'Authorization': 'Bearer secret'})
+        many.append(c)
+        time.sleep(0.3)
+    got = chat()
+    row(429, 'rate_limit_error', 'key', got)
+    check('when to come back', 'retry-after: ' in got[2], got)
+    late.settimeout(20)
+    answer = late.recv(4096)
+    check('408', answer.startswith(b'HTTP/1.1 408 '), answer)
+    for c in many:
+        c.close()
+    check('it lives', ask('/health')[0] == 200 and wait_idle_key(s))
+    check('it ends', s.end() == 0)
+
+
+def wait_idle_key(s):
+    for _ in range(200):
+        slots = s.ask('GET', '/slots', headers={'Authorization': 'Bearer secret'})[1]
+        if not any(x['is_processing'] for x in slots):
+            return True
+        time.sleep(0.05)
+    return False
+
+
 # ---- the promise ---------------------------------------------------------------------------------
 
 WORDS = ['diabetes', 'the heart', 'asthma', 'a fever', 'the liver', 'anaemia', 'gout', 'migraine']
@@ -927,7 +1015,8 @@ BIN = os.path.join(sys.argv[1], '') + 'medrun-serve'
 if os.path.isfile(sys.argv[1]):
     BIN = sys.argv[1]
 if __name__ == '__main__':
-    for part in sys.argv[2:] or ('api', 'limits', 'grammar', 'tools', 'hostile', 'promise'):
+    for part in sys.argv[2:] or ('api', 'limits', 'grammar', 'tools', 'refusals', 'hostile',
+                                 'promise'):
         started = time.time()
         globals()['part_' + part]()
         print(f'{part}: {time.time() - started:.1f} s')
