@@ -8975,6 +8975,11 @@ int medrun_attach(medrun_model *m, const char *name, int layers, medrun_error *e
  * environment variables and help. A command is a function that works on a `command`. It writes its
  * steps one below the other: each does nothing after a failure (c->e), and main reports the first.
  * The answer goes to stdout, everything else to stderr. Tests: tests/16_commands.sh.
+ *
+ *     the line        run_line: set_option for what it names, then for the environment
+ *     what is opened  open_model, or open_tokenizer where a tokenizer.bin is enough
+ *     what is asked   choose_chat, then make_prompt: a text, a file, messages or ids become c->ids
+ *     what is said    start_session, feed_prompt, print_reply
  * ============================================================================================ */
 
 /* ---- options ------------------------------------------------------------------------------- */
@@ -9047,7 +9052,6 @@ static const option_row option_rows[N_OPTIONS] = {
         .help = "a file with the text (- is stdin); with -p: what the text is about"},
     [O_SYSTEM] = {"system", "sys", "TEXT", TEXT, ON_ANSWER | ON(RENDER), "the checkpoint's",
         .also = "system-prompt", .help = "what the model is told before the conversation"},
-
     /* How an answer is made: from its first token to its end. */
     [O_PREDICT] = {"predict", "n", "N", WHOLE, ON_ANSWER, "-1", -1, 1 << 24,
         "n-predict|max-tokens|max-new-tokens|num-predict",
@@ -9066,7 +9070,6 @@ static const option_row option_rows[N_OPTIONS] = {
         .help = "seed of the random numbers; -1: a new one, which is printed"},
     [O_STOP] = {"stop", NULL, "TEXT", TEXT, ON_ANSWER, .also = "reverse-prompt",
         .help = "end the answer before this text; up to 8 of them"},
-
     /* The session: its size and its speed. Of these only --kv changes a logit. */
     [O_CTX] = {"ctx", "c", "N", WHOLE, ON_ANSWER | ON(SHOW), "as much of it as memory allows",
         0, 1 << 24, "ctx-size|num-ctx", "tokens of context; 0: as many as the model was made for"},
@@ -9083,7 +9086,6 @@ static const option_row option_rows[N_OPTIONS] = {
         .help = "guess N tokens ahead from the text so far; changes no token"},
     [O_DRAFT] = {"draft", NULL, "SMALL.mdr", TEXT, ON_ANSWER,
         .help = "a small model of the same vocabulary guesses too; changes no token"},
-
     /* How the prompt is written. */
     [O_TEMPLATE] = {"template", NULL, "NAME", TEXT, ON_ANSWER | ON(RENDER), "the checkpoint's",
         .also = "chat-template", .help = "chat template: " MEDRUN_TEMPLATES},
@@ -9095,8 +9097,7 @@ static const option_row option_rows[N_OPTIONS] = {
         .help = "beginning-of-text token first: as the template says, always, never; alpaca and "
                 "afm have none, though their models were probably trained with it"},
     [O_RAW] = {"raw", .on = ON(RUN), .help = "no chat template: continue the text as it is"},
-
-    /* What is printed, and what the machine does for it. */
+    /* What is printed, and on what it is computed. */
     [O_TOP] = {"top", NULL, "N", WHOLE, ON(RUN) | ON(LOGITS), NULL, 1, MOST_CHOICES,
         .help = "print the N most likely tokens, with probabilities at temperature 1"},
     [O_STRICT] = {"strict", .on = ON_SESSION,
@@ -9114,7 +9115,6 @@ static const option_row option_rows[N_OPTIONS] = {
         .help = "OpenCL device (medrun-lab doctor lists them)"},
     [O_GPU_LAYERS] = {"gpu-layers", "ngl", "N", WHOLE, ON_MODEL & ~ON(SHOW), "all that fit",
         0, 1 << 16, "n-gpu-layers", "layers whose matrices the device has; 0: no device"},
-
     /* Files, and what single commands take. */
     [O_SAVE_PREFIX] = {"save-prefix", NULL, "FILE", TEXT, ON_ANSWER,
         .help = "save the processed prompt; the file holds its text: keep it safe"},
@@ -9368,8 +9368,7 @@ static size_t measure(const char *text, size_t n, size_t *columns) {
     return len ? len : 1;
 }
 
-/* The columns that a line may have; 0: nobody looks at it, so that it is not broken. Eyes lose the
- * way back to the beginning of a line that is longer than 200. */
+/* The columns that a line may have; 0: nobody looks at it, so that it is not broken. */
 static size_t width_of(int fd) {
     int n = is_terminal(fd) ? terminal_columns() : 0;
     return n > 200 ? 200 : n > 0 ? (size_t)n : 0;
@@ -9729,7 +9728,6 @@ static int cache_type(const command *c) {
     return flag(c, O_STRICT) ? MEDRUN_KV_F32 : MEDRUN_KV_F16;
 }
 
-/* Everything that a session is told. The sampling is the command's, which began as the card's. */
 static medrun_session_options session_options(const command *c, int context) {
     return (medrun_session_options){.context = context, .batch = whole(c, O_BATCH),
                                     .lookup = whole(c, O_LOOKUP), .kv = cache_type(c),
@@ -9846,11 +9844,26 @@ static int process_prompt(command *c) {
     return c->e.code;
 }
 
+/* With -v, prints the prompt as the model sees it: ids, and text with its control tokens. Most
+ * strange answers come from a prompt that is not what one thought. */
+static void show_prompt(const command *c, const int32_t *ids, size_t n) {
+    buffer text = {0};
+    if (!flag(c, O_VERBOSE)) return;
+    tokenizer_decode(c->t, ids, n, true, &text);
+    fprintf(stderr, "prompt, %zu tokens: ", n);
+    for (size_t i = 0; i < n; i++) fprintf(stderr, i ? " %d" : "%d", ids[i]);
+    fputc('\n', stderr);
+    print_safe(stderr, chars(&text), text.n);
+    fputc('\n', stderr);
+    buffer_free(&text);
+}
+
 /* Puts a prompt on the timeline. A first prompt may begin as the file of --load-prefix does; where
  * that cannot be read, a chat goes on without it. */
 static int feed_prompt(command *c, const int32_t *ids, size_t n) {
     const char *path = c->text[O_LOAD_PREFIX];
     size_t taken;
+    show_prompt(c, ids, n);
     if (!path || medrun_length(c->s)) return medrun_feed(c->s, ids, n, &c->e);
     if (medrun_feed_saved(c->s, ids, n, path, &taken, &c->e)) c->text[O_LOAD_PREFIX] = NULL;
     else if (taken) note(c, "prefix: %zu of %zu tokens taken from %s", taken, n, path);
@@ -9971,20 +9984,6 @@ static int too_long(command *c, size_t n) {
                 n, context_of(c), n > context_of(c) ? "" : " less one for the answer", way_out(c));
 }
 
-/* With -v, prints the prompt as the model sees it: ids, and text with its control tokens. Most
- * strange answers come from a prompt that is not what one thought. */
-static void show_prompt(const command *c, const int32_t *ids, size_t n) {
-    buffer text = {0};
-    if (!flag(c, O_VERBOSE)) return;
-    tokenizer_decode(c->t, ids, n, true, &text);
-    fprintf(stderr, "prompt, %zu tokens: ", n);
-    for (size_t i = 0; i < n; i++) fprintf(stderr, i ? " %d" : "%d", ids[i]);
-    fputc('\n', stderr);
-    print_safe(stderr, chars(&text), text.n);
-    fputc('\n', stderr);
-    buffer_free(&text);
-}
-
 /* An editor ends each file with a line end, which nobody meant to say. */
 static void drop_line_end(buffer *b) {
     if (b->n && b->data[b->n - 1] == '\n') b->n--;
@@ -10079,7 +10078,6 @@ static int answer_ids(command *c) {
     size_t n = n_ids(&c->ids);
     if (c->e.code) return c->e.code;
     if (n >= context_of(c)) return too_long(c, n);
-    show_prompt(c, ids_of(&c->ids), n);
     if (feed_prompt(c, ids_of(&c->ids), n)) return c->e.code;
     int code = print_reply(c);
     bool told = !code || code == MEDRUN_INTERRUPTED || code == MEDRUN_TOO_LONG;
@@ -10520,7 +10518,6 @@ static int say(chat *h, const buffer *text) {
         size_t skip = h->n_turns ? 0 : t.n_close, n = n_ids(&t.ids) - skip;
         if (stop && h->n_turns) rewind_to(c->s, medrun_length(c->s) - 1);
         h->starts[h->n_turns] = medrun_length(c->s) + t.n_open;
-        show_prompt(c, ids_of(&t.ids) + skip, n);
         if (!feed_prompt(c, ids_of(&t.ids) + skip, n)) h->n_turns++;
     }
     buffer_free(&t.ids);
@@ -10978,7 +10975,6 @@ static int tokenize_command(command *c) {
     return print_ids(c);
 }
 
-/* Takes what tokenize prints, also through a pipe. */
 static int detokenize_command(command *c) {
     if (open_tokenizer(c)) return c->e.code;
     bool from_stdin = !c->n_rest || (c->n_rest == 1 && !strcmp(c->rest[0], "-"));
@@ -11068,7 +11064,6 @@ static int logits_command(command *c) {
  * Tests: tests/16_commands.sh.
  * ============================================================================================ */
 
-/* All of a row, so that help cannot lag behind what the line is read by. */
 static void help_option(const option_row *r) {
     char left[64], variable[48] = "", range[64] = "";
     buffer text = {0};
