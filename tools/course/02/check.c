@@ -39,8 +39,8 @@ static void check_chat(const turn *turns, size_t n, bool pasted) {
 }
 
 void lesson(void) {
-    static const char *const answers[] = {"I cannot say.", "Ask a doctor.", "Yes.", "In the "
-        "abdomen."};
+    static const char *const answers[] = {"I cannot say.", "Ask a doctor.", "Yes.",
+                                          "In the abdomen."};
     for (int pasted = 0; pasted < 2; pasted++)
         for (int i = 0; i < 100; i++) {
             turn turns[5];
