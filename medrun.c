@@ -9517,9 +9517,10 @@ static int read_text(command *c, const char *path, size_t most, buffer *out) {
     size_t first = out->n, line = 1;
     if (read_file(c, path, most, out)) return c->e.code;
     const char *start = chars(out) + first;
-    size_t at = first + utf8_valid(start, out->n - first);
+    bool utf16 = !strncmp(start, "\xFF\xFE", 2) || !strncmp(start, "\xFE\xFF", 2) ||
+                 (out->n > first + 1 && !start[0] != !start[1]);        /* or without a mark     */
+    size_t at = first + (utf16 ? 0 : utf8_valid(start, out->n - first));
     for (size_t i = first; i < at; i++) line += out->data[i] == '\n';
-    bool utf16 = !strncmp(start, "\xFF\xFE", 2) || !strncmp(start, "\xFE\xFF", 2);
     if (at < out->n)
         return bad_file(&c->e, strcmp(path, "-") ? path : "stdin", "line %zu, byte %zu: found %s, "
                         "wanted UTF-8 text; save it as UTF-8", line, at - first,

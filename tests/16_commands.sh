@@ -236,12 +236,14 @@ printf 'fever\n' >"$T/plain"
 printf '\357\273\277fever\n' >"$T/mark"
 printf '\377\376f\000e\000v\000e\000r\000' >"$T/little"
 printf '\376\377\000f\000e' >"$T/big"
+printf 'f\000e\000' >"$T/little_unmarked"
+printf '\000f\000e' >"$T/big_unmarked"
 printf 'a\nfi\350vre\n' >"$T/latin"
 printf 'a\n\355\240\200\n' >"$T/half"                  # half a pair, which is no character
 code 0 run "$model" -f "$T/plain" -n 3 -v -q --temp 0; cp "$T/err" "$T/shown"; cp "$T/out" "$T/answer"
 code 0 run "$model" -f "$T/mark" -n 3 -v -q --temp 0; out_is "$T/answer"; check 'a byte order mark' cmp -s "$T/err" "$T/shown"
 in=$T/mark; code 0 run "$model" -n 3 -v -q --temp 0; out_is "$T/answer"; in=
-for f in little big; do
+for f in little big little_unmarked big_unmarked; do
     code 3 run "$model" -f "$T/$f"; err_has 'found UTF-16, wanted UTF-8'; err_lines 1; no_out
     in=$T/$f; code 3 run "$model"; err_has 'stdin: line 1, byte 0: found UTF-16'; in=
     code 3 render "$model" --messages "$T/$f"; err_has 'found UTF-16'
