@@ -793,7 +793,7 @@ static int call_command(command *c) {
 
 static const command_row lab_commands[N_LAB_COMMANDS] = {
     [BENCH] = {"bench", bench_command, "MODEL.mdr",
-        "speed of a prompt and of generation, beside what this machine can do"},
+        .help = "speed of a prompt and of generation, beside what this machine can do"},
     [DOCTOR] = {"doctor", doctor_command, "",
         "what this machine has, and whether its kernels agree", .no_model = true},
     [RECORD] = {"record", record_command, "MODEL.mdr OUT.json -p TEXT | -f FILE",
@@ -802,14 +802,15 @@ static const command_row lab_commands[N_LAB_COMMANDS] = {
     [REPLAY] = {"replay", replay_command, "RUN.json",
         "repeats what record wrote; exit 4 at the first difference", .no_model = true, .more = 1},
     [COMPARE] = {"compare", compare_command, "MODEL.mdr",
-        "how far the logits of the proofs are from those of another implementation"},
+        .help = "how far the logits of the proofs are from those of another implementation"},
     [CALL] = {"call", call_command, "MODEL.mdr --tools FILE.json -p TEXT | --messages FILE.json",
-        "shows a model functions, and prints the call it makes as JSON"},
+        .help = "shows a model functions, and prints the call it makes as JSON"},
     [CONSTRAIN] = {"constrain", constrain_command,
         "MODEL.mdr --schema FILE | --grammar FILE | ... -p TEXT",
-        "answers so that the answer fits a JSON schema, a grammar, an expression or a choice"},
+        .help = "answers so that the answer fits a JSON schema, a grammar, an expression or a "
+            "choice"},
     [LENS] = {"top", top_command, "MODEL.mdr -p TEXT | -f FILE",
-        "what each layer would say, where the prompt ends and the answer begins"},
+        .help = "what each layer would say, where the prompt ends and the answer begins"},
     [LAB_HELP] = {"help", help_command, "[COMMAND]", "all commands, or the options of one",
         .no_model = true, .more = 1},
     [LAB_VERSION] = {"version", version_command, "", "prints the version", .no_model = true},
