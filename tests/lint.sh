@@ -46,10 +46,10 @@ budgets="
 13:420:454
 14:100:118
 15:720:1026
-16:1410:2390"
+16:1410:2392"
 budgets=$(echo $budgets)                  # on one line
-most_lines=11360                            # the goals: 9000, 450000, 15
-most_bytes=576736
+most_lines=11362                            # the goals: 9000, 450000, 15
+most_bytes=576956
 least_comments=14.1
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
