@@ -709,7 +709,7 @@ static char **find_paths(const char *pattern, size_t *n) {
 }
 
 /* What a program does first; gives its COUNT arguments in UTF-8, NULL if it cannot run. To write to
- * a pipe that nobody reads, or past the limit of a file's size, shall be an error, not the end. */
+ * a pipe that nobody reads, or past the limit of a file's size, must be an error, not the end. */
 static char **start_program(int *count, char **arguments) {
     (void)count;
     for (int fd = 0; fd < 3; fd++)      /* no file that is opened may become stdout by chance    */
@@ -1070,7 +1070,7 @@ static size_t utf8_encode(uint32_t code, uint8_t out[4]) {
     return len;
 }
 
-/* How many of the N bytes of TEXT come before the first that is no UTF-8; N: all are. */
+/* How many of the N bytes of TEXT come before the first that is not UTF-8; N: all are. */
 static size_t utf8_valid(const void *text, size_t n) {
     uint32_t code;
     size_t at = 0;
@@ -1374,7 +1374,7 @@ static int json_wrong(json_parser *s, const char *what) {
     return fail(s->e, MEDRUN_BAD_FILE, "JSON: %s at byte %zu", what, s->at);
 }
 
-/* The next byte that is no space, 0 at the end. It is not taken. */
+/* The next byte that is not a space, 0 at the end. It is not taken. */
 static uint8_t json_peek(json_parser *s) {
     while (s->at < s->n && memchr(" \t\r\n", s->p[s->at], 4)) s->at++;
     return s->at < s->n ? s->p[s->at] : 0;
@@ -2368,7 +2368,7 @@ typedef struct {
 } matmul_plan;
 
 /* A tile: columns [begin, end) of some panels times some of the WIDE tokens that are packed side by
- * side, of which the first LIVE are no filling. W is the panels, or blocks that unpack made, BYTES
+ * side, of which the first LIVE are not filling. W is the panels, or blocks that unpack made, BYTES
  * apart. Sums are added to what OUT has unless begin is 0. */
 typedef struct {
     size_t live, wide, bytes, begin, end, stride;
@@ -5111,7 +5111,7 @@ static int open_partial(file_writer *w, const file_kind *kind, bool force, medru
     return e->code;
 }
 
-/* Opens W->f for a file of KIND that shall stand at PATH. */
+/* Opens W->f for a file of KIND that will stand at PATH. */
 static int writer_open(file_writer *w, const char *path, const file_kind *kind, bool force,
                        medrun_error *e) {
     bool stream = false;
@@ -5252,7 +5252,7 @@ static int file_open(model_file *f, const char *path, bool load, medrun_error *e
  *   3. a word that is a piece is its id; else it starts as its single bytes, and the neighbours
  *      whose merge has the lowest rank become one, again and again: h-e-l-l-o, he-l-l-o, he-ll-o.
  * SentencePiece BPE has no pattern in step 2; it puts a space before the text, so that its first
- * word is like any other. In step 3 its words start as characters, and what is no piece as bytes.
+ * word is like any other. In step 3 its words start as characters, or bytes where one is no piece.
  * A byte-level vocabulary may lack bytes: they are left out of the ids, as tokenizers does it.
  * All of it is linear in the text (n log n inside one very long word), whatever the text is. A
  * tokenizer is read-only once it is open. Uses section 3. Tests: tests/10_tokenizer.c.
@@ -5487,9 +5487,9 @@ static size_t next_word(const pretokenizer *t, const uint8_t *p, size_t n) {
  * any two pieces merge that give a third, the highest score first. The pieces of kind 2 have spaces
  * where SentencePiece writes U+2581, and a byte piece is that byte, not "<0x0A>". */
 
-/* Control tokens mean something to the model and are no text; user-defined ones are text that was
+/* Control tokens mean something to the model and are not text; user-defined ones are text that was
  * added whole to the vocabulary, such as "\begin{"; an unused id has no piece. Kind 2 only: bytes
- * stand for characters that are no piece; an unknown piece is only ever decoded. */
+ * stand for characters that are not pieces; an unknown piece is only ever decoded. */
 enum { PIECE_NORMAL = 1, PIECE_UNKNOWN, PIECE_CONTROL, PIECE_USER, PIECE_UNUSED, PIECE_BYTE };
 
 enum {
@@ -5969,7 +5969,7 @@ static void offer_pair(encoder *x, uint32_t i) {
 }
 
 /* What N bytes are before any merge, at most N symbols: bytes, without those that the vocabulary
- * lacks; of kind 2 characters, and bytes only where a character is no piece. */
+ * lacks; of kind 2 characters, and bytes only where a character is not a piece. */
 static size_t first_symbols(const tokenizer *t, const uint8_t *p, size_t n, uint32_t *ids) {
     size_t n_ids = 0;
     if (t->kind == TOKENIZER_BYTE_LEVEL) {
@@ -6272,7 +6272,7 @@ typedef struct {
     bool opens_by_role;         /* the answer opens unless the last turn is the assistant's    */
     const char *stops[4];       /* tokens that end an answer, as far as the tokenizer has them */
     const char *stop_text;      /* text that does, or NULL                                     */
-    const char *marks[4];       /* words that begin a turn and are no control tokens           */
+    const char *marks[4];       /* words that begin a turn, not control tokens               */
     const char *call_tokens[2]; /* around what the model writes to call tools; NULL: none      */
 } chat_template;
 
@@ -6845,7 +6845,7 @@ static int chat_turn(chat_writer *w, const medrun_message *m, bool first, bool a
 }
 
 /* Appends what the template writes after an answer's text: <|eot_id|> for llama3, an empty line for
- * alpaca. The stop token with which the model ended it is no part of the template: take it off the
+ * alpaca. The stop token with which the model ended it is not part of the template: take it off the
  * timeline first, unless chat_keeps. (Where llama3 stopped by <|eot_id|>, that comes to the same as
  * leaving it.) */
 static int chat_close(chat_writer *w) {
@@ -7899,7 +7899,7 @@ static uint64_t rank_next(uint64_t *list, size_t *left) {
 }
 
 /* Ranks the candidates that survive top-k, top-p and min-p. Returns how many there are, at least 1,
- * and the sum of their weights. Mostly a few of a large vocabulary are enough: hence a heap. top-k,
+ * and the sum of their weights. Mostly a few of a large vocabulary are enough: so a heap. top-k,
  * which keeps the ties of the k-th, ranks its own first, as top-p is a share of their weights. */
 static size_t select_candidates(uint64_t *list, size_t vocab, uint64_t best,
                                 const medrun_sampling *s, double *sum) {
@@ -8085,8 +8085,8 @@ static void layout_session(medrun_session *s, arena *a) {
 }
 
 /* Replaces zeros by what they stand for and checks ranges. A caller's sizes are wishes: what the
- * context or the batch cannot use is cut down and is no error, as logits do not depend on it. What
- * would change an answer, such as a sampling number, is refused where it is out of range. */
+ * context or the batch cannot use is cut down, as logits do not depend on it. What would change an
+ * answer, such as a sampling number, is refused where it is out of range. */
 static int resolve_options(const medrun_model *m, const medrun_session_options *from,
                            medrun_session_options *o, medrun_error *e) {
     *o = from ? *from : (medrun_session_options){0};
@@ -8267,7 +8267,7 @@ const float *medrun_logits(const medrun_session *s, size_t row) {
     return s->logits + (s->n_logits - 1 - row) * s->pass.vocab;
 }
 
-/* Passes with guesses show rows that are no part of the timeline, so who watches ends them. */
+/* Passes with guesses show rows that are not in the timeline, so an observer ends them. */
 void medrun_observe(medrun_session *s, medrun_observer *observer, void *user) {
     s->watcher.see = observer;
     s->watcher.see_user = user;
@@ -8476,7 +8476,7 @@ int medrun_sample(medrun_session *s, int32_t *id, medrun_error *error) {
  *
  * A draft takes time of its own, so it has a budget: the time of two passes, a 64th of that of
  * prompts, half as much of that of answers, and what its guesses have saved. It spends no more than
- * it has, so one that is no good costs less than 3 % of an answer of 100 tokens. */
+ * it has, so a bad one costs less than 3 % of an answer of 100 tokens. */
 
 /* Finds the place with the longest match; of equal ones it takes the latest. A place counts if its
  * last token is the timeline's. It compares the MAX_SEARCH latest of them only, so that a long text
@@ -8755,8 +8755,8 @@ typedef struct {
 } state_io;
 
 /* The SUM of what came before and of N bytes more, a multiple of 8. SHA-256 would take longer than
- * reading, and is no help against forgery where whoever writes the file writes the sum. Each step
- * maps sums one to one, so that no damage within a word goes unseen and no part can stand for
+ * reading. It would not help against forgery: who writes the file writes the sum. Each step maps
+ * sums one to one, so that no damage within a word goes unseen and no part can stand for
  * another. */
 static uint64_t add_to_sum(uint64_t sum, const uint8_t *p, size_t n) {
     for (uint64_t word; n; p += 8, n -= 8) {
@@ -8775,8 +8775,8 @@ static void walk_bytes(state_io *io, void *p, size_t n) {
     if (!io->failed) io->sum = add_to_sum(io->sum, p, n);
 }
 
-/* Saving, the sum goes into the file; otherwise it must be what the file says. It is no part of the
- * sums behind it. */
+/* Saving, the sum goes into the file; otherwise it must be what the file says. The sums behind it
+ * leave it out. */
 static void walk_sum(state_io *io) {
     uint64_t sum = io->sum, stored = sum;
     walk_bytes(io, &stored, sizeof stored);
@@ -9030,7 +9030,7 @@ typedef struct {
     const char *name, *about;
     const command_row *commands;
     int n_commands;
-    const option_row *options;                  /* a row without a name is no option            */
+    const option_row *options;                  /* a row without a name is not an option        */
     int n_options;
     int unnamed;                                /* the command that needs no name, or -1        */
 } program;
@@ -9174,7 +9174,7 @@ typedef struct command {
     int from[MAX_OPTIONS];
     const char *stops[MEDRUN_MAX_STOPS];
     size_t n_stops;
-    char **rest;                                /* (n_rest) what is no option                   */
+    char **rest;                                /* (n_rest) arguments that are not options      */
     int n_rest;
     medrun_model *m, *draft;
     medrun_session *s;
@@ -9620,7 +9620,7 @@ static int choose_device_option(command *c) {
     return MEDRUN_OK;
 }
 
-/* What is locked is never written to swap: neither slow, nor a prompt on a disk. */
+/* What is locked is never written to swap: it stays fast, and no prompt reaches a disk. */
 static int lock(command *c, const void *p, size_t n) {
     if (lock_bytes(p, n)) return MEDRUN_OK;
     return fail(&c->e, MEDRUN_FAILED, "--mlock: %zu MB cannot be locked: %s" LOCK_HINT, n >> 20,
@@ -10305,7 +10305,7 @@ static void expand_path(const char *path, size_t n, buffer *out) {
 }
 
 /* What the line holds before the cursor: in a command, its name or, behind a blank, a path. Tab
- * completes it as far as all that begin so agree; where that is no further, it lists them. In the
+ * completes it as far as all that begin so agree; where that is not further, it lists them. In the
  * pattern ? stands for what would have a meaning there, so it finds no path too few; those too many
  * are left out as other commands are. */
 static void complete(editor *ed) {
