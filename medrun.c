@@ -10849,7 +10849,7 @@ static bool verify_hashes(command *c) {
     if (job.show) fprintf(stderr, "\r%30s\r", "");
     for (const hashed *h = job.all; h <= job.all + n; h++) {
         bool last = h == job.all + n;
-        char wanted[65], name[64] = "SHA-256";
+        char wanted[65] = "", name[64] = "SHA-256";
         uint8_t digest[32];
         json_text(&f->header, h->v, "", "sha256", wanted, sizeof wanted, &c->e);
         if (!last) json_text(&f->header, h->v, "", "name", name, sizeof name, &c->e);
