@@ -4392,7 +4392,7 @@ static void pack_activations(const engine *eng, packed *to, int weight_type, con
 
 typedef struct {
     const engine *eng;
-    const product *products;
+    const product *products, *end;
     const packed *x;
     size_t cols_per_block;          /* of a few panels that fit the second cache                */
 } matmul_job;
@@ -4408,7 +4408,7 @@ static size_t tensor_panels(const tensor *w) { return (w->rows + LANES - 1) / LA
 static void matmul_task(void *context, size_t begin, size_t end, int thread) {
     matmul_job *j = context;
     const engine *eng = j->eng;
-    for (const product *p = j->products; begin < end; p++) {
+    for (const product *p = j->products; p < j->end && begin < end; p++) {
         size_t panels = tensor_panels(p->w), n = panels < end ? panels : end;
         matmul_fn *f = matmul_of(eng->k, p->w->type, j->x->kind);
         uint8_t *block = eng->blocks ? eng->blocks + (size_t)thread * eng->block_bytes : NULL;
@@ -4441,7 +4441,7 @@ static void matmul(const engine *eng, const product *products, size_t n, const p
     if (eng->device && eng->device->multiply(eng->device, products, n, x)) return;
     size_t tile = products->w->type == TYPE_BF16 ? eng->k->tile_panels : eng->k->int_panels;
     size_t each = eng->block_bytes ? BLOCK_BYTES : (tile * bytes + x->cols - 1) / x->cols;
-    matmul_job j = {eng, products, x, block_cols(eng, each)};
+    matmul_job j = {eng, products, products + n, x, block_cols(eng, each)};
     if (x->tokens <= TILE) j.cols_per_block = x->cols;  /* nothing is used a second time         */
     for (size_t i = 0; i < n; i++) panels += tensor_panels(products[i].w);
     size_t grain = panels / ((size_t)eng->pool->threads * 32);
@@ -5187,7 +5187,7 @@ static int take_section(model_file *f, uint32_t v, const char *what, const uint8
                         wanted);
     if (wanted > n || (uint64_t)length > n - wanted)
         return bad_file(e, f->path, "%s: ends at byte %lld but the file has %zu; it was cut short, "
-                        "copy it again", what, (long long)(offset + length), n);
+                        "copy it again", what, (long long)offset + length, n);
     while (f->at < wanted && !f->map.data[f->at]) f->at++;
     if (f->at < wanted)
         return bad_file(e, f->path, "%s: the padding before it is not zero", what);
@@ -5384,9 +5384,9 @@ static bool is_line_end(uint8_t c) { return c == '\r' || c == '\n'; }
  * SmolLM's is two, one after the other: each \p{N} is a piece, and between them GPT-2's
  *     's|'t|'re|'ve|'m|'ll|'d|" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"|\s+(?!\S)|\s+ */
 typedef struct {
+    const char *tail;           /* of these as many as come end a word of marks                */
     char name[24];              /* in tokenizer.bin; an unknown one is refused, never guessed  */
     int digits;                 /* at most so many in a word; 0: SentencePiece has no pattern  */
-    const char *tail;           /* of these as many as come end a word of marks                */
     bool cased;                 /* Tekken's words, and no contractions                         */
     bool gpt2;                  /* contractions as they are written here, only a space before
                                    letters, and no word for the ends of lines                  */

@@ -151,7 +151,7 @@ static void test_ranges(const kernel_set *k) {
             products[i] = (product){&m.w[i], at, m.stride[i]};
             panels += tensor_panels(&m.w[i]);
         }
-        matmul_job j = {&g, products, &a, 128};
+        matmul_job j = {&g, products, products + 3, &a, 128};
         for (size_t step = 1; step <= panels; step += 1 + step / 3) {
             for (size_t i = 0; i < n_out; i++) out[i] = NAN;
             for (size_t p = 0; p < panels; p += step)
