@@ -158,7 +158,7 @@ debug:
 	@mkdir -p build/debug
 	$(MAKE) BUILD=build/debug BIN=build/debug \
 	    CFLAGS="-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all" \
-	    PLAIN="all_text 15_allocation 15_embedding 16_answers 42_serve 43_explain" test
+	    PLAIN="all_text 15_allocation 15_embedding 16_answers 42_serve 43_explain 44_grammar" test
 threads:
 	@mkdir -p build/threads
 	TSAN_OPTIONS=die_after_fork=0 \
