@@ -148,11 +148,5 @@ if "$python" -c "import torch, transformers" 2> /dev/null; then
             ok || { bad "$f beside transformers"; tail -3 "$T/log"; }
     done
 else skip "numbers beside transformers: no torch for $python"; fi
-if "$python" -c "import playwright" 2> /dev/null && command -v chromium > /dev/null; then
-    "$python" tests/43_explain_page.py "$T/a.html" "$T/c.html" "$T/q.html" "$T/h.html" > "$T/log" 2>&1
-    rc=$?; grep -v passed "$T/log"
-    set -- $(grep -E '^[0-9]+ passed, [0-9]+ failed$' "$T/log" | tail -1)
-    passed=$((passed + ${1:-0})) failed=$((failed + ${3:-1}))
-    [ $rc = 0 ] || [ "${3:-0}" != 0 ] || failed=$((failed + 1))
-else skip "the page in a browser: no playwright for $python, or no chromium"; fi
+in_browser "the page in a browser" tests/43_explain_page.py "$T/a.html" "$T/c.html" "$T/q.html" "$T/h.html"
 finish

@@ -147,11 +147,5 @@ MAKEFLAGS='' CC=$cc sh "$class/teacher/grade.sh" "$T/handed" > "$T/said" 2>&1
 check "grades: $(cat "$T/said")" [ "$(tail -2 "$T/said" | tr '\n' ' ')" = '"Ada",,,,1,,,,,, "Bob",,,,0,,,,,, ' ]
 
 python=${PYTHON:-python3}
-if "$python" -c "import playwright" 2> /dev/null && command -v chromium > /dev/null; then
-    "$python" tests/44_course_pages.py "$class" > "$T/said" 2>&1
-    rc=$?; grep -v passed "$T/said"
-    set -- $(grep -E '^[0-9]+ passed, [0-9]+ failed$' "$T/said" | tail -1)
-    passed=$((passed + ${1:-0})) failed=$((failed + ${3:-1}))
-    [ $rc = 0 ] || [ "${3:-0}" != 0 ] || failed=$((failed + 1))
-else skip "the course's pages in a browser: no playwright for $python, or no chromium"; fi
+in_browser "the course's pages in a browser" tests/44_course_pages.py "$class"
 finish

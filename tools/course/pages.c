@@ -912,15 +912,26 @@ static void write_lesson(int n, lesson_text *y, const char *course, const char *
     end_page();
 }
 
+/* Begins the page NAME.html of a text that is no lesson, COURSE/NAME.md; gives the text. UP is the
+ * way from the page to the index. PATH, of 1024 bytes, is the source that errors name. */
+static char *begin_text(const char *course, const char *name, const char *folder,
+                        const char *title, const char *style, const char *up, char *path) {
+    char file[64];
+    snprintf(path, 1024, "%s/%s.md", course, name);
+    char *text = read_text(source = path);
+    line_number = 0;
+    snprintf(file, sizeof file, "%s.html", name);
+    open_out(folder, file);
+    begin_page(title, style, up);
+    put("</ul></nav></header>\n<main id=\"main\">\n<h1>%s</h1>\n", title);
+    return text;
+}
+
 static void write_index(const lesson_text *all, const char *course, const char *folder,
                         const char *style) {
     char path[1024];
-    snprintf(path, sizeof path, "%s/index.md", course);
-    char *text = read_text(source = path);
-    line_number = 0;
-    open_out(folder, "index.html");
-    begin_page("How a medical language model works", style, "");
-    put("</ul></nav></header>\n<main id=\"main\">\n<h1>How a medical language model works</h1>\n");
+    char *text = begin_text(course, "index", folder, "How a medical language model works", style,
+                            "", path);
     text = put_body(text, "== lessons", true);
     put("<h2>The lessons</h2>\n<ol>\n");
     for (int i = 0; i < LESSONS; i++) {
@@ -936,13 +947,8 @@ static void write_index(const lesson_text *all, const char *course, const char *
 static void write_teacher(const lesson_text *all, const char *course, const char *work,
                           const char *folder, const char *style) {
     char path[1024];
-    snprintf(path, sizeof path, "%s/teacher/teacher.md", course);
-    char *text = read_text(source = path);
-    line_number = 0;
-    open_out(folder, "teacher/teacher.html");
-    begin_page("For the teacher", style, "../");
-    put("</ul></nav></header>\n<main id=\"main\">\n<h1>For the teacher</h1>\n");
-    put_body(text, NULL, true);
+    put_body(begin_text(course, "teacher/teacher", folder, "For the teacher", style, "../", path),
+             NULL, true);
     for (int i = 0; i < LESSONS; i++) {
         snprintf(path, sizeof path, "%s/%02d.json", work, i + 1);
         facts_text = read_text(path);
