@@ -315,7 +315,7 @@ typedef void medrun_observer(void *user, const char *stage, int layer, size_t ro
 void medrun_observe(medrun_session *session, medrun_observer *observer, void *user);
 
 /* An editor is called likewise before the observer, but not for k and v, which are in the cache by
- * then, nor for logits. The pass goes on with what it writes into DATA. */
+ * then. The pass goes on with what it writes into DATA; logits are what medrun_logits gives. */
 typedef void medrun_editor(void *user, const char *stage, int layer, size_t rows, size_t cols,
                            size_t stride, float *data);
 void medrun_edit(medrun_session *session, medrun_editor *editor, void *user);
@@ -7513,14 +7513,15 @@ static void layout_pass(pass *p, const medrun_model *m, thread_pool *pool, int r
     p->eng.blocks = arena_take(a, threads, p->eng.block_bytes);
 }
 
-/* Shows a stage, (n, cols), to whoever watches a segment: each sees its own rows. */
+/* Shows a stage, (n, cols), to whoever watches a segment: each sees its own rows. NULL: logits. */
 static void observe(const pass *p, const char *stage, float *data, size_t cols) {
     for (const segment *s = p->segments; s < p->segments + p->n_segments; s++) {
         const watcher *w = &s->watcher;
-        float *rows = data + s->first * cols;
+        float *rows = data ? data + s->first * cols : s->logits;
+        size_t stride = data ? cols : p->vocab;
         if (w->edit && s->n && data != p->k && data != p->v)
-            w->edit(w->edit_user, stage, p->layer, s->n, cols, cols, rows);
-        if (w->see && s->n) w->see(w->see_user, stage, p->layer, s->n, cols, cols, rows);
+            w->edit(w->edit_user, stage, p->layer, s->n, cols, stride, rows);
+        if (w->see && s->n) w->see(w->see_user, stage, p->layer, s->n, cols, stride, rows);
     }
 }
 
@@ -7819,10 +7820,7 @@ static void output(pass *p) {
             memcpy(p->owner[r]->logits + (r - p->owner[r]->first) * p->vocab,
                    p->logits + (r - first) * p->vocab, p->vocab * sizeof *p->logits);
     }
-    for (const segment *s = p->segments; s < p->segments + p->n_segments; s++)
-        if (s->watcher.see && s->n)
-            s->watcher.see(s->watcher.see_user, "logits", -1, s->n, (size_t)p->config->vocab_size,
-                           p->vocab, s->logits);
+    observe(p, "logits", NULL, (size_t)p->config->vocab_size);
 }
 /* ============================================================================================
  * 14 Sampler: from logits to the next id

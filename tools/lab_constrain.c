@@ -12,11 +12,11 @@ static struct {
 /* Takes from the logits of each pass what the grammar does not allow. Where its text may end, so
  * may the answer. */
 static void allow_only(void *user, const char *stage, int layer, size_t rows, size_t cols,
-                       size_t stride, const float *data) {
+                       size_t stride, float *data) {
     const command *c = user;
     (void)layer;
     if (strcmp(stage, "logits")) return;
-    float *logits = (float *)(uintptr_t)data + (rows - 1) * stride;     /* the session's own     */
+    float *logits = data + (rows - 1) * stride;
     const uint8_t *mask = grammar_mask(constrained.g, &constrained.order, c->t, constrained.at,
                                        constrained.first);
     bool some = false, ends = grammar_ends(constrained.g, constrained.at);
@@ -85,9 +85,9 @@ static int constrain_command(command *c) {
         constrained.first = c->s->starting;
         constrained.at = grammar_start(constrained.g);
         c->piece = print_fitting_piece;
-        medrun_observe(c->s, allow_only, c);        /* then nothing is guessed ahead, too        */
+        medrun_edit(c->s, allow_only, c);           /* then nothing is guessed ahead, too        */
         answer_ids(c);
-        medrun_observe(c->s, NULL, NULL);
+        medrun_edit(c->s, NULL, NULL);
     }
     grammar_free(constrained.g);
     free(constrained.order.ids), free(constrained.order.shared);
