@@ -1795,13 +1795,13 @@ static int wrong_renderings(const json *j, uint32_t template, uint32_t expected,
     size_t n = 0;
     bool good = jinja_tokens(&r, &lines, (const char *)text.data, text.n);
     jinja_token *tokens = good ? jinja_list_tokens(&r, &n) : NULL;
-    uint32_t conversation = json_get(j, 0, "conversations") + 1;
+    uint32_t chat = json_get(j, 0, "conversations") + 1;
     for EACH(j, expected, e) {
         medrun_message *m = NULL;
         size_t count = 0;
         buffer words = {0};
         medrun_error error = {0};
-        CHECK(!chat_messages(chat_find("none"), j, conversation, "jinja", &m, &count, &words, &error));
+        CHECK(!chat_messages(chat_find("none"), j, chat, "jinja", &m, &count, &words, &error));
         out.n = wanted.n = 0;
         int state = tokens ? jinja_render(tokens, n, m, count, count != 2, "<s>", "</s>", &out) :
                              JINJA_LOST;
@@ -1809,7 +1809,7 @@ static int wrong_renderings(const json *j, uint32_t template, uint32_t expected,
         if (!refuses) json_unescape(j, e, &wanted);
         bool same = refuses ? state == JINJA_REFUSES : !state && same_text_in(&wanted, &out);
         wrong += !same && !(may_lose && state == JINJA_LOST);
-        conversation = j->nodes[conversation].next;
+        chat = j->nodes[chat].next;
         buffer_free(&words);
         free(m);
     }
@@ -1989,7 +1989,7 @@ static void write_words(const char *path, size_t n) {
 
 /* The error of what down_proj of layer 1 gives on the text, e^T H e of each row e summed up; MOMENTS
  * NULL: that of its weights. */
-static double output_error(const medrun_model *m, const double *moments) {
+static double output_error(const medrun_model *m, const double *squares) {
     source s = {.folder = in_work("src")};
     medrun_error e = {0};
     const tensor *t = &m->layers[1].down;
@@ -2006,7 +2006,7 @@ static double output_error(const medrun_model *m, const double *moments) {
         for (size_t k = 0; k < t->cols; k++)
             for (size_t i = 0; i < t->cols; i++)
                 error += (double)row[k] * (double)row[i] *
-                         (moments ? moments[k * t->cols + i] : i == k);
+                         (squares ? squares[k * t->cols + i] : i == k);
     }
     free(row), free(raw);
     close_source(&s);
@@ -2015,18 +2015,18 @@ static double output_error(const medrun_model *m, const double *moments) {
 
 static void add_moments(void *user, const char *stage, int layer, size_t rows, size_t cols,
                         size_t stride, const float *data) {
-    double *moments = user;
+    double *squares = user;
     for (size_t r = 0; r < rows && layer == 1 && !strcmp(stage, "ffn_act"); r++)
         for (size_t k = 0; k < cols; k++)
             for (size_t i = 0; i < cols; i++)
-                moments[k * cols + i] += (double)data[r * stride + k] * (double)data[r * stride + i];
+                squares[k * cols + i] += (double)data[r * stride + k] * (double)data[r * stride + i];
 }
 
 /* The products of two columns that down_proj of layer 1 is multiplied by on the text, as this model
  * computes them. */
 static double *moments_of(const medrun_model *m) {
     size_t cols = (size_t)m->config.ffn_size;
-    double *moments = new_array(cols * cols, sizeof *moments);
+    double *squares = new_array(cols * cols, sizeof *squares);
     medrun_session *s = NULL;
     int32_t ids[512];
     size_t n = 0;
@@ -2034,12 +2034,12 @@ static double *moments_of(const medrun_model *m) {
     read_file(in_work("text.txt"), &b);
     CHECK(!medrun_tokenize(m, (const char *)b.data, 400, 0, ids, 512, &n, NULL) && n > 200);
     if (CHECK(!medrun_start(&s, m, NULL, NULL, 0, NULL) && !medrun_feed(s, ids, n, NULL))) {
-        medrun_observe(s, add_moments, moments);
+        medrun_observe(s, add_moments, squares);
         while (medrun_pending(s)) medrun_step(&s, 1, NULL);
     }
     medrun_stop(s);
     buffer_free(&b);
-    return moments;
+    return squares;
 }
 
 /* Provenance and proofs of a checkpoint that was calibrated or not. */
@@ -2077,15 +2077,15 @@ static void check_calibrated(const medrun_model *m, bool calibrated) {
 /* What a matrix gives on the text is nearer to the source's than without it, its weights are not. */
 static void test_calibration(void) {
     medrun_error e = {0};
-    double error[2][2], *moments = NULL;
+    double error[2][2], *squares = NULL;
     copy_fixture("llama-plain");
     write_words(in_work("text.txt"), 6000);
     for (int with = 0; with < 2; with++) {
         medrun_model *m = NULL;
         CHECK_EQ(with ? CALIBRATE("--threads", "2") : EXPORT("--type", "int4"), 0);
         if (!CHECK(!medrun_open(&m, in_work("out/x.mdr"), NULL, &e))) return;
-        if (!with) moments = moments_of(m);
-        error[with][0] = output_error(m, moments), error[with][1] = output_error(m, NULL);
+        if (!with) squares = moments_of(m);
+        error[with][0] = output_error(m, squares), error[with][1] = output_error(m, NULL);
         CHECK(logits_error(m, "llama-plain") < 0.3);
         check_calibrated(m, with);
         medrun_close(m);
@@ -2093,7 +2093,7 @@ static void test_calibration(void) {
     printf("calibrated: %.3f of the outputs' error, %.3f of the weights'\n",
            error[1][0] / error[0][0], error[1][1] / error[0][1]);
     CHECK(error[1][0] < error[0][0] * 0.7 && error[1][1] > error[0][1]);
-    free(moments);
+    free(squares);
     clear_folder("out");
 }
 
