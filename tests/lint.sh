@@ -43,13 +43,13 @@ budgets="
 10:950:948
 11:520:669
 12:450:510
-13:420:454
+13:420:452
 14:100:118
 15:720:1026
 16:1410:2392"
 budgets=$(echo $budgets)                  # on one line
-most_lines=11362                            # the goals: 9000, 450000, 15
-most_bytes=576967
+most_lines=11360                            # the goals: 9000, 450000, 15
+most_bytes=576873
 least_comments=14.1
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
