@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """serve.py BIN PART...: asks a medrun-serve that it starts itself, with Python's standard library
-alone. Parts: api limits grammar tools refusals hostile promise. The last line is as in the other
-tests."""
+alone. Parts: api limits grammar tools refusals hostile promise types. The last line is as in the
+other tests."""
 import atexit, base64, hashlib, http.client, json, os, random, re, shutil, signal, socket
 import subprocess, sys, tempfile, threading, time
 
@@ -921,7 +921,7 @@ WORDS = ['diabetes', 'the heart', 'asthma', 'a fever', 'the liver', 'anaemia', '
 OPENINGS = ['What are the symptoms of ', 'What is ', 'How is ', 'Tell me about ']
 
 
-def random_request(rng):
+def random_request(rng, vocab, context):
     text = rng.choice(OPENINGS) + rng.choice(WORDS) + '?'
     q = {'temperature': rng.choice((0, 0, 0.7, 1.3)), 'seed': rng.randrange(1 << 30),
          'max_tokens': rng.choice((1, 5, 20, 40)), 'top_k': rng.choice((0, 5, 50)),
@@ -934,18 +934,19 @@ def random_request(rng):
     if rng.random() < 0.15:
         q['guided_json'] = rng.choice(SCHEMAS)
     if rng.random() < 0.2:
-        q['logit_bias'] = {str(rng.randrange(4000)): rng.choice((-100, 3))}
+        q['logit_bias'] = {str(rng.randrange(vocab)): rng.choice((-100, 3))}
     if rng.random() < 0.5:
         turns = []
         for _ in range(rng.randrange(3)):
             turns += [{'role': 'user', 'content': rng.choice(OPENINGS) + rng.choice(WORDS) + '?'},
-                      {'role': 'assistant', 'content': 'It is a disease. ' * rng.randrange(20)}]
+                      {'role': 'assistant', 'content': 'It is a disease. ' *
+                       rng.randrange(context // 100)}]
         if rng.random() < 0.4:
             q.update(logprobs=True, top_logprobs=rng.choice((0, 2, 20)))
         return CHAT, {**q, 'messages': turns + [{'role': 'user', 'content': text}]}
     if rng.random() < 0.5:
         q.update(logprobs=rng.choice((0, 1, 5, 6)), echo=rng.random() < 0.6)
-    prompt = text * rng.choice((1, 1, 3, 40))
+    prompt = text * rng.choice((1, 1, 3, min(40, (context - 130) // len(text))))
     return '/v1/completions', {**q, 'prompt': rng.choice((prompt, [prompt, text]))}
 
 
@@ -967,15 +968,20 @@ def cancel_midway(s, rng, path, body):
     c.close()
 
 
-def part_promise():
-    n = int(os.environ.get('MEDRUN_TEST_PROMISES', 1000 if ALL else 200))
-    model = os.environ.get('MEDRUN_TEST_MODEL', MODEL)
+def promise(n, model, *args):
+    """N random requests alone, and again in random company: what differs."""
     rng = random.Random(11)
-    asked = [random_request(rng) for _ in range(n)]
-    s = Server('--parallel', '4', '-q', model=model)
+    s = Server('--parallel', '4', '-q', *args, model=model)
+    about = s.ask('GET', '/v1/models')[1]['data'][0]
+    asked = [random_request(rng, about['meta']['n_vocab'], about['max_model_len'])
+             for _ in range(n)]
     alone = [fetch(s, p, {**b, 'cache_salt': str(i)}) for i, (p, b) in enumerate(asked)]
     s.end()
-    s = Server('--parallel', '6', '--cache-mem', '4', '-q', '--queue', '1000', model=model)
+    refused = sum(a[0] != 200 for a in alone)
+    check(f'{model}: nearly all are answered', refused <= n // 20,
+          [(q, a) for q, a in zip(asked, alone) if a[0] != 200][:2])
+    s = Server('--parallel', '6', '--cache-mem', '4' if model == MODEL else '1', '-q', '--queue',
+               '1000', *args, model=model)
     work, differ = list(enumerate(asked)), []
     rng.shuffle(work)
 
@@ -1006,9 +1012,32 @@ def part_promise():
     m = s.ask('GET', '/metrics')[1].decode()
     cached = re.search(r'cached_total (\d+)', m).group(1)
     went = re.search(r'medrun:cancelled_total (\d+)', m).group(1)
-    print(f'{n} requests, {len(differ)} differ from themselves alone; {cached} tokens from the '
-          f'cache, {went} cancelled, {time.time() - start:.1f} s')
+    print(f'{os.path.basename(model)}: {n} requests, {len(differ)} differ from themselves alone; '
+          f'{refused} refused, {cached} tokens from the cache, {went} cancelled, '
+          f'{time.time() - start:.1f} s')
     check('it ends', s.end() == 0)
+
+
+def part_promise():
+    n = int(os.environ.get('MEDRUN_TEST_PROMISES', 1000 if ALL else 200))
+    promise(n, os.environ.get('MEDRUN_TEST_MODEL', MODEL))
+
+
+# Random weights, whose likeliest tokens lie close together; a vocabulary of SentencePiece, too.
+OTHERS = ['llama-grouped-bf16', 'llama-grouped-int4', 'mistral-spm-bf16', 'mistral-window-int8',
+          'apertus-plain-int4']
+
+
+def part_types():
+    n = int(os.environ.get('MEDRUN_TEST_PROMISES', 1000 if ALL else 100))
+    for name in OTHERS:
+        model = os.path.join(os.environ.get('MEDRUN_TEST_BUILD', 'build'), name + '.mdr')
+        if not os.path.exists(model):
+            skip('no ' + model)
+            continue
+        promise(n, model, '--template', 'alpaca', '-t', '1')
+        if name == OTHERS[0]:
+            promise(n, model, '--template', 'alpaca', '-t', '1', '--strict', '--kv', 'int8')
 
 
 BIN = os.path.join(sys.argv[1], '') + 'medrun-serve'
@@ -1016,7 +1045,7 @@ if os.path.isfile(sys.argv[1]):
     BIN = sys.argv[1]
 if __name__ == '__main__':
     for part in sys.argv[2:] or ('api', 'limits', 'grammar', 'tools', 'refusals', 'hostile',
-                                 'promise'):
+                                 'promise', 'types'):
         started = time.time()
         globals()['part_' + part]()
         print(f'{part}: {time.time() - started:.1f} s')
