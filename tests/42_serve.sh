@@ -33,4 +33,11 @@ if command -v python3 > "$T/which"; then
 else
     skip "no python3: medrun-serve's answers"
 fi
+if [ -n "$LLAMA_SERVER_TESTS" ]; then
+    "${PYTHON:-python3}" tests/serve_llama_tests.py "$serve" > "$T/out" 2>&1
+    # shellcheck disable=SC2046
+    set -- $(grep -E '^[0-9]+ passed, [0-9]+ failed, [0-9]+ skipped$' "$T/out" | tail -n 1)
+    passed=$((passed + ${1:-0})) failed=$((failed + ${3:-1})) skipped=$((skipped + ${5:-0}))
+    grep -E 'FAILED|skipped:|not in the list|of its server' "$T/out"
+fi
 finish

@@ -140,8 +140,9 @@ def part_api():
     status, m, _ = s.ask('GET', '/v1/models')
     check('models', status == 200 and m['data'][0]['max_model_len'] == 2048, m)
     name = m['data'][0]['id']
-    check('one model', s.ask('GET', '/v1/models/' + name.replace(' ', '%20'))[0] in (200, 404))
-    check('no such model', s.ask('GET', '/v1/models/other')[0] == 404)
+    check('one model', s.ask('GET', '/v1/models/' + name.replace(' ', '%20'))[1]['id'] == name)
+    for other in ('other', name[:3], name.replace(' ', '%2'), name.replace(' ', '%00'), '%'):
+        check('no such model', s.ask('GET', '/v1/models/' + other)[0] == 404, other)
     status, a, _ = s.post(CHAT, messages=ASK)
     text = a['choices'][0]['message']['content']
     check('chat', 'thirst' in text and a['choices'][0]['finish_reason'] == 'stop', a)
@@ -167,6 +168,8 @@ def part_api():
                                  else {'logprobs': top})
                     streamed_as_whole(s, CHAT if kind == 'chat' else '/v1/completions', q)
     api_fields(s)
+    api_llama(s)
+    api_progress(s)
     api_tokens(s)
     api_echo(s)
     api_refusals(s)
@@ -249,6 +252,64 @@ def api_fields(s):
     check('always UTF-8', isinstance(half['choices'][0]['text'], str))
 
 
+def api_llama(s):
+    """llama.cpp's shape, streamed as whole; what it counts, and how fast it says it was."""
+    before = s.metric('llamacpp:tokens_predicted_total')
+    q = dict(prompt='The symptoms of diabetes', n_predict=12, n_probs=3, seed=5, temperature=0.9)
+    whole = s.post('/completion', **q)[1]
+    events = s.chunks('/completion', **q)[1]
+    check('only the last stops', [e['stop'] for e in events[-2:]] == [False, True], events)
+    check('streamed text', ''.join(e['content'] for e in events) == whole['content'], events)
+    for field in ('tokens', 'completion_probabilities'):
+        check('streamed ' + field, [x for e in events for x in e[field]] == whole[field],
+              (events, whole))
+    check('generation_settings', whole['generation_settings']['n_predict'] == 12, whole)
+    check('the end', whole['stop_type'] == 'limit' and whole['stopping_word'] == '' and
+          not whole['has_new_line'], whole)
+    check('all tokens are counted', s.metric('llamacpp:tokens_predicted_total') - before == 24)
+    word = whole['content'][9:14]
+    stopped = s.post('/completion', **q, stop=['not there', word, 'nor this'])[1]
+    check('stopping_word', stopped['stop_type'] == 'word' and stopped['stopping_word'] == word and
+          stopped['content'] == whole['content'][:whole['content'].index(word)], stopped)
+    line = s.post('/completion', prompt='x', grammar='root ::= "a\\nb"')[1]
+    check('has_new_line', line['has_new_line'] and line['content'] == 'a\nb', line)
+    one = s.post('/completion', prompt='The heart', n_predict=1)[1]['timings']
+    check('the first token comes with the prompt', one['predicted_n'] == 1 and
+          one['predicted_per_second'] == 0 == one['predicted_per_token_ms'], one)
+    t = whole['timings']
+    check('the others are timed', abs(t['predicted_per_token_ms'] * 11 - t['predicted_ms']) < .1, t)
+
+
+def api_progress(s):
+    long = 'The heart pumps blood. ' * 60
+    for path, body in ((CHAT, {'messages': [{'role': 'user', 'content': long}]}),
+                       ('/v1/completions', {'prompt': [long, 'x ' + long]}),
+                       ('/completion', {'prompt': long})):
+        for salt in ('progress ' + path, 'progress ' + path):       # the second from the cache
+            q = dict(body, max_tokens=3, seed=1, timings_per_token=True, cache_salt=salt)
+            status, events = s.chunks(path, return_progress=True, **q)
+            told = [e for e in events if 'prompt_progress' in e]
+            check('progress', status == 200 and len(told) > 1, events)
+            check('without any answer', all(not e.get('choices') and not e.get('content')
+                                            for e in told), told)
+            check('and how fast', all(e['timings']['prompt_ms'] >= 0 and
+                                      e['timings']['predicted_n'] == 0 for e in told[:2]), told)
+            first, last = told[0]['prompt_progress'], told[-1]['prompt_progress']
+            check('from the start', first['processed'] == first['cache'] < first['total'], first)
+            check('to the end', last['processed'] == last['total'], last)
+            rest = plain([e for e in events if e not in told])
+            other = plain(s.chunks(path, **q)[1])
+            for e in rest + other:
+                e.pop('tokens_cached', 0) if isinstance(e, dict) else None
+            check('it changes nothing', rest == other, (rest, other))
+        check('the cache counts', first['cache'] > 0, told)
+    q = dict(messages=ASK, max_tokens=4, timings_per_token=True,
+             stream_options={'include_usage': True})
+    events = s.chunks(CHAT, **q)[1]
+    check('timings of all but the first', 'timings' not in events[0] and
+          all('timings' in e for e in events[1:-1]), events)
+
+
 def api_tokens(s):
     ids = s.post('/tokenize', prompt='test <|eot_id|>', add_special_tokens=False)[1]
     check('tokenize', ids['count'] == len(ids['tokens']) and 4089 not in ids['tokens'], ids)
@@ -263,7 +324,8 @@ def api_tokens(s):
     t = s.post('/apply-template', messages=ASK)[1]
     check('template', t['prompt'].endswith('<|end_header_id|>\n\n') and t['tokens'][0] == 4080 or
           t['tokens'], t)
-    n = s.post(CHAT + '/input_tokens', messages=ASK)[1]['input_tokens']
+    n = s.post(CHAT[3:] + '/input_tokens', messages=ASK)[1]['input_tokens']
+    check('both paths', s.post(CHAT + '/input_tokens', messages=ASK)[1]['input_tokens'] == n)
     check('input tokens', n == len(t['tokens']) ==
           s.post(CHAT, messages=ASK, max_tokens=1)[1]['usage']['prompt_tokens'])
     p = s.ask('GET', '/props')[1]
@@ -340,6 +402,8 @@ REFUSED = [     # body of a chat, param
     ({'messages': ASK, 'tools': [{'type': 'function', 'function': {'name': 'f'}}]}, 'tools'),
     ({'messages': ASK, 'presence_penalty': 3}, 'presence_penalty'),
     ({'messages': ASK, 'echo': True}, 'echo'),
+    ({'messages': ASK + [{'role': 'assistant', 'content': 'x'}], 'continue_final_message': True,
+      'add_generation_prompt': True}, 'continue_final_message'),
     ({'messages': ASK, 'cache_salt': 5}, 'cache_salt'),
     ({'messages': [{'role': 'user', 'content': 'word ' * 3000}]}, 'prompt'),
 ]

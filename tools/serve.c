@@ -140,9 +140,9 @@ struct seq {
     bool first, opened, holds;  /* HOLDS: the text may be a call, and waits for its end         */
     size_t base, sent, thoughts_sent;           /* BASE: where an echoed prompt ends            */
     buffer rows, ranks;         /* token_row; for each MAX_TOP of `ranked`                      */
-    size_t rows_sent;
+    size_t rows_sent, ids_sent;
     const char *finish;         /* NULL while it goes on                                        */
-    const char *stop_word;
+    span stop_word;             /* of the job's, that ended it                                  */
     buffer calls;               /* tool calls, as JSON without brackets                         */
     int n_calls;
     grammar *g;                 /* what it may write now, or NULL                               */
@@ -197,8 +197,8 @@ typedef struct {
 } token_row;
 
 typedef struct {
-    uint64_t prompt_tokens, cached_tokens, new_tokens, passes, busy, most_tokens, cancelled;
-    uint64_t rejected_queue, rejected_key, requests;
+    uint64_t prompt_tokens, cached_tokens, new_tokens, fed_tokens, passes, busy, most_tokens;
+    uint64_t cancelled, rejected_queue, rejected_key, requests;
     double prompt_seconds, new_seconds, last_pass;
     uint64_t first[12], gap[12], queued[12], whole[12], mask[12];  /* histograms, last: all    */
     double first_sum, gap_sum, queued_sum, whole_sum, mask_sum;
@@ -659,7 +659,7 @@ static bool cut_at_stop(seq *q, size_t from) {
         const uint8_t *found = memmem(q->text.data + at, q->text.n - at, g->stops.data + start, n);
         if (found && (size_t)(found - q->text.data) < cut) {
             cut = (size_t)(found - q->text.data);
-            q->stop_word = "stop";
+            q->stop_word = (span){(char *)g->stops.data + start, n};
         }
     }
     if (cut == SIZE_MAX) return false;
@@ -886,6 +886,7 @@ static void use_logits(server *sv, seq *q, size_t n_fed) {
     const job *g = q->job;
     if (q->state == READS) {
         size_t from = q->fed - n_fed;
+        say_progress(sv, q);
         for (size_t at = from; g->p.echo && at < q->fed; at++)
             if (at + 1 < q->n_ids)
                 echo_row(sv, q, at + 1, g->p.top < 0 ? NULL : logits_of(q, q->fed - 1 - at));
@@ -937,6 +938,7 @@ static bool share_start(server *sv, seq *q) {
     q->started = true;
     q->fed = q->cached = most;
     if (q->index % (int)q->job->p.n == 0) q->job->n_cached += most;
+    say_progress(sv, q);
     for (size_t at = 0; q->job->p.echo && at <= most; at++) echo_row(sv, q, at, NULL);
     return false;
 }
@@ -1025,16 +1027,20 @@ static bool run_pass(server *sv) {
     int code = medrun_step(sessions, n + 1, &e);
     double time = seconds() - start;
     learn_pass(sv, rows, n == writers, time);
+    size_t made = 0;
+    for (size_t i = 0; i < n; i++) {
+        size_t before = all[i]->n_new;
+        if (code) all[i]->job->broken = true, finish_seq(sv, all[i], "error");
+        else use_logits(sv, all[i], fed[i]);
+        made += all[i]->n_new - before;
+    }
     pthread_mutex_lock(&sv->lock);
     metrics *m = &sv->metrics;
-    m->passes++, m->busy += n, m->new_tokens += written, m->prompt_tokens += rows - written;
+    m->passes++, m->busy += n, m->new_tokens += made;
+    m->fed_tokens += written, m->prompt_tokens += rows - written;
     m->last_pass = start + time;
     *(writers ? &m->new_seconds : &m->prompt_seconds) += time;
     pthread_mutex_unlock(&sv->lock);
-    for (size_t i = 0; i < n; i++) {
-        if (code) all[i]->job->broken = true, finish_seq(sv, all[i], "error");
-        else use_logits(sv, all[i], fed[i]);
-    }
     return true;
 }
 

@@ -573,6 +573,9 @@ static int render_request(const server *sv, const json *j, params *p, bool as_te
         wrong(x, "messages", "messages: two of the assistant's at the end");
     if (p->continues && !continues)
         wrong(x, "continue_final_message", "messages: the last one is not the assistant's");
+    if (p->continues && json_is_type(j, add, JSON_TRUE))
+        wrong(x, "continue_final_message", "continue_final_message stands beside "
+              "add_generation_prompt");
     if (continues && n == 1) wrong(x, "messages", "messages: only the assistant's");
     bool none = json_is(j, field_of(j, 0, "tool_choice"), "none");
     if (tools != JSON_NONE && json_is_type(j, tools, JSON_ARRAY) && j->nodes[tools].count > 128)
@@ -750,14 +753,17 @@ static double rate(double n, double time) { return time > 0 ? n / time : 0; }
 
 static void write_timings(buffer *b, const job *g) {
     double end = g->ended > 0 ? g->ended : seconds();
-    double read = g->read - g->started, wrote = end - g->read;
+    double begun = g->read > 0 ? g->read : seconds();
+    double read = g->started > 0 ? begun - g->started : 0, wrote = end > begun ? end - begun : 0;
     size_t n = g->n_read - g->n_cached;
+    /* the first token of an answer comes with its prompt */
+    size_t later = g->n_written > g->n_seqs ? g->n_written - g->n_seqs : 0;
     buffer_printf(b, "\"timings\":{\"cache_n\":%zu,\"prompt_n\":%zu,\"prompt_ms\":%.3f,"
                   "\"prompt_per_token_ms\":%.3f,\"prompt_per_second\":%.3f,\"predicted_n\":%zu,"
                   "\"predicted_ms\":%.3f,\"predicted_per_token_ms\":%.3f,"
                   "\"predicted_per_second\":%.3f}", g->n_cached, n, 1e3 * read,
                   1e3 * rate(read, (double)n), rate((double)n, read), g->n_written, 1e3 * wrote,
-                  1e3 * rate(wrote, (double)g->n_written), rate((double)g->n_written, wrote));
+                  1e3 * rate(wrote, (double)later), rate((double)later, wrote));
 }
 
 static void write_usage(buffer *b, const job *g) {
@@ -795,7 +801,7 @@ static void close_chunk(buffer *b, const seq *q, bool last) {
     const job *g = q->job;
     if (last) buffer_printf(b, "\"finish_reason\":\"%s\"}]", q->finish);
     else buffer_text(b, "\"finish_reason\":null}]");
-    if (last || g->p.timings) {
+    if (last || (g->p.timings && q->opened)) {
         buffer_text(b, ",");
         write_timings(b, g);
     }
@@ -853,33 +859,67 @@ static void call_chunks(buffer *b, const seq *q) {
     buffer_free(&whole);
 }
 
+/* What an answer in llama.cpp's shape says of its tokens from the one at FROM on. */
+static void write_llama_tokens(const server *sv, buffer *b, const seq *q, size_t from) {
+    size_t n = q->made.n / 4;
+    buffer_text(b, ",\"tokens\":[");
+    for (size_t i = from; i < n; i++)
+        buffer_printf(b, "%s%d", i > from ? "," : "", (int32_t)u32_at(q->made.data, i));
+    buffer_text(b, "]");
+    if (q->job->p.top < 0) return;
+    buffer_text(b, ",\"completion_probabilities\":");
+    write_chat_rows(sv, b, q, from, n);
+}
+
 /* llama.cpp's shape of an answer or, streamed, of its last chunk. */
 static void write_llama(const server *sv, buffer *b, const seq *q, bool whole) {
     const job *g = q->job;
     buffer_printf(b, "{\"index\":%d,\"content\":", q->index);
     quote(b, whole ? q->text.data : NULL, whole ? q->text.n : 0);
-    buffer_text(b, ",\"tokens\":[");
-    for (size_t i = 0; whole && i < q->made.n / 4; i++)
-        buffer_printf(b, "%s%d", i ? "," : "", (int32_t)u32_at(q->made.data, i));
+    write_llama_tokens(sv, b, q, whole ? 0 : q->made.n / 4);
     bool length = !strcmp(q->finish, "length");
-    buffer_text(b, "],\"stop\":true,\"model\":");
+    buffer_text(b, ",\"stop\":true,\"model\":");
     quote_text(b, sv->name);
-    buffer_printf(b, ",\"stop_type\":\"%s\",\"stopping_word\":",
-                  length ? "limit" : q->stop_word ? "word" : "eos");
-    quote_text(b, q->stop_word ? q->stop_word : "");
+    buffer_printf(b, ",\"has_new_line\":%s,\"stop_type\":\"%s\",\"stopping_word\":",
+                  q->text.n && memchr(q->text.data, '\n', q->text.n) ? "true" : "false",
+                  length ? "limit" : q->stop_word.n ? "word" : "eos");
+    quote(b, q->stop_word.text, q->stop_word.n);
     buffer_printf(b, ",\"truncated\":false,\"tokens_cached\":%zu,\"tokens_evaluated\":%zu,"
                   "\"tokens_predicted\":%zu,\"generation_settings\":{\"n_ctx\":%zu,"
-                  "\"temperature\":%.9g,\"top_k\":%.0f,\"top_p\":%.9g,\"min_p\":%.9g,"
-                  "\"repeat_penalty\":%.9g,\"seed\":%.0f},", g->n_cached, g->n_read, g->n_written,
-                  sv->n_ctx, g->p.temperature, g->p.top_k, g->p.top_p, g->p.min_p, g->p.repeat,
-                  g->p.seed);
-    if (whole && g->p.top >= 0) {
-        buffer_text(b, "\"completion_probabilities\":");
-        write_chat_rows(sv, b, q, 0, n_rows_of(q));
-        buffer_text(b, ",");
-    }
+                  "\"n_predict\":%.0f,\"temperature\":%.9g,\"top_k\":%.0f,\"top_p\":%.9g,"
+                  "\"min_p\":%.9g,\"repeat_penalty\":%.9g,\"seed\":%.0f},", g->n_cached, g->n_read,
+                  g->n_written, sv->n_ctx, g->p.max_new, g->p.temperature, g->p.top_k, g->p.top_p,
+                  g->p.min_p, g->p.repeat, g->p.seed);
     write_timings(b, g);
     buffer_text(b, "}");
+}
+
+/* How much of Q's prompt is read, for who streams and asks. It stands outside the order of the
+ * chunks, as it depends on the others. */
+static void say_progress(server *sv, const seq *q) {
+    job *g = q->job;
+    buffer b = {0};
+    if (!g->p.stream || !g->p.progress || q->index % (int)g->p.n) return;
+    buffer_text(&b, "data: ");
+    if (g->api == API_LLAMA)
+        buffer_text(&b, "{\"index\":0,\"content\":\"\",\"tokens\":[],\"stop\":false");
+    else {
+        buffer_add(&b, g->head.data, g->head.n);
+        buffer_text(&b, "]");
+    }
+    buffer_printf(&b, ",\"prompt_progress\":{\"total\":%zu,\"cache\":%zu,\"processed\":%zu,"
+                  "\"time_ms\":%.0f,\"queue\":0}", q->n_ids, q->cached, q->fed,
+                  1e3 * (seconds() - g->started));
+    if (g->p.timings) {
+        buffer_text(&b, ",");
+        write_timings(&b, g);
+    }
+    buffer_text(&b, "}\n\n");
+    pthread_mutex_lock(&sv->lock);
+    buffer_add(&g->out, b.data, b.n);
+    g->out.failed |= b.failed;
+    pthread_mutex_unlock(&sv->lock);
+    buffer_free(&b);
 }
 
 /* What a step of one answer adds to its stream. */
@@ -890,8 +930,10 @@ static void stream_step(const server *sv, seq *q, size_t to) {
         if (to > q->sent) {
             buffer_printf(b, "data: {\"index\":%d,\"content\":", q->index);
             quote(b, q->text.data + q->sent, to - q->sent);
+            write_llama_tokens(sv, b, q, q->ids_sent);
             buffer_text(b, ",\"stop\":false}\n\n");
             q->sent = to;
+            q->ids_sent = q->made.n / 4;
         }
         if (!last) return;
         buffer_text(b, "data: ");
@@ -978,6 +1020,8 @@ static void write_end(const server *sv, const job *g, buffer *b) {
         buffer_add(b, g->head.data, g->head.n);
         buffer_text(b, "],");
         write_usage(b, g);
+        buffer_text(b, ",");
+        write_timings(b, g);
         buffer_text(b, "}\n\n");
     }
     if (g->api != API_LLAMA) buffer_text(b, "data: [DONE]\n\n");
@@ -1176,9 +1220,23 @@ static void write_model(const server *sv, buffer *b) {
                   (unsigned long long)i->weight_bytes);
 }
 
+/* Is S, a part of a path, TEXT with what clients escape? */
+static bool path_is(span s, const char *text) {
+    size_t i = 0;
+    for (; i < s.n && *text; text++) {
+        char hex[3] = {0};
+        if (s.text[i] == '%' && s.n - i > 2) memcpy(hex, s.text + i + 1, 2);
+        bool escaped = isxdigit((uint8_t)hex[0]) && isxdigit((uint8_t)hex[1]);
+        int c = escaped ? (int)strtol(hex, NULL, 16) : (uint8_t)s.text[i];
+        if (c != (uint8_t)*text) return false;
+        i += escaped ? 3 : 1;
+    }
+    return i == s.n && !*text;
+}
+
 static void get_models(call *k) {
     if (k->rest.n) {
-        if (!span_is(k->rest, k->sv->name)) {
+        if (!path_is(k->rest, k->sv->name)) {
             k->x->status = 404;
             wrong(k->x, "model", "no such model; the one here is %s", k->sv->name);
             return;
@@ -1404,7 +1462,7 @@ static void get_metrics(call *k) {
         {"llamacpp:prompt_tokens_seconds", "gauge", "Prompt tokens a second.",
          rate((double)m.prompt_tokens, m.prompt_seconds)},
         {"llamacpp:predicted_tokens_seconds", "gauge", "Tokens written a second.",
-         rate((double)m.new_tokens, m.new_seconds)},
+         rate((double)m.fed_tokens, m.new_seconds)},
         {"llamacpp:requests_processing", "gauge", "Requests that run.", running},
         {"llamacpp:requests_deferred", "gauge", "Requests that wait.", waiting},
         {"llamacpp:n_busy_slots_per_decode", "gauge", "Sessions in a pass.",
@@ -1452,6 +1510,7 @@ static const route routes[] = {
     {"GET", "/tokenizer_info", .run = get_tokenizer_info},
     {"POST", "/apply-template", .run = post_template},
     {"POST", "/v1/chat/completions/input_tokens", .run = post_input_tokens},
+    {"POST", "/chat/completions/input_tokens", .run = post_input_tokens},
     {"GET", "/props", .run = get_props}, {"GET", "/slots", .run = get_slots},
     {"GET", "/metrics", .text = true, .run = get_metrics},
     {"POST", "/v1/embeddings", .run = post_embeddings},
@@ -1552,7 +1611,10 @@ static void run_route(server *sv, connection *c, const route *r, span body) {
     else r->run(&k);
     if (x.e.code && !c->job) answer_wrong(sv, c, &x);
     else if (!c->job && out.n) {
-        answer(sv, c, 200, r->text ? "text/plain; version=0.0.4" : JSON_TYPE, "", &out);
+        char more[64] = "";
+        if (r->text)
+            snprintf(more, sizeof more, "Process-Start-Time-Unix: %lld\r\n", sv->started);
+        answer(sv, c, 200, r->text ? "text/plain; version=0.0.4" : JSON_TYPE, more, &out);
         if (sv->verbose || !r->open)
             log_line(sv, "-", key ? key->name : "-", path_of(c, path), 200, NULL);
     }
