@@ -35,9 +35,11 @@ SERVE    = $(wildcard tools/serve_*.c) tools/tool_calls.c tools/options.c tools/
 TOOLS    = medrun medrun-export medrun-eval medrun-lab medrun-explain $(if $(EXE),,medrun-serve)
 
 all: $(foreach p,$(TOOLS),$(BIN)/$(p)$(EXE))
+$(foreach p,$(TOOLS),$(BIN)/$(p)$(EXE)): | $(BIN)
+$(BIN):
+	mkdir -p $@
 
 $(BIN)/medrun$(EXE): medrun.c
-	@mkdir -p $(BIN)
 	$(CC) $(CFLAGS) $(WARN) $(CL) -o $@ medrun.c $(LIBS)
 
 $(BIN)/medrun-export$(EXE): tools/export.c $(EXPORT) medrun.c
