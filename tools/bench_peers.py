@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
 """Measure medrun beside llama.cpp: the same random weights, the same machine, turn by turn.
 
-    make && pip install llama-cpp-python gguf numpy
+    make && pip install gguf numpy      # and llama-cpp-python, where no llama-bench is named
     python tools/bench_peers.py --dir DIR [--shape 8b] [--layers 4] [-p 512 -n 64 -r 5 -t 2]
         [--types int8,bf16,int4] [--llama-bench [NAME=]PATH]... [--prompts 128,512,2048,8192]
         [--depths 0,2048,8192] [--peer-depths] [--delete] [-o md|json]
 
 Nothing is downloaded. A model of random bf16 weights in the shape of a published one is written to
 DIR as GGUF; medrun-export makes the checkpoints from that file, llama.cpp's own quantiser the
-other GGUFs. What lies in DIR already is used again; --delete removes what a table needed when it
-is measured. The numbers are random because speed does not depend on them.
+other GGUFs: --llama-quantize, or the one beside the first llama-bench, or the package's. What lies
+in DIR already is used again; --delete removes what a table needed when it is measured. The numbers
+are random because speed does not depend on them.
 
 What is compared, each with its counterpart of the same width:
 
@@ -225,7 +226,10 @@ class Files:
             if kind != "BF16":
                 job = dict(job="quantise", source=self.source, path=partial, kind=kind)
             try:
-                run_child(job, nice=10)
+                if kind != "BF16" and self.o.llama_quantize:
+                    run_command([self.o.llama_quantize, self.source, partial, kind], nice=10)
+                else:
+                    run_child(job, nice=10)
                 os.rename(partial, path)
             finally:
                 with contextlib.suppress(OSError):
@@ -788,6 +792,7 @@ def options():
     p.add_argument("--export", default=os.path.normpath(os.path.join(here, "medrun-export")))
     p.add_argument("--llama-bench", action="append", default=[], metavar="[NAME=]PATH",
                    help="a binary to measure too; may be given again")
+    p.add_argument("--llama-quantize", metavar="PATH", help="llama.cpp's, for the other GGUFs")
     p.add_argument("--no-python-peer", action="store_true", help="llama-bench binaries only")
     p.add_argument("-p", "--prompt", type=whole, default=512, help="tokens (512)")
     p.add_argument("-n", "--predict", type=whole, default=64, help="tokens (64)")
@@ -806,19 +811,24 @@ def options():
 
 def check_options(o):
     """Finds what is missing before anything is made."""
-    for module, package in (("gguf", "gguf"), ("numpy", "numpy"),
-                            ("llama_cpp", "llama-cpp-python")):
-        if importlib.util.find_spec(module) is None:
-            raise Stop("no package %s; wanted: pip install llama-cpp-python gguf numpy" % package,
-                       2)
-    usage = help_of([o.export, "--help"])
-    o.version = help_of([o.medrun, "--version"]).strip()
     benches = []
     for given in o.llama_bench:
         name, _, path = given.rpartition("=")
         benches.append((name or "llama-bench", path, help_of([path, "--help"])))
+        beside = os.path.join(os.path.dirname(path), "llama-quantize")
+        if not o.llama_quantize and os.access(beside, os.X_OK):
+            o.llama_quantize = beside
     o.llama_bench = benches
     o.no_python_peer |= len(benches) > 1
+    packages = {"gguf": "gguf", "numpy": "numpy"}
+    if not (o.no_python_peer and o.llama_quantize):
+        packages["llama_cpp"] = "llama-cpp-python"
+    for module in packages:
+        if importlib.util.find_spec(module) is None:
+            raise Stop("no package %s; wanted: pip install %s" % (
+                packages[module], " ".join(packages.values())), 2)
+    usage = help_of([o.export, "--help"])
+    o.version = help_of([o.medrun, "--version"]).strip()
     o.layers = min(o.layers or math.inf, SHAPES[o.shape]["layers"])
     if not o.threads:
         o.threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else \
