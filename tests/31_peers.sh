@@ -20,17 +20,32 @@ peers() {
 if ! "$python" -c pass 2> /dev/null; then
     skip "bench_peers.py: no $python"; finish
 fi
-packages='import importlib.util as u, sys
-sys.exit(not all(map(u.find_spec, ("gguf", "numpy", "llama_cpp"))))'
-if ! "$python" -c "$packages"; then
+has() { "$python" -c "import importlib.util as u, sys
+sys.exit(not all(map(u.find_spec, sys.argv[1:])))" "$@"; }
+if ! has gguf numpy; then
     peers 2; [ "$(wc -l < "$T.err")" = 1 ] && grep -q 'pip install' "$T.err" && ok ||
         bad "one line says which package is missing"
-    skip "bench_peers.py: no gguf, numpy and llama-cpp-python for $python"; finish
+    skip "bench_peers.py: no gguf and numpy for $python"; finish
 fi
 
-rm -rf "$T"
-peers 2 --medrun "$T/none"
+rm -rf "$T" "$T.peer"
+# A peer: its own llama-bench says what a real one would, and its llama-quantize writes a file.
+mkdir -p "$T.peer"
+cat > "$T.peer/llama-bench" <<'END'
+#!/bin/sh
+[ "$1" = --help ] && { echo "  -d, --n-depth <n>  -fa, --flash-attn <on|off>  -rtr <0|1>"; exit; }
+p='"build_number": 1, "build_commit": "made up"'
+echo "[{\"n_prompt\": 32, \"n_gen\": 0, \"avg_ts\": 50.5, $p}, {\"n_gen\": 4, \"avg_ts\": 9, $p}]"
+END
+printf '#!/bin/sh\n[ "$3" = Q8_0 ] && cp "$1" "$2"\n' > "$T.peer/llama-quantize"
+chmod +x "$T.peer/llama-bench" "$T.peer/llama-quantize"
+peers 2 --lab "$T/none"
 [ "$(wc -l < "$T.err")" = 1 ] && ok || bad "one line says that a binary is missing"
+peers 0 --types int8 --llama-bench "$T.peer/llama-bench" --llama-bench "fork=$T.peer/llama-bench"
+grep -q '^| int8, fork Q8_0 | prompt of 32 | .* | 50.5 (.* | \*\*[0-9.]*\*\* (' "$T.out" && ok ||
+    bad "the table has a ratio to the fork"
+
+if ! has llama_cpp; then skip "bench_peers.py: no llama-cpp-python for $python"; finish; fi
 peers 0 --types int8
 grep -q '^| int8, llama.cpp Q8_0 | prompt of 32 | .* | \*\*[0-9.]*\*\* (' "$T.out" && ok ||
     bad "the table has a ratio"

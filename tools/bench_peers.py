@@ -828,7 +828,7 @@ def check_options(o):
             raise Stop("no package %s; wanted: pip install %s" % (
                 packages[module], " ".join(packages.values())), 2)
     usage = help_of([o.export, "--help"])
-    o.version = help_of([o.medrun, "--version"]).strip()
+    o.version = help_of([o.lab, "--version"]).strip()
     o.layers = min(o.layers or math.inf, SHAPES[o.shape]["layers"])
     if not o.threads:
         o.threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else \
