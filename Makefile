@@ -50,7 +50,7 @@ $(BIN)/medrun-eval$(EXE): tools/eval.c $(EVAL) medrun.c
 
 $(BIN)/medrun-lab$(EXE): tools/lab.c tools/tool_calls.c tools/write.c tools/store.c tools/explain_lens.c \
                          tools/explain_top.c tools/serve_grammar.c tools/serve_schema.c \
-                         tools/lab_constrain.c medrun.c
+                         tools/lab_constrain.c tools/lab_completion.c medrun.c
 	$(CC) $(CFLAGS) $(WARN) $(CL) -o $@ tools/lab.c $(LIBS)
 
 # The page is a part of the program, as numbers, for xxd is not everywhere.
@@ -130,7 +130,7 @@ $(REAL): $(BUILD)/%.tokenizer.bin: $(BIN)/medrun-export
 	$(BIN)/medrun-export --tokenizer-only $(MEDRUN_TEST_DATA)/tokenizers/$(REAL_$*) $@
 endif
 $(BUILD)/test_%: tests/%.c tests/test.h medrun.c tools/export.c $(EXPORT) tools/eval.c $(EVAL) \
-                 tools/lab.c tools/lab_constrain.c tools/tool_calls.c tools/serve.c $(SERVE) \
+                 tools/lab.c tools/lab_constrain.c tools/lab_completion.c tools/tool_calls.c tools/serve.c $(SERVE) \
                  tools/explain.c $(EXPLAIN)
 	@mkdir -p $(BUILD)
 	$(CC) $(CFLAGS) $(WARN) $(if $(filter $*,$(PLAIN)),-DMEDRUN_SCALAR) -o $@ $< $(LIBS)
@@ -192,9 +192,9 @@ install-programs: all
 	install $(addprefix $(BIN)/,$(TOOLS)) $(DESTDIR)$(PREFIX)/bin
 	install -m 644 $(patsubst %,tools/man/%.1,$(TOOLS)) $(SHARE)/man/man1
 	install -m 644 $(DEMO) $(SHARE)/medrun
-	$(BIN)/medrun completion bash > $(BASH)/medrun
-	$(BIN)/medrun completion zsh > $(ZSH)/_medrun
-	$(BIN)/medrun completion fish > $(FISH)/medrun.fish
+	$(BIN)/medrun-lab completion bash > $(BASH)/medrun
+	$(BIN)/medrun-lab completion zsh > $(ZSH)/_medrun
+	$(BIN)/medrun-lab completion fish > $(FISH)/medrun.fish
 	cd $(BASH) && for p in $(filter-out medrun,$(TOOLS)); do ln -sf medrun $$p; done
 	cd $(FISH) && for p in $(filter-out medrun,$(TOOLS)); do ln -sf medrun.fish $$p.fish; done
 uninstall:

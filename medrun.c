@@ -8982,8 +8982,7 @@ int medrun_attach(medrun_model *m, const char *name, int layers, medrun_error *e
 
 /* ---- options ------------------------------------------------------------------------------- */
 
-enum { CHAT, RUN, SHOW, VERIFY, TOKENIZE, DETOKENIZE, RENDER, LOGITS, COMPLETION, HELP, VERSION,
-       N_COMMANDS };
+enum { CHAT, RUN, SHOW, VERIFY, TOKENIZE, DETOKENIZE, RENDER, LOGITS, HELP, VERSION, N_COMMANDS };
 
 #define ON(command) (1u << (command))
 #define ON_ANSWER (ON(CHAT) | ON(RUN))
@@ -9018,6 +9017,7 @@ typedef struct {
     const char *name;
     int (*run)(struct command *c);
     const char *arguments, *help;
+    const char *also;           /* other names for it, with | between them                     */
     int more;                   /* arguments beside model, prompt and options, at most          */
     bool no_model;              /* else the first argument is the model, unless -m names it     */
     bool exact_text;            /* a line end at the end of a text counts                       */
@@ -9026,8 +9026,7 @@ typedef struct {
 /* A command line is read for a program: medrun, or a tool that includes this file. */
 typedef struct {
     const char *name, *about;
-    const command_row *commands;
-    int n_commands;
+    const command_row *commands;                /* behind the last is one without a name        */
     const option_row *options;                  /* a row without a name is not an option        */
     int n_options;
     int unnamed;                                /* the command that needs no name, or -1        */
@@ -9189,6 +9188,9 @@ typedef struct command {
     medrun_error e;
 } command;
 
+/* A buffer as a text. */
+static const char *chars(const buffer *b) { return b->data ? (const char *)b->data : ""; }
+
 /* What stands in an option. Before the line is read that is its default, 0 where there is none. */
 static bool given(const command *c, int id) { return c->from[id] != FROM_DEFAULT; }
 static bool flag(const command *c, int id) { return c->number[id] != 0; }
@@ -9210,25 +9212,37 @@ static int place_in(const char *words, const char *word) {
     return -1;
 }
 
-/* Says that WORD is unknown, what may have been meant, and what lists all. A name is meant that is
- * at most two edits away; more than one only where it begins alike. NAMES may hold several names,
- * with | between them. */
-static int unknown(command *c, const char *what, const char *word, const char *dashes,
-                   const char *const *names, size_t n, const char *help) {
-    const char *plain = word + strspn(word, "-");
-    char name[40], meant[40] = "";
-    size_t least = strlen(plain) < 3 ? strlen(plain) : 3, len, edits;
-    for (size_t i = 0; i < n; i++) {
-        for (const char *w = names[i]; w && *w; w += len + (w[len] == '|')) {
-            len = strcspn(w, "|");
-            snprintf(name, sizeof name, "%.*s", (int)len, w);
-            edits = edit_distance(plain, name);
-            if (edits < least && (edits < 2 || *plain == *name))
-                least = edits, memcpy(meant, name, sizeof name);
-        }
+/* A command line that cannot be carried out. */
+#define USAGE(c, ...) fail(&(c)->e, MEDRUN_USAGE, __VA_ARGS__)
+
+/* Says that WORD is unknown, what of the NAMES with | between them may have been meant, and what
+ * lists all. A name is meant that is at most two edits away; more than one only where it begins
+ * alike. */
+static int unknown(command *c, const char *what, const char *word, const char *dashes, char *names,
+                   const char *help) {
+    const char *plain = word + strspn(word, "-"), *meant = "";
+    size_t least = strlen(plain) < 3 ? strlen(plain) : 3;
+    for (char *name = names ? strtok(names, "|") : NULL; name; name = strtok(NULL, "|")) {
+        size_t edits = edit_distance(plain, name);
+        if (edits < least && (edits < 2 || *plain == *name)) least = edits, meant = name;
     }
-    return fail(&c->e, MEDRUN_USAGE, "unknown %s %s%s%s%s; %s lists all", what, word,
-                *meant ? "; the nearest is " : "", *meant ? dashes : "", meant, help);
+    return USAGE(c, "unknown %s %s%s%s%s; %s lists all", what, word,
+                 *meant ? "; the nearest is " : "", *meant ? dashes : "", meant, help);
+}
+
+/* The command of ROWS that is called NAME, or NULL. */
+static const command_row *find_command(const command_row *rows, const char *name) {
+    while (rows->name && strcmp(rows->name, name) && place_in(rows->also, name) < 0) rows++;
+    return rows->name ? rows : NULL;
+}
+
+static int unknown_command(command *c, const command_row *rows, const char *name,
+                           const char *help) {
+    buffer names = {0};
+    for (; rows->name; rows++) buffer_printf(&names, "%s|", rows->name);
+    unknown(c, "command", name, "", (char *)names.data, help);
+    buffer_free(&names);
+    return c->e.code;
 }
 
 /* The option that ARG, -n or --predict, names for one of the commands ON; or -1. */
@@ -9246,14 +9260,13 @@ static int find_option(const program *p, const char *arg, unsigned on) {
     return -1;
 }
 
-/* Words that people know from other programs, and what to do instead. */
+/* Words that people know from other programs, and what to do instead: the command of the same name
+ * where that ends in a blank. */
 static const struct { const char *words, *instead; } elsewhere[] = {
-    {"bench", "medrun-lab bench does this"},
-    {"doctor", "medrun-lab doctor does this"},
-    {"record|--record", "medrun-lab record does this"},
-    {"replay", "medrun-lab replay does this"},
-    {"compare", "medrun-lab compare does this"},
-    {"call|--tools", "medrun-lab call does this"},
+    {"bench|doctor|record|replay|compare|call|constrain|top|completion", "medrun-lab "},
+    {"--record", "medrun-lab record does this"},
+    {"--tools", "medrun-lab call does this"},
+    {"--schema|--json-schema|--grammar|--regex|--choices", "medrun-lab constrain does this"},
     {"export|convert|quantize", "medrun-export SOURCE OUT.mdr does this"},
     {"eval|perplexity", "medrun-eval does this"},
     {"serve|server", "medrun-serve does this"},
@@ -9265,34 +9278,38 @@ static const struct { const char *words, *instead; } elsewhere[] = {
     {"list|ls|ps|rm|cp|push|create", "medrun keeps no models: each is a file that you name; "
         "README.md lists those that are published"},
     {"-i|-cnv|--interactive|--conversation", "leave it out: medrun MODEL.mdr is a conversation"},
-    {"--no-mmap", "leave it out: a checkpoint is always mapped"}};
+    {"--no-mmap", "leave it out: a checkpoint is always mapped"}, {0}};
 
 /* Says what to do instead of WORD, if it is one of those. */
 static int look_elsewhere(command *c, const char *word) {
-    for (size_t i = 0; i < sizeof elsewhere / sizeof *elsewhere; i++)
-        if (place_in(elsewhere[i].words, word) >= 0)
-            return fail(&c->e, MEDRUN_USAGE, "%s: %s", word, elsewhere[i].instead);
-    return MEDRUN_OK;
+    size_t i = 0;
+    while (elsewhere[i].words && place_in(elsewhere[i].words, word) < 0) i++;
+    const char *instead = elsewhere[i].instead;
+    if (!instead) return MEDRUN_OK;
+    bool same = instead[strlen(instead) - 1] == ' ';
+    return USAGE(c, "%s: %s%s%s", word, instead, same ? word : "", same ? " does this" : "");
 }
 
 /* Says which commands take the option, or else what may have been meant. */
 static int unknown_option(command *c, const char *arg) {
     const program *p = c->p;
-    const char *names[2 * MAX_OPTIONS];
-    char where[200] = "", help[64];
-    size_t n = 0, at = 0;
+    char help[64];
+    buffer names = {0};
     int id = find_option(p, arg, ~0u);
-    for (int k = 0; id >= 0 && k < p->n_commands && at < sizeof where; k++)
-        if (p->options[id].on & ON(k))
-            at += (size_t)snprintf(where + at, sizeof where - at, " %s", p->commands[k].name);
-    if (at)
-        return fail(&c->e, MEDRUN_USAGE, "%s does not go with %s, but with:%s", arg, c->row->name,
-                    where);
-    if (look_elsewhere(c, arg)) return c->e.code;
-    for (id = 0; id < p->n_options; id++)
-        if (takes(c, id)) names[n++] = p->options[id].name, names[n++] = p->options[id].also;
-    snprintf(help, sizeof help, "%s help %s", p->name, c->row->name);
-    return unknown(c, "option", arg, "--", names, n, help);
+    for (const command_row *r = p->commands; id >= 0 && r->name; r++)
+        if (p->options[id].on & ON(r - p->commands)) buffer_printf(&names, " %s", r->name);
+    if (names.n)
+        USAGE(c, "%s does not go with %s, but with:%s", arg, c->row->name, chars(&names));
+    else if (!look_elsewhere(c, arg)) {
+        for (id = 0; id < p->n_options; id++)
+            if (takes(c, id))
+                buffer_printf(&names, "%s|%s|", p->options[id].name,
+                              p->options[id].also ? p->options[id].also : "");
+        snprintf(help, sizeof help, "%s help %s", p->name, c->row->name);
+        unknown(c, "option", arg, "--", (char *)names.data, help);
+    }
+    buffer_free(&names);
+    return c->e.code;
 }
 
 /* VALUE was found in NAME, an option or an environment variable. */
@@ -9303,13 +9320,13 @@ static int set_option(command *c, int id, const char *value, int from, const cha
     double v = r->kind == TEXT ? 0 : place_in(words, value);
     if (number && (!parse_number(value, &v) || v < r->min || v > r->max ||
                    (r->kind == WHOLE && v != floor(v))))
-        return fail(&c->e, MEDRUN_USAGE, "%s: found \"%s\", wanted a %snumber from %.16g to %.16g",
-                    name, value, r->kind == WHOLE ? "whole " : "", r->min, r->max);
+        return USAGE(c, "%s: found \"%s\", wanted a %snumber from %.16g to %.16g", name, value,
+                     r->kind == WHOLE ? "whole " : "", r->min, r->max);
     if (!number && v < 0)
-        return fail(&c->e, MEDRUN_USAGE, "%s: found \"%s\", wanted %s", name, value, words);
+        return USAGE(c, "%s: found \"%s\", wanted %s", name, value, words);
     if (id == O_STOP && (!*value || c->n_stops == MEDRUN_MAX_STOPS))
-        return fail(&c->e, MEDRUN_USAGE, "%s: found %s, wanted 1 to %d texts", name,
-                    *value ? "one more" : "an empty text", MEDRUN_MAX_STOPS);
+        return USAGE(c, "%s: found %s, wanted 1 to %d texts", name,
+                     *value ? "one more" : "an empty text", MEDRUN_MAX_STOPS);
     if (id == O_STOP) c->stops[c->n_stops++] = value;
     if (r->kind == FLAG) v = fmod(v, 2);                /* no and yes stand there by turns       */
     c->text[id] = value, c->number[id] = v, c->from[id] = from;
@@ -9458,8 +9475,7 @@ static int flush_stdout(command *c) {
     return fail(&c->e, MEDRUN_FAILED, "stdout: cannot write: %s", strerror(errno));
 }
 
-/* A buffer as a text, or as ids, which are as wide as they are in the API. */
-static const char *chars(const buffer *b) { return b->data ? (const char *)b->data : ""; }
+/* A buffer as ids, which are as wide as they are in the API. */
 static const int32_t *ids_of(const buffer *b) { return (const int32_t *)(const void *)b->data; }
 static size_t n_ids(const buffer *b) { return b->n / sizeof(int32_t); }
 
@@ -9536,8 +9552,8 @@ static int parse_ids(command *c, const char *text, size_t n, buffer *ids) {
         double id = 0;
         for (word = at; isdigit((uint8_t)*at); at++) id = id * 10 + (*at - '0');
         if ((at < text + n && !isspace((uint8_t)*at)) || id >= c->t->vocab_size)
-            return fail(&c->e, MEDRUN_USAGE, "ids: found \"%.12s\", wanted whole numbers below %d",
-                        word, c->t->vocab_size);
+            return USAGE(c, "ids: found \"%.12s\", wanted whole numbers below %d", word,
+                         c->t->vocab_size);
         if (at > word) buffer_add(ids, &(int32_t){(int32_t)id}, sizeof(int32_t));
     }
     return check_buffer(c, ids);
@@ -9572,8 +9588,8 @@ static int read_json(command *c, const char *path, json *j) {
 static int choose_template(command *c) {
     const chat_template *chosen = given(c, O_TEMPLATE) ? chat_find(c->text[O_TEMPLATE]) : c->chat;
     if (given(c, O_TEMPLATE) && !chosen)
-        return fail(&c->e, MEDRUN_USAGE, "--template: found \"%s\", wanted one of: %s",
-                    c->text[O_TEMPLATE], MEDRUN_TEMPLATES);
+        return USAGE(c, "--template: found \"%s\", wanted one of: %s", c->text[O_TEMPLATE],
+                     MEDRUN_TEMPLATES);
     if (c->m && chosen && chosen != c->chat) add_stops(c->m, chosen);
     c->chat = chosen;
     return MEDRUN_OK;
@@ -9655,8 +9671,8 @@ static int open_model(command *c) {
                         .kernels = getenv("MEDRUN_KERNELS"), .load = flag(c, O_LOAD)};
     double start = seconds();
     if (!path)
-        return fail(&c->e, MEDRUN_USAGE, "%s: no model; name one (%s help %s)", c->row->name,
-                    c->p->name, c->row->name);
+        return USAGE(c, "%s: no model; name one (%s help %s)", c->row->name, c->p->name,
+                     c->row->name);
     if (medrun_open(&c->m, path, &o, &c->e)) return suggest_export(c, path);
     if (choose_device_option(c)) return c->e.code;
     o.threads = 1;                              /* a draft computes on the threads of the model  */
@@ -9764,6 +9780,11 @@ static int check_output(command *c, const char *path, const file_kind *kind) {
     if (!path) return c->e.code;
     check_inputs(path, inputs, sizeof inputs / sizeof *inputs, &c->e);
     return writer_check(path, kind, flag(c, O_FORCE), &c->e);
+}
+
+static int open_output(command *c, file_writer *w, const char *path, const file_kind *kind) {
+    return check_output(c, path, kind) ? c->e.code
+         : writer_open(w, path, kind, flag(c, O_FORCE), &c->e);
 }
 
 /* Starts the session, and prints what it computes with. */
@@ -10006,7 +10027,7 @@ static int read_prompt(command *c) {
     if (c->e.code) return c->e.code;
     if (text) buffer_text(&c->input, c->text[O_PROMPT]);
     else if (!file && is_terminal(STDIN_FILENO))
-        return fail(&c->e, MEDRUN_USAGE, "no text: add \"TEXT\" or -f FILE, or pipe it in");
+        return USAGE(c, "no text: add \"TEXT\" or -f FILE, or pipe it in");
     if (text && !file) return check_buffer(c, &c->input);
     if (c->row->exact_text) return read_file(c, path, MOST_INPUT, &c->input);
     if (text) buffer_text(&c->input, "\n\n");
@@ -10053,7 +10074,7 @@ static int make_prompt(command *c, bool as_text) {
         return json_free(&j), c->e.code;
     }
     if (read_prompt(c)) return c->e.code;
-    if (!text->n) return fail(&c->e, MEDRUN_USAGE, "the prompt is empty");
+    if (!text->n) return USAGE(c, "the prompt is empty");
     medrun_message all[] = {{"system", system, strlen(system)}, {"user", chars(text), text->n}};
     size_t skip = given(c, O_SYSTEM) ? 0 : 1;           /* "" is an empty system text, not none  */
     if (!flag(c, O_RAW)) {
@@ -10218,8 +10239,7 @@ typedef struct {
     int shown;
     const char *prompt;
     bool plain, colour;
-    const char *commands[24];
-    size_t n_commands;
+    const command_row *commands;
 } editor;
 
 /* A program that a signal ends must not leave the terminal raw. The signal has its default effect
@@ -10307,26 +10327,25 @@ static void expand_path(const char *path, size_t n, buffer *out) {
  * pattern ? stands for what would have a meaning there, so it finds no path too few; those too many
  * are left out as other commands are. */
 static void complete(editor *ed) {
-    const char *line = chars(ed->lines), *blank = memchr(line, ' ', ed->at), *first = NULL;
-    const char *const *all = ed->commands;
-    size_t start = blank ? (size_t)(blank + 1 - line) : 0, n_all = ed->n_commands;
-    size_t n = 0, shared = 0;
+    const char *line = chars(ed->lines), *blank = memchr(line, ' ', ed->at), *all;
+    const command_row *row = ed->commands;
+    size_t start = blank ? (size_t)(blank + 1 - line) : 0, n = 0, shared = 0, n_paths = 0;
     buffer word = {0}, pattern = {0}, list = {0};
     if (*line != '/') return;
     expand_path(line + start, ed->at - start, &word);
     buffer_printf(&pattern, "%s*", chars(&word));
     for (size_t i = 0; i + 1 < pattern.n; i++)
         if (strchr("*[\\", pattern.data[i])) pattern.data[i] = '?';
-    if (blank) all = (const char *const *)find_paths(chars(&pattern), &n_all);
-    /* SHARED: as far as all agree. */
-    for (size_t i = 0; i < n_all; i++) {
-        if (strncmp(all[i], chars(&word), word.n)) continue;
-        if (!n++) first = all[i], shared = strlen(first);
-        while (strncmp(all[i], first, shared)) shared--;
-        buffer_printf(&list, "%s  ", all[i]);
+    char **path = blank ? find_paths(chars(&pattern), &n_paths) : NULL;
+    /* SHARED: as far as all agree with the first of the list. */
+    while ((all = !blank ? (row++)->name : n_paths-- ? *path++ : NULL)) {
+        if (strncmp(all, chars(&word), word.n)) continue;
+        if (!n++) shared = strlen(all);
+        buffer_printf(&list, "%s  ", all);
+        while (strncmp(all, chars(&list), shared)) shared--;
     }
     if (n == 1 || shared > word.n) {
-        replace(ed, start, ed->at, first, shared);
+        replace(ed, start, ed->at, chars(&list), shared);
         if (n == 1 && !blank) replace(ed, ed->at, ed->at, " ", 1);
     } else if (n) {
         draw_line(ed, true);
@@ -10437,26 +10456,25 @@ static const char not_a_clinician[] = "For research and education. Not a clinici
  * past a chat knows only where each person's turn starts, behind the last of them the end, and
  * where the last answer does (0: there is none to make again). It counts Ctrl-C since the last
  * message. The text is what stands behind the command that is carried out. */
-typedef struct {
-    command *c;
+static struct {
     editor ed;
     buffer system;
     size_t *starts, n_turns, answer;
     int interrupts;
     bool leave;
     char *text;
-} chat;
+} talk;
 
 static const char chat_full[] = "the conversation is full: /clear begins a new one, "
-                                        "--overflow drop forgets the oldest turns";
+                                "--overflow drop forgets the oldest turns";
 
 /* Forgets all but the first N turns; without a turn the next message says the system text again.
  * What stays ends with an answer whose stop token is gone, which the next turn will close. */
-static int keep_turns(chat *h, size_t n) {
-    rewind_to(h->c->s, n ? h->starts[n] : 0);
-    h->c->s->answer_open = n > 0;
-    h->n_turns = n;
-    h->answer = 0;
+static int keep_turns(command *c, size_t n) {
+    rewind_to(c->s, n ? talk.starts[n] : 0);
+    c->s->answer_open = n > 0;
+    talk.n_turns = n;
+    talk.answer = 0;
     return MEDRUN_OK;
 }
 
@@ -10464,19 +10482,18 @@ static int keep_turns(chat *h, size_t n) {
  * what stands before them, the system text, stays. What follows them moves to other positions, and
  * a key holds its position (rotary embedding): so those tokens are fed again. As that takes its
  * time, enough turns go to leave a quarter of the context, not a few tokens. */
-static int make_room(chat *h, size_t need) {
-    command *c = h->c;
-    size_t context = context_of(c), length = medrun_length(c->s), *starts = h->starts;
-    size_t first = h->n_turns ? starts[0] : length, gone = 0, k = 0;
-    starts[h->n_turns] = length;
-    while (flag(c, O_OVERFLOW) && k < h->n_turns && length - gone + need > context - context / 4)
+static int make_room(command *c, size_t need) {
+    size_t context = context_of(c), length = medrun_length(c->s), *starts = talk.starts;
+    size_t first = talk.n_turns ? starts[0] : length, gone = 0, k = 0;
+    starts[talk.n_turns] = length;
+    while (flag(c, O_OVERFLOW) && k < talk.n_turns && length - gone + need > context - context / 4)
         gone = starts[++k] - first;
     if (first + need >= context) return too_long(c, first + need);
     if (length - gone + need >= context) return fail(&c->e, MEDRUN_TOO_LONG, "%s", chat_full);
     if (!k) return MEDRUN_OK;
     note(NULL, "(forgot %zu of the oldest turns, %zu tokens)", k, gone);
-    h->n_turns -= k;
-    for (size_t i = 0; i < h->n_turns; i++) starts[i] = starts[i + k] - gone;
+    talk.n_turns -= k;
+    for (size_t i = 0; i < talk.n_turns; i++) starts[i] = starts[i + k] - gone;
     rewind_to(c->s, first);
     return medrun_feed(c->s, medrun_tokens(c->s) + first + gone, length - first - gone, &c->e);
 }
@@ -10484,9 +10501,8 @@ static int make_room(chat *h, size_t need) {
 /* Answers what was fed. An answer that Ctrl-C stopped stays in the conversation as far as it came;
  * if no token came, the message is taken back, too. However an answer ended, the next turn closes
  * it. Another Ctrl-C leaves: who presses it twice wants to. */
-static int answer_turn(chat *h) {
-    command *c = h->c;
-    h->answer = medrun_length(c->s);
+static int answer_turn(command *c) {
+    talk.answer = medrun_length(c->s);
     print_reply(c);
     c->s->answer_open = true;
     if (flag(c, O_STATS)) print_stats(c);
@@ -10494,17 +10510,16 @@ static int answer_turn(chat *h) {
         snprintf(c->e.text, sizeof c->e.text, "the answer is cut: %s", chat_full);
     if (c->e.code != MEDRUN_INTERRUPTED) return c->e.code;
     c->e = (medrun_error){0};
-    h->interrupts = 1;
+    talk.interrupts = 1;
     note(NULL, "(stopped%s)", c->answer.n_answer ? "" : "; your message is forgotten");
-    return c->answer.n_answer ? MEDRUN_OK : keep_turns(h, h->n_turns - 1);
+    return c->answer.n_answer ? MEDRUN_OK : keep_turns(c, talk.n_turns - 1);
 }
 
 /* Puts a person's turn on the timeline, as medrun_say does, and answers it. It begins with what the
  * template writes after an answer, in the place of the answer's stop token. Before it is fed, old
  * turns may have to go. If the answer that the turn closes went with them, nothing is to close. All
  * checks come before the stop token goes: what cannot be said leaves everything as it was. */
-static int say(chat *h, const buffer *text) {
-    command *c = h->c;
+static int say(command *c, const buffer *text) {
     const char *own = c->text[O_SYSTEM];
     const medrun_message said = {"user", chars(text), text->n};
     const medrun_message system = {"system", own, own ? strlen(own) : 0};
@@ -10514,65 +10529,65 @@ static int say(chat *h, const buffer *text) {
     warn_of_marks(c, chars(text), text->n);
     render_turn(c->s, &how, &said, &t, &c->e);
     bool stop = t.keep < medrun_length(c->s);
-    if (!c->e.code && !make_room(h, n_ids(&t.ids))) {
-        size_t skip = h->n_turns ? 0 : t.n_close, n = n_ids(&t.ids) - skip;
-        if (stop && h->n_turns) rewind_to(c->s, medrun_length(c->s) - 1);
-        h->starts[h->n_turns] = medrun_length(c->s) + t.n_open;
-        if (!feed_prompt(c, ids_of(&t.ids) + skip, n)) h->n_turns++;
+    if (!c->e.code && !make_room(c, n_ids(&t.ids))) {
+        size_t skip = talk.n_turns ? 0 : t.n_close, n = n_ids(&t.ids) - skip;
+        if (stop && talk.n_turns) rewind_to(c->s, medrun_length(c->s) - 1);
+        talk.starts[talk.n_turns] = medrun_length(c->s) + t.n_open;
+        if (!feed_prompt(c, ids_of(&t.ids) + skip, n)) talk.n_turns++;
     }
     buffer_free(&t.ids);
-    return c->e.code ? c->e.code : answer_turn(h);
+    return c->e.code ? c->e.code : answer_turn(c);
 }
 
 /* ---- what is typed with / ------------------------------------------------------------------ */
 
 /* Each gives the code in c->e, where also what failed within stays; chat_loop says it. */
-static int chat_bye(chat *h) { return h->leave = true, MEDRUN_OK; }
+static int chat_bye(command *c) { return (void)c, talk.leave = true, MEDRUN_OK; }
 
-/* For /system, too, whose text is in h->text. */
-static int chat_clear(chat *h) {
-    note(NULL, "the conversation is empty now%s", *h->text ? ", its system text is new" : "");
-    return keep_turns(h, 0);
+/* For /system, too, whose text is in talk.text. */
+static int chat_clear(command *c) {
+    note(NULL, "the conversation is empty now%s", *talk.text ? ", its system text is new" : "");
+    return keep_turns(c, 0);
 }
 
 /* The system text of the next conversation, which begins now. Without memory the old one stays. */
-static int chat_system(chat *h) {
+static int chat_system(command *c) {
     buffer fresh = {0};
-    buffer_text(&fresh, h->text);
-    if (check_buffer(h->c, &fresh)) return h->c->e.code;
-    buffer_free(&h->system);
-    h->system = fresh;
-    h->c->text[O_SYSTEM] = fresh.n ? chars(&h->system) : NULL;
-    return chat_clear(h);
+    buffer_text(&fresh, talk.text);
+    if (check_buffer(c, &fresh)) return c->e.code;
+    buffer_free(&talk.system);
+    talk.system = fresh;
+    c->text[O_SYSTEM] = fresh.n ? chars(&talk.system) : NULL;
+    return chat_clear(c);
 }
 
-static int chat_undo(chat *h) {
-    if (!h->n_turns) return fail(&h->c->e, MEDRUN_USAGE, "/undo: nothing was said");
-    keep_turns(h, h->n_turns - 1);
+static int chat_undo(command *c) {
+    if (!talk.n_turns) return USAGE(c, "/undo: nothing was said");
+    keep_turns(c, talk.n_turns - 1);
     note(NULL, "took back the last message and its answer; %zu tokens are left",
-         medrun_length(h->c->s));
+         medrun_length(c->s));
     return MEDRUN_OK;
 }
 
 /* The prompt is in the cache: only its last token is computed again, for the logits. */
-static int chat_retry(chat *h) {
-    if (!h->answer) return fail(&h->c->e, MEDRUN_USAGE, "/retry: nothing was said");
-    rewind_to(h->c->s, h->answer);
-    return answer_turn(h);
+static int chat_retry(command *c) {
+    if (!talk.answer) return USAGE(c, "/retry: nothing was said");
+    rewind_to(c->s, talk.answer);
+    return answer_turn(c);
 }
 
 /* NAME VALUE, also with = or dashes: one of the options from --predict to --seed. The number is
  * kept, its text is not: that ends with the line. */
-static int chat_set(chat *h) {
-    command *c = h->c;
-    char *text = h->text + strspn(h->text, "-"), name[48];
+static int chat_set(command *c) {
+    const char *text = talk.text + strspn(talk.text, "-");
     int n = (int)strcspn(text, " =");
     const char *value = text + n + strspn(text + n, " =");
+    char name[48];
     snprintf(name, sizeof name, "--%.*s", n, text);
     int id = find_option(c->p, name, own_bit(c));
     if (id < O_PREDICT || id > O_SEED || !*value)
-        return fail(&c->e, MEDRUN_USAGE, "/set: wanted predict, temp, top-k, top-p, min-p, "
-                    "repeat-penalty or seed, and a number");
+        return USAGE(c, "/set: wanted predict, temp, top-k, top-p, min-p, repeat-penalty or seed, "
+                     "and a number");
     if (set_option(c, id, value, FROM_FLAG, name)) return c->e.code;
     note(NULL, "%s is %s now", c->p->options[id].name, value);
     c->text[id] = NULL;
@@ -10594,10 +10609,9 @@ static char *cut_at(char *text, const char *word, size_t n) {
  * template's words around a message, as it stands on the timeline also after /load. An answer ends
  * before the first stop token. A template without such words has its talk printed as it stands. NUL
  * prints as ? anyway. */
-static int print_talk(chat *h, FILE *f, bool last) {
+static int print_talk(command *c, FILE *f, bool last) {
     static const char mark[] = "MESSAGE";
-    command *c = h->c;
-    buffer all = {0}, words = {0}, talk = {0};
+    buffer all = {0}, words = {0}, out = {0};
     chat_writer w = {c->chat, c->t, &c->chat_options, true, .out = &words, .e = &c->e};
     chat_turn(&w, &(medrun_message){"user", mark, sizeof mark - 1}, false, true);
     tokenizer_decode(c->t, medrun_tokens(c->s), medrun_length(c->s), true, &all);
@@ -10612,129 +10626,119 @@ static int print_talk(chat *h, FILE *f, bool last) {
             const char *piece = tokenizer_piece(c->t, c->m->stops[i], &n);
             cut_at(reply, piece, n);
         }
-        if (last) talk.n = 0;
-        buffer_printf(&talk, "You: %s\n\nModel: %s\n\n", said, reply);
+        if (last) out.n = 0;
+        buffer_printf(&out, "You: %s\n\nModel: %s\n\n", said, reply);
     }
-    if (!talk.n) buffer_text(&talk, chars(&all));
-    if (!check_buffer(c, &all) && !check_buffer(c, &talk))
-        print_words(f, &(text_line){.width = width_of(fileno(f))}, chars(&talk), talk.n);
-    buffer_free(&all), buffer_free(&words), buffer_free(&talk);
+    if (!out.n) buffer_text(&out, chars(&all));
+    if (!check_buffer(c, &all) && !check_buffer(c, &out))
+        print_words(f, &(text_line){.width = width_of(fileno(f))}, chars(&out), out.n);
+    buffer_free(&all), buffer_free(&words), buffer_free(&out);
     return c->e.code;
 }
 
 /* Its first line tells a file of /text from a stranger's, which is not written over. */
-static int chat_text(chat *h) {
+static int chat_text(command *c) {
     static const file_kind kind = {"a talk that /text wrote", "medrun: a talk w", true, false, 0};
-    command *c = h->c;
     file_writer w;
-    if (check_output(c, h->text, &kind) ||
-        writer_open(&w, h->text, &kind, flag(c, O_FORCE), &c->e)) return c->e.code;
+    if (open_output(c, &w, talk.text, &kind)) return c->e.code;
     fprintf(w.f, "medrun: a talk with %s. For research and education.\n\n", c->m->name);
-    print_talk(h, w.f, false);
-    if (!writer_done(&w, &c->e)) note(NULL, "wrote the conversation to %s", h->text);
+    print_talk(c, w.f, false);
+    if (!writer_done(&w, &c->e)) note(NULL, "wrote the conversation to %s", talk.text);
     return c->e.code;
 }
 
 /* For /load: tokens, cache, the sampler's state. */
-static int chat_save(chat *h) {
-    command *c = h->c;
-    if (!check_output(c, h->text, &session_file) &&
-        !save_session(c->s, h->text, flag(c, O_FORCE), &c->e))
-        note(NULL, "saved %zu tokens to %s", medrun_length(c->s), h->text);
+static int chat_save(command *c) {
+    if (!check_output(c, talk.text, &session_file) &&
+        !save_session(c->s, talk.text, flag(c, O_FORCE), &c->e))
+        note(NULL, "saved %zu tokens to %s", medrun_length(c->s), talk.text);
     return c->e.code;
 }
 
 /* Nobody knows where the turns of a loaded conversation begin: all of it counts as one. */
-static int chat_load(chat *h) {
-    command *c = h->c;
-    keep_turns(h, 0);
-    if (medrun_restore(c->s, h->text, &c->e)) return c->e.code;
-    note(NULL, "loaded %zu tokens from %s", medrun_length(c->s), h->text);
-    h->n_turns = medrun_length(c->s) > 0;
-    h->starts[0] = medrun_tokens(c->s)[0] == c->t->bos;
-    return print_talk(h, stderr, true);
+static int chat_load(command *c) {
+    keep_turns(c, 0);
+    if (medrun_restore(c->s, talk.text, &c->e)) return c->e.code;
+    note(NULL, "loaded %zu tokens from %s", medrun_length(c->s), talk.text);
+    talk.n_turns = medrun_length(c->s) > 0;
+    talk.starts[0] = medrun_tokens(c->s)[0] == c->t->bos;
+    return print_talk(c, stderr, true);
 }
 
 /* FILE, whose name may hold blanks, and behind it a question about it, which is said first. The
  * name is the longest beginning that is a file's; if none is, its first word is what cannot be
  * opened. */
-static int chat_read(chat *h) {
-    char *path = h->text, *end = path + strlen(path), *blank;
+static int chat_read(command *c) {
+    char *path = talk.text, *end = path + strlen(path), *blank;
     buffer said = {0};
     file_facts f;
     while (get_facts(path, -1, &f) && (blank = strrchr(path, ' '))) *blank = 0;
     char *question = path + strlen(path);
     for (char *p = question + 1; p < end; p++) if (!*p) *p = ' ';
     if (question < end) buffer_printf(&said, "%s\n\n", question + 1);
-    read_text(h->c, path, most_prompt(h->c), &said);
+    read_text(c, path, most_prompt(c), &said);
     drop_line_end(&said);
-    say(h, &said);
+    say(c, &said);
     buffer_free(&said);
-    return h->c->e.code;
+    return c->e.code;
 }
 
-static int chat_stats(chat *h) { return print_stats(h->c), MEDRUN_OK; }
-static int chat_show(chat *h) { return show_model(stderr, h->c, (int)context_of(h->c)); }
+static void chat_help_row(const command_row *r) {
+    char left[40];
+    snprintf(left, sizeof left, "%s %s", r->name, r->arguments);
+    print_help(stderr, left, 24, r->help);
+}
+
+static int chat_help(command *c) {
+    static const command_row keys[] = {
+        {"\"\"\"", NULL, "", .help = "begins and ends a message of several lines"},
+        {"Tab", NULL, "", .help = "completes commands and paths"},
+        {"Ctrl-C", NULL, "", .help = "stops the answer; twice: leave"}, {0}};
+    for (const command_row *r = talk.ed.commands; r->name; r++) chat_help_row(r);
+    for (const command_row *r = keys; r->name; r++) chat_help_row(r);
+    print_help(stderr, "", 0, "A message that begins with / needs a space before it.");
+    return c->e.code;
+}
+
+static int chat_stats(command *c) { return print_stats(c), MEDRUN_OK; }
+static int chat_show(command *c) { return show_model(stderr, c, (int)context_of(c)); }
 
 /* What can be typed, and what becomes of it. A FILE comes with its ~ replaced; an argument in
- * brackets may be left out. Rows without a function are for /help alone, which prints them all;
- * those with / come first, for Tab and the hint. */
-typedef struct {
-    const char *name, *argument;
-    int (*run)(chat *h);
-    const char *help, *also;
-} chat_row;
-
-static const chat_row chat_rows[] = {
-    {"/help", "", NULL, "this list", "/?"},
-    {"/bye", "", chat_bye, "leave, as Ctrl-D or the word exit", "/quit|/exit|/q"},
-    {"/clear", "", chat_clear, "forget the conversation", NULL},
-    {"/undo", "", chat_undo, "take back the last message and its answer", NULL},
-    {"/retry", "", chat_retry, "answer the last message again", NULL},
-    {"/read", "FILE [QUESTION]", chat_read, "say the question and what stands in the file", NULL},
-    {"/system", "[TEXT]", chat_system, "begin a new conversation with this system text", NULL},
-    {"/set", "NAME VALUE", chat_set,
-        "change temp, top-k, top-p, min-p, repeat-penalty, seed or predict", NULL},
-    {"/save", "FILE", chat_save, "write the conversation, with all that was said in it", NULL},
-    {"/load", "FILE", chat_load, "go on with one that was saved", NULL},
-    {"/text", "FILE", chat_text, "write the conversation as plain text", NULL},
-    {"/stats", "", chat_stats, "speeds, and how full the context is", NULL},
-    {"/show", "", chat_show, "the model and what it needs", NULL},
-    {"\"\"\"", "", NULL, "begins and ends a message of several lines", NULL},
-    {"Tab", "", NULL, "completes commands and paths", NULL},
-    {"Ctrl-C", "", NULL, "stops the answer; twice: leave", NULL}, {0}};
-
-static void chat_help(void) {
-    for (const chat_row *r = chat_rows; r->name; r++) {
-        char left[40];
-        snprintf(left, sizeof left, "%s %s", r->name, r->argument);
-        print_help(stderr, left, 24, r->help);
-    }
-    print_help(stderr, "", 0, "A message that begins with / needs a space before it.");
-}
+ * brackets may be left out. */
+static const command_row chat_commands[] = {
+    {"/help", chat_help, "", "this list", .also = "/?"},
+    {"/bye", chat_bye, "", "leave, as Ctrl-D or the word exit", .also = "/quit|/exit|/q"},
+    {"/clear", chat_clear, "", .help = "forget the conversation"},
+    {"/undo", chat_undo, "", .help = "take back the last message and its answer"},
+    {"/retry", chat_retry, "", .help = "answer the last message again"},
+    {"/read", chat_read, "FILE [QUESTION]", .help = "say the question and what stands in the file"},
+    {"/system", chat_system, "[TEXT]", .help = "begin a new conversation with this system text"},
+    {"/set", chat_set, "NAME VALUE",
+        .help = "change temp, top-k, top-p, min-p, repeat-penalty, seed or predict"},
+    {"/save", chat_save, "FILE", .help = "write the conversation, with all that was said in it"},
+    {"/load", chat_load, "FILE", .help = "go on with one that was saved"},
+    {"/text", chat_text, "FILE", .help = "write the conversation as plain text"},
+    {"/stats", chat_stats, "", .help = "speeds, and how full the context is"},
+    {"/show", chat_show, "", .help = "the model and what it needs"}, {0}};
 
 /* Does what LINE says, which begins with /. A word that nobody knows gets the nearest one as a
  * hint, so that no slip of the fingers is said to the model. */
-static int chat_command(chat *h, char *line) {
-    command *c = h->c;
-    const chat_row *r = chat_rows;
+static int chat_command(command *c, char *line) {
     size_t n = strcspn(line, " \t\n"), end = strlen(line);
     buffer path = {0};
     while (end > n && isspace((uint8_t)line[end - 1])) line[--end] = 0;
-    h->text = line + n + (line[n] != 0);
+    talk.text = line + n + (line[n] != 0);
     line[n] = 0;
-    while (r->name && strcmp(line, r->name) && place_in(r->also, line) < 0) r++;
-    if (!r->name)
-        return unknown(c, "command", line, "", h->ed.commands, h->ed.n_commands, "/help");
-    const char *wanted = r->argument;
-    if (*h->text ? !*wanted : *wanted && *wanted != '[')
-        return fail(&c->e, MEDRUN_USAGE, "%s: wanted %s", line, *wanted ? wanted : "no more");
-    if (!r->run) return chat_help(), MEDRUN_OK;
+    const command_row *r = find_command(chat_commands, line);
+    if (!r) return unknown_command(c, chat_commands, line, "/help");
+    const char *wanted = r->arguments;
+    if (*talk.text ? !*wanted : *wanted && *wanted != '[')
+        return USAGE(c, "%s: wanted %s", line, *wanted ? wanted : "no more");
     if (*wanted == 'F') {
-        expand_path(h->text, strlen(h->text), &path);
-        h->text = (char *)path.data;
+        expand_path(talk.text, strlen(talk.text), &path);
+        talk.text = (char *)path.data;
     }
-    if (!check_buffer(c, &path)) r->run(h);
+    if (!check_buffer(c, &path)) r->run(c);
     buffer_free(&path);
     return c->e.code;
 }
@@ -10742,19 +10746,18 @@ static int chat_command(chat *h, char *line) {
 /* Does what each message says until the person leaves. What fails is said, and the conversation
  * goes on: it must not end with a mistyped path. A failure without a text is that stdout is
  * gone. */
-static int chat_loop(chat *h) {
-    command *c = h->c;
+static int chat_loop(command *c) {
     buffer *m = &c->input;
     int key;
-    while (!h->leave && !c->e.code && (key = read_message(&h->ed, m)) != EOF) {
-        h->interrupts = key == CTRL + 'C' ? h->interrupts + 1 : 0;
-        if (h->interrupts > 1) return quit(c, MEDRUN_INTERRUPTED);
-        if (h->interrupts) note(NULL, "(Ctrl-C once more, or Ctrl-D, leaves)");
+    while (!talk.leave && !c->e.code && (key = read_message(&talk.ed, m)) != EOF) {
+        talk.interrupts = key == CTRL + 'C' ? talk.interrupts + 1 : 0;
+        if (talk.interrupts > 1) return quit(c, MEDRUN_INTERRUPTED);
+        if (talk.interrupts) note(NULL, "(Ctrl-C once more, or Ctrl-D, leaves)");
         else if (m->failed)
             fail(&c->e, MEDRUN_NO_MEMORY, "out of memory: the message was not taken");
-        else if (m->n && m->data[0] == '/') chat_command(h, (char *)m->data);
-        else if (m->n && place_in("exit|quit", chars(m)) >= 0) h->leave = true;
-        else if (m->n) say(h, m);
+        else if (m->n && m->data[0] == '/') chat_command(c, (char *)m->data);
+        else if (m->n && place_in("exit|quit", chars(m)) >= 0) talk.leave = true;
+        else if (m->n) say(c, m);
         if (m->failed) buffer_free(m);
         if (!*c->e.text) continue;
         note(NULL, "%s", c->e.text);
@@ -10769,29 +10772,27 @@ static int converse_command(command *c) {
     static const int fatal[] = {SIGTERM, SIGHUP, SIGQUIT, SIGINT};
     const char *no_colour = getenv("NO_COLOR"), *prefix = c->text[O_LOAD_PREFIX];
     bool draws = terminal_draws(getenv("TERM")), colour = draws && !(no_colour && *no_colour);
-    chat h = {.c = c, .ed = {.plain = !draws, .colour = colour}};
     if (!is_terminal(STDIN_FILENO)) return run_command(c);
     open_model(c);
     choose_chat(c);
     if (start_session(c)) return c->e.code;
     size_t room = context_of(c) + 1, taken;
-    h.starts = new_array(room, sizeof *h.starts);
-    if (!h.starts) return out_of_memory(&c->e, room * sizeof *h.starts);
+    talk.ed = (editor){.plain = !draws, .colour = colour, .commands = chat_commands};
+    talk.starts = new_array(room, sizeof *talk.starts);
+    if (!talk.starts) return out_of_memory(&c->e, room * sizeof *talk.starts);
     /* From here on the terminal may be raw. */
     for (size_t i = 0; i < sizeof fatal / sizeof *fatal; i++) on_signal(fatal[i], on_fatal_signal);
-    for (const chat_row *r = chat_rows; *r->name == '/'; r++)
-        h.ed.commands[h.ed.n_commands++] = r->name;
     if (colour) fputs("\x1b[33m", stderr);
     note(NULL, "%s", not_a_clinician);
     if (colour) fputs("\x1b[0m", stderr);
     note(c, "/help lists what can be typed.");
     if (prefix) medrun_feed_saved(c->s, NULL, 0, prefix, &taken, &c->e);
     if (given(c, O_PROMPT) || given(c, O_FILE)) read_prompt(c);
-    if (c->input.n) say(&h, &c->input);
-    chat_loop(&h);
-    for (int i = 0; i <= HISTORY; i++) buffer_free(&h.ed.lines[i]);
-    buffer_free(&h.system);
-    free(h.starts);
+    if (c->input.n) say(c, &c->input);
+    chat_loop(c);
+    for (int i = 0; i <= HISTORY; i++) buffer_free(&talk.ed.lines[i]);
+    buffer_free(&talk.system);
+    free(talk.starts);
     return c->e.code;
 }
 
@@ -10969,7 +10970,7 @@ static int tokenize_command(command *c) {
                 (flag(c, O_SPECIAL) ? MEDRUN_PARSE_SPECIAL : 0);
     if (open_tokenizer(c)) return c->e.code;
     if (flag(c, O_BOS) && c->t->bos < 0)
-        return fail(&c->e, MEDRUN_USAGE, "--bos: this tokenizer has no such token");
+        return USAGE(c, "--bos: this tokenizer has no such token");
     if (!read_prompt(c))
         tokenizer_encode(c->t, chars(&c->input), c->input.n, flags, &c->ids, &c->e);
     return print_ids(c);
@@ -10990,11 +10991,11 @@ static int detokenize_command(command *c) {
 static int render_command(command *c) {
     bool file = given(c, O_MODEL), ids = flag(c, O_RENDER_IDS) || flag(c, O_PIECES);
     if (!file && (!given(c, O_TEMPLATE) || ids))
-        return fail(&c->e, MEDRUN_USAGE, "render: wanted a model; --template NAME does without "
-                    "one, but not with --ids or --pieces");
+        return USAGE(c, "render: wanted a model; --template NAME does without one, but not with "
+                     "--ids or --pieces");
     if (file ? open_tokenizer(c) : choose_template(c)) return c->e.code;
     if (!c->chat && !c->m)
-        return fail(&c->e, MEDRUN_USAGE, "render: a tokenizer.bin has no template: add --template");
+        return USAGE(c, "render: a tokenizer.bin has no template: add --template");
     choose_chat(c);
     make_prompt(c, !ids);
     return ids ? print_ids(c) : print_text(c, &c->ids);
@@ -11036,13 +11037,13 @@ static int logits_command(command *c) {
     file_writer w = {0};
     bool file = given(c, O_OUT), text = is_source(c, O_PROMPT) || is_source(c, O_FILE);
     if (!file && (!given(c, O_TOP) || flag(c, O_ALL)))
-        return fail(&c->e, MEDRUN_USAGE, "logits: wanted --top N or -o OUT.f32");
+        return USAGE(c, "logits: wanted --top N or -o OUT.f32");
     if (text && is_source(c, O_IDS))
-        return fail(&c->e, MEDRUN_USAGE, "logits: found both --ids and a text, wanted one");
+        return USAGE(c, "logits: found both --ids and a text, wanted one");
     c->number[O_RAW] = 1;                               /* a text is continued as it is          */
     if (open_model(c) || make_prompt(c, false)) return c->e.code;
     size_t n = n_ids(&c->ids), most = (size_t)c->m->config.max_positions;
-    if (!n) return fail(&c->e, MEDRUN_USAGE, "--ids: found none");
+    if (!n) return USAGE(c, "--ids: found none");
     medrun_session_options o = session_options(c, (int)(n < most ? n : most));
     if (flag(c, O_ALL) && !given(c, O_BATCH)) o.batch = 32;     /* a row may take 0.5 MB         */
     if (flag(c, O_ALL)) o.logit_rows = o.batch;
@@ -11050,9 +11051,7 @@ static int logits_command(command *c) {
     if (n > most) return too_long(c, n);
     file_kind kind = {"logits of this model", NULL, false, true,
                       sizeof(float) * (size_t)c->t->vocab_size};
-    if (file && (check_output(c, c->text[O_OUT], &kind) ||
-                 writer_open(&w, c->text[O_OUT], &kind, flag(c, O_FORCE), &c->e)))
-        return c->e.code;
+    if (file && open_output(c, &w, c->text[O_OUT], &kind)) return c->e.code;
     write_logits(c, w.f);
     if (file) writer_done(&w, &c->e);
     return c->e.code || !given(c, O_TOP) ? c->e.code : print_top(c);
@@ -11078,20 +11077,28 @@ static void help_option(const option_row *r) {
     buffer_free(&text);
 }
 
-static void help_command_row(FILE *f, const program *p, int which) {
-    const command_row *r = &p->commands[which];
+/* A program that runs one command without being told its name has that in brackets. */
+static void help_command_row(FILE *f, const program *p, const command_row *r) {
     char usage[200];
-    snprintf(usage, sizeof usage, which == p->unnamed ? "%s [%s]%s%s" : "%s %s%s%s", p->name,
-             r->name, *r->arguments ? " " : "", r->arguments);
+    bool unnamed = p->unnamed >= 0 && r == &p->commands[p->unnamed];
+    snprintf(usage, sizeof usage, unnamed ? "%s [%s]%s%s" : "%s %s%s%s", p->name, r->name,
+             *r->arguments ? " " : "", r->arguments);
     print_help(f, usage, 6, r->help);
 }
 
+static int unknown_name(command *c, const char *name) {
+    char help[64];
+    snprintf(help, sizeof help, "%s help", c->p->name);
+    return unknown_command(c, c->p->commands, name, help);
+}
+
 /* The options of one command. */
-static int help_on(const program *p, int which) {
-    help_command_row(stdout, p, which);
+static int help_on(const command *c, const command_row *row) {
+    const program *p = c->p;
+    help_command_row(stdout, p, row);
     puts("");
     for (int id = 0; id < p->n_options; id++)
-        if (p->options[id].on & ON(which)) help_option(&p->options[id]);
+        if (p->options[id].on & ON(row - p->commands)) help_option(&p->options[id]);
     print_help(stdout, "", 0, "\nOptions may stand anywhere; --option=value works too, and so do "
                "the long names of llama.cpp, like --ctx-size. Environment variables, like "
                "MEDRUN_TOP_K=20, set what the line leaves out.\nMEDRUN_KERNELS=scalar (medrun-lab "
@@ -11105,7 +11112,7 @@ static int help_all(const program *p, FILE *f) {
     snprintf(text, sizeof text, "%s " MEDRUN_VERSION ": %s.\n%s\n", p->name, p->about,
              not_a_clinician);
     print_help(f, "", 0, text);
-    for (int i = 0; i < p->n_commands; i++) help_command_row(f, p, i);
+    for (const command_row *r = p->commands; r->name; r++) help_command_row(f, p, r);
     snprintf(text, sizeof text, "\n%s help COMMAND lists a command's options. Exit codes: 0 ok, 1 "
              "failed while running, 2 usage, 3 file missing, unsupported or malformed, 4 "
              "verification failed, 5 prompt longer than the context, 6 out of memory or no such "
@@ -11114,23 +11121,10 @@ static int help_all(const program *p, FILE *f) {
     return MEDRUN_OK;
 }
 
-static int find_command(const program *p, const char *name) {
-    for (int i = 0; i < p->n_commands; i++) if (!strcmp(name, p->commands[i].name)) return i;
-    return -1;
-}
-
-static int unknown_command(command *c, const char *name) {
-    const char *names[32] = {NULL};
-    char help[64];
-    for (int i = 0; i < c->p->n_commands; i++) names[i] = c->p->commands[i].name;
-    snprintf(help, sizeof help, "%s help", c->p->name);
-    return unknown(c, "command", name, "", names, (size_t)c->p->n_commands, help);
-}
-
 static int help_command(command *c) {
     if (!c->n_rest) return help_all(c->p, stdout);
-    int which = find_command(c->p, c->rest[0]);
-    return which < 0 ? unknown_command(c, c->rest[0]) : help_on(c->p, which);
+    const command_row *row = find_command(c->p->commands, c->rest[0]);
+    return row ? help_on(c, row) : unknown_name(c, c->rest[0]);
 }
 
 static int version_command(command *c) {
@@ -11146,7 +11140,7 @@ static int command_place(const program *p, int argc, char **argv) {
         const char *arg = argv[i];
         int id = arg[0] == '-' ? find_option(p, arg, ~0u) : -1;
         if (id >= 0 && p->options[id].kind != FLAG) i++;
-        else if (find_command(p, arg) >= 0) return i;
+        else if (find_command(p->commands, arg)) return i;
     }
     return 0;
 }
@@ -11160,9 +11154,9 @@ static int read_option(command *c, char **args) {
     const option_row *r = &c->p->options[id < 0 ? 0 : id];
     if (id < 0) unknown_option(c, name);
     else if (r->kind == FLAG && equals)
-        fail(&c->e, MEDRUN_USAGE, "%s: found a value, wanted none", name);
+        USAGE(c, "%s: found a value, wanted none", name);
     else if (r->kind != FLAG && !value)
-        fail(&c->e, MEDRUN_USAGE, "%s: found nothing, wanted %s", name, r->argument);
+        USAGE(c, "%s: found nothing, wanted %s", name, r->argument);
     else set_option(c, id, r->kind == FLAG ? "on" : value, FROM_FLAG, name);
     return r->kind == FLAG || equals ? 1 : 2;
 }
@@ -11189,35 +11183,35 @@ static int take_rest(command *c, bool named) {
     int more = c->row->more;
     file_facts there;
     if (!named && c->n_rest && !strpbrk(c->rest[0], "./\\") && get_facts(c->rest[0], -1, &there))
-        return unknown_command(c, c->rest[0]);
+        return unknown_name(c, c->rest[0]);
     if (c->n_rest && !c->row->no_model && !given(c, O_MODEL))
         c->n_rest--, set_option(c, O_MODEL, *c->rest++, FROM_FLAG, "model");
     if (c->n_rest == more + 1 && takes(c, O_PROMPT) && !given(c, O_PROMPT))
         set_option(c, O_PROMPT, c->rest[--c->n_rest], FROM_FLAG, "prompt");
     if (c->n_rest <= more) return MEDRUN_OK;
-    return fail(&c->e, MEDRUN_USAGE, "%s: found \"%s\" too many; a text with spaces needs quotes",
-                c->row->name, c->rest[more]);
+    return USAGE(c, "%s: found \"%s\" too many; a text with spaces needs quotes", c->row->name,
+                 c->rest[more]);
 }
 
 /* Finds the command, reads its options and runs it. */
 static int run_line(command *c, int argc, char **argv) {
     const program *p = c->p;
     int place = command_place(p, argc, argv);
-    int which = place ? find_command(p, argv[place]) : p->unnamed;
     file_facts there;
     if (!place && argc > 1 && get_facts(argv[1], -1, &there) && look_elsewhere(c, argv[1]))
         return c->e.code;
-    if (which < 0) which = p->n_commands - 1;           /* version, which takes --help, too      */
-    c->row = &p->commands[which];
+    /* Without one, help takes --help and --version. */
+    c->row = place ? find_command(p->commands, argv[place])
+           : p->unnamed < 0 ? find_command(p->commands, "help") : &p->commands[p->unnamed];
     for (int id = 0; id < p->n_options; id++)
         if (p->options[id].standard) parse_number(p->options[id].standard, &c->number[id]);
     if (read_line_of_arguments(c, argc, argv, place)) return c->e.code;
     if (flag(c, O_VERSION)) return version_command(c);
-    if (flag(c, O_HELP)) return place ? help_on(p, which) : help_all(p, stdout);
+    if (flag(c, O_HELP)) return place ? help_on(c, c->row) : help_all(p, stdout);
     if (take_rest(c, place) || read_environment(c)) return c->e.code;
     if (place || given(c, O_MODEL)) return c->row->run(c);
     help_all(p, stderr);
-    return fail(&c->e, MEDRUN_USAGE, p->unnamed < 0 ? "no command" : "no model; name one");
+    return USAGE(c, p->unnamed < 0 ? "no command" : "no model; name one");
 }
 
 /* A signal handler: a mapped file became shorter, or its disk went away. Nothing can be saved.
@@ -11249,53 +11243,7 @@ static int run_program(const program *p, int argc, char **argv) {
 }
 
 #ifndef MEDRUN_NO_MAIN
-#define PROGRAMS "medrun medrun-eval medrun-explain medrun-export medrun-lab medrun-serve"
-
-/* What a shell runs when Tab is pressed. It asks the program for --help: so it offers the commands
- * and options that this build has. */
-static const char *const completions[][2] = {
-    {"bash",
-     "_medrun() {\n"
-     "    local first= show=\"s/^${1##*/} \\\\[?([a-z]+).*/\\\\1/p\"\n"
-     "    ((COMP_CWORD > 1)) && first=${COMP_WORDS[1]} show=\n"
-     "    [[ $2 == -* ]] && show='s/^ {2,6}(-[a-zA-Z]+, )?(--[a-z0-9-]+).*/\\2/p'\n"
-     "    show=$(\"$1\" $first --help 2> /dev/null | sed -nE \"$show\")\n"
-     "    COMPREPLY=($(compgen -W \"$show\" -- \"$2\"))\n"
-     "}\n"
-     "complete -o default -F _medrun " PROGRAMS "\n"},
-    {"zsh",
-     "#compdef " PROGRAMS "\n"
-     "_medrun() {\n"
-     "    local first= show=\"s/^${words[1]:t} \\\\[?([a-z]+).*/\\\\1/p\"\n"
-     "    ((CURRENT > 2)) && first=$words[2] show=\n"
-     "    [[ $PREFIX == -* ]] && show='s/^ {2,6}(-[a-zA-Z]+, )?(--[a-z0-9-]+).*/\\2/p'\n"
-     "    show=$($words[1] $first --help 2> /dev/null | sed -nE \"$show\")\n"
-     "    compadd -- ${(f)show} || _files\n"
-     "}\n"
-     "if [[ $funcstack[1] == _medrun ]]; then _medrun\n"
-     "else compdef _medrun " PROGRAMS "; fi\n"},
-    {"fish",
-     "function __medrun\n"
-     "    set -l line (commandline -opc)\n"
-     "    set -l show '^'(path basename $line[1])' \\\\[?([a-z]+).*' '$1'\n"
-     "    set -q line[2]; and set show '^$' ''\n"
-     "    string match -q -- '-*' (commandline -ct)\n"
-     "    and set show '^ {2,6}(?:-[a-zA-Z]+, )?(--[a-z0-9-]+)(?: \\\\S+)? +(\\\\S.*)' '$1\\t$2'\n"
-     "    $line[1] $line[2] --help 2> /dev/null | string replace -rf $show\n"
-     "end\n"
-     "for program in " PROGRAMS "\n"
-     "    complete -c $program -a '(__medrun)'\n"
-     "end\n"},
-};
-
-static int completion_command(command *c) {
-    for (size_t i = 0; c->n_rest && i < sizeof completions / sizeof *completions; i++)
-        if (!strcmp(c->rest[0], completions[i][0]))
-            return fputs(completions[i][1], stdout), MEDRUN_OK;
-    return fail(&c->e, MEDRUN_USAGE, "completion: wanted bash, zsh or fish");
-}
-
-static const command_row medrun_commands[N_COMMANDS] = {
+static const command_row medrun_commands[N_COMMANDS + 1] = {
     [CHAT] = {"chat", converse_command, "MODEL.mdr [\"TEXT\"]",
         .help = "a conversation; with piped input, answers once"},
     [RUN] = {"run", run_command, "MODEL.mdr \"TEXT\" | -f FILE", .help = "one answer"},
@@ -11312,15 +11260,13 @@ static const command_row medrun_commands[N_COMMANDS] = {
     [LOGITS] = {"logits", logits_command,
         "MODEL.mdr \"TEXT\" | --ids \"1 2 3\" --top N | -o OUT.f32",
         .help = "what may come next, as a table; or all logits, as numbers"},
-    [COMPLETION] = {"completion", completion_command, "bash|zsh|fish",
-        "a script for the shell: Tab completes then", .no_model = true, .more = 1},
     [HELP] = {"help", help_command, "[COMMAND]", "all commands, or the options of one",
         .no_model = true, .more = 1},
     [VERSION] = {"version", version_command, "", "prints the version", .no_model = true},
 };
 
 static const program medrun_program = {
-    "medrun", "runs open medical language models on an ordinary CPU", medrun_commands, N_COMMANDS,
+    "medrun", "runs open medical language models on an ordinary CPU", medrun_commands,
     option_rows, N_OPTIONS, CHAT};
 
 int main(int argc, char **argv) { return run_program(&medrun_program, argc, argv); }

@@ -86,8 +86,7 @@ int main(void) {
     const char *build = getenv("MEDRUN_TEST_BUILD");
     char path[2048];
     static const program lab = {.name = "medrun-lab", .commands = lab_commands,
-                                .n_commands = N_LAB_COMMANDS, .options = lab_options,
-                                .n_options = N_LAB_OPTIONS, .unnamed = -1};
+                                .options = lab_options, .n_options = N_LAB_OPTIONS, .unnamed = -1};
     static command c = {.p = &lab, .row = &lab_commands[CALL]};
     snprintf(path, sizeof path, "%s/apertus-plain-bf16.mdr", build ? build : "build");
     if (CHECK(!medrun_open(&c.m, path, &(medrun_options){.threads = 1}, &c.e))) {

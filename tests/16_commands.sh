@@ -81,7 +81,7 @@ for word in pull download; do code 2 $word llama3; err_has 'no network'; err_has
 for word in list ls ps rm; do code 2 $word; err_has 'README.md'; err_lines 1; no_out; done
 code 2 generate "$model"; err_has 'medrun run'; code 2 -cnv "$model"; err_has 'a conversation'
 code 2 xyzzy; err_has 'help lists all'; check 'no hint that is far' [ -z "$(grep nearest "$T/err")" ]
-for far in --colour --grammar --no --zzz; do
+for far in --colour --gramophone --no --zzz; do
     code 2 run "$model" -p x $far 1; err_has 'unknown option'; check "no hint for $far" [ -z "$(grep nearest "$T/err")" ]
 done
 code 2 run "$model" -p x --topk 3; err_has 'nearest is --top-k'; code 2 run "$model" -p x --tempp 3; err_has 'nearest is --temp'
@@ -462,6 +462,12 @@ lab 5 bench "$model" -p 1000000
 
 # what another program does
 for word in bench doctor replay record call; do code 2 $word "$model" -r 3; err_has "medrun-lab $word"; err_lines 1; done; code 2 compare; err_has 'medrun-lab compare'
+for word in $("$lab" --help | sed -n 's/^medrun-lab \([a-z]*\).*/\1/p'); do
+    case $word in help|version) continue;; esac
+    code 2 $word; err_has "^medrun: $word: medrun-lab $word does this\$"; no_out; lab 0 help $word
+done
+for word in --schema --grammar --regex --choices; do code 2 run "$model" -p x $word y; err_has "$word: medrun-lab constrain does this"; done
+for shell in bash zsh fish; do lab 0 completion $shell; out_has '_medrun'; done; lab 2 completion tcsh; err_has 'wanted bash'
 lab 0 compare "$model"; out_has '^proof 1: states no reference$'; lab 3 compare "$T/none.mdr"; lab 0 help compare; out_has '--threads'
 for word in export eval serve explain; do code 2 $word; err_has "medrun-$word"; done
 code 2 run "$model" -p x --record "$T/r.json"; err_has 'medrun-lab record'

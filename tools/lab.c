@@ -7,7 +7,7 @@
  * it, and replay repeats it; compare says how far a checkpoint's logits are from those of another
  * implementation; call shows a model functions and prints the call that it makes; constrain lets it
  * write only what fits a JSON schema, a grammar, an expression or a choice; top shows what
- * each layer would say.
+ * each layer would say; completion prints a script for a shell.
  * Options are read as medrun reads them (sections 16 and 17 of medrun.c). MIT licence, see
  * LICENSE. */
 #define MEDRUN_NO_MAIN
@@ -22,8 +22,8 @@
 #include "serve_grammar.c"
 #include "serve_schema.c"
 
-enum { BENCH, DOCTOR, RECORD, REPLAY, COMPARE, CALL, CONSTRAIN, LENS, LAB_HELP, LAB_VERSION,
-       N_LAB_COMMANDS };
+enum { BENCH, DOCTOR, RECORD, REPLAY, COMPARE, CALL, CONSTRAIN, LENS, COMPLETION, LAB_HELP,
+       LAB_VERSION, N_LAB_COMMANDS };
 
 /* Options that medrun has not. */
 enum { L_PROMPT = N_OPTIONS, L_PREDICT, L_DEPTH, L_REPETITIONS, L_FORMAT, L_TOOLS, L_RENDER,
@@ -788,10 +788,11 @@ static int call_command(command *c) {
 }
 
 #include "lab_constrain.c"
+#include "lab_completion.c"
 
 /* ---- the program --------------------------------------------------------------------------- */
 
-static const command_row lab_commands[N_LAB_COMMANDS] = {
+static const command_row lab_commands[N_LAB_COMMANDS + 1] = {
     [BENCH] = {"bench", bench_command, "MODEL.mdr",
         .help = "speed of a prompt and of generation, beside what this machine can do"},
     [DOCTOR] = {"doctor", doctor_command, "",
@@ -811,6 +812,9 @@ static const command_row lab_commands[N_LAB_COMMANDS] = {
             "choice"},
     [LENS] = {"top", top_command, "MODEL.mdr -p TEXT | -f FILE",
         .help = "what each layer would say, where the prompt ends and the answer begins"},
+    [COMPLETION] = {"completion", completion_command, "bash|zsh|fish",
+        "a script for the shell: Tab completes then, for all programs of medrun", .no_model = true,
+        .more = 1},
     [LAB_HELP] = {"help", help_command, "[COMMAND]", "all commands, or the options of one",
         .no_model = true, .more = 1},
     [LAB_VERSION] = {"version", version_command, "", "prints the version", .no_model = true},
@@ -864,7 +868,7 @@ static void take_options(void) {
 
 int main(int argc, char **argv) {
     static const program lab = {"medrun-lab", "measures what medrun does, and repeats it",
-                                lab_commands, N_LAB_COMMANDS, lab_options, N_LAB_OPTIONS, -1};
+                                lab_commands, lab_options, N_LAB_OPTIONS, -1};
     take_options();
     return run_program(&lab, argc, argv);
 }
