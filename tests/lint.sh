@@ -46,11 +46,11 @@ budgets="
 13:420:452
 14:100:118
 15:720:1026
-16:1410:2392"
+16:1410:2338"
 budgets=$(echo $budgets)                  # on one line
-most_lines=11360                            # the goals: 9000, 450000, 15
-most_bytes=576873
-least_comments=14.1
+most_lines=11306                            # the goals: 9000, 450000, 15
+most_bytes=574568
+least_comments=14.2
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
     function said(limit, budget) { return limit ? "  OVER ITS LIMIT" : budget ? "  over" : "" }
