@@ -5011,8 +5011,7 @@ static int load_map(file_map *map, const char *path, medrun_error *e) {
  * of UNIT. */
 typedef struct {
     const char *name, *mark;        /* NAME: what people call it                                */
-    bool is_private, streams;       /* only for its owner, as it holds a prompt; may go to a
-                                       pipe, a terminal or /dev/null                            */
+    bool is_private, streams;       /* it holds a prompt; it may go to a pipe or a device       */
     size_t unit;                    /* 0: nothing tells this kind from others                   */
 } file_kind;
 
@@ -5023,6 +5022,8 @@ typedef struct {
     const char *path;               /* the caller's                                             */
     buffer partial;                 /* the name beside it; empty for a stream                   */
 } file_writer;
+
+static const char *volatile being_written;      /* the last one's, which a signal's handler drops */
 
 static int write_failed(const char *path, const char *why, medrun_error *e) {
     return fail(e, MEDRUN_FAILED, "%s: cannot write: %s", path, why);
@@ -5070,6 +5071,7 @@ static int check_place(const char *path, const file_kind *kind, bool force, bool
 /* Takes back what was written: what stood at the path stays, nothing is left beside it. The lock
  * goes last, so that nobody else's file is removed. */
 static void writer_drop(file_writer *w) {
+    being_written = NULL;
     if (w->partial.n) remove_file((const char *)w->partial.data);
     if (w->f) fclose(w->f);
     buffer_free(&w->partial);
@@ -5098,14 +5100,13 @@ static int open_partial(file_writer *w, const file_kind *kind, bool force, medru
     if (is_there && !busy && force && !remove_file(name)) w->f = open_stream(name, how);
     if (w->f) busy = !lock_file(fileno(w->f)) || get_facts(NULL, fileno(w->f), &mine) ||
                      !same_file(name, &mine);
-    if (w->f && !busy) return MEDRUN_OK;
+    if (w->f && !busy) return being_written = name, MEDRUN_OK;
     if (busy)
         fail(e, MEDRUN_FAILED, "%s: cannot write: another program is writing %s", w->path, name);
     else if (is_there)
         fail(e, MEDRUN_FAILED, "%s: cannot write: %s is left from a run that was stopped; remove "
              "it, or let --force do it", w->path, name);
-    else
-        write_failed(w->path, strerror(errno), e);
+    else write_failed(w->path, strerror(errno), e);
     w->partial.n = 0;                                   /* it is not ours                        */
     writer_drop(w);
     return e->code;
@@ -5189,8 +5190,7 @@ static int take_section(model_file *f, uint32_t v, const char *what, const uint8
         return bad_file(e, f->path, "%s: ends at byte %lld but the file has %zu; it was cut short, "
                         "copy it again", what, (long long)offset + length, n);
     while (f->at < wanted && !f->map.data[f->at]) f->at++;
-    if (f->at < wanted)
-        return bad_file(e, f->path, "%s: the padding before it is not zero", what);
+    if (f->at < wanted) return bad_file(e, f->path, "%s: the padding before it is not zero", what);
     *data = f->map.data + wanted;
     *bytes = (size_t)length;
     f->at = wanted + *bytes;
@@ -9817,6 +9817,15 @@ static void on_interrupt(int signal_number) {
     medrun_interrupt(answering);
 }
 
+/* A program that a signal ends leaves no half of a file, and no terminal that is raw. The signal
+ * has its default effect by now: raised again it ends the program, and whoever started it sees by
+ * what. */
+static void on_fatal_signal(int signal_number) {
+    set_raw(false);
+    if (being_written) remove_file(being_written);
+    raise(signal_number);
+}
+
 /* Prints what can no longer become part of a stop text, or all that is left when the answer is
  * OVER; a stop text ends it. On a terminal lines are broken between words, so the last word waits
  * for its end; and control characters that the model made do not reach it. */
@@ -9903,19 +9912,23 @@ static void print_piece(const command *c, int32_t id, size_t width) {
     buffer_free(&b);
 }
 
-/* With --top: the token that was chosen, and under it what else was likely. The softmax of the
- * logits makes the probabilities, as at temperature 1. */
-static int print_choices(command *c, int32_t id) {
-    const float *logits = c->s->logits;
-    int32_t ids[1 + MOST_CHOICES] = {id};
+/* What the softmax of the LOGITS finds likeliest, as at temperature 1: under the token that was
+ * CHOSEN, where there is one (not -1), or as a table with rank, id and logit. */
+static int print_likely(command *c, const float *logits, int32_t chosen) {
+    int32_t ids[1 + MOST_CHOICES] = {chosen};
+    bool table = chosen < 0;
     size_t vocab = (size_t)c->t->vocab_size;
-    size_t n = 1 + largest_logits(logits, vocab, (size_t)whole(c, O_TOP), ids + 1);
+    size_t n = largest_logits(logits, vocab, (size_t)whole(c, O_TOP), ids + 1);
     double sum = log_sum(logits, vocab);
-    for (size_t i = 0; i < n; i++) {
-        if (i && ids[i] == id) continue;
-        if (i) fputs("    ", stdout);
-        print_piece(c, ids[i], i ? 16 : 20);
-        printf(" %.4f\n", exp((double)logits[ids[i]] - sum));
+    if (table) printf("rank       id  %-20s     logit  probability\n", "piece");
+    for (size_t i = table; i <= n; i++) {
+        double logit = (double)logits[ids[i]];
+        if (i && ids[i] == chosen) continue;
+        if (table) printf("%4zu %8d  ", i, ids[i]);
+        else if (i) fputs("    ", stdout);
+        print_piece(c, ids[i], i && !table ? 16 : 20);
+        if (table) printf(" %9.4f", logit);
+        printf(table ? " %12.6f\n" : " %.4f\n", exp(logit - sum));
     }
     return flush_stdout(c);
 }
@@ -9933,7 +9946,7 @@ static int next_piece(command *c) {
     a->n_answer++;
     a->ended = medrun_is_stop(c->m, id);
     if (c->piece) return c->piece(c, id, text, n);
-    if (given(c, O_TOP)) return print_choices(c, id);
+    if (given(c, O_TOP)) return print_likely(c, c->s->logits, id);
     buffer_add(&a->held, text, n);
     return check_buffer(c, &a->held) ? c->e.code : print_held(c, a->ended);
 }
@@ -10187,9 +10200,11 @@ static void show_memory(FILE *f, const medrun_model *m, const medrun_session_opt
 static int show_model(FILE *f, command *c, int context) {
     const medrun_model *m = c->m;
     const medrun_sampling *s = &m->sampling;
+    medrun_info info;
     medrun_session_options wanted = session_options(c, context), o;
     buffer config = {0}, lacks = {0}, stops = {0};
     if (resolve_options(m, &wanted, &o, &c->e)) return c->e.code;
+    medrun_describe(m, &info);
     describe_config(&config, &m->config, m->architecture, type_names[m->type], m->parameters, 13);
     for (int b = 0; b < 256; b++)
         if (m->tokenizer.byte_id[b] == NO_ID) buffer_printf(&lacks, "%02x ", (unsigned)b);
@@ -10204,7 +10219,7 @@ static int show_model(FILE *f, command *c, int context) {
         show(f, NULL, "%.*s", (int)(end - line), line);
     if (lacks.n) show(f, "lacks bytes", "%s(hexadecimal; left out of texts)", chars(&lacks));
     show(f, "template", "%s", m->template_name);
-    show(f, "system", "%s", m->own_chat.system ? m->own_chat.system : "");
+    show(f, "system", "%s", info.system);
     show(f, "stops", "%s", chars(&stops));
     show(f, "sampling", "temperature %g, top-k %d, top-p %g, min-p %g, repeat-penalty %g",
          (double)s->temperature, s->top_k, (double)s->top_p, (double)s->min_p,
@@ -10231,36 +10246,46 @@ enum { HISTORY = 100 };
 
 /* The first of the lines is the one that is typed, with the cursor at a byte of it; behind it stand
  * those before it, from which it may be copied: from the one that is shown. They are never written
- * to a file, for they hold what patients said. At the start of a line Tab completes the commands.
- * On a plain terminal nothing can be drawn. */
+ * to a file, for they hold what patients said. What was typed AHEAD of the prompt is TAKEN so far.
+ * At the start of a line Tab completes the commands. On a plain terminal nothing can be drawn. */
 typedef struct {
-    buffer lines[HISTORY + 1];
-    size_t at;
+    buffer lines[HISTORY + 1], ahead;
+    size_t at, taken;
     int shown;
     const char *prompt;
     bool plain, colour;
     const command_row *commands;
 } editor;
 
-/* A program that a signal ends must not leave the terminal raw. The signal has its default effect
- * by now: raised again it ends the program, and whoever started it sees by what. */
-static void on_fatal_signal(int signal_number) {
-    set_raw(false);
-    raise(signal_number);
-}
-
 /* A key is a byte or EOF; CTRL + 'A' is a byte, too. But arrows and the like send ESC [ or ESC O,
  * numbers, and a letter (here ESC + 'A') or ~ (TILDE + 3). */
 enum { CTRL = -'@', ESC = 256, TILDE = 512, PASTE = TILDE + 200, PASTED };
 
+static int next_byte(editor *ed) {
+    return ed->taken < ed->ahead.n ? ed->ahead.data[ed->taken++] : typed_byte();
+}
+
+/* What was typed while the terminal was still raw waits as it came: a Ctrl-C among it was meant to
+ * stop the answer to the line before it, and takes back what stands before it, as elsewhere. */
+static void take_ahead(editor *ed) {
+    if (ed->taken == ed->ahead.n) ed->taken = ed->ahead.n = 0;
+    while (more_is_typed()) {
+        char byte = (char)typed_byte();
+        buffer_add(&ed->ahead, &byte, 1);
+        if (byte != CTRL + 'C') continue;
+        ed->taken = ed->ahead.n;
+        on_interrupt(0);
+    }
+}
+
 /* Of several numbers only the last counts: so Ctrl-Left, ESC [1;5D, is Left. Any other
  * ESC gives ESC alone: no key. */
-static int read_key(void) {
-    int c = typed_byte(), number = 0;
+static int read_key(editor *ed) {
+    int c = next_byte(ed), number = 0;
     if (c != 27) return c;
-    c = typed_byte();
+    c = next_byte(ed);
     if (c != '[' && c != 'O') return c == EOF ? EOF : ESC;
-    while ((c = typed_byte()) != EOF && c < 0x40)
+    while ((c = next_byte(ed)) != EOF && c < 0x40)
         number = isdigit(c) ? (number * 10 + c - '0') % 1000 : 0;
     return c == EOF ? EOF : c == '~' ? TILDE + number : ESC + c;
 }
@@ -10388,22 +10413,20 @@ static void edit(editor *ed, int key) {
  * in an empty line); gives that key. Draws when no more waits: so a paste is drawn once. */
 static int edit_line(editor *ed) {
     for (bool pasting = false;;) {
-        if (!more_is_typed()) draw_line(ed, false);
-        int key = read_key();
+        if (ed->taken == ed->ahead.n && !more_is_typed()) draw_line(ed, false);
+        int key = read_key(ed);
         if (key == CTRL + 'D' && !ed->lines->n) key = EOF;
         if (key == PASTE || key == PASTED) pasting = key == PASTE;
         else if (pasting && key > 0 && key < ESC)
             replace(ed, ed->at, ed->at, &(char){(char)(key == '\r' ? '\n' : key)}, 1);
-        else if (key == '\r' || key == '\n' || key == CTRL + 'C' || key == EOF) {
-            draw_line(ed, true);
-            return key;
-        } else edit(ed, key);
+        else if (key != '\r' && key != '\n' && key != CTRL + 'C' && key != EOF) edit(ed, key);
+        else return draw_line(ed, true), key;
     }
 }
 
 /* Reads a line; the one before becomes history. The terminal is raw only meanwhile, so an answer
- * can be stopped with Ctrl-C. Where nothing can be drawn (TERM=dumb, Windows) the terminal's own
- * editing must do. */
+ * can be stopped with Ctrl-C, from Enter on. Where nothing can be drawn (TERM=dumb, Windows) the
+ * terminal's own editing must do: a line comes whole. */
 static int read_line(editor *ed, const char *prompt) {
     buffer *line = ed->lines;
     int key;
@@ -10413,17 +10436,22 @@ static int read_line(editor *ed, const char *prompt) {
         *line = (buffer){0};
     }
     ed->at = 0, ed->shown = 0, ed->prompt = prompt;
-    if (!ed->plain && set_raw(true)) {
-        key = edit_line(ed);
-        set_raw(false);
-        if (key == CTRL + 'C') line->n = 0;
-        return key;
+    on_signal(SIGINT, on_fatal_signal);
+    ed->plain |= !ed->plain && !set_raw(true);
+    if (!ed->plain) key = edit_line(ed);
+    else {
+        fputs(prompt, stderr);
+        while ((key = next_byte(ed)) != EOF && key != '\n')
+            buffer_add(line, &(char){(char)key}, 1);
+        drop_line_end(line);
+        if (line->n) key = '\n';
     }
-    /* Here a line comes whole. */
-    fputs(prompt, stderr);
-    while ((key = typed_byte()) != EOF && key != '\n') buffer_add(line, &(char){(char)key}, 1);
-    drop_line_end(line);
-    return line->n ? '\n' : key;
+    if (key == CTRL + 'C') line->n = 0;
+    answering->pass.stop = false;
+    on_signal(SIGINT, on_interrupt);
+    set_raw(false);
+    take_ahead(ed);
+    return key;
 }
 
 /* Reads a message: a line, or several lines from """ to """. Gives the key that ended it. If a line
@@ -10683,19 +10711,13 @@ static int chat_read(command *c) {
     return c->e.code;
 }
 
-static void chat_help_row(const command_row *r) {
-    char left[40];
-    snprintf(left, sizeof left, "%s %s", r->name, r->arguments);
-    print_help(stderr, left, 24, r->help);
-}
-
 static int chat_help(command *c) {
-    static const command_row keys[] = {
-        {"\"\"\"", NULL, "", .help = "begins and ends a message of several lines"},
-        {"Tab", NULL, "", .help = "completes commands and paths"},
-        {"Ctrl-C", NULL, "", .help = "stops the answer; twice: leave"}, {0}};
-    for (const command_row *r = talk.ed.commands; r->name; r++) chat_help_row(r);
-    for (const command_row *r = keys; r->name; r++) chat_help_row(r);
+    for (const command_row *r = talk.ed.commands; r->name; r++) {
+        char left[40];
+        if (talk.ed.plain && !strcmp(r->name, "Tab")) continue;
+        snprintf(left, sizeof left, "%s %s", r->name, r->arguments);
+        print_help(stderr, left, 24, r->help);
+    }
     print_help(stderr, "", 0, "A message that begins with / needs a space before it.");
     return c->e.code;
 }
@@ -10704,7 +10726,7 @@ static int chat_stats(command *c) { return print_stats(c), MEDRUN_OK; }
 static int chat_show(command *c) { return show_model(stderr, c, (int)context_of(c)); }
 
 /* What can be typed, and what becomes of it. A FILE comes with its ~ replaced; an argument in
- * brackets may be left out. */
+ * brackets may be left out. Those without a function are keys, for /help alone. */
 static const command_row chat_commands[] = {
     {"/help", chat_help, "", "this list", .also = "/?"},
     {"/bye", chat_bye, "", "leave, as Ctrl-D or the word exit", .also = "/quit|/exit|/q"},
@@ -10719,7 +10741,10 @@ static const command_row chat_commands[] = {
     {"/load", chat_load, "FILE", .help = "go on with one that was saved"},
     {"/text", chat_text, "FILE", .help = "write the conversation as plain text"},
     {"/stats", chat_stats, "", .help = "speeds, and how full the context is"},
-    {"/show", chat_show, "", .help = "the model and what it needs"}, {0}};
+    {"/show", chat_show, "", .help = "the model and what it needs"},
+    {"\"\"\"", NULL, "", .help = "begins and ends a message of several lines"},
+    {"Tab", NULL, "", .help = "completes commands and paths"},
+    {"Ctrl-C", NULL, "", .help = "stops the answer; twice: leave"}, {0}};
 
 /* Does what LINE says, which begins with /. A word that nobody knows gets the nearest one as a
  * hint, so that no slip of the fingers is said to the model. */
@@ -10769,7 +10794,6 @@ static int chat_loop(command *c) {
 /* The chat command. If nobody types, it answers what is on stdin. A bad file of --load-prefix is
  * refused before the person types: no token is taken, but its head is read and checked. */
 static int converse_command(command *c) {
-    static const int fatal[] = {SIGTERM, SIGHUP, SIGQUIT, SIGINT};
     const char *no_colour = getenv("NO_COLOR"), *prefix = c->text[O_LOAD_PREFIX];
     bool draws = terminal_draws(getenv("TERM")), colour = draws && !(no_colour && *no_colour);
     if (!is_terminal(STDIN_FILENO)) return run_command(c);
@@ -10780,8 +10804,7 @@ static int converse_command(command *c) {
     talk.ed = (editor){.plain = !draws, .colour = colour, .commands = chat_commands};
     talk.starts = new_array(room, sizeof *talk.starts);
     if (!talk.starts) return out_of_memory(&c->e, room * sizeof *talk.starts);
-    /* From here on the terminal may be raw. */
-    for (size_t i = 0; i < sizeof fatal / sizeof *fatal; i++) on_signal(fatal[i], on_fatal_signal);
+    answering = c->s;
     if (colour) fputs("\x1b[33m", stderr);
     note(NULL, "%s", not_a_clinician);
     if (colour) fputs("\x1b[0m", stderr);
@@ -10791,6 +10814,7 @@ static int converse_command(command *c) {
     if (c->input.n) say(c, &c->input);
     chat_loop(c);
     for (int i = 0; i <= HISTORY; i++) buffer_free(&talk.ed.lines[i]);
+    buffer_free(&talk.ed.ahead);
     buffer_free(&talk.system);
     free(talk.starts);
     return c->e.code;
@@ -11015,23 +11039,6 @@ static int write_logits(command *c, FILE *f) {
     return c->e.code;
 }
 
-/* Rank, id, piece, logit and probability of the N likeliest tokens that may come next. */
-static int print_top(command *c) {
-    const float *logits = medrun_logits(c->s, 0);
-    int32_t ids[MOST_CHOICES];
-    size_t vocab = (size_t)c->t->vocab_size;
-    size_t n = largest_logits(logits, vocab, (size_t)whole(c, O_TOP), ids);
-    double sum = log_sum(logits, vocab);
-    printf("rank       id  %-20s     logit  probability\n", "piece");
-    for (size_t i = 0; i < n; i++) {
-        double logit = (double)logits[ids[i]];
-        printf("%4zu %8d  ", i + 1, ids[i]);
-        print_piece(c, ids[i], 20);
-        printf(" %9.4f %12.6f\n", logit, exp(logit - sum));
-    }
-    return flush_stdout(c);
-}
-
 /* With --all each token of a pass has a row of logits, which takes memory: so fewer go into one. */
 static int logits_command(command *c) {
     file_writer w = {0};
@@ -11054,7 +11061,8 @@ static int logits_command(command *c) {
     if (file && open_output(c, &w, c->text[O_OUT], &kind)) return c->e.code;
     write_logits(c, w.f);
     if (file) writer_done(&w, &c->e);
-    return c->e.code || !given(c, O_TOP) ? c->e.code : print_top(c);
+    return c->e.code || !given(c, O_TOP) ? c->e.code
+         : print_likely(c, medrun_logits(c->s, 0), -1);
 }
 
 /* ============================================================================================
@@ -11223,16 +11231,19 @@ static void on_lost_file(int signal_number) {
     (void)signal_number;
     while (atomic_flag_test_and_set(&found)) sleep(1);
     set_raw(false);
+    if (being_written) remove_file(being_written);
     if (write(STDERR_FILENO, said, sizeof said - 1) < 0) _exit(MEDRUN_BAD_FILE);
     _exit(MEDRUN_BAD_FILE);
 }
 
 static int run_program(const program *p, int argc, char **argv) {
+    static const int fatal[] = {SIGTERM, SIGHUP, SIGQUIT, SIGINT};
     static command c;
     c.p = p;
     if (!(argv = start_program(&argc, argv))) return 1;
     c.self = argv[0] ? argv[0] : "";
     on_lost_page(on_lost_file);
+    for (size_t i = 0; i < sizeof fatal / sizeof *fatal; i++) on_signal(fatal[i], on_fatal_signal);
     umask(077);                         /* records and sessions hold what a patient said         */
     int code = check_machine(&c.e);
     if (!code) code = run_line(&c, argc, argv);

@@ -873,6 +873,38 @@ if stopped:
     ended_well('after it', c.end(b'\x04'), 0)
 else: skipped += 1; print('skipped: Ctrl-C in an answer: all were over first')
 
+# nor is it lost where it is typed with Enter, while the terminal is raw still; where nothing is answered it stops nothing
+c = Chat('-n', '40', '--temp', '0', '-q')
+os.write(c.fd, b'hello\r\x03'); out = c.drawn()
+check('Ctrl-C right behind Enter', b'(stopped; your message is forgotten)' in unbroken(out), out)
+out = c.say(b'/stats\r\x03'); out = c.say(b'hello\r')
+check('Ctrl-C behind a command stops no later answer', b'(stopped' not in out and b'leaves' not in out, out)
+out = c.say(b'/stats\rignored\x03/set temp 0\r')
+check('it takes back what was typed before it, and nothing behind it', b'temp is 0 now' in out and b'ignored' not in out, out)
+ended_well('typed ahead', c.end(b'\x04'), 0)
+# where nothing is drawn, the terminal completes nothing
+pid, fd = pty.fork()
+if pid == 0: os.execvpe(medrun, [medrun, model, '-q'], dict(os.environ, TERM='dumb'))
+os.write(fd, b'/help\n/bye\n'); out = b''
+while True:
+    try: more = os.read(fd, 4096)
+    except OSError: break
+    if not more: break
+    out += more
+os.waitpid(pid, 0); os.close(fd)
+check('/help on a dumb terminal', b'/system [TEXT]' in out and b'Ctrl-C' in out and b'Tab' not in out, out)
+
+# a signal leaves no half of a file
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+    p = subprocess.Popen([medrun, 'logits', demo, '--ids', '5 ' * 250, '--all', '-b', '1', '-t', '1', '-o', T + '/ended.f32'], stdin=subprocess.DEVNULL,
+                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ, MEDRUN_KERNELS='scalar'),
+                         preexec_fn=lambda: [signal.signal(s, signal.SIG_DFL) for s in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM)])
+    while p.poll() is None and not os.path.exists(T + '/ended.f32.partial'): time.sleep(0.002)
+    p.send_signal(number); p.wait()
+    if p.returncode == 0: skipped += 1; print('skipped: signal %d: the logits were there first' % number); continue
+    check('signal %d ends logits' % number, p.returncode == -number, b'%d' % p.returncode)
+    check('signal %d: no file, whole or half' % number, not os.path.exists(T + '/ended.f32.partial') and not os.path.exists(T + '/ended.f32'))
+
 # nor does it wait for the end of a long message; /stats counts what was read of it
 open(T + '/long', 'w').write('The patient has fever and a cough. ' * 100)
 c = Chat('-t', '1', '-b', '8', env={'MEDRUN_KERNELS': 'scalar'}, model=demo)

@@ -2142,7 +2142,7 @@ static int create_partial(exporter *x, uint64_t bytes, medrun_error *e) {
     if (check_target(x, e) || writer_open(&x->out, x->options.out, kind, x->options.force, e))
         return e->code;
     x->fd = fileno(x->out.f);
-    x->partial = unfinished = (const char *)x->out.partial.data;
+    x->partial = (const char *)x->out.partial.data;
     if (disk_room(x->fd, x->partial, &room)) return cannot_write(x, e);
     if (room < bytes)
         return fail(e, MEDRUN_FAILED, "%s: needs %llu MB, but this disk has %llu MB free; make "
@@ -2154,9 +2154,7 @@ static int create_partial(exporter *x, uint64_t bytes, medrun_error *e) {
 
 /* Gives the finished file its name; a crash of the machine leaves the old file or the new one. */
 static int rename_partial(exporter *x, medrun_error *e) {
-    if (check_interrupt(e)) return e->code;
-    unfinished = NULL;
-    return writer_done(&x->out, e);
+    return check_interrupt(e) ? e->code : writer_done(&x->out, e);
 }
 
 #include "export_calibrate.c"           /* section 10 */
@@ -2252,7 +2250,6 @@ static int write_checkpoint(exporter *x, medrun_error *e) {
 }
 
 static void close_exporter(exporter *x) {
-    unfinished = NULL;
     writer_drop(&x->out);
     if (x->pool.threads) pool_stop(&x->pool);
     for (int i = 0; i < MAX_THREADS; i++) {

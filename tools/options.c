@@ -140,7 +140,6 @@ static int finish_stdout(medrun_error *e) {
 }
 
 static const char *program_name;            /* for on_lost_file, which may not format a text      */
-static const char *volatile unfinished;     /* a file that shall go with the program, or NULL     */
 
 static void say_plain(const char *text) {
     size_t n = strlen(text);
@@ -153,7 +152,7 @@ static void on_lost_file(int signal_number) {
     static atomic_flag said = ATOMIC_FLAG_INIT;
     (void)signal_number;
     while (atomic_flag_test_and_set(&said)) sleep(1);
-    if (unfinished) remove_file(unfinished);
+    if (being_written) remove_file(being_written);
     say_plain(program_name);
     say_plain(": a file cannot be read any more: it was cut, or its disk is gone\n");
     _exit(MEDRUN_BAD_FILE);
