@@ -9215,19 +9215,24 @@ static int place_in(const char *words, const char *word) {
 /* A command line that cannot be carried out. */
 #define USAGE(c, ...) fail(&(c)->e, MEDRUN_USAGE, __VA_ARGS__)
 
-/* Says that WORD is unknown, what of the NAMES with | between them may have been meant, and what
- * lists all. A name is meant that is at most two edits away; more than one only where it begins
- * alike. */
-static int unknown(command *c, const char *what, const char *word, const char *dashes, char *names,
-                   const char *help) {
+/* Says that WORD is unknown, an option or (in a chat, behind /) a command; what of the NAMES with |
+ * between them, which it frees, may have been meant; and what lists all. A name is meant that is at
+ * most two edits away; more than one only where it begins alike. */
+static int unknown(command *c, const char *word, buffer *names) {
+    bool option = *word == '-', in_chat = *word == '/';
     const char *plain = word + strspn(word, "-"), *meant = "";
     size_t least = strlen(plain) < 3 ? strlen(plain) : 3;
-    for (char *name = names ? strtok(names, "|") : NULL; name; name = strtok(NULL, "|")) {
+    char *name = names->n ? strtok((char *)names->data, "|") : NULL;
+    for (; name; name = strtok(NULL, "|")) {
         size_t edits = edit_distance(plain, name);
         if (edits < least && (edits < 2 || *plain == *name)) least = edits, meant = name;
     }
-    return USAGE(c, "unknown %s %s%s%s%s; %s lists all", what, word,
-                 *meant ? "; the nearest is " : "", *meant ? dashes : "", meant, help);
+    USAGE(c, "unknown %s %s%s%s%s; %s%s%s lists all", option ? "option" : "command", word,
+          *meant ? "; the nearest is " : "", *meant && option ? "--" : "", meant,
+          in_chat ? "/" : c->p->name, option ? " help " : in_chat ? "help" : " help",
+          option ? c->row->name : "");
+    buffer_free(names);
+    return c->e.code;
 }
 
 /* The command of ROWS that is called NAME, or NULL. */
@@ -9236,13 +9241,10 @@ static const command_row *find_command(const command_row *rows, const char *name
     return rows->name ? rows : NULL;
 }
 
-static int unknown_command(command *c, const command_row *rows, const char *name,
-                           const char *help) {
+static int unknown_command(command *c, const command_row *rows, const char *name) {
     buffer names = {0};
     for (; rows->name; rows++) buffer_printf(&names, "%s|", rows->name);
-    unknown(c, "command", name, "", (char *)names.data, help);
-    buffer_free(&names);
-    return c->e.code;
+    return unknown(c, name, &names);
 }
 
 /* The option that ARG, -n or --predict, names for one of the commands ON; or -1. */
@@ -9293,23 +9295,17 @@ static int look_elsewhere(command *c, const char *word) {
 /* Says which commands take the option, or else what may have been meant. */
 static int unknown_option(command *c, const char *arg) {
     const program *p = c->p;
-    char help[64];
+    int known = find_option(p, arg, ~0u);
     buffer names = {0};
-    int id = find_option(p, arg, ~0u);
-    for (const command_row *r = p->commands; id >= 0 && r->name; r++)
-        if (p->options[id].on & ON(r - p->commands)) buffer_printf(&names, " %s", r->name);
+    for (const command_row *r = p->commands; known >= 0 && r->name; r++)
+        if (p->options[known].on & ON(r - p->commands)) buffer_printf(&names, " %s", r->name);
     if (names.n)
         USAGE(c, "%s does not go with %s, but with:%s", arg, c->row->name, chars(&names));
-    else if (!look_elsewhere(c, arg)) {
-        for (id = 0; id < p->n_options; id++)
-            if (takes(c, id))
-                buffer_printf(&names, "%s|%s|", p->options[id].name,
-                              p->options[id].also ? p->options[id].also : "");
-        snprintf(help, sizeof help, "%s help %s", p->name, c->row->name);
-        unknown(c, "option", arg, "--", (char *)names.data, help);
-    }
-    buffer_free(&names);
-    return c->e.code;
+    names.n = 0;
+    if (c->e.code || look_elsewhere(c, arg)) return buffer_free(&names), c->e.code;
+    for (const option_row *r = p->options; r < p->options + p->n_options; r++)
+        if (r->on & own_bit(c)) buffer_printf(&names, "%s|%s|", r->name, r->also ? r->also : "");
+    return unknown(c, arg, &names);
 }
 
 /* VALUE was found in NAME, an option or an environment variable. */
@@ -9363,24 +9359,19 @@ static void print_safe(FILE *f, const char *text, size_t n) {
     }
 }
 
-/* Columns of a character: Chinese, Japanese, Korean and pictures take two, accents that stand on
- * the character before them none. A short form of Unicode's table of widths (UAX 11). */
-static size_t columns_of(uint32_t c) {
+/* The bytes of the character that TEXT begins with, and the columns that it takes: Chinese,
+ * Japanese, Korean and pictures take two, accents that stand on the character before them none. A
+ * short form of Unicode's table of widths (UAX 11). What is hostile or none shows as '?'. */
+static size_t measure(const char *text, size_t n, size_t *columns) {
     static const struct { uint32_t first, last, columns; } ranges[] = {
         {0x300, 0x36F, 0}, {0x200B, 0x200D, 0}, {0xFE00, 0xFE0F, 0},
         {0x1100, 0x115F, 2}, {0x2E80, 0xA4CF, 2}, {0xAC00, 0xD7A3, 2}, {0xF900, 0xFAFF, 2},
         {0xFE30, 0xFE6F, 2}, {0xFF00, 0xFF60, 2}, {0x1F300, 0x1FAFF, 2}, {0x20000, 0x3FFFD, 2}};
-    for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++)
-        if (c >= ranges[i].first && c <= ranges[i].last) return ranges[i].columns;
-    return 1;
-}
-
-/* The bytes of the character that TEXT begins with, and the columns that it takes; what is hostile
- * or none shows as '?'. */
-static size_t measure(const char *text, size_t n, size_t *columns) {
     uint32_t code = 0;
     size_t len = utf8_decode((const uint8_t *)text, n, &code);
-    *columns = !len || is_hostile(code) ? 1 : columns_of(code);
+    *columns = 1;
+    for (size_t i = 0; len && i < sizeof ranges / sizeof *ranges; i++)
+        if (code >= ranges[i].first && code <= ranges[i].last) *columns = ranges[i].columns;
     return len ? len : 1;
 }
 
@@ -9584,22 +9575,17 @@ static int read_json(command *c, const char *path, json *j) {
 
 /* ---- opening ------------------------------------------------------------------------------- */
 
-/* Chooses the template that --template names, else the checkpoint's. */
-static int choose_template(command *c) {
-    const chat_template *chosen = given(c, O_TEMPLATE) ? chat_find(c->text[O_TEMPLATE]) : c->chat;
-    if (given(c, O_TEMPLATE) && !chosen)
-        return USAGE(c, "--template: found \"%s\", wanted one of: %s", c->text[O_TEMPLATE],
-                     MEDRUN_TEMPLATES);
-    if (c->m && chosen && chosen != c->chat) add_stops(c->m, chosen);
-    c->chat = chosen;
-    return MEDRUN_OK;
-}
-
-/* Collects what the options say to the template. Today's date is taken here, once, so that it is
- * the same in the whole conversation and in its record. */
+/* Chooses the template that --template names, else the checkpoint's, and collects what the options
+ * say to it. Today's date is taken here, once, so that it is the same in the whole conversation and
+ * in its record. */
 static int choose_chat(command *c) {
     medrun_chat_options *o = &c->chat_options;
+    const char *name = c->text[O_TEMPLATE];
+    const chat_template *own = c->chat;
     if (c->e.code) return c->e.code;
+    if (name && !(c->chat = chat_find(name)))
+        return USAGE(c, "--template: found \"%s\", wanted one of: %s", name, MEDRUN_TEMPLATES);
+    if (c->m && c->chat && c->chat != own) add_stops(c->m, c->chat);
     if (!flag(c, O_RAW) && check_template(c->chat, &c->e)) return c->e.code;
     o->date = c->text[O_DATE];
     o->think = flag(c, O_THINK);
@@ -9680,8 +9666,7 @@ static int open_model(command *c) {
     c->t = &c->m->tokenizer, c->chat = c->m->chat, c->sampling = c->m->sampling;
     if (o.load) note(c, "load: %zu MB that no other process shares, %.1f s", c->m->file.map.n >> 20,
                      seconds() - start);
-    if (flag(c, O_MLOCK) && lock(c, c->m->file.map.data, c->m->file.map.n)) return c->e.code;
-    return choose_template(c);
+    return flag(c, O_MLOCK) ? lock(c, c->m->file.map.data, c->m->file.map.n) : MEDRUN_OK;
 }
 
 /* Opens a checkpoint or a tokenizer.bin: the first bytes tell which it is. */
@@ -9691,8 +9676,7 @@ static int open_tokenizer(command *c) {
     if (c->map.n < 6 || memcmp(c->map.data, "MEDTOK", 6))
         return unmap_file(&c->map), open_model(c);
     c->t = &c->own;
-    if (tokenizer_open(&c->own, c->map.data, c->map.n, path, &c->e)) return c->e.code;
-    return choose_template(c);
+    return tokenizer_open(&c->own, c->map.data, c->map.n, path, &c->e);
 }
 
 /* Sessions go before their models. */
@@ -10755,7 +10739,7 @@ static int chat_command(command *c, char *line) {
     talk.text = line + n + (line[n] != 0);
     line[n] = 0;
     const command_row *r = find_command(chat_commands, line);
-    if (!r) return unknown_command(c, chat_commands, line, "/help");
+    if (!r) return unknown_command(c, chat_commands, line);
     const char *wanted = r->arguments;
     if (*talk.text ? !*wanted : *wanted && *wanted != '[')
         return USAGE(c, "%s: wanted %s", line, *wanted ? wanted : "no more");
@@ -10812,12 +10796,7 @@ static int converse_command(command *c) {
     if (prefix) medrun_feed_saved(c->s, NULL, 0, prefix, &taken, &c->e);
     if (given(c, O_PROMPT) || given(c, O_FILE)) read_prompt(c);
     if (c->input.n) say(c, &c->input);
-    chat_loop(c);
-    for (int i = 0; i <= HISTORY; i++) buffer_free(&talk.ed.lines[i]);
-    buffer_free(&talk.ed.ahead);
-    buffer_free(&talk.system);
-    free(talk.starts);
-    return c->e.code;
+    return chat_loop(c);                        /* what `talk` holds ends with the program       */
 }
 
 /* ---- verify -------------------------------------------------------------------------------- */
@@ -11017,8 +10996,8 @@ static int render_command(command *c) {
     if (!file && (!given(c, O_TEMPLATE) || ids))
         return USAGE(c, "render: wanted a model; --template NAME does without one, but not with "
                      "--ids or --pieces");
-    if (file ? open_tokenizer(c) : choose_template(c)) return c->e.code;
-    if (!c->chat && !c->m)
+    if (file && open_tokenizer(c)) return c->e.code;
+    if (!c->m && !given(c, O_TEMPLATE))
         return USAGE(c, "render: a tokenizer.bin has no template: add --template");
     choose_chat(c);
     make_prompt(c, !ids);
@@ -11094,12 +11073,6 @@ static void help_command_row(FILE *f, const program *p, const command_row *r) {
     print_help(f, usage, 6, r->help);
 }
 
-static int unknown_name(command *c, const char *name) {
-    char help[64];
-    snprintf(help, sizeof help, "%s help", c->p->name);
-    return unknown_command(c, c->p->commands, name, help);
-}
-
 /* The options of one command. */
 static int help_on(const command *c, const command_row *row) {
     const program *p = c->p;
@@ -11132,7 +11105,7 @@ static int help_all(const program *p, FILE *f) {
 static int help_command(command *c) {
     if (!c->n_rest) return help_all(c->p, stdout);
     const command_row *row = find_command(c->p->commands, c->rest[0]);
-    return row ? help_on(c, row) : unknown_name(c, c->rest[0]);
+    return row ? help_on(c, row) : unknown_command(c, c->p->commands, c->rest[0]);
 }
 
 static int version_command(command *c) {
@@ -11153,34 +11126,29 @@ static int command_place(const program *p, int argc, char **argv) {
     return 0;
 }
 
-/* Reads the option that ARGS begins with, and its value. How many arguments these are. */
-static int read_option(command *c, char **args) {
-    const char *equals = strchr(args[0], '='), *value = equals ? equals + 1 : args[1];
-    char name[40];
-    snprintf(name, sizeof name, "%.*s", equals ? (int)(equals - args[0]) : 39, args[0]);
-    int id = find_option(c->p, name, own_bit(c));
-    const option_row *r = &c->p->options[id < 0 ? 0 : id];
-    if (id < 0) unknown_option(c, name);
-    else if (r->kind == FLAG && equals)
-        USAGE(c, "%s: found a value, wanted none", name);
-    else if (r->kind != FLAG && !value)
-        USAGE(c, "%s: found nothing, wanted %s", name, r->argument);
-    else set_option(c, id, r->kind == FLAG ? "on" : value, FROM_FLAG, name);
-    return r->kind == FLAG || equals ? 1 : 2;
-}
-
-/* Reads the options, wherever they stand. Moves all other arguments to the front of argv, which is
- * c->rest then. Behind -- nothing is an option. */
+/* Reads the options, wherever they stand, each with its value, which may also follow a =. Moves all
+ * other arguments to the front of argv, which is c->rest then. Behind -- nothing is an option. */
 static int read_line_of_arguments(command *c, int argc, char **argv, int place) {
     bool options_ended = false;
     c->rest = argv + 1;
-    for (int i = 1, used; i < argc && !c->e.code; i += used) {
-        bool option = !options_ended && argv[i][0] == '-' && argv[i][1];
-        used = 1;
+    for (int i = 1; i < argc && !c->e.code; i++) {
+        char *arg = argv[i];
         if (i == place) continue;
-        if (option && !strcmp(argv[i], "--")) options_ended = true;
-        else if (option) used = read_option(c, argv + i);
-        else c->rest[c->n_rest++] = argv[i];
+        if (options_ended || arg[0] != '-' || !arg[1]) {
+            c->rest[c->n_rest++] = arg;
+            continue;
+        }
+        char *equals = strchr(arg, '=');
+        if (equals) *equals = 0;
+        int id = find_option(c->p, arg, own_bit(c));
+        const option_row *r = &c->p->options[id < 0 ? 0 : id];
+        if (!strcmp(arg, "--")) options_ended = true;
+        else if (id < 0) unknown_option(c, arg);
+        else if (r->kind == FLAG && equals) USAGE(c, "%s: found a value, wanted none", arg);
+        else if (r->kind == FLAG) set_option(c, id, "on", FROM_FLAG, arg);
+        else if (equals) set_option(c, id, equals + 1, FROM_FLAG, arg);
+        else if (++i < argc) set_option(c, id, argv[i], FROM_FLAG, arg);
+        else USAGE(c, "%s: found nothing, wanted %s", arg, r->argument);
     }
     return c->e.code;
 }
@@ -11191,7 +11159,7 @@ static int take_rest(command *c, bool named) {
     int more = c->row->more;
     file_facts there;
     if (!named && c->n_rest && !strpbrk(c->rest[0], "./\\") && get_facts(c->rest[0], -1, &there))
-        return unknown_name(c, c->rest[0]);
+        return unknown_command(c, c->p->commands, c->rest[0]);
     if (c->n_rest && !c->row->no_model && !given(c, O_MODEL))
         c->n_rest--, set_option(c, O_MODEL, *c->rest++, FROM_FLAG, "model");
     if (c->n_rest == more + 1 && takes(c, O_PROMPT) && !given(c, O_PROMPT))

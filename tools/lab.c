@@ -775,7 +775,6 @@ static int call_command(command *c) {
                     "--template NAME does without a model, but not with --ids");
     if (!render) open_model(c);
     else if (model) open_tokenizer(c);
-    else choose_template(c);
     choose_chat(c);
     read_tools(c, &tools);
     if (given(c, O_MESSAGES)) render_conversation(c, as_text);
