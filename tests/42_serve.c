@@ -90,7 +90,7 @@ static void test_quotes(void) {
         buffer b = {0}, back = {0};
         json j;
         medrun_error e = {0};
-        quote(&b, bytes, n);
+        json_quote(&b, (const char *)bytes, n);
         broken += b.failed || json_parse(&j, (char *)b.data, b.n, &e) || memchr(b.data, '\n', b.n);
         if (!e.code) json_unescape(&j, 0, &back);
         changed += text && (back.n != n || (n && memcmp(back.data, bytes, n)));
@@ -101,7 +101,7 @@ static void test_quotes(void) {
     CHECK_EQ(broken, 0);
     CHECK_EQ(changed, 0);
     buffer b = {0};
-    quote_text(&b, "\xC2\x85\xE2\x80\xA8\xE2\x80\xA9\xC3\xA4");
+    say(&b, "%q", "\xC2\x85\xE2\x80\xA8\xE2\x80\xA9\xC3\xA4");
     CHECK(!strcmp((char *)b.data, "\"\\u0085\\u2028\\u2029\xC3\xA4\""));
     buffer_free(&b);
 }

@@ -201,6 +201,25 @@ static void test_calls(void) {
     json_free(&j);
 }
 
+/* A mask that takes too many steps is none: each beginning of a word has a state of its own. */
+static void test_work(const piece_order *order, const tokenizer *t) {
+    buffer b = {0};
+    json j = {0};
+    medrun_error e = {0};
+    for (int i = 0; i < 220; i++)
+        buffer_printf(&b, "%s[ -~]*%c[ -~]{%d}x", i ? "|" : "{\"regex\":\"", 'a' + i % 26,
+                      20 + i / 26);
+    buffer_text(&b, "\"}");
+    grammar *g = grammar_of_line(chars_of(&b), b.n, &j, &e);
+    if (CHECK(g && !g->failed)) {
+        CHECK(!grammar_mask(g, order, t, grammar_start(g), false) && g->failed);
+        CHECK(g->work > MOST_WORK && g->work < MOST_WORK + 100000);
+    }
+    grammar_free(g);
+    json_free(&j);
+    buffer_free(&b);
+}
+
 /* The mask of a state has a bit for each piece whose bytes lead to a state that can be finished,
  * whatever way the walk over the sorted vocabulary takes. */
 static void test_masks(void) {
@@ -239,6 +258,7 @@ static void test_masks(void) {
     }
     CHECK_EQ(other, 0);
     CHECK(looked > 1000000);
+    test_work(&order, t);
     free(order.ids), free(order.shared);
     medrun_close(m);
 }

@@ -37,6 +37,7 @@
 #include "files.c"
 #include "read.c"
 #include "write.c"
+#include "walk.c"
 #include "export_int4.c"
 
 /* ============================================================================================
@@ -240,19 +241,7 @@ static int read_text(source *s, const char *name, buffer *out, medrun_error *e) 
     return out->failed ? out_of_memory(e, out->n) : e->code;
 }
 
-/* ---- JSON: walking, showing ---------------------------------------------------------------- */
-
-static uint32_t children(const json *j, uint32_t v) {
-    bool container = json_is_type(j, v, JSON_ARRAY) || json_is_type(j, v, JSON_OBJECT);
-    return container ? j->nodes[v].count : 0;
-}
-
-/* for EACH(j, v, c): the items C of an array. for EACH_KEY(j, v, c): the keys C of an object, whose
- * values are C + 1. Nothing where V is none or no container. */
-#define EACH(j, v, c) (uint32_t c = (v) + 1, left_##c = children(j, v); left_##c; \
-                       left_##c--, c = (j)->nodes[c].next)
-#define EACH_KEY(j, v, c) (uint32_t c = (v) + 1, left_##c = children(j, v); left_##c; \
-                           left_##c -= 2, c = (j)->nodes[c + 1].next)
+/* ---- JSON: showing ------------------------------------------------------------------------- */
 
 /* The value of KEY, JSON_NONE also when it is null: Hugging Face writes null for "not set". */
 static uint32_t given(const json *j, uint32_t v, const char *key) {

@@ -143,7 +143,7 @@ struct seq {
     size_t rows_sent, ids_sent;
     const char *finish;         /* NULL while it goes on                                        */
     span stop_word;             /* of the job's, that ended it                                  */
-    buffer calls;               /* tool calls, as JSON without brackets                         */
+    buffer calls, call_text;    /* tool calls: call_row; what they call and with what           */
     int n_calls;
     grammar *g;                 /* what it may write now, or NULL                               */
     uint32_t state_of_g;
@@ -184,6 +184,11 @@ struct job {
 };
 
 typedef struct {
+    char id[32];
+    size_t at, n_name, n_arguments;             /* in q->call_text                              */
+} call_row;
+
+typedef struct {
     int32_t id;
     float value;
 } bias_row;
@@ -196,12 +201,12 @@ typedef struct {
     int n_ranks;
 } token_row;
 
+enum { TO_FIRST, TO_NEXT, IN_QUEUE, TO_END, FOR_MASK, N_TIMES };    /* histograms               */
 typedef struct {
     uint64_t prompt_tokens, cached_tokens, new_tokens, fed_tokens, passes, busy, most_tokens;
     uint64_t cancelled, rejected_queue, rejected_key, requests;
     double prompt_seconds, new_seconds, last_pass;
-    uint64_t first[12], gap[12], queued[12], whole[12], mask[12];  /* histograms, last: all    */
-    double first_sum, gap_sum, queued_sum, whole_sum, mask_sum;
+    struct { uint64_t counts[12]; double sum; } times[N_TIMES];     /* the last count: all      */
 } metrics;
 
 typedef struct {
@@ -255,7 +260,7 @@ typedef struct {
 
 /* What serve_http.c asks of serve_api.c and of the scheduler. */
 static void take_request(server *sv, connection *c, span body);
-static void answer_error(server *sv, connection *c, int status, const char *type, const char *why);
+static void answer_error(server *sv, connection *c, int status, const char *why);
 static void cancel_job(server *sv, job *j);
 static void end_job(server *sv, job *j);
 static const char *submit_job(server *sv, job *j);
@@ -279,11 +284,10 @@ static int read_tools(const server *sv, job *g, const json *j, api_error *x) {
                : choice != JSON_NONE && one_of(words, j, choice) < 0)
         return wrong(x, "tool_choice", "tool_choice: wanted \"auto\", \"none\", \"required\" or "
                      "{\"type\": \"function\", \"function\": {\"name\": ...}}");
-    if (many != JSON_NONE && !json_is_type(j, many, JSON_TRUE) &&
-        !json_is_type(j, many, JSON_FALSE))
-        return wrong(x, "parallel_tool_calls", "parallel_tool_calls: wanted true or false");
+    bool several = true;
+    read_bool(j, many, "parallel_tool_calls", &several, x);
     g->must_call = chosen || json_is(j, choice, "required");
-    g->one_call = json_is_type(j, many, JSON_FALSE);
+    g->one_call = !several;
     if (g->must_call && !g->tools)
         return wrong(x, "tool_choice", "tool_choice: needs tools");
     if (!g->tools || x->e.code) return x->e.code;
@@ -347,10 +351,12 @@ static void wake_io(const server *sv) {
     if (write(sv->wake[1], "", 1) < 0) return;          /* full: it is awake                     */
 }
 
-static void observe_time(uint64_t counts[12], double *sum, double time) {
-    for (int i = 0; i < 11; i++) counts[i] += time <= bounds[i];
-    counts[11]++;
-    *sum += time;
+static void note_time(server *sv, int what, double time) {
+    pthread_mutex_lock(&sv->lock);
+    for (int i = 0; i < 11; i++) sv->metrics.times[what].counts[i] += time <= bounds[i];
+    sv->metrics.times[what].counts[11]++;
+    sv->metrics.times[what].sum += time;
+    pthread_mutex_unlock(&sv->lock);
 }
 
 /* ---- the queue, between the threads ---------------------------------------------------------- */
@@ -424,25 +430,23 @@ static void evict(server *sv, slot *s) {
     if (!s->owner && !s->pinned && medrun_length(s->s)) open_slot(sv, s, sv->n_ctx, &e);
 }
 
+static size_t same_ids(const int32_t *a, size_t n, const int32_t *b, size_t m) {
+    size_t same = 0;
+    while (same < n && same < m && a[same] == b[same]) same++;
+    return same;
+}
+
 /* How many tokens at the start of Q's prompt slot S has processed, and if it echoes, scored. */
 static size_t common_start(const seq *q, const slot *s) {
-    size_t n = s->s->n_done < q->n_ids ? s->s->n_done : q->n_ids, same = 0;
     if (!s->pinned && memcmp(s->domain, q->job->domain, 32)) return 0;
-    while (same < n && s->s->tokens[same] == q->ids[same]) same++;
+    size_t n = s->s->n_done < q->n_ids ? s->s->n_done : q->n_ids, scored = 0;
+    size_t same = same_ids(q->ids, n, s->s->tokens, n);
     if (same == q->n_ids) same--;                       /* the last one is needed for its logits */
     if (!q->job->p.echo || q->job->p.top < 0) return same;
     if (!s->scores || q->job->p.top > KEPT_TOP) return 0;
-    size_t scored = 0;
     while (scored + 1 < n && s->s->tokens[scored + 1] == q->ids[scored + 1] &&
            s->scores[scored + 1].known) scored++;
     return scored < same ? scored : same;
-}
-
-/* How many tokens two prompts have in common at their start. */
-static size_t same_ids(const seq *a, const seq *b) {
-    size_t n = a->n_ids < b->n_ids ? a->n_ids : b->n_ids, same = 0;
-    while (same < n && a->ids[same] == b->ids[same]) same++;
-    return same;
 }
 
 static void keep_start(slot *s, size_t n) {
@@ -529,8 +533,8 @@ static void admit(server *sv) {
                 j->waiting = false;
                 sv->n_waiting--, sv->n_running++;
                 if (j->key) sv->key_waits[j->key - sv->keys]--;
-                observe_time(sv->metrics.queued, &sv->metrics.queued_sum, j->started - j->arrived);
                 pthread_mutex_unlock(&sv->lock);
+                note_time(sv, IN_QUEUE, j->started - j->arrived);
             }
         }
 }
@@ -574,9 +578,7 @@ static const uint8_t *mask_of(server *sv, const seq *q) {
     double start = seconds();
     if (!sv->order.n && !sort_pieces(&sv->order, sv->t)) return NULL;
     const uint8_t *mask = grammar_mask(q->g, &sv->order, sv->t, q->state_of_g, q->first);
-    pthread_mutex_lock(&sv->lock);
-    observe_time(sv->metrics.mask, &sv->metrics.mask_sum, seconds() - start);
-    pthread_mutex_unlock(&sv->lock);
+    note_time(sv, FOR_MASK, seconds() - start);
     return mask;
 }
 
@@ -650,17 +652,16 @@ static int32_t pick_token(server *sv, seq *q) {
 /* Cuts the text at the first stop that is in it; FROM: where one may end at the earliest. */
 static bool cut_at_stop(seq *q, size_t from) {
     const job *g = q->job;
-    size_t cut = SIZE_MAX, start = 0, end;
-    for (size_t i = 0; i < g->stop_ends.n / sizeof end; i++, start = end) {
-        memcpy(&end, g->stop_ends.data + i * sizeof end, sizeof end);
-        size_t n = end - start, at = from > n ? from - n : 0;
+    size_t cut = SIZE_MAX;
+    for (size_t i = 0; i < g->stop_ends.n / sizeof(size_t); i++) {
+        size_t start = end_of(&g->stop_ends, i), n = end_of(&g->stop_ends, i + 1) - start;
+        size_t at = from > n ? from - n : 0;
         if (at < q->base) at = q->base;
         if (at >= q->text.n) continue;
         const uint8_t *found = memmem(q->text.data + at, q->text.n - at, g->stops.data + start, n);
-        if (found && (size_t)(found - q->text.data) < cut) {
-            cut = (size_t)(found - q->text.data);
-            q->stop_word = (span){(char *)g->stops.data + start, n};
-        }
+        if (!found || (size_t)(found - q->text.data) >= cut) continue;
+        cut = (size_t)(found - q->text.data);
+        q->stop_word = part_of(&g->stops, start, start + n);
     }
     if (cut == SIZE_MAX) return false;
     q->text.n = cut;
@@ -670,11 +671,11 @@ static bool cut_at_stop(seq *q, size_t from) {
 /* How many bytes of the text can go out: not those with which a stop or a character may begin. */
 static size_t sendable(const seq *q) {
     const job *g = q->job;
-    size_t n = q->text.n, hold = utf8_unfinished(q->text.data, n), start = 0, end;
+    size_t n = q->text.n, hold = utf8_unfinished(q->text.data, n);
     if (q->finish) return n;
     if (q->holds) return q->sent;
-    for (size_t i = 0; i < g->stop_ends.n / sizeof end; i++, start = end) {
-        memcpy(&end, g->stop_ends.data + i * sizeof end, sizeof end);
+    for (size_t i = 0; i < g->stop_ends.n / sizeof(size_t); i++) {
+        size_t start = end_of(&g->stop_ends, i), end = end_of(&g->stop_ends, i + 1);
         for (size_t k = end - start - 1; k > hold; k--)
             if (k <= n - q->base && !memcmp(q->text.data + n - k, g->stops.data + start, k)) {
                 hold = k;
@@ -711,16 +712,11 @@ static void flush_chunks(server *sv, job *g) {
 
 /* One call, NAME as JSON without quotes, ARGUMENTS as JSON. */
 static void add_call(seq *q, span name, span arguments) {
-    char id[32] = "call_";
-    random_text(id + 5, 24);
-    buffer_printf(&q->calls, "%s{\"id\":\"%s\",\"type\":\"function\",\"function\":{\"name\":"
-                  "\"%.*s\",\"arguments\":", q->n_calls++ ? "," : "", id, (int)name.n, name.text);
-    quote(&q->calls, arguments.text, arguments.n);
-    buffer_text(&q->calls, "}}");
-}
-
-static span span_of(const json *j, uint32_t v) {
-    return (span){j->text + j->nodes[v].start, j->nodes[v].end - j->nodes[v].start};
+    call_row r = {"call_", q->call_text.n, name.n, arguments.n};
+    random_text(r.id + 5, 24);
+    say(&q->call_text, "%S%S", name, arguments);
+    buffer_add(&q->calls, &r, sizeof r);
+    q->n_calls++;
 }
 
 /* Reads what the model wrote to call functions: [{"name": arguments}, ...] between Apertus's
@@ -729,16 +725,14 @@ static void read_calls(seq *q, const buffer *text, bool list) {
     json j = {0};
     medrun_error e = {0};
     if (json_parse(&j, chars_of(text), text->n, &e)) { json_free(&j); return; }
-    uint32_t c = 1;
     if (!list) {
         uint32_t name = json_get(&j, 0, "name"), with = json_get(&j, 0, "parameters");
         if (json_is_type(&j, name, JSON_STRING) && json_is_type(&j, with, JSON_OBJECT))
             add_call(q, span_of(&j, name), span_of(&j, with));
-    } else for (uint32_t i = 0; json_typeof(&j, 0) == JSON_ARRAY && i < j.nodes[0].count; i++) {
-        if (json_typeof(&j, c) == JSON_OBJECT && j.nodes[c].count == 2)
-            add_call(q, span_of(&j, c + 1), span_of(&j, c + 2));
-        c = j.nodes[c].next;
-    }
+    } else if (json_typeof(&j, 0) == JSON_ARRAY)
+        for EACH(&j, 0, c)
+            if (json_typeof(&j, c) == JSON_OBJECT && j.nodes[c].count == 2)
+                add_call(q, span_of(&j, c + 1), span_of(&j, c + 2));
     json_free(&j);
 }
 
@@ -857,10 +851,7 @@ static void write_token(server *sv, seq *q) {
     int top = (int)q->job->p.top;
     double sum = 0, logprob = NAN, now = seconds();
     if (q->job->read <= 0) q->job->read = now;
-    pthread_mutex_lock(&sv->lock);
-    if (q->n_new) observe_time(sv->metrics.gap, &sv->metrics.gap_sum, now - q->last);
-    else observe_time(sv->metrics.first, &sv->metrics.first_sum, now - q->job->arrived);
-    pthread_mutex_unlock(&sv->lock);
+    note_time(sv, q->n_new ? TO_NEXT : TO_FIRST, now - (q->n_new ? q->last : q->job->arrived));
     q->last = now;
     float *kept = NULL;
     if (top >= 0) {
@@ -925,10 +916,13 @@ static bool share_start(server *sv, seq *q) {
         size_t now = common_start(q, o);
         if (now > most && (now >= 32 || q->job->n_seqs > 1)) most = now, best = o;
     }
-    for (const slot *o = sv->slots; o < sv->slots + sv->n_slots; o++)
-        if (o->owner && o->owner != q && o->owner->state == READS && o->owner->started &&
-            !memcmp(o->domain, q->job->domain, 32) && same_ids(q, o->owner) > most + 32 &&
-            o->s->n_done < same_ids(q, o->owner)) return true;
+    for (const slot *o = sv->slots; o < sv->slots + sv->n_slots; o++) {
+        const seq *other = o->owner;
+        if (!other || other == q || other->state != READS || !other->started ||
+            memcmp(o->domain, q->job->domain, 32)) continue;
+        size_t same = same_ids(q->ids, q->n_ids, other->ids, other->n_ids);
+        if (same > most + 32 && o->s->n_done < same) return true;
+    }
     medrun_error e = {0};
     if (!own && best == q->slot) most = 0;
     if (!own && medrun_length(q->slot->s)) open_slot(sv, q->slot, sv->n_ctx, &e);
@@ -1055,20 +1049,24 @@ static void finish_job(server *sv, job *g) {
     for (size_t i = 0; i < g->n_seqs; i++) {
         const seq *q = &g->seqs[i];
         failed |= q->text.failed || q->rows.failed || q->ranks.failed || q->made.failed ||
-                  q->chunks.failed || q->steps.failed || q->calls.failed || q->thoughts.failed;
+                  q->chunks.failed || q->steps.failed || q->calls.failed || q->call_text.failed ||
+                  q->thoughts.failed;
     }
     if (g->p.stream && !failed) flush_chunks(sv, g);
     if (!failed) write_end(sv, g, &b);
     if (failed || b.failed) {
-        static const char text[] = "{\"error\":{\"message\":\"the answer could not be finished\","
-                                   "\"type\":\"server_error\",\"param\":null,\"code\":null}}";
+        api_error x = {.status = 500};
+        bool shape = (g->grammar && g->grammar->failed) || (g->calls && g->calls->failed);
+        wrong(&x, NULL, shape ? "the answer's shape takes more work than a request may ask for"
+                              : "the answer could not be finished");
         b.n = 0;
         g->broken = g->p.stream;
-        if (g->p.stream) buffer_text(&b, "data: ");
-        buffer_text(&b, text);
-        if (g->p.stream) buffer_text(&b, "\n\n");
+        buffer_text(&b, g->p.stream ? "data: " : "");
+        write_error(&b, &x);
+        buffer_text(&b, g->p.stream ? "\n\n" : "");
     }
     for (size_t i = 0; i < g->n_seqs; i++) if (g->seqs[i].state != ENDED) end_seq(sv, &g->seqs[i]);
+    note_time(sv, TO_END, g->ended - g->arrived);
     pthread_mutex_lock(&sv->lock);
     g->status = failed ? 500 : 200;
     buffer_add(&g->out, b.data, b.n);
@@ -1082,7 +1080,6 @@ static void finish_job(server *sv, job *g) {
         if (g->key) sv->key_runs[g->key - sv->keys]--;
     }
     sv->metrics.cached_tokens += g->n_cached;
-    observe_time(sv->metrics.whole, &sv->metrics.whole_sum, g->ended - g->arrived);
     pthread_mutex_unlock(&sv->lock);
     buffer_free(&b);
     if (orphan) end_job(sv, g);

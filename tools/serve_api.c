@@ -26,51 +26,75 @@ static int wrong(api_error *x, const char *param, const char *format, ...) {
     return x->e.code = MEDRUN_USAGE;
 }
 
-static const char *type_of_status(int status) {
-    switch (status) {
-        case 401: return "authentication_error";
-        case 403: case 421: return "permission_error";
-        case 404: return "not_found_error";
-        case 429: return "rate_limit_error";
-        case 500: return "server_error";
-        case 501: return "not_supported_error";
-        case 503: return "unavailable_error";
-        default: return "invalid_request_error";
+/* A number with the fewest digits, 15 to 17, that read back as the same; one function prints every
+ * log-probability, so that equal ones are equal texts. */
+static void write_number(buffer *b, double v) {
+    char text[40];
+    int digits = 15;
+    if (!(fabs(v) <= DBL_MAX)) v = v > 0 ? 9999 : -9999;
+    do snprintf(text, sizeof text, "%.*g", digits, v);
+    while (strtod(text, NULL) != v && ++digits <= 17);
+    buffer_text(b, text);
+}
+
+/* Appends FORM, with " for each ', and for each % and letter one of the values behind it: i int,
+ * z size_t, l long long, n double, w a double that is whole, m one with three decimals, b bool;
+ * as they are: s text, S span, j buffer; in marks: q text, NULL as null, and Q span. */
+static void say_all(buffer *b, const char *form, va_list a) {
+    for (const char *p = form; *p; p++) {
+        size_t n = strcspn(p, "'%");
+        span s = {p, n};
+        buffer_add(b, p, n);
+        if (!*(p += n)) break;
+        switch (*p == '%' ? *++p : *p) {
+            case '\'': buffer_text(b, "\""); break;
+            case 'i': buffer_printf(b, "%d", va_arg(a, int)); break;
+            case 'z': buffer_printf(b, "%zu", va_arg(a, size_t)); break;
+            case 'l': buffer_printf(b, "%lld", va_arg(a, long long)); break;
+            case 'n': write_number(b, va_arg(a, double)); break;
+            case 'w': buffer_printf(b, "%.0f", va_arg(a, double)); break;
+            case 'm': buffer_printf(b, "%.3f", va_arg(a, double)); break;
+            case 'b': buffer_text(b, va_arg(a, int) ? "true" : "false"); break;
+            case 's': buffer_text(b, va_arg(a, const char *)); break;
+            case 'S': s = va_arg(a, span), buffer_add(b, s.text, s.n); break;
+            case 'Q': s = va_arg(a, span), json_quote(b, s.text, s.n); break;
+            case 'j': {
+                const buffer *from = va_arg(a, const buffer *);
+                buffer_add(b, from->data, from->n);
+                b->failed |= from->failed;
+                break;
+            }
+            default: {
+                const char *text = va_arg(a, const char *);
+                if (text) json_quote(b, text, strlen(text));
+                else buffer_text(b, "null");
+            }
+        }
     }
 }
 
-/* As json_quote, and without line ends of any kind, at which some clients split a stream. */
-static void quote(buffer *b, const void *text, size_t n) {
-    const uint8_t *p = text;
-    buffer_text(b, "\"");
-    for (size_t i = 0, len, plain = 0; i <= n; i += len) {
-        uint32_t code = 0;
-        len = i < n ? utf8_decode(p + i, n - i, &code) : 1;
-        bool as_is = i < n && len && code >= 0x20 && code != '"' && code != '\\' && code != 0x7F &&
-                     code != 0x85 && code != 0x2028 && code != 0x2029;
-        if (as_is) { plain += len; continue; }
-        if (plain) buffer_add(b, p + i - plain, plain);
-        plain = 0;
-        if (i == n) break;
-        if (!len) len = 1, buffer_text(b, "\\ufffd");
-        else if (code == '"' || code == '\\') buffer_printf(b, "\\%c", (char)code);
-        else if (code == '\n') buffer_text(b, "\\n");
-        else buffer_printf(b, "\\u%04x", (unsigned)code);
-    }
-    buffer_text(b, "\"");
+static void say(buffer *b, const char *form, ...) {
+    va_list a;
+    va_start(a, form);
+    say_all(b, form, a);
+    va_end(a);
 }
 
-static void quote_text(buffer *b, const char *text) { quote(b, text, strlen(text)); }
+/* What a buffer of text has from FROM to TO. */
+static span part_of(const buffer *b, size_t from, size_t to) {
+    return (span){b->n ? (const char *)b->data + from : "", to - from};
+}
+
+static span span_of(const json *j, uint32_t v) {
+    return (span){j->text + j->nodes[v].start, j->nodes[v].end - j->nodes[v].start};
+}
+
+static span all_of(const buffer *b) { return part_of(b, 0, b->n); }
 
 static void write_error(buffer *b, const api_error *x) {
-    buffer_text(b, "{\"error\":{\"message\":");
-    quote_text(b, x->e.text);
-    buffer_printf(b, ",\"type\":\"%s\",\"param\":", x->type ? x->type : type_of_status(x->status));
-    if (x->param[0]) quote_text(b, x->param);
-    else buffer_text(b, "null");
-    if (x->code) buffer_printf(b, ",\"code\":\"%s\"", x->code);
-    else buffer_text(b, ",\"code\":null");
-    if (x->n_ctx) buffer_printf(b, ",\"n_prompt_tokens\":%zu,\"n_ctx\":%zu", x->n_prompt, x->n_ctx);
+    say(b, "{'error':{'message':%q,'type':'%s','param':%q,'code':%q", x->e.text,
+        x->type ? x->type : status_row_of(x->status).type, x->param[0] ? x->param : NULL, x->code);
+    if (x->n_ctx) say(b, ",'n_prompt_tokens':%z,'n_ctx':%z", x->n_prompt, x->n_ctx);
     buffer_text(b, "}}");
 }
 
@@ -101,20 +125,22 @@ static const char *path_of(const connection *c, char text[48]) {
     return text;
 }
 
-static void answer_wrong(server *sv, connection *c, api_error *x) {
+/* MORE: headers of the answer, or "". */
+static void answer_wrong(server *sv, connection *c, api_error *x, const char *more) {
     buffer b = {0};
     char path[48];
-    if (!x->status) x->status = x->e.code == MEDRUN_NO_MEMORY ? 503 : 400;
+    if (!x->status) x->status = 400;
+    if (x->e.code == MEDRUN_NO_MEMORY) x->status = 503;
     write_error(&b, x);
-    answer(sv, c, x->status, JSON_TYPE, "", &b);
+    answer(sv, c, x->status, JSON_TYPE, more, &b);
     log_line(sv, "-", "-", path_of(c, path), x->status, NULL);
     buffer_free(&b);
 }
 
-static void answer_error(server *sv, connection *c, int status, const char *type, const char *why) {
-    api_error x = {.status = status, .type = type};
+static void answer_error(server *sv, connection *c, int status, const char *why) {
+    api_error x = {.status = status};
     wrong(&x, NULL, "%s", why);
-    answer_wrong(sv, c, &x);
+    answer_wrong(sv, c, &x, "");
 }
 
 static void random_text(char *out, size_t n) {
@@ -127,7 +153,9 @@ static void random_text(char *out, size_t n) {
 
 /* ---- the fields of a request ---------------------------------------------------------------- */
 
-enum { REAL, WHOLE, FLAG };
+/* OWN: read elsewhere. IDLE: without effect here. ABSENT: it would need a sampler, or more, that is
+ * not here, unless its value changes nothing: a number to MAX, or what Python takes for false. */
+enum { REAL, WHOLE, FLAG, OWN, IDLE, ABSENT };
 
 typedef struct {
     const char *name;
@@ -149,27 +177,31 @@ static const field_row fields[] = {
     {"max_completion_tokens", WHOLE, -1, 1e9, AT(max_new)},
     {"n_predict", WHOLE, -1, 1e9, AT(max_new)}, {"n", WHOLE, 1, MAX_SLOTS, AT(n)},
     {"top_logprobs", WHOLE, 0, MAX_TOP, AT(top_logprobs)}, {"n_probs", WHOLE, 0, MAX_TOP, AT(top)},
-    {"echo", FLAG, 0, 0, AT(echo)}, {"stream", FLAG, 0, 0, AT(stream)},
-    {"ignore_eos", FLAG, 0, 0, AT(ignore_eos)}, {"parse_special", FLAG, 0, 0, AT(parse_special)},
-    {"timings_per_token", FLAG, 0, 0, AT(timings)}, {"return_progress", FLAG, 0, 0, AT(progress)},
-    {"continue_final_message", FLAG, 0, 0, AT(continues)},
+    {"echo", FLAG, .at = AT(echo)}, {"stream", FLAG, .at = AT(stream)},
+    {"ignore_eos", FLAG, .at = AT(ignore_eos)}, {"parse_special", FLAG, .at = AT(parse_special)},
+    {"timings_per_token", FLAG, .at = AT(timings)}, {"return_progress", FLAG, .at = AT(progress)},
+    {"continue_final_message", FLAG, .at = AT(continues)},
+    {"model", .kind = OWN}, {"messages", .kind = OWN}, {"prompt", .kind = OWN},
+    {"stop", .kind = OWN}, {"stop_token_ids", .kind = OWN}, {"logit_bias", .kind = OWN},
+    {"logprobs", .kind = OWN}, {"stream_options", .kind = OWN}, {"tools", .kind = OWN},
+    {"tool_choice", .kind = OWN}, {"parallel_tool_calls", .kind = OWN}, {"cache_salt", .kind = OWN},
+    {"reasoning_effort", .kind = OWN}, {"chat_template_kwargs", .kind = OWN},
+    {"response_format", .kind = OWN}, {"grammar", .kind = OWN}, {"json_schema", .kind = OWN},
+    {"guided_choice", .kind = OWN}, {"guided_regex", .kind = OWN}, {"guided_json", .kind = OWN},
+    {"guided_grammar", .kind = OWN}, {"add_generation_prompt", .kind = OWN},
+    {"additional", .kind = OWN},
+    {"user", .kind = IDLE}, {"metadata", .kind = IDLE}, {"store", .kind = IDLE},
+    {"service_tier", .kind = IDLE}, {"prompt_cache_key", .kind = IDLE},
+    {"keep_alive", .kind = IDLE}, {"options", .kind = IDLE}, {"cache_prompt", .kind = IDLE},
+    {"id_slot", .kind = IDLE}, {"safety_identifier", .kind = IDLE},
+    {"add_special_tokens", .kind = IDLE}, {"modalities", .kind = IDLE},
+    {"best_of", .kind = ABSENT, .max = 1}, {"typical_p", .kind = ABSENT, .max = 1},
+    {"suffix", .kind = ABSENT}, {"mirostat", .kind = ABSENT}, {"dry_multiplier", .kind = ABSENT},
+    {"xtc_probability", .kind = ABSENT}, {"n_discard", .kind = ABSENT}, {"n_keep", .kind = ABSENT},
+    {"lora", .kind = ABSENT}, {"audio", .kind = ABSENT}, {"functions", .kind = ABSENT},
+    {"function_call", .kind = ABSENT}, {"images", .kind = ABSENT}, {"image_data", .kind = ABSENT},
 };
 #undef AT
-
-/* Read elsewhere; without effect here; and what would need a sampler that is not here, unless its
- * value changes nothing. */
-static const char *const own_fields[] = {
-    "model", "messages", "prompt", "stop", "stop_token_ids", "logit_bias", "logprobs",
-    "stream_options", "tools", "tool_choice", "cache_salt", "reasoning_effort",
-    "chat_template_kwargs", "parallel_tool_calls", "response_format", "grammar", "json_schema",
-    "guided_choice", "guided_regex", "guided_json", "guided_grammar",
-    "add_generation_prompt", "additional", NULL};
-static const char *const idle_fields[] = {
-    "user", "metadata", "store", "service_tier", "prompt_cache_key", "keep_alive", "options",
-    "cache_prompt", "id_slot", "safety_identifier", "add_special_tokens", "modalities", NULL};
-static const char *const refused_fields[] = {
-    "best_of", "typical_p", "suffix", "mirostat", "dry_multiplier", "xtc_probability", "n_discard",
-    "n_keep", "lora", "audio", "functions", "function_call", "images", "image_data", NULL};
 
 /* A field that is there and not null, or JSON_NONE. */
 static uint32_t field_of(const json *j, uint32_t v, const char *name) {
@@ -184,41 +216,52 @@ static bool read_real(const json *j, uint32_t v, double min, double max, bool wh
     return *out = d, true;
 }
 
-static int read_field(const field_row *f, const json *j, uint32_t v, params *p, api_error *x) {
-    void *to = (char *)p + f->at;
-    if (f->kind == FLAG) {
-        if (json_typeof(j, v) != JSON_TRUE && json_typeof(j, v) != JSON_FALSE)
-            return wrong(x, f->name, "%s: wanted true or false", f->name);
-        *(bool *)to = json_typeof(j, v) == JSON_TRUE;
-    } else if (!read_real(j, v, f->min, f->max, f->kind == WHOLE, to))
-        return wrong(x, f->name, "%s: wanted a %snumber from %.16g to %.16g", f->name,
-                     f->kind == WHOLE ? "whole " : "", f->min, f->max);
-    return MEDRUN_OK;
+/* *OUT stays where there is no field V. */
+static int read_bool(const json *j, uint32_t v, const char *name, bool *out, api_error *x) {
+    if (v == JSON_NONE) return x->e.code;
+    if (json_typeof(j, v) != JSON_TRUE && json_typeof(j, v) != JSON_FALSE)
+        return wrong(x, name, "%s: wanted true or false", name);
+    *out = json_typeof(j, v) == JSON_TRUE;
+    return x->e.code;
+}
+
+/* Appends the ids of list V. */
+static int read_ids(const server *sv, const json *j, uint32_t v, const char *name, buffer *out,
+                    api_error *x) {
+    double d;
+    if (!json_is_type(j, v, JSON_ARRAY)) return wrong(x, name, "%s: wanted a list of ids", name);
+    for EACH(j, v, c) {
+        if (!read_real(j, c, 0, sv->info.vocab_size - 1, true, &d))
+            return wrong(x, name, "%s: wanted ids from 0 to %d", name, sv->info.vocab_size - 1);
+        int32_t id = (int32_t)d;
+        buffer_add(out, &id, sizeof id);
+    }
+    return x->e.code;
 }
 
 /* All fields that the table reads by itself; the names of unknown ones go to IGNORED. */
 static int read_fields_of(const server *sv, const json *j, params *p, buffer *ignored,
                           api_error *x) {
-    uint32_t c = 1;
-    for (uint32_t i = 0; i < j->nodes[0].count; i += 2, c = j->nodes[c + 1].next) {
-        const field_row *f = NULL;
-        size_t n = j->nodes[c].end - j->nodes[c].start;
-        const char *name = j->text + j->nodes[c].start;
-        for (size_t k = 0; !f && k < sizeof fields / sizeof *fields; k++)
-            if (json_is(j, c, fields[k].name)) f = &fields[k];
-        bool null = json_typeof(j, c + 1) == JSON_NULL, skip = !f;
-        int refused = one_of(refused_fields, j, c);
-        if (null || one_of(own_fields, j, c) >= 0) continue;
-        if (refused >= 0) {
-            bool one = refused < 2 && json_is_type(j, c + 1, JSON_NUMBER) &&
-                       json_number(j, c + 1) <= 1;
-            skip = !one && json_truthy(j, c + 1);
-            if (skip && !sv->lenient)
-                wrong(x, refused_fields[refused], "not supported: %s", refused_fields[refused]);
-        } else if (f) read_field(f, j, c + 1, p, x);
-        else if (one_of(idle_fields, j, c) >= 0) skip = false;
-        if (skip && is_http_token((span){name, n}) && ignored->n + n < 1000)
-            buffer_printf(ignored, "%s%.*s", ignored->n ? ", " : "", (int)n, name);
+    static const field_row unknown = {NULL, ABSENT, 0, 0, 0}, *end = fields + sizeof fields /
+                                                                     sizeof *fields;
+    for EACH_KEY(j, 0, c) {
+        const field_row *f = fields;
+        while (f < end && !json_is(j, c, f->name)) f++;
+        if (f == end) f = &unknown;
+        uint32_t v = c + 1;
+        bool number = json_is_type(j, v, JSON_NUMBER), changes = !f->name || json_truthy(j, v);
+        if (json_typeof(j, v) == JSON_NULL) continue;
+        if (f->kind == FLAG) read_bool(j, v, f->name, (bool *)((char *)p + f->at), x);
+        else if (f->kind < FLAG && !read_real(j, v, f->min, f->max, f->kind == WHOLE,
+                                              (double *)(void *)((char *)p + f->at)))
+            wrong(x, f->name, "%s: wanted a %snumber from %.16g to %.16g", f->name,
+                  f->kind == WHOLE ? "whole " : "", f->min, f->max);
+        if (f->kind != ABSENT || !changes || (number && json_number(j, v) <= f->max && f->max > 0))
+            continue;
+        if (f->name && !sv->lenient) wrong(x, f->name, "not supported: %s", f->name);
+        span name = span_of(j, c);
+        if (is_http_token(name) && ignored->n + name.n < 1000)
+            say(ignored, ignored->n ? ", %S" : "%S", name);
     }
     return x->e.code;
 }
@@ -243,24 +286,11 @@ static int add_stop(const server *sv, job *g, const json *j, uint32_t v, api_err
 }
 
 static int read_stops_of(const server *sv, job *g, const json *j, api_error *x) {
-    uint32_t v = field_of(j, 0, "stop"), ids = field_of(j, 0, "stop_token_ids"), c = v + 1;
-    if (json_is_type(j, v, JSON_ARRAY))
-        for (uint32_t i = 0; i < j->nodes[v].count && !x->e.code; i++, c = j->nodes[c].next)
-            add_stop(sv, g, j, c, x);
-    else if (v != JSON_NONE) add_stop(sv, g, j, v, x);
-    if (ids == JSON_NONE) return x->e.code;
-    if (!json_is_type(j, ids, JSON_ARRAY))
-        return wrong(x, "stop_token_ids", "stop_token_ids: wanted a list of ids");
-    c = ids + 1;
-    for (uint32_t i = 0; i < j->nodes[ids].count; i++, c = j->nodes[c].next) {
-        double d;
-        if (!read_real(j, c, 0, sv->info.vocab_size - 1, true, &d))
-            return wrong(x, "stop_token_ids", "stop_token_ids: wanted ids from 0 to %d",
-                         sv->info.vocab_size - 1);
-        int32_t id = (int32_t)d;
-        buffer_add(&g->stop_ids, &id, sizeof id);
-    }
-    return x->e.code;
+    uint32_t v = field_of(j, 0, "stop"), ids = field_of(j, 0, "stop_token_ids");
+    for EACH(j, v, c) add_stop(sv, g, j, c, x);
+    if (v != JSON_NONE && json_typeof(j, v) != JSON_ARRAY) add_stop(sv, g, j, v, x);
+    return ids == JSON_NONE ? x->e.code
+                            : read_ids(sv, j, ids, "stop_token_ids", &g->stop_ids, x);
 }
 
 /* One entry: KEY is an id or a text of one token, V a number, or false for never. */
@@ -325,9 +355,8 @@ static int read_logprobs(job *g, const json *j, api_error *x) {
             return wrong(x, "logprobs", "logprobs: wanted a whole number from 0 to %d", MAX_TOP);
         return x->e.code;
     }
-    if (v != JSON_NONE && json_typeof(j, v) != JSON_TRUE && json_typeof(j, v) != JSON_FALSE)
-        return wrong(x, "logprobs", "logprobs: wanted true or false");
-    bool on = json_is_type(j, v, JSON_TRUE);
+    bool on = false;
+    if (read_bool(j, v, "logprobs", &on, x)) return x->e.code;
     if (p->top_logprobs > 0 && !on)
         return wrong(x, "top_logprobs", "top_logprobs: needs \"logprobs\": true");
     p->top = on ? p->top_logprobs : -1;
@@ -346,12 +375,16 @@ static int read_stream_options(job *g, const json *j, api_error *x) {
 
 /* ---- prompts -------------------------------------------------------------------------------- */
 
+/* Of parts in a row, where the Nth ends, from 1 on. */
+static size_t end_of(const buffer *ends, size_t n) {
+    size_t end = 0;
+    if (n) memcpy(&end, ends->data + (n - 1) * sizeof end, sizeof end);
+    return end;
+}
+
 /* The job's last prompt ends here. */
 static int end_prompt(const server *sv, job *g, api_error *x) {
-    size_t at = g->ids.n / sizeof(int32_t), before = 0;
-    if (g->n_prompts) memcpy(&before, g->ends.data + (g->n_prompts - 1) * sizeof before,
-                             sizeof before);
-    size_t n = at - before;
+    size_t at = g->ids.n / sizeof(int32_t), n = at - end_of(&g->ends, g->n_prompts);
     buffer_add(&g->ends, &at, sizeof at);
     g->n_prompts++;
     if (x->e.code) return x->e.code;
@@ -389,178 +422,37 @@ static int add_text_prompt(const server *sv, job *g, const json *j, uint32_t v, 
     return end_prompt(sv, g, x);
 }
 
-static int add_id_prompt(const server *sv, job *g, const json *j, uint32_t v, api_error *x) {
-    uint32_t c = v + 1;
-    for (uint32_t i = 0; i < j->nodes[v].count; i++, c = j->nodes[c].next) {
-        double d;
-        if (!read_real(j, c, 0, sv->info.vocab_size - 1, true, &d))
-            return wrong(x, "prompt", "prompt: wanted ids from 0 to %d", sv->info.vocab_size - 1);
-        int32_t id = (int32_t)d;
-        buffer_add(&g->ids, &id, sizeof id);
-    }
-    return end_prompt(sv, g, x);
-}
-
 /* A text, texts, ids, or lists of ids. */
 static int read_prompts(const server *sv, job *g, const json *j, api_error *x) {
+    static const char wanted[] = "prompt: wanted a text, a list of texts or a list of ids";
     uint32_t v = field_of(j, 0, "prompt"), c = v + 1;
     if (v == JSON_NONE) return wrong(x, "prompt", "prompt: is missing");
-    if (json_is_type(j, v, JSON_STRING)) return add_text_prompt(sv, g, j, v, x);
-    if (!json_is_type(j, v, JSON_ARRAY) || !j->nodes[v].count)
-        return wrong(x, "prompt", "prompt: wanted a text, a list of texts or a list of ids");
-    if (json_is_type(j, c, JSON_NUMBER)) return add_id_prompt(sv, g, j, v, x);
-    if (j->nodes[v].count > MAX_PROMPTS)
-        return wrong(x, "prompt", "prompt: found %u, wanted at most %d", j->nodes[v].count,
-                     MAX_PROMPTS);
-    for (uint32_t i = 0; i < j->nodes[v].count && !x->e.code; i++, c = j->nodes[c].next) {
+    bool text = json_is_type(j, v, JSON_STRING), list = json_is_type(j, v, JSON_ARRAY);
+    uint32_t n = list ? j->nodes[v].count : text;
+    if (!n) return wrong(x, "prompt", wanted);
+    if (text || json_is_type(j, c, JSON_NUMBER)) c = v, n = 1;
+    if (n > MAX_PROMPTS)
+        return wrong(x, "prompt", "prompt: found %u, wanted at most %d", n, MAX_PROMPTS);
+    for (; n-- && !x->e.code; c = j->nodes[c].next) {
         if (json_is_type(j, c, JSON_STRING)) add_text_prompt(sv, g, j, c, x);
-        else if (json_is_type(j, c, JSON_ARRAY)) add_id_prompt(sv, g, j, c, x);
-        else wrong(x, "prompt", "prompt: wanted a text, a list of texts or a list of ids");
+        else if (json_is_type(j, c, JSON_ARRAY))
+            read_ids(sv, j, c, "prompt", &g->ids, x), end_prompt(sv, g, x);
+        else wrong(x, "prompt", wanted);
     }
     return x->e.code;
 }
 
 /* ---- conversations -------------------------------------------------------------------------- */
 
-/* A content as one JSON string: OpenAI's parts of type text are joined. */
-static int write_content(buffer *b, const json *j, uint32_t v, api_error *x) {
-    buffer text = {0};
-    if (json_is_type(j, v, JSON_STRING)) json_unescape(j, v, &text);
-    else if (json_is_type(j, v, JSON_ARRAY)) {
-        uint32_t c = v + 1;
-        for (uint32_t i = 0; i < j->nodes[v].count && !x->e.code; i++, c = j->nodes[c].next) {
-            uint32_t part = json_get(j, c, "text");
-            if (!json_is(j, json_get(j, c, "type"), "text") || !json_is_type(j, part, JSON_STRING))
-                wrong(x, "messages", "messages: content: only parts of type text");
-            else json_unescape(j, part, &text);
-        }
-    } else wrong(x, "messages", "messages: content: wanted a text");
-    quote(b, text.data, text.n);
-    b->failed |= text.failed;
-    buffer_free(&text);
-    return x->e.code;
-}
-
-/* The calls of an assistant's message; their arguments must parse. */
-static int write_calls(const server *sv, buffer *b, const json *j, uint32_t v, api_error *x) {
-    bool as_text = tool_form_of(sv->chat)->arguments_as_text;
-    uint32_t c = v + 1;
-    if (!json_is_type(j, v, JSON_ARRAY) || !sv->chat->takes_tools)
-        return wrong(x, "messages", "messages: tool_calls: %s", sv->chat->takes_tools ?
-                     "wanted a list" : "this model's template has no place for them");
-    buffer_text(b, ",\"tool_calls\":[");
-    for (uint32_t i = 0; i < j->nodes[v].count && !x->e.code; i++, c = j->nodes[c].next) {
-        uint32_t f = json_get(j, c, "function"), name = json_get(j, f, "name");
-        uint32_t arguments = json_get(j, f, "arguments");
-        buffer text = {0};
-        json inner = {0};
-        medrun_error why = {0};
-        if (!json_is_type(j, name, JSON_STRING) || !json_is_type(j, arguments, JSON_STRING))
-            wrong(x, "messages", "messages: tool_calls: wanted a name, and arguments as text");
-        else json_unescape(j, arguments, &text);
-        if (!x->e.code && json_parse(&inner, chars_of(&text), text.n, &why))
-            wrong(x, "messages", "messages: tool_calls: arguments: %s", why.text);
-        json_free(&inner);
-        if (!x->e.code) {
-            buffer_printf(b, "%s{\"type\":\"function\",\"function\":{\"name\":\"%.*s\","
-                          "\"arguments\":", i ? "," : "",
-                          (int)(j->nodes[name].end - j->nodes[name].start),
-                          j->text + j->nodes[name].start);
-            if (as_text) quote(b, text.data, text.n);
-            else buffer_add(b, text.data, text.n);
-            buffer_text(b, "}}");
-        }
-        b->failed |= text.failed;
-        buffer_free(&text);
-    }
-    buffer_text(b, "]");
-    return x->e.code;
-}
-
-/* The first N messages of list V as the JSON that tool_calls.c reads. */
-static int write_messages(const server *sv, buffer *b, const json *j, uint32_t v, uint32_t n,
-                          api_error *x) {
-    uint32_t c = v + 1;
-    buffer_text(b, "[");
-    for (uint32_t i = 0; i < n && !x->e.code; i++, c = j->nodes[c].next) {
-        uint32_t role = json_get(j, c, "role"), content = field_of(j, c, "content");
-        uint32_t calls = field_of(j, c, "tool_calls");
-        if (!json_is_type(j, role, JSON_STRING))
-            return wrong(x, "messages", "messages: wanted a role in each");
-        if (calls != JSON_NONE && json_is_type(j, calls, JSON_ARRAY) && !j->nodes[calls].count)
-            calls = JSON_NONE;
-        bool developer = json_is(j, role, "developer");
-        buffer_printf(b, "%s{\"role\":\"%.*s\"", i ? "," : "",
-                      developer ? 6 : (int)(j->nodes[role].end - j->nodes[role].start),
-                      developer ? "system" : j->text + j->nodes[role].start);
-        if (content != JSON_NONE || calls == JSON_NONE ||
-            tool_form_of(sv->chat)->content_needed) {
-            buffer_text(b, ",\"content\":");
-            if (content == JSON_NONE && calls != JSON_NONE) buffer_text(b, "\"\"");
-            else write_content(b, j, content, x);
-        }
-        if (calls != JSON_NONE) write_calls(sv, b, j, calls, x);
-        buffer_text(b, "}");
-    }
-    buffer_text(b, "]");
-    return b->failed ? out_of_memory(&x->e, b->n) : x->e.code;
-}
-
-/* A whole conversation, the answer opened. LAST is the text of an assistant's message that the
- * answer goes on from, or NULL. */
-static int render_messages(const server *sv, const char *text, size_t n, const buffer *tools,
-                           bool think, bool open, const buffer *last, bool as_text, buffer *out,
-                           medrun_error *e) {
-    json j = {0};
-    tool_list list = {0};
-    medrun_chat_options o = {.think = think && sv->chat->takes_think,
-                             .tools = tools->n ? (const char *)tools->data : NULL,
-                             .n_tools = tools->n};
-    chat_writer w = {sv->chat, sv->t, &o, as_text, tools_kinds(sv->chat), .out = out, .e = e};
-    if (!json_parse(&j, text, n, e) &&
-        !tools_messages(sv->chat, &j, 0, "messages", tools->n > 0, &list, e)) {
-        chat_conversation(&w, list.m, list.n, open);
-        if (last) buffer_add(as_text ? out : &w.run, last->data, last->n);
-        chat_end(&w, 0);
-    }
-    buffer_free(&w.run);
-    tool_list_free(&list);
-    json_free(&j);
-    return e->code;
-}
-
-/* The functions of list V as JSON. A template that wants a description of each gets an empty one
- * where there is none: OpenAI's clients leave it out. */
-static void write_tools(const server *sv, buffer *b, const json *j, uint32_t v) {
-    uint32_t c = v + 1;
-    buffer_text(b, "[");
-    for (uint32_t i = 0; i < j->nodes[v].count; i++, c = j->nodes[c].next) {
-        uint32_t f = tool_function(j, c), key = f + 1;
-        bool bare = json_is_type(j, f, JSON_OBJECT) && tool_form_of(sv->chat)->types &&
-                    field_of(j, f, "description") == JSON_NONE;
-        buffer_printf(b, "%s%s", i ? "," : "", bare ? "{\"description\":\"\"" : "");
-        if (!bare) buffer_add(b, j->text + j->nodes[c].start, j->nodes[c].end - j->nodes[c].start);
-        for (uint32_t k = 0; bare && k < j->nodes[f].count; k += 2, key = j->nodes[key + 1].next) {
-            if (json_is(j, key, "description")) continue;
-            buffer_printf(b, ",\"%.*s\":", (int)(j->nodes[key].end - j->nodes[key].start),
-                          j->text + j->nodes[key].start);
-            bool text = json_typeof(j, key + 1) == JSON_STRING;
-            buffer_text(b, text ? "\"" : "");
-            buffer_add(b, j->text + j->nodes[key + 1].start,
-                       j->nodes[key + 1].end - j->nodes[key + 1].start);
-            buffer_text(b, text ? "\"" : "");
-        }
-        buffer_text(b, bare ? "}" : "");
-    }
-    buffer_text(b, "]");
-}
-
 /* The conversation and the functions of request J as ids, or as text. */
 static int render_request(const server *sv, const json *j, params *p, bool as_text, bool *has_tools,
                           buffer *out, api_error *x) {
     uint32_t v = field_of(j, 0, "messages"), tools = field_of(j, 0, "tools"), last = v + 1;
     uint32_t add = field_of(j, 0, "add_generation_prompt"), before = JSON_NONE;
-    buffer text = {0}, shown = {0}, going_on = {0}, list = {0};
+    buffer shown = {0}, going_on = {0};
+    tool_list list = {0};
+    medrun_chat_options o = {.think = p->think && sv->chat && sv->chat->takes_think};
+    chat_writer w = {sv->chat, sv->t, &o, as_text, NULL, .out = out, .e = &x->e};
     if (!json_is_type(j, v, JSON_ARRAY) || !j->nodes[v].count)
         return wrong(x, "messages", "messages: wanted a list of at least one");
     if (!sv->chat) return wrong(x, "messages", "the model's chat template is unknown: start the "
@@ -578,51 +470,34 @@ static int render_request(const server *sv, const json *j, params *p, bool as_te
               "add_generation_prompt");
     if (continues && n == 1) wrong(x, "messages", "messages: only the assistant's");
     bool none = json_is(j, field_of(j, 0, "tool_choice"), "none");
-    if (tools != JSON_NONE && json_is_type(j, tools, JSON_ARRAY) && j->nodes[tools].count > 128)
+    if (json_is_type(j, tools, JSON_ARRAY) && j->nodes[tools].count > 128)
         wrong(x, "tools", "tools: found %u, wanted at most 128", j->nodes[tools].count);
-    *has_tools = tools != JSON_NONE && !none && json_truthy(j, tools);
+    *has_tools = !none && json_truthy(j, tools);
     if (*has_tools && json_typeof(j, tools) != JSON_ARRAY)
         wrong(x, "tools", "tools: wanted a list of functions");
-    if (!x->e.code && *has_tools) write_tools(sv, &list, j, tools);
-    if (list.failed) out_of_memory(&x->e, list.n);
+    const span functions = *has_tools ? span_of(j, tools) : (span){0};
     if (!x->e.code && *has_tools &&
-        tools_text(sv->chat, chars_of(&list), list.n, &shown, &x->e))
+        functions_text(sv->chat, functions.text, functions.n, true, &shown, &x->e))
         snprintf(x->param, sizeof x->param, "tools");
-    if (!x->e.code) write_messages(sv, &text, j, v, n - continues, x);
-    if (!x->e.code && continues) {
-        uint32_t content = field_of(j, last, "content");
-        buffer quoted = {0};
-        json inner = {0};
-        if (!write_content(&quoted, j, content, x) &&
-            !json_parse(&inner, chars_of(&quoted), quoted.n, &x->e))
-            json_unescape(&inner, 0, &going_on);
-        json_free(&inner);
-        buffer_free(&quoted);
+    if (x->e.code) goto done;
+    o.tools = shown.n ? chars_of(&shown) : NULL, o.n_tools = shown.n;
+    w.more = tools_kinds(sv->chat);
+    if (!openai_messages(sv->chat, j, v, n - continues, shown.n > 0, &list, &x->e) &&
+        !(continues && openai_content(j, field_of(j, last, "content"), &going_on, &x->e))) {
+        bool open = add == JSON_NONE || json_typeof(j, add) == JSON_TRUE;
+        chat_conversation(&w, list.m, list.n, open || continues);
+        if (continues) buffer_add(as_text ? out : &w.run, going_on.data, going_on.n);
+        chat_end(&w, 0);
     }
-    bool open = add == JSON_NONE || json_typeof(j, add) == JSON_TRUE;
-    if (!x->e.code && render_messages(sv, chars_of(&text), text.n, &shown, p->think,
-                                      open || continues, continues ? &going_on : NULL, as_text,
-                                      out, &x->e))
-        snprintf(x->param, sizeof x->param, "messages");
-    buffer_free(&text);
-    buffer_free(&shown);
-    buffer_free(&going_on);
-    buffer_free(&list);
+    if (x->e.code) snprintf(x->param, sizeof x->param, "messages");
+    buffer_free(&w.run);
+done:
+    tool_list_free(&list);
+    free_buffers(BUFFERS(&shown, &going_on));
     return x->e.code;
 }
 
 /* ---- answers -------------------------------------------------------------------------------- */
-
-/* A number with the fewest digits, 15 to 17, that read back as the same; one function prints every
- * log-probability, so that equal ones are equal texts. */
-static void write_number(buffer *b, double v) {
-    char text[40];
-    int digits = 15;
-    if (!(fabs(v) <= DBL_MAX)) v = v > 0 ? 9999 : -9999;
-    do snprintf(text, sizeof text, "%.*g", digits, v);
-    while (strtod(text, NULL) != v && ++digits <= 17);
-    buffer_text(b, text);
-}
 
 static const token_row *row_of(const seq *q, size_t i) {
     return (const token_row *)(void *)q->rows.data + i;
@@ -645,36 +520,37 @@ static bool is_utf8(span s) {
 
 /* A key of the completions' API: text, or bytes:\xe2\x80 where the piece is no text of its own. */
 static void write_piece_key(buffer *b, span s) {
-    if (is_utf8(s)) { quote(b, s.text, s.n); return; }
+    if (is_utf8(s)) { json_quote(b, s.text, s.n); return; }
     buffer_text(b, "\"bytes:");
     for (size_t i = 0; i < s.n; i++) buffer_printf(b, "\\\\x%02x", (unsigned)(uint8_t)s.text[i]);
     buffer_text(b, "\"");
 }
 
+static void write_bytes(buffer *b, span s) {
+    for (size_t i = 0; i < s.n; i++)
+        buffer_printf(b, "%s%u", i ? "," : "[", (unsigned)(uint8_t)s.text[i]);
+    buffer_text(b, s.n ? "]" : "[]");
+}
+
 static void write_chat_token(const server *sv, buffer *b, int32_t id, double logprob) {
     span s = piece_of(sv, id);
-    buffer_printf(b, "{\"id\":%d,\"token\":", id);
-    quote(b, s.text, s.n);
-    buffer_text(b, ",\"bytes\":[");
-    for (size_t i = 0; i < s.n; i++)
-        buffer_printf(b, "%s%u", i ? "," : "", (unsigned)(uint8_t)s.text[i]);
-    buffer_text(b, "],\"logprob\":");
-    write_number(b, logprob);
+    say(b, "{'id':%i,'token':%Q,'bytes':", id, s);
+    write_bytes(b, s);
+    say(b, ",'logprob':%n", logprob);
 }
 
 /* Rows FROM to TO of the chat's API: [{token, bytes, logprob, top_logprobs}]. */
 static void write_chat_rows(const server *sv, buffer *b, const seq *q, size_t from, size_t to) {
-    const ranked *ranks = (const ranked *)(void *)q->ranks.data;
     buffer_text(b, "[");
     for (size_t i = from; i < to; i++) {
         const token_row *r = row_of(q, i);
-        if (i > from) buffer_text(b, ",");
+        const ranked *best = (const ranked *)(void *)q->ranks.data + i * MAX_TOP;
+        buffer_text(b, i > from ? "," : "");
         write_chat_token(sv, b, r->id, r->logprob);
         buffer_text(b, ",\"top_logprobs\":[");
         for (int k = 0; k < r->n_ranks; k++) {
-            if (k) buffer_text(b, ",");
-            write_chat_token(sv, b, ranks[i * MAX_TOP + (size_t)k].id,
-                             ranks[i * MAX_TOP + (size_t)k].logprob);
+            buffer_text(b, k ? "," : "");
+            write_chat_token(sv, b, best[k].id, best[k].logprob);
             buffer_text(b, "}");
         }
         buffer_text(b, "]}");
@@ -685,25 +561,22 @@ static void write_chat_rows(const server *sv, buffer *b, const seq *q, size_t fr
 /* One dictionary of the best, the token itself always among them. Where two pieces read the same,
  * the later one is told apart by its id. */
 static void write_top(const server *sv, buffer *b, const token_row *r, const ranked *best) {
-    bool own = false, any = false;
+    bool own = false;
     buffer_text(b, "{");
     for (int k = 0; k <= r->n_ranks; k++) {
-        bool last = k == r->n_ranks;
+        bool last = k == r->n_ranks, twice = false;
         if (last && own) break;
         int32_t id = last ? r->id : best[k].id;
         span s = piece_of(sv, id);
-        bool twice = false;
         for (int i = 0; i < k; i++) {
             span t = piece_of(sv, best[i].id);
             twice |= t.n == s.n && !memcmp(t.text, s.text, s.n);
         }
         own |= id == r->id;
-        if (any) buffer_text(b, ",");
-        any = true;
-        if (twice) buffer_printf(b, "\"id:%d\"", id);
+        buffer_text(b, k ? "," : "");
+        if (twice) say(b, "'id:%i'", id);
         else write_piece_key(b, s);
-        buffer_text(b, ":");
-        write_number(b, last ? r->logprob : best[k].logprob);
+        say(b, ":%n", last ? r->logprob : best[k].logprob);
     }
     buffer_text(b, "}");
 }
@@ -714,12 +587,12 @@ static void write_completion_rows(const server *sv, buffer *b, const seq *q, siz
     const ranked *ranks = (const ranked *)(void *)q->ranks.data;
     static const char *const names[] = {"tokens", "token_logprobs", "top_logprobs", "text_offset"};
     for (int list = 0; list < 4; list++) {
-        buffer_printf(b, "%s\"%s\":[", list ? "," : "{", names[list]);
+        say(b, "%s'%s':[", list ? "," : "{", names[list]);
         for (size_t i = from; i < to; i++) {
             const token_row *r = row_of(q, i);
-            if (i > from) buffer_text(b, ",");
+            buffer_text(b, i > from ? "," : "");
             if (list == 0) write_piece_key(b, piece_of(sv, r->id));
-            else if (list == 3) buffer_printf(b, "%zu", r->chars);
+            else if (list == 3) say(b, "%z", r->chars);
             else if (isnan(r->logprob)) buffer_text(b, "null");
             else if (list == 1) write_number(b, r->logprob);
             else write_top(sv, b, r, ranks + i * MAX_TOP);
@@ -729,8 +602,11 @@ static void write_completion_rows(const server *sv, buffer *b, const seq *q, siz
     buffer_text(b, "}");
 }
 
+enum { NO_ROWS = -1 };
+
+/* TO: as many rows, or NO_ROWS. */
 static void write_logprobs(const server *sv, buffer *b, const seq *q, size_t from, size_t to) {
-    if (q->job->p.top < 0) buffer_text(b, "null");
+    if (q->job->p.top < 0 || to == (size_t)NO_ROWS) buffer_text(b, "null");
     else if (q->job->api == API_COMPLETION) write_completion_rows(sv, b, q, from, to);
     else {
         buffer_text(b, "{\"content\":");
@@ -749,6 +625,14 @@ static size_t rows_until(const seq *q, size_t to, bool all) {
     return i;
 }
 
+/* The ids from FROM on. */
+static void write_ids(buffer *b, const buffer *ids, size_t from) {
+    buffer_text(b, "[");
+    for (size_t i = from; i < ids->n / 4; i++)
+        buffer_printf(b, "%s%d", i > from ? "," : "", (int32_t)u32_at(ids->data, i));
+    buffer_text(b, "]");
+}
+
 static double rate(double n, double time) { return time > 0 ? n / time : 0; }
 
 static void write_timings(buffer *b, const job *g) {
@@ -758,114 +642,65 @@ static void write_timings(buffer *b, const job *g) {
     size_t n = g->n_read - g->n_cached;
     /* the first token of an answer comes with its prompt */
     size_t later = g->n_written > g->n_seqs ? g->n_written - g->n_seqs : 0;
-    buffer_printf(b, "\"timings\":{\"cache_n\":%zu,\"prompt_n\":%zu,\"prompt_ms\":%.3f,"
-                  "\"prompt_per_token_ms\":%.3f,\"prompt_per_second\":%.3f,\"predicted_n\":%zu,"
-                  "\"predicted_ms\":%.3f,\"predicted_per_token_ms\":%.3f,"
-                  "\"predicted_per_second\":%.3f}", g->n_cached, n, 1e3 * read,
-                  1e3 * rate(read, (double)n), rate((double)n, read), g->n_written, 1e3 * wrote,
-                  1e3 * rate(wrote, (double)later), rate((double)later, wrote));
+    say(b, "'timings':{'cache_n':%z,'prompt_n':%z,'prompt_ms':%m,'prompt_per_token_ms':%m,"
+        "'prompt_per_second':%m,'predicted_n':%z,'predicted_ms':%m,'predicted_per_token_ms':%m,"
+        "'predicted_per_second':%m}", g->n_cached, n, 1e3 * read, 1e3 * rate(read, (double)n),
+        rate((double)n, read), g->n_written, 1e3 * wrote, 1e3 * rate(wrote, (double)later),
+        rate((double)later, wrote));
 }
 
 static void write_usage(buffer *b, const job *g) {
     size_t thoughts = 0;
     for (size_t i = 0; i < g->n_seqs; i++) thoughts += g->seqs[i].n_thoughts;
-    buffer_printf(b, "\"usage\":{\"prompt_tokens\":%zu,\"completion_tokens\":%zu,"
-                  "\"total_tokens\":%zu,\"prompt_tokens_details\":{\"cached_tokens\":%zu},"
-                  "\"completion_tokens_details\":{\"reasoning_tokens\":%zu}}", g->n_read,
-                  g->n_written, g->n_read + g->n_written, g->n_cached, thoughts);
-}
-
-static const char *object_of(const job *g) {
-    if (g->api == API_COMPLETION) return "text_completion";
-    return g->p.stream ? "chat.completion.chunk" : "chat.completion";
+    say(b, "'usage':{'prompt_tokens':%z,'completion_tokens':%z,'total_tokens':%z,"
+        "'prompt_tokens_details':{'cached_tokens':%z},'completion_tokens_details':"
+        "{'reasoning_tokens':%z}}", g->n_read, g->n_written, g->n_read + g->n_written, g->n_cached,
+        thoughts);
 }
 
 /* The beginning of every chunk, and of a whole answer. */
 static void write_head(const server *sv, job *g) {
-    buffer *b = &g->head;
-    buffer_printf(b, "{\"id\":\"%s\",\"object\":\"%s\",\"created\":%lld,\"model\":", g->id,
-                  object_of(g), g->created);
-    quote_text(b, sv->name);
-    buffer_printf(b, ",\"system_fingerprint\":\"%s\",\"seed\":%.0f,\"choices\":[", sv->fingerprint,
-                  g->p.seed);
+    const char *object = g->api == API_COMPLETION ? "text_completion"
+                       : g->p.stream ? "chat.completion.chunk" : "chat.completion";
+    say(&g->head, "{'id':'%s','object':'%s','created':%l,'model':%q,'system_fingerprint':'%s',"
+        "'seed':%w,'choices':[", g->id, object, g->created, sv->name, sv->fingerprint, g->p.seed);
 }
 
-/* What a chunk says between its two ends. */
-static void open_chunk(buffer *b, const seq *q) {
-    buffer_text(b, "data: ");
-    buffer_add(b, q->job->head.data, q->job->head.n);
-    buffer_printf(b, "{\"index\":%d,", q->index);
-}
-
-static void close_chunk(buffer *b, const seq *q, bool last) {
+/* A chunk: FORM and what follows it are what is new, with rows of tokens up to TO. FINISH: of the
+ * last one, else NULL. */
+static void chunk(const server *sv, seq *q, size_t to, const char *finish, const char *form, ...) {
     const job *g = q->job;
-    if (last) buffer_printf(b, "\"finish_reason\":\"%s\"}]", q->finish);
-    else buffer_text(b, "\"finish_reason\":null}]");
-    if (last || (g->p.timings && q->opened)) {
+    buffer *b = &q->chunks;
+    va_list a;
+    va_start(a, form);
+    say(b, "data: %j{'index':%i,", &g->head, q->index);
+    say_all(b, form, a);
+    va_end(a);
+    buffer_text(b, ",\"logprobs\":");
+    write_logprobs(sv, b, q, q->rows_sent, to);
+    say(b, ",'finish_reason':%q}]", finish);
+    if (finish || (g->p.timings && q->opened)) {
         buffer_text(b, ",");
         write_timings(b, g);
     }
-    if (g->p.include_usage) buffer_text(b, ",\"usage\":null");
-    buffer_text(b, "}\n\n");
+    say(b, g->p.include_usage ? ",'usage':null}\n\n" : "}\n\n");
+    if (to != (size_t)NO_ROWS) q->rows_sent = to;
 }
 
-/* New text up to byte TO, with its rows. */
-static void text_chunk(const server *sv, buffer *b, seq *q, size_t to, bool all) {
-    size_t rows = rows_until(q, to, all);
-    bool chat = q->job->api == API_CHAT;
-    if (to == q->sent && (chat || rows == q->rows_sent)) return;
-    open_chunk(b, q);
-    buffer_text(b, chat ? "\"delta\":{\"content\":" : "\"text\":");
-    quote(b, q->text.data + q->sent, to - q->sent);
-    buffer_text(b, chat ? "},\"logprobs\":" : ",\"logprobs\":");
-    write_logprobs(sv, b, q, q->rows_sent, rows);
-    buffer_text(b, ",");
-    close_chunk(b, q, false);
-    q->sent = to;
-    q->rows_sent = rows;
-}
-
-/* A call as its two chunks: who is called, then with what. */
-static void call_chunks(buffer *b, const seq *q) {
-    json j = {0};
-    buffer whole = {0};
-    medrun_error e = {0};
-    buffer_text(&whole, "[");
-    buffer_add(&whole, q->calls.data, q->calls.n);
-    buffer_text(&whole, "]");
-    if (json_parse(&j, chars_of(&whole), whole.n, &e)) b->failed = true;
-    uint32_t c = 1;
-    for (uint32_t i = 0; !e.code && i < j.nodes[0].count; i++, c = j.nodes[c].next) {
-        uint32_t f = json_get(&j, c, "function"), name = json_get(&j, f, "name");
-        uint32_t id = json_get(&j, c, "id"), arguments = json_get(&j, f, "arguments");
-        for (int part = 0; part < 2; part++) {
-            open_chunk(b, q);
-            buffer_printf(b, "\"delta\":{\"tool_calls\":[{\"index\":%u,", i);
-            if (!part)
-                buffer_printf(b, "\"id\":\"%.*s\",\"type\":\"function\",\"function\":{\"name\":"
-                              "\"%.*s\",\"arguments\":\"\"}}]},",
-                              (int)(j.nodes[id].end - j.nodes[id].start),
-                              j.text + j.nodes[id].start,
-                              (int)(j.nodes[name].end - j.nodes[name].start),
-                              j.text + j.nodes[name].start);
-            else
-                buffer_printf(b, "\"function\":{\"arguments\":\"%.*s\"}}]},",
-                              (int)(j.nodes[arguments].end - j.nodes[arguments].start),
-                              j.text + j.nodes[arguments].start);
-            close_chunk(b, q, false);
-        }
-    }
-    json_free(&j);
-    buffer_free(&whole);
+/* Call I of an answer: its id, and its name and arguments, which stand in q->call_text. */
+static call_row call_at(const seq *q, int i, span *name, span *arguments) {
+    call_row r;
+    memcpy(&r, q->calls.data + (size_t)i * sizeof r, sizeof r);
+    *name = part_of(&q->call_text, r.at, r.at + r.n_name);
+    *arguments = part_of(&q->call_text, r.at + r.n_name, r.at + r.n_name + r.n_arguments);
+    return r;
 }
 
 /* What an answer in llama.cpp's shape says of its tokens from the one at FROM on. */
 static void write_llama_tokens(const server *sv, buffer *b, const seq *q, size_t from) {
     size_t n = q->made.n / 4;
-    buffer_text(b, ",\"tokens\":[");
-    for (size_t i = from; i < n; i++)
-        buffer_printf(b, "%s%d", i > from ? "," : "", (int32_t)u32_at(q->made.data, i));
-    buffer_text(b, "]");
+    buffer_text(b, ",\"tokens\":");
+    write_ids(b, &q->made, from);
     if (q->job->p.top < 0) return;
     buffer_text(b, ",\"completion_probabilities\":");
     write_chat_rows(sv, b, q, from, n);
@@ -874,22 +709,16 @@ static void write_llama_tokens(const server *sv, buffer *b, const seq *q, size_t
 /* llama.cpp's shape of an answer or, streamed, of its last chunk. */
 static void write_llama(const server *sv, buffer *b, const seq *q, bool whole) {
     const job *g = q->job;
-    buffer_printf(b, "{\"index\":%d,\"content\":", q->index);
-    quote(b, whole ? q->text.data : NULL, whole ? q->text.n : 0);
+    const char *type = !strcmp(q->finish, "length") ? "limit" : q->stop_word.n ? "word" : "eos";
+    say(b, "{'index':%i,'content':%Q", q->index, part_of(&q->text, 0, whole ? q->text.n : 0));
     write_llama_tokens(sv, b, q, whole ? 0 : q->made.n / 4);
-    bool length = !strcmp(q->finish, "length");
-    buffer_text(b, ",\"stop\":true,\"model\":");
-    quote_text(b, sv->name);
-    buffer_printf(b, ",\"has_new_line\":%s,\"stop_type\":\"%s\",\"stopping_word\":",
-                  q->text.n && memchr(q->text.data, '\n', q->text.n) ? "true" : "false",
-                  length ? "limit" : q->stop_word.n ? "word" : "eos");
-    quote(b, q->stop_word.text, q->stop_word.n);
-    buffer_printf(b, ",\"truncated\":false,\"tokens_cached\":%zu,\"tokens_evaluated\":%zu,"
-                  "\"tokens_predicted\":%zu,\"generation_settings\":{\"n_ctx\":%zu,"
-                  "\"n_predict\":%.0f,\"temperature\":%.9g,\"top_k\":%.0f,\"top_p\":%.9g,"
-                  "\"min_p\":%.9g,\"repeat_penalty\":%.9g,\"seed\":%.0f},", g->n_cached, g->n_read,
-                  g->n_written, sv->n_ctx, g->p.max_new, g->p.temperature, g->p.top_k, g->p.top_p,
-                  g->p.min_p, g->p.repeat, g->p.seed);
+    say(b, ",'stop':true,'model':%q,'has_new_line':%b,'stop_type':'%s','stopping_word':%Q,"
+        "'truncated':false,'tokens_cached':%z,'tokens_evaluated':%z,'tokens_predicted':%z,"
+        "'generation_settings':{'n_ctx':%z,'n_predict':%w,'temperature':%n,'top_k':%w,'top_p':%n,"
+        "'min_p':%n,'repeat_penalty':%n,'seed':%w},", sv->name,
+        q->text.n && memchr(q->text.data, '\n', q->text.n), type, q->stop_word, g->n_cached,
+        g->n_read, g->n_written, sv->n_ctx, g->p.max_new, g->p.temperature, g->p.top_k, g->p.top_p,
+        g->p.min_p, g->p.repeat, g->p.seed);
     write_timings(b, g);
     buffer_text(b, "}");
 }
@@ -900,131 +729,100 @@ static void say_progress(server *sv, const seq *q) {
     job *g = q->job;
     buffer b = {0};
     if (!g->p.stream || !g->p.progress || q->index % (int)g->p.n) return;
-    buffer_text(&b, "data: ");
     if (g->api == API_LLAMA)
-        buffer_text(&b, "{\"index\":0,\"content\":\"\",\"tokens\":[],\"stop\":false");
-    else {
-        buffer_add(&b, g->head.data, g->head.n);
-        buffer_text(&b, "]");
-    }
-    buffer_printf(&b, ",\"prompt_progress\":{\"total\":%zu,\"cache\":%zu,\"processed\":%zu,"
-                  "\"time_ms\":%.0f,\"queue\":0}", q->n_ids, q->cached, q->fed,
-                  1e3 * (seconds() - g->started));
-    if (g->p.timings) {
-        buffer_text(&b, ",");
-        write_timings(&b, g);
-    }
+        say(&b, "data: {'index':0,'content':'','tokens':[],'stop':false");
+    else say(&b, "data: %j]", &g->head);
+    say(&b, ",'prompt_progress':{'total':%z,'cache':%z,'processed':%z,'time_ms':%w,'queue':0}",
+        q->n_ids, q->cached, q->fed, 1e3 * (seconds() - g->started));
+    if (g->p.timings) buffer_text(&b, ","), write_timings(&b, g);
     buffer_text(&b, "}\n\n");
     pthread_mutex_lock(&sv->lock);
-    buffer_add(&g->out, b.data, b.n);
-    g->out.failed |= b.failed;
+    say(&g->out, "%j", &b);
     pthread_mutex_unlock(&sv->lock);
     buffer_free(&b);
 }
 
-/* What a step of one answer adds to its stream. */
+/* What a step of one answer adds to its stream; its text goes up to byte TO. */
 static void stream_step(const server *sv, seq *q, size_t to) {
-    buffer *b = &q->chunks;
-    bool last = q->finish;
+    bool last = q->finish, chat = q->job->api == API_CHAT;
+    span text = part_of(&q->text, q->sent, to), name, arguments;
+    size_t rows = rows_until(q, to, last), none = (size_t)NO_ROWS;
+    size_t thoughts = q->thoughts.n - (last ? 0 : utf8_unfinished(q->thoughts.data, q->thoughts.n));
     if (q->job->api == API_LLAMA) {
-        if (to > q->sent) {
-            buffer_printf(b, "data: {\"index\":%d,\"content\":", q->index);
-            quote(b, q->text.data + q->sent, to - q->sent);
-            write_llama_tokens(sv, b, q, q->ids_sent);
-            buffer_text(b, ",\"stop\":false}\n\n");
-            q->sent = to;
-            q->ids_sent = q->made.n / 4;
+        if (text.n) {
+            say(&q->chunks, "data: {'index':%i,'content':%Q", q->index, text);
+            write_llama_tokens(sv, &q->chunks, q, q->ids_sent);
+            buffer_text(&q->chunks, ",\"stop\":false}\n\n");
+            q->sent = to, q->ids_sent = q->made.n / 4;
         }
         if (!last) return;
-        buffer_text(b, "data: ");
-        write_llama(sv, b, q, false);
-        buffer_text(b, "\n\n");
+        buffer_text(&q->chunks, "data: ");
+        write_llama(sv, &q->chunks, q, false);
+        buffer_text(&q->chunks, "\n\n");
         return;
     }
-    bool chat = q->job->api == API_CHAT;
-    size_t thoughts = q->thoughts.n - (last ? 0 : utf8_unfinished(q->thoughts.data, q->thoughts.n));
-    if (chat && !q->opened && (to > q->sent || thoughts > 0 || last)) {
-        open_chunk(b, q);
-        buffer_text(b, "\"delta\":{\"role\":\"assistant\",\"content\":null},\"logprobs\":null,");
-        close_chunk(b, q, false);
+    if (chat && !q->opened && (text.n || thoughts || last)) {
+        chunk(sv, q, none, NULL, "'delta':{'role':'assistant','content':null}");
         q->opened = true;
     }
     if (thoughts > q->thoughts_sent) {
-        open_chunk(b, q);
-        buffer_text(b, "\"delta\":{\"reasoning_content\":");
-        quote(b, q->thoughts.data + q->thoughts_sent, thoughts - q->thoughts_sent);
-        buffer_text(b, "},\"logprobs\":null,");
-        close_chunk(b, q, false);
+        chunk(sv, q, none, NULL, "'delta':{'reasoning_content':%Q}",
+              part_of(&q->thoughts, q->thoughts_sent, thoughts));
         q->thoughts_sent = thoughts;
     }
-    if (!last || chat) text_chunk(sv, b, q, to, last);
-    if (!last) return;
-    if (q->n_calls) call_chunks(b, q);
-    size_t rows = rows_until(q, to, true);
-    open_chunk(b, q);
-    if (chat) buffer_text(b, "\"delta\":{},\"logprobs\":null,");
-    else {
-        buffer_text(b, "\"text\":");
-        quote(b, q->text.data + q->sent, to - q->sent);
-        buffer_text(b, ",\"logprobs\":");
-        if (rows > q->rows_sent) write_logprobs(sv, b, q, q->rows_sent, rows);
-        else buffer_text(b, "null");
-        buffer_text(b, ",");
+    if (chat ? text.n > 0 : !last && (text.n || rows > q->rows_sent)) {
+        chunk(sv, q, rows, NULL, chat ? "'delta':{'content':%Q}" : "'text':%Q", text);
+        q->sent = to;
     }
-    close_chunk(b, q, true);
+    for (int i = 0; last && i < q->n_calls; i++) {
+        call_row r = call_at(q, i, &name, &arguments);
+        chunk(sv, q, none, NULL, "'delta':{'tool_calls':[{'index':%i,'id':'%s','type':'function',"
+              "'function':{'name':'%S','arguments':''}}]}", i, r.id, name);
+        chunk(sv, q, none, NULL, "'delta':{'tool_calls':[{'index':%i,'function':{'arguments':%Q}}]"
+              "}", i, arguments);
+    }
+    if (last && chat) chunk(sv, q, none, q->finish, "'delta':{}");
+    else if (last) chunk(sv, q, rows > q->rows_sent ? rows : none, q->finish, "'text':%Q", text);
 }
 
 /* One whole choice. */
 static void write_choice(const server *sv, buffer *b, const seq *q) {
     bool chat = q->job->api == API_CHAT;
-    size_t rows = rows_until(q, q->text.n, true);
-    buffer_printf(b, "{\"index\":%d,", q->index);
-    buffer_text(b, chat ? "\"message\":{\"role\":\"assistant\",\"content\":" : "\"text\":");
-    if (q->n_calls && !q->text.n) buffer_text(b, "null");
-    else quote(b, q->text.data, q->text.n);
-    if (q->thoughts.n) {
-        buffer_text(b, ",\"reasoning_content\":");
-        quote(b, q->thoughts.data, q->thoughts.n);
+    span name, arguments;
+    say(b, chat ? "{'index':%i,'message':{'role':'assistant','content':" : "{'index':%i,'text':",
+        q->index);
+    say(b, q->n_calls && !q->text.n ? "null" : "%Q", all_of(&q->text));
+    if (q->thoughts.n) say(b, ",'reasoning_content':%Q", all_of(&q->thoughts));
+    for (int i = 0; i < q->n_calls; i++) {
+        call_row r = call_at(q, i, &name, &arguments);
+        say(b, "%s{'id':'%s','type':'function','function':{'name':'%S','arguments':%Q}}",
+            i ? "," : ",\"tool_calls\":[", r.id, name, arguments);
     }
-    if (q->n_calls) {
-        buffer_text(b, ",\"tool_calls\":[");
-        buffer_add(b, q->calls.data, q->calls.n);
-        buffer_text(b, "]");
-    }
-    buffer_text(b, chat ? "},\"logprobs\":" : ",\"logprobs\":");
-    write_logprobs(sv, b, q, 0, rows);
-    buffer_printf(b, ",\"finish_reason\":\"%s\"}", q->finish);
+    say(b, q->n_calls ? "]%s,'logprobs':" : "%s,'logprobs':", chat ? "}" : "");
+    write_logprobs(sv, b, q, 0, rows_until(q, q->text.n, true));
+    say(b, ",'finish_reason':%q}", q->finish);
 }
 
 /* The end of a job: the whole answer, or what closes the stream. */
 static void write_end(const server *sv, const job *g, buffer *b) {
-    if (!g->p.stream && g->api == API_LLAMA) {
+    bool whole = !g->p.stream, llama = g->api == API_LLAMA;
+    if (whole && llama) {
         write_llama(sv, b, &g->seqs[0], true);
         return;
     }
-    if (!g->p.stream) {
-        buffer_add(b, g->head.data, g->head.n);
-        for (size_t i = 0; i < g->n_seqs; i++) {
-            if (i) buffer_text(b, ",");
+    if (whole || g->p.include_usage) {
+        say(b, whole ? "%j" : "data: %j", &g->head);
+        for (size_t i = 0; whole && i < g->n_seqs; i++) {
+            buffer_text(b, i ? "," : "");
             write_choice(sv, b, &g->seqs[i]);
         }
         buffer_text(b, "],");
         write_usage(b, g);
         buffer_text(b, ",");
         write_timings(b, g);
-        buffer_text(b, "}");
-        return;
+        buffer_text(b, whole ? "}" : "}\n\n");
     }
-    if (g->p.include_usage) {
-        buffer_text(b, "data: ");
-        buffer_add(b, g->head.data, g->head.n);
-        buffer_text(b, "],");
-        write_usage(b, g);
-        buffer_text(b, ",");
-        write_timings(b, g);
-        buffer_text(b, "}\n\n");
-    }
-    if (g->api != API_LLAMA) buffer_text(b, "data: [DONE]\n\n");
+    if (!whole && !llama) buffer_text(b, "data: [DONE]\n\n");
 }
 
 /* ---- jobs ----------------------------------------------------------------------------------- */
@@ -1033,13 +831,11 @@ static void free_job(job *g) {
     if (!g) return;
     for (size_t i = 0; g->seqs && i < g->n_seqs; i++) {
         seq *q = &g->seqs[i];
-        buffer *const all[] = {&q->made, &q->text, &q->thoughts, &q->call, &q->rows, &q->ranks,
-                               &q->calls, &q->chunks, &q->steps};
-        for (size_t k = 0; k < sizeof all / sizeof *all; k++) buffer_free(all[k]);
+        free_buffers(BUFFERS(&q->made, &q->text, &q->thoughts, &q->call, &q->rows, &q->ranks,
+                             &q->calls, &q->call_text, &q->chunks, &q->steps));
     }
-    buffer *const all[] = {&g->ids, &g->ends, &g->stops, &g->stop_ends, &g->stop_ids, &g->bias,
-                           &g->headers, &g->head, &g->out};
-    for (size_t k = 0; k < sizeof all / sizeof *all; k++) buffer_free(all[k]);
+    free_buffers(BUFFERS(&g->ids, &g->ends, &g->stops, &g->stop_ends, &g->stop_ids, &g->bias,
+                         &g->headers, &g->head, &g->out));
     grammar_free(g->grammar);
     grammar_free(g->calls);
     free(g->seqs);
@@ -1071,16 +867,13 @@ static void set_think(params *p, const json *j) {
 
 /* The answers that a job is to give; seed + k for the k-th. */
 static int make_seqs(const server *sv, job *g, api_error *x) {
-    size_t n = (size_t)g->p.n, start = 0;
+    size_t n = (size_t)g->p.n;
     g->n_seqs = g->n_prompts * n;
     g->seqs = new_array(g->n_seqs, sizeof *g->seqs);
     if (!g->seqs) return out_of_memory(&x->e, g->n_seqs * sizeof *g->seqs);
     for (size_t k = 0; k < g->n_seqs; k++) {
         seq *q = &g->seqs[k];
-        size_t end;
-        memcpy(&end, g->ends.data + k / n * sizeof end, sizeof end);
-        if (k % n == 0 && k)
-            memcpy(&start, g->ends.data + (k / n - 1) * sizeof start, sizeof start);
+        size_t start = end_of(&g->ends, k / n), end = end_of(&g->ends, k / n + 1);
         size_t n_ids = end - start, most = sv->n_ctx - n_ids;
         if (g->p.max_new >= 0 && g->p.max_new < (double)most) most = (size_t)g->p.max_new;
         *q = (seq){.job = g, .prompt = (int)(k / n), .index = (int)k,
@@ -1160,7 +953,7 @@ static void start_job(server *sv, connection *c, int api, const json *j, const a
     buffer ignored = {0};
     job *g = new_array(1, sizeof *g);
     if (!g) {
-        answer_error(sv, c, 503, NULL, "no memory for the request");
+        answer_error(sv, c, 503, "no memory for the request");
         return;
     }
     g->api = api, g->key = key, g->arrived = seconds(), g->created = (long long)time(NULL);
@@ -1176,8 +969,7 @@ static void start_job(server *sv, connection *c, int api, const json *j, const a
     const char *full = x.e.code ? NULL : submit_job(sv, g);
     if (full) x.status = strstr(full, "key") ? 429 : 503, wrong(&x, NULL, "%s", full);
     if (x.e.code) {
-        if (x.e.code == MEDRUN_NO_MEMORY) x.status = 503;
-        answer_wrong(sv, c, &x);
+        answer_wrong(sv, c, &x, "");
         free_job(g);
         return;
     }
@@ -1211,13 +1003,10 @@ static void get_health(call *k) {
 
 static void write_model(const server *sv, buffer *b) {
     const medrun_info *i = &sv->info;
-    buffer_text(b, "{\"id\":");
-    quote_text(b, sv->name);
-    buffer_printf(b, ",\"object\":\"model\",\"created\":%lld,\"owned_by\":\"medrun\","
-                  "\"max_model_len\":%zu,\"meta\":{\"n_vocab\":%d,\"n_ctx_train\":%d,\"n_embd\":%d,"
-                  "\"n_params\":%llu,\"size\":%llu}}", sv->started, sv->n_ctx, i->vocab_size,
-                  i->max_positions, i->hidden_size, (unsigned long long)i->parameters,
-                  (unsigned long long)i->weight_bytes);
+    say(b, "{'id':%q,'object':'model','created':%l,'owned_by':'medrun','max_model_len':%z,'meta':{"
+        "'n_vocab':%i,'n_ctx_train':%i,'n_embd':%i,'n_params':%l,'size':%l}}", sv->name,
+        sv->started, sv->n_ctx, i->vocab_size, i->max_positions, i->hidden_size,
+        (long long)i->parameters, (long long)i->weight_bytes);
 }
 
 /* Is S, a part of a path, TEXT with what clients escape? */
@@ -1253,20 +1042,10 @@ static void post_chat(call *k) { start_job(k->sv, k->c, API_CHAT, k->j, k->key);
 static void post_completion(call *k) { start_job(k->sv, k->c, API_COMPLETION, k->j, k->key); }
 static void post_llama(call *k) { start_job(k->sv, k->c, API_LLAMA, k->j, k->key); }
 
-static void write_ids(buffer *b, const buffer *ids) {
-    buffer_text(b, "[");
-    for (size_t i = 0; i < ids->n / 4; i++)
-        buffer_printf(b, "%s%d", i ? "," : "", (int32_t)u32_at(ids->data, i));
-    buffer_text(b, "]");
-}
-
 /* A bool of the body, or what it is when absent. */
 static bool flag_of(call *k, const char *name, bool standard) {
-    uint32_t v = field_of(k->j, 0, name);
-    if (v == JSON_NONE) return standard;
-    if (json_typeof(k->j, v) != JSON_TRUE && json_typeof(k->j, v) != JSON_FALSE)
-        wrong(k->x, name, "%s: wanted true or false", name);
-    return json_typeof(k->j, v) == JSON_TRUE;
+    read_bool(k->j, field_of(k->j, 0, name), name, &standard, k->x);
+    return standard;
 }
 
 static void write_pieces(const server *sv, buffer *b, const buffer *ids) {
@@ -1274,28 +1053,34 @@ static void write_pieces(const server *sv, buffer *b, const buffer *ids) {
     for (size_t i = 0; i < ids->n / 4; i++) {
         int32_t id = (int32_t)u32_at(ids->data, i);
         span s = piece_of(sv, id);
-        buffer_printf(b, "%s{\"id\":%d,\"piece\":", i ? "," : "", id);
-        if (is_utf8(s)) quote(b, s.text, s.n);
-        else for (size_t n = 0; n < s.n; n++)
-            buffer_printf(b, "%s%u%s", n ? "," : "[", (unsigned)(uint8_t)s.text[n],
-                          n + 1 < s.n ? "" : "]");
+        say(b, "%s{'id':%i,'piece':", i ? "," : "", id);
+        if (is_utf8(s)) json_quote(b, s.text, s.n);
+        else write_bytes(b, s);
         buffer_text(b, "}");
     }
     buffer_text(b, "]}");
+}
+
+/* The body's messages as ids and, unless it is NULL, as text. */
+static void render_call(call *k, buffer *ids, buffer *text) {
+    params p = {0};
+    bool tools;
+    set_think(&p, k->j);
+    render_request(k->sv, k->j, &p, false, &tools, ids, k->x);
+    if (text && !k->x->e.code) render_request(k->sv, k->j, &p, true, &tools, text, k->x);
 }
 
 /* vLLM's body has `prompt` or `messages`, llama.cpp's `content`. */
 static void post_tokenize(call *k) {
     const server *sv = k->sv;
     uint32_t prompt = field_of(k->j, 0, "prompt"), content = field_of(k->j, 0, "content");
-    bool llama = content != JSON_NONE, tools;
+    bool llama = content != JSON_NONE;
     bool bos = flag_of(k, llama ? "add_special" : "add_special_tokens", !llama);
     bool special = flag_of(k, "parse_special", llama), pieces = flag_of(k, "with_pieces", false);
     buffer ids = {0}, text = {0};
-    params p = {0};
     uint32_t v = llama ? content : prompt;
     if (v == JSON_NONE && field_of(k->j, 0, "messages") != JSON_NONE)
-        render_request(sv, k->j, &p, false, &tools, &ids, k->x);
+        render_call(k, &ids, NULL);
     else if (!json_is_type(k->j, v, JSON_STRING))
         wrong(k->x, "prompt", "wanted prompt, messages or content");
     else {
@@ -1307,78 +1092,52 @@ static void post_tokenize(call *k) {
     if (llama && pieces) write_pieces(sv, k->out, &ids);
     else {
         buffer_text(k->out, "{\"tokens\":");
-        write_ids(k->out, &ids);
+        write_ids(k->out, &ids, 0);
         if (!llama)
             buffer_printf(k->out, ",\"count\":%zu,\"max_model_len\":%zu", ids.n / 4, sv->n_ctx);
         buffer_text(k->out, "}");
     }
-    buffer_free(&ids);
-    buffer_free(&text);
+    free_buffers(BUFFERS(&ids, &text));
 }
 
 static void post_detokenize(call *k) {
-    const server *sv = k->sv;
-    uint32_t v = field_of(k->j, 0, "tokens"), c = v + 1;
-    buffer text = {0};
+    buffer ids = {0}, text = {0};
     bool first = true;
-    if (!json_is_type(k->j, v, JSON_ARRAY)) wrong(k->x, "tokens", "tokens: wanted a list of ids");
-    for (uint32_t i = 0; !k->x->e.code && i < k->j->nodes[v].count; i++) {
-        double d;
-        size_t n;
-        if (!read_real(k->j, c, 0, sv->info.vocab_size - 1, true, &d)) {
-            wrong(k->x, "tokens", "tokens: wanted ids from 0 to %d", sv->info.vocab_size - 1);
-            break;
-        }
-        const char *piece = tokenizer_text(sv->t, (int32_t)d, true, &first, &n);
+    size_t n;
+    read_ids(k->sv, k->j, field_of(k->j, 0, "tokens"), "tokens", &ids, k->x);
+    for (size_t i = 0; i < ids.n / 4; i++) {
+        const char *piece = tokenizer_text(k->sv->t, (int32_t)u32_at(ids.data, i), true, &first,
+                                           &n);
         buffer_add(&text, piece, n);
-        c = k->j->nodes[c].next;
     }
-    for (int i = 0; i < 2; i++) {
-        buffer_text(k->out, i ? ",\"content\":" : "{\"prompt\":");
-        quote(k->out, text.data, text.n);
-    }
-    buffer_text(k->out, "}");
-    k->out->failed |= text.failed;
-    buffer_free(&text);
+    say(k->out, "{'prompt':%Q,'content':%Q}", all_of(&text), all_of(&text));
+    k->out->failed |= text.failed || ids.failed;
+    free_buffers(BUFFERS(&ids, &text));
 }
 
 static void get_tokenizer_info(call *k) {
     const server *sv = k->sv;
-    int32_t ids[] = {sv->info.bos, sv->info.n_stops ? sv->info.stops[0] : -1, -1};
-    static const char *const names[] = {"bos_token", "eos_token", "pad_token"};
+    int32_t ids[] = {sv->info.bos, sv->info.n_stops ? sv->info.stops[0] : -1};
     buffer_text(k->out, "{\"tokenizer_class\":\"medrun\"");
-    for (int i = 0; i < 3; i++) {
-        buffer_printf(k->out, ",\"%s\":", names[i]);
-        span s = ids[i] < 0 ? (span){0} : piece_of(sv, ids[i]);
-        if (ids[i] < 0) buffer_text(k->out, "null");
-        else quote(k->out, s.text, s.n);
-    }
-    buffer_printf(k->out, ",\"model_max_length\":%zu,\"chat_template\":\"\"}", sv->n_ctx);
+    for (int i = 0; i < 2; i++)
+        say(k->out, ids[i] < 0 ? ",'%s':null" : ",'%s':%Q", i ? "eos_token" : "bos_token",
+            ids[i] < 0 ? (span){0} : piece_of(sv, ids[i]));
+    say(k->out, ",'pad_token':null,'model_max_length':%z,'chat_template':''}", sv->n_ctx);
 }
 
 static void post_template(call *k) {
     buffer ids = {0}, text = {0};
-    params p = {0};
-    bool tools;
-    set_think(&p, k->j);
-    render_request(k->sv, k->j, &p, false, &tools, &ids, k->x);
-    if (!k->x->e.code) render_request(k->sv, k->j, &p, true, &tools, &text, k->x);
-    buffer_text(k->out, "{\"prompt\":");
-    quote(k->out, text.data, text.n);
-    buffer_text(k->out, ",\"tokens\":");
-    write_ids(k->out, &ids);
+    render_call(k, &ids, &text);
+    say(k->out, "{'prompt':%Q,'tokens':", all_of(&text));
+    write_ids(k->out, &ids, 0);
     buffer_text(k->out, "}");
-    buffer_free(&ids);
-    buffer_free(&text);
+    free_buffers(BUFFERS(&ids, &text));
 }
 
 static void post_input_tokens(call *k) {
     buffer ids = {0};
-    params p = {0};
-    bool tools;
-    set_think(&p, k->j);
-    render_request(k->sv, k->j, &p, false, &tools, &ids, k->x);
-    buffer_printf(k->out, "{\"object\":\"response.input_tokens\",\"input_tokens\":%zu}", ids.n / 4);
+    render_call(k, &ids, NULL);
+    say(k->out, "{'object':'response.input_tokens','input_tokens':%z}", ids.n / 4);
     buffer_free(&ids);
 }
 
@@ -1386,21 +1145,14 @@ static void get_props(call *k) {
     const server *sv = k->sv;
     params p = standard_params(sv, API_CHAT);
     const char *slash = strrchr(sv->m->path, '/');
-    buffer_printf(k->out, "{\"default_generation_settings\":{\"n_ctx\":%zu,\"params\":{"
-                  "\"temperature\":%.9g,\"top_k\":%.0f,\"top_p\":%.9g,\"min_p\":%.9g,"
-                  "\"repeat_penalty\":%.9g}},\"total_slots\":%zu,\"model_path\":", sv->n_ctx,
-                  p.temperature, p.top_k, p.top_p, p.min_p, p.repeat, sv->n_slots);
-    quote_text(k->out, slash ? slash + 1 : sv->m->path);
-    buffer_printf(k->out, ",\"chat_template\":\"%s\",\"build_info\":\"medrun %s\","
-                  "\"checkpoint_sha256\":\"%s\",\"kernels\":\"%s\",\"kv\":\"%s\",\"strict\":%s,"
-                  "\"tools\":%s,\"model\":", sv->chat ? sv->chat->name : MEDRUN_UNKNOWN,
-                  MEDRUN_VERSION, sv->hash, sv->info.kernels, kv_names[sv->kv],
-                  sv->strict ? "true" : "false",
-                  sv->chat && sv->chat->takes_tools ? "true" : "false");
-    quote_text(k->out, sv->name);
-    buffer_text(k->out, ",\"notice\":");
-    quote_text(k->out, sv->info.notice);
-    buffer_text(k->out, "}");
+    say(k->out, "{'default_generation_settings':{'n_ctx':%z,'params':{'temperature':%n,'top_k':%w,"
+        "'top_p':%n,'min_p':%n,'repeat_penalty':%n}},'total_slots':%z,'model_path':%q,"
+        "'chat_template':'%s','build_info':'medrun %s','checkpoint_sha256':'%s','kernels':'%s',"
+        "'kv':'%s','strict':%b,'tools':%b,'model':%q,'notice':%q}", sv->n_ctx, p.temperature,
+        p.top_k, p.top_p, p.min_p, p.repeat, sv->n_slots, slash ? slash + 1 : sv->m->path,
+        sv->chat ? sv->chat->name : MEDRUN_UNKNOWN, MEDRUN_VERSION, sv->hash, sv->info.kernels,
+        kv_names[sv->kv], sv->strict, sv->chat && sv->chat->takes_tools, sv->name,
+        sv->info.notice);
 }
 
 static void get_slots(call *k) {
@@ -1411,11 +1163,9 @@ static void get_slots(call *k) {
     for (size_t i = 0; i < sv->n_slots; i++) {
         const slot_view *v = &sv->view[i];
         idle |= !v->busy;
-        buffer_printf(k->out, "%s{\"id\":%zu,\"n_ctx\":%zu,\"is_processing\":%s,\"n_prompt\":%zu,"
-                      "\"n_cached\":%zu,\"n_decoded\":%zu,\"key\":", i ? "," : "", i, sv->n_ctx,
-                      v->busy ? "true" : "false", v->n_prompt, v->n_cached, v->n_new);
-        quote_text(k->out, v->key);
-        buffer_text(k->out, "}");
+        say(k->out, "%s{'id':%z,'n_ctx':%z,'is_processing':%b,'n_prompt':%z,'n_cached':%z,"
+            "'n_decoded':%z,'key':%q}", i ? "," : "", i, sv->n_ctx, v->busy, v->n_prompt,
+            v->n_cached, v->n_new, v->key);
     }
     pthread_mutex_unlock(&sv->lock);
     buffer_text(k->out, "]");
@@ -1426,21 +1176,6 @@ static void get_slots(call *k) {
 }
 
 static const double bounds[11] = {0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60};
-
-static void write_metric(buffer *b, const char *name, const char *kind, const char *help,
-                         double value) {
-    buffer_printf(b, "# HELP %s %s\n# TYPE %s %s\n%s %.17g\n", name, help, name, kind, name, value);
-}
-
-static void write_histogram(buffer *b, const char *name, const char *help, const uint64_t *counts,
-                            double sum) {
-    buffer_printf(b, "# HELP %s %s\n# TYPE %s histogram\n", name, help, name);
-    for (int i = 0; i < 11; i++)
-        buffer_printf(b, "%s_bucket{le=\"%g\"} %llu\n", name, bounds[i],
-                      (unsigned long long)counts[i]);
-    buffer_printf(b, "%s_bucket{le=\"+Inf\"} %llu\n%s_sum %.9g\n%s_count %llu\n", name,
-                  (unsigned long long)counts[11], name, sum, name, (unsigned long long)counts[11]);
-}
 
 static void get_metrics(call *k) {
     server *sv = k->sv;
@@ -1472,18 +1207,29 @@ static void get_metrics(call *k) {
         {"medrun:cancelled_total", "counter", "Requests whose client went.", (double)m.cancelled},
     };
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
-        write_metric(k->out, all[i].name, all[i].kind, all[i].help, all[i].value);
+        buffer_printf(k->out, "# HELP %s %s\n# TYPE %s %s\n%s %.17g\n", all[i].name, all[i].help,
+                      all[i].name, all[i].kind, all[i].name, all[i].value);
     buffer_printf(k->out, "# HELP medrun:rejected_total Requests refused for lack of room.\n"
                   "# TYPE medrun:rejected_total counter\nmedrun:rejected_total{reason=\"queue\"} "
                   "%llu\nmedrun:rejected_total{reason=\"key\"} %llu\n",
                   (unsigned long long)m.rejected_queue, (unsigned long long)m.rejected_key);
-    write_histogram(k->out, "medrun:time_to_first_token_seconds", "From arrival.", m.first,
-                    m.first_sum);
-    write_histogram(k->out, "medrun:inter_token_seconds", "Between two tokens.", m.gap, m.gap_sum);
-    write_histogram(k->out, "medrun:queue_seconds", "Before a session was free.", m.queued,
-                    m.queued_sum);
-    write_histogram(k->out, "medrun:e2e_seconds", "From arrival to the end.", m.whole, m.whole_sum);
-    write_histogram(k->out, "medrun:mask_seconds", "To make a mask.", m.mask, m.mask_sum);
+    static const char *const times[N_TIMES][2] = {
+        [TO_FIRST] = {"time_to_first_token", "From arrival."},
+        [TO_NEXT] = {"inter_token", "Between two tokens."},
+        [IN_QUEUE] = {"queue", "Before a session was free."},
+        [TO_END] = {"e2e", "From arrival to the end."}, [FOR_MASK] = {"mask", "To make a mask."}};
+    for (int i = 0; i < N_TIMES; i++) {
+        const char *name = times[i][0];
+        unsigned long long all_times = m.times[i].counts[11];
+        buffer_printf(k->out, "# HELP medrun:%s_seconds %s\n# TYPE medrun:%s_seconds histogram\n",
+                      name, times[i][1], name);
+        for (int n = 0; n < 11; n++)
+            buffer_printf(k->out, "medrun:%s_seconds_bucket{le=\"%g\"} %llu\n", name, bounds[n],
+                          (unsigned long long)m.times[i].counts[n]);
+        buffer_printf(k->out, "medrun:%s_seconds_bucket{le=\"+Inf\"} %llu\nmedrun:%s_seconds_sum "
+                      "%.9g\nmedrun:%s_seconds_count %llu\n", name, all_times, name,
+                      m.times[i].sum, name, all_times);
+    }
 }
 
 static void post_embeddings(call *k) {
@@ -1564,29 +1310,24 @@ static bool check_caller(server *sv, connection *c) {
                                     !span_is(r->site, "none"));
     size_t n = strlen("application/json");
     if (!host_is_ours(sv, c->fd, r->host))
-        answer_error(sv, c, 421, NULL, "the Host is not one of this server's; see --allow-host");
+        answer_error(sv, c, 421, "the Host is not one of this server's; see --allow-host");
     else if (r->origin.text && !origin_is_ours(sv, r->origin, r->host))
-        answer_error(sv, c, 403, NULL, "pages of other sites may not ask here; see --cors-origin");
+        answer_error(sv, c, 403, "pages of other sites may not ask here; see --cors-origin");
     else if (cross && span_is(r->method, "POST") &&
              (r->type.n < n || strncasecmp(r->type.text, "application/json", n)))
-        answer_error(sv, c, 415, NULL, "a page must send application/json");
+        answer_error(sv, c, 415, "a page must send application/json");
     else return true;
     return false;
 }
 
 /* A path that nobody has, or has with another method. */
 static void answer_unknown(server *sv, connection *c, const char *allowed) {
-    char more[64];
+    char more[64] = "";
     api_error x = {.status = allowed ? 405 : 404};
-    buffer b = {0};
-    char path[48];
     wrong(&x, NULL, allowed ? "this path takes %s" : "no such path; chats go to %s",
           allowed ? allowed : "POST /v1/chat/completions");
-    snprintf(more, sizeof more, allowed ? "Allow: %s\r\n" : "%s", allowed ? allowed : "");
-    write_error(&b, &x);
-    answer(sv, c, x.status, JSON_TYPE, more, &b);
-    log_line(sv, "-", "-", path_of(c, path), x.status, NULL);
-    buffer_free(&b);
+    if (allowed) snprintf(more, sizeof more, "Allow: %s\r\n", allowed);
+    answer_wrong(sv, c, &x, more);
 }
 
 static void run_route(server *sv, connection *c, const route *r, span body) {
@@ -1596,7 +1337,7 @@ static void run_route(server *sv, connection *c, const route *r, span body) {
     char path[48];
     const api_key *key = find_key(sv, c->request.key);
     if (sv->n_keys && !r->open && !key) {
-        answer_error(sv, c, 401, NULL, "this server wants a key: Authorization: Bearer KEY");
+        answer_error(sv, c, 401, "this server wants a key: Authorization: Bearer KEY");
         return;
     }
     bool post = r->method[0] == 'P';
@@ -1609,7 +1350,7 @@ static void run_route(server *sv, connection *c, const route *r, span body) {
     } else if (post && json_parse(&j, body.text, body.n, &x.e)) x.status = 400;
     else if (post && json_typeof(&j, 0) != JSON_OBJECT) wrong(&x, NULL, "wanted a JSON object");
     else r->run(&k);
-    if (x.e.code && !c->job) answer_wrong(sv, c, &x);
+    if (x.e.code && !c->job) answer_wrong(sv, c, &x, "");
     else if (!c->job && out.n) {
         char more[64] = "";
         if (r->text)

@@ -18,6 +18,7 @@ enum { EMPTY_NODE, CLASS_NODE, CAT_NODE, ALT_NODE, REP_NODE, REF_NODE, NO_NODE, 
        LESS_NODE };
 enum { MOST_NODES = 400000, MOST_FRAMES = 1 << 18, MOST_STATES = 1 << 16, MOST_SET = 4096,
        MOST_MASKS = 512, MOST_SEARCH = 20000, MOST_DEPTH = 40, DEAD = 1 };
+enum { MOST_WORK = 3000000 };           /* steps, some 50 ms, to compile or to make one mask     */
 enum { CAN_END = 1, CAN_BE_EMPTY = 2, HAS_A_BEGINNING = 4 };        /* what is known of a node   */
 enum { NOT_KNOWN, IS_LEAVE, GOES_DEEPER, IS_LISTED };               /* of a pair                 */
 #define ENDLESS 0xFFFFFFFFu
@@ -41,7 +42,7 @@ typedef struct {
 
 /* Of a BOTH_NODE and a LESS_NODE, LO is the pair with which it begins. */
 typedef struct { uint32_t kind, a, b, lo, hi; } rule_node;
-typedef struct { uint8_t bits[32]; } byte_class;
+typedef struct { uint64_t bits[4]; } byte_class;
 typedef struct { uint32_t node, count, next, seen; } frame;
 typedef struct {
     uint32_t at, n;
@@ -59,6 +60,7 @@ typedef struct grammar {
     uint8_t *good;                              /* what is known of each node                   */
     uint32_t *frame_table, *state_table;
     uint32_t round, depth, n_masks, root;       /* DEPTH: of searches in searches               */
+    uint64_t work;                              /* steps since a text or a mask was begun       */
     bool failed;
 } grammar;
 
@@ -66,14 +68,19 @@ typedef struct grammar {
 #define FRAME(g, i) ((frame *)(void *)(g)->frames.data)[i]
 #define STATE(g, i) ((text_state *)(void *)(g)->states.data)[i]
 
+static void free_buffers(buffer *const *list, size_t n) {
+    for (size_t i = 0; i < n; i++) buffer_free(list[i]);
+}
+#define BUFFERS(...) (buffer *const[]){__VA_ARGS__}, \
+                     sizeof((buffer *const[]){__VA_ARGS__}) / sizeof(buffer *)
+
 /* Forgets what was met, not the rules. */
 static void grammar_forget(grammar *g) {
     for (size_t i = 0; i < g->states.n / sizeof(text_state); i++) {
         free(STATE(g, i).row);
         free(STATE(g, i).mask);
     }
-    buffer *const all[] = {&g->frames, &g->sets, &g->states, &g->stack, &g->found, &g->listed};
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++) buffer_free(all[i]);
+    free_buffers(BUFFERS(&g->frames, &g->sets, &g->states, &g->stack, &g->found, &g->listed));
     free(g->first_mask);
     free(g->frame_table);
     free(g->state_table);
@@ -83,8 +90,7 @@ static void grammar_forget(grammar *g) {
 static void grammar_free(grammar *g) {
     if (!g) return;
     grammar_forget(g);
-    buffer *const all[] = {&g->nodes, &g->classes, &g->rules};
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++) buffer_free(all[i]);
+    free_buffers(BUFFERS(&g->nodes, &g->classes, &g->rules));
     free(g->good);
     free(g);
 }
@@ -93,6 +99,7 @@ static void grammar_free(grammar *g) {
 
 static uint32_t add_node(grammar *g, uint32_t kind, uint32_t a, uint32_t b) {
     rule_node n = {kind, a, b, 0, 0};
+    g->work++;
     if (g->nodes.n / sizeof n >= MOST_NODES) g->failed = true;
     else buffer_add(&g->nodes, &n, sizeof n);
     g->failed |= g->nodes.failed;
@@ -131,7 +138,7 @@ static uint32_t repeat(grammar *g, uint32_t a, uint32_t lo, uint32_t hi) {
 /* One byte from LO to HI. */
 static uint32_t bytes_between(grammar *g, uint32_t lo, uint32_t hi) {
     byte_class c = {{0}};
-    for (uint32_t i = lo; i <= hi; i++) c.bits[i / 8] |= (uint8_t)(1u << i % 8);
+    for (uint32_t i = lo; i <= hi; i++) c.bits[i / 64] |= (uint64_t)1 << i % 64;
     buffer_add(&g->classes, &c, sizeof c);
     g->failed |= g->classes.failed;
     return add_node(g, CLASS_NODE, (uint32_t)(g->classes.n / sizeof c) - 1, 0);
@@ -186,7 +193,7 @@ static uint32_t written(grammar *g, uint32_t lo, uint32_t hi, bool in_json) {
     return start <= hi ? either(g, all, characters(g, start, hi)) : all;
 }
 
-/* ---- regular expressions -------------------------------------------------------------------- */
+/* ---- regular expressions, and what grammars share with them ---------------------------------- */
 
 typedef struct {
     grammar *g;
@@ -196,6 +203,47 @@ typedef struct {
     int depth;
     buffer *names;              /* of a grammar's rules: rule_name                              */
 } regex;
+
+typedef struct {
+    span name;
+    uint32_t rule;
+    bool given;
+} rule_name;
+
+/* Blanks and comments of a grammar; line ends only where LINES. */
+static void gbnf_space(regex *r, bool lines) {
+    while (r->gbnf && r->p < r->end && (*r->p == ' ' || *r->p == '\t' || *r->p == '#' ||
+                                        (lines && (*r->p == '\n' || *r->p == '\r')))) {
+        if (*r->p++ != '#') continue;
+        while (r->p < r->end && *r->p != '\n' && *r->p != '\r') r->p++;
+    }
+}
+
+static bool is_name_byte(uint8_t c) { return isalnum(c) || c == '-' || c == '_'; }
+
+/* The rule that is called what stands next. */
+static rule_name *gbnf_name(regex *r) {
+    const uint8_t *from = r->p;
+    while (r->p < r->end && is_name_byte(*r->p)) r->p++;
+    span name = {(const char *)from, (size_t)(r->p - from)};
+    rule_name *all = (rule_name *)(void *)r->names->data;
+    size_t n = r->names->n / sizeof *all;
+    for (size_t i = 0; i < n; i++)
+        if (all[i].name.n == name.n && !memcmp(all[i].name.text, name.text, name.n))
+            return &all[i];
+    rule_name made = {name, new_rule(r->g), false};
+    if (!name.n) r->wrong = "wanted a name";
+    if (n >= 4096) r->wrong = "more than 4096 rules";
+    buffer_add(r->names, &made, sizeof made);
+    r->g->failed |= r->names->failed;
+    return r->g->failed || r->wrong ? NULL : (rule_name *)(void *)r->names->data + n;
+}
+
+static uint32_t gbnf_reference(regex *r) {
+    const rule_name *name = is_name_byte(*r->p) ? gbnf_name(r) : NULL;
+    if (!name && !r->wrong) r->wrong = "a sign that is not here";
+    return name ? refer(r->g, name->rule) : 0;
+}
 
 static uint32_t regex_either(regex *r);
 
@@ -230,23 +278,16 @@ static void turn_round(ranges *s) {
  * neither \s nor \S. */
 static void regex_escape(regex *r, ranges *s) {
     static const char names[] = "nrtfv0", codes[] = "\n\r\t\f\v\0";
-    static const uint32_t spaces[][2] = {{0x1C, 0x1F}, {0x85, 0x85}, {0xA0, 0xA0}, {0x1680, 0x1680},
-                                         {0x2000, 0x200A}, {0x2028, 0x2029}, {0x202F, 0x202F},
-                                         {0x205F, 0x205F}, {0x3000, 0x3000}, {0xFEFF, 0xFEFF}};
+    static const struct { char name; uint32_t lo, hi; } classes[] = {
+        {'d', '0', '9'}, {'w', '0', '9'}, {'w', 'A', 'Z'}, {'w', '_', '_'}, {'w', 'a', 'z'},
+        {'s', '\t', '\r'}, {'s', ' ', ' '}, {'S', 0x1C, 0x1F}, {'S', 0x85, 0x85},
+        {'S', 0xA0, 0xA0}, {'S', 0x1680, 0x1680}, {'S', 0x2000, 0x200A}, {'S', 0x2028, 0x2029},
+        {'S', 0x202F, 0x202F}, {'S', 0x205F, 0x205F}, {'S', 0x3000, 0x3000}, {'S', 0xFEFF, 0xFEFF}};
     uint32_t c = r->p < r->end ? *r->p++ : 0, n = 0, v = 0;
     ranges own = {0, {{0}}};
-    switch (r->gbnf ? 0 : c | 0x20) {
-        case 'd': add_range(r, &own, '0', '9'); break;
-        case 's':
-            add_range(r, &own, '\t', '\r'), add_range(r, &own, ' ', ' ');
-            for (size_t i = 0; c < 'a' && i < sizeof spaces / sizeof *spaces; i++)
-                add_range(r, &own, spaces[i][0], spaces[i][1]);
-            break;
-        case 'w':
-            add_range(r, &own, '0', '9'), add_range(r, &own, 'A', 'Z');
-            add_range(r, &own, '_', '_'), add_range(r, &own, 'a', 'z');
-            break;
-        default: break;
+    for (size_t i = 0; !r->gbnf && i < sizeof classes / sizeof *classes; i++) {
+        uint32_t name = (uint8_t)classes[i].name;
+        if (name == c || name == (c | 0x20)) add_range(r, &own, classes[i].lo, classes[i].hi);
     }
     if (own.n) {
         if (c < 'a') turn_round(&own);
@@ -281,6 +322,17 @@ static uint32_t of_ranges(regex *r, const ranges *s) {
     return all;
 }
 
+/* One character, or what an escape means. */
+static void regex_char(regex *r, ranges *s) {
+    if (r->p < r->end && *r->p == '\\') {
+        r->p++;
+        regex_escape(r, s);
+        return;
+    }
+    uint32_t c = regex_one(r);
+    add_range(r, s, c, c);
+}
+
 static uint32_t regex_class(regex *r) {
     ranges s = {0, {{0}}};
     bool turned = r->p < r->end && *r->p == '^';
@@ -288,13 +340,11 @@ static uint32_t regex_class(regex *r) {
     for (bool first = true; !r->wrong && (first || r->p >= r->end || *r->p != ']'); first = false) {
         if (r->p >= r->end) { r->wrong = "a class without ]"; break; }
         uint32_t before = s.n;
-        if (*r->p == '\\') r->p++, regex_escape(r, &s);
-        else { uint32_t c = regex_one(r); add_range(r, &s, c, c); }
+        regex_char(r, &s);
         if (r->wrong || r->end - r->p < 2 || *r->p != '-' || r->p[1] == ']') continue;
         r->p++;
         ranges to = {0, {{0}}};
-        if (*r->p == '\\') r->p++, regex_escape(r, &to);
-        else { uint32_t c = regex_one(r); add_range(r, &to, c, c); }
+        regex_char(r, &to);
         if (s.n != before + 1 || to.n != 1 || s.of[before][0] > to.of[0][0])
             r->wrong = "a range that is none";
         else s.of[before][1] = to.of[0][0];
@@ -318,19 +368,34 @@ static uint32_t regex_group(regex *r) {
     return inner;
 }
 
+/* A grammar's "text". */
+static uint32_t gbnf_text(regex *r) {
+    uint32_t all = empty(r->g);
+    for (r->p++; !r->wrong && r->p < r->end && *r->p != '"';) {
+        ranges s = {0, {{0}}};
+        regex_char(r, &s);
+        all = cat(r->g, all, of_ranges(r, &s));
+    }
+    if (r->p >= r->end) r->wrong = "a text without its end";
+    r->p++;
+    return all;
+}
+
 static uint32_t regex_atom(regex *r) {
     ranges s = {0, {{0}}};
     uint8_t c = *r->p;
     if (c == '(') return regex_group(r);
     if (c == '[') return r->p++, regex_class(r);
+    if (r->gbnf && c != '.') return c == '"' ? gbnf_text(r) : gbnf_reference(r);
     if (strchr("*+?{)^$", c)) return r->wrong = "a sign where a character is wanted", 0;
     if (c == '.') {
         r->p++;
-        add_range(r, &s, '\n', '\n'), add_range(r, &s, '\r', '\r');
-        add_range(r, &s, 0x2028, 0x2029);
+        if (!r->gbnf) {
+            add_range(r, &s, '\n', '\n'), add_range(r, &s, '\r', '\r');
+            add_range(r, &s, 0x2028, 0x2029);
+        }
         turn_round(&s);
-    } else if (c == '\\') r->p++, regex_escape(r, &s);
-    else { uint32_t code = regex_one(r); add_range(r, &s, code, code); }
+    } else regex_char(r, &s);
     return of_ranges(r, &s);
 }
 
@@ -342,26 +407,32 @@ static uint32_t regex_count(regex *r) {
     return v;
 }
 
-/* ONE as often as the sign after it says. */
+/* ONE as often as the sign after it says; in a grammar, the signs. */
 static uint32_t regex_times(regex *r, uint32_t one) {
-    if (r->wrong || r->p >= r->end || !*r->p || !strchr("*+?{", *r->p)) return one;
-    uint8_t c = *r->p++;
-    uint32_t lo = c == '+', hi = c == '?' ? 1 : ENDLESS;
-    if (c == '{') {
-        bool open = r->gbnf && r->p < r->end && *r->p == ',';
-        lo = hi = open ? 0 : regex_count(r);
-        if (r->p < r->end && *r->p == ',')
-            hi = ++r->p < r->end && *r->p != '}' ? regex_count(r) : ENDLESS;
-        if (r->p >= r->end || *r->p++ != '}' || lo > hi) r->wrong = "a count that is none";
+    for (bool more = true; more; more = r->gbnf) {
+        gbnf_space(r, r->depth > 0);
+        if (r->wrong || r->p >= r->end || !*r->p || !strchr("*+?{", *r->p)) break;
+        uint8_t c = *r->p++;
+        uint32_t lo = c == '+', hi = c == '?' ? 1 : ENDLESS;
+        if (c == '{') {
+            bool open = r->gbnf && r->p < r->end && *r->p == ',';
+            lo = hi = open ? 0 : regex_count(r);
+            if (r->p < r->end && *r->p == ',')
+                hi = ++r->p < r->end && *r->p != '}' ? regex_count(r) : ENDLESS;
+            if (r->p >= r->end || *r->p++ != '}' || lo > hi) r->wrong = "a count that is none";
+        }
+        if (!r->gbnf && r->p < r->end && *r->p == '?') r->p++;  /* lazy: the same texts          */
+        one = repeat(r->g, one, lo, hi);
     }
-    if (!r->gbnf && r->p < r->end && *r->p == '?') r->p++;      /* lazy: the same texts          */
-    return repeat(r->g, one, lo, hi);
+    return one;
 }
 
 static uint32_t regex_cat(regex *r) {
+    const char *ends = r->gbnf ? "|)\r\n" : "|)";
     uint32_t all = empty(r->g);
-    while (!r->wrong && !r->g->failed && r->p < r->end && *r->p != '|' && *r->p != ')' &&
-           !(*r->p == '$' && !r->depth && (r->p + 1 == r->end || r->p[1] == '|')))
+    gbnf_space(r, true);
+    while (!r->wrong && !r->g->failed && r->p < r->end && !strchr(ends, *r->p) &&
+           !(*r->p == '$' && !r->gbnf && !r->depth && (r->p + 1 == r->end || r->p[1] == '|')))
         all = cat(r->g, all, regex_times(r, regex_atom(r)));
     return all;
 }
@@ -400,95 +471,6 @@ static uint32_t add_regex(grammar *g, const void *text, size_t n, bool in_json, 
 
 /* ---- grammars as llama.cpp has them ("GBNF") ------------------------------------------------- */
 
-typedef struct {
-    span name;
-    uint32_t rule;
-    bool given;
-} rule_name;
-
-/* Blanks and comments; line ends only where LINES. */
-static void gbnf_space(regex *r, bool lines) {
-    while (r->p < r->end && (*r->p == ' ' || *r->p == '\t' || *r->p == '#' ||
-                             (lines && (*r->p == '\n' || *r->p == '\r')))) {
-        if (*r->p++ != '#') continue;
-        while (r->p < r->end && *r->p != '\n' && *r->p != '\r') r->p++;
-    }
-}
-
-static bool is_name_byte(uint8_t c) { return isalnum(c) || c == '-' || c == '_'; }
-
-/* The rule that is called what stands next. */
-static rule_name *gbnf_name(regex *r) {
-    const uint8_t *from = r->p;
-    while (r->p < r->end && is_name_byte(*r->p)) r->p++;
-    span name = {(const char *)from, (size_t)(r->p - from)};
-    rule_name *all = (rule_name *)(void *)r->names->data;
-    size_t n = r->names->n / sizeof *all;
-    for (size_t i = 0; i < n; i++)
-        if (all[i].name.n == name.n && !memcmp(all[i].name.text, name.text, name.n))
-            return &all[i];
-    rule_name made = {name, new_rule(r->g), false};
-    if (!name.n) r->wrong = "wanted a name";
-    if (n >= 4096) r->wrong = "more than 4096 rules";
-    buffer_add(r->names, &made, sizeof made);
-    r->g->failed |= r->names->failed;
-    return r->g->failed || r->wrong ? NULL : (rule_name *)(void *)r->names->data + n;
-}
-
-static uint32_t gbnf_either(regex *r);
-
-static uint32_t gbnf_element(regex *r) {
-    grammar *g = r->g;
-    uint32_t all = empty(g);
-    ranges s = {0, {{0}}};
-    uint8_t c = *r->p;
-    if (c == '[') return r->p++, regex_class(r);
-    if (c == '.') return r->p++, characters(g, 0, 0x10FFFF);
-    if (c == '(') {
-        r->p++;
-        if (++r->depth > 64) r->wrong = "groups in groups in groups";
-        all = r->wrong ? 0 : gbnf_either(r);
-        r->depth--;
-        if (!r->wrong && (r->p >= r->end || *r->p++ != ')')) r->wrong = "a group without )";
-        return all;
-    }
-    if (c != '"') {
-        const rule_name *name = is_name_byte(c) ? gbnf_name(r) : NULL;
-        if (!name && !r->wrong) r->wrong = "a sign that is not here";
-        return name ? refer(g, name->rule) : 0;
-    }
-    for (r->p++; !r->wrong && r->p < r->end && *r->p != '"'; s.n = 0) {
-        if (*r->p == '\\') r->p++, regex_escape(r, &s);
-        else { uint32_t code = regex_one(r); add_range(r, &s, code, code); }
-        all = cat(g, all, of_ranges(r, &s));
-    }
-    if (r->p >= r->end) r->wrong = "a text without its end";
-    r->p++;
-    return all;
-}
-
-static uint32_t gbnf_either(regex *r) {
-    grammar *g = r->g;
-    uint32_t all = never(g);
-    for (bool more = true; more && !r->wrong;) {
-        uint32_t one = empty(g);
-        gbnf_space(r, true);
-        while (!r->wrong && !g->failed && r->p < r->end && !strchr("|)\r\n", *r->p)) {
-            uint32_t element = gbnf_element(r);
-            gbnf_space(r, r->depth > 0);
-            while (!r->wrong && r->p < r->end && strchr("*+?{", *r->p)) {
-                element = regex_times(r, element);
-                gbnf_space(r, r->depth > 0);
-            }
-            one = cat(g, one, element);
-        }
-        all = either(g, all, one);
-        more = r->p < r->end && *r->p == '|';
-        r->p += more;
-    }
-    return all;
-}
-
 /* A rule for each NAME ::= ...; the one called root is the text's. */
 static uint32_t add_gbnf(grammar *g, const char *text, size_t n, buffer *names, const char **why,
                          size_t *line) {
@@ -506,7 +488,7 @@ static uint32_t add_gbnf(grammar *g, const char *text, size_t n, buffer *names, 
         gbnf_space(&r, false);
         if (r.end - r.p < 3 || memcmp(r.p, "::=", 3)) { r.wrong = "wanted ::="; break; }
         r.p += 3;
-        uint32_t made = gbnf_either(&r);
+        uint32_t made = regex_either(&r);
         set_rule(g, rule, made);
         if (!r.wrong && r.p < r.end && *r.p == ')') r.wrong = "a ) too many";
         gbnf_space(&r, true);
@@ -569,6 +551,21 @@ static uint32_t pair_step(grammar *g, uint32_t pair, uint8_t byte) {
     return x == DEAD || (y == DEAD && kind == BOTH_NODE) ? 0 : pair_of(g, kind, x, y);
 }
 
+static const byte_class all_bytes = {{~(uint64_t)0, ~(uint64_t)0, ~(uint64_t)0, ~(uint64_t)0}};
+
+static bool has_byte(const byte_class *c, uint32_t byte) {
+    return c->bits[byte / 64] >> byte % 64 & 1;
+}
+
+/* Leaves of ALIKE the bytes of which it is known that they lead PAIR where BYTE has led it. */
+static void only_alike(const grammar *g, uint32_t pair, uint8_t byte, byte_class *alike) {
+    const frame p = FRAME(g, pair);
+    const uint32_t *x = STATE(g, p.node).row, *y = STATE(g, p.count).row;
+    for (uint32_t b = 0; b < 256; b++)
+        if ((x && x[b] != x[byte]) || (y && y[b] != y[byte]))
+            alike->bits[b / 64] &= ~((uint64_t)1 << b % 64);
+}
+
 typedef struct { uint32_t pair, from; } listed_pair;
 #define LISTED(g, i) ((listed_pair *)(void *)(g)->listed.data)[i]
 
@@ -594,11 +591,16 @@ static bool pair_goes_on(grammar *g, uint32_t pair) {
     if (++g->depth > MOST_DEPTH) g->failed = true;      /* it would have to know itself          */
     list_pair(g, pair, UINT32_MAX);
     for (size_t at = base; at < g->listed.n / sizeof(listed_pair) && found == SIZE_MAX; at++) {
-        uint32_t last = 0, next;
-        for (int byte = 0; byte < 256 && !g->failed; byte++) {
-            next = pair_step(g, LISTED(g, at).pair, (uint8_t)byte);
-            if (!next || next == last || g->failed) continue;
-            uint32_t seen = FRAME(g, last = next).seen;
+        byte_class left = all_bytes, alike;
+        for (uint32_t byte = 0; byte < 256 && !g->failed; byte++) {
+            if (!has_byte(&left, byte)) continue;
+            uint32_t now = LISTED(g, at).pair, next = pair_step(g, now, (uint8_t)byte);
+            alike = left;
+            g->work += 8;
+            only_alike(g, now, (uint8_t)byte, &alike);
+            for (int k = 0; k < 4; k++) left.bits[k] &= ~alike.bits[k];
+            if (!next || g->failed) continue;
+            uint32_t seen = FRAME(g, next).seen;
             if (pair_ends(g, next) || seen == GOES_DEEPER) { found = at; break; }
             if (seen != IS_LEAVE && seen != IS_LISTED + g->depth) list_pair(g, next, (uint32_t)at);
         }
@@ -666,6 +668,7 @@ static uint32_t close_state(grammar *g, size_t base) {
     while (g->stack.n > base && !g->failed) {
         uint32_t f = u32_at(g->stack.data, g->stack.n / 4 - 1);
         g->stack.n -= 4;
+        g->work += 2;
         if (!f) { end = true; continue; }
         if (FRAME(g, f).seen == round) continue;
         FRAME(g, f).seen = round;
@@ -690,7 +693,7 @@ static uint32_t close_state(grammar *g, size_t base) {
         }
         if (waits) buffer_add(&g->found, &f, sizeof f);
         g->failed |= g->found.failed || (g->found.n - from) / 4 > MOST_SET ||
-                     g->stack.n / 4 > 1 << 17;
+                     g->stack.n / 4 > 1 << 17 || g->work > MOST_WORK;
     }
     return state_of(g, from, end);
 }
@@ -701,25 +704,40 @@ static uint32_t state_at(grammar *g, uint32_t at) {
     return close_state(g, base);
 }
 
+/* Bytes that lead all frames of a state to the same places have the same next state: their places
+ * in its row are filled at once. */
 static uint32_t grammar_step(grammar *g, uint32_t at, uint8_t byte) {
     if (at == DEAD || g->failed) return DEAD;
     uint32_t next = STATE(g, at).row[byte];
     if (next) return next;
     const text_state s = STATE(g, at);
     size_t base = g->stack.n;
+    byte_class alike = all_bytes;
     for (uint32_t i = 0; i < s.n && !g->failed; i++) {
         const frame f = FRAME(g, u32_at(g->sets.data + s.at, i));
-        const byte_class *c = (const byte_class *)(void *)g->classes.data + NODE(g, f.node).a;
-        bool one = NODE(g, f.node).kind == CLASS_NODE;
-        if (one && c->bits[byte / 8] >> byte % 8 & 1) push(g, f.next);
-        if (!one && (next = pair_step(g, f.count, byte)))
-            push(g, frame_of(g, f.node, next, f.next));
+        const rule_node n = NODE(g, f.node);
+        if (n.kind == CLASS_NODE) {
+            const byte_class *c = (const byte_class *)(void *)g->classes.data + n.a;
+            bool has = has_byte(c, byte);
+            for (int k = 0; k < 4; k++) alike.bits[k] &= has ? c->bits[k] : ~c->bits[k];
+            if (has) push(g, f.next);
+        } else {
+            if ((next = pair_step(g, f.count, byte)))
+                push(g, frame_of(g, f.node, next, f.next));
+            only_alike(g, f.count, byte, &alike);
+        }
     }
     next = close_state(g, base);
+    g->work += s.n + 8;
+    for (uint32_t b = 0; b < 256; b++)
+        if (has_byte(&alike, b)) STATE(g, at).row[b] = next;
     return STATE(g, at).row[byte] = next;
 }
 
-static uint32_t grammar_start(grammar *g) { return state_at(g, g->root); }
+static uint32_t grammar_start(grammar *g) {
+    g->work = 0;
+    return state_at(g, g->root);
+}
 
 /* Of node X: can it come to an end, and without a byte? */
 static uint8_t ends_of(const grammar *g, const rule_node *x) {
@@ -754,6 +772,7 @@ static void learn_nodes(grammar *g, bool beginnings) {
     size_t n = g->nodes.n / sizeof(rule_node);
     for (bool more = true; more;) {
         more = false;
+        g->work += n / 8;
         for (size_t i = 0; i < n; i++) {
             uint8_t is = beginnings ? begins(g, (uint32_t)i) ? HAS_A_BEGINNING : 0
                                     : ends_of(g, &NODE(g, i)) & (CAN_END | CAN_BE_EMPTY);
@@ -824,6 +843,21 @@ static grammar *grammar_done(grammar *g, uint32_t root, const char *what, medrun
     return NULL;
 }
 
+/* The text V itself, or what the expression or grammar V fits. */
+static uint32_t text_node(grammar *g, const json *j, uint32_t v, int kind, const char **why,
+                          size_t *line) {
+    buffer text = {0}, names = {0};
+    uint32_t one = 0;
+    if (!json_is_type(j, v, JSON_STRING)) return *why = "wanted texts", 0;
+    json_unescape(j, v, &text);
+    if (kind == IS_CHOICES) one = literal(g, chars_of(&text), text.n);
+    else if (kind == IS_REGEX) one = add_regex(g, chars_of(&text), text.n, false, true, why);
+    else one = add_gbnf(g, chars_of(&text), text.n, &names, why, line);
+    g->failed |= text.failed;
+    free_buffers(BUFFERS(&text, &names));
+    return one;
+}
+
 /* One of the texts of list V of J, or a text that the expression or grammar V fits as a whole. */
 static grammar *grammar_of_text(const json *j, uint32_t v, int kind, medrun_error *e) {
     static const char *const kinds[] = {"choices", "regular expression", "grammar"};
@@ -831,24 +865,11 @@ static grammar *grammar_of_text(const json *j, uint32_t v, int kind, medrun_erro
     const char *why = NULL;
     size_t line = 0;
     if (!g) return out_of_memory(e, sizeof *g), NULL;
-    bool choices = kind == IS_CHOICES;
-    uint32_t all = never(g), c = v + 1, n = choices ? j->nodes[v].count : 1;
-    if (choices && json_typeof(j, v) != JSON_ARRAY) n = 0, why = "wanted a list of texts";
-    for (uint32_t i = 0; !why && i < n; i++) {
-        buffer text = {0}, names = {0};
-        uint32_t from = choices ? c : v, one = 0;
-        if (!json_is_type(j, from, JSON_STRING)) why = "wanted texts";
-        else json_unescape(j, from, &text);
-        const char *bytes = chars_of(&text);
-        if (choices) one = literal(g, bytes, text.n);
-        else if (kind == IS_REGEX) one = add_regex(g, bytes, text.n, false, true, &why);
-        else one = add_gbnf(g, bytes, text.n, &names, &why, &line);
-        all = either(g, all, one);
-        g->failed |= text.failed;
-        buffer_free(&text);
-        buffer_free(&names);
-        if (choices) c = j->nodes[c].next;
-    }
+    bool list = kind == IS_CHOICES;
+    uint32_t all = list ? never(g) : text_node(g, j, v, kind, &why, &line);
+    if (list && !json_is_type(j, v, JSON_ARRAY)) why = "wanted a list of texts";
+    else if (list)
+        for EACH(j, v, c) all = either(g, all, text_node(g, j, c, kind, &why, &line));
     if (why && line) fail(e, MEDRUN_USAGE, "grammar: line %zu: %s", line, why);
     else if (why) fail(e, MEDRUN_USAGE, "%s: %s", kinds[kind], why);
     return grammar_done(g, all, kinds[kind], e);
@@ -902,6 +923,7 @@ static bool grammar_goes_on(grammar *g, const piece_order *o, const tokenizer *t
     for (int byte = 0; !goes && byte < 256; byte++)             /* most often one byte will do   */
         goes = o->alone[byte] &&
                grammar_goes_on(g, o, t, grammar_step(g, at, (uint8_t)byte), depth - 1);
+    g->work += goes ? 0 : o->n;
     for (size_t i = 0, n; !goes && i < o->n; i++) {
         const char *p = tokenizer_piece(t, o->ids[i], &n);
         uint32_t to = at;
@@ -928,6 +950,7 @@ static const uint8_t *grammar_mask(grammar *g, const piece_order *o, const token
     uint32_t *states = new_array(t->longest + 70000, 4);
     bool good = mask && states;
     if (good) states[0] = at;
+    g->work = 0;
     for (size_t i = 0; good && i < o->n && !g->failed; i++) {
         size_t depth = o->shared[i] < deepest ? o->shared[i] : deepest;
         bool fresh = first;

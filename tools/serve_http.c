@@ -227,27 +227,26 @@ struct connection {
     bool local;
 };
 
-static const char *status_text(int status) {
-    switch (status) {
-        case 200: return "OK";
-        case 204: return "No Content";
-        case 400: return "Bad Request";
-        case 401: return "Unauthorized";
-        case 403: return "Forbidden";
-        case 404: return "Not Found";
-        case 405: return "Method Not Allowed";
-        case 408: return "Request Timeout";
-        case 411: return "Length Required";
-        case 413: return "Content Too Large";
-        case 415: return "Unsupported Media Type";
-        case 417: return "Expectation Failed";
-        case 421: return "Misdirected Request";
-        case 429: return "Too Many Requests";
-        case 431: return "Request Header Fields Too Large";
-        case 501: return "Not Implemented";
-        case 503: return "Service Unavailable";
-        default: return "Internal Server Error";
-    }
+typedef struct { int status; const char *text, *type; } status_row;
+
+/* The last one is that of every other status. */
+static const status_row statuses[] = {
+    {200, "OK", NULL}, {204, "No Content", NULL}, {400, "Bad Request", NULL},
+    {401, "Unauthorized", "authentication_error"}, {403, "Forbidden", "permission_error"},
+    {404, "Not Found", "not_found_error"}, {405, "Method Not Allowed", NULL},
+    {408, "Request Timeout", NULL}, {411, "Length Required", NULL},
+    {413, "Content Too Large", NULL}, {415, "Unsupported Media Type", NULL},
+    {417, "Expectation Failed", NULL}, {421, "Misdirected Request", "permission_error"},
+    {429, "Too Many Requests", "rate_limit_error"}, {431, "Request Header Fields Too Large", NULL},
+    {501, "Not Implemented", "not_supported_error"},
+    {503, "Service Unavailable", "unavailable_error"},
+    {500, "Internal Server Error", "server_error"}};
+
+/* STATUS in words, and the type of its errors. */
+static status_row status_row_of(int status) {
+    const status_row *r = statuses;
+    while (r->status != status && r->status != 500) r++;
+    return (status_row){status, r->text, r->type ? r->type : "invalid_request_error"};
 }
 
 /* Writes the head of an answer; LENGTH SIZE_MAX: its length is not known yet. MORE are headers that
@@ -259,7 +258,8 @@ static void answer_head(const server *sv, connection *c, int status, const char 
     c->streams = length == SIZE_MAX;
     c->chunked = c->streams && !r->old;
     c->close |= r->close || r->old;
-    buffer_printf(b, "HTTP/1.1 %d %s\r\nContent-Type: %s\r\n", status, status_text(status), type);
+    buffer_printf(b, "HTTP/1.1 %d %s\r\nContent-Type: %s\r\n", status, status_row_of(status).text,
+                  type);
     buffer_text(b, "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n");
     if (status >= 400 && status < 500 && status != 429)
         buffer_text(b, "x-should-retry: false\r\n");
@@ -348,7 +348,7 @@ static void end_answer(connection *c) {
 static void refuse(server *sv, connection *c, int status, const char *why) {
     c->close = true;
     c->request.length = 0;
-    answer_error(sv, c, status, NULL, why);
+    answer_error(sv, c, status, why);
     set_state(c, WORKING, 1e9);
 }
 

@@ -26,6 +26,7 @@ typedef struct {
     uint32_t buckets[N_BUCKETS], n_done;
     buffer sets, rows, questions;               /* uint32_t; set_row; question                  */
     uint8_t *marks;                             /* schemas on the way from the root, see leads  */
+    uint32_t *targets;                          /* what a $ref means, once that is known        */
     bool open;
 } schema_reader;
 
@@ -73,6 +74,17 @@ static int one_of(const char *const *list, const json *j, uint32_t key) {
 
 static uint32_t value_of(const schemas *s, uint32_t i) { return s->of[i] / FLAGS; }
 
+/* The next member of S, from *I on, that has KEY, whose value is *F; false: none. */
+static bool says(const schema_reader *r, const schemas *s, const char *key, uint32_t *i,
+                 uint32_t *f) {
+    for (; *i < s->n; ++*i)
+        if ((*f = json_get(r->j, value_of(s, *i), key)) != JSON_NONE) return true;
+    return false;
+}
+
+/* for EACH_SAID(r, s, key, i, f): what the members I of S have as KEY. */
+#define EACH_SAID(r, s, key, i, f) (uint32_t i = 0, f = 0; says(r, s, key, &i, &f); i++)
+
 /* The rule of set S; its node is made later. */
 static uint32_t rule_of(schema_reader *r, const schemas *s, uint32_t mode) {
     uint32_t h = hash_text(2166136261u + mode, (const uint8_t *)s->of, 4 * s->n) % N_BUCKETS;
@@ -97,7 +109,7 @@ static uint32_t node_of(schema_reader *r, const schemas *s, uint32_t mode) {
 }
 
 /* "#", "#/$defs/name": the schema that it means. */
-static uint32_t schema_target(schema_reader *r, uint32_t v) {
+static uint32_t find_target(schema_reader *r, uint32_t v) {
     static const char *const bases[] = {"$id", "id", NULL};
     const json *j = r->j;
     buffer path = {0};
@@ -134,13 +146,17 @@ static uint32_t schema_target(schema_reader *r, uint32_t v) {
     return schema_refuse(r, v, "only $ref to a place in this schema is covered");
 }
 
+static uint32_t schema_target(schema_reader *r, uint32_t v) {
+    return r->targets[v] ? r->targets[v] : (r->targets[v] = find_target(r, v));
+}
+
 static const char *const lists[] = {"allOf", "anyOf", "oneOf", NULL};
 
 /* Refuses a schema that asks whether the same value fits itself. */
+enum { ON_THE_WAY = 1, IS_FINE, IS_KNOWN };
 static void leads(schema_reader *r, uint32_t v, int depth) {
-    enum { ON_THE_WAY = 1, IS_FINE };
     const json *j = r->j;
-    if (r->e->code || r->marks[v] == IS_FINE || json_typeof(j, v) != JSON_OBJECT) return;
+    if (r->e->code || r->marks[v] >= IS_FINE || json_typeof(j, v) != JSON_OBJECT) return;
     if (r->marks[v] == ON_THE_WAY || depth > 200) {
         schema_refuse(r, v, depth > 200 ? "schemas in schemas in schemas"
                                         : "it begins with itself");
@@ -149,15 +165,16 @@ static void leads(schema_reader *r, uint32_t v, int depth) {
     r->marks[v] = ON_THE_WAY;
     uint32_t ref = json_get(j, v, "$ref");
     if (ref != JSON_NONE && (ref = schema_target(r, ref))) leads(r, ref, depth + 1);
+    uint32_t twice = json_get(j, json_get(j, v, "not"), "not");
+    if (twice != JSON_NONE) leads(r, twice, depth + 1);
     for (int k = 0; lists[k]; k++) {
-        uint32_t list = json_get(j, v, lists[k]), c = list + 1;
+        uint32_t list = json_get(j, v, lists[k]);
         if (list == JSON_NONE) continue;
         if (json_typeof(j, list) != JSON_ARRAY || !j->nodes[list].count) {
             schema_refuse(r, list, "wanted a list");
             return;
         }
-        for (uint32_t i = 0; i < j->nodes[list].count; i++, c = j->nodes[c].next)
-            leads(r, c, depth + 1);
+        for EACH(j, list, c) leads(r, c, depth + 1);
     }
     r->marks[v] = IS_FINE;
 }
@@ -185,6 +202,18 @@ static uint8_t keyword_types(const json *j, uint32_t key) {
     return 0;
 }
 
+/* Of "not", these are covered: another "not", types, and values that have one spelling. */
+static bool covers_not(const json *j, uint32_t v) {
+    bool good = json_is_type(j, v, JSON_OBJECT) && j->nodes[v].count == 2;
+    uint32_t key = v + 1, value = v + 2, n = 1, c = value;
+    if (!good || json_is(j, key, "not") || json_is(j, key, "type")) return good;
+    if (json_is(j, key, "enum")) good = json_is_type(j, value, JSON_ARRAY), n = children(j, c++);
+    else good = json_is(j, key, "const");
+    for (; good && n--; c = j->nodes[c].next)
+        good = json_typeof(j, c) <= JSON_STRING && json_typeof(j, c) != JSON_NUMBER;
+    return good;
+}
+
 /* Refuses what is not covered in V. Words that no standard knows say nothing to one who asked for
  * the standard's meaning; else they may be slips of the pen. */
 static void check_keywords(schema_reader *r, uint32_t v) {
@@ -199,12 +228,12 @@ static void check_keywords(schema_reader *r, uint32_t v) {
         "$dynamicRef", "$dynamicAnchor", "$recursiveRef", "$recursiveAnchor", "extends", "disallow",
         "divisibleBy", "nullable", NULL};
     const json *j = r->j;
-    uint32_t c = v + 1;
-    for (uint32_t i = 0; i < j->nodes[v].count; i += 2, c = j->nodes[c + 1].next) {
+    for EACH_KEY(j, v, c) {
         bool known = one_of(idle, j, c) >= 0 || keyword_types(j, c);
         bool free_word = r->open || !memcmp(j->text + j->nodes[c].start, "x-", 2);
         if (json_is(j, c, "uniqueItems") && json_typeof(j, c + 1) != JSON_FALSE) known = false;
         else if (free_word && one_of(not_here, j, c) < 0) known = true;
+        else if (json_is(j, c, "not")) known = covers_not(j, c + 1);
         if (!known) schema_refuse(r, c + 1, "this keyword is not covered here");
     }
 }
@@ -220,21 +249,19 @@ static void join(schema_reader *r, schemas *s, uint32_t v) {
     if (s->n == MOST_JOINED) { schema_refuse(r, v, "too many schemas hold together"); return; }
     s->of[s->n++] = v * FLAGS;
     leads(r, v, 0);
-    check_keywords(r, v);
-    uint32_t ref = json_get(j, v, "$ref"), list = json_get(j, v, "allOf"), c = list + 1;
+    if (r->marks[v] != IS_KNOWN) check_keywords(r, v);
+    r->marks[v] = IS_KNOWN;
+    uint32_t ref = json_get(j, v, "$ref");
     if (ref != JSON_NONE && (ref = schema_target(r, ref), !r->e->code)) join(r, s, ref);
-    for (uint32_t i = 0; list != JSON_NONE && !r->e->code && i < j->nodes[list].count; i++) {
-        join(r, s, c);
-        c = j->nodes[c].next;
-    }
+    for EACH(j, json_get(j, v, "allOf"), c) join(r, s, c);
+    uint32_t twice = json_get(j, json_get(j, v, "not"), "not");
+    if (twice != JSON_NONE) join(r, s, twice);
 }
 
 /* The largest count that KEY has in S, or the least; STANDARD where none has it. */
 static uint32_t count_of(schema_reader *r, const schemas *s, const char *key, uint32_t standard) {
     bool least = standard == ENDLESS;
-    for (uint32_t i = 0; i < s->n; i++) {
-        uint32_t f = json_get(r->j, value_of(s, i), key);
-        if (f == JSON_NONE) continue;
+    for EACH_SAID(r, s, key, i, f) {
         double d = json_is_type(r->j, f, JSON_NUMBER) ? json_number(r->j, f) : -1;
         if (!(d >= 0) || d != floor(d) || (!least && d > 65535))
             schema_refuse(r, f, "wanted 0 to 65535");
@@ -277,6 +304,11 @@ static bool read_decimal(const json *j, uint32_t v, decimal *d) {
     for (i = 0; i < before; i++) d->whole[i] = i < n ? digits[i] : '0';
     for (i = 0; i < scale; i++) d->part[i] = before + i < 0 ? '0' : digits[before + i];
     return true;
+}
+
+/* ALL and ONE, where ALL may be JSON_NONE: anything. */
+static uint32_t and_also(grammar *g, uint32_t all, uint32_t one) {
+    return all == JSON_NONE ? one : both(g, all, one);
 }
 
 static uint32_t digits(grammar *g, uint32_t lo, uint32_t hi) {
@@ -374,24 +406,18 @@ static uint32_t number_node(schema_reader *r, const schemas *s, bool whole) {
     grammar *g = r->g;
     uint32_t all = JSON_NONE;
     const char *why;
-    for (uint32_t i = 0; i < s->n; i++) {
-        uint32_t v = value_of(s, i), f = json_get(r->j, v, "multipleOf"), one = JSON_NONE;
-        if (f != JSON_NONE) one = multiples(r, f);
-        if (f != JSON_NONE) all = all == JSON_NONE ? one : both(g, all, one);
-        for (int k = 0; k < 4; k++) {
+    for EACH_SAID(r, s, "multipleOf", i, f) all = and_also(g, all, multiples(r, f));
+    for (int k = 0; k < 4; k++)
+        for EACH_SAID(r, s, names[k], i, f) {
             decimal d;
-            f = json_get(r->j, v, names[k]);
-            if (f == JSON_NONE) continue;
-            uint32_t turned = k < 2 ? json_get(r->j, v, names[k + 2]) : JSON_NONE;
+            uint32_t turned = k < 2 ? json_get(r->j, value_of(s, i), names[k + 2]) : JSON_NONE;
             bool strict = k > 1 || json_is_type(r->j, turned, JSON_TRUE);  /* as draft 4 has it */
-            if (k > 1 && json_typeof(r->j, f) <= JSON_TRUE && json_typeof(r->j, f) != JSON_NULL)
-                continue;
-            if (!json_is_type(r->j, f, JSON_NUMBER) || !read_decimal(r->j, f, &d))
+            json_type type = json_typeof(r->j, f);
+            if (k > 1 && (type == JSON_TRUE || type == JSON_FALSE)) continue;
+            if (type != JSON_NUMBER || !read_decimal(r->j, f, &d))
                 return schema_refuse(r, f, "a bound that is not covered");
-            one = bounded(g, &d, k % 2 == 0, strict);
-            all = all == JSON_NONE ? one : both(g, all, one);
+            all = and_also(g, all, bounded(g, &d, k % 2 == 0, strict));
         }
-    }
     const char *form = forms[whole ? 2 : all != JSON_NONE];
     uint32_t any = add_regex(g, form, strlen(form), false, true, &why);
     return all == JSON_NONE ? any : both(g, any, all);
@@ -433,37 +459,36 @@ static const char *const formats[][2] = {
             "{2})*(:[0-9]{0,5})?(/" URI_CHAR "*)*|/?(" URI_CHAR "+(/" URI_CHAR "*)*)?)(\\?("
             URI_CHAR "|[/?])*)?(#(" URI_CHAR "|[/?])*)?"}};
 
+/* The texts of which a part fits the pattern F; what is wrong with it is said of PLACE. */
+static uint32_t pattern_node(schema_reader *r, uint32_t f, uint32_t place) {
+    buffer text = {0};
+    const char *why = NULL;
+    if (!json_is_type(r->j, f, JSON_STRING)) return schema_refuse(r, place, "wanted a text");
+    json_unescape(r->j, f, &text);
+    uint32_t one = add_regex(r->g, chars_of(&text), text.n, true, false, &why);
+    r->g->failed |= text.failed;
+    buffer_free(&text);
+    return why ? schema_refuse(r, place, why) : one;
+}
+
 /* A string without its marks. */
 static uint32_t string_node(schema_reader *r, const schemas *s, uint32_t mode) {
     grammar *g = r->g;
-    uint32_t lo = count_of(r, s, "minLength", 0), hi = count_of(r, s, "maxLength", ENDLESS), one;
-    uint32_t all = repeat(g, r->letter, lo, hi);
+    uint32_t lo = count_of(r, s, "minLength", 0), hi = count_of(r, s, "maxLength", ENDLESS);
+    uint32_t any = repeat(g, r->letter, lo, hi), all = !lo && hi == ENDLESS ? JSON_NONE : any;
+    const uint32_t n_formats = sizeof formats / sizeof *formats;
+    const char *why = NULL;
     if (lo > hi) return never(g);
-    bool free_text = !lo && hi == ENDLESS;
-    for (uint32_t i = 0; i < s->n; i++) {
-        uint32_t pattern = json_get(r->j, value_of(s, i), "pattern"), n = 0;
-        uint32_t format = json_get(r->j, value_of(s, i), "format");
-        const uint32_t n_formats = sizeof formats / sizeof *formats;
-        const char *why = NULL;
-        buffer text = {0};
-        if (pattern != JSON_NONE) {
-            if (!json_is_type(r->j, pattern, JSON_STRING)) why = "wanted a text";
-            else json_unescape(r->j, pattern, &text);
-            one = why ? 0 : add_regex(g, chars_of(&text), text.n, true, false, &why);
-            g->failed |= text.failed;
-            buffer_free(&text);
-            if (why) return schema_refuse(r, pattern, why);
-            all = free_text ? one : both(g, all, one);
-            free_text = false;
-        }
-        if (format == JSON_NONE || mode & ASKING) continue;
-        while (n < n_formats && !json_is(r->j, format, formats[n][0])) n++;
-        if (n == n_formats) return schema_refuse(r, format, "a format that is not covered");
-        one = add_regex(g, formats[n][1], strlen(formats[n][1]), true, true, &why);
-        all = free_text ? one : both(g, all, one);
-        free_text = false;
+    for EACH_SAID(r, s, "pattern", i, f) all = and_also(g, all, pattern_node(r, f, f));
+    if (mode & ASKING) return all == JSON_NONE ? any : all;
+    for EACH_SAID(r, s, "format", i, f) {
+        uint32_t n = 0;
+        while (n < n_formats && !json_is(r->j, f, formats[n][0])) n++;
+        if (n == n_formats) return schema_refuse(r, f, "a format that is not covered");
+        const char *text = formats[n][1];
+        all = and_also(g, all, add_regex(g, text, strlen(text), true, true, &why));
     }
-    return all;
+    return all == JSON_NONE ? any : all;
 }
 
 static uint32_t comma(schema_reader *r) { return cat(r->g, word(r->g, ","), r->blank); }
@@ -539,6 +564,7 @@ static property *property_at(object_reader *o, uint32_t i) {
 
 static void add_property(object_reader *o, uint32_t key, bool must) {
     size_t from = o->names.n;
+    if (o->r->e->code || o->r->g->failed) return;
     if (!json_is_type(o->r->j, key, JSON_STRING)) {
         schema_refuse(o->r, key, "wanted a text");
         return;
@@ -569,31 +595,23 @@ static void read_properties(object_reader *o) {
     const json *j = r->j;
     bool some = false, said = false;
     for (int k = 0; k < 3; k++)
-        for (uint32_t i = 0; i < o->s->n && !r->e->code && !r->g->failed; i++) {
-            uint32_t v = value_of(o->s, i), f = json_get(j, v, names[k]), c = f + 1;
-            said |= json_get(j, v, "additionalProperties") != JSON_NONE;
-            if (f == JSON_NONE) continue;
+        for EACH_SAID(r, o->s, names[k], i, f) {
             some |= k < 2;
             if (json_typeof(j, f) != (k < 2 ? JSON_OBJECT : JSON_ARRAY))
                 schema_refuse(r, f, k < 2 ? "wanted an object" : "wanted a list");
-            for (uint32_t n = 0; n < j->nodes[f].count && !r->e->code; n++) {
-                if (k != 1) add_property(o, c, k == 2);
+            if (r->e->code || r->g->failed) return;
+            if (k == 2) for EACH(j, f, c) add_property(o, c, true);
+            else for EACH_KEY(j, f, c) {
+                if (k == 0) add_property(o, c, false);
                 else if (o->n_patterns == MOST_PATTERNS)
                     schema_refuse(r, f, "more than 5 patterns");
                 else {
-                    buffer text = {0};
-                    const char *why = NULL;
-                    json_unescape(j, c, &text);
-                    uint32_t one = add_regex(r->g, chars_of(&text), text.n, true, false, &why);
-                    buffer_free(&text);
-                    if (why) schema_refuse(r, c + 1, why);
                     o->owner[o->n_patterns] = i, o->key[o->n_patterns] = c;
-                    o->lang[o->n_patterns++] = quoted(r, one);
+                    o->lang[o->n_patterns++] = quoted(r, pattern_node(r, c, c + 1));
                 }
-                if (k < 2) n++, c = j->nodes[c + 1].next;
-                else c = j->nodes[c].next;
             }
         }
+    for EACH_SAID(r, o->s, "additionalProperties", i, f) said = true;
     o->closed = !(o->mode & OPEN) && some && !said;
 }
 
@@ -627,10 +645,8 @@ static uint32_t pair_node(object_reader *o, const char *name, uint32_t keys) {
 
 /* Keys that also fit each propertyNames of the set. */
 static uint32_t named_keys(object_reader *o, uint32_t keys) {
-    for (uint32_t i = 0; i < o->s->n; i++) {
-        uint32_t f = json_get(o->r->j, value_of(o->s, i), "propertyNames");
+    for EACH_SAID(o->r, o->s, "propertyNames", i, f) {
         schemas with = {0};
-        if (f == JSON_NONE) continue;
         join(o->r, &with, f);
         if (with.n || with.none) keys = both(o->r->g, keys, node_of(o->r, &with, o->mode));
     }
@@ -697,8 +713,7 @@ static uint32_t object_node(schema_reader *r, const schemas *s, uint32_t mode) {
     object_reader o = {.r = r, .s = s, .mode = mode};
     read_properties(&o);
     uint32_t all = r->e->code || r->g->failed ? 0 : pairs_node(&o);
-    buffer_free(&o.names);
-    buffer_free(&o.list);
+    free_buffers(BUFFERS(&o.names, &o.list));
     return in_marks(r, "{}", all);
 }
 
@@ -740,21 +755,40 @@ static unsigned types_of_value(const json *j, uint32_t v) {
     return bits;
 }
 
+/* What V must not be. */
+static unsigned not_types(schema_reader *r, uint32_t v) {
+    uint32_t f = json_get(r->j, v, "not");
+    bool all = json_get(r->j, f, "type") == JSON_NONE;
+    return all ? 0 : types_at(r, f);
+}
+
+/* ALL but the values that S says it must not be. */
+static uint32_t without(schema_reader *r, const schemas *s, uint32_t all) {
+    grammar *g = r->g;
+    for EACH_SAID(r, s, "not", i, f) {
+        uint32_t one = json_get(r->j, f, "const");
+        for EACH(r->j, json_get(r->j, f, "enum"), c) all = less(g, all, constant(r, c));
+        if (one != JSON_NONE) all = less(g, all, constant(r, one));
+    }
+    return all;
+}
+
 /* What S says of types; where it says nothing, those that its keywords are about. All that it may
  * turn out to say must be known. */
 static unsigned types_of(schema_reader *r, const schemas *s, uint32_t mode) {
     unsigned bits = 127, about = 0;
     bool guess = !(mode & OPEN);
     for (uint32_t i = 0; i < s->n; i++) {
-        uint32_t v = value_of(s, i), c = v + 1;
+        uint32_t v = value_of(s, i);
         guess &= json_get(r->j, v, "type") == JSON_NONE && !(s->of[i] & VALUES_DONE) &&
                  (s->of[i] & ANY_DONE || json_get(r->j, v, "anyOf") == JSON_NONE) &&
                  (s->of[i] & ONE_DONE || json_get(r->j, v, "oneOf") == JSON_NONE);
-        bits &= types_at(r, v);
-        for (uint32_t k = 0; k < r->j->nodes[v].count; k += 2, c = r->j->nodes[c + 1].next)
-            about |= keyword_types(r->j, c);
+        bits &= types_at(r, v) & ~not_types(r, v);
+        for EACH_KEY(r->j, v, c) about |= keyword_types(r->j, c);
     }
-    return guess && about ? about : bits;
+    if (guess && about) bits &= about;
+    /* there is no rule for numbers that are not whole, only for any */
+    return bits & WHOLES || mode & ASKING ? bits : bits & ~(unsigned)NUMBERS;
 }
 
 /* Of the values that member I lists, those that fit the others. */
@@ -762,25 +796,26 @@ static uint32_t values_node(schema_reader *r, schemas *s, uint32_t i, uint32_t f
                             uint32_t mode) {
     grammar *g = r->g;
     uint32_t all = never(g), c = list ? f + 1 : f, n = list ? r->j->nodes[f].count : 1;
-    unsigned bits = 127;
+    unsigned bits = 127, not_these = 0;
     bool more = false;
     if (list && json_typeof(r->j, f) != JSON_ARRAY) return schema_refuse(r, f, "wanted a list");
     s->of[i] |= VALUES_DONE;
     for (uint32_t k = 0; k < s->n; k++) {
-        uint32_t v = value_of(s, k), at = v + 1;
+        uint32_t v = value_of(s, k);
         bits &= types_at(r, v);
+        not_these |= not_types(r, v);
         more |= !(s->of[k] & VALUES_DONE) && (json_get(r->j, v, "enum") != JSON_NONE ||
                                               json_get(r->j, v, "const") != JSON_NONE);
         more |= json_get(r->j, v, "enum") != JSON_NONE && json_get(r->j, v, "const") != JSON_NONE;
-        for (uint32_t m = 0; m < r->j->nodes[v].count; m += 2, at = r->j->nodes[at + 1].next)
-            more |= keyword_types(r->j, at) > 0;
+        for EACH_KEY(r->j, v, at) more |= keyword_types(r->j, at) > 0;
     }
     uint32_t rest = more ? node_of(r, s, mode | OPEN) : 0;
     for (uint32_t k = 0; k < n; k++, c = r->j->nodes[c].next) {
-        if (!(types_of_value(r->j, c) & bits)) continue;
+        unsigned types = types_of_value(r->j, c);
+        if (!(types & bits) || types & not_these) continue;
         all = either(g, all, more ? both(g, constant(r, c), rest) : constant(r, c));
     }
-    return all;
+    return without(r, s, all);
 }
 
 /* S with each schema of LIST in turn. Of oneOf, no value may fit two: that is a question for the
@@ -834,16 +869,15 @@ static uint32_t set_node(schema_reader *r, schemas *s, uint32_t mode) {
     if (types & STRINGS) all = either(g, all, quoted(r, string_node(r, s, mode)));
     if (types & ARRAYS) all = either(g, all, list_node(r, s, mode));
     if (types & OBJECTS) all = either(g, all, object_node(r, s, mode));
-    return all;
+    return without(r, s, all);
 }
 
 /* ---- whole grammars ------------------------------------------------------------------------- */
 
 static void reader_free(schema_reader *r) {
-    buffer_free(&r->sets);
-    buffer_free(&r->rows);
-    buffer_free(&r->questions);
+    free_buffers(BUFFERS(&r->sets, &r->rows, &r->questions));
     free(r->marks);
+    free(r->targets);
     free(r);
 }
 
@@ -852,11 +886,13 @@ static schema_reader *reader_new(const json *j, bool open, medrun_error *e) {
     schema_reader *r = new_array(1, sizeof *r);
     grammar *g = new_array(1, sizeof *g);
     uint8_t *marks = new_array(j->n, 1);
-    if (!r || !g || !marks) {
-        free(r), free(g), free(marks);
+    uint32_t *targets = new_array(j->n, 4);
+    if (!r || !g || !marks || !targets) {
+        free(r), free(g), free(marks), free(targets);
         return out_of_memory(e, j->n), NULL;
     }
-    *r = (schema_reader){.g = g, .j = j, .e = e, .marks = marks, .open = open};
+    *r = (schema_reader){.g = g, .j = j, .e = e, .marks = marks, .targets = targets,
+                         .open = open};
     uint32_t rule = new_rule(g), line = cat(g, word(g, "\n"), repeat(g, word(g, " "), 0, 32));
     r->gap = repeat(g, line, 0, 1);
     r->blank = either(g, repeat(g, word(g, " "), 0, 1), line);
@@ -918,10 +954,10 @@ static grammar *grammar_of_tools(const tool_form *form, const json *j, uint32_t 
     if (!r) return NULL;
     grammar *g = r->g;
     buffer wanted = {0};
-    uint32_t all = never(g), c = v + 1, n = 0;
+    uint32_t all = never(g), n = 0;
     if (name != JSON_NONE) json_unescape(j, name, &wanted);
     buffer_add(&wanted, "", 1);
-    for (uint32_t i = 0; i < j->nodes[v].count && !e->code; i++, c = j->nodes[c].next) {
+    for EACH(j, v, c) {
         uint32_t f = tool_function(j, c), own = json_get(j, f, "name");
         uint32_t with = json_get(j, f, "parameters");
         buffer text = {0};

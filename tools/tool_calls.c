@@ -16,6 +16,8 @@
  * and a value that Jinja would print as Python prints it is printed so, to the last digit.
  * Tests: tests/11_chat.c, and tools/reference/templates.py. */
 
+#include "walk.c"
+
 /* ---- JSON as Python writes it -------------------------------------------------------------- */
 
 /* What Python, and so Jinja, takes for true; JSON_NONE is false. */
@@ -118,6 +120,7 @@ typedef struct {
     const json *j;
     buffer *b;
     medrun_error *e;
+    bool openai;                /* functions may go without a description                      */
 } schema_writer;
 
 static void schema_type(schema_writer *w, uint32_t v);      /* schemas stand in schemas           */
@@ -174,7 +177,7 @@ static void schema_array(schema_writer *w, uint32_t v) {
     uint32_t items = json_get(w->j, v, "items"), type = json_get(w->j, items, "type");
     const char *plain = json_truthy(w->j, items) ? NULL : "any";
     buffer inner = {0};
-    schema_writer in = {w->j, &inner, w->e};
+    schema_writer in = {w->j, &inner, w->e, w->openai};
     size_t length = 0;
     for (size_t i = 0; i < 4; i++) if (json_is(w->j, type, simple[i][0])) plain = simple[i][1];
     if (!plain) {
@@ -282,7 +285,10 @@ static uint32_t tool_function(const json *j, uint32_t v) {
 static void tool_declaration(schema_writer *w, uint32_t v) {
     uint32_t parameters = json_get(w->j, v, "parameters");
     uint32_t all = json_get(w->j, parameters, "properties"), c = all + 1;
-    schema_text(w, v, "description", "// ");
+    uint32_t says = json_get(w->j, v, "description");
+    bool none = says == JSON_NONE || json_typeof(w->j, says) == JSON_NULL;
+    if (none && w->openai) buffer_text(w->b, "// ");
+    else schema_text(w, v, "description", "// ");
     schema_text(w, v, "name", "\ntype ");
     if (!json_truthy(w->j, all)) {
         buffer_text(w->b, " = () => any;");
@@ -299,8 +305,8 @@ static void tool_declaration(schema_writer *w, uint32_t v) {
 }
 
 /* A list of functions as TypeScript declarations. */
-static void tools_as_types(buffer *b, const json *j, medrun_error *e) {
-    schema_writer w = {j, b, e};
+static void tools_as_types(buffer *b, const json *j, bool openai, medrun_error *e) {
+    schema_writer w = {j, b, e, openai};
     uint32_t c = 1;
     for (uint32_t i = 0; !e->code && i < j->nodes[0].count; i++, c = j->nodes[c].next) {
         if (i) buffer_text(b, "\n");
@@ -379,9 +385,8 @@ __attribute__((unused))
 static const chat_kind *tools_kinds(const chat_template *c) { return tool_form_of(c)->blocks; }
 
 /* Appends what the model is to see of the functions in TEXT, for medrun_chat_options.tools. */
-__attribute__((unused))
-static int tools_text(const chat_template *c, const char *text, size_t n, buffer *out,
-                      medrun_error *e) {
+static int functions_text(const chat_template *c, const char *text, size_t n, bool openai,
+                          buffer *out, medrun_error *e) {
     json j = {0};
     medrun_error why = {0};
     if (!c->takes_tools)
@@ -395,11 +400,17 @@ static int tools_text(const chat_template *c, const char *text, size_t n, buffer
         if (!json_is_type(&j, tool_function(&j, v), JSON_OBJECT))
             fail(e, MEDRUN_USAGE, "tools: wanted functions: {\"type\": \"function\", "
                  "\"function\": {\"name\": ...}}");
-    if (!e->code && tool_form_of(c)->types) tools_as_types(out, &j, e);
+    if (!e->code && tool_form_of(c)->types) tools_as_types(out, &j, openai, e);
     else if (!e->code) tools_as_json(out, &j);
     if (!e->code && out->failed) out_of_memory(e, out->n);
     json_free(&j);
     return e->code;
+}
+
+__attribute__((unused))
+static int tools_text(const chat_template *c, const char *text, size_t n, buffer *out,
+                      medrun_error *e) {
+    return functions_text(c, text, n, false, out, e);
 }
 
 /* ---- conversations ------------------------------------------------------------------------- */
@@ -442,6 +453,7 @@ typedef struct {
     tool_list *list;
     size_t at;                  /* in list->text: where the next turn's text begins            */
     medrun_error *e;
+    bool openai;                /* the messages are as OpenAI's API has them                    */
 } tool_reader;
 
 static int tools_refuse(const tool_reader *r, const char *what) {
@@ -458,11 +470,50 @@ static int tools_turn(tool_reader *r, const char *role) {
     return MEDRUN_OK;
 }
 
+/* A content of OpenAI's API: a text, or parts of type text, which are joined. */
+static int openai_content(const json *j, uint32_t v, buffer *out, medrun_error *e) {
+    if (json_is_type(j, v, JSON_STRING)) json_unescape(j, v, out);
+    else if (!json_is_type(j, v, JSON_ARRAY))
+        return fail(e, MEDRUN_USAGE, "messages: content: wanted a text");
+    else for EACH(j, v, c) {
+        uint32_t text = json_get(j, c, "text");
+        if (!json_is(j, json_get(j, c, "type"), "text") || !json_is_type(j, text, JSON_STRING))
+            return fail(e, MEDRUN_USAGE, "messages: content: only parts of type text");
+        json_unescape(j, text, out);
+    }
+    return out->failed ? out_of_memory(e, out->n) : e->code;
+}
+
+static bool is_text(const tool_reader *r, uint32_t content) {
+    return json_is_type(r->j, content, JSON_STRING) ||
+           (r->openai && json_is_type(r->j, content, JSON_ARRAY));
+}
+
+/* The arguments of OpenAI's API are JSON in a text: here they are what most templates take. */
+static int openai_arguments(tool_reader *r, uint32_t v) {
+    buffer text = {0};
+    json inner = {0};
+    medrun_error why = {0};
+    json_unescape(r->j, v, &text);
+    if (text.failed) out_of_memory(r->e, text.n);
+    else if (json_parse(&inner, (const char *)text.data, text.n, &why))
+        fail(r->e, why.code, "messages: tool_calls: arguments: %s", why.text);
+    else if (r->form->arguments_as_text) buffer_add(&r->list->text, text.data, text.n);
+    else if (!json_check_keys(&inner, 0, "arguments", r->e))
+        python_json(&r->list->text, &inner, 0, 0, 0);
+    json_free(&inner);
+    buffer_free(&text);
+    return r->e->code;
+}
+
 /* Appends one call. FUNCTION has the name, and the arguments as a value or AS_TEXT. */
 static int tools_call(tool_reader *r, uint32_t function, bool as_text) {
     const json *j = r->j;
     buffer *b = &r->list->text;
     uint32_t name = json_get(j, function, "name"), arguments = json_get(j, function, "arguments");
+    if (r->openai && (!json_is_type(j, name, JSON_STRING) ||
+                      !json_is_type(j, arguments, JSON_STRING)))
+        return tools_refuse(r, "tool_calls: wanted a name, and arguments as text");
     if (!json_is_type(j, name, JSON_STRING))
         return tools_refuse(r, "tool call: name: wanted a string");
     if (arguments == JSON_NONE || (as_text && json_typeof(j, arguments) != JSON_STRING))
@@ -471,10 +522,11 @@ static int tools_call(tool_reader *r, uint32_t function, bool as_text) {
     buffer_text(b, r->form->call[0]);
     json_unescape(j, name, b);
     buffer_text(b, r->form->call[1]);
-    if (as_text) json_unescape(j, arguments, b);
+    if (r->openai) openai_arguments(r, arguments);
+    else if (as_text) json_unescape(j, arguments, b);
     else python_json(b, j, arguments, 0, 0);
     buffer_text(b, r->form->call[2]);
-    return MEDRUN_OK;
+    return r->e->code;
 }
 
 /* The calls of LIST, of a message, or of a BLOCK of an assistant's content. */
@@ -482,12 +534,14 @@ static int tools_calls(tool_reader *r, uint32_t list, bool block) {
     const json *j = r->j;
     bool alone = r->form->calls_alone, as_text = block || r->form->arguments_as_text;
     uint32_t v = list + 1;
-    if (!json_is_type(j, list, JSON_ARRAY)) return tools_refuse(r, "tool calls: wanted a list");
+    if (!json_is_type(j, list, JSON_ARRAY))
+        return tools_refuse(r, r->openai ? "tool_calls: wanted a list"
+                                         : "tool calls: wanted a list");
     if (alone && j->nodes[list].count != 1)
         return tools_refuse(r, "tool calls: this template takes one call a message");
     for (uint32_t i = 0; i < j->nodes[list].count; i++, v = j->nodes[v].next) {
         if (i) buffer_text(&r->list->text, ", ");
-        if (!block && !alone && !json_is(j, json_get(j, v, "type"), "function"))
+        if (!block && !alone && !r->openai && !json_is(j, json_get(j, v, "type"), "function"))
             return tools_refuse(r, "tool call: type: wanted \"function\"");
         if (tools_call(r, block ? v : json_get(j, v, "function"), as_text)) return r->e->code;
     }
@@ -536,14 +590,15 @@ static int tools_assistant(tool_reader *r, uint32_t content, uint32_t calls) {
     const json *j = r->j;
     uint32_t list = json_get(j, content, "blocks"), v = list + 1;
     bool none = content == JSON_NONE || json_typeof(j, content) == JSON_NULL;
-    if (json_is_type(j, content, JSON_STRING)) {
-        json_unescape(j, content, &r->list->text);
+    if (is_text(r, content)) {
+        openai_content(j, content, &r->list->text, r->e);
         tools_turn(r, "assistant");
     } else if (json_is_type(j, list, JSON_ARRAY)) {
         tools_turn(r, "assistant/blocks");
         for (uint32_t i = 0; !r->e->code && i < j->nodes[list].count; i++, v = j->nodes[v].next)
             tools_block(r, v, i == 0);
-    } else if (!none || r->form->content_needed || calls == JSON_NONE)
+    } else if (r->openai && none && r->form->content_needed) tools_turn(r, "assistant");
+    else if (!none || r->form->content_needed || calls == JSON_NONE)
         return tools_refuse(r, "content of the assistant: wanted a string or {\"blocks\": [...]}");
     else if (!json_truthy(j, calls)) tools_turn(r, "assistant/silent");
     return !r->e->code && json_truthy(j, calls) ? tools_calls(r, calls, false) : r->e->code;
@@ -578,41 +633,60 @@ static int tools_content(tool_reader *r, const char *role, uint32_t content) {
 /* Message V; BRINGS_TOOLS: the template writes the functions into its turn. */
 static int tools_message(tool_reader *r, uint32_t v, bool brings_tools) {
     const json *j = r->j;
-    const char *role = chat_role_of(j, v, r->e);
+    bool developer = r->openai && json_is(j, json_get(j, v, "role"), "developer");
+    const char *role = developer ? "system" : chat_role_of(j, v, r->e);
     uint32_t content = json_get(j, v, "content"), calls = json_get(j, v, "tool_calls");
+    bool text = is_text(r, content);
+    if (r->openai && !json_truthy(j, calls)) calls = JSON_NONE;
     if (!role) return r->e->code;
-    if (brings_tools && !json_is_type(j, content, JSON_STRING))
+    if (r->openai && calls != JSON_NONE && !r->c->takes_tools)
+        return tools_refuse(r, "tool_calls: this model's template has no place for them");
+    if (r->openai && !text && (json_truthy(j, content) || calls == JSON_NONE))
+        return tools_refuse(r, "content: wanted a text");
+    if (brings_tools && !text)
         return tools_refuse(r, "content: wanted a string, as this turn brings the tools");
     if (!brings_tools && r->form->blocks && !strcmp(role, "assistant"))
         return tools_assistant(r, content, calls);
     if (!brings_tools && r->form->calls_alone && calls != JSON_NONE)
         return tools_calls(r, calls, false);
-    if (!json_is_type(j, content, JSON_STRING)) return tools_content(r, role, content);
-    json_unescape(j, content, &r->list->text);
-    return tools_turn(r, role);
+    if (!text) return tools_content(r, role, content);
+    return openai_content(j, content, &r->list->text, r->e) || tools_turn(r, role);
 }
 
 /* Reads node V of J, a list of messages, for template C; WHAT names the file, TOOLS says whether
  * functions are shown. The messages are for chat_render, all at once, with tools_kinds(c) as the
  * writer's `more`. Free LIST with tool_list_free afterwards, also on failure. */
-__attribute__((unused))
-static int tools_messages(const chat_template *c, const json *j, uint32_t v, const char *what,
-                          bool tools, tool_list *list, medrun_error *e) {
-    tool_reader r = {c, tool_form_of(c), j, list, 0, e};
-    if (tool_list_open(list, j, v, what, e)) return e->code;
+static int read_messages(tool_reader *r, uint32_t v, size_t n, const char *what, bool tools) {
+    const json *j = r->j;
+    if (tool_list_open(r->list, j, v, what, r->e)) return r->e->code;
     bool started = false;
-    uint32_t x = v + 1;
-    for (uint32_t i = 0; !e->code && i < j->nodes[v].count; i++, x = j->nodes[x].next) {
-        bool system = i == 0 && json_is(j, json_get(j, x, "role"), "system");
-        tools_message(&r, x, tools && c->first && !started && !system);
+    for EACH(j, v, x) {
+        bool system = x == v + 1 && json_is(j, json_get(j, x, "role"), "system");
+        if (r->e->code || !n--) break;
+        tools_message(r, x, tools && r->c->first && !started && !system);
         started |= !system;
     }
     size_t at = 0;
-    for (size_t i = 0; !e->code && i < list->n; i++) {
-        list->m[i].text = list->text.data ? (const char *)list->text.data + at : "";
-        at += list->m[i].n_bytes;
+    for (size_t i = 0; !r->e->code && i < r->list->n; i++) {
+        r->list->m[i].text = r->list->text.data ? (const char *)r->list->text.data + at : "";
+        at += r->list->m[i].n_bytes;
     }
-    return e->code;
+    return r->e->code;
+}
+
+__attribute__((unused))
+static int tools_messages(const chat_template *c, const json *j, uint32_t v, const char *what,
+                          bool tools, tool_list *list, medrun_error *e) {
+    tool_reader r = {c, tool_form_of(c), j, list, 0, e, false};
+    return read_messages(&r, v, SIZE_MAX, what, tools);
+}
+
+/* The first N messages of list V, as OpenAI's API has them. */
+__attribute__((unused))
+static int openai_messages(const chat_template *c, const json *j, uint32_t v, size_t n, bool tools,
+                           tool_list *list, medrun_error *e) {
+    tool_reader r = {c, tool_form_of(c), j, list, 0, e, true};
+    return read_messages(&r, v, n, "messages", tools);
 }
 
 /* ---- what a model answers ------------------------------------------------------------------ */

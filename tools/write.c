@@ -10,7 +10,8 @@ __attribute__((unused)) static void write_le(buffer *b, uint64_t v, size_t n) {
     buffer_add(b, bytes, n);
 }
 
-/* Appends TEXT as a JSON string with its quotes. Bytes that are not UTF-8 become U+FFFD. */
+/* Appends TEXT as a JSON string with its quotes. Bytes that are not UTF-8 become U+FFFD. Line ends
+ * of all kinds are escaped, as some readers cut at Unicode's, too. */
 __attribute__((unused)) static void json_quote(buffer *b, const char *text, size_t n) {
     buffer_text(b, "\"");
     for (size_t i = 0, len; i < n; i += len) {
@@ -18,7 +19,8 @@ __attribute__((unused)) static void json_quote(buffer *b, const char *text, size
         len = utf8_decode((const uint8_t *)text + i, n - i, &code);
         if (!len) len = 1, buffer_text(b, "\\ufffd");
         else if (code == '"' || code == '\\') buffer_printf(b, "\\%c", (char)code);
-        else if (code < 0x20 || code == 0x7F) buffer_printf(b, "\\u%04x", (unsigned)code);
+        else if (code < 0x20 || code == 0x7F || code == 0x85 || code == 0x2028 || code == 0x2029)
+            buffer_printf(b, "\\u%04x", (unsigned)code);
         else buffer_add(b, text + i, len);
     }
     buffer_text(b, "\"");
