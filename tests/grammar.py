@@ -11,7 +11,7 @@ A schema passes where it is taken, and all its valid texts fit, and none that is
 not valid nothing may ever fit: a failure. How many pass is a ratchet: fewer are a failure."""
 import collections, glob, json, os, random, re, subprocess, sys, tempfile
 
-PASS = {'suite': 149, 'mask': 9639}     # the ratchet: at least as many
+PASS = {'suite': 152, 'mask': 9915}     # the ratchet: at least as many
 counts = {'passed': 0, 'failed': 0, 'skipped': 0}
 
 

@@ -499,7 +499,7 @@ static int openai_arguments(tool_reader *r, uint32_t v) {
     else if (json_parse(&inner, (const char *)text.data, text.n, &why))
         fail(r->e, why.code, "messages: tool_calls: arguments: %s", why.text);
     else if (r->form->arguments_as_text) buffer_add(&r->list->text, text.data, text.n);
-    else if (!json_check_keys(&inner, 0, "arguments", r->e))
+    else if (!json_check_keys(&inner, 0, "messages", r->e))
         python_json(&r->list->text, &inner, 0, 0, 0);
     json_free(&inner);
     buffer_free(&text);
@@ -534,9 +534,7 @@ static int tools_calls(tool_reader *r, uint32_t list, bool block) {
     const json *j = r->j;
     bool alone = r->form->calls_alone, as_text = block || r->form->arguments_as_text;
     uint32_t v = list + 1;
-    if (!json_is_type(j, list, JSON_ARRAY))
-        return tools_refuse(r, r->openai ? "tool_calls: wanted a list"
-                                         : "tool calls: wanted a list");
+    if (!json_is_type(j, list, JSON_ARRAY)) return tools_refuse(r, "tool calls: wanted a list");
     if (alone && j->nodes[list].count != 1)
         return tools_refuse(r, "tool calls: this template takes one call a message");
     for (uint32_t i = 0; i < j->nodes[list].count; i++, v = j->nodes[v].next) {
@@ -636,11 +634,13 @@ static int tools_message(tool_reader *r, uint32_t v, bool brings_tools) {
     bool developer = r->openai && json_is(j, json_get(j, v, "role"), "developer");
     const char *role = developer ? "system" : chat_role_of(j, v, r->e);
     uint32_t content = json_get(j, v, "content"), calls = json_get(j, v, "tool_calls");
-    bool text = is_text(r, content);
-    if (r->openai && !json_truthy(j, calls)) calls = JSON_NONE;
+    bool text = is_text(r, content), list = json_is_type(j, calls, JSON_ARRAY);
+    if (r->openai && (list ? !children(j, calls) : json_is_type(j, calls, JSON_NULL)))
+        calls = JSON_NONE;
     if (!role) return r->e->code;
-    if (r->openai && calls != JSON_NONE && !r->c->takes_tools)
-        return tools_refuse(r, "tool_calls: this model's template has no place for them");
+    if (r->openai && calls != JSON_NONE && !(list && r->c->takes_tools))
+        return tools_refuse(r, list ? "tool_calls: this model's template has no place for them"
+                                    : "tool_calls: wanted a list");
     if (r->openai && !text && (json_truthy(j, content) || calls == JSON_NONE))
         return tools_refuse(r, "content: wanted a text");
     if (brings_tools && !text)
