@@ -254,6 +254,23 @@ static void test_turn(void) {
     CHECK_EQ(wrong, 0);
 }
 
+/* The largest weights that the exporter lets through (2^120), 64 at a time, of one sign and with the
+ * signs of each turn, which add up to 2^123; in the last columns, which are not turned, too. */
+static void test_int8_extremes(void) {
+    uint8_t *panel = malloc(panel_bytes(TYPE_INT8, 80));
+    float v[80], row[80];
+    int wrong = 0;
+    for (unsigned k = 0; k < 64; k++) {
+        for (unsigned i = 0; i < 80; i++)
+            v[i] = __builtin_popcount(i & k) % 2 ? -0x1p120f : 0x1p120f;
+        store_rows(packer, TYPE_INT8, v, 1, 80, panel);
+        panel_unpack_row(TYPE_INT8, panel, 0, 80, row);
+        for (unsigned i = 0; i < 80; i++) wrong += !(fabsf(row[i] - v[i]) <= 0x1p114f);
+    }
+    CHECK_EQ(wrong, 0);
+    free(panel);
+}
+
 /* A row of a panel as it is stored: turned, if it was. */
 static void unpack_stored(int type, const uint8_t *panel, size_t lane, size_t cols, float *row) {
     for (size_t k = 0; k < cols; k++)
@@ -644,6 +661,7 @@ int main(void) {
     test_bf16_panels();
     test_turn();
     test_int8_panels();
+    test_int8_extremes();
     test_layout(TYPE_BF16);
     test_layout(TYPE_INT8);
     test_int4_values();

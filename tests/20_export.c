@@ -1205,6 +1205,7 @@ static void test_int4_weights(void) {
         {"model.layers.0.mlp.gate_proj.weight", 0x7FC0, 3, "not a number"},
         {"lm_head.weight", 0xFF80, 3, "not a number"},
         {"lm_head.weight", 0x4416, 0, ""},              /* int8 there: it has room               */
+        {"lm_head.weight", 0x7B80, 0, ""},              /* 2^120: 64 of them add up              */
         {"lm_head.weight", 0x7B81, 3, "found the weight 1.33961e+36, int8 has none"},
         {"model.norm.weight", 0x4416, 0, ""},
     };

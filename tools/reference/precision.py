@@ -1,23 +1,33 @@
-"""How far checkpoints are from float32: mean KL divergence, the same likeliest token, bits a weight.
+"""How far checkpoints are from float32: mean KL divergence, the same likeliest token, bits a weight, questions.
 
     python tools/reference/precision.py HF_FOLDER [MODEL.mdr...] TEXT... [--types bf16,int8,int4]
         [--calibrate TEXT] [--permute SEED] [--kv f16,int8] [--work DIR] [--bin .] [--strict]
-        [--chunk 256] [--limit 8704]
+        [--chunk 256] [--limit 8704] [--llama BIN] [--quants Q8_0,Q4_K_M] [--imports int8,int4]
+        [--questions DATA]
 
 The reference is transformers in float32 on the folder's weights; medrun's side is `medrun logits
 --all`. What is measured are the models that are named, and --types, which are exported from the
 folder to --work (int4 also with --calibrate's text), each with the caches of --kv. TEXT is UTF-8, cut
 into windows of --chunk tokens, LIMIT in all; or pubmedqa's .json, whose abstracts are joined; or a
-.jsonl of the demo model's held-out questions ("question", "answer"), each rendered as a chat, whose
-answers are counted apart.
+.jsonl of questions ("question", "answer"; of tools/demo/heldout.jsonl the corpus knows the answers), each
+rendered as a chat, whose answers are counted apart.
 
 --permute shuffles the residual stream, the feed-forward units and the value channels of the folder
 first (a copy in --work): the same function, but where its weights once were rounded by groups to 4
 bits no group of ours holds the same numbers. Llama's architecture, one safetensors file.
 
-Needs torch, transformers, safetensors, numpy.
+--llama names the folder of llama-quantize and llama-perplexity. They make --quants of the same weights,
+and say how far llama.cpp is with them from itself with float32, on the same windows. As it counts only
+the second half of a window, so it is done here then. --imports are types of checkpoints that are made
+from each of these GGUF files.
+
+--questions names a folder with medqa's .jsonl and mmlu/*_val.csv: how many medrun-eval finds right by
+the likelihood of the whole answers; of a GGUF file with what it holds as bf16.
+
+Needs torch, transformers, safetensors, numpy; for --llama also gguf.
 """
 import argparse
+import glob
 import json
 import os
 import re
@@ -75,18 +85,26 @@ def permute(folder, out, seed):
     return out
 
 
+def demo_answers():
+    """What the demo model learned to say to its held-out questions, whose file only has key words."""
+    sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "../demo"))
+    import corpus
+    return {q: fact.answer for fact in corpus.build(corpus.read_corpus()) for q, _ in fact.held}
+
+
 def chats(path, tokenizer, limit):
     """(ids, position from which the answer is predicted) of each held-out question."""
-    total = 0
+    total, known = 0, demo_answers()
     with open(path, encoding="utf-8") as f:
         for line in f:
             row = json.loads(line)
             question = [{"role": "user", "content": row["question"]}]
-            answer = [{"role": "assistant", "content": row["answer"]}]
+            said = row.get("answer") or known[row["question"]]
+            answer = [{"role": "assistant", "content": said}]
             render = tokenizer.apply_chat_template
             whole = render(question + answer, tokenize=False, add_generation_prompt=False)
             opened = render(question, tokenize=False, add_generation_prompt=True)
-            end = whole.rindex(row["answer"]) + len(row["answer"])
+            end = whole.rindex(said) + len(said)
             ids = tokenizer.encode(whole[:end], add_special_tokens=False)
             total += len(ids)
             if total > limit:
@@ -94,16 +112,20 @@ def chats(path, tokenizer, limit):
             yield ids, len(tokenizer.encode(opened, add_special_tokens=False)) - 1
 
 
-def windows(path, tokenizer, chunk, limit):
-    if path.endswith(".jsonl"):
-        yield from chats(path, tokenizer, limit)
-        return
+def read_text(path):
     with open(path, encoding="utf-8") as f:
         text = f.read()
     if path.endswith(".json"):
         text = "\n\n".join("\n".join(item["CONTEXTS"]) for item in json.loads(text).values())
+    return text
+
+
+def windows(path, tokenizer, chunk, limit):
+    if path.endswith(".jsonl"):
+        yield from chats(path, tokenizer, limit)
+        return
     # the tokenizer takes long over megabytes
-    ids = tokenizer.encode(text[:limit * 8], add_special_tokens=False)[:limit]
+    ids = tokenizer.encode(read_text(path)[:limit * 8], add_special_tokens=False)[:limit]
     for at in range(0, len(ids) - 1, chunk):
         yield ids[at:at + chunk], None
 
@@ -127,16 +149,69 @@ def measure(o, reference, tokenizer, subjects):
     found = {}
     for path in o.texts:
         for ids, answer in windows(path, tokenizer, o.chunk, o.limit):
+            begin = len(ids) // 2 if o.llama and answer is None else 0
+            end = len(ids) - 1 if o.llama and answer is None else len(ids)
             with torch.no_grad():
-                a = torch.log_softmax(reference(torch.tensor([ids])).logits[0].double(), -1)
+                a = torch.log_softmax(reference(torch.tensor([ids])).logits[0, begin:end], -1)
+            share = a.exp()
             for subject in subjects:
-                b = torch.log_softmax(logits(o, *subject, ids).double(), -1)
-                kl = (a.exp() * (a - b)).sum(-1)
+                b = torch.log_softmax(logits(o, *subject, ids)[begin:end], -1)
+                kl = (share * (a - b)).sum(-1, dtype=torch.float64)
                 rows = torch.stack([kl, (a.argmax(-1) == b.argmax(-1)).double()], -1)
                 found.setdefault((path, subject), []).append(rows)
                 if answer is not None:
                     found.setdefault((path + ", answers", subject), []).append(rows[answer:])
     return {key: torch.cat(rows) for key, rows in found.items()}
+
+
+# ---- llama.cpp
+
+def make_quants(o, folder):
+    """GGUF files of the folder's weights: the name of each, and its path."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    exact = o.work + "/F32.gguf"
+    run(sys.executable, here + "/make_gguf.py", folder, exact, "--type", "F32")
+    made = {"F32": exact}
+    for name in filter(None, o.quants.split(",")):
+        made[name] = f"{o.work}/{name}.gguf"
+        run(o.llama + "/llama-quantize", exact, made[name], name)
+    return made
+
+
+def perplexity(o, quants):
+    """{(text, name): (KL, largest, same token)} of llama.cpp with each file."""
+    found, base = {}, o.work + "/base.kld"
+    for path in [t for t in o.texts if quants and not t.endswith(".jsonl")]:
+        with open(o.work + "/text.txt", "w", encoding="utf-8") as f:
+            f.write(read_text(path)[:o.limit * 8])
+        ask = [o.llama + "/llama-perplexity", "-c", str(o.chunk), "--chunks", str(o.limit // o.chunk),
+               "--kl-divergence-base", base, "-m"]
+        run(*ask, quants["F32"], "-f", o.work + "/text.txt")
+        for name in list(quants)[1:]:
+            said = run(*ask, quants[name], "--kl-divergence")
+            numbers = [re.search(what + r" *: *([-\d.]+)", said) for what in ("Mean +KLD", "Maximum KLD", "Same top p")]
+            found[path, name] = [float(n[1]) for n in numbers]
+    return found
+
+
+def gguf_bits(path):
+    import gguf
+    tensors = gguf.GGUFReader(path).tensors
+    return 8 * sum(int(t.n_bytes) for t in tensors) / sum(int(t.n_elements) for t in tensors)
+
+
+# ---- questions
+
+def questions(o, model):
+    right = asked = 0
+    tasks = {"medqa": o.questions + "/medqa*.jsonl", "mmlu": o.questions + "/mmlu/*_val.csv"}
+    for task, pattern in tasks.items():
+        for path in sorted(glob.glob(pattern)):
+            said = run(o.bin + "/medrun-eval", model, task, path, "--mode", "answer", "--no-template",
+                       "--summary", "json")
+            row = next(r for r in json.loads(said)["results"] if not r["subject"])
+            right, asked = right + row["right"], asked + row["n"]
+    return f"{right} of {asked}"
 
 
 def bits_a_weight(model):
@@ -159,24 +234,49 @@ def main():
     p.add_argument("--strict", action="store_true")
     p.add_argument("--chunk", type=int, default=256)
     p.add_argument("--limit", type=int, default=8704)
+    p.add_argument("--llama")
+    p.add_argument("--quants", default="")
+    p.add_argument("--imports", default="")
+    p.add_argument("--questions")
     o = p.parse_args()
     models = [f for f in o.files if f.endswith(".mdr")]
     o.texts = [f for f in o.files if not f.endswith(".mdr")]
+    if o.quants and not o.llama:
+        p.error("--quants: wanted --llama too")
     os.makedirs(o.work, exist_ok=True)
     folder = o.folder if o.permute is None else permute(o.folder, o.work + "/permuted", o.permute)
+    quants = make_quants(o, folder) if o.llama else {}
+    checkpoints = {}
+
+    def export(source, kind, name, *more):
+        out = f"{o.work}/{name}.mdr"
+        run(o.bin + "/medrun-export", source, out, "--type", kind, "--force", *more)
+        return out
+
+    def both(source, kind, name):
+        models.append(export(source, kind, name))
+        if kind == "int4" and o.calibrate:
+            models.append(export(source, kind, name + "-calibrated", "--calibrate", o.calibrate))
+
     for kind in filter(None, o.types.split(",")):
-        ways = [("", [])] + [(" calibrated", ["--calibrate", o.calibrate])] * (kind == "int4" and bool(o.calibrate))
-        for what, more in ways:
-            models.append(f"{o.work}/{kind}{what.replace(' ', '-')}.mdr")
-            run(o.bin + "/medrun-export", folder, models[-1], "--type", kind, "--force", *more)
-    subjects = [(m, kv) for m in models for kv in o.kv.split(",")]
+        both(folder, kind, kind)
+    for name in list(quants)[1:]:
+        for kind in filter(None, o.imports.split(",")):
+            both(quants[name], kind, f"{kind}-from-{name}")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    print("| text | model | cache | bits a weight | positions | KL, nats | largest | same token |\n|---|---|---|---|---|---|---|---|")
+    subjects = [(m, kv) for m in models for kv in o.kv.split(",")]
+    right = {m: questions(o, m) if o.questions else "" for m in models}
+    print("| text | model | cache | bits a weight | positions | KL, nats | largest | same token | questions right |\n"
+          "|---|---|---|---|---|---|---|---|---|")
     for (path, (model, kv)), rows in measure(o, reference, tokenizer, subjects).items():
         kl, same = rows[:, 0], rows[:, 1]
         print(f"| {os.path.basename(path)} | {os.path.basename(model)} | {kv} | {bits_a_weight(model):.2f} | {len(kl)} | "
-              f"{kl.mean():.3g} | {kl.max():.3g} | {100 * same.mean():.2f} % |")
+              f"{kl.mean():.3g} | {kl.max():.3g} | {100 * same.mean():.2f} % | {right[model]} |", flush=True)
+    for (path, name), (kl, largest, same) in perplexity(o, quants).items():
+        answered = questions(o, export(quants[name], "bf16", "bf16-from-" + name)) if o.questions else ""
+        print(f"| {os.path.basename(path)} | llama.cpp {name} | f16 | {gguf_bits(quants[name]):.2f} | | "
+              f"{kl:.3g} | {largest:.3g} | {same:.2f} % | {answered} |", flush=True)
 
 
 main()
