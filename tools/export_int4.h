@@ -47,6 +47,7 @@ struct more_kernels {
 #define chain_int4 B(chain_int4)
 #define add_tile K(add_tile)
 #define sum_products B(sum_products)
+#define SUM_ROWS (TILE_PANELS > 1 ? 8 : 4)      /* what fits the registers                      */
 
 #ifndef PARTIAL                 /* such passes use those of the pass they are based on           */
 /* 16 groups, a lane each, and the best scale and shift so far. */
@@ -259,9 +260,9 @@ static void chain_int4(const int4_chain *c, uint16_t *bits, uint8_t *q, float *e
     for (int i = 0; i < 16; i++) loss[i] += least[i];
 }
 
-/* ROWS <= 4 rows and 32 or 16 columns at once, which stay in registers. */
+/* ROWS <= 8 rows and 32 or 16 columns at once, which stay in registers. */
 ALWAYS_INLINE void add_tile(const matrix_sum *s, size_t row, size_t col, size_t rows, size_t vecs) {
-    vec sum[4][2];
+    vec sum[8][2];
     UNROLLED for (size_t i = 0; i < rows; i++)
         UNROLLED for (size_t k = 0; k < vecs; k++)
             sum[i][k] = vload(s->c + (row + i) * s->c_stride + col + 16 * k);
@@ -281,6 +282,9 @@ ALWAYS_INLINE void add_tile(const matrix_sum *s, size_t row, size_t col, size_t 
 static void sum_products(const matrix_sum *s) {
     for (size_t col = 0; col < s->cols; col += 32) {
         size_t row = 0, vecs = s->cols - col < 32 ? 1 : 2;
+        for (; SUM_ROWS == 8 && row + 8 <= s->rows; row += 8)
+            if (vecs == 2) add_tile(s, row, col, 8, 2);
+            else add_tile(s, row, col, 8, 1);
         for (; row + 4 <= s->rows; row += 4)
             if (vecs == 2) add_tile(s, row, col, 4, 2);
             else add_tile(s, row, col, 4, 1);
@@ -307,3 +311,4 @@ static const struct more_kernels K(more_kernels) = {fit_int4, chain_int4, sum_pr
 #undef chain_int4
 #undef add_tile
 #undef sum_products
+#undef SUM_ROWS
