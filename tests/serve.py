@@ -784,6 +784,9 @@ def part_grammar():
         check('an expression', c['finish_reason'] == 'length' or re.fullmatch(r, c['text']), (r, c))
     for r in ('(', '[a', 'a{2', 'a**', '(?<=x)', '\\1', 'a)', '[b-a]', '\\b'):
         check('no expression', s.post('/v1/completions', prompt='x', guided_regex=r)[0] == 400, r)
+    wide = '|'.join(f'[ -~]*{chr(97 + i % 26)}[ -~]{{{20 + i // 26}}}x' for i in range(220))
+    code, a, _ = s.post(CHAT, messages=ASK, guided_regex=wide, temperature=1)
+    check('a mask of too much work', code == 400 and 'more work' in a['error']['message'], a)
     check('one shape', s.post(CHAT, messages=ASK, guided_regex='a', guided_choice=['b'])[0] == 400)
     for g, r in (('root ::= "yes" | "no " [a-z]{2,4}', 'yes|no [a-z]{2,4}'),
                  ('root ::= ("a" root "b")? # as many', 'a*b*')):

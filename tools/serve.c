@@ -582,6 +582,11 @@ static const uint8_t *mask_of(server *sv, const seq *q) {
     return mask;
 }
 
+/* Then the request ends in an error: it is never answered in another shape. */
+static bool shape_failed(const job *g) {
+    return (g->grammar && g->grammar->failed) || (g->calls && g->calls->failed);
+}
+
 /* The only token that may come, if no logits can change that and nobody asks for them; else -1. */
 static int32_t forced_token(server *sv, const seq *q) {
     const job *g = q->job;
@@ -870,6 +875,7 @@ static void write_token(server *sv, seq *q) {
     take_token(sv, q, id, logprob, ranks);
     size_t most = (size_t)sv->lead->options.batch / sv->n_slots;
     while (q->unfed < most && (id = forced_token(sv, q)) >= 0) take_token(sv, q, id, NAN, ranks);
+    q->job->broken |= shape_failed(q->job);
 }
 
 /* Uses what the pass has made for Q: FED tokens of its prompt, or its next token. */
@@ -1044,6 +1050,7 @@ static bool run_pass(server *sv) {
 static void finish_job(server *sv, job *g) {
     buffer b = {0};
     bool failed = g->broken || atomic_load(&g->cancelled);
+    api_error x = {.status = shape_failed(g) ? 400 : 500};
     if (g->ended <= 0) g->ended = seconds();
     g->finish = g->seqs[0].finish;
     for (size_t i = 0; i < g->n_seqs; i++) {
@@ -1054,12 +1061,11 @@ static void finish_job(server *sv, job *g) {
     }
     if (g->p.stream && !failed) flush_chunks(sv, g);
     if (!failed) write_end(sv, g, &b);
-    if (failed || b.failed) {
-        api_error x = {.status = 500};
-        bool shape = (g->grammar && g->grammar->failed) || (g->calls && g->calls->failed);
-        wrong(&x, NULL, shape ? "the answer's shape takes more work than a request may ask for"
-                              : "the answer could not be finished");
-        b.n = 0;
+    if ((failed |= b.failed)) {
+        wrong(&x, NULL, "%s", shape_failed(g)
+              ? "the answer's shape takes more work than a request may ask for"
+              : "the answer could not be finished");
+        buffer_free(&b);
         g->broken = g->p.stream;
         buffer_text(&b, g->p.stream ? "data: " : "");
         write_error(&b, &x);
@@ -1068,7 +1074,7 @@ static void finish_job(server *sv, job *g) {
     for (size_t i = 0; i < g->n_seqs; i++) if (g->seqs[i].state != ENDED) end_seq(sv, &g->seqs[i]);
     note_time(sv, TO_END, g->ended - g->arrived);
     pthread_mutex_lock(&sv->lock);
-    g->status = failed ? 500 : 200;
+    g->status = failed ? x.status : 200;
     buffer_add(&g->out, b.data, b.n);
     g->done = true;
     bool orphan = g->orphan;
