@@ -10,6 +10,8 @@
  *   tools_messages  a conversation in JSON, with tool_calls, blocks and results, as messages whose
  *                   roles the engine has for finished text ("assistant/calls", "tool/json"), or
                    which stand here for a chat_writer's `more`
+ *   openai_messages the same from a conversation as OpenAI's API has it: a developer is the system,
+ *                   contents may be parts, arguments are text
  *   tool_calls      what the model wrote between the tokens of a call, as plain JSON
  *
  * No function here makes a control id; the engine's table does. What a template refuses is refused,
