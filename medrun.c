@@ -6332,16 +6332,15 @@ static const chat_kind apertus_turns[] = {
     .stops = {"</s>", "<|assistant_end|>", "<|tools_suffix|>"}, \
     .call_tokens = {"<|tools_prefix|>", "<|tools_suffix|>"}
 
-/* Llama 2 and Mistral: questions and answers in turn, nothing opens an answer. */
-#define NO_TURN(state) {.refuse = "wanted user and assistant in turn", .when = state}
-#define NO_ANSWER {.refuse = "wanted user and assistant in turn", .unless = ASKED}
-#define ASK(words) {.says = words, .sets = ASKED, .clears = ANSWERED | SYSTEM_OPEN}
-#define ANSWER(words) {.says = words, .sets = ANSWERED, .clears = ASKED}
-#define MISTRAL(space) \
-    .bos = "<s>", .close = SAYS("`</s>`"), .stops = {"</s>"}, .marks = {"[INST]", "[/INST]"}, \
-    .turns = KINDS({"user", PARTS(NO_TURN(ASKED), {.says = space, .when = ANSWERED}, \
-                                  ASK("[INST] $text [/INST]"))}, \
-                   {"assistant", PARTS(NO_ANSWER, ANSWER("$text`</s>`"))})
+/* Llama 2 and Mistral: questions and answers in turn, nothing opens an answer. The last arguments
+ * begin a question, SAID and END answer it. */
+#define NO_TURN(...) {.refuse = "wanted user and assistant in turn", __VA_ARGS__}
+#define INST(mark, said, end, ...) \
+    .bos = "<s>", .close = SAYS(end), .stops = {"</s>"}, .marks = {"[INST]", "[/INST]", mark}, \
+    .turns = KINDS({"user", PARTS(NO_TURN(.when = ASKED), __VA_ARGS__, \
+            {.says = " [/INST]", .sets = ASKED, .clears = ANSWERED | SYSTEM_OPEN})}, \
+        {"assistant", PARTS(NO_TURN(.unless = ASKED), \
+            {.says = said end, .sets = ANSWERED, .clears = ASKED})})
 
 /* What the row llama3 makes of the question "Is it warm?", opening of the answer included:
  *
@@ -6404,28 +6403,33 @@ static const chat_template chat_templates[] = {
     },
     /* Llama-2-Chat. The system text stands in the first question. */
     {
-        .name = "llama2", .bos = "<s>", .marks = {"[INST]", "[/INST]", "<<SYS>>"},
+        .name = "llama2", .end = PARTS(NO_TURN(.when = SYSTEM_OPEN)),
         .opening = PARTS({.says = "[INST] <<SYS>>\n$text\n<</SYS>>", .unless = OWN_SYSTEM,
                           .sets = SYSTEM_OPEN}),
-        .turns = KINDS({"user", PARTS(NO_TURN(ASKED), {.says = "`<s>`", .when = ANSWERED},
-                                      {.says = "$below", .when = SYSTEM_OPEN},
-                                      {.says = "[INST] $stripped", .unless = SYSTEM_OPEN},
-                                      ASK(" [/INST]"))},
-                       {"assistant", PARTS(NO_ANSWER, ANSWER(" $stripped `</s>`"))}),
-        .end = PARTS(NO_TURN(SYSTEM_OPEN)), .close = SAYS(" `</s>`"), .stops = {"</s>"},
+        INST("<<SYS>>", " $stripped", " `</s>`", {.says = "`<s>`", .when = ANSWERED},
+             {.says = "$below", .when = SYSTEM_OPEN},
+             {.says = "[INST] $stripped", .unless = SYSTEM_OPEN}),
     },
-    /* Mistral-7B-Instruct as its files are now, and as those of v0.2 and v0.1 were first, from
-     * which others were made: without a place for a system text. */
+    /* Mistral-7B-Instruct as its files are now; and as those of v0.2 and v0.1 were first, from
+     * which others were made, without a place for a system text. */
     {
-        .name = "mistral", .bos = "<s>", .marks = {"[INST]", "[/INST]"},
+        .name = "mistral", .end = PARTS(NO_TURN(.when = SYSTEM_OPEN)),
         .opening = PARTS({.says = " [INST] $text\n\n", .unless = OWN_SYSTEM, .sets = SYSTEM_OPEN}),
-        .turns = KINDS({"user", PARTS(NO_TURN(ASKED), {.says = " [INST] ", .unless = SYSTEM_OPEN},
-                                      ASK("$text [/INST]"))},
-                       {"assistant", PARTS(NO_ANSWER, ANSWER(" $text`</s>`"))}),
-        .end = PARTS(NO_TURN(SYSTEM_OPEN)), .close = SAYS("`</s>`"), .stops = {"</s>"},
+        INST(NULL, " $text", "`</s>`", {.says = " [INST] ", .unless = SYSTEM_OPEN},
+             {.says = "$text"}),
     },
-    {.name = "mistral-v0.2", MISTRAL("")},
-    {.name = "mistral-v0.1", MISTRAL(" "), .end = PARTS({.says = " ", .when = ANSWERED})},
+    {.name = "mistral-v0.2", INST(NULL, "$text", "`</s>`", {.says = "[INST] $text"})},
+    {.name = "mistral-v0.1", .end = PARTS({.says = " ", .when = ANSWERED}),
+     INST(NULL, "$text", "`</s>`", {.says = " ", .when = ANSWERED}, {.says = "[INST] $text"})},
+    /* Med42 of Llama 2: its card shows how one question is written. */
+    {
+        .name = "med42", .bos = "", .opening = SAYS("\n<|system|>: $text\n"),
+        .system = "You are a helpful medical assistant created by M42 Health in the UAE.",
+        .turns = KINDS({"user", PARTS({.refuse = "its card shows one question", .when = ANSWERED},
+                                      {.says = "<|prompter|>:$text\n", .sets = ANSWERED})}),
+        .answer = SAYS("<|assistant|>:\n"), .stops = {"</s>"},
+        .marks = {"<|system|>:", "<|prompter|>:", "<|assistant|>:"},
+    },
     /* The first two differ in tools/tool_calls.c only. The third also ends an assistant's turn that
      * ends the conversation. */
     {.name = "apertus", APERTUS, .end = PARTS(END_RESULTS)},
@@ -6454,18 +6458,15 @@ static const chat_template chat_templates[] = {
 #undef OPEN_ASSISTANT
 #undef END_RESULTS
 #undef NO_TURN
-#undef NO_ANSWER
-#undef ASK
-#undef ANSWER
 #undef LLAMA3_HEAD
 #undef LLAMA3
 #undef CHATML
 #undef APERTUS
-#undef MISTRAL
+#undef INST
 
 #define MEDRUN_TEMPLATES \
     "llama3, llama3.1, llama2, mistral, mistral-v0.1, mistral-v0.2, afm, chatml, chatml-bare, " \
-    "apertus, apertus-bare, apertus-closed, alpaca, none"
+    "apertus, apertus-bare, apertus-closed, alpaca, med42, none"
 #define MEDRUN_UNKNOWN "unknown"    /* in a checkpoint whose template the exporter did not know */
 
 /* The roles of messages in files. */
@@ -6702,8 +6703,7 @@ static int chat_messages(const chat_template *c, const json *j, uint32_t v, cons
         good = json_is_type(j, x, JSON_OBJECT);
     *m = NULL;
     *n = good ? j->nodes[v].count : 0;
-    if (!good)
-        return bad_file(e, what, "wanted [{\"role\": \"...\", \"content\": \"...\"}, ...]");
+    if (!good) return bad_file(e, what, "wanted [{\"role\": \"...\", \"content\": \"...\"}, ...]");
     json_check_keys(j, v, "messages", e);
     *m = new_array(*n, sizeof **m);
     if (!*m || !buffer_room(text, j->nodes[v].end - j->nodes[v].start))     /* none will move    */
@@ -6823,12 +6823,12 @@ static int chat_render(chat_writer *w, const medrun_message *m, size_t n, bool a
 
 /* Appends one turn of a timeline; FIRST: of an empty one, where M may be NULL for what the template
  * writes before the first turn, and nothing else. Turn by turn gives what chat_render gives for the
- * whole, if chat_close closed every answer of the model before the next turn. There are four
- * exceptions. Results of tools, and for `apertus` two turns of the assistant in a row, go on in the
- * turn before. `none` has nothing between its turns, so a word that goes on in the next turn is two
- * words here. A system text that is not the first turn does not take back the default text that
- * `alpaca` has put first. And after an answer `alpaca` gives the same text, but the answer's last
- * token may have been another one had the empty line followed it. */
+ * whole, if chat_close closed every answer before the next turn. There are four
+ * exceptions. Results of tools, and two turns of the assistant in a row for `apertus`, go on in the
+ * turn before. `none` has nothing between its turns: a word that goes on in the next turn is two
+ * words here. A system text that is not first does not take back the default text that `alpaca` has
+ * put first. After an answer `alpaca` gives the same text, but the answer's last token may be
+ * another one where the empty line follows it. */
 static int chat_turn(chat_writer *w, const medrun_message *m, bool first, bool answer) {
     size_t n_before = w->out->n;
     if (first && w->o && w->o->tools && w->c->first)
@@ -11271,7 +11271,7 @@ int main(int argc, char **argv) { return run_program(&medrun_program, argc, argv
 #undef LLAMA3_SAID
 #undef LOCK_HINT
 #undef MAYBE_UNUSED
-#undef MISTRAL
+#undef INST
 #undef NEVER_INLINE
 #undef NO_ID
 #undef OPEN_ASSISTANT

@@ -1878,6 +1878,9 @@ static void test_templates(void) {
           near(info.sampling.top_p, 0.75));
     CHECK(errors.n && strstr((char *)errors.data, "temperature 0.4, top_k 150"));
     medrun_close(m), clear_folder("out");
+    CHECK_EQ(EXPORT("--template", "med42"), 0);
+    CHECK(errors.n && strstr((char *)errors.data, "temperature 0.7, top_k 50, top_p 1"));
+    clear_folder("out");
     edit("generation_config.json", "{", "{\"top_k\": 7,");
     info = exported(&m);                                /* the model's own word is enough        */
     CHECK(near(info.sampling.temperature, 0) && info.sampling.top_k == 7);

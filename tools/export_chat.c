@@ -331,6 +331,7 @@ static const struct { const char *name; source_sampling sampling; } card_samplin
     {"llama3.1", {.temperature = 0.6, .top_k = 50, .top_p = 0.9, .repeat_penalty = 1}},
     {"afm", {.temperature = 0.5, .top_k = 50, .top_p = 0.95, .repeat_penalty = 1.1}},
     {"apertus", {.temperature = 0.8, .top_k = 50, .top_p = 0.9, .repeat_penalty = 1}},
+    {"med42", {.temperature = 0.7, .top_k = 50, .top_p = 1, .repeat_penalty = 1}},
     {"alpaca", {.temperature = 1, .top_k = 50, .top_p = 1, .repeat_penalty = 1}},
 };
 
