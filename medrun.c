@@ -1123,15 +1123,15 @@ static void make_safe(char *text) {
  * if (n > max) return fail(e, MEDRUN_BAD_FILE, "...", n, max); */
 MEDRUN_PRINTF_LIKE(3, 4)
 static int fail(medrun_error *e, int code, const char *format, ...) {
-    if (e && e->code == MEDRUN_OK) {
-        va_list args;
-        va_start(args, format);
-        vsnprintf(e->text, sizeof e->text, format, args);
-        va_end(args);
-        make_safe(e->text);
-        e->code = code;
-    }
-    return code;
+    if (!e || e->code) return code;
+    va_list args;
+    va_start(args, format);
+    vsnprintf(e->text, sizeof e->text, format, args);
+    va_end(args);
+    /* for want of memory no file is bad */
+    if (strstr(e->text, strerror(ENOMEM))) code = MEDRUN_NO_MEMORY;
+    make_safe(e->text);
+    return e->code = code;
 }
 
 /* As fail, of a file at PATH that is not as it must be. */
@@ -4978,9 +4978,8 @@ static int map_file(const char *path, file_map *map, medrun_error *e) {
         bad_file(e, path, "is not a regular file but a pipe or a device, so it cannot be mapped");
     else if (!f.bytes) bad_file(e, path, "is empty");
     else if (!p)
-        fail(e, n && errno == ENOMEM ? MEDRUN_NO_MEMORY : MEDRUN_BAD_FILE,
-             "%s: cannot map its %llu bytes: %s", path, (unsigned long long)f.bytes,
-             n ? strerror(errno) : "a program of 32 bits can address 4294967295");
+        bad_file(e, path, "cannot map its %llu bytes: %s", (unsigned long long)f.bytes,
+                 n ? strerror(errno) : "a program of 32 bits can address 4294967295");
     close(fd);
     if (!p) return e->code;
     want_large_pages(p, n);

@@ -28,6 +28,13 @@ static void test_errors(void) {
     e = (medrun_error){0};
     CHECK_EQ(out_of_memory(&e, 12345), MEDRUN_NO_MEMORY);
     CHECK(strstr(e.text, "12345") != NULL);
+    for (int code = MEDRUN_FAILED; code <= MEDRUN_BAD_FILE; code++) {   /* and so whatever failed */
+        e = (medrun_error){0};
+        CHECK_EQ(fail(&e, code, "x: cannot open: %s", strerror(ENOMEM)), MEDRUN_NO_MEMORY);
+        CHECK_EQ(e.code, MEDRUN_NO_MEMORY);
+        e = (medrun_error){0};
+        CHECK_EQ(fail(&e, code, "x: cannot open: %s", strerror(ENOENT)), code);
+    }
 }
 
 static void test_new_array(void) {

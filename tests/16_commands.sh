@@ -450,7 +450,8 @@ lab 0 bench "$model" -p 16 -n 3 -r 1 -o json; out_has '"pp":{"n":16,"tps":'; out
 lab 0 bench "$model" -p 9 -n 3 -r 2 -d 40 --kv int8; out_has '| pp9 @ d40 | '; out_has 'kv int8'
 lab 0 bench "$model" -p 9 -n 3 -r 1 -d 40 -o json; out_has '"kv":"f16","depth":40,'
 lab 2 bench "$model" -p 0 -n 0; lab 2 bench "$model" -o xml
-for wrong in '' 1, ,1 1,,2 x 1x -1 1.5 1048577 "$(seq -s , 17)"; do lab 2 bench "$model" -p "$wrong"; err_has 'commas between'; err_lines 1; done
+lab 0 bench "$model" -p 9.,+1e1 -n 0 -r 1; check 'numbers as everywhere' [ "$(grep -c '^| pp' "$T/out")" = 2 ]
+for wrong in '' 1, ,1 1,,2 x 1x -1 1.5 ' 5' 0x5 nan 1048577 "$(seq -s , 17)"; do lab 2 bench "$model" -p "$wrong"; err_has 'commas between'; err_lines 1; done
 lab 0 bench "$model" -p 0,9,12 -n 2,0 -d 0,40 -r 1; check 'six rows' [ "$(grep -c '^| [pt][pg]' "$T/out")" = 6 ]
 check 'columns are padded' [ "$(grep '^|' "$T/out" | sed 's/±/+/' | awk '{ print length($0) }' | sort -u | wc -l)" = 1 ]
 lab 0 bench "$model" -p 9,12 -n 0 -d 0,40 -r 1 -o csv; check 'a head and four lines' [ "$(wc -l <"$T/out")" = 5 ]

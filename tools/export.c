@@ -1686,10 +1686,10 @@ static int read_messages(const json_file *f, uint32_t v, medrun_message *m, char
     return MEDRUN_OK;
 }
 
-/* May a system message begin a conversation? */
-static bool takes_system(const chat_template *c) {
-    bool found = c->opening || c->said;
-    for (const chat_kind *k = c->turns; k && k->role; k++) found |= !strcmp(k->role, "system");
+/* Has template C a place for the role in node V of J? */
+static bool takes_role(const chat_template *c, const json *j, uint32_t v) {
+    bool found = c->said || (c->opening && json_is(j, v, "system"));
+    for (const chat_kind *k = c->turns; k && k->role; k++) found |= json_is(j, v, k->role);
     return found;
 }
 
@@ -1701,9 +1701,9 @@ static int prove_chat(exporter *x, const json_file *f, uint32_t v, medrun_error 
     char date[11] = "";
     if (!x->source.chat) return MEDRUN_OK;
     WANT(n, f, "chats", v, "messages");
-    uint32_t first = given(&f->j, v, "messages") + 1;
-    if (!f->map.n && json_is(&f->j, json_get(&f->j, first, "role"), "system") &&
-        !takes_system(x->source.chat)) return MEDRUN_OK;        /* own proofs must fit           */
+    for EACH(&f->j, given(&f->j, v, "messages"), turn)          /* own proofs must fit           */
+        if (!f->map.n && !takes_role(x->source.chat, &f->j, json_get(&f->j, turn, "role")))
+            return MEDRUN_OK;
     if (given(&f->j, v, "date") != JSON_NONE) {
         if (json_text(&f->j, v, f->path, "date", date, sizeof date, e)) return e->code;
     } else if (x->source.chat->states_today) date_today(date);

@@ -494,13 +494,17 @@ typedef struct {
 /* "128,512" of the option ID. */
 static int read_numbers(command *c, int id, number_list *out) {
     const char *text = given(c, id) ? c->text[id] : c->p->options[id].standard, *p = text;
-    for (char *end; !c->e.code; p = end + 1) {
-        unsigned long v = strtoul(p, &end, 10);
-        if (*p < '0' || *p > '9' || v > 1 << 20 || (*end && *end != ',') || out->n == MAX_LIST)
+    for (bool more = true; more && !c->e.code;) {
+        char one[32];
+        double v = -1;
+        size_t n = strcspn(p, ",");
+        snprintf(one, sizeof one, "%.*s", n < sizeof one ? (int)n : 0, p);
+        if (!parse_number(one, &v) || v < 0 || v > 1 << 20 || v != floor(v) || out->n == MAX_LIST)
             fail(&c->e, MEDRUN_USAGE, "--%s: found %s, wanted up to %d numbers from 0 to %d, with "
                  "commas between", c->p->options[id].name, text, MAX_LIST, 1 << 20);
         else out->at[out->n++] = (int)v;
-        if (!*end) break;
+        more = p[n];
+        p += n + 1;
     }
     return c->e.code;
 }

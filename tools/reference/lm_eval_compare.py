@@ -3,7 +3,7 @@
 
     pip install "lm-eval[hf]==0.4.13" torch transformers tokenizers sentencepiece safetensors numpy
     python tools/reference/lm_eval_compare.py DATA [--folder HF_FOLDER]... [--bin .] [--limit 12]
-        [--template llama3] [--tasks TASK...] [--plain]
+        [--template llama3] [--tasks TASK...] [--plain] [--subjects 2] [--no-chat]
 
 DATA has the questions as they are published: medqa*.jsonl, medmcqa*.jsonl, pubmedqa*.json and
 mmlu/SUBJECT_val.csv with SUBJECT_dev.csv. The harness gets the same questions in the form of the
@@ -14,7 +14,7 @@ are then not asked.
 Models: tiny random ones of Mistral, Arcee and Apertus, made here, each with the chat template of
 its family, and every --folder, whose weights are rounded to bfloat16 first, with --template. medrun
 runs the bf16 checkpoint with --strict. --tasks: only these. --plain: without shots and without what
-the model writes.
+the model writes. --no-chat: nor with a chat template. --subjects: how many of mmlu.
 
 For every question, plain and with chat template, without shots, with three in one text, and with
 three as turns: the prompt is the same (by SHA-256), the log-likelihood of every choice within 1e-3,
@@ -55,7 +55,6 @@ ALPACA = ("{% if messages[0]['role'] != 'system' %}{{ '### System:\\nYou are a m
           " + '\\n' + m['content'] + '\\n\\n' }}{% endfor %}{{ '### Response:\\n' }}")
 TINY = {"mistral-window": ("alpaca", ALPACA), "arcee-yarn": ("afm", AFM), "arcee-yarn5": ("afm", AFM),
         "apertus-plain": ("apertus", APERTUS)}
-SUBJECTS = 2
 GENERATED = 48
 REASON = ("Instructions: The following are multiple choice questions about medical knowledge. Solve them in a "
           "step-by-step fashion, starting by summarizing the available information. Output a single option from "
@@ -189,7 +188,7 @@ def mmlu_data(work, folder, subject, limit):
     return paths[0], paths[2], paths[1], paths[3]
 
 
-def make_data(work, data, limit):
+def make_data(work, data, limit, subjects):
     """{our task: (harness's file, (paths))}"""
     import lm_eval
     home = os.path.join(os.path.dirname(lm_eval.__file__), "tasks")
@@ -203,7 +202,7 @@ def make_data(work, data, limit):
         "pubmedqa": ("pubmedqa/pubmedqa.yaml", split(work, "pubmedqa", pubmedqa, limit, lambda r: r[1], "json")),
         "mmlu_pro": ("leaderboard/mmlu_pro/mmlu_pro.yaml",
                      split(work, "mmlu_pro", of_pro(medqa), limit, lambda r: r))}
-    found = sorted(glob.glob(os.path.join(data, "mmlu", "*_val.csv")))[:SUBJECTS]
+    found = sorted(glob.glob(os.path.join(data, "mmlu", "*_val.csv")))[:subjects]
     for path in found:
         subject = os.path.basename(path)[:-len("_val.csv")]
         tasks["mmlu " + subject] = ("mmlu/default/mmlu_%s.yaml" % subject,
@@ -322,7 +321,7 @@ def compare_model(folder, template, o, work, tasks, task_folder):
     manager = TaskManager(include_path=task_folder)
     bad = count = 0
     worst = 0.0
-    hows = [(False, 0, False), (True, 0, False)]
+    hows = [(False, 0, False), (True, 0, False)][:1 if o.no_chat else 2]
     if not o.plain:
         hows += [(False, SHOTS, False), (True, SHOTS, False), (True, SHOTS, True)]
     for generate in (False, True)[:1 if o.plain else 2]:
@@ -350,13 +349,15 @@ def main():
     p.add_argument("--template", default="llama3", help="of the folders")
     p.add_argument("--tasks", nargs="*", help="only these")
     p.add_argument("--plain", action="store_true", help="no shots, nothing written")
+    p.add_argument("--no-chat", action="store_true", help="with --plain: no chat template")
+    p.add_argument("--subjects", type=int, default=2, help="how many of mmlu's")
     p.add_argument("--bin", default=".", help="where medrun-eval and medrun-export are")
     p.add_argument("--limit", type=int, default=12, help="questions of each data set")
     p.add_argument("--tiny", nargs="*", default=list(TINY), help="which of " + ", ".join(TINY))
     o = p.parse_args()
     with tempfile.TemporaryDirectory() as work:
         os.environ["HF_HOME"] = os.path.join(work, "hf")
-        tasks = make_data(work, o.data, o.limit)
+        tasks = make_data(work, o.data, o.limit, o.subjects)
         tasks = {t: tasks[t] for t in tasks if not o.tasks or t.split()[0] in o.tasks}
         task_folder = write_tasks(work, tasks)
         bad = 0
