@@ -364,6 +364,7 @@ lab 0 constrain $d -q --choices 'mild,severe pain' 'What is gout?'; out_has '^mi
 lab 0 constrain $d -q --regex '[A-C]{2}' -p x; out_has '^[A-C][A-C]$'
 lab 2 constrain $d -q --schema "$T/not.json" -p x; err_has '#/properties/a~1b/not: '; err_lines 1; no_out
 lab 2 constrain $d -q -p x; err_has 'wanted one of'; lab 2 constrain $d -q --regex a --choices b x; err_has 'wanted one of'
+if [ -c /dev/zero ]; then lab 3 constrain $d -q --schema /dev/zero -p x; err_lines 1; no_out; fi
 lab 2 constrain $d -q --regex '(' -p x; err_has 'regular expression: '; lab 3 constrain $d -q --schema "$T/none" -p x; no_out
 lab 0 call --render --messages "$T/m.json" "$model"; cp "$T/out" "$T/lab"
 code 0 render "$model" --messages "$T/m.json"; out_is "$T/lab"

@@ -44,6 +44,13 @@ refused 2 'wanted one of -p' "$model"
 refused 2 'found 2' "$model" -p x --ids "1 2"
 code 2 "$model" -p x; err_has 'wanted -o'
 refused 3 'cannot open' "$T/none.mdr" -p x
+if [ -c /dev/zero ]; then               # a stream without an end, and a file that is too long
+    "$explain" "$model" -f - -o "$T/no.html" < /dev/zero 2> "$T/err"; rc=$?
+    check "a stream without an end: exit $rc" [ $rc = 5 ]
+    head -c 40000000 /dev/zero | tr '\0' x > "$T/long"
+    refused 5 'over 59392 bytes' "$model" -f "$T/long"
+    refused 3 'over 16777216 bytes' "$model" --chat "$T/long"; rm "$T/long"
+fi
 refused 2 'stands in the text 5 times, at bytes 3, 6, 9, 12, 15' "$model" -p "What a day a day" --what-if 'a=>b' --seed 1
 refused 2 'does not stand in the text' "$model" -p "$question" --what-if 'gout=>flu'
 refused 2 "wanted 'OLD=>NEW'" "$model" -p "$question" --what-if gout

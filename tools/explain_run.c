@@ -189,26 +189,45 @@ static int build_prompt(explain *x, const char *text, size_t n, int turn, bool r
 
 /* ---- reading what the options name --------------------------------------------------------- */
 
-/* A text file, or stdin, behind what TO has; the line end at its end is dropped. */
-static int read_text_file(const char *path, buffer *to, medrun_error *e) {
+enum { MOST_TEXT = 16 << 20 };          /* bytes: a thick book has fewer                         */
+
+/* A text file, or stdin, behind what TO has; the line end at its end is dropped. No more than MOST
+ * bytes are taken, and of a stream without an end no more are read. */
+static int read_text_file(const char *path, size_t most, buffer *to, medrun_error *e) {
     data_set d = {.path = path};
     file_map map = {0};
     buffer in = {0};
-    const char *text = NULL;
+    const char *text = "";
+    file_facts there;
     size_t n = 0;
-    if (strcmp(path, "-")) map_data(&d, &map, &text, &n, e);
+    bool stream = !strcmp(path, "-");
+    if (!stream && !get_facts(path, -1, &there) && there.regular && there.bytes > most + 3)
+        n = most + 1;                                   /* its size is enough                    */
+    else if (!stream) map_data(&d, &map, &text, &n, e);
     else {
         char piece[4096];
-        for (size_t got; (got = fread(piece, 1, sizeof piece, stdin));) buffer_add(&in, piece, got);
+        for (size_t got = 1; got && in.n <= most;) {
+            got = fread(piece, 1, sizeof piece, stdin);
+            buffer_add(&in, piece, got);
+        }
         text = text_of(&in), n = in.n;
         d.path = "stdin";
-        check_utf8(&d, text, n, e);
     }
+    if (!e->code && n > most)
+        fail(e, most < MOST_TEXT ? MEDRUN_TOO_LONG : MEDRUN_BAD_FILE, "%s: over %zu bytes are "
+             "more than %s", d.path, most, most < MOST_TEXT ? "the context holds" : "are read");
+    if (stream && !e->code) check_utf8(&d, text, n, e);
     if (!e->code && n && text[n - 1] == '\n') n--;
     if (!e->code) buffer_add(to, text, n);
     unmap_file(&map);
     buffer_free(&in);
     return e->code;
+}
+
+/* The bytes that can fit into the context at most, whatever the text says. */
+static size_t most_text(const explain *x) {
+    size_t n = (size_t)x->v.m->config.max_positions * x->v.m->longest_piece;
+    return n < MOST_TEXT ? n : MOST_TEXT;
 }
 
 /* FILE:N, N from 1 on, or FILE for its first question. The file's name may hold a colon. */
@@ -242,7 +261,8 @@ static int open_chat_file(explain *x, medrun_error *e) {
     json j = {0};
     const chat_template *c = x->v.chat;
     if (!c) return fail(e, MEDRUN_USAGE, "--chat: wanted a chat template; leave --raw out");
-    if (!read_text_file(x->o.chat, &file, e) && !json_parse(&j, text_of(&file), file.n, e))
+    if (!read_text_file(x->o.chat, MOST_TEXT, &file, e) &&
+        !json_parse(&j, text_of(&file), file.n, e))
         chat_messages(c, &j, 0, x->o.chat, &x->messages, &x->n_messages, &x->message_text, e);
     x->edited = x->n_messages;
     for (size_t i = 0; i < x->n_messages && !e->code; i++)
@@ -391,7 +411,7 @@ static int choose_lens(explain *x, medrun_error *e) {
 /* The answer that is given, behind the prompt's ids: no text of it becomes a control token. */
 static int take_given(explain *x, medrun_error *e) {
     buffer text = {0};
-    if (x->o.answer[0] == '@') read_text_file(x->o.answer + 1, &text, e);
+    if (x->o.answer[0] == '@') read_text_file(x->o.answer + 1, most_text(x), &text, e);
     else buffer_text(&text, x->o.answer);
     if (!e->code) tokenizer_encode(&x->v.m->tokenizer, text_of(&text), text.n, 0, &x->tokens, e);
     buffer_free(&text);
@@ -417,7 +437,7 @@ static int open_explained(explain *x, medrun_error *e) {
     else {
         if (x->o.prompt) buffer_text(&x->text, x->o.prompt);
         if (x->o.prompt && x->o.file) buffer_text(&x->text, "\n\n");
-        if (x->o.file) read_text_file(x->o.file, &x->text, e);
+        if (x->o.file) read_text_file(x->o.file, most_text(x), &x->text, e);
         buffer_add(&x->text, "", 1);
         x->text.n--;
     }

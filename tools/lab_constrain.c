@@ -42,6 +42,8 @@ static int print_fitting_piece(command *c, int32_t id, const char *text, size_t 
     return check_buffer(c, &a->held) ? c->e.code : print_held(c, a->ended);
 }
 
+enum { MOST_GRAMMAR = 256 << 10 };      /* bytes                                                 */
+
 /* The grammar that the options name, by way of the JSON that a request would have. */
 static int read_constraint(command *c) {
     static const int options[] = {L_CHOICES, L_REGEX, L_GRAMMAR, L_SCHEMA};
@@ -57,8 +59,10 @@ static int read_constraint(command *c) {
         return fail(&c->e, MEDRUN_USAGE, "constrain: wanted one of --schema, --grammar, --regex "
                     "and --choices");
     const char *value = c->text[options[kind]];
-    if (kind > 1) read_text(c, value, 256 << 10, &text);
-    else buffer_text(&text, value);
+    if (kind < 2) buffer_text(&text, value);
+    else if (!read_text(c, value, MOST_INPUT, &text) && text.n > MOST_GRAMMAR)
+        bad_file(&c->e, value, "found %zu bytes, wanted at most %d", text.n, MOST_GRAMMAR);
+    if (c->e.code) return buffer_free(&text), c->e.code;
     if (kind == 3) buffer_add(&quoted, text.data, text.n);
     else if (kind) python_quote(&quoted, chars(&text), text.n);
     for (const char *p = value; !kind; p++) {

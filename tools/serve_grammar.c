@@ -837,6 +837,7 @@ enum { IS_CHOICES, IS_REGEX, IS_GBNF };
 
 static grammar *grammar_done(grammar *g, uint32_t root, const char *what, medrun_error *e) {
     const char *why = e->code || g->failed ? "too large" : grammar_ready(g, root);
+    if (!e->code && g->failed && errno == ENOMEM) out_of_memory(e, g->nodes.n);
     if (!e->code && why) fail(e, MEDRUN_USAGE, "%s: %s", what, why);
     if (!e->code) return g;
     grammar_free(g);
@@ -861,6 +862,7 @@ static uint32_t text_node(grammar *g, const json *j, uint32_t v, int kind, const
 /* One of the texts of list V of J, or a text that the expression or grammar V fits as a whole. */
 static grammar *grammar_of_text(const json *j, uint32_t v, int kind, medrun_error *e) {
     static const char *const kinds[] = {"choices", "regular expression", "grammar"};
+    errno = 0;                                          /* see grammar_done                      */
     grammar *g = new_array(1, sizeof *g);
     const char *why = NULL;
     size_t line = 0;

@@ -883,6 +883,7 @@ static void reader_free(schema_reader *r) {
 
 /* A reader with its grammar, in which the rule of any value stands. */
 static schema_reader *reader_new(const json *j, bool open, medrun_error *e) {
+    errno = 0;                                          /* see grammar_done                      */
     schema_reader *r = new_array(1, sizeof *r);
     grammar *g = new_array(1, sizeof *g);
     uint8_t *marks = new_array(j->n, 1);
