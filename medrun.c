@@ -1128,8 +1128,7 @@ static int fail(medrun_error *e, int code, const char *format, ...) {
     va_start(args, format);
     vsnprintf(e->text, sizeof e->text, format, args);
     va_end(args);
-    /* for want of memory no file is bad */
-    if (strstr(e->text, strerror(ENOMEM))) code = MEDRUN_NO_MEMORY;
+    if (strstr(e->text, strerror(ENOMEM))) code = MEDRUN_NO_MEMORY;     /* not a bad file        */
     make_safe(e->text);
     return e->code = code;
 }
@@ -6331,8 +6330,7 @@ static const chat_kind apertus_turns[] = {
     .stops = {"</s>", "<|assistant_end|>", "<|tools_suffix|>"}, \
     .call_tokens = {"<|tools_prefix|>", "<|tools_suffix|>"}
 
-/* Llama 2 and Mistral: questions and answers in turn, nothing opens an answer. The last arguments
- * begin a question, SAID and END answer it. */
+/* Llama 2 and Mistral, in turns. What begins a question comes last, an answer is SAID and END. */
 #define NO_TURN(...) {.refuse = "wanted user and assistant in turn", __VA_ARGS__}
 #define INST(mark, said, end, ...) \
     .bos = "<s>", .close = SAYS(end), .stops = {"</s>"}, .marks = {"[INST]", "[/INST]", mark}, \
@@ -6388,8 +6386,7 @@ static const chat_template chat_templates[] = {
             "clarity and the human experience. If a topic is uncertain or depends on subjective "
             "interpretation, AFM explains the possibilities thoughtfully.",
     },
-    /* SmolLM2-Instruct: ChatML; a conversation that does not begin with a system message gets this
-     * one. */
+    /* SmolLM2-Instruct: ChatML, with this system text where a conversation begins without one. */
     {
         .name = "chatml", CHATML, .stops = {"<|im_end|>", "<|endoftext|>"},
         .opening = SAYS("`<|im_start|>`system\n$text`<|im_end|>`\n"),
@@ -6409,8 +6406,7 @@ static const chat_template chat_templates[] = {
              {.says = "$below", .when = SYSTEM_OPEN},
              {.says = "[INST] $stripped", .unless = SYSTEM_OPEN}),
     },
-    /* Mistral-7B-Instruct as its files are now; and as those of v0.2 and v0.1 were first, from
-     * which others were made, without a place for a system text. */
+    /* Mistral-7B-Instruct now, and as v0.2 and v0.1 were first: no place for a system text. */
     {
         .name = "mistral", .end = PARTS(NO_TURN(.when = SYSTEM_OPEN)),
         .opening = PARTS({.says = " [INST] $text\n\n", .unless = OWN_SYSTEM, .sets = SYSTEM_OPEN}),
