@@ -33,23 +33,23 @@ done
 budgets="
 1:330:330
 2:450:708
-3:540:633
+3:540:632
 4:200:200
 5:310:260
 6:1940:2184
 7:130:135
 8:350:475
-9:180:320
+9:180:319
 10:950:948
-11:520:669
+11:520:666
 12:450:510
 13:420:452
 14:100:118
 15:720:1026
 16:1410:2317"
 budgets=$(echo $budgets)                  # on one line
-most_lines=11285                            # the goals: 9000, 450000, 15
-most_bytes=574398
+most_lines=11280                            # the goals: 9000, 450000, 15
+most_bytes=574250
 least_comments=14.2
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
