@@ -173,7 +173,10 @@ $(BUILD)/fuzz_readers: tests/fuzz.c tools/export.c $(EXPORT) tools/tool_calls.c 
                        tools/serve_grammar.c tools/serve_schema.c medrun.c
 	@mkdir -p $(BUILD)
 	clang -O1 -g1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -o $@ $< $(LIBS)
-fuzz: $(BUILD)/fuzz_readers $(MODELS) $(BUILD)/tokenizer.bin
+$(BUILD)/fuzz_serve: tests/fuzz_serve.c tools/serve.c $(SERVE) medrun.c
+	@mkdir -p $(BUILD)
+	clang -O1 -g1 -DMEDRUN_SCALAR -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -o $@ $< $(LIBS)
+fuzz: $(BUILD)/fuzz_readers $(BUILD)/fuzz_serve $(MODELS) $(BUILD)/tokenizer.bin
 	@sh tests/fuzz.sh $(BUILD)/fuzz_readers $(SECONDS) $(READERS)
 bench: $(BIN)/medrun-lab
 	$(BIN)/medrun-lab bench $(DEMO)

@@ -2,8 +2,8 @@
  *
  * MEDRUN_FUZZ names what is read: header (of the checkpoint MEDRUN_FUZZ_BASE; its length and hash
  * are made right, or nothing behind them would be reached), tokenizer, json, jinja, messages, state,
- * gguf; schema, gbnf, regex (what medrun-serve lets an answer be; its requests are damaged by
- * 42_serve.c and serve.py); and of the Hugging Face folder MEDRUN_FUZZ_BASE one file: config.json,
+ * gguf; schema, gbnf, regex (what medrun-serve lets an answer be; fuzz_serve.c has its
+ * requests); and of the Hugging Face folder MEDRUN_FUZZ_BASE one file: config.json,
  * tokenizer.json, tokenizer_config.json, generation_config.json, model.safetensors. Files are made
  * in the working folder, first what is valid, corpus/seed. An error is fine; the sanitizers and
  * libFuzzer's limits of time and memory say what is not. */

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """serve.py BIN PART...: asks a medrun-serve that it starts itself, with Python's standard library
-alone. Parts: api limits grammar tools refusals hostile promise types. The last line is as in the
-other tests."""
+alone. Parts: api limits grammar tools refusals webui hostile promise types. The last line is as in
+the other tests."""
 import atexit, base64, hashlib, http.client, json, os, random, re, shutil, signal, socket
 import subprocess, sys, tempfile, threading, time
 
@@ -971,6 +971,7 @@ def part_refusals():
         c.close()
     check('it lives', ask('/health')[0] == 200 and wait_idle_key(s))
     check('it ends', s.end() == 0)
+    refused_late(curl)
 
 
 def wait_idle_key(s):
@@ -980,6 +981,140 @@ def wait_idle_key(s):
             return True
         time.sleep(0.05)
     return False
+
+
+def refused_late(curl):
+    """The rows for a server that is full, that ends, and whose answer cannot be finished."""
+    def bodies(*more):
+        r = subprocess.run([curl, '-s', '-i', '-m', '60', '-H', 'Content-Type: application/json',
+                            *more], capture_output=True)
+        return r.stdout.decode('utf-8', 'replace')
+
+    def busy(s, n, tokens=1900):
+        out = []
+        for _ in range(n):
+            c = s.connect()
+            c.request('POST', '/v1/completions', json.dumps(
+                {'prompt': 'x', 'max_tokens': tokens, 'ignore_eos': True}),
+                {'Content-Type': 'application/json'})
+            out.append(c)
+        return out
+
+    s = Server('--parallel', '1', '--queue', '1', '-q')
+    where = f'http://127.0.0.1:{s.port}/v1/completions'
+    stuck = busy(s, 1)
+    while s.metric('llamacpp:requests_processing') < 1:
+        time.sleep(0.01)
+    stuck += busy(s, 1)
+    while s.metric('llamacpp:requests_deferred') < 1:
+        time.sleep(0.01)
+    got = bodies('-d', '{"prompt":"x"}', where)
+    check('503, full', got.startswith('HTTP/1.1 503 ') and 'Retry-After: 2' in got and
+          '"unavailable_error"' in got and 'queue is full' in got, got)
+    for c in stuck:
+        c.close()
+    check('idle again', wait_idle(s))
+    # what the grammar wants is forbidden: no token is left, and that is known only then
+    never = {'prompt': 'x', 'guided_choice': ['a'], 'logit_bias': {'a': -100}}
+    got = bodies('-d', json.dumps(never), where)
+    check('500', got.startswith('HTTP/1.1 500 ') and '"server_error"' in got, got)
+    got = bodies('-d', json.dumps({**never, 'stream': True}), where)
+    check('an error midway', got.startswith('HTTP/1.1 200 ') and 'data: {"error":' in got and
+          '[DONE]' not in got, got)
+    got = bodies('-d', json.dumps({'messages': [{'role': 'user', 'content': 'word ' * 3000}],
+                                   'stream': True}), f'http://127.0.0.1:{s.port}{CHAT}')
+    check('too long is known before a stream begins', got.startswith('HTTP/1.1 400 ') and
+          '"n_prompt_tokens":' in got and '"n_ctx":2048' in got, got)
+    check('the next is served', bodies('-d', '{"prompt":"x"}', where).startswith('HTTP/1.1 200 '))
+    c = s.connect()                     # one more request on a connection that is there
+    c.request('GET', '/health')
+    c.getresponse().read()
+    stuck = busy(s, 1)
+    while s.metric('llamacpp:requests_processing') < 1:
+        time.sleep(0.01)
+    s.p.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    for method, path in (('GET', '/health'), ('POST', '/v1/completions')):
+        c.request(method, path, '{"prompt":"x"}' if method == 'POST' else None)
+        r = c.getresponse()
+        text = r.read().decode()
+        check('503, ending', r.status == 503 and '"unavailable_error"' in text and
+              r.getheader('Retry-After') == '2', text)
+    c.close()
+    check('what ran comes to its end', stuck[0].getresponse().status == 200)
+    check('and so does the server', s.p.wait(60) == 0)
+
+
+# ---- Open WebUI ----------------------------------------------------------------------------------
+
+TITLE = '''### Task:
+Write a title of 3 to 5 words for the conversation. Answer with JSON: { "title": "..." }
+### Conversation:
+<chat_history>
+USER: What are the symptoms of diabetes?
+ASSISTANT: Increased thirst.
+</chat_history>'''
+
+
+def part_webui():
+    """What Open WebUI asks: its server for all, and browsers themselves in a direct connection."""
+    page = 'https://webui.example'
+    s = Server('--cors-origin', page, '-q', env={'MEDRUN_API_KEY': 'secret'})
+    own = {'Authorization': 'Bearer secret', 'X-OpenWebUI-User-Name': 'Anna%20B',
+           'X-OpenWebUI-User-Id': '1', 'X-OpenWebUI-User-Email': 'a@ward.example',
+           'X-OpenWebUI-User-Role': 'user', 'X-OpenWebUI-Chat-Id': '7'}
+    direct = {'Authorization': 'Bearer secret', 'Origin': page, 'Sec-Fetch-Site': 'cross-site'}
+    status, models, _ = s.ask('GET', '/v1/models', headers=own)
+    check('the list is verified', status == 200 and models['data'][0]['id'], models)
+    name = models['data'][0]['id']
+    status, e, _ = s.ask('GET', '/v1/models', headers={'Authorization': 'Bearer '})
+    check('a missing key is said', status == 401 and e['error']['message'], e)
+    talk = [{'role': 'system', 'content': 'Be brief.'}, *ASK,
+            {'role': 'assistant', 'content': 'Thirst.'}, {'role': 'user', 'content': 'Which more?'}]
+    chat = {'stream': True, 'model': name, 'messages': talk, 'stream_options':
+            {'include_usage': True}, 'temperature': 0.8, 'top_p': 0.9, 'min_p': 0.0, 'top_k': 40,
+            'max_tokens': 24, 'seed': 3, 'stop': ['</s>'], 'frequency_penalty': 0,
+            'presence_penalty': 0, 'repeat_penalty': 1.1, 'reasoning_effort': 'medium',
+            'logit_bias': {}, 'keep_alive': '5m', 'think': False, 'num_ctx': 2048,
+            'function_calling': 'default'}
+    task = {'model': name, 'messages': [{'role': 'user', 'content': TITLE}], 'stream': False,
+            'max_completion_tokens': 40}
+    browser = {**chat, 'params': {}, 'files': [], 'tool_servers': [], 'features': {
+               'image_generation': False, 'code_interpreter': False, 'web_search': False},
+               'variables': {'{{USER_NAME}}': 'Anna'}, 'session_id': 's', 'chat_id': 'c', 'id': 'm',
+               'background_tasks': {'title_generation': True}, 'model_item': {'id': name}}
+    for body, headers in ((chat, own), (browser, direct)):
+        status, text, h = s.ask('POST', CHAT, body, headers)
+        check('a chat', status == 200 and h['content-type'].startswith('text/event-stream'), text)
+        events = [json.loads(x[6:]) for x in text.decode().split('\n\n')[:-2]]
+        said = ''.join(e['choices'][0]['delta'].get('content') or '' for e in events[:-1])
+        check('its text', said, text)
+        check('its usage', not events[-1]['choices'] and
+              events[-1]['usage']['total_tokens'] > events[-1]['usage']['completion_tokens'] > 0,
+              events[-1])
+        check('how it ends', text.endswith(b'data: [DONE]\n\n') and
+              events[-2]['choices'][0]['finish_reason'] in ('stop', 'length'), text)
+        check('what counts not is named', 'think' in h['x-medrun-ignored'].split(', '), h)
+    check('the page may read it', h.get('access-control-allow-origin') == page, h)
+    for form in ({}, {'response_format': {'type': 'json_object'}}):
+        status, a, _ = s.ask('POST', CHAT, {**task, **form}, own)
+        check('a title', status == 200 and isinstance(a['choices'][0]['message']['content'], str) and
+              a['choices'][0]['finish_reason'] in ('stop', 'length'), a)
+    status, _, h = s.ask('OPTIONS', CHAT, headers={
+        'Origin': page, 'Access-Control-Request-Method': 'POST',
+        'Access-Control-Request-Headers': 'authorization,content-type'})
+    check('what its browser asks first', status == 204 and
+          h['access-control-allow-origin'] == page and 'POST' in h['access-control-allow-methods']
+          and 'authorization' in h['access-control-allow-headers'], h)
+    status, e, h = s.ask('POST', CHAT, chat, {**direct, 'Origin': 'https://other.example'})
+    check('another page', status == 403 and 'access-control-allow-origin' not in h, e)
+    c = s.connect()                     # its stop button closes the connection
+    c.request('POST', CHAT, json.dumps({**chat, 'max_tokens': 1500, 'ignore_eos': True}),
+              {'Content-Type': 'application/json', **own})
+    c.getresponse().read(200)
+    c.close()
+    check('stopped', wait_idle_key(s))
+    check('it ends', s.end() == 0)
 
 
 # ---- the promise ---------------------------------------------------------------------------------
@@ -1111,8 +1246,8 @@ BIN = os.path.join(sys.argv[1], '') + 'medrun-serve'
 if os.path.isfile(sys.argv[1]):
     BIN = sys.argv[1]
 if __name__ == '__main__':
-    for part in sys.argv[2:] or ('api', 'limits', 'grammar', 'tools', 'refusals', 'hostile',
-                                 'promise', 'types'):
+    for part in sys.argv[2:] or ('api', 'limits', 'grammar', 'tools', 'refusals', 'webui',
+                                 'hostile', 'promise', 'types'):
         started = time.time()
         globals()['part_' + part]()
         print(f'{part}: {time.time() - started:.1f} s')
