@@ -114,7 +114,7 @@ enum { API_CHAT = 1, API_COMPLETION = 2, API_LLAMA = 4 };
 typedef struct {
     double temperature, top_k, top_p, min_p, repeat, presence, frequency, seed;
     double max_new, n, top, top_logprobs;       /* TOP: alternatives of each token, -1: none     */
-    bool logprobs, echo, stream, include_usage, ignore_eos, parse_special, think, continues,
+    bool echo, stream, include_usage, ignore_eos, parse_special, think, continues,
          timings, progress;
 } params;
 
@@ -128,7 +128,6 @@ struct seq {
     slot *slot;
     enum { WAITS, READS, WRITES, ENDED } state;
     bool started;               /* its session has what others can give                         */
-    bool wants;                 /* its logits come with the pass that runs                      */
     size_t scored_from;         /* echo: the next position that has no row                      */
     size_t unfed;               /* of the tokens it wrote, those for the next pass              */
     size_t n_new, max_new;
@@ -204,7 +203,7 @@ typedef struct {
 enum { TO_FIRST, TO_NEXT, IN_QUEUE, TO_END, FOR_MASK, N_TIMES };    /* histograms               */
 typedef struct {
     uint64_t prompt_tokens, cached_tokens, new_tokens, fed_tokens, passes, busy, most_tokens;
-    uint64_t cancelled, rejected_queue, rejected_key, requests;
+    uint64_t cancelled, rejected_queue, rejected_key;
     double prompt_seconds, new_seconds, last_pass;
     struct { uint64_t counts[12]; double sum; } times[N_TIMES];     /* the last count: all      */
 } metrics;
@@ -759,25 +758,24 @@ static bool change_mode(const server *sv, seq *q, int32_t id) {
     return q->mode = IN_TEXT, true;
 }
 
-static void end_seq(server *sv, seq *q) {
+static void end_seq(seq *q) {
     if (q->slot) {
         q->slot->owner = NULL;
         q->slot->used = seconds();
         q->slot = NULL;
     }
-    (void)sv;
     q->state = ENDED;
 }
 
 /* The answer ends: what it meant, if that was a call. */
-static void finish_seq(server *sv, seq *q, const char *why) {
+static void finish_seq(seq *q, const char *why) {
     if (q->mode == IN_CALL) buffer_add(&q->text, q->call.data, q->call.n);
     if (q->holds && !q->n_calls) {
         read_calls(q, &q->text, false);
         if (q->n_calls) q->text.n = q->rows.n = 0;
     }
     q->finish = q->n_calls ? "tool_calls" : why;
-    end_seq(sv, q);
+    end_seq(q);
 }
 
 /* A text that begins with a brace may be a call. From there on it is one, unless it has begun as
@@ -812,11 +810,11 @@ static void take_token(server *sv, seq *q, int32_t id, double logprob, const ran
     q->n_new++;
     q->unfed++;
     if (g->tools && !sv->chat->call_tokens[0]) hold_call(q);
-    if (to == &q->text && cut_at_stop(q, start)) finish_seq(sv, q, "stop");
+    if (to == &q->text && cut_at_stop(q, start)) finish_seq(q, "stop");
     else if (stop || (q->g && q->mode != IN_CALL && grammar_only_ends(q->g, q->state_of_g)))
-        finish_seq(sv, q, "stop");
-    else if (mode && q->n_calls && (g->must_call || g->one_call)) finish_seq(sv, q, "stop");
-    else if (q->n_new >= q->max_new) finish_seq(sv, q, "length");
+        finish_seq(q, "stop");
+    else if (mode && q->n_calls && (g->must_call || g->one_call)) finish_seq(q, "stop");
+    else if (q->n_new >= q->max_new) finish_seq(q, "length");
 }
 
 /* ---- after a pass ---------------------------------------------------------------------------- */
@@ -868,7 +866,7 @@ static void write_token(server *sv, seq *q) {
     int32_t id = pick_token(sv, q);
     if (id < 0) {
         q->job->broken = true;
-        finish_seq(sv, q, "error");
+        finish_seq(q, "error");
         return;
     }
     if (kept) logprob = (double)kept[id] - sum;
@@ -891,7 +889,7 @@ static void use_logits(server *sv, seq *q, size_t n_fed) {
         q->state = WRITES;
         if (!q->max_new) {
             if (q->job->read <= 0) q->job->read = seconds();
-            finish_seq(sv, q, "length");
+            finish_seq(q, "length");
         }
     }
     if (q->state == WRITES) write_token(sv, q);
@@ -1030,7 +1028,7 @@ static bool run_pass(server *sv) {
     size_t made = 0;
     for (size_t i = 0; i < n; i++) {
         size_t before = all[i]->n_new;
-        if (code) all[i]->job->broken = true, finish_seq(sv, all[i], "error");
+        if (code) all[i]->job->broken = true, finish_seq(all[i], "error");
         else use_logits(sv, all[i], fed[i]);
         made += all[i]->n_new - before;
     }
@@ -1071,7 +1069,7 @@ static void finish_job(server *sv, job *g) {
         write_error(&b, &x);
         buffer_text(&b, g->p.stream ? "\n\n" : "");
     }
-    for (size_t i = 0; i < g->n_seqs; i++) if (g->seqs[i].state != ENDED) end_seq(sv, &g->seqs[i]);
+    for (size_t i = 0; i < g->n_seqs; i++) if (g->seqs[i].state != ENDED) end_seq(&g->seqs[i]);
     note_time(sv, TO_END, g->ended - g->arrived);
     pthread_mutex_lock(&sv->lock);
     g->status = failed ? x.status : 200;

@@ -324,18 +324,16 @@ static int add_bias(const server *sv, job *g, const json *j, uint32_t key, uint3
 }
 
 static int read_bias(const server *sv, job *g, const json *j, api_error *x) {
-    uint32_t v = field_of(j, 0, "logit_bias"), c = v + 1;
+    uint32_t v = field_of(j, 0, "logit_bias");
+    bool object = json_is_type(j, v, JSON_OBJECT);
     if (v == JSON_NONE) return x->e.code;
-    bool object = json_typeof(j, v) == JSON_OBJECT;
     if (!object && json_typeof(j, v) != JSON_ARRAY)
         return wrong(x, "logit_bias", "logit_bias: wanted {\"id\": number}");
-    for (uint32_t i = 0; i < j->nodes[v].count && !x->e.code; i += object ? 2 : 1) {
-        uint32_t key = object ? c : c + 1, value = object ? c + 1 : JSON_NONE;
-        bool pair = object || (json_typeof(j, c) == JSON_ARRAY && j->nodes[c].count == 2);
-        if (!pair) return wrong(x, "logit_bias", "logit_bias: wanted [[id, number], ...]");
-        if (!object) value = j->nodes[key].next;
-        add_bias(sv, g, j, key, value, x);
-        c = object ? j->nodes[value].next : j->nodes[c].next;
+    if (object) for EACH_KEY(j, v, c) add_bias(sv, g, j, c, c + 1, x);
+    else for EACH(j, v, c) {
+        if (json_typeof(j, c) != JSON_ARRAY || j->nodes[c].count != 2)
+            return wrong(x, "logit_bias", "logit_bias: wanted [[id, number], ...]");
+        add_bias(sv, g, j, c + 1, j->nodes[c + 1].next, x);
     }
     return x->e.code;
 }
