@@ -123,7 +123,8 @@ static const char *const bodies[] = {
     "{\"messages\":[{\"role\":\"system\",\"content\":\"Be brief.\"},{\"role\":\"user\",\"content\":"
     "[{\"type\":\"text\",\"text\":\"What is gout?\"}]},{\"role\":\"assistant\",\"content\":\"It\"}]"
     ",\"stop\":[\"a\",\"<|eot_id|>\"],\"logit_bias\":{\"5\":1,\" the\":-100},\"n\":2,\"seed\":1}",
-    "{\"prompt\":[\"gout\",[1,2,3]],\"logprobs\":3,\"echo\":true,\"cache_salt\":\"x\",\"other\":1}",
+    "{\"prompt\":[\"gout\",[1,2,3]],\"logprobs\":3,\"echo\":true,\"cache_salt\":\"x\",\"other\":1,"
+    "\"logit_bias\":[[5,1],[\" the\",false]]}",
 };
 
 /* A request is read whole, or refused as one for which there is no memory. */
