@@ -9582,13 +9582,11 @@ static int choose_chat(command *c) {
         return USAGE(c, "--template: found \"%s\", wanted one of: %s", name, MEDRUN_TEMPLATES);
     if (c->m && c->chat && c->chat != own) add_stops(c->m, c->chat);
     if (!flag(c, O_RAW) && check_template(c->chat, &c->e)) return c->e.code;
+    date_today(c->today);
     o->date = c->text[O_DATE];
+    if (!o->date && c->chat && c->chat->states_today) o->date = c->today;
     o->think = flag(c, O_THINK);
     o->bos = whole(c, O_CHAT_BOS);
-    if (!o->date && c->chat && c->chat->states_today) {
-        date_today(c->today);
-        o->date = c->today;
-    }
     if (c->chat && c->chat->stop_text && !c->n_stops)
         c->stops[c->n_stops++] = c->chat->stop_text;
     return MEDRUN_OK;
@@ -9603,13 +9601,11 @@ static int choose_device_option(command *c) {
                         getenv("MEDRUN_OPENCL_LIBRARY"), getenv("MEDRUN_OPENCL_OPTIONS"),
                         memory ? strtoull(memory, NULL, 10) << 20 : 0};
     int layers = given(c, O_GPU_LAYERS) ? whole(c, O_GPU_LAYERS) : -1;
-    medrun_info info;
     medrun_error e = {0};
     if (!takes(c, O_DEVICE) || !layers || !strcmp(r.name, "none")) return MEDRUN_OK;
     attach_device(c->m, &r, layers, &e);
-    medrun_describe(c->m, &info);
-    if (!e.code) note(c, "device: %s", info.device);
-    else print_safe(stderr, info.device_log, strlen(info.device_log));
+    if (!e.code) note(c, "device: %s", c->m->device->says);
+    else print_safe(stderr, chars(&c->m->device_log), c->m->device_log.n);
     if (e.code && asked) return fail(&c->e, MEDRUN_NO_MEMORY, "%s", e.text);
     if (e.code && e.code != MEDRUN_USAGE) note(c, "%s; the processor computes", e.text);
     return MEDRUN_OK;
@@ -9674,7 +9670,7 @@ static int open_tokenizer(command *c) {
     return tokenizer_open(&c->own, c->map.data, c->map.n, path, &c->e);
 }
 
-/* Sessions go before their models. */
+/* Sessions go before their models. Buffers end with the program. */
 static void close_command(command *c) {
     const device *d = c->m ? c->m->device : NULL;
     if (d && d->failed) note(c, "device %s; the processor computed the rest", d->says);
@@ -9683,9 +9679,6 @@ static void close_command(command *c) {
     medrun_close(c->draft);
     if (c->t == &c->own) tokenizer_close(&c->own);
     unmap_file(&c->map);
-    buffer_free(&c->input);
-    buffer_free(&c->ids);
-    buffer_free(&c->output);
 }
 
 static const char *origin(const command *c, int id) { return origins[c->from[id]]; }
@@ -9796,12 +9789,12 @@ static void on_interrupt(int signal_number) {
     medrun_interrupt(answering);
 }
 
-/* A program that a signal ends leaves no half of a file, and no terminal that is raw. The signal
- * has its default effect by now: raised again it ends the program, and whoever started it sees by
- * what. */
+/* A program that a signal ends leaves no half of a file, and no raw terminal. The signal has its
+ * default effect by now: raised again it ends the program, and whoever started it sees by what. */
 static void on_fatal_signal(int signal_number) {
     set_raw(false);
     if (being_written) remove_file(being_written);
+    if (SIGHUP == SIGQUIT) _exit(MEDRUN_INTERRUPTED);   /* Windows, whose raise would exit with 3 */
     raise(signal_number);
 }
 
@@ -10974,6 +10967,7 @@ static int tokenize_command(command *c) {
     return print_ids(c);
 }
 
+/* Ids stand on the line or on stdin. The bytes that come out need not be UTF-8. */
 static int detokenize_command(command *c) {
     if (open_tokenizer(c)) return c->e.code;
     bool from_stdin = !c->n_rest || (c->n_rest == 1 && !strcmp(c->rest[0], "-"));
@@ -11046,14 +11040,14 @@ static int logits_command(command *c) {
  * ============================================================================================ */
 
 static void help_option(const option_row *r) {
-    char left[64], variable[48] = "", range[64] = "";
+    char left[64], variable[48];
     buffer text = {0};
     snprintf(left, sizeof left, r->small ? "  -%s, --%s %s" : "  %s    --%s %s",
              r->small ? r->small : "", r->name, r->argument ? r->argument : "");
-    if (r->max > r->min) snprintf(range, sizeof range, " (%.16g to %.16g)", r->min, r->max);
-    buffer_printf(&text, "%s%s", r->help, range);
+    buffer_text(&text, r->help);
+    if (r->max > r->min) buffer_printf(&text, " (%.16g to %.16g)", r->min, r->max);
     if (r->standard) buffer_printf(&text, " [default: %s]", r->standard);
-    if (r->variable) variable_name(r, variable);
+    variable_name(r, variable);
     if (r->variable) buffer_printf(&text, ";\n%s is for --%s here", variable, r->name);
     print_help(stdout, left, 26, chars(&text));
     buffer_free(&text);
