@@ -621,15 +621,75 @@ def part_hostile():
     for c in idle + drip + stuck:
         c.close()
     check('whoever went is not computed for', wait_idle(s))
-    random_requests(s, 3000 if ALL else 300)
+    stopped_reader(s)
+    endless(s)
+    clients = [threading.Thread(target=random_requests, args=(s, 2500 if ALL else 75, k))
+               for k in range(4)]
+    [t.start() for t in clients]
+    slowest = 0
+    while any(t.is_alive() for t in clients):
+        slowest = max(slowest, health_time(s))
+        time.sleep(0.05)
+    check(f'/health beside damaged requests: {slowest * 1e3:.0f} ms', slowest < 5, slowest)
     check('nothing is left of them', wait_idle(s))
     check('it lives', s.post(CHAT, messages=ASK, max_tokens=1)[0] == 200)
     check('and ends', s.end() == 0, s.text()[-800:])
 
 
-def random_requests(s, n):
+READER = '''import http.client, json, sys
+c = http.client.HTTPConnection('127.0.0.1', int(sys.argv[1]))
+c.request('POST', '/v1/completions', json.dumps({'prompt': 'x', 'max_tokens': 1900, 'stream': True,
+          'ignore_eos': True, 'logprobs': 20}), {'Content-Type': 'application/json'})
+r = c.getresponse()
+while r.read(1000):
+    print('.', flush=True)
+'''
+
+
+def stopped_reader(s):
+    """A client that is stopped in the middle of its answer: others do not notice it."""
+    p = subprocess.Popen([sys.executable, '-c', READER, str(s.port)], stdout=subprocess.PIPE)
+    atexit.register(p.kill)
+    p.stdout.readline()
+    p.send_signal(signal.SIGSTOP)
+    time.sleep(1)
+    check('beside a stopped reader', s.post(CHAT, messages=ASK, max_tokens=8)[0] == 200 and
+          health_time(s) < 2)
+    p.kill()
+    p.send_signal(signal.SIGCONT)
+    p.wait()
+    p.stdout.close()
+    check('nothing is left of it', wait_idle(s))
+
+
+def endless(s):
+    """Bodies that never end, in chunks or longer than they say: whoever sends them is cut off."""
+    head = b'POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n'
+    for more, piece, want in (
+            (b'Transfer-Encoding: chunked\r\n\r\n', b'1000\r\n' + b'x' * 4096 + b'\r\n', 411),
+            (b'Transfer-Encoding: chunked\r\n\r\n', b'zz\r\n\r\n-1\r\n' * 400, 411),
+            (b'Content-Length: 2\r\n\r\n{}', b'x' * 4096, 400),
+            (b'Content-Length: 99999999999\r\n\r\n', b'x' * 4096, 413),
+            (b'X: ', b'y' * 4096, 431)):
+        c = socket.create_connection(('127.0.0.1', s.port), 20)
+        c.sendall(head + more)
+        start, answer = time.time(), b''
+        try:
+            while time.time() - start < 30:
+                c.sendall(piece)
+                if not answer and time.time() - start > 0.5:
+                    answer = c.recv(4096)
+            gone = False
+        except OSError:
+            gone = True
+        c.close()
+        check(f'an endless body ends: {want}', gone and health_time(s) < 5, time.time() - start)
+        check('and was refused', not answer or answer.startswith(b'HTTP/1.1 %d ' % want), answer)
+
+
+def random_requests(s, n, seed):
     """Requests that were good and are damaged; any answer will do but 500, silence or an end."""
-    rng = random.Random(5)
+    rng = random.Random(seed)
     bodies = [json.dumps(b).encode() for b in (
         {'messages': ASK, 'max_tokens': 2, 'n': 2, 'logprobs': True, 'top_logprobs': 3},
         {'prompt': ['a', 'b'], 'max_tokens': 2, 'logprobs': 5, 'echo': True, 'stop': ['x', 'yz']},
@@ -1098,7 +1158,7 @@ def part_webui():
     check('the page may read it', h.get('access-control-allow-origin') == page, h)
     for form in ({}, {'response_format': {'type': 'json_object'}}):
         status, a, _ = s.ask('POST', CHAT, {**task, **form}, own)
-        check('a title', status == 200 and isinstance(a['choices'][0]['message']['content'], str) and
+        check('a title', status == 200 and a['choices'][0]['message']['content'] and
               a['choices'][0]['finish_reason'] in ('stop', 'length'), a)
     status, _, h = s.ask('OPTIONS', CHAT, headers={
         'Origin': page, 'Access-Control-Request-Method': 'POST',
