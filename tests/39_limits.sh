@@ -9,7 +9,8 @@ if ! unshare -m sh -c 'mount --bind /tmp /sys/fs/cgroup && mount --bind /dev/nul
 fi
 T=$(mktemp -d) || exit 1
 trap 'rm -rf "$T"' EXIT
-all=$("$bin/medrun-lab" doctor | sed -n 's/^processors \([0-9]*\).*/\1/p')
+line=$("$bin/medrun-lab" doctor | grep '^processors ')
+all=$(echo "$line" | sed 's/^processors \([0-9]*\).*/\1/')
 
 # FOLDER GROUPS PROGRAM...: runs it where FOLDER is the tree of groups, GROUPS the process's own
 within() {
@@ -39,9 +40,13 @@ echo 33554432 > "$T/one/memory/memory.limit_in_bytes"
 
 lab=$bin/medrun-lab medrun=$bin/medrun demo=tools/demo/demo.mdr
 v1='12:cpu,cpuacct:/docker/x\n3:memory:/not/seen/here\n1:name=systemd:/\n'
-finds "no limit" "processors $all
+finds "no limit" "$line
 " none '0::/\n' "$lab" doctor
-finds "version 2, a group above" "processors 1" two '0::/pod/job\n' "$lab" doctor
+if command -v taskset > /dev/null && [ "$all" -gt 1 ]; then
+    first=$(taskset -cp $$ | sed 's/.*: \([0-9]*\).*/\1/')
+    finds "affinity" "processors 1 (of " none '0::/\n' taskset -c "$first" "$lab" doctor
+fi
+finds "version 2, a group above" "processors 1 (the control group's quota)" two '0::/pod/job\n' "$lab" doctor
 finds "version 2, memory" "memory     64.0 MB (the control group's limit), 25.9 MB are free" \
     two '0::/pod/job\n' "$lab" doctor
 finds "version 1" "processors 1" one "$v1" "$lab" doctor
