@@ -480,7 +480,12 @@ static void test_fixtures(void) {
     CHECK_EQ(attempt(path_of(fixtures, "gguf/arcee-yarn-q8_0.gguf"), &o), 0);
     CHECK(strstr(notes, "factor 16 is used, as --yarn-factor") && strstr(notes, "the 20 of the m"));
     CHECK(strstr(notes, "come from Q8_0 (14 tensors): int8 re-encodes"));
+    CHECK(!strstr(notes, "adds far less"));
     CHECK(!strcmp(answer, "arcee-yarn|Q8_0 (14 tensors)|"));
+    CHECK_EQ(attempt(path_of(fixtures, "gguf/arcee-yarn-q8_0.gguf"),
+                     &(export_options){.type = "int4", .template_name = "none"}), 0);
+    CHECK(strstr(notes, "int4 re-encodes values that were already rounded; int8 adds far less"));
+    CHECK_EQ(attempt(path_of(fixtures, "gguf/arcee-yarn-q8_0.gguf"), &o), 0);
     CHECK(last_config.rope_type == ROPE_YARN && last_config.rope_factor > 15.9 &&
           last_config.rope_factor < 16.1 && fabs(last_config.rope_attention - 1.277258872) < 1e-8);
     CHECK_EQ(attempt(path_of(fixtures, "gguf/llama-small-bf16.gguf"), &o), 2);

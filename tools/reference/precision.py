@@ -181,7 +181,7 @@ def make_quants(o, folder):
 def perplexity(o, quants):
     """{(text, name): (KL, largest, same token)} of llama.cpp with each file."""
     found, base = {}, o.work + "/base.kld"
-    for path in [t for t in o.texts if quants and not t.endswith(".jsonl")]:
+    for path in [t for t in o.texts if len(quants) > 1 and not t.endswith(".jsonl")]:
         with open(o.work + "/text.txt", "w", encoding="utf-8") as f:
             f.write(read_text(path)[:o.limit * 8])
         ask = [o.llama + "/llama-perplexity", "-c", str(o.chunk), "--chunks", str(o.limit // o.chunk),
@@ -245,7 +245,7 @@ def main():
         p.error("--quants: wanted --llama too")
     os.makedirs(o.work, exist_ok=True)
     folder = o.folder if o.permute is None else permute(o.folder, o.work + "/permuted", o.permute)
-    quants = make_quants(o, folder) if o.llama else {}
+    quants = make_quants(o, folder) if o.quants else {}
     checkpoints = {}
 
     def export(source, kind, name, *more):
