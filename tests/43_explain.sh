@@ -134,7 +134,7 @@ check "no colour in a file" [ "$(grep -c "$(printf '\033')" "$T/top")" = 0 ]
 "$lab" top "$model" > "$T/top" 2>&1 < /dev/null; check "top without a text is refused" [ $? != 0 ]
 
 # ---- hostile text ----
-printf '%s\342\200\250\342\200\256right to left' '</script><img src=x onerror=alert(1)> <!-- "\u003c' > "$T/hostile"
+printf '%s\342\200\250\342\200\256right to left \360\237\251\272' '</script><img src=x onerror=alert(1)> <!-- "\u003c' > "$T/hostile"
 code 0 "$model" -f "$T/hostile" -n 8 -o "$T/h.html" -q
 check "no script ends early" [ "$(grep -c '</script>' "$T/h.html")" = "$(grep -c '</script>' "$T/a.html")" ]
 check "no element of the text's" [ "$(grep -c '<img' "$T/h.html")" = 0 ]
@@ -155,5 +155,7 @@ if "$python" -c "import torch, transformers" 2> /dev/null; then
             ok || { bad "$f beside transformers"; tail -3 "$T/log"; }
     done
 else skip "numbers beside transformers: no torch for $python"; fi
-in_browser "the page in a browser" tests/43_explain_page.py "$T/a.html" "$T/c.html" "$T/q.html" "$T/h.html"
+# a checkpoint in two types: view 10 names what differs
+code 0 "$m" --ids "1 2 3 4 5 6 7 8" -n 0 --compare "$build/llama-tied-int4.mdr" -o "$T/t.html" -q
+in_browser "the page in a browser" tests/43_explain_page.py "$T/a.html" "$T/c.html" "$T/q.html" "$T/t.html" "$T/h.html"
 finish

@@ -48,6 +48,8 @@ def look(browser, path):
     pins = page.evaluate("""() => { const out = []; for (const t of [1, 5, 9, 3]) {
         const at = performance.now(); pin(t); out.push(performance.now() - at); } return out; }""")
     check("%s: a pin within 50 ms: %s" % (name, pins), sorted(pins)[1] < 50)
+    heap = page.evaluate("performance.memory ? performance.memory.usedJSHeapSize / 1e6 : 0")
+    check("%s: at most 80 MB of memory, not %.0f" % (name, heap), heap <= 80)
     check("%s: still nothing on the console: %s" % (name, page.errors), not page.errors)
     page.context.close()
 
@@ -81,6 +83,18 @@ def keyboard(browser, path):
     pairs = page.evaluate("""() => ({bars: views[1].table().rows.filter(r => !/head|against/.test(r[0])).map(r => r[1]),
         parts: [...D("parts")].slice(0, blocks.parts.shape[1]).concat([D("rest")[0], D("total")[0]])})""")
     check("the table of view 2 is the waterfall", pairs["bars"] == pairs["parts"])
+    twins = page.evaluate("""() => {
+        const rows = n => views[n - 1].table().rows, all = s => [...document.querySelectorAll(s)];
+        const width = (s, k) => { const r = all(s).map(x => +x.getAttribute("width")), t = rows(5).map(x => x[2]).filter((x, i) => i && i % 2 === k);
+            const most = Math.max(...r), top = Math.max(...t); return Math.max(...r.map((x, i) => Math.abs(x / most - t[i] / top))); };
+        return {text: all("#v1 .token").every((x, t) => !t || x.title === rows(1)[t][3].toFixed(2) + " bits"),
+            lens: rows(3).every((r, k) => { const b = document.querySelector(`#v3 button[data-p="${state.place}"][data-r="${k}"]`); return b.textContent === r[1] && b.title === percent(r[2]); }),
+            attention: rows(4).every(([t, , w]) => all("#v4 .token")[t].title === percent(w)),
+            written: Math.max(width("#v5 svg rect.up", 1), width("#v5 svg rect.down", 0)),
+            dice: all("#v7 .bars .name").filter(x => x.textContent !== "others, in sum").every((x, n) => x.textContent === rows(7)[n][0])}; }""")
+    for name in ("text", "lens", "attention", "dice"):
+        check("the table of the %s is its picture" % name, twins[name])
+    check("the table of view 5 is its bars: %g" % twins["written"], twins["written"] < .02)
     page.context.close()
     page = open_page(browser, path)
     page.goto("file://" + path + "#v=3&t=4&l=2&h=1")
@@ -110,25 +124,28 @@ def several(browser, path):
 
 
 def looks(browser, path):
+    name = path.split("/")[-1] + ": "
     for scheme in ("light", "dark"):
         page = open_page(browser, path, color_scheme=scheme)
         try:
             from axe_playwright_python.sync_playwright import Axe
             found = Axe().run(page).response["violations"]
-            check("axe, %s: %s" % (scheme, [(v["id"], v["nodes"][0]["html"][:90]) for v in found]), not found)
+            check(name + "axe, %s: %s" % (scheme, [(v["id"], v["nodes"][0]["html"][:90]) for v in found]), not found)
         except ImportError:
             print("skipped: axe: no axe_playwright_python")
         page.context.close()
     page = open_page(browser, path, viewport={"width": 320, "height": 640})
-    check("320 pixels without sideways scrolling: %d" % page.evaluate("document.documentElement.scrollWidth"),
-          page.evaluate("document.documentElement.scrollWidth") <= 320)
+    for wide in (1200, 400, 320):
+        page.set_viewport_size({"width": wide, "height": 640})
+        found = page.evaluate("document.documentElement.scrollWidth")
+        check(name + "%d pixels without sideways scrolling: %d" % (wide, found), found <= wide)
     page.context.close()
     page = open_page(browser, path, forced_colors="active")
-    check("forced colours", not page.errors)
+    check(name + "forced colours", not page.errors)
     page.emulate_media(media="print")
     pdf = page.pdf(format="A4", margin={k: "1cm" for k in ("top", "bottom", "left", "right")})
     pages = len(re.findall(rb"/Type\s*/Page\b", pdf))
-    check("printed on two pages, not %d" % pages, pages <= 2)
+    check(name + "printed on two pages, not %d" % pages, pages <= 2)
     page.context.close()
 
 
@@ -149,6 +166,9 @@ def hostile(browser, path):
     shown = page.evaluate("[...document.querySelectorAll('#v1 .token')].map(x => x.firstChild.textContent).join('')")
     check("the text is shown as text: " + shown, "</script><img" in shown.replace("␣", " ") and
           page.evaluate("document.images.length") == 0)
+    check("half characters are bytes, never U+FFFD", "⟨F0" in shown and "\ufffd" not in shown)
+    check("what turns the text around is a sign", "\u202e" not in shown and "\u2028" not in shown and
+          ("⟨U+202E⟩" in shown or "⟨E2" in shown))
     check("no script of the text's runs", not page.errors)
     page.context.close()
 
@@ -159,7 +179,8 @@ with sync_playwright() as p:
         look(chromium, each)
     keyboard(chromium, sys.argv[1])
     several(chromium, sys.argv[1])
-    looks(chromium, sys.argv[2])
+    for each in sys.argv[2:4]:
+        looks(chromium, each)
     broken(chromium, sys.argv[1])
     hostile(chromium, sys.argv[-1])
     chromium.close()

@@ -270,7 +270,7 @@ function optionTable() {
   return el("div", {}, warn ? el("p", {class: "warning", role: "note"}, "The options together hold " + percent(o.mass) + " of the probability" + (o.likeliest_is_one ? "" : ", and the likeliest token is none of them") +
     ": the model would say something else, so what follows says little about its answer.") : null,
     el("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Options"}, el("table", {}, el("caption", {}, "Options. Share: of all probability, and of what the options hold together."),
-      el("thead", {}, el("tr", {}, ["", "option", "of all", "of the options", "behind the first (nats)"].map((x, i) => el("th", {scope: "col", class: i < 2 ? "l" : ""}, x)))),
+      el("thead", {}, el("tr", {}, ["token", "option", "of all", "of the options", "behind the first (nats)"].map((x, i) => el("th", {scope: "col", class: i < 2 ? "l" : ""}, x)))),
       el("tbody", {}, o.list.map((x, i) => el("tr", {}, el("td", {class: "l"}, (x.logp === best ? "▶ " : "") + piece(x.id, true) + (i === o.truth ? " ✓" : "")), el("td", {class: "l"}, x.choice || x.text),
         el("td", {}, percent(Math.exp(x.logp))), el("td", {}, percent(Math.exp(x.logp) / (o.mass || 1))), el("td", {}, (x.logp - best).toFixed(2))))))),
     el("p", {class: "dim"}, (o.truth >= 0 ? "✓ is the answer of the data set. " : "") + "Written " + (o.form ? "behind a blank" : "without a blank") + "; the other form holds " + percent(o.other_mass) + "."));
@@ -670,6 +670,11 @@ const tableTime = () => ({head: ["stage", "of", "ms", "GOP", "GB"], rows: stageR
 
 /* ---- 10 Two types -------------------------------------------------------------------------- */
 
+/* What tells the two checkpoints apart: type, name, both, or else their hashes. */
+function namesApart() {
+  const a = meta, b = meta.other, all = f => [f(a), f(b)], good = p => p[0] !== p[1];
+  return [all(m => m.type), all(m => m.model), all(m => m.model + " (" + m.hash.slice(0, 8) + "…)")].find(good) || ["the first", "the same file again"];
+}
 function buildOther(v) {
   if (!meta.other) { v.reading.textContent = "One checkpoint was run."; v.body.replaceChildren(el("p", {}, "medrun-explain --compare OTHER.mdr runs the same tokens through a second one, bf16 beside int8 for instance.")); return; }
   const kl = D("other_kl"), n = meta.rows, differ = [];
@@ -677,13 +682,14 @@ function buildOther(v) {
   for (let r = 0; r < n; r++) { if (kl[r] > most) most = kl[r], at = r; if (D("other_top")[r] !== D("top")[r * 10]) differ.push(r); }
   let begins = "";
   if (has("other_far")) { const far = D("other_far"); let l = far.findIndex(x => x > .01); begins = l < 0 ? " The streams never differ by more than 1 %." : " The streams differ by more than 1 % from " + (l === 0 ? "the embedding" : "layer " + Math.ceil(l / 2)) + " on."; }
-  v.reading.textContent = meta.other.model + " in " + meta.other.type + " beside " + meta.type + ": the likeliest token differs at " + differ.length + " of " + n + " positions; the distributions are " + (sum([...kl]) / n).toPrecision(2) + " bits apart on average, most behind “" + word(at).replace(/^␣/, "") + "” (" + most.toPrecision(2) + ")." + begins;
+  const [here, there] = namesApart();
+  v.reading.textContent = cap(there) + " beside " + here + ": the likeliest token differs at " + differ.length + " of " + n + " positions; the distributions are " + (sum([...kl]) / n).toPrecision(2) + " bits apart on average, most behind “" + word(at).replace(/^␣/, "") + "” (" + most.toPrecision(2) + ")." + begins;
   const parts = [textOf("Distance of the two distributions before each token", t => t ? kl[t - 1] / most : 0, pin, {note: t => t ? kl[t - 1].toPrecision(3) + " bits" : ""})];
-  if (differ.length) parts.push(el("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Where they differ"}, el("table", {}, el("caption", {}, "Where the likeliest token differs"), el("thead", {}, el("tr", {}, ["behind", meta.type, meta.other.type, "apart (bits)"].map((h, i) => el("th", {scope: "col", class: i < 3 ? "l" : ""}, h)))),
+  if (differ.length) parts.push(el("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Where they differ"}, el("table", {}, el("caption", {}, "Where the likeliest token differs"), el("thead", {}, el("tr", {}, ["behind", here, there, "apart (bits)"].map((h, i) => el("th", {scope: "col", class: i < 3 ? "l" : ""}, h)))),
     el("tbody", {}, differ.slice(0, 50).map(r => el("tr", {}, el("td", {class: "l"}, r + " " + word(r)), el("td", {class: "l"}, piece(D("top")[r * 10], true)), el("td", {class: "l"}, piece(D("other_top")[r], true)), el("td", {}, kl[r].toPrecision(3))))))));
   v.body.replaceChildren(...parts);
 }
-const tableOther = () => meta.other ? {head: ["behind", "token", "KL (bits)", "likeliest here", "likeliest there", "gain of what came (nats)"], rows: [...D("other_kl")].map((x, r) => [r, word(r), x, piece(D("top")[r * 10], true), piece(D("other_top")[r], true), D("other_gain")[r]])} : null;
+const tableOther = () => meta.other ? {head: ["behind", "token", "KL (bits)", "likeliest of " + namesApart()[0], "likeliest of " + namesApart()[1], "gain of what came (nats)"], rows: [...D("other_kl")].map((x, r) => [r, word(r), x, piece(D("top")[r * 10], true), piece(D("other_top")[r], true), D("other_gain")[r]])} : null;
 
 /* ---- the page as a whole ------------------------------------------------------------------- */
 
