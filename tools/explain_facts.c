@@ -8,7 +8,8 @@
  * all of them changes nothing, so it is always a difference. */
 
 enum { TOP = 10, LENS_TOP = 5, DICE = 64, DICE_BINS = 96, MAX_PAIRS = 5, MAX_SPLIT = 64,
-       MAX_ROWS_SHOWN = 4, NEURON_LAYERS = 4, MOST_CANDIDATES = 1024, RAISED = 5 };
+       MAX_ROWS_SHOWN = 4, NEURON_LAYERS = 4, MOST_CANDIDATES = 256, RAISED = 5,
+       LOOK_BACK = 8 };                 /* layers that are searched together for tracked ids    */
 static const double NAT = 1.4426950408889634;   /* bits in a nat                                 */
 
 static void use_id(explain *x, int32_t id) { if (id >= 0) x->used[id] = 1; }
@@ -353,17 +354,22 @@ static size_t measure_neurons(explain *x, size_t l, const double *w, neuron *to)
 /* The tokens that a neuron's column raises most, with the sign it has here. */
 static void find_raised(explain *x, const neuron *list, size_t n, uint32_t *raised) {
     static row_facts facts[SIDE_ROWS];
-    for (size_t i = 0; i < n; i++) {
-        const tensor *down = &x->v.m->layers[list[i].layer].down;
-        unit_columns(&x->b, down, list[i].index, 1, x->b.out, side_out(&x->b));
-        for (size_t c = 0; c < x->d; c++)
-            x->b.normed[c] = x->b.out[c] * x->v.m->final_norm[c] / UNIT_INPUT *
-                             (list[i].active < 0 ? -1 : 1);
-        side_multiply(&x->b, &x->v.m->output, x->b.normed, x->d, 1, x->b.logits, x->b.vocab);
-        look_at_rows(&x->b, 1, RAISED, facts);
-        for (size_t k = 0; k < RAISED; k++) {
-            raised[i * RAISED + k] = (uint32_t)facts[0].top[k];
-            use_id(x, facts[0].top[k]);
+    for (size_t first = 0, rows; first < n; first += rows) {
+        rows = n - first < SIDE_ROWS ? n - first : SIDE_ROWS;
+        for (size_t i = 0; i < rows; i++) {
+            const neuron *one = &list[first + i];
+            float *to = x->b.normed + i * x->d, sign = one->active < 0 ? -1 : 1;
+            unit_columns(&x->b, &x->v.m->layers[one->layer].down, one->index, 1, x->b.out,
+                         side_out(&x->b));
+            for (size_t c = 0; c < x->d; c++)
+                to[c] = sign * x->b.out[c] * x->v.m->final_norm[c] / UNIT_INPUT;
+        }
+        side_multiply(&x->b, &x->v.m->output, x->b.normed, x->d, rows, x->b.logits, x->b.vocab);
+        look_at_rows(&x->b, rows, RAISED, facts);
+        for (size_t i = 0; i < rows * RAISED; i++) {
+            int32_t id = facts[i / RAISED].top[i % RAISED];
+            raised[first * RAISED + i] = (uint32_t)id;
+            use_id(x, id);
         }
     }
 }
@@ -416,24 +422,35 @@ static size_t choose_tracked(explain *x, uint32_t *tracked) {
         while (k < n && tracked[k] != (uint32_t)wanted[i]) k++;
         if (k == n) tracked[n++] = (uint32_t)wanted[i];
     }
-    for (size_t l = x->L + 1; l-- > 0 && extra < 3;) {
-        lens_logits(&x->b, x->stream + 2 * l * x->d, x->d, 1);
-        look_at_rows(&x->b, 1, 1, facts);
-        size_t k = 0;
-        while (k < n && tracked[k] != (uint32_t)facts[0].top[0]) k++;
-        if (k == n && n < MAX_TRACKED) tracked[n++] = (uint32_t)facts[0].top[0], extra++;
-        use_id(x, facts[0].top[0]);
+    for (size_t end = x->L + 1, rows; end && extra < 3; end -= rows) {
+        rows = end < LOOK_BACK ? end : LOOK_BACK;
+        lens_logits(&x->b, x->stream + 2 * (end - rows) * x->d, 2 * x->d, rows);
+        look_at_rows(&x->b, rows, 1, facts);
+        for (size_t i = rows; i-- > 0 && extra < 3;) {
+            size_t k = 0;
+            while (k < n && tracked[k] != (uint32_t)facts[i].top[0]) k++;
+            if (k == n && n < MAX_TRACKED) tracked[n++] = (uint32_t)facts[i].top[0], extra++;
+            use_id(x, facts[i].top[0]);
+        }
     }
     return n;
 }
 
-/* KL of the row with FACTS from the last one, in bits. */
-static double divergence(const float *last, const row_facts *of_last, const float *z,
-                         const row_facts *f, size_t n) {
+/* Probabilities of all ids. */
+static void find_shares(const float *z, const row_facts *f, size_t n, double *p) {
+    for (size_t i = 0; i < n; i++) {
+        double x = (double)z[i] - f->log_total;
+        p[i] = x > -60 ? exp_near(x) : 0;
+    }
+}
+
+/* KL of the row Z from the last one, whose probabilities are P, in bits. */
+static double divergence(const float *last, const row_facts *of_last, const double *p,
+                         const float *z, const row_facts *f, size_t n) {
     double sum = 0;
     for (size_t i = 0; i < n; i++) {
-        double p = (double)last[i] - of_last->log_total;
-        if (p > -60) sum += exp_near(p) * (p - ((double)z[i] - f->log_total));
+        double x = (double)last[i] - of_last->log_total;
+        sum += p[i] * (x - ((double)z[i] - f->log_total));
     }
     return sum > 0 ? sum * NAT : 0;
 }
@@ -444,19 +461,22 @@ typedef struct {
     size_t n_tracked;
 } lens_facts;
 
-/* All rows of the lens at one place. */
-static void look_through(explain *x, lens_facts *f, size_t place, float *last) {
+/* All rows of the lens at one place, in tiles of about equal size. The last tile comes first: each
+ * row is compared with the last. */
+static void look_through(explain *x, lens_facts *f, size_t place, float *last, double *p) {
     static row_facts facts[SIDE_ROWS];
     row_facts of_last;
-    size_t rows = x->lens_rows, k = f->n_tracked;
+    size_t rows = x->lens_rows, k = f->n_tracked, tiles = (rows + SIDE_ROWS - 1) / SIDE_ROWS;
     const float *stream = x->lens + place * rows * x->d;
-    lens_logits(&x->b, stream + (rows - 1) * x->d, x->d, 1);
-    memcpy(last, x->b.logits, x->V * sizeof *last);
-    look_at_row(last, x->V, LENS_TOP, &of_last);
-    for (size_t first = 0, n; first < rows; first += n) {
-        n = rows - first < SIDE_ROWS ? rows - first : SIDE_ROWS;
+    for (size_t tile = tiles; tile-- > 0;) {
+        size_t first = tile * rows / tiles, n = (tile + 1) * rows / tiles - first;
         lens_logits(&x->b, stream + first * x->d, x->d, n);
         look_at_rows(&x->b, n, LENS_TOP, facts);
+        if (tile + 1 == tiles) {
+            memcpy(last, x->b.logits + (n - 1) * x->b.vocab, x->V * sizeof *last);
+            of_last = facts[n - 1];
+            find_shares(last, &of_last, x->V, p);
+        }
         for (size_t i = 0; i < n; i++) {
             size_t at = place * rows + first + i;
             const float *z = x->b.logits + i * x->b.vocab;
@@ -472,7 +492,7 @@ static void look_through(explain *x, lens_facts *f, size_t place, float *last) {
                 f->rank[at * k + t] = rank_of(z, x->V, (int32_t)f->tracked[t]);
             }
             f->entropy[at] = (float)(facts[i].entropy * NAT);
-            f->kl[at] = (float)divergence(last, &of_last, z, &facts[i], x->V);
+            f->kl[at] = (float)divergence(last, &of_last, p, z, &facts[i], x->V);
         }
     }
 }
@@ -483,13 +503,14 @@ static int compute_lens(explain *x, medrun_error *e) {
     size_t P = x->n_places, R = x->lens_rows, k = f.n_tracked, cells = P * R;
     float *v = take_array(cells * (LENS_TOP + k + 2) + x->V, sizeof *v, e);
     uint32_t *u = take_array(cells * (LENS_TOP + k), sizeof *u, e);
+    double *p = take_array(x->V, sizeof *p, e);
     if (!e->code) {
         f.logp = v, f.tracked_logp = f.logp + cells * LENS_TOP;
         f.entropy = f.tracked_logp + cells * k, f.kl = f.entropy + cells;
         f.id = u, f.rank = u + cells * LENS_TOP;
         for (size_t i = 0; i < P; i++) {
             places[i] = (uint32_t)x->places[i];
-            look_through(x, &f, i, f.kl + cells);
+            look_through(x, &f, i, f.kl + cells, p);
         }
         page_data *g = &x->page;
         add_numbers(g, "lens_at", "row", DIMS(P), places);
@@ -501,7 +522,7 @@ static int compute_lens(explain *x, medrun_error *e) {
         add_block(g, "lens_entropy", "bits", AS_F32, DIMS(P, R), f.entropy);
         add_block(g, "lens_kl", "bits", AS_F32, DIMS(P, R), f.kl);
     }
-    free(v), free(u);
+    free(v), free(u), free(p);
     return e->code;
 }
 

@@ -6,6 +6,8 @@
 
 /* ---- the budget ---------------------------------------------------------------------------- */
 
+enum { SMALL_MODEL = 64 };              /* heads; its page has 1 MB if at least 16 maps fit */
+
 /* Bytes of the page's blocks but for the maps, of ROWS rows. */
 static double plan_blocks(const explain *x, double rows) {
     double L = (double)x->L, heads = L * (double)x->H, streams = (double)x->streams;
@@ -39,6 +41,8 @@ static int plan_page(explain *x, medrun_error *e) {
     double wanted = !x->keep_all ? 0 : x->attention < 0 ? heads : fmin(x->attention, heads);
     double fit = floor((budget - fixed) / each), least = fmin(4, wanted);
     bool exact = x->o.attention && strcmp(x->o.attention, "auto");
+    if (!exact && !x->o.budget && heads <= SMALL_MODEL)
+        wanted = fmin(wanted, fmax(SMALL_MODEL / 4, floor((1e6 - fixed) / each)));
     if (fit < (exact ? wanted : least) || fixed > budget)
         return fail(e, MEDRUN_USAGE, "a page of %.0f tokens with %.0f maps of attention would have "
                     "%.1f MB, --budget is %g; give a larger one, fewer maps (%.0f fit), or a "
@@ -73,6 +77,43 @@ static double time_logits(explain *x, size_t n) {
     return seconds() - start;
 }
 
+/* Seconds that the weights of all rows take, from those of the last rows in one layer. */
+static double time_weights(explain *x) {
+    size_t rows = x->room < SIDE_ROWS ? x->room : SIDE_ROWS;
+    weights_job j = {x, 0, x->room - rows, rows, x->b.heads};
+    size_t tiles = (rows * (x->H / x->G) + QUERIES - 1) / QUERIES;
+    double start = seconds();
+    x->queries = x->b.wide;
+    parallel_for(x->v.m->pool, x->G * tiles, 1, weights_task, &j);
+    double all = (seconds() - start) * (double)x->L;
+    return x->keep_all ? all * (double)x->room / 2 / (double)rows : all;
+}
+
+/* Rows of a whole layer's products that cost as much as what is computed beside the run. */
+static double beside_rows(const explain *x) {
+    const model_layer *y = &x->v.m->layers[0];
+    const tensor *const all[] = {&y->q, &y->k, &y->v, &y->o, &y->gate, &y->up, &y->down};
+    double weights = 0, heads = (double)(x->L * x->H);
+    for (size_t i = 0; i < 7; i++) weights += (double)(all[i]->rows * all[i]->cols);
+    double o = heads + fmin(heads, MAX_SPLIT) * (double)x->D;
+    double down = x->neurons ? fmin((double)x->L, NEURON_LAYERS) *
+                               fmin((double)x->F, MOST_CANDIDATES) : 0;
+    return (o * (double)(y->o.rows * y->o.cols) + down * (double)(y->down.rows * y->down.cols)) /
+           weights;
+}
+
+/* Bytes beside the session: what take_memory takes, and then the larger of two: the maps in floats
+ * with the blocks, or the blocks with the page. A buffer that grows holds up to twice its bytes. */
+static double plan_memory(const explain *x) {
+    double kept = x->keep_all ? (double)all_weights(x, x->keep_bytes ? 1 : 4) : 0;
+    double numbers = (double)(x->d * (x->room + x->n_places * x->lens_rows + x->streams)) +
+                     (double)(x->L * (x->F + x->H * x->D));
+    double maps = 2.0 * (double)x->n_maps * (double)(x->room * (x->room + 1));
+    double page = x->planned, blocks = 1.5 * page * 3 / 4;
+    return kept + (double)x->b.bytes + (double)(x->n_hot * hot_bytes(x)) + 4 * numbers + blocks +
+           fmax(maps, 1.5 * page);
+}
+
 static size_t n_ablations(const explain *x) {
     if (!x->o.ablate) return 0;
     if (!strcmp(x->o.ablate, "auto")) return 6;
@@ -81,31 +122,31 @@ static size_t n_ablations(const explain *x) {
     return n;
 }
 
-/* --dry-run: measures a layer's products and the logits of a few rows, and multiplies. */
+/* --dry-run: measures a layer's products, the logits and the attention of a few rows, and
+ * multiplies. */
 static int print_plan(explain *x, medrun_error *e) {
-    if (medrun_start(&x->s, x->v.m, &x->session, NULL, 0, e) || start_side(&x->b, x->s, e))
-        return e->code;
+    if (take_memory(x, e)) return e->code;
     size_t given = n_ids(&x->tokens);
     double L = (double)x->L, tile = SIDE_ROWS, rows = (double)x->room;
+    double before = seconds() - x->start;
     double layer = time_layer(x, SIDE_ROWS) / tile, one = time_layer(x, 1);
     double logits = time_logits(x, SIDE_ROWS) / tile, last = time_logits(x, 1);
-    double once = layer * L * (double)given;
-    double run = 1.1 * once + x->n_predict * (one * L + last);
-    double facts = logits * (rows + (double)(x->n_places * x->lens_rows) * 1.5) +
-                   layer * L * (double)(x->H + 4 * MOST_CANDIDATES / 8);
+    double weights = time_weights(x), once = layer * L * (double)given;
+    double run = before + once + weights * (1 + 1 / (double)x->n_hot) +
+                 x->n_predict * (one * L + last);
+    double cells = (double)(x->n_places * x->lens_rows);
+    double facts = logits * (rows + 1.2 * cells + LOOK_BACK + x->neurons) +
+                   layer * beside_rows(x);
     double parts = x->o.leave_out ? 8 : 0, more = 0;
     more += once * (0.5 * ((double)x->n_edits + parts) + (double)n_ablations(x));
     if (x->o.rotate) more += once * (x->q->n_choices - 1);
     if (x->o.patch) more += once * 4 * L;
-    if (x->o.compare) more += run;
-    uint64_t kept = x->keep_all ? all_weights(x, x->keep_bytes ? 1 : 4) : 0;
-    double memory = (double)kept + (double)x->b.bytes + (double)(x->n_hot * hot_bytes(x)) +
-                    4.0 * (double)(x->d * (x->room + x->n_places * x->lens_rows + x->streams));
+    if (x->o.compare) more += run + 2 * logits * rows;
     printf("%zu tokens, at most %d of an answer\ntime    %.1f s: run %.1f, explaining %.1f%s\n"
            "memory  %.1f MB beside the session's %.1f\npage    %.2f MB, %zu maps of attention\n",
            given, x->n_predict, run + facts + more, run, facts + more,
-           x->o.patch ? " (most of it for --patch)" : "", memory / 1e6, (double)x->s->bytes / 1e6,
-           x->planned / 1e6, x->n_maps);
+           x->o.patch ? " (most of it for --patch)" : "", plan_memory(x) / 1e6,
+           (double)x->s->bytes / 1e6, x->planned / 1e6, x->n_maps);
     return finish_stdout(e);
 }
 
@@ -114,15 +155,18 @@ static int print_plan(explain *x, medrun_error *e) {
 /* What a further pass gave at the explained place, beside what was there. */
 typedef struct {
     float *before;                      /* (V) logits of the watched run                        */
+    double *shares;                     /* (V) their probabilities                              */
     row_facts was, now;
 } second_look;
 
 static int begin_second(explain *x, second_look *k, medrun_error *e) {
     k->before = take_array(x->V, sizeof(float), e);
+    k->shares = take_array(x->V, sizeof(double), e);
     if (e->code) return e->code;
     lens_logits(&x->b, x->stream + (x->streams - 1) * x->d, x->d, 1);
     memcpy(k->before, x->b.logits, x->V * sizeof(float));
     look_at_row(k->before, x->V, LENS_TOP, &k->was);
+    find_shares(k->before, &k->was, x->V, k->shares);
     return MEDRUN_OK;
 }
 
@@ -150,7 +194,7 @@ static void add_outcome(explain *x, second_look *k, const float *z) {
     buffer_printf(b, "\"difference\":%.9g,\"winner\":%.9g,\"foil\":%.9g,\"kl\":%.6g,\"top\":[",
                   difference(x, z), (double)z[x->winner] - k->now.log_total,
                   (double)z[x->foil] - k->now.log_total,
-                  divergence(k->before, &k->was, z, &k->now, x->V));
+                  divergence(k->before, &k->was, k->shares, z, &k->now, x->V));
     for (size_t i = 0; i < LENS_TOP; i++) {
         buffer_printf(b, "%s[%d,%.9g]", i ? "," : "", k->now.top[i],
                       (double)z[k->now.top[i]] - k->now.log_total);
@@ -517,6 +561,7 @@ static int compare_rows(explain *x, explain *y, medrun_error *e) {
     static row_facts ours[SIDE_ROWS], theirs[SIDE_ROWS];
     float *v = take_array(2 * x->rows + x->streams, sizeof *v, e), *far = v + 2 * x->rows;
     uint32_t *top = take_array(x->rows, sizeof *top, e);
+    double *shares = take_array(x->V, sizeof *shares, e);
     for (size_t at = 0, n; !e->code && at < x->rows; at += n) {
         n = x->rows - at < SIDE_ROWS ? x->rows - at : SIDE_ROWS;
         lens_logits(&x->b, x->last + at * x->d, x->d, n);
@@ -526,7 +571,8 @@ static int compare_rows(explain *x, explain *y, medrun_error *e) {
         for (size_t i = 0; i < n; i++) {
             const float *z = x->b.logits + i * x->b.vocab, *q = y->b.logits + i * y->b.vocab;
             size_t next = at + i + 1 < x->n ? (size_t)token_at(x, at + i + 1) : 0;
-            v[at + i] = (float)divergence(z, &ours[i], q, &theirs[i], x->V);
+            find_shares(z, &ours[i], x->V, shares);
+            v[at + i] = (float)divergence(z, &ours[i], shares, q, &theirs[i], x->V);
             v[x->rows + at + i] = at + i + 1 < x->n
                 ? (float)(((double)q[next] - theirs[i].log_total) -
                           ((double)z[next] - ours[i].log_total)) : 0;
@@ -550,7 +596,7 @@ static int compare_rows(explain *x, explain *y, medrun_error *e) {
         }
         add_block(&x->page, "other_far", "share of the stream", AS_F32, DIMS(x->streams), far);
     }
-    free(v), free(top);
+    free(v), free(top), free(shares);
     return e->code;
 }
 
@@ -584,8 +630,7 @@ static int run_more(explain *x, medrun_error *e) {
     second_look k = {0};
     if (!x->n_edits && !x->o.leave_out && !x->o.rotate && !x->n_ablated && !x->o.compare &&
         !x->o.patch) return MEDRUN_OK;
-    if (begin_second(x, &k, e)) return e->code;
-    if (x->n_edits) {
+    if (!begin_second(x, &k, e) && x->n_edits) {
         buffer_text(&x->more, ",\n\"what_if\":[");
         for (size_t i = 0, at = 0, n = 0; i < x->n_edits && !e->code; i++) {
             const char *fresh = "";
@@ -599,7 +644,7 @@ static int run_more(explain *x, medrun_error *e) {
     if (!e->code && x->n_ablated) run_ablations(x, &k, e);
     if (!e->code && x->o.patch) patch_runs(x, e);
     if (!e->code && x->o.compare) compare_models(x, e);
-    free(k.before);
+    free(k.before), free(k.shares);
     return e->code;
 }
 
