@@ -10,7 +10,9 @@
 #define MEDRUN_NO_MAIN
 #define MEDRUN_EXPORT_NO_MAIN
 #include "../tools/export.c"
+#define read_messages tools_read_messages       /* export.c has one, too                        */
 #include "../tools/tool_calls.c"
+#undef read_messages
 #define span shape_span         /* export_jinja.c has a span, too                               */
 #include "../tools/serve_grammar.c"
 #include "../tools/serve_schema.c"
