@@ -9481,8 +9481,7 @@ static int check_buffer(command *c, const buffer *b) {
 
 /* ---- files --------------------------------------------------------------------------------- */
 
-/* The most bytes that are read where no context sets a bound. A thick book has fewer; a device
- * without an end would fill the memory. */
+/* The most bytes read where no context sets a bound: a device has no end. */
 enum { MOST_INPUT = 16 << 20 };
 
 /* The bytes that can fit into the context at most, whatever the text says. */
@@ -9501,6 +9500,7 @@ static int read_file(command *c, const char *path, size_t most, buffer *out) {
     for (size_t n = 1; n && out->n <= most && buffer_room(out, 65536);) {
         n = fread(out->data + out->n, 1, 65536, f);
         out->n += n, out->data[out->n] = 0;
+        if (ferror(f) && errno == EINTR) clearerr(f), n = 1;
     }
     if (ferror(f)) bad_file(&c->e, path, "cannot read: %s", strerror(errno));
     if (!standard) fclose(f);

@@ -512,7 +512,7 @@ static void weights_task(void *context, size_t begin, size_t end, int thread) {
     size_t window = c->sliding_window ? (size_t)c->sliding_window : SIZE_MAX;
     float *scratch = x->scratch + (size_t)thread * weights_scratch(x);
     float *out = scratch + attend_scratch(x->D);
-    for (size_t i = begin; i < end; i++) {
+    for (size_t i = begin; i < end && !interrupted; i++) {      /* as long as a layer, or longer */
         size_t head = i / tiles, first = i % tiles * QUERIES, last = first + QUERIES, most = 0;
         if (last > j->rows * group) last = j->rows * group;
         attention a = {.n = 0, .kv = cache->kv, .head_dim = x->D, .end = SIZE_MAX,
