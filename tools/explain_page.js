@@ -189,7 +189,7 @@ function buildText(v) {
   const hover = t => slot.replaceChildren(card(t === null ? state.token : t));
   v.body.replaceChildren(
     el("p", {class: "legend dim"}, "Colour and underline: surprise, ", (() => { const i = el("i", {}); i.style.opacity = .06; return i; })(), "0 ", ...[4, 8, 12].flatMap(b => { const i = el("i", {}); i.style.opacity = b / 12; return [i, b + " "]; }), "bits. Dashed: control tokens. Choose a token with the mouse or ← → and Enter."),
-    el("div", {class: "controls"}, el("label", {}, el("input", {type: "checkbox", checked: state.spaces, on: {change: e => { state.spaces = e.target.checked; show(); }}}), "show pieces, blanks and line ends")),
+    el("div", {class: "controls"}, el("label", {}, el("input", {type: "checkbox", checked: state.spaces, on: {change: e => { state.spaces = e.target.checked; show(); }}}), "show pieces, spaces and line ends")),
     textOf("The text, token by token", t => t ? Math.min(1, surprise(t) / 12) : 0, pin, {hover, note: t => t ? surprise(t).toFixed(2) + " bits" : "first token"}), slot);
 }
 const tableText = () => ({head: ["position", "token", "id", "bits", "rank", "likeliest", "its probability"], rows: meta.tokens.map(([id], t) => [t, piece(id, true), id,
@@ -270,10 +270,10 @@ function optionTable() {
   return el("div", {}, warn ? el("p", {class: "warning", role: "note"}, "The options together hold " + percent(o.mass) + " of the probability" + (o.likeliest_is_one ? "" : ", and the likeliest token is none of them") +
     ": the model would say something else, so what follows says little about its answer.") : null,
     el("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Options"}, el("table", {}, el("caption", {}, "Options. Share: of all probability, and of what the options hold together."),
-      el("thead", {}, el("tr", {}, ["token", "option", "of all", "of the options", "behind the first (nats)"].map((x, i) => el("th", {scope: "col", class: i < 2 ? "l" : ""}, x)))),
+      el("thead", {}, el("tr", {}, ["token", "option", "of all", "of the options", "below the first (nats)"].map((x, i) => el("th", {scope: "col", class: i < 2 ? "l" : ""}, x)))),
       el("tbody", {}, o.list.map((x, i) => el("tr", {}, el("td", {class: "l"}, (x.logp === best ? "▶ " : "") + piece(x.id, true) + (i === o.truth ? " ✓" : "")), el("td", {class: "l"}, x.choice || x.text),
         el("td", {}, percent(Math.exp(x.logp))), el("td", {}, percent(Math.exp(x.logp) / (o.mass || 1))), el("td", {}, (x.logp - best).toFixed(2))))))),
-    el("p", {class: "dim"}, (o.truth >= 0 ? "✓ is the answer of the data set. " : "") + "Written " + (o.form ? "behind a blank" : "without a blank") + "; the other form holds " + percent(o.other_mass) + "."));
+    el("p", {class: "dim"}, (o.truth >= 0 ? "✓ is the answer of the data set. " : "") + "Written " + (o.form ? "with a space in front" : "without a space in front") + "; the other form holds " + percent(o.other_mass) + "."));
 }
 function rotationTable() {
   if (!meta.rotations) return null;
@@ -373,26 +373,26 @@ function buildLens(v) {
   if (p < 0) p = Math.max(0, [...places].indexOf(meta.at));
   state.place = p;
   const s = settled(p), end = D("lens")[(p * R + R - 1) * 5], row = places[p];
-  v.reading.textContent = (s === 0 ? "From the embedding on " : s === R - 1 ? "Only in the last row, " + rowName(s) + ", " : cap(rowName(s)) + " is the first from which ") + quote(end) + (s === R - 1 || s === 0 ? " leads" : " leads to the end") + ", behind position " + row + " (“" + word(row).replace(/^␣/, "") + "”).";
-  const table = el("table", {class: "lens"}, el("thead", {}, el("tr", {}, el("th", {scope: "col", class: "l"}, "behind"), [...places].map(t => el("th", {scope: "col", title: "position " + t}, word(t))))), el("tbody"));
+  v.reading.textContent = (s === 0 ? "From the embedding on " : s === R - 1 ? "Only in the last row, " + rowName(s) + ", " : cap(rowName(s)) + " is the first from which ") + quote(end) + (s === R - 1 || s === 0 ? " leads" : " leads to the end") + ", after position " + row + " (“" + word(row).replace(/^␣/, "") + "”).";
+  const table = el("table", {class: "lens"}, el("thead", {}, el("tr", {}, el("th", {scope: "col", class: "l"}, "after"), [...places].map(t => el("th", {scope: "col", title: "position " + t}, word(t))))), el("tbody"));
   const shownRows = [];
   for (let r = R - 1; r >= 0; r--) shownRows.push(r);
   for (const r of shownRows)
     table.lastChild.append(el("tr", {class: r === s ? "settled" : ""}, el("th", {scope: "row", class: "l"}, rowName(r) + (r === s ? " ◀" : "")), [...places].map((t, i) => {
       const id = D("lens")[(i * R + r) * 5], x = Math.exp(D("lens_logp")[(i * R + r) * 5]);
       return el("td", {}, el("button", {type: "button", a: x, tabindex: i === p && r === R - 1 ? 0 : -1, "data-p": i, "data-r": r, dir: "auto", "aria-pressed": String(i === p && Math.ceil(meta.mid ? r / 2 : r) === state.layer + 1),
-        title: percent(x), "aria-label": rowName(r) + " behind " + word(t) + ": " + piece(id, true) + ", " + percent(x), on: {click: () => { state.layer = Math.max(0, Math.ceil(meta.mid ? r / 2 : r) - 1); pin(t + 1); }}}, piece(id, true)));
+        title: percent(x), "aria-label": rowName(r) + " after " + word(t) + ": " + piece(id, true) + ", " + percent(x), on: {click: () => { state.layer = Math.max(0, Math.ceil(meta.mid ? r / 2 : r) - 1); pin(t + 1); }}}, piece(id, true)));
     })));
   v.body.replaceChildren(el("figure", {}, el("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "The lens, layer by layer"}, table),
     el("figcaption", {}, "What each layer would say if it were the last (the raw logit lens). Colour: its probability. ◀ marks the layer from which the final word stays.")),
-    el("h3", {}, "Behind position " + row + ", “" + word(row).replace(/^␣/, "") + "”"), el("figure", {}, el("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Probability from layer to layer"}, lines(p), klBars(p)), el("figcaption", {}, "Probability of some tokens, on a logarithmic scale, from the embedding to the last layer.")));
+    el("h3", {}, "After position " + row + ", “" + word(row).replace(/^␣/, "") + "”"), el("figure", {}, el("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Probability from layer to layer"}, lines(p), klBars(p)), el("figcaption", {}, "Probability of some tokens, on a logarithmic scale, from the embedding to the last layer.")));
 }
 const cap = s => s[0].toUpperCase() + s.slice(1);
 function tableLens() {
   const [, R] = blocks.lens.shape, K = blocks.tracked.shape[0], p = state.place, rows = [];
   for (let r = 0; r < R; r++) rows.push([rowName(r), piece(D("lens")[(p * R + r) * 5], true), Math.exp(D("lens_logp")[(p * R + r) * 5]), D("lens_entropy")[p * R + r], D("lens_kl")[p * R + r],
     ...[...Array(K).keys()].map(k => Math.exp(D("tracked_logp")[(p * R + r) * K + k]))]);
-  return {caption: "Behind position " + D("lens_at")[p], head: ["layer", "leads", "probability", "entropy (bits)", "KL to the end (bits)", ...[...D("tracked")].map(id => "p of " + piece(id, true))], rows};
+  return {caption: "After position " + D("lens_at")[p], head: ["layer", "leads", "probability", "entropy (bits)", "KL to the end (bits)", ...[...D("tracked")].map(id => "p of " + piece(id, true))], rows};
 }
 
 /* ---- 4 Attention --------------------------------------------------------------------------- */
@@ -486,7 +486,7 @@ function buildParts(v) {
     const y0 = 4 + l * rowH, t = svg("text", {x: left - 8, y: y0 + 13, "text-anchor": "end"}); t.textContent = "layer " + (l + 1); g.append(t);
     g.append(svg("rect", {class: "up attention", x: left, width: Math.max(1, X(y[2 * l + 1]) - left), y: y0, height: 7}), svg("rect", {class: "down", x: left, width: Math.max(1, X(y[2 * l + 2]) - left), y: y0 + 8, height: 7}), svg("line", {class: "line", x1: X(x[2 * l + 2]), x2: X(x[2 * l + 2]), y1: y0 - 1, y2: y0 + 16}));
   }
-  const t = svg("text", {x: left, y: H - 6}); t.textContent = "0 to " + most.toPrecision(3) + "; the black mark is the stream behind the layer"; g.append(t);
+  const t = svg("text", {x: left, y: H - 6}); t.textContent = "0 to " + most.toPrecision(3) + "; the black mark is the stream after the layer"; g.append(t);
   const list = has("neuron") ? el("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Neurons"}, el("table", {}, el("caption", {}, "Neurons that add most to the difference, and the tokens that each raises most"),
     el("thead", {}, el("tr", {}, ["neuron", "active", "adds (nats)", "raises"].map((h, i) => el("th", {scope: "col", class: i === 3 ? "l" : ""}, h)))),
     el("tbody", {}, [...Array(blocks.neuron.shape[0]).keys()].map(i => el("tr", {}, el("td", {}, (D("neuron")[2 * i] + 1) + "." + D("neuron")[2 * i + 1]), el("td", {}, D("neuron_active")[i].toFixed(2)), el("td", {}, signed(D("neuron_adds")[i], 3)),
@@ -599,7 +599,7 @@ function buildDice(v) {
   if (i < 0) i = places.indexOf(meta.at) < 0 ? places.length - 1 : places.indexOf(meta.at);
   if (dice.temp === null) Object.assign(dice, {temp: meta.temperature, k: meta.top_k, p: meta.top_p, min: meta.min_p});
   const c = candidates(i), left = c.rest > 0 ? c.keep + c.restN : c.keep;
-  v.reading.textContent = "Behind position " + places[i] + " (“" + word(places[i]).replace(/^␣/, "") + "”) " + (left === 1 ? "one token can come" : left + " tokens can come") + " with these settings; without cuts the uncertainty is " + c.entropy.toFixed(2) + " bits.";
+  v.reading.textContent = "After position " + places[i] + " (“" + word(places[i]).replace(/^␣/, "") + "”) " + (left === 1 ? "one token can come" : left + " tokens can come") + " with these settings; without cuts the uncertainty is " + c.entropy.toFixed(2) + " bits.";
   const slide = (name, key, min, max, step, show2) => {
     const out = el("output", {class: "number"}, show2(dice[key]));
     return el("label", {}, name, el("input", {type: "range", min, max, step, value: dice[key], on: {input: e => { dice[key] = +e.target.value; out.textContent = show2(dice[key]); refresh(); }}}), out);
@@ -610,7 +610,7 @@ function buildDice(v) {
     if (d.rest > 0) rows.push(["others, in sum", (sum(d.list.slice(16, d.keep).map(x => x.p)) + d.rest) / d.held, percent((sum(d.list.slice(16, d.keep).map(x => x.p)) + d.rest) / d.held), "cut"]);
     shown.replaceChildren(bars(rows));
     const n = d.rest > 0 ? d.keep + d.restN : d.keep;
-    v.reading.textContent = "Behind position " + places[i] + " (“" + word(places[i]).replace(/^␣/, "") + "”) " + (n === 1 ? "one token can come" : n + " tokens can come") + " with these settings; without cuts the uncertainty is " + d.entropy.toFixed(2) + " bits.";
+    v.reading.textContent = "After position " + places[i] + " (“" + word(places[i]).replace(/^␣/, "") + "”) " + (n === 1 ? "one token can come" : n + " tokens can come") + " with these settings; without cuts the uncertainty is " + d.entropy.toFixed(2) + " bits.";
   };
   const draw = () => {
     const d = candidates(i), counts = new Map();
@@ -627,7 +627,7 @@ function tableDice() {
   let i = places.indexOf(state.token - 1);
   if (i < 0) i = Math.max(0, places.indexOf(meta.at));
   const c = candidates(i);
-  return {caption: "Behind position " + places[i], head: ["token", "id", "probability at this temperature", "kept"], rows: c.list.map((x, n) => [piece(x.id, true), x.id, x.p, n < c.keep ? "yes" : "no"])};
+  return {caption: "After position " + places[i], head: ["token", "id", "probability at this temperature", "kept"], rows: c.list.map((x, n) => [piece(x.id, true), x.id, x.p, n < c.keep ? "yes" : "no"])};
 }
 
 /* ---- 8 Memory, 9 Time ---------------------------------------------------------------------- */
@@ -683,13 +683,13 @@ function buildOther(v) {
   let begins = "";
   if (has("other_far")) { const far = D("other_far"); let l = far.findIndex(x => x > .01); begins = l < 0 ? " The streams never differ by more than 1 %." : " The streams differ by more than 1 % from " + (l === 0 ? "the embedding" : "layer " + Math.ceil(l / 2)) + " on."; }
   const [here, there] = namesApart();
-  v.reading.textContent = cap(there) + " beside " + here + ": the likeliest token differs at " + differ.length + " of " + n + " positions; the distributions are " + (sum([...kl]) / n).toPrecision(2) + " bits apart on average, most behind “" + word(at).replace(/^␣/, "") + "” (" + most.toPrecision(2) + ")." + begins;
+  v.reading.textContent = cap(there) + " beside " + here + ": the likeliest token differs at " + differ.length + " of " + n + " positions; the distributions are " + (sum([...kl]) / n).toPrecision(2) + " bits apart on average, most after “" + word(at).replace(/^␣/, "") + "” (" + most.toPrecision(2) + ")." + begins;
   const parts = [textOf("Distance of the two distributions before each token", t => t ? kl[t - 1] / most : 0, pin, {note: t => t ? kl[t - 1].toPrecision(3) + " bits" : ""})];
-  if (differ.length) parts.push(el("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Where they differ"}, el("table", {}, el("caption", {}, "Where the likeliest token differs"), el("thead", {}, el("tr", {}, ["behind", here, there, "apart (bits)"].map((h, i) => el("th", {scope: "col", class: i < 3 ? "l" : ""}, h)))),
+  if (differ.length) parts.push(el("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Where they differ"}, el("table", {}, el("caption", {}, "Where the likeliest token differs"), el("thead", {}, el("tr", {}, ["after", here, there, "apart (bits)"].map((h, i) => el("th", {scope: "col", class: i < 3 ? "l" : ""}, h)))),
     el("tbody", {}, differ.slice(0, 50).map(r => el("tr", {}, el("td", {class: "l"}, r + " " + word(r)), el("td", {class: "l"}, piece(D("top")[r * 10], true)), el("td", {class: "l"}, piece(D("other_top")[r], true)), el("td", {}, kl[r].toPrecision(3))))))));
   v.body.replaceChildren(...parts);
 }
-const tableOther = () => meta.other ? {head: ["behind", "token", "KL (bits)", "likeliest of " + namesApart()[0], "likeliest of " + namesApart()[1], "gain of what came (nats)"], rows: [...D("other_kl")].map((x, r) => [r, word(r), x, piece(D("top")[r * 10], true), piece(D("other_top")[r], true), D("other_gain")[r]])} : null;
+const tableOther = () => meta.other ? {head: ["after", "token", "KL (bits)", "likeliest of " + namesApart()[0], "likeliest of " + namesApart()[1], "gain of what came (nats)"], rows: [...D("other_kl")].map((x, r) => [r, word(r), x, piece(D("top")[r * 10], true), piece(D("other_top")[r], true), D("other_gain")[r]])} : null;
 
 /* ---- the page as a whole ------------------------------------------------------------------- */
 

@@ -44,7 +44,7 @@ static void print_lens(command *c, const top_watch *w, side *b, size_t first, si
     bool colour = is_terminal(STDOUT_FILENO) && terminal_draws(getenv("TERM")) &&
                   !(no_colour && *no_colour);
     const int32_t *ids = medrun_tokens(c->s);
-    printf("%-9s", "behind");
+    printf("%-9s", "after");
     for (size_t at = first; at < n; at++) print_cell(c, ids[at]), fputs("  ", stdout);
     puts("");
     for (size_t l = w->rows; l-- > 0;) {

@@ -329,7 +329,7 @@ static void do_stream(args a) {
     (void)a;
     double most = 0;
     for (size_t i = 0; i <= 2 * layers(); i++) most = fmax(most, found("stream_rms", i));
-    table("Size (RMS) at the explained word", "<behind|attention wrote|feed-forward wrote|the "
+    table("Size (RMS) at the explained word", "<after|attention wrote|feed-forward wrote|the "
           "stream is now|<");
     for (size_t l = 0; l <= layers(); l++) {
         if (l) put("<tr><th scope=\"row\" class=\"l\">layer %zu</th><td>%.2f</td><td>%.2f</td>", l,
@@ -347,7 +347,7 @@ static void do_lens(args a) {
     (void)a;
     size_t at = (size_t)member(facts_text, "at"), place = 0, rows = layers() + 1;
     while (found("lens_at", place) != (double)at) place++;
-    table("What would come if the model ended here", "<behind|<word|its probability|<");
+    table("What would come if the model ended here", "<after|<word|its probability|<");
     for (size_t r = 0; r < rows; r++) {
         double p = exp(found("lens_logp", (place * rows + r) * 5));
         if (r) put("<tr><th scope=\"row\" class=\"l\">layer %zu</th><td class=\"l\">", r);
