@@ -698,7 +698,7 @@ static void flush_chunks(server *sv, job *g) {
         size_t n, ready = q->steps.n / sizeof n - q->steps_at;
         if (q->flushed == g->round && ready) {
             memcpy(&n, q->steps.data + q->steps_at++ * sizeof n, sizeof n);
-            buffer_add(&g->out, q->chunks.data + q->chunks_at, n);
+            if (n) buffer_add(&g->out, q->chunks.data + q->chunks_at, n);
             q->chunks_at += n;
             q->flushed++;
             if (ready == 1) q->steps.n = q->chunks.n = q->steps_at = q->chunks_at = 0;
