@@ -5265,78 +5265,67 @@ static int file_open(model_file *f, const char *path, bool load, medrun_error *e
 enum { CLASS_OTHER, CLASS_LU, CLASS_LL, CLASS_LT, CLASS_LM, CLASS_LO, CLASS_M, CLASS_N,
        CLASS_SPACE, CLASS_ALT, CLASS_ALT_ODD };
 
-/* Made by tools/unicode.py: Unicode 16.0, as in Hugging Face tokenizers' regex engine. 2206
- * runs of code points, each a character, class * 8 + length; or, where the length is not 1
- * to 7, class * 8 and the length in digits of base 45, the last of them plus 45. Digits are
- * the characters from # to ~ without ? and \. A mark says where every 32th run begins. */
+/* Made by tools/unicode.py: Unicode 16.0, as in Hugging Face tokenizers' regex engine. Runs
+ * of code points, each a character, class * 8 + length; or, where the length is not 1 to 7,
+ * class * 8 and the length in digits of base 45, the last of them plus 45. Digits are the
+ * characters from # to ~ without ? and \. Two digits of base 90 are a mark: where the runs of
+ * the next 512 code points begin. Equal blocks share them, and one block is all behind U+1FFFF. */
 static const char unicode_runs[] =
-    "#Zj#df#a][*+l)3l#[f#lf#ZM*_$4&^M$`$+i$23j$3Ym$]ucm$T{5-qx-5/wp-6-wtyqx-yo4Mo5P,<w<o<ucmew<q-m"
-    "$`9-woy.mZ3$iM3mDd'D^#`I*E$E#cT%hqE$o%E6$,),$.$,$-w+b$+Z3uwo-6mj7o$xow+$V3$Tmt$[m$[u`m%X$+x%E"
-    ")3{#YT$Q$U$V$V$U#YLm'P#oT](LrEL[Tg]['NUL%Z$M[%ZFV$XN][O%M#bMULpTm%L$~T]M#`][LsTZF'E%U%LhXETZE"
-    "WEY#dLkW'L](Lj$R#YTZL{ETj$TsL$ZWMTdM[L[V%][$ELaW$LY%N%Lh$S$M&P%UM[%V%WM#YU'N$OV%][N%c%M$U%W$R"
-    "'N%Lh$S$N$N$N%U$Y'V%W&U*P$M*][VOU#]W$LZ$O$Lh$S$N$Q%UMTY$W$W%M#aNV%][#ZMZ$W$LY%N%Lh$S$N$Q%UM[%"
-    "V%W*W'N$OV%][$Mc#[UM$R&O$P&N$M$N&N&O&L^'Y&W$X%M)U#`]_#_YLY$O$Li$Lb%UM[$W$X*V$O%M%NV%][#Yd$MW$"
-    "LY$O$Li$L[$Q%UM[$W$X*V)N$NV%][$NU#^XLZ$O$L{VM[$W$XM(OUdOV%]e$R$W$Ld&Lj$LZ$M%S&U'Z$U$TY)][%V#_"
-    "L$TUN[(RETY$][#yN$M$Q$Lj$M$L[UNTZM%Q$E$[$][%P#rM#iV)]f$U$U$U'VLY$Lv'Tf$VQT]$Tv#ZU#$^L}TfM][)R"
-    "XPWMWN[OXL_T^MU][X%+x$,(,%3}$E6L*`$P%S$M$P%L{$P%Ls$P%S$M$P%La$L$^$P%L$h%W#Z]f&Lb#b+${%9&L0u%L"
-    "cfLl(L$p&`LY*LdX#ZLeW#]LdV#^L_$O$V#^L$XTr&E'MU%][)][#cW$U][)LuEL$Y*QVLtUM(L$k#[Lq$T^'T^#[][Lp"
-    "%Q#]L~'Ll)]]#wLiY'L$YT[$To%U][)][#_E#YTq#$UYL$STcLY&][#cTZ#^WLpT_N][L~T`#^LvTf#Y][&O][LpJ%3Zw"
-    "(+}%.#bW$TgPURUNWM(3~D$d3_E3tDwT$em&a3Ym%Y3Y+Y9%1%3Y+Y3Y+Y9%1%3Y$,$,$,$w:+Y3`%3Y;Y3Y;Y3Y;Y8$5"
-    "/<$4&6$5/<&7%5/'3Y0(6$5/<&e]#og(f#$Sf#b^E%c(E][)D_#$WTs#c,',%w-5.4$,&0),$,$,$/$o.4P4%5-(w6'4$"
-    "]$Wwb#3W]$a#$s]h#1Q]p#<X+$T3$Tp-5|.px8F.m%Z4)yWo#Z^%3x$4(4%L$]*E#aULi#ZS$S$S$S$S$S$S$S$Tr#$SE"
-    "#-`f'EM^#k]ZZ$I%`EM'L${%V%FM$L%Q$GM(L}$L%U&a#[Lr#$TLb#r][#p]Y$]a#r][#y]a#*VL&.h#$eL-3}EL<d#$h"
-    "LzJ%L(}E&Lb][N#fm$RMX$T[$EmnFVL$k][V#wDZ%m`5m$cE3Yzm[E%yMq5mg/o/mb.yo%o$4$mY#gGwMF4SUOUPULiY'"
-    "U&c#[L$X#^VL$VTd#[][)TdR&M$NU][LnTY%LiT_#^Lo&XL$ST`#`E][)QUELZ][Q$L{T`#ZOULYV%][)LbER&MWL$VUM"
-    "WNVQVMUM#jNE%L]Y%MFV#[R%R%R#ZS$S$3}$H3ZE)3$uLuTY$V%][)L(:^#^Li'L$U#'*wL+W%L%b#x:#^8(MUL[$L_$Q"
-    "$M$N$N$L%d#sL+T#dL$e%L$Z#zL^'Tb#bTb#$eQ$L&Q#e][*+l)3l#]L[EL$QFLq&R%R%R%O#uL^$Ll$Le$N$La%L`#tL"
-    "%s#^]$Q#^]$^#c_#%iU#%zLo&L$U#aU]m'Lra#ZLf^LY^(LxY(Lp%Lv'LY$b#|+z3zL$s%][)+v'3v'Lz#YL$X#^+]$+a"
-    "$2$-$3]$3a$:$5&L$X#^L){#ZLh#[LY#jJ$D|$DZ#$jR%M$L~$N&M%Li%]YLi%dLq#Y]Z#$TLe$N(bLhc'Ll#$kL$]'_N"
-    "]b%]$RMW$V(XP$O$Lo%W'U]Z#iLo_$Lo`#rLY$LnV'b#bL$Z#[Lh%]YLe(]YLd#id#$uL$n#$[+$W#_3$W*cLvX#Y][)]"
-    "[PEM+h&Y$E3h#'x]q$L|$V&N#bO#$[XLo][M#YLhT]a#mLdX#|Lgd#fLi#ZWL$YTa#]]pUNVM#ZXL$QT]*U#_Lk*][)WL"
-    "vT`$]['MVM#YLuU%M#ZWL$TT`P'X$V][M$M']f#]Ld$LkT^)UNU#$cS$M$P$La$L[*L$ST^(][)X$LY%N%Lh$S$N$Q$VM"
-    "[%V%W%M)U(QV%[&Y#]L[$M%M$Lx$MTZ$U%U$X$YMUM#_V#oL$YTdP(]['UO#pL$TTfN$M#Y][#&qL$S[%TZ#iPV#tL$TT"
-    "c&M#]][#xL}T_M*][)]f#nLm%Ta']^'S#'VL~Ta#%]+r3r]e#^LY%M%LY$N$LjZ$V%XMUMV#^][#$kLY%Ly[%[M$MU#mM"
-    "T[Lz[MX#YU#YMT]L$RTb&M#dL$n#'eLs#a][)LZ$LwTY$TYM#a]o(Lp%Th$T`#$nS$N$LxZ&U$V$[MU#Y][)R$N$LrY$V"
-    "$YM*][#)zLeX#ZVMUL_$Lt[&Y#_][U#$zM#a]g#}L7h#%^]%g#cL'b#$0lL%X#aL:w#bURTa#[L$Ou(L/}#&4RLpTd][#"
-    "JjL/o*Lq$][)L$t$][)Lp%Y#]L$T[#ZH#^][$d$Lg(Le#,mGLzF&][#'d+r3r]i#%aL$p'UMT$[*XD_#$eF$EU#]V#`L&"
-    "$b#YL>i#{L[#'5kH$K$F$L)g#aM#oO%M#`P#YL+v#$)_L%c(L_&LZ*L[&V#%%w][#.iT$R%Ti#/SY&Z#YTY%[#pX#&_W#"
-    "%s]f#^]f#%d]k#&Q+l3l+l:$3d+l3l,$-%,%-%/$+Y7$4$:$3]+l3l-$/%+Y$2$3l-$/$0$,&2$3l+l3l+l3l+l3l+l3l"
-    "+l3l+l3n%+k$3k$9+k$3k$9+k$3k$9+k$3k$9+k$3k$9o%]$V#.cT$['T$V#YU#`U#hY$Ta#;j3[M3f)9#'s[$Tc%[$V$"
-    "Y(D$c#sU#%hL$Q&[K%]['M#*WLpU#cL~X][#-fLmEX][#'tLpVM][#-uS$P$N$La$L'c%]Z[#{+t3t[E'][#4l]$`$`$a"
-    "#$q]$Q$]a#'`P$Lm$N$M%M$L[$P$M$M)M'M$M$M$O$N$M%M$M$M$M$M$N$M%P$S$P$P$M$L[$Lc(O$Q$Lc#/z]_#$3|]["
-    "#9zL8'a#rL%%`)L'|%L%JS#`L&CT#aL0w#$,vL/S#EgL%6t(L%&X#*H>lT(a#%)JS";
-
-static const struct { uint32_t first; uint16_t at; } unicode_marks[] = {
-    {0x0, 0}, {0x100, 44}, {0x1c8, 81}, {0x374, 127}, {0x3fe, 163}, {0x640, 215}, {0x7c0, 260},
-    {0x8e3, 305}, {0x9c7, 346}, {0xa34, 381}, {0xaaa, 417}, {0xb2a, 455}, {0xb91, 489},
-    {0xc12, 526}, {0xc92, 563}, {0xd3b, 601}, {0xdcb, 637}, {0xea7, 678}, {0xf6d, 718},
-    {0x109e, 762}, {0x12c1, 800}, {0x1700, 850}, {0x1820, 897}, {0x1a20, 948}, {0x1c24, 1006},
-    {0x1d9b, 1052}, {0x1f80, 1101}, {0x1ffc, 1140}, {0x2115, 1183}, {0x24ea, 1223}, {0x2d68, 1271},
-    {0x3021, 1312}, {0x322a, 1359}, {0xa680, 1421}, {0xa7d2, 1466}, {0xa8f2, 1511}, {0xaa40, 1560},
-    {0xaaf3, 1599}, {0xd7fc, 1647}, {0xfdfc, 1702}, {0x10027, 1753}, {0x1034a, 1811},
-    {0x10593, 1862}, {0x10839, 1911}, {0x10a04, 1961}, {0x10b58, 2006}, {0x10e7f, 2063},
-    {0x11071, 2116}, {0x111c1, 2164}, {0x112df, 2208}, {0x11364, 2244}, {0x1144b, 2285},
-    {0x116b9, 2339}, {0x11939, 2390}, {0x11a8a, 2436}, {0x11d37, 2489}, {0x11f11, 2530},
-    {0x1611e, 2599}, {0x16d6b, 2654}, {0x1aff5, 2714}, {0x1d165, 2773}, {0x1d4a5, 2826},
-    {0x1d551, 2864}, {0x1d770, 2916}, {0x1e008, 2969}, {0x1e4fa, 3020}, {0x1ed01, 3072},
-    {0x1ee51, 3111}, {0x1eea1, 3145},
-};
+    "#Zj#df#a][*+l)3l#[f#lf#ZM*_$4&^M$`$+i$23j$3Ym$]ucm$T{5-qx-5/wp-6-wtyqx-yo4Mo5P,<w<o<ucmew<q-t"
+    "m$X9-woy.mZ3$iM3mDd'D^#`I*E$E#cT%hqE$o%E6$,),$.$,$-w+b$+Z3uwo-6mj7o$xow-+$T3$Tmt$[m$[u`m%X$+x"
+    "%E)3{#YT$Q$U$V$V$U#YLm'P#_#bT](LrEL[Tg]['NUL%Z$M[%ZFV$XN][O%M#bMULpTm%L$~T]M#`][LsTZF'E%U%LhX"
+    "ETZEWEY#dLkW'L](Lj$R#YTZL{ETj$TsL$ZWMTdM[L[V%][$ELaW$LY%N%Lh$S$M&P%UM[%V%WM#YU'N$OV%][N%c%M$U"
+    "$$W$R'N%Lh$S$N$N$N%U$Y'V%W&U*P$M*][VOU#]W$LZ$O$Lh$S$N$Q%UMTY$W$W%M#aNV%][#ZMZ$W$LY%N%Lh$S$N$Q"
+    "%UM[%V%W*W'N$OV%][$Mc#[UM$R&O$P&N$M$N&N&O&L^'Y&W$X%M)U#`]_#_YLY$O$Li$Lb%UM[$W$X*V$O%M%NV%][#Y"
+    "d$MW$LY$O$Li$L[$Q%UM[$W$X*V)N$NV%][$NU#^XLZ$O$L{VM[$W$XM(OUdOV%]e$R$W$Ld&Lj$LZ$M%S&U'Z$U$TY)]"
+    "[%V#^$L$TUN[(RETY$][#yN$M$Q$Lj$M$L[UNTZM%Q$E$[$][%P#rM#iV)]f$U$U$U'VLY$Lv'Tf$VQT]$Tv#ZU#$^L}T"
+    "fM][)RXPWMWN[OXL_T^MU][X%+x$,(,%3}$E6L(qL$n$P%S$M$P%L{$P%Ls$P%S$M$P%La$L$^$P%L$h%W#Z]f&Lb#b+$"
+    "{%9%$L.bL%e%LcfLl(L$p&`LY*LdX#ZLeW#]LdV#^L_$O$V#^L$XTr&E'MU%][)][)#]W$U][)LuEL$Y*QVLtUM(L$k#["
+    "Lq$T^'T^#[][Lp%Q#]L~'Ll)]]#wLiY'L$YT[$To%U][)][#_E#YTq#$UYL$STcLY&][#cTZ#^WLpT_N][L~T`#^LvTf#"
+    "Y][&O][LpJ%3Zw(+}%.#bW$TgPURUNWM(3~D$d3_E3tDwT$em&a3Ym%Y3Y+Y9%1%3Y+Y3Y+Y9%1%3Y$,$,$,$w:+Y3`%3"
+    "Y;Y3Y;Y3Y;Y8$5/<$4&6$5/<&7%5/'3Y0(6$5/<&e]#og(f#$Sf#b^E%c(E][)D_#$WTs#c,',%w-5.4$,&0),$,$,$/$"
+    "o.4P4%5-(w6'4$]$Wwb#%n#.c#%W]$a#$s]h#(q#+`]p#%d+$T3$Tp-5|.px8F.m%Z4)yWo#Z^%3x$4(4%L$]*E#aULi#"
+    "ZS$S$S$S$S$S$S$S$Tr#$SE#-`f'EM^#k]ZZ$I%`EM'L${%V%FM$L%Q$GM(L}$L%U&a#[Lr#$TLb#r][#p]Y$]a#r][#y"
+    "]a#*VL.cL,}#$eLgEL-zL&W#$hLzJ%L(qL^E&Lb][N#fm$RMX$T[$EmnFVL$k][V#wDZ%m`5m$cE3Yzm[E%yMq5mg/o/m"
+    "b.yo%o$4$mY#gGwMF4QNUOUPULiY'U&c#[L$X#^VL$VTd#[][)TdR&M$NU][LnTY%LiT_#^Lo&XL$ST`#`E][)QUELZ]["
+    "Q$L{T`#ZOULYV%][)LbER&MWL$VUMWNVQVMUM#jNE%L]Y%MFV#[R%R%R#ZS$S$3}$H3ZE)3$uLuTY$V%][)L,a#^Li'L$"
+    "U'#(qL(qL%f%L%b#x:#^8(MUL[$L_$Q$M$N$N$L%d#sL$QL*T#dL$e%L$Z#zL^'Tb#bTb#$eQ$L&Q#e][*+l)3l#]L[EL"
+    "$QFLq&R%R%R%O#uL^$Ll$Le$N$La%L`#tL%s#^]$Q#^]$^#c_#%iU%#%xLo&L$U#aU]m'Lra#ZLf^LY^(LxY(Lp%Lv'LY"
+    "$b#|+z3zL$s%][)+v'3v'Lz#YL$X#^+]$+a$2$-$3]$3a$:$5&L$X#^L){#ZLh#[LY#jJ$D|$DZ#$jR%M$L~$N&M%Li%]"
+    "YLi%dLq#Y]Z#$TLe$N(bLhc'Ll#$kL$]'_N]b%]$RMW$V(XP$O$Lo%W'U]Z#iLo_$Lo`#rLY$LnV'b#bL$Z#[Lh%]YLe("
+    "]YLd#id#$uL$n#$[+$W#_3$W*cLvX#Y][)][PEM+h&Y$E3h#%r#%W]q$L|$V&N#bO#$[XLo][M#YLhT]a#mLdX#|Lgd#f"
+    "Li#ZWL$YTa#]]pUNVM#ZXL$QT]*U#_Lk*][)WLvT`$]['MVM#YLuU%M#ZWL$TT`P'X$V][M$M']f#]Ld$LkT^)UNU#$cS"
+    "$M$P$La$L[*L$ST^(][)X$LY%N%Lh$S$N$Q$VM[%V%W%M)U(QV%[&Y#]L[$M%M$Lx$MTZ$U%U$X$YMUM#_V#oL$YTdP(]"
+    "['UO#pL$TTfN$M#Y][#&qL$S[%TZ#iPV#tL$TTc&M#]][#xL}T_M*][)]f#nLm%Ta']^'S#'VL~Ta#%]+r3r]e#^LY%M%"
+    "LY$N$LjZ$V%XMUMV#^][#$kLY%Ly[%[M$MU#mMT[Lz[MX#YU#YMT]L$RTb&M#dL$n#'eLs#a][)LZ$LwTY$TYM#a]o(Lp"
+    "%Th$T`#$nS$N$LxZ&U$V$[MU#Y][)R$N$LrY$V$YM*][#${#'~LeX#ZVMUL_$Lt[&Y#_][U#$zM#a]g#}L,V#%^]%g#cL"
+    "'b#'Y#+zL%X#aL$T#bURTa#[L,]L.^(L$l#,v#(qLpTd][#'dL$^*Lq$][)L$t$][)Lp%Y#]L$T[#ZH#^][$d$Lg(Le#%"
+    "h#*VGLzF&][#%~#$e+r3r]i#%aL$p'UMT$[*XD_#$eF$EU#]V#`L.Z#YL't#{L[#(h#.RH$K$F$L)g#aM#oO%M#`P#YL&"
+    "ZL(m#(uL%c(L_&LZ*L[&V#*x#(a][#(w#(qT$R%Ti#'V#*|Y&Z#YTY%[#pX#$w#$gW#%s]f#^]f#%d]k#&Q+l3l+l:$3d"
+    "+l3l,$-%,%-%/$+Y7$4$:$3]+l3l-$/%+Y$2$3l-$/$0$,&2$3l+l3l+l3l+l3d3Y+l3l+l3l+l3n%+k$3k$9+k$3k$9+"
+    "k$3k$9+k$3k$9+k$3k$9o%]$VT$['T$V#YU#`U#hY$Ta#*g#(q3[M3f)9#'s[$Tc%[$V$Y(D$c#sU#%hL$Q&[K%]['M#&"
+    "|#&ZLpU#cL~X][#(w#'nLmEX][#'tLpVM][(#-pS$P$N$La$L'c%]Z[#{+t3t[E'][#&q#%i]$`$`$a#$q]$Q$]a#'`P$"
+    "Lm$N$M%M$L[$P$M$M)M'M$M$M$O$N$M%M$M$M$M$M$N$M%P$S$P$P$M$L[$Lc(O$Q$Lc#*Z#(q]_#(d#.R][)L8'a#rL%"
+    "%`)L'|%L%JS#`L&CT#aL0w#$,vL/S#EgL%6t(L%&X#*H>lT(a#%)JS";
+static const char unicode_marks[] =
+    "##$&$p%D&)'0(p*=+8+e,C,G-&-_.@.v/q0b0e0s0b0b0{1b1i2@2V2V2V2V2V2V2V2V2V2V2V2V2Y2V2V2V2V2V2V2V2"
+    "V2V2V2V2V2V2V2V2V2V2V2V2V2V2V2V2V2V2V2V2V2V2V2V2V2V2V2V2V2V2V2V2V2V2`2V2f2s3h4Y2V2V2V2V2V2V2V"
+    "2V2V2V2V2V2V2V2V2V2V2V2V2V2V5P0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b5]5c6-6>6m787e8<8T919q:=:n;^<h="
+    "6=_><>d@J2V@m@s0b0b0b0b@~2V2VA*2V2V2V2V2V2VA82VA<0b0b0b0b0b0b0b0b0b0b0b0bAC0b0b0b2VAOA}B.2V2V"
+    "2V2V2V2V2V2V2V2V2VBT2V2VBY0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0bBdBmC$0b0b0b0bC*0b0b0b0b0b0b0bC;CDC"
+    "PCcCxDg0bEC0bEYEgF-F=FQF^0bFsG-Gx0b0b0b0bH$0b0bH*";
 
 enum { CLASS_END = 16 };        /* the end of the text, where a class is asked for             */
 
 /* Two characters are left out that mean something in a C string. */
 static uint32_t unicode_digit(char c) { return (uint32_t)(c - '#' - (c > '?') - (c > '\\')); }
 
-/* Finds the mark before CODE by bisection, then walks over the runs behind it, at most 32. */
+/* Walks over the runs of CODE's block to its own: for most scripts that is a few dozen steps. */
 static int unicode_class(uint32_t code) {
-    size_t low = 0, high = sizeof unicode_marks / sizeof *unicode_marks;
-    while (high - low > 1) {
-        size_t middle = (low + high) / 2;
-        if (unicode_marks[middle].first <= code) low = middle;
-        else high = middle;
-    }
-    const char *run = unicode_runs + unicode_marks[low].at;
-    for (uint32_t left = code - unicode_marks[low].first;;) {
+    uint32_t block = code < 0x20000 ? code / 512 : 256, left = code - 512 * block;
+    const char *mark = unicode_marks + 2 * block;
+    const char *run = unicode_runs + 90 * unicode_digit(mark[0]) + unicode_digit(mark[1]);
+    for (;;) {
         uint32_t digit = unicode_digit(*run++), length = digit % 8, class = digit / 8;
         for (bool last = length != 0; !last; run++) {
             digit = unicode_digit(*run);
@@ -5531,7 +5520,7 @@ typedef struct {
 typedef struct {
     int kind, vocab_size, bos;  /* bos: id, or -1                                              */
     uint32_t flags;
-    bool add_bos, ignore_merges, has_user_tokens, has_unused;
+    bool add_bos, has_user_tokens, has_unused;
     const pretokenizer *pretokenizer;
     const uint8_t *piece_end, *piece_type, *merges, *scores, *text; /* in the file's bytes     */
     size_t n_merges, longest;   /* longest: bytes of the longest normal piece                  */
@@ -5564,8 +5553,8 @@ static int tokenizer_type(const tokenizer *t, int32_t id) { return t->piece_type
 
 /* FNV-1a, to be continued over several parts: quick for words, which are short. Pieces that were
  * made to collide are refused when the file is opened. */
-static uint32_t hash_text(uint32_t h, const uint8_t *p, size_t n) {
-    for (size_t i = 0; i < n; i++) h = (h ^ p[i]) * 16777619u;
+static uint32_t hash_text(uint32_t h, const void *text, size_t n) {
+    for (const uint8_t *p = text, *end = p + n; p < end; p++) h = (h ^ *p) * 16777619u;
     return h;
 }
 
@@ -5620,190 +5609,194 @@ static int32_t tokenizer_find(const tokenizer *t, const char *text, size_t n) {
 
 /* ---- opening ------------------------------------------------------------------------------- */
 
+/* A tokenizer.bin that is being opened. The first failure is kept, so that what a file must hold
+ * can be read as a list; a step goes on after one as far as that is safe, the next is not taken. */
+typedef struct {
+    tokenizer *t;
+    const uint8_t *bytes;       /* (n) the file                                                */
+    size_t n;
+    const char *what;           /* names it in messages                                        */
+    medrun_error e;
+} opener;
+
 /* All refusals of a field read the same. */
-static int bad_tokenizer(const char *what, medrun_error *e, const char *field, size_t found,
-                         const char *wanted) {
-    return bad_file(e, what, "tokenizer: %s: found %zu, wanted %s; export it again", field, found,
-                    wanted);
-}
-
-/* Slots for N entries, at most two thirds of them full, as an open table gets slow near its
- * end. The number is a power of two, so that a mask does for a division. */
-static size_t table_size(size_t n) {
-    size_t size = 16;
-    while (size < n + n / 2) size *= 2;
-    return size;
-}
-
-/* A table of empty slots: every byte 0xFF. */
-static void *new_table(size_t slots, size_t size, medrun_error *e) {
-    void *p = MEDRUN_ALLOC(NULL, slots * size);
-    if (!p) out_of_memory(e, slots * size);
-    return p ? memset(p, 0xFF, slots * size) : NULL;
-}
-
-/* Which flags go with which kind. One that is not known is refused: whoever set it wanted other ids
- * than this medrun would make. */
-static int check_flags(uint32_t kind, uint32_t flags, uint32_t n_merges, const char *what,
-                       medrun_error *e) {
-    const uint32_t first = TOKENIZER_IGNORE_MERGES, scores = TOKENIZER_SCORES;
-    if (kind != TOKENIZER_BYTE_LEVEL && kind != TOKENIZER_SENTENCEPIECE)
-        return bad_tokenizer(what, e, "kind", kind, "1 (byte-level BPE) or 2 (SentencePiece BPE)");
-    if (kind == TOKENIZER_BYTE_LEVEL && flags > 3)
-        return bad_tokenizer(what, e, "flags", flags, "0 to 3");
-    if (kind == TOKENIZER_SENTENCEPIECE && (flags > 255 || flags & first))
-        return bad_tokenizer(what, e, "flags", flags, "0 to 254, no ignore_merges");
-    if (flags & scores && n_merges)
-        return bad_tokenizer(what, e, "n_merges", n_merges, "0, as there are scores");
-    return MEDRUN_OK;
+static void check_field(opener *o, bool good, const char *field, size_t found,
+                        const char *wanted) {
+    if (good) return;
+    bad_file(&o->e, o->what, "tokenizer: %s: found %zu, wanted %s; export it again", field, found,
+             wanted);
 }
 
 /* The fixed part of the file; places the arrays after it and checks that they fill the file: each
- * count is bounded first, and the sum has 64 bits, so that no file makes it wrap. */
-static int open_head(tokenizer *t, const uint8_t *bytes, size_t n, const char *what,
-                     medrun_error *e) {
-    if (n < TOKENIZER_HEAD || memcmp(bytes, "MEDTOK01", 8))
-        return bad_file(e, what, "tokenizer: this is not a medrun tokenizer (no MEDTOK01 at its "
-                        "start); make one with medrun-export");
-    const uint8_t *head = bytes + 40;
-    uint32_t flags = u32_at(head, 2), vocab = u32_at(head, 3), n_merges = u32_at(head, 4);
-    uint32_t bos = u32_at(head, 5), n_text = u32_at(head, 6);
-    if (u32_at(head, 0) != 1) return bad_tokenizer(what, e, "version", u32_at(head, 0), "1");
-    if (check_flags(u32_at(head, 1), flags, n_merges, what, e)) return MEDRUN_BAD_FILE;
-    if (vocab < 256 || vocab > TOKENIZER_MAX_PIECES)
-        return bad_tokenizer(what, e, "vocab_size", vocab, "256 to 16777216");
-    if (n_merges > TOKENIZER_MAX_PIECES)
-        return bad_tokenizer(what, e, "n_merges", n_merges, "at most 16777216");
-    if (u32_at(head, 7)) return bad_tokenizer(what, e, "reserved field", u32_at(head, 7), "0");
-    size_t n_types = ((size_t)vocab + 3) & ~(size_t)3;
-    size_t n_scores = flags & TOKENIZER_SCORES ? vocab : 0;
+ * count is bounded first, and the sum has 64 bits, so that no file makes it wrap. A flag from later
+ * is refused: whoever set it wanted other ids than this medrun would make. */
+static void open_head(opener *o) {
+    tokenizer *t = o->t;
+    const uint8_t *head = o->bytes + 40;
+    uint8_t digest[32];
+    if (o->n < TOKENIZER_HEAD || memcmp(o->bytes, "MEDTOK01", 8)) {
+        bad_file(&o->e, o->what, "tokenizer: this is not a medrun tokenizer (no MEDTOK01 at its "
+                 "start); make one with medrun-export");
+        return;
+    }
+    uint32_t version = u32_at(head, 0), kind = u32_at(head, 1), flags = u32_at(head, 2);
+    uint32_t vocab = u32_at(head, 3), n_merges = u32_at(head, 4), bos = u32_at(head, 5);
+    uint32_t n_text = u32_at(head, 6), reserved = u32_at(head, 7);
+    bool byte_level = kind == TOKENIZER_BYTE_LEVEL, scores = flags & TOKENIZER_SCORES;
+    size_t n_types = ((size_t)vocab + 3) & ~(size_t)3, n_scores = scores ? vocab : 0;
     uint64_t wanted = (uint64_t)TOKENIZER_HEAD + 4ull * vocab + n_types + 8ull * n_merges +
                       4ull * n_scores + n_text;
-    if (wanted != n)
-        return bad_file(e, what, "tokenizer: found %zu bytes, its head wants %llu; the file was "
-                        "cut, copy it again", n, (unsigned long long)wanted);
-    if (bos != NO_ID && bos >= vocab)
-        return bad_tokenizer(what, e, "bos_id", bos, "an id of the vocabulary");
-    if (bos == NO_ID && flags & TOKENIZER_ADD_BOS)
-        return bad_tokenizer(what, e, "flags", flags, "no add_bos, as there is no bos_id");
-    t->kind = (int)u32_at(head, 1), t->flags = flags;
-    t->vocab_size = (int)vocab, t->n_merges = n_merges, t->bos = bos == NO_ID ? -1 : (int)bos;
-    t->ignore_merges = flags & TOKENIZER_IGNORE_MERGES, t->add_bos = flags & TOKENIZER_ADD_BOS;
-    t->piece_end = bytes + TOKENIZER_HEAD, t->piece_type = t->piece_end + 4ull * vocab;
+    check_field(o, version == 1, "version", version, "1");
+    check_field(o, byte_level || kind == TOKENIZER_SENTENCEPIECE, "kind", kind,
+                "1 (byte-level BPE) or 2 (SentencePiece BPE)");
+    check_field(o, !byte_level || flags <= 3, "flags", flags, "0 to 3");
+    check_field(o, byte_level || (flags <= 255 && !(flags & TOKENIZER_IGNORE_MERGES)), "flags",
+                flags, "0 to 254, no ignore_merges");
+    check_field(o, !scores || !n_merges, "n_merges", n_merges, "0, as there are scores");
+    check_field(o, vocab >= 256 && vocab <= TOKENIZER_MAX_PIECES, "vocab_size", vocab,
+                "256 to 16777216");
+    check_field(o, n_merges <= TOKENIZER_MAX_PIECES, "n_merges", n_merges, "at most 16777216");
+    check_field(o, !reserved, "reserved field", reserved, "0");
+    if (wanted != o->n)
+        bad_file(&o->e, o->what, "tokenizer: found %zu bytes, its head wants %llu; the file was "
+                 "cut, copy it again", o->n, (unsigned long long)wanted);
+    check_field(o, bos == NO_ID || bos < vocab, "bos_id", bos, "an id of the vocabulary");
+    check_field(o, bos != NO_ID || !(flags & TOKENIZER_ADD_BOS), "flags", flags,
+                "no add_bos, as there is no bos_id");
+    if (o->e.code) return;
+    t->kind = (int)kind, t->flags = flags, t->bos = bos == NO_ID ? -1 : (int)bos;
+    t->vocab_size = (int)vocab, t->n_merges = n_merges, t->add_bos = flags & TOKENIZER_ADD_BOS;
+    t->piece_end = o->bytes + TOKENIZER_HEAD, t->piece_type = t->piece_end + 4ull * vocab;
     t->merges = t->piece_type + n_types, t->scores = t->merges + 8ull * n_merges;
     t->text = t->scores + 4ull * n_scores;
-    uint8_t digest[32];
-    sha256_of(bytes + 40, n - 40, digest);
-    if (memcmp(digest, bytes + 8, 32))
-        return bad_file(e, what, "tokenizer: not the SHA-256 that its head says: the file is "
-                        "damaged, copy it again");
-    return MEDRUN_OK;
+    sha256_of(o->bytes + 40, o->n - 40, digest);
+    if (memcmp(digest, o->bytes + 8, 32))
+        bad_file(&o->e, o->what, "tokenizer: not the SHA-256 that its head says: the file is "
+                 "damaged, copy it again");
 }
 
 /* Finds the pre-tokenizer by its name, which fills its field with NULs to the end. Kind 2: none. */
-static int open_pretokenizer(tokenizer *t, const uint8_t *bytes, const char *what,
-                             medrun_error *e) {
+static void open_pretokenizer(opener *o) {
+    const char *name = (const char *)o->bytes + 72;
+    bool byte_level = o->t->kind == TOKENIZER_BYTE_LEVEL;
     for (size_t i = 0; i < sizeof pretokenizers / sizeof *pretokenizers; i++) {
         const pretokenizer *p = &pretokenizers[i];
-        bool byte_level = t->kind == TOKENIZER_BYTE_LEVEL;
-        if (memcmp(p->name, bytes + 72, sizeof p->name) || byte_level != (p->digits > 0)) continue;
-        t->pretokenizer = p;
-        return MEDRUN_OK;
+        if (!memcmp(p->name, name, sizeof p->name) && byte_level == (p->digits > 0))
+            o->t->pretokenizer = p;
     }
-    return bad_file(e, what, "tokenizer: pretokenizer: found \"%.24s\", wanted \"llama3\", "
-                    "\"tekken\" or \"smollm\", or none for SentencePiece; this medrun does not "
-                    "know that pattern", (const char *)bytes + 72);
+    if (!o->t->pretokenizer)
+        bad_file(&o->e, o->what, "tokenizer: pretokenizer: found \"%.24s\", wanted \"llama3\", "
+                 "\"tekken\" or \"smollm\", or none for SentencePiece; this medrun does not know "
+                 "that pattern", name);
 }
 
 /* Each piece's end and type; counts what the tables will hold. After this tokenizer_piece is safe
  * for every id: the ends rise, and the last is the end of the text. */
-static int check_pieces(tokenizer *t, size_t n_text, const char *what, medrun_error *e) {
+static void check_pieces(opener *o) {
+    tokenizer *t = o->t;
     size_t vocab = (size_t)t->vocab_size, start = 0;
-    for (size_t id = 0; id < vocab; id++) {
+    bool byte_level = t->kind == TOKENIZER_BYTE_LEVEL, scores = t->flags & TOKENIZER_SCORES;
+    for (size_t id = 0; id < vocab && !o->e.code; id++) {
         size_t end = u32_at(t->piece_end, id), n = end - start;
         int type = t->piece_type[id];
-        if (end < start) return bad_tokenizer(what, e, "piece_end", end, "ends that rise");
-        if (type < PIECE_NORMAL || type > PIECE_BYTE ||
-            (t->kind == TOKENIZER_BYTE_LEVEL && (type == PIECE_UNKNOWN || type == PIECE_BYTE)))
-            return bad_tokenizer(what, e, "piece_type", (size_t)type, "1 to 6, 2 and 6 of kind 2");
-        if ((n == 0) != (type == PIECE_UNUSED))
-            return bad_tokenizer(what, e, "bytes of a piece", n, "some, or none and type 5");
-        bool added = type == PIECE_CONTROL || type == PIECE_USER;
-        if (added && n > TOKENIZER_MAX_ADDED)
-            return bad_tokenizer(what, e, "bytes of an added token", n, "at most 256");
-        if (type == PIECE_NORMAL && t->flags & TOKENIZER_SCORES && n > TOKENIZER_MAX_ADDED)
-            return bad_tokenizer(what, e, "bytes of a piece with a score", n, "at most 256");
-        if (type == PIECE_BYTE && n != 1)
-            return bad_tokenizer(what, e, "bytes of a byte piece", n, "1");
-        if (type == PIECE_NORMAL && n > t->longest) t->longest = n;
-        if (type == PIECE_USER) t->has_user_tokens = true;
-        if (type == PIECE_UNUSED) t->has_unused = true;
+        bool normal = type == PIECE_NORMAL, added = type == PIECE_CONTROL || type == PIECE_USER;
+        bool known = normal || added || type == PIECE_UNUSED ||
+                     (!byte_level && (type == PIECE_UNKNOWN || type == PIECE_BYTE));
+        check_field(o, end >= start, "piece_end", end, "ends that rise");
+        check_field(o, known, "piece_type", (size_t)type, "1 to 6, 2 and 6 of kind 2");
+        check_field(o, (n == 0) == (type == PIECE_UNUSED), "bytes of a piece", n,
+                    "some, or none and type 5");
+        check_field(o, !added || n <= TOKENIZER_MAX_ADDED, "bytes of an added token", n,
+                    "at most 256");
+        check_field(o, !normal || !scores || n <= TOKENIZER_MAX_ADDED,
+                    "bytes of a piece with a score", n, "at most 256");
+        check_field(o, type != PIECE_BYTE || n == 1, "bytes of a byte piece", n, "1");
+        if (normal && n > t->longest) t->longest = n;
+        t->has_user_tokens |= type == PIECE_USER;
+        t->has_unused |= type == PIECE_UNUSED;
         t->n_added += added;
         start = end;
     }
-    if (start != n_text) return bad_tokenizer(what, e, "last piece_end", start, "text_bytes");
+    check_field(o, start == u32_at(o->bytes, 16), "last piece_end", start, "text_bytes");
     for (const uint8_t *p = t->piece_type + vocab; p < t->merges; p++)
-        if (*p) return bad_tokenizer(what, e, "padding of piece_type", *p, "0");
-    if (t->bos >= 0 && tokenizer_type(t, t->bos) != PIECE_CONTROL)
-        return bad_tokenizer(what, e, "bos_id", (size_t)t->bos, "a control token");
-    return MEDRUN_OK;
+        check_field(o, !*p, "padding of piece_type", *p, "0");
+    check_field(o, t->bos < 0 || tokenizer_type(t, t->bos) == PIECE_CONTROL, "bos_id",
+                (size_t)t->bos, "a control token");
+}
+
+/* A table for N entries. At most two thirds of its slots get full, as an open table is slow near
+ * its end; their number is a power of two, so that a MASK does for a division. Every byte of an
+ * empty slot is 0xFF. */
+static void *new_table(opener *o, size_t n, size_t size, size_t *mask) {
+    size_t slots = 16;
+    while (slots < n + n / 2) slots *= 2;
+    void *p = MEDRUN_ALLOC(NULL, slots * size);
+    if (!p) return out_of_memory(&o->e, slots * size), NULL;
+    *mask = slots - 1;
+    return memset(p, 0xFF, slots * size);
+}
+
+/* The first empty slot from HASH on, where a slot has so many WORDS. Its last one is an id or a
+ * rank, so only that of an empty slot is NO_ID. */
+static size_t empty_slot(opener *o, const void *table, size_t words, size_t mask, uint32_t hash,
+                         const char *field) {
+    const uint32_t *last = (const uint32_t *)table + words - 1;
+    size_t probe = 0;
+    while (probe < MAX_PROBES && last[((hash + probe) & mask) * words] != NO_ID) probe++;
+    check_field(o, probe < MAX_PROBES, field, probe, "fewer");
+    return (hash + probe) & mask;
 }
 
 /* The table of normal pieces, which must differ: of two with one text nobody knows which id was
  * meant. */
-static int index_pieces(tokenizer *t, const char *what, medrun_error *e) {
-    size_t size = table_size((size_t)t->vocab_size);
-    if (!(t->pieces = new_table(size, sizeof *t->pieces, e))) return MEDRUN_NO_MEMORY;
-    t->piece_mask = size - 1;
-    for (int32_t id = 0; id < t->vocab_size; id++) {
+static void index_pieces(opener *o) {
+    tokenizer *t = o->t;
+    t->pieces = new_table(o, (size_t)t->vocab_size, sizeof *t->pieces, &t->piece_mask);
+    for (int32_t id = 0; id < t->vocab_size && !o->e.code; id++) {
         size_t n;
         if (tokenizer_type(t, id) != PIECE_NORMAL) continue;
         const char *text = tokenizer_piece(t, id, &n);
-        if (find_piece(t, text, n, "", 0) != NO_ID)
-            return bad_tokenizer(what, e, "piece", (size_t)id, "pieces that all differ");
-        uint32_t hash = hash_text(HASH_START, (const uint8_t *)text, n);
-        size_t probe = 0;
-        while (t->pieces[(hash + probe) & t->piece_mask].id != NO_ID)
-            if (++probe == MAX_PROBES)
-                return bad_tokenizer(what, e, "pieces with one hash", probe, "fewer");
-        t->pieces[(hash + probe) & t->piece_mask] = (piece_slot){hash, (uint32_t)id};
+        uint32_t hash = hash_text(HASH_START, text, n);
+        bool differs = find_piece(t, text, n, "", 0) == NO_ID;
+        check_field(o, differs, "piece", (size_t)id, "pieces that all differ");
+        size_t at = empty_slot(o, t->pieces, 2, t->piece_mask, hash, "pieces with one hash");
+        t->pieces[at] = (piece_slot){hash, (uint32_t)id};
     }
-    return MEDRUN_OK;
 }
 
 /* The ids of single bytes, and which bytes stand together in a piece. Hugging Face leaves a byte
  * that a byte-level vocabulary lacks out of the ids. Some lack those that none of their texts had;
  * without a byte of ASCII they were damaged. */
-static int index_bytes(tokenizer *t, const char *what, medrun_error *e) {
+static void index_bytes(opener *o) {
+    tokenizer *t = o->t;
     memset(t->byte_id, 0xFF, sizeof t->byte_id);
     for (int32_t id = 0; id < t->vocab_size; id++) {
         size_t n;
         const uint8_t *p = (const uint8_t *)tokenizer_piece(t, id, &n);
         int type = tokenizer_type(t, id);
-        if (type == PIECE_BYTE && t->byte_id[p[0]] != NO_ID)
-            return bad_tokenizer(what, e, "byte piece", p[0], "each byte once");
+        check_field(o, type != PIECE_BYTE || t->byte_id[p[0]] == NO_ID, "byte piece", p[0],
+                    "each byte once");
         if (type == PIECE_BYTE) t->byte_id[p[0]] = (uint32_t)id;
         for (size_t i = 1; type == PIECE_NORMAL && i < n; i++)
             t->joins[p[i - 1]][p[i] / 8] |= (uint8_t)(1 << p[i] % 8);
     }
     for (int b = 0; b < 256; b++) {
-        bool whole = t->kind == TOKENIZER_BYTE_LEVEL || b < 0x80;       /* a character by itself */
+        bool byte_level = t->kind == TOKENIZER_BYTE_LEVEL, whole = byte_level || b < 0x80;
         uint32_t id = whole ? find_piece(t, &(uint8_t){(uint8_t)b}, 1, "", 0) : NO_ID;
         bool ascii = (b >= ' ' && b <= '~') || b == '\n';
         if (id != NO_ID) t->byte_id[b] = id;
-        if (t->byte_id[b] == NO_ID && (ascii || t->kind != TOKENIZER_BYTE_LEVEL))
-            return bad_file(e, what, "tokenizer: byte 0x%02x is no piece, so some text could not "
-                            "be encoded; export it again", (unsigned)b);
+        if (t->byte_id[b] == NO_ID && (ascii || !byte_level))
+            bad_file(&o->e, o->what, "tokenizer: byte 0x%02x is no piece, so some text could not "
+                     "be encoded; export it again", (unsigned)b);
     }
-    return MEDRUN_OK;
 }
 
 /* Sorted, so that all that begin with the same bytes stand together: added_at walks down there. */
-static int index_added(tokenizer *t, const char *what, medrun_error *e) {
-    if (!(t->added = new_array(t->n_added, sizeof *t->added)))
-        return out_of_memory(e, t->n_added * sizeof *t->added);
-    added_token *a = t->added;
-    for (int32_t id = 0; id < t->vocab_size; id++) {
+static void index_added(opener *o) {
+    tokenizer *t = o->t;
+    added_token *a = t->added = new_array(t->n_added, sizeof *a);
+    if (!a) out_of_memory(&o->e, t->n_added * sizeof *a);
+    for (int32_t id = 0; a && id < t->vocab_size; id++) {
         int type = tokenizer_type(t, id);
         size_t n;
         if (type != PIECE_CONTROL && type != PIECE_USER) continue;
@@ -5811,11 +5804,10 @@ static int index_added(tokenizer *t, const char *what, medrun_error *e) {
         *a++ = (added_token){text, (uint32_t)n, (uint32_t)id};
         t->added_first[text[0]] = true;
     }
-    qsort(t->added, t->n_added, sizeof *t->added, compare_added);
-    for (size_t i = 1; i < t->n_added; i++)
-        if (!compare_added(&t->added[i - 1], &t->added[i]))
-            return bad_tokenizer(what, e, "added tokens with the same text", t->added[i].id, "one");
-    return MEDRUN_OK;
+    if (a) qsort(t->added, t->n_added, sizeof *a, compare_added);
+    for (size_t i = 1; a && i < t->n_added; i++)
+        check_field(o, compare_added(&t->added[i - 1], &t->added[i]),
+                    "added tokens with the same text", t->added[i].id, "one");
 }
 
 /* The piece that LEFT and RIGHT give together, or NO_ID. Ranks and pieces mostly stand in the same
@@ -5838,53 +5830,32 @@ static bool is_normal(const tokenizer *t, uint32_t id) {
     return id < (uint32_t)t->vocab_size && tokenizer_type(t, (int32_t)id) == PIECE_NORMAL;
 }
 
-/* Makes the table of the merges FOUND. */
-static int index_pairs(tokenizer *t, const buffer *found, const char *what, medrun_error *e) {
-    size_t n = found->n / sizeof(pair_slot), size = table_size(n);
-    if (found->failed) return out_of_memory(e, found->n);
-    if (!(t->pairs = new_table(size, sizeof *t->pairs, e))) return MEDRUN_NO_MEMORY;
-    t->pair_mask = size - 1;
-    for (size_t i = 0; i < n; i++) {
-        pair_slot s;
-        memcpy(&s, found->data + i * sizeof s, sizeof s);
-        if (find_pair(t, s.left, s.right)->rank != NO_ID)
-            return bad_tokenizer(what, e, "merge", i, "each pair of ids once");
-        uint32_t hash = hash_pair(s.left, s.right);
-        size_t probe = 0;
-        while (t->pairs[(hash + probe) & t->pair_mask].rank != NO_ID)
-            if (++probe == MAX_PROBES)
-                return bad_tokenizer(what, e, "merges with one hash", probe, "fewer");
-        t->pairs[(hash + probe) & t->pair_mask] = s;
-    }
-    return MEDRUN_OK;
-}
-
 /* The merges of the file. Only normal pieces merge, so no merging makes an added token: what people
  * type cannot put one together. */
-static int find_merges(const tokenizer *t, buffer *found, const char *what, medrun_error *e) {
+static void find_merges(opener *o, buffer *found) {
+    const tokenizer *t = o->t;
     buffer_room(found, t->n_merges * sizeof(pair_slot));
-    for (uint32_t rank = 0, result = 0; rank < t->n_merges; rank++) {
+    for (uint32_t rank = 0, result = 0; rank < t->n_merges && !o->e.code; rank++) {
         uint32_t left = u32_at(t->merges, 2 * (size_t)rank);
         uint32_t right = u32_at(t->merges, 2 * (size_t)rank + 1);
-        if (!is_normal(t, left) || !is_normal(t, right))
-            return bad_tokenizer(what, e, "merge", rank, "ids of normal pieces in every merge");
-        if ((result = joined(t, left, right, result)) == NO_ID)
-            return bad_tokenizer(what, e, "merge", rank, "merges whose result is a piece");
+        bool good = is_normal(t, left) && is_normal(t, right);
+        check_field(o, good, "merge", rank, "ids of normal pieces in every merge");
+        result = good ? joined(t, left, right, result) : NO_ID;
+        check_field(o, result != NO_ID, "merge", rank, "merges whose result is a piece");
         buffer_add(found, &(pair_slot){left, right, result, rank}, sizeof(pair_slot));
     }
-    return MEDRUN_OK;
 }
 
 /* The merges that scores mean: of all two pieces that read as a third. A rank is the score's bits,
  * turned so that a higher score is a lower number; equal scores are equal ranks. */
-static int find_scored(const tokenizer *t, buffer *found, const char *what, medrun_error *e) {
+static void find_scored(opener *o, buffer *found) {
+    const tokenizer *t = o->t;
     for (int32_t id = 0; id < t->vocab_size; id++) {
         float score;
         uint32_t left, right;
         size_t n;
         memcpy(&score, t->scores + 4 * (size_t)id, 4);
-        if (!isfinite(score))
-            return bad_tokenizer(what, e, "score of piece", (size_t)id, "a finite number");
+        check_field(o, isfinite(score), "score of piece", (size_t)id, "a finite number");
         uint32_t rank = fall_bits(float_bits(score + 0.0f));    /* -0 is 0                       */
         const char *text = tokenizer_piece(t, id, &n);
         for (size_t i = 1; tokenizer_type(t, id) == PIECE_NORMAL && i < n; i++) {
@@ -5894,17 +5865,25 @@ static int find_scored(const tokenizer *t, buffer *found, const char *what, medr
             buffer_add(found, &(pair_slot){left, right, (uint32_t)id, rank}, sizeof(pair_slot));
         }
     }
-    return MEDRUN_OK;
 }
 
 /* Whichever way the file has them, encoding finds its merges in one table. */
-static int index_merges(tokenizer *t, const char *what, medrun_error *e) {
+static void index_merges(opener *o) {
+    tokenizer *t = o->t;
     buffer found = {0};
-    bool scores = t->flags & TOKENIZER_SCORES;
-    int code = (scores ? find_scored : find_merges)(t, &found, what, e);
-    if (!code) code = index_pairs(t, &found, what, e);
+    (t->flags & TOKENIZER_SCORES ? find_scored : find_merges)(o, &found);
+    size_t n = found.n / sizeof(pair_slot);
+    if (found.failed) out_of_memory(&o->e, found.n);
+    if (!o->e.code) t->pairs = new_table(o, n, sizeof *t->pairs, &t->pair_mask);
+    for (size_t i = 0; i < n && !o->e.code; i++) {
+        pair_slot s;
+        memcpy(&s, found.data + i * sizeof s, sizeof s);
+        bool is_new = find_pair(t, s.left, s.right)->rank == NO_ID;
+        uint32_t hash = hash_pair(s.left, s.right);
+        check_field(o, is_new, "merge", i, "each pair of ids once");
+        t->pairs[empty_slot(o, t->pairs, 4, t->pair_mask, hash, "merges with one hash")] = s;
+    }
     buffer_free(&found);
-    return code;
 }
 
 /* What the file has stays: it belongs to whoever opened that. */
@@ -5919,16 +5898,15 @@ static void tokenizer_close(tokenizer *t) {
  * Close it with tokenizer_close, though a failed open needs none. */
 static int tokenizer_open(tokenizer *t, const uint8_t *bytes, size_t n, const char *what,
                           medrun_error *e) {
+    static void (*const steps[])(opener *o) = {open_head, open_pretokenizer, check_pieces,
+                                                index_pieces, index_bytes, index_added,
+                                                index_merges};
+    opener o = {t, bytes, n, what, {0}};
     *t = (tokenizer){.bos = -1};
-    int code = open_head(t, bytes, n, what, e);
-    if (!code) code = open_pretokenizer(t, bytes, what, e);
-    if (!code) code = check_pieces(t, u32_at(bytes, 16), what, e);
-    if (!code) code = index_pieces(t, what, e);
-    if (!code) code = index_bytes(t, what, e);
-    if (!code) code = index_added(t, what, e);
-    if (!code) code = index_merges(t, what, e);
-    if (code) tokenizer_close(t);
-    return code;
+    for (size_t i = 0; i < sizeof steps / sizeof *steps && !o.e.code; i++) steps[i](&o);
+    if (!o.e.code) return MEDRUN_OK;
+    tokenizer_close(t);
+    return fail(e, o.e.code, "%s", o.e.text);
 }
 
 /* ---- encoding ------------------------------------------------------------------------------ */
@@ -6063,7 +6041,7 @@ static int encode_run(encoder *x, const uint8_t *p, size_t n, bool start) {
     for (size_t len; n; p += len, n -= len) {
         len = t->pretokenizer->digits ? next_word(t->pretokenizer, p, n) : next_joined(t, p, n);
         /* most words are pieces; with ignore_merges that is so even if no merges lead there */
-        bool may_be = t->ignore_merges && len <= t->longest;
+        bool may_be = t->flags & TOKENIZER_IGNORE_MERGES && len <= t->longest;
         uint32_t id = may_be ? find_piece(t, p, len, "", 0) : NO_ID;
         if (id != NO_ID) put_id(x, id);
         else if (len <= BPE_SHORT) bpe_short(x, p, len);

@@ -73,37 +73,27 @@ def alternating(c, kind):
     return LU if c % 2 == (kind == ALT_ODD) else LL
 
 
-def encode(classes):
-    """The shortest list of (first code point, kind): each run is the one that lasts longest."""
+def encode(classes, first, end):
+    """The shortest list of (kind, length) from FIRST to END: each run is the one that lasts longest."""
     runs = []
-    c = 0
-    while c < N_CODE_POINTS:
+    c = first
+    while c < end:
         best, best_end = None, c
         for kind in (classes[c], ALT, ALT_ODD):
-            end = c
-            while end < N_CODE_POINTS and classes[end] == (
-                    kind if kind < ALT else alternating(end, kind)):
-                end += 1
-            if end > best_end:  # a plain class comes first, so it wins a tie
-                best, best_end = kind, end
-        runs.append((c, best))
+            last = c
+            while last < end and classes[last] == (
+                    kind if kind < ALT else alternating(last, kind)):
+                last += 1
+            if last > best_end:  # a plain class comes first, so it wins a tie
+                best, best_end = kind, last
+        runs.append((best, best_end - c))
         c = best_end
     return runs
 
 
-def decode(words):
-    """Back from table words to one byte per code point, as the C code reads them."""
-    classes = bytearray(N_CODE_POINTS)
-    for i, word in enumerate(words):
-        first, kind = word >> 4, word & 15
-        last = words[i + 1] >> 4 if i + 1 < len(words) else N_CODE_POINTS
-        for c in range(first, last):
-            classes[c] = alternating(c, kind) if kind >= ALT else kind
-    return bytes(classes)
-
-
 DIGITS = "".join(chr(c) for c in range(35, 127) if chr(c) not in "?\\\\")  # in a C string as they are
-EACH = 32  # runs between two marks
+BLOCK = 512  # code points between two marks
+LAST = 0x20000  # where the last block begins, which goes on to the end
 
 
 def write_run(kind, length):
@@ -119,32 +109,55 @@ def write_run(kind, length):
     return DIGITS[kind * 8] + "".join(DIGITS[d] for d in reversed(digits))
 
 
-def print_table(words):
-    text, marks = "", []
-    for i, word in enumerate(words):
-        if i % EACH == 0:
-            marks.append("{0x%x, %d}," % (word >> 4, len(text)))
-        end = words[i + 1] >> 4 if i + 1 < len(words) else N_CODE_POINTS
-        text += write_run(word & 15, end - (word >> 4))
-    print("/* Made by tools/unicode.py: Unicode %s, as in Hugging Face tokenizers' regex engine. %d"
-          % (UNICODE_VERSION, len(words)))
-    print(" * runs of code points, each a character, class * 8 + length; or, where the length is not 1")
-    print(" * to 7, class * 8 and the length in digits of base 45, the last of them plus 45. Digits are")
-    print(" * the characters from # to ~ without ? and \\. A mark says where every %dth run begins. */"
-          % EACH)
-    print("static const char unicode_runs[] =")
+def read_class(text, marks, code):
+    """As the C code reads the table."""
+    block = min(code, LAST) // BLOCK
+    at = DIGITS.index(marks[2 * block]) * 90 + DIGITS.index(marks[2 * block + 1])
+    left = code - block * BLOCK
+    while True:
+        kind, length = divmod(DIGITS.index(text[at]), 8)
+        at += 1
+        last = length != 0
+        while not last:
+            digit = DIGITS.index(text[at])
+            at += 1
+            last = digit >= 45
+            length = length * 45 + digit % 45
+        if left < length:
+            return alternating(code, kind) if kind >= ALT else kind
+        left -= length
+
+
+def make_table(classes):
+    """The runs of all blocks, those of equal blocks once, and where each block begins."""
+    text, marks = "", ""
+    for first in range(0, LAST + 1, BLOCK):
+        end = first + BLOCK if first < LAST else N_CODE_POINTS
+        runs = "".join(write_run(*run) for run in encode(classes, first, end))
+        if runs not in text:
+            text += runs
+        at = text.index(runs)
+        marks += DIGITS[at // 90] + DIGITS[at % 90]
+    return text, marks
+
+
+def print_string(name, text):
     lines = [text[i:i + 93] for i in range(0, len(text), 93)]
+    print("static const char %s[] =" % name)
     for line in lines:
         print('    "%s"%s' % (line, ";" if line is lines[-1] else ""))
-    print("\nstatic const struct { uint32_t first; uint16_t at; } unicode_marks[] = {")
-    line = "   "
-    for mark in marks:
-        if len(line + " " + mark) > 100:
-            print(line)
-            line = "   "
-        line += " " + mark
-    print(line)
-    print("};")
+
+
+def print_table(text, marks):
+    print("/* Made by tools/unicode.py: Unicode %s, as in Hugging Face tokenizers' regex engine. Runs"
+          % UNICODE_VERSION)
+    print(" * of code points, each a character, class * 8 + length; or, where the length is not 1 to 7,")
+    print(" * class * 8 and the length in digits of base 45, the last of them plus 45. Digits are the")
+    print(" * characters from # to ~ without ? and \\. Two digits of base 90 are a mark: where the runs of")
+    print(" * the next %d code points begin. Equal blocks share them, and one block is all behind U+1FFFF. */"
+          % BLOCK)
+    print_string("unicode_runs", text)
+    print_string("unicode_marks", marks)
 
 
 def check_against_tokenizers(classes):
@@ -177,13 +190,12 @@ def main():
         sys.exit("unicode.py: unicodedata %s does not give the classes of Unicode %s;\n"
                  "use a Python whose unicodedata is 14.0 to 16.0\nfound  %s\nwanted %s" %
                  (unicodedata.unidata_version, UNICODE_VERSION, digest, CLASSES_SHA256))
-    words = [first << 4 | kind for first, kind in encode(classes)]
-    assert decode(words) == classes
-    assert words == sorted(words) and words[0] >> 4 == 0
+    text, marks = make_table(classes)
+    assert all(read_class(text, marks, c) == classes[c] for c in range(N_CODE_POINTS))
     if "--check" in sys.argv[1:] and check_against_tokenizers(classes):
         sys.exit(1)
 
-    print_table(words)
+    print_table(text, marks)
 
 
 if __name__ == "__main__":
