@@ -5915,7 +5915,7 @@ static int tokenizer_open(tokenizer *t, const uint8_t *bytes, size_t n, const ch
  * so no space is put before it. */
 enum { TOKENIZE_CONTINUES = 1 << 8 };
 
-/* A symbol of a long piece: a doubly linked list over what it is made of. */
+/* A symbol of a word: a doubly linked list over what it is made of. */
 typedef struct {
     uint32_t id, previous, next;        /* id NO_ID: merged away; a neighbour NO_ID: none       */
 } bpe_symbol;
@@ -5924,7 +5924,7 @@ typedef struct {
     const tokenizer *t;
     bool continues;             /* the text does                                               */
     buffer *ids, run;           /* run: of kind 2, text with its space before it               */
-    bpe_symbol *symbols;        /* of the long piece that is merged now                        */
+    bpe_symbol *symbols;        /* of the word that is merged now                              */
     uint64_t *heap;             /* rank << 32 | position of the left symbol; smallest first    */
     size_t n_heap;
     medrun_error *e;
@@ -5946,32 +5946,33 @@ static void offer_pair(encoder *x, uint32_t i) {
 
 /* What N bytes are before any merge, at most N symbols: bytes, without those that the vocabulary
  * lacks; of kind 2 characters, and bytes only where a character is not a piece. */
-static size_t first_symbols(const tokenizer *t, const uint8_t *p, size_t n, uint32_t *ids) {
-    size_t n_ids = 0;
+static size_t first_symbols(const tokenizer *t, const uint8_t *p, size_t n, bpe_symbol *to) {
+    bpe_symbol *start = to;
     if (t->kind == TOKENIZER_BYTE_LEVEL) {
         for (size_t i = 0; i < n; i++)
-            if (t->byte_id[p[i]] != NO_ID) ids[n_ids++] = t->byte_id[p[i]];
-        return n_ids;
+            if (t->byte_id[p[i]] != NO_ID) (to++)->id = t->byte_id[p[i]];
+        return (size_t)(to - start);
     }
     for (size_t i = 0, len; i < n; i += len) {
         uint32_t code;
         len = p[i] < 0x80 ? 1 : utf8_decode(p + i, n - i, &code);
         uint32_t id = len > 1 ? find_piece(t, p + i, len, "", 0) : NO_ID;
-        if (id != NO_ID) { ids[n_ids++] = id; continue; }
+        if (id != NO_ID) { (to++)->id = id; continue; }
         if (!len) len = 1;
-        for (size_t k = 0; k < len; k++) ids[n_ids++] = t->byte_id[p[i + k]];
+        for (size_t k = 0; k < len; k++) (to++)->id = t->byte_id[p[i + k]];
     }
-    return n_ids;
+    return (size_t)(to - start);
 }
 
 /* Merges the symbols of N bytes: the heap gives the lowest rank, the leftmost of equals. A key of
  * which the pair has changed since is dropped: the rank of what stands there now differs. */
 static void merge_symbols(encoder *x, const uint8_t *p, size_t n) {
     bpe_symbol *symbols = x->symbols;
-    uint32_t *ids = (uint32_t *)x->heap;                /* which is not in use yet               */
-    n = first_symbols(x->t, p, n, ids);
-    for (uint32_t i = 0; i < n; i++)                    /* before the first: 0 - 1 is NO_ID      */
-        symbols[i] = (bpe_symbol){ids[i], i - 1, i + 1 < n ? i + 1 : NO_ID};
+    n = first_symbols(x->t, p, n, symbols);
+    for (uint32_t i = 0; i < n; i++) {
+        symbols[i].previous = i - 1;                    /* before the first: 0 - 1 is NO_ID      */
+        symbols[i].next = i + 1 < n ? i + 1 : NO_ID;
+    }
     x->n_heap = 0;
     for (uint32_t i = 0; i < n; i++) offer_pair(x, i);
     while (x->n_heap) {
@@ -5991,39 +5992,19 @@ static void merge_symbols(encoder *x, const uint8_t *p, size_t n) {
 }
 
 /* Merges N bytes in n log n. Each merge takes one key and brings at most two, so there are never
- * more than 2 n keys. */
-static int bpe_long(encoder *x, const uint8_t *p, size_t n) {
+ * more than 2 n keys. Words are short: what they need lies on the stack. */
+static int bpe(encoder *x, const uint8_t *p, size_t n) {
     size_t each = sizeof *x->symbols + 2 * sizeof *x->heap;
-    x->symbols = new_array(n, sizeof *x->symbols);
-    x->heap = new_array(n, 2 * sizeof *x->heap);
+    bpe_symbol symbols[BPE_SHORT];
+    uint64_t heap[2 * BPE_SHORT];
+    bool is_long = n > BPE_SHORT;
+    x->symbols = is_long ? new_array(n, sizeof *symbols) : symbols;
+    x->heap = is_long ? new_array(n, 2 * sizeof *heap) : heap;
     bool good = x->symbols && x->heap;
     if (good) merge_symbols(x, p, n);
-    free(x->symbols);
-    free(x->heap);
+    if (is_long) free(x->symbols), free(x->heap);
+    x->symbols = NULL, x->heap = NULL;
     return good ? MEDRUN_OK : out_of_memory(x->e, mul_overflows(n, each) ? SIZE_MAX : n * each);
-}
-
-/* The same for at most BPE_SHORT bytes, on the stack: what is left is looked through for each
- * merge, which beats any heap at this length. pairs[i] is the merge of symbols i and i + 1. */
-static void bpe_short(encoder *x, const uint8_t *p, size_t n) {
-    const tokenizer *t = x->t;
-    const pair_slot *pairs[BPE_SHORT];
-    uint32_t ids[BPE_SHORT];
-    n = first_symbols(t, p, n, ids);
-    for (size_t i = 0; i + 1 < n; i++) pairs[i] = find_pair(t, ids[i], ids[i + 1]);
-    while (n > 1) {
-        size_t best = 0;
-        for (size_t i = 1; i + 1 < n; i++)
-            if (pairs[i]->rank < pairs[best]->rank) best = i;
-        if (pairs[best]->rank == NO_ID) break;
-        ids[best] = pairs[best]->result;
-        n--;
-        for (size_t i = best + 1; i < n; i++) ids[i] = ids[i + 1];
-        for (size_t i = best + 1; i + 1 < n; i++) pairs[i] = pairs[i + 1];
-        if (best > 0) pairs[best - 1] = find_pair(t, ids[best - 1], ids[best]);
-        if (best + 1 < n) pairs[best] = find_pair(t, ids[best], ids[best + 1]);
-    }
-    for (size_t i = 0; i < n; i++) put_id(x, ids[i]);
 }
 
 /* Of kind 2: up to where two bytes stand together that do so in no piece. No merge crosses that, so
@@ -6044,8 +6025,7 @@ static int encode_run(encoder *x, const uint8_t *p, size_t n, bool start) {
         bool may_be = t->flags & TOKENIZER_IGNORE_MERGES && len <= t->longest;
         uint32_t id = may_be ? find_piece(t, p, len, "", 0) : NO_ID;
         if (id != NO_ID) put_id(x, id);
-        else if (len <= BPE_SHORT) bpe_short(x, p, len);
-        else if (bpe_long(x, p, len)) return MEDRUN_NO_MEMORY;
+        else if (bpe(x, p, len)) return MEDRUN_NO_MEMORY;
     }
     return MEDRUN_OK;
 }
