@@ -354,11 +354,9 @@ void medrun_edit(medrun_session *session, medrun_editor *editor, void *user);
 #include <aclapi.h>
 #include <shellapi.h>
 enum { SIGHUP = SIGBREAK, SIGQUIT = SIGBREAK };         /* the console was closed                */
-#undef O_RAW                    /* names that this file uses itself                              */
-#undef OPTIONAL
+#undef O_RAW                    /* names that this file and its tools use themselves             */
 #undef TEXT
 #undef far
-#undef near
 #else
 #include <glob.h>
 #include <sys/file.h>
@@ -576,14 +574,12 @@ static int processors(void) {
  * the second; -1: there is none. */
 static double read_limit(const char *folder, const char *name, const char *key) {
     char text[1280];
-    double a, b, limit = -1;
+    double a, b = 1, limit = -1;
     snprintf(text, sizeof text, "%s/%s", folder, name);
     FILE *f = fopen(text, "r");
     while (f && limit < 0 && fgets(text, 256, f))
-        if (!strncmp(text, key, strlen(key))) {
-            int n = sscanf(text + strlen(key), "%lf %lf", &a, &b);
-            limit = n == 2 && b > 0 ? a / b : n == 1 ? a : -1;
-        }
+        if (!strncmp(text, key, strlen(key)) && sscanf(text + strlen(key), "%lf %lf", &a, &b) > 0)
+            limit = b > 0 ? a / b : -1;
     if (f) fclose(f);
     return limit;
 }
@@ -1545,16 +1541,13 @@ static bool json_is(const json *j, uint32_t v, const char *text) {
     if (!json_is_type(j, v, JSON_STRING)) return false;
     const uint8_t *p = (const uint8_t *)j->text + j->nodes[v].start;
     const uint8_t *end = (const uint8_t *)j->text + j->nodes[v].end;
-    size_t left = strlen(text);
     const char *why;
-    while (p < end) {
-        uint8_t bytes[4];
+    for (uint8_t bytes[4]; p < end;) {
         size_t n = json_decode(&p, end, bytes, &why);
-        if (n > left || memcmp(text, bytes, n)) return false;
+        if (!bytes[0] || strncmp(text, (const char *)bytes, n)) return false;
         text += n;
-        left -= n;
     }
-    return !left;
+    return !*text;
 }
 
 /* The value of KEY in object V, or JSON_NONE (also when V is none or no object). */
@@ -4991,17 +4984,6 @@ static void unmap_file(file_map *map) {
     *map = (file_map){0};
 }
 
-/* Takes the file into memory of this process alone. */
-static int load_map(file_map *map, const char *path, medrun_error *e) {
-    uint8_t *own = map_bytes(-1, map->n);
-    if (!own) return fail(e, MEDRUN_NO_MEMORY, "%s: no memory for its %zu MB", path, map->n >> 20);
-    want_large_pages(own, map->n);
-    memcpy(own, map->data, map->n);
-    unmap_bytes(map->data, map->n);
-    map->data = own;
-    return MEDRUN_OK;
-}
-
 /* ---- files that medrun makes --------------------------------------------------------------- */
 
 /* Nothing is overwritten that medrun did not make: a kind of file is known by its MARK, what each
@@ -5018,6 +5000,7 @@ typedef struct {
 typedef struct {
     FILE *f;                        /* what the caller writes to, locked while it is written    */
     const char *path;               /* the caller's                                             */
+    bool stream;                    /* PATH is a pipe, a terminal or /dev/null                  */
     buffer partial;                 /* the name beside it; empty for a stream                   */
 } file_writer;
 
@@ -5037,18 +5020,18 @@ static int check_inputs(const char *path, const char *const *inputs, size_t n, m
     return e->code;
 }
 
-/* May a file of KIND be written to PATH? There may be nothing, an empty file, or one of this kind.
- * Only FORCE lets a link or another file be replaced. *STREAM: is it one? */
-static int check_place(const char *path, const file_kind *kind, bool force, bool *stream,
+/* Begins W. May a file of KIND be written to PATH? There may be nothing, an empty file, or one of
+ * this kind. Only FORCE lets a link or another file be replaced. */
+static int check_place(file_writer *w, const char *path, const file_kind *kind, bool force,
                        medrun_error *e) {
     char start[16];
+    *w = (file_writer){.path = path, .stream = named_file(path) >= 0};
     file_facts there = {0};
     size_t n = kind->mark ? strlen(kind->mark) : 0;
-    *stream = named_file(path) >= 0;
-    if (*stream && !kind->streams)
+    if (w->stream && !kind->streams)
         fail(e, MEDRUN_USAGE, "%s stands for an open stream, where %s cannot go; name a file (./- "
              "is one)", path, kind->name);
-    if (e->code || *stream) return e->code;
+    if (e->code || w->stream) return e->code;
     int fd = open_file(path, TO_LOOK);
     bool link = fd < 0 && (errno == ELOOP || errno == EMLINK);  /* EMLINK: BSD's                 */
     if (link && !force)
@@ -5058,11 +5041,11 @@ static int check_place(const char *path, const file_kind *kind, bool force, bool
     bool ours = !there.bytes || (kind->unit && there.bytes % kind->unit == 0) ||
                 (n && read(fd, start, (unsigned)n) == (ssize_t)n && !memcmp(start, kind->mark, n));
     close(fd);
-    *stream = there.stream && kind->streams;
+    w->stream = there.stream && kind->streams;
     if (there.folder) return write_failed(path, "found a folder", e);
-    if (!there.regular && !*stream)
+    if (!there.regular && !w->stream)
         return write_failed(path, "found a device or a pipe, which is not a regular file", e);
-    if (ours || force || *stream) return MEDRUN_OK;
+    if (ours || force || w->stream) return MEDRUN_OK;
     return fail(e, MEDRUN_USAGE, "%s exists and is not %s; --force replaces it", path, kind->name);
 }
 
@@ -5113,10 +5096,8 @@ static int open_partial(file_writer *w, const file_kind *kind, bool force, medru
 /* Opens W->f for a file of KIND that will stand at PATH. */
 static int writer_open(file_writer *w, const char *path, const file_kind *kind, bool force,
                        medrun_error *e) {
-    bool stream = false;
-    *w = (file_writer){.path = path};
-    if (check_place(path, kind, force, &stream, e)) return e->code;
-    if (!stream) return open_partial(w, kind, force, e);
+    if (check_place(w, path, kind, force, e)) return e->code;
+    if (!w->stream) return open_partial(w, kind, force, e);
     w->f = open_stream(path, TO_STREAM);
     if (w->f) return MEDRUN_OK;
     return write_failed(path, errno != ENXIO ? strerror(errno)
@@ -5125,9 +5106,8 @@ static int writer_open(file_writer *w, const char *path, const file_kind *kind, 
 
 /* As writer_open, but only to see if that works, before the work that will be written is done. */
 static int writer_check(const char *path, const file_kind *kind, bool force, medrun_error *e) {
-    bool stream = false;
-    file_writer w = {.path = path};
-    if (check_place(path, kind, force, &stream, e) || stream) return e->code;
+    file_writer w;
+    if (check_place(&w, path, kind, force, e) || w.stream) return e->code;
     if (!open_partial(&w, kind, force, e)) writer_drop(&w);
     return e->code;
 }
@@ -5234,11 +5214,21 @@ static int read_header(model_file *f, medrun_error *e) {
     return e->code;
 }
 
-/* Maps PATH and reads its header. On failure nothing stays open. */
+/* Maps PATH and reads its header. LOAD: takes the file into memory of this process alone. After a
+ * failure nothing is open. */
 static int file_open(model_file *f, const char *path, bool load, medrun_error *e) {
     *f = (model_file){.path = path};
-    if (map_file(path, &f->map, e) || (load && load_map(&f->map, path, e)) || read_header(f, e))
-        file_close(f);
+    if (map_file(path, &f->map, e)) return e->code;
+    size_t n = f->map.n;
+    void *own = load ? map_bytes(-1, n) : NULL;
+    if (own) {
+        want_large_pages(own, n);
+        memcpy(own, f->map.data, n);
+        unmap_bytes(f->map.data, n);
+        f->map.data = own;
+    } else if (load)
+        fail(e, MEDRUN_NO_MEMORY, "%s: no memory for its %zu MB", path, n >> 20);
+    if (e->code || read_header(f, e)) file_close(f);
     return e->code;
 }
 /* ============================================================================================
@@ -5927,7 +5917,7 @@ typedef struct {
     bpe_symbol *symbols;        /* of the word that is merged now                              */
     uint64_t *heap;             /* rank << 32 | position of the left symbol; smallest first    */
     size_t n_heap;
-    medrun_error *e;
+    size_t missing;             /* bytes that were not to be had: then nothing more is encoded */
 } encoder;
 
 enum { BPE_SHORT = 32, MAX_TEXT = 1 << 30 };
@@ -5993,18 +5983,17 @@ static void merge_symbols(encoder *x, const uint8_t *p, size_t n) {
 
 /* Merges N bytes in n log n. Each merge takes one key and brings at most two, so there are never
  * more than 2 n keys. Words are short: what they need lies on the stack. */
-static int bpe(encoder *x, const uint8_t *p, size_t n) {
+static void bpe(encoder *x, const uint8_t *p, size_t n) {
     size_t each = sizeof *x->symbols + 2 * sizeof *x->heap;
     bpe_symbol symbols[BPE_SHORT];
     uint64_t heap[2 * BPE_SHORT];
     bool is_long = n > BPE_SHORT;
     x->symbols = is_long ? new_array(n, sizeof *symbols) : symbols;
     x->heap = is_long ? new_array(n, 2 * sizeof *heap) : heap;
-    bool good = x->symbols && x->heap;
-    if (good) merge_symbols(x, p, n);
+    if (x->symbols && x->heap) merge_symbols(x, p, n);
+    else x->missing = mul_overflows(n, each) ? SIZE_MAX : n * each;
     if (is_long) free(x->symbols), free(x->heap);
     x->symbols = NULL, x->heap = NULL;
-    return good ? MEDRUN_OK : out_of_memory(x->e, mul_overflows(n, each) ? SIZE_MAX : n * each);
 }
 
 /* Of kind 2: up to where two bytes stand together that do so in no piece. No merge crosses that, so
@@ -6016,18 +6005,17 @@ static size_t next_joined(const tokenizer *t, const uint8_t *p, size_t n) {
 }
 
 /* Text without added tokens in it, anywhere in the text. */
-static int encode_run(encoder *x, const uint8_t *p, size_t n, bool start) {
+static void encode_run(encoder *x, const uint8_t *p, size_t n, bool start) {
     const tokenizer *t = x->t;
     (void)start;
-    for (size_t len; n; p += len, n -= len) {
+    for (size_t len; n && !x->missing; p += len, n -= len) {
         len = t->pretokenizer->digits ? next_word(t->pretokenizer, p, n) : next_joined(t, p, n);
         /* most words are pieces; with ignore_merges that is so even if no merges lead there */
         bool may_be = t->flags & TOKENIZER_IGNORE_MERGES && len <= t->longest;
         uint32_t id = may_be ? find_piece(t, p, len, "", 0) : NO_ID;
         if (id != NO_ID) put_id(x, id);
-        else if (bpe(x, p, len)) return MEDRUN_NO_MEMORY;
+        else bpe(x, p, len);
     }
-    return MEDRUN_OK;
 }
 
 /* In added[low .. high), which agree before byte AT: the first whose byte AT is at least C. A token
@@ -6055,22 +6043,22 @@ static const added_token *added_at(const tokenizer *t, const uint8_t *p, size_t 
     return found;
 }
 
-typedef int encode_between(encoder *x, const uint8_t *p, size_t n, bool start);
+typedef void encode_between(encoder *x, const uint8_t *p, size_t n, bool start);
 
 /* Cuts the added tokens of these TYPES out, from the left, the longest first; ENCODE does what is
  * between them, where START tells the text's beginning. */
-static int encode_text(encoder *x, const uint8_t *p, size_t n, int types, encode_between *encode) {
+static void encode_text(encoder *x, const uint8_t *p, size_t n, int types,
+                        encode_between *encode) {
     size_t from = 0;
     for (size_t i = 0; types && i < n;) {
         const added_token *a = NULL;
         if (x->t->added_first[p[i]]) a = added_at(x->t, p + i, n - i, types);
         if (!a) { i++; continue; }
-        int code = encode(x, p + from, i - from, from == 0);
-        if (code) return code;
+        encode(x, p + from, i - from, from == 0);
         put_id(x, a->id);
         from = i += a->n;
     }
-    return encode(x, p + from, n - from, from == 0);
+    encode(x, p + from, n - from, from == 0);
 }
 
 /* Where the next U+2581 is, or N: SentencePiece's space, which people may write too. */
@@ -6091,17 +6079,17 @@ static void add_spaced(buffer *out, const uint8_t *p, size_t n) {
 }
 
 /* Kind 2: a run of text gets its space and is a text of its own, without control tokens. */
-static int encode_spaced(encoder *x, const uint8_t *p, size_t n, bool start) {
+static void encode_spaced(encoder *x, const uint8_t *p, size_t n, bool start) {
     const tokenizer *t = x->t;
     uint32_t wanted = start ? TOKENIZER_PREFIX_RUNS | TOKENIZER_PREFIX_TEXT : TOKENIZER_PREFIX_RUNS;
-    if (!n) return MEDRUN_OK;
+    if (!n) return;
     bool spaced = t->flags & TOKENIZER_UNLESS_SPACE && (p[0] == ' ' || !find_mark(p, n));
     x->run.n = 0;
     if (t->flags & wanted && !spaced && !(start && x->continues)) buffer_text(&x->run, " ");
     add_spaced(&x->run, p, n);
-    if (x->run.failed) return out_of_memory(x->e, x->run.n);
+    if (x->run.failed) x->missing = x->run.n + 1;
     int inside = t->flags & TOKENIZER_USER_INSIDE && t->has_user_tokens ? 1 << PIECE_USER : 0;
-    return encode_text(x, x->run.data, x->run.n, inside, encode_run);
+    encode_text(x, x->run.data, x->run.n, inside, encode_run);
 }
 
 /* Appends the ids (int32_t) of N bytes of text to IDS. User-defined tokens in the text are always
@@ -6111,16 +6099,16 @@ static int tokenizer_encode(const tokenizer *t, const char *text, size_t n, int 
     if (n > MAX_TEXT)                                   /* positions are 32 bits wide            */
         return fail(e, MEDRUN_TOO_LONG, "text: found %zu bytes, wanted at most %d; cut it", n,
                     MAX_TEXT);
-    encoder x = {.t = t, .continues = flags & TOKENIZE_CONTINUES, .ids = ids, .e = e};
+    encoder x = {.t = t, .continues = flags & TOKENIZE_CONTINUES, .ids = ids};
     if (flags & MEDRUN_ADD_BOS && t->bos >= 0) put_id(&x, (uint32_t)t->bos);
-    int types = flags & MEDRUN_PARSE_SPECIAL ? 1 << PIECE_CONTROL : 0, code = MEDRUN_OK;
+    int types = flags & MEDRUN_PARSE_SPECIAL ? 1 << PIECE_CONTROL : 0;
     if (t->has_user_tokens && !(t->flags & TOKENIZER_USER_INSIDE)) types |= 1 << PIECE_USER;
     if (n)
-        code = encode_text(&x, (const uint8_t *)text, n, types,
-                           t->kind == TOKENIZER_BYTE_LEVEL ? encode_run : encode_spaced);
+        encode_text(&x, (const uint8_t *)text, n, types,
+                    t->kind == TOKENIZER_BYTE_LEVEL ? encode_run : encode_spaced);
     buffer_free(&x.run);
-    if (!code && ids->failed) code = out_of_memory(e, ids->n);
-    return code;
+    if (!x.missing && !ids->failed) return MEDRUN_OK;
+    return out_of_memory(e, x.missing ? x.missing : ids->n);
 }
 
 /* The bytes that ID adds to a text; control tokens add none unless SPECIAL. Where *FIRST, nothing
@@ -6497,13 +6485,12 @@ static void python_quote(buffer *b, const char *text, size_t n) {
 }
 
 /* Ends the run of text: its ids go out. */
-static int chat_flush(chat_writer *w) {
-    if (w->e->code) return w->e->code;
-    if (w->run.failed || w->out->failed) return out_of_memory(w->e, w->run.n + w->out->n);
-    tokenizer_encode(w->t, (const char *)w->run.data, w->run.n, w->flags, w->out, w->e);
+static void chat_flush(chat_writer *w) {
+    if (w->run.failed || w->out->failed) out_of_memory(w->e, w->run.n + w->out->n);
+    if (!w->e->code)
+        tokenizer_encode(w->t, (const char *)w->run.data, w->run.n, w->flags, w->out, w->e);
     w->run.n = 0;
     w->flags = 0;
-    return w->e->code;
 }
 
 /* The control token that reads NAME, or -1: a piece of another type is none, as what ordinary text
@@ -6519,29 +6506,30 @@ static int32_t chat_token(const tokenizer *t, const char *name) {
 
 /* A control token: its id after the run before it, or its name; each tokenizer has its own id for
  * it. The run behind it has a space before it only if every run has, not one for the whole text. */
-static int chat_control(chat_writer *w, const char *name, size_t n) {
+static void chat_control(chat_writer *w, const char *name, size_t n) {
     int32_t id = w->t ? control_id(w->t, name, n) : 0;
     if (id < 0)
-        return fail(w->e, MEDRUN_BAD_FILE, "tokenizer: control token %.*s is missing, which the "
-                    "chat template %s needs; use the template and the tokenizer of one model",
-                    (int)n, name, w->c->name);
-    if (w->as_text) return buffer_add(w->out, name, n), w->e->code;
-    if (!chat_flush(w)) buffer_add(w->out, &id, sizeof id);
-    w->flags = w->t->flags & TOKENIZER_PREFIX_TEXT ? TOKENIZE_CONTINUES : 0;
-    return w->e->code;
+        fail(w->e, MEDRUN_BAD_FILE, "tokenizer: control token %.*s is missing, which the chat "
+             "template %s needs; use the template and the tokenizer of one model", (int)n, name,
+             w->c->name);
+    else if (w->as_text)
+        buffer_add(w->out, name, n);
+    else {
+        chat_flush(w);
+        buffer_add(w->out, &id, sizeof id);
+        w->flags = w->t->flags & TOKENIZER_PREFIX_TEXT ? TOKENIZE_CONTINUES : 0;
+    }
 }
 
 /* BOS as the template has it, or as the options say. */
-static int chat_bos(chat_writer *w) {
+static void chat_bos(chat_writer *w) {
     const char *name = w->c->bos;
-    bool usual = name && (*name || (w->t && w->t->add_bos));
-    if (w->o->bos == MEDRUN_BOS_AUTO ? !usual : w->o->bos == MEDRUN_BOS_OFF) return w->e->code;
-    if (name && *name) return chat_control(w, name, strlen(name));
-    if (!w->t || w->t->bos < 0)
-        return fail(w->e, MEDRUN_USAGE, "BOS: wanted a tokenizer that has such a token");
-    size_t n;
-    name = tokenizer_piece(w->t, w->t->bos, &n);
-    return chat_control(w, name, n);
+    bool own = name && *name, usual = own || (name && w->t && w->t->add_bos);
+    size_t n = own ? strlen(name) : 0;
+    if (w->o->bos == MEDRUN_BOS_AUTO ? !usual : w->o->bos == MEDRUN_BOS_OFF) return;
+    if (!own && w->t && w->t->bos >= 0) name = tokenizer_piece(w->t, w->t->bos, &n);
+    if (n) chat_control(w, name, n);
+    else fail(w->e, MEDRUN_USAGE, "BOS: wanted a tokenizer that has such a token");
 }
 
 /* The date that was given, in the form of the template's; else the template's, else today's. */
@@ -6579,12 +6567,12 @@ static void chat_fill(chat_writer *w, const char *name, size_t n, const medrun_m
 /* The walker: writes a list of parts (NULL: an empty one) for the turn SAID (NULL: none). Every
  * `says` is a string in C, so that a file or a person can put a backquote or a dollar sign into a
  * message and they are only text: what chat_fill adds is never looked at again. */
-static int chat_parts(chat_writer *w, const chat_part *part, const medrun_message *said) {
+static void chat_parts(chat_writer *w, const chat_part *part, const medrun_message *said) {
     for (; part && (part->says || part->refuse) && !w->e->code; part++) {
         if ((w->state & part->when) != part->when || (w->state & part->unless)) continue;
         if (part->refuse)
-            return fail(w->e, MEDRUN_USAGE, "messages: template %s: %s", w->c->name, part->refuse);
-        for (const char *s = part->says; *s && !w->e->code;) {
+            fail(w->e, MEDRUN_USAGE, "messages: template %s: %s", w->c->name, part->refuse);
+        for (const char *s = part->says; !w->e->code && *s;) {
             size_t n = strcspn(s, "`$");
             buffer_add(w->as_text ? w->out : &w->run, s, n);
             s += n;
@@ -6600,7 +6588,6 @@ static int chat_parts(chat_writer *w, const chat_part *part, const medrun_messag
         }
         w->state = (w->state | part->sets) & ~part->clears;
     }
-    return w->e->code;
 }
 
 /* ---- messages in JSON ---------------------------------------------------------------------- */
@@ -6696,35 +6683,31 @@ static const chat_part *chat_turn_of(chat_writer *w, const char *role) {
 }
 
 /* Writes a turn. */
-static int chat_say(chat_writer *w, const medrun_message *m) {
+static void chat_say(chat_writer *w, const medrun_message *m) {
     const chat_part *parts = chat_turn_of(w, m->role);
-    if (w->e->code) return w->e->code;
     if (w->c->first && (w->state & (HAS_TOOLS | STARTED)) == HAS_TOOLS) parts = w->c->first;
     w->state |= STARTED;
-    return chat_parts(w, parts, m);
+    chat_parts(w, parts, m);
 }
 
 /* Writes what stands before the first turn. SYSTEM is the conversation's first message if that is a
  * system's, else NULL; LATE: a later one is, for which the template's own text makes room. Where
  * the template has no opening, the caller writes SYSTEM as a turn. */
-static int chat_start(chat_writer *w, const medrun_message *system, bool late) {
+static void chat_start(chat_writer *w, const medrun_message *system, bool late) {
     static const medrun_chat_options standard = {0};
     const chat_template *c = w->c;
     const medrun_message own = {"system", c->system, c->system ? strlen(c->system) : 0};
-    if (w->e->code) return w->e->code;
     if (!w->o) w->o = &standard;
     if (w->o->date && !date_is_good(w->o->date))
-        return fail(w->e, MEDRUN_USAGE, "date: found \"%.40s\", wanted YYYY-MM-DD", w->o->date);
+        fail(w->e, MEDRUN_USAGE, "date: found \"%.40s\", wanted YYYY-MM-DD", w->o->date);
     if ((w->o->think && !c->takes_think) || (w->o->tools && !c->takes_tools))
-        return fail(w->e, MEDRUN_USAGE, "template %s has no place for %s", c->name,
-                    w->o->tools ? "tools" : "thinking");
-    if (w->o->tools) w->state |= HAS_TOOLS;
-    if (w->o->think) w->state |= THINKS;
+        fail(w->e, MEDRUN_USAGE, "template %s has no place for %s", c->name,
+             w->o->tools ? "tools" : "thinking");
+    w->state |= (w->o->tools ? HAS_TOOLS : 0) | (w->o->think ? THINKS : 0);
     chat_bos(w);
-    if (!c->opening && (system || late || !c->system)) return w->e->code;
+    if (!c->opening && (system || late || !c->system)) return;
     if (!system) w->state |= OWN_SYSTEM;
-    return chat_parts(w, c->opening ? c->opening : chat_turn_of(w, "system"),
-                      system ? system : &own);
+    chat_parts(w, c->opening ? c->opening : chat_turn_of(w, "system"), system ? system : &own);
 }
 
 /* Writes the last run; after a failure OUT is as it was. */
@@ -6740,27 +6723,24 @@ static int chat_end(chat_writer *w, size_t n_before) {
 
 /* N turns. FIRST: nothing is before them, so the first may go into the opening. Roles are looked at
  * before anything is written, so that a wrong one costs nothing. */
-static int chat_turns(chat_writer *w, const medrun_message *m, size_t n, bool first) {
+static void chat_turns(chat_writer *w, const medrun_message *m, size_t n, bool first) {
     bool system = first && n && m->role && !strcmp(m->role, "system"), late = false;
     size_t opening = system && w->c->opening;
-    for (size_t i = opening; i < n; i++) {
-        if (!chat_turn_of(w, m[i].role)) return w->e->code;
+    for (size_t i = opening; i < n && chat_turn_of(w, m[i].role); i++)
         late |= i && !strcmp(m[i].role, "system");
-    }
-    if (first) chat_start(w, system ? m : NULL, late);
-    for (size_t i = opening; i < n; i++) chat_say(w, &m[i]);
-    return w->e->code;
+    if (first && !w->e->code) chat_start(w, system ? m : NULL, late);
+    for (size_t i = opening; i < n && !w->e->code; i++) chat_say(w, &m[i]);
 }
 
 /* A whole conversation; its last run of text is left in W->run. */
-static int chat_conversation(chat_writer *w, const medrun_message *m, size_t n, bool answer) {
-    if (!n) return fail(w->e, MEDRUN_USAGE, "messages: found none, wanted one or more");
+static void chat_conversation(chat_writer *w, const medrun_message *m, size_t n, bool answer) {
+    if (!n) fail(w->e, MEDRUN_USAGE, "messages: found none, wanted one or more");
     chat_turns(w, m, n, true);
-    if (!w->e->code && w->c->first && (w->state & (HAS_TOOLS | STARTED)) == HAS_TOOLS)
+    if (w->c->first && (w->state & (HAS_TOOLS | STARTED)) == HAS_TOOLS)
         fail(w->e, MEDRUN_USAGE, "messages: tools: wanted a turn after the system's");
     chat_parts(w, w->c->end, NULL);
-    if (w->c->opens_by_role) answer = strcmp(m[n - 1].role, "assistant");
-    return answer ? chat_parts(w, w->c->answer, NULL) : w->e->code;
+    if (!w->e->code && w->c->opens_by_role) answer = strcmp(m[n - 1].role, "assistant");
+    if (answer) chat_parts(w, w->c->answer, NULL);
 }
 
 /* ---- what others call ---------------------------------------------------------------------- */

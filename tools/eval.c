@@ -902,8 +902,9 @@ static int keep_private(int fd) { return (void)fd, 0; }
 static int open_results(evaluation *v, medrun_error *e) {
     buffer text = {0};
     file_facts f;
-    bool stream = false, anew = v->o.force && !v->o.resume;
-    if (!v->o.out || check_place(v->o.out, &result_file, anew || v->o.resume, &stream, e))
+    file_writer place;
+    bool anew = v->o.force && !v->o.resume;
+    if (!v->o.out || check_place(&place, v->o.out, &result_file, anew || v->o.resume, e))
         return e->code;
     v->fd = open_update(v->o.out);
     if (v->fd < 0 || get_facts(NULL, v->fd, &f))
