@@ -5346,9 +5346,20 @@ static int class_at(const uint8_t *p, size_t n, size_t *len) {
     return unicode_class(code);
 }
 
-/* \p{L}, [^\s\p{L}\p{N}] and [\r\n] of the patterns. */
-static bool is_letter(int class) { return class >= CLASS_LU && class <= CLASS_LO; }
-static bool is_mark(int class) { return class == CLASS_OTHER || class == CLASS_M; }
+/* Sets of classes, a bit for each. In the patterns \p{L} is LETTERS and [^\s\p{L}\p{N}] is MARKS;
+ * Tekken's [\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}] is UPPER, [\p{Ll}\p{Lm}\p{Lo}\p{M}] LOWER. */
+enum { CASELESS = 1 << CLASS_LM | 1 << CLASS_LO, MARKS = 1 << CLASS_OTHER | 1 << CLASS_M,
+       LETTERS = 1 << CLASS_LU | 1 << CLASS_LL | 1 << CLASS_LT | CASELESS,
+       UPPER = 1 << CLASS_LU | 1 << CLASS_LT | 1 << CLASS_M | CASELESS,
+       LOWER = 1 << CLASS_LL | 1 << CLASS_M | CASELESS };
+
+/* The end of the characters from START on whose classes are in SET. */
+static size_t end_of(int set, const uint8_t *p, size_t n, size_t start) {
+    size_t i = start, len;
+    while (set >> class_at(p + i, n - i, &len) & 1) i += len;
+    return i;
+}
+
 static bool is_line_end(uint8_t c) { return c == '\r' || c == '\n'; }
 
 /* ---- pre-tokenizers ------------------------------------------------------------------------ */
@@ -5385,31 +5396,20 @@ static size_t contraction(const pretokenizer *t, const uint8_t *p, size_t n) {
     return (a == 'l' && b == 'l') || ((a == 'r' || a == 'v') && b == 'e') ? 3 : 0;
 }
 
-/* Tekken's words are [U]*[W]+|[U]+[W]*, [U] = [\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}] and [W] =
- * [\p{Ll}\p{Lm}\p{Lo}\p{M}]: "camelCase" is two. What is in both may go to either side: with no
- * lower case after the run of [U], the first alternative gives back up to the last character that
- * [W] has too; only if there is none, the second takes the whole run. This is linear: what is left
- * of a run is upper case, all of which is the next word. The end of the word from START, or 0. */
+/* Tekken's words are [U]*[W]+|[U]+[W]*, U for UPPER and W for LOWER: "camelCase" is two. What is in
+ * both may go to either side: with no lower case after the run of [U], the first alternative gives
+ * back up to the last character that [W] has too; only if there is none, the second takes the whole
+ * run. This is linear: what is left of a run is upper case, all of which is the next word. The end
+ * of the word from START, which is START where there is none. */
 static size_t cased_word(const uint8_t *p, size_t n, size_t start) {
-    size_t i = start, both = 0, len;
-    int class = class_at(p + i, n - i, &len);
-    for (; class == CLASS_M || (is_letter(class) && class != CLASS_LL);
-         class = class_at(p + i, n - i, &len)) {
-        i += len;
-        if (class != CLASS_LU && class != CLASS_LT) both = i;
+    size_t run = end_of(UPPER, p, n, start), word = end_of(LOWER, p, n, run);
+    if (word > run) return word;
+    for (size_t i = start, both; i < run; i = both) {
+        i = end_of(UPPER & ~LOWER, p, n, i);
+        both = end_of(UPPER & LOWER, p, n, i);
+        if (both > i) word = both;
     }
-    if (class != CLASS_LL) return both ? both : i > start ? i : 0;
-    for (; class == CLASS_M || (is_letter(class) && class != CLASS_LU && class != CLASS_LT);
-         class = class_at(p + i, n - i, &len)) i += len;
-    return i;
-}
-
-/* The end of the letters from START, or 0 where there are none. */
-static size_t letters(const pretokenizer *t, const uint8_t *p, size_t n, size_t start) {
-    size_t i = start, len;
-    if (t->cased) return cased_word(p, n, start);
-    while (is_letter(class_at(p + i, n - i, &len))) i += len;
-    return i > start ? i : 0;
+    return word;
 }
 
 /* \s*[\r\n]+ | \s+(?!\S) | \s+, P at white space: up to the last line end of the run if it has
@@ -5417,32 +5417,32 @@ static size_t letters(const pretokenizer *t, const uint8_t *p, size_t n, size_t 
  * word). What is left of the run is white space again and is looked at once more, not oftener.
  * GPT-2's has no line ends, and sees no number, as those were cut out before. */
 static size_t white_space(const pretokenizer *t, const uint8_t *p, size_t n) {
-    size_t i = 0, last = 0, line = 0, len;
-    int class;
-    for (; (class = class_at(p + i, n - i, &len)) == CLASS_SPACE; i += len) {
-        last = i;
-        if (!t->gpt2 && is_line_end(p[i])) line = i + 1;
-    }
+    size_t end = end_of(1 << CLASS_SPACE, p, n, 0), line = t->gpt2 ? 0 : end, last = end - 1, len;
+    int next = class_at(p + end, n - end, &len);
+    while (line && !is_line_end(p[line - 1])) line--;
     if (line) return line;
-    return class == CLASS_END || !last || (t->gpt2 && class == CLASS_N) ? i : last;
+    while ((p[last] & 0xC0) == 0x80) last--;            /* to where a character begins           */
+    return next == CLASS_END || !last || (t->gpt2 && next == CLASS_N) ? end : last;
 }
 
 /* The length of the first word in N > 0 bytes, at least 1. */
 static size_t next_word(const pretokenizer *t, const uint8_t *p, size_t n) {
     size_t first, len, i;
     int class = class_at(p, n, &first);
-    bool space = p[0] == ' ', inside = is_letter(class) || (t->cased && class == CLASS_M);
+    bool space = p[0] == ' ', inside = (t->cased ? UPPER | LOWER : LETTERS) >> class & 1;
     if (class == CLASS_N) {                             /* \p{N}{1,3}                            */
         i = first;
         for (int k = 1; k < t->digits && class_at(p + i, n - i, &len) == CLASS_N; k++) i += len;
         return i;
     }
     if (p[0] == '\'' && !t->cased && (len = contraction(t, p, n))) return len;
-    if (inside || (t->gpt2 ? space : !is_line_end(p[0])))       /* [^\r\n\p{L}\p{N}]?\p{L}+      */
-        if ((i = letters(t, p, n, inside ? 0 : first))) return i;
-    i = space ? first : 0;                              /* " ?[^\s\p{L}\p{N}]+[\r\n]*"           */
-    if (!is_mark(class_at(p + i, n - i, &len))) return white_space(t, p, n);
-    while (is_mark(class_at(p + i, n - i, &len))) i += len;
+    if (inside || (t->gpt2 ? space : !is_line_end(p[0]))) {     /* [^\r\n\p{L}\p{N}]?\p{L}+      */
+        size_t start = inside ? 0 : first;
+        i = t->cased ? cased_word(p, n, start) : end_of(LETTERS, p, n, start);
+        if (i > start) return i;
+    }
+    i = end_of(MARKS, p, n, space ? first : 0);         /* " ?[^\s\p{L}\p{N}]+[\r\n]*"           */
+    if (i == (space ? first : 0)) return white_space(t, p, n);
     while (i < n && p[i] && strchr(t->tail, p[i])) i++;
     return i;
 }
@@ -5800,21 +5800,6 @@ static void index_added(opener *o) {
                     "added tokens with the same text", t->added[i].id, "one");
 }
 
-/* The piece that LEFT and RIGHT give together, or NO_ID. Ranks and pieces mostly stand in the same
- * order, so the result of the merge before, and the piece after that, are looked at first. */
-static uint32_t joined(const tokenizer *t, uint32_t left, uint32_t right, uint32_t before) {
-    size_t na, nb, n;
-    const char *a = tokenizer_piece(t, (int32_t)left, &na);
-    const char *b = tokenizer_piece(t, (int32_t)right, &nb);
-    if (na + nb > t->longest) return NO_ID;
-    for (uint32_t id = before; id < before + 2 && id < (uint32_t)t->vocab_size; id++) {
-        const char *p = tokenizer_piece(t, (int32_t)id, &n);
-        if (n == na + nb && !memcmp(p, a, na) && !memcmp(p + na, b, nb) &&
-            tokenizer_type(t, (int32_t)id) == PIECE_NORMAL) return id;
-    }
-    return find_piece(t, a, na, b, nb);
-}
-
 /* A merge in the file is a stranger's number until this was asked. */
 static bool is_normal(const tokenizer *t, uint32_t id) {
     return id < (uint32_t)t->vocab_size && tokenizer_type(t, (int32_t)id) == PIECE_NORMAL;
@@ -5825,12 +5810,16 @@ static bool is_normal(const tokenizer *t, uint32_t id) {
 static void find_merges(opener *o, buffer *found) {
     const tokenizer *t = o->t;
     buffer_room(found, t->n_merges * sizeof(pair_slot));
-    for (uint32_t rank = 0, result = 0; rank < t->n_merges && !o->e.code; rank++) {
+    for (uint32_t rank = 0; rank < t->n_merges && !o->e.code; rank++) {
         uint32_t left = u32_at(t->merges, 2 * (size_t)rank);
         uint32_t right = u32_at(t->merges, 2 * (size_t)rank + 1);
+        size_t na, nb;
         bool good = is_normal(t, left) && is_normal(t, right);
         check_field(o, good, "merge", rank, "ids of normal pieces in every merge");
-        result = good ? joined(t, left, right, result) : NO_ID;
+        if (!good) break;
+        const char *a = tokenizer_piece(t, (int32_t)left, &na);
+        const char *b = tokenizer_piece(t, (int32_t)right, &nb);
+        uint32_t result = na + nb > t->longest ? NO_ID : find_piece(t, a, na, b, nb);
         check_field(o, result != NO_ID, "merge", rank, "merges whose result is a piece");
         buffer_add(found, &(pair_slot){left, right, result, rank}, sizeof(pair_slot));
     }

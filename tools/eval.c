@@ -538,7 +538,7 @@ static int find_pro_answer(const char *text) {
 static bool is_word(const char *p) {
     size_t len;
     int class = *p ? class_at((const uint8_t *)p, strlen(p), &len) : CLASS_OTHER;
-    return *p == '_' || is_letter(class) || class == CLASS_N;
+    return *p == '_' || (LETTERS >> class & 1) || class == CLASS_N;
 }
 
 /* MeditronFO's pattern: "answer" in any case, then nothing that could be a letter of N choices,
