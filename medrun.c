@@ -784,6 +784,7 @@ static int open_file(const char *path, int how) {
     return fd;
 }
 
+/* No path is a stream here: a pipe or a console is reached as an open file only. */
 static int get_facts(const char *path, int fd, file_facts *f) {
     BY_HANDLE_FILE_INFORMATION i = {0};
     if (path && (fd = open_file(path, TO_READ)) < 0) return -1;
@@ -880,6 +881,7 @@ static HANDLE console(int fd) {
 
 static bool is_terminal(int fd) { return console(fd); }
 
+/* A console obeys escape sequences only once it was asked to. */
 static bool terminal_draws(const char *term) {
     DWORD mode = 0;
     HANDLE h = term && !strcmp(term, "dumb") ? NULL : console(2);
@@ -919,6 +921,7 @@ static char *utf8_of(const wchar_t *wide) {
     return text;
 }
 
+/* The code page is the console's, which stays when the program ends. */
 static UINT other_code_page;
 
 static void restore_code_page(void) { SetConsoleOutputCP(other_code_page); }
@@ -994,6 +997,7 @@ static int named_file(const char *path) {
     return sscanf(path, "/dev/fd/%d%n", &fd, &n) == 1 && !path[n] ? fd : -1;
 }
 
+/* As open_file, for C's own calls. Where there is no memory for them, a new file goes again. */
 static FILE *open_stream(const char *path, int how) {
     int named = how == TO_STREAM ? named_file(path) : -1;
     int fd = named >= 0 ? dup(named) : open_file(path, how);
@@ -1182,6 +1186,7 @@ static bool buffer_room(buffer *b, size_t more) {
     return b->data = p, b->cap = cap, true;
 }
 
+/* Of nothing (N is 0) no room is made, and BYTES may be NULL: so an empty buffer stays NULL, too. */
 static void buffer_add(buffer *b, const void *bytes, size_t n) {
     if (!n || !buffer_room(b, n)) return;
     memcpy(b->data + b->n, bytes, n);
@@ -1326,6 +1331,7 @@ static int hex_number(const void *text, int n) {
     return v;
 }
 
+/* Back from hex_of; false where TEXT is not 64 hex digits. */
 static bool parse_hex(const char *text, uint8_t digest[32]) {
     for (int i = 0; i < 32; i++, text += 2) {
         int byte = hex_number(text, 2);
@@ -6679,24 +6685,17 @@ static void chat_say(chat_writer *w, const medrun_message *m) {
     chat_parts(w, parts, m);
 }
 
-/* Writes what stands before the first turn. SYSTEM is the conversation's first message if that is a
- * system's, else NULL; LATE: a later one is, for which the template's own text makes room. Where
- * the template has no opening, the caller writes SYSTEM as a turn. */
-static void chat_start(chat_writer *w, const medrun_message *system, bool late) {
+/* Checks the options, which a template may have no place for, and writes BOS. */
+static void chat_begin(chat_writer *w) {
     static const medrun_chat_options standard = {0};
-    const chat_template *c = w->c;
-    const medrun_message own = {"system", c->system, c->system ? strlen(c->system) : 0};
-    if (!w->o) w->o = &standard;
-    if (w->o->date && !date_is_good(w->o->date))
-        fail(w->e, MEDRUN_USAGE, "date: found \"%.40s\", wanted YYYY-MM-DD", w->o->date);
-    if ((w->o->think && !c->takes_think) || (w->o->tools && !c->takes_tools))
-        fail(w->e, MEDRUN_USAGE, "template %s has no place for %s", c->name,
-             w->o->tools ? "tools" : "thinking");
-    w->state |= (w->o->tools ? HAS_TOOLS : 0) | (w->o->think ? THINKS : 0);
+    const medrun_chat_options *o = w->o = w->o ? w->o : &standard;
+    if (o->date && !date_is_good(o->date))
+        fail(w->e, MEDRUN_USAGE, "date: found \"%.40s\", wanted YYYY-MM-DD", o->date);
+    if ((o->think && !w->c->takes_think) || (o->tools && !w->c->takes_tools))
+        fail(w->e, MEDRUN_USAGE, "template %s has no place for %s", w->c->name,
+             o->tools ? "tools" : "thinking");
+    w->state |= (o->tools ? HAS_TOOLS : 0) | (o->think ? THINKS : 0);
     chat_bos(w);
-    if (!c->opening && (system || late || !c->system)) return;
-    if (!system) w->state |= OWN_SYSTEM;
-    chat_parts(w, c->opening ? c->opening : chat_turn_of(w, "system"), system ? system : &own);
 }
 
 /* Writes the last run; after a failure OUT is as it was. */
@@ -6710,15 +6709,22 @@ static int chat_end(chat_writer *w, size_t n_before) {
     return w->e->code;
 }
 
-/* N turns. FIRST: nothing is before them, so the first may go into the opening. Roles are looked at
- * before anything is written, so that a wrong one costs nothing. */
+/* N turns. FIRST: nothing is before them, so a system's message goes into the opening, if the
+ * template has one. The template's own system text stands there where no message is a system's; an
+ * opening has it also where a later one is. Roles are looked at before anything is written, so that
+ * a wrong one costs nothing. */
 static void chat_turns(chat_writer *w, const medrun_message *m, size_t n, bool first) {
-    bool system = first && n && m->role && !strcmp(m->role, "system"), late = false;
-    size_t opening = system && w->c->opening;
-    for (size_t i = opening; i < n && chat_turn_of(w, m[i].role); i++)
-        late |= i && !strcmp(m[i].role, "system");
-    if (first && !w->e->code) chat_start(w, system ? m : NULL, late);
-    for (size_t i = opening; i < n && !w->e->code; i++) chat_say(w, &m[i]);
+    const chat_template *c = w->c;
+    const medrun_message own = {"system", c->system, c->system ? strlen(c->system) : 0};
+    bool system = first && n && m->role && !strcmp(m->role, "system"), any = system;
+    size_t from = system && c->opening;
+    for (size_t i = from; i < n && chat_turn_of(w, m[i].role); i++)
+        any |= !strcmp(m[i].role, "system");
+    if (first && !w->e->code) chat_begin(w);
+    if (first && !system) w->state |= OWN_SYSTEM;
+    if (first && c->opening) chat_parts(w, c->opening, system ? m : &own);
+    else if (first && c->system && !any) chat_parts(w, chat_turn_of(w, "system"), &own);
+    for (size_t i = from; i < n && !w->e->code; i++) chat_say(w, &m[i]);
 }
 
 /* A whole conversation; its last run of text is left in W->run. */
@@ -8029,11 +8035,9 @@ static int resolve_options(const medrun_model *m, const medrun_session_options *
     if (!o->logit_rows) o->logit_rows = 1;
     if (o->logit_rows > o->batch) o->logit_rows = o->batch;
     if (o->lookup >= o->batch) o->lookup = o->batch - 1;
-    if (!o->custom_sampling) {
-        uint64_t seed = o->sampling.seed;
-        o->sampling = m->sampling;
-        o->sampling.seed = seed;
-    }
+    uint64_t seed = o->sampling.seed;
+    if (!o->custom_sampling) o->sampling = m->sampling;
+    o->sampling.seed = seed;
     if (m->device && m->type == TYPE_BF16) o->strict = true;
     const medrun_sampling *s = &o->sampling;
     if (!(s->temperature >= 0 && s->temperature <= 100) || s->top_k < 0 ||
