@@ -1186,7 +1186,7 @@ static bool buffer_room(buffer *b, size_t more) {
     return b->data = p, b->cap = cap, true;
 }
 
-/* Of nothing (N is 0) no room is made, and BYTES may be NULL: so an empty buffer stays NULL, too. */
+/* Where N is 0, BYTES may be NULL, and an empty buffer stays without memory. */
 static void buffer_add(buffer *b, const void *bytes, size_t n) {
     if (!n || !buffer_room(b, n)) return;
     memcpy(b->data + b->n, bytes, n);
