@@ -5065,12 +5065,13 @@ static void writer_drop(file_writer *w) {
     w->f = NULL;
 }
 
-/* Does a program that still runs write NAME? */
+/* Does a program that still runs write NAME, which was there a moment ago? If it is gone, one has
+ * just finished it. */
 static bool is_written(const char *name) {
     int fd = open_file(name, TO_LOOK);
-    bool locked = fd >= 0 && !lock_file(fd);
+    bool busy = fd < 0 ? errno == ENOENT : !lock_file(fd);
     if (fd >= 0) close(fd);
-    return locked;
+    return busy;
 }
 
 /* The file beside W's path must be new, so two writers of one name never share it. One that is
