@@ -344,6 +344,7 @@ int main(void) {
     snprintf(beside, sizeof beside, "%s.partial", place);
     snprintf(victim, sizeof victim, "%s/writer.victim", build ? build : "build");
     remove(place), remove(beside);
+    CHECK(is_written(beside));                  /* gone between two looks: somebody finished it  */
     test_writer();
     test_writer_fails();
 #ifndef _WIN32
