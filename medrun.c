@@ -1316,6 +1316,7 @@ static void sha256_of(const void *bytes, size_t n, uint8_t digest[32]) {
     sha256_done(&s, digest);
 }
 
+/* In small letters, as sha256sum writes it. */
 static void hex_of(const uint8_t digest[32], char hex[65]) {
     for (int i = 0; i < 32; i++) snprintf(hex + 2 * i, 3, "%02x", (unsigned)digest[i]);
 }
@@ -4985,6 +4986,7 @@ static int map_file(const char *path, file_map *map, medrun_error *e) {
     return MEDRUN_OK;
 }
 
+/* Of a map that is none, too: so whoever failed half-way may call it. */
 static void unmap_file(file_map *map) {
     if (map->data) unmap_bytes(map->data, map->n);
     *map = (file_map){0};
@@ -5182,6 +5184,7 @@ static int take_section(model_file *f, uint32_t v, const char *what, const uint8
     return MEDRUN_OK;
 }
 
+/* May be called twice, as both the opening that fails and medrun_close do. */
 static void file_close(model_file *f) {
     json_free(&f->header);
     unmap_file(&f->map);
@@ -6425,6 +6428,7 @@ static void date_today(char date[11]) {
     strftime(date, 11, "%Y-%m-%d", &t);
 }
 
+/* YYYY-MM-DD, and a day that there is: a model would take any other one for true. */
 static bool date_is_good(const char *date) {
     for (size_t i = 0; i < 10; i++)
         if (i == 4 || i == 7 ? date[i] != '-' : !isdigit((uint8_t)date[i])) return false;
@@ -6496,6 +6500,7 @@ static int32_t control_id(const tokenizer *t, const char *name, size_t n) {
     return id >= 0 && tokenizer_type(t, id) == PIECE_CONTROL ? id : -1;
 }
 
+/* NULL, an empty place in a row of the table, is no token. */
 static int32_t chat_token(const tokenizer *t, const char *name) {
     return name ? control_id(t, name, strlen(name)) : -1;
 }
@@ -8070,6 +8075,7 @@ static uint64_t session_needs(const medrun_model *model, const medrun_session_op
     return plan_session(&(medrun_session){0}, model, options, &(medrun_error){0});
 }
 
+/* On 32 bits more may be needed than a pointer reaches, which nobody can have: SIZE_MAX says so. */
 size_t medrun_session_bytes(const medrun_model *model, const medrun_session_options *options) {
     uint64_t need = session_needs(model, options);
     return need > SIZE_MAX ? SIZE_MAX : (size_t)need;
