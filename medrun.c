@@ -357,6 +357,7 @@ enum { SIGHUP = SIGBREAK, SIGQUIT = SIGBREAK };         /* the console was close
 #undef O_RAW                    /* names that this file and its tools use themselves             */
 #undef TEXT
 #undef far
+#undef near
 #else
 #include <glob.h>
 #include <sys/file.h>
