@@ -504,11 +504,10 @@ static int get_facts(const char *path, int fd, file_facts *f) {
 /* Takes the lock of a file, which ends with FD; false: another program has it. A disk that knows no
  * locks gives it to everyone. */
 static bool lock_file(int fd) {
-    while (flock(fd, LOCK_EX | LOCK_NB)) {
-        if (errno == EWOULDBLOCK) return false;
-        if (errno != EINTR) break;
-    }
-    return true;
+    int code;
+    do code = flock(fd, LOCK_EX | LOCK_NB);
+    while (code && errno == EINTR);
+    return !code || errno != EWOULDBLOCK;
 }
 
 static int rename_file(const char *from, const char *to) { return rename(from, to); }
