@@ -5364,7 +5364,7 @@ enum { CASELESS = 1 << CLASS_LM | 1 << CLASS_LO, MARKS = 1 << CLASS_OTHER | 1 <<
        LOWER = 1 << CLASS_LL | 1 << CLASS_M | CASELESS };
 
 /* The end of the characters from START on whose classes are in SET. */
-static size_t end_of(int set, const uint8_t *p, size_t n, size_t start) {
+static size_t end_of_run(int set, const uint8_t *p, size_t n, size_t start) {
     size_t i = start, len;
     while (set >> class_at(p + i, n - i, &len) & 1) i += len;
     return i;
@@ -5412,11 +5412,11 @@ static size_t contraction(const pretokenizer *t, const uint8_t *p, size_t n) {
  * run. This is linear: what is left of a run is upper case, all of which is the next word. The end
  * of the word from START, which is START where there is none. */
 static size_t cased_word(const uint8_t *p, size_t n, size_t start) {
-    size_t run = end_of(UPPER, p, n, start), word = end_of(LOWER, p, n, run);
+    size_t run = end_of_run(UPPER, p, n, start), word = end_of_run(LOWER, p, n, run);
     if (word > run) return word;
     for (size_t i = start, both; i < run; i = both) {
-        i = end_of(UPPER & ~LOWER, p, n, i);
-        both = end_of(UPPER & LOWER, p, n, i);
+        i = end_of_run(UPPER & ~LOWER, p, n, i);
+        both = end_of_run(UPPER & LOWER, p, n, i);
         if (both > i) word = both;
     }
     return word;
@@ -5427,7 +5427,7 @@ static size_t cased_word(const uint8_t *p, size_t n, size_t start) {
  * word). What is left of the run is white space again and is looked at once more, not oftener.
  * GPT-2's has no line ends, and sees no number, as those were cut out before. */
 static size_t white_space(const pretokenizer *t, const uint8_t *p, size_t n) {
-    size_t end = end_of(1 << CLASS_SPACE, p, n, 0), line = t->gpt2 ? 0 : end, last = end - 1, len;
+    size_t end = end_of_run(1 << CLASS_SPACE, p, n, 0), line = t->gpt2 ? 0 : end, last = end - 1, len;
     int next = class_at(p + end, n - end, &len);
     while (line && !is_line_end(p[line - 1])) line--;
     if (line) return line;
@@ -5448,10 +5448,10 @@ static size_t next_word(const pretokenizer *t, const uint8_t *p, size_t n) {
     if (p[0] == '\'' && !t->cased && (len = contraction(t, p, n))) return len;
     if (inside || (t->gpt2 ? space : !is_line_end(p[0]))) {     /* [^\r\n\p{L}\p{N}]?\p{L}+      */
         size_t start = inside ? 0 : first;
-        i = t->cased ? cased_word(p, n, start) : end_of(LETTERS, p, n, start);
+        i = t->cased ? cased_word(p, n, start) : end_of_run(LETTERS, p, n, start);
         if (i > start) return i;
     }
-    i = end_of(MARKS, p, n, space ? first : 0);         /* " ?[^\s\p{L}\p{N}]+[\r\n]*"           */
+    i = end_of_run(MARKS, p, n, space ? first : 0);     /* " ?[^\s\p{L}\p{N}]+[\r\n]*"           */
     if (i == (space ? first : 0)) return white_space(t, p, n);
     while (i < n && p[i] && strchr(t->tail, p[i])) i++;
     return i;
