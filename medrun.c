@@ -5427,7 +5427,8 @@ static size_t cased_word(const uint8_t *p, size_t n, size_t start) {
  * word). What is left of the run is white space again and is looked at once more, not oftener.
  * GPT-2's has no line ends, and sees no number, as those were cut out before. */
 static size_t white_space(const pretokenizer *t, const uint8_t *p, size_t n) {
-    size_t end = end_of_run(1 << CLASS_SPACE, p, n, 0), line = t->gpt2 ? 0 : end, last = end - 1, len;
+    size_t end = end_of_run(1 << CLASS_SPACE, p, n, 0), last = end - 1, len;
+    size_t line = t->gpt2 ? 0 : end;
     int next = class_at(p + end, n - end, &len);
     while (line && !is_line_end(p[line - 1])) line--;
     if (line) return line;
