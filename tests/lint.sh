@@ -41,16 +41,16 @@ budgets="
 8:350:475
 9:180:319
 10:950:948
-11:520:666
+11:520:660
 12:450:510
 13:420:452
 14:100:118
-15:720:1026
+15:720:1025
 16:1410:2311"
 budgets=$(echo $budgets)                  # on one line
-most_lines=11274                            # the goals: 9000, 450000, 15
-most_bytes=574241
-least_comments=14.2
+most_lines=11213                            # the goals: 9000, 450000, 15
+most_bytes=571884
+least_comments=14.4
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
     function said(limit, budget) { return limit ? "  OVER ITS LIMIT" : budget ? "  over" : "" }
