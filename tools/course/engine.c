@@ -14,7 +14,11 @@ size_t demo_word(const char *text, size_t n) {
 }
 
 size_t demo_bytes(const char *text, size_t n, int32_t *ids) {
-    return first_symbols(&demo->tokenizer, (const uint8_t *)text, n, (uint32_t *)ids);
+    bpe_symbol *symbols = new_array(n, sizeof *symbols);
+    n = symbols ? first_symbols(&demo->tokenizer, (const uint8_t *)text, n, symbols) : 0;
+    for (size_t i = 0; i < n; i++) ids[i] = (int32_t)symbols[i].id;
+    free(symbols);
+    return n;
 }
 
 bool demo_merge(int32_t left, int32_t right, int32_t *rank, int32_t *result) {
