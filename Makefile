@@ -15,11 +15,11 @@ CL      = $(if $(OPENCL),-DMEDRUN_OPENCL)
 SECONDS = 60
 
 # What each test program holds is said in tests/README.md. PLAIN are those that have no kernel for a
-# subject: they are compiled without, which is done sooner.
+# subject: they are compiled without, and with fewer optimizations, which is done sooner.
 UNITS    = all_text all_kernels 08_opencl 15_allocation 15_embedding 15_session 16_answers \
            all_export 22_eval 42_serve 43_explain 44_grammar
 PLAIN    = all_text 03_basics 09_file 10_tokenizer 11_chat 12_model 14_sampler 15_allocation \
-           16_answers 42_serve 44_grammar
+           16_answers 42_serve 43_explain 44_grammar
 JOBS    := $(shell nproc 2>/dev/null || echo 1)
 FIXTURES = llama-plain llama-tied llama-sharded llama-grouped mistral-window mistral-spm \
            arcee-yarn arcee-yarn5 apertus-plain apertus-grouped
@@ -133,7 +133,7 @@ $(BUILD)/test_%: tests/%.c tests/test.h medrun.c tools/export.c $(EXPORT) tools/
                  tools/lab.c tools/lab_constrain.c tools/lab_completion.c tools/tool_calls.c tools/serve.c $(SERVE) \
                  tools/explain.c $(EXPLAIN)
 	@mkdir -p $(BUILD)
-	$(CC) $(CFLAGS) $(WARN) $(if $(filter $*,$(PLAIN)),-DMEDRUN_SCALAR) -o $@ $< $(LIBS)
+	$(CC) $(CFLAGS) $(WARN) $(if $(filter $*,$(PLAIN)),-DMEDRUN_SCALAR -O1) -o $@ $< $(LIBS)
 
 $(BUILD)/test_all_text $(BUILD)/test_all_kernels $(BUILD)/test_all_export: $(wildcard tests/[0-9]*.c)
 $(BUILD)/test_08_opencl: LIBS += -ldl
