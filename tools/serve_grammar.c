@@ -18,7 +18,7 @@ enum { EMPTY_NODE, CLASS_NODE, CAT_NODE, ALT_NODE, REP_NODE, REF_NODE, NO_NODE, 
        LESS_NODE };
 enum { MOST_NODES = 400000, MOST_FRAMES = 1 << 18, MOST_STATES = 1 << 16, MOST_SET = 4096,
        MOST_MASKS = 512, MOST_SEARCH = 20000, MOST_DEPTH = 40, DEAD = 1 };
-enum { MOST_WORK = 3000000 };           /* steps, some 50 ms, to compile or to make one mask     */
+enum { MOST_WORK = 3000000 };           /* steps, some 100 ms, to compile or to make one mask    */
 enum { CAN_END = 1, CAN_BE_EMPTY = 2, HAS_A_BEGINNING = 4 };        /* what is known of a node   */
 enum { NOT_KNOWN, IS_LEAVE, GOES_DEEPER, IS_LISTED };               /* of a pair                 */
 #define ENDLESS 0xFFFFFFFFu
