@@ -108,9 +108,12 @@ kill -9 $pid 2>/dev/null; wait $pid 2>/dev/null
 before=$(wc -l <"$T/killed.jsonl")
 check "killed in the middle ($before lines)" [ "$before" -lt 261 ]
 code 0 "$model" medqa "$T/many.jsonl" -o "$T/killed.jsonl" --resume -q; same "$T/plain.jsonl" "$T/killed.jsonl"
-"$eval" "$model" medqa "$T/many.jsonl" -o "$T/int.jsonl" -q >"$T/out" 2>"$T/err" & pid=$!
-while [ "$(cat "$T/int.jsonl" 2>/dev/null | wc -l)" -lt 20 ] && kill -0 $pid 2>/dev/null; do sleep 0.01; done
-kill -TERM $pid 2>/dev/null; wait $pid; check 'interrupted: exit 130' [ $? = 130 ]; err_has '--resume goes on'; one_line
+for ends in TERM HUP; do
+    rm -f "$T/int.jsonl"
+    "$eval" "$model" medqa "$T/many.jsonl" -o "$T/int.jsonl" -q >"$T/out" 2>"$T/err" & pid=$!
+    while [ "$(cat "$T/int.jsonl" 2>/dev/null | wc -l)" -lt 20 ] && kill -0 $pid 2>/dev/null; do sleep 0.01; done
+    kill -$ends $pid 2>/dev/null; wait $pid; check "$ends: exit 130" [ $? = 130 ]; err_has '--resume goes on'; one_line
+done
 if command -v parallel >/dev/null && parallel --version 2>/dev/null | grep -q '^GNU'; then
     parallel --will-cite -j2 "$eval" "$model" medqa "$T/many.jsonl" -q -t 1 --shard '{}/4' -o "$T/p{}.jsonl" ::: 1 2 3 4 \
         >/dev/null 2>"$T/err"

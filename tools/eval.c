@@ -1898,7 +1898,7 @@ static int eval_main(int argc, char **argv) {
     if (!(argv = start_program(&argc, argv))) return MEDRUN_FAILED;
     expect_lost_files("medrun-eval");
     umask(077);                         /* results and pages hold the questions                  */
-    on_signal(SIGINT, on_interrupt), on_signal(SIGTERM, on_interrupt);
+    catch_ends(on_interrupt);
     parse_options(&line, argc, argv, &e);
     if (!e.code && v.o.help) print_eval_help(&line);
     else if (!e.code && v.o.version) puts("medrun-eval " MEDRUN_VERSION);

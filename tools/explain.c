@@ -96,10 +96,6 @@ static void end_at_once(int number) {
     _exit(MEDRUN_INTERRUPTED);
 }
 
-static void catch_signals(signal_handler *handler) {
-    on_signal(SIGINT, handler), on_signal(SIGTERM, handler);
-}
-
 /* All that follows from the options and one run. */
 static int explain_all(explain *x, medrun_error *e) {
     x->start = seconds();
@@ -108,13 +104,13 @@ static int explain_all(explain *x, medrun_error *e) {
     if (choose_place(x, e) || plan_page(x, e) || check_edits(x, e) || read_ablations(x, e))
         return e->code;
     if (x->o.dry_run) return print_plan(x, e);
-    catch_signals(on_interrupt);
+    catch_ends(on_interrupt);
     if (run_watched(x, e)) return e->code;
-    catch_signals(end_at_once);
+    catch_ends(end_at_once);
     x->seconds = seconds() - x->start;
     if (compute_facts(x, e) || run_more(x, e)) return e->code;
     x->explaining = seconds() - x->start - x->seconds;
-    catch_signals(on_interrupt);
+    catch_ends(on_interrupt);
     return write_results(x, e);
 }
 
@@ -157,7 +153,7 @@ static int explain_main(int argc, char **argv) {
     if (!(argv = start_program(&argc, argv))) return MEDRUN_FAILED;
     expect_lost_files("medrun-explain");
     umask(077);                         /* pages hold the prompt                                 */
-    catch_signals(end_at_once);
+    catch_ends(end_at_once);
     parse_options(&line, argc, argv, &e);
     if (!e.code && x.o.help) print_explain_help(&line);
     else if (!e.code && x.o.version) puts("medrun-explain " MEDRUN_VERSION);

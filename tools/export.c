@@ -1876,12 +1876,6 @@ static void on_interrupt(int signal_number) {
     on_signal(signal_number, on_interrupt);
 }
 
-/* Signals that would end the program end the export instead, so that OUT.partial goes. */
-static void catch_signals(void) {
-    static const int ends[] = {SIGINT, SIGTERM, SIGHUP};
-    for (size_t i = 0; i < 3; i++) on_signal(ends[i], on_interrupt);
-}
-
 static int check_interrupt(medrun_error *e) {
     return interrupted ? fail(e, MEDRUN_INTERRUPTED, "interrupted; nothing is left behind") :
                          MEDRUN_OK;
@@ -2422,7 +2416,7 @@ static int export_main(int argc, char **argv) {
     if (!(argv = start_program(&argc, argv))) return MEDRUN_FAILED;
     pthread_mutex_init(&x.lock, NULL);
     expect_lost_files("medrun-export");
-    catch_signals();
+    catch_ends(on_interrupt);           /* so that OUT.partial goes                         */
     parse_line(&x, argc, argv, &e);
     if (!e.code && x.options.help) print_export_help();
     else if (!e.code && x.options.version) puts("medrun-export " MEDRUN_VERSION);

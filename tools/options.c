@@ -158,6 +158,12 @@ static void on_lost_file(int signal_number) {
     _exit(MEDRUN_BAD_FILE);
 }
 
+/* HANDLER gets each signal that ends a program. What a parent ignored (nohup) stays ignored. */
+__attribute__((unused)) static void catch_ends(signal_handler *handler) {
+    static const int ends[] = {SIGINT, SIGTERM, SIGHUP};
+    for (size_t i = 0; i < sizeof ends / sizeof *ends; i++) on_signal(ends[i], handler);
+}
+
 /* Before a tool opens anything. NAME lives as long as the program. */
 static void expect_lost_files(const char *name) {
     program_name = name;
