@@ -256,7 +256,7 @@ static void test_turn(void) {
 
 /* The largest weights that the exporter lets through (2^120), 64 at a time, of one sign and with the
  * signs of each turn, which add up to 2^123; in the last columns, which are not turned, too. */
-static void test_int8_extremes(void) {
+static void test_int8_of_huge_weights(void) {
     uint8_t *panel = malloc(panel_bytes(TYPE_INT8, 80));
     float v[80], row[80];
     int wrong = 0;
@@ -661,7 +661,7 @@ int main(void) {
     test_bf16_panels();
     test_turn();
     test_int8_panels();
-    test_int8_extremes();
+    test_int8_of_huge_weights();
     test_layout(TYPE_BF16);
     test_layout(TYPE_INT8);
     test_int4_values();

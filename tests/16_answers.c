@@ -25,7 +25,7 @@ static void dictate(void *user, const char *stage, int layer, size_t rows, size_
 
 /* What medrun prints when the model says SAID, control tokens spelled out, in at most MOST tokens;
  * *CODE is the exit code. */
-static const char *says(command *c, const char *said, int most, int *code) {
+static const char *answer_of(command *c, const char *said, int most, int *code) {
     static char text[4096];
     buffer ids = {0};
     int32_t bos = c->t->bos;
@@ -68,7 +68,7 @@ static void test_calls(command *c) {
         {"[{\"f\": {}}]<|tools_suffix|>", -1, 0, "[{\"f\": {}}]\n"}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         int code;
-        const char *printed = says(c, cases[i].said, cases[i].most, &code);
+        const char *printed = answer_of(c, cases[i].said, cases[i].most, &code);
         bool good = code == cases[i].code && (code ? strstr(c->e.text, "tool call") != NULL
                                                    : !c->e.text[0]);
         if (cases[i].printed) good = good && !strcmp(printed, cases[i].printed);
@@ -78,7 +78,7 @@ static void test_calls(command *c) {
     }
     c->piece = NULL;                            /* medrun run: text like any other               */
     int code;
-    CHECK(!strcmp(says(c, "A<|tools_prefix|>[{\"f\": {}}]<|tools_suffix|>", -1, &code),
+    CHECK(!strcmp(answer_of(c, "A<|tools_prefix|>[{\"f\": {}}]<|tools_suffix|>", -1, &code),
                   "A[{\"f\": {}}]\n") && !code);
 }
 

@@ -465,7 +465,7 @@ typedef struct {
  * row is compared with the last. */
 static void look_through(explain *x, lens_facts *f, size_t place, float *last, double *p) {
     static row_facts facts[SIDE_ROWS];
-    row_facts of_last;
+    row_facts of_last = {0};
     size_t rows = x->lens_rows, k = f->n_tracked, tiles = (rows + SIDE_ROWS - 1) / SIDE_ROWS;
     const float *stream = x->lens + place * rows * x->d;
     for (size_t tile = tiles; tile-- > 0;) {
