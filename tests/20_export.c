@@ -2163,6 +2163,28 @@ static void test_kept_rows(void) {
     CHECK_EQ(wrong, 0);
 }
 
+/* A window's first row, a thousand times the others, counts as one of them; a smaller one as it is.
+ * Where it was left out, the exporter fed errors to the columns that this row alone has. */
+static void test_first_row(void) {
+    enum { ROWS = 5, COLS = 16, STRIDE = 32 };
+    static float rows[ROWS * STRIDE];
+    double sizes[ROWS] = {0};
+    for (int times = 0; times < 2; times++) {
+        for (int i = 0; i < ROWS * STRIDE; i++) rows[i] = (float)(i % 7 - 3);
+        for (int k = 0; k < COLS; k++) rows[k] = k == 3 ? times ? 5000 : 1 : 0;
+        tame_first(rows, ROWS, COLS, STRIDE);
+        memset(sizes, 0, sizeof sizes);
+        for (int i = 0; i < ROWS * STRIDE; i++)
+            if (i % STRIDE < COLS) sizes[i / STRIDE] += (double)rows[i] * rows[i];
+        double others = (sizes[1] + sizes[2] + sizes[3] + sizes[4]) / 4;
+        CHECK(fabs(sizes[0] - (times ? others : 1)) < 1e-4 * others);
+        CHECK(rows[2] == 0 && rows[COLS] == (float)(COLS % 7 - 3));
+    }
+    rows[3] = 5000;
+    tame_first(rows, 1, COLS, STRIDE);          /* alone it is its own measure                      */
+    CHECK(rows[3] == 5000);
+}
+
 /* Whole rows where a gigabyte has room for their moments, else blocks of 256 columns or more. */
 static void test_moments(void) {
     static const struct { size_t hidden, heads, ffn, blocks, downs; } shapes[] = {
@@ -2531,6 +2553,7 @@ int main(void) {
     test_factor();
     test_kept_rows();
     test_moments();
+    test_first_row();
     test_calibration_bytes();
     test_bad_calibration();
     test_calibration_failures();

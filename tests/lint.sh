@@ -152,13 +152,19 @@ for cc in gcc clang; do
         skip "no $cc"; continue
     fi
     for what in "medrun.c" "-DMEDRUN_NO_MAIN medrun.c" tools/export.c tools/eval.c tools/lab.c \
-                tools/serve.c; do
+                tools/serve.c tools/explain.c; do
         # gcc sees some faults only when it optimizes; clang says whether it unrolled the loops.
         how=; [ $cc = clang ] && [ "$what" != medrun.c ] && how=-fsyntax-only
         # shellcheck disable=SC2086
         said=$($cc $how -O2 -Wall -Wextra -Wshadow -Wconversion -c -o /dev/null $what 2>&1)
         [ -z "$said" ] && ok || bad "$cc $what: $(echo "$said" | head -5)"
     done
+done
+
+# Programs that only `make fuzz` builds.
+command -v gcc > /dev/null && for what in tests/fuzz.c tests/fuzz_serve.c; do
+    said=$(gcc -fsyntax-only $what 2>&1 | grep -E 'error|warning')
+    [ -z "$said" ] && ok || bad "$what: $(echo "$said" | head -3)"
 done
 
 if command -v clang-tidy > /dev/null; then

@@ -110,16 +110,29 @@ static void sum_task(void *context, size_t begin, size_t end, int thread) {
     (void)thread;
     for (size_t i = begin; i < end; i++) {
         size_t row = i % tiles * 16, at = i / tiles * width;
-        const float *from = j->c->rows + j->c->opening * stride + at;
+        const float *from = j->c->rows + at;
         float *to = j->m->sums + (at + row) * width;
         j->c->more->sum_products(&(matrix_sum){to, from + row, from, width, stride, stride, 16,
-                                              row + 16, j->n - j->c->opening});
+                                              row + 16, j->n});
     }
 }
 
-/* The observer: keeps the residual stream, and adds to the moments of the layer that looks on. The
- * first token of a window is left out. Attention is parked there, on activations a thousand times
- * those of any other token, whose errors nobody notices. */
+/* Attention is parked on the first token of a window, by activations a thousand times those of any
+ * other token. As they are, nothing else would count. Left out, errors would be fed to just the
+ * columns that make them, and every token looks there. So they get the size of an average row. */
+static void tame_first(float *rows, size_t n, size_t cols, size_t stride) {
+    double first = 0, others = 0;
+    for (size_t r = 0; r < n; r++)
+        for (size_t k = 0; k < cols; k++) {
+            double x = rows[r * stride + k];
+            *(r ? &others : &first) += x * x;
+        }
+    if (n < 2 || first * (double)(n - 1) <= others) return;
+    float scale = (float)sqrt(others / (double)(n - 1) / first);
+    for (size_t k = 0; k < cols; k++) rows[k] *= scale;
+}
+
+/* The observer: keeps the residual stream, and adds to the moments of the layer that looks on. */
 static void see_inputs(void *user, const char *stage, int layer, size_t rows, size_t cols,
                        size_t stride, const float *data) {
     calibration *c = user;
@@ -136,6 +149,7 @@ static void see_inputs(void *user, const char *stage, int layer, size_t rows, si
         memcpy(to, data + r * stride, cols * sizeof *data);
         memset(to + cols, 0, (wide - cols) * sizeof *data);
     }
+    if (c->opening) tame_first(c->rows, rows, cols, spread(wide));
     parallel_for(c->pool, wide / 16, 1, sum_task, &(sum_job){c, m, rows});
 }
 
