@@ -6,7 +6,7 @@
  *     Look at all neighbours. Merge the pair with the lowest rank; of equal ranks the leftmost.
  *     Do it again, until no neighbours merge.
  *
- * Read in medrun.c: section 10, bpe_short. Check: make 1 */
+ * Read in medrun.c: section 10, merge_symbols. Check: make 1 */
 #include "course.h"
 
 size_t merge_pieces(int32_t *ids, size_t n) {
