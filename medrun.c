@@ -1549,7 +1549,7 @@ static bool json_is(const json *j, uint32_t v, const char *text) {
     const uint8_t *p = (const uint8_t *)j->text + j->nodes[v].start;
     const uint8_t *end = (const uint8_t *)j->text + j->nodes[v].end;
     const char *why;
-    for (uint8_t bytes[4]; p < end;) {
+    for (uint8_t bytes[4] = {0}; p < end;) {
         size_t n = json_decode(&p, end, bytes, &why);
         if (!bytes[0] || strncmp(text, (const char *)bytes, n)) return false;
         text += n;
