@@ -779,10 +779,6 @@ function check() {
     for (let k = 0; k <= r; k++) s += weight(i, r, k);
     if (Math.abs(s - 1) > .02 + .004 * Math.sqrt(r)) bad.push("weights of map " + i + ", row " + r + " add up to " + s);
   }
-  if (meta.tokens.length > 1 && D("total")[0] > 0 && !meta.options.list.length) {
-    const p = D("top_logp")[meta.at * 10], top = D("top")[meta.at * 10] === meta.winner;
-    if (top && Math.abs(p - (p + 0)) > 0) bad.push("the winner is not the likeliest");
-  }
   return bad;
 }
 const limits = {
