@@ -1543,7 +1543,7 @@ static void json_unescape(const json *j, uint32_t v, buffer *out) {
     for (uint8_t bytes[4]; p < end;) buffer_add(out, bytes, json_decode(&p, end, bytes, &why));
 }
 
-/* Is node V the string TEXT? It takes no memory: a lack of it must not look like a missing key. */
+/* Is node V the string TEXT? It takes no memory: its lack would look like a missing key. */
 static bool json_is(const json *j, uint32_t v, const char *text) {
     if (!json_is_type(j, v, JSON_STRING)) return false;
     const uint8_t *p = (const uint8_t *)j->text + j->nodes[v].start;
