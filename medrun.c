@@ -5555,7 +5555,7 @@ static int tokenizer_type(const tokenizer *t, int32_t id) { return t->piece_type
 /* FNV-1a, to be continued over several parts: quick for words, which are short. Pieces that were
  * made to collide are refused when the file is opened. */
 static uint32_t hash_text(uint32_t h, const void *text, size_t n) {
-    for (const uint8_t *p = text, *end = p + n; p < end; p++) h = (h ^ *p) * 16777619u;
+    for (const uint8_t *p = text; n--; p++) h = (h ^ *p) * 16777619u;
     return h;
 }
 
