@@ -583,6 +583,17 @@ def check(what, ok, seen=b''):
         failed += 1
         print('FAILED:', what, repr(seen)[-600:])
 
+def all_shown(pid, fd):
+    """What the program PID shows on the terminal FD until it ends."""
+    out = b''
+    while True:
+        try: more = os.read(fd, 4096)
+        except OSError: break
+        if not more: break
+        out += more
+    os.waitpid(pid, 0); os.close(fd)
+    return out
+
 class Chat:
     """medrun on a terminal of 60 columns and more lines than it prints, started by a shell that afterwards shows the terminal's state."""
     def __init__(self, *args, env={}, model=model, columns=60):
@@ -790,13 +801,7 @@ for columns in (30, 60, 120, 200, 250):
             time.sleep(0.2)
             os.execvpe(medrun, [medrun, 'run', demo, question, '-q'], dict(os.environ, **env))
         fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack('HHHH', 24, columns, 0, 0))
-        out = b''
-        while True:
-            try: more = os.read(fd, 4096)
-            except OSError: break
-            if not more: break
-            out += more
-        os.waitpid(pid, 0); os.close(fd)
+        out = all_shown(pid, fd)
         lines = out.replace(b'\r', b'').split(b'\n')
         check('%d columns %s: the same words' % (columns, env), b' '.join(b' '.join(lines).split()) == plain.strip(), out)
         check('%d columns: no line is longer' % columns, max(map(len, lines)) <= min(columns, 200), out)
@@ -887,13 +892,8 @@ ended_well('typed ahead', c.end(b'\x04'), 0)
 # where nothing is drawn, the terminal completes nothing
 pid, fd = pty.fork()
 if pid == 0: os.execvpe(medrun, [medrun, model, '-q'], dict(os.environ, TERM='dumb'))
-os.write(fd, b'/help\n/bye\n'); out = b''
-while True:
-    try: more = os.read(fd, 4096)
-    except OSError: break
-    if not more: break
-    out += more
-os.waitpid(pid, 0); os.close(fd)
+os.write(fd, b'/help\n/bye\n')
+out = all_shown(pid, fd)
 check('/help on a dumb terminal', b'/system [TEXT]' in out and b'Ctrl-C' in out and b'Tab' not in out, out)
 
 # a signal leaves no half of a file
