@@ -1146,8 +1146,9 @@ typedef struct {
     float *loss, *size;                     /* (widest block) of an error that is left there   */
     thread_pool *pool;                      /* of the model that runs, and its kernels         */
     const struct more_kernels *more;
-    size_t layer, first, opening;           /* which looks on, counted in the run; the row of
-                                             * STREAM that comes first; 1: it opens a window   */
+    size_t layer, first;                    /* which looks on, counted in the run; the row of
+                                             * STREAM that comes first                         */
+    bool opening;                           /* that row opens a window                         */
 } calibration;
 
 typedef struct {

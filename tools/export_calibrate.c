@@ -177,7 +177,7 @@ static int run_windows(exporter *x, medrun_session *s, medrun_error *e) {
     for (size_t w = 0; !e->code && w < c->n_windows; w++) {
         size_t end = c->first + c->window[w];
         if (medrun_rewind(s, 0, e)) break;
-        for (c->opening = 1; !e->code && c->first < end; c->opening = 0) {
+        for (c->opening = true; !e->code && c->first < end; c->opening = false) {
             size_t n = end - c->first < WINDOW_CHUNK ? end - c->first : WINDOW_CHUNK;
             if (medrun_feed(s, ids + c->first, n, e) || step_pending(s, e)) break;
             c->first += n;
