@@ -155,6 +155,29 @@ static void test_memory(server *sv) {
     }
 }
 
+/* Before the model is there, whoever may ask is told to come back, and nothing is read of it. */
+static void test_loading(server *sv) {
+    static const char *const asked[] = {
+        "GET /health", "GET /v1/health", "GET /v1/models", "GET /slots", "GET /metrics",
+        "POST /v1/chat/completions", "POST /tokenize", "HEAD /health", "GET /nothing"};
+    sv->max_body = 1 << 20, sv->quiet = sv->ui = true;
+    for (size_t i = 0; i < sizeof asked / sizeof *asked; i++)
+        for (int ours = 0; ours < 2; ours++) {
+            connection c = {.fd = -1};
+            buffer_printf(&c.in, "%s HTTP/1.1\r\nHost: %s\r\nContent-Length: 2\r\n\r\n{}", asked[i],
+                          ours ? "localhost" : "other.example");
+            set_state(&c, READ_HEAD, SECONDS_HEAD);
+            read_request(sv, &c);
+            buffer_add(&c.out, "", 1);
+            const char *text = (const char *)c.out.data;
+            CHECK(!strncmp(text, ours ? "HTTP/1.1 503 " : "HTTP/1.1 421 ", 13));
+            CHECK(!ours || strstr(text, "\r\nRetry-After: 2\r\n"));
+            CHECK(!ours || asked[i][0] == 'H' || strstr(text, "\"unavailable_error\""));
+            buffer_free(&c.in);
+            buffer_free(&c.out);
+        }
+}
+
 int main(void) {
     static server sv;
     serve_options o = {0};
@@ -164,7 +187,9 @@ int main(void) {
     test_quotes();
     test_numbers();
     sv.n_slots = 4;
-    if (CHECK(!load(&sv, "tools/demo/demo.mdr", &o, 1, 0, &e))) test_memory(&sv);
+    sv.o = &o, sv.path = "tools/demo/demo.mdr", sv.threads = 1;
+    test_loading(&sv);
+    if (CHECK(!load(&sv, &e))) test_memory(&sv);
     medrun_close(sv.m);
     return report();
 }

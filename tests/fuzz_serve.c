@@ -116,7 +116,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *input, size_t n);
 int LLVMFuzzerInitialize(int *argc, char ***argv) {
     (void)argc, (void)argv;
     const char *base = getenv("MEDRUN_FUZZ_BASE");
-    serve_options o = {.template_name = "llama3.1"};
+    static const serve_options o = {.template_name = "llama3.1"};
     medrun_error e = {0};
     target = getenv("MEDRUN_FUZZ");
     must(target && base, "MEDRUN_FUZZ and MEDRUN_FUZZ_BASE say what to read");
@@ -127,7 +127,9 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
     sv->queue_end = &sv->queue;
     must(!pipe(sv->wake), "pipe");
     for (int i = 0; i < 2; i++) fcntl(sv->wake[i], F_SETFL, O_NONBLOCK);
-    must(!load(sv, base, &o, 1, 0, &e) && !start_sessions(sv, 1, LOGIT_ROWS, NULL, 0, &e), e.text);
+    sv->o = &o, sv->path = base, sv->threads = 1, sv->batch = LOGIT_ROWS, sv->cache_mb = 1;
+    must(!load(sv, &e) && !start_sessions(sv, &e), e.text);
+    atomic_store(&sv->state, READY);
     make_seeds();
     return 0;
 }
@@ -145,7 +147,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *input, size_t n) {
         engine_turns(8);
         if (g->done && !c.streams) {
             json j;
-            must(g->status != 500 || g->broken, "an answer could not be finished");
+            must(g->status != 500, "an answer could not be finished");
             must(!json_parse(&j, (const char *)g->out.data, g->out.n, NULL), "no JSON");
             json_free(&j);
         }

@@ -479,6 +479,7 @@ def part_limits():
     bad_requests(s)
     check('no text in the log', 'secret' not in s.text(), s.text())
     s.end()
+    first_answers()
     unix_socket()
     for what in ('open', 'write', 'connect', 'exec'):
         more = os.environ.get('MEDRUN_SERVE_ARGS', '').split()
@@ -539,6 +540,19 @@ def bad_requests(s):
         check(f'cut at byte {at}', out.startswith(b'HTTP/1.1 200'), out[:100])
     out = s.raw(b'', [post[i:i + 1] for i in range(len(post))])
     check('byte by byte', out.startswith(b'HTTP/1.1 200'), out[:100])
+
+
+def first_answers():
+    """From the first moment on: nobody there, then a model that is being loaded, then all is well."""
+    s = Server('--parallel', '64', '-q', wait=False)
+    seen, end = [], time.time() + 30
+    while (not seen or seen[-1] != 200) and time.time() < end and s.p.poll() is None:
+        try:
+            seen.append(s.ask('GET', '/health', timeout=5)[0])
+        except ConnectionRefusedError:
+            pass
+    check('503 until 200', seen[-1:] == [200] and set(seen[:-1]) <= {503}, seen)
+    check('and it ends', s.end() == 0)
 
 
 def unix_socket():
@@ -824,6 +838,11 @@ def part_grammar():
                 good = str(e)[:200]
             check(f'an answer to schema {number}', good is True, (schema, text, good))
     check('most come to their end', ends > 2 * len(SCHEMAS), ends)
+    hard = {'type': 'string', 'pattern': '^(a|aa)*b.{0,200}c(a|b)*.{0,500}d.{0,300}$'}
+    for n in (1, 3):
+        status, a, _ = s.post('/v1/completions', prompt='x', json_schema=hard, n=n, temperature=2,
+                              seed=1, max_tokens=200)
+        check('too much work', status == 400 and 'more work' in a['error']['message'], a)
     for schema, place in NOT_COVERED:
         a = s.post(CHAT, messages=ASK, response_format={'type': 'json_schema', 'json_schema':
                                                         {'schema': schema}})
@@ -1077,10 +1096,15 @@ def refused_late(curl):
     # what the grammar wants is forbidden: no token is left, and that is known only then
     never = {'prompt': 'x', 'guided_choice': ['a'], 'logit_bias': {'a': -100}}
     got = bodies('-d', json.dumps(never), where)
-    check('500', got.startswith('HTTP/1.1 500 ') and '"server_error"' in got, got)
-    got = bodies('-d', json.dumps({**never, 'stream': True}), where)
-    check('an error midway', got.startswith('HTTP/1.1 200 ') and 'data: {"error":' in got and
-          '[DONE]' not in got, got)
+    for more in ({}, {'guided_choice': None, 'guided_regex': 'a+'},
+                 {'guided_choice': None, 'logit_bias': {str(i): -100 for i in range(4096)}}):
+        q = {**never, **more}
+        got = bodies('-d', json.dumps(q), where)
+        check('no token is left', got.startswith('HTTP/1.1 400 ') and 'forbids every' in got and
+              '"invalid_request_error"' in got, got)
+        got = bodies('-d', json.dumps({**q, 'stream': True}), where)
+        check('an error midway', got.startswith('HTTP/1.1 200 ') and 'data: {"error":' in got and
+              '[DONE]' not in got and '"finish_reason":"' not in got, got)
     got = bodies('-d', json.dumps({'messages': [{'role': 'user', 'content': 'word ' * 3000}],
                                    'stream': True}), f'http://127.0.0.1:{s.port}{CHAT}')
     check('too long is known before a stream begins', got.startswith('HTTP/1.1 400 ') and

@@ -108,6 +108,7 @@ typedef struct {
     bool pinned;                /* a prefix of --prefix: everybody's, never evicted             */
 } slot;
 
+enum { LOADING, READY, FAILED };                /* a server's state                              */
 enum { API_CHAT = 1, API_COMPLETION = 2, API_LLAMA = 4 };
 
 /* A request's fields; numbers as JSON has them. */
@@ -178,6 +179,7 @@ struct job {
     bool done, orphan, stalled, waiting;        /* under the lock                               */
     bool held;                  /* stalled, as the engine saw it                                */
     bool broken;                /* the answer ends in an error after it has begun               */
+    bool banned;                /* by the request itself: it left no token that may come        */
     int status;
     atomic_bool cancelled;
 };
@@ -216,6 +218,15 @@ typedef struct {
 
 typedef struct {
     /* set before any thread starts */
+    const struct serve_options *o;
+    const char *path, *prefixes[MAX_LISTED];
+    size_t n_prefixes;
+    int port, threads, batch, context;
+    double cache_mb;
+    buffer says;                /* what the sandbox forbids                                     */
+    /* LOADING: the engine's thread makes what follows, and nobody else may look at it */
+    atomic_int state;
+    medrun_error failure;       /* of loading                                                   */
     medrun_model *m;
     medrun_info info;
     const tokenizer *t;
@@ -637,7 +648,10 @@ static int32_t pick_token(server *sv, seq *q) {
             fits = closes < 0 ? medrun_is_stop(sv->m, (int32_t)i) : (int32_t)i == closes;
         if (fits && !is_unused && logits[i] > -INFINITY) list[n++] = list[i];
     }
-    if (!n) return -1;
+    if (!n) {
+        q->job->banned = g->bias.n || g->p.ignore_eos;
+        return -1;
+    }
     best = list[0];
     for (size_t i = 1; i < n; i++) if (list[i] < best) best = list[i];
     if (how.temperature <= 0 || (mask && n == 1)) return (int32_t)(uint32_t)best;
@@ -893,6 +907,7 @@ static void use_logits(server *sv, seq *q, size_t n_fed) {
         }
     }
     if (q->state == WRITES) write_token(sv, q);
+    if (g->broken) return;                      /* the error that follows is the stream's end    */
     q->job->n_written = 0;
     for (size_t i = 0; i < g->n_seqs; i++) q->job->n_written += g->seqs[i].n_new;
     if (!g->p.stream) return;
@@ -1048,7 +1063,7 @@ static bool run_pass(server *sv) {
 static void finish_job(server *sv, job *g) {
     buffer b = {0};
     bool failed = g->broken || atomic_load(&g->cancelled);
-    api_error x = {.status = shape_failed(g) ? 400 : 500};
+    api_error x = {.status = shape_failed(g) || g->banned ? 400 : 500};
     if (g->ended <= 0) g->ended = seconds();
     g->finish = g->seqs[0].finish;
     for (size_t i = 0; i < g->n_seqs; i++) {
@@ -1062,6 +1077,7 @@ static void finish_job(server *sv, job *g) {
     if ((failed |= b.failed)) {
         wrong(&x, NULL, "%s", shape_failed(g)
               ? "the answer's shape takes more work than a request may ask for"
+              : g->banned ? "logit_bias or ignore_eos forbids every token that may come next"
               : "the answer could not be finished");
         buffer_free(&b);
         g->broken = g->p.stream;
@@ -1143,9 +1159,15 @@ static bool take_jobs(server *sv, bool idle) {
     return more;
 }
 
+static int start_engine(server *sv);
+
 static void *engine_main(void *context) {
     server *sv = context;
     bool idle = true;
+    bool good = !start_engine(sv);
+    atomic_store(&sv->state, good ? READY : FAILED);
+    wake_io(sv);
+    if (!good) return NULL;
     while (take_jobs(sv, idle)) {
         end_jobs(sv);                           /* of those, who was cancelled goes first        */
         admit(sv);
@@ -1164,7 +1186,7 @@ static void *engine_main(void *context) {
 
 #include "serve_sandbox.c"
 
-typedef struct {
+typedef struct serve_options {
     const char *host, *port, *parallel, *context, *threads, *batch, *kv, *template_name, *alias,
         *key_file, *hosts, *origins, *cache_mem, *cache_minutes, *prefix, *latency, *queue,
         *per_key, *max_body, *drain, *try;
@@ -1269,19 +1291,19 @@ static int read_keys(server *sv, const char *path, medrun_error *e) {
 }
 
 /* The numbers and lists of the options. */
-static int use_options(server *sv, const serve_options *o, int *port, int *threads, int *context,
-                       double *cache_mb, int *batch, medrun_error *e) {
+static int use_options(server *sv, medrun_error *e) {
+    const serve_options *o = sv->o;
     int parallel = 8, queue = 64, per_key = 8;
     double minutes = 60, latency = 0, body = 4, drain = 30;
-    *port = 8080, *threads = 0, *context = 0, *cache_mb = 0, *batch = PASS_ROWS;
-    option_int("--port", o->port, 1, 65535, port, e);
+    sv->port = 8080, sv->batch = PASS_ROWS;
+    option_int("--port", o->port, 1, 65535, &sv->port, e);
     option_int("--parallel", o->parallel, 1, MAX_SLOTS, &parallel, e);
-    option_int("--ctx-size", o->context, 0, 1 << 24, context, e);
-    option_int("--threads", o->threads, 1, MAX_THREADS, threads, e);
-    option_int("--batch", o->batch, LOGIT_ROWS, PASS_ROWS, batch, e);
+    option_int("--ctx-size", o->context, 0, 1 << 24, &sv->context, e);
+    option_int("--threads", o->threads, 1, MAX_THREADS, &sv->threads, e);
+    option_int("--batch", o->batch, LOGIT_ROWS, PASS_ROWS, &sv->batch, e);
     option_int("--queue", o->queue, 1, 1 << 16, &queue, e);
     option_int("--per-key", o->per_key, 1, 1 << 16, &per_key, e);
-    option_number("--cache-mem", o->cache_mem, 1, 1e9, cache_mb, e);
+    option_number("--cache-mem", o->cache_mem, 1, 1e9, &sv->cache_mb, e);
     option_number("--cache-minutes", o->cache_minutes, 0, 1e6, &minutes, e);
     option_number("--latency", o->latency, 1, 1e6, &latency, e);
     option_number("--max-body", o->max_body, 0.001, 64, &body, e);
@@ -1296,27 +1318,26 @@ static int use_options(server *sv, const serve_options *o, int *port, int *threa
     sv->ui = !o->no_ui, sv->quiet = o->quiet, sv->verbose = o->verbose;
     sv->n_hosts = cut_list(o->hosts, sv->hosts, "--allow-host", e);
     sv->n_origins = cut_list(o->origins, sv->origins, "--cors-origin", e);
+    sv->n_prefixes = cut_list(o->prefix, sv->prefixes, "--prefix", e);
     return e->code;
 }
 
 /* The sessions: one that leads, the slots, and the prefixes that stay. */
-static int start_sessions(server *sv, double cache_mb, int batch, const char *const *prefixes,
-                          size_t n, medrun_error *e) {
+static int start_sessions(server *sv, medrun_error *e) {
     const model_config *c = &sv->m->config;
-    double available = sv->available;
-    medrun_session_options o = {.context = (int)sv->n_ctx, .batch = batch, .kv = sv->kv,
+    medrun_session_options o = {.context = (int)sv->n_ctx, .batch = sv->batch, .kv = sv->kv,
                                 .strict = sv->strict};
     sv->bytes_per_token = 2 * (size_t)c->n_layers * (size_t)c->n_kv_heads *
                           cache_panel(sv->kv, (size_t)c->head_dim) / 16;
-    double bytes = cache_mb > 0 ? cache_mb * 1048576 : available / 2;
+    double bytes = sv->cache_mb > 0 ? sv->cache_mb * 1048576 : sv->available / 2;
     sv->reserve = (size_t)(bytes / (double)sv->bytes_per_token);
     if (medrun_start(&sv->lead, sv->m, &o, NULL, 0, e)) return e->code;
     for (size_t i = 0; i < sv->n_slots && !e->code; i++)
         open_slot(sv, &sv->slots[i], sv->n_ctx, e);
-    for (size_t i = 0; i < n && !e->code; i++) {
+    for (size_t i = 0; i < sv->n_prefixes && !e->code; i++) {
         slot *s = &sv->slots[sv->n_slots + sv->n_pinned++];
         s->pinned = true;
-        if (open_slot(sv, s, sv->n_ctx, e) || medrun_restore(s->s, prefixes[i], e)) break;
+        if (open_slot(sv, s, sv->n_ctx, e) || medrun_restore(s->s, sv->prefixes[i], e)) break;
         while (!e->code && medrun_pending(s->s)) {
             medrun_session *both[2] = {sv->lead, s->s};
             s->s->n_wanted = 0;
@@ -1325,17 +1346,16 @@ static int start_sessions(server *sv, double cache_mb, int batch, const char *co
     }
     sv->plain_logits = new_array((size_t)sv->info.vocab_size, sizeof(float));
     sv->counts = new_array((size_t)sv->info.vocab_size, sizeof(int));
-    sv->connections = new_array(MAX_CONNECTIONS, sizeof *sv->connections);
-    if (!e->code && (!sv->plain_logits || !sv->counts || !sv->connections))
+    if (!e->code && (!sv->plain_logits || !sv->counts))
         out_of_memory(e, (size_t)sv->info.vocab_size);
-    for (size_t i = 0; !e->code && i < MAX_CONNECTIONS; i++) sv->connections[i].fd = -1;
     return e->code;
 }
 
 /* The checkpoint, its names, and what clients are told of it. */
-static int load(server *sv, const char *path, const serve_options *o, int threads, int context,
-                medrun_error *e) {
-    if (medrun_open(&sv->m, path, &(medrun_options){.threads = threads}, e)) return e->code;
+static int load(server *sv, medrun_error *e) {
+    const serve_options *o = sv->o;
+    int context = sv->context;
+    if (medrun_open(&sv->m, sv->path, &(medrun_options){.threads = sv->threads}, e)) return e->code;
     medrun_describe(sv->m, &sv->info);
     sv->t = &sv->m->tokenizer;
     sv->chat = o->template_name ? chat_find(o->template_name) : sv->m->chat;
@@ -1359,27 +1379,40 @@ static int load(server *sv, const char *path, const serve_options *o, int thread
     return e->code;
 }
 
-static void print_banner(const server *sv, const serve_options *o, int port, const buffer *says) {
-    const char *host = o->host ? o->host : "127.0.0.1";
+static const char *host_of(const server *sv) { return sv->o->host ? sv->o->host : "127.0.0.1"; }
+
+static void print_banner(const server *sv) {
+    const char *host = host_of(sv);
     bool unix_socket = strstr(host, ".sock") != NULL;
     if (sv->quiet) return;
     fprintf(stderr, "medrun-serve %s: %s%s%s", MEDRUN_VERSION, unix_socket ? "" : "http://",
             strchr(host, ':') ? "[" : "", host);
-    if (!unix_socket) fprintf(stderr, "%s:%d", strchr(host, ':') ? "]" : "", port);
+    if (!unix_socket) fprintf(stderr, "%s:%d", strchr(host, ':') ? "]" : "", sv->port);
     fprintf(stderr, "\n  model    %s (%s, %s), template %s\n  who      %s\n", sv->name,
             sv->info.type, sv->info.kernels, sv->chat ? sv->chat->name : MEDRUN_UNKNOWN,
             sv->n_keys ? "those who have a key" : "everybody on this machine, without a key");
     fprintf(stderr, "  sessions %zu of %zu tokens, %.0f MB of caches in all, %d threads\n",
             sv->n_slots, sv->n_ctx,
             (double)sv->reserve * (double)sv->bytes_per_token / 1048576, sv->info.threads);
-    fprintf(stderr, "  sandbox  %s\n", o->no_sandbox ? "none (--no-sandbox)" : chars_of(says));
+    fprintf(stderr, "  sandbox  %s\n",
+            sv->o->no_sandbox ? "none (--no-sandbox)" : chars_of(&sv->says));
     if (sv->info.notice[0]) fprintf(stderr, "  %s\n", sv->info.notice);
+}
+
+/* What the engine's thread does first, while the other one answers that the model is loading. */
+static int start_engine(server *sv) {
+    medrun_error *e = &sv->failure;
+    if (load(sv, e) || start_sessions(sv, e)) return e->code;
+    if (!sv->o->no_sandbox) close_calls(false, &sv->says);
+    print_banner(sv);
+    if (sv->o->try) exit(try_sandbox(sv->o->try));
+    return MEDRUN_OK;
 }
 
 /* Until it is told to end, and then until all is answered or the time for that is over. */
 static void serve(server *sv) {
     double until = 0;
-    for (;;) {
+    while (atomic_load(&sv->state) != FAILED) {
         poll_once(sv);
         if (asked_to_end && !sv->draining) {
             sv->draining = true;
@@ -1395,31 +1428,28 @@ static void serve(server *sv) {
     }
 }
 
-static int start_server(server *sv, const serve_options *o, const char *path, medrun_error *e) {
-    int port, threads, context, batch;
-    double cache_mb;
-    const char *files[MAX_LISTED + 2] = {path}, *prefixes[MAX_LISTED];
-    buffer says = {0};
-    pthread_t thread;
-    if (use_options(sv, o, &port, &threads, &context, &cache_mb, &batch, e) ||
-        read_keys(sv, o->key_file, e)) return e->code;
-    size_t n = cut_list(o->prefix, prefixes, "--prefix", e);
-    for (size_t i = 0; i < n; i++) files[i + 1] = prefixes[i];
-    const char *host = o->host ? o->host : "127.0.0.1";
+static int start_server(server *sv, medrun_error *e) {
+    const char *files[MAX_LISTED + 1] = {sv->path}, *host = host_of(sv);
     bool socket_file = strlen(host) > 5 && !strcmp(host + strlen(host) - 5, ".sock");
+    pthread_t thread;
+    if (use_options(sv, e) || read_keys(sv, sv->o->key_file, e)) return e->code;
+    for (size_t i = 0; i < sv->n_prefixes; i++) files[i + 1] = sv->prefixes[i];
     tzset();
     make_page_headers(&sv->page_headers);
-    if (!threads) threads = default_threads();
+    if (!sv->threads) sv->threads = default_threads();
     sv->available = limits_of_machine().available;      /* while its files can be read           */
+    sv->connections = new_array(MAX_CONNECTIONS, sizeof *sv->connections);
+    if (!sv->connections) return out_of_memory(e, MAX_CONNECTIONS * sizeof *sv->connections);
+    for (size_t i = 0; i < MAX_CONNECTIONS; i++) sv->connections[i].fd = -1;
     forbid_dumps();
-    if (e->code || (sv->listener = listen_on(host, port, &sv->local, e)) < 0) return e->code;
+    if ((sv->listener = listen_on(host, sv->port, &sv->local, e)) < 0) return e->code;
     if (!sv->local && !sv->n_keys)
         return fail(e, MEDRUN_USAGE, "%s can be reached from other machines: give keys with "
                     "--api-key-file FILE or MEDRUN_API_KEY", host);
-    if (!o->no_sandbox && access(path, R_OK) == 0)
-        close_files(files, n + 1, socket_file ? 0 : port, &says);
-    if (load(sv, path, o, threads, context, e) ||
-        start_sessions(sv, cache_mb, batch, prefixes, n, e)) return e->code;
+    if (!sv->o->no_sandbox && access(sv->path, R_OK) == 0) {
+        close_files(files, sv->n_prefixes + 1, socket_file ? 0 : sv->port, &sv->says);
+        close_calls(true, &sv->says);
+    }
     pthread_mutex_init(&sv->lock, NULL);
     pthread_cond_init(&sv->work, NULL);
     sv->queue_end = &sv->queue;
@@ -1431,11 +1461,8 @@ static int start_server(server *sv, const serve_options *o, const char *path, me
     signal(SIGINT, on_end);
     if (pthread_create(&thread, NULL, engine_main, sv))
         return fail(e, MEDRUN_NO_MEMORY, "cannot start the engine's thread");
-    if (!o->no_sandbox) close_calls(&says);
-    print_banner(sv, o, port, &says);
-    buffer_free(&says);
-    if (o->try) exit(try_sandbox(o->try));
     serve(sv);
+    if (atomic_load(&sv->state) == FAILED) *e = sv->failure;
     return e->code;
 }
 
@@ -1462,7 +1489,10 @@ int main(int argc, char **argv) {
         else print_help(&line);
         finish_stdout(&e);
     } else if (!e.code && !line.n_words) fail(&e, MEDRUN_USAGE, "wanted MODEL.mdr; see --help");
-    else if (!e.code) start_server(&the_server, &o, words[0], &e);
+    else if (!e.code) {
+        the_server.o = &o, the_server.path = words[0];
+        start_server(&the_server, &e);
+    }
     if (e.code) fprintf(stderr, "medrun-serve: %s\n", e.text);
     exit(e.code);
 }

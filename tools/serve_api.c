@@ -1348,6 +1348,7 @@ static void run_route(server *sv, connection *c, const route *r, span body) {
     } else if (post && json_parse(&j, body.text, body.n, &x.e)) x.status = 400;
     else if (post && json_typeof(&j, 0) != JSON_OBJECT) wrong(&x, NULL, "wanted a JSON object");
     else r->run(&k);
+    if (out.failed && !x.e.code) out_of_memory(&x.e, out.n);
     if (x.e.code && !c->job) answer_wrong(sv, c, &x, "");
     else if (!c->job && out.n) {
         char more[64] = "";
@@ -1373,6 +1374,10 @@ static void take_request(server *sv, connection *c, span body) {
     }
     if (sv->ui && span_is(q->path, "/") && (head || span_is(q->method, "GET"))) {
         answer_page(sv, c);
+        return;
+    }
+    if (atomic_load(&sv->state) == LOADING) {
+        answer_error(sv, c, 503, "the model is being loaded");
         return;
     }
     for (const route *r = routes; r < routes + sizeof routes / sizeof *routes; r++) {
