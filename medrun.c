@@ -113,7 +113,7 @@ typedef struct medrun_session medrun_session;   /* one timeline of tokens       
 /* ---- models -------------------------------------------------------------------------------- */
 
 typedef struct {
-    int threads;                /* at most; 0: the processors it may use and a quota pays for  */
+    int threads;                /* at most; 0: as many as `medrun-lab doctor` says              */
     const char *kernels;        /* NULL: the best this machine has; else as doctor lists them  */
     bool load;                  /* copy the file into large pages of this process's own        */
 } medrun_options;
@@ -353,8 +353,8 @@ void medrun_edit(medrun_session *session, medrun_editor *editor, void *user);
 #include <windows.h>
 #include <aclapi.h>
 #include <shellapi.h>
-enum { SIGHUP = SIGBREAK, SIGQUIT = SIGBREAK };         /* the console was closed                */
-#undef O_RAW                    /* names that this file and its tools use themselves             */
+enum { SIGHUP = SIGBREAK, SIGQUIT = SIGBREAK };         /* the console was closed */
+#undef O_RAW                    /* names that this file and its tools use themselves */
 #undef TEXT
 #undef far
 #undef near
@@ -386,19 +386,19 @@ enum { SIGHUP = SIGBREAK, SIGQUIT = SIGBREAK };         /* the console was close
 
 /* Which family of instruction sets section 6 compiles kernels for; which of them runs is chosen at
  * start, so that one program serves every machine. */
-#if defined MEDRUN_SCALAR && !defined __i386__  /* asked for: plain C only, a quarter less code  */
+#if defined MEDRUN_SCALAR && !defined __i386__  /* asked for: plain C only, a quarter less code */
 #elif defined __x86_64__ || defined __i386__
 #define MEDRUN_X86 1
-#if defined __clang__ || __GNUC__ >= 11         /* the assemblers beside older ones do not know  */
+#if defined __clang__ || __GNUC__ >= 11         /* the assemblers beside older ones do not know */
 #define MEDRUN_AVXVNNI 1                        /* {vex} vpdpbusd, which binutils has since 2.36 */
 #endif
 #include <cpuid.h>
-#if defined __i386__ && !defined __SSE2_MATH__  /* x87 would round to other bits                 */
+#if defined __i386__ && !defined __SSE2_MATH__  /* x87 would round to other bits */
 #ifdef __clang__
 #error "clang: add -msse2"
 #endif
 #pragma GCC target("sse,fpmath=sse")            /* with sse2, headers would want a _Float16 that */
-#include <immintrin.h>                          /* gcc has only where -msse2 was on the line     */
+#include <immintrin.h>                          /* gcc has only where -msse2 was on the line */
 #pragma GCC target("sse2")
 #endif
 #include <immintrin.h>
@@ -422,7 +422,7 @@ enum { SIGHUP = SIGBREAK, SIGQUIT = SIGBREAK };         /* the console was close
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
 #pragma GCC diagnostic push
-#ifdef MEDRUN_NO_MAIN           /* then nobody calls what only commands, tools and tests use     */
+#ifdef MEDRUN_NO_MAIN           /* then nobody calls what only commands, tools and tests use */
 #pragma GCC diagnostic ignored "-Wunused-function"
 #endif
 
@@ -453,15 +453,15 @@ __asm__(".irp kind, ps, pd\n.macro vmova\\kind operands:vararg\n"
 enum { MAX_THREADS = 256 };
 
 typedef struct {
-    uint64_t bytes, device, inode;              /* the last two tell files apart                */
-    bool regular, folder, stream;               /* STREAM: a pipe or a device like a terminal   */
+    uint64_t bytes, device, inode;              /* the last two tell files apart */
+    bool regular, folder, stream;               /* STREAM: a pipe or a device like a terminal */
 } file_facts;
 
 /* What this process may have of the machine. */
 typedef struct {
-    double processors;              /* a control group's quota may pay for a part of one        */
-    double memory, available;       /* bytes: in all, and free or freed when they are wanted    */
-    bool of_group;                  /* its control group has less memory than the machine       */
+    double processors;              /* a control group's quota may pay for a part of one */
+    double memory, available;       /* bytes: in all, and free or freed when they are wanted */
+    bool of_group;                  /* its control group has less memory than the machine */
 } machine_limits;
 
 /* TO_MAP does not wait for the other end of a pipe. Those behind it follow no link, which another
@@ -469,12 +469,13 @@ typedef struct {
  * owner may read what TO_CREATE makes. TO_STREAM writes to a device, or to a pipe that somebody
  * reads. */
 enum { TO_READ, TO_MAP, TO_LOOK, TO_WRITE, TO_CREATE, TO_STREAM };
-
 typedef void signal_handler(int number);
 
 #ifndef _WIN32
-/* O_NONBLOCK opens a pipe though nobody is at its other end: whoever wanted a file can see what it
- * got instead of waiting. */
+/* CALL, once more where a signal came between. */
+#define RETRY(call) ({ int n; do n = (int)(call); while (n < 0 && errno == EINTR); n; })
+
+/* O_NONBLOCK opens a pipe though nobody is at its other end. */
 static int open_file(const char *path, int how) {
     static const int flags[] = {
         [TO_READ] = O_RDONLY,
@@ -484,10 +485,8 @@ static int open_file(const char *path, int how) {
         [TO_CREATE] = O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW,
         [TO_STREAM] = O_WRONLY | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY,
     };
-    int fd;
-    do fd = open(path, flags[how] | O_CLOEXEC, how == TO_WRITE ? 0666 : 0600);
-    while (fd < 0 && errno == EINTR);
-    if (how == TO_STREAM && fd >= 0) fcntl(fd, F_SETFL, 0);     /* from now on it waits          */
+    int fd = RETRY(open(path, flags[how] | O_CLOEXEC, how == TO_WRITE ? 0666 : 0600));
+    if (how == TO_STREAM && fd >= 0) fcntl(fd, F_SETFL, 0);     /* from now on it waits */
     return fd;
 }
 
@@ -504,10 +503,7 @@ static int get_facts(const char *path, int fd, file_facts *f) {
 /* Takes the lock of a file, which ends with FD; false: another program has it. A disk that knows no
  * locks gives it to everyone. */
 static bool lock_file(int fd) {
-    int code;
-    do code = flock(fd, LOCK_EX | LOCK_NB);
-    while (code && errno == EINTR);
-    return !code || errno != EWOULDBLOCK;
+    return !RETRY(flock(fd, LOCK_EX | LOCK_NB)) || errno != EWOULDBLOCK;
 }
 
 static int rename_file(const char *from, const char *to) { return rename(from, to); }
@@ -518,10 +514,7 @@ static int sync_file(int fd) {
 #ifdef F_FULLFSYNC
     if (!fcntl(fd, F_FULLFSYNC)) return 0;      /* on a Mac, fsync stops at the disk's own memory */
 #endif
-    int code;
-    do code = fsync(fd);
-    while (code && errno == EINTR);
-    return code;
+    return RETRY(fsync(fd));
 }
 
 /* N > 0 bytes of a file for reading; where FD is -1, zeroed memory. The system gives a page when it
@@ -570,8 +563,7 @@ static int processors(void) {
 #define sched_getcpu() (-1)     /* they do not say on which processor a thread runs */
 #endif
 
-/* The number behind KEY in the file NAME of FOLDER, or where two stand there the first divided by
- * the second; -1: there is none. */
+/* The number behind KEY in the file NAME of FOLDER, divided by a second; -1: there is none. */
 static double read_limit(const char *folder, const char *name, const char *key) {
     char text[1280];
     double a, b = 1, limit = -1;
@@ -579,7 +571,7 @@ static double read_limit(const char *folder, const char *name, const char *key) 
     FILE *f = fopen(text, "r");
     while (f && limit < 0 && fgets(text, 256, f))
         if (!strncmp(text, key, strlen(key)) && sscanf(text + strlen(key), "%lf %lf", &a, &b) > 0)
-            limit = b > 0 ? a / b : -1;
+            limit = b > 0 ? a / b : a;
     if (f) fclose(f);
     return limit;
 }
@@ -591,14 +583,13 @@ static double read_limit(const char *folder, const char *name, const char *key) 
 static void lower_limits(const char *folder, machine_limits *l) {
     static const char *const most[] = {"memory.max", "memory.high", "memory.limit_in_bytes"};
     static const char *const cached[] = {"total_inactive_file ", "total_active_file "};
-    double quota = read_limit(folder, "cpu.max", ""), used = 0;
-    if (quota <= 0)
-        quota = read_limit(folder, "cpu.cfs_quota_us", "") /
+    double v1 = read_limit(folder, "cpu.cfs_quota_us", "") /
                 fabs(read_limit(folder, "cpu.cfs_period_us", ""));
+    double quota = fmax(v1, read_limit(folder, "cpu.max", ""));
+    double used = fmax(read_limit(folder, "memory.current", ""),
+                       read_limit(folder, "memory.usage_in_bytes", ""));
     if (quota > 0) l->processors = fmin(l->processors, quota);
-    used = fmax(read_limit(folder, "memory.current", ""),
-                read_limit(folder, "memory.usage_in_bytes", ""));
-    for (int i = 0; i < 2; i++)                         /* version 2 writes them without total_  */
+    for (int i = 0; i < 2; i++)                         /* version 2 writes them without total_ */
         used -= fmax(0, fmax(read_limit(folder, "memory.stat", cached[i]),
                              read_limit(folder, "memory.stat", cached[i] + 6)));
     for (int i = 0; i < 3; i++) {
@@ -674,8 +665,8 @@ static bool set_raw(bool raw) {
     if (raw ? tcgetattr(STDIN_FILENO, &cooked_terminal) : !terminal_is_raw) return false;
     struct termios t = cooked_terminal;
     if (raw) cfmakeraw(&t);
-    t.c_oflag = cooked_terminal.c_oflag;        /* what is printed looks as before               */
-    terminal_is_raw = true;                     /* for a signal that comes now                   */
+    t.c_oflag = cooked_terminal.c_oflag;        /* what is printed looks as before */
+    terminal_is_raw = true;                     /* for a signal that comes now */
     bool done = !tcsetattr(STDIN_FILENO, TCSADRAIN, &t);
     terminal_is_raw = raw && done;
     return done && write(STDERR_FILENO, raw ? "\x1b[?2004h" : "\x1b[?2004l", 8) > 0;
@@ -685,9 +676,7 @@ static bool set_raw(bool raw) {
  * hide from the second what waits. */
 static int typed_byte(void) {
     uint8_t byte;
-    ssize_t n;
-    while ((n = read(STDIN_FILENO, &byte, 1)) < 0 && errno == EINTR) continue;
-    return n == 1 ? byte : EOF;
+    return RETRY(read(STDIN_FILENO, &byte, 1)) == 1 ? byte : EOF;
 }
 
 static bool more_is_typed(void) {
@@ -708,7 +697,7 @@ static char **find_paths(const char *pattern, size_t *n) {
  * a pipe that nobody reads, or past the limit of a file's size, must be an error, not the end. */
 static char **start_program(int *count, char **arguments) {
     (void)count;
-    for (int fd = 0; fd < 3; fd++)      /* no file that is opened may become stdout by chance    */
+    for (int fd = 0; fd < 3; fd++)      /* no file that is opened may become stdout by chance */
         if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd ? O_RDONLY : O_WRONLY) != fd)
             return NULL;
     signal(SIGPIPE, SIG_IGN);
@@ -824,7 +813,7 @@ static void *map_bytes(int fd, size_t n) {
                                   (DWORD)((uint64_t)n >> 32), (DWORD)n, NULL);
     void *p = h ? MapViewOfFile(h, fd < 0 ? FILE_MAP_WRITE : FILE_MAP_READ, 0, 0, n) : NULL;
     if (!p) windows_failed();
-    if (h) CloseHandle(h);                      /* the view keeps what it needs                 */
+    if (h) CloseHandle(h);                      /* the view keeps what it needs */
     return p;
 }
 
@@ -856,7 +845,7 @@ static machine_limits limits_of_machine(void) {
 }
 
 static signal_handler *on_signal(int number, signal_handler *handler) {
-    return signal(number, handler);             /* which forgets the handler when it is called  */
+    return signal(number, handler);             /* which forgets the handler when it is called */
 }
 
 /* Windows sends no signal for it but an exception, which nothing else in the program handles. */
@@ -923,7 +912,6 @@ static char *utf8_of(const wchar_t *wide) {
 
 /* The code page is the console's, which stays when the program ends. */
 static UINT other_code_page;
-
 static void restore_code_page(void) { SetConsoleOutputCP(other_code_page); }
 
 /* Arguments, and variables of our names, from UTF-16: it has what the code page lacks. */
@@ -984,9 +972,22 @@ static size_t second_cache(void) {
     return n < 64 << 10 ? 0 : n > 4 << 20 ? 4 << 20 : (size_t)n;
 }
 
-/* The threads worth having: one for each processor, or for each whole one that a quota pays for. */
-static int default_threads(void) {
-    return (int)fmax(1, limits_of_machine().processors);
+/* The cores that this process may use, by what FOLDER says of their hardware threads: each counts
+ * under its first. MAX_THREADS: nobody knows, or each has only one. */
+static int cores_of(const char *folder) {
+#ifdef CPU_COUNT
+    cpu_set_t mine, cores;
+    char name[64];
+    CPU_ZERO(&cores);
+    if (read_limit(folder, "smt/active", "") != 0 && !sched_getaffinity(0, sizeof mine, &mine))
+        for (size_t i = 0; i < CPU_SETSIZE; i++) {
+            snprintf(name, sizeof name, "cpu%zu/topology/thread_siblings_list", i);
+            double first = CPU_ISSET(i, &mine) ? read_limit(folder, name, "") : -2;
+            if (first > -2) CPU_SET(first < 0 ? i : (size_t)first, &cores);
+        }
+    if (CPU_COUNT(&cores)) return CPU_COUNT(&cores);
+#endif
+    return (void)folder, MAX_THREADS;
 }
 
 /* The open file that PATH stands for: - or, as a shell names it, /dev/stdout or /dev/fd/N. -1: none
@@ -1128,20 +1129,18 @@ static int fail(medrun_error *e, int code, const char *format, ...) {
     va_start(args, format);
     vsnprintf(e->text, sizeof e->text, format, args);
     va_end(args);
-    if (strstr(e->text, strerror(ENOMEM))) code = MEDRUN_NO_MEMORY;     /* not a bad file        */
     make_safe(e->text);
     return e->code = code;
 }
 
 /* As fail, of a file at PATH that is not as it must be. */
-MEDRUN_PRINTF_LIKE(3, 4)
-static int bad_file(medrun_error *e, const char *path, const char *format, ...) {
-    char text[sizeof e->text];
-    va_list args;
-    va_start(args, format);
-    vsnprintf(text, sizeof text, format, args);
-    va_end(args);
-    return fail(e, MEDRUN_BAD_FILE, "%s: %s", path, text);
+#define bad_file(e, path, format, ...) \
+    fail(e, MEDRUN_BAD_FILE, "%s: " format, path, ##__VA_ARGS__)
+
+/* As fail, of a call of the system, which could not do WHAT and left the reason in errno. */
+static int cannot(medrun_error *e, int code, const char *path, const char *what) {
+    code = errno == ENOMEM ? MEDRUN_NO_MEMORY : code;
+    return fail(e, code, "%s: cannot %s: %s", path, what, strerror(errno));
 }
 
 /* It has a code of its own, as the way out differs from that of all other failures. */
@@ -1641,8 +1640,7 @@ static int json_text(const json *j, uint32_t v, const char *what, const char *ke
     else if (b.n >= cap || (b.n && memchr(b.data, 0, b.n)))
         bad_file(e, what, "field %s: found a string that does not fit %zu bytes", key, cap - 1);
     else if (b.n) memcpy(out, b.data, b.n + 1);
-    buffer_free(&b);
-    return e->code;
+    return buffer_free(&b), e->code;
 }
 
 /* What a person typed: a decimal number and nothing else. */
@@ -1683,35 +1681,35 @@ typedef void task_fn(void *context, size_t begin, size_t end, int thread);
 
 typedef struct {
     struct thread_pool *pool;
-    int index;                              /* 1 .. threads-1                                   */
+    int index;                              /* 1 .. threads-1 */
     pthread_t id;
 } worker;
 
 /* Threads that may wait: do they sleep, yes or no (some systems exchange no byte)? */
 typedef struct {
     atomic_int asleep;
-    pthread_cond_t bell;                    /* wakes them                                       */
+    pthread_cond_t bell;                    /* wakes them */
 } sleeper;
 
 /* A job is one call of parallel_for: N items in pieces of GRAIN. LEFT holds which job it is (upper
  * 32 bits) and how many of its pieces nobody has taken. The caller writes the plain fields before
  * it sets LEFT. A thread that took a piece may read them until it reports the piece in FINISHED. */
 typedef struct thread_pool {
-    int threads;                            /* with the caller, who is thread 0                 */
+    int threads;                            /* with the caller, who is thread 0 */
     worker workers[MAX_THREADS];
     int started;
-    pthread_mutex_t turn;                   /* held by the session whose step runs              */
-    pthread_mutex_t lock;                   /* for sleeping and waking only                     */
-    sleeper idle, caller;                   /* workers, and the thread in parallel_for          */
+    pthread_mutex_t turn;                   /* held by the session whose step runs */
+    pthread_mutex_t lock;                   /* for sleeping and waking only */
+    sleeper idle, caller;                   /* workers, and the thread in parallel_for */
     _Atomic uint64_t left;
-    atomic_size_t finished;                 /* pieces                                           */
+    atomic_size_t finished;                 /* pieces */
     atomic_int quit;
     task_fn *task;
     void *context;
     size_t n, grain, pieces;
-    atomic_int caller_runs_on;              /* which processor; -1: nobody knows                */
-    atomic_int crowded;                     /* a worker was woken on that one                   */
-    double alone_until, rest;               /* seconds: how long the caller works alone         */
+    atomic_int caller_runs_on;              /* which processor; -1: nobody knows */
+    atomic_int crowded;                     /* a worker was woken on that one */
+    double alone_until, rest;               /* seconds: how long the caller works alone */
 } thread_pool;
 
 /* Takes pieces until none is left, reports them and gives how many. One number is the whole
@@ -1759,7 +1757,7 @@ static void wait_until(thread_pool *pool, bool ready(thread_pool *), sleeper *me
             beside = here >= 0 && here == atomic_load(&pool->caller_runs_on);
         }
 #ifdef MEDRUN_X86
-        _mm_pause();                        /* leaves more to the core's other hardware thread  */
+        _mm_pause();                        /* leaves more to the core's other hardware thread */
 #endif
     }
     if (beside) atomic_store(&pool->crowded, true);
@@ -1840,13 +1838,13 @@ static void pool_stop(thread_pool *pool) {
  * (ulimit -v). Big arrays lie in a session's scratch, not on the stack. */
 enum { THREAD_STACK = 512 << 10 };
 
-/* THREADS 0: one for each processor. The pool must not move afterwards, for workers point to it. */
+/* The pool must not move afterwards, for workers point to it. */
 static int pool_start(thread_pool *pool, int threads, medrun_error *e) {
     memset(pool, 0, sizeof *pool);
-    if (threads < 0 || threads > MAX_THREADS)
+    if (threads < 1 || threads > MAX_THREADS)
         return fail(e, MEDRUN_USAGE, "threads: found %d, wanted 1 to %d", threads, MAX_THREADS);
-    pthread_mutexattr_t checked;                /* a second lock by one thread is an error, not  */
-    pthread_mutexattr_init(&checked);           /* a deadlock                                    */
+    pthread_mutexattr_t checked;                /* a second lock by one thread is an error, not */
+    pthread_mutexattr_init(&checked);           /* a deadlock */
     pthread_mutexattr_settype(&checked, PTHREAD_MUTEX_ERRORCHECK);
     pthread_mutex_init(&pool->turn, &checked);
     pthread_mutexattr_destroy(&checked);
@@ -1856,7 +1854,7 @@ static int pool_start(thread_pool *pool, int threads, medrun_error *e) {
     pthread_attr_t small;
     pthread_attr_init(&small);
     pthread_attr_setstacksize(&small, THREAD_STACK);
-    pool->threads = threads ? threads : default_threads();
+    pool->threads = threads;
     atomic_store(&pool->caller_runs_on, -1);
     for (; pool->started + 1 < pool->threads; pool->started++) {
         worker *w = &pool->workers[pool->started];
@@ -1905,7 +1903,6 @@ static const char *const type_names[N_TYPES] = {"f32", "bf16", "int8", "int4"};
 /* The embedding and the output matrix of an int4 checkpoint are int8: they are a small share of the
  * bytes that a token reads, and errors there are felt most. */
 static int rows_type(int type) { return type == TYPE_INT4 ? TYPE_INT8 : type; }
-
 static size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
 static float bits_float(uint32_t bits) {
@@ -2067,8 +2064,7 @@ static float stored_scale(int type, const uint8_t *panel, size_t lane, size_t k)
 }
 
 /* Row LANE of a panel -> OUT (cols): how the embedding is looked up. */
-static void panel_unpack_row(int type, const uint8_t *panel, size_t lane, size_t cols,
-                             float *out) {
+static void panel_unpack_row(int type, const uint8_t *panel, size_t lane, size_t cols, float *out) {
     for (size_t k = 0; k < cols; k++)
         if (type == TYPE_BF16) out[k] = stored_bf16(panel, lane, k);
         else out[k] = (float)stored_int(type, panel, lane, k) * stored_scale(type, panel, lane, k);
@@ -3070,7 +3066,6 @@ ALWAYS_INLINE float32x4_t K(fma_lane)(float32x4_t s, float32x4_t w, svec x) {
 BY_LANE(fma_lane, float32x4_t, float32x4_t, "fmla %0.4s, %1.4s, %2.s")
 #endif
 ALWAYS_INLINE vec vfmas(vec w, svec x, vec c) { return (vec)ALL_BY_LANE(fma_lane, c, w, x); }
-
 typedef svec pvec;
 ALWAYS_INLINE pvec pload(const void *p, size_t t, size_t nt) { return sload(p, t, nt); }
 #define IDOT2(sum, half, n, v, w, x, first, second)                                             \
@@ -4447,6 +4442,40 @@ static void matmul(const engine *eng, const product *products, size_t n, const p
     if (x->tokens > TILE) grain = round_up(grain ? grain : 1, tile);
     parallel_for(eng->pool, panels, grain, matmul_task, &j);
 }
+
+/* The seconds of a product on THREADS threads, the best of some: the system does other things. */
+static double time_trial(const kernel_set *k, int threads) {
+    static _Alignas(64) uint8_t zeros[600 << 10];
+    static float out[TILE][1024];
+    thread_pool pool;
+    double best = 1, now = seconds(), end = now + 2e-3, start;
+    if (pool_start(&pool, threads, NULL)) return best;
+    do {
+        matmul(&(engine){.pool = &pool, .k = k}, &(product){&(tensor){TYPE_INT8, 1024, 512, zeros},
+               out[0], 1024}, 1, &(packed){k->int_pack, TILE, 512, zeros});
+        start = now, now = seconds(), best = fmin(best, now - start);
+    } while (now < end);
+    return pool_stop(&pool), best;
+}
+
+/* The threads worth having; *LIMIT becomes what made them so few, or NULL. Where hardware threads
+ * share cores and a trial does not end a twentieth sooner with all, it is one for each core. */
+static int default_threads(const char **limit) {
+    static atomic_int chosen;                   /* by the trial, which is made once              */
+    const kernel_set *k;
+    int may = processors(), all = may, n = (int)fmax(1, limits_of_machine().processors);
+    int cores = cores_of("/sys/devices/system/cpu");
+#ifdef _SC_NPROCESSORS_ONLN
+    all = (int)sysconf(_SC_NPROCESSORS_ONLN);
+#endif
+    *limit = n < may ? "the control group's quota" :
+             n < all && n < MAX_THREADS ? "this process's affinity" : NULL;
+    if (cores < n && !chosen && !choose_kernels(&k, NULL, NULL))
+        chosen = time_trial(k, n) > 0.95 * time_trial(k, cores) ? cores : n;
+    if (cores >= n || chosen >= n) return n;
+    *limit = "the cores: a second hardware thread of one gains nothing";
+    return chosen;
+}
 /* ============================================================================================
  * 8 OpenCL: a device that multiplies, optional (make OPENCL=1)
  *
@@ -4873,8 +4902,7 @@ static int device_agrees(opencl_device *d, const engine *eng, const tensor *w, s
         fail(e, MEDRUN_NO_MEMORY, "device %s", d->base.says);
     else if (memcmp((void *)here, (void *)there, n * rows * sizeof *here))
         fail(e, MEDRUN_NO_MEMORY, "device %s: its products are not the processor's", d->base.name);
-    free(x);
-    return e->code;
+    return free(x), e->code;
 }
 
 /* DEVICE may be half open, or NULL. */
@@ -4889,8 +4917,7 @@ static void device_close(device *base) {
     if (d->program) d->cl.clReleaseProgram(d->program);
     if (d->queue) d->cl.clReleaseCommandQueue(d->queue);
     if (d->context) d->cl.clReleaseContext(d->context);
-    free(d->copies);
-    free(d);
+    free(d->copies), free(d);
 }
 
 /* A device for matmul that has as many of the N matrices ALL as fit, at least the first LEAST, and
@@ -4968,7 +4995,7 @@ static int map_file(const char *path, file_map *map, medrun_error *e) {
     *map = (file_map){0};
     if (check_machine(e)) return e->code;
     int fd = open_file(path, TO_MAP);
-    if (fd < 0) return bad_file(e, path, "cannot open: %s", strerror(errno));
+    if (fd < 0) return cannot(e, MEDRUN_BAD_FILE, path, "open");
     get_facts(NULL, fd, &f);
     size_t n = f.bytes > SIZE_MAX ? 0 : (size_t)f.bytes;
     const void *p = f.regular && n ? map_bytes(fd, n) : NULL;
@@ -4976,9 +5003,10 @@ static int map_file(const char *path, file_map *map, medrun_error *e) {
     else if (!f.regular)
         bad_file(e, path, "is not a regular file but a pipe or a device, so it cannot be mapped");
     else if (!f.bytes) bad_file(e, path, "is empty");
-    else if (!p)
-        bad_file(e, path, "cannot map its %llu bytes: %s", (unsigned long long)f.bytes,
-                 n ? strerror(errno) : "a program of 32 bits can address 4294967295");
+    else if (!n)
+        bad_file(e, path, "cannot map its %llu bytes: a program of 32 bits can address 4294967295",
+                 (unsigned long long)f.bytes);
+    else if (!p) cannot(e, MEDRUN_BAD_FILE, path, "map");
     close(fd);
     if (!p) return e->code;
     want_large_pages(p, n);
@@ -5014,10 +5042,6 @@ typedef struct {
 
 static const char *volatile being_written;      /* the last one's, which a signal's handler drops */
 
-static int write_failed(const char *path, const char *why, medrun_error *e) {
-    return fail(e, MEDRUN_FAILED, "%s: cannot write: %s", path, why);
-}
-
 /* Refuses PATH where it is one of the N files INPUTS, which the caller reads; NULL is none. */
 static int check_inputs(const char *path, const char *const *inputs, size_t n, medrun_error *e) {
     file_facts out;
@@ -5045,14 +5069,14 @@ static int check_place(file_writer *w, const char *path, const file_kind *kind, 
     if (link && !force)
         return fail(e, MEDRUN_USAGE, "%s is a symbolic link: name the file itself", path);
     if (link || (fd < 0 && errno == ENOENT)) return MEDRUN_OK;
-    if (fd < 0 || get_facts(NULL, fd, &there)) return write_failed(path, strerror(errno), e);
+    if (fd < 0 || get_facts(NULL, fd, &there)) return cannot(e, MEDRUN_FAILED, path, "write");
     bool ours = !there.bytes || (kind->unit && there.bytes % kind->unit == 0) ||
                 (n && read(fd, start, (unsigned)n) == (ssize_t)n && !memcmp(start, kind->mark, n));
     close(fd);
     w->stream = there.stream && kind->streams;
-    if (there.folder) return write_failed(path, "found a folder", e);
     if (!there.regular && !w->stream)
-        return write_failed(path, "found a device or a pipe, which is not a regular file", e);
+        return fail(e, MEDRUN_FAILED, "%s: cannot write: found a %s", path, there.folder ? "folder"
+                    : "device or a pipe, which is not a regular file");
     if (ours || force || w->stream) return MEDRUN_OK;
     return fail(e, MEDRUN_USAGE, "%s exists and is not %s; --force replaces it", path, kind->name);
 }
@@ -5096,7 +5120,7 @@ static int open_partial(file_writer *w, const file_kind *kind, bool force, medru
     else if (is_there)
         fail(e, MEDRUN_FAILED, "%s: cannot write: %s is left from a run that was stopped; remove "
              "it, or let --force do it", w->path, name);
-    else write_failed(w->path, strerror(errno), e);
+    else cannot(e, MEDRUN_FAILED, w->path, "write");
     w->partial.n = 0;                                   /* it is not ours                        */
     writer_drop(w);
     return e->code;
@@ -5109,8 +5133,9 @@ static int writer_open(file_writer *w, const char *path, const file_kind *kind, 
     if (!w->stream) return open_partial(w, kind, force, e);
     w->f = open_stream(path, TO_STREAM);
     if (w->f) return MEDRUN_OK;
-    return write_failed(path, errno != ENXIO ? strerror(errno)
-                        : "is not a regular file but a pipe that nobody reads", e);
+    if (errno != ENXIO) return cannot(e, MEDRUN_FAILED, path, "write");
+    return fail(e, MEDRUN_FAILED, "%s: cannot write: is not a regular file but a pipe that nobody "
+                "reads", path);
 }
 
 /* As writer_open, but only to see if that works, before the work that will be written is done. */
@@ -5136,7 +5161,7 @@ static int writer_done(file_writer *w, medrun_error *e) {
     if (w->f && !e->code &&
         (fflush(w->f) || ferror(w->f) ||
          (name && (sync_file(fileno(w->f)) || rename_file(name, w->path)))))
-        write_failed(w->path, strerror(errno), e);
+        cannot(e, MEDRUN_FAILED, w->path, "write");
     if (!e->code) w->partial.n = 0;                     /* there is nothing to take back         */
     if (!e->code && name) sync_folder_of(name);
     writer_drop(w);
@@ -5567,8 +5592,7 @@ static uint32_t hash_pair(uint32_t left, uint32_t right) {
 
 /* The normal piece that reads A then B, or NO_ID. No entry stands further from its hash than
  * MAX_PROBES, opening sees to that, so no text makes a search long. */
-static uint32_t find_piece(const tokenizer *t, const void *a, size_t na, const void *b,
-                           size_t nb) {
+static uint32_t find_piece(const tokenizer *t, const void *a, size_t na, const void *b, size_t nb) {
     uint32_t hash = hash_text(hash_text(HASH_START, a, na), b, nb);
     for (size_t probe = 0; probe < MAX_PROBES; probe++) {
         const piece_slot *s = &t->pieces[(hash + probe) & t->piece_mask];
@@ -5621,8 +5645,7 @@ typedef struct {
 } opener;
 
 /* All refusals of a field read the same. */
-static void check_field(opener *o, bool good, const char *field, size_t found,
-                        const char *wanted) {
+static void check_field(opener *o, bool good, const char *field, size_t found, const char *wanted) {
     if (good) return;
     bad_file(&o->e, o->what, "tokenizer: %s: found %zu, wanted %s; export it again", field, found,
              wanted);
@@ -5878,9 +5901,7 @@ static void index_merges(opener *o) {
 
 /* What the file has stays: it belongs to whoever opened that. */
 static void tokenizer_close(tokenizer *t) {
-    free(t->pieces);
-    free(t->pairs);
-    free(t->added);
+    free(t->pieces), free(t->pairs), free(t->added);
     *t = (tokenizer){0};
 }
 
@@ -6047,8 +6068,7 @@ typedef void encode_between(encoder *x, const uint8_t *p, size_t n, bool start);
 
 /* Cuts the added tokens of these TYPES out, from the left, the longest first; ENCODE does what is
  * between them, where START tells the text's beginning. */
-static void encode_text(encoder *x, const uint8_t *p, size_t n, int types,
-                        encode_between *encode) {
+static void encode_text(encoder *x, const uint8_t *p, size_t n, int types, encode_between *encode) {
     size_t from = 0;
     for (size_t i = 0; types && i < n;) {
         const added_token *a = NULL;
@@ -6160,21 +6180,21 @@ static void tokenizer_decode(const tokenizer *t, const int32_t *ids, size_t n, b
 
 /* What is known while a conversation is written, one bit each. */
 enum {
-    HAS_TOOLS = 1 << 0,         /* an option: functions are shown to the model                 */
-    THINKS = 1 << 1,            /* an option: the model may deliberate                         */
-    OWN_SYSTEM = 1 << 2,        /* the system text is the template's, not a message's          */
-    STARTED = 1 << 3,           /* a turn was written                                          */
-    IN_ASSISTANT = 1 << 4,      /* an assistant's turn is open                                 */
-    IN_INNER = 1 << 5,          /* thoughts are open                                           */
-    IN_RESULTS = 1 << 6,        /* a list of tool results is open                              */
-    WAITING = 1 << 7,           /* tools were called, their results have not come              */
-    SAID_TEXT = 1 << 8,         /* an assistant's content was a text                           */
-    SAID_BLOCKS = 1 << 9,       /* an assistant's content was a list of blocks                 */
-    ASKED = 1 << 10,            /* the assistant's turn is next                                */
-    ANSWERED = 1 << 11,         /* the assistant has had one                                   */
-    SYSTEM_OPEN = 1 << 12,      /* the question goes on behind the system text                 */
-    BEGUN = 1 << 13,            /* this writer has written the opening                         */
-    KEPT = ASKED | ANSWERED | SYSTEM_OPEN | BEGUN,      /* from turn to turn of one writer      */
+    HAS_TOOLS = 1 << 0,         /* an option: functions are shown to the model */
+    THINKS = 1 << 1,            /* an option: the model may deliberate */
+    OWN_SYSTEM = 1 << 2,        /* the system text is the template's, not a message's */
+    STARTED = 1 << 3,           /* a turn was written */
+    IN_ASSISTANT = 1 << 4,      /* an assistant's turn is open */
+    IN_INNER = 1 << 5,          /* thoughts are open */
+    IN_RESULTS = 1 << 6,        /* a list of tool results is open */
+    WAITING = 1 << 7,           /* tools were called, their results have not come */
+    SAID_TEXT = 1 << 8,         /* an assistant's content was a text */
+    SAID_BLOCKS = 1 << 9,       /* an assistant's content was a list of blocks */
+    ASKED = 1 << 10,            /* the assistant's turn is next */
+    ANSWERED = 1 << 11,         /* the assistant has had one */
+    SYSTEM_OPEN = 1 << 12,      /* the question goes on behind the system text */
+    BEGUN = 1 << 13,            /* this writer has written the opening */
+    KEPT = ASKED | ANSWERED | SYSTEM_OPEN | BEGUN,      /* from turn to turn of one writer */
 };
 
 typedef struct {
@@ -6183,46 +6203,46 @@ typedef struct {
                                    white space around it, as $text is if the template trims),
                                    $quoted (as Python's JSON), $below
                                    (after an empty line, unless it is empty), $role, $tools,
-                                   $date                                                       */
-    const char *refuse;         /* or else why the conversation cannot be written              */
-    unsigned when, unless;      /* counts only while all of these bits, none of those are set  */
-    unsigned sets, clears;      /* the bits that it changes afterwards                         */
+                                   $date */
+    const char *refuse;         /* or else why the conversation cannot be written */
+    unsigned when, unless;      /* counts only while all of these bits, none of those are set */
+    unsigned sets, clears;      /* the bits that it changes afterwards */
 } chat_part;
 
 /* A kind of turn that a template writes in its own way. */
 typedef struct {
     const char *role;           /* of chat_roles; or with a '/', which no role in a file can have:
-                                   text that C code has finished, see tools/tool_calls.c       */
+                                   text that C code has finished, see tools/tool_calls.c */
     const chat_part *parts;
 } chat_kind;
 
 typedef struct {
     const char *name;
     const char *bos;            /* the control token before everything; NULL: none; "": the one
-                                   that the tokenizer adds, if it does                         */
-    const chat_part *opening;   /* the system block that is always there; NULL: none           */
-    const char *system;         /* system text of a conversation without any; NULL: none       */
-    const char *date;           /* the date that is stated if none is given; NULL: today's     */
+                                   that the tokenizer adds, if it does */
+    const chat_part *opening;   /* the system block that is always there; NULL: none */
+    const char *system;         /* system text of a conversation without any; NULL: none */
+    const char *date;           /* the date that is stated if none is given; NULL: today's */
     const chat_part *said;      /* a turn of any of chat_roles, but for those in `turns`; NULL:
-                                   only those in `turns` are possible                          */
-    const chat_kind *turns;     /* NULL: none; ends with an empty one                          */
-    const chat_part *first;     /* the first turn where there are tools; NULL: as the others   */
-    const chat_part *end;       /* after the last turn                                         */
-    const chat_part *answer;    /* the opening of the answer, from which the model goes on     */
-    const chat_part *close;     /* after the model's answer, before the next turn              */
+                                   only those in `turns` are possible */
+    const chat_kind *turns;     /* NULL: none; ends with an empty one */
+    const chat_part *first;     /* the first turn where there are tools; NULL: as the others */
+    const chat_part *end;       /* after the last turn */
+    const chat_part *answer;    /* the opening of the answer, from which the model goes on */
+    const chat_part *close;     /* after the model's answer, before the next turn */
     bool takes_tools, takes_think;
-    bool trims;                 /* $text goes without the white space around it                */
-    bool states_today;          /* its text depends on the date                                */
-    bool opens_by_role;         /* the answer opens unless the last turn is the assistant's    */
+    bool trims;                 /* $text goes without the white space around it */
+    bool states_today;          /* its text depends on the date */
+    bool opens_by_role;         /* the answer opens unless the last turn is the assistant's */
     const char *stops[4];       /* tokens that end an answer, as far as the tokenizer has them */
-    const char *stop_text;      /* text that does, or NULL                                     */
-    const char *marks[4];       /* words that begin a turn, not control tokens               */
-    const char *call_tokens[2]; /* around what the model writes to call tools; NULL: none      */
+    const char *stop_text;      /* text that does, or NULL */
+    const char *marks[4];       /* words that begin a turn, not control tokens */
+    const char *call_tokens[2]; /* around what the model writes to call tools; NULL: none */
 } chat_template;
 
 /* ---- the templates ------------------------------------------------------------------------- */
 
-#define PARTS(...) ((const chat_part[]){__VA_ARGS__, {0}})      /* an empty part ends the list  */
+#define PARTS(...) ((const chat_part[]){__VA_ARGS__, {0}})      /* an empty part ends the list */
 #define SAYS(words) PARTS({.says = words})
 #define KINDS(...) ((const chat_kind[]){__VA_ARGS__, {0}})
 
@@ -6245,7 +6265,7 @@ typedef struct {
 
 static const chat_part apertus_opening[] = {
     {.says = "`<|system_start|>`$text"},
-    {.says = "$date", .when = OWN_SYSTEM},              /* its own text ends with the date       */
+    {.says = "$date", .when = OWN_SYSTEM},              /* its own text ends with the date */
     {.says = "`<|system_end|>``<|developer_start|>`Deliberation: "},
     {.says = "enabled\n", .when = THINKS}, {.says = "disabled\n", .unless = THINKS},
     {.says = "Tool Capabilities:\n$tools", .when = HAS_TOOLS},
@@ -6445,16 +6465,16 @@ static bool date_is_good(const char *date) {
  * collects in `run` until a control token or the end; for text, all goes straight to `out`. */
 typedef struct {
     const chat_template *c;
-    const tokenizer *t;         /* may be NULL for text: names of tokens are not checked then  */
-    const medrun_chat_options *o;               /* NULL: what the template does by itself      */
+    const tokenizer *t;         /* may be NULL for text: names of tokens are not checked then */
+    const medrun_chat_options *o;               /* NULL: what the template does by itself */
     bool as_text;               /* for people to read, control tokens spelled out: never to be
-                                   tokenized again                                             */
+                                   tokenized again */
     const chat_kind *more;      /* kinds of turns that `c` lacks, or NULL: tools/tool_calls.c's */
-    buffer *out;                /* int32 ids, or text; grows at its end                        */
+    buffer *out;                /* int32 ids, or text; grows at its end */
     medrun_error *e;
 
-    unsigned state;             /* HAS_TOOLS and so on                                         */
-    buffer run;                 /* text since the last control token                           */
+    unsigned state;             /* HAS_TOOLS and so on */
+    buffer run;                 /* text since the last control token */
     int flags;                  /* TOKENIZE_CONTINUES: the next run goes on from the last turn */
 } chat_writer;
 
@@ -6560,7 +6580,7 @@ static void chat_fill(chat_writer *w, const char *name, size_t n, const medrun_m
     if (i == ROLE) buffer_text(to, said->role);
     if (i == TOOLS) buffer_add(to, w->o->tools, w->o->n_tools);
     if (i == DATE) chat_date(w, to);
-    if (i == BELOW && n_text) {                           /* white space before it stays         */
+    if (i == BELOW && n_text) {                           /* white space before it stays */
         buffer_text(to, "\n\n");
         buffer_add(to, said->text, (size_t)(text - said->text) + n_text);
     }
@@ -6602,8 +6622,7 @@ static int json_check_keys(const json *j, uint32_t v, const char *what, medrun_e
     for (uint32_t end = j->nodes[v].next; !e->code && v < end; v++) {
         uint32_t count = j->nodes[v].count, c = v + 1;
         if (json_typeof(j, v) != JSON_OBJECT) continue;
-        if (count > 2 * MOST)
-            bad_file(e, what, "an object has more than %d keys", MOST);
+        if (count > 2 * MOST) bad_file(e, what, "an object has more than %d keys", MOST);
         for (uint32_t i = 0; !e->code && i < count; i += 2, c = j->nodes[c + 1].next) {
             key.n = 0;
             json_unescape(j, c, &key);
@@ -6612,12 +6631,11 @@ static int json_check_keys(const json *j, uint32_t v, const char *what, medrun_e
             if (key.failed) out_of_memory(e, key.n);
             else if (strlen(name) + 1 < key.n)
                 bad_file(e, what, "the key \"%.80s\" holds a NUL", name);
-            else if (json_get(j, v, name) != c + 1)     /* the first one of this name            */
+            else if (json_get(j, v, name) != c + 1)     /* the first one of this name */
                 bad_file(e, what, "the key \"%.80s\" stands twice in one object", name);
         }
     }
-    buffer_free(&key);
-    return e->code;
+    return buffer_free(&key), e->code;
 }
 
 /* Message V of J, {"role": ..., "content": ...}: gives the name of its role, or NULL. */
@@ -6648,7 +6666,7 @@ static int chat_messages(const chat_template *c, const json *j, uint32_t v, cons
     if (!good) return bad_file(e, what, "wanted [{\"role\": \"...\", \"content\": \"...\"}, ...]");
     json_check_keys(j, v, "messages", e);
     *m = new_array(*n, sizeof **m);
-    if (!*m || !buffer_room(text, j->nodes[v].end - j->nodes[v].start))     /* none will move    */
+    if (!*m || !buffer_room(text, j->nodes[v].end - j->nodes[v].start))     /* none will move */
         return out_of_memory(e, *n * sizeof **m);
     uint32_t x = v + 1;
     for (size_t i = 0; !e->code && i < *n; i++, x = j->nodes[x].next) {
@@ -6770,7 +6788,7 @@ static int chat_turn(chat_writer *w, const medrun_message *m, bool first, bool a
         fail(w->e, MEDRUN_USAGE, "template %s has its tools in the first turn: render the whole "
              "conversation", w->c->name);
     if (!first) w->flags = TOKENIZE_CONTINUES;
-    if (!first && !(w->state & BEGUN))                  /* turns that another call has written   */
+    if (!first && !(w->state & BEGUN))                  /* turns that another call has written */
         w->state |= m && m->role && !strcmp(m->role, "assistant") ? ASKED : ANSWERED;
     w->state |= BEGUN;
     chat_turns(w, m, m != NULL, first);
@@ -6821,27 +6839,27 @@ static const char *const architecture_names[N_ARCHITECTURES] = {"llama", "mistra
  * other names; medrun-export translates. A key-value head serves n_heads / n_kv_heads heads. */
 typedef struct {
     int vocab_size, hidden_size, n_layers, n_heads, n_kv_heads, head_dim, ffn_size, max_positions;
-    int sliding_window;             /* keys a query sees, its own among them; 0: all            */
+    int sliding_window;             /* keys a query sees, its own among them; 0: all */
     int activation;
-    bool qk_norm;                   /* RMSNorm of each head of q and k, before the rotation     */
-    bool tied;                      /* the output matrix is the embedding                       */
+    bool qk_norm;                   /* RMSNorm of each head of q and k, before the rotation */
+    bool tied;                      /* the output matrix is the embedding */
     float norm_eps;
     double rope_theta;
     int rope_type;
-    double rope_factor, rope_original;          /* llama3, yarn                                 */
-    double rope_low, rope_high;                 /* llama3                                       */
-    double rope_beta_fast, rope_beta_slow, rope_attention;      /* yarn                         */
-    bool rope_truncate;                         /* yarn                                         */
-    float rope_divisors[MAX_HEAD_DIM / 2];      /* divisors: (head_dim / 2)                     */
+    double rope_factor, rope_original;          /* llama3, yarn */
+    double rope_low, rope_high;                 /* llama3 */
+    double rope_beta_fast, rope_beta_slow, rope_attention;      /* yarn */
+    bool rope_truncate;                         /* yarn */
+    float rope_divisors[MAX_HEAD_DIM / 2];      /* divisors: (head_dim / 2) */
 } model_config;
 
 /* A layer: attention, then feed-forward. Matrices lie in panels (section 5), rows are outputs. */
 typedef struct {
-    const float *attn_norm, *ffn_norm;          /* (hidden_size)                                */
-    const float *q_norm, *k_norm;               /* (head_dim), only with qk_norm                */
-    tensor q, k, v, o;                          /* outputs x inputs                             */
-    tensor gate, up, down;                      /* gate only with silu                          */
-    xielu_numbers xielu;                        /* only with xielu                              */
+    const float *attn_norm, *ffn_norm;          /* (hidden_size) */
+    const float *q_norm, *k_norm;               /* (head_dim), only with qk_norm */
+    tensor q, k, v, o;                          /* outputs x inputs */
+    tensor gate, up, down;                      /* gate only with silu */
+    xielu_numbers xielu;                        /* only with xielu */
 } model_layer;
 
 /* Read-only once it is open, so threads and sessions share it. Weights, norms and the tokenizer's
@@ -6850,27 +6868,27 @@ struct medrun_model {
     model_file file;
     char *path;
     model_config config;
-    int type;                                   /* of all matrices                              */
-    tensor embed, output;                       /* (vocab_size, hidden_size)                    */
+    int type;                                   /* of all matrices */
+    tensor embed, output;                       /* (vocab_size, hidden_size) */
     const float *final_norm;
     model_layer *layers;
-    float *rope_frequencies;                    /* (head_dim / 2) radians a position            */
-    float rope_scale;                           /* of cosine and sine: YaRN's attention factor  */
+    float *rope_frequencies;                    /* (head_dim / 2) radians a position */
+    float rope_scale;                           /* of cosine and sine: YaRN's attention factor */
     tokenizer tokenizer;
-    uint8_t vocabulary[32];                     /* SHA-256 of the tokenizer's section           */
-    const chat_template *chat;                  /* own_chat; NULL: unknown                      */
-    chat_template own_chat;                     /* the row of that name, as this model has it   */
-    const char *architecture;                   /* one of architecture_names                    */
+    uint8_t vocabulary[32];                     /* SHA-256 of the tokenizer's section */
+    const chat_template *chat;                  /* own_chat; NULL: unknown */
+    chat_template own_chat;                     /* the row of that name, as this model has it */
+    const char *architecture;                   /* one of architecture_names */
     char name[128], template_name[32], bos[TOKENIZER_MAX_ADDED + 1], licence[128], notice[256];
-    char *system;                               /* default system text                          */
+    char *system;                               /* default system text */
     int n_stops, stops[MEDRUN_MAX_STOPS];
     medrun_sampling sampling;
     thread_pool *pool;
     const kernel_set *kernels;
     uint64_t parameters, weight_bytes;
-    size_t longest_piece;                       /* bytes                                        */
-    device *device;                             /* NULL: none                                   */
-    buffer device_log;                          /* of a device that cannot be used              */
+    size_t longest_piece;                       /* bytes */
+    device *device;                             /* NULL: none */
+    buffer device_log;                          /* of a device that cannot be used */
 };
 
 /* ---- rotary frequencies -------------------------------------------------------------------- */
@@ -6894,7 +6912,7 @@ static float llama3_frequency(const model_config *c, float f) {
  * head_dim). */
 static float yarn_frequency(const model_config *c, int i, float power, double ln_theta) {
     double bound[2] = {c->rope_beta_fast, c->rope_beta_slow};
-    for (int k = 0; k < 2; k++) {           /* the dimension that turns BOUND times              */
+    for (int k = 0; k < 2; k++) {           /* the dimension that turns BOUND times */
         bound[k] = c->head_dim * ln_exact(c->rope_original / (bound[k] * TWO_PI)) / (2 * ln_theta);
         if (c->rope_truncate) bound[k] = k ? ceil(bound[k]) : floor(bound[k]);
     }
@@ -7095,8 +7113,8 @@ static void describe_config(buffer *b, const model_config *c, const char *archit
 /* Goes through the header's table of tensors: each must be the next that the config asks for. */
 typedef struct {
     medrun_model *m;
-    int layer;                      /* the one whose tensors are bound, or -1                   */
-    uint32_t entry, left;           /* node of the next entry; how many there are               */
+    int layer;                      /* the one whose tensors are bound, or -1 */
+    uint32_t entry, left;           /* node of the next entry; how many there are */
 } binder;
 
 /* Binds the next entry: it must have this name, type and shape. NAME within a layer is that of the
@@ -7124,8 +7142,7 @@ static void bind(binder *b, const char *name, int rows, int cols, void *to, medr
     int64_t c = json_int(j, b->entry, f->path, "cols", 1, 1 << 24, e);
     snprintf(found, sizeof found, "%s %s (%d, %d)", their_name, their_type, (int)r, (int)c);
     snprintf(wanted, sizeof wanted, "%s %s (%zu, %d)", full, type_names[t.type], t.rows, cols);
-    if (strcmp(found, wanted))
-        bad_file(e, f->path, "tensor: found %s, wanted %s", found, wanted);
+    if (strcmp(found, wanted)) bad_file(e, f->path, "tensor: found %s, wanted %s", found, wanted);
     if (e->code || take_section(f, b->entry, full, &t.data, &bytes, digest, e)) return;
     if (bytes != all)
         bad_file(e, f->path, "tensor %s: found %zu bytes, wanted %llu", full, bytes,
@@ -7253,7 +7270,7 @@ static int read_chat(medrun_model *m, medrun_error *e) {
     if (json_text(j, v, f->path, "template", m->template_name, sizeof m->template_name, e))
         return e->code;
     const chat_template *row = chat_find(m->template_name);
-    if (!row && strcmp(m->template_name, MEDRUN_UNKNOWN))       /* nor to the exporter           */
+    if (!row && strcmp(m->template_name, MEDRUN_UNKNOWN))       /* nor to the exporter */
         return bad_file(e, m->path, "field chat.template: found \"%s\", wanted %s",
                         m->template_name, MEDRUN_TEMPLATES);
     if (row) m->own_chat = *row, m->chat = &m->own_chat;
@@ -7266,7 +7283,7 @@ static int read_chat(medrun_model *m, medrun_error *e) {
     buffer b = {0};
     json_unescape(j, system, &b);
     buffer_add(&b, "", 1);
-    m->system = (char *)b.data;                         /* the model frees it                    */
+    m->system = (char *)b.data;                         /* the model frees it */
     if (b.failed) return out_of_memory(e, b.n);
     if (*m->system) m->own_chat.system = m->system;
     if (e->code || read_stops(m, v, e)) return e->code;
@@ -7301,9 +7318,10 @@ static int load_model(medrun_model *m, const medrun_options *options, medrun_err
     m->rope_scale = m->config.rope_type == ROPE_YARN ? (float)m->config.rope_attention : 1;
     if (bind_all(m, e) || read_tokenizer(m, e) || read_chat(m, e) ||
         choose_kernels(&m->kernels, options ? options->kernels : NULL, e)) return e->code;
+    const char *limit;
     int threads = options ? options->threads : 0, most = processors();
     if (threads > most && threads <= MAX_THREADS) threads = most;   /* more would only take turns */
-    return pool_start(m->pool, threads, e);
+    return pool_start(m->pool, threads ? threads : default_threads(&limit), e);
 }
 /* ============================================================================================
  * 13 Transformer: what happens to a batch of tokens
@@ -7900,13 +7918,9 @@ void medrun_close(medrun_model *m) {
     if (m->pool && m->pool->threads) pool_stop(m->pool);
     device_close(m->device);
     buffer_free(&m->device_log);
-    free(m->pool);
     tokenizer_close(&m->tokenizer);
-    free(m->system);
-    free(m->rope_frequencies);
-    free(m->layers);
     file_close(&m->file);
-    free(m->path);
+    free(m->pool), free(m->system), free(m->rope_frequencies), free(m->layers), free(m->path);
     free(m);
 }
 
@@ -8301,8 +8315,7 @@ int medrun_say(medrun_session *s, const char *role, const char *text, size_t n_b
         append_ids(s, ids, n, e);
         s->answer_open = !strcmp(role, "user");
     }
-    buffer_free(&t.ids);
-    return e->code;
+    return buffer_free(&t.ids), e->code;
 }
 
 /* ---- steps --------------------------------------------------------------------------------- */
@@ -8391,8 +8404,7 @@ static int32_t sample_row(medrun_session *s, const float *logits) {
 int medrun_sample(medrun_session *s, int32_t *id, medrun_error *error) {
     medrun_error own, *e = fresh_error(error, &own);
     const float *logits = medrun_logits(s, 0);
-    if (!logits)
-        return fail(e, MEDRUN_USAGE, "sample: tokens are pending, call medrun_step first");
+    if (!logits) return fail(e, MEDRUN_USAGE, "sample: tokens are pending, call medrun_step first");
     *id = sample_row(s, logits);
     return MEDRUN_OK;
 }
@@ -8605,8 +8617,7 @@ static int give(buffer *b, size_t size, void *out, size_t cap, size_t *n, medrun
     if (b->failed) out_of_memory(e, b->n);
     *n = e->code ? 0 : b->n / size;
     if (*n && cap) memcpy(out, b->data, (*n < cap ? *n : cap) * size);
-    buffer_free(b);
-    return e->code;
+    return buffer_free(b), e->code;
 }
 
 /* Flags beyond these two are the tokenizer's own, with which a caller could join texts wrongly. */
@@ -8820,7 +8831,7 @@ static int read_state(medrun_session *s, int mode, const char *path, medrun_erro
     state_io io = {.f = open_stream(path, TO_MAP), .mode = mode};
     bool whole = mode == STATE_RESTORE;
     if (!io.f || get_facts(NULL, fileno(io.f), &there))
-        bad_file(e, path, "cannot open: %s", strerror(errno));
+        cannot(e, MEDRUN_BAD_FILE, path, "open");
     else if (!there.regular)
         bad_file(e, path, "is not a regular file");
     else {
@@ -8944,7 +8955,6 @@ typedef struct {
 } option_row;
 
 enum { MAX_OPTIONS = 64 };
-
 struct command;
 
 typedef struct {
@@ -9165,8 +9175,7 @@ static int unknown(command *c, const char *word, buffer *names) {
           *meant ? "; the nearest is " : "", *meant && option ? "--" : "", meant,
           in_chat ? "/" : c->p->name, option ? " help " : in_chat ? "help" : " help",
           option ? c->row->name : "");
-    buffer_free(names);
-    return c->e.code;
+    return buffer_free(names), c->e.code;
 }
 
 /* The command of ROWS that is called NAME, or NULL. */
@@ -9233,8 +9242,7 @@ static int unknown_option(command *c, const char *arg) {
     buffer names = {0};
     for (const command_row *r = p->commands; known >= 0 && r->name; r++)
         if (p->options[known].on & ON(r - p->commands)) buffer_printf(&names, " %s", r->name);
-    if (names.n)
-        USAGE(c, "%s does not go with %s, but with:%s", arg, c->row->name, chars(&names));
+    if (names.n) USAGE(c, "%s does not go with %s, but with:%s", arg, c->row->name, chars(&names));
     names.n = 0;
     if (c->e.code || look_elsewhere(c, arg)) return buffer_free(&names), c->e.code;
     for (const option_row *r = p->options; r < p->options + p->n_options; r++)
@@ -9252,8 +9260,7 @@ static int set_option(command *c, int id, const char *value, int from, const cha
                    (r->kind == WHOLE && v != floor(v))))
         return USAGE(c, "%s: found \"%s\", wanted a %snumber from %.16g to %.16g", name, value,
                      r->kind == WHOLE ? "whole " : "", r->min, r->max);
-    if (!number && v < 0)
-        return USAGE(c, "%s: found \"%s\", wanted %s", name, value, words);
+    if (!number && v < 0) return USAGE(c, "%s: found \"%s\", wanted %s", name, value, words);
     if (id == O_STOP && (!*value || c->n_stops == MEDRUN_MAX_STOPS))
         return USAGE(c, "%s: found %s, wanted 1 to %d texts", name,
                      *value ? "one more" : "an empty text", MEDRUN_MAX_STOPS);
@@ -9397,7 +9404,7 @@ static int quit(command *c, int code) { return fail(&c->e, code, "%s", ""), c->e
 static int flush_stdout(command *c) {
     if (!fflush(stdout) && !ferror(stdout)) return c->e.code;
     if (errno == EPIPE || errno == EBADF) return quit(c, MEDRUN_FAILED);
-    return fail(&c->e, MEDRUN_FAILED, "stdout: cannot write: %s", strerror(errno));
+    return cannot(&c->e, MEDRUN_FAILED, "stdout", "write");
 }
 
 /* A buffer as ids, which are as wide as they are in the API. */
@@ -9435,13 +9442,13 @@ static int read_file(command *c, const char *path, size_t most, buffer *out) {
     if (c->e.code) return c->e.code;
     if (standard) path = "stdin";
     FILE *f = standard ? stdin : open_stream(path, TO_READ);
-    if (!f) return bad_file(&c->e, path, "cannot open: %s", strerror(errno));
+    if (!f) return cannot(&c->e, MEDRUN_BAD_FILE, path, "open");
     for (size_t n = 1; n && out->n <= most && buffer_room(out, 65536);) {
         n = fread(out->data + out->n, 1, 65536, f);
         out->n += n, out->data[out->n] = 0;
         if (ferror(f) && errno == EINTR) clearerr(f), n = 1;
     }
-    if (ferror(f)) bad_file(&c->e, path, "cannot read: %s", strerror(errno));
+    if (ferror(f)) cannot(&c->e, MEDRUN_BAD_FILE, path, "read");
     if (!standard) fclose(f);
     if (out->n > most && most == MOST_INPUT)
         bad_file(&c->e, path, "found over %zu bytes, the most that is read", most);
@@ -9493,8 +9500,7 @@ static int json_ids(command *c, const json *j, uint32_t v, const char *what, buf
         good = id >= 0 && id < c->t->vocab_size && id == floor(id);
         if (good) buffer_add(ids, &(int32_t){(int32_t)id}, sizeof(int32_t));
     }
-    if (!good)
-        bad_file(&c->e, what, "wanted token ids, whole numbers below %d", c->t->vocab_size);
+    if (!good) bad_file(&c->e, what, "wanted token ids, whole numbers below %d", c->t->vocab_size);
     return check_buffer(c, ids);
 }
 
@@ -9526,8 +9532,7 @@ static int choose_chat(command *c) {
     if (!o->date && c->chat && c->chat->states_today) o->date = c->today;
     o->think = flag(c, O_THINK);
     o->bos = whole(c, O_CHAT_BOS);
-    if (c->chat && c->chat->stop_text && !c->n_stops)
-        c->stops[c->n_stops++] = c->chat->stop_text;
+    if (c->chat && c->chat->stop_text && !c->n_stops) c->stops[c->n_stops++] = c->chat->stop_text;
     return MEDRUN_OK;
 }
 
@@ -9553,8 +9558,8 @@ static int choose_device_option(command *c) {
 /* What is locked is never written to swap: it stays fast, and no prompt reaches a disk. */
 static int lock(command *c, const void *p, size_t n) {
     if (lock_bytes(p, n)) return MEDRUN_OK;
-    return fail(&c->e, MEDRUN_FAILED, "--mlock: %zu MB cannot be locked: %s" LOCK_HINT, n >> 20,
-                strerror(errno));
+    return fail(&c->e, errno == ENOMEM ? MEDRUN_NO_MEMORY : MEDRUN_FAILED, "--mlock: %zu MB cannot "
+                "be locked: %s" LOCK_HINT, n >> 20, strerror(errno));
 }
 
 /* PATH cannot be opened. Where it is a model in another form, says how to make a checkpoint. */
@@ -9603,8 +9608,7 @@ static int open_model(command *c) {
 static int open_tokenizer(command *c) {
     const char *path = c->text[O_MODEL];
     if (path && map_file(path, &c->map, &c->e)) return suggest_export(c, path);
-    if (c->map.n < 6 || memcmp(c->map.data, "MEDTOK", 6))
-        return unmap_file(&c->map), open_model(c);
+    if (c->map.n < 6 || memcmp(c->map.data, "MEDTOK", 6)) return unmap_file(&c->map), open_model(c);
     c->t = &c->own;
     return tokenizer_open(&c->own, c->map.data, c->map.n, path, &c->e);
 }
@@ -9978,8 +9982,7 @@ static int render_json(chat_writer *w, const json *j, uint32_t v, const char *wh
     buffer text = {0};
     if (!chat_messages(w->c, j, v, what, &m, &n, &text, w->e)) chat_render(w, m, n, open);
     free(m);
-    buffer_free(&text);
-    return w->e->code;
+    return buffer_free(&text), w->e->code;
 }
 
 /* The ids of the whole prompt, as the options say, in c->ids; or its text, which people want to
@@ -10091,6 +10094,7 @@ static uint64_t cache_size(const medrun_model *m, int context, int kv) {
  * all by itself. */
 static void show_memory(FILE *f, const medrun_model *m, const medrun_session_options *o) {
     machine_limits l = limits_of_machine();
+    const char *limit;
     uint64_t total = (uint64_t)l.memory, available = (uint64_t)l.available;
     uint64_t weights = m->file.map.n, session = session_needs(m, o);
     uint64_t cache = cache_size(m, o->context, o->kv), all = weights + session;
@@ -10105,6 +10109,8 @@ static void show_memory(FILE *f, const medrun_model *m, const medrun_session_opt
     show(f, "", "%9.1f MB scratch", mb(session - cache));
     show(f, "", "%9.1f MB in all, of %.1f MB%s; %.1f MB are free: %s", mb(all), mb(total),
          l.of_group ? " (the control group's limit)" : "", mb(available), verdict);
+    int threads = default_threads(&limit);
+    show(f, "threads", limit ? "%d (%s)" : "%d", threads, limit);
 }
 
 /* One screen, so that it can be read at once; what only a script compares needs -v. */
@@ -10139,8 +10145,7 @@ static int show_model(FILE *f, command *c, int context) {
     show(f, "notice", "%s", m->notice);
     if (flag(c, O_VERBOSE)) show_sources(f, m);
     show_memory(f, m, &o);
-    buffer_free(&config), buffer_free(&lacks), buffer_free(&stops);
-    return MEDRUN_OK;
+    return buffer_free(&config), buffer_free(&lacks), buffer_free(&stops), MEDRUN_OK;
 }
 
 static int show_command(command *c) {
@@ -10474,8 +10479,7 @@ static int say(command *c, const buffer *text) {
         talk.starts[talk.n_turns] = medrun_length(c->s) + t.n_open;
         if (!feed_prompt(c, ids_of(&t.ids) + skip, n)) talk.n_turns++;
     }
-    buffer_free(&t.ids);
-    return c->e.code ? c->e.code : answer_turn(c);
+    return buffer_free(&t.ids), c->e.code ? c->e.code : answer_turn(c);
 }
 
 /* ---- what is typed with / ------------------------------------------------------------------ */
@@ -10571,8 +10575,7 @@ static int print_talk(command *c, FILE *f, bool last) {
     if (!out.n) buffer_text(&out, chars(&all));
     if (!check_buffer(c, &all) && !check_buffer(c, &out))
         print_words(f, &(text_line){.width = width_of(fileno(f))}, chars(&out), out.n);
-    buffer_free(&all), buffer_free(&words), buffer_free(&out);
-    return c->e.code;
+    return buffer_free(&all), buffer_free(&words), buffer_free(&out), c->e.code;
 }
 
 /* Its first line tells a file of /text from a stranger's, which is not written over. */
@@ -10618,8 +10621,7 @@ static int chat_read(command *c) {
     read_text(c, path, most_prompt(c), &said);
     drop_line_end(&said);
     say(c, &said);
-    buffer_free(&said);
-    return c->e.code;
+    return buffer_free(&said), c->e.code;
 }
 
 static int chat_help(command *c) {
@@ -10675,8 +10677,7 @@ static int chat_command(command *c, char *line) {
         talk.text = (char *)path.data;
     }
     if (!check_buffer(c, &path)) r->run(c);
-    buffer_free(&path);
-    return c->e.code;
+    return buffer_free(&path), c->e.code;
 }
 
 /* Does what each message says until the person leaves. What fails is said, and the conversation
@@ -10899,8 +10900,7 @@ static int tokenize_command(command *c) {
     int flags = (flag(c, O_BOS) ? MEDRUN_ADD_BOS : 0) |
                 (flag(c, O_SPECIAL) ? MEDRUN_PARSE_SPECIAL : 0);
     if (open_tokenizer(c)) return c->e.code;
-    if (flag(c, O_BOS) && c->t->bos < 0)
-        return USAGE(c, "--bos: this tokenizer has no such token");
+    if (flag(c, O_BOS) && c->t->bos < 0) return USAGE(c, "--bos: this tokenizer has no such token");
     if (!read_prompt(c))
         tokenizer_encode(c->t, chars(&c->input), c->input.n, flags, &c->ids, &c->e);
     return print_ids(c);

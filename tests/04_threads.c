@@ -6,14 +6,19 @@
 #include <fenv.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
-
+#include <sys/wait.h>
 #ifdef CPU_COUNT
-static bool many_processors;
+#include <sys/mount.h>
 
-/* Stands before the C library's: a machine with 1024 processors, when asked. */
+static bool many_processors;
+static unsigned few_processors;         /* a bit for each                                        */
+
+/* Stands before the C library's: a machine with 1024 processors, or with a few, when asked. */
 int sched_getaffinity(pid_t pid, size_t n, cpu_set_t *set) {
     memset(set, many_processors ? 0xFF : 0, n);
-    return many_processors || syscall(SYS_sched_getaffinity, pid, n, set) >= 0 ? 0 : -1;
+    for (size_t i = 0; i < 8; i++) if (few_processors >> i & 1) CPU_SET(i, set);
+    bool asked = many_processors || few_processors;
+    return asked || syscall(SYS_sched_getaffinity, pid, n, set) >= 0 ? 0 : -1;
 }
 #endif
 
@@ -197,9 +202,8 @@ static void test_pool_start(void) {
     CHECK_EQ(pool_start(&p, MAX_THREADS + 1, &e), MEDRUN_USAGE);
     CHECK(strstr(e.text, "257") != NULL);
     e = (medrun_error){0};
-    CHECK_EQ(pool_start(&p, 0, &e), MEDRUN_OK);
-    CHECK_EQ(p.threads, default_threads());
-    pool_stop(&p);
+    CHECK_EQ(pool_start(&p, 0, &e), MEDRUN_USAGE);
+    e = (medrun_error){0};
     CHECK_EQ(pool_start(&p, MAX_THREADS, &e), MEDRUN_OK);
     CHECK_EQ(p.started, MAX_THREADS - 1);
     pool_stop(&p);
@@ -348,6 +352,86 @@ static void test_limits(void) {
 }
 #endif
 
+#ifdef CPU_COUNT
+/* The cores of the processors MINE (bits) where four have these lists of hardware threads. */
+static int cores_with(const char *folder, unsigned mine, const char *const lists[4]) {
+    char name[64];
+    for (int i = 0; i < 4; i++) {
+        snprintf(name, sizeof name, "cpu%d/topology/thread_siblings_list", i);
+        if (lists[i]) write_text(folder, name, lists[i]);
+    }
+    few_processors = mine;
+    int n = cores_of(folder);
+    few_processors = 0;
+    return n;
+}
+
+/* What default_threads says, in a process of its own, where two processors are said to be threads
+ * of one core: 1 or 2. Both are one processor in truth where PINNED. 0: only root may, and found
+ * that limit named wrong. */
+static int threads_of_one_core(const char *folder, bool pinned) {
+    pid_t child = fork();
+    if (!child) {
+        const char *limit = NULL;
+        cpu_set_t first;
+        CPU_ZERO(&first);
+        for (size_t i = 0; pinned && !CPU_COUNT(&first); i++) {
+            CPU_SET(i, &first);
+            if (sched_setaffinity(0, sizeof first, &first)) CPU_ZERO(&first);
+        }
+        few_processors = 3;
+        if (unshare(CLONE_NEWNS) || mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL) ||
+            mount(folder, "/sys/devices/system/cpu", NULL, MS_BIND, NULL)) _exit(77);
+        int n = default_threads(&limit);
+        _exit(n == default_threads(&limit) && (n > 1 || (limit && strstr(limit, "the cores")))
+              ? n : 0);
+    }
+    int status = 0;
+    return waitpid(child, &status, 0) == child && WIFEXITED(status) ? WEXITSTATUS(status) : 0;
+}
+
+static void test_cores(void) {
+    static const char *const beside[4] = {"0-1\n", "0-1\n", "2-3\n", "2-3\n"};
+    static const char *const apart[4] = {"0,2\n", "1,3\n", "0,2\n", "1,3\n"};
+    static const char *const single[4] = {"0\n", "1\n", "2\n", "3\n"}, *const nothing[4] = {0};
+    char folder[] = "/tmp/medrun_test_XXXXXX", path[128];
+    const char *limit;
+    if (!CHECK(mkdtemp(folder))) return;
+    for (int i = 0; i < 8; i++) {
+        snprintf(path, sizeof path, "%s/cpu%d%s", folder, i / 2, i % 2 ? "/topology" : "");
+        CHECK(!mkdir(path, 0700));
+    }
+    CHECK_EQ(cores_with(folder, 15, nothing), 4);       /* nobody says: each is a core           */
+    CHECK_EQ(cores_with(folder, 15, single), 4);
+    CHECK_EQ(cores_with(folder, 15, beside), 2);
+    CHECK_EQ(cores_with(folder, 3, beside), 1);
+    CHECK_EQ(cores_with(folder, 10, beside), 2);        /* the first of a core is not ours       */
+    CHECK_EQ(cores_with(folder, 11, beside), 2);
+    CHECK_EQ(cores_with(folder, 8, beside), 1);
+    CHECK_EQ(cores_with(folder, 15, apart), 2);
+    CHECK_EQ(cores_with(folder, 5, apart), 1);
+    CHECK_EQ(cores_with(folder, 3, apart), 2);
+    CHECK_EQ(cores_with("/tmp/medrun_is_not_there", 15, nothing), 4);
+    cores_with(folder, 15, beside);
+    int n = threads_of_one_core(folder, true);
+    if (n != 77) CHECK_EQ(n, 1);
+    /* Two true processors do more than one; others may use them, so that is tried again. */
+    bool may = n != 77 && processors() > 1;
+    for (int i = 0; may && i < 50 && n != 2; i++) n = threads_of_one_core(folder, false);
+    if (may) CHECK_EQ(n, 2);
+    snprintf(path, sizeof path, "%s/smt", folder);
+    CHECK(!mkdir(path, 0700));
+    write_text(folder, "smt/active", "0\n");
+    CHECK_EQ(cores_with(folder, 15, beside), MAX_THREADS);
+    write_text(folder, "smt/active", "1\n");
+    CHECK_EQ(cores_with(folder, 15, beside), 2);
+    snprintf(path, sizeof path, "rm -r %s", folder);
+    CHECK(!system(path));
+    n = default_threads(&limit);
+    CHECK(n >= 1 && n <= processors());
+}
+#endif
+
 static void test_machine(void) {
     double t = seconds();
     usleep(20000);
@@ -455,6 +539,9 @@ int main(void) {
     test_machine();
 #ifndef _WIN32
     test_limits();
+#endif
+#ifdef CPU_COUNT
+    test_cores();
 #endif
     test_arithmetic();
     test_pool_refused();

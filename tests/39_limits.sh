@@ -44,7 +44,7 @@ finds "no limit" "$line
 " none '0::/\n' "$lab" doctor
 if command -v taskset > /dev/null && [ "$all" -gt 1 ]; then
     first=$(taskset -cp $$ | sed 's/.*: \([0-9]*\).*/\1/')
-    finds "affinity" "processors 1 (of " none '0::/\n' taskset -c "$first" "$lab" doctor
+    finds "affinity" "processors 1 (this process's affinity)" none '0::/\n' taskset -c "$first" "$lab" doctor
 fi
 finds "version 2, a group above" "processors 1 (the control group's quota)" two '0::/pod/job\n' "$lab" doctor
 finds "version 2, memory" "memory     64.0 MB (the control group's limit), 25.9 MB are free" \
@@ -53,6 +53,7 @@ finds "version 1" "processors 1" one "$v1" "$lab" doctor
 finds "version 1, memory" "memory     32.0 MB (the control group's limit)" one "$v1" "$lab" doctor
 finds "show" "of 64.0 MB (the control group's limit); 25.9 MB are free: it fits" \
     two '0::/pod/job\n' "$medrun" show $demo
+finds "show, threads" "threads      1 (the control group's quota)" two '0::/pod/job\n' "$medrun" show $demo
 finds "run" "kernels, 1 thread, context" two '0::/pod/job\n' "$medrun" run $demo -p hi -n 1
 # more threads than processors would only take turns
 finds "-t 64" "kernels, $all thread" none '0::/\n' "$medrun" run $demo -p hi -n 1 -t 64

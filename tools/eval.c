@@ -758,8 +758,7 @@ static int append_results(evaluation *v, const void *bytes, size_t n, medrun_err
     for (const char *p = bytes; n && v->fd >= 0;) {
         ssize_t written = write(v->fd, p, n < 1 << 30 ? (unsigned)n : 1u << 30);
         if (written < 0 && errno == EINTR) continue;
-        if (written < 0)
-            return fail(e, MEDRUN_FAILED, "%s: cannot write: %s", v->o.out, strerror(errno));
+        if (written < 0) return cannot(e, MEDRUN_FAILED, v->o.out, "write");
         p += written, n -= (size_t)written;
     }
     return MEDRUN_OK;
@@ -834,7 +833,7 @@ static int resume_results(evaluation *v, buffer *text, medrun_error *e) {
     const char *p = text_of(text);
     while (text->n && p[text->n - 1] != '\n') text->n--;
     if (set_length(v->fd, text->n) || lseek(v->fd, 0, SEEK_END) < 0)
-        return fail(e, MEDRUN_FAILED, "%s: %s", v->o.out, strerror(errno));
+        return cannot(e, MEDRUN_FAILED, v->o.out, "cut its last line");
     if (!text->n) v->fresh = true;
     if (!text->n) return append_results(v, v->header.data, v->header.n, e);
     const char *head = memchr(p, '\n', text->n), *end = p + text->n;
@@ -883,7 +882,7 @@ static int read_results(evaluation *v, buffer *text, medrun_error *e) {
             return fail(e, MEDRUN_BAD_FILE, "%s: line 1: not a result of medrun-eval", v->o.out);
     }
     if (text->failed) return out_of_memory(e, text->n);
-    if (n < 0) return fail(e, MEDRUN_FAILED, "%s: cannot read: %s", v->o.out, strerror(errno));
+    if (n < 0) return cannot(e, MEDRUN_FAILED, v->o.out, "read");
     return MEDRUN_OK;
 }
 
@@ -908,14 +907,14 @@ static int open_results(evaluation *v, medrun_error *e) {
         return e->code;
     v->fd = open_update(v->o.out);
     if (v->fd < 0 || get_facts(NULL, v->fd, &f))
-        return fail(e, MEDRUN_FAILED, "%s: cannot open: %s", v->o.out, strerror(errno));
+        return cannot(e, MEDRUN_FAILED, v->o.out, "open");
     if (!lock_file(v->fd))
         return fail(e, MEDRUN_FAILED, "%s: another process is writing it", v->o.out);
     if (!is_in_place(v))
         return fail(e, MEDRUN_FAILED, "%s: another process put a new file there; try again",
                     v->o.out);
     if (anew && keep_private(v->fd))
-        return fail(e, MEDRUN_FAILED, "%s: cannot be made private: %s", v->o.out, strerror(errno));
+        return cannot(e, MEDRUN_FAILED, v->o.out, "be made private");
     if (f.bytes && !v->o.resume && !anew)
         return fail(e, MEDRUN_USAGE, "%s: is there already; --resume goes on with it", v->o.out);
     if (f.bytes > MOST_RESULTS && !anew)

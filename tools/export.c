@@ -220,7 +220,7 @@ static int add_file(source *s, const char *name, const char *path, const file_ma
                     medrun_error *e) {
     file_facts facts;
     if (grow(&s->files, s->n_files, &s->files_cap, sizeof *s->files, e)) return e->code;
-    if (get_facts(path, -1, &facts)) return refuse(e, "%s: %s", path, strerror(errno));
+    if (get_facts(path, -1, &facts)) return cannot(e, MEDRUN_BAD_FILE, path, "open");
     source_file *f = &s->files[s->n_files++];
     *f = (source_file){.bytes = map ? map->n : facts.bytes, .fd = -1,
                        .device = facts.device, .inode = facts.inode};
@@ -829,8 +829,8 @@ static int read_at(int fd, void *to, size_t n, uint64_t at, const char *path, me
     while (n) {
         ssize_t got = pread(fd, p, n, (off_t)at);
         if (got < 0 && errno == EINTR) continue;
-        if (got <= 0) return fail(e, MEDRUN_FAILED, "%s: cannot read: %s", path,
-                                  got ? strerror(errno) : "it became shorter");
+        if (got < 0) return cannot(e, MEDRUN_FAILED, path, "read");
+        if (!got) return fail(e, MEDRUN_FAILED, "%s: cannot read: it became shorter", path);
         p += got, n -= (size_t)got, at += (uint64_t)got;
     }
     return MEDRUN_OK;
@@ -947,8 +947,8 @@ static int read_shard(source *s, const char *name, medrun_error *e) {
     if (join_path(path, s->folder, name, e)) return e->code;
     int fd = open_file(path, TO_MAP);
     if (fd < 0)
-        return refuse(e, "%s: cannot open: %s; the weights are not complete", path,
-                      strerror(errno));
+        return fail(e, errno == ENOMEM ? MEDRUN_NO_MEMORY : MEDRUN_BAD_FILE, "%s: cannot open: %s; "
+                    "the weights are not complete", path, strerror(errno));
     if (get_facts(NULL, fd, &facts) || !facts.regular || add_file(s, name, path, NULL, e)) {
         close(fd);
         return refuse(e, "%s: found no regular file, wanted weights", path);
@@ -1930,8 +1930,8 @@ static void stop_export(exporter *x, const medrun_error *why) {
 }
 
 static int cannot_write(const exporter *x, medrun_error *e) {
-    return fail(e, MEDRUN_FAILED, "%s: cannot write: %s; nothing is left behind", x->options.out,
-                strerror(errno));
+    return fail(e, errno == ENOMEM ? MEDRUN_NO_MEMORY : MEDRUN_FAILED, "%s: cannot write: %s; nothing "
+                "is left behind", x->options.out, strerror(errno));
 }
 
 static int write_at(const exporter *x, const void *from, size_t n, uint64_t at, medrun_error *e) {
@@ -2310,7 +2310,8 @@ static int parse_line(exporter *x, int argc, char **argv, medrun_error *e) {
 static int check_options(exporter *x, medrun_error *e) {
     const export_options *o = &x->options;
     double factor = 0;
-    int window = -1, threads = default_threads();
+    const char *limit;
+    int window = -1, threads = default_threads(&limit);
     if (!o->source || (!o->out && !o->dry_run))
         return fail(e, MEDRUN_USAGE, "wanted SOURCE and OUT; see --help");
     x->type = o->type ? type_find(o->type) : TYPE_INT8;
@@ -2338,7 +2339,7 @@ static int check_options(exporter *x, medrun_error *e) {
 static int choose_name(exporter *x, medrun_error *e) {
     char *full = full_path(x->source.gguf ? x->options.source : x->source.folder);
     const char *name = x->options.name;
-    if (!full) return refuse(e, "%s: %s", x->options.source, strerror(errno));
+    if (!full) return cannot(e, MEDRUN_BAD_FILE, x->options.source, "resolve its path");
     if (!name && x->source.name[0]) name = x->source.name;
     if (!name) name = cache_name(full);
     if (!name) name = last_slash(full) + 1;

@@ -404,7 +404,7 @@ static int open_gguf(source *s, gguf_file *g, const char *path, medrun_error *e)
     if (map_file(path, &g->map, e) || add_file(s, name, path, NULL, e)) return e->code;
     source_file *f = &s->files[s->n_files - 1];
     f->fd = open_file(path, TO_MAP);
-    if (f->fd < 0) return refuse(e, "%s: cannot open: %s", path, strerror(errno));
+    if (f->fd < 0) return cannot(e, MEDRUN_BAD_FILE, path, "open");
     if (f->bytes != g->map.n) return refuse(e, "%s: its length changes while it is read", path);
     if (read_gguf_header(s, g, e) ||
         read_string(g, "general.architecture", g->architecture, sizeof g->architecture, e) ||

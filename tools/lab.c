@@ -652,27 +652,17 @@ static void list_opencl(void) {
 #endif
 }
 
-/* How many it takes, and which limit made it so few. */
-static void print_processors(void) {
-    int threads = default_threads(), may = processors(), all = may;
-#ifdef _SC_NPROCESSORS_ONLN
-    all = (int)fmin(MAX_THREADS, (double)sysconf(_SC_NPROCESSORS_ONLN));
-#endif
-    printf("processors %d", threads);
-    if (threads < may) printf(" (the control group's quota)");
-    else if (may < all) printf(" (of %d: this process's affinity)", all);
-    putchar('\n');
-}
-
 static int doctor_command(command *c) {
     static float found[CHECK_TOKENS * CHECK_PANELS * LANES], wanted[sizeof found / sizeof *found];
     static const struct { const char *name; int type; } checks[] = {
         {"int8", TYPE_INT8}, {"int4", TYPE_INT4}, {"bf16, strict", TYPE_BF16}};
     const kernel_set *sets[N_KERNEL_SETS], *chosen;
+    const char *limit;
     machine_limits l = limits_of_machine();
     int n = usable_kernels(sets);
     if (choose_kernels(&chosen, getenv("MEDRUN_KERNELS"), &c->e)) return c->e.code;
-    print_processors();
+    int threads = default_threads(&limit);
+    printf(limit ? "processors %d (%s)\n" : "processors %d\n", threads, limit);
     printf("memory     %.1f MB%s, %.1f MB are free\n", mb((uint64_t)l.memory),
            l.of_group ? " (the control group's limit)" : "", mb((uint64_t)l.available));
     printf("kernels    %s\n", chosen->name);

@@ -136,7 +136,7 @@ static int option_int(const char *name, const char *text, int min, int max, int 
 /* What was printed may wait in a buffer, and the place where it goes be full. */
 static int finish_stdout(medrun_error *e) {
     if (!fflush(stdout) && !ferror(stdout)) return e->code;
-    return fail(e, MEDRUN_FAILED, "stdout: cannot write: %s", strerror(errno));
+    return cannot(e, MEDRUN_FAILED, "stdout", "write");
 }
 
 static const char *program_name;            /* for on_lost_file, which may not format a text      */

@@ -1280,7 +1280,7 @@ static int read_keys(server *sv, const char *path, medrun_error *e) {
     if (!path) return e->code;
     FILE *f = open_stream(path, TO_READ);
     if (!f || fstat(fileno(f), &st))
-        fail(e, MEDRUN_BAD_FILE, "%s: cannot open: %s", path, strerror(errno));
+        cannot(e, MEDRUN_BAD_FILE, path, "open");
     else if (st.st_mode & 077)
         fail(e, MEDRUN_USAGE, "%s: others can read the keys in it: chmod 600 %s", path, path);
     while (!e->code && fgets(line, sizeof line, f)) add_key(sv, line, e);
@@ -1430,13 +1430,14 @@ static void serve(server *sv) {
 
 static int start_server(server *sv, medrun_error *e) {
     const char *files[MAX_LISTED + 1] = {sv->path}, *host = host_of(sv);
+    const char *limit;
     bool socket_file = strlen(host) > 5 && !strcmp(host + strlen(host) - 5, ".sock");
     pthread_t thread;
     if (use_options(sv, e) || read_keys(sv, sv->o->key_file, e)) return e->code;
     for (size_t i = 0; i < sv->n_prefixes; i++) files[i + 1] = sv->prefixes[i];
     tzset();
     make_page_headers(&sv->page_headers);
-    if (!sv->threads) sv->threads = default_threads();
+    if (!sv->threads) sv->threads = default_threads(&limit);
     sv->available = limits_of_machine().available;      /* while its files can be read           */
     sv->connections = new_array(MAX_CONNECTIONS, sizeof *sv->connections);
     if (!sv->connections) return out_of_memory(e, MAX_CONNECTIONS * sizeof *sv->connections);
@@ -1454,7 +1455,7 @@ static int start_server(server *sv, medrun_error *e) {
     pthread_cond_init(&sv->work, NULL);
     sv->queue_end = &sv->queue;
     fcntl(sv->listener, F_SETFL, O_NONBLOCK);
-    if (pipe(sv->wake)) return fail(e, MEDRUN_FAILED, "no pipe: %s", strerror(errno));
+    if (pipe(sv->wake)) return cannot(e, MEDRUN_FAILED, "medrun-serve", "make a pipe");
     for (int i = 0; i < 2; i++) fcntl(sv->wake[i], F_SETFL, O_NONBLOCK);
     signal(SIGPIPE, SIG_IGN);
     signal(SIGTERM, on_end);

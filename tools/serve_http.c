@@ -569,7 +569,7 @@ static int listen_unix(const char *path, medrun_error *e) {
     mode_t mask = umask(0177);
     int failed = fd < 0 || bind(fd, (struct sockaddr *)&a, sizeof a) || listen(fd, 128);
     umask(mask);
-    if (failed) return fail(e, MEDRUN_FAILED, "%s: cannot listen: %s", path, strerror(errno)), -1;
+    if (failed) return cannot(e, MEDRUN_FAILED, path, "listen"), -1;
     return fd;
 }
 
