@@ -681,8 +681,7 @@ static int typed_byte(void) {
 
 static bool more_is_typed(void) {
     int waiting = 0;
-    ioctl(STDIN_FILENO, FIONREAD, &waiting);
-    return waiting > 0;
+    return !ioctl(STDIN_FILENO, FIONREAD, &waiting) && waiting > 0;
 }
 
 /* The *N paths that PATTERN means, in order, folders with / at the end; until the next call. */

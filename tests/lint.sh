@@ -33,23 +33,23 @@ done
 budgets="
 1:330:330
 2:450:708
-3:540:632
+3:540:629
 4:200:200
-5:310:260
-6:1940:2184
-7:130:135
-8:350:475
-9:180:319
-10:950:948
-11:520:660
+5:310:258
+6:1940:2183
+7:130:169
+8:350:473
+9:180:317
+10:950:889
+11:520:658
 12:450:510
 13:420:452
 14:100:118
-15:720:1025
-16:1410:2311"
+15:720:1018
+16:1410:2300"
 budgets=$(echo $budgets)                  # on one line
-most_lines=11213                            # the goals: 9000, 450000, 15
-most_bytes=571884
+most_lines=11212                            # the goals: 9000, 450000, 15
+most_bytes=571859
 least_comments=14.4
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '

@@ -1930,8 +1930,9 @@ static void stop_export(exporter *x, const medrun_error *why) {
 }
 
 static int cannot_write(const exporter *x, medrun_error *e) {
-    return fail(e, errno == ENOMEM ? MEDRUN_NO_MEMORY : MEDRUN_FAILED, "%s: cannot write: %s; nothing "
-                "is left behind", x->options.out, strerror(errno));
+    int code = errno == ENOMEM ? MEDRUN_NO_MEMORY : MEDRUN_FAILED;
+    return fail(e, code, "%s: cannot write: %s; nothing is left behind", x->options.out,
+                strerror(errno));
 }
 
 static int write_at(const exporter *x, const void *from, size_t n, uint64_t at, medrun_error *e) {

@@ -169,9 +169,9 @@ static int check_folder(source *s, medrun_error *e) {
     char name[256];
     file_facts there;
     if (get_facts(s->folder, -1, &there))
-        return fail(e, errno == ENOMEM ? MEDRUN_NO_MEMORY : MEDRUN_BAD_FILE, "%s: %s; medrun has no "
-                    "network: hf download ORG/MODEL --local-dir FOLDER fetches a model", s->folder,
-                    strerror(errno));
+        return fail(e, errno == ENOMEM ? MEDRUN_NO_MEMORY : MEDRUN_BAD_FILE, "%s: %s; medrun has "
+                    "no network: hf download ORG/MODEL --local-dir FOLDER fetches a model",
+                    s->folder, strerror(errno));
     if (file_exists(s->folder, "adapter_config.json") && !has_weights(s->folder))
         return name_adapter(s, e);
     if (file_exists(s->folder, "adapter_config.json"))
