@@ -121,7 +121,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
     target = getenv("MEDRUN_FUZZ");
     must(target && base, "MEDRUN_FUZZ and MEDRUN_FUZZ_BASE say what to read");
     sv->n_slots = 3, sv->max_queue = 8, sv->per_key = 8, sv->max_body = 1 << 20;
-    sv->quiet = true, sv->local = true, sv->listener = -1, sv->cache_seconds = 60;
+    sv->quiet = true, sv->listener = -1, sv->cache_seconds = 60;
     pthread_mutex_init(&sv->lock, NULL);
     pthread_cond_init(&sv->work, NULL);
     sv->queue_end = &sv->queue;

@@ -10,7 +10,8 @@ same weights:
     serve_load.py ours 'medrun-serve M.mdr --port PORT -c 4096 -q' \\
         theirs 'llama-server -m M.gguf --port PORT -c 32768 -np 8 -t 2 --no-ui'
 """
-import atexit, http.client, json, select, shlex, socket, statistics, subprocess, sys, threading, time
+import atexit, http.client, json, select, shlex, socket, statistics, subprocess, sys, threading
+import time
 from urllib.parse import urlparse
 
 # Of the first server: at least or at most a number, or as many times better than the second.

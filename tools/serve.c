@@ -122,14 +122,13 @@ typedef struct {
 /* One answer: a choice of a prompt. */
 struct seq {
     job *job;
-    int prompt, index;          /* of the job's prompts; of its choices                         */
+    int index;                  /* of the job's choices                                         */
     const int32_t *ids;
     size_t n_ids, fed;          /* of the prompt; how many are in the session                   */
     size_t cached;              /* of them, those that needed no pass                           */
     slot *slot;
     enum { WAITS, READS, WRITES, ENDED } state;
     bool started;               /* its session has what others can give                         */
-    size_t scored_from;         /* echo: the next position that has no row                      */
     size_t unfed;               /* of the tokens it wrote, those for the next pass              */
     size_t n_new, max_new;
     uint64_t random;
@@ -163,7 +162,6 @@ struct job {
     size_t n_prompts, n_seqs;
     seq *seqs;
     buffer stops, stop_ends, stop_ids, bias;    /* bias: bias_row                               */
-    size_t longest_stop;
     grammar *grammar, *calls;   /* of the answer; of what calls functions                       */
     bool tools, must_call, one_call;
     uint8_t domain[32];
@@ -174,7 +172,6 @@ struct job {
     double arrived, started, read, ended;
     size_t n_read, n_cached, n_written;
     const char *finish;
-    connection *connection;     /* the I/O thread's                                             */
     buffer out;                 /* under the lock: what is to be sent                           */
     bool done, orphan, stalled, waiting;        /* under the lock                               */
     bool held;                  /* stalled, as the engine saw it                                */
@@ -236,7 +233,7 @@ typedef struct {
     size_t bytes_per_token;
     double cache_seconds, latency, drain, available;
     int kv;
-    bool strict, parse_special, lenient, ui, quiet, verbose, local;
+    bool strict, parse_special, lenient, ui, quiet, verbose;
     long long started;
     api_key keys[MAX_KEYS];
     size_t n_keys, n_hosts, n_origins;
@@ -245,7 +242,6 @@ typedef struct {
     buffer page_headers;
     /* the I/O thread's */
     connection *connections;
-    size_t n_open;
     bool draining;
     /* under the lock */
     pthread_mutex_t lock;
@@ -415,8 +411,8 @@ static void cancel_job(server *sv, job *j) {
 
 /* Starts the session of a slot in fresh memory, or in memory whose pages are given back, by which
  * all that it held is gone. */
-static int open_slot(server *sv, slot *s, size_t context, medrun_error *e) {
-    medrun_session_options o = {.context = (int)context, .batch = LOGIT_ROWS,
+static int open_slot(server *sv, slot *s, medrun_error *e) {
+    medrun_session_options o = {.context = (int)sv->n_ctx, .batch = LOGIT_ROWS,
                                 .logit_rows = LOGIT_ROWS, .kv = sv->kv, .strict = sv->strict};
     if (s->memory) madvise(s->memory, s->bytes, MADV_DONTNEED);
     else {
@@ -437,7 +433,7 @@ static int open_slot(server *sv, slot *s, size_t context, medrun_error *e) {
 
 static void evict(server *sv, slot *s) {
     medrun_error e = {0};
-    if (!s->owner && !s->pinned && medrun_length(s->s)) open_slot(sv, s, sv->n_ctx, &e);
+    if (!s->owner && !s->pinned && medrun_length(s->s)) open_slot(sv, s, &e);
 }
 
 static size_t same_ids(const int32_t *a, size_t n, const int32_t *b, size_t m) {
@@ -821,7 +817,7 @@ static void take_token(server *sv, seq *q, int32_t id, double logprob, const ran
     q->n_thoughts += q->mode == IN_THOUGHTS;
     buffer_add(&q->made, &id, sizeof id);
     note_token(q, id, stop, start, logprob, ranks);
-    q->n_new++;
+    q->n_new++, q->job->n_written++;
     q->unfed++;
     if (g->tools && !sv->chat->call_tokens[0]) hold_call(q);
     if (to == &q->text && cut_at_stop(q, start)) finish_seq(q, "stop");
@@ -908,8 +904,6 @@ static void use_logits(server *sv, seq *q, size_t n_fed) {
     }
     if (q->state == WRITES) write_token(sv, q);
     if (g->broken) return;                      /* the error that follows is the stream's end    */
-    q->job->n_written = 0;
-    for (size_t i = 0; i < g->n_seqs; i++) q->job->n_written += g->seqs[i].n_new;
     if (!g->p.stream) return;
     size_t before = q->chunks.n, made;
     if (q->state == ENDED && q->job->ended <= 0) {
@@ -944,7 +938,7 @@ static bool share_start(server *sv, seq *q) {
     }
     medrun_error e = {0};
     if (!own && best == q->slot) most = 0;
-    if (!own && medrun_length(q->slot->s)) open_slot(sv, q->slot, sv->n_ctx, &e);
+    if (!own && medrun_length(q->slot->s)) open_slot(sv, q->slot, &e);
     memcpy(q->slot->domain, q->job->domain, 32);
     if (best != q->slot) copy_start(q->slot, best, most);
     else keep_start(q->slot, most);
@@ -1333,11 +1327,11 @@ static int start_sessions(server *sv, medrun_error *e) {
     sv->reserve = (size_t)(bytes / (double)sv->bytes_per_token);
     if (medrun_start(&sv->lead, sv->m, &o, NULL, 0, e)) return e->code;
     for (size_t i = 0; i < sv->n_slots && !e->code; i++)
-        open_slot(sv, &sv->slots[i], sv->n_ctx, e);
+        open_slot(sv, &sv->slots[i], e);
     for (size_t i = 0; i < sv->n_prefixes && !e->code; i++) {
         slot *s = &sv->slots[sv->n_slots + sv->n_pinned++];
         s->pinned = true;
-        if (open_slot(sv, s, sv->n_ctx, e) || medrun_restore(s->s, sv->prefixes[i], e)) break;
+        if (open_slot(sv, s, e) || medrun_restore(s->s, sv->prefixes[i], e)) break;
         while (!e->code && medrun_pending(s->s)) {
             medrun_session *both[2] = {sv->lead, s->s};
             s->s->n_wanted = 0;
@@ -1431,7 +1425,7 @@ static void serve(server *sv) {
 static int start_server(server *sv, medrun_error *e) {
     const char *files[MAX_LISTED + 1] = {sv->path}, *host = host_of(sv);
     const char *limit;
-    bool socket_file = strlen(host) > 5 && !strcmp(host + strlen(host) - 5, ".sock");
+    bool socket_file = strlen(host) > 5 && !strcmp(host + strlen(host) - 5, ".sock"), local;
     pthread_t thread;
     if (use_options(sv, e) || read_keys(sv, sv->o->key_file, e)) return e->code;
     for (size_t i = 0; i < sv->n_prefixes; i++) files[i + 1] = sv->prefixes[i];
@@ -1443,8 +1437,8 @@ static int start_server(server *sv, medrun_error *e) {
     if (!sv->connections) return out_of_memory(e, MAX_CONNECTIONS * sizeof *sv->connections);
     for (size_t i = 0; i < MAX_CONNECTIONS; i++) sv->connections[i].fd = -1;
     forbid_dumps();
-    if ((sv->listener = listen_on(host, sv->port, &sv->local, e)) < 0) return e->code;
-    if (!sv->local && !sv->n_keys)
+    if ((sv->listener = listen_on(host, sv->port, &local, e)) < 0) return e->code;
+    if (!local && !sv->n_keys)
         return fail(e, MEDRUN_USAGE, "%s can be reached from other machines: give keys with "
                     "--api-key-file FILE or MEDRUN_API_KEY", host);
     if (!sv->o->no_sandbox && access(sv->path, R_OK) == 0) {

@@ -153,9 +153,9 @@ static void random_text(char *out, size_t n) {
 
 /* ---- the fields of a request ---------------------------------------------------------------- */
 
-/* OWN: read elsewhere. IDLE: without effect here. ABSENT: it would need a sampler, or more, that is
- * not here, unless its value changes nothing: a number to MAX, or what Python takes for false. */
-enum { REAL, WHOLE, FLAG, OWN, IDLE, ABSENT };
+/* ABSENT: it would need a sampler, or more, that is not here, unless its value changes nothing: a
+ * number to MAX, or what Python takes for false. */
+enum { REAL, WHOLE, FLAG, ABSENT };
 
 typedef struct {
     const char *name;
@@ -181,20 +181,6 @@ static const field_row fields[] = {
     {"ignore_eos", FLAG, .at = AT(ignore_eos)}, {"parse_special", FLAG, .at = AT(parse_special)},
     {"timings_per_token", FLAG, .at = AT(timings)}, {"return_progress", FLAG, .at = AT(progress)},
     {"continue_final_message", FLAG, .at = AT(continues)},
-    {"model", .kind = OWN}, {"messages", .kind = OWN}, {"prompt", .kind = OWN},
-    {"stop", .kind = OWN}, {"stop_token_ids", .kind = OWN}, {"logit_bias", .kind = OWN},
-    {"logprobs", .kind = OWN}, {"stream_options", .kind = OWN}, {"tools", .kind = OWN},
-    {"tool_choice", .kind = OWN}, {"parallel_tool_calls", .kind = OWN}, {"cache_salt", .kind = OWN},
-    {"reasoning_effort", .kind = OWN}, {"chat_template_kwargs", .kind = OWN},
-    {"response_format", .kind = OWN}, {"grammar", .kind = OWN}, {"json_schema", .kind = OWN},
-    {"guided_choice", .kind = OWN}, {"guided_regex", .kind = OWN}, {"guided_json", .kind = OWN},
-    {"guided_grammar", .kind = OWN}, {"add_generation_prompt", .kind = OWN},
-    {"additional", .kind = OWN},
-    {"user", .kind = IDLE}, {"metadata", .kind = IDLE}, {"store", .kind = IDLE},
-    {"service_tier", .kind = IDLE}, {"prompt_cache_key", .kind = IDLE},
-    {"keep_alive", .kind = IDLE}, {"options", .kind = IDLE}, {"cache_prompt", .kind = IDLE},
-    {"id_slot", .kind = IDLE}, {"safety_identifier", .kind = IDLE},
-    {"add_special_tokens", .kind = IDLE}, {"modalities", .kind = IDLE},
     {"best_of", .kind = ABSENT, .max = 1}, {"typical_p", .kind = ABSENT, .max = 1},
     {"suffix", .kind = ABSENT}, {"mirostat", .kind = ABSENT}, {"dry_multiplier", .kind = ABSENT},
     {"xtc_probability", .kind = ABSENT}, {"n_discard", .kind = ABSENT}, {"n_keep", .kind = ABSENT},
@@ -202,6 +188,16 @@ static const field_row fields[] = {
     {"function_call", .kind = ABSENT}, {"images", .kind = ABSENT}, {"image_data", .kind = ABSENT},
 };
 #undef AT
+
+/* Those that are read elsewhere; those without effect here. */
+static const char *const other_fields[] = {
+    "model", "messages", "prompt", "stop", "stop_token_ids", "logit_bias", "logprobs",
+    "stream_options", "tools", "tool_choice", "parallel_tool_calls", "cache_salt",
+    "reasoning_effort", "chat_template_kwargs", "response_format", "grammar", "json_schema",
+    "guided_choice", "guided_regex", "guided_json", "guided_grammar", "add_generation_prompt",
+    "additional",
+    "user", "metadata", "store", "service_tier", "prompt_cache_key", "keep_alive", "options",
+    "cache_prompt", "id_slot", "safety_identifier", "add_special_tokens", "modalities", NULL};
 
 /* A field that is there and not null, or JSON_NONE. */
 static uint32_t field_of(const json *j, uint32_t v, const char *name) {
@@ -250,7 +246,7 @@ static int read_fields_of(const server *sv, const json *j, params *p, buffer *ig
         if (f == end) f = &unknown;
         uint32_t v = c + 1;
         bool number = json_is_type(j, v, JSON_NUMBER), changes = !f->name || json_truthy(j, v);
-        if (json_typeof(j, v) == JSON_NULL) continue;
+        if (json_typeof(j, v) == JSON_NULL || one_of(other_fields, j, c) >= 0) continue;
         if (f->kind == FLAG) read_bool(j, v, f->name, (bool *)((char *)p + f->at), x);
         else if (f->kind < FLAG && !read_real(j, v, f->min, f->max, f->kind == WHOLE,
                                               (double *)(void *)((char *)p + f->at)))
@@ -281,7 +277,6 @@ static int add_stop(const server *sv, job *g, const json *j, uint32_t v, api_err
     if (id >= 0 && tokenizer_type(sv->t, id) == PIECE_CONTROL)
         buffer_add(&g->stop_ids, &id, sizeof id);
     buffer_add(&g->stop_ends, &b->n, sizeof b->n);
-    if (n > g->longest_stop) g->longest_stop = n;
     return MEDRUN_OK;
 }
 
@@ -874,11 +869,10 @@ static int make_seqs(const server *sv, job *g, api_error *x) {
         size_t start = end_of(&g->ends, k / n), end = end_of(&g->ends, k / n + 1);
         size_t n_ids = end - start, most = sv->n_ctx - n_ids;
         if (g->p.max_new >= 0 && g->p.max_new < (double)most) most = (size_t)g->p.max_new;
-        *q = (seq){.job = g, .prompt = (int)(k / n), .index = (int)k,
+        *q = (seq){.job = g, .index = (int)k,
                    .ids = (const int32_t *)(void *)g->ids.data + start, .n_ids = n_ids,
                    .max_new = most, .first = g->api == API_CHAT || g->p.echo,
-                   .random = (uint64_t)(int64_t)g->p.seed + k, .scored_from = 1,
-                   .g = g->grammar};
+                   .random = (uint64_t)(int64_t)g->p.seed + k, .g = g->grammar};
         if (g->must_call && !sv->chat->call_tokens[0]) q->g = g->calls;
         if (q->g) q->state_of_g = grammar_start(q->g);
         if (k % n == 0) g->n_read += n_ids;
@@ -933,10 +927,8 @@ static int read_job(const server *sv, job *g, const json *j, buffer *ignored, ap
     if (!x->e.code && g->api == API_LLAMA && (g->n_prompts > 1 || p->n > 1))
         wrong(x, "prompt", "prompt: one a request here; /v1/completions takes several");
     if (g->api == API_CHAT && sv->chat && sv->chat->stop_text && !x->e.code) {
-        size_t n = strlen(sv->chat->stop_text);
         buffer_text(&g->stops, sv->chat->stop_text);
         buffer_add(&g->stop_ends, &g->stops.n, sizeof g->stops.n);
-        if (n > g->longest_stop) g->longest_stop = n;
     }
     if (read_shape(sv, g, j, x)) return x->e.code;
     buffer *const all[] = {&g->stops, &g->stop_ends, &g->stop_ids, &g->bias};
@@ -963,7 +955,6 @@ static void start_job(server *sv, connection *c, int api, const json *j, const a
     if (ignored.n) buffer_printf(&g->headers, "X-Medrun-Ignored: %s\r\n", chars_of(&ignored));
     if (!x.e.code && (g->head.failed || g->headers.failed)) out_of_memory(&x.e, g->head.n);
     buffer_free(&ignored);
-    g->connection = c;
     const char *full = x.e.code ? NULL : submit_job(sv, g);
     if (full) x.status = strstr(full, "key") ? 429 : 503, wrong(&x, NULL, "%s", full);
     if (x.e.code) {
@@ -1270,7 +1261,6 @@ static const uint8_t page[] = {
 /* The page's one script and style by their hashes: nothing else may run there, nor come from
  * elsewhere. */
 static void make_page_headers(buffer *b) {
-    static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     static const char *const tags[2][2] = {{"<script>", "</script>"}, {"<style>", "</style>"}};
     buffer_text(b, "Content-Security-Policy: default-src 'none'; connect-src 'self'; base-uri "
                 "'none'; form-action 'none'; frame-ancestors 'none'; "
@@ -1278,17 +1268,13 @@ static void make_page_headers(buffer *b) {
     for (int i = 0; i < 2; i++) {
         const char *from = strstr((const char *)page, tags[i][0]);
         const char *to = from ? strstr(from, tags[i][1]) : NULL;
-        uint8_t digest[33] = {0};
+        uint8_t digest[32];
         if (!to) continue;
         from += strlen(tags[i][0]);
         sha256_of(from, (size_t)(to - from), digest);
         buffer_printf(b, "; %s-src 'sha256-", i ? "style" : "script");
-        for (int k = 0; k < 33; k += 3) {
-            uint32_t v = (uint32_t)digest[k] << 16 | (uint32_t)digest[k + 1] << 8 | digest[k + 2];
-            for (int d = 0; d < (k < 30 ? 4 : 3); d++)
-                buffer_printf(b, "%c", digits[v >> (18 - 6 * d) & 63]);
-        }
-        buffer_text(b, "='");
+        write_base64(digest, sizeof digest, b);
+        buffer_text(b, "'");
     }
     buffer_text(b, "\r\nReferrer-Policy: no-referrer\r\nCross-Origin-Opener-Policy: same-origin"
                 "\r\nCross-Origin-Resource-Policy: same-origin\r\n");
@@ -1334,15 +1320,14 @@ static void run_route(server *sv, connection *c, const route *r, span body) {
     api_error x = {0};
     char path[48];
     const api_key *key = find_key(sv, c->request.key);
-    if (sv->n_keys && !r->open && !key) {
-        answer_error(sv, c, 401, "this server wants a key: Authorization: Bearer KEY");
-        return;
-    }
     bool post = r->method[0] == 'P';
     call k = {sv, c, &j, key, {0}, &out, &x};
     if (r->more) k.rest = (span){c->request.path.text + strlen(r->path),
                                  c->request.path.n - strlen(r->path)};
-    if (post && sv->draining) {
+    if (sv->n_keys && !r->open && !key) {
+        x.status = 401;
+        wrong(&x, NULL, "this server wants a key: Authorization: Bearer KEY");
+    } else if (post && sv->draining) {
         x.status = 503;
         wrong(&x, NULL, "the server is ending");
     } else if (post && json_parse(&j, body.text, body.n, &x.e)) x.status = 400;

@@ -313,7 +313,6 @@ static void drop_connection(server *sv, connection *c) {
     buffer_free(&c->in);
     buffer_free(&c->out);
     *c = (connection){.fd = -1};
-    sv->n_open--;
 }
 
 static void set_state(connection *c, int state, double time) {
@@ -355,22 +354,16 @@ static void refuse(server *sv, connection *c, int status, const char *why) {
 /* A request's head is there: may it go on? */
 static void check_head_of(server *sv, connection *c) {
     http_request *r = &c->request;
-    if (r->length > sv->max_body) {
-        refuse(sv, c, 413, "the body is longer than --max-body");
-        return;
-    }
-    if (!r->has_length && span_is(r->method, "POST")) {
+    if (r->length > sv->max_body) refuse(sv, c, 413, "the body is longer than --max-body");
+    else if (!r->has_length && span_is(r->method, "POST"))
         refuse(sv, c, 411, "a POST needs a Content-Length");
-        return;
+    else if (!buffer_room(&c->in, (size_t)r->length)) refuse(sv, c, 503, "no memory for the body");
+    else {
+        http_head(r, (const char *)c->in.data, c->in.n);    /* once more: `in` may have moved    */
+        if (r->expect && c->in.n < c->head + r->length)
+            buffer_text(&c->out, "HTTP/1.1 100 Continue\r\n\r\n");
+        set_state(c, READ_BODY, SECONDS_BODY);
     }
-    if (!buffer_room(&c->in, (size_t)r->length)) {
-        refuse(sv, c, 503, "no memory for the body");
-        return;
-    }
-    http_head(r, (const char *)c->in.data, c->in.n);    /* once more: `in` may have moved        */
-    if (r->expect && c->in.n < c->head + r->length)
-        buffer_text(&c->out, "HTTP/1.1 100 Continue\r\n\r\n");
-    set_state(c, READ_BODY, SECONDS_BODY);
 }
 
 /* Does what can be done with the bytes that are there. */
@@ -434,7 +427,6 @@ static void pump(server *sv, connection *c) {
         if (done) {
             if (c->chunked && !j->broken) buffer_text(&c->out, "0\r\n\r\n");
             if (j->broken) c->close = true;
-            j->connection = NULL;
             c->job = NULL;
             end_job(sv, j);
         }
@@ -507,7 +499,6 @@ static void accept_all(server *sv) {
         connection *c = too_many(sv, &made) ? NULL : free_connection(sv);
         if (!c) { close(fd); continue; }
         *c = made;
-        sv->n_open++;
         set_state(c, READ_HEAD, SECONDS_HEAD);
     }
 }

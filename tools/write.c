@@ -25,4 +25,17 @@ __attribute__((unused)) static void json_quote(buffer *b, const char *text, size
     }
     buffer_text(b, "\"");
 }
+
+__attribute__((unused))
+static void write_base64(const uint8_t *p, size_t n, buffer *to) {
+    static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    for (size_t i = 0; i < n; i += 3) {
+        uint32_t v = (uint32_t)p[i] << 16;
+        if (i + 1 < n) v |= (uint32_t)p[i + 1] << 8;
+        if (i + 2 < n) v |= p[i + 2];
+        char four[4] = {digits[v >> 18], digits[v >> 12 & 63],
+                        i + 1 < n ? digits[v >> 6 & 63] : '=', i + 2 < n ? digits[v & 63] : '='};
+        buffer_add(to, four, 4);
+    }
+}
 #endif
