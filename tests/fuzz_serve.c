@@ -46,6 +46,7 @@ static const struct { int path; const char *body; } seeds[] = {
         "\"presence_penalty\":1,\"frequency_penalty\":-1,\"repeat_penalty\":1.1,\"max_tokens\":5}"},
     {1, "{\"prompt\":\"x\",\"guided_regex\":\"[ab]{2}\",\"temperature\":2,\"top_p\":0.9,\"top_k\":5,"
         "\"min_p\":0.1,\"ignore_eos\":true,\"stream\":true,\"parse_special\":true,\"best_of\":1}"},
+    {1, "{\"prompt\":\"x\",\"guided_choice\":[\"a\"],\"logit_bias\":{\"a\":-100},\"n\":2}"},
     {1, "{\"prompt\":\"x\",\"max_tokens\":0,\"stream\":true}"},
     {2, "{\"prompt\":[1,2],\"n_predict\":4,\"n_probs\":3,\"grammar\":\"root ::= \\\"a\\\"+\","
         "\"cache_prompt\":true,\"id_slot\":0,\"logit_bias\":[[5,false],[\"a\",2.5]]}"},

@@ -1079,7 +1079,7 @@ def refused_late(curl):
             out.append(c)
         return out
 
-    s = Server('--parallel', '1', '--queue', '1', '-q')
+    s = Server('--parallel', '1', '--queue', '1', '--drain', '300', '-q')
     where = f'http://127.0.0.1:{s.port}/v1/completions'
     stuck = busy(s, 1)
     while s.metric('llamacpp:requests_processing') < 1:
@@ -1126,7 +1126,7 @@ def refused_late(curl):
               r.getheader('Retry-After') == '2', text)
     c.close()
     check('what ran comes to its end', stuck[0].getresponse().status == 200)
-    check('and so does the server', s.p.wait(60) == 0)
+    check('and so does the server', s.p.wait(300) == 0)
 
 
 # ---- Open WebUI ----------------------------------------------------------------------------------
