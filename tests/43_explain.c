@@ -165,6 +165,44 @@ static void test_sums(const char *folder, const char *type, const char *kv, int 
     close_explained(&x);
 }
 
+/* Products with the transpose, from anywhere to anywhere, beside the engine's own columns. */
+static void test_transposed(void) {
+    static const char *const types[] = {"bf16", "int8", "int4"};
+    for (int f = 0; f < N_FOLDERS; f++)
+        for (int t = 0; t < 3; t++) {
+            char path[256];
+            medrun_model *m;
+            medrun_session *s;
+            medrun_error e = {0};
+            side b;
+            path_of(folders[f], types[t], path);
+            if (!CHECK(!medrun_open(&m, path, NULL, &e))) continue;
+            medrun_session_options options = {.context = 16, .strict = t == 0};
+            CHECK(!medrun_start(&s, m, &options, NULL, 0, &e) && !start_side(&b, s, &e));
+            const tensor *const all[] = {&m->layers[0].o, &m->layers[0].down};
+            for (int k = 0; k < 2; k++) {
+                const tensor *w = all[k];
+                double u[1024], worst = 0, most = 0;
+                float room[4096 + GROUP];
+                for (size_t r = 0; r < w->rows; r++) u[r] = sin((double)(r + 1));
+                for (size_t first = 0; first < w->cols; first += w->cols / 3 + 1) {
+                    size_t end = first + w->cols / 3 + 1 < w->cols ? first + w->cols / 3 + 1
+                                                                    : w->cols;
+                    const float *found = transposed(&b, w, u, first, end, room);
+                    for (size_t c = first; c < end; c++) {
+                        unit_columns(&b, w, c, 1, b.out, side_out(&b));
+                        double sum = dot_of(b.out, u, w->rows) / (double)UNIT_INPUT;
+                        worst = fmax(worst, fabs(sum - (double)found[c - first]));
+                        most = fmax(most, fabs(sum));
+                    }
+                }
+                CHECK(w->rows <= 1024 && w->cols <= 4096 && most > 0 && worst <= 2e-6 * most);
+            }
+            stop_side(&b);
+            medrun_stop(s), medrun_close(m);
+        }
+}
+
 /* The digest of all blocks. */
 static void test_same(void) {
     static const char *const types[] = {"int8", "int4", "bf16"};
@@ -213,6 +251,7 @@ static void test_packing(void) {
 int main(void) {
     (void)explain_main, (void)eval_main;
     test_edit();
+    test_transposed();
     for (int f = 0; f < N_FOLDERS; f++) {
         test_sums(folders[f], "bf16", "f32", 30);
         test_sums(folders[f], "int8", "f16", 30);

@@ -8,7 +8,7 @@
  * all of them changes nothing, so it is always a difference. */
 
 enum { TOP = 10, LENS_TOP = 5, DICE = 64, DICE_BINS = 96, MAX_PAIRS = 5, MAX_SPLIT = 64,
-       MAX_ROWS_SHOWN = 4, NEURON_LAYERS = 4, MOST_CANDIDATES = 256, RAISED = 5,
+       MAX_ROWS_SHOWN = 4, NEURON_LAYERS = 4, RAISED = 5,
        LOOK_BACK = 8 };                 /* layers that are searched together for tracked ids    */
 static const double NAT = 1.4426950408889634;   /* bits in a nat                                 */
 
@@ -286,7 +286,6 @@ static void read_values(const explain *x, size_t layer, size_t head, float *to) 
 /* What each token gave through the heads that matter most: A_s (v_s . O_h^T w). */
 static int split_heads(explain *x, const directions *r, const uint32_t *order, medrun_error *e) {
     size_t n = x->L * x->H < MAX_SPLIT ? x->L * x->H : MAX_SPLIT, rows = x->at + 1;
-    size_t out = side_out(&x->b);
     float *values = take_array(rows * x->D, sizeof(float), e);
     float *split = take_array(n * rows, sizeof(float), e);
     double *u = take_array(x->D, sizeof(double), e);
@@ -294,12 +293,9 @@ static int split_heads(explain *x, const directions *r, const uint32_t *order, m
     for (size_t i = 0; i < n && !e->code; i++) {
         size_t l = order[i] / x->H, h = order[i] % x->H;
         which[2 * i] = (uint32_t)l, which[2 * i + 1] = (uint32_t)h;
-        for (size_t k = 0; k < x->D; k += SIDE_ROWS) {
-            size_t take = x->D - k < SIDE_ROWS ? x->D - k : SIDE_ROWS;
-            unit_columns(&x->b, &x->v.m->layers[l].o, h * x->D + k, take, x->b.out, out);
-            for (size_t c = 0; c < take; c++)
-                u[k + c] = dot_of(x->b.out + c * out, r->w, x->d) / (double)UNIT_INPUT;
-        }
+        const float *turned = transposed(&x->b, &x->v.m->layers[l].o, r->w, h * x->D,
+                                         (h + 1) * x->D, x->b.wide);
+        for (size_t k = 0; k < x->D; k++) u[k] = (double)turned[k];
         read_values(x, l, h / (x->H / x->G), values);
         for (size_t s = 0; s < rows; s++)
             split[i * rows + s] = (float)((double)weight_at(x, x->at, l, h, s) *
@@ -326,29 +322,36 @@ static int by_addition(const void *a, const void *b) {
     return x < y ? 1 : x > y ? -1 : p->index < q->index ? -1 : p->index > q->index;
 }
 
-static int by_activity(const void *a, const void *b) {
-    const neuron *p = a, *q = b;
-    float x = fabsf(p->active), y = fabsf(q->active);
-    return x < y ? 1 : x > y ? -1 : p->index < q->index ? -1 : p->index > q->index;
+/* The neurons of a layer with what each adds in direction W. */
+static void measure_neurons(explain *x, size_t l, const double *w, neuron *to) {
+    const float *toward = transposed(&x->b, &x->v.m->layers[l].down, w, 0, x->F, x->b.wide);
+    for (size_t i = 0; i < x->F; i++) {
+        float active = x->active[l * x->F + i];
+        to[i] = (neuron){(uint32_t)l, (uint32_t)i, active, active * toward[i]};
+    }
 }
 
-/* The most active neurons of a layer with what each adds in direction W. Returns how many. */
-static size_t measure_neurons(explain *x, size_t l, const double *w, neuron *to) {
-    const tensor *down = &x->v.m->layers[l].down;
-    size_t n = x->F < MOST_CANDIDATES ? x->F : MOST_CANDIDATES, out = side_out(&x->b);
-    for (size_t i = 0; i < x->F; i++)
-        to[i] = (neuron){(uint32_t)l, (uint32_t)i, x->active[l * x->F + i], 0};
-    qsort(to, x->F, sizeof *to, by_activity);
-    for (size_t at = 0, take; at < n; at += take) {
-        take = n - at < SIDE_ROWS ? n - at : SIDE_ROWS;
-        memset(x->b.wide, 0, take * x->F * sizeof(float));
-        for (size_t i = 0; i < take; i++) x->b.wide[i * x->F + to[at + i].index] = UNIT_INPUT;
-        side_multiply(&x->b, down, x->b.wide, x->F, take, x->b.out, out);
-        for (size_t i = 0; i < take; i++)
-            to[at + i].adds = (float)((double)to[at + i].active / (double)UNIT_INPUT *
-                                      dot_of(x->b.out + i * out, w, x->d));
+/* Columns of `down` of N neurons, SIDE_ROWS at most, as rows of b->normed, each with the sign of
+ * its neuron: those of a layer together. */
+static void read_columns(explain *x, const neuron *list, size_t n) {
+    size_t out = side_out(&x->b), which[SIDE_ROWS];
+    for (size_t i = 0; i < n; i++) {
+        size_t found = 0;
+        for (size_t k = 0; k < n; k++)
+            if (list[k].layer == list[i].layer) which[found++] = k;
+        if (which[0] != i) continue;                    /* they were read already                */
+        memset(x->b.wide, 0, found * x->F * sizeof(float));
+        for (size_t k = 0; k < found; k++)
+            x->b.wide[k * x->F + list[which[k]].index] = UNIT_INPUT;
+        side_multiply(&x->b, &x->v.m->layers[list[i].layer].down, x->b.wide, x->F, found, x->b.out,
+                      out);
+        for (size_t k = 0; k < found; k++) {
+            float sign = list[which[k]].active < 0 ? -1 : 1;
+            for (size_t c = 0; c < x->d; c++)
+                x->b.normed[which[k] * x->d + c] = sign * x->b.out[k * out + c] *
+                                                   x->v.m->final_norm[c] / UNIT_INPUT;
+        }
     }
-    return n;
 }
 
 /* The tokens that a neuron's column raises most, with the sign it has here. */
@@ -356,14 +359,7 @@ static void find_raised(explain *x, const neuron *list, size_t n, uint32_t *rais
     static row_facts facts[SIDE_ROWS];
     for (size_t first = 0, rows; first < n; first += rows) {
         rows = n - first < SIDE_ROWS ? n - first : SIDE_ROWS;
-        for (size_t i = 0; i < rows; i++) {
-            const neuron *one = &list[first + i];
-            float *to = x->b.normed + i * x->d, sign = one->active < 0 ? -1 : 1;
-            unit_columns(&x->b, &x->v.m->layers[one->layer].down, one->index, 1, x->b.out,
-                         side_out(&x->b));
-            for (size_t c = 0; c < x->d; c++)
-                to[c] = sign * x->b.out[c] * x->v.m->final_norm[c] / UNIT_INPUT;
-        }
+        read_columns(x, list + first, rows);
         side_multiply(&x->b, &x->v.m->output, x->b.normed, x->d, rows, x->b.logits, x->b.vocab);
         look_at_rows(&x->b, rows, RAISED, facts);
         for (size_t i = 0; i < rows * RAISED; i++) {
@@ -383,12 +379,9 @@ static int compute_neurons(explain *x, const directions *r, medrun_error *e) {
         if (at < NEURON_LAYERS) layers[at] = l;
     }
     if (!most) return MEDRUN_OK;
-    neuron *all = take_array(x->F * (n_layers + 1), sizeof *all, e);
-    for (size_t i = 0; i < n_layers && !e->code; i++) {
-        size_t found = measure_neurons(x, layers[i], r->w, all + x->F * n_layers);
-        memcpy(all + n, all + x->F * n_layers, found * sizeof *all);
-        n += found;
-    }
+    neuron *all = take_array(x->F * n_layers, sizeof *all, e);
+    for (size_t i = 0; i < n_layers && !e->code; i++, n += x->F)
+        measure_neurons(x, layers[i], r->w, all + n);
     if (most > n) most = n;
     float *v = take_array(2 * most, sizeof *v, e);
     uint32_t *u = take_array(most * (2 + RAISED), sizeof *u, e);

@@ -156,3 +156,83 @@ __attribute__((unused)) static void weight_row(side *b, const tensor *w, size_t 
             out[at + i] = (double)found[i * LANES + row % LANES] / (double)UNIT_INPUT;
     }
 }
+
+/* ---- products with the transpose ------------------------------------------------------------ */
+
+/* The 16 rows of a panel, each times its number in U, are added lane by lane to SUM: the weights of
+ * group G as they lie there, a number for each (of bf16 as many columns as of int8). */
+static void add_panel(int type, const uint8_t *panel, size_t cols, size_t g, const float u[LANES],
+                      float sum[GROUP * LANES]) {
+    float factor[4 * LANES], shift[4 * LANES] = {0};
+    if (type == TYPE_BF16) {
+        const uint8_t *from = panel + g * (GROUP / 2) * STEP_BYTES;
+        size_t steps = (cols - g * GROUP + 1) / 2;
+        if (steps > GROUP / 2) steps = GROUP / 2;
+        for (size_t i = 0; i < 2 * LANES; i++) factor[i] = u[i / 2];
+        for (size_t step = 0; step < steps; step++, from += STEP_BYTES, sum += 2 * LANES)
+            for (size_t i = 0; i < 2 * LANES; i++)
+                sum[i] += factor[i] * bf16_to_f32(load_16(from + 2 * i));
+        return;
+    }
+    const uint8_t *from = panel + group_steps(type, g), *scales = panel + group_scales(type, g);
+    for (size_t i = 0; i < 4 * LANES; i++) {
+        uint16_t bits = load_16(scales + i / 4 * 2);
+        float scale = type == TYPE_INT8 ? bf16_to_f32(bits) : int4_scale(bits) * 0x1p-13f;
+        factor[i] = u[i / 4] * scale;
+        shift[i] = (float)(type == TYPE_INT8 ? -128 : (bits & SHIFT_MASK) - SHIFT_ZERO - INT4_ZERO);
+    }
+    for (size_t step = 0; step < group_bytes(type) / STEP_BYTES; step++, from += STEP_BYTES)
+        if (type == TYPE_INT8) {
+            for (size_t i = 0; i < 4 * LANES; i++)
+                sum[i] += factor[i] * ((float)from[i] + shift[i]);
+            sum += 4 * LANES;
+        } else {
+            for (size_t half = 0; half < 8; half += 4, sum += 4 * LANES)
+                for (size_t i = 0; i < 4 * LANES; i++)
+                    sum[i] += factor[i] * ((float)int4_levels[from[i] >> half & 15] + shift[i]);
+        }
+}
+
+typedef struct {
+    const tensor *w;
+    const double *u;
+    size_t first;                       /* group                                                */
+    float *out;
+} transposed_job;
+
+static void transposed_task(void *context, size_t begin, size_t end, int thread) {
+    const transposed_job *j = context;
+    const tensor *w = j->w;
+    int type = w->type;
+    size_t wide = type == TYPE_INT4 ? GROUP4 : GROUP, step = type == TYPE_BF16 ? 2 : 4;
+    (void)thread;
+    for (size_t i = begin; i < end; i++) {
+        float sum[GROUP * LANES] = {0}, u[LANES], *to = j->out + i * wide;
+        for (size_t row = 0; row < w->rows; row += LANES) {
+            for (size_t k = 0; k < LANES; k++)
+                u[k] = row + k < w->rows ? (float)j->u[row + k] : 0;
+            add_panel(type, w->data + row / LANES * panel_bytes(type, w->cols), w->cols,
+                      j->first + i, u, sum);
+        }
+        size_t n = w->cols - (j->first + i) * wide < wide ? w->cols - (j->first + i) * wide : wide;
+        for (size_t c = 0; c < n; c++) {
+            double all = 0;
+            for (size_t k = 0; k < LANES; k++)
+                all += (double)sum[c / step * step * LANES + k * step + c % step];
+            to[c] = (float)all;
+        }
+        if (type == TYPE_INT8) turn_group(to, n);
+    }
+}
+
+/* Sums of columns FIRST to END - 1 of W, each row times its number in U. The weights are read once,
+ * by their place in memory; a column is one thread's. ROOM has cols + GROUP floats, of which the
+ * sums are those from what is returned. */
+__attribute__((unused))
+static const float *transposed(side *b, const tensor *w, const double *u, size_t first, size_t end,
+                               float *room) {
+    size_t wide = w->type == TYPE_INT4 ? GROUP4 : GROUP;
+    transposed_job j = {w, u, first / wide, room};
+    parallel_for(b->eng.pool, (end + wide - 1) / wide - j.first, 1, transposed_task, &j);
+    return room + first % wide;
+}

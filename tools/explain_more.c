@@ -89,17 +89,20 @@ static double time_weights(explain *x) {
     return x->keep_all ? all * (double)x->room / 2 / (double)rows : all;
 }
 
-/* Rows of a whole layer's products that cost as much as what is computed beside the run. */
-static double beside_rows(const explain *x) {
+/* Seconds that the products of heads and neurons take: heads each by itself, LAYER seconds a row of
+ * a whole layer's products, and transposed ones, of which the first heads' is measured. */
+static double time_directions(explain *x, double layer) {
     const model_layer *y = &x->v.m->layers[0];
     const tensor *const all[] = {&y->q, &y->k, &y->v, &y->o, &y->gate, &y->up, &y->down};
-    double weights = 0, heads = (double)(x->L * x->H);
+    double weights = 0, heads = (double)(x->L * x->H), o = (double)(y->o.rows * y->o.cols);
     for (size_t i = 0; i < 7; i++) weights += (double)(all[i]->rows * all[i]->cols);
-    double o = heads + fmin(heads, MAX_SPLIT) * (double)x->D;
-    double down = x->neurons ? fmin((double)x->L, NEURON_LAYERS) *
-                               fmin((double)x->F, MOST_CANDIDATES) : 0;
-    return (o * (double)(y->o.rows * y->o.cols) + down * (double)(y->down.rows * y->down.cols)) /
-           weights;
+    double *w = (double *)(void *)x->b.logits, start = seconds();
+    memset(w, 0, x->d * sizeof *w);
+    transposed(&x->b, &y->o, w, 0, x->b.heads, x->b.wide);
+    double each = (seconds() - start) / o;
+    double down = x->neurons ? fmin((double)x->L, NEURON_LAYERS) : 0;
+    return heads * o / weights * layer + each * (o * fmin(heads, MAX_SPLIT) / (double)x->H +
+                                                 down * (double)(y->down.rows * y->down.cols));
 }
 
 /* Bytes beside the session: what take_memory takes, and then the larger of two: the maps in floats
@@ -132,11 +135,10 @@ static int print_plan(explain *x, medrun_error *e) {
     double layer = time_layer(x, SIDE_ROWS) / tile, one = time_layer(x, 1);
     double logits = time_logits(x, SIDE_ROWS) / tile, last = time_logits(x, 1);
     double weights = time_weights(x), once = layer * L * (double)given;
-    double run = before + once + weights * (1 + 1 / (double)x->n_hot) +
-                 x->n_predict * (one * L + last);
+    double run = before + once + weights * 2 + x->n_predict * (one * L + last);
     double cells = (double)(x->n_places * x->lens_rows);
     double facts = logits * (rows + 1.2 * cells + LOOK_BACK + x->neurons) +
-                   layer * beside_rows(x);
+                   time_directions(x, layer);
     double parts = x->o.leave_out ? 8 : 0, more = 0;
     more += once * (0.5 * ((double)x->n_edits + parts) + (double)n_ablations(x));
     if (x->o.rotate) more += once * (x->q->n_choices - 1);

@@ -786,7 +786,7 @@ const limits = {
   2: "Contributions are direct: what a part writes into the last layer's sum. What it does through later layers is not in them; view 6 shows that when parts are switched off. The pair that is compared is a choice, and another pair has other contributions.",
   3: "Early rows mislead: they are not made to be read by the last layer, so that words there may mean nothing. The lens is raw, without training.",
   4: "Attention weights are no explanation by themselves: they differ between models trained anew that answer alike, and a weight says nothing about what is carried over.",
-  5: "Large is not important: much of what is written is never read. A neuron's raised tokens are those of its direct effect; of each layer the most active neurons were looked at.",
+  5: "Large is not important: much of what is written is never read. A neuron's raised tokens are those of its direct effect; only the four layers whose feed-forward parts add most were searched for neurons.",
   6: "A change of words changes the question. Without a part the model is in a state that it was never trained for. None of this shows a cause in a patient: it shows what moves this model.",
   7: "Chance makes answers differ, not better. Tokens beyond the 64 likeliest are known in sums only.",
   8: "This is the cache alone. Weights and scratch memory come on top; medrun show names them.",

@@ -456,9 +456,9 @@ static int open_explained(explain *x, medrun_error *e) {
 /* ---- what the observer keeps --------------------------------------------------------------- */
 
 /* Attention weights never exist as a matrix. They come out of the engine's own attention when the
- * values are unit vectors: D keys at a time, in the cache's own type, over the cache's own keys. So
- * windows and the cache's rounding are right by themselves. What the engine turns back, as it does
- * the values of an int8 cache, is turned again. */
+ * values are unit vectors, in the cache's own type, over the cache's own keys: D keys at a time,
+ * which give e^(score - the largest of the D) and the sum, as where threads share a long cache. So
+ * windows and the cache's rounding are right by themselves, and each key is looked at once. */
 static void fill_hot(const explain *x, uint8_t *to, size_t chunk) {
     int kv = x->session.kv;
     size_t D = x->D, panel = cache_panel(kv, D), groups = (D + GROUP - 1) / GROUP;
@@ -498,8 +498,35 @@ typedef struct {
     size_t layer, first, rows, stride;
 } weights_job;
 
+/* Floats of what D keys give a query. */
+static size_t part_floats(const explain *x) { return x->D + PART_EXTRA; }
+
 static size_t weights_scratch(const explain *x) {
-    return attend_scratch(x->D) + QUERIES * x->D;
+    return attend_scratch(x->D) + QUERIES * x->n_hot * part_floats(x);
+}
+
+/* Weights of row AT from PLACE on, of which START is the first that is seen. PARTS: those of the
+ * first D keys, then, STRIDE floats behind, of the next. */
+static void join_chunks(explain *x, size_t at, size_t start, size_t place, const float *parts,
+                       size_t stride) {
+    double largest = -DBL_MAX, total = 0;
+    for (int turn = 0; turn < 3; turn++)
+        for (size_t c = start / x->D; c <= at / x->D; c++) {
+            const float *part = parts + c * stride;
+            double below = (double)part[x->D] - largest;
+            double factor = turn && below > -200 ? exp_exact(below) : 0;
+            if (!turn) largest = fmax(largest, (double)part[x->D]);
+            else if (turn == 1) total += factor * (double)part[x->D + 1];
+            else
+                for (size_t k = 0, key = c * x->D; k < x->D && key <= at; k++, key++) {
+                    float weight = key < start ? 0 : (float)(factor / total * (double)part[k]);
+                    if (x->keep_bytes) x->shares[at][place + key] = pack_share(weight);
+                    else x->weights[at][place + key] = weight;
+                }
+        }
+    for (size_t key = 0; key < start / x->D * x->D; key++)
+        if (x->keep_bytes) x->shares[at][place + key] = 0;
+        else x->weights[at][place + key] = 0;
 }
 
 /* Items are numbered through key-value heads, then tiles of queries. */
@@ -509,39 +536,39 @@ static void weights_task(void *context, size_t begin, size_t end, int thread) {
     const kv_cache *cache = &x->s->cache;
     const model_config *c = &x->v.m->config;
     size_t group = x->H / x->G, tiles = (j->rows * group + QUERIES - 1) / QUERIES;
-    size_t window = c->sliding_window ? (size_t)c->sliding_window : SIZE_MAX;
+    size_t window = c->sliding_window ? (size_t)c->sliding_window : SIZE_MAX, D = x->D;
+    size_t part = part_floats(x), stride = QUERIES * part;
     float *scratch = x->scratch + (size_t)thread * weights_scratch(x);
-    float *out = scratch + attend_scratch(x->D);
+    float *parts = scratch + attend_scratch(D);
     for (size_t i = begin; i < end && !interrupted; i++) {      /* as long as a layer, or longer */
-        size_t head = i / tiles, first = i % tiles * QUERIES, last = first + QUERIES, most = 0;
+        size_t head = i / tiles, first = i % tiles * QUERIES, last = first + QUERIES, n = 0;
         if (last > j->rows * group) last = j->rows * group;
-        attention a = {.n = 0, .kv = cache->kv, .head_dim = x->D, .end = SIZE_MAX,
-                       .scale = 1.0f / sqrtf((float)x->D), .scratch = scratch,
+        attention a = {.kv = cache->kv, .head_dim = D, .end = SIZE_MAX, .part = true,
+                       .scale = 1.0f / sqrtf((float)D), .scratch = scratch,
                        .keys = cache->keys + cache_place(cache, (int)j->layer, head)};
-        size_t row[QUERIES], query[QUERIES];
-        for (; first < last; first++) {
-            size_t at = j->first + first / group, q = head * group + first % group;
-            if (!keeps_row(x, at)) continue;
-            a.q[a.n] = x->queries + first / group * j->stride + q * x->D;
-            a.out[a.n] = out + a.n * x->D;
-            a.limit[a.n] = at + 1;
-            a.start[a.n] = at + 1 > window ? at + 1 - window : 0;
-            if (at + 1 > most) most = at + 1;
-            row[a.n] = at, query[a.n++] = q;
-        }
-        for (size_t chunk = 0; a.n && chunk * x->D < most; chunk++) {
-            a.values = x->hot[chunk];
-            x->v.m->kernels->attend(&a);
-            for (size_t k = 0; k < a.n; k++) {
-                size_t at = row[k], n = at + 1, from = chunk * x->D;
-                for (size_t g = 0; cache->kv == MEDRUN_KV_INT8 && g < x->D; g += GROUP)
-                    turn_group(a.out[k] + g, x->D - g < GROUP ? x->D - g : GROUP);
-                size_t place = (j->layer * x->H + query[k]) * n + from;
-                size_t take = from >= n ? 0 : n - from < x->D ? n - from : x->D;
-                for (size_t c2 = 0; c2 < take; c2++)
-                    if (x->keep_bytes) x->shares[at][place + c2] = pack_share(a.out[k][c2]);
-                    else x->weights[at][place + c2] = a.out[k][c2];
+        size_t row[QUERIES], start[QUERIES], item[QUERIES];
+        for (; first < last; first++)
+            if (keeps_row(x, row[n] = j->first + first / group)) {
+                start[n] = row[n] + 1 > window ? row[n] + 1 - window : 0;
+                item[n++] = first;
             }
+        for (size_t chunk = 0; n && chunk * D <= row[n - 1]; chunk++) {
+            size_t from = chunk * D, to = from + D;
+            a.n = 0, a.values = x->hot[chunk];
+            for (size_t k = 0; k < n; k++) {
+                if (row[k] < from || start[k] >= to) continue;
+                a.q[a.n] = x->queries + item[k] / group * j->stride +
+                           (head * group + item[k] % group) * D;
+                a.out[a.n] = parts + chunk * stride + k * part;
+                a.start[a.n] = start[k] > from ? start[k] : from;
+                a.limit[a.n++] = row[k] + 1 < to ? row[k] + 1 : to;
+            }
+            if (a.n) x->v.m->kernels->attend(&a);
+        }
+        for (size_t k = 0; k < n; k++) {
+            size_t query = head * group + item[k] % group;
+            join_chunks(x, row[k], start[k], (j->layer * x->H + query) * (row[k] + 1),
+                       parts + k * part, stride);
         }
     }
 }
@@ -660,12 +687,12 @@ static int take_memory(explain *x, medrun_error *e) {
     x->found = take_array(x->L * heads, sizeof(float), e);
     x->active = take_array(x->L * x->F, sizeof(float), e);
     x->lens = take_array(x->n_places * x->lens_rows * x->d, sizeof(float), e);
+    x->n_hot = (x->room + x->D - 1) / x->D;
     x->scratch = take_array((size_t)x->v.m->pool->threads * weights_scratch(x) + 16,
                             sizeof(float), e);
     x->weights = take_array(x->room, sizeof *x->weights, e);
     x->shares = take_array(x->room, sizeof *x->shares, e);
     x->used = take_array(x->V, 1, e);
-    x->n_hot = (x->room + x->D - 1) / x->D;
     x->hot = take_array(x->n_hot, sizeof *x->hot, e);
     if (x->o.ablate) {
         x->mean_found = take_array(x->L * heads, sizeof(double), e);
