@@ -452,41 +452,67 @@ typedef struct {
     uint32_t *id, *rank, *tracked;
     float *logp, *tracked_logp, *entropy, *kl;
     size_t n_tracked;
+    float *last;                        /* (V) of a place: logits and probabilities of its last */
+    double *shares;                     /* row, with which its others are compared              */
+    row_facts of_last;
 } lens_facts;
 
-/* All rows of the lens at one place, in tiles of about equal size. The last tile comes first: each
- * row is compared with the last. */
-static void look_through(explain *x, lens_facts *f, size_t place, float *last, double *p) {
+typedef struct {
+    const explain *x;
+    lens_facts *f;
+    const row_facts *facts;             /* of a tile's rows                                     */
+    size_t first, begin;                /* cell of its row 0; first row of this place        */
+} lens_job;
+
+/* Cells are numbered through places, and of a place from the last layer back. */
+static size_t lens_cell(const explain *x, size_t i) {
+    return i / x->lens_rows * x->lens_rows + x->lens_rows - 1 - i % x->lens_rows;
+}
+
+static void lens_task(void *context, size_t begin, size_t end, int thread) {
+    lens_job *j = context;
+    lens_facts *f = j->f;
+    (void)thread;
+    for (size_t i = j->begin + begin; i < j->begin + end; i++) {
+        size_t at = lens_cell(j->x, j->first + i), k = f->n_tracked, V = j->x->V;
+        const float *z = j->x->b.logits + i * j->x->b.vocab;
+        const row_facts *found = &j->facts[i];
+        for (size_t t = 0; t < LENS_TOP; t++) {
+            f->id[at * LENS_TOP + t] = (uint32_t)found->top[t];
+            f->logp[at * LENS_TOP + t] = (float)((double)z[found->top[t]] - found->log_total);
+        }
+        for (size_t t = 0; t < k; t++) {
+            f->tracked_logp[at * k + t] = (float)((double)z[f->tracked[t]] - found->log_total);
+            f->rank[at * k + t] = rank_of(z, V, (int32_t)f->tracked[t]);
+        }
+        f->entropy[at] = (float)(found->entropy * NAT);
+        f->kl[at] = (float)divergence(f->last, &f->of_last, f->shares, z, found, V);
+    }
+}
+
+/* All cells in tiles of about equal size, whatever places they belong to. */
+static void look_through(explain *x, lens_facts *f) {
     static row_facts facts[SIDE_ROWS];
-    row_facts of_last = {0};
-    size_t rows = x->lens_rows, k = f->n_tracked, tiles = (rows + SIDE_ROWS - 1) / SIDE_ROWS;
-    const float *stream = x->lens + place * rows * x->d;
-    for (size_t tile = tiles; tile-- > 0;) {
-        size_t first = tile * rows / tiles, n = (tile + 1) * rows / tiles - first;
-        lens_logits(&x->b, stream + first * x->d, x->d, n);
+    size_t cells = x->n_places * x->lens_rows, tiles = (cells + SIDE_ROWS - 1) / SIDE_ROWS;
+    for (size_t tile = 0; tile < tiles; tile++) {
+        size_t first = tile * cells / tiles, n = (tile + 1) * cells / tiles - first;
+        for (size_t i = 0; i < n; i++)
+            norm_for_lens(&x->b, i, x->lens + lens_cell(x, first + i) * x->d);
+        normed_logits(&x->b, n);
         look_at_rows(&x->b, n, LENS_TOP, facts);
-        if (tile + 1 == tiles) {
-            memcpy(last, x->b.logits + (n - 1) * x->b.vocab, x->V * sizeof *last);
-            of_last = facts[n - 1];
-            find_shares(last, &of_last, x->V, p);
-        }
-        for (size_t i = 0; i < n; i++) {
-            size_t at = place * rows + first + i;
-            const float *z = x->b.logits + i * x->b.vocab;
-            for (size_t t = 0; t < LENS_TOP; t++) {
-                f->id[at * LENS_TOP + t] = (uint32_t)facts[i].top[t];
-                f->logp[at * LENS_TOP + t] = (float)((double)z[facts[i].top[t]] -
-                                                     facts[i].log_total);
-                use_id(x, facts[i].top[t]);
+        for (size_t begin = 0, end; begin < n; begin = end) {
+            size_t back = (first + begin) % x->lens_rows;
+            end = begin + x->lens_rows - back < n ? begin + x->lens_rows - back : n;
+            if (!back) {
+                memcpy(f->last, x->b.logits + begin * x->b.vocab, x->V * sizeof *f->last);
+                f->of_last = facts[begin];
+                find_shares(f->last, &f->of_last, x->V, f->shares);
             }
-            for (size_t t = 0; t < k; t++) {
-                f->tracked_logp[at * k + t] = (float)((double)z[f->tracked[t]] -
-                                                      facts[i].log_total);
-                f->rank[at * k + t] = rank_of(z, x->V, (int32_t)f->tracked[t]);
-            }
-            f->entropy[at] = (float)(facts[i].entropy * NAT);
-            f->kl[at] = (float)divergence(last, &of_last, p, z, &facts[i], x->V);
+            lens_job j = {x, f, facts, first, begin};
+            parallel_for(x->b.eng.pool, end - begin, 1, lens_task, &j);
         }
+        for (size_t i = 0; i < n * LENS_TOP; i++)
+            use_id(x, facts[i / LENS_TOP].top[i % LENS_TOP]);
     }
 }
 
@@ -496,15 +522,13 @@ static int compute_lens(explain *x, medrun_error *e) {
     size_t P = x->n_places, R = x->lens_rows, k = f.n_tracked, cells = P * R;
     float *v = take_array(cells * (LENS_TOP + k + 2) + x->V, sizeof *v, e);
     uint32_t *u = take_array(cells * (LENS_TOP + k), sizeof *u, e);
-    double *p = take_array(x->V, sizeof *p, e);
+    f.shares = take_array(x->V, sizeof *f.shares, e);
     if (!e->code) {
         f.logp = v, f.tracked_logp = f.logp + cells * LENS_TOP;
         f.entropy = f.tracked_logp + cells * k, f.kl = f.entropy + cells;
-        f.id = u, f.rank = u + cells * LENS_TOP;
-        for (size_t i = 0; i < P; i++) {
-            places[i] = (uint32_t)x->places[i];
-            look_through(x, &f, i, f.kl + cells, p);
-        }
+        f.last = f.kl + cells, f.id = u, f.rank = u + cells * LENS_TOP;
+        for (size_t i = 0; i < P; i++) places[i] = (uint32_t)x->places[i];
+        look_through(x, &f);
         page_data *g = &x->page;
         add_numbers(g, "lens_at", "row", DIMS(P), places);
         add_numbers(g, "lens", "id", DIMS(P, R, LENS_TOP), f.id);
@@ -515,7 +539,7 @@ static int compute_lens(explain *x, medrun_error *e) {
         add_block(g, "lens_entropy", "bits", AS_F32, DIMS(P, R), f.entropy);
         add_block(g, "lens_kl", "bits", AS_F32, DIMS(P, R), f.kl);
     }
-    free(v), free(u), free(p);
+    free(v), free(u), free(f.shares);
     return e->code;
 }
 

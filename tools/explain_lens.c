@@ -60,13 +60,20 @@ static void side_multiply(side *b, const tensor *w, const float *x, size_t strid
     matmul(&b->eng, &(product){w, out, out_stride}, 1, &b->packed);
 }
 
+static void norm_for_lens(side *b, size_t i, const float *x) {
+    b->eng.k->norm(b->normed + i * b->hidden, x, b->m->final_norm, b->hidden,
+                   b->m->config.norm_eps);
+}
+
+static void normed_logits(side *b, size_t n) {
+    side_multiply(b, &b->m->output, b->normed, b->hidden, n, b->logits, b->vocab);
+}
+
 /* b->logits = logits of N rows of the residual stream, each with its own norm: for rows of the last
  * layer the very bits of medrun_logits, for rows of others the raw logit lens. */
 static void lens_logits(side *b, const float *x, size_t stride, size_t n) {
-    for (size_t i = 0; i < n; i++)
-        b->eng.k->norm(b->normed + i * b->hidden, x + i * stride, b->m->final_norm, b->hidden,
-                       b->m->config.norm_eps);
-    side_multiply(b, &b->m->output, b->normed, b->hidden, n, b->logits, b->vocab);
+    for (size_t i = 0; i < n; i++) norm_for_lens(b, i, x + i * stride);
+    normed_logits(b, n);
 }
 
 /* What a row of logits says: the K likeliest ids, the lowest id first on a tie, the natural

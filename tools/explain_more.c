@@ -137,7 +137,7 @@ static int print_plan(explain *x, medrun_error *e) {
     double weights = time_weights(x), once = layer * L * (double)given;
     double run = before + once + weights * 2 + x->n_predict * (one * L + last);
     double cells = (double)(x->n_places * x->lens_rows);
-    double facts = logits * (rows + 1.2 * cells + LOOK_BACK + x->neurons) +
+    double facts = logits * (rows + cells + LOOK_BACK + x->neurons) +
                    time_directions(x, layer);
     double parts = x->o.leave_out ? 8 : 0, more = 0;
     more += once * (0.5 * ((double)x->n_edits + parts) + (double)n_ablations(x));

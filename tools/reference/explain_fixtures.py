@@ -17,7 +17,8 @@ Each quantity of the page is compared, and its worst difference printed beside i
     ablation      logits when a head or a feed-forward part is its mean      1e-4 nats
 
 For more than 8 layers a bar grows by 1e-5 of the number that is compared: surprisals of 60 nats
-are sums of large float32 numbers there. Exit 1 when a bar is missed. --lens also compares layers and heads with TransformerLens."""
+are sums of large float32 numbers there. Exit 1 when a bar is missed. --lens also compares the lens,
+attention, layers and heads with TransformerLens."""
 
 import argparse
 import json
@@ -33,7 +34,8 @@ from transformers import AutoModelForCausalLM
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 BARS = {"log p": 1e-4, "lens": 1e-4, "attention": 1e-5, "parts": 1e-4, "heads": 1e-4,
         "tokens": 1e-4, "neurons": 1e-4, "ablation": 1e-4, "sum": 1e-4, "kl": 1e-3,
-        "TransformerLens parts": 1e-4, "TransformerLens heads": 1e-4}
+        "TransformerLens parts": 1e-4, "TransformerLens heads": 1e-4,
+        "TransformerLens lens": 1e-4, "TransformerLens attention": 1e-5}
 worst, deep = {}, False
 
 
@@ -180,6 +182,17 @@ def compare_with_lens(ours, model, folder, ids, at):
     bridge.enable_compatibility_mode()
     with torch.no_grad():
         _, cache = bridge.run_with_cache(torch.tensor([ids[:at + 1]]))
+        rows = cache.accumulated_resid(layer=-1, incl_mid=True)     # (2 layers + 1, 1, n, hidden)
+        logits = bridge.unembed(bridge.ln_final(rows))[:, 0, :, :ours["shape"]["vocab"]]
+    logp = torch.log_softmax(logits.double(), -1).numpy()
+    for i, row in enumerate(ours["lens_at"].astype(int)):
+        for k in range(len(logp) if row <= at else 0):
+            note("TransformerLens lens", ours["lens_logp"][i, k],
+                 logp[k, row, ours["lens"][i, k].astype(int)])
+    for i, (l, h) in enumerate(ours["map_head"].astype(int)):
+        pattern = cache["pattern", int(l)][0, int(h)].double().numpy()
+        within = np.tril_indices(at + 1)                # rows of a triangle follow each other
+        note("TransformerLens attention", ours["maps"][i][:len(within[0])], pattern[within])
     pair = torch.tensor(ours["pair"][0].astype(int))
     parts, labels = cache.decompose_resid(layer=-1, mode="full", pos_slice=-1, return_labels=True)
     adds = cache.logit_attrs(parts, tokens=pair[0:1], incorrect_tokens=pair[1:2], pos_slice=-1)
