@@ -157,5 +157,6 @@ if "$python" -c "import torch, transformers" 2> /dev/null; then
 else skip "numbers beside transformers: no torch for $python"; fi
 # a checkpoint in two types: view 10 names what differs
 code 0 "$m" --ids "1 2 3 4 5 6 7 8" -n 0 --compare "$build/llama-tied-int4.mdr" -o "$T/t.html" -q
-in_browser "the page in a browser" tests/43_explain_page.py "$T/a.html" "$T/c.html" "$T/q.html" "$T/t.html" "$T/h.html"
+code 0 "$model" --lesson 9 -o "$T/l.html" -q
+in_browser "the page in a browser" tests/43_explain_page.py "$T/l.html" "$T/a.html" "$T/c.html" "$T/q.html" "$T/t.html" "$T/h.html"
 finish

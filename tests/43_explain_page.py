@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Opens pages of medrun-explain in headless Chromium: PAGE... The first is a plain page of the demo
-model, the last one of hostile text. Last line: N passed, N failed."""
+"""Opens pages of medrun-explain in headless Chromium: LESSON PAGE... The first is a lesson's, the second
+a plain page of the demo model, the last one of hostile text. Last line: N passed, N failed."""
 
 import re
 import sys
@@ -149,6 +149,50 @@ def looks(browser, path):
     page.context.close()
 
 
+def predict(browser, path):
+    """A lesson asks for a guess before it shows what came, and any probability."""
+    for guess, said in (("thirst", None), ("zebra", "none of the model's ten likeliest"), ("", None)):
+        page = open_page(browser, path)
+        came = page.evaluate("piece(meta.winner, false).trim()")
+        hidden = page.inner_text("body")
+        check("before the guess the page has no probability: %s" % re.findall(r"[\d.]+ (?:%|bits|nats)", hidden),
+              not re.search(r"[\d.]+ (%|bits|nats)", hidden))
+        check("nor a name or a label that has one", page.evaluate("""[...document.querySelectorAll("[title], [aria-label]")].filter(
+            x => x.checkVisibility() && /(%|bits|nats)/.test(x.title + x.getAttribute("aria-label"))).length""") == 0)
+        shown = page.evaluate("[...document.querySelectorAll('#v1 .token')].map(x => +x.dataset.t)")
+        check("nor what came", shown == list(range(page.evaluate("meta.at") + 1)) and
+              "“%s”" % came not in hidden and "“%s”" % came not in page.title())
+        page.keyboard.press("t")
+        check("nor its table", page.evaluate("views.every(v => v.twin.hidden)"))
+        try:
+            from axe_playwright_python.sync_playwright import Axe
+            found = Axe().run(page).response["violations"]
+            check("axe, a guess: %s" % [(v["id"], v["nodes"][0]["html"][:90]) for v in found], not found)
+        except ImportError:
+            pass
+        page.set_viewport_size({"width": 320, "height": 640})
+        check("a guess within 320 pixels", page.evaluate("document.documentElement.scrollWidth") <= 320)
+        page.focus("#guess")
+        page.keyboard.press("Enter")
+        check("an empty guess is asked again", "Type a word" in page.inner_text("#judged") and page.evaluate("state.guessing"))
+        guess = came if guess == "thirst" else guess
+        if guess:
+            page.keyboard.type(guess)
+            page.keyboard.press("Enter")
+        else:
+            page.click("#reveal")
+        judged = page.inner_text("#judged")
+        if guess == came:
+            rank = page.evaluate("D('rank')[meta.at + 1] + 1")
+            said = "is the model's %d" % rank
+        check("the guess %s: %s" % (guess, judged), (said in judged) if said else judged == "")
+        check("then all is shown", page.evaluate("views.every(v => v.section.checkVisibility())") and
+              "“%s”" % came in page.inner_text("#title") and
+              len(page.query_selector_all("#v1 .token")) == page.evaluate("meta.tokens.length"))
+        check("nothing on the console: %s" % page.errors, not page.errors)
+        page.context.close()
+
+
 def broken(browser, path):
     text = open(path, encoding="utf-8").read()
     for change in (lambda s: s.replace('id="bin">', 'id="bin">!!!!', 1),
@@ -175,13 +219,15 @@ def hostile(browser, path):
 
 with sync_playwright() as p:
     chromium = p.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
-    for each in sys.argv[1:]:
+    lesson, pages = sys.argv[1], sys.argv[2:]
+    predict(chromium, lesson)
+    for each in pages:
         look(chromium, each)
-    keyboard(chromium, sys.argv[1])
-    several(chromium, sys.argv[1])
-    for each in sys.argv[2:4]:
+    keyboard(chromium, pages[0])
+    several(chromium, pages[0])
+    for each in pages[1:3]:
         looks(chromium, each)
-    broken(chromium, sys.argv[1])
+    broken(chromium, pages[0])
     hostile(chromium, sys.argv[-1])
     chromium.close()
 print("%d passed, %d failed" % (passed, failed))

@@ -4,7 +4,7 @@
 const started = performance.now();
 const $ = id => document.getElementById(id);
 let meta, blocks = {};
-const state = {pin: null, token: 1, layer: 0, head: 0, place: 0, hideFirst: false, also: [], allHeads: true, spaces: false, view: 1};
+const state = {pin: null, token: 1, layer: 0, head: 0, place: 0, hideFirst: false, also: [], allHeads: true, spaces: false, view: 1, guessing: false};
 
 /* ---- reading the data ---------------------------------------------------------------------- */
 
@@ -109,6 +109,7 @@ function save(v, t) {
   setTimeout(() => URL.revokeObjectURL(a.href), 1000);
 }
 function toggle(v) {
+  if (state.guessing) return;
   v.open = !v.open;
   if (v.stale) rebuild(v);
   v.twin.hidden = !v.open;
@@ -121,13 +122,13 @@ function toggle(v) {
 /* VALUE(t) is a share 0 to 1 with a sign, or null; CHOOSE(t) when a token is clicked. */
 function textOf(label, value, choose, options = {}) {
   const box = el("div", {class: state.spaces ? "text cut" : "text", role: "group", "aria-label": label});
-  const last = options.to === undefined ? meta.tokens.length - 1 : options.to;
+  const last = state.guessing ? meta.at : options.to === undefined ? meta.tokens.length - 1 : options.to;
   for (let t = 0; t <= last; t++) {
     const [id, role] = meta.tokens[t];
-    const x = value(t);
+    const x = state.guessing ? 0 : value(t);
     const raw = meta.pieces[id], shown = role === 1 || Array.isArray(raw) || state.spaces || !/^[^\n\t\u0000-\u001f\u200b-\u200f\u202a-\u202e\u2028\u2029\u2066-\u2069]*$/.test(raw || "");
     const text = shown ? piece(id, true) : raw;
-    const note = options.note ? options.note(t) : "";
+    const note = options.note && !state.guessing ? options.note(t) : "";
     const b = el("button", {class: "token" + (role === 1 ? " control" : "") + (x < 0 ? " less" : x > 0 && options.signed ? " more" : "") + (options.also && options.also.includes(t) ? " also" : ""), type: "button",
       tabindex: t === state.token ? 0 : -1, "data-t": t, a: Math.min(1, Math.abs(x || 0)), dir: "auto",
       "aria-label": piece(id, true) + (note ? ", " + note : ""), title: note, "aria-pressed": String(t === state.token),
@@ -185,6 +186,11 @@ function buildText(v) {
   for (let t = from; t < meta.tokens.length; t++) bits.push(surprise(t));
   v.reading.textContent = bits.length ? (from > 1 ? "The answer has " : "The text has ") + bits.length + " token" + (bits.length > 1 ? "s" : "") + " and surprised the model by " +
     (sum(bits) / bits.length).toFixed(2) + " bits a token; the most surprising is “" + word(worst).replace(/^␣/, "") + "” with " + surprise(worst).toFixed(1) + " bits." : "The text is one token.";
+  if (state.guessing) {
+    v.reading.textContent = "The text as far as the model has read it. What comes next?";
+    v.body.replaceChildren(textOf("The text, token by token", () => 0, pin));
+    return;
+  }
   const slot = el("div", {}, card(state.token));
   const hover = t => slot.replaceChildren(card(t === null ? state.token : t));
   v.body.replaceChildren(
@@ -794,20 +800,44 @@ const limits = {
   10: "Two runs of the same tokens. What each would have written by itself may part earlier.",
 };
 const toView = v => el("a", {href: "#v" + v.n, on: {click: e => { e.preventDefault(); state.view = v.n; v.section.scrollIntoView(); v.section.querySelector("button").focus({preventScroll: true}); }}}, v.n + " " + v.title);
+/* What a guess was worth: the likeliest token that it is, or begins with. */
+function judge(guess) {
+  const plain = s => s.replace(/␣/g, " ").trim().toLowerCase(), said = plain(guess), at = meta.at * 10;
+  const names = [...Array(10).keys()].map(i => D("top")[at + i] === 0xFFFFFFFF ? "" : plain(piece(D("top")[at + i], true)));
+  const chance = i => percent(Math.exp(D("top_logp")[at + i]));
+  let found = names.indexOf(said);
+  if (found < 0) found = names.findIndex(x => x.length > 1 && said.startsWith(x));
+  const first = " Its first is " + quote(D("top")[at]) + " with " + chance(0) + ".";
+  return found < 0 ? "“" + guess + "” is none of the model's ten likeliest." + first
+    : "“" + guess + "”" + (names[found] === said ? "" : " begins with " + quote(D("top")[at + found]) + ", which") + " is the model's " + ordinal(found + 1) + " of " + meta.shape.vocab + " with " + chance(found) + "." + (found ? first : "");
+}
+/* Predict first: until somebody has guessed, the page shows no probability and nothing of what came. */
+function guessBox() {
+  const field = el("input", {id: "guess", type: "text", autocomplete: "off", dir: "auto"}), verdict = el("p", {id: "judged", role: "status"});
+  const reveal = text => { state.guessing = false; Object.assign(state, startState()); head(); hideViews(); show(); $("judged").textContent = text; $("judged").focus(); };
+  if (!state.guessing) return el("p", {id: "judged", role: "status", tabindex: -1});
+  return el("form", {on: {submit: e => { e.preventDefault(); const guess = field.value.trim(); if (guess) reveal(judge(guess)); else verdict.textContent = "Type a word, or let the page show it."; }}},
+    el("p", {}, el("label", {for: "guess"}, "Predict first. Which word comes next, at the end of the text below?")),
+    el("p", {class: "controls"}, field, el("button", {class: "act", type: "submit"}, "That is my guess"), el("button", {class: "act", type: "button", id: "reveal", on: {click: () => reveal("")}}, "Show it without a guess")), verdict);
+}
+function hideViews() {
+  for (const v of views) { v.section.hidden = state.guessing && v.n > 1; v.button.hidden = state.guessing; }
+  $("contents").hidden = $("check").hidden = state.guessing;
+}
 /* What a lesson of the course asks its students to look at. */
 function lessonBox(lesson) {
   document.title = "Lesson " + lesson.n + ": " + lesson.title;
-  return el("section", {class: "lesson", "aria-labelledby": "lesson"}, el("h2", {id: "lesson"}, "Lesson " + lesson.n + ": " + lesson.title), el("p", {class: "reading"}, lesson.question),
-    el("ol", {}, lesson.looks.map(([n, what]) => el("li", {}, toView(views[n - 1]), ": ", what))));
+  return el("section", {class: "lesson", "aria-labelledby": "lesson"}, el("h2", {id: "lesson"}, "Lesson " + lesson.n + ": " + lesson.title), el("p", {class: "reading"}, lesson.question), guessBox(),
+    state.guessing ? null : el("ol", {}, lesson.looks.map(([n, what]) => el("li", {}, toView(views[n - 1]), ": ", what))));
 }
 function head() {
-  const [a] = pairName(0), t = meta.at + 1;
+  const a = state.guessing ? "its next word" : pairName(0)[0], t = meta.at + 1;
   document.title = "How " + meta.model + " came to " + a;
   $("title").textContent = "How " + meta.model + " came to " + a;
   const top = [];
   if (meta.options.list.length && (meta.options.mass < .5 || !meta.options.likeliest_is_one))
     top.push(el("p", {class: "warning", role: "note"}, "The options hold " + percent(meta.options.mass) + " of the probability. The model would not answer with one of them."));
-  top.push(el("p", {}, "Explained: the token at position " + t + (t < meta.tokens.length ? ", " + a : ", which would come next") + ". " + (meta.notice || "For research and teaching; not for clinical use.")));
+  top.push(el("p", {}, "Explained: the token at position " + t + (t < meta.tokens.length ? state.guessing ? "" : ", " + a : ", which would come next") + ". " + (meta.notice || "For research and teaching; not for clinical use.")));
   if (meta.lesson) top.push(lessonBox(meta.lesson));
   $("top").replaceChildren(...top);
   $("run").textContent = meta.engine + "; checkpoint " + meta.hash.slice(0, 16) + "…, " + meta.type + ", " + meta.shape.layers + " layers of " + meta.shape.heads + " heads (" + meta.shape.kv_heads + " of keys), hidden " + meta.shape.hidden + "; " + meta.time.kernels + " kernels, cache " + meta.kv + (meta.strict ? ", strict" : "") + ", template " + meta.template + ", temperature " + meta.temperature + ", seed " + meta.seed + "; " + meta.n_prompt + " + " + (meta.tokens.length - meta.n_prompt) + " tokens.";
@@ -829,7 +859,10 @@ function begin() {
   view("Two types", limits[10], buildOther, tableOther);
   $("views").replaceChildren(...views.map(v => v.section));
   Object.assign(state, startState());
+  state.guessing = Boolean(meta.lesson) && !/v=|t=|check/.test(location.hash);
+  if (state.guessing) state.token = meta.at;
   head();
+  hideViews();
   for (const v of views) v.build(v);
   if (/v=|t=/.test(location.hash)) { fromHash(); for (const v of views) v.build(v); }
   document.addEventListener("keydown", keys);
