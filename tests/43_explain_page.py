@@ -89,7 +89,7 @@ def keyboard(browser, path):
             const most = Math.max(...r), top = Math.max(...t); return Math.max(...r.map((x, i) => Math.abs(x / most - t[i] / top))); };
         return {text: all("#v1 .token").every((x, t) => !t || x.title === rows(1)[t][3].toFixed(2) + " bits"),
             lens: rows(3).every((r, k) => { const b = document.querySelector(`#v3 button[data-p="${state.place}"][data-r="${k}"]`); return b.textContent === r[1] && b.title === percent(r[2]); }),
-            attention: rows(4).every(([t, , w]) => all("#v4 .token")[t].title === percent(w)),
+            attention: rows(4).every(([t, , w]) => all("#v4 .token")[t].title === weightText(w)),
             written: Math.max(width("#v5 svg rect.up", 1), width("#v5 svg rect.down", 0)),
             dice: all("#v7 .bars .name").filter(x => x.textContent !== "others, in sum").every((x, n) => x.textContent === rows(7)[n][0])}; }""")
     for name in ("text", "lens", "attention", "dice"):

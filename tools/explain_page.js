@@ -43,6 +43,8 @@ const word = t => piece(idOf(t), true);
 const quote = id => "“" + piece(id, true).replace(/^␣/, "") + "”";
 const percent = p => p >= .995 && p < .99995 ? (100 * p).toFixed(2) + " %" : p >= .0995 ? (100 * p).toFixed(0) + " %"
   : p >= .00095 ? (100 * p).toFixed(1) + " %" : p > 0 ? (100 * p).toExponential(0).replace("e-", "·10⁻").replace(/⁻(\d+)/, (m, d) => "⁻" + [...d].map(c => "⁰¹²³⁴⁵⁶⁷⁸⁹"[c]).join("")) + " %" : "0 %";
+/* A weight is kept in 8 bits, which tell nothing apart below that. */
+const weightText = w => w > 0 && w < .001 ? "less than 0.1 %" : percent(w);
 const signed = (x, n = 2) => (x < 0 ? "−" : "+") + Math.abs(x).toFixed(n);
 const sum = list => list.reduce((a, b) => a + b, 0);
 const times = x => { const f = Math.exp(Math.abs(x)); return f < 10 ? f.toFixed(1) + " times" : f < 1e6 ? (+f.toPrecision(2)).toLocaleString("en") + " times" : "more than a million times"; };
@@ -441,7 +443,7 @@ function buildAttention(v) {
   if (w) {
     let best = state.hideFirst && row > 0 ? 1 : 0;
     for (let k = best; k <= row; k++) if (w[k] > w[best]) best = k;
-    v.reading.textContent = "Layer " + (state.layer + 1) + ", head " + (state.head + 1) + ", on its way from " + rows.map(r => "“" + word(r).replace(/^␣/, "") + "”").join(", ") + (rows.length > 1 ? " to the " + rows.length + " next tokens, looks in the mean most at “" : " to the next token, looks most at “") + word(best).replace(/^␣/, "") + "” (" + percent(w[best]) + "), and at the first token with " + percent(w[0]) + ".";
+    v.reading.textContent = "Layer " + (state.layer + 1) + ", head " + (state.head + 1) + ", on its way from " + rows.map(r => "“" + word(r).replace(/^␣/, "") + "”").join(", ") + (rows.length > 1 ? " to the " + rows.length + " next tokens, looks in the mean most at “" : " to the next token, looks most at “") + word(best).replace(/^␣/, "") + "” (" + weightText(w[best]) + "), and at the first token with " + weightText(w[0]) + ".";
   } else v.reading.textContent = "For this token the page has no weights of layer " + (state.layer + 1) + ", head " + (state.head + 1) + "; choose a head that has a map.";
   const first = w ? w[0] : 0, most = w ? Math.max(...w.slice(state.hideFirst ? 1 : 0), 1e-9) : 1;
   const list = el("div", {class: "small", role: "group", "aria-label": "Heads that have a map"});
@@ -454,16 +456,16 @@ function buildAttention(v) {
   if (big) {
     drawMap(big, i, Math.min(520, Math.max(240, meta.rows * 8)));
     big.addEventListener("mousemove", e => { const r = big.getBoundingClientRect(), y = Math.floor((e.clientY - r.top) / r.height * meta.rows), x = Math.floor((e.clientX - r.left) / r.width * meta.rows);
-      if (y >= 0 && y < meta.rows && x >= 0 && x <= y) $("maphint").textContent = word(y) + " looks at " + word(x) + ": " + percent(weight(i, y, x)); });
+      if (y >= 0 && y < meta.rows && x >= 0 && x <= y) $("maphint").textContent = word(y) + " looks at " + word(x) + ": " + weightText(weight(i, y, x)); });
     big.addEventListener("click", e => { const r = big.getBoundingClientRect(); pin(Math.min(meta.rows - 1, Math.floor((e.clientY - r.top) / r.height * meta.rows)) + 1); });
   }
   v.body.replaceChildren(...[
     el("div", {class: "controls"}, el("button", {class: "act", "aria-pressed": String(state.hideFirst), on: {click: () => { state.hideFirst = !state.hideFirst; show(); }}}, "hide the first token"),
-      state.hideFirst ? el("span", {}, "hidden: " + percent(first) + " of this row") : null,
+      state.hideFirst ? el("span", {}, "hidden: " + weightText(first) + " of this row") : null,
       el("button", {class: "act", id: "also", "aria-pressed": String(state.also.includes(state.token)), on: {click: () => { state.also = state.also.includes(state.token) ? state.also.filter(t => t !== state.token) : [...state.also, state.token]; show(); }}}, "keep this token"),
       state.also.length ? el("button", {class: "act", on: {click: () => { state.also = []; show(); }}}, "only one token") : null,
       el("label", {}, "layer", choice(meta.shape.layers, state.layer, 1, x => choose(x, state.head))), el("label", {}, "head", choice(meta.shape.heads, state.head, 1, x => choose(state.layer, x)))),
-    w ? textOf("Where the head looks from the pinned token", t => t > row || (state.hideFirst && t === 0) ? 0 : w[t] / most, pin, {also: state.also, note: t => t <= row ? percent(w[t]) : "later"}) : null,
+    w ? textOf("Where the head looks from the pinned token", t => t > row || (state.hideFirst && t === 0) ? 0 : w[t] / most, pin, {also: state.also, note: t => t <= row ? weightText(w[t]) : "later"}) : null,
     el("p", {class: "dim"}, "Colour: weight, the darkest is " + percent(most) + ". The token in the frame is the one that is explained; the look starts one token before it. “Keep this token”, then choose another: the mean of both."),
     big ? el("figure", {}, el("h3", {}, "Layer " + (state.layer + 1) + ", head " + (state.head + 1)), big, el("p", {id: "maphint", class: "dim"}, "Each row looks at the columns to its left.")) : null,
     maps() ? el("h3", {}, "Heads, by what they contribute") : null, list].filter(x => x));
@@ -570,7 +572,7 @@ function patchReading() {
 }
 function patchFigure() {
   const p = meta.patch, L = meta.shape.layers, x = D("patched"), gap = p.clean - p.changed;
-  const cell = y => el("td", {}, signed(y), Math.abs(gap) >= .5 ? " (" + percent(Math.max(0, (y - p.changed) / gap)) + ")" : "");
+  const cell = y => el("td", {}, signed(y), Math.abs(gap) >= .5 ? " (" + percent(Math.max(0, Math.round(1000 * (y - p.changed) / gap) / 1000)) + ")" : "");
   return [el("h3", {}, "Carried from one run to the other"), el("p", {}, "“" + p.old + "” gives " + signed(p.clean) + " nats, “" + p.new + "” " + signed(p.changed) + "." + (Math.abs(gap) < .5 ? " The gap is too small for shares." : "")),
     el("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Patching"}, el("table", {}, el("thead", {}, el("tr", {}, ["before layer", "changed words: into the changed run", "last position: into the changed run", "changed words: into the first run", "last position: into the first run"].map(h => el("th", {scope: "col"}, h)))),
       el("tbody", {}, [...Array(L).keys()].map(l => el("tr", {}, el("td", {}, String(l + 1)), cell(x[l]), cell(x[L + l]), el("td", {}, signed(x[2 * L + l])), el("td", {}, signed(x[3 * L + l])))))))];
