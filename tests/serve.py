@@ -560,15 +560,19 @@ def unix_socket():
     path = os.path.join(folder, 'm.sock')
     p = subprocess.Popen([BIN, MODEL, '--host', path, '-q',
                           *os.environ.get('MEDRUN_SERVE_ARGS', '').split()])
-    for _ in range(200):
+    answer = b''
+    for _ in range(200):                        # nobody there, 503, 200
         try:
-            s = socket.socket(socket.AF_UNIX)
-            s.connect(path)
-            break
+            with socket.socket(socket.AF_UNIX) as c:
+                c.connect(path)
+                c.sendall(b'GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n')
+                answer = c.recv(4096)
         except OSError:
-            time.sleep(0.05)
-    s.sendall(b'GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n')
-    check('unix socket', b'200 OK' in s.recv(4096))
+            pass
+        if b'200 OK' in answer:
+            break
+        time.sleep(0.05)
+    check('unix socket', b'200 OK' in answer, answer)
     check('its owner alone', os.stat(path).st_mode & 0o777 == 0o600)
     p.send_signal(signal.SIGTERM)
     check('it ends', p.wait(30) == 0)
