@@ -836,6 +836,9 @@ static void test_filled_up(const char *fixture, const char *vocab_size) {
 #define LLAMA3(low, high) "{\"rope_type\": \"llama3\", \"factor\": 8, \"low_freq_factor\": " low \
     ", \"high_freq_factor\": " high ", \"original_max_position_embeddings\": 64}"
 
+/* A normalizer that changes nothing. */
+#define NO_NORMALIZER "\"normalizer\": {\"type\": \"Sequence\", \"normalizers\": []}"
+
 /* One more added token, as tokenizers' add_tokens writes it. */
 #define WORD(text) "{\"id\": 283, \"content\": \"" text "\", \"normalized\": true},"
 
@@ -942,6 +945,7 @@ static const struct { const char *file, *from, *to; int code; const char *needle
     /* tokenizer.json */
     {"tokenizer.json", "\"type\": \"BPE\"", "\"type\": \"Unigram\"", 3, "Unigram"},
     {"tokenizer.json", "\"normalizer\": null", "\"normalizer\": {\"type\": \"NFC\"}", 3, "NFC"},
+    {"tokenizer.json", "\"normalizer\": null", NO_NORMALIZER, 0, ""},
     {"tokenizer.json", "{1,3}", "", 3, "Regex"},
     {"tokenizer.json", "\"Isolated\"", "\"Removed\"", 3, "pre_tokenizer"},
     {"tokenizer.json", "\"invert\": false", "\"invert\": true", 3, "pre_tokenizer"},
@@ -957,6 +961,7 @@ static const struct { const char *file, *from, *to; int code; const char *needle
     {"tokenizer.json", "\"byte_fallback\": false", "\"byte_fallback\": true", 3, "ignore_merges"},
     {"tokenizer.json", "\"unk_token\": null", "\"unk_token\": \"<unk>\"", 3, "unk_token"},
     {"tokenizer.json", "\"dropout\": null", "\"dropout\": 0.1", 3, "dropout"},
+    {"tokenizer.json", "\"dropout\": null", "\"dropout\": 0.0", 0, ""},
     {"tokenizer.json", "\"id\": 278", "\"id\": 5", 3, "added_tokens"},
     {"tokenizer.json", "\"id\": 278", "\"id\": 4000000", 3, "gaps"},
     {"tokenizer.json", "\"id\": 278", "\"id\": -1", 3, "added_tokens"},
@@ -1012,6 +1017,36 @@ static void test_edits(void) {
     edit("config.json", "\"eos_token_id\": 279", "\"eos_token_id\": 284");
     edit("config.json", "\"vocab_size\": 283", "\"vocab_size\": 300");
     expect(EXPORT(NULL), 3, "283 ids, but eos_token_id is 284", "a stop without text");
+    copy_fixture("llama-plain");
+    edit("tokenizer.json", "\"normalizer\": null", NO_NORMALIZER);
+    edit("tokenizer.json", "\"normalized\": false", "\"normalized\": true");
+    expect(EXPORT(NULL), 0, "", "a normalized token where the normalizer is empty");
+}
+
+/* What an editor of Windows puts before a JSON file, or makes of it. */
+static void test_edited_json(void) {
+    static const struct { const char *mark; size_t n; int code; const char *needle; } marks[] = {
+        {"\xEF\xBB\xBF", 3, 0, ""}, {"\xFF\xFE", 2, 3, "found UTF-16, wanted UTF-8"},
+        {"\xFE\xFF", 2, 3, "found UTF-16, wanted UTF-8"},
+        {"\xEF\xBB", 2, 3, "JSON: unexpected character"}};
+    static const char *const files[] = {"config.json", "tokenizer.json", "tokenizer_config.json"};
+    for (size_t i = 0; i < 3 * sizeof marks / sizeof *marks; i++) {
+        char path[512], what[64];
+        buffer text = {0}, with = {0};
+        copy_fixture("llama-plain");
+        snprintf(path, sizeof path, "%s/src/%s", work, files[i % 3]);
+        read_file(path, &text);
+        buffer_add(&with, marks[i / 3].mark, marks[i / 3].n);
+        buffer_add(&with, text.data, text.n);
+        write_file(path, with.data, with.n);
+        snprintf(what, sizeof what, "%s, mark %zu", files[i % 3], i / 3);
+        expect(EXPORT(NULL), marks[i / 3].code, marks[i / 3].needle, what);
+        buffer_free(&text), buffer_free(&with);
+    }
+    copy_fixture("llama-plain");                        /* a hostile name drives no terminal     */
+    CHECK_EQ(RUN(in_work("src"), in_work("out/x.mdr"), "--name", "a\x1B[31mb"), 0);
+    CHECK(errors.n && strstr((char *)errors.data, "a?[31mb") && !memchr(errors.data, 27, errors.n));
+    clear_folder("out");
 }
 
 /* SmolLM's pre-tokenizer, and a vocabulary without byte 0xFF, which is left out of texts. */
@@ -1422,6 +1457,10 @@ static void test_foreign(void) {
     }
     write_file(in_work("src/m"), "\x09\1\0\0\0\0\0\0{\"a\":", 13);
     expect(RUN(in_work("src/m"), in_work("out/x.mdr")), 3, "the folder that it lies in", "weights");
+    uint8_t tar[512] = "config.json";
+    memcpy(tar + 257, "ustar", 5);
+    write_file(in_work("src/m"), tar, sizeof tar);
+    expect(RUN(in_work("src/m"), in_work("out/x.mdr")), 3, "unpack it first", "tar");
     remove(in_work("src/m"));
     expect(RUN("no-org/no-model", in_work("out/x.mdr")), 3, "hf download", "a name of the hub's");
     expect(EXPORT(NULL), 3, "found no config.json", "an empty folder");
@@ -2534,6 +2573,7 @@ int main(void) {
     test_filled_up("llama-plain", "\"vocab_size\": 283");
     test_filled_up("mistral-spm", "\"vocab_size\": 384");
     test_edits();
+    test_edited_json();
     test_families();
     test_files();
     test_weights();

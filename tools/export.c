@@ -205,6 +205,7 @@ static void add_note(source *s, const char *format, ...) {
     va_start(args, format);
     vsnprintf(text, sizeof text, format, args);
     va_end(args);
+    make_safe(text);
     buffer_printf(&s->notes, "note         %s\n", text);
 }
 
@@ -418,13 +419,18 @@ static int check_content(const char *path, const uint8_t *p, size_t n, medrun_er
     return MEDRUN_OK;
 }
 
-/* Maps and parses the file at f->path. */
+/* Maps and parses the file at f->path; an editor may have put a byte order mark before it. */
 static int open_json_path(json_file *f, medrun_error *e) {
     if (map_file(f->path, &f->map, e)) return e->code;
-    if (f->map.n > JSON_BYTES)
+    const uint8_t *p = f->map.data;
+    size_t mark = f->map.n > 3 && !memcmp(p, "\xEF\xBB\xBF", 3) ? 3 : 0;
+    if (f->map.n > 1 && (p[0] ^ p[1]) == 1 && p[0] >= 0xFE)
+        refuse(e, "%s: found UTF-16, wanted UTF-8; an editor may have saved it so: save it as "
+                  "UTF-8", f->path);
+    else if (f->map.n > JSON_BYTES)
         refuse(e, "%s: found %zu bytes, wanted at most %d", f->path, f->map.n, JSON_BYTES);
-    else if (!check_content(f->path, f->map.data, f->map.n, e))
-        parse_json(&f->j, (const char *)f->map.data, f->map.n, f->path, e);
+    else if (!check_content(f->path, p, f->map.n, e))
+        parse_json(&f->j, (const char *)p + mark, f->map.n - mark, f->path, e);
     if (e->code) close_json(f);
     return e->code;
 }
@@ -2347,6 +2353,7 @@ static int choose_name(exporter *x, medrun_error *e) {
     size_t n = strlen(name) < sizeof x->name ? strlen(name) : sizeof x->name - 1;
     memcpy(x->name, name, n);
     x->name[n - utf8_unfinished((const uint8_t *)name, n)] = 0;
+    make_safe(x->name), make_safe(x->source.licence);           /* a file's own words           */
     free(full);
     return MEDRUN_OK;
 }

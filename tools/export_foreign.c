@@ -26,7 +26,7 @@ static const struct { const char *begin, *what, *way; } foreign_files[] = {
 
 /* A regular file that is given as the source and is no GGUF. */
 static int name_file(const char *path, medrun_error *e) {
-    uint8_t head[64] = {0};
+    uint8_t head[512] = {0};
     int fd = open_file(path, TO_MAP);
     ssize_t got = fd >= 0 ? pread(fd, head, sizeof head, 0) : -1;
     if (fd >= 0) close(fd);
@@ -39,6 +39,9 @@ static int name_file(const char *path, medrun_error *e) {
         if (!memcmp(head, foreign_files[i].begin, strlen(foreign_files[i].begin)))
             return refuse(e, "%s: found %s, wanted a GGUF file or a Hugging Face folder; %s", path,
                           foreign_files[i].what, foreign_files[i].way);
+    if (!memcmp(head + 257, "ustar", 5))
+        return refuse(e, "%s: found an archive, wanted a GGUF file or a Hugging Face folder; "
+                      "unpack it first", path);
     bool safetensors = n > 8 && head[8] == '{' && !head[5] && !head[6] && !head[7];
     if (safetensors || (length > 5 && !strcmp(path + length - 5, ".json")) ||
         (length > 6 && !strcmp(path + length - 6, ".model")))
@@ -172,6 +175,9 @@ static int check_folder(source *s, medrun_error *e) {
         return fail(e, errno == ENOMEM ? MEDRUN_NO_MEMORY : MEDRUN_BAD_FILE, "%s: %s; medrun has "
                     "no network: hf download ORG/MODEL --local-dir FOLDER fetches a model",
                     s->folder, strerror(errno));
+    if (there.stream)
+        return refuse(e, "%s: found a pipe or a device, wanted a GGUF file or a Hugging Face "
+                      "folder", s->folder);
     if (file_exists(s->folder, "adapter_config.json") && !has_weights(s->folder))
         return name_adapter(s, e);
     if (file_exists(s->folder, "adapter_config.json"))

@@ -268,11 +268,17 @@ static bool names_special(const json_file *f, const buffer *text) {
     return found;
 }
 
+/* The normalizer, JSON_NONE where there is none or an empty sequence. */
+static uint32_t normalizer_of(const json *j) {
+    uint32_t v = given(j, 0, "normalizer"), list = json_get(j, v, "normalizers");
+    return json_is_type(j, list, JSON_ARRAY) && !children(j, list) ? JSON_NONE : v;
+}
+
 /* The flags of added token V of F: only `special` may be set, and `normalized` where nothing
  * normalizes. */
 static int read_added_flags(const json_file *f, uint32_t v, bool *special, medrun_error *e) {
     static const char *const flags[] = {"single_word", "lstrip", "rstrip", "normalized"};
-    bool plain = given(&f->j, 0, "normalizer") == JSON_NONE;
+    bool plain = normalizer_of(&f->j) == JSON_NONE;
     for (size_t i = 0; i < 4; i++) {
         bool on = false;
         if (read_bool(f, v, flags[i], &on, e)) return e->code;
@@ -500,7 +506,7 @@ static int read_spaced_decoder(source_tokenizer *t, medrun_error *e) {
 /* All that is not the vocabulary of a SentencePiece tokenizer. */
 static int read_spaces(source_tokenizer *t, medrun_error *e) {
     const json *j = &t->file.j;
-    uint32_t normalizer = given(j, 0, "normalizer"), pre = given(j, 0, "pre_tokenizer");
+    uint32_t normalizer = normalizer_of(j), pre = given(j, 0, "pre_tokenizer");
     WANT(normalizer == JSON_NONE || pre == JSON_NONE, &t->file, "pre_tokenizer", pre,
          "none beside a normalizer");
     if (normalizer != JSON_NONE) read_normalizer(t, normalizer, e);
@@ -555,7 +561,8 @@ static int check_model(const source_tokenizer *t, uint32_t model, medrun_error *
          "BPE; this medrun knows no other");
     for (size_t i = 0; i < (spaced ? 3 : 4); i++) {
         uint32_t v = given(j, model, empty[i]);
-        WANT(v == JSON_NONE || json_is(j, v, ""), &t->file, empty[i], v, "nothing");
+        bool zero = json_is_type(j, v, JSON_NUMBER) && json_number(j, v) == 0;      /* dropout   */
+        WANT(v == JSON_NONE || zero || json_is(j, v, ""), &t->file, empty[i], v, "nothing");
     }
     WANT(!spaced || !t->ignore_merges, &t->file, "ignore_merges",
          given(j, model, "ignore_merges"), "false, as byte_fallback is true");
@@ -571,7 +578,7 @@ static int read_program(source_tokenizer *t, uint32_t model, medrun_error *e) {
     t->kind = spaced ? TOKENIZER_SENTENCEPIECE : TOKENIZER_BYTE_LEVEL;
     if (check_model(t, model, e)) return e->code;
     if (spaced) return read_spaces(t, e);
-    uint32_t normalizer = given(j, 0, "normalizer"), decoder = given(j, 0, "decoder");
+    uint32_t normalizer = normalizer_of(j), decoder = given(j, 0, "decoder");
     WANT(normalizer == JSON_NONE, &t->file, "normalizer", normalizer,
          "null; this medrun knows no other for this kind of vocabulary");
     WANT(is_part(j, decoder, "ByteLevel"), &t->file, "decoder", decoder, "ByteLevel");

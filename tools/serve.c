@@ -1365,6 +1365,7 @@ static int load(server *sv, medrun_error *e) {
                     sv->info.max_positions);
     sv->n_ctx = (size_t)(context ? context : sv->info.max_positions);
     snprintf(sv->name, sizeof sv->name, "%s", o->alias ? o->alias : sv->info.name);
+    make_safe(sv->name);
     hex_of(sv->info.hash, sv->hash);
     snprintf(sv->fingerprint, sizeof sv->fingerprint, "b%s-%.8s-%s-%s-%s%s", MEDRUN_VERSION,
              sv->hash, sv->info.type, kv_names[sv->kv], sv->info.kernels,
