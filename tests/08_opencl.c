@@ -7,12 +7,12 @@
 #define MEDRUN_OPENCL
 #endif
 #endif
+
+#ifdef MEDRUN_OPENCL
 #define MEDRUN_NO_MAIN
 #include "../medrun.c"
 #include "../tools/store.c"
 #include "test.h"
-
-#ifdef MEDRUN_OPENCL
 
 static const char *const folders[] = {"llama-plain", "llama-tied", "llama-sharded",
                                       "llama-grouped", "mistral-window", "mistral-spm",
@@ -473,8 +473,9 @@ int main(void) {
 }
 
 #else
+#include <stdio.h>
 int main(void) {
-    SKIP("no OpenCL headers (opencl-headers)");
-    return report();
+    puts("skipped: no OpenCL headers (opencl-headers)\n0 passed, 0 failed, 1 skipped");
+    return 0;
 }
 #endif

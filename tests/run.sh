@@ -39,7 +39,7 @@ bin=$1 build=$2
 shift 2
 export MEDRUN_TEST_BIN="$bin" MEDRUN_TEST_BUILD="$build"
 # shellcheck disable=SC2086
-[ "$SCRIPTS" = none ] || set -- "$@" ${SCRIPTS:-tests/[0-9][0-9]_*.sh}
+[ "$SCRIPTS" = none ] || set -- ${SCRIPTS:-tests/[0-9][0-9]_*.sh} "$@"
 : > "$build/test.counts"
 printf '%s\n' "$@" | xargs -P "${JOBS:-1}" -n 1 sh "$0" --one "$bin" "$build"
 awk -v wanted=$# '
