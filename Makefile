@@ -16,10 +16,12 @@ CL      = $(if $(OPENCL),-DMEDRUN_OPENCL)
 SECONDS = 60
 
 # What each test program holds is said in tests/README.md. PLAIN are those that have no kernel for a
-# subject: they are compiled without, and with fewer optimizations, which is done sooner.
-# The longest stand first, so that at the end no processor is without work.
-UNITS    = all_kernels all_export all_text 43_explain 15_session 22_eval 15_embedding 15_allocation \
-           08_opencl 16_answers 42_serve 44_grammar
+# subject: they are compiled without, and with fewer optimizations, which is done sooner; O1 are
+# those that need kernels, but not the fastest. The longest stand first, so that at the end no
+# processor is without work.
+UNITS    = all_kernels all_export all_text all_eval 15_session 15_embedding 15_allocation 08_opencl \
+           16_answers 42_serve 44_grammar
+O1       = all_eval 22_eval 15_session
 PLAIN    = all_text 03_basics 09_file 10_tokenizer 11_chat 12_model 14_sampler 15_allocation \
            16_answers 42_serve 43_explain 44_grammar
 JOBS    := $(shell nproc 2>/dev/null || echo 1)
@@ -135,9 +137,9 @@ $(BUILD)/test_%: tests/%.c tests/test.h medrun.c tools/export.c $(EXPORT) tools/
                  tools/lab.c tools/lab_constrain.c tools/lab_completion.c tools/tool_calls.c tools/serve.c $(SERVE) \
                  tools/explain.c $(EXPLAIN)
 	@mkdir -p $(BUILD)
-	$(CC) $(CFLAGS) $(WARN) $(if $(filter $*,$(PLAIN)),-DMEDRUN_SCALAR -O1) -o $@ $< $(LIBS)
+	$(CC) $(CFLAGS) $(WARN) $(if $(filter $*,$(PLAIN)),-DMEDRUN_SCALAR -O1) $(if $(filter $*,$(O1)),-O1) -o $@ $< $(LIBS)
 
-$(BUILD)/test_all_text $(BUILD)/test_all_kernels $(BUILD)/test_all_export: $(wildcard tests/[0-9]*.c)
+$(BUILD)/test_all_text $(BUILD)/test_all_kernels $(BUILD)/test_all_export $(BUILD)/test_all_eval: $(wildcard tests/[0-9]*.c)
 $(BUILD)/test_08_opencl: LIBS += -ldl
 # It has a heap of its own, about whose blocks clang would know too much.
 $(BUILD)/test_15_embedding: LIBS += $(foreach f,malloc calloc realloc free,-fno-builtin-$(f))
@@ -166,7 +168,7 @@ debug:
 	@mkdir -p build/debug
 	$(MAKE) BUILD=build/debug BIN=build/debug \
 	    CFLAGS="-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all" \
-	    PLAIN="all_text 15_allocation 15_embedding 16_answers 42_serve 43_explain 44_grammar" checks
+	    PLAIN="all_text 15_allocation 15_embedding 16_answers 42_serve 44_grammar" checks
 threads:
 	@mkdir -p build/threads
 	TSAN_OPTIONS=die_after_fork=0 \

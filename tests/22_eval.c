@@ -10,10 +10,12 @@ static size_t allocations_left = SIZE_MAX;      /* then memory is out           
 static void *test_alloc(void *p, size_t n) {
     return allocations_left && allocations_left-- ? realloc(p, n) : NULL;
 }
+#ifndef ALL_EVAL                /* all_eval.c has included it with more                          */
 #define MEDRUN_ALLOC test_alloc
 #define MEDRUN_EVAL_NO_MAIN
 #include "../tools/eval.c"
 #include "test.h"
+#endif
 #include <sys/wait.h>
 
 #define DATA "tests/eval/"

@@ -5,9 +5,11 @@
 #define _GNU_SOURCE
 #include <stdint.h>
 #include <stdlib.h>
+#ifndef ALL_EVAL                /* all_eval.c has included it                                    */
 #define MEDRUN_EXPLAIN_NO_MAIN
 #include "../tools/explain.c"
 #include "test.h"
+#endif
 
 static const char *const folders[] = {"llama-plain", "llama-tied", "llama-grouped",
                                       "mistral-window", "arcee-yarn", "apertus-grouped"};

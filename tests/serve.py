@@ -641,7 +641,7 @@ def part_hostile():
     check('whoever went is not computed for', wait_idle(s))
     stopped_reader(s)
     endless(s)
-    clients = [threading.Thread(target=random_requests, args=(s, 2500 if ALL else 75, k))
+    clients = [threading.Thread(target=random_requests, args=(s, 2500 if ALL else 40, k))
                for k in range(4)]
     [t.start() for t in clients]
     slowest = 0
@@ -1309,7 +1309,7 @@ def promise(n, model, *args):
 
 
 def part_promise():
-    n = int(os.environ.get('MEDRUN_TEST_PROMISES', 1000 if ALL else 200))
+    n = int(os.environ.get('MEDRUN_TEST_PROMISES', 1000 if ALL else 60))
     promise(n, os.environ.get('MEDRUN_TEST_MODEL', MODEL))
 
 
@@ -1319,7 +1319,7 @@ OTHERS = ['llama-grouped-bf16', 'llama-grouped-int4', 'mistral-spm-bf16', 'mistr
 
 
 def part_types():
-    n = int(os.environ.get('MEDRUN_TEST_PROMISES', 1000 if ALL else 100))
+    n = int(os.environ.get('MEDRUN_TEST_PROMISES', 1000 if ALL else 30))
     for name in OTHERS:
         model = os.path.join(os.environ.get('MEDRUN_TEST_BUILD', 'build'), name + '.mdr')
         if not os.path.exists(model):
