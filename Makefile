@@ -19,11 +19,11 @@ SECONDS = 60
 # subject: they are compiled without, and with fewer optimizations, which is done sooner; O1 are
 # those that need kernels, but not the fastest. The longest stand first, so that at the end no
 # processor is without work.
-UNITS    = all_kernels all_export all_text all_eval 15_session 15_embedding 15_allocation 08_opencl \
-           16_answers 42_serve 44_grammar
+UNITS    = all_kernels all_export all_text all_eval 15_session 15_embedding 15_allocation all_serve \
+           16_answers 08_opencl
 O1       = all_eval 22_eval 15_session
 PLAIN    = all_text 03_basics 09_file 10_tokenizer 11_chat 12_model 14_sampler 15_allocation \
-           16_answers 42_serve 43_explain 44_grammar
+           16_answers all_serve 42_serve 43_explain 44_grammar
 JOBS    := $(shell nproc 2>/dev/null || echo 1)
 FIXTURES = llama-plain llama-tied llama-sharded llama-grouped mistral-window mistral-spm \
            arcee-yarn arcee-yarn5 apertus-plain apertus-grouped
@@ -139,7 +139,7 @@ $(BUILD)/test_%: tests/%.c tests/test.h medrun.c tools/export.c $(EXPORT) tools/
 	@mkdir -p $(BUILD)
 	$(CC) $(CFLAGS) $(WARN) $(if $(filter $*,$(PLAIN)),-DMEDRUN_SCALAR -O1) $(if $(filter $*,$(O1)),-O1) -o $@ $< $(LIBS)
 
-$(BUILD)/test_all_text $(BUILD)/test_all_kernels $(BUILD)/test_all_export $(BUILD)/test_all_eval: $(wildcard tests/[0-9]*.c)
+$(patsubst tests/%.c,$(BUILD)/test_%,$(wildcard tests/all_*.c)): $(wildcard tests/[0-9]*.c)
 $(BUILD)/test_08_opencl: LIBS += -ldl
 # It has a heap of its own, about whose blocks clang would know too much.
 $(BUILD)/test_15_embedding: LIBS += $(foreach f,malloc calloc realloc free,-fno-builtin-$(f))
@@ -168,7 +168,7 @@ debug:
 	@mkdir -p build/debug
 	$(MAKE) BUILD=build/debug BIN=build/debug \
 	    CFLAGS="-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all" \
-	    PLAIN="all_text 15_allocation 15_embedding 16_answers 42_serve 44_grammar" checks
+	    PLAIN="all_text 15_allocation 15_embedding 16_answers all_serve" checks
 threads:
 	@mkdir -p build/threads
 	TSAN_OPTIONS=die_after_fork=0 \

@@ -11,11 +11,13 @@ static size_t allocations_left = SIZE_MAX;      /* then memory is out           
 static void *test_malloc(size_t n) {
     return allocations_left && allocations_left-- ? malloc(n) : NULL;
 }
+#ifndef ALL_SERVE               /* all_serve.c has included it                                   */
 #define malloc(n) test_malloc(n)
 #define main serve_main
 #include "../tools/serve.c"
 #undef main
 #include "test.h"
+#endif
 
 #define HOST "Host: localhost\r\n"
 static const char *const requests[] = {

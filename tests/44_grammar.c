@@ -10,12 +10,14 @@
 #define _GNU_SOURCE
 #include <stdint.h>
 #include <stdlib.h>
+#ifndef ALL_SERVE               /* all_serve.c has included it with more                         */
 #define MEDRUN_NO_MAIN
 #include "../medrun.c"
 #include "../tools/tool_calls.c"
 #include "../tools/serve_grammar.c"
 #include "../tools/serve_schema.c"
 #include "test.h"
+#endif
 
 static const char *const kinds[] = {"choices", "regex", "grammar"};
 
