@@ -8942,15 +8942,15 @@ typedef enum { FLAG, WHOLE, REAL, TEXT, CHOICE } option_kind;
 /* Each option can be set in the environment, too: --top-k by MEDRUN_TOP_K. Where two commands mean
  * different things by one name, one of them has a variable of another name. */
 typedef struct {
-    const char *name, *small;   /* --name, -small or NULL                                      */
-    const char *argument;       /* what help calls it; a CHOICE's words with | between         */
+    const char *name, *small;   /* --name, -small or NULL */
+    const char *argument;       /* what help calls it; a CHOICE's words with | between */
     option_kind kind;
-    unsigned on;                /* the commands that take it                                   */
+    unsigned on;                /* the commands that take it */
     const char *standard;       /* the default, as help shows it; a number is parsed from here */
-    double min, max;            /* of a number                                                 */
-    const char *also;           /* --names of other programs for it, | between them            */
+    double min, max;            /* of a number */
+    const char *also;           /* --names of other programs for it, | between them */
     const char *help;
-    const char *variable;       /* NULL: as its name                                           */
+    const char *variable;       /* NULL: as its name */
 } option_row;
 
 enum { MAX_OPTIONS = 64 };
@@ -9633,8 +9633,7 @@ static void choose_sampling(command *c) {
     if (given(c, O_TOP_P)) s->top_p = (float)c->number[O_TOP_P];
     if (given(c, O_MIN_P)) s->min_p = (float)c->number[O_MIN_P];
     if (given(c, O_REPEAT)) s->repeat_penalty = (float)c->number[O_REPEAT];
-    bool random = c->number[O_SEED] < 0;
-    s->seed = random ? random_bits() & MAX_SEED : (uint64_t)c->number[O_SEED];
+    s->seed = c->number[O_SEED] < 0 ? random_bits() & MAX_SEED : (uint64_t)c->number[O_SEED];
 }
 
 /* Says where each value is from: the same command line answers otherwise with another card. A seed
@@ -9900,8 +9899,7 @@ static int print_reply(command *c) {
     start = seconds();
     while (!c->e.code && !a->ended && a->n_answer < most) next_piece(c);
     if (!a->ended) print_held(c, true);
-    if (a->mid_line) puts("");
-    a->mid_line = false;
+    if (a->mid_line) puts(""), a->mid_line = false;
     a->answer_time = seconds() - start;
     on_signal(SIGINT, before);
     c->s->pass.stop = false;
@@ -11202,9 +11200,11 @@ int main(int argc, char **argv) { return run_program(&medrun_program, argc, argv
 #undef NEVER_INLINE
 #undef NO_ID
 #undef OPEN_ASSISTANT
+#undef RETRY
 #undef STATE_MARK
 #undef TWO_PI
 #undef UNROLL
+#undef bad_file
 #ifdef _WIN32
 #undef fmaf
 #endif

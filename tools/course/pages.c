@@ -687,9 +687,10 @@ static void do_speed(args a) {
     put("%.*f", speed < 10 ? 1 : 0, speed);
 }
 
+/* A link to one view asks for no guess. */
 static void do_explain(args a) {
-    put("<p><a class=\"open\" href=\"explain-%s.html%s\">Open the explain page</a></p>\n", a[0],
-        a[1] ? a[1] : "");
+    put("<p><a class=\"open\" href=\"explain-%s.html%s\">Open the explain page</a>%s</p>\n", a[0],
+        a[1] ? a[1] : "", a[1] ? "" : " It asks for your guess before it shows the answer.");
 }
 
 static const struct { const char *name; void (*make)(args a); bool block; } figures[] = {
