@@ -4448,7 +4448,7 @@ static double time_trial(const kernel_set *k, int threads) {
     static float out[TILE][1024];
     thread_pool pool;
     double best = 1, now = seconds(), end = now + 2e-3, start;
-    if (pool_start(&pool, threads, NULL)) return best;
+    if (pool_start(&pool, threads, NULL) || pool.threads < 1) return best;
     do {
         matmul(&(engine){.pool = &pool, .k = k}, &(product){&(tensor){TYPE_INT8, 1024, 512, zeros},
                out[0], 1024}, 1, &(packed){k->int_pack, TILE, 512, zeros});
@@ -4465,7 +4465,7 @@ static int default_threads(const char **limit) {
     int may = processors(), all = may, n = (int)fmax(1, limits_of_machine().processors);
     int cores = cores_of("/sys/devices/system/cpu");
 #ifdef _SC_NPROCESSORS_ONLN
-    all = (int)sysconf(_SC_NPROCESSORS_ONLN);
+    all = (int)fmax(all, (double)sysconf(_SC_NPROCESSORS_ONLN));
 #endif
     *limit = n < may ? "the control group's quota" :
              n < all && n < MAX_THREADS ? "this process's affinity" : NULL;
