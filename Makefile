@@ -4,7 +4,6 @@
 CC     ?= cc
 CFLAGS ?= -O2
 WARN    = -Wall -Wextra -Wshadow -Wconversion
-QUICK   =
 LIBS    = -lm -lpthread $(if $(OPENCL),$(if $(EXE),,-ldl))
 PREFIX ?= /usr/local
 DEMO    = tools/demo/demo.mdr
@@ -16,12 +15,10 @@ CL      = $(if $(OPENCL),-DMEDRUN_OPENCL)
 SECONDS = 60
 
 # What each test program holds is said in tests/README.md. PLAIN are those that have no kernel for a
-# subject: they are compiled without, and with fewer optimizations, which is done sooner; O1 are
-# those that need kernels, but not the fastest. The longest stand first, so that at the end no
-# processor is without work.
+# subject: they are compiled without, and with fewer optimizations, which is done sooner. The
+# longest stand first, so that at the end no processor is without work.
 UNITS    = all_kernels all_export all_text all_eval 15_session 15_embedding 15_allocation all_serve \
            16_answers 08_opencl
-O1       = all_eval 22_eval 15_session
 PLAIN    = all_text 03_basics 09_file 10_tokenizer 11_chat 12_model 14_sampler 15_allocation \
            16_answers all_serve 42_serve 43_explain 44_grammar
 JOBS    := $(shell nproc 2>/dev/null || echo 1)
@@ -44,28 +41,28 @@ $(BIN):
 	mkdir -p $@
 
 $(BIN)/medrun$(EXE): medrun.c
-	$(CC) $(CFLAGS) $(QUICK) $(WARN) $(CL) -o $@ medrun.c $(LIBS)
+	$(CC) $(CFLAGS) $(WARN) $(CL) -o $@ medrun.c $(LIBS)
 
 $(BIN)/medrun-export$(EXE): tools/export.c $(EXPORT) medrun.c
-	$(CC) $(CFLAGS) $(QUICK) $(WARN) -o $@ tools/export.c $(LIBS)
+	$(CC) $(CFLAGS) $(WARN) -o $@ tools/export.c $(LIBS)
 
 $(BIN)/medrun-eval$(EXE): tools/eval.c $(EVAL) medrun.c
-	$(CC) $(CFLAGS) $(QUICK) $(WARN) -o $@ tools/eval.c $(LIBS)
+	$(CC) $(CFLAGS) $(WARN) -o $@ tools/eval.c $(LIBS)
 
 $(BIN)/medrun-lab$(EXE): tools/lab.c tools/tool_calls.c tools/write.c tools/store.c tools/explain_lens.c \
                          tools/explain_top.c tools/serve_grammar.c tools/serve_schema.c \
                          tools/lab_constrain.c tools/lab_completion.c medrun.c
-	$(CC) $(CFLAGS) $(QUICK) $(WARN) $(CL) -o $@ tools/lab.c $(LIBS)
+	$(CC) $(CFLAGS) $(WARN) $(CL) -o $@ tools/lab.c $(LIBS)
 
 # The page is a part of the program, as numbers, for xxd is not everywhere.
 $(BUILD)/serve_page.inc: tools/serve_page.html
 	@mkdir -p $(BUILD)
 	od -An -v -tu1 $< | sed 's/[0-9][0-9]*/&,/g' > $@
 $(BIN)/medrun-serve: tools/serve.c $(SERVE) $(BUILD)/serve_page.inc medrun.c
-	$(CC) $(CFLAGS) $(QUICK) $(WARN) -I$(BUILD) -o $@ tools/serve.c $(LIBS)
+	$(CC) $(CFLAGS) $(WARN) -I$(BUILD) -o $@ tools/serve.c $(LIBS)
 
 $(BIN)/medrun-explain$(EXE): tools/explain.c $(EXPLAIN) medrun.c
-	$(CC) $(CFLAGS) $(QUICK) $(WARN) -o $@ tools/explain.c $(LIBS)
+	$(CC) $(CFLAGS) $(WARN) -o $@ tools/explain.c $(LIBS)
 
 # The page as C strings. It is checked in, so that a compiler alone builds the program.
 tools/explain_page.h: tools/explain_page.html tools/explain_page.css tools/explain_page.js
@@ -137,7 +134,7 @@ $(BUILD)/test_%: tests/%.c tests/test.h medrun.c tools/export.c $(EXPORT) tools/
                  tools/lab.c tools/lab_constrain.c tools/lab_completion.c tools/tool_calls.c tools/serve.c $(SERVE) \
                  tools/explain.c $(EXPLAIN)
 	@mkdir -p $(BUILD)
-	$(CC) $(CFLAGS) $(WARN) $(if $(filter $*,$(PLAIN)),-DMEDRUN_SCALAR -O1) $(if $(filter $*,$(O1)),-O1) -o $@ $< $(LIBS)
+	$(CC) $(CFLAGS) $(WARN) $(if $(filter $*,$(PLAIN)),-DMEDRUN_SCALAR -O1) -o $@ $< $(LIBS)
 
 $(patsubst tests/%.c,$(BUILD)/test_%,$(wildcard tests/all_*.c)): $(wildcard tests/[0-9]*.c)
 $(BUILD)/test_08_opencl: LIBS += -ldl
@@ -146,16 +143,12 @@ $(BUILD)/test_15_embedding: LIBS += $(foreach f,malloc calloc realloc free,-fno-
 
 PROGRAMS = $(BUILD)/serve_page.inc all $(MODELS) $(REAL) $(BUILD)/tokenizer.bin $(UNITS:%=$(BUILD)/test_%)
 programs: $(PROGRAMS)
-# The tests of commands run programs that are compiled sooner than those that people get.
 test:
-	@$(MAKE) --no-print-directory BIN=$(BUILD)/quick QUICK=-O1 checks
-checks:
 	@$(MAKE) --no-print-directory $(if $(filter -j% --jobserver%,$(MAKEFLAGS)),,-j$(JOBS)) programs
 	@SCRIPTS="$(SCRIPTS)" JOBS="$(JOBS)" CC="$(CC)" sh tests/run.sh "$(BIN)" "$(BUILD)" $(UNITS)
-# Loops that try everything where `make test` tries a part, programs for other systems, and the
-# tests of commands with the programs that people get.
+# Loops that try everything where `make test` tries a part, and programs for other systems.
 test-all:
-	@MEDRUN_TEST_ALL=1 $(MAKE) --no-print-directory checks
+	@MEDRUN_TEST_ALL=1 $(MAKE) --no-print-directory test
 
 # A published model, which is downloaded, against other people's programs.
 real: all
@@ -168,12 +161,12 @@ debug:
 	@mkdir -p build/debug
 	$(MAKE) BUILD=build/debug BIN=build/debug \
 	    CFLAGS="-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all" \
-	    PLAIN="all_text 15_allocation 15_embedding 16_answers all_serve" checks
+	    PLAIN="all_text all_eval 15_allocation 15_embedding 16_answers all_serve" test
 threads:
 	@mkdir -p build/threads
 	TSAN_OPTIONS=die_after_fork=0 \
 	$(MAKE) BUILD=build/threads BIN=build/threads CFLAGS="-O1 -g1 -fsanitize=thread" \
-	    UNITS="04_threads 07_tensor 15_session" SCRIPTS=none checks
+	    UNITS="04_threads 07_tensor 15_session" SCRIPTS=none test
 targets:
 	sh tools/targets.sh
 # Each reader of a stranger's bytes under clang's libFuzzer, for SECONDS.
@@ -269,5 +262,5 @@ help:
 	@echo "                make uninstall; tools/packaging has packages for Debian, Homebrew and pip"
 	@echo "make bench, make man, make clean"
 
-.PHONY: all static windows run explain class programs test checks test-all real lint debug threads fuzz bench targets size man \
+.PHONY: all static windows run explain class programs test test-all real lint debug threads fuzz bench targets size man \
         install install-programs uninstall clean help
