@@ -415,10 +415,16 @@ static void test_cores(void) {
     cores_with(folder, 15, beside);
     int n = threads_of_one_core(folder, true);
     if (n != 77) CHECK_EQ(n, 1);
-    /* Two true processors do more than one; others may use them, so that is tried again. */
+    /* Two true processors do more than one, if nobody else uses them: that is tried for 20 s. */
     bool may = n != 77 && processors() > 1;
-    for (int i = 0; may && i < 50 && n != 2; i++) n = threads_of_one_core(folder, false);
-    if (may) CHECK_EQ(n, 2);
+    double load = 0;
+    for (int i = 0; may && i < 400 && n != 2; i++) {
+        if (i) usleep(50000);
+        n = threads_of_one_core(folder, false);
+    }
+    if (may && n == 1) CHECK(getloadavg(&load, 1) == 1);
+    if (load >= 1) SKIP("others use the processors: a second one gained nothing");
+    else if (may) CHECK_EQ(n, 2);
     snprintf(path, sizeof path, "%s/smt", folder);
     CHECK(!mkdir(path, 0700));
     write_text(folder, "smt/active", "0\n");
