@@ -136,8 +136,8 @@ static void test_against_sorting(void) {
     float logits[300];
     double p[MOST];
     int32_t history[50];
-    int wrong = 0, runs = 0, first = -1;
-    for (int run = 0; run < 4000; run++) {
+    int wrong = 0, runs = 0, first = -1, wanted = test_all() ? 4000 : 1000;
+    for (int run = 0; run < wanted; run++) {
         int vocab = 1 + (int)(test_random() % (run % 10 ? 40 : 300)), kind = run % 4;
         int n_history = (int)(test_random() % 50);
         for (int i = 0; i < vocab; i++) {
@@ -163,7 +163,7 @@ static void test_against_sorting(void) {
                (double)s.repeat_penalty);
     }
     CHECK_EQ(wrong, 0);
-    CHECK(runs > 2500);
+    CHECK(runs > wanted * 5 / 8);
 }
 
 /* ---- what transformers 5.23.0's own processors gave ---------------------------------------- */
@@ -221,7 +221,7 @@ static void test_chi_square(void) {
     float logits[40];
     double p[MOST];
     int32_t history[] = {3, 3, 17};
-    for (uint64_t seed = 1; seed <= 12; seed++) {
+    for (uint64_t seed = 1; seed <= (test_all() ? 12 : 4); seed++) {
         medrun_sampling s = {.temperature = 0.8f, .top_k = seed % 2 ? 0 : 20,
                              .top_p = seed % 3 ? 1 : 0.9f, .min_p = seed % 4 ? 0 : 0.02f,
                              .repeat_penalty = 1.2f};
