@@ -191,8 +191,7 @@ static void add_panel(int type, const uint8_t *panel, size_t cols, size_t g, con
     const uint8_t *from = panel + group_steps(type, g), *scales = panel + group_scales(type, g);
     for (size_t i = 0; i < 4 * LANES; i++) {
         uint16_t bits = load_16(scales + i / 4 * 2);
-        float scale = type == TYPE_INT8 ? bf16_to_f32(bits) : int4_scale(bits) * 0x1p-13f;
-        factor[i] = u[i / 4] * scale;
+        factor[i] = u[i / 4] * stored_scale(type, panel, i / 4, g * group_cols(type));
         shift[i] = (float)(type == TYPE_INT8 ? -128 : (bits & SHIFT_MASK) - SHIFT_ZERO - INT4_ZERO);
     }
     for (size_t step = 0; step < group_bytes(type) / STEP_BYTES; step++, from += STEP_BYTES)
