@@ -1133,13 +1133,13 @@ static int fail(medrun_error *e, int code, const char *format, ...) {
 }
 
 /* As fail, of a file at PATH that is not as it must be. */
-#define bad_file(e, path, format, ...) \
-    fail(e, MEDRUN_BAD_FILE, "%s: " format, path, ##__VA_ARGS__)
+#define bad_file(e, path, format, ...) fail(e, MEDRUN_BAD_FILE, "%s: " format, path, ##__VA_ARGS__)
+
+static int errno_code(int code) { return errno == ENOMEM ? MEDRUN_NO_MEMORY : code; }
 
 /* As fail, of a call of the system, which could not do WHAT and left the reason in errno. */
 static int cannot(medrun_error *e, int code, const char *path, const char *what) {
-    code = errno == ENOMEM ? MEDRUN_NO_MEMORY : code;
-    return fail(e, code, "%s: cannot %s: %s", path, what, strerror(errno));
+    return fail(e, errno_code(code), "%s: cannot %s: %s", path, what, strerror(errno));
 }
 
 /* It has a code of its own, as the way out differs from that of all other failures. */
@@ -4460,7 +4460,7 @@ static double time_trial(const kernel_set *k, int threads) {
 /* The threads worth having; *LIMIT becomes what made them so few, or NULL. Where hardware threads
  * share cores and a trial does not end a twentieth sooner with all, it is one for each core. */
 static int default_threads(const char **limit) {
-    static atomic_int chosen;                   /* by the trial, which is made once              */
+    static atomic_int chosen;                   /* by the trial, which is made once */
     const kernel_set *k;
     int may = processors(), all = may, n = (int)fmax(1, limits_of_machine().processors);
     int cores = cores_of("/sys/devices/system/cpu");
@@ -9557,8 +9557,8 @@ static int choose_device_option(command *c) {
 /* What is locked is never written to swap: it stays fast, and no prompt reaches a disk. */
 static int lock(command *c, const void *p, size_t n) {
     if (lock_bytes(p, n)) return MEDRUN_OK;
-    return fail(&c->e, errno == ENOMEM ? MEDRUN_NO_MEMORY : MEDRUN_FAILED, "--mlock: %zu MB cannot "
-                "be locked: %s" LOCK_HINT, n >> 20, strerror(errno));
+    return fail(&c->e, errno_code(MEDRUN_FAILED), "--mlock: %zu MB cannot be locked: %s" LOCK_HINT,
+                n >> 20, strerror(errno));
 }
 
 /* PATH cannot be opened. Where it is a model in another form, says how to make a checkpoint. */

@@ -953,8 +953,8 @@ static int read_shard(source *s, const char *name, medrun_error *e) {
     if (join_path(path, s->folder, name, e)) return e->code;
     int fd = open_file(path, TO_MAP);
     if (fd < 0)
-        return fail(e, errno == ENOMEM ? MEDRUN_NO_MEMORY : MEDRUN_BAD_FILE, "%s: cannot open: %s; "
-                    "the weights are not complete", path, strerror(errno));
+        return fail(e, errno_code(MEDRUN_BAD_FILE), "%s: cannot open: %s; the "
+                    "weights are not complete", path, strerror(errno));
     if (get_facts(NULL, fd, &facts) || !facts.regular || add_file(s, name, path, NULL, e)) {
         close(fd);
         return refuse(e, "%s: found no regular file, wanted weights", path);
@@ -1936,9 +1936,8 @@ static void stop_export(exporter *x, const medrun_error *why) {
 }
 
 static int cannot_write(const exporter *x, medrun_error *e) {
-    int code = errno == ENOMEM ? MEDRUN_NO_MEMORY : MEDRUN_FAILED;
-    return fail(e, code, "%s: cannot write: %s; nothing is left behind", x->options.out,
-                strerror(errno));
+    return fail(e, errno_code(MEDRUN_FAILED), "%s: cannot write: %s; nothing is left behind",
+                x->options.out, strerror(errno));
 }
 
 static int write_at(const exporter *x, const void *from, size_t n, uint64_t at, medrun_error *e) {

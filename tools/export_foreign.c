@@ -172,9 +172,8 @@ static int check_folder(source *s, medrun_error *e) {
     char name[256];
     file_facts there;
     if (get_facts(s->folder, -1, &there))
-        return fail(e, errno == ENOMEM ? MEDRUN_NO_MEMORY : MEDRUN_BAD_FILE, "%s: %s; medrun has "
-                    "no network: hf download ORG/MODEL --local-dir FOLDER fetches a model",
-                    s->folder, strerror(errno));
+        return fail(e, errno_code(MEDRUN_BAD_FILE), "%s: %s; medrun has no network: hf download "
+                    "ORG/MODEL --local-dir FOLDER fetches a model", s->folder, strerror(errno));
     if (there.stream)
         return refuse(e, "%s: found a pipe or a device, wanted a GGUF file or a Hugging Face "
                       "folder", s->folder);

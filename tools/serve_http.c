@@ -581,8 +581,8 @@ static int listen_on(const char *host, int port, bool *local, medrun_error *e) {
     const struct sockaddr *a = is4 ? (struct sockaddr *)&v4 : (struct sockaddr *)&v6;
     if (fd >= 0) setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
     if (fd < 0 || bind(fd, a, is4 ? sizeof v4 : sizeof v6) || listen(fd, 128)) {
-        fail(e, errno == ENOMEM ? MEDRUN_NO_MEMORY : MEDRUN_FAILED,
-             "cannot listen on %s port %d: %s", host, port, strerror(errno));
+        fail(e, errno_code(MEDRUN_FAILED), "cannot listen on %s port %d: %s", host, port,
+             strerror(errno));
         if (fd >= 0) close(fd);
         return -1;
     }
