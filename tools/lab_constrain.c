@@ -61,7 +61,8 @@ static int read_constraint(command *c) {
     const char *value = c->text[options[kind]];
     if (kind < 2) buffer_text(&text, value);
     else if (!read_text(c, value, MOST_INPUT, &text) && text.n > MOST_GRAMMAR)
-        bad_file(&c->e, value, "found %zu bytes, wanted at most %d", text.n, MOST_GRAMMAR);
+        fail(&c->e, MEDRUN_BAD_FILE, "%s: found %zu bytes, wanted at most %d", value, text.n,
+             MOST_GRAMMAR);
     if (c->e.code) return buffer_free(&text), c->e.code;
     if (kind == 3) buffer_add(&quoted, text.data, text.n);
     else if (kind) python_quote(&quoted, chars(&text), text.n);
