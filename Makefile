@@ -14,12 +14,13 @@ ABI    := $(shell sed -n 's/^.define MEDRUN_VERSION "\([0-9]*\.[0-9]*\)\..*/\1/p
 CL      = $(if $(OPENCL),-DMEDRUN_OPENCL)
 SECONDS = 60
 
-# What each test program holds is said in tests/README.md. PLAIN are those that have no kernel for a
-# subject: they are compiled without, and with fewer optimizations, which is done sooner. The
-# longest stand first, so that at the end no processor is without work.
+# What each test program holds is said in tests/README.md. OWN_KERNELS are those that have a kernel
+# for a subject; the others, with the same kernels as the programs, are QUICK to compile where
+# fewer optimizations do. The longest stand first, so that at the end no processor is without work.
 UNITS    = all_kernels all_export all_text all_eval 15_session 15_embedding 15_allocation all_serve \
            16_answers 08_opencl
-PLAIN    = all_text 03_basics 09_file 10_tokenizer 11_chat 12_model 14_sampler 15_allocation \
+OWN_KERNELS = all_kernels 05_numbers 06_kernels 07_tensor
+QUICK    = all_text 03_basics 09_file 10_tokenizer 11_chat 12_model 14_sampler 15_allocation \
            16_answers all_serve 42_serve 43_explain 44_grammar
 JOBS    := $(shell nproc 2>/dev/null || echo 1)
 FIXTURES = llama-plain llama-tied llama-sharded llama-grouped mistral-window mistral-spm \
@@ -40,29 +41,39 @@ $(foreach p,$(TOOLS),$(BIN)/$(p)$(EXE)): | $(BIN)
 $(BIN):
 	mkdir -p $@
 
-$(BIN)/medrun$(EXE): medrun.c
-	$(CC) $(CFLAGS) $(WARN) $(CL) -o $@ medrun.c $(LIBS)
+# Kernels take compilers longest: once for all programs, and once with the tools' own.
+# Without make each program is one command: cc -O2 -o medrun medrun.c -lm -lpthread
+APART = -DMEDRUN_KERNELS_APART
+$(BUILD)/kernels.o: medrun.c
+	@mkdir -p $(BUILD)
+	$(CC) $(CFLAGS) $(WARN) -DMEDRUN_KERNELS_ONLY -c -o $@ $<
+$(BUILD)/kernels_tools.o: medrun.c tools/kernels.h tools/export_int4.h tools/lab_kernels.h
+	@mkdir -p $(BUILD)
+	$(CC) $(CFLAGS) $(WARN) -DMEDRUN_KERNELS_ONLY -DMEDRUN_MORE_KERNELS='"tools/kernels.h"' -c -o $@ $<
 
-$(BIN)/medrun-export$(EXE): tools/export.c $(EXPORT) medrun.c
-	$(CC) $(CFLAGS) $(WARN) -o $@ tools/export.c $(LIBS)
+$(BIN)/medrun$(EXE): medrun.c $(BUILD)/kernels.o
+	$(CC) $(CFLAGS) $(WARN) $(APART) $(CL) -o $@ $^ $(LIBS)
 
-$(BIN)/medrun-eval$(EXE): tools/eval.c $(EVAL) medrun.c
-	$(CC) $(CFLAGS) $(WARN) -o $@ tools/eval.c $(LIBS)
+$(BIN)/medrun-export$(EXE): tools/export.c $(BUILD)/kernels_tools.o $(EXPORT) medrun.c
+	$(CC) $(CFLAGS) $(WARN) $(APART) -o $@ $< $(BUILD)/kernels_tools.o $(LIBS)
+
+$(BIN)/medrun-eval$(EXE): tools/eval.c $(BUILD)/kernels.o $(EVAL) medrun.c
+	$(CC) $(CFLAGS) $(WARN) $(APART) -o $@ $< $(BUILD)/kernels.o $(LIBS)
 
 $(BIN)/medrun-lab$(EXE): tools/lab.c tools/tool_calls.c tools/write.c tools/store.c tools/explain_lens.c \
                          tools/explain_top.c tools/serve_grammar.c tools/serve_schema.c \
-                         tools/lab_constrain.c tools/lab_completion.c medrun.c
-	$(CC) $(CFLAGS) $(WARN) $(CL) -o $@ tools/lab.c $(LIBS)
+                         tools/lab_constrain.c tools/lab_completion.c $(BUILD)/kernels_tools.o medrun.c
+	$(CC) $(CFLAGS) $(WARN) $(APART) $(CL) -o $@ $< $(BUILD)/kernels_tools.o $(LIBS)
 
 # The page is a part of the program, as numbers, for xxd is not everywhere.
 $(BUILD)/serve_page.inc: tools/serve_page.html
 	@mkdir -p $(BUILD)
 	od -An -v -tu1 $< | sed 's/[0-9][0-9]*/&,/g' > $@
-$(BIN)/medrun-serve: tools/serve.c $(SERVE) $(BUILD)/serve_page.inc medrun.c
-	$(CC) $(CFLAGS) $(WARN) -I$(BUILD) -o $@ tools/serve.c $(LIBS)
+$(BIN)/medrun-serve: tools/serve.c $(BUILD)/kernels.o $(SERVE) $(BUILD)/serve_page.inc medrun.c
+	$(CC) $(CFLAGS) $(WARN) $(APART) -I$(BUILD) -o $@ $< $(BUILD)/kernels.o $(LIBS)
 
-$(BIN)/medrun-explain$(EXE): tools/explain.c $(EXPLAIN) medrun.c
-	$(CC) $(CFLAGS) $(WARN) -o $@ tools/explain.c $(LIBS)
+$(BIN)/medrun-explain$(EXE): tools/explain.c $(BUILD)/kernels.o $(EXPLAIN) medrun.c
+	$(CC) $(CFLAGS) $(WARN) $(APART) -o $@ $< $(BUILD)/kernels.o $(LIBS)
 
 # The page as C strings. It is checked in, so that a compiler alone builds the program.
 tools/explain_page.h: tools/explain_page.html tools/explain_page.css tools/explain_page.js
@@ -72,9 +83,9 @@ tools/explain_page.h: tools/explain_page.html tools/explain_page.css tools/expla
 STATIC_CC  ?= musl-gcc
 WINDOWS_CC ?= x86_64-w64-mingw32-gcc
 static:
-	$(MAKE) BIN=$(BUILD)/static CC="$(STATIC_CC)" CFLAGS="$(CFLAGS) -static" all
+	$(MAKE) BIN=$(BUILD)/static BUILD=$(BUILD)/static CC="$(STATIC_CC)" CFLAGS="$(CFLAGS) -static" all
 windows:
-	$(MAKE) BIN=$(BUILD)/windows EXE=.exe CC="$(WINDOWS_CC)" CFLAGS="$(CFLAGS) -static" all
+	$(MAKE) BIN=$(BUILD)/windows BUILD=$(BUILD)/windows EXE=.exe CC="$(WINDOWS_CC)" CFLAGS="$(CFLAGS) -static" all
 
 explain: $(BIN)/medrun-explain
 	@mkdir -p $(BUILD)
@@ -130,11 +141,18 @@ $(REAL): $(BUILD)/%.tokenizer.bin: $(BIN)/medrun-export
 	@mkdir -p $(BUILD)
 	$(BIN)/medrun-export --tokenizer-only $(MEDRUN_TEST_DATA)/tokenizers/$(REAL_$*) $@
 endif
+TESTED = $(patsubst tests/%.c,$(BUILD)/test_%,$(wildcard tests/*_*.c))
 $(BUILD)/test_%: tests/%.c tests/test.h medrun.c tools/export.c $(EXPORT) tools/eval.c $(EVAL) \
                  tools/lab.c tools/lab_constrain.c tools/lab_completion.c tools/tool_calls.c tools/serve.c $(SERVE) \
                  tools/explain.c $(EXPLAIN)
 	@mkdir -p $(BUILD)
-	$(CC) $(CFLAGS) $(WARN) $(if $(filter $*,$(PLAIN)),-DMEDRUN_SCALAR -O1) -o $@ $< $(LIBS)
+	$(CC) $(CFLAGS) $(WARN) $(if $(filter $*,$(QUICK)),-O1) -o $@ $< $(LINKED) $(LIBS)
+EXPORTED = $(foreach t,20_export 21_gguf all_export,$(BUILD)/test_$(t))
+LINKED   = $(APART) $(BUILD)/kernels.o
+$(OWN_KERNELS:%=$(BUILD)/test_%): LINKED =
+$(EXPORTED): LINKED = $(APART) $(BUILD)/kernels_tools.o
+$(EXPORTED): $(BUILD)/kernels_tools.o
+$(filter-out $(OWN_KERNELS:%=$(BUILD)/test_%) $(EXPORTED),$(TESTED)): $(BUILD)/kernels.o
 
 $(patsubst tests/%.c,$(BUILD)/test_%,$(wildcard tests/all_*.c)): $(wildcard tests/[0-9]*.c)
 $(BUILD)/test_08_opencl: LIBS += -ldl
@@ -156,12 +174,10 @@ real: all
 
 lint:
 	@sh tests/lint.sh
-# Kernels take compilers long to instrument.
 debug:
 	@mkdir -p build/debug
 	$(MAKE) BUILD=build/debug BIN=build/debug \
-	    CFLAGS="-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all" \
-	    PLAIN="all_text all_eval 15_allocation 15_embedding 16_answers all_serve" test
+	    CFLAGS="-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all" test
 threads:
 	@mkdir -p build/threads
 	TSAN_OPTIONS=die_after_fork=0 \

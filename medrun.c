@@ -422,7 +422,7 @@ enum { SIGHUP = SIGBREAK, SIGQUIT = SIGBREAK };         /* the console was close
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
 #pragma GCC diagnostic push
-#ifdef MEDRUN_NO_MAIN           /* then nobody calls what only commands, tools and tests use */
+#if defined MEDRUN_NO_MAIN || defined MEDRUN_KERNELS_APART || defined MEDRUN_KERNELS_ONLY
 #pragma GCC diagnostic ignored "-Wunused-function"
 #endif
 
@@ -1897,7 +1897,7 @@ enum { TYPE_F32, TYPE_BF16, TYPE_INT8, TYPE_INT4, N_TYPES };
 enum { LANES = 16, GROUP = 64, STEP_BYTES = 64, GROUP_BYTES = GROUP / 4 * STEP_BYTES };
 enum { GROUP4 = 32, GROUP4_BYTES = GROUP4 / 8 * STEP_BYTES };
 
-static const char *const type_names[N_TYPES] = {"f32", "bf16", "int8", "int4"};
+MAYBE_UNUSED static const char *const type_names[N_TYPES] = {"f32", "bf16", "int8", "int4"};
 
 /* The embedding and the output matrix of an int4 checkpoint are int8: they are a small share of the
  * bytes that a token reads, and errors there are felt most. */
@@ -2159,8 +2159,7 @@ MAYBE_UNUSED static void plain_matmul(int type, const uint8_t *w, size_t rows, s
  *   PACK_INT16 the same in int16: 16 times a word of the first and third q of each token, then a
  *              word of the second and fourth.            (where no instruction multiplies bytes) */
 enum { PACK_F32, PACK_BF16, PACK_INT8, PACK_INT16, N_PACKS };
-enum { TILE = 8 };
-enum { AHEAD = 8192 };          /* bytes by which a matmul asks for what it will read            */
+enum { TILE = 8, AHEAD = 8192 };        /* AHEAD: bytes by which a matmul asks for what it reads */
 
 static size_t tile_width(size_t tokens) { return tokens > 4 ? 8 : tokens > 2 ? 4 : tokens; }
 
@@ -2186,21 +2185,21 @@ static size_t cache_panel(int kv, size_t head_dim) {            /* bytes of 16 p
 }
 
 /* Attention of up to QUERIES queries that share one key-value head. Memory has room for KEY_STEP
- * keys wherever one is in use. */
-enum { QUERIES = 32, KEY_BLOCK = 256, KEY_STEP = 64 };
+ * keys wherever one is in use. PART_EXTRA: two numbers, and what keeps parts aligned. */
+enum { QUERIES = 32, KEY_BLOCK = 256, KEY_STEP = 64, PART_EXTRA = 16 };
 
 typedef struct {
-    size_t n;                       /* queries                                                  */
-    int kv;                         /* the cache's numbers                                      */
+    size_t n;                       /* queries */
+    int kv;                         /* the cache's numbers */
     size_t head_dim;
-    float scale;                    /* head_dim^-0.5                                            */
-    const float *q[QUERIES];        /* (head_dim) each                                          */
-    float *out[QUERIES];            /* (head_dim) each, as a part PART_EXTRA more               */
-    size_t start[QUERIES], limit[QUERIES];      /* query i sees keys start[i] .. limit[i]-1     */
-    size_t begin, end;              /* of the keys, those looked at; multiples of KEY_BLOCK     */
+    float scale;                    /* head_dim^-0.5 */
+    const float *q[QUERIES];        /* (head_dim) each */
+    float *out[QUERIES];            /* (head_dim) each, as a part PART_EXTRA more */
+    size_t start[QUERIES], limit[QUERIES];      /* query i sees keys start[i] .. limit[i]-1 */
+    size_t begin, end;              /* of the keys, those looked at; multiples of KEY_BLOCK */
     bool part;                      /* out is for `merge`: not divided, largest and total behind */
     const void *keys, *values;
-    float *scratch;                 /* attend_scratch(head_dim) floats                          */
+    float *scratch;                 /* attend_scratch(head_dim) floats */
 } attention;
 
 /* A tile of queries and what it sees of a block: keys first + low .. first + high - 1. */
@@ -2209,8 +2208,6 @@ typedef struct {
     const float *weight;            /* (queries, KEY_BLOCK)                                     */
     const float *keep, *fresh;      /* of each query: factor of what was, of what comes         */
 } key_tile;
-
-enum { PART_EXTRA = 16 };           /* two numbers, and what keeps parts aligned                */
 
 /* The packed queries, then the scores, which become weights. */
 static size_t attend_scratch(size_t head_dim) { return QUERIES * (head_dim + KEY_BLOCK); }
@@ -2224,11 +2221,11 @@ typedef struct {
 /* A share of a matrix product: out[t * stride + 16 p + lane] = sum over k of
  * w[16 p + lane][k] * x[t][k]. */
 typedef struct {
-    const uint8_t *w, *x;           /* whole panels; all tokens, packed                         */
+    const uint8_t *w, *x;           /* whole panels; all tokens, packed */
     size_t panels, cols, tokens;
-    size_t cols_per_block;          /* all tokens' come before the next; any multiple of 128    */
-    uint8_t *block;                 /* room for as many times BLOCK_BYTES, where weights that   */
-    float *out;                     /* are not used as they lie are unpacked for all tokens     */
+    size_t cols_per_block;          /* all tokens' come before the next; any multiple of 128 */
+    uint8_t *block;                 /* room for as many times BLOCK_BYTES, where weights that */
+    float *out;                     /* are not used as they lie are unpacked for all tokens */
     size_t stride;
 } matmul_part;
 typedef void matmul_fn(const matmul_part *m);
@@ -2256,7 +2253,7 @@ enum { BLOCK_BYTES = 4 * (LANES + 2) };
     X(isplat) X(iadd) X(istore8) X(istore16) X(wload) X(wshift) X(wstore) X(wload_int8)         \
     X(weven) X(wodd) X(bvec) X(bready) X(blevels) X(bload) X(bstore) X(ibias) X(svec) X(sload)  \
     X(vfmas) X(xvec) X(xload) X(idot4) X(vdot2) X(pvec) X(pload) X(idot2) X(vexp) X(vexp_bend)  \
-    X(vexpm1) X(vzip)
+    X(vexpm1) X(vzip) X(ROW_SCOPE)
 PASS_NAMES(KEEP_MACRO)
 
 /* What every pass makes beside its matmuls: X(name, arguments). Shapes are in floats, all
@@ -2410,7 +2407,8 @@ static void tile_keys(const attention *a, size_t t, size_t nt, size_t first, siz
     }
 }
 
-#else /* MEDRUN_PASS */
+#endif
+#ifdef MEDRUN_PASS
 /* >>>>>>>>>>>>>> down to <<<< everything is compiled once for each instruction set >>>>>>>>>>>>> */
 
 /* ---- the words ----------------------------------------------------------------------------- */
@@ -4145,17 +4143,15 @@ static void K(merge)(float *out, const float *parts, size_t n, size_t head_dim, 
         name, bf16, INT_PACK, READY_TYPES, TILE_PANELS, INT_PANELS, B(matmul_f32), matmul_bf16, \
         K(matmul_int8), K(matmul_int4), MORE_KERNELS, KERNELS(KERNEL_ENTRY)                     \
     }
-static const kernel_set K(kernel_row) = KERNEL_ROW(KERNEL_NAME, false, NULL);
+ROW_SCOPE const kernel_set K(kernel_row) = KERNEL_ROW(KERNEL_NAME, false, NULL);
 #ifdef BF16_NAME
-static const kernel_set K(kernel_row_bf16) = KERNEL_ROW(BF16_NAME, true, K(matmul_bf16));
+ROW_SCOPE const kernel_set K(kernel_row_bf16) = KERNEL_ROW(BF16_NAME, true, K(matmul_bf16));
 #endif
 PASS_LIMITS(PUT_BACK)
 
 /* <<<<<<<<<<<<<< up to >>>> everything is compiled once for each instruction set <<<<<<<<<<<<<<< */
-#endif /* MEDRUN_PASS */
-
-#ifndef MEDRUN_PASS
-
+#undef MEDRUN_PASS
+#else
 /* ---- the passes ---------------------------------------------------------------------------- */
 
 /* A region where the compiler may use the instructions of an instruction set, as it names it. */
@@ -4169,41 +4165,45 @@ PASS_LIMITS(PUT_BACK)
 #define END_TARGET KERNEL_PRAGMA(GCC pop_options)
 #endif
 
+#ifdef MEDRUN_KERNELS_APART     /* in another object, from cc -DMEDRUN_KERNELS_ONLY */
+extern const kernel_set kernel_row_avx2, kernel_row_avxvnni, kernel_row_avx512, kernel_row_neon,
+    kernel_row_bf16_avx512, kernel_row_neondot, kernel_row_neonmat, kernel_row_bf16_neonmat,
+    kernel_row_scalar;
+#else
+#ifdef MEDRUN_KERNELS_ONLY
+#define ROW_SCOPE
+#else
+#define ROW_SCOPE static
+#endif
 #define MEDRUN_PASS 1
 #include "medrun.c"
-#undef MEDRUN_PASS
 #ifdef MEDRUN_X86
 BEGIN_TARGET("avx2,fma,f16c", "avx2,fma,f16c")
 #define MEDRUN_PASS 2
 #include "medrun.c"
-#undef MEDRUN_PASS
 #ifdef MEDRUN_AVXVNNI
 #define MEDRUN_PASS 4
 #include "medrun.c"
-#undef MEDRUN_PASS
 #endif
 END_TARGET
 BEGIN_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni",
              "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 #define MEDRUN_PASS 3
 #include "medrun.c"
-#undef MEDRUN_PASS
 END_TARGET
 #endif
 #ifdef MEDRUN_ARM64
 #define MEDRUN_PASS 5
 #include "medrun.c"
-#undef MEDRUN_PASS
 BEGIN_TARGET("arch=armv8.2-a+dotprod", "dotprod")
 #define MEDRUN_PASS 6
 #include "medrun.c"
-#undef MEDRUN_PASS
 END_TARGET
 BEGIN_TARGET("arch=armv8.2-a+dotprod+i8mm+bf16", "i8mm,bf16")
 #define MEDRUN_PASS 7
 #include "medrun.c"
-#undef MEDRUN_PASS
 END_TARGET
+#endif
 #endif
 
 PASS_NAMES(PUT_BACK)
@@ -4213,6 +4213,7 @@ PASS_NAMES(PUT_BACK)
 #undef PASS_LIMITS
 #undef PASS_NAMES
 
+#ifndef MEDRUN_KERNELS_ONLY
 /* ---- processor features -------------------------------------------------------------------- */
 
 typedef struct {
@@ -4222,7 +4223,7 @@ typedef struct {
 
 /* What the processor has AND the system saves at a task switch (xgetbv). NEON is a part of arm64;
  * what came later, the system tells. */
-MAYBE_UNUSED static cpu_features detect_cpu(void) {
+static cpu_features detect_cpu(void) {
     cpu_features f = {0};
 #if defined MEDRUN_ARM64
     f.neon = true;
@@ -4261,9 +4262,9 @@ MAYBE_UNUSED static cpu_features detect_cpu(void) {
 enum { N_KERNEL_SETS = 5 };
 
 static int usable_kernels(const kernel_set *out[N_KERNEL_SETS]) {
+    MAYBE_UNUSED cpu_features f = detect_cpu();
     int n = 0;
 #ifdef MEDRUN_X86
-    cpu_features f = detect_cpu();
     if (f.avx512_bf16) out[n++] = &kernel_row_bf16_avx512;
     if (f.avx512) out[n++] = &kernel_row_avx512;
 #ifdef MEDRUN_AVXVNNI
@@ -4271,7 +4272,6 @@ static int usable_kernels(const kernel_set *out[N_KERNEL_SETS]) {
 #endif
     if (f.avx2) out[n++] = &kernel_row_avx2;
 #elif defined MEDRUN_ARM64
-    cpu_features f = detect_cpu();
     if (f.neon_bf16) out[n++] = &kernel_row_bf16_neonmat;
     if (f.neon_i8mm) out[n++] = &kernel_row_neonmat;
     if (f.neon_dot) out[n++] = &kernel_row_neondot;
@@ -11177,6 +11177,7 @@ int main(int argc, char **argv) { return run_program(&medrun_program, argc, argv
 #endif
 
 #endif /* MEDRUN_COMMANDS */
+#endif /* MEDRUN_KERNELS_ONLY */
 
 /* What was set for this file ends with it: options, warnings, and macros but those that begin with
  * MEDRUN_ and what system headers had to be told (_GNU_SOURCE, _FILE_OFFSET_BITS). The program that
@@ -11188,18 +11189,11 @@ int main(int argc, char **argv) { return run_program(&medrun_program, argc, argv
 #pragma GCC pop_options
 #endif
 #undef ALWAYS_INLINE
-#undef APERTUS
-#undef END_INNER
-#undef END_RESULTS
 #undef HASH_START
-#undef LLAMA3_HEAD
-#undef LLAMA3_SAID
 #undef LOCK_HINT
 #undef MAYBE_UNUSED
-#undef INST
 #undef NEVER_INLINE
 #undef NO_ID
-#undef OPEN_ASSISTANT
 #undef RETRY
 #undef STATE_MARK
 #undef TWO_PI

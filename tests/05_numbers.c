@@ -1,6 +1,6 @@
 /* Tests of section 5: bf16, f16, rounding, and the panels of weights. */
 #define MEDRUN_NO_MAIN
-#define MEDRUN_MORE_KERNELS "tools/export_int4.h"
+#define MEDRUN_MORE_KERNELS "tools/kernels.h"
 #include "../medrun.c"
 #include "../tools/export_int4.c"
 #include "test.h"

@@ -1,7 +1,7 @@
 /* Tests of section 6: every kernel set this machine can run, bit for bit against the scalar pass,
  * and the scalar pass against double precision. */
 #define MEDRUN_NO_MAIN
-#define MEDRUN_MORE_KERNELS "tools/export_int4.h"
+#define MEDRUN_MORE_KERNELS "tools/kernels.h"
 #include "../medrun.c"
 #include "../tools/export_int4.c"
 #include "test.h"

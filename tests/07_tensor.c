@@ -1,6 +1,6 @@
 /* Tests of section 7: the same bits whatever the threads and however products stand together. */
 #define MEDRUN_NO_MAIN
-#define MEDRUN_MORE_KERNELS "tools/export_int4.h"
+#define MEDRUN_MORE_KERNELS "tools/kernels.h"
 #include "../medrun.c"
 #include "../tools/export_int4.c"
 #include "test.h"

@@ -2,7 +2,7 @@
  * once for all of them; each of these files is also a program of its own. Names that two files use
  * are renamed here. */
 #define MEDRUN_NO_MAIN
-#define MEDRUN_MORE_KERNELS "tools/export_int4.h"
+#define MEDRUN_MORE_KERNELS "tools/kernels.h"
 #include "../medrun.c"
 #define MEDRUN_API_ONLY         /* including medrun.c again gives nothing more                  */
 #include "test.h"

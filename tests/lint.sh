@@ -46,10 +46,10 @@ budgets="
 13:420:452
 14:100:118
 15:720:1018
-16:1410:2300"
+16:1410:2294"
 budgets=$(echo $budgets)                  # on one line
-most_lines=11212                            # the goals: 9000, 450000, 15
-most_bytes=571715
+most_lines=11206                            # the goals: 9000, 450000, 15
+most_bytes=571590
 least_comments=14.4
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '

@@ -28,8 +28,11 @@
 #ifndef MEDRUN_EXPORT           /* tests/all_export.c includes it for each test file */
 #define MEDRUN_EXPORT
 #define MEDRUN_NO_MAIN
-#define MEDRUN_MORE_KERNELS "tools/export_int4.h"
+#define MEDRUN_MORE_KERNELS "tools/kernels.h"
 #include "../medrun.c"
+#ifdef MEDRUN_KERNELS_APART
+#include "kernels.h"
+#endif
 #ifndef _WIN32
 #include <sys/statvfs.h>
 #endif

@@ -1,5 +1,5 @@
 /* How the exporter stores weights in panels: int4's scales are searched for with the kernels of
- * tools/export_int4.h, which the tool names as MEDRUN_MORE_KERNELS before medrun.c. A tool includes
+ * tools/kernels.h, which the tool names as MEDRUN_MORE_KERNELS before medrun.c. A tool includes
  * this file after medrun.c. MIT licence, see LICENSE. */
 #ifndef MEDRUN_EXPORT_INT4
 #define MEDRUN_EXPORT_INT4

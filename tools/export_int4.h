@@ -1,37 +1,4 @@
-/* How the exporter finds the scales of int4: kernels that medrun.c compiles in each of its passes
- * (MEDRUN_MORE_KERNELS), with the words of its section 6. tools/export_int4.c uses them. MIT
- * licence, see LICENSE. */
-
-#if MEDRUN_PASS == 1
-/* 16 groups of int4 whose errors are made good in the columns behind them. COUPLING (32, 32) says
- * by how much, above its diagonal; LOSS (32) what an error that is left in a column counts. */
-typedef struct {
-    const float *w, *v;             /* (32, 16): the weights, and with what earlier errors want  */
-    const float *coupling;
-    size_t stride;                  /* of COUPLING                                               */
-    const float *loss;
-} int4_chain;
-
-typedef struct {
-    float *c;
-    const float *a, *b;
-    size_t c_stride, a_stride, b_stride, rows, cols, depth;
-} matrix_sum;
-
-struct more_kernels {
-    /* 16 groups of int4: V (32, 16) -> their scales and shifts, and the nibbles (32, 16). The sum
-     * of the squared errors, weighted by the (32) importances, is made small; one of them is more
-     * than 0, and what is has a size near 1. */
-    void (*fit_int4)(const float *v, const float *importance, uint16_t *bits, uint8_t *q);
-    /* Rounds the groups of a chain one column after the other. BITS is where the search for scales
-     * and shifts begins, and what it finds; the nibbles (32, 16); the errors (32, 16), what is left
-     * of the chain's weights; LOSS (16) grows by that of these columns. */
-    void (*chain_int4)(const int4_chain *c, uint16_t *bits, uint8_t *q, float *error, float *loss);
-    /* C (rows, cols) += A^T B for A (depth, rows) and B (depth, cols); cols a multiple of 16. Each
-     * sum is taken in the order of depth. */
-    void (*sum_products)(const matrix_sum *s);
-};
-#endif
+/* How the exporter finds the scales of int4: a part of tools/kernels.h. MIT licence, see LICENSE. */
 
 #define level_of K(level_of)
 #define shift_near K(shift_near)
@@ -294,21 +261,3 @@ static void sum_products(const matrix_sum *s) {
     }
 }
 #endif
-
-static const struct more_kernels K(more_kernels) = {fit_int4, chain_int4, sum_products};
-
-#undef level_of
-#undef shift_near
-#undef int4_error
-#undef refit_int4
-#undef settle_int4
-#undef int4_fit
-#undef round_int4
-#undef start_int4
-#undef fit_int4
-#undef run_chain
-#undef try_chain
-#undef chain_int4
-#undef add_tile
-#undef sum_products
-#undef SUM_ROWS

@@ -12,8 +12,11 @@
  * LICENSE. */
 #define MEDRUN_NO_MAIN
 #define MEDRUN_COMMANDS
-#define MEDRUN_MORE_KERNELS "tools/lab_kernels.h"
+#define MEDRUN_MORE_KERNELS "tools/kernels.h"
 #include "../medrun.c"
+#ifdef MEDRUN_KERNELS_APART
+#include "kernels.h"
+#endif
 #include "tool_calls.c"
 #include "write.c"
 #include "store.c"

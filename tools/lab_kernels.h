@@ -2,15 +2,6 @@
  * (MEDRUN_MORE_KERNELS), with the words of its section 6. tools/lab.c uses them. MIT licence, see
  * LICENSE. */
 
-#if MEDRUN_PASS == 1
-struct more_kernels {
-    /* ROUNDS rounds of nothing but the products of packing KIND, in registers; *SINK gets their
-     * sum, so that they are made. Returns the multiplications and additions of a round. */
-    size_t (*peak)(int kind, size_t rounds, float *sink);
-    float (*read_all)(const uint8_t *p, size_t n);              /* reads N bytes, for the same  */
-};
-#endif
-
 #define peak K(peak)
 #define read_all K(read_all)
 
@@ -72,8 +63,3 @@ static float read_all(const uint8_t *p, size_t n) {
         }
     return vsum(vadd(vadd(vfloat(sum[0]), vfloat(sum[1])), vadd(vfloat(sum[2]), vfloat(sum[3]))));
 }
-
-static const struct more_kernels K(more_kernels) = {peak, read_all};
-
-#undef peak
-#undef read_all
