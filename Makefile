@@ -99,8 +99,8 @@ COURSE = $(BUILD)/course
 CLASS  = $(if $(shell command -v $(STATIC_CC)),static,all)
 $(COURSE)/engine.o: tools/course/engine.c tools/course/course.h medrun.c
 	@mkdir -p $(COURSE)
-	$(CC) $(CFLAGS) $(WARN) -DMEDRUN_SCALAR -I. -Itools/course -c -o $@ $<
-$(COURSE)/pages: tools/course/pages.c $(COURSE)/engine.o
+	$(CC) $(CFLAGS) $(WARN) $(APART) -I. -Itools/course -c -o $@ $<
+$(COURSE)/pages: tools/course/pages.c $(COURSE)/engine.o $(BUILD)/kernels.o
 	$(CC) $(CFLAGS) $(WARN) -I. -Itools/course -o $@ $^ $(LIBS)
 class: $(COURSE)/pages
 	$(MAKE) $(CLASS)

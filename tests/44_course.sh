@@ -1,7 +1,7 @@
 #!/bin/sh
 # 44_course.sh BIN BUILD: the course in tools/course. For each lesson the exercise as it is handed out
 # fails, its solution passes, and three planted mistakes fail, each with its own hint. The engine is
-# compiled once.
+# compiled once, with the programs' kernels; that of the room's folder is plain C.
 bin=$1 build=$2
 cc=${CC:-cc}
 . tests/script.sh
@@ -15,13 +15,13 @@ for part in engine harness; do
     # shellcheck disable=SC2086
     [ "$T/$part.o" -nt medrun.c ] && [ "$T/$part.o" -nt $course/$part.c ] &&
         [ "$T/$part.o" -nt $course/course.h ] ||
-        $cc $how -Werror -DMEDRUN_SCALAR -c -o "$T/$part.o" $course/$part.c || bad "$part.c does not compile"
+        $cc $how -Werror -DMEDRUN_KERNELS_APART -c -o "$T/$part.o" $course/$part.c || bad "$part.c does not compile"
 done
 
 # said FILE: compiles this exercise of lesson $n; what the check says goes to $T/said
 said() {
     # shellcheck disable=SC2086
-    $cc $how -O0 $strict -o "$T/lesson" "$1" "$T/check.o" "$T/harness.o" "$T/engine.o" -lm -lpthread 2> "$T/said" || return 2
+    $cc $how -O0 $strict -o "$T/lesson" "$1" "$T/check.o" "$T/harness.o" "$T/engine.o" "$build/kernels.o" -lm -lpthread 2> "$T/said" || return 2
     "$T/lesson" $demo > "$T/said" 2> "$T/more"
 }
 
@@ -106,7 +106,7 @@ done
 
 # The folder for the room: every link leads somewhere, nothing is fetched, solutions are the teacher's.
 # shellcheck disable=SC2086
-$cc $how -Werror -Wconversion -o "$T/pages" $course/pages.c "$T/engine.o" -lm -lpthread && ok || bad "pages.c"
+$cc $how -Werror -Wconversion -o "$T/pages" $course/pages.c "$T/engine.o" "$build/kernels.o" -lm -lpthread && ok || bad "pages.c"
 class=$T/class
 sh $course/class.sh "$bin" "$T/pages" "$T/work" "$class" > "$T/said" 2>&1 && ok || bad "class.sh: $(cat "$T/said")"
 check "at most 30 MB" [ "$(du -sk "$class" | cut -f1)" -le 30000 ]
