@@ -133,6 +133,8 @@ cached 'name         Tiny-Model' "$hub"
 cached "hub's cache, wanted one model of it" "$T/hub"
 rm -r "$shot/0123abc"
 cached 'downloaded to its end' "$hub"
+"$bin/medrun-export" -q "$fixtures/llama-tied" "$T/quiet.mdr" >"$T/err" 2>&1
+check "-q: exit $?, $(cat "$T/err")" [ $? = 0 -a ! -s "$T/err" -a -s "$T/quiet.mdr" ]
 "$bin/medrun-export" --tokenizer-only "$T/hub" "$T/t.bin" 2>"$T/err"
 check "only the hub's cache: exit $?" [ $? = 3 ]
 mkdir -p "$T/onnx/onnx"; cp "$fixtures"/llama-tied/*.json "$T/onnx"; : >"$T/onnx/onnx/model.onnx"

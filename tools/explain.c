@@ -89,13 +89,6 @@ static void print_explain_help(const tool_line *l) {
            "or malformed, 5 longer than the context, 6 out of memory, 130 interrupted.\n");
 }
 
-/* While nothing is written that could be left half, a signal ends the program at once. */
-static void end_at_once(int number) {
-    (void)number;
-    say_plain("medrun-explain: interrupted\n");
-    _exit(MEDRUN_INTERRUPTED);
-}
-
 /* All that follows from the options and one run. */
 static int explain_all(explain *x, medrun_error *e) {
     x->start = seconds();

@@ -1163,7 +1163,7 @@ typedef struct {
 typedef struct {
     const char *source, *out, *type, *template_name, *name, *proof, *yarn_factor, *window, *threads;
     const char *calibrate, *pre;
-    bool tokenizer_only, dry_run, force, help, version;
+    bool tokenizer_only, dry_run, force, quiet, help, version;
 } export_options;
 
 typedef struct {
@@ -1922,7 +1922,7 @@ static void add_progress(exporter *x, uint64_t n) {
     uint64_t done = atomic_fetch_add(&x->done, n) + n;
     if (pthread_mutex_trylock(&x->lock)) return;
     double now = seconds();
-    if (now - x->drawn > 0.2 || done == x->total) {
+    if (!x->options.quiet && (now - x->drawn > 0.2 || done == x->total)) {
         x->drawn = now;
         draw_progress(x, done);
         fflush(stderr);
@@ -2133,6 +2133,7 @@ static int create_partial(exporter *x, uint64_t bytes, medrun_error *e) {
     static const file_kind only_tokenizer = {"a tokenizer.bin", "MEDTOK0", false, false, 0};
     const file_kind *kind = x->options.tokenizer_only ? &only_tokenizer : &checkpoint;
     uint64_t room = 0;
+    catch_ends(on_interrupt);           /* so that OUT.partial goes                               */
     if (check_target(x, e) || writer_open(&x->out, x->options.out, kind, x->options.force, e))
         return e->code;
     x->fd = fileno(x->out.f);
@@ -2228,7 +2229,7 @@ static int read_again(exporter *x, medrun_error *e) {
 static int write_checkpoint(exporter *x, medrun_error *e) {
     size_t n_jobs = 0;
     double start = x->start = seconds();
-    x->terminal = is_terminal(STDERR_FILENO);
+    x->terminal = !x->options.quiet && is_terminal(STDERR_FILENO);
     if (x->source.notes.n) fputs((const char *)x->source.notes.data, stderr);
     if (!create_partial(x, x->file_bytes, e) && !plan_jobs(x, &n_jobs, e) && !start_threads(x, e) &&
         !run_parallel(x, n_jobs, run_jobs, e) && !write_known_sections(x, e) &&
@@ -2236,7 +2237,7 @@ static int write_checkpoint(exporter *x, medrun_error *e) {
         !write_header(x, e) && !read_again(x, e))
         rename_partial(x, e);
     if (x->terminal) fprintf(stderr, "\r%76s\r", "");
-    if (!e->code)
+    if (!e->code && !x->options.quiet)
         fprintf(stderr, "%s: %s, %s, %zu tensors, %.1f MB, %.1f s\n", x->options.out, x->name,
                 type_names[x->type], x->n_sections - 1, (double)x->file_bytes / 1e6,
                 seconds() - start);
@@ -2284,6 +2285,7 @@ static const tool_option option_table[] = {
     {"--force", NULL, NULL, AT(force), "write over a file that is no checkpoint, too"},
     {"--dry-run", NULL, NULL, AT(dry_run), "check everything, print what would be written"},
     {"--tokenizer-only", NULL, NULL, AT(tokenizer_only), "write only a tokenizer.bin"},
+    {"--quiet", "-q", NULL, AT(quiet), "no progress"},
     {"--help", "-h", NULL, AT(help), "this text"},
     {"--version", "-V", NULL, AT(version), "the version"},
 };
@@ -2428,7 +2430,7 @@ static int export_main(int argc, char **argv) {
     if (!(argv = start_program(&argc, argv))) return MEDRUN_FAILED;
     pthread_mutex_init(&x.lock, NULL);
     expect_lost_files("medrun-export");
-    catch_ends(on_interrupt);           /* so that OUT.partial goes                         */
+    catch_ends(end_at_once);
     parse_line(&x, argc, argv, &e);
     if (!e.code && x.options.help) print_export_help();
     else if (!e.code && x.options.version) puts("medrun-export " MEDRUN_VERSION);

@@ -166,7 +166,7 @@ static void put_stream(void *user, const char *stage, int layer, size_t rows, si
 static void draw_calibration(const exporter *x, size_t done) {
     size_t all = (size_t)x->source.config.n_layers;
     if (x->terminal) fprintf(stderr, "\r%76s\rcalibrating: %zu of %zu layers ", "", done, all);
-    else if (!done || done * 4 / all > (done - 1) * 4 / all)
+    else if (!x->options.quiet && (!done || done * 4 / all > (done - 1) * 4 / all))
         fprintf(stderr, "calibrating: %zu of %zu layers\n", done, all);
 }
 

@@ -164,6 +164,14 @@ __attribute__((unused)) static void catch_ends(signal_handler *handler) {
     for (size_t i = 0; i < sizeof ends / sizeof *ends; i++) on_signal(ends[i], handler);
 }
 
+/* While nothing is written that could be left half, a signal ends the program at once. */
+__attribute__((unused)) static void end_at_once(int signal_number) {
+    (void)signal_number;
+    say_plain(program_name);
+    say_plain(": interrupted\n");
+    _exit(MEDRUN_INTERRUPTED);
+}
+
 /* Before a tool opens anything. NAME lives as long as the program. */
 static void expect_lost_files(const char *name) {
     program_name = name;
