@@ -39,7 +39,8 @@ static void check_word(const char *word, size_t n_bytes, int32_t *ids, size_t *n
     int32_t rank, result;
     *n = merge_pieces(ids, before);
     if (*n < 1 || *n > before)
-        hint("\"%.*s\" came as %zu pieces, and you returned %zu.", (int)n_bytes, word, before, *n);
+        hint("\"%.*s\" came as %zu pieces, and you returned %zu. The last pair is ids[n - 2] and "
+             "ids[n - 1]: do you look behind it?", (int)n_bytes, word, before, *n);
     for (size_t i = 0; i < *n; i++)
         if (ids[i] < 0 || ids[i] >= facts.vocab_size)
             hint("\"%.*s\": %d is no id.", (int)n_bytes, word, (int)ids[i]);
@@ -49,8 +50,9 @@ static void check_word(const char *word, size_t n_bytes, int32_t *ids, size_t *n
                  "does.",
                  (int)n_bytes, word, demo_piece(ids[i]), demo_piece(ids[i + 1]));
     if (!same_text(word, n_bytes, ids, *n))
-        hint("\"%.*s\": your pieces no longer spell the word. Did you close the gap behind the "
-             "merged pair?", (int)n_bytes, word);
+        hint("\"%.*s\": your pieces no longer spell the word. Is each result that of its own pair, "
+             "is the gap behind it closed, and does your loop end at the last pair?",
+             (int)n_bytes, word);
 }
 
 /* The same text with yours and with medrun's pieces. */

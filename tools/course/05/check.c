@@ -24,13 +24,47 @@ static double distance(const float *yours, const float *wanted, size_t dim, doub
     return off;
 }
 
+/* Two tokens. The query of the second is its own row; scores are 0 and ln 3, so that it weighs
+ * 3/4. What comes instead tells the mistake. */
+static void check_two(void) {
+    const float q[8] = {0, 0, 0, 0, 2 * 1.0986123f}, k[8] = {0, 0, 0, 0, 1};
+    const float v[8] = {0, 0, 0, 0, 1};
+    static const struct { double weight; const char *mistake; } known[] = {
+        {0.9, "Is each score divided by the root of the head's size?"},
+        {0.634, "Divide by the root of dim, not by dim itself."},
+        {1, "Is exp taken of each score?"},
+        {0.5, "Do the rows begin at at * dim for the query, and at s * dim for a key?"}};
+    const char *mistake = "";
+    float found[8] = {0};
+    look_back(q, k, v, 1, 2, 4, found);
+    double yours = (double)found[4];
+    if (fabs(yours - 0.75) < 1e-4) return;
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if (fabs(yours - known[i].weight) < 1e-3) mistake = known[i].mistake;
+    hint("with dim = 4, query (2.197, 0, 0, 0) and the keys (0, 0, 0, 0) and (1, 0, 0, 0), the "
+         "second token must weigh 0.75. Yours weighs %.3f. %s", yours, mistake);
+}
+
+/* What stood in found before is not looked at, and other rows stay. */
+static void check_rows(const float *q, const float *k, const float *v, size_t n, size_t dim,
+                       float *yours) {
+    const float before = 1000;
+    for (size_t i = 0; i < n * dim; i++) yours[i] = before;
+    look_back(q, k, v, n - 1, n, dim, yours);
+    for (size_t i = 0; i < (n - 1) * dim; i++)
+        if (yours[i] < before || yours[i] > before)
+            hint("asked for token %zu, you wrote to row %zu of found. Row %zu begins at "
+                 "found[%zu * dim].", n - 1, i / dim, n - 1, n - 1);
+    if (yours[(n - 1) * dim] > before / 2)
+        hint("you add to what stood in found before. Set it to 0 first.");
+}
+
 static void check_head(const float *q, const float *k, const float *v, const float *wanted,
-                       size_t n,
-                       size_t dim) {
+                       size_t n, size_t dim) {
     float yours[MOST_IDS * 64];
     double factor[MOST_IDS], off[MOST_IDS];
     size_t wrong = 0;
-    memset(yours, 0, sizeof yours);
+    check_rows(q, k, v, n, dim, yours);
     for (size_t at = 0; at < n; at++) look_back(q, k, v, at, n, dim, yours);
     for (size_t at = 0; at < n; at++) {
         off[at] = distance(yours + at * dim, wanted + at * dim, dim, &factor[at]);
@@ -43,10 +77,12 @@ static void check_head(const float *q, const float *k, const float *v, const flo
     if (off[n - 1] <= 1e-5 && !(off[0] <= 1e-5))
         hint("the last token is right, the first is not. It may see itself alone: yours looks at "
              "later tokens.");
-    if (off[0] <= 1e-5)
-        hint("the first token, which sees only itself, is right; the others are not. Is each score "
-             "divided by the root of the head's size?");
-    hint("token 0 sees only itself, so it must find its own value. Yours is %.2g off.", off[0]);
+    if (!(off[0] <= 1e-5))
+        hint("token 0 sees only itself, so it must find its own value. Yours is %.2g off. Do you "
+             "mix values, and does AT see itself?", off[0]);
+    check_two();
+    hint("the first token, which sees only itself, is right; the others are not. Does each key and "
+         "each value come from row s?");
 }
 
 /* Your function tells the weights when it is given values of one 1 each: dim tokens at a time. */
