@@ -1,7 +1,7 @@
 #!/bin/sh
 # 44_course.sh BIN BUILD: the course in tools/course. For each lesson the exercise as it is handed out
-# fails, its solution passes, and three planted mistakes fail, each with its own hint. The engine is
-# compiled once, with the programs' kernels; that of the room's folder is plain C.
+# fails, its solution passes, and planted mistakes, at least three, fail, each with its own hint. The
+# engine is compiled once, with the programs' kernels; that of the room's folder is plain C.
 bin=$1 build=$2
 cc=${CC:-cc}
 . tests/script.sh
@@ -47,7 +47,8 @@ for n in 01 02 03 04 05 06 07 08 09 10; do
     strict=
     # A mistake is three lines: what it is, a change to the solution, words of the hint.
     grep -v '^#' $course/teacher/$n/mistakes > "$T/mistakes"
-    check "$n: three mistakes" [ "$(wc -l < "$T/mistakes")" = 6 ]
+    planted=$(($(wc -l < "$T/mistakes") / 2))
+    check "$n: at least three mistakes" [ "$planted" -ge 3 ]
     : > "$T/hints"
     while read -r change && read -r words; do
         mkdir -p "$T/$n"
@@ -57,7 +58,7 @@ for n in 01 02 03 04 05 06 07 08 09 10; do
         [ $? = 1 ] && grep -q -- "^Not yet: .*$words" "$T/said" && ok || bad "$n: $change: $(cat "$T/said")"
         cat "$T/said" >> "$T/hints"
     done < "$T/mistakes"
-    check "$n: each mistake has a hint of its own" [ "$(sed 's/[0-9.]*//g' "$T/hints" | sort -u | wc -l)" = 3 ]
+    check "$n: each mistake has a hint of its own" [ "$(sed 's/[0-9.]*//g' "$T/hints" | sort -u | wc -l)" = "$planted" ]
 done
 
 # What never ends and what reads nowhere is said, too.
@@ -78,7 +79,13 @@ WILD=1 said "$T/wild.c"
 # The page of a lesson: its question, its own run; another prompt keeps the question.
 explain=$bin/medrun-explain
 "$explain" $demo --lesson 9 -n 0 --why last --neurons 0 -q -o "$T/9.html" --force && ok || bad "--lesson 9"
-check "the lesson's question" grep -q '"question":"Can it tell me why it said that?"' "$T/9.html"
+# The page and the lesson ask the same.
+for n in 01 02 03 04 05 06 07 08 09 10; do
+    for what in title question; do
+        words=$(sed -n "s/^$what: //p" $course/$n/lesson.md | tr -d '"')
+        tr '\n' ' ' < tools/explain_lessons.c | sed 's/" *"//g' | grep -qF "\"$words\"" && ok || bad "$n: the page has another $what: $words"
+    done
+done
 check "its change" grep -q '"old":"diabetes","new":"asthma"' "$T/9.html"
 "$explain" $demo --lesson 9 -p "What is gout?" -n 0 --neurons 0 -q -o "$T/9.html" && ok || bad "--lesson 9 -p"
 check "another prompt is not changed" [ "$(grep -c '"what_if":' "$T/9.html")" = 0 ]
@@ -125,13 +132,14 @@ for n in 01 02 03 04 05 06 07 08 09 10; do
     check "$n: one right answer each" [ "$(grep -c '"good"' "$page")" = 3 ]
     check "$n: replies" [ "$(grep -c '"other"' "$page")" = 6 ]
     check "$n: on the teacher's page" grep -q "<h2 id=\"lesson${n#0}\">" "$class/teacher/teacher.html"
-    check "$n: three questions for the teacher" [ "$(sed -n '/^== teacher/,$p' $course/$n/lesson.md | grep -c '^\*\*Q')" = 3 ]
+    check "$n: three questions and more for the teacher" [ "$(sed -n '/^== teacher/,$p' $course/$n/lesson.md | grep -c '^\*\*Q')" -ge 3 ]
 done
 # Figures against other programs, and a figure that is typed by hand.
 text() { sed 's/<wbr>//g; s/<[^>]*>/ /g' "$class/lesson-$1.html"; }
 says() { text "$1" | grep -qF "$2" && ok || bad "lesson $1 does not say: $2"; }
 says 10 "$("$bin/medrun" run -q $demo -p "What is the treatment of bananas?")"
-says 01 "Of 12 letters, $("$bin/medrun" tokenize $demo methotrexate | wc -w) pieces"
+says 01 "Of 12 letters, $("$bin/medrun" tokenize $demo -p " azathioprine" | wc -w) pieces"
+check "lesson 01: a common name is one piece" [ "$("$bin/medrun" tokenize $demo -p " methotrexate" | wc -w)" = 1 ]
 says 02 "such as $("$bin/medrun" tokenize $demo --special '<|eot_id|>') for"
 says 03 "$("$bin/medrun" run -q $demo -p "What are the symptoms of diabetes?")"
 mkdir -p "$T/typed/01"

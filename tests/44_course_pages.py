@@ -1,6 +1,7 @@
 """44_course_pages.py CLASS - the course's pages in Chromium, without a network: one request each,
 nothing on the console, no sideways scrolling from 320 pixels on, every answer by keyboard; axe in
-light and dark where axe_playwright_python is installed."""
+light and dark where axe_playwright_python is installed. On the explain pages each step that asks for
+an answer takes it, by keyboard, and says so when it is wrong."""
 import glob
 import os
 import sys
@@ -57,6 +58,51 @@ with sync_playwright() as p:
     page.keyboard.press("Enter")
     page.wait_for_function("document.querySelector('details').open")
     check("an answer opens by keyboard", page.inner_text("details p").startswith(("Right.", "Not quite.")))
+    page.context.close()
+    asked = 0
+    for path in sorted(glob.glob(top + "/explain-*.html")):
+        name = os.path.basename(path)
+        page = open_page(chromium, path, 320, "light")
+        page.click("#reveal")
+        kinds = page.evaluate("meta.lesson.looks.map(x => x[2] || '')")
+        asked += bool([k for k in kinds if k])
+        for i, kind in enumerate(kinds):
+            field, said = "#answer%d" % (i + 1), "#said%d" % (i + 1)
+            check("%s: step %d asks, or not" % (name, i + 1), bool(page.query_selector(field)) == bool(kind))
+            if not kind:
+                continue
+            page.focus(field)
+            for wrong, reply in (("", "Type your answer first."), ("nothing like it", "Not yet. ")):
+                page.fill(field, wrong)
+                page.keyboard.press("Enter")
+                check("%s: %s to %r: %s" % (name, kind, wrong, page.inner_text(said)), page.inner_text(said).startswith(reply))
+            page.keyboard.press("Tab")
+            page.keyboard.press("Tab")
+            page.keyboard.press("Enter")
+            shown = page.inner_text(said)
+            check("%s: %s is shown: %s" % (name, kind, shown), shown.startswith("It is "))
+            page.fill(field, shown[len("It is "):].split(", ")[0].rstrip("."))
+            page.press(field, "Enter")
+            check("%s: %s takes %s: %s" % (name, kind, shown, page.inner_text(said)), page.inner_text(said).startswith("Right: "))
+        wide = page.evaluate("document.documentElement.scrollWidth")
+        check("%s: answers within 320 pixels: %d" % (name, wide), wide <= 320)
+        found = Axe().run(page).response["violations"] if Axe else []
+        check("%s: axe, answered: %s" % (name, [(v["id"], v["nodes"][0]["html"][:90]) for v in found]), not found)
+        page.click("#what")
+        check("%s: words are explained" % name, page.is_visible("#words dd"))
+        page.keyboard.press("Escape")
+        check("%s: and Esc closes them" % name, not page.is_visible("#words"))
+        check("%s: nothing on the console: %s" % (name, page.errors), not page.errors)
+        page.context.close()
+    check("each lesson has a step that takes an answer: %d" % asked, asked == 10)
+    # Where a control is rebuilt, the keyboard stays on it.
+    page = open_page(chromium, top + "/explain-05.html", 1200, "light")
+    page.click("#reveal")
+    page.focus("#v4 select")
+    at = page.evaluate("state.layer")
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("ArrowUp")
+    check("two layers up by keyboard", page.evaluate("state.layer") == at - 2)
     page.context.close()
     chromium.close()
 print("%d passed, %d failed" % (passed, failed))

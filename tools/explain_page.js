@@ -187,7 +187,7 @@ function buildText(v) {
   const bits = [];
   for (let t = from; t < meta.tokens.length; t++) bits.push(surprise(t));
   v.reading.textContent = bits.length ? (from > 1 ? "The answer has " : "The text has ") + bits.length + " token" + (bits.length > 1 ? "s" : "") + " and surprised the model by " +
-    (sum(bits) / bits.length).toFixed(2) + " bits a token; the most surprising is “" + word(worst).replace(/^␣/, "") + "” with " + surprise(worst).toFixed(1) + " bits." : "The text is one token.";
+    (sum(bits) / bits.length).toFixed(2) + " bits a token; the most surprising is “" + word(worst).replace(/^␣/, "") + "” with " + surprise(worst).toFixed(2) + " bits." : "The text is one token.";
   if (state.guessing) {
     v.reading.textContent = "The text as far as the model has read it. What comes next?";
     v.body.replaceChildren(textOf("The text, token by token", () => 0, pin));
@@ -406,6 +406,7 @@ function tableLens() {
 /* ---- 4 Attention --------------------------------------------------------------------------- */
 
 const mapOf = (l, h) => { if (has("map_head")) for (let i = 0; i < blocks.map_head.shape[0]; i++) if (D("map_head")[2 * i] === l && D("map_head")[2 * i + 1] === h) return i; return -1; };
+const headName = (l, h) => (l + 1) + "." + (h + 1);
 const maps = () => has("map_head") ? blocks.map_head.shape[0] : 0;
 function weight(i, row, key) { return share(D("maps")[i * blocks.maps.shape[1] + row * (row + 1) / 2 + key]); }
 /* Weights of row ROW of the chosen head, or null where the page has none. */
@@ -450,7 +451,7 @@ function buildAttention(v) {
   for (let m = 0; m < maps(); m++) {
     const l = D("map_head")[2 * m], h = D("map_head")[2 * m + 1], c = el("canvas", {width: meta.rows, height: meta.rows, "aria-hidden": "true"});
     drawMap(c, m, 72);
-    list.append(el("button", {type: "button", "aria-pressed": String(l === state.layer && h === state.head), on: {click: () => choose(l, h)}}, c, (l + 1) + "." + (h + 1) + " " + signed(headAdds(l, h)), el("br"), meta.shape.kv_heads < meta.shape.heads ? "keys " + (Math.floor(h / G) + 1) : ""));
+    list.append(el("button", {type: "button", "aria-pressed": String(l === state.layer && h === state.head), on: {click: () => choose(l, h)}}, c, (l + 1) + "." + (h + 1) + " " + signed(headAdds(l, h)), el("br"), meta.shape.kv_heads > 1 && meta.shape.kv_heads < meta.shape.heads ? "keys " + (Math.floor(h / G) + 1) : ""));
   }
   const big = i >= 0 ? el("canvas", {width: meta.rows, height: meta.rows, role: "img", "aria-label": "Attention of layer " + (state.layer + 1) + ", head " + (state.head + 1) + ": rows look at columns; the numbers are in the table"}) : null;
   if (big) {
@@ -468,7 +469,7 @@ function buildAttention(v) {
     w ? textOf("Where the head looks from the pinned token", t => t > row || (state.hideFirst && t === 0) ? 0 : w[t] / most, pin, {also: state.also, note: t => t <= row ? weightText(w[t]) : "later"}) : null,
     el("p", {class: "dim"}, "Colour: weight, the darkest is " + percent(most) + ". The token in the frame is the one that is explained; the look starts one token before it. “Keep this token”, then choose another: the mean of both."),
     big ? el("figure", {}, el("h3", {}, "Layer " + (state.layer + 1) + ", head " + (state.head + 1)), big, el("p", {id: "maphint", class: "dim"}, "Each row looks at the columns to its left.")) : null,
-    maps() ? el("h3", {}, "Heads, by what they contribute") : null, list].filter(x => x));
+    maps() ? el("h3", {}, "Heads, by what they contribute") : null, maps() ? el("p", {class: "dim"}, headName(D("map_head")[0], D("map_head")[1]) + " is layer " + (D("map_head")[0] + 1) + ", head " + (D("map_head")[1] + 1) + ". The number behind it: what it adds itself, in nats.") : null, list].filter(x => x));
 }
 function choice(n, now, from, f) {
   const s = el("select", {on: {change: e => f(+e.target.value)}});
@@ -541,14 +542,14 @@ function buildWhatIf(v) {
     if (!list) continue;
     parts.push(el("h3", {}, title));
     const sorted = title[0] === "E" ? [...list].sort((x, y) => Math.abs(y.difference - base) - Math.abs(x.difference - base)) : list;
-    for (const x of sorted) parts.push(el("div", {class: "card"}, change(x), el("p", {}, a + " against " + b + ": " + signed(base) + " → " + signed(x.difference) + " nats; the distribution moves by " + x.kl.toFixed(2) + " bits."), outcomeBars(x)));
+    for (const x of sorted) parts.push(el("div", {class: "card"}, change(x), el("p", {}, a + " against " + b + ": " + signed(base) + " → " + signed(x.difference) + " nats; the distribution moves by " + x.kl.toFixed(2) + " bits."), outcomeBars(x), meta.options.list.length ? null : el("p", {class: "dim"}, "Grey: before. Blue: after. “?” and “less”: not among the ten likeliest there.")));
     const top = sorted.reduce((m, x) => Math.abs(x.difference - base) > Math.abs(m.difference - base) ? x : m, sorted[0]);
     if (top) reading += (top.new ? "“" + top.old.trim() + "” → “" + top.new.trim() + "”" : "Without “" + (top.old.trim().length > 60 ? top.old.trim().slice(0, 60) + "…" : top.old.trim()) + "”") + " changes the difference most: from " + signed(base) + " to " + signed(top.difference) + " nats. ";
   }
   if (meta.ablations) {
     const far = meta.ablations.reduce((m, x) => Math.abs(x.difference - base) > Math.abs(m.difference - base) ? x : m, meta.ablations[0]);
     reading += "Switching off " + (far.head < 0 ? "the feed-forward part of layer " + (far.layer + 1) : "layer " + (far.layer + 1) + ", head " + (far.head + 1)) + " moves it by " + signed(far.difference - base) + ".";
-    parts.push(el("h3", {}, "Parts switched off"), el("figure", {}, el("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Parts switched off"}, scatter()), el("figcaption", {}, "Filled with its " + (meta.fill === "zero" ? "zero" : "mean over this prompt") + ". On the slanting line the two agree. They differ because later layers read what a part writes, and often make good for what is missing.")));
+    parts.push(el("h3", {}, "Parts switched off"), el("figure", {}, el("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Parts switched off"}, scatter()), el("figcaption", {}, "4.1 is layer 4, head 1. Switched off: what it finds is replaced by " + (meta.fill === "zero" ? "zeros" : "its mean over this prompt") + ". On the slanting line the two agree. They differ because later layers read what a part writes, and often make good for what is missing.")));
   }
   if (meta.patch) { parts.push(...patchFigure()); reading += patchReading(); }
   v.reading.textContent = reading || "Nothing was changed in this run.";
@@ -558,11 +559,11 @@ function buildWhatIf(v) {
 function tableWhatIf() {
   const rows = [];
   const base = D("total")[0];
-  rows.push(["as asked", base, 0, Math.exp(D("top_logp")[meta.at * 10])]);
-  for (const x of meta.what_if || []) rows.push([x.old + " => " + x.new, x.difference, x.kl, Math.exp(x.winner)]);
-  for (const x of meta.left_out || []) rows.push(["without " + x.old, x.difference, x.kl, Math.exp(x.winner)]);
-  for (const x of meta.ablations || []) rows.push([x.head < 0 ? "off: layer " + (x.layer + 1) + " feed-forward" : "off: layer " + (x.layer + 1) + " head " + (x.head + 1), x.difference, x.kl, Math.exp(x.winner)]);
-  return {head: ["run", "difference (nats)", "KL (bits)", "p of " + pairName(0)[0]], rows};
+  rows.push(["as asked", base, 0, 0, Math.exp(D("top_logp")[meta.at * 10])]);
+  for (const x of meta.what_if || []) rows.push([x.old + " => " + x.new, x.difference, base - x.difference, x.kl, Math.exp(x.winner)]);
+  for (const x of meta.left_out || []) rows.push(["without " + x.old, x.difference, base - x.difference, x.kl, Math.exp(x.winner)]);
+  for (const x of meta.ablations || []) rows.push([x.head < 0 ? "off: layer " + (x.layer + 1) + " feed-forward" : "off: layer " + (x.layer + 1) + " head " + (x.head + 1), x.difference, base - x.difference, x.kl, Math.exp(x.winner)]);
+  return {head: ["run", "difference (nats)", "lost (nats)", "KL (bits)", "p of " + pairName(0)[0]], rows};
 }
 function patchReading() {
   const p = meta.patch, L = meta.shape.layers, x = D("patched");
@@ -681,7 +682,7 @@ const tableTime = () => ({head: ["stage", "of", "ms", "GOP", "GB"], rows: stageR
 /* What tells the two checkpoints apart: type, name, both, or else their hashes. */
 function namesApart() {
   const a = meta, b = meta.other, all = f => [f(a), f(b)], good = p => p[0] !== p[1];
-  return [all(m => m.type), all(m => m.model), all(m => m.model + " (" + m.hash.slice(0, 8) + "…)")].find(good) || ["the first", "the same file again"];
+  return [all(m => m.type), all(m => m.model), all(m => m.model + " (" + m.hash.slice(0, 8) + "…)")].find(good) || ["the first", [...D("other_kl")].some(x => x > 0) ? "the changed copy" : "the same file again"];
 }
 function buildOther(v) {
   if (!meta.other) { v.reading.textContent = "One checkpoint was run."; v.body.replaceChildren(el("p", {}, "medrun-explain --compare OTHER.mdr runs the same tokens through a second one, bf16 beside int8 for instance.")); return; }
@@ -714,10 +715,13 @@ function rebuildNext() {
 function show() {
   const focus = document.activeElement, section = focus && focus.closest ? focus.closest("section") : null;
   const mark = focus && focus.dataset ? (focus.dataset.t !== undefined ? '[data-t="' + state.token + '"]' : focus.tagName === "CANVAS" ? "canvas[tabindex]" : null) : null;
+  const control = section && !mark && $(section.id) ? [...$(section.id).querySelectorAll("select, button.act")].indexOf(focus) : -1;
   for (const v of views) v.stale = true;
   for (const v of views) if (seen(v) || v.section === section) rebuild(v);
   clearTimeout(later);
   later = setTimeout(rebuildNext, 40);
+  const again = section && !mark ? [...$(section.id).querySelectorAll("select, button.act")][control] : null;
+  if (again && document.activeElement !== again) again.focus({preventScroll: true});
   if (section && mark) { const again = $(section.id).querySelector(mark); if (again) again.focus({preventScroll: true}); }
   const hash = "#v=" + state.view + "&t=" + state.token + "&l=" + state.layer + "&h=" + state.head;
   try { history.replaceState(null, "", hash); } catch (e) { /* some browsers refuse this for files */ }
@@ -749,11 +753,11 @@ function fromHash() {
   if (v) { state.view = v; $("v" + v).scrollIntoView(); }
 }
 function keys(e) {
-  if (e.ctrlKey || e.metaKey || e.altKey || /^(INPUT|SELECT|TEXTAREA)$/.test(e.target.tagName)) return;
+  if (e.ctrlKey || e.metaKey || e.altKey || (e.key !== "Escape" && /^(INPUT|SELECT|TEXTAREA)$/.test(e.target.tagName))) return;
   const here = e.target.closest && e.target.closest("section"), inside = here && (e.target.classList.contains("token") || e.target.tagName === "CANVAS" || e.target.closest("table.lens"));
   const L = meta.shape.layers, H = meta.shape.heads, move = (l, h) => { state.layer = (state.layer + l + L) % L; state.head = (state.head + h + H) % H; show(); say("Layer " + (state.layer + 1) + ", head " + (state.head + 1) + ", " + signed(headAdds(state.layer, state.head), 3) + " nats"); };
   const grid = e.target.tagName === "CANVAS";
-  if (e.key === "Escape") { if ($("keys").open) $("keys").close(); else unpin(); }
+  if (e.key === "Escape") { if ($("keys").open) $("keys").close(); else if ($("words").open) $("words").close(); else unpin(); }
   else if (e.key === "?") $("keys").showModal();
   else if (e.key === "t") toggle(views[(here ? +here.id.slice(1) : state.view) - 1]);
   else if (e.key === "[" || e.key === "]") move(0, e.key === "[" ? -1 : 1);
@@ -826,11 +830,78 @@ function hideViews() {
   for (const v of views) { v.section.hidden = state.guessing && v.n > 1; v.button.hidden = state.guessing; }
   $("contents").hidden = $("check").hidden = state.guessing;
 }
+/* ---- what a step of a lesson asks ---------------------------------------------------------- */
+
+/* Each gives {is(text), right, hint(text)} from this page's data, or null where the page has none; yes(text)
+ * where several answers are right. */
+const plainText = text => text.replace(/[“”"␣]/g, " ").trim().toLowerCase();
+function aNumber(value, right, hint, near = 0) {
+  const read = text => { const m = /-?\d+(\.\d+)?/.exec(text.replace(",", ".")); return m ? +m[0] : NaN; };
+  return {is: text => Math.abs(read(text) - value) <= near, right, hint: text => isNaN(read(text)) ? "Type a number. " + hint : hint};
+}
+function aWord(list, hint) {
+  const names = list.map(id => piece(id, true));
+  return {is: text => names.some(n => plainText(n) === plainText(text) || (plainText(n).length > 1 && plainText(text).startsWith(plainText(n)))), right: names.map(n => "“" + n.replace(/^␣/, "") + "”").join(" or "), hint: () => hint};
+}
+/* The head of largest VALUE(layer, head), or one within NEAR of it; null: not known for this head. */
+function aHead(value, say2, hint, near = .005) {
+  let best = null;
+  for (let l = 0; l < meta.shape.layers; l++) for (let h = 0; h < meta.shape.heads; h++)
+    if (value(l, h) !== null && (!best || value(l, h) > value(...best))) best = [l, h];
+  const read = text => { const m = /(\d+)\D+(\d+)/.exec(text); return m && m[1] >= 1 && m[1] <= meta.shape.layers && m[2] >= 1 && m[2] <= meta.shape.heads ? [m[1] - 1, m[2] - 1] : null; };
+  if (!best) return null;
+  return {is: text => { const at = read(text); return Boolean(at) && value(...at) !== null && value(...at) >= value(...best) - near; }, right: headName(...best) + ", " + say2(value(...best)),
+    yes: text => headName(...read(text)) + ", " + say2(value(...read(text))),
+    hint: text => { const at = read(text); return !at ? "Type a head like 4.3: layer 4, head 3." : value(...at) === null ? headName(...at) + " is not shown there. " + hint : headName(...at) + ": " + say2(value(...at)) + ". " + hint; }};
+}
+const mapped = f => (l, h) => { const i = mapOf(l, h); return i < 0 ? null : f(i); };
+const nats = x => signed(x) + " nats";
+/* The longest word of the prompt, in pieces. */
+function longestWord() {
+  let most = 0, pieces = 0, text = "", n = 0;
+  for (let t = 0; t <= meta.n_prompt; t++) {
+    const p = t < meta.n_prompt && meta.tokens[t][1] !== 1 ? piece(idOf(t), false) : "";
+    if (!/^\p{L}+$/u.test(p)) text = "", n = 0;
+    if (/^ ?\p{L}+$/u.test(p)) { text += p.trim(); n++; }
+    if (text.length > most) most = text.length, pieces = n;
+  }
+  return pieces;
+}
+const answers = {
+  pieces: () => aNumber(longestWord(), longestWord() + " pieces", "Tick “show pieces, spaces and line ends”: a line stands where a piece begins."),
+  controls: () => { const n = meta.tokens.slice(0, meta.n_prompt).filter(t => t[1] === 1).length; return aNumber(n, n + " control tokens", "Count the dashed ones before the answer; “user” and “assistant” are ordinary text."); },
+  end: () => aWord([idOf(meta.tokens.length - 1)], "It is the last token of the text, a dashed one."),
+  replaced: () => { if (!meta.other) return null; for (let r = meta.n_prompt - 1; r < meta.rows; r++) if (D("other_top")[r] !== D("top")[r * 10]) return aWord([D("other_top")[r]], "Look in the last column of the table, in a row of the answer: the text before the answer does not count."); return null; },
+  writes: () => { const y = D("written_rms"); let b = 1; for (let i = 2; i < y.length; i++) if (y[i] > y[b]) b = i; return aNumber(Math.ceil(b / 2), "layer " + Math.ceil(b / 2) + ", " + (b % 2 ? "attention" : "the feed-forward part"), "Look for the longest bar, and type the number of its layer."); },
+  settles: () => { const p = [...D("lens_at")].indexOf(meta.at); if (p < 0) return null; const l = meta.mid ? Math.ceil(settled(p) / 2) : settled(p); return aNumber(l, "layer " + l, "Look for ◀ beside the rows, with the explained word chosen (Esc)."); },
+  finds: () => aHead(mapped(i => { let w = 0; for (let k = 0; k <= meta.at; k++) if (idOf(k) === meta.winner) w += weight(i, meta.at, k); return w; }), w => weightText(w) + " on that word", "Another head looks there almost alone.", .1),
+  before: () => aHead(mapped(i => { let w = 0; for (let r = 1; r < meta.rows; r++) w += weight(i, r, r - 1); return w / (meta.rows - 1); }), w => weightText(w) + " in the mean on the word before", "Look for a dark line beside the slanting edge.", .03),
+  start: () => aHead(mapped(i => D("map_head")[2 * i] ? null : weight(i, meta.at, 0)), w => weightText(w) + " on the first token", "Try the other heads of layer 1.", .03),
+  cache: () => { const s = meta.shape, mb = 2 * s.layers * s.kv_heads * s.head_dim * ({f16: 2, f32: 4, int8: 1 + 2 / 64})[meta.kv] * 5e-3; return aNumber(+mb.toFixed(1), mb.toFixed(1) + " MB", "The first sentence says what one token takes: times 5000, and 1000 kB are one MB.", .05 * mb); },
+  feeds: () => { let b = 1; for (let l = 2; l <= meta.shape.layers; l++) if (part(0, 2 * l) > part(0, 2 * b)) b = l; return aNumber(b, "layer " + b + ", " + nats(part(0, 2 * b)), "The feed-forward part is the lower bar of each row; the table names it."); },
+  half: () => { const was = {...dice}, i = [...D("dice_at")].indexOf(meta.at); if (i < 0) return null; Object.assign(dice, {temp: 2, k: 0, p: .5, min: 0}); const n = candidates(i).keep; Object.assign(dice, was);
+    return aNumber(n, n + (n === 1 ? " token" : " tokens"), "The first sentence of the view counts them: temperature 2, top-k off, top-p 0.50, min-p 0."); },
+  adds: () => aHead(headAdds, nats, "Another adds more: the darkest blue cell."),
+  changed: () => meta.what_if && meta.what_if.length ? aWord([meta.what_if[0].top[0][0]], "Look for the longest blue bar.") : null,
+  costs: () => { const off = (l, h) => (meta.ablations || []).find(x => x.layer === l && x.head === h); return aHead((l, h) => off(l, h) ? D("total")[0] - off(l, h).difference : null, x => nats(x) + " lost", "Look for the highest point, or press t."); },
+  surprise: () => { let b = meta.n_prompt; for (let t = b; t < meta.tokens.length; t++) if (surprise(t) > surprise(b)) b = t; return b < meta.tokens.length ? aWord([idOf(b)], "The first sentence names it.") : null; },
+  slowest: () => { const of = name => sum(stageRows().filter(r => name.test(r[0]) && r[1] === (meta.time.rows[1] ? "answer" : "prompt")).map(r => r[5])), a = of(/^(q, k, v|attention|o)$/), f = of(/^feed/), name = a > f ? "attention" : "feed-forward";
+    return {is: text => plainText(text).startsWith(name.slice(0, 4)), right: name + ", " + (1e3 * Math.max(a, f)).toFixed(0) + " ms against " + (1e3 * Math.min(a, f)).toFixed(0), hint: () => "Add the rows of the answer: q, k, v with attention and o; feed-forward in with out."}; },
+};
+function answerBox(kind, n) {
+  const a = answers[kind] && answers[kind]();
+  if (!a) return null;
+  const field = el("input", {id: "answer" + n, type: "text", size: 12, autocomplete: "off", dir: "auto", "aria-label": "Your answer to step " + n}), verdict = el("span", {id: "said" + n, role: "status"});
+  const show2 = el("button", {class: "act", type: "button", hidden: true, on: {click: () => { verdict.textContent = "It is " + a.right + "."; }}}, "Show it");
+  return el("form", {class: "controls noprint", on: {submit: e => { e.preventDefault(); const text = field.value.trim(), good = text && a.is(text);
+    verdict.textContent = !text ? "Type your answer first." : good ? "Right: " + (a.yes ? a.yes(text) : a.right) + "." : "Not yet. " + a.hint(text); show2.hidden = Boolean(good) || !text; }}},
+    field, el("button", {class: "act", type: "submit"}, "Check"), show2, verdict);
+}
 /* What a lesson of the course asks its students to look at. */
 function lessonBox(lesson) {
   document.title = "Lesson " + lesson.n + ": " + lesson.title;
   return el("section", {class: "lesson", "aria-labelledby": "lesson"}, el("h2", {id: "lesson"}, "Lesson " + lesson.n + ": " + lesson.title), el("p", {class: "reading"}, lesson.question), guessBox(),
-    state.guessing ? null : el("ol", {}, lesson.looks.map(([n, what]) => el("li", {}, toView(views[n - 1]), ": ", what))));
+    state.guessing ? null : el("ol", {}, lesson.looks.map(([n, what, kind], i) => el("li", {}, toView(views[n - 1]), ": ", what, answerBox(kind, i + 1)))));
 }
 function head() {
   const a = state.guessing ? "its next word" : pairName(0)[0], t = meta.at + 1;
@@ -870,6 +941,8 @@ function begin() {
   document.addEventListener("keydown", keys);
   $("help").addEventListener("click", () => $("keys").showModal());
   $("close").addEventListener("click", () => $("keys").close());
+  $("what").addEventListener("click", () => $("words").showModal());
+  $("closewords").addEventListener("click", () => $("words").close());
   $("check").addEventListener("click", () => { const bad = check(); $("verdict").textContent = bad.length ? "check: " + bad.length + " disagree; " + bad[0] : "check: all sums agree"; });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", show);
   if (location.hash === "#check") $("check").click();

@@ -690,7 +690,7 @@ static void do_speed(args a) {
 /* A link to one view asks for no guess. */
 static void do_explain(args a) {
     put("<p><a class=\"open\" href=\"explain-%s.html%s\">Open the explain page</a>%s</p>\n", a[0],
-        a[1] ? a[1] : "", a[1] ? "" : " It asks for your guess before it shows the answer.");
+        a[1] ? a[1] : "", a[1] ? "" : " It asks for your guess first. Then it has these steps, and checks what you type.");
 }
 
 static const struct { const char *name; void (*make)(args a); bool block; } figures[] = {

@@ -82,7 +82,7 @@ void lesson(void) {
             check_text(text, triple);
         }
     int32_t a[MOST_IDS], b[MOST_IDS];
-    right("500 texts give the ids of medrun tokenize. \"hypertension\" is %zu pieces, "
-          "\"paracetamol\" %zu.",
-          demo_tokens("hypertension", false, a), demo_tokens("paracetamol", false, b));
+    right("500 texts give the ids of medrun tokenize. Behind a space \"levothyroxine\" is %zu "
+          "pieces, \"azathioprine\" %zu.",
+          demo_tokens(" levothyroxine", false, a), demo_tokens(" azathioprine", false, b));
 }
