@@ -72,8 +72,8 @@ static const explain_lesson explain_lessons[N_LESSONS] = {
      "What are the symptoms of diabetes?", "20", "diabetes=>asthma", "auto",
      {{2, "In the picture \"Heads\" a row is a layer. Which head adds most?", "adds"},
       {3, "From which layer on does the explained word lead to the end?", "settles"},
-      {6, "Some heads were switched off, one at a time. Which of them costs most? Is it the one that "
-          "adds most?", "costs"},
+      {6, "Some heads were switched off, one at a time. Which of them costs most? Is it the one "
+          "that adds most?", "costs"},
       {6, "The disease is changed in the question. What is the likeliest word now?", "changed"}}},
     {"How sure, how good, how fast", "If it sounds sure, is it right?",
      "What is a normal heart rate?", NULL, NULL, NULL,

@@ -159,6 +159,7 @@ function bars(list) {                   // [name, share, note, class, was]
 
 /* ---- 1 Text -------------------------------------------------------------------------------- */
 
+const bitsText = x => x < .005 ? "less than 0.01 bits" : x.toFixed(2) + " bits";
 const surprise = t => t > 0 ? D("surprisal")[t] : null;
 function card(t) {
   const row = t - 1, at = row * 10;
@@ -187,7 +188,7 @@ function buildText(v) {
   const bits = [];
   for (let t = from; t < meta.tokens.length; t++) bits.push(surprise(t));
   v.reading.textContent = bits.length ? (from > 1 ? "The answer has " : "The text has ") + bits.length + " token" + (bits.length > 1 ? "s" : "") + " and surprised the model by " +
-    (sum(bits) / bits.length).toFixed(2) + " bits a token; the most surprising is “" + word(worst).replace(/^␣/, "") + "” with " + surprise(worst).toFixed(2) + " bits." : "The text is one token.";
+    bitsText(sum(bits) / bits.length) + " a token; the most surprising is “" + word(worst).replace(/^␣/, "") + "” with " + bitsText(surprise(worst)) + "." : "The text is one token.";
   if (state.guessing) {
     v.reading.textContent = "The text as far as the model has read it. What comes next?";
     v.body.replaceChildren(textOf("The text, token by token", () => 0, pin));
