@@ -1003,7 +1003,7 @@ static const char *const page_end[] = {
     "/* Predict first: until somebody has guessed, the page shows no probability and nothing of what came. */\n",
     "function guessBox() {\n",
     "  const field = el(\"input\", {id: \"guess\", type: \"text\", autocomplete: \"off\", dir: \"auto\"}), verdict = el(\"p\", {id: \"judged\", role: \"status\"});\n",
-    "  const reveal = text => { state.guessing = false; Object.assign(state, startState()); head(); hideViews(); show(); $(\"judged\").textContent = text; $(\"judged\").focus(); };\n",
+    "  const reveal = text => { state.guessing = false; Object.assign(state, startState()); head(); hideViews(); show(); rebuild(views[0]); $(\"judged\").textContent = text; $(\"judged\").focus(); };\n",
     "  if (!state.guessing) return el(\"p\", {id: \"judged\", role: \"status\", tabindex: -1});\n",
     "  return el(\"form\", {on: {submit: e => { e.preventDefault(); const guess = field.value.trim(); if (guess) reveal(judge(guess)); else verdict.textContent = \"Type a word, or let the page show it.\"; }}},\n",
     "    el(\"p\", {}, el(\"label\", {for: \"guess\"}, \"Predict first. Which word comes next, at the end of the text below?\")),\n",

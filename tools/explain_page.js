@@ -821,7 +821,7 @@ function judge(guess) {
 /* Predict first: until somebody has guessed, the page shows no probability and nothing of what came. */
 function guessBox() {
   const field = el("input", {id: "guess", type: "text", autocomplete: "off", dir: "auto"}), verdict = el("p", {id: "judged", role: "status"});
-  const reveal = text => { state.guessing = false; Object.assign(state, startState()); head(); hideViews(); show(); $("judged").textContent = text; $("judged").focus(); };
+  const reveal = text => { state.guessing = false; Object.assign(state, startState()); head(); hideViews(); show(); rebuild(views[0]); $("judged").textContent = text; $("judged").focus(); };
   if (!state.guessing) return el("p", {id: "judged", role: "status", tabindex: -1});
   return el("form", {on: {submit: e => { e.preventDefault(); const guess = field.value.trim(); if (guess) reveal(judge(guess)); else verdict.textContent = "Type a word, or let the page show it."; }}},
     el("p", {}, el("label", {for: "guess"}, "Predict first. Which word comes next, at the end of the text below?")),
