@@ -478,7 +478,7 @@ typedef void signal_handler(int number);
 /* O_NONBLOCK opens a pipe though nobody is at its other end. */
 static int open_file(const char *path, int how) {
     static const int flags[] = {
-        [TO_READ] = O_RDONLY,
+        [TO_READ] = O_RDONLY | O_NONBLOCK,
         [TO_MAP] = O_RDONLY | O_NONBLOCK,
         [TO_LOOK] = O_RDONLY | O_NONBLOCK | O_NOFOLLOW,
         [TO_WRITE] = O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW,
@@ -486,7 +486,7 @@ static int open_file(const char *path, int how) {
         [TO_STREAM] = O_WRONLY | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY,
     };
     int fd = RETRY(open(path, flags[how] | O_CLOEXEC, how == TO_WRITE ? 0666 : 0600));
-    if (how == TO_STREAM && fd >= 0) fcntl(fd, F_SETFL, 0);     /* from now on it waits */
+    if (fd >= 0) fcntl(fd, F_SETFL, 0);                 /* from now on it waits */
     return fd;
 }
 
@@ -5676,8 +5676,7 @@ static void open_head(opener *o) {
     check_field(o, byte_level || (flags <= 255 && !(flags & TOKENIZER_IGNORE_MERGES)), "flags",
                 flags, "0 to 254, no ignore_merges");
     check_field(o, !scores || !n_merges, "n_merges", n_merges, "0, as there are scores");
-    check_field(o, vocab >= 256 && vocab <= TOKENIZER_MAX_PIECES, "vocab_size", vocab,
-                "256 to 16777216");
+    check_field(o, vocab && vocab <= TOKENIZER_MAX_PIECES, "vocab_size", vocab, "1 to 16777216");
     check_field(o, n_merges <= TOKENIZER_MAX_PIECES, "n_merges", n_merges, "at most 16777216");
     check_field(o, !reserved, "reserved field", reserved, "0");
     if (wanted != o->n)
@@ -5788,8 +5787,7 @@ static void index_pieces(opener *o) {
 }
 
 /* The ids of single bytes, and which bytes stand together in a piece. Hugging Face leaves a byte
- * that a byte-level vocabulary lacks out of the ids. Some lack those that none of their texts had;
- * without a byte of ASCII they were damaged. */
+ * that a byte-level vocabulary lacks, as none of its texts had it, out of the ids. */
 static void index_bytes(opener *o) {
     tokenizer *t = o->t;
     memset(t->byte_id, 0xFF, sizeof t->byte_id);
@@ -5806,9 +5804,8 @@ static void index_bytes(opener *o) {
     for (int b = 0; b < 256; b++) {
         bool byte_level = t->kind == TOKENIZER_BYTE_LEVEL, whole = byte_level || b < 0x80;
         uint32_t id = whole ? find_piece(t, &(uint8_t){(uint8_t)b}, 1, "", 0) : NO_ID;
-        bool ascii = (b >= ' ' && b <= '~') || b == '\n';
         if (id != NO_ID) t->byte_id[b] = id;
-        if (t->byte_id[b] == NO_ID && (ascii || !byte_level))
+        if (t->byte_id[b] == NO_ID && !byte_level)
             bad_file(&o->e, o->what, "tokenizer: byte 0x%02x is no piece, so some text could not "
                      "be encoded; export it again", (unsigned)b);
     }
@@ -6993,7 +6990,7 @@ static int read_fields(const model_file *f, uint32_t v, const header_field *d, v
 /* "config". The ranges are far beyond any published model, and small enough that products of sizes
  * stay within 64 bits. */
 static const header_field config_fields[] = {
-    {"vocab_size", FIELD_INT, 257, 1 << 22, offsetof(model_config, vocab_size)},
+    {"vocab_size", FIELD_INT, 1, 1 << 22, offsetof(model_config, vocab_size)},
     {"hidden_size", FIELD_INT, 16, 1 << 16, offsetof(model_config, hidden_size)},
     {"n_layers", FIELD_INT, 1, 1024, offsetof(model_config, n_layers)},
     {"n_heads", FIELD_INT, 1, 1024, offsetof(model_config, n_heads)},
@@ -9563,14 +9560,14 @@ static int lock(command *c, const void *p, size_t n) {
 
 /* PATH cannot be opened. Where it is a model in another form, says how to make a checkpoint. */
 static int suggest_export(command *c, const char *path) {
-    char start[4] = "", config[1024], name[256];
+    char start[4] = "", name[256];
     size_t n = strlen(path);
     file_facts f;
     FILE *file = open_stream(path, TO_MAP);
     bool gguf = file && fread(start, 1, 4, file) == 4 && !memcmp(start, "GGUF", 4);
     if (file) fclose(file);
-    snprintf(config, sizeof config, "%s/config.json", path);
-    if (c->e.code != MEDRUN_BAD_FILE || (!gguf && get_facts(config, -1, &f))) return c->e.code;
+    bool folder = !get_facts(path, -1, &f) && f.folder;
+    if (c->e.code != MEDRUN_BAD_FILE || !(gguf || folder)) return c->e.code;
     while (n && strchr("/.", path[n - 1])) n--;
     size_t from = n, end = gguf && n > 5 && !memcmp(path + n - 5, ".gguf", 5) ? n - 5 : n;
     while (from && path[from - 1] != '/') from--;
@@ -9579,7 +9576,7 @@ static int suggest_export(command *c, const char *path) {
     c->e = (medrun_error){0};
     return fail(&c->e, MEDRUN_BAD_FILE, "%s is %s and no checkpoint yet; this makes one: "
                 "%.*smedrun-export %s%s%s %s%s-int8.mdr%s --type int8", path,
-                gguf ? "a GGUF file" : "a model's folder", slash ? (int)(slash - c->self) + 1 : 0,
+                gguf ? "a GGUF file" : "a folder", slash ? (int)(slash - c->self) + 1 : 0,
                 c->self, quote, path, quote, quote, *name ? name : "model", quote);
 }
 

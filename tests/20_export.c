@@ -581,6 +581,28 @@ static void test_normalized(void) {
     buffer_free(&marked);
 }
 
+/* A word that is added though it is a piece: it is cut out of texts, and what it merged with stays
+ * apart. The ids are those of Hugging Face tokenizers. */
+static void test_added_piece(void) {
+    static const int32_t wanted[] = {83, 257, 77, 256, 257, 220, 257, 81};
+    tokenizer t;
+    medrun_error e = {0};
+    buffer file = {0}, ids = {0};
+    copy_fixture("llama-plain");
+    edit("tokenizer.json", "\"added_tokens\": [", "\"added_tokens\": [{\"id\": 257, \"content\": "
+         "\"he\", \"normalized\": true},");
+    CHECK_EQ(RUN("--tokenizer-only", in_work("src"), in_work("out/t.bin")), 0);
+    read_file(in_work("out/t.bin"), &file);
+    if (CHECK(!tokenizer_open(&t, file.data, file.n, "t.bin", &e))) {
+        tokenizer_encode(&t, "then the her", 12, 0, &ids, &e);
+        CHECK(ids.n == sizeof wanted && !memcmp(ids.data, wanted, sizeof wanted));
+        tokenizer_close(&t);
+    }
+    clear_folder("out");
+    buffer_free(&file);
+    buffer_free(&ids);
+}
+
 /* What each form's own reference makes of texts (tools/reference/make_tokenizers.py). */
 static void test_forms(void) {
     static const struct { const char *source, *vectors; int kind, vocab, bos; } forms[] = {
@@ -2569,6 +2591,7 @@ int main(void) {
     test_model();
     test_spaced_edits();
     test_normalized();
+    test_added_piece();
     test_added_to_model();
     test_filled_up("llama-plain", "\"vocab_size\": 283");
     test_filled_up("mistral-spm", "\"vocab_size\": 384");

@@ -578,18 +578,21 @@ static void put_small_vocabulary(writer *w, bool tokens) {
     w->n_values += 2;
 }
 
+static uint64_t small_rows = 257;       /* of the embedding and the output                       */
+
 static void put_small_tensor(writer *w, size_t i, const change *c) {
-    static float values[257 * 16];
-    uint64_t dims[5] = {small_tensors[i].cols, small_tensors[i].rows, 1, 1, 1};
+    static float values[320 * 16];
+    uint64_t rows = small_tensors[i].rows == 257 ? small_rows : small_tensors[i].rows;
+    uint64_t dims[5] = {small_tensors[i].cols, rows, 1, 1, 1};
     const char *name = small_tensors[i].name;
     bool changed = c->tensor && !strcmp(c->tensor, name);
     uint32_t rank = changed && c->rank ? c->rank - 1 : small_tensors[i].rank;
     if (changed && c->rank) memcpy(dims, c->dims, sizeof dims);
     if (changed && c->name && !*c->name) return;
-    for (size_t k = 0; k < 257 * 16; k++) values[k] = (float)((k + 7 * i) % 31) / 64 - 0.25f;
+    for (size_t k = 0; k < 320 * 16; k++) values[k] = (float)((k + 7 * i) % 31) / 64 - 0.25f;
     if (changed && c->name) name = c->name;
     put_tensor(w, name, changed && c->type ? (uint32_t)(c->type - 1) : 0, rank, dims, values,
-               small_tensors[i].cols * small_tensors[i].rows * 4);
+               small_tensors[i].cols * rows * 4);
     if (!changed || !c->shift) return;
     uint64_t place;
     memcpy(&place, w->infos.data + w->infos.n - 8, 8);
@@ -782,6 +785,47 @@ static void test_filler(void) {
           !t.pieces[257].n && t.pieces[258].type == PIECE_USER &&
           t.pieces[259].type == PIECE_UNUSED);
     free_tokenizer(&t);
+}
+
+/* A word that was added though it is a piece is cut out before anything merges. */
+static void test_added_word(void) {
+    span tokens[258], merges[] = {{(const uint8_t *)"h e", 3}, {(const uint8_t *)"he h", 4},
+                                  {(const uint8_t *)"a b", 3}};
+    uint8_t text[256][4];
+    int32_t types[258];
+    source_tokenizer t = {0};
+    medrun_error e = {0};
+    for (int b = 0; b < 256; b++) {
+        uint32_t code = 0;
+        while (byte_of(code) != b) code++;
+        tokens[b] = (span){text[b], utf8_encode(code, text[b])};
+        types[b] = PIECE_NORMAL;
+    }
+    tokens[256] = (span){(const uint8_t *)"he", 2}, types[256] = PIECE_USER;
+    tokens[257] = (span){(const uint8_t *)"ab", 2}, types[257] = PIECE_NORMAL;
+    token_tables g = {.model = "gpt2", .pre = "llama-bpe", .n = 258, .tokens = tokens, .n_merges = 3,
+                      .types = types, .merges = merges, .bos = -1, .eos = -1};
+    CHECK(!tokenizer_from_tables(&t, &g, "tables", &e) && t.n_merges == 1 && t.merges.n == 8);
+    CHECK(t.merges.n == 8 && u32_at(t.merges.data, 0) == 'a' && u32_at(t.merges.data, 1) == 'b');
+    free_tokenizer(&t);
+}
+
+/* Rows behind the last token, if they are not many, have no text. */
+static void test_more_rows(void) {
+    static char name[] = "token_embd.weight";
+    source_tensor embedding = {.name = name, .rank = 2, .shape = {320, 16}};
+    source s = {.tensors = &embedding, .n_tensors = 1};
+    buffer b = {0};
+    CHECK_EQ(count_rows(&s, 257), 320);
+    CHECK_EQ(count_rows(&s, 320), 320);
+    CHECK_EQ(count_rows(&s, 400), 400);
+    embedding.shape[0] = 257 + 1025;
+    CHECK_EQ(count_rows(&s, 257), 257);
+    small_rows = 320;
+    make_small(&b, &(change){0});
+    small_rows = 257;
+    if (!CHECK_EQ(attempt_bytes(&b), 0)) printf("    %s\n", last.text);
+    buffer_free(&b);
 }
 
 /* A vocabulary tells the pattern only if it is Llama 3's; --pre does in any case. */
@@ -1269,6 +1313,8 @@ int main(void) {
     test_mixed();
     test_changes();
     test_filler();
+    test_added_word();
+    test_more_rows();
     test_pre();
     test_header();
     test_cuts();

@@ -141,6 +141,15 @@ static void test_refusals(void) {
     refused("generic", ".csv", "q,a,b,A\nq,a,A\n", ".csv:2: CSV: found 3 fields");
     refused("generic", ".csv", "q,a,b,C\n", "none of 2 choices");
     refused("mmlu", ".csv", "q,a,b,c,d,A\n", "no subject");
+    refused("generic", ".csv", "question;A;B;answer\nq;a;b;A\n", ":1: CSV: found semicolons");
+    refused("generic", ".csv", "\"q\";\"a\";\"b\";A\n", ":1: CSV: found semicolons");
+    refused("generic", ".tsv", "question\tA\tB\tanswer\n", ":1: CSV: found tabs");
+    refused("generic", ".csv", "question,A,B,answer\rq,a,b,A\r", "lines that end with CR");
+    CHECK_EQ(read_text("generic", ".JSONL", "\n \r\n{\"question\": \"q\", \"choices\": [\"a\", \"b\"], "
+                       "\"answer\": 1}\n\n{\"question\": \"q\", \"choices\": [\"a\", \"b\"], "
+                       "\"answer\": 0}\n"), 0);
+    CHECK(loaded.n == 2 && loaded.q[0].line == 3 && loaded.q[1].line == 5);
+    CHECK_EQ(read_text("generic", ".CSV", "question,A,B,answer\nq,a,b,A\n"), 0);
     refused("mmlu", ".csv", "q,a,b,c,d,e,A\n", "four choices");
     refused("medmcqa", ".jsonl", "{\"question\": \"q\", \"opa\": \"1\", \"opb\": \"2\", \"opc\": \"3\","
             "\"opd\": \"4\", \"cop\": 2}\n", "nobody can tell");
@@ -171,6 +180,9 @@ static void bytes_are_refused(const char *ending, const char *bytes, size_t n, c
 static void test_strangers(void) {
     BYTES_ARE_REFUSED(".jsonl", "PAR1\x15\x04\x15", "is a Parquet file, wanted text");
     CHECK(strstr(last.text, "pandas.read_parquet"));
+    BYTES_ARE_REFUSED(".arrow", "\xFF\xFF\xFF\xFF\x10\x02", "is an Arrow file of datasets' cache");
+    BYTES_ARE_REFUSED(".db", "SQLite format 3\0\x10", "is an SQLite database");
+    BYTES_ARE_REFUSED(".xls", "\xD0\xCF\x11\xE0\xA1", "is an old spreadsheet");
     BYTES_ARE_REFUSED(".csv", "\x1F\x8B\x08\x00", "is compressed by gzip, wanted text");
     BYTES_ARE_REFUSED(".csv", "PK\3\4\x14", "a zip archive or a spreadsheet");
     BYTES_ARE_REFUSED(".jsonl", "\xFF\xFE{\0\"\0", "is UTF-16 text");

@@ -102,6 +102,15 @@ pipe() { # CODE COMMAND...
 mkdir "$T/folder"; cp "$fixtures"/llama-tied/* "$T/folder"; rm "$T/folder/config.json"
 if mkfifo "$T/silent" "$T/folder/config.json"; then
     pipe 3 "$bin/medrun" show "$T/silent"
+    # A text may come out of a pipe, but not of one that nobody writes.
+    timeout 20 "$bin/medrun" run "$model" -q -n 1 -f "$T/silent" >/dev/null 2>"$T/err"; rc=$?
+    check "-f of a silent pipe: exit $rc, wanted 2" [ $rc = 2 ]
+    timeout 20 "$bin/medrun" render --template llama3 --messages "$T/silent" 2>"$T/err"; rc=$?
+    check "--messages of a silent pipe: exit $rc, wanted 3" [ $rc = 3 ]
+    { sleep 1; echo hello; } >"$T/silent" &
+    timeout 20 "$bin/medrun" run "$model" -q -n 1 -f "$T/silent" >/dev/null 2>"$T/err"; rc=$?
+    check "-f of a pipe that is written slowly: exit $rc: $(cat "$T/err")" [ $rc = 0 ]
+    wait $!
     pipe 3 "$bin/medrun" tokenize "$T/silent" -p x
     pipe 3 "$bin/medrun" run "$model" -q -p x -n 1 --load-prefix "$T/silent"
     pipe 1 "$bin/medrun" run "$model" -q -p x -n 1 --save-prefix "$T/silent"
@@ -135,6 +144,9 @@ rm -r "$shot/0123abc"
 cached 'downloaded to its end' "$hub"
 "$bin/medrun-export" -q "$fixtures/llama-tied" "$T/quiet.mdr" >"$T/err" 2>&1
 check "-q: exit $?, $(cat "$T/err")" [ $? = 0 -a ! -s "$T/err" -a -s "$T/quiet.mdr" ]
+"$bin/medrun" run "$hub" -p hi 2>"$T/err"; rc=$?
+check "run of a folder: exit $rc: $(cat "$T/err")" [ $rc = 3 ]
+check 'it says how to make a checkpoint' grep -q "medrun-export $hub models--org--Tiny-Model-int8.mdr" "$T/err"
 "$bin/medrun-export" --tokenizer-only "$T/hub" "$T/t.bin" 2>"$T/err"
 check "only the hub's cache: exit $?" [ $? = 3 ]
 mkdir -p "$T/onnx/onnx"; cp "$fixtures"/llama-tied/*.json "$T/onnx"; : >"$T/onnx/onnx/model.onnx"
@@ -226,6 +238,23 @@ for force in '' --force; do
     tries 2 'read by the same' "$bin/medrun-eval" "$O/model" generic "$O/data" -q --html "$O/same" $force
     }
 done
+echo '[{"role":"user","content":"hi"}]' >"$O/talk"; cp "$O/talk" "$T/talk"; ln "$model" "$O/other"
+for force in '' --force; do
+    for to in '-o' '-o /dev/null --json'; do
+        # shellcheck disable=SC2086
+        {
+        tries 2 'read by the same' "$bin/medrun-explain" "$O/model" -p hi -n 1 -q $to "$O/model" $force
+        tries 2 'read by the same' "$bin/medrun-explain" "$O/model" -p hi -n 1 -q $to "$O/same" $force
+        tries 2 'read by the same' "$bin/medrun-explain" "$model" -f "$O/text" -n 1 -q $to "$O/text" $force
+        tries 2 'read by the same' "$bin/medrun-explain" "$model" --chat "$O/talk" -n 1 -q $to "$O/talk" $force
+        tries 2 'read by the same' "$bin/medrun-explain" "$model" --mcq "$O/data:1" -q $to "$O/data" $force
+        tries 2 'read by the same' "$bin/medrun-explain" "$model" -p hi --answer "@$O/text" -q $to "$O/text" $force
+        tries 2 'read by the same' "$bin/medrun-explain" "$model" -p hi -n 1 -q --compare "$O/other" $to "$O/other" $force
+        }
+    done
+done
+tries 2 'are one file' "$bin/medrun-explain" "$model" -p hi -n 1 -q -o "$O/x" --json "$O/x"
+check 'the talk is as it was' cmp -s "$O/talk" "$T/talk"; check 'and the text' [ "$(cat "$O/text")" = hello ]
 tries 2 'are one file' "$bin/medrun-eval" "$model" generic "$O/data" -q -o "$O/x" --html "$O/x"
 check 'all of it is as it was' cmp -s "$O/model" "$model"; check 'the prefix, too' cmp -s "$O/prefix" "$T/prefix"
 check 'and the data' cmp -s "$O/data" "$T/one.jsonl"
@@ -266,5 +295,9 @@ fi
 dd if=/dev/zero of="$T/long" bs=1048576 count=17 2>"$T/err"
 tries 3 'the most that is read' "$bin/medrun-lab" replay "$T/long"
 tries 3 'the most that is read' "$bin/medrun" render --template llama3 --messages "$T/long"
+dd if=/dev/zero of="$T/hole" bs=1 count=1 seek=3298534883327 2>"$T/err" &&
+    tries 3 'wanted at most 1073741824' "$bin/medrun-export" "$fixtures/llama-plain" "$T/fit.mdr" --type int4 --calibrate "$T/hole"
+{ head -c 1048575 "$T/text.txt"; printf '\303\251 \351'; } >"$T/late"
+tries 3 'byte 1048578: found what is no UTF-8' "$bin/medrun-export" "$fixtures/llama-plain" "$T/fit.mdr" --type int4 --calibrate "$T/late"
 
 finish

@@ -364,6 +364,10 @@ static const struct { const char *mark, *name, *way_out; } strangers[] = {
      ".to_json(\"NEW.jsonl\", orient=\"records\", lines=True)"},
     {"ARROW1", "an Arrow file", "make it JSONL, in Python: pandas.read_feather(\"FILE\")"
      ".to_json(\"NEW.jsonl\", orient=\"records\", lines=True)"},
+    {"\xFF\xFF\xFF\xFF", "an Arrow file of datasets' cache", "make it JSONL, in Python: "
+     "datasets.Dataset.from_file(\"FILE\").to_json(\"NEW.jsonl\")"},
+    {"SQLite format 3", "an SQLite database", "export its table as CSV"},
+    {"\xD0\xCF\x11\xE0", "an old spreadsheet", "save it as CSV UTF-8"},
     {"\x1F\x8B", "compressed by gzip", "gunzip it"},
     {"PK\3\4", "a zip archive or a spreadsheet", "unzip it, or save it as CSV UTF-8"},
     {"BZh", "compressed by bzip2", "bunzip2 it"},
@@ -520,6 +524,12 @@ static int read_jsonl(data_set *d, const task *t, const char *text, size_t n, me
     return e->code;
 }
 
+/* Spreadsheets write semicolons where a comma stands in numbers. */
+static int other_comma(const data_set *d, char c, medrun_error *e) {
+    return bad_data(d, 1, e, "CSV: found %s between fields, wanted commas; save it so, or as JSONL",
+                    c == ';' ? "semicolons" : "tabs");
+}
+
 /* One field of a CSV at *AT, quoted or not, appended to B; true: the record goes on behind it. */
 static bool read_field(const data_set *d, const char *text, size_t n, size_t *at, size_t *line,
                        buffer *b, medrun_error *e) {
@@ -532,7 +542,8 @@ static bool read_field(const data_set *d, const char *text, size_t n, size_t *at
             *line += text[i] == '\n';
             buffer_add(b, text + i, 1);
         }
-        if (++i < n && !strchr(",\r\n", text[i]))
+        if (++i < n && (text[i] == ';' || text[i] == '\t')) return other_comma(d, text[i], e), false;
+        if (i < n && !strchr(",\r\n", text[i]))
             return bad_data(d, *line, e, "CSV: text behind the quote that ends a field"), false;
     } else {
         size_t len = 0;
@@ -660,7 +671,11 @@ static int take_named_row(data_set *d, const task *t, const csv_row *head, const
 static int read_csv(data_set *d, const task *t, const char *text, size_t n, medrun_error *e) {
     csv_row head, r;
     size_t at = 0, line = 1;
+    if (n && !memchr(text, '\n', n) && memchr(text, '\r', n - 1))
+        return bad_data(d, 1, e, "CSV: found lines that end with CR, wanted LF or CR LF; save it so");
     if (read_row(d, text, n, &at, &line, &head, e) || !head.n) return e->code;
+    const char *other = head.n == 1 ? strpbrk(head.field[0], ";\t") : NULL;
+    if (other) return other_comma(d, *other, e);
     bool named = is_head(&head);
     if (!named && !t->csv)
         return fail(e, MEDRUN_BAD_FILE, "%s: task %s is not published as CSV; wanted a first line "
@@ -671,9 +686,10 @@ static int read_csv(data_set *d, const task *t, const char *text, size_t n, medr
     return e->code;
 }
 
+/* Windows writes endings of names in any case. */
 static bool ends_with(const char *text, const char *end) {
     size_t n = strlen(text), k = strlen(end);
-    return n >= k && !strcmp(text + n - k, end);
+    return n >= k && !strcasecmp(text + n - k, end);
 }
 
 /* MMLU's files are called anatomy_test.csv and so on; NULL: this one is not. */
@@ -716,11 +732,13 @@ static int read_data(data_set *d, const task *t, const char *path, const char *s
     json j = {0};
     *d = (data_set){.path = path};
     if (!map_data(d, &map, &text, &n, e) && answers) read_solutions(d, answers, &solutions, e);
-    const char *first = memchr(text, '\n', n);
+    const char *begin = text, *end = text + n;
+    while (begin < end && strchr(" \t\r\n", *begin)) begin++;
+    const char *first = begin < end ? memchr(begin, '\n', (size_t)(end - begin)) : NULL;
     if (!e->code) sha256_of(map.data, map.n, d->digest);
     if (e->code) n = 0;
-    else if (ends_with(path, ".csv")) read_csv(d, t, text, n, e);
-    else if (*text != '[' && first && !json_parse(&j, text, (size_t)(first - text), NULL))
+    else if (ends_with(path, ".csv") || ends_with(path, ".tsv")) read_csv(d, t, text, n, e);
+    else if (first && *begin != '[' && !json_parse(&j, begin, (size_t)(first - begin), NULL))
         read_jsonl(d, t, text, n, e);
     else read_json(d, t, text, n, e);
     json_free(&j);

@@ -230,17 +230,26 @@ static size_t most_text(const explain *x) {
     return n < MOST_TEXT ? n : MOST_TEXT;
 }
 
-/* FILE:N, N from 1 on, or FILE for its first question. The file's name may hold a colon. */
-static int open_question(explain *x, medrun_error *e) {
-    const char *colon = strrchr(x->o.mcq, ':');
-    size_t n = strlen(x->o.mcq), number = 1;
+/* FILE:N, N from 1 on, or FILE for its first question. The file's name may hold a colon. Give what
+ * is returned, FILE, to free(); NULL: no memory. */
+static char *question_file(const char *mcq, size_t *number, medrun_error *e) {
+    const char *colon = strrchr(mcq, ':');
+    size_t n = strlen(mcq);
+    *number = 1;
     if (colon && colon[1] && !colon[1 + strspn(colon + 1, "0123456789")]) {
-        number = (size_t)strtoull(colon + 1, NULL, 10);
-        n = (size_t)(colon - x->o.mcq);
+        *number = (size_t)strtoull(colon + 1, NULL, 10);
+        n = (size_t)(colon - mcq);
     }
     char *path = new_array(n + 1, 1);
-    if (!path) return out_of_memory(e, n + 1);
-    memcpy(path, x->o.mcq, n);
+    if (path) memcpy(path, mcq, n);
+    else out_of_memory(e, n + 1);
+    return path;
+}
+
+static int open_question(explain *x, medrun_error *e) {
+    size_t number;
+    char *path = question_file(x->o.mcq, &number, e);
+    if (!path) return e->code;
     x->v.t = find_task(x->o.task ? x->o.task : "generic", e);
     if (x->v.t) read_data(&x->v.data, x->v.t, path, NULL, NULL, e);
     if (!e->code && (number < 1 || number > x->v.data.n))
@@ -312,6 +321,25 @@ static int read_options(explain *x, medrun_error *e) {
     return e->code;
 }
 
+/* Refuses places that cannot be written, or that are read, before the work begins. */
+static int check_pages(const explain *x, medrun_error *e) {
+    const explain_options *o = &x->o;
+    size_t number;
+    char *questions = o->mcq ? question_file(o->mcq, &number, e) : NULL;
+    const char *answer = o->answer && o->answer[0] == '@' ? o->answer + 1 : NULL;
+    const char *const inputs[] = {x->model, o->file, o->chat, questions, answer, o->compare};
+    const char *const places[] = {o->out, o->json};
+    for (size_t i = 0; i < 2 && !e->code; i++) {
+        if (!places[i] || !strcmp(places[i], "-")) continue;
+        check_inputs(places[i], inputs, sizeof inputs / sizeof *inputs, e);
+        if (!e->code) writer_check(places[i], i ? &explain_json : &explain_page, o->force, e);
+    }
+    free(questions);
+    if (!e->code && o->out && o->json && !strcmp(o->out, o->json))
+        fail(e, MEDRUN_USAGE, "%s: --out and --json are one file; choose another name", o->out);
+    return e->code;
+}
+
 static int check_explain_options(explain *x, medrun_error *e) {
     static const char *const fill[] = {"mean", "zero"};
     static const char *const parts[] = {"sentences", "clauses"};
@@ -343,10 +371,7 @@ static int check_explain_options(explain *x, medrun_error *e) {
         return fail(e, MEDRUN_USAGE, "--options: --mcq names them; leave it out");
     if (o->ids && (o->options || o->versus || x->n_edits || o->leave_out || o->patch))
         return fail(e, MEDRUN_USAGE, "--ids: there is no text to change or to go on with");
-    if (o->out && strcmp(o->out, "-") && writer_check(o->out, &explain_page, o->force, e))
-        return e->code;
-    if (o->json && strcmp(o->json, "-")) writer_check(o->json, &explain_json, o->force, e);
-    return e->code;
+    return check_pages(x, e);
 }
 
 /* The token that is explained, by its position; the row before it explains it. */

@@ -540,7 +540,7 @@ static int check_unsupported(const json_file *f, medrun_error *e) {
 /* The ranges are those of section 12 of medrun.c, where the same numbers are read again. */
 static int read_sizes(const json_file *f, model_config *c, medrun_error *e) {
     const struct { const char *key; int64_t min, max; int *to; bool optional; } fields[] = {
-        {"vocab_size", 257, 1 << 22, &c->vocab_size, false},
+        {"vocab_size", 1, 1 << 22, &c->vocab_size, false},
         {"hidden_size", 16, 1 << 16, &c->hidden_size, false},
         {"num_hidden_layers", 1, 1024, &c->n_layers, false},
         {"num_attention_heads", 1, 1024, &c->n_heads, false},

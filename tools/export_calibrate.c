@@ -23,6 +23,9 @@
  * place has so many bytes at least, where the text is short, and at most: 512 tokens have fewer. */
 enum { WINDOW_TOKENS = 512, WINDOW_CHUNK = 256, WINDOW_LEAST = 2048, WINDOW_MOST = 8192 };
 
+/* Bytes of a text that are looked at in one go, and the most that are read. */
+enum { TEXT_PIECE = 1 << 20, MOST_CALIBRATION = 1 << 30 };
+
 /* Columns whose errors are made good in each other: all, as far as the memory beside the running
  * model stays below MOST_MOMENTS bytes, else in blocks, no smaller than the least. */
 enum { WIDEST_BLOCK = 4096, LEAST_BLOCK = 256, MOST_MOMENTS = 1 << 30 };
@@ -43,10 +46,20 @@ static size_t character_at(const file_map *map, size_t at) {
     return at;
 }
 
+/* Piece by piece, as a hole in a file may be larger than all memory. A character may lie across the
+ * end of a piece. */
 static int check_text(const file_map *map, const char *path, medrun_error *e) {
-    size_t at = utf8_valid(map->data, map->n);
-    const uint8_t *nul = memchr(map->data, 0, at);
-    if (nul) at = (size_t)(nul - map->data);
+    size_t at = 0;
+    if (map->n > MOST_CALIBRATION)
+        return refuse(e, "%s: found %zu bytes, wanted at most %d; take a part of it", path, map->n,
+                      MOST_CALIBRATION);
+    for (size_t left; (left = map->n - at) > 0;) {
+        size_t n = left < TEXT_PIECE ? left : TEXT_PIECE;
+        const uint8_t *p = map->data + at, *nul = memchr(p, 0, n);
+        size_t good = utf8_valid(p, nul ? (size_t)(nul - p) : n);
+        at += good;
+        if (nul || (good < n && (n == left || n - good > 3))) break;
+    }
     if (at == map->n) return MEDRUN_OK;
     return refuse(e, "%s: byte %zu: found what is no UTF-8 text, wanted a text file", path, at);
 }
@@ -83,7 +96,9 @@ static int plan_calibration(exporter *x, medrun_error *e) {
     size_t used = strlen(x->precision);
     file_map map;
     if (!path || map_file(path, &map, e)) return e->code;
-    if (!check_text(&map, path, e) && !tokenize_windows(x, &map, e))
+    file_map text = map;                                /* without a byte order mark             */
+    if (map.n >= 3 && !memcmp(map.data, "\xEF\xBB\xBF", 3)) text.data += 3, text.n -= 3;
+    if (!check_text(&map, path, e) && !tokenize_windows(x, &text, e))
         add_file(&x->source, slash ? slash + 1 : path, path, &map, e);
     unmap_file(&map);
     size_t n = x->calibration.ids.n / 4;

@@ -637,6 +637,13 @@ static int check_unread(const gguf_file *g, medrun_error *e) {
     return MEDRUN_OK;
 }
 
+/* As many as the embedding has rows, where some are behind the last token, but not many. */
+static int count_rows(const source *s, uint64_t tokens) {
+    const source_tensor *t = find_tensor(s, "token_embd.weight");
+    uint64_t rows = t && t->rank == 2 ? t->shape[0] : 0, more = rows > tokens ? rows - tokens : 0;
+    return (int)(more <= MOST_FILLERS || more <= rows / 8 ? tokens + more : tokens);
+}
+
 static int read_gguf_config(source *s, const gguf_file *g, medrun_error *e) {
     static const char eps_key[] = ".attention.layer_norm_rms_epsilon";
     model_config *c = &s->config;
@@ -648,7 +655,7 @@ static int read_gguf_config(source *s, const gguf_file *g, medrun_error *e) {
     if (!(eps > 0)) return wrong_key(g, eps_key, NULL, "a number", e);
     if (!tokens || !tokens->array || tokens->n > 1 << 22)
         return wrong_key(g, "tokenizer.ggml.tokens", tokens, "a vocabulary", e);
-    c->vocab_size = (int)tokens->n;
+    c->vocab_size = count_rows(s, tokens->n);
     c->norm_eps = (float)eps, c->tied = !find_tensor(s, "output.weight");
     if (c->activation == ACTIVATION_XIELU && read_gguf_xielu(s, g, e)) return e->code;
     return check_unread(g, e);
@@ -743,7 +750,8 @@ static int read_gguf_tokenizer(source *s, const gguf_file *g, medrun_error *e) {
     source_tokenizer t = {0};
     table_store m = {0};
     token_tables tables;
-    if (!read_tables(s, g, &m, &tables, e) && !tokenizer_from_tables(&t, &tables, g->path, e))
+    if (!read_tables(s, g, &m, &tables, e) && !tokenizer_from_tables(&t, &tables, g->path, e) &&
+        (!s->config.vocab_size || !fill_up(s, &t, (size_t)s->config.vocab_size, e)))
         finish_tokenizer(&t, &s->tokenizer, g->path, e);
     s->eos = t.eos;
     free_tokenizer(&t);

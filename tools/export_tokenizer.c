@@ -118,7 +118,7 @@ static bool spell(const source_tokenizer *t, const uint8_t *p, size_t n, buffer 
 }
 
 /* Makes TEXT, as the vocabulary has it, the piece of ID; false if it can be no piece of that TYPE.
- * Normal ones go into the table of entries, where merges look their sides up. One with a space
+ * Normal ones, and in a GGUF added words, go into the table where merges look their sides up. One with a space
  * where others have U+2581 is never found in a text, only decoded. */
 static bool put_piece(source_tokenizer *t, size_t id, span text, int type) {
     size_t at = t->text.n;
@@ -133,7 +133,7 @@ static bool put_piece(source_tokenizer *t, size_t id, span text, int type) {
     else buffer_add(&t->text, text.p, text.n);
     span bytes = {t->text.data + at, t->text.n - at};
     t->pieces[id] = (source_piece){at, bytes.n, type};
-    if (type == PIECE_NORMAL && ok)
+    if ((type == PIECE_NORMAL || (type == PIECE_USER && !spaced)) && ok)
         t->entries[t->n_entries++] = (vocab_entry){bytes, (uint32_t)id};
     return ok;
 }
@@ -360,8 +360,8 @@ static int check_normalized(const source_tokenizer *t, uint32_t added, medrun_er
     return e->code;
 }
 
-/* The text of added tokens is cut out before anything merges. Merges with one of them, which the
- * tables of SentencePiece may have, never happen and go. */
+/* The text of added tokens is cut out before anything merges. Merges with one of them, which a
+ * vocabulary has where a word that is a piece already was added once more, never happen and go. */
 static void drop_merges(source_tokenizer *t, buffer *scratch) {
     size_t kept = 0;
     for (size_t i = 0; i < t->n_merges; i++) {
@@ -398,7 +398,7 @@ static int read_added(source_tokenizer *t, uint32_t added, medrun_error *e) {
         if (e->code) break;
     }
     if (!e->code) check_normalized(t, added, e);
-    if (!e->code && t->kind == TOKENIZER_SENTENCEPIECE) drop_merges(t, &scratch);
+    if (!e->code) drop_merges(t, &scratch);
     if (scratch.failed) out_of_memory(e, scratch.n);
     buffer_free(&content);
     buffer_free(&scratch);
@@ -1007,6 +1007,8 @@ static int put_merges(source_tokenizer *t, const token_tables *g, const char *wh
                    "with a space between", what, i, m.n < 80 ? (int)m.n : 80,
                    m.n ? (const char *)m.p : "");
     }
+    if (!e->code) drop_merges(t, &scratch);
+    if (scratch.failed) out_of_memory(e, scratch.n);
     buffer_free(&scratch);
     return e->code;
 }
@@ -1185,12 +1187,14 @@ static bool drop_unused(source *s, source_tokenizer *t, size_t rows) {
     return true;
 }
 
+enum { MOST_FILLERS = 1024 };       /* or an eighth                                              */
+
 /* Embeddings are often filled up to a multiple of 64 or so: ROWS behind the last id have no text.
  * If they are many, the tokenizer is probably another model's; and so it is if it has more ids. */
 static int fill_up(source *s, source_tokenizer *t, size_t rows, medrun_error *e) {
     if (drop_unused(s, t, rows)) return MEDRUN_OK;
     size_t n = t->n_pieces, more = rows > n ? rows - n : 0;
-    if (n > rows || (more > 1024 && more > rows / 8))
+    if (n > rows || (more > MOST_FILLERS && more > rows / 8))
         return refuse(e, "%s: found %zu ids, but config.json's vocab_size is %zu, %s; use the "
                       "tokenizer of this model", t->file.path, n, rows, n > rows ?
                       "so that the last ones have no row" : "far more");
