@@ -990,7 +990,7 @@ static const struct { const char *file, *from, *to; int code; const char *needle
     {"tokenizer.json", "\"id\": 278", "\"id\": 278.5", 3, "added_tokens"},
     {"tokenizer.json", "\"!\": 0", "\"!\": 1", 3, "model.vocab"},
     {"tokenizer.json", "\"!\": 0", "\"!\": 300", 3, "found 301 ids"},
-    {"tokenizer.json", "\"!\": 0", "\"~~x\": 0", 3, "byte 0x21"},
+    {"tokenizer.json", "\"!\": 0", "\"~~x\": 0", 0, ""},       /* a vocabulary without that byte */
     {"tokenizer.json", "\"!\": 0", "\"\\u4e2d\": 0", 3, "byte alphabet"},
     {"tokenizer.json", "\"!\": 0", "\"\": 0", 3, "model.vocab"},
     {"tokenizer.json", "\"!\": 0", "\"!\": \"0\"", 3, "model.vocab"},

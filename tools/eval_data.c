@@ -542,7 +542,7 @@ static bool read_field(const data_set *d, const char *text, size_t n, size_t *at
             *line += text[i] == '\n';
             buffer_add(b, text + i, 1);
         }
-        if (++i < n && (text[i] == ';' || text[i] == '\t')) return other_comma(d, text[i], e), false;
+        if (++i < n && strchr(";\t", text[i])) return other_comma(d, text[i], e), false;
         if (i < n && !strchr(",\r\n", text[i]))
             return bad_data(d, *line, e, "CSV: text behind the quote that ends a field"), false;
     } else {
