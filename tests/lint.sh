@@ -40,7 +40,7 @@ budgets="
 7:130:169
 8:350:473
 9:180:317
-10:950:889
+10:950:886
 11:520:658
 12:450:510
 13:420:452
@@ -48,8 +48,8 @@ budgets="
 15:720:1018
 16:1410:2294"
 budgets=$(echo $budgets)                  # on one line
-most_lines=11206                            # the goals: 9000, 450000, 15
-most_bytes=571590
+most_lines=11203                            # the goals: 9000, 450000, 15
+most_bytes=571391
 least_comments=14.4
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '

@@ -672,7 +672,7 @@ static int read_csv(data_set *d, const task *t, const char *text, size_t n, medr
     csv_row head, r;
     size_t at = 0, line = 1;
     if (n && !memchr(text, '\n', n) && memchr(text, '\r', n - 1))
-        return bad_data(d, 1, e, "CSV: found lines that end with CR, wanted LF or CR LF; save it so");
+        return bad_data(d, 1, e, "CSV: found lines that end with CR, wanted LF or CR LF");
     if (read_row(d, text, n, &at, &line, &head, e) || !head.n) return e->code;
     const char *other = head.n == 1 ? strpbrk(head.field[0], ";\t") : NULL;
     if (other) return other_comma(d, *other, e);
