@@ -118,8 +118,8 @@ static bool spell(const source_tokenizer *t, const uint8_t *p, size_t n, buffer 
 }
 
 /* Makes TEXT, as the vocabulary has it, the piece of ID; false if it can be no piece of that TYPE.
- * Normal ones, and in a GGUF added words, go into the table where merges look their sides up. One with a space
- * where others have U+2581 is never found in a text, only decoded. */
+ * Normal ones, and in a GGUF added words, go into the table where merges look their sides up. One
+ * with a space where others have U+2581 is never found in a text, only decoded. */
 static bool put_piece(source_tokenizer *t, size_t id, span text, int type) {
     size_t at = t->text.n;
     bool inside = type == PIECE_NORMAL || (type == PIECE_USER && t->flags & TOKENIZER_USER_INSIDE);
