@@ -156,5 +156,10 @@ MAKEFLAGS='' CC=$cc CFLAGS=$(if [ -n "$MEDRUN_TEST_ALL" ]; then echo -O1; else e
 check "grades: $(cat "$T/said")" [ "$(tail -2 "$T/said" | tr '\n' ' ')" = '"Ada",,,,1,,,,,, "Bob",,,,0,,,,,, ' ]
 
 python=${PYTHON:-python3}
-in_browser "the course's pages in a browser" tests/44_course_pages.py "$class"
+# Another prompt: what its page cannot answer, no step asks. The answer does not end here, and its first
+# word stood nowhere before.
+for n in 2 5; do
+    "$explain" $demo --lesson $n -p "What is gout?" -n 3 --neurons 0 -q --force -o "$T/own$n.html" && ok || bad "--lesson $n -p"
+done
+in_browser "the course's pages in a browser" tests/44_course_pages.py "$class" "$T/own2.html" "$T/own5.html"
 finish

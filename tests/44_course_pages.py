@@ -1,4 +1,4 @@
-"""44_course_pages.py CLASS - the course's pages in Chromium, without a network: one request each,
+"""44_course_pages.py CLASS OTHER... - the course's pages in Chromium, without a network: one request each,
 nothing on the console, no sideways scrolling from 320 pixels on, every answer by keyboard; axe in
 light and dark where axe_playwright_python is installed. On the explain pages each step that asks for
 an answer takes it, by keyboard, and says so when it is wrong."""
@@ -95,6 +95,12 @@ with sync_playwright() as p:
         check("%s: nothing on the console: %s" % (name, page.errors), not page.errors)
         page.context.close()
     check("each lesson has a step that takes an answer: %d" % asked, asked == 10)
+    for path, fields in zip(sys.argv[2:], (["answer1"], ["answer3", "answer4"])):
+        page = open_page(chromium, os.path.abspath(path), 1200, "light")
+        page.click("#reveal")
+        asks = page.evaluate("[...document.querySelectorAll('.lesson input')].map(x => x.id)")
+        check("another prompt is asked what it can answer: %s" % asks, asks == fields)
+        page.context.close()
     # Where a control is rebuilt, the keyboard stays on it.
     page = open_page(chromium, top + "/explain-05.html", 1200, "light")
     page.click("#reveal")

@@ -869,19 +869,19 @@ function longestWord() {
   return pieces;
 }
 const answers = {
-  pieces: () => aNumber(longestWord(), longestWord() + " pieces", "Tick “show pieces, spaces and line ends”: a line stands where a piece begins."),
+  pieces: () => { const n = longestWord(); return !n ? null : aNumber(n, n + (n === 1 ? " piece" : " pieces"), "Tick “show pieces, spaces and line ends”: a line stands where a piece begins."); },
   controls: () => { const n = meta.tokens.slice(0, meta.n_prompt).filter(t => t[1] === 1).length; return aNumber(n, n + " control tokens", "Count the dashed ones before the answer; “user” and “assistant” are ordinary text."); },
-  end: () => aWord([idOf(meta.tokens.length - 1)], "It is the last token of the text, a dashed one."),
+  end: () => { const t = meta.tokens.length - 1; return t < meta.n_prompt || meta.tokens[t][1] !== 1 ? null : aWord([idOf(t)], "It is the last token of the text, a dashed one."); },
   replaced: () => { if (!meta.other) return null; for (let r = meta.n_prompt - 1; r < meta.rows; r++) if (D("other_top")[r] !== D("top")[r * 10]) return aWord([D("other_top")[r]], "Look in the last column of the table, in a row of the answer: the text before the answer does not count."); return null; },
   writes: () => { const y = D("written_rms"); let b = 1; for (let i = 2; i < y.length; i++) if (y[i] > y[b]) b = i; return aNumber(Math.ceil(b / 2), "layer " + Math.ceil(b / 2) + ", " + (b % 2 ? "attention" : "the feed-forward part"), "Look for the longest bar, and type the number of its layer."); },
   settles: () => { const p = [...D("lens_at")].indexOf(meta.at); if (p < 0) return null; const l = meta.mid ? Math.ceil(settled(p) / 2) : settled(p); return aNumber(l, "layer " + l, "Look for ◀ beside the rows, with the explained word chosen (Esc)."); },
-  finds: () => aHead(mapped(i => { let w = 0; for (let k = 0; k <= meta.at; k++) if (idOf(k) === meta.winner) w += weight(i, meta.at, k); return w; }), w => weightText(w) + " on that word", "Another head looks there almost alone.", .1),
+  finds: () => !meta.tokens.slice(0, meta.at + 1).some(t => t[0] === meta.winner) ? null : aHead(mapped(i => { let w = 0; for (let k = 0; k <= meta.at; k++) if (idOf(k) === meta.winner) w += weight(i, meta.at, k); return w; }), w => weightText(w) + " on that word", "Another head looks there almost alone.", .1),
   before: () => aHead(mapped(i => { let w = 0; for (let r = 1; r < meta.rows; r++) w += weight(i, r, r - 1); return w / (meta.rows - 1); }), w => weightText(w) + " in the mean on the word before", "Look for a dark line beside the slanting edge.", .03),
   start: () => aHead(mapped(i => D("map_head")[2 * i] ? null : weight(i, meta.at, 0)), w => weightText(w) + " on the first token", "Try the other heads of layer 1.", .03),
   cache: () => { const s = meta.shape, mb = 2 * s.layers * s.kv_heads * s.head_dim * ({f16: 2, f32: 4, int8: 1 + 2 / 64})[meta.kv] * 5e-3; return aNumber(+mb.toFixed(1), mb.toFixed(1) + " MB", "The first sentence says what one token takes: times 5000, and 1000 kB are one MB.", .05 * mb); },
   feeds: () => { let b = 1; for (let l = 2; l <= meta.shape.layers; l++) if (part(0, 2 * l) > part(0, 2 * b)) b = l; return aNumber(b, "layer " + b + ", " + nats(part(0, 2 * b)), "The feed-forward part is the lower bar of each row; the table names it."); },
   half: () => { const was = {...dice}, i = [...D("dice_at")].indexOf(meta.at); if (i < 0) return null; Object.assign(dice, {temp: 2, k: 0, p: .5, min: 0}); const n = candidates(i).keep; Object.assign(dice, was);
-    return aNumber(n, n + (n === 1 ? " token" : " tokens"), "The first sentence of the view counts them: temperature 2, top-k off, top-p 0.50, min-p 0."); },
+    return n >= 64 ? null : aNumber(n, n + (n === 1 ? " token" : " tokens"), "The first sentence of the view counts them: temperature 2, top-k off, top-p 0.50, min-p 0."); },
   adds: () => aHead(headAdds, nats, "Another adds more: the darkest blue cell."),
   changed: () => meta.what_if && meta.what_if.length ? aWord([meta.what_if[0].top[0][0]], "Look for the longest blue bar.") : null,
   costs: () => { const off = (l, h) => (meta.ablations || []).find(x => x.layer === l && x.head === h); return aHead((l, h) => off(l, h) ? D("total")[0] - off(l, h).difference : null, x => nats(x) + " lost", "Look for the highest point, or press t."); },
