@@ -360,6 +360,7 @@ enum { SIGHUP = SIGBREAK, SIGQUIT = SIGBREAK };         /* the console was close
 #undef near
 #else
 #include <glob.h>
+#include <poll.h>
 #include <sys/file.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
@@ -453,8 +454,8 @@ __asm__(".irp kind, ps, pd\n.macro vmova\\kind operands:vararg\n"
 enum { MAX_THREADS = 256 };
 
 typedef struct {
-    uint64_t bytes, device, inode;              /* the last two tell files apart */
-    bool regular, folder, stream;               /* STREAM: a pipe or a device like a terminal */
+    uint64_t bytes, device, inode;  /* the last two tell files apart */
+    bool regular, folder, stream;   /* STREAM: a pipe or a device like a terminal */
 } file_facts;
 
 /* What this process may have of the machine. */
@@ -464,10 +465,10 @@ typedef struct {
     bool of_group;                  /* its control group has less memory than the machine */
 } machine_limits;
 
-/* TO_MAP does not wait for the other end of a pipe. Those behind it follow no link, which another
- * user may have laid. TO_LOOK only looks. TO_WRITE and TO_CREATE want a new name, and only its
- * owner may read what TO_CREATE makes. TO_STREAM writes to a device, or to a pipe that somebody
- * reads. */
+/* TO_READ waits 5 s for a pipe's writer, the others not at all. Those behind TO_MAP follow no
+ * link, which another user may have laid. TO_LOOK only looks. TO_WRITE and TO_CREATE want
+ * a new name, and only its owner may read what TO_CREATE makes. TO_STREAM writes to a device, or to
+ * a pipe that somebody reads. */
 enum { TO_READ, TO_MAP, TO_LOOK, TO_WRITE, TO_CREATE, TO_STREAM };
 typedef void signal_handler(int number);
 
@@ -475,18 +476,17 @@ typedef void signal_handler(int number);
 /* CALL, once more where a signal came between. */
 #define RETRY(call) ({ int n; do n = (int)(call); while (n < 0 && errno == EINTR); n; })
 
-/* O_NONBLOCK opens a pipe though nobody is at its other end. */
 static int open_file(const char *path, int how) {
     static const int flags[] = {
-        [TO_READ] = O_RDONLY | O_NONBLOCK,
-        [TO_MAP] = O_RDONLY | O_NONBLOCK,
+        [TO_READ] = O_RDONLY | O_NONBLOCK, [TO_MAP] = O_RDONLY | O_NONBLOCK,
         [TO_LOOK] = O_RDONLY | O_NONBLOCK | O_NOFOLLOW,
         [TO_WRITE] = O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW,
         [TO_CREATE] = O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW,
         [TO_STREAM] = O_WRONLY | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY,
     };
     int fd = RETRY(open(path, flags[how] | O_CLOEXEC, how == TO_WRITE ? 0666 : 0600));
-    if (fd >= 0) fcntl(fd, F_SETFL, 0);                 /* from now on it waits */
+    if (fd >= 0) fcntl(fd, F_SETFL, 0);     /* from now on it waits */
+    if (fd >= 0 && how == TO_READ) poll(&(struct pollfd){fd, POLLIN, 0}, 1, 5000);
     return fd;
 }
 

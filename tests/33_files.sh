@@ -107,7 +107,7 @@ if mkfifo "$T/silent" "$T/folder/config.json"; then
     check "-f of a silent pipe: exit $rc, wanted 2" [ $rc = 2 ]
     timeout 20 "$bin/medrun" render --template llama3 --messages "$T/silent" 2>"$T/err"; rc=$?
     check "--messages of a silent pipe: exit $rc, wanted 3" [ $rc = 3 ]
-    { sleep 1; echo hello; } >"$T/silent" &
+    (sleep 1; { sleep 1; echo hello; } >"$T/silent") &
     timeout 20 "$bin/medrun" run "$model" -q -n 1 -f "$T/silent" >/dev/null 2>"$T/err"; rc=$?
     check "-f of a pipe that is written slowly: exit $rc: $(cat "$T/err")" [ $rc = 0 ]
     wait $!
