@@ -124,6 +124,43 @@ sys.exit(not (len(j['what_if']) == 2 and len(j['ablations']) == 2 and max(j['oth
               and len(j['patched']) == 4 * 6
               and abs(j['patched'][0] - j['total'][0]) < 1e-4))" "$T/c.json"
 
+# A long text: attention of the first token, of those that are left out as one sum, and of the last 511.
+# Its row 511 is that of the same text's first 512 tokens, which has each weight by itself.
+ids=$(awk 'BEGIN { for (i = 0; i < 700; i++) printf "%d ", i * i * 7 % 3989 }')
+code 0 "$model" --ids "$ids" -n 0 --why 512 -o "$T/long.html" --json "$T/long.json" -q
+code 0 "$model" --ids "$ids" -n 0 --why 100 --json "$T/early.json" -q
+code 0 "$model" --ids "$(echo "$ids" | cut -d' ' -f1-512)" -n 0 --json "$T/512.json" -q
+"$python" - "$T/long.json" "$T/early.json" "$T/512.json" << 'P' && ok || bad "attention of a long text"
+import json, sys
+def read(path, at):
+    j = json.load(open(path))
+    shape = {b["name"]: b["shape"] for b in j["blocks"]}
+    T, L, H, C = shape["seen"]
+    K, size = shape["maps"]
+    rows = [j["seen"][i:i + C] for i in range(0, T * L * H * C, C)]
+    maps = [j["maps"][k * size + r * (r + 1) // 2:][:r + 1] for k in range(K) for r in range(C) if "tail" not in j or r != 1]
+    worst = max(abs(sum(r) - 1) for r in rows + maps)
+    assert worst < 2e-6 and size == C * (C + 1) // 2, (path, worst, size)
+    found = j["seen_at"].index(at) * L * H
+    return j.get("tail"), C, rows[found:found + L * H], {tuple(h): maps[k * (C - ("tail" in j)):][:C] for k, h in
+        enumerate(zip(j["map_head"][::2], j["map_head"][1::2]))}, H
+tail, C, cut, maps, H = read(sys.argv[1], 511)
+none, whole_C, whole, same, H = read(sys.argv[3], 511)
+assert (tail, C, none, whole_C) == (189, 513, None, 512)
+def merge(row):
+    return [row[0], sum(row[1:tail])] + row[tail:] + [0] * (tail - 1 - 188 + 513 - 2 - 323)
+apart = max(abs(a - b) for x, y in zip(whole, cut) for a, b in zip(merge(x), y))
+assert apart < 2e-6 and len(cut) == len(whole) == 30, apart
+for (l, h), rows in maps.items():       # row 511 has place 324 of a map, without the empty row 323
+    apart = max(abs(a - b) for a, b in zip(cut[l * H + h], rows[511 - tail + 1]))
+    assert apart < 2e-6, (l, h, apart)
+tail, C, early, maps, H = read(sys.argv[2], 99)      # a row before the last 511 is shown whole
+assert all(r[1] == 0 and abs(sum(r[:101]) - 1) < 2e-6 for r in early)
+P
+planned=$("$explain" "$model" --ids "$ids" -n 0 --dry-run | sed -n 's/^page *\([0-9.]*\) MB.*/\1/p')
+check "a long text's page has the size that was planned ($planned MB)" awk "BEGIN { n = $(wc -c < "$T/long.html") / 1e6
+    exit !(n < 1.05 * $planned && n > 0.95 * $planned) }"
+
 # ---- the lens in a terminal ----
 lab=$bin/medrun-lab
 "$lab" top "$model" -p "$question" -q > "$T/top" 2> "$T/err"; check "top: $(cat "$T/err")" [ $? = 0 ]
@@ -158,5 +195,5 @@ else skip "numbers beside transformers: no torch for $python"; fi
 # a checkpoint in two types: view 10 names what differs
 code 0 "$m" --ids "1 2 3 4 5 6 7 8" -n 0 --compare "$build/llama-tied-int4.mdr" -o "$T/t.html" -q
 code 0 "$model" --lesson 9 -o "$T/l.html" -q
-in_browser "the page in a browser" tests/43_explain_page.py "$T/l.html" "$T/a.html" "$T/c.html" "$T/q.html" "$T/t.html" "$T/h.html"
+in_browser "the page in a browser" tests/43_explain_page.py "$T/l.html" "$T/a.html" "$T/c.html" "$T/q.html" "$T/t.html" "$T/long.html" "$T/h.html"
 finish

@@ -155,8 +155,8 @@ def predict(browser, path):
         page = open_page(browser, path)
         came = page.evaluate("piece(meta.winner, false).trim()")
         hidden = page.inner_text("body")
-        check("before the guess the page has no probability: %s" % re.findall(r"[\d.]+ (?:%|bits|nats)", hidden),
-              not re.search(r"[\d.]+ (%|bits|nats)", hidden))
+        check("before the guess the page has no probability: %s" % re.findall(r"[\d.]+\s(?:%|bits|nats)", hidden),
+              not re.search(r"[\d.]+\s(%|bits|nats)", hidden))
         check("nor a name or a label that has one", page.evaluate("""[...document.querySelectorAll("[title], [aria-label]")].filter(
             x => x.checkVisibility() && /(%|bits|nats)/.test(x.title + x.getAttribute("aria-label"))).length""") == 0)
         shown = page.evaluate("[...document.querySelectorAll('#v1 .token')].map(x => +x.dataset.t)")

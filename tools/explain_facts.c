@@ -545,16 +545,38 @@ static int compute_lens(explain *x, medrun_error *e) {
 
 /* ---- M3: attention ------------------------------------------------------------------------- */
 
-/* Means over all rows from 8 on: weight of the first token, of the one before, of the row itself,
- * and of earlier copies of the row's own token. */
+/* Columns of what is shown of a row, and rows of a map. Of a text that is too long these are the
+ * first token, the sum of those that are left out, and the last MAP_TOKENS - 1. */
+static size_t columns_shown(const explain *x) {
+    return x->rows > MAP_TOKENS ? MAP_TOKENS + 1 : x->rows;
+}
+
+/* The first of the last positions: of the text, or up to a row that is none of these. */
+static size_t tail_of(const explain *x, size_t row) {
+    size_t tail = x->rows > MAP_TOKENS ? x->rows + 1 - MAP_TOKENS : 1;
+    return row >= tail ? tail : row >= MAP_TOKENS ? row + 2 - MAP_TOKENS : 1;
+}
+
+static float weight_shown(const explain *x, size_t row, size_t l, size_t h, size_t column) {
+    bool cut = x->rows > MAP_TOKENS;
+    size_t tail = tail_of(x, row), key = cut && column > 1 ? tail + column - 2 : column;
+    size_t end = cut && column == 1 ? tail : key + 1;
+    float sum = 0;
+    for (; key < end && key <= row; key++) sum += weight_at(x, row, l, h, key);
+    return sum;
+}
+
+/* Means over all rows from 8 on, or of those that maps show: weight of the first token, of the one
+ * before, of the row itself, and of earlier copies of the row's own token. */
 static void mean_weights(const explain *x, size_t l, size_t h, float mean[4]) {
     double sum[4] = {0};
-    size_t n = 0, first = x->rows > 16 ? 8 : 1;
+    size_t n = 0, tail = tail_of(x, x->rows), first = x->rows > 16 ? 8 : 1;
+    if (first <= tail) first = tail + (tail > 1);
     for (size_t at = first; at < x->rows; at++, n++) {
         sum[0] += (double)weight_at(x, at, l, h, 0);
         sum[1] += (double)weight_at(x, at, l, h, at - 1);
         sum[2] += (double)weight_at(x, at, l, h, at);
-        for (size_t s = 0; s < at; s++)
+        for (size_t s = 0; s < at; s = s ? s + 1 : tail)
             if (token_at(x, s) == token_at(x, at)) sum[3] += (double)weight_at(x, at, l, h, s);
     }
     for (int i = 0; i < 4; i++) mean[i] = n ? (float)(sum[i] / (double)n) : 0;
@@ -572,7 +594,7 @@ static size_t choose_rows_shown(const explain *x, uint32_t *rows) {
     if (x->n_prompt - 1 != x->at && x->n_prompt <= x->rows) rows[n++] = (uint32_t)x->n_prompt - 1;
     while (x->keep_all && surprisal && n < MAX_ROWS_SHOWN) {
         size_t best = 0;
-        for (size_t at = 1; at < x->rows; at++) {
+        for (size_t at = tail_of(x, x->rows); at < x->rows; at++) {
             bool shown = false;
             for (size_t k = 0; k < n; k++) shown |= rows[k] == at;
             if (!shown && at + 1 < x->n && (!best || surprisal[at + 1] > surprisal[best + 1]))
@@ -607,32 +629,35 @@ static size_t choose_maps(const explain *x, const uint32_t *order, const float *
 
 static void add_maps(explain *x, const uint32_t *order, const float *means, float *v,
                      uint32_t *u) {
-    size_t K = choose_maps(x, order, means, u + 2 * x->L * x->H), at = 0;
+    size_t K = choose_maps(x, order, means, u + 2 * x->L * x->H), at = 0, C = columns_shown(x);
+    bool cut = x->rows > MAP_TOKENS;                    /* row 1 has nothing then                */
     const uint32_t *maps = u + 2 * x->L * x->H;
     for (size_t i = 0; i < K; i++) {
         u[2 * i] = maps[i] / (uint32_t)x->H, u[2 * i + 1] = maps[i] % (uint32_t)x->H;
-        for (size_t row = 0; row < x->rows; row++)
+        for (size_t row = 0; row < C; row++)
             for (size_t s = 0; s <= row; s++)
-                v[at++] = weight_at(x, row, u[2 * i], u[2 * i + 1], s);
+                v[at++] = cut && row == 1 ? 0 : weight_shown(x, row > 1 ? x->rows - C + row : row,
+                                                             u[2 * i], u[2 * i + 1], s);
     }
     add_numbers(&x->page, "map_head", "layer, head", DIMS(K, 2), u);
-    add_block(&x->page, "maps", "share", AS_S8, DIMS(K, x->rows * (x->rows + 1) / 2), v);
+    add_block(&x->page, "maps", "share", AS_S8, DIMS(K, C * (C + 1) / 2), v);
 }
 
 static int compute_attention(explain *x, const uint32_t *order, medrun_error *e) {
     uint32_t rows[MAX_ROWS_SHOWN];
-    size_t T = choose_rows_shown(x, rows), all = x->L * x->H, room = T * all * x->rows, at = 0;
-    size_t maps = x->keep_all ? x->n_maps * (x->rows * (x->rows + 1) / 2) : 0;
+    size_t T = choose_rows_shown(x, rows), all = x->L * x->H, C = columns_shown(x), at = 0;
+    size_t room = T * all * C, maps = x->n_maps * (C * (C + 1) / 2);
+    if (!x->attention) return MEDRUN_OK;
     float *v = take_array(room > maps ? room : maps, sizeof *v, e);
     float *means = take_array(4 * all, sizeof *means, e);
     uint32_t *u = take_array(3 * all, sizeof *u, e);
     if (!e->code) {
         for (size_t t = 0; t < T; t++)
             for (size_t i = 0; i < all; i++)
-                for (size_t s = 0; s < x->rows; s++)
-                    v[at++] = s > rows[t] ? 0 : weight_at(x, rows[t], i / x->H, i % x->H, s);
+                for (size_t s = 0; s < C; s++)
+                    v[at++] = weight_shown(x, rows[t], i / x->H, i % x->H, s);
         add_numbers(&x->page, "seen_at", "row", DIMS(T), rows);
-        add_block(&x->page, "seen", "share", AS_S8, DIMS(T, x->L, x->H, x->rows), v);
+        add_block(&x->page, "seen", "share", AS_S8, DIMS(T, x->L, x->H, C), v);
         if (x->keep_all) {
             for (size_t i = 0; i < all; i++)
                 mean_weights(x, i / x->H, i % x->H, means + 4 * i);

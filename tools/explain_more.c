@@ -14,14 +14,14 @@ static double plan_blocks(const explain *x, double rows) {
     double dice = rows < 64 ? rows : 64, split = heads < MAX_SPLIT ? heads : MAX_SPLIT;
     double pairs = x->n_rivals > 2 ? fmin((double)x->n_rivals - 1, MAX_PAIRS) : 1;
     double tracked = fmin((double)x->n_rivals + 4, MAX_TRACKED);
-    double shown = x->keep_all ? MAX_ROWS_SHOWN : 2;
+    double shown = x->keep_all ? MAX_ROWS_SHOWN : 2, columns = fmin(rows, MAP_TOKENS + 1);
     double numbers = rows * (3 + 2 * TOP) + dice * (1 + 2 * DICE + DICE_BINS) +
         pairs * (4 + streams + heads) + split * (3 + (double)x->at) + 2 * streams +
         (double)x->neurons * (4 + RAISED) + (x->keep_all ? 4 * heads : 0) +
         (double)x->n_places * (double)x->lens_rows * (2 * LENS_TOP + 2 * tracked + 2);
     if (x->o.compare) numbers += rows * 3 + streams;
     if (x->o.patch) numbers += 4 * L;
-    return 4 * numbers + (x->attention ? shown * heads * rows : 0);
+    return 4 * numbers + (x->attention ? shown * heads * columns : 0);
 }
 
 static double code_bytes(void) {
@@ -37,7 +37,8 @@ static int plan_page(explain *x, medrun_error *e) {
     double rows = (double)(x->room - (x->n_predict > 0)), heads = (double)(x->L * x->H);
     double strings = fmin((double)x->V, rows * 2 + 1000) * 14 + 40 * rows + 6000;
     double fixed = code_bytes() + strings + plan_blocks(x, rows) * 4 / 3;
-    double each = rows * (rows + 1) / 2 * 4 / 3, budget = x->budget * 1e6;
+    double columns = fmin(rows, MAP_TOKENS + 1);
+    double each = columns * (columns + 1) / 2 * 4 / 3, budget = x->budget * 1e6;
     double wanted = !x->keep_all ? 0 : x->attention < 0 ? heads : fmin(x->attention, heads);
     double fit = floor((budget - fixed) / each), least = fmin(4, wanted);
     bool exact = x->o.attention && strcmp(x->o.attention, "auto");
@@ -86,7 +87,8 @@ static double time_weights(explain *x) {
     x->queries = x->b.wide;
     parallel_for(x->v.m->pool, x->G * tiles, 1, weights_task, &j);
     double all = (seconds() - start) * (double)x->L;
-    return x->keep_all ? all * (double)x->room / 2 / (double)rows : all;
+    double kept = (double)(x->room - x->skip), mean = 1 - kept / 2 / (double)x->room;
+    return x->keep_all ? all * mean * kept / (double)rows : all;
 }
 
 /* Seconds that the products of heads and neurons take: heads each by itself, LAYER seconds a row of
@@ -108,10 +110,11 @@ static double time_directions(explain *x, double layer) {
 /* Bytes beside the session: what take_memory takes, and then the larger of two: the maps in floats
  * with the blocks, or the blocks with the page. A buffer that grows holds up to twice its bytes. */
 static double plan_memory(const explain *x) {
-    double kept = x->keep_all ? (double)all_weights(x, x->keep_bytes ? 1 : 4) : 0;
+    double kept = (double)all_weights(x, x->keep_bytes ? 1 : 4);
     double numbers = (double)(x->d * (x->room + x->n_places * x->lens_rows + x->streams)) +
                      (double)(x->L * (x->F + x->H * x->D));
-    double maps = 2.0 * (double)x->n_maps * (double)(x->room * (x->room + 1));
+    double columns = fmin((double)x->room, MAP_TOKENS + 1);
+    double maps = 2 * (double)x->n_maps * columns * (columns + 1);
     double page = x->planned, blocks = 1.5 * page * 3 / 4;
     return kept + (double)x->b.bytes + (double)(x->n_hot * hot_bytes(x)) + 4 * numbers + blocks +
            fmax(maps, 1.5 * page);
@@ -739,6 +742,7 @@ static void write_meta(explain *x, buffer *to) {
                   "\"lens_rows\":%zu,\"mid\":%s", x->L, x->H, x->G,
                   x->D, x->d, x->F, x->V, m->config.sliding_window, m->config.max_positions,
                   x->n_prompt, x->rows, x->lens_rows, bool_text(x->o.mid));
+    if (x->rows > MAP_TOKENS) buffer_printf(to, ",\"tail\":%zu", tail_of(x, x->rows));
     if (x->is_mcq) {
         buffer_text(to, ",\n\"question\":");
         json_quote(to, x->q->text, strlen(x->q->text));

@@ -41,10 +41,10 @@ function piece(id, visible) {
 const idOf = t => meta.tokens[t][0];
 const word = t => piece(idOf(t), true);
 const quote = id => "“" + piece(id, true).replace(/^␣/, "") + "”";
-const percent = p => p >= .995 && p < .99995 ? (100 * p).toFixed(2) + " %" : p >= .0995 ? (100 * p).toFixed(0) + " %"
-  : p >= .00095 ? (100 * p).toFixed(1) + " %" : p > 0 ? (100 * p).toExponential(0).replace("e-", "·10⁻").replace(/⁻(\d+)/, (m, d) => "⁻" + [...d].map(c => "⁰¹²³⁴⁵⁶⁷⁸⁹"[c]).join("")) + " %" : "0 %";
+const percent = p => p >= .995 && p < .99995 ? (100 * p).toFixed(2) + "\u00a0%" : p >= .0995 ? (100 * p).toFixed(0) + "\u00a0%"
+  : p >= .00095 ? (100 * p).toFixed(1) + "\u00a0%" : p >= 1e-6 ? (+(100 * p).toPrecision(1)).toFixed(Math.max(0, -Math.floor(Math.log10(+(100 * p).toPrecision(1))))) + "\u00a0%" : p > 0 ? (100 * p).toExponential(0).replace("e-", "·10⁻").replace(/⁻(\d+)/, (m, d) => "⁻" + [...d].map(c => "⁰¹²³⁴⁵⁶⁷⁸⁹"[c]).join("")) + "\u00a0%" : "0 %";
 /* A weight is kept in 8 bits, which tell nothing apart below that. */
-const weightText = w => w > 0 && w < .001 ? "less than 0.1 %" : percent(w);
+const weightText = w => w < .001 ? "less than 0.1\u00a0%" : percent(w);
 const signed = (x, n = 2) => (x < 0 ? "−" : "+") + Math.abs(x).toFixed(n);
 const sum = list => list.reduce((a, b) => a + b, 0);
 const times = x => { const f = Math.exp(Math.abs(x)); return f < 10 ? f.toFixed(1) + " times" : f < 1e6 ? (+f.toPrecision(2)).toLocaleString("en") + " times" : "more than a million times"; };
@@ -125,11 +125,20 @@ function toggle(v) {
 function textOf(label, value, choose, options = {}) {
   const box = el("div", {class: state.spaces ? "text cut" : "text", role: "group", "aria-label": label});
   const last = state.guessing ? meta.at : options.to === undefined ? meta.tokens.length - 1 : options.to;
-  for (let t = 0; t <= last; t++) {
+  for (let t = 0, joined = 0, whole; t <= last; t++) {
+    if (options.gap && t && t < options.gap[0] && t !== state.token) {
+      if (t === 1) box.append(el("span", {class: "gap"}, options.gap[1]));
+      continue;
+    }
     const [id, role] = meta.tokens[t];
     const x = state.guessing ? 0 : value(t);
     const raw = meta.pieces[id], shown = role === 1 || Array.isArray(raw) || state.spaces || !/^[^\n\t\u0000-\u001f\u200b-\u200f\u202a-\u202e\u2028\u2029\u2066-\u2069]*$/.test(raw || "");
-    const text = shown ? piece(id, true) : raw;
+    let text = shown ? piece(id, true) : raw;
+    /* A blank stands between the tokens, so that no line begins with it; a word of several tokens stays on its line. */
+    const blank = !shown && /^ \S/.test(text);
+    if (blank) { box.append(" "); text = text.slice(1); }
+    if (blank || shown || joined === 0 || joined > 20 || !/^[\p{Script=Latin}\p{N}\p{M}.,;:!?)%’'-]/u.test(text)) { box.append(whole = el("span", {class: "whole"})); joined = 0; }
+    joined = shown || /\s$/.test(text) ? 0 : joined + text.length;
     const note = options.note && !state.guessing ? options.note(t) : "";
     const b = el("button", {class: "token" + (role === 1 ? " control" : "") + (x < 0 ? " less" : x > 0 && options.signed ? " more" : "") + (options.also && options.also.includes(t) ? " also" : ""), type: "button",
       tabindex: t === state.token ? 0 : -1, "data-t": t, a: Math.min(1, Math.abs(x || 0)), dir: "auto",
@@ -137,7 +146,7 @@ function textOf(label, value, choose, options = {}) {
       on: {click: () => choose(t)}}, text);
     if (options.signed && x && Math.abs(x) > .3) b.append(el("sup", {"aria-hidden": "true"}, x < 0 ? "−" : "+"));
     if (options.hover) b.addEventListener("mouseenter", () => options.hover(t));
-    box.append(b);
+    whole.append(b);
     if (typeof raw === "string" && raw.includes("\n")) box.append(el("span", {class: "break"}));
   }
   if (options.hover) box.addEventListener("mouseleave", () => options.hover(null));
@@ -178,8 +187,8 @@ function card(t) {
   const came = t < meta.tokens.length;
   return el("div", {class: "card"},
     el("p", {}, came ? "Before position " + t + " the model expected:" : "After the last token the model expects:"), bars(list),
-    came ? el("p", {}, word(t) + " came: " + surprise(t).toFixed(2) + " bits of surprise, " +
-      (D("rank")[t] ? ordinal(D("rank")[t] + 1) + " of " + meta.shape.vocab + " in rank" : "the likeliest") + "; uncertainty there " + D("entropy")[row].toFixed(2) + " bits; token " + idOf(t) + ".") : null);
+    came ? el("p", {}, quote(idOf(t)) + " came: " + bitsText(surprise(t)) + " of surprise, " +
+      (D("rank")[t] ? ordinal(D("rank")[t] + 1) + " of " + meta.shape.vocab + " in rank" : "the likeliest") + "; uncertainty there " + bitsText(D("entropy")[row]) + "; token " + idOf(t) + ".") : null);
 }
 function buildText(v) {
   let worst = 1;
@@ -237,15 +246,16 @@ function waterfall() {
   g.append(svg("rect", {class: "total", x: Math.min(X(0), X(at)), width: Math.max(1, Math.abs(X(at) - X(0))), y: y + 2, height: 15}));
   const t = svg("text", {x: left - 8, y: y + 14, "text-anchor": "end"}); t.textContent = "sum"; g.append(t);
   const n = svg("text", {x: W - right + 8, y: y + 14}); n.textContent = signed(D("total")[0]); g.append(n);
-  const [a, b] = pairName(0), foot = svg("text", {x: left, y: H - 4}); foot.textContent = "← towards " + b + "      towards " + a + " →"; g.append(foot);
+  const [a, b] = pairName(0), foot = svg("text", {x: left, y: H - 4}), to = svg("text", {x: W - right, y: H - 4, "text-anchor": "end"}); foot.textContent = "← towards " + b; to.textContent = "towards " + a + " →"; g.append(foot, to);
   return g;
 }
 function colours() { const c = getComputedStyle(document.documentElement); return {blue: c.getPropertyValue("--blue").trim().split(" ").map(Number), brown: c.getPropertyValue("--brown").trim().split(" ").map(Number), paper: c.getPropertyValue("--paper").trim(), ink: c.getPropertyValue("--ink").trim()}; }
 const paperRGB = () => matchMedia("(prefers-color-scheme: dark)").matches ? [38, 41, 46] : [247, 247, 247];
 function mix(x, c) { const p = paperRGB(), to = x < 0 ? c.brown : c.blue, a = Math.min(1, Math.abs(x)); return p.map((v, i) => Math.round(v + (to[i] - v) * a)); }
 /* Layers down, heads across; a cell's colour is its contribution. */
+const headSide = () => Math.max(8, Math.min(28, Math.floor(640 / meta.shape.heads)));
 function headGrid(choose) {
-  const L = meta.shape.layers, H = meta.shape.heads, cell = Math.max(8, Math.min(28, Math.floor(640 / H)));
+  const L = meta.shape.layers, H = meta.shape.heads, cell = headSide();
   const c = el("canvas", {width: H * cell, height: L * cell, role: "img", tabindex: 0, "aria-label": "Contribution of each head: " + L + " layers down, " + H + " heads across; arrows move, the numbers are in the table"});
   const draw = () => {
     const g = c.getContext("2d"), col = colours();
@@ -281,7 +291,7 @@ function optionTable() {
     el("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Options"}, el("table", {}, el("caption", {}, "Options. Share: of all probability, and of what the options hold together."),
       el("thead", {}, el("tr", {}, ["token", "option", "of all", "of the options", "below the first (nats)"].map((x, i) => el("th", {scope: "col", class: i < 2 ? "l" : ""}, x)))),
       el("tbody", {}, o.list.map((x, i) => el("tr", {}, el("td", {class: "l"}, (x.logp === best ? "▶ " : "") + piece(x.id, true) + (i === o.truth ? " ✓" : "")), el("td", {class: "l"}, x.choice || x.text),
-        el("td", {}, percent(Math.exp(x.logp))), el("td", {}, percent(Math.exp(x.logp) / (o.mass || 1))), el("td", {}, (x.logp - best).toFixed(2))))))),
+        el("td", {}, percent(Math.exp(x.logp))), el("td", {}, percent(Math.exp(x.logp) / (o.mass || 1))), el("td", {}, (x.logp - best).toFixed(2).replace("-", "−"))))))),
     el("p", {class: "dim"}, (o.truth >= 0 ? "✓ is the answer of the data set. " : "") + "Written " + (o.form ? "with a space in front" : "without a space in front") + "; the other form holds " + percent(o.other_mass) + "."));
 }
 function rotationTable() {
@@ -290,7 +300,7 @@ function rotationTable() {
   const rows = meta.options.list.map((x, c) => [x.choice, ...meta.rotations.map(r => Math.exp(r.options[((c - r.turn) % n + n) % n]))]);
   const stay = meta.rotations.map(r => { let b = 0; r.options.forEach((p, i) => { if (p > r.options[b]) b = i; }); return (b + r.turn) % n; });
   const all = new Set(stay).size === 1;
-  return el("div", {}, el("h3", {}, "The choices in other places"), el("p", {}, all ? "Wherever the choices stand, the same one leads." : "Which choice leads depends on its place: " + stay.map((c, i) => i + " → " + (c + 1)).join(", ") + "."),
+  return el("div", {}, el("h3", {}, "The choices in other places"), el("p", {}, all ? "Wherever the choices stand, the same one leads." : "Which choice leads depends on its place: " + stay.map((c, i) => "“" + meta.options.list[c].choice.slice(0, 40) + (i ? "” when moved by " + i : "” as asked")).join(", ") + "."),
     el("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Rotations"}, el("table", {}, el("thead", {}, el("tr", {}, el("th", {class: "l", scope: "col"}, "choice"), meta.rotations.map(r => el("th", {scope: "col"}, r.turn ? "moved by " + r.turn : "as asked")))),
       el("tbody", {}, rows.map((r, i) => el("tr", {}, el("td", {class: "l"}, r[0]), r.slice(1).map((p, k) => el("td", {}, percent(p) + (stay[k] === i ? " ▶" : "")))))))));
 }
@@ -310,11 +320,11 @@ function buildWhy(v) {
   v.body.replaceChildren(...[optionTable(),
     el("div", {class: "two"},
       el("figure", {}, el("h3", {}, "From layer to layer"), el("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "From layer to layer"}, waterfall()), el("figcaption", {}, "Nats. In each row: attention above (paler, with a frame), the feed-forward part below. Blue to the right: for " + a + "; brown to the left: for " + b + ".")),
-      el("figure", {}, el("h3", {}, "Heads"), headGrid(choose), el("figcaption", {}, "Layer 1 is on top. Chosen: layer " + (state.layer + 1) + ", head " + (state.head + 1) + ": " + signed(headAdds(state.layer, state.head), 3) + " nats. + and − mark the large ones."))),
+      el("figure", {style: "flex-basis: " + Math.max(260, headSide() * meta.shape.heads) + "px"}, el("h3", {}, "Heads"), headGrid(choose), el("figcaption", {}, "Nats. Layers from the top, heads from the left. Chosen: layer " + (state.layer + 1) + ", head " + (state.head + 1) + ": " + signed(headAdds(state.layer, state.head), 3) + " nats; the largest is " + Math.max(...D("heads").slice(0, L * meta.shape.heads).map(Math.abs)).toPrecision(2) + ". + and − mark the large ones."))),
     el("h3", {}, "Which words gave it"),
     el("div", {class: "controls"}, el("button", {class: "act", "aria-pressed": String(state.allHeads), on: {click: () => { state.allHeads = !state.allHeads; show(); }}}, state.allHeads ? "all listed heads" : "only the chosen head")),
     has("split") ? textOf("What each token gave through attention", t => splitOf(t) / most, pin, {signed: true, to: rows - 1, note: t => signed(splitOf(t), 3) + " nats"}) : null,
-    el("p", {class: "dim"}, "Through attention, directly. The heads that are listed carry " + percent(every ? kept / every : 0) + " of all heads' contributions (absolute values)."), rotationTable()].filter(x => x));
+    el("p", {class: "dim"}, "Through attention, directly: blue for " + a + ", brown and double for " + b + ", the darkest is " + most.toPrecision(2) + " nats. The heads that are listed carry " + percent(every ? kept / every : 0) + " of all heads' contributions (absolute values)."), rotationTable()].filter(x => x));
 }
 function tableWhy() {
   const rows = [["embedding", part(0, 0)]];
@@ -342,7 +352,7 @@ function lines(p) {
   const [, R, K] = blocks.tracked_logp.shape, W = 640, H = 240, left = 60, bottom = 26, right = 150;
   const g = svg("svg", {viewBox: `0 0 ${W} ${H}`, width: W, height: H, role: "img", "aria-label": "Probability of " + K + " tokens from layer to layer; the numbers are in the table"});
   const low = -12, X = r => left + r / (R - 1 || 1) * (W - left - right), Y = x => 8 + Math.min(1, x / low) * (H - bottom - 14);
-  for (const [x, label] of [[0, "100 %"], [-2.303, "10 %"], [-4.605, "1 %"], [-6.908, "0.1 %"], [-11.513, "10⁻⁵"]]) {
+  for (const [x, label] of [[0, "100 %"], [-2.303, "10 %"], [-4.605, "1 %"], [-6.908, "0.1 %"], [-9.21, "0.01 %"], [-11.513, "0.001 %"]]) {
     g.append(svg("line", {class: "axis", x1: left, x2: W - right, y1: Y(x), y2: Y(x)}));
     const t = svg("text", {x: left - 5, y: Y(x) + 4, "text-anchor": "end"}); t.textContent = label; g.append(t);
   }
@@ -393,7 +403,7 @@ function buildLens(v) {
         title: percent(x), "aria-label": rowName(r) + " after " + word(t) + ": " + piece(id, true) + ", " + percent(x), on: {click: () => { state.layer = Math.max(0, Math.ceil(meta.mid ? r / 2 : r) - 1); pin(t + 1); }}}, piece(id, true)));
     })));
   v.body.replaceChildren(el("figure", {}, el("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "The lens, layer by layer"}, table),
-    el("figcaption", {}, "What each layer would say if it were the last (the raw logit lens). Colour: its probability. ◀ marks the layer from which the final word stays.")),
+    el("figcaption", {}, "What each layer would say if it were the last (the raw logit lens). Colour: its probability. ◀ marks the layer from which the final word stays." + (meta.mid ? " “Middle” is after attention, before the feed-forward part." : ""))),
     el("h3", {}, "After position " + row + ", “" + word(row).replace(/^␣/, "") + "”"), el("figure", {}, el("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Probability from layer to layer"}, lines(p), klBars(p)), el("figcaption", {}, "Probability of some tokens, on a logarithmic scale, from the embedding to the last layer.")));
 }
 const cap = s => s[0].toUpperCase() + s.slice(1);
@@ -409,16 +419,19 @@ function tableLens() {
 const mapOf = (l, h) => { if (has("map_head")) for (let i = 0; i < blocks.map_head.shape[0]; i++) if (D("map_head")[2 * i] === l && D("map_head")[2 * i + 1] === h) return i; return -1; };
 const headName = (l, h) => (l + 1) + "." + (h + 1);
 const maps = () => has("map_head") ? blocks.map_head.shape[0] : 0;
-function weight(i, row, key) { return share(D("maps")[i * blocks.maps.shape[1] + row * (row + 1) / 2 + key]); }
-/* Weights of row ROW of the chosen head, or null where the page has none. */
+/* Of a long text a row and a map have the first token, one column for the mass on those that are left out, and the last 511. */
+const LAST = 511, columns = () => meta.tail ? LAST + 2 : meta.rows;
+const tailOf = row => !meta.tail ? 1 : row >= meta.tail ? meta.tail : Math.max(1, row + 1 - LAST);
+const columnOf = (row, key) => meta.tail && key ? Math.max(1, key - tailOf(row) + 2) : key;
+const keyOf = column => meta.tail && column > 1 ? meta.tail + column - 2 : column;
+const leftOut = tail => tail === 2 ? "position 1" : "positions 1 to " + (tail - 1);
+function weight(i, row, column) { return share(D("maps")[i * blocks.maps.shape[1] + row * (row + 1) / 2 + column]); }
+/* Weights of row ROW of the chosen head, or null where the page has none; the first of those that are left out has their sum. */
 function rowWeights(row) {
-  const i = mapOf(state.layer, state.head), out = [];
-  if (i >= 0) { for (let k = 0; k <= row; k++) out.push(weight(i, row, k)); return out; }
-  if (!has("seen_at")) return null;
-  const t = [...D("seen_at")].indexOf(row), [, L, H, n] = blocks.seen.shape;
-  if (t < 0) return null;
-  for (let k = 0; k <= row; k++) out.push(share(D("seen")[((t * L + state.layer) * H + state.head) * n + k]));
-  return out;
+  const i = row && row < meta.tail ? -1 : mapOf(state.layer, state.head), t = [...D("seen_at")].indexOf(row), [, L, H, n] = blocks.seen.shape, tail = tailOf(row);
+  if (i < 0 && t < 0) return null;
+  const of = c => i < 0 ? share(D("seen")[((t * L + state.layer) * H + state.head) * n + c]) : weight(i, columnOf(row, row), c);
+  return [...Array(row + 1).keys()].map(k => k === 1 && tail > 1 ? of(1) : k && k < tail ? 0 : of(columnOf(row, k)));
 }
 /* The rows behind the pinned token and those that were added to it; what they look at in the mean. */
 const rowBehind = t => Math.min(Math.max(0, t - 1), meta.rows - 1);
@@ -428,38 +441,49 @@ function meanWeights(rows) {
   if (all.some(w => !w)) return null;
   return all[all.length - 1].map((_, k) => sum(all.map(w => w[k] || 0)) / all.length);
 }
-function drawMap(canvas, i, size) {
-  const n = meta.rows, g = canvas.getContext("2d"), image = g.createImageData(n, n), c = colours(), p = paperRGB();
-  for (let r = 0; r < n; r++) for (let k = 0; k < n; k++) {
-    const at = 4 * (r * n + k), w = k <= r ? Math.sqrt(state.hideFirst && k === 0 ? 0 : weight(i, r, k)) : 0;
-    for (let j = 0; j < 3; j++) image.data[at + j] = k > r ? p[j] * .92 : p[j] + (c.blue[j] - p[j]) * w;
-    image.data[at + 3] = 255;
+/* A map's side in dots, of which the two columns before the last ones have eight each; the column of a dot. */
+const mapSide = () => columns() + (meta.tail ? 14 : 0), columnAt = dot => meta.tail ? Math.max(dot >> 3 && 1, dot - 14) : dot;
+/* No more than MOST dots a side: one of several weights is the largest, so that no thin line is lost. */
+function drawMap(canvas, i, size, most) {
+  const N = mapSide(), S = Math.min(N, most), from = D("maps"), found = new Int16Array(S * S).fill(-1);
+  canvas.width = canvas.height = S;
+  for (let y = 0; y < N; y++) {
+    const r = columnAt(y), row = i * blocks.maps.shape[1] + r * (r + 1) / 2, line = Math.floor(y * S / N) * S;
+    if (meta.tail && r === 1) continue;
+    for (let x = 0; x < N && columnAt(x) <= r; x++) {
+      const k = columnAt(x), at = line + Math.floor(x * S / N), w = state.hideFirst && !k ? 0 : from[row + k];
+      if (w > found[at]) found[at] = w;
+    }
   }
+  const g = canvas.getContext("2d"), image = g.createImageData(S, S), c = colours(), p = paperRGB();
+  found.forEach((w, at) => { for (let j = 0; j < 4; j++) image.data[4 * at + j] = j > 2 ? 255 : w < 0 ? p[j] * .92 : p[j] + (c.blue[j] - p[j]) * w / 255; });
   g.putImageData(image, 0, 0);
   canvas.style.width = size + "px"; canvas.style.height = size + "px";
 }
 function buildAttention(v) {
   if (!has("seen_at")) { v.reading.textContent = "This page was written without attention (--attention none)."; v.body.replaceChildren(); return; }
-  const G = meta.shape.heads / meta.shape.kv_heads, rows = rowsShown(), row = rows[rows.length - 1], w = meanWeights(rows), i = mapOf(state.layer, state.head);
-  const choose = (l, h) => { state.layer = l; state.head = h; show(); };
+  const G = meta.shape.heads / meta.shape.kv_heads, rows = rowsShown(), row = rows[rows.length - 1], w = meanWeights(rows), i = mapOf(state.layer, state.head), tail = Math.max(...rows.map(tailOf)), shown = k => !k || k >= tail;
+  const left = w ? sum(w.slice(1, tail)) : 0, choose = (l, h) => { state.layer = l; state.head = h; show(); };
   if (w) {
     let best = state.hideFirst && row > 0 ? 1 : 0;
-    for (let k = best; k <= row; k++) if (w[k] > w[best]) best = k;
-    v.reading.textContent = "Layer " + (state.layer + 1) + ", head " + (state.head + 1) + ", on its way from " + rows.map(r => "“" + word(r).replace(/^␣/, "") + "”").join(", ") + (rows.length > 1 ? " to the " + rows.length + " next tokens, looks in the mean most at “" : " to the next token, looks most at “") + word(best).replace(/^␣/, "") + "” (" + weightText(w[best]) + "), and at the first token with " + weightText(w[0]) + ".";
-  } else v.reading.textContent = "For this token the page has no weights of layer " + (state.layer + 1) + ", head " + (state.head + 1) + "; choose a head that has a map.";
-  const first = w ? w[0] : 0, most = w ? Math.max(...w.slice(state.hideFirst ? 1 : 0), 1e-9) : 1;
+    for (let k = best; k <= row; k++) if (shown(k) && (!shown(best) || w[k] > w[best])) best = k;
+    v.reading.textContent = "Layer " + (state.layer + 1) + ", head " + (state.head + 1) + ", on its way from " + rows.map(r => "“" + word(r).replace(/^␣/, "") + "”").join(", ") + (rows.length > 1 ? " to the " + rows.length + " next tokens, looks in the mean most at “" : " to the next token, looks most at “") + word(best).replace(/^␣/, "") + "” (" + weightText(w[best]) + "), and at the first token with " + weightText(w[0]) + (tail > 1 ? "; the rest up to position " + (tail - 1) + " has " + weightText(left) + " together." : ".");
+  } else v.reading.textContent = "For this token the page has no weights of layer " + (state.layer + 1) + ", head " + (state.head + 1) + (row && row < meta.tail ? "; of so long a text it has those of the last " + LAST + " tokens." : "; choose a head that has a map.");
+  const first = w ? w[0] : 0, most = w ? Math.max(...w.filter((x, k) => shown(k) && (k || !state.hideFirst)), 1e-9) : 1;
   const list = el("div", {class: "small", role: "group", "aria-label": "Heads that have a map"});
-  for (let m = 0; m < maps(); m++) {
-    const l = D("map_head")[2 * m], h = D("map_head")[2 * m + 1], c = el("canvas", {width: meta.rows, height: meta.rows, "aria-hidden": "true"});
-    drawMap(c, m, 72);
-    list.append(el("button", {type: "button", "aria-pressed": String(l === state.layer && h === state.head), on: {click: () => choose(l, h)}}, c, (l + 1) + "." + (h + 1) + " " + signed(headAdds(l, h)), el("br"), meta.shape.kv_heads > 1 && meta.shape.kv_heads < meta.shape.heads ? "keys " + (Math.floor(h / G) + 1) : ""));
+  const adds = m => Math.abs(headAdds(D("map_head")[2 * m], D("map_head")[2 * m + 1]));
+  for (const m of [...Array(maps()).keys()].sort((x, y) => adds(y) - adds(x))) {
+    const l = D("map_head")[2 * m], h = D("map_head")[2 * m + 1], c = el("canvas", {"aria-hidden": "true"});
+    drawMap(c, m, 72, 144);
+    list.append(el("button", {type: "button", "aria-pressed": String(l === state.layer && h === state.head), on: {click: () => choose(l, h)}}, c, headName(l, h) + " " + signed(headAdds(l, h)), meta.shape.kv_heads > 1 && G > 1 ? [el("br"), "keys " + (Math.floor(h / G) + 1)] : null));
   }
-  const big = i >= 0 ? el("canvas", {width: meta.rows, height: meta.rows, role: "img", "aria-label": "Attention of layer " + (state.layer + 1) + ", head " + (state.head + 1) + ": rows look at columns; the numbers are in the table"}) : null;
+  const big = i >= 0 ? el("canvas", {role: "img", "aria-label": "Attention of layer " + (state.layer + 1) + ", head " + (state.head + 1) + ": rows look at columns; the numbers are in the table"}) : null;
   if (big) {
-    drawMap(big, i, Math.min(520, Math.max(240, meta.rows * 8)));
-    big.addEventListener("mousemove", e => { const r = big.getBoundingClientRect(), y = Math.floor((e.clientY - r.top) / r.height * meta.rows), x = Math.floor((e.clientX - r.left) / r.width * meta.rows);
-      if (y >= 0 && y < meta.rows && x >= 0 && x <= y) $("maphint").textContent = word(y) + " looks at " + word(x) + ": " + weightText(weight(i, y, x)); });
-    big.addEventListener("click", e => { const r = big.getBoundingClientRect(); pin(Math.min(meta.rows - 1, Math.floor((e.clientY - r.top) / r.height * meta.rows)) + 1); });
+    const N = mapSide(), place = (at, from, size) => columnAt(Math.max(0, Math.min(N - 1, Math.floor((at - from) / size * N))));
+    drawMap(big, i, Math.min(520, Math.max(240, N * 8)), N);
+    big.addEventListener("mousemove", e => { const r = big.getBoundingClientRect(), y = place(e.clientY, r.top, r.height), x = place(e.clientX, r.left, r.width);
+      if (x <= y && !(meta.tail && y === 1)) $("maphint").textContent = word(keyOf(y)) + " (" + keyOf(y) + ") looks at " + (meta.tail && x === 1 ? leftOut(meta.tail) + " together" : word(keyOf(x)) + " (" + keyOf(x) + ")") + ": " + weightText(weight(i, y, x)); });
+    big.addEventListener("click", e => { const r = big.getBoundingClientRect(), y = place(e.clientY, r.top, r.height); if (!meta.tail || y !== 1) pin(keyOf(y) + 1); });
   }
   v.body.replaceChildren(...[
     el("div", {class: "controls"}, el("button", {class: "act", "aria-pressed": String(state.hideFirst), on: {click: () => { state.hideFirst = !state.hideFirst; show(); }}}, "hide the first token"),
@@ -467,10 +491,11 @@ function buildAttention(v) {
       el("button", {class: "act", id: "also", "aria-pressed": String(state.also.includes(state.token)), on: {click: () => { state.also = state.also.includes(state.token) ? state.also.filter(t => t !== state.token) : [...state.also, state.token]; show(); }}}, "keep this token"),
       state.also.length ? el("button", {class: "act", on: {click: () => { state.also = []; show(); }}}, "only one token") : null,
       el("label", {}, "layer", choice(meta.shape.layers, state.layer, 1, x => choose(x, state.head))), el("label", {}, "head", choice(meta.shape.heads, state.head, 1, x => choose(state.layer, x)))),
-    w ? textOf("Where the head looks from the pinned token", t => t > row || (state.hideFirst && t === 0) ? 0 : w[t] / most, pin, {also: state.also, note: t => t <= row ? weightText(w[t]) : "later"}) : null,
-    el("p", {class: "dim"}, "Colour: weight, the darkest is " + percent(most) + ". The token in the frame is the one that is explained; the look starts one token before it. “Keep this token”, then choose another: the mean of both."),
-    big ? el("figure", {}, el("h3", {}, "Layer " + (state.layer + 1) + ", head " + (state.head + 1)), big, el("p", {id: "maphint", class: "dim"}, "Each row looks at the columns to its left.")) : null,
-    maps() ? el("h3", {}, "Heads, by what they contribute") : null, maps() ? el("p", {class: "dim"}, headName(D("map_head")[0], D("map_head")[1]) + " is layer " + (D("map_head")[0] + 1) + ", head " + (D("map_head")[1] + 1) + ". The number behind it: what it adds itself, in nats.") : null, list].filter(x => x));
+    textOf("Where the head looks from the pinned token", t => !w || t > row || (state.hideFirst && t === 0) ? 0 : w[t] / most, pin, {also: state.also, note: t => !w ? "" : t <= row ? weightText(w[t]) : "later", gap: w && tail > 1 ? [tail, "… " + leftOut(tail) + ": " + weightText(left) + " …"] : null}),
+    meta.tail ? el("p", {class: "dim"}, "Beyond 512 tokens the page has the weights on the first token and on the last " + LAST + " one by one, and those on " + leftOut(tail > 1 ? tail : meta.tail) + " as one sum.") : null,
+    el("p", {class: "dim"}, (w ? "Colour: weight, the darkest is " + percent(most) + ". " : "") + "The token in the frame is the one that is explained; the look starts one token before it. “Keep this token”, then choose another: the mean of both."),
+    big ? el("figure", {}, el("h3", {}, "Layer " + (state.layer + 1) + ", head " + (state.head + 1)), big, el("figcaption", {}, "Each row looks at the columns to its left. Rows from the top, columns from the left: " + (meta.tail ? "position 0, " + leftOut(meta.tail) + " together (of these no rows), positions " + meta.tail : "positions 0") + " to " + (meta.rows - 1) + "."), el("p", {id: "maphint", class: "dim"}, "Point at it for the words.")) : null,
+    maps() ? el("h3", {}, "Heads, by what they contribute") : null, maps() ? el("p", {class: "dim"}, headName(state.layer, state.head) + " is layer " + (state.layer + 1) + ", head " + (state.head + 1) + ". The number behind it: what it adds itself, in nats." + (meta.shape.kv_heads > 1 && G > 1 ? " Heads with the same number of keys share these." : "") + (maps() < meta.shape.layers * meta.shape.heads ? " The others have no map in this page." : "")) : null, list].filter(x => x));
 }
 function choice(n, now, from, f) {
   const s = el("select", {on: {change: e => f(+e.target.value)}});
@@ -480,7 +505,9 @@ function choice(n, now, from, f) {
 function tableAttention() {
   if (!has("seen_at")) return null;
   const rows = rowsShown(), w = meanWeights(rows);
-  return w ? {caption: "Layer " + (state.layer + 1) + ", head " + (state.head + 1) + ", from position " + rows.join(", "), head: ["position", "token", "weight"], rows: w.map((x, k) => [k, word(k), x])} : null;
+  const tail = w ? Math.max(...rows.map(tailOf)) : 1, list = w ? w.map((x, k) => [k, word(k), x]) : [];
+  if (tail > 1) list.splice(1, tail - 1, ["1 to " + (tail - 1), "left out", sum(w.slice(1, tail))]);
+  return w ? {caption: "Layer " + (state.layer + 1) + ", head " + (state.head + 1) + ", from position " + rows.join(", "), head: ["position", "token", "weight"], rows: list} : null;
 }
 
 /* ---- 5 What each part writes --------------------------------------------------------------- */
@@ -496,11 +523,11 @@ function buildParts(v) {
     const y0 = 4 + l * rowH, t = svg("text", {x: left - 8, y: y0 + 13, "text-anchor": "end"}); t.textContent = "layer " + (l + 1); g.append(t);
     g.append(svg("rect", {class: "up attention", x: left, width: Math.max(1, X(y[2 * l + 1]) - left), y: y0, height: 7}), svg("rect", {class: "down", x: left, width: Math.max(1, X(y[2 * l + 2]) - left), y: y0 + 8, height: 7}), svg("line", {class: "line", x1: X(x[2 * l + 2]), x2: X(x[2 * l + 2]), y1: y0 - 1, y2: y0 + 16}));
   }
-  const t = svg("text", {x: left, y: H - 6}); t.textContent = "0 to " + most.toPrecision(3) + "; the black mark is the stream after the layer"; g.append(t);
+  const t = svg("text", {x: left, y: H - 6}); t.textContent = "0 to " + most.toPrecision(3) + "; the upright mark is the stream after the layer"; g.append(t);
   const list = has("neuron") ? el("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Neurons"}, el("table", {}, el("caption", {}, "Neurons that add most to the difference, and the tokens that each raises most"),
-    el("thead", {}, el("tr", {}, ["neuron", "active", "adds (nats)", "raises"].map((h, i) => el("th", {scope: "col", class: i === 3 ? "l" : ""}, h)))),
-    el("tbody", {}, [...Array(blocks.neuron.shape[0]).keys()].map(i => el("tr", {}, el("td", {}, (D("neuron")[2 * i] + 1) + "." + D("neuron")[2 * i + 1]), el("td", {}, D("neuron_active")[i].toFixed(2)), el("td", {}, signed(D("neuron_adds")[i], 3)),
-      el("td", {class: "l"}, [...D("neuron_raises").slice(5 * i, 5 * i + 5)].map(id => piece(id, true)).join("  "))))))) : null;
+    el("thead", {}, el("tr", {}, ["layer.neuron", "active", "adds (nats)", "raises"].map((h, i) => el("th", {scope: "col", class: i === 3 ? "l" : ""}, h)))),
+    el("tbody", {}, [...Array(blocks.neuron.shape[0]).keys()].map(i => el("tr", {}, el("td", {}, (D("neuron")[2 * i] + 1) + "." + D("neuron")[2 * i + 1]), el("td", {}, D("neuron_active")[i].toFixed(2).replace("-", "−")), el("td", {}, signed(D("neuron_adds")[i], 3)),
+      el("td", {class: "l"}, [...D("neuron_raises").slice(5 * i, 5 * i + 5)].map(id => piece(id, true)).join(" · "))))))) : null;
   v.body.replaceChildren(...[el("figure", {}, el("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "What each part writes"}, g), el("figcaption", {}, "Root mean square at the explained token: attention (blue, framed) and the feed-forward part (brown).")), list].filter(x => x));
 }
 const tableParts = () => ({head: ["place", "stream", "written"], rows: [...D("stream_rms")].map((x, i) => [i === 0 ? "embedding" : "layer " + Math.ceil(i / 2) + (i % 2 ? " attention" : " feed-forward"), x, D("written_rms")[i]])});
@@ -519,11 +546,13 @@ function outcomeBars(x) {
 function change(x) {
   const before = [];
   for (let t = x.from; t < x.to; t++) before.push(piece(idOf(t), false));
-  const around = t => t >= 0 && t < meta.tokens.length && meta.tokens[t][1] !== 1 ? piece(idOf(t), false) : "";
+  const control = t => t < 0 || t >= meta.tokens.length || meta.tokens[t][1] === 1;
   let a = "", b = "";
-  for (let t = Math.max(0, x.from - 8); t < x.from; t++) a += around(t);
-  for (let t = x.to; t < Math.min(meta.tokens.length, x.to + 8); t++) b += around(t);
-  return el("p", {class: "swap", dir: "auto"}, "… " + a, el("del", {}, before.join("")), x.ids.length ? el("ins", {}, x.ids.map(id => piece(id, false)).join("")) : null, b + " …");
+  for (let t = x.from - 1; t >= x.from - 12 && !control(t); t--) a = piece(idOf(t), false) + a;
+  for (let t = x.to; t < x.to + 12 && !control(t); t++) b += piece(idOf(t), false);
+  a = a.trimStart(), b = b.trimEnd();
+  const old = before.join(""), fresh = x.ids.map(id => piece(id, false)).join(""), lead = (old.match(/^\s+/) || fresh.match(/^\s+/) || [""])[0];
+  return el("p", {class: "swap", dir: "auto"}, "… " + a + lead, el("del", {}, old.trimStart()), old && fresh ? " " : null, fresh ? el("ins", {}, fresh.trimStart()) : null, b + " …");
 }
 function scatter() {
   const list = meta.ablations, W = 520, H = 340, left = 60, bottom = 44;
@@ -531,7 +560,14 @@ function scatter() {
   const most = Math.max(.01, ...pts.flatMap(p => [Math.abs(p[0]), Math.abs(p[1])])) * 1.15, X = a => left + (a / most + 1) / 2 * (W - left - 12), Y = a => 8 + (1 - (a / most + 1) / 2) * (H - bottom - 8);
   const g = svg("svg", {viewBox: `0 0 ${W} ${H}`, width: W, height: H, role: "img", "aria-label": "Direct contribution against the effect of switching off, " + pts.length + " parts"});
   g.append(svg("line", {class: "axis", x1: X(-most), x2: X(most), y1: Y(-most), y2: Y(most)}), svg("line", {class: "zero", x1: X(-most), x2: X(most), y1: Y(0), y2: Y(0)}), svg("line", {class: "zero", x1: X(0), x2: X(0), y1: Y(-most), y2: Y(most)}));
-  for (const [a, b, name] of pts) { g.append(svg("circle", {class: "point", cx: X(a), cy: Y(b), r: 5})); const t = svg("text", {x: X(a) + 8, y: Y(b) + 4}); t.textContent = name; g.append(t); }
+  const taken = pts.map(([a, b]) => [X(a) - 5, Y(b) - 6, 10, 12]);
+  for (const [a, b, name] of pts) {
+    const wide = 8 * name.length, place = [[8, 4], [-8 - wide, 4], [-wide / 2, -9], [-wide / 2, 19], [8, -9], [8, 19]].map(([x, y]) => [X(a) + x, Y(b) + y - 10, wide, 12])
+      .find(p => taken.every(o => p[0] > o[0] + o[2] || p[0] + p[2] < o[0] || p[1] > o[1] + o[3] || p[1] + p[3] < o[1])) || [X(a) + 8, Y(b) - 6, wide, 12];
+    taken.push(place);
+    const t = svg("text", {x: place[0], y: place[1] + 10}); t.textContent = name;
+    g.append(svg("circle", {class: "point", cx: X(a), cy: Y(b), r: 5}), t);
+  }
   const t = svg("text", {x: left, y: H - 20}); t.textContent = "across: direct contribution, " + signed(-most, 1) + " to " + signed(most, 1) + " nats"; g.append(t);
   const u = svg("text", {x: left, y: H - 4}); u.textContent = "up: what is lost when it is switched off, same scale"; g.append(u);
   return g;
@@ -550,7 +586,7 @@ function buildWhatIf(v) {
   if (meta.ablations) {
     const far = meta.ablations.reduce((m, x) => Math.abs(x.difference - base) > Math.abs(m.difference - base) ? x : m, meta.ablations[0]);
     reading += "Switching off " + (far.head < 0 ? "the feed-forward part of layer " + (far.layer + 1) : "layer " + (far.layer + 1) + ", head " + (far.head + 1)) + " moves it by " + signed(far.difference - base) + ".";
-    parts.push(el("h3", {}, "Parts switched off"), el("figure", {}, el("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Parts switched off"}, scatter()), el("figcaption", {}, "4.1 is layer 4, head 1. Switched off: what it finds is replaced by " + (meta.fill === "zero" ? "zeros" : "its mean over this prompt") + ". On the slanting line the two agree. They differ because later layers read what a part writes, and often make good for what is missing.")));
+    parts.push(el("h3", {}, "Parts switched off"), el("figure", {}, el("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Parts switched off"}, scatter()), el("figcaption", {}, "4.1 is layer 4, head 1; mlp5 the feed-forward part of layer 5. Switched off: what it finds is replaced by " + (meta.fill === "zero" ? "zeros" : "its mean over this prompt") + ". On the slanting line the two agree. They differ because later layers read what a part writes, and often make good for what is missing.")));
   }
   if (meta.patch) { parts.push(...patchFigure()); reading += patchReading(); }
   v.reading.textContent = reading || "Nothing was changed in this run.";
@@ -567,14 +603,13 @@ function tableWhatIf() {
   return {head: ["run", "difference (nats)", "lost (nats)", "KL (bits)", "p of " + pairName(0)[0]], rows};
 }
 function patchReading() {
-  const p = meta.patch, L = meta.shape.layers, x = D("patched");
-  let best = 0;
-  for (let i = 0; i < 2 * L; i++) if (Math.abs(x[i] - p.changed) > Math.abs(x[best] - p.changed)) best = i;
-  return " Carrying the stream before layer " + (best % L + 1) + " at " + (best < L ? "the changed words" : "the last position") + " from the first run to the changed one moves the difference from " + signed(p.changed) + " to " + signed(x[best]) + " nats.";
+  const p = meta.patch, L = meta.shape.layers, half = [...D("patched")].map(x => (x - p.changed) / (p.clean - p.changed) >= .5);
+  const from = half.slice(L, 2 * L).indexOf(true), first = half.slice(0, L).indexOf(false), to = first < 0 ? L : first;
+  return " Carried from the first run to the changed one, the stream at the changed words gives back half of the difference or more " + (to ? "up to layer " + to : "before no layer") + ", at the last position " + (from < 0 ? "before no layer." : "from layer " + (from + 1) + " on.");
 }
 function patchFigure() {
   const p = meta.patch, L = meta.shape.layers, x = D("patched"), gap = p.clean - p.changed;
-  const cell = y => el("td", {}, signed(y), Math.abs(gap) >= .5 ? " (" + percent(Math.max(0, Math.round(1000 * (y - p.changed) / gap) / 1000)) + ")" : "");
+  const cell = y => el("td", {}, signed(y), Math.abs(gap) >= .5 ? " (" + (100 * (y - p.changed) / gap).toFixed(0).replace("-0", "0").replace("-", "−") + "\u00a0%)" : "");
   return [el("h3", {}, "Carried from one run to the other"), el("p", {}, "“" + p.old + "” gives " + signed(p.clean) + " nats, “" + p.new + "” " + signed(p.changed) + "." + (Math.abs(gap) < .5 ? " The gap is too small for shares." : "")),
     el("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Patching"}, el("table", {}, el("thead", {}, el("tr", {}, ["before layer", "changed words: into the changed run", "last position: into the changed run", "changed words: into the first run", "last position: into the first run"].map(h => el("th", {scope: "col"}, h)))),
       el("tbody", {}, [...Array(L).keys()].map(l => el("tr", {}, el("td", {}, String(l + 1)), cell(x[l]), cell(x[L + l]), el("td", {}, signed(x[2 * L + l])), el("td", {}, signed(x[3 * L + l])))))))];
@@ -609,7 +644,7 @@ function buildDice(v) {
   if (i < 0) i = places.indexOf(meta.at) < 0 ? places.length - 1 : places.indexOf(meta.at);
   if (dice.temp === null) Object.assign(dice, {temp: meta.temperature, k: meta.top_k, p: meta.top_p, min: meta.min_p});
   const c = candidates(i), left = c.rest > 0 ? c.keep + c.restN : c.keep;
-  v.reading.textContent = "After position " + places[i] + " (“" + word(places[i]).replace(/^␣/, "") + "”) " + (left === 1 ? "one token can come" : left + " tokens can come") + " with these settings; without cuts the uncertainty is " + c.entropy.toFixed(2) + " bits.";
+  v.reading.textContent = "After position " + places[i] + " (“" + word(places[i]).replace(/^␣/, "") + "”) " + (left === 1 ? "one token can come" : left + " tokens can come") + " with these settings; without cuts the uncertainty is " + bitsText(c.entropy) + ".";
   const slide = (name, key, min, max, step, show2) => {
     const out = el("output", {class: "number"}, show2(dice[key]));
     return el("label", {}, name, el("input", {type: "range", min, max, step, value: dice[key], on: {input: e => { dice[key] = +e.target.value; out.textContent = show2(dice[key]); refresh(); }}}), out);
@@ -620,7 +655,7 @@ function buildDice(v) {
     if (d.rest > 0) rows.push(["others, in sum", (sum(d.list.slice(16, d.keep).map(x => x.p)) + d.rest) / d.held, percent((sum(d.list.slice(16, d.keep).map(x => x.p)) + d.rest) / d.held), "cut"]);
     shown.replaceChildren(bars(rows));
     const n = d.rest > 0 ? d.keep + d.restN : d.keep;
-    v.reading.textContent = "After position " + places[i] + " (“" + word(places[i]).replace(/^␣/, "") + "”) " + (n === 1 ? "one token can come" : n + " tokens can come") + " with these settings; without cuts the uncertainty is " + d.entropy.toFixed(2) + " bits.";
+    v.reading.textContent = "After position " + places[i] + " (“" + word(places[i]).replace(/^␣/, "") + "”) " + (n === 1 ? "one token can come" : n + " tokens can come") + " with these settings; without cuts the uncertainty is " + bitsText(d.entropy) + ".";
   };
   const draw = () => {
     const d = candidates(i), counts = new Map();
@@ -656,7 +691,7 @@ function buildMemory(v) {
   const t = svg("text", {x: left, y: H - 10}); t.textContent = "0"; g.append(t);
   const u = svg("text", {x: W - right, y: H - 10, "text-anchor": "end"}); u.textContent = most + " tokens, the longest context"; g.append(u);
   const w = svg("text", {x: left - 6, y: 18, "text-anchor": "end"}); w.textContent = (high / 1e6).toFixed(0) + " MB"; g.append(w);
-  v.body.replaceChildren(el("figure", {}, el("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Memory"}, g), el("figcaption", {}, "2 × " + s.layers + " layers × " + s.kv_heads + " key-value heads × " + s.head_dim + " numbers × " + bytes[meta.kv].toFixed(2) + " bytes × tokens.")));
+  v.body.replaceChildren(el("figure", {}, el("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Memory"}, g), el("figcaption", {}, "2 × " + s.layers + " layers × " + s.kv_heads + " key-value head" + (s.kv_heads > 1 ? "s" : "") + " × " + s.head_dim + " numbers × " + bytes[meta.kv].toFixed(2) + " bytes × tokens.")));
 }
 function tableMemory() {
   const s = meta.shape, b = {f16: 2, f32: 4, int8: 1 + 2 / 64};
@@ -694,7 +729,8 @@ function buildOther(v) {
   if (has("other_far")) { const far = D("other_far"); let l = far.findIndex(x => x > .01); begins = l < 0 ? " The streams never differ by more than 1 %." : " The streams differ by more than 1 % from " + (l === 0 ? "the embedding" : "layer " + Math.ceil(l / 2)) + " on."; }
   const [here, there] = namesApart();
   v.reading.textContent = cap(there) + " beside " + here + ": the likeliest token differs at " + differ.length + " of " + n + " positions; the distributions are " + (sum([...kl]) / n).toPrecision(2) + " bits apart on average, most after “" + word(at).replace(/^␣/, "") + "” (" + most.toPrecision(2) + ")." + begins;
-  const parts = [textOf("Distance of the two distributions before each token", t => t ? kl[t - 1] / most : 0, pin, {note: t => t ? kl[t - 1].toPrecision(3) + " bits" : ""})];
+  const parts = [el("p", {class: "dim"}, "Colour: how far apart the two expectations are before each token; the darkest is " + most.toPrecision(2) + " bits."),
+    textOf("Distance of the two distributions before each token", t => t ? kl[t - 1] / most : 0, pin, {note: t => t ? kl[t - 1].toPrecision(3) + " bits" : ""})];
   if (differ.length) parts.push(el("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Where they differ"}, el("table", {}, el("caption", {}, "Where the likeliest token differs"), el("thead", {}, el("tr", {}, ["after", here, there, "apart (bits)"].map((h, i) => el("th", {scope: "col", class: i < 3 ? "l" : ""}, h)))),
     el("tbody", {}, differ.slice(0, 50).map(r => el("tr", {}, el("td", {class: "l"}, r + " " + word(r)), el("td", {class: "l"}, piece(D("top")[r * 10], true)), el("td", {class: "l"}, piece(D("other_top")[r], true)), el("td", {}, kl[r].toPrecision(3))))))));
   v.body.replaceChildren(...parts);
@@ -787,7 +823,12 @@ function check() {
     for (let i = 0; i < 10; i++) if (D("top")[r * 10 + i] !== 0xFFFFFFFF) s += Math.exp(D("top_logp")[r * 10 + i]);
     if (s > 1 + 1e-5) bad.push("probabilities at " + r + " add up to " + s);
   }
-  for (let i = 0; i < maps(); i++) for (let r = 0; r < meta.rows; r++) {
+  if (has("seen")) for (let at = 0, n = blocks.seen.shape[3]; at < D("seen").length; at += n) {
+    const s = sum([...D("seen").subarray(at, at + n)].map(share));
+    if (Math.abs(s - 1) > .02 + .004 * Math.sqrt(n)) bad.push("weights of row " + at / n + " add up to " + s);
+  }
+  for (let i = 0; i < maps(); i++) for (let r = 0; r < columns(); r++) {
+    if (meta.tail && r === 1) continue;
     let s = 0;
     for (let k = 0; k <= r; k++) s += weight(i, r, k);
     if (Math.abs(s - 1) > .02 + .004 * Math.sqrt(r)) bad.push("weights of map " + i + ", row " + r + " add up to " + s);

@@ -5,7 +5,8 @@
 
 enum { MAX_EDITS = 8, MAX_PLACES = 64, MAX_COMPETE = MAX_CHOICES, MAX_TRACKED = 16 };
 enum { MOST_KEPT = 48 << 20 };          /* bytes of attention weights that are kept in floats    */
-enum { MAP_TOKENS = 512 };              /* beyond, only rows of attention are kept, no maps      */
+enum { MAP_TOKENS = 512 };              /* of a longer text attention is shown of the first token
+                                           and the last ones, between them as one sum            */
 
 typedef struct {
     const char *prompt, *file, *chat, *ids, *mcq, *task, *out, *json, *predict, *answer, *options;
@@ -58,13 +59,14 @@ typedef struct {
     size_t L, H, G, D, d, F, V;         /* the model's shape, V without rounding                */
     size_t streams, lens_rows;          /* 2 L + 1; those that the lens shows                   */
     size_t room;                        /* tokens that the arrays below have room for           */
+    size_t skip;                        /* rows keep their weights of keys 1 to this as one sum */
     float *last;                        /* (room, d) x_L of every row                           */
     float *stream;                      /* (streams, d) at the explained row                    */
     float *found;                       /* (L, H D) attn_out at the explained row               */
     float *active;                      /* (L, F) ffn_act at the explained row                  */
     float *lens;                        /* (places, lens_rows, d)                               */
     double *mean_found, *mean_mlp;      /* (L, H D), (L, d) sums over the prompt; for --ablate  */
-    float **weights;                    /* (room) attention of a row, (L, H, row + 1), or NULL  */
+    float **weights;                    /* (room) attention of a row, (L, H, columns), or NULL  */
     uint8_t **shares;                   /* the same in 8 bits, where floats would be too many   */
     bool keep_all, keep_bytes;
     uint8_t **hot;                      /* one-hot values, see weights_task                     */
@@ -507,12 +509,21 @@ static size_t hot_bytes(const explain *x) {
 }
 
 static bool keeps_row(const explain *x, size_t at) {
-    return x->keep_all || at == x->at || at == x->n_prompt - 1;
+    return (x->keep_all && (!at || at >= x->skip)) || at == x->at || at == x->n_prompt - 1;
 }
 
-/* Weight of KEY at row AT. */
+/* The last key of those that row AT keeps as one sum: 1, where each is by itself. */
+static size_t merged(const explain *x, size_t at) {
+    return !at || at == x->at || at == x->n_prompt - 1 ? 1 : x->skip;
+}
+
+static size_t kept_columns(const explain *x, size_t at) { return at + 2 - merged(x, at); }
+
+/* Weight of KEY at row AT; of keys with one sum the first has it all. */
 static float weight_at(const explain *x, size_t at, size_t layer, size_t head, size_t key) {
-    size_t place = (layer * x->H + head) * (at + 1) + key;
+    size_t skip = merged(x, at), place = (layer * x->H + head) * kept_columns(x, at);
+    if (key > 1 && key <= skip) return 0;
+    place += key > skip ? key + 1 - skip : key;
     if (!x->keep_bytes) return x->weights[at][place];
     float root = (float)x->shares[at][place] / 255;
     return root * root;
@@ -534,7 +545,8 @@ static size_t weights_scratch(const explain *x) {
  * first D keys, then, STRIDE floats behind, of the next. */
 static void join_chunks(explain *x, size_t at, size_t start, size_t place, const float *parts,
                        size_t stride) {
-    double largest = -DBL_MAX, total = 0;
+    double largest = -DBL_MAX, total = 0, sum = 0;
+    size_t skip = merged(x, at);
     for (int turn = 0; turn < 3; turn++)
         for (size_t c = start / x->D; c <= at / x->D; c++) {
             const float *part = parts + c * stride;
@@ -544,14 +556,13 @@ static void join_chunks(explain *x, size_t at, size_t start, size_t place, const
             else if (turn == 1) total += factor * (double)part[x->D + 1];
             else
                 for (size_t k = 0, key = c * x->D; k < x->D && key <= at; k++, key++) {
-                    float weight = key < start ? 0 : (float)(factor / total * (double)part[k]);
-                    if (x->keep_bytes) x->shares[at][place + key] = pack_share(weight);
-                    else x->weights[at][place + key] = weight;
+                    double weight = key < start ? 0 : factor / total * (double)part[k];
+                    size_t column = key > skip ? key + 1 - skip : key > 0;
+                    sum = column == 1 && key > 1 ? sum + weight : weight;
+                    if (x->keep_bytes) x->shares[at][place + column] = pack_share((float)sum);
+                    else x->weights[at][place + column] = (float)sum;
                 }
         }
-    for (size_t key = 0; key < start / x->D * x->D; key++)
-        if (x->keep_bytes) x->shares[at][place + key] = 0;
-        else x->weights[at][place + key] = 0;
 }
 
 /* Items are numbered through key-value heads, then tiles of queries. */
@@ -592,7 +603,7 @@ static void weights_task(void *context, size_t begin, size_t end, int thread) {
         }
         for (size_t k = 0; k < n; k++) {
             size_t query = head * group + item[k] % group;
-            join_chunks(x, row[k], start[k], (j->layer * x->H + query) * (row[k] + 1),
+            join_chunks(x, row[k], start[k], (j->layer * x->H + query) * kept_columns(x, row[k]),
                        parts + k * part, stride);
         }
     }
@@ -666,9 +677,11 @@ static void *take_array(size_t n, size_t size, medrun_error *e) {
     return p;
 }
 
-/* Bytes of the attention weights of all rows, SIZE each. */
+/* Bytes of the attention weights that are kept, SIZE each. */
 static uint64_t all_weights(const explain *x, size_t size) {
-    return (uint64_t)x->L * x->H * x->room * (x->room + 1) / 2 * size;
+    uint64_t n = 0;
+    for (size_t at = 0; at < x->room; at++) n += keeps_row(x, at) ? kept_columns(x, at) : 0;
+    return n * x->L * x->H * size;
 }
 
 /* The shape, and what will be kept. */
@@ -696,9 +709,10 @@ static int plan_run(explain *x, medrun_error *e) {
         x->session.sampling.temperature = (float)temperature;
     }
     x->session.sampling.seed = (uint64_t)seed;
-    bool maps = x->attention && x->room <= MAP_TOKENS;
-    x->keep_bytes = maps && all_weights(x, 4) > MOST_KEPT;
-    x->keep_all = maps && all_weights(x, x->keep_bytes ? 1 : 4) <= MOST_KEPT;
+    x->skip = given > MAP_TOKENS ? given - MAP_TOKENS : 1;
+    x->keep_all = x->attention != 0;
+    x->keep_bytes = x->keep_all && all_weights(x, 4) > MOST_KEPT;
+    x->keep_all = x->keep_all && all_weights(x, x->keep_bytes ? 1 : 4) <= MOST_KEPT;
     if (!x->keep_all) x->keep_bytes = false;
     return choose_lens(x, e);
 }
@@ -730,7 +744,7 @@ static int take_memory(explain *x, medrun_error *e) {
     }
     for (size_t at = 0; at < x->room && !e->code; at++) {
         if (!keeps_row(x, at)) continue;
-        size_t n = x->L * x->H * (at + 1);
+        size_t n = x->L * x->H * kept_columns(x, at);
         if (x->keep_bytes) x->shares[at] = take_array(n, 1, e);
         else x->weights[at] = take_array(n, sizeof(float), e);
     }
