@@ -142,14 +142,14 @@ function textOf(label, value, choose, options = {}) {
     const note = options.note && !state.guessing ? options.note(t) : "";
     const b = el("button", {class: "token" + (role === 1 ? " control" : "") + (x < 0 ? " less" : x > 0 && options.signed ? " more" : "") + (options.also && options.also.includes(t) ? " also" : ""), type: "button",
       tabindex: t === state.token ? 0 : -1, "data-t": t, a: Math.min(1, Math.abs(x || 0)), dir: "auto",
-      "aria-label": piece(id, true) + (note ? ", " + note : ""), title: note, "aria-pressed": String(t === state.token),
-      on: {click: () => choose(t)}}, text);
+      "aria-label": piece(id, true) + (note ? ", " + note : ""), title: note, "aria-pressed": String(t === state.token)}, text);
     if (options.signed && x && Math.abs(x) > .3) b.append(el("sup", {"aria-hidden": "true"}, x < 0 ? "−" : "+"));
-    if (options.hover) b.addEventListener("mouseenter", () => options.hover(t));
     whole.append(b);
     if (typeof raw === "string" && raw.includes("\n")) box.append(el("span", {class: "break"}));
   }
-  if (options.hover) box.addEventListener("mouseleave", () => options.hover(null));
+  const at = (e, f) => { const b = e.target.closest(".token"); if (b) f(+b.dataset.t); };
+  box.addEventListener("click", e => at(e, choose));
+  if (options.hover) { box.addEventListener("mouseover", e => at(e, options.hover)); box.addEventListener("mouseleave", () => options.hover(null)); }
   return box;
 }
 function bars(list) {                   // [name, share, note, class, was]
