@@ -138,11 +138,12 @@ def read(path, at):
     T, L, H, C = shape["seen"]
     K, size = shape["maps"]
     rows = [j["seen"][i:i + C] for i in range(0, T * L * H * C, C)]
-    maps = [j["maps"][k * size + r * (r + 1) // 2:][:r + 1] for k in range(K) for r in range(C) if "tail" not in j or r != 1]
+    begin = lambda k, r: k * size + r * (r + 1) // 2
+    maps = [j["maps"][begin(k, r):begin(k, r) + r + 1] for k in range(K) for r in range(C) if "tail" not in j or r != 1]
     worst = max(abs(sum(r) - 1) for r in rows + maps)
     assert worst < 2e-6 and size == C * (C + 1) // 2, (path, worst, size)
     found = j["seen_at"].index(at) * L * H
-    return j.get("tail"), C, rows[found:found + L * H], {tuple(h): maps[k * (C - ("tail" in j)):][:C] for k, h in
+    return j.get("tail"), C, rows[found:found + L * H], {tuple(h): maps[k * (C - ("tail" in j)):(k + 1) * (C - ("tail" in j))] for k, h in
         enumerate(zip(j["map_head"][::2], j["map_head"][1::2]))}, H
 tail, C, cut, maps, H = read(sys.argv[1], 511)
 none, whole_C, whole, same, H = read(sys.argv[3], 511)
