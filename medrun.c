@@ -460,8 +460,8 @@ typedef struct {
 
 /* What this process may have of the machine. */
 typedef struct {
-    double processors;              /* a control group's quota may pay for a part of one */
-    double memory, available;       /* bytes: in all, and free or freed when they are wanted */
+    double processors;  /* a control group's quota may pay for a part of one */
+    double memory, available;   /* bytes: in all, and free or freed when they are wanted */
     bool of_group;                  /* its control group has less memory than the machine */
 } machine_limits;
 
