@@ -85,7 +85,8 @@ code 0 medrun-export --tokenizer-only "$fixture" "$long/t.bin"; code 0 medrun to
 
 # ---- what it refuses ----
 code 3 medrun show "$P/no Ω.mdr"; err_is "medrun: $P/no Ω.mdr: cannot open: No such file or directory"
-code 3 medrun show "$P"; err_is "medrun: $P: is a folder, wanted a file"
+code 3 medrun show "$P"
+err_is "medrun: $P is a folder and no checkpoint yet; this makes one: medrun-export \"$P\" \"${P##*/}-int8.mdr\" --type int8"
 mkfifo "$T/pipe"
 code 3 medrun show "$T/pipe"; err_is "medrun: $T/pipe: is not a regular file but a pipe or a device, so it cannot be mapped"
 code 1 medrun logits "$model" --ids 1 -o "$P/no/x"; err_is "medrun: $P/no/x: cannot write: No such file or directory"
