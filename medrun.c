@@ -1697,11 +1697,11 @@ typedef struct thread_pool {
     int threads;                            /* with the caller, who is thread 0 */
     worker workers[MAX_THREADS];
     int started;
-    pthread_mutex_t turn;                   /* held by the session whose step runs */
+    pthread_mutex_t turn;           /* held by the session whose step runs */
     pthread_mutex_t lock;                   /* for sleeping and waking only */
     sleeper idle, caller;                   /* workers, and the thread in parallel_for */
-    _Atomic uint64_t left;
-    atomic_size_t finished;                 /* pieces */
+    _Alignas(8) _Atomic uint64_t left;  /* on i386, too */
+    atomic_size_t finished; /* pieces */
     atomic_int quit;
     task_fn *task;
     void *context;
