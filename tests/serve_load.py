@@ -57,7 +57,7 @@ class Stream(threading.Thread):
             event = json.loads(line[6:]) if line.startswith(b'data: {') else {}
             if event.get('choices'):
                 self.times.append(time.time())
-            elif event.get('usage'):
+            if event.get('usage'):      # llama-server sends it with the last choice
                 self.made = event['usage']['completion_tokens']
             if self.stops:
                 break
