@@ -9,6 +9,7 @@ PREFIX ?= /usr/local
 DEMO    = tools/demo/demo.mdr
 BUILD   = build
 BIN     = .
+OBJ     = $(BUILD)
 LIB     = $(BUILD)/lib
 ABI    := $(shell sed -n 's/^.define MEDRUN_VERSION "\([0-9]*\.[0-9]*\)\..*/\1/p' medrun.c)
 CL      = $(if $(OPENCL),-DMEDRUN_OPENCL)
@@ -44,36 +45,36 @@ $(BIN):
 # Kernels take compilers longest: once for all programs, and once with the tools' own.
 # Without make each program is one command: cc -O2 -o medrun medrun.c -lm -lpthread
 APART = -DMEDRUN_KERNELS_APART
-$(BUILD)/kernels.o: medrun.c
-	@mkdir -p $(BUILD)
+$(OBJ)/kernels.o: medrun.c
+	@mkdir -p $(OBJ)
 	$(CC) $(CFLAGS) $(WARN) -DMEDRUN_KERNELS_ONLY -c -o $@ $<
-$(BUILD)/kernels_tools.o: medrun.c tools/kernels.h tools/export_int4.h tools/lab_kernels.h
-	@mkdir -p $(BUILD)
+$(OBJ)/kernels_tools.o: medrun.c tools/kernels.h tools/export_int4.h tools/lab_kernels.h
+	@mkdir -p $(OBJ)
 	$(CC) $(CFLAGS) $(WARN) -DMEDRUN_KERNELS_ONLY -DMEDRUN_MORE_KERNELS='"tools/kernels.h"' -c -o $@ $<
 
-$(BIN)/medrun$(EXE): medrun.c $(BUILD)/kernels.o
+$(BIN)/medrun$(EXE): medrun.c $(OBJ)/kernels.o
 	$(CC) $(CFLAGS) $(WARN) $(APART) $(CL) -o $@ $^ $(LIBS)
 
-$(BIN)/medrun-export$(EXE): tools/export.c $(BUILD)/kernels_tools.o $(EXPORT) medrun.c
-	$(CC) $(CFLAGS) $(WARN) $(APART) -o $@ $< $(BUILD)/kernels_tools.o $(LIBS)
+$(BIN)/medrun-export$(EXE): tools/export.c $(OBJ)/kernels_tools.o $(EXPORT) medrun.c
+	$(CC) $(CFLAGS) $(WARN) $(APART) -o $@ $< $(OBJ)/kernels_tools.o $(LIBS)
 
-$(BIN)/medrun-eval$(EXE): tools/eval.c $(BUILD)/kernels.o $(EVAL) medrun.c
-	$(CC) $(CFLAGS) $(WARN) $(APART) -o $@ $< $(BUILD)/kernels.o $(LIBS)
+$(BIN)/medrun-eval$(EXE): tools/eval.c $(OBJ)/kernels.o $(EVAL) medrun.c
+	$(CC) $(CFLAGS) $(WARN) $(APART) -o $@ $< $(OBJ)/kernels.o $(LIBS)
 
 $(BIN)/medrun-lab$(EXE): tools/lab.c tools/tool_calls.c tools/write.c tools/store.c tools/explain_lens.c \
                          tools/explain_top.c tools/serve_grammar.c tools/serve_schema.c \
-                         tools/lab_constrain.c tools/lab_completion.c $(BUILD)/kernels_tools.o medrun.c
-	$(CC) $(CFLAGS) $(WARN) $(APART) $(CL) -o $@ $< $(BUILD)/kernels_tools.o $(LIBS)
+                         tools/lab_constrain.c tools/lab_completion.c $(OBJ)/kernels_tools.o medrun.c
+	$(CC) $(CFLAGS) $(WARN) $(APART) $(CL) -o $@ $< $(OBJ)/kernels_tools.o $(LIBS)
 
 # The page is a part of the program, as numbers, for xxd is not everywhere.
-$(BUILD)/serve_page.inc: tools/serve_page.html
-	@mkdir -p $(BUILD)
+$(OBJ)/serve_page.inc: tools/serve_page.html
+	@mkdir -p $(OBJ)
 	od -An -v -tu1 $< | sed 's/[0-9][0-9]*/&,/g' > $@
-$(BIN)/medrun-serve: tools/serve.c $(BUILD)/kernels.o $(SERVE) $(BUILD)/serve_page.inc medrun.c
-	$(CC) $(CFLAGS) $(WARN) $(APART) -I$(BUILD) -o $@ $< $(BUILD)/kernels.o $(LIBS)
+$(BIN)/medrun-serve: tools/serve.c $(OBJ)/kernels.o $(SERVE) $(OBJ)/serve_page.inc medrun.c
+	$(CC) $(CFLAGS) $(WARN) $(APART) -I$(OBJ) -o $@ $< $(OBJ)/kernels.o $(LIBS)
 
-$(BIN)/medrun-explain$(EXE): tools/explain.c $(BUILD)/kernels.o $(EXPLAIN) medrun.c
-	$(CC) $(CFLAGS) $(WARN) $(APART) -o $@ $< $(BUILD)/kernels.o $(LIBS)
+$(BIN)/medrun-explain$(EXE): tools/explain.c $(OBJ)/kernels.o $(EXPLAIN) medrun.c
+	$(CC) $(CFLAGS) $(WARN) $(APART) -o $@ $< $(OBJ)/kernels.o $(LIBS)
 
 # The page as C strings. It is checked in, so that a compiler alone builds the program.
 tools/explain_page.h: tools/explain_page.html tools/explain_page.css tools/explain_page.js
@@ -100,7 +101,7 @@ CLASS  = $(if $(shell command -v $(STATIC_CC)),static,all)
 $(COURSE)/engine.o: tools/course/engine.c tools/course/course.h medrun.c
 	@mkdir -p $(COURSE)
 	$(CC) $(CFLAGS) $(WARN) $(APART) -I. -Itools/course -c -o $@ $<
-$(COURSE)/pages: tools/course/pages.c $(COURSE)/engine.o $(BUILD)/kernels.o
+$(COURSE)/pages: tools/course/pages.c $(COURSE)/engine.o $(OBJ)/kernels.o
 	$(CC) $(CFLAGS) $(WARN) -I. -Itools/course -o $@ $^ $(LIBS)
 class: $(COURSE)/pages
 	$(MAKE) $(CLASS)
@@ -148,18 +149,18 @@ $(BUILD)/test_%: tests/%.c tests/test.h medrun.c tools/export.c $(EXPORT) tools/
 	@mkdir -p $(BUILD)
 	$(CC) $(CFLAGS) $(WARN) $(if $(filter $*,$(QUICK)),-O1) -o $@ $< $(LINKED) $(LIBS)
 EXPORTED = $(foreach t,20_export 21_gguf all_export,$(BUILD)/test_$(t))
-LINKED   = $(APART) $(BUILD)/kernels.o
+LINKED   = $(APART) $(OBJ)/kernels.o
 $(OWN_KERNELS:%=$(BUILD)/test_%): LINKED =
-$(EXPORTED): LINKED = $(APART) $(BUILD)/kernels_tools.o
-$(EXPORTED): $(BUILD)/kernels_tools.o
-$(filter-out $(OWN_KERNELS:%=$(BUILD)/test_%) $(EXPORTED),$(TESTED)): $(BUILD)/kernels.o
+$(EXPORTED): LINKED = $(APART) $(OBJ)/kernels_tools.o
+$(EXPORTED): $(OBJ)/kernels_tools.o
+$(filter-out $(OWN_KERNELS:%=$(BUILD)/test_%) $(EXPORTED),$(TESTED)): $(OBJ)/kernels.o
 
 $(patsubst tests/%.c,$(BUILD)/test_%,$(wildcard tests/all_*.c)): $(wildcard tests/[0-9]*.c)
 $(BUILD)/test_08_opencl: LIBS += -ldl
 # It has a heap of its own, about whose blocks clang would know too much.
 $(BUILD)/test_15_embedding: LIBS += $(foreach f,malloc calloc realloc free,-fno-builtin-$(f))
 
-PROGRAMS = $(BUILD)/serve_page.inc all $(MODELS) $(REAL) $(BUILD)/tokenizer.bin $(UNITS:%=$(BUILD)/test_%)
+PROGRAMS = $(OBJ)/serve_page.inc all $(MODELS) $(REAL) $(BUILD)/tokenizer.bin $(UNITS:%=$(BUILD)/test_%)
 programs: $(PROGRAMS)
 test:
 	@$(MAKE) --no-print-directory $(if $(filter -j% --jobserver%,$(MAKEFLAGS)),,-j$(JOBS)) programs

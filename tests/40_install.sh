@@ -8,7 +8,7 @@ cc=${CC:-cc}
 log="$build/install.log" to="$build/install" demo=tools/demo/demo.mdr
 question="What are the symptoms of diabetes?"
 programs=$(sed -n 's/^TOOLS *= *//p' Makefile | sed 's/\$(if[^,]*,,\(.*\))/\1/')
-run() { MAKEFLAGS='' make -s "$@" CC="$cc" CFLAGS="-O0 -DMEDRUN_SCALAR" BIN="$bin" BUILD="$build/install-lib" \
+run() { MAKEFLAGS='' make -s "$@" CC="$cc" CFLAGS="-O0 -DMEDRUN_SCALAR" BIN="$bin" OBJ="$build" BUILD="$build/install-lib" \
     PREFIX="$to" > "$log" 2>&1 && ok || { bad "make $1"; cat "$log"; }; }
 answers() { # COMMAND...: with the word that belongs there
     "$@" 2> "$log" | grep -q thirst && ok || { bad "$*"; cat "$log"; }
