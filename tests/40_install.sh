@@ -10,6 +10,7 @@ question="What are the symptoms of diabetes?"
 programs=$(sed -n 's/^TOOLS *= *//p' Makefile | sed 's/\$(if[^,]*,,\(.*\))/\1/')
 run() { MAKEFLAGS='' make -s "$@" CC="$cc" CFLAGS="-O0 -DMEDRUN_SCALAR" BIN="$bin" OBJ="$build" BUILD="$build/install-lib" \
     PREFIX="$to" > "$log" 2>&1 && ok || { bad "make $1"; cat "$log"; }; }
+: > "$build/install.began"
 answers() { # COMMAND...: with the word that belongs there
     "$@" 2> "$log" | grep -q thirst && ok || { bad "$*"; cat "$log"; }
 }
@@ -155,4 +156,5 @@ if command -v dpkg-buildpackage > /dev/null && command -v dh > /dev/null && [ -e
         [ -e "$f" ] && ok || bad "the packages have no $f"
     done
 else skip "no dpkg-buildpackage with debhelper, or no git repository"; fi
+check "make install takes the programs that are there" [ ! "$bin/medrun-serve" -nt "$build/install.began" ]
 finish
