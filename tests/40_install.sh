@@ -124,6 +124,7 @@ left=$(find "$to" -type f -o -type l)
 [ -z "$left" ] && ok || bad "make uninstall leaves $left"
 
 # The wheel, in a new environment that knows nothing else; the binding finds the library in it.
+check "make install takes the programs that are there" [ ! "$bin/medrun-serve" -nt "$build/install.began" ]
 only_in_test_all "a wheel and packages for Debian"
 if command -v python3 > /dev/null && python3 -m venv "$build/venv" > "$log" 2>&1 && "$build/venv/bin/pip" --version > "$log" 2>&1
 then
@@ -156,5 +157,4 @@ if command -v dpkg-buildpackage > /dev/null && command -v dh > /dev/null && [ -e
         [ -e "$f" ] && ok || bad "the packages have no $f"
     done
 else skip "no dpkg-buildpackage with debhelper, or no git repository"; fi
-check "make install takes the programs that are there" [ ! "$bin/medrun-serve" -nt "$build/install.began" ]
 finish
