@@ -10,14 +10,16 @@ DEMO    = tools/demo/demo.mdr
 BUILD   = build
 BIN     = .
 OBJ     = $(BUILD)
+# OBJ has what programs are linked from. Who gives BIN and a BUILD of its own gives OBJ, too: else all
+# programs in BIN are made anew.
 LIB     = $(BUILD)/lib
 ABI    := $(shell sed -n 's/^.define MEDRUN_VERSION "\([0-9]*\.[0-9]*\)\..*/\1/p' medrun.c)
 CL      = $(if $(OPENCL),-DMEDRUN_OPENCL)
 SECONDS = 60
 
 # What each test program holds is said in tests/README.md. OWN_KERNELS are those that have a kernel
-# for a subject; the others, with the same kernels as the programs, are QUICK to compile where
-# fewer optimizations do. The longest stand first, so that at the end no processor is without work.
+# for a subject; the others are linked with those of the tools, and are QUICK to compile where fewer
+# optimizations do. The longest stand first, so that at the end no processor is without work.
 UNITS    = all_kernels all_export all_text all_eval 15_session 15_embedding 15_allocation all_serve \
            16_answers 08_opencl
 OWN_KERNELS = all_kernels 05_numbers 06_kernels 07_tensor
@@ -142,18 +144,12 @@ $(REAL): $(BUILD)/%.tokenizer.bin: $(BIN)/medrun-export
 	@mkdir -p $(BUILD)
 	$(BIN)/medrun-export --tokenizer-only $(MEDRUN_TEST_DATA)/tokenizers/$(REAL_$*) $@
 endif
-TESTED = $(patsubst tests/%.c,$(BUILD)/test_%,$(wildcard tests/*_*.c))
 $(BUILD)/test_%: tests/%.c tests/test.h medrun.c tools/export.c $(EXPORT) tools/eval.c $(EVAL) \
                  tools/lab.c tools/lab_constrain.c tools/lab_completion.c tools/tool_calls.c tools/serve.c $(SERVE) \
-                 tools/explain.c $(EXPLAIN)
+                 tools/explain.c $(EXPLAIN) $(OBJ)/kernels_tools.o
 	@mkdir -p $(BUILD)
-	$(CC) $(CFLAGS) $(WARN) $(if $(filter $*,$(QUICK)),-O1) -o $@ $< $(LINKED) $(LIBS)
-EXPORTED = $(foreach t,20_export 21_gguf all_export,$(BUILD)/test_$(t))
-LINKED   = $(APART) $(OBJ)/kernels.o
-$(OWN_KERNELS:%=$(BUILD)/test_%): LINKED =
-$(EXPORTED): LINKED = $(APART) $(OBJ)/kernels_tools.o
-$(EXPORTED): $(OBJ)/kernels_tools.o
-$(filter-out $(OWN_KERNELS:%=$(BUILD)/test_%) $(EXPORTED),$(TESTED)): $(OBJ)/kernels.o
+	$(CC) $(CFLAGS) $(WARN) $(if $(filter $*,$(QUICK)),-O1) -o $@ $< \
+	    $(if $(filter $*,$(OWN_KERNELS)),,$(APART) $(OBJ)/kernels_tools.o) $(LIBS)
 
 $(patsubst tests/%.c,$(BUILD)/test_%,$(wildcard tests/all_*.c)): $(wildcard tests/[0-9]*.c)
 $(BUILD)/test_08_opencl: LIBS += -ldl

@@ -460,15 +460,15 @@ typedef struct {
 
 /* What this process may have of the machine. */
 typedef struct {
-    double processors;  /* a control group's quota may pay for a part of one */
+    double processors;          /* a control group's quota may pay for a part of one */
     double memory, available;   /* bytes: in all, and free or freed when they are wanted */
-    bool of_group;                  /* its control group has less memory than the machine */
+    bool of_group;              /* its control group has less memory than the machine */
 } machine_limits;
 
-/* TO_READ waits 5 s for a pipe's writer, the others not at all. Those behind TO_MAP follow no
- * link, which another user may have laid. TO_LOOK only looks. TO_WRITE and TO_CREATE want
- * a new name, and only its owner may read what TO_CREATE makes. TO_STREAM writes to a device, or to
- * a pipe that somebody reads. */
+/* TO_READ waits 5 s for a pipe's writer, the others not at all. Those behind TO_MAP follow no link,
+ * which another user may have laid. TO_LOOK only looks. TO_WRITE and TO_CREATE want a new name, and
+ * only its owner may read what TO_CREATE makes. TO_STREAM writes to a device, or to a pipe that
+ * somebody reads. */
 enum { TO_READ, TO_MAP, TO_LOOK, TO_WRITE, TO_CREATE, TO_STREAM };
 typedef void signal_handler(int number);
 
@@ -1694,21 +1694,21 @@ typedef struct {
  * 32 bits) and how many of its pieces nobody has taken. The caller writes the plain fields before
  * it sets LEFT. A thread that took a piece may read them until it reports the piece in FINISHED. */
 typedef struct thread_pool {
-    int threads;                            /* with the caller, who is thread 0 */
+    int threads;                        /* with the caller, who is thread 0 */
     worker workers[MAX_THREADS];
     int started;
-    pthread_mutex_t turn;           /* held by the session whose step runs */
-    pthread_mutex_t lock;                   /* for sleeping and waking only */
-    sleeper idle, caller;                   /* workers, and the thread in parallel_for */
+    pthread_mutex_t turn;               /* held by the session whose step runs */
+    pthread_mutex_t lock;               /* for sleeping and waking only */
+    sleeper idle, caller;               /* workers, and the thread in parallel_for */
     _Alignas(8) _Atomic uint64_t left;  /* on i386, too */
-    atomic_size_t finished; /* pieces */
+    atomic_size_t finished;             /* pieces */
     atomic_int quit;
     task_fn *task;
     void *context;
     size_t n, grain, pieces;
-    atomic_int caller_runs_on;              /* which processor; -1: nobody knows */
-    atomic_int crowded;                     /* a worker was woken on that one */
-    double alone_until, rest;               /* seconds: how long the caller works alone */
+    atomic_int caller_runs_on;          /* which processor; -1: nobody knows */
+    atomic_int crowded;                 /* a worker was woken on that one */
+    double alone_until, rest;           /* seconds: how long the caller works alone */
 } thread_pool;
 
 /* Takes pieces until none is left, reports them and gives how many. One number is the whole

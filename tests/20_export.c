@@ -564,17 +564,20 @@ static void test_model(void) {
     buffer_free(&b), buffer_free(&edited);
 }
 
+/* The tokenizer.bin of the folder, whose tokenizer.json has TO instead of FROM from now on. */
+static void read_edited(const char *from, const char *to, buffer *file) {
+    edit("tokenizer.json", from, to);
+    CHECK_EQ(RUN("--tokenizer-only", in_work("src"), in_work("out/t.bin")), 0);
+    read_file(in_work("out/t.bin"), file);
+}
+
 /* Without a normalizer, what is `normalized` is the same tokenizer. */
 static void test_normalized(void) {
     buffer plain = {0}, marked = {0};
     copy_fixture("llama-plain");
-    edit("tokenizer.json", "\"added_tokens\": [", "\"added_tokens\": [{\"id\": 283, \"content\": "
-         "\"type2diabetes\", \"normalized\": false},");
-    CHECK_EQ(RUN("--tokenizer-only", in_work("src"), in_work("out/t.bin")), 0);
-    read_file(in_work("out/t.bin"), &plain);
-    edit("tokenizer.json", "diabetes\", \"normalized\": false", "diabetes\", \"normalized\": true");
-    CHECK_EQ(RUN("--tokenizer-only", in_work("src"), in_work("out/t.bin")), 0);
-    read_file(in_work("out/t.bin"), &marked);
+    read_edited("\"added_tokens\": [", "\"added_tokens\": [{\"id\": 283, \"content\": "
+                "\"type2diabetes\", \"normalized\": false},", &plain);
+    read_edited("diabetes\", \"normalized\": false", "diabetes\", \"normalized\": true", &marked);
     CHECK(plain.n && plain.n == marked.n && !memcmp(plain.data, marked.data, plain.n));
     clear_folder("out");
     buffer_free(&plain);
@@ -589,10 +592,8 @@ static void test_added_piece(void) {
     medrun_error e = {0};
     buffer file = {0}, ids = {0};
     copy_fixture("llama-plain");
-    edit("tokenizer.json", "\"added_tokens\": [", "\"added_tokens\": [{\"id\": 257, \"content\": "
-         "\"he\", \"normalized\": true},");
-    CHECK_EQ(RUN("--tokenizer-only", in_work("src"), in_work("out/t.bin")), 0);
-    read_file(in_work("out/t.bin"), &file);
+    read_edited("\"added_tokens\": [", "\"added_tokens\": [{\"id\": 257, \"content\": "
+                "\"he\", \"normalized\": true},", &file);
     if (CHECK(!tokenizer_open(&t, file.data, file.n, "t.bin", &e))) {
         tokenizer_encode(&t, "then the her", 12, 0, &ids, &e);
         CHECK(ids.n == sizeof wanted && !memcmp(ids.data, wanted, sizeof wanted));

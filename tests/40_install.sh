@@ -10,14 +10,15 @@ question="What are the symptoms of diabetes?"
 programs=$(sed -n 's/^TOOLS *= *//p' Makefile | sed 's/\$(if[^,]*,,\(.*\))/\1/')
 run() { MAKEFLAGS='' make -s "$@" CC="$cc" CFLAGS="-O0 -DMEDRUN_SCALAR" BIN="$bin" OBJ="$build" BUILD="$build/install-lib" \
     PREFIX="$to" > "$log" 2>&1 && ok || { bad "make $1"; cat "$log"; }; }
-: > "$build/install.began"
 answers() { # COMMAND...: with the word that belongs there
     "$@" 2> "$log" | grep -q thirst && ok || { bad "$*"; cat "$log"; }
 }
 
 # The programs are not made anew: they may have been built with other flags.
 rm -rf "$to"
+: > "$build/install.began"
 run install
+check "make install takes the programs that are there" [ ! "$bin/medrun-serve" -nt "$build/install.began" ]
 for p in $programs; do
     "$to/bin/$p" --version | grep -q "^$p [0-9]" && ok || bad "$p is not installed"
     [ -s "$to/share/man/man1/$p.1" ] && ok || bad "$p has no manual page"
@@ -122,7 +123,6 @@ left=$(find "$to" -type f -o -type l)
 [ -z "$left" ] && ok || bad "make uninstall leaves $left"
 
 # The wheel, in a new environment that knows nothing else; the binding finds the library in it.
-check "make install takes the programs that are there" [ ! "$bin/medrun-serve" -nt "$build/install.began" ]
 only_in_test_all "a wheel and packages for Debian"
 if command -v python3 > /dev/null && python3 -m venv "$build/venv" > "$log" 2>&1 && "$build/venv/bin/pip" --version > "$log" 2>&1
 then

@@ -149,7 +149,7 @@ tail, C, cut, maps, H = read(sys.argv[1], 511)
 none, whole_C, whole, same, H = read(sys.argv[3], 511)
 assert (tail, C, none, whole_C) == (189, 513, None, 512)
 def merge(row):
-    return [row[0], sum(row[1:tail])] + row[tail:] + [0] * (tail - 1 - 188 + 513 - 2 - 323)
+    return [row[0], sum(row[1:tail])] + row[tail:] + [0] * (tail - 1)
 apart = max(abs(a - b) for x, y in zip(whole, cut) for a, b in zip(merge(x), y))
 assert apart < 2e-6 and len(cut) == len(whole) == 30, apart
 for (l, h), rows in maps.items():       # row 511 has place 324 of a map, without the empty row 323

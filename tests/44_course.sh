@@ -49,6 +49,7 @@ for n in 01 02 03 04 05 06 07 08 09 10; do
     grep -v '^#' $course/teacher/$n/mistakes > "$T/mistakes"
     planted=$(($(wc -l < "$T/mistakes") / 2))
     check "$n: at least three mistakes" [ "$planted" -ge 3 ]
+    check "$n: two lines each" [ "$(wc -l < "$T/mistakes")" = $((2 * planted)) ]
     : > "$T/hints"
     while read -r change && read -r words; do
         mkdir -p "$T/$n"
@@ -79,6 +80,7 @@ WILD=1 said "$T/wild.c"
 # The page of a lesson: its question, its own run; another prompt keeps the question.
 explain=$bin/medrun-explain
 "$explain" $demo --lesson 9 -n 0 --why last --neurons 0 -q -o "$T/9.html" --force && ok || bad "--lesson 9"
+check "the lesson's question" grep -qF "\"question\":$(sed -n 's/^question: //p' $course/09/lesson.md)" "$T/9.html"
 # The page and the lesson ask the same.
 for n in 01 02 03 04 05 06 07 08 09 10; do
     for what in title question; do

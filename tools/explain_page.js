@@ -677,11 +677,13 @@ function tableDice() {
 
 /* ---- 8 Memory, 9 Time ---------------------------------------------------------------------- */
 
+const numberBytes = {f16: 2, f32: 4, int8: 1 + 2 / 64};
+/* Bytes of one token's keys and values in HEADS heads. */
+const cacheBytes = (kv, heads) => 2 * meta.shape.layers * heads * meta.shape.head_dim * numberBytes[kv];
 function buildMemory(v) {
-  const s = meta.shape, bytes = {f16: 2, f32: 4, int8: 1 + 2 / 64}, one = (kv, heads) => 2 * s.layers * heads * s.head_dim * bytes[kv];
-  const now = one(meta.kv, s.kv_heads), n = meta.rows, G = s.heads / s.kv_heads, W = 640, H = 260, left = 70, right = 190;
+  const s = meta.shape, now = cacheBytes(meta.kv, s.kv_heads), n = meta.rows, G = s.heads / s.kv_heads, W = 640, H = 260, left = 70, right = 190;
   v.reading.textContent = "The cache holds the keys and values of " + n + " tokens: " + (now * n / 1e6).toFixed(2) + " MB, " + (now / 1e3).toFixed(1) + " kB for each token" + (G > 1 ? "; " + G + " heads share one set of keys, without which it would be " + G + " times as much." : ".");
-  const series = [["this run, " + meta.kv, now], ["int8", one("int8", s.kv_heads)], ["f16, no sharing", one("f16", s.heads)]].filter((x, i, a) => a.findIndex(y => y[1] === x[1]) === i);
+  const series = [["this run, " + meta.kv, now], ["int8", cacheBytes("int8", s.kv_heads)], ["f16, no sharing", cacheBytes("f16", s.heads)]].filter((x, i, a) => a.findIndex(y => y[1] === x[1]) === i);
   const most = s.context, high = Math.max(...series.map(x => x[1])) * most, g = svg("svg", {viewBox: `0 0 ${W} ${H}`, width: W, height: H, role: "img", "aria-label": "Megabytes of the cache over tokens"});
   g.append(svg("line", {class: "zero", x1: left, x2: W - right, y1: H - 30, y2: H - 30}), svg("line", {class: "zero", x1: left, x2: left, y1: 8, y2: H - 30}));
   series.forEach(([name, b], i) => {
@@ -691,11 +693,11 @@ function buildMemory(v) {
   const t = svg("text", {x: left, y: H - 10}); t.textContent = "0"; g.append(t);
   const u = svg("text", {x: W - right, y: H - 10, "text-anchor": "end"}); u.textContent = most + " tokens, the longest context"; g.append(u);
   const w = svg("text", {x: left - 6, y: 18, "text-anchor": "end"}); w.textContent = (high / 1e6).toFixed(0) + " MB"; g.append(w);
-  v.body.replaceChildren(el("figure", {}, el("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Memory"}, g), el("figcaption", {}, "2 × " + s.layers + " layers × " + s.kv_heads + " key-value head" + (s.kv_heads > 1 ? "s" : "") + " × " + s.head_dim + " numbers × " + bytes[meta.kv].toFixed(2) + " bytes × tokens.")));
+  v.body.replaceChildren(el("figure", {}, el("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Memory"}, g), el("figcaption", {}, "2 × " + s.layers + " layers × " + s.kv_heads + " key-value head" + (s.kv_heads > 1 ? "s" : "") + " × " + s.head_dim + " numbers × " + numberBytes[meta.kv].toFixed(2) + " bytes × tokens.")));
 }
 function tableMemory() {
-  const s = meta.shape, b = {f16: 2, f32: 4, int8: 1 + 2 / 64};
-  return {head: ["tokens", "f16 (MB)", "int8 (MB)", "f16 without sharing (MB)"], rows: [1, meta.rows, 512, 1024, 2048, 4096, 8192, s.context].filter((x, i, a) => a.indexOf(x) === i && x <= Math.max(s.context, meta.rows)).sort((x, y) => x - y).map(t => [t, 2 * s.layers * s.kv_heads * s.head_dim * b.f16 * t / 1e6, 2 * s.layers * s.kv_heads * s.head_dim * b.int8 * t / 1e6, 2 * s.layers * s.heads * s.head_dim * b.f16 * t / 1e6])};
+  const s = meta.shape;
+  return {head: ["tokens", "f16 (MB)", "int8 (MB)", "f16 without sharing (MB)"], rows: [1, meta.rows, 512, 1024, 2048, 4096, 8192, s.context].filter((x, i, a) => a.indexOf(x) === i && x <= Math.max(s.context, meta.rows)).sort((x, y) => x - y).map(t => [t, cacheBytes("f16", s.kv_heads) * t / 1e6, cacheBytes("int8", s.kv_heads) * t / 1e6, cacheBytes("f16", s.heads) * t / 1e6])};
 }
 const stageRows = () => { const out = [], q = meta.time;
   q.stages.forEach(([name, a, b, w, mb]) => { for (const [what, seconds, rows, passes] of [["prompt", a, q.rows[0], 1], ["answer", b, q.rows[1], q.rows[1]]]) if (rows) {
@@ -919,7 +921,7 @@ const answers = {
   finds: () => !meta.tokens.slice(0, meta.at + 1).some(t => t[0] === meta.winner) ? null : aHead(mapped(i => { let w = 0; for (let k = 0; k <= meta.at; k++) if (idOf(k) === meta.winner) w += weight(i, meta.at, k); return w; }), w => weightText(w) + " on that word", "Another head looks there almost alone.", .1),
   before: () => aHead(mapped(i => { let w = 0; for (let r = 1; r < meta.rows; r++) w += weight(i, r, r - 1); return w / (meta.rows - 1); }), w => weightText(w) + " in the mean on the word before", "Look for a dark line beside the slanting edge.", .03),
   start: () => aHead(mapped(i => D("map_head")[2 * i] ? null : weight(i, meta.at, 0)), w => weightText(w) + " on the first token", "Try the other heads of layer 1.", .03),
-  cache: () => { const s = meta.shape, mb = 2 * s.layers * s.kv_heads * s.head_dim * ({f16: 2, f32: 4, int8: 1 + 2 / 64})[meta.kv] * 5e-3; return aNumber(+mb.toFixed(1), mb.toFixed(1) + " MB", "The first sentence says what one token takes: times 5000, and 1000 kB are one MB.", .05 * mb); },
+  cache: () => { const mb = cacheBytes(meta.kv, meta.shape.kv_heads) * 5e-3; return aNumber(+mb.toFixed(1), mb.toFixed(1) + " MB", "The first sentence says what one token takes: times 5000, and 1000 kB are one MB.", .05 * mb); },
   feeds: () => { let b = 1; for (let l = 2; l <= meta.shape.layers; l++) if (part(0, 2 * l) > part(0, 2 * b)) b = l; return aNumber(b, "layer " + b + ", " + nats(part(0, 2 * b)), "The feed-forward part is the lower bar of each row; the table names it."); },
   half: () => { const was = {...dice}, i = [...D("dice_at")].indexOf(meta.at); if (i < 0) return null; Object.assign(dice, {temp: 2, k: 0, p: .5, min: 0}); const n = candidates(i).keep; Object.assign(dice, was);
     return n >= 64 ? null : aNumber(n, n + (n === 1 ? " token" : " tokens"), "The first sentence of the view counts them: temperature 2, top-k off, top-p 0.50, min-p 0."); },

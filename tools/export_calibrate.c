@@ -23,8 +23,7 @@
  * place has so many bytes at least, where the text is short, and at most: 512 tokens have fewer. */
 enum { WINDOW_TOKENS = 512, WINDOW_CHUNK = 256, WINDOW_LEAST = 2048, WINDOW_MOST = 8192 };
 
-/* Bytes of a text that are looked at in one go, and the most that are read. */
-enum { TEXT_PIECE = 1 << 20, MOST_CALIBRATION = 1 << 30 };
+enum { MOST_CALIBRATION = 1 << 30 };    /* bytes of a text */
 
 /* Columns whose errors are made good in each other: all, as far as the memory beside the running
  * model stays below MOST_MOMENTS bytes, else in blocks, no smaller than the least. */
@@ -46,20 +45,13 @@ static size_t character_at(const file_map *map, size_t at) {
     return at;
 }
 
-/* Piece by piece, as a hole in a file may be larger than all memory. A character may lie across the
- * end of a piece. */
+/* A NUL is looked for first: a file with a large hole is refused at once. */
 static int check_text(const file_map *map, const char *path, medrun_error *e) {
-    size_t at = 0;
     if (map->n > MOST_CALIBRATION)
         return refuse(e, "%s: found %zu bytes, wanted at most %d; take a part of it", path, map->n,
                       MOST_CALIBRATION);
-    for (size_t left; (left = map->n - at) > 0;) {
-        size_t n = left < TEXT_PIECE ? left : TEXT_PIECE;
-        const uint8_t *p = map->data + at, *nul = memchr(p, 0, n);
-        size_t good = utf8_valid(p, nul ? (size_t)(nul - p) : n);
-        at += good;
-        if (nul || (good < n && (n == left || n - good > 3))) break;
-    }
+    const uint8_t *nul = memchr(map->data, 0, map->n);
+    size_t at = utf8_valid(map->data, nul ? (size_t)(nul - map->data) : map->n);
     if (at == map->n) return MEDRUN_OK;
     return refuse(e, "%s: byte %zu: found what is no UTF-8 text, wanted a text file", path, at);
 }

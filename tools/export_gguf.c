@@ -641,7 +641,7 @@ static int check_unread(const gguf_file *g, medrun_error *e) {
 static int count_rows(const source *s, uint64_t tokens) {
     const source_tensor *t = find_tensor(s, "token_embd.weight");
     uint64_t rows = t && t->rank == 2 ? t->shape[0] : 0, more = rows > tokens ? rows - tokens : 0;
-    return (int)(more <= MOST_FILLERS || more <= rows / 8 ? tokens + more : tokens);
+    return (int)(are_fillers(more, rows) ? tokens + more : tokens);
 }
 
 static int read_gguf_config(source *s, const gguf_file *g, medrun_error *e) {

@@ -1187,14 +1187,15 @@ static bool drop_unused(source *s, source_tokenizer *t, size_t rows) {
     return true;
 }
 
-enum { MOST_FILLERS = 1024 };       /* or an eighth                                              */
+/* MORE of ROWS without a text are still of one model. */
+static bool are_fillers(uint64_t more, uint64_t rows) { return more <= 1024 || more <= rows / 8; }
 
 /* Embeddings are often filled up to a multiple of 64 or so: ROWS behind the last id have no text.
  * If they are many, the tokenizer is probably another model's; and so it is if it has more ids. */
 static int fill_up(source *s, source_tokenizer *t, size_t rows, medrun_error *e) {
     if (drop_unused(s, t, rows)) return MEDRUN_OK;
     size_t n = t->n_pieces, more = rows > n ? rows - n : 0;
-    if (n > rows || (more > MOST_FILLERS && more > rows / 8))
+    if (n > rows || !are_fillers(more, rows))
         return refuse(e, "%s: found %zu ids, but config.json's vocab_size is %zu, %s; use the "
                       "tokenizer of this model", t->file.path, n, rows, n > rows ?
                       "so that the last ones have no row" : "far more");

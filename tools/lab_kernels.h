@@ -1,6 +1,4 @@
-/* What the machine can do at most: kernels that medrun.c compiles in each of its passes
- * (MEDRUN_MORE_KERNELS), with the words of its section 6. tools/lab.c uses them. MIT licence, see
- * LICENSE. */
+/* What the machine can do at most: a part of tools/kernels.h. MIT licence, see LICENSE. */
 
 #define peak K(peak)
 #define read_all K(read_all)
