@@ -4442,23 +4442,23 @@ static void matmul(const engine *eng, const product *products, size_t n, const p
     parallel_for(eng->pool, panels, grain, matmul_task, &j);
 }
 
-/* The seconds of a product on THREADS threads, the best of some: the system does other things. */
-static double time_trial(const kernel_set *k, int threads) {
+/* The seconds of the best of some products on THREADS threads, until one is as short as ENOUGH. */
+static double time_trial(const kernel_set *k, int threads, double enough) {
     static _Alignas(64) uint8_t zeros[600 << 10];
     static float out[TILE][1024];
     thread_pool pool;
-    double best = 1, now = seconds(), end = now + 2e-3, start;
+    double best = 1, now = seconds(), end = now + 1e-2, start;
     if (pool_start(&pool, threads, NULL) || pool.threads < 1) return best;
     do {
         matmul(&(engine){.pool = &pool, .k = k}, &(product){&(tensor){TYPE_INT8, 1024, 512, zeros},
                out[0], 1024}, 1, &(packed){k->int_pack, TILE, 512, zeros});
         start = now, now = seconds(), best = fmin(best, now - start);
-    } while (now < end);
+    } while (now < end && best > enough);
     return pool_stop(&pool), best;
 }
 
 /* The threads worth having; *LIMIT becomes what made them so few, or NULL. Where hardware threads
- * share cores and a trial does not end a twentieth sooner with all, it is one for each core. */
+ * share cores and no trial ends a twentieth sooner with all, it is one for each core. */
 static int default_threads(const char **limit) {
     static atomic_int chosen;                   /* by the trial, which is made once */
     const kernel_set *k;
@@ -4469,8 +4469,10 @@ static int default_threads(const char **limit) {
 #endif
     *limit = n < may ? "the control group's quota" :
              n < all && n < MAX_THREADS ? "this process's affinity" : NULL;
-    if (cores < n && !chosen && !choose_kernels(&k, NULL, NULL))
-        chosen = time_trial(k, n) > 0.95 * time_trial(k, cores) ? cores : n;
+    if (cores < n && !chosen && !choose_kernels(&k, NULL, NULL)) {
+        double gain = 0.95 * time_trial(k, cores, 0);
+        chosen = time_trial(k, n, gain) > gain ? cores : n;
+    }
     if (cores >= n || chosen >= n) return n;
     *limit = "the cores: a second hardware thread of one gains nothing";
     return chosen;
@@ -9873,9 +9875,9 @@ static const char *way_out(const command *c) {
  * stop text comes, or -n tokens were made. What may be the beginning of a stop text is held back,
  * so no part of one is printed; it follows when the answer ends without it. Ctrl-C ends a step
  * before its next layer, and leaves pending what was: so the timeline never holds half a pass, and
- * a chat can go on. Who pressed it needs no message; and it may come between steps, where it must
- * not stop the next answer. A full context cuts the answer: MEDRUN_TOO_LONG. An answer ends its
- * line, in a pipe, too. Of a chat --save-prefix has the first prompt. */
+ * a chat can go on. Who pressed it needs no message, and it must not stop the next answer. A full
+ * context cuts the answer: MEDRUN_TOO_LONG. An answer ends its line, in a pipe, too. Of a chat
+ * --save-prefix has the first prompt. */
 static int print_reply(command *c) {
     answer *a = &c->answer;
     size_t most = c->number[O_PREDICT] < 0 ? SIZE_MAX : (size_t)c->number[O_PREDICT];
@@ -10884,8 +10886,7 @@ static int print_ids(command *c) {
         puts("");
     }
     if (flag(c, O_PIECES)) return MEDRUN_OK;
-    ids_to_text(ids);
-    buffer_text(ids, "\n");
+    ids_to_text(ids), buffer_text(ids, "\n");
     return print_text(c, ids);
 }
 
@@ -11009,7 +11010,7 @@ static int help_on(const command *c, const command_row *row) {
     return MEDRUN_OK;
 }
 
-/* What a person sees first: it must fit a screen, so options wait for `help COMMAND`. */
+/* It must fit a screen, so options wait for `help COMMAND`. */
 static int help_all(const program *p, FILE *f) {
     char text[400];
     snprintf(text, sizeof text, "%s " MEDRUN_VERSION ": %s.\n%s\n", p->name, p->about,
@@ -11020,8 +11021,7 @@ static int help_all(const program *p, FILE *f) {
              "failed while running, 2 usage, 3 file missing, unsupported or malformed, 4 "
              "verification failed, 5 prompt longer than the context, 6 out of memory or no such "
              "device, 130 interrupted.", p->name);
-    print_help(f, "", 0, text);
-    return MEDRUN_OK;
+    return print_help(f, "", 0, text), MEDRUN_OK;
 }
 
 static int help_command(command *c) {
@@ -11037,7 +11037,7 @@ static int version_command(command *c) {
 }
 
 /* The place of the command's name: the first argument that is one and no option's value. It comes
- * before all else, as the same --name may be an option with a value there and a flag elsewhere. */
+ * first, as the same --name may be an option with a value there and a flag elsewhere. */
 static int command_place(const program *p, int argc, char **argv) {
     for (int i = 1; i < argc && strcmp(argv[i], "--"); i++) {
         const char *arg = argv[i];

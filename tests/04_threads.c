@@ -366,9 +366,15 @@ static int cores_with(const char *folder, unsigned mine, const char *const lists
     return n;
 }
 
+/* A second thread clearly gains. */
+static bool gains(void) {
+    const kernel_set *k;
+    return !choose_kernels(&k, NULL, NULL) && time_trial(k, 2, 0) < 0.9 * time_trial(k, 1, 0);
+}
+
 /* What default_threads says, in a process of its own, where two processors are said to be threads
- * of one core: 1 or 2. Both are one processor in truth where PINNED. 0: only root may, and found
- * that limit named wrong. */
+ * of one core: 1 or 2. Both are one processor in truth where PINNED. 0: the limit was named wrong.
+ * 3: it said 1, but a second thread gained before and after. 77: only root may try this. */
 static int threads_of_one_core(const char *folder, bool pinned) {
     pid_t child = fork();
     if (!child) {
@@ -382,9 +388,10 @@ static int threads_of_one_core(const char *folder, bool pinned) {
         few_processors = 3;
         if (unshare(CLONE_NEWNS) || mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL) ||
             mount(folder, "/sys/devices/system/cpu", NULL, MS_BIND, NULL)) _exit(77);
+        bool gained = gains();
         int n = default_threads(&limit);
-        _exit(n == default_threads(&limit) && (n > 1 || (limit && strstr(limit, "the cores")))
-              ? n : 0);
+        if (n != default_threads(&limit) || (n < 2 && !(limit && strstr(limit, "the cores")))) n = 0;
+        _exit(n == 1 && gained && gains() ? 3 : n);
     }
     int status = 0;
     return waitpid(child, &status, 0) == child && WIFEXITED(status) ? WEXITSTATUS(status) : 0;
@@ -413,18 +420,22 @@ static void test_cores(void) {
     CHECK_EQ(cores_with(folder, 3, apart), 2);
     CHECK_EQ(cores_with("/tmp/medrun_is_not_there", 15, nothing), 4);
     cores_with(folder, 15, beside);
-    int n = threads_of_one_core(folder, true);
+    int n = threads_of_one_core(folder, true), tries = 1;
+    while (n == 2 && tries++ < 9)               /* a trial that was disturbed may say so         */
+        n = threads_of_one_core(folder, true);
     if (n != 77) CHECK_EQ(n, 1);
-    /* Two true processors do more than one, if nobody else uses them: that is tried for 20 s. */
+    /* Two true processors do more than one, if nobody else uses them: tried for some seconds. */
     bool may = n != 77 && processors() > 1;
-    double load = 0;
+    int wrong = 0;
     for (int i = 0; may && i < 400 && n != 2; i++) {
-        if (i) usleep(50000);
+        if (i) usleep(20000);
         n = threads_of_one_core(folder, false);
+        wrong += n != 1 && n != 2;
     }
-    if (may && n == 1) CHECK(getloadavg(&load, 1) == 1);
-    if (load >= 1) SKIP("others use the processors: a second one gained nothing");
-    else if (may) CHECK_EQ(n, 2);
+    if (may && n != 2 && wrong < 40)
+        SKIP("a second processor gained nothing: it shares a core, or others use it");
+    else if (may)
+        CHECK_EQ(n, 2);
     snprintf(path, sizeof path, "%s/smt", folder);
     CHECK(!mkdir(path, 0700));
     write_text(folder, "smt/active", "0\n");

@@ -37,7 +37,7 @@ budgets="
 4:200:200
 5:310:258
 6:1940:2183
-7:130:169
+7:130:171
 8:350:473
 9:180:317
 10:950:886
@@ -46,10 +46,10 @@ budgets="
 13:420:452
 14:100:118
 15:720:1018
-16:1410:2294"
+16:1410:2292"
 budgets=$(echo $budgets)                  # on one line
 most_lines=11203                            # the goals: 9000, 450000, 15
-most_bytes=571387
+most_bytes=571381
 least_comments=14.4
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '

@@ -24,7 +24,8 @@ $(tail -n 20 "$log")"
     failed=$3
     [ "$status" -ne 0 ] && [ "$failed" -eq 0 ] && failed=1
     echo "$1 $failed $5" >> "$build/test.counts"
-    said=$(if [ "$failed" -ne 0 ]; then grep -v ' passed, ' "$log" | tail -n 40; fi
+    said=$(if [ "$failed" -ne 0 ]; then grep -E -A 1 'failed: |FAILED' "$log" | head -n 40
+               grep -v ' passed, ' "$log" | tail -n 40; fi
            grep -i '^skip' "$log")
     times > "$log.times"        # not in a subshell, which would have no children
     used=$(awk 'NR == 2 { for (i = 1; i < 3; i++) { split($i, t, "m"); n += 60 * t[1] + t[2] }
