@@ -18,13 +18,11 @@ CL      = $(if $(OPENCL),-DMEDRUN_OPENCL)
 SECONDS = 60
 
 # What each test program holds is said in tests/README.md. OWN_KERNELS are those that have a kernel
-# for a subject; the others are linked with those of the tools, and are QUICK to compile where fewer
-# optimizations do. The longest stand first, so that at the end no processor is without work.
+# for a subject; the others are linked with those of the tools, and compiled with fewer optimizations.
+# The longest stand first, so that at the end no processor is without work.
 UNITS    = all_kernels all_export all_text all_eval 15_session 15_embedding 15_allocation all_serve \
            16_answers 08_opencl
 OWN_KERNELS = all_kernels 05_numbers 06_kernels 07_tensor
-QUICK    = all_text 03_basics 09_file 10_tokenizer 11_chat 12_model 14_sampler 15_allocation \
-           16_answers all_serve 42_serve 43_explain 44_grammar
 JOBS    := $(shell nproc 2>/dev/null || echo 1)
 FIXTURES = llama-plain llama-tied llama-sharded llama-grouped mistral-window mistral-spm \
            arcee-yarn arcee-yarn5 apertus-plain apertus-grouped
@@ -148,8 +146,8 @@ $(BUILD)/test_%: tests/%.c tests/test.h medrun.c tools/export.c $(EXPORT) tools/
                  tools/lab.c tools/lab_constrain.c tools/lab_completion.c tools/tool_calls.c tools/serve.c $(SERVE) \
                  tools/explain.c $(EXPLAIN) $(OBJ)/kernels_tools.o
 	@mkdir -p $(BUILD)
-	$(CC) $(CFLAGS) $(WARN) $(if $(filter $*,$(QUICK)),-O1) -o $@ $< \
-	    $(if $(filter $*,$(OWN_KERNELS)),,$(APART) $(OBJ)/kernels_tools.o) $(LIBS)
+	$(CC) $(CFLAGS) $(WARN) -o $@ $< \
+	    $(if $(filter $*,$(OWN_KERNELS)),,-O1 $(APART) $(OBJ)/kernels_tools.o) $(LIBS)
 
 $(patsubst tests/%.c,$(BUILD)/test_%,$(wildcard tests/all_*.c)): $(wildcard tests/[0-9]*.c)
 $(BUILD)/test_08_opencl: LIBS += -ldl
@@ -160,7 +158,7 @@ PROGRAMS = $(OBJ)/serve_page.inc all $(MODELS) $(REAL) $(BUILD)/tokenizer.bin $(
 programs: $(PROGRAMS)
 test:
 	@$(MAKE) --no-print-directory $(if $(filter -j% --jobserver%,$(MAKEFLAGS)),,-j$(JOBS)) programs
-	@SCRIPTS="$(SCRIPTS)" JOBS="$(JOBS)" CC="$(CC)" sh tests/run.sh "$(BIN)" "$(BUILD)" $(UNITS)
+	@SCRIPTS="$(SCRIPTS)" JOBS="$(JOBS)" CC="$(CC)" OBJ="$(OBJ)" sh tests/run.sh "$(BIN)" "$(BUILD)" $(UNITS)
 # Loops that try everything where `make test` tries a part, and programs for other systems.
 test-all:
 	@MEDRUN_TEST_ALL=1 $(MAKE) --no-print-directory test

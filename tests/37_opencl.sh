@@ -32,8 +32,9 @@ if ! echo '#include <CL/cl.h>' | $cc -E - > /dev/null 2>&1; then
     skip "no OpenCL headers (opencl-headers)"; finish
 fi
 medrun=$T/medrun lab=$T/medrun-lab
-if ! { $cc -O1 -DMEDRUN_OPENCL -o "$medrun" medrun.c -lm -lpthread -ldl &&
-       $cc -O1 -DMEDRUN_OPENCL -o "$lab" tools/lab.c -lm -lpthread -ldl; } > "$T/log" 2>&1; then
+flags="-O1 -DMEDRUN_OPENCL -DMEDRUN_KERNELS_APART"     # kernels are the same with OpenCL
+if ! { $cc $flags -o "$medrun" medrun.c "${OBJ:-$2}/kernels.o" -lm -lpthread -ldl &&
+       $cc $flags -o "$lab" tools/lab.c "${OBJ:-$2}/kernels_tools.o" -lm -lpthread -ldl; } > "$T/log" 2>&1; then
     bad "building with OpenCL: $(head -5 "$T/log")"; finish
 fi
 lab 0 doctor; has out '^OpenCL '
