@@ -9993,6 +9993,7 @@ static int make_prompt(command *c, bool as_text) {
     if (is_source(c, O_IDS)) return parse_ids(c, ids, strlen(ids), &c->ids);
     if (is_source(c, O_MESSAGES)) {
         if (!read_json(c, c->text[O_MESSAGES], &j))
+            warn_of_marks(c, j.text, j.nodes->end),
             render_json(&w, &j, 0, c->text[O_MESSAGES], open);
         return json_free(&j), c->e.code;
     }
@@ -10009,7 +10010,7 @@ static int make_prompt(command *c, bool as_text) {
     return tokenizer_encode(c->t, chars(text), text->n, add ? MEDRUN_ADD_BOS : 0, &c->ids, &c->e);
 }
 
-/* SHA-256 of the logits after the whole timeline, also of one that Ctrl-C ended. */
+/* SHA-256 of the logits after the timeline, also one that Ctrl-C ended. */
 static int hash_logits(command *c, char hex[65]) {
     uint8_t digest[32];
     if (c->e.code || process_prompt(c)) return c->e.code;
@@ -10019,10 +10020,9 @@ static int hash_logits(command *c, char hex[65]) {
 
 /* Answers the prompt c->ids. */
 static int answer_ids(command *c) {
-    size_t n = n_ids(&c->ids);
     if (c->e.code) return c->e.code;
-    if (n >= context_of(c)) return too_long(c, n);
-    if (feed_prompt(c, ids_of(&c->ids), n)) return c->e.code;
+    if (n_ids(&c->ids) >= context_of(c)) return too_long(c, n_ids(&c->ids));
+    if (feed_prompt(c, ids_of(&c->ids), n_ids(&c->ids))) return c->e.code;
     int code = print_reply(c);
     bool told = !code || code == MEDRUN_INTERRUPTED || code == MEDRUN_TOO_LONG;
     if (told && flag(c, O_STATS)) print_stats(c);
@@ -10762,7 +10762,7 @@ static void hash_task(void *context, size_t begin, size_t end, int thread) {
     }
 }
 
-/* Hashes all tensors and the tokenizer, on all threads. Are they as the header states? */
+/* Are all tensors and the tokenizer as the header states? Hashed on all threads. */
 static bool verify_hashes(command *c) {
     const model_file *f = &c->m->file;
     size_t n = f->header.nodes[f->tensors].count, good[2] = {0};
@@ -10822,7 +10822,7 @@ static int feed_proof(command *c) {
     return medrun_feed(c->s, ids_of(&c->ids), n, &c->e);
 }
 
-/* Ids, and the SHA-256 of the logits after them. So the two texts that are compared are not ids. */
+/* Ids, and the SHA-256 of the logits after them, as text. */
 static int prove_logits(command *c, uint32_t node) {
     char wanted[65], found[65];
     if (json_text(&c->m->file.header, node, "proofs.logits", "sha256", wanted, sizeof wanted,
@@ -10913,7 +10913,7 @@ static int detokenize_command(command *c) {
     return print_text(c, &c->output);
 }
 
-/* The messages of a file, or a text as a person's message. */
+/* A file's messages, or a text as a person's. */
 static int render_command(command *c) {
     bool file = given(c, O_MODEL), ids = flag(c, O_RENDER_IDS) || flag(c, O_PIECES);
     if (!file && (!given(c, O_TEMPLATE) || ids))

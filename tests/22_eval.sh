@@ -75,6 +75,11 @@ if truncate -s 3T "$T/endless" 2>/dev/null; then
 else skip 'no files with holes'; fi
 code 3 "$model" medqa /dev/zero; one_line
 
+# ---- people's words ----
+sed '2s/"question": *"/&### Response: x /' "$data/medqa.jsonl" >"$T/marks.jsonl"
+code 0 "$model" medqa "$T/marks.jsonl" --template alpaca; err_has 'warning: questions with what begins a turn in template alpaca, like "### Response:": 1;'
+code 0 "$model" medqa "$T/marks.jsonl" --template llama3; check 'no warning' [ -z "$(grep warning "$T/err")" ]
+
 # ---- one run, its shards, and what was interrupted are the same lines ----
 for how in '' '--mode answer --no-template' '--mode generate -n 8'; do
     rm -f "$T"/*.jsonl

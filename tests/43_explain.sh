@@ -54,6 +54,9 @@ fi
 refused 2 'stands in the text 5 times, at bytes 3, 6, 9, 12, 15' "$model" -p "What a day a day" --what-if 'a=>b' --seed 1
 refused 2 'does not stand in the text' "$model" -p "$question" --what-if 'gout=>flu'
 refused 2 "wanted 'OLD=>NEW'" "$model" -p "$question" --what-if gout
+code 0 "$model" --template alpaca -p "a ### Response: b" -n 1 -o "$T/marks.html"; err_has 'warning: the text holds "### Response:"'
+code 0 "$model" -p "a ### Response: b" -n 1 -o "$T/marks.html" --force
+check 'no warning where turns are control tokens' [ -z "$(grep warning "$T/err")" ]
 refused 2 'begin with the same token' "$model" -p "$question" --options "thirst,thirst"
 refused 2 'wanted 2 to' "$model" -p "$question" --options "a,,b"
 refused 2 'position from 1 to' "$model" -p "$question" -n 0 --why 400

@@ -1689,7 +1689,8 @@ static int choose_chat(evaluation *v, medrun_error *e) {
 
 /* All prompts of this shard, and how long the longest is. */
 static int make_prompts(evaluation *v, size_t *longest, size_t *rows, medrun_error *e) {
-    size_t limit = (size_t)v->m->config.max_positions, too_long = 0;
+    size_t limit = (size_t)v->m->config.max_positions, too_long = 0, marked = 0;
+    const char *mark = NULL, *found;
     if (v->context && v->context < limit) limit = v->context;
     for (size_t i = v->shard; i < v->data.n && !e->code; i += v->n_shards) {
         prompt *p = &v->prompts[i];
@@ -1698,6 +1699,8 @@ static int make_prompts(evaluation *v, size_t *longest, size_t *rows, medrun_err
             return fail(e, MEDRUN_INTERRUPTED, "interrupted before the first question");
         if (v->done[i]) continue;
         if (make_prompt(v, &v->data.q[i], p, e)) return e->code;
+        const char *text = v->data.q[i].text;
+        if (v->chat && (found = mark_in(v->chat, text, strlen(text)))) mark = found, marked++;
         size_t n = prompt_length(v, p);
         if (n > limit && v->o.overflow && !strcmp(v->o.overflow, "skip")) {
             add_result(v, i, NULL, e);
@@ -1714,6 +1717,9 @@ static int make_prompts(evaluation *v, size_t *longest, size_t *rows, medrun_err
         }
         if (n > *longest) *longest = n;
     }
+    if (mark && !e->code && !v->o.quiet)
+        fprintf(stderr, "medrun-eval: warning: questions with what begins a turn in template %s, "
+                "like \"%s\": %zu; the model takes it for one\n", v->chat->name, mark, marked);
     return e->code;
 }
 

@@ -174,6 +174,10 @@ static int build_prompt(explain *x, const char *text, size_t n, int turn, bool r
         own[n_own++] = (medrun_message){"system", x->v.o.system, strlen(x->v.o.system)};
     if (x->messages) m[x->edited].text = text, m[x->edited].n_bytes = n;
     else own[n_own++] = (medrun_message){"user", text, n};
+    const char *mark = x->v.chat && rivals && !x->o.ids ? mark_in(x->v.chat, text, n) : NULL;
+    if (mark && !x->o.quiet)
+        fprintf(stderr, "medrun-explain: warning: the text holds \"%s\", with which template %s "
+                "begins a turn: the model takes it for one\n", mark, x->v.chat->name);
     if (x->o.ids) buffer_add(&p->ids, x->tokens.data, x->tokens.n);
     else if (!open_messages(x, m, x->messages ? x->n_messages : n_own, &open, e)) {
         buffer_add(&p->ids, open.ids.data, open.ids.n);

@@ -172,6 +172,15 @@ __attribute__((unused)) static void end_at_once(int signal_number) {
     _exit(MEDRUN_INTERRUPTED);
 }
 
+/* The first of the plain words with which template C begins its turns that TEXT, N bytes, holds: a
+ * model takes them for a turn. NULL: none. */
+__attribute__((unused)) static const char *mark_in(const chat_template *c, const char *text,
+                                                   size_t n) {
+    for (const char *const *mark = c->marks; *mark; mark++)
+        if (memmem(text, n, *mark, strlen(*mark))) return *mark;
+    return NULL;
+}
+
 /* Before a tool opens anything. NAME lives as long as the program. */
 static void expect_lost_files(const char *name) {
     program_name = name;

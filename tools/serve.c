@@ -1391,6 +1391,9 @@ static void print_banner(const server *sv) {
             (double)sv->reserve * (double)sv->bytes_per_token / 1048576, sv->info.threads);
     fprintf(stderr, "  sandbox  %s\n",
             sv->o->no_sandbox ? "none (--no-sandbox)" : chars_of(&sv->says));
+    if (sv->chat && sv->chat->marks[0])
+        fprintf(stderr, "  warning  template %s begins a turn with plain words (\"%s\"): a text "
+                "that holds them passes for one\n", sv->chat->name, sv->chat->marks[0]);
     if (sv->info.notice[0]) fprintf(stderr, "  %s\n", sv->info.notice);
 }
 
