@@ -472,10 +472,10 @@ typedef struct {
 enum { TO_READ, TO_MAP, TO_LOOK, TO_WRITE, TO_CREATE, TO_STREAM };
 typedef void signal_handler(int number);
 
-#ifndef _WIN32
-/* CALL, once more where a signal came between. */
-#define RETRY(call) ({ int n; do n = (int)(call); while (n < 0 && errno == EINTR); n; })
+/* CALL, again where a signal came between. */
+#define RETRY(call) ({ int got; do got = (int)(call); while (got < 0 && errno == EINTR); got; })
 
+#ifndef _WIN32
 static int open_file(const char *path, int how) {
     static const int flags[] = {
         [TO_READ] = O_RDONLY | O_NONBLOCK, [TO_MAP] = O_RDONLY | O_NONBLOCK,
@@ -5071,8 +5071,8 @@ static int check_place(file_writer *w, const char *path, const file_kind *kind, 
         return fail(e, MEDRUN_USAGE, "%s is a symbolic link: name the file itself", path);
     if (link || (fd < 0 && errno == ENOENT)) return MEDRUN_OK;
     if (fd < 0 || get_facts(NULL, fd, &there)) return cannot(e, MEDRUN_FAILED, path, "write");
-    bool ours = !there.bytes || (kind->unit && there.bytes % kind->unit == 0) ||
-                (n && read(fd, start, (unsigned)n) == (ssize_t)n && !memcmp(start, kind->mark, n));
+    bool ours = !there.bytes || (kind->unit && there.bytes % kind->unit == 0) || (n &&
+                RETRY(read(fd, start, (unsigned)n)) == (int)n && !memcmp(start, kind->mark, n));
     close(fd);
     w->stream = there.stream && kind->streams;
     if (!there.regular && !w->stream)
@@ -9409,7 +9409,7 @@ static int flush_stdout(command *c) {
 static const int32_t *ids_of(const buffer *b) { return (const int32_t *)(const void *)b->data; }
 static size_t n_ids(const buffer *b) { return b->n / sizeof(int32_t); }
 
-/* Replaces ids by a line of text that lists them. */
+/* Replaces ids by a line that lists them. */
 static void ids_to_text(buffer *ids) {
     buffer text = {0};
     for (size_t i = 0; i < n_ids(ids); i++) buffer_printf(&text, i ? " %d" : "%d", ids_of(ids)[i]);

@@ -49,7 +49,7 @@ budgets="
 16:1410:2292"
 budgets=$(echo $budgets)                  # on one line
 most_lines=11203                            # the goals: 9000, 450000, 15
-most_bytes=571374
+most_bytes=571373
 least_comments=14.4
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '

@@ -181,6 +181,14 @@ static char *last_slash(const char *path) {
 }
 #endif
 
+/* The first N bytes of a file, or all it has; -1 on failure. */
+static ssize_t read_start(int fd, void *to, size_t n) {
+    ssize_t got;
+    do got = pread(fd, to, n, 0);
+    while (got < 0 && errno == EINTR);
+    return got;
+}
+
 /* ---- lists and files ----------------------------------------------------------------------- */
 
 /* Room for one more item at the end of *ARRAY. */

@@ -28,7 +28,7 @@ static const struct { const char *begin, *what, *way; } foreign_files[] = {
 static int name_file(const char *path, medrun_error *e) {
     uint8_t head[512] = {0};
     int fd = open_file(path, TO_MAP);
-    ssize_t got = fd >= 0 ? pread(fd, head, sizeof head, 0) : -1;
+    ssize_t got = fd >= 0 ? read_start(fd, head, sizeof head) : -1;
     if (fd >= 0) close(fd);
     size_t n = got > 0 ? (size_t)got : 0, length = strlen(path);
     if (check_content(path, head, n, e)) return e->code;

@@ -362,7 +362,7 @@ static bool is_gguf(const char *path) {
     uint8_t magic[4] = {0};
     if (get_facts(path, -1, &there) || !there.regular || there.bytes < 4) return false;
     int fd = open_file(path, TO_MAP);
-    bool same = fd >= 0 && pread(fd, magic, 4, 0) == 4 && !memcmp(magic, "GGUF", 4);
+    bool same = fd >= 0 && read_start(fd, magic, 4) == 4 && !memcmp(magic, "GGUF", 4);
     if (fd >= 0) close(fd);
     return same;
 }

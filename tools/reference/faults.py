@@ -53,7 +53,7 @@ def commands(bin_, model, fixtures, work):
         "logits": ([bin_ / "medrun", "logits", model, "--ids", "1 2 3", "--all", "-o", out, "-t", "1"], True),
         "save": ([bin_ / "medrun", "run", model, "-p", "hello", "-n", "2", "-q", "--temp", "0", "-t", "1",
                   "--save-prefix", out], False),
-        "record": ([bin_ / "medrun-lab", "record", model, out, "-p", "hello", "-n", "2", "-q",
+        "record": ([bin_ / "medrun-lab", "record", model, out, "-p", "hello", "-n", "2", "-q", "--temp", "0",
                     "-t", "1"], False),
         "export": ([bin_ / "medrun-export", fixtures / "llama-tied", out, "--type", "int8",
                     "--threads", "1"], True),
