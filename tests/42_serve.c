@@ -1,5 +1,5 @@
 /* Tests of medrun-serve's parts without a network: requests cut at every byte, made-up bytes, texts
- * and numbers as JSON, requests while memory ends. Run in the repository root. */
+ * and numbers as JSON, the pace of passes, requests while memory ends. Run in the repository root. */
 
 #define _GNU_SOURCE
 #include <malloc.h>
@@ -180,6 +180,40 @@ static void test_loading(server *sv) {
         }
 }
 
+/* Machines that are made up: seconds of a row, of a key that it looks at, of the weights' way from
+ * memory; in wide passes a row takes SHARE of that. */
+static const struct machine { double row, key, weights, share; } machines[] = {
+    {.003, 1.5e-6, .008, .6}, {.01, 4e-7, .145, .9}, {.002, 4e-7, .145, .8},
+    {.0005, 1e-6, .008, .5}};
+
+static double pass_time(const struct machine *m, size_t rows, size_t keys) {
+    double time = m->row * (double)rows * (rows > 256 ? m->share : 1);
+    return fmax(time, m->weights) + m->key * (double)keys;
+}
+
+/* A prompt of 2000 tokens beside those who write, also where some passes are held up: nobody waits
+ * longer than three usual passes (or a row more, where rows are few), and much of the time goes to
+ * the prompt. JITTER: of each pass. */
+static void test_pace(const struct machine *m, size_t writers, double jitter) {
+    pace p = {.per_key = m->key / m->row / 2};          /* half as much as it is                 */
+    double plain = pass_time(m, writers, 0), longest = 0, all = 0, own = 0;
+    learn_pass(&p, 0, 512, 512, pass_time(m, 512, 512 * 256));
+    for (int i = 0; i < 20; i++)
+        learn_pass(&p, writers, 0, 0, plain * (i % 7 ? 1 : 5));         /* held up by others     */
+    for (size_t fed = 0, take, i = 0; fed < 2000; fed += take, i++) {
+        double room = room_beside(&p, 0, writers), unit = 1 + p.per_key * (double)fed;
+        take = room < unit ? 1 : (size_t)(room / unit);
+        double time = pass_time(m, writers + take, take * fed);
+        time *= 1 + jitter * ((double)(test_random() >> 11) * 0x1p-52 - 1);
+        longest = fmax(longest, time);
+        all += time, own += time - plain;
+        learn_pass(&p, writers, room, unit * (double)take, time * (i % 50 == 30 ? 9 : 1));
+    }
+    if (!CHECK(longest < 3 * plain + (writers < 4 ? m->row : 0)) | !CHECK(own > 0.45 * all))
+        printf("row %g, %zu writers: %.2f, %.2f\n", m->row, writers, longest / plain, own / all);
+    CHECK(room_beside(&p, 1e-9, writers) >= 1);         /* a prompt goes on whatever --latency is */
+}
+
 int main(void) {
     static server sv;
     serve_options o = {0};
@@ -188,6 +222,11 @@ int main(void) {
     test_damage();
     test_quotes();
     test_numbers();
+    for (size_t i = 0; i < 4; i++)
+        for (size_t writers = 1; writers < 64; writers += writers) {
+            test_pace(&machines[i], writers, 0);
+            test_pace(&machines[i], writers, 0.03);
+        }
     sv.n_slots = 4;
     sv.o = &o, sv.path = "tools/demo/demo.mdr", sv.threads = 1;
     test_loading(&sv);

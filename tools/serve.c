@@ -68,7 +68,7 @@ static void *wiping_realloc(void *old, size_t n) {
 
 #define JSON_TYPE "application/json; charset=utf-8"
 enum { MAX_SLOTS = 64, MAX_KEYS = 64, MAX_LISTED = 16, MAX_PROMPTS = 64, MAX_TOP = 20, KEPT_TOP = 5,
-       PASS_ROWS = 512, LOGIT_ROWS = 64, OUT_LIMIT = 256 << 10, N_PASS_WIDTHS = 10 };
+       PASS_ROWS = 512, LOGIT_ROWS = 64, OUT_LIMIT = 256 << 10 };
 
 typedef struct {
     char name[32];
@@ -207,6 +207,14 @@ typedef struct {
     struct { uint64_t counts[12]; double sum; } times[N_TIMES];     /* the last count: all      */
 } metrics;
 
+/* How long passes take. A prompt's row is work of 1 and a bit for each key before it. */
+typedef struct {
+    double plain[MAX_SLOTS + 1];                /* seconds of I rows of answers alone; 0: not seen */
+    double last[3], each;       /* seconds that work of 1 added, and their middle               */
+    double per_key;             /* the work of a key                                            */
+    double room;                /* for work beside answers, that was last made use of           */
+} pace;
+
 typedef struct {
     bool busy;
     size_t n_prompt, n_cached, n_new;
@@ -258,7 +266,8 @@ typedef struct {
     job *jobs;
     slot slots[MAX_SLOTS + MAX_LISTED];
     medrun_session *lead;
-    double times[N_PASS_WIDTHS], plain;         /* seconds of passes of 2^i rows; without prompts */
+    pace pace;
+    double pass_ended;                          /* of the last; 0: after it nothing was to do    */
     float *plain_logits;        /* (vocabulary) as the model made them                          */
     int *counts;                                /* (vocabulary) for penalties, all 0 between      */
     piece_order order;          /* for masks, made with the first                               */
@@ -401,6 +410,7 @@ static void cancel_job(server *sv, job *j) {
     j->orphan = true;
     atomic_store(&j->cancelled, true);
     if (!done) sv->metrics.cancelled++;
+    if (!done && !j->waiting && sv->n_running == 1) medrun_interrupt(sv->lead);
     sv->poked = true;
     pthread_cond_signal(&sv->work);
     pthread_mutex_unlock(&sv->lock);
@@ -950,26 +960,42 @@ static bool share_start(server *sv, seq *q) {
     return false;
 }
 
-/* How many rows a pass may have so that who writes waits no longer than is promised. */
-static size_t budget(const server *sv, size_t writers) {
-    double most = sv->latency > 0 ? sv->latency : 2.5 * sv->plain, time = sv->plain;
-    size_t rows = 16 + writers;
-    if (!writers) return PASS_ROWS;
-    for (int i = 0; i < N_PASS_WIDTHS; i++) {
-        time = sv->times[i] > 0 ? sv->times[i] : time * 2;
-        if (time <= most && (size_t)1 << i > rows) rows = (size_t)1 << i;
-    }
-    return rows;
+/* Seconds of a pass of N rows of answers alone, or what is known of fewer, or of more. */
+static double plain_pass(const pace *p, size_t n) {
+    size_t i = n < MAX_SLOTS ? n : MAX_SLOTS, k = i;
+    while (k && p->plain[k] <= 0) k--;
+    if (k) return p->plain[k] + (double)(n - k) * p->each;
+    while (i < MAX_SLOTS && p->plain[i] <= 0) i++;
+    return p->plain[i] > 0 ? p->plain[i] : (double)n * p->each;
 }
 
-static void learn_pass(server *sv, size_t rows, bool plain, double time) {
-    int i = 0;
-    while ((size_t)1 << i < rows && i < N_PASS_WIDTHS - 1) i++;
-    for (int k = 0; k < 2; k++) {
-        double *t = k ? &sv->plain : &sv->times[i];
-        if (k && !plain) break;
-        *t = *t > 0 && time > *t ? *t + (time - *t) / 4 : time;
+/* How much work of prompts may ride along so that who writes waits no longer than is promised. Rows
+ * are nearly free until they take longer than the weights' way from memory, so what one adds says
+ * little of many more: the room grows half of the way, and by half of itself at most. */
+static double room_beside(const pace *p, double latency, size_t written) {
+    double plain = plain_pass(p, written), most = latency > 0 ? latency : 2.5 * plain;
+    double room = p->each > 0 ? (most - plain) / p->each : 0, last = p->room > 8 ? p->room : 8;
+    if (room > last) room = fmin((room + last) / 2, 1.5 * last);
+    return room > 4 ? room : 4;
+}
+
+/* TIME: since the pass before, as who waits sees it. One that was held up says little: of those
+ * without prompts each moves what is known by a bit, which so is the middle of many; of those with
+ * prompts the middle of three counts, but where rows have become more, the dearest. Where nobody
+ * writes, rows are so many that they are cheaper: that gives no more than a first guess. */
+static void learn_pass(pace *p, size_t written, double room, double work, double time) {
+    double *plain = &p->plain[written < MAX_SLOTS ? written : MAX_SLOTS], *t = p->last;
+    if (work <= 0) {
+        bool sure = *plain > 0 && time > *plain / 2;
+        *plain = sure ? fmax(0.97 * *plain, fmin(1.03 * *plain, time)) : time;
+        return;
     }
+    if (written ? work * 2 < room : p->each > 0) return;
+    double now = fmax((written ? time - plain_pass(p, written) : time * 1.5) / work, 1e-9);
+    bool all = p->each <= 0 || (now > p->each && room > 1.2 * p->room);
+    for (int i = 2; i >= 0; i--) t[i] = i && !all ? t[i - 1] : now;
+    p->each = fmax(fmin(t[0], t[1]), fmin(fmax(t[0], t[1]), t[2]));
+    if (written) p->room = room;
 }
 
 /* Feeds N tokens to Q's session. */
@@ -982,14 +1008,14 @@ static void feed_seq(seq *q, const int32_t *ids, size_t n, size_t wanted) {
 
 /* The prompts that are to be read, in the order in which they ride along: those that fit whole, the
  * shortest first, then the others as they came. */
-static size_t list_readers(server *sv, seq **list, size_t room) {
+static size_t list_readers(server *sv, seq **list, double room) {
     size_t n = 0;
     for (job *g = sv->jobs; g; g = g->next)
         for (size_t i = 0; i < g->n_seqs; i++) {
             seq *q = &g->seqs[i];
             if (q->state != READS || (!q->started && share_start(sv, q))) continue;
             size_t left = q->n_ids - q->fed, at = n++;
-            for (; at && left <= room; at--) {
+            for (; at && (double)left <= room; at--) {
                 size_t other = list[at - 1]->n_ids - list[at - 1]->fed;
                 if (other <= left) break;
                 list[at] = list[at - 1];
@@ -997,6 +1023,12 @@ static size_t list_readers(server *sv, seq **list, size_t room) {
             list[at] = q;
         }
     return n;
+}
+
+/* Nobody waits for what a pass makes. */
+static bool all_cancelled(seq *const *all, size_t n) {
+    while (n && atomic_load(&all[n - 1]->job->cancelled)) n--;
+    return !n;
 }
 
 /* One pass. False: there was nothing to do. */
@@ -1011,13 +1043,17 @@ static bool run_pass(server *sv) {
         all[n++] = q, rows += q->unfed;
         q->unfed = 0;
     }
-    size_t writers = n, written = rows, room = budget(sv, rows);
-    if (room > most) room = most;
-    room -= rows < room ? rows : room;
-    size_t n_readers = list_readers(sv, readers, room), echoed;
-    for (size_t i = 0; i < n_readers && room; i++) {
+    size_t writers = n, written = rows, echoed;
+    double room = written ? room_beside(&sv->pace, sv->latency, written) : PASS_ROWS, work = 0;
+    size_t n_readers = list_readers(sv, readers, room);
+    for (size_t i = 0; i < n_readers && rows < most; i++) {
         seq *q = readers[i];
-        size_t left = q->n_ids - q->fed, take = left < room ? left : room;
+        size_t left = q->n_ids - q->fed, take = left < most - rows ? left : most - rows;
+        double unit = written ? 1 + sv->pace.per_key * (double)q->fed : 1;
+        double fit = (room - work) / unit;
+        if (work <= 0 && fit < 1) fit = 1;
+        if (fit < 1) break;
+        if (fit < (double)take) take = (size_t)fit;
         bool echo = q->job->p.echo && q->job->p.top >= 0;
         if (echo && take > LOGIT_ROWS) take = LOGIT_ROWS;
         echoed = echo ? take : take == left;
@@ -1025,28 +1061,32 @@ static bool run_pass(server *sv) {
         q->fed += take;
         fed[n] = take;
         all[n++] = q;
-        rows += take, room -= take;
+        rows += take, work += unit * (double)take;
     }
-    if (!n) return false;
+    if (!n) return sv->pass_ended = 0, false;
     for (size_t i = 0; i < n; i++) sessions[i + 1] = all[i]->slot->s;
     medrun_error e = {0};
     double start = seconds();
-    int code = medrun_step(sessions, n + 1, &e);
-    double time = seconds() - start;
-    learn_pass(sv, rows, n == writers, time);
+    int code;
+    do code = medrun_step(sessions, n + 1, &e);         /* again where a job has come that waits  */
+    while (code == MEDRUN_INTERRUPTED && !all_cancelled(all, n));
+    double before = sv->pass_ended > 0 ? sv->pass_ended : start, now = seconds();
+    sv->pass_ended = now;
+    if (code == MEDRUN_INTERRUPTED) return true;
+    if (!code) learn_pass(&sv->pace, written, room, work, now - before);
     size_t made = 0;
     for (size_t i = 0; i < n; i++) {
-        size_t before = all[i]->n_new;
+        size_t had = all[i]->n_new;
         if (code) all[i]->job->broken = true, finish_seq(all[i], "error");
         else use_logits(sv, all[i], fed[i]);
-        made += all[i]->n_new - before;
+        made += all[i]->n_new - had;
     }
     pthread_mutex_lock(&sv->lock);
     metrics *m = &sv->metrics;
     m->passes++, m->busy += n, m->new_tokens += made;
     m->fed_tokens += written, m->prompt_tokens += rows - written;
-    m->last_pass = start + time;
-    *(writers ? &m->new_seconds : &m->prompt_seconds) += time;
+    m->last_pass = now;
+    *(writers ? &m->new_seconds : &m->prompt_seconds) += now - start;
     pthread_mutex_unlock(&sv->lock);
     return true;
 }
@@ -1164,7 +1204,9 @@ static void *engine_main(void *context) {
     if (!good) return NULL;
     while (take_jobs(sv, idle)) {
         end_jobs(sv);                           /* of those, who was cancelled goes first        */
+        size_t running = sv->n_running;         /* only this thread changes it                  */
         admit(sv);
+        if (sv->n_running > running) publish(sv);       /* the first pass of a prompt may be long */
         idle = !run_pass(sv);
         end_jobs(sv);
         double old = seconds() - sv->cache_seconds;
@@ -1325,6 +1367,9 @@ static int start_sessions(server *sv, medrun_error *e) {
                           cache_panel(sv->kv, (size_t)c->head_dim) / 16;
     double bytes = sv->cache_mb > 0 ? sv->cache_mb * 1048576 : sv->available / 2;
     sv->reserve = (size_t)(bytes / (double)sv->bytes_per_token);
+    double dim = c->head_dim, hidden = c->hidden_size;  /* products of a key, and of a row       */
+    sv->pace.per_key = 4 * c->n_heads * dim /           /* twice: those of keys take longer      */
+                       (hidden * (2 * dim * (c->n_heads + c->n_kv_heads) + 3.0 * c->ffn_size));
     if (medrun_start(&sv->lead, sv->m, &o, NULL, 0, e)) return e->code;
     for (size_t i = 0; i < sv->n_slots && !e->code; i++)
         open_slot(sv, &sv->slots[i], e);
