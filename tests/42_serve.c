@@ -191,26 +191,25 @@ static double pass_time(const struct machine *m, size_t rows, size_t keys) {
     return fmax(time, m->weights) + m->key * (double)keys;
 }
 
-/* A prompt of 2000 tokens beside those who write, also where some passes are held up: nobody waits
- * longer than three usual passes (or a row more, where rows are few), and much of the time goes to
- * the prompt. JITTER: of each pass. */
+/* A prompt of 2000 tokens beside those who write, on a machine that is held up now and then, and has
+ * half of its speed from the middle on: nobody waits longer than three usual passes (or a row more,
+ * where rows are few), and the prompt gets its part. JITTER: of each pass. */
 static void test_pace(const struct machine *m, size_t writers, double jitter) {
     pace p = {.per_key = m->key / m->row / 2};          /* half as much as it is                 */
     double plain = pass_time(m, writers, 0), longest = 0, all = 0, own = 0;
     learn_pass(&p, 0, 512, 512, pass_time(m, 512, 512 * 256));
-    for (int i = 0; i < 20; i++)
-        learn_pass(&p, writers, 0, 0, plain * (i % 7 ? 1 : 5));         /* held up by others     */
     for (size_t fed = 0, take, i = 0; fed < 2000; fed += take, i++) {
         double room = room_beside(&p, 0, writers), unit = 1 + p.per_key * (double)fed;
-        take = room < unit ? 1 : (size_t)(room / unit);
-        double time = pass_time(m, writers + take, take * fed);
+        take = room <= 0 ? 0 : room < unit ? 1 : (size_t)(room / unit);
+        double time = pass_time(m, writers + take, take * fed), slow = fed < 1000 ? 1 : 2;
         time *= 1 + jitter * ((double)(test_random() >> 11) * 0x1p-52 - 1);
         longest = fmax(longest, time);
         all += time, own += time - plain;
-        learn_pass(&p, writers, room, unit * (double)take, time * (i % 50 == 30 ? 9 : 1));
+        learn_pass(&p, writers, room, unit * (double)take, time * slow * (i % 50 == 30 ? 9 : 1));
     }
-    if (!CHECK(longest < 3 * plain + (writers < 4 ? m->row : 0)) | !CHECK(own > 0.45 * all))
+    if (!CHECK(longest < 3 * plain + (writers < 4 ? m->row : 0)) | !CHECK(own > 0.3 * all))
         printf("row %g, %zu writers: %.2f, %.2f\n", m->row, writers, longest / plain, own / all);
+    p.passes = 0;
     CHECK(room_beside(&p, 1e-9, writers) >= 1);         /* a prompt goes on whatever --latency is */
 }
 

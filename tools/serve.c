@@ -207,12 +207,14 @@ typedef struct {
     struct { uint64_t counts[12]; double sum; } times[N_TIMES];     /* the last count: all      */
 } metrics;
 
+typedef struct { double last[3], middle; } timing;     /* of the last three; 0: not seen yet     */
+
 /* How long passes take. A prompt's row is work of 1 and a bit for each key before it. */
 typedef struct {
-    double plain[MAX_SLOTS + 1];                /* seconds of I rows of answers alone; 0: not seen */
-    double last[3], each;       /* seconds that work of 1 added, and their middle               */
+    timing plain[MAX_SLOTS + 1], each;          /* of I rows of answers alone; what work of 1 adds */
     double per_key;             /* the work of a key                                            */
     double room;                /* for work beside answers, that was last made use of           */
+    int passes;                 /* with prompts beside answers, since one without               */
 } pace;
 
 typedef struct {
@@ -960,42 +962,40 @@ static bool share_start(server *sv, seq *q) {
     return false;
 }
 
-/* Seconds of a pass of N rows of answers alone, or what is known of fewer, or of more. */
-static double plain_pass(const pace *p, size_t n) {
-    size_t i = n < MAX_SLOTS ? n : MAX_SLOTS, k = i;
-    while (k && p->plain[k] <= 0) k--;
-    if (k) return p->plain[k] + (double)(n - k) * p->each;
-    while (i < MAX_SLOTS && p->plain[i] <= 0) i++;
-    return p->plain[i] > 0 ? p->plain[i] : (double)n * p->each;
-}
+static timing *plain_pass(pace *p, size_t n) { return &p->plain[n < MAX_SLOTS ? n : MAX_SLOTS]; }
 
-/* How much work of prompts may ride along so that who writes waits no longer than is promised. Rows
- * are nearly free until they take longer than the weights' way from memory, so what one adds says
- * little of many more: the room grows half of the way, and by half of itself at most. */
-static double room_beside(const pace *p, double latency, size_t written) {
-    double plain = plain_pass(p, written), most = latency > 0 ? latency : 2.5 * plain;
-    double room = p->each > 0 ? (most - plain) / p->each : 0, last = p->room > 8 ? p->room : 8;
+/* How much work of prompts may ride along so that who writes waits no longer than is promised; none
+ * where it is time to see again how long that is without. Rows are nearly free until they take longer
+ * than the weights' way from memory, so what one adds says little of many more: the room grows half
+ * of the way, and by half of itself at most. */
+static double room_beside(pace *p, double latency, size_t written) {
+    double plain = plain_pass(p, written)->middle, most = latency > 0 ? latency : 2.5 * plain;
+    if (plain <= 0 || p->passes >= 12) return 0;
+    double room = p->each.middle > 0 ? (most - plain) / p->each.middle : 0;
+    double last = p->room > 8 ? p->room : 8;
     if (room > last) room = fmin((room + last) / 2, 1.5 * last);
     return room > 4 ? room : 4;
 }
 
-/* TIME: since the pass before, as who waits sees it. One that was held up says little: of those
- * without prompts each moves what is known by a bit, which so is the middle of many; of those with
- * prompts the middle of three counts, but where rows have become more, the dearest. Where nobody
- * writes, rows are so many that they are cheaper: that gives no more than a first guess. */
+static void learn_time(timing *t, double now, bool alone) {
+    double *l = t->last;
+    for (int i = 2; i >= 0; i--) l[i] = i && !alone && t->middle > 0 ? l[i - 1] : now;
+    t->middle = fmax(fmin(l[0], l[1]), fmin(fmax(l[0], l[1]), l[2]));
+}
+
+/* TIME: since the pass before, as who waits sees it. One that was held up says nothing, but where
+ * rows have become more, the dearest counts. Where nobody writes, rows are so many that they are
+ * cheaper: that gives no more than a first guess. */
 static void learn_pass(pace *p, size_t written, double room, double work, double time) {
-    double *plain = &p->plain[written < MAX_SLOTS ? written : MAX_SLOTS], *t = p->last;
+    timing *plain = plain_pass(p, written), *each = &p->each;
+    p->passes = work > 0 && written ? p->passes + 1 : 0;
     if (work <= 0) {
-        bool sure = *plain > 0 && time > *plain / 2;
-        *plain = sure ? fmax(0.97 * *plain, fmin(1.03 * *plain, time)) : time;
-        return;
+        learn_time(plain, time, time < plain->middle / 2);
+    } else if (written ? work * 2 >= room : each->middle <= 0) {
+        double now = fmax((written ? time - plain->middle : time * 1.5) / work, 1e-9);
+        learn_time(each, now, now > each->middle && room > 1.2 * p->room);
+        if (written) p->room = room;
     }
-    if (written ? work * 2 < room : p->each > 0) return;
-    double now = fmax((written ? time - plain_pass(p, written) : time * 1.5) / work, 1e-9);
-    bool all = p->each <= 0 || (now > p->each && room > 1.2 * p->room);
-    for (int i = 2; i >= 0; i--) t[i] = i && !all ? t[i - 1] : now;
-    p->each = fmax(fmin(t[0], t[1]), fmin(fmax(t[0], t[1]), t[2]));
-    if (written) p->room = room;
 }
 
 /* Feeds N tokens to Q's session. */
@@ -1046,7 +1046,7 @@ static bool run_pass(server *sv) {
     size_t writers = n, written = rows, echoed;
     double room = written ? room_beside(&sv->pace, sv->latency, written) : PASS_ROWS, work = 0;
     size_t n_readers = list_readers(sv, readers, room);
-    for (size_t i = 0; i < n_readers && rows < most; i++) {
+    for (size_t i = 0; i < n_readers && rows < most && room > 0; i++) {
         seq *q = readers[i];
         size_t left = q->n_ids - q->fed, take = left < most - rows ? left : most - rows;
         double unit = written ? 1 + sv->pace.per_key * (double)q->fed : 1;
