@@ -965,15 +965,15 @@ static bool share_start(server *sv, seq *q) {
 static timing *plain_pass(pace *p, size_t n) { return &p->plain[n < MAX_SLOTS ? n : MAX_SLOTS]; }
 
 /* How much work of prompts may ride along so that who writes waits no longer than is promised; none
- * where it is time to see again how long that is without. Rows are nearly free until they take longer
- * than the weights' way from memory, so what one adds says little of many more: the room grows half
- * of the way, and by half of itself at most. */
+ * where it is time to see again how long that is without. Rows are nearly free until they take
+ * longer than the weights' way from memory, so what one adds says little of many more: the room
+ * grows by a quarter of what it lacks, and by half of itself at most. */
 static double room_beside(pace *p, double latency, size_t written) {
     double plain = plain_pass(p, written)->middle, most = latency > 0 ? latency : 2.5 * plain;
     if (plain <= 0 || p->passes >= 12) return 0;
     double room = p->each.middle > 0 ? (most - plain) / p->each.middle : 0;
     double last = p->room > 8 ? p->room : 8;
-    if (room > last) room = fmin((room + last) / 2, 1.5 * last);
+    if (room > last) room = fmin((room + 3 * last) / 4, 1.5 * last);
     return room > 4 ? room : 4;
 }
 
