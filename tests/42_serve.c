@@ -1,5 +1,6 @@
 /* Tests of medrun-serve's parts without a network: requests cut at every byte, made-up bytes, texts
- * and numbers as JSON, the pace of passes, requests while memory ends. Run in the repository root. */
+ * and numbers as JSON, how much rides along, requests while memory ends. Run in the repository
+ * root. */
 
 #define _GNU_SOURCE
 #include <malloc.h>
@@ -191,8 +192,8 @@ static double pass_time(const struct machine *m, size_t rows, size_t keys) {
     return fmax(time, m->weights) + m->key * (double)keys;
 }
 
-/* A prompt of 2000 tokens beside those who write, on a machine that is held up now and then, and has
- * half of its speed from the middle on: nobody waits longer than three usual passes (or a row more,
+/* A prompt of 2000 tokens beside those who write, on a machine that is held up now and then, and
+ * has half of its speed from the middle on: nobody waits longer than three usual passes (or a row more,
  * where rows are few), and the prompt gets its part. JITTER: of each pass. */
 static void test_pace(const struct machine *m, size_t writers, double jitter) {
     pace p = {.per_key = m->key / m->row / 2};          /* half as much as it is                 */

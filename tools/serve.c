@@ -211,7 +211,7 @@ typedef struct { double last[3], middle; } timing;     /* of the last three; 0: 
 
 /* How long passes take. A prompt's row is work of 1 and a bit for each key before it. */
 typedef struct {
-    timing plain[MAX_SLOTS + 1], each;          /* of I rows of answers; what work of 1 adds        */
+    timing plain[MAX_SLOTS + 1], each;          /* of I rows of answers; what work of 1 adds     */
     double per_key;             /* the work of a key                                            */
     double room;                /* for work beside answers, that was last made use of           */
     int passes;                 /* with prompts beside answers, since one without               */
