@@ -875,7 +875,8 @@ static int read_results(evaluation *v, buffer *text, medrun_error *e) {
     static const char mark[] = "{\"medrun-eval\":";
     ssize_t n = 1;
     while (n > 0 && buffer_room(text, 1 << 16)) {
-        n = read(v->fd, text->data + text->n, 1 << 16);
+        do n = read(v->fd, text->data + text->n, 1 << 16);
+        while (n < 0 && errno == EINTR);
         if (n > 0) text->n += (size_t)n;
         size_t least = text->n < sizeof mark - 1 ? text->n : sizeof mark - 1;
         if (least && memcmp(text->data, mark, least))

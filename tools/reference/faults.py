@@ -38,7 +38,7 @@ FAULTS = {
     "fdatasync": {"EIO": {1}},
     "rename": {"EACCES": {1}, "EIO": {1}}, "renameat": {"EACCES": {1}}, "renameat2": {"EACCES": {1}},
     "ftruncate": {"ENOSPC": {1}, "EINTR": {0}, "EIO": {1}}, "fallocate": {"ENOSPC": {0, 1}, "EINTR": {0}},
-    "fcntl": {"ENOLCK": {0, 1}, "EINTR": {0, 1}}, "flock": {"ENOLCK": {0, 1}, "EINTR": {0, 1}},
+    "fcntl": {"ENOLCK": {0, 1, 3}, "EINTR": {0, 1, 3}}, "flock": {"ENOLCK": {0, 1}, "EINTR": {0, 1}},
     "newfstatat": {"EIO": {0, 1, 3}}, "fstat": {"EIO": {0, 1, 3}}, "lseek": {"EIO": {0, 1, 3}},
     "mmap": {"ENOMEM": {0, 6}}, "clone3": {"EAGAIN": {0, 6}},
     "madvise": {"ENOMEM": {0}}, "close": {"EIO": {0, 1}}, "unlink": {"EACCES": {0, 1}},
