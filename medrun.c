@@ -4989,8 +4989,7 @@ typedef struct {
     size_t n;
 } file_map;
 
-/* Opening never waits: a pipe nobody writes to is refused, not read. The mapping lives on when the
- * descriptor is closed. */
+/* Opening never waits: a pipe is refused, not read. The mapping outlives the descriptor. */
 static int map_file(const char *path, file_map *map, medrun_error *e) {
     file_facts f = {0};
     *map = (file_map){0};
@@ -5015,7 +5014,7 @@ static int map_file(const char *path, file_map *map, medrun_error *e) {
     return MEDRUN_OK;
 }
 
-/* Of a map that is none, too: so whoever failed half-way may call it. */
+/* Whoever failed half-way may call it, too. */
 static void unmap_file(file_map *map) {
     if (map->data) unmap_bytes(map->data, map->n);
     *map = (file_map){0};
@@ -5023,9 +5022,8 @@ static void unmap_file(file_map *map) {
 
 /* ---- files that medrun makes --------------------------------------------------------------- */
 
-/* Nothing is overwritten that medrun did not make: a kind of file is known by its MARK, what each
- * file of it begins with (at most 16 bytes), or, where it has none, by a length that is a multiple
- * of UNIT. */
+/* Nothing is overwritten that medrun did not make: a file of a kind begins with its MARK, at most
+ * 16 bytes, or has, where there is no such mark, a multiple of UNIT bytes. */
 typedef struct {
     const char *name, *mark;        /* NAME: what people call it                                */
     bool is_private, streams;       /* it holds a prompt; it may go to a pipe or a device       */
@@ -5053,8 +5051,8 @@ static int check_inputs(const char *path, const char *const *inputs, size_t n, m
     return e->code;
 }
 
-/* Begins W. May a file of KIND be written to PATH? There may be nothing, an empty file, or one of
- * this kind. Only FORCE lets a link or another file be replaced. */
+/* May a file of KIND be written to PATH? There may be nothing, an empty file, or one of this kind.
+ * Only FORCE lets a link or another file be replaced. */
 static int check_place(file_writer *w, const char *path, const file_kind *kind, bool force,
                        medrun_error *e) {
     char start[16];
@@ -5112,9 +5110,10 @@ static int open_partial(file_writer *w, const file_kind *kind, bool force, medru
     const char *name = (const char *)w->partial.data;
     w->f = open_stream(name, how);
     bool is_there = !w->f && errno == EEXIST, busy = is_there && is_written(name);
+    if (is_there && !busy) usleep(9000), busy = is_written(name);   /* its lock may be to come   */
     if (is_there && !busy && force && !remove_file(name)) w->f = open_stream(name, how);
-    if (w->f) busy = !lock_file(fileno(w->f)) || get_facts(NULL, fileno(w->f), &mine) ||
-                     !same_file(name, &mine);
+    if (w->f) busy = (!lock_file(fileno(w->f)) && (usleep(9000), !lock_file(fileno(w->f)))) ||
+                     get_facts(NULL, fileno(w->f), &mine) || !same_file(name, &mine);
     if (w->f && !busy) return being_written = name, MEDRUN_OK;
     if (busy)
         fail(e, MEDRUN_FAILED, "%s: cannot write: another program is writing %s", w->path, name);
@@ -5147,8 +5146,8 @@ static int writer_check(const char *path, const file_kind *kind, bool force, med
     return e->code;
 }
 
-/* Waits until the folder of PATH is on the disk with its names. Where a system cannot (Windows
- * writes names through at once), nothing better is to be done. PATH is cut. */
+/* Waits until the folder of PATH is on the disk with its names, where a system can; Windows writes
+ * names through at once. PATH is cut. */
 static void sync_folder_of(char *path) {
     char *slash = strrchr(path, '/');
     if (slash) slash[1] = 0;
@@ -5210,7 +5209,7 @@ static int take_section(model_file *f, uint32_t v, const char *what, const uint8
     return MEDRUN_OK;
 }
 
-/* May be called twice, as both the opening that fails and medrun_close do. */
+/* May be called twice, by an opening that fails and by medrun_close. */
 static void file_close(model_file *f) {
     json_free(&f->header);
     unmap_file(&f->map);

@@ -39,7 +39,7 @@ budgets="
 6:1940:2183
 7:130:171
 8:350:473
-9:180:317
+9:180:316
 10:950:886
 11:520:658
 12:450:510
@@ -48,8 +48,8 @@ budgets="
 15:720:1018
 16:1410:2292"
 budgets=$(echo $budgets)                  # on one line
-most_lines=11203                            # the goals: 9000, 450000, 15
-most_bytes=571373
+most_lines=11202                            # the goals: 9000, 450000, 15
+most_bytes=571372
 least_comments=14.4
 table=$(awk -v budgets="$budgets" -v most_lines=$most_lines -v most_bytes=$most_bytes \
     -v least=$least_comments '
