@@ -193,8 +193,8 @@ static double pass_time(const struct machine *m, size_t rows, size_t keys) {
 }
 
 /* A prompt of 2000 tokens beside those who write, on a machine that is held up now and then, and
- * has half of its speed from the middle on: nobody waits longer than three usual passes (or a row more,
- * where rows are few), and the prompt gets its part. JITTER: of each pass. */
+ * has half of its speed from the middle on: nobody waits longer than three usual passes (or a row
+ * more, where rows are few), and the prompt gets its part. JITTER: of each pass. */
 static void test_pace(const struct machine *m, size_t writers, double jitter) {
     pace p = {.per_key = m->key / m->row / 2};          /* half as much as it is                 */
     double plain = pass_time(m, writers, 0), longest = 0, all = 0, own = 0;
