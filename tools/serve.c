@@ -207,7 +207,7 @@ typedef struct {
     struct { uint64_t counts[12]; double sum; } times[N_TIMES];     /* the last count: all      */
 } metrics;
 
-typedef struct { double last[3], middle; } timing;     /* of the last three; 0: not seen yet     */
+typedef struct { double last[5], middle; } timing;     /* of the last five; 0: not seen yet      */
 
 /* How long passes take. A prompt's row is work of 1 and a bit for each key before it. */
 typedef struct {
@@ -969,7 +969,7 @@ static timing *plain_pass(pace *p, size_t n) { return &p->plain[n < MAX_SLOTS ? 
  * longer than the weights' way from memory, so what one adds says little of many more: the room
  * grows by a quarter of what it lacks, and by half of itself at most. */
 static double room_beside(pace *p, double latency, size_t written) {
-    double plain = plain_pass(p, written)->middle, most = latency > 0 ? latency : 2.5 * plain;
+    double plain = plain_pass(p, written)->middle, most = latency > 0 ? latency : 2.3 * plain;
     if (plain <= 0 || p->passes >= 12) return 0;
     double room = p->each.middle > 0 ? (most - plain) / p->each.middle : 0;
     double last = p->room > 8 ? p->room : 8;
@@ -979,8 +979,12 @@ static double room_beside(pace *p, double latency, size_t written) {
 
 static void learn_time(timing *t, double now, bool alone) {
     double *l = t->last;
-    for (int i = 2; i >= 0; i--) l[i] = i && !alone && t->middle > 0 ? l[i - 1] : now;
-    t->middle = fmax(fmin(l[0], l[1]), fmin(fmax(l[0], l[1]), l[2]));
+    for (int i = 4; i >= 0; i--) l[i] = i && !alone && t->middle > 0 ? l[i - 1] : now;
+    for (int i = 0; i < 5; i++) {
+        int before = 0;
+        for (int k = 0; k < 5; k++) before += l[k] < l[i] || (k < i && l[k] <= l[i]);
+        if (before == 2) t->middle = l[i];
+    }
 }
 
 /* TIME: since the pass before, as who waits sees it. One that was held up says nothing, but where
@@ -1247,7 +1251,7 @@ static const tool_option serve_table[] = {
     {"--cache-mem", NULL, "MB", O(cache_mem), "for caches (half of what is free)"},
     {"--cache-minutes", NULL, "N", O(cache_minutes), "idle caches are wiped then (60)"},
     {"--prefix", NULL, "FILE,..", O(prefix), "of medrun run --save-prefix, kept"},
-    {"--latency", NULL, "MS", O(latency), "of a pass with prompts (2.5 x usual)"},
+    {"--latency", NULL, "MS", O(latency), "of a pass with prompts (2.3 x usual)"},
     {"--queue", NULL, "N", O(queue), "requests that may wait (64)"},
     {"--per-key", NULL, "N", O(per_key), "of one key (8)"},
     {"--max-body", NULL, "MB", O(max_body), "of a request (4)"},
