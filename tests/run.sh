@@ -39,9 +39,13 @@ if [ "$1" = --one ]; then shift; one "$@"; exit 0; fi
 bin=$1 build=$2
 shift 2
 export MEDRUN_TEST_BIN="$bin" MEDRUN_TEST_BUILD="$build"
-# The longest stands first.
+# The longest stand first, so that at the end no processor is without work.
 # shellcheck disable=SC2086
-[ "$SCRIPTS" = none ] || set -- ${SCRIPTS:-tests/42_*.sh tests/[!4]?_*.sh tests/4[!2]_*.sh} "$@"
+case $SCRIPTS in
+    none) ;;
+    '') set -- tests/42_*.sh "$@" tests/4[!2]_*.sh tests/[!4]?_*.sh ;;
+    *) set -- $SCRIPTS "$@" ;;
+esac
 : > "$build/test.counts"
 printf '%s\n' "$@" | xargs -P "${JOBS:-1}" -n 1 sh "$0" --one "$bin" "$build"
 awk -v wanted=$# '
