@@ -5014,7 +5014,7 @@ static int map_file(const char *path, file_map *map, medrun_error *e) {
     return MEDRUN_OK;
 }
 
-/* Whoever failed half-way may call it, too. */
+/* Who failed half-way may call it, too. */
 static void unmap_file(file_map *map) {
     if (map->data) unmap_bytes(map->data, map->n);
     *map = (file_map){0};
@@ -9991,9 +9991,8 @@ static int make_prompt(command *c, bool as_text) {
     if (c->e.code) return c->e.code;
     if (is_source(c, O_IDS)) return parse_ids(c, ids, strlen(ids), &c->ids);
     if (is_source(c, O_MESSAGES)) {
-        if (!read_json(c, c->text[O_MESSAGES], &j))
-            warn_of_marks(c, j.text, j.nodes->end),
-            render_json(&w, &j, 0, c->text[O_MESSAGES], open);
+        if (!read_json(c, c->text[O_MESSAGES], &j)) warn_of_marks(c, j.text, j.nodes->end);
+        if (!c->e.code) render_json(&w, &j, 0, c->text[O_MESSAGES], open);
         return json_free(&j), c->e.code;
     }
     if (read_prompt(c)) return c->e.code;
@@ -10885,7 +10884,8 @@ static int print_ids(command *c) {
         puts("");
     }
     if (flag(c, O_PIECES)) return MEDRUN_OK;
-    ids_to_text(ids), buffer_text(ids, "\n");
+    ids_to_text(ids);
+    buffer_text(ids, "\n");
     return print_text(c, ids);
 }
 

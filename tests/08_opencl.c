@@ -330,9 +330,8 @@ static void refused(device_request r, const char *words, int code) {
 static void test_refusals(void) {
     enum { NONE = MEDRUN_USAGE, UNABLE = MEDRUN_NO_MEMORY };
     const char *name = device_name;
-    refused((device_request){.name = name, .library = "./no-such-library.so"},
-            "no OpenCL library", NONE);
-    refused((device_request){.name = name, .library = "libm.so.6"}, "has no cl", NONE);
+    refused((device_request){name, "./none.so", NULL, 0}, "no OpenCL library", NONE);
+    refused((device_request){name, "libm.so.6", NULL, 0}, "has no cl", NONE);
     refused((device_request){.name = "99"}, "found no \"99\"", NONE);
     refused((device_request){.name = "no such name"}, "found no", NONE);
     refused((device_request){.name = name, .memory = 1 << 20}, "1 MB are not enough", UNABLE);
